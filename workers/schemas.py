@@ -1,0 +1,201 @@
+"""Data that crosses between a worker and the rest of the system: what to draw, what was drawn, what it cost.
+
+Everything here is a frozen dataclass or a PyArrow schema; nothing here does I/O. Times are nanoseconds, energies
+integer millijoules, sizes bytes or pixels. A missing measurement is `None`, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+#: One row of the plan: one prompt, possibly several images. A shard is one Parquet row group of these.
+PLAN_ROW_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("negative_prompt", pa.string()),
+        pa.field("seed", pa.uint64()),  # null: derived from (job seed, prompt id, image index)
+        pa.field("num_images", pa.int32(), nullable=False),
+        pa.field("width", pa.int32()),  # null: the model's own size
+        pa.field("height", pa.int32()),
+        pa.field("num_inference_steps", pa.int32()),  # null: the model's own default
+        pa.field("guidance_scale", pa.float64()),
+        pa.field("extra", pa.string()),  # JSON object of the columns we pass through, null when there are none
+        pa.field("source", pa.string(), nullable=False),  # "file:row", 1-based data row, for messages
+    ]
+)
+
+#: One row per (prompt id, image index) as a worker writes it, without the image bytes.
+IMAGE_ROW_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("image_index", pa.int32(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("negative_prompt", pa.string()),
+        pa.field("seed", pa.uint64(), nullable=False),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("num_inference_steps", pa.int32()),
+        pa.field("guidance_scale", pa.float64()),
+        pa.field("status", pa.string(), nullable=False),  # "ok" | "quarantined"
+        pa.field("error", pa.string()),
+        pa.field("warnings", pa.list_(pa.string())),
+        pa.field("path", pa.string()),  # of the object holding the image, relative to the output; tar: "x.tar#member"
+        pa.field("sha256", pa.string()),  # of the encoded image bytes; null when quarantined
+        pa.field("size_bytes", pa.int64()),
+        pa.field("extra", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image to draw.
+
+    `width`/`height` (pixels), `num_inference_steps` and `guidance_scale` are None for the model's own default.
+    `seed` is in [0, 2**64).
+    """
+
+    prompt_id: str
+    image_index: int
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    extra: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """The outcome of one `ImageRequest`; the fields are the columns of `IMAGE_ROW_SCHEMA`."""
+
+    request: ImageRequest
+    status: str
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    path: str | None = None
+    sha256: str | None = None
+    size_bytes: int | None = None
+    error: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    def as_record(self) -> dict[str, Any]:
+        """This row as a mapping with the columns of `IMAGE_ROW_SCHEMA`."""
+        r = self.request
+        return {
+            "prompt_id": r.prompt_id,
+            "image_index": r.image_index,
+            "prompt": r.prompt,
+            "negative_prompt": r.negative_prompt,
+            "seed": r.seed,
+            "width": self.width,
+            "height": self.height,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": r.guidance_scale,
+            "status": self.status,
+            "error": self.error,
+            "warnings": list(self.warnings) or None,
+            "path": self.path,
+            "sha256": self.sha256,
+            "size_bytes": self.size_bytes,
+            "extra": r.extra,
+        }
+
+
+@dataclass(frozen=True)
+class CounterRead:
+    """One reading of every energy counter a worker can see, at one instant.
+
+    `energy_mj` maps a domain ("gpu:GPU-<uuid>", "cpu:package-0", "dram:package-0") to its cumulative counter in
+    millijoules since the counter's own zero, already unwrapped; a domain that could not be read is absent.
+    `estimate_mj` is a modelled figure on a scale of its own (see `workers.meter`), never mixed with `energy_mj`.
+    `t_mono_ns` is CLOCK_MONOTONIC of host boot `boot_id`, comparable between processes of one boot only.
+    """
+
+    boot_id: str
+    t_mono_ns: int
+    t_wall_ns: int
+    latency_ns: int
+    energy_mj: dict[str, int] = field(default_factory=dict)
+    estimate_mj: int | None = None
+    epoch: int = 0
+
+
+#: What a worker was doing between two reads.
+SEGMENT_CLASSES = ("load", "warmup", "idle", "shard", "loser", "retry", "gap")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The stretch between two counter reads of one worker. The close read opens the worker's next segment."""
+
+    worker_id: str
+    segment_class: str
+    open: CounterRead
+    close: CounterRead
+    shard_id: int | None = None
+    attempt_id: str | None = None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data object of an attempt; `path` is relative to the output folder."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The one object whose exclusive creation makes an attempt the truth for its shard."""
+
+    shard_id: int
+    attempt_id: str
+    driver_epoch: int
+    worker_id: str
+    node_id: str
+    host: str
+    device: str
+    plan_fingerprint: str
+    model_sha256: str
+    files: tuple[DataFile, ...]
+    rows_path: str  # Parquet file whose IMAGE_ROW_SCHEMA columns describe every row of the shard
+    images_ok: int
+    images_quarantined: int
+    errors: dict[str, int]  # message -> count, at most 20 kinds
+    t_start_wall_ns: int
+    t_end_wall_ns: int
+    energy_mj: int | None  # counter difference over the shard, all measured domains; None: not measured
+    energy_domains: tuple[str, ...]
+    energy_estimate_mj: int | None
+    energy_method: str  # "nvml-counter", "rapl", "nvml-counter+rapl", "missing"
+    segments: tuple[Segment, ...]  # everything this worker closed since its previous commit, this shard's included
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> Commit:
+        """Parse a commit object; raises ValueError or TypeError where it is not one."""
+        raw = json.loads(data)
+        raw["files"] = tuple(DataFile(**f) for f in raw["files"])
+        raw["energy_domains"] = tuple(raw["energy_domains"])
+        raw["segments"] = tuple(
+            Segment(**{**s, "open": CounterRead(**s["open"]), "close": CounterRead(**s["close"])})
+            for s in raw["segments"]
+        )
+        return Commit(**raw)
