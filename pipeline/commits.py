@@ -1,0 +1,111 @@
+"""Reading what is committed. Storage is the truth; the compacted ledger only saves requests.
+
+A shard is done when `_job/commits/NN/SHARD.json` exists. Listing tells which; the bodies are needed at the end, and
+come from compacted Parquet parts (`_job/ledger/`, written by the driver while it runs, safe to lose) or one by one.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from millijoule.pipeline.layout import COMMITS_PREFIX, COMPACTED_PREFIX
+from millijoule.workers.errors import StoreError
+from millijoule.workers.lease import commit_key, shard_of_commit_key
+from millijoule.workers.schemas import Commit
+from millijoule.workers.storage import Store
+
+#: Commits per compacted part: about a minute of a thousand GPUs, or 10 MB.
+COMPACT_EVERY = 4096
+
+#: Concurrent requests when commits are read one by one.
+READ_THREADS = 16
+
+_COMPACTED_SCHEMA = pa.schema(
+    [pa.field("shard_id", pa.int64(), nullable=False), pa.field("commit", pa.binary(), nullable=False)]
+)
+
+
+def list_committed(store: Store, n_shards: int) -> np.ndarray:
+    """Which shards have a commit: bool `[n_shards]`. One listing, no bodies.
+
+    Raises:
+        StoreError: a commit names a shard the plan does not have.
+    """
+    done = np.zeros(n_shards, dtype=bool)
+    for item in store.list(COMMITS_PREFIX):
+        shard_id = shard_of_commit_key(item.key)
+        if shard_id is None:
+            continue
+        if shard_id >= n_shards:
+            raise StoreError(f"{store.url}/{item.key}: the plan has only {n_shards} shards")
+        done[shard_id] = True
+    return done
+
+
+def parse_commit(store: Store, shard_id: int, body: bytes) -> Commit:
+    """Parse a commit's body; raises StoreError naming the object where it is not one."""
+    try:
+        return Commit.from_json(body)
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(f"{store.url}/{commit_key(shard_id)}: not a commit: {error}") from error
+
+
+def read_commits(store: Store, n_shards: int, *, use_compacted: bool = True) -> Iterator[Commit]:
+    """Every commit, in shard order, without holding them all.
+
+    With `use_compacted` False each body is read from the commit object itself (what an auditor wants).
+    """
+    done = list_committed(store, n_shards)
+    compacted = _read_compacted(store) if use_compacted else {}
+    wanted = np.flatnonzero(done).tolist()
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        for start in range(0, len(wanted), 1024):
+            block = wanted[start : start + 1024]
+            missing = [s for s in block if s not in compacted]
+            fetched = dict(zip(missing, threads.map(lambda s: store.get(commit_key(s)), missing), strict=True))
+            for shard_id in block:
+                body = fetched[shard_id] if shard_id in fetched else compacted.pop(shard_id)
+                yield parse_commit(store, shard_id, body)
+
+
+class CommitCompactor:
+    """Collects commit bodies as they arrive and writes them out in parts."""
+
+    def __init__(self, store: Store, epoch: int) -> None:
+        self.store = store
+        self.epoch = epoch
+        self._bodies: dict[int, bytes] = {}
+        self._parts = 0
+
+    def add(self, shard_id: int, body: bytes) -> None:
+        self._bodies[shard_id] = body
+        if len(self._bodies) >= COMPACT_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected since the last part, if anything."""
+        if not self._bodies:
+            return
+        table = pa.table(
+            {"shard_id": list(self._bodies), "commit": list(self._bodies.values())}, schema=_COMPACTED_SCHEMA
+        )
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        self.store.put(f"{COMPACTED_PREFIX}{self.epoch:06d}-{self._parts:06d}.parquet", sink.getvalue())
+        self._parts += 1
+        self._bodies.clear()
+
+
+def _read_compacted(store: Store) -> dict[int, bytes]:
+    bodies: dict[int, bytes] = {}
+    for item in store.list(COMPACTED_PREFIX):
+        if item.key.endswith(".parquet"):
+            table = pq.read_table(pa.BufferReader(store.get(item.key)), schema=_COMPACTED_SCHEMA)
+            bodies.update(zip(table["shard_id"].to_pylist(), table["commit"].to_pylist(), strict=True))
+    return bodies

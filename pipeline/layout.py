@@ -1,0 +1,20 @@
+"""Names of the objects in an output folder. One place, because people and tools rely on them."""
+
+from __future__ import annotations
+
+JOB_KEY = "_job/job.json"
+EPOCHS_PREFIX = "_job/epochs/"
+COMMITS_PREFIX = "_job/commits/"
+COMPACTED_PREFIX = "_job/ledger/"
+SEGMENTS_PREFIX = "_job/segments/"
+DATA_PREFIX = "data/"
+ENERGY_PREFIX = "energy/"
+MANIFEST_KEY = "manifest.parquet"
+BAD_ROWS_KEY = "bad_rows.parquet"
+STATS_KEY = "stats.json"
+SUCCESS_KEY = "_SUCCESS"
+
+
+def epoch_key(epoch: int) -> str:
+    """One object per driver that ever worked on the output."""
+    return f"{EPOCHS_PREFIX}{epoch:06d}.json"

@@ -1,0 +1,170 @@
+"""The Ray actor: one process beside one device that loads a model once and runs leases.
+
+State: a runner (store, generator, meter) built by `start`, and the progress of the running attempt. `run` is
+called with one lease at a time; `status` answers beside it from a thread of its own. An actor never restarts by
+itself: the driver replaces it, and keeps the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+
+import ray
+
+from millijoule.workers.attempt import AttemptCancelled, AttemptRunner
+from millijoule.workers.errors import InputError, NotFoundError
+from millijoule.workers.generator import load_generator
+from millijoule.workers.lease import (
+    AttemptResult,
+    Calibration,
+    Lease,
+    WorkerConfig,
+    WorkerReady,
+    WorkerStatus,
+    WorkerStopped,
+)
+from millijoule.workers.meter import open_meter
+from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.storage import open_store
+from millijoule.workers.timeline import SegmentTimeline
+
+#: How often a worker looks whether its raylet is still there. A raylet that is killed leaves its workers running;
+#: they cannot do harm (commits are exclusive) but they burn energy for images nobody will take.
+ORPHAN_CHECK_S = 2.0
+
+JOB_KEY = "_job/job.json"
+
+
+class ShardWorker:
+    """One worker. Construct through `ray.remote(ShardWorker).options(...)`."""
+
+    def __init__(self, worker_id: str, config: WorkerConfig) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        self.worker_id = worker_id
+        self.config = config
+        self._attempt_id: str | None = None
+        self._images_done = 0
+        self._cancelled: str | None = None
+        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+
+    @ray.method(concurrency_group="work")
+    def start(self) -> WorkerReady:
+        """Check the output, load the model, draw one image.
+
+        Raises:
+            InputError: this node cannot see the job's output folder, or the model cannot be loaded.
+            StoreError: storage failed.
+        """
+        began = time.monotonic()
+        config = self.config
+        gpus = _assigned_gpus()
+        meter = open_meter(gpus or None)
+        timeline = SegmentTimeline(self.worker_id, meter)
+        store = open_store(config.output_url)
+        _check_output_is_shared(store, config)
+        device = "cuda" if gpus else "cpu"
+        _limit_threads(config.cpu_threads)
+        generator = load_generator(config.model, device=device)
+        if generator.info.sha256 != config.model_sha256:
+            raise InputError(
+                f"{config.model}: the model on {socket.gethostname()} has SHA-256 {generator.info.sha256[:16]}, "
+                f"the job was planned with {config.model_sha256[:16]}: put the same file on every node"
+            )
+        timeline.close("load")
+        context = ray.get_runtime_context()
+        where = {
+            "worker_id": self.worker_id,
+            "node_id": context.get_node_id(),
+            "host": socket.gethostname(),
+            "device": gpus[0] if gpus else "cpu",
+        }
+        self._timeline = timeline
+        self._runner = AttemptRunner(config, store, generator, meter, timeline, where, self._on_images)
+        self._runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
+        timeline.close("warmup")
+        return WorkerReady(
+            node_id=where["node_id"],
+            host=where["host"],
+            device=where["device"],
+            worker_id=self.worker_id,
+            energy_method=meter.method,
+            load_seconds=time.monotonic() - began,
+        )
+
+    @ray.method(concurrency_group="work")
+    def run(self, lease: Lease) -> AttemptResult:
+        """Attempt one lease; see `AttemptRunner.run`."""
+        self._images_done = 0
+        self._attempt_id = lease.attempt_id
+        try:
+            return self._runner.run(lease)
+        finally:
+            self._attempt_id = None
+
+    @ray.method(concurrency_group="work")
+    def calibrate(self, requests: list[ImageRequest]) -> Calibration:
+        """Draw and encode `requests` without writing anything; seconds, bytes and energy they took."""
+        return self._runner.calibrate(requests)
+
+    @ray.method(concurrency_group="status")
+    def status(self) -> WorkerStatus:
+        """What the worker is doing now; answers while `run` is busy."""
+        return WorkerStatus(self._attempt_id, self._images_done)
+
+    @ray.method(concurrency_group="status")
+    def cancel(self, attempt_id: str) -> None:
+        """Call off an attempt after its current batch: another has won the shard, or the job is over."""
+        self._cancelled = attempt_id
+
+    @ray.method(concurrency_group="work")
+    def stop(self) -> WorkerStopped:
+        """Close the books; the actor is killed afterwards."""
+        self._timeline.close("idle")
+        return WorkerStopped(self.worker_id, self._timeline.take())
+
+    def _on_images(self, images_done: int) -> None:
+        self._images_done = images_done
+        if self._cancelled is not None and self._cancelled == self._attempt_id:
+            raise AttemptCancelled
+
+
+def remote_worker_class():
+    """The actor class, with one thread for work and one for status."""
+    return ray.remote(concurrency_groups={"work": 1, "status": 1}, max_restarts=0)(ShardWorker)
+
+
+def _assigned_gpus() -> list[str]:
+    """UUIDs (or indices) of the GPUs Ray gave this actor, as CUDA sees them; empty on a CPU worker."""
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [v for v in visible.split(",") if v]
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _check_output_is_shared(store, config: WorkerConfig) -> None:
+    try:
+        job = json.loads(store.get(JOB_KEY))
+    except NotFoundError as error:
+        raise InputError(
+            f"{store.url}: node {socket.gethostname()} does not see the job's files there. Workers on several "
+            "machines need an output they all share: s3://... or a network file system"
+        ) from error
+    if job["fingerprint"] != config.fingerprint:
+        raise InputError(f"{store.url}: holds another job ({job['fingerprint'][:12]})")
+
+
+def _exit_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK_S)
+    os._exit(1)

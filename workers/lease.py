@@ -1,0 +1,121 @@
+"""What the coordinator hands to a worker and what comes back: leases, results, and the job's constants.
+
+These are the only values that cross Ray between driver and workers; image bytes never do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from millijoule.workers.schemas import Segment
+from millijoule.workers.shard_rows import Shard
+
+
+def commit_key(shard_id: int) -> str:
+    """Object key of the commit of `shard_id`, spread over 100 folders by the shard's last two digits."""
+    return f"_job/commits/{shard_id % 100:02d}/{shard_id:08d}.json"
+
+
+def shard_of_commit_key(key: str) -> int | None:
+    """The shard a commit key belongs to, or None where the key is not a commit's."""
+    name = key.rsplit("/", 1)[-1]
+    stem, dot, extension = name.partition(".")
+    return int(stem) if dot and extension == "json" and stem.isdigit() else None
+
+
+def data_prefix(shard_id: int, attempt_id: str) -> str:
+    """Start of every data object of one attempt: no two attempts share it."""
+    return f"data/{shard_id:08d}-{attempt_id}"
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What every worker of a job needs to know; constant for the job's life.
+
+    Attributes:
+        output_url: the output folder.
+        fingerprint: of the plan; a worker that finds another one in the output refuses to start.
+        commits_exclusively: True where the store has exclusive create and workers commit for themselves;
+            False where the driver has to write the commits (see docs/commit-protocol.md).
+    """
+
+    output_url: str
+    fingerprint: str
+    job_seed: int
+    output_format: str
+    model: str
+    model_sha256: str
+    driver_epoch: int
+    batch_size: int | None = None
+    commits_exclusively: bool = True
+    cpu_threads: int = 1
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to attempt one shard until the coordinator takes it back. Correctness never depends on it.
+
+    A lease with `probe_rows` asks only whether these plan rows `[start, stop)` can be generated at all: nothing
+    is written. `skip_rows` are plan rows to quarantine unseen, for the reason given.
+    """
+
+    shard: Shard
+    attempt_id: str
+    worker_id: str
+    probe_rows: tuple[int, int] | None = None
+    skip_rows: tuple[int, ...] = ()
+    skip_reason: str = ""
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """A worker's answer to `start`: where it runs and what it loaded."""
+
+    worker_id: str
+    node_id: str
+    host: str
+    device: str
+    energy_method: str
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """Progress of the running attempt; `images_done` grows as batches finish."""
+
+    attempt_id: str | None
+    images_done: int
+
+
+@dataclass(frozen=True)
+class AttemptResult:
+    """How one lease ended.
+
+    `outcome` is "committed"; "exists" (another attempt's commit was first; ours is waste); "prepared" (data is in
+    place, the driver must write `commit_json` under the shard's key); "probed" (the probe's rows survived); or
+    "cancelled" (the driver said that another attempt has won). `commit_json` is the commit that now stands for the shard, the other attempt's for "exists".
+    """
+
+    lease: Lease
+    outcome: str
+    commit_json: bytes | None = None
+
+
+@dataclass(frozen=True)
+class WorkerStopped:
+    """A stopped worker's last words: the segments no commit carried."""
+
+    worker_id: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A short measured run: what `images` images took on one worker. Energy None: not measured."""
+
+    images: int
+    seconds: float
+    encoded_bytes: int
+    energy_mj: int | None
+    energy_estimate_mj: int | None
+    energy_method: str
