@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
+from millijoule.workers.errors import InputError
 from millijoule.workers.schemas import ImageRequest
+
+DEFAULT_MODEL = "default"
+FACTORY_PREFIX = "python:"
+
+#: Larger headers than this are not a model of ours, and would be read into memory whole.
+MAX_HEADER_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,92 @@ class Generator(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What tells one model from another without loading it: part of a job's fingerprint."""
+
+    name: str
+    sha256: str
+
+
+def describe_model(model: str) -> ModelIdentity:
+    """Identify `model` (see `load_generator`) by reading its file, cheaply and without torch.
+
+    Raises:
+        InputError: the file is missing or is not safetensors, or the factory's name is malformed.
+    """
+    if model.startswith(FACTORY_PREFIX):
+        _split_factory(model)
+        return ModelIdentity(model, hashlib.sha256(model.encode()).hexdigest())
+    path = model_path(model)
+    header = read_safetensors_header(path)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return ModelIdentity(header.get("__metadata__", {}).get("name", path.stem), sha256)
+
+
 def load_generator(model: str, *, device: str = "cpu") -> Generator:
-    """Load `model`: "default" for the weights in the package, else a path to a `.safetensors` file.
+    """Load `model`.
+
+    Args:
+        model: "default" for the weights in the package, the path of a `.safetensors` file, or
+            "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`.
+        device: "cpu" or "cuda".
 
     Raises:
         InputError: the file is missing, is not safetensors (pickled files are never opened), or is not a model
-            this version knows.
+            this version knows; the factory cannot be imported.
     """
+    if model.startswith(FACTORY_PREFIX):
+        module_name, factory_name = _split_factory(model)
+        try:
+            factory = getattr(importlib.import_module(module_name), factory_name)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"--model {model}: {error}") from error
+        return factory(device)
     from millijoule.workers.oscillator import OscillatorGenerator
 
-    return OscillatorGenerator.load(model, device=device)
+    return OscillatorGenerator.load(model_path(model), device=device)
+
+
+def model_path(model: str) -> Path:
+    """The file behind a model name; raises InputError where there is none."""
+    if model == DEFAULT_MODEL:
+        return Path(__file__).parent / "weights" / "default.safetensors"
+    path = Path(model)
+    if not path.is_file():
+        raise InputError(f"--model {model}: no such file")
+    return path
+
+
+def read_safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: tensor names to dtype, shape and offsets, and `__metadata__`.
+
+    Raises:
+        InputError: the file does not start like safetensors does; a pickled checkpoint is named as such.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"):
+            raise InputError(
+                f"{path}: a pickled checkpoint; loading one can run any code, so it is not read. Save the weights "
+                "with safetensors and give that file"
+            )
+        if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise InputError(f"{path}: not a safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise InputError(f"{path}: not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: not a safetensors file")
+    return header
+
+
+def _split_factory(model: str) -> tuple[str, str]:
+    parts = model.removeprefix(FACTORY_PREFIX).split(":")
+    if len(parts) != 2 or not all(parts):
+        raise InputError(f"--model {model}: write python:MODULE:FACTORY")
+    return parts[0], parts[1]

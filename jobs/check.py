@@ -1,0 +1,53 @@
+"""`millijoule check`: re-read an output and compare it with its plan, commits and hashes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from millijoule.jobs.entry import COMPLETE, ERROR, run_command
+
+#: Differences printed in full; the rest is counted.
+MAX_PRINTED = 100
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Re-read an output and compare it with its plan, its commits and every hash.
+
+    Prints one line per difference. Exit code 0: complete and sound; 1: anything else.
+    """
+
+    output: str
+    """Output folder or s3:// URL of a job."""
+
+    quick: bool = False
+    """Compare sizes and tables only; do not read the image bytes again."""
+
+
+def run(options: CheckOptions) -> int:
+    from millijoule.pipeline.check import check_output
+    from millijoule.workers.storage import open_store
+
+    checked = [0, 0]
+
+    def progress(done: int, total: int) -> None:
+        checked[:] = done, total
+
+    problems = 0
+    for problem in check_output(open_store(options.output), images=not options.quick, on_shard=progress):
+        problems += 1
+        if problems <= MAX_PRINTED:
+            print(problem)
+    if problems > MAX_PRINTED:
+        print(f"... and {problems - MAX_PRINTED} more")
+    print(f"{options.output}: {checked[0]} shards checked, {problems} differences")
+    return ERROR if problems else COMPLETE
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("check", CheckOptions, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""What every command does the same way: parse options, log, turn known errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from millijoule.workers.errors import MillijouleError
+
+COMPLETE = 0
+ERROR = 1
+USAGE = 2
+QUARANTINED = 3
+CAP_REACHED = 4
+INTERRUPTED = 5
+
+Options = TypeVar("Options")
+
+
+def run_command(
+    name: str,
+    options_class: type[Options],
+    run: Callable[[Options], int],
+    argv: list[str] | None,
+) -> int:
+    """Parse `argv` into `options_class` and call `run`.
+
+    Returns:
+        What `run` returns; 2 for options that cannot be parsed; 1 after a `MillijouleError`, whose message is
+        printed; 5 after Ctrl-C outside the parts that handle it.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("botocore", "aiobotocore", "s3fs", "ray", "asyncio", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        options = tyro.cli(
+            options_class, prog=f"millijoule {name}", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
+        )
+    except SystemExit as exit_request:
+        return int(exit_request.code or 0)
+    try:
+        return run(options)
+    except MillijouleError as error:
+        print(f"millijoule {name}: {error}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print(f"millijoule {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED

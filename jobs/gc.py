@@ -1,0 +1,50 @@
+"""`millijoule gc`: list, and on request remove, files that no commit refers to."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from millijoule.jobs.entry import COMPLETE, run_command
+
+
+@dataclass(frozen=True)
+class GcOptions:
+    """Find data files that no commit refers to: what killed and losing attempts left behind.
+
+    Without --delete nothing is changed. A file is removable when another attempt of its shard is committed, or when
+    its driver was replaced and the file is more than a day old.
+    """
+
+    output: str
+    """Output folder or s3:// URL of a job."""
+
+    delete: bool = False
+    """Remove what is removable, and temporary files of writers that died."""
+
+
+def run(options: GcOptions) -> int:
+    from millijoule.pipeline.garbage import find_orphans, remove
+    from millijoule.workers.storage import open_store
+
+    store = open_store(options.output)
+    orphans = list(find_orphans(store))
+    for orphan in orphans:
+        mark = "remove" if orphan.removable else "keep  "
+        print(f"{mark} {orphan.size_bytes:>12} {orphan.key}  ({orphan.reason})")
+    removable = sum(o.removable for o in orphans)
+    size = sum(o.size_bytes for o in orphans if o.removable)
+    if options.delete:
+        freed = remove(store, orphans)
+        print(f"removed {removable} files, {freed} bytes")
+    else:
+        print(f"{removable} removable files, {size} bytes" + ("; --delete removes them" if removable else ""))
+    return COMPLETE
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("gc", GcOptions, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

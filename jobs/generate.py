@@ -1,0 +1,174 @@
+"""`millijoule generate`: prompts in, images and a joule ledger out. Reads top to bottom as the story of a job."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from millijoule.jobs.entry import COMPLETE, ERROR, INTERRUPTED, QUARANTINED, run_command
+
+Format = Literal["parquet", "webdataset", "files"]
+DuplicatePolicy = Literal["error", "keep-first", "suffix"]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Make images from prompt files on a Ray cluster, and account for the energy.
+
+    Run the same command again to resume: finished shards are kept, whatever was killed. Inside `ray job submit` (or
+    with --ray-address) the job runs on that cluster; otherwise Ray starts on this machine for the length of the job.
+
+    Prompt files may have these columns (aliases in brackets): prompt [text, caption, TEXT], prompt_id [id,
+    custom_id], negative_prompt, seed, num_images [n], width, height, num_inference_steps [steps], guidance_scale
+    [cfg_scale]. Other columns are passed through. In a .txt file each line is a prompt.
+
+    Exit codes: 0 complete; 1 error; 2 usage; 3 complete, but some rows were quarantined; 4 a cap was reached;
+    5 interrupted, resumable.
+    """
+
+    prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH|URL ...")]
+    """Prompt files: txt, csv, tsv, jsonl, parquet (also .gz); paths, globs, s3:// URLs."""
+
+    output: Annotated[str, tyro.conf.arg(metavar="DIR|URL")]
+    """Output folder, or s3://bucket/prefix. All nodes must see it."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="default|PATH")] = "default"
+    """`default` (the model in the package), a .safetensors file, or python:MODULE:FACTORY for your own generator."""
+
+    format: Format = "parquet"
+    """How images are stored: parquet files, webdataset tars, or plain PNG files named by prompt id."""
+
+    images_per_prompt: int = 1
+    """For rows without a num_images column."""
+
+    seed: int = 0
+    """Job seed; an image's own seed follows from it, the prompt id and the image index."""
+
+    shard_size: Annotated[str, tyro.conf.arg(metavar="N|SECONDSs")] = "256"
+    """Images per shard, or a target duration such as 60s (a short calibration then sets the number)."""
+
+    workers: Annotated[str, tyro.conf.arg(metavar="N|MIN:MAX")] = "auto"
+    """Number of workers, or a range for autoscaling (0:8 holds nothing while nothing waits). auto: one per device."""
+
+    gpus_per_worker: float | None = None
+    """GPUs each worker asks for, may be fractional. Default: 1 where the cluster has GPUs, else 0."""
+
+    cpus_per_worker: float = 1.0
+    """CPUs each worker asks for, and threads it computes with."""
+
+    batch_size: int | None = None
+    """Images per call of the model. Default: what suits the model on the device."""
+
+    resources: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=AMOUNT ...")] = ()
+    """Custom Ray resources each worker asks for."""
+
+    lease_seconds: float = 120.0
+    """A worker without progress for this long loses its shard to another; after twice as long it is replaced."""
+
+    speculate: bool = True
+    """At the end of the job, let idle workers race stragglers."""
+
+    prompt_column: str | None = None
+    """Name of the prompt column where it is none of the known ones."""
+
+    id_column: str | None = None
+    """Name of the prompt id column where it is none of the known ones."""
+
+    duplicate_ids: DuplicatePolicy = "error"
+    """What to do with a prompt id that stands twice: refuse, keep the first row, or add ~2, ~3 to the later ones."""
+
+    max_prompt_chars: int = 10_000
+    """Longer prompts are rejected, row by row."""
+
+    dry_run: bool = False
+    """Plan, draw a few images, and print what the whole job would take in time, energy, money and bytes."""
+
+    price_per_kwh: float | None = None
+    """Electricity price for the dry run's cost estimate, in your currency."""
+
+    retry_failed: bool = False
+    """Give quarantined rows of a finished job one more try, as new shards."""
+
+    ray_address: str | None = None
+    """Ray cluster to join, e.g. auto or ray-head:6379. Default: RAY_ADDRESS, else a local one."""
+
+    quiet: bool = False
+    """No progress, only warnings and the result."""
+
+
+def run(options: GenerateOptions) -> int:
+    from millijoule.jobs import ray_cluster
+    from millijoule.jobs.job_set_up import open_or_plan, pool_options, validate
+    from millijoule.pipeline.finish import finish_job
+    from millijoule.pipeline.progress import Progress
+    from millijoule.pipeline.run import JobRun
+    from millijoule.workers.actor import remote_worker_class
+    from millijoule.workers.storage import open_store
+
+    validate(options)
+    store = open_store(options.output)
+    with ray_cluster.cluster(options.ray_address):
+        if options.dry_run:
+            from millijoule.jobs.dry_run import dry_run
+
+            return dry_run(options, store)
+        planned = open_or_plan(options, store)
+        job_run = JobRun(
+            store, planned, pool_options(options), remote_worker_class(), lease_s=options.lease_seconds,
+            speculate=options.speculate, batch_size=options.batch_size,
+        )
+        with Progress(planned.job, job_run, quiet=options.quiet) as progress, _signals(job_run):
+            job_run.run(on_tick=progress.tick)
+    if job_run.given_up:
+        for shard_id, error in sorted(job_run.given_up.items())[:20]:
+            print(f"shard {shard_id} could not be made: {error}", file=sys.stderr)
+        print(
+            f"{len(job_run.given_up)} of {len(planned.index)} shards could not be made; run the same command again "
+            "once the cause is mended",
+            file=sys.stderr,
+        )
+        return ERROR
+    if not job_run.complete:
+        print(f"interrupted: {job_run.remaining} shards left; run the same command again to resume", file=sys.stderr)
+        return INTERRUPTED
+    began = time.monotonic()
+    stats = finish_job(store, planned.job, len(planned.index), bad_rows=planned.job.bad_rows)
+    progress.result(stats, finish_seconds=time.monotonic() - began)
+    return QUARANTINED if stats["images_quarantined"] or stats["input_rows_rejected"] else COMPLETE
+
+
+@contextmanager
+def _signals(job_run) -> Iterator[None]:
+    """Ctrl-C lets running shards finish, a second one does not wait; SIGTERM (`ray job stop`) never waits.
+
+    Set after Ray started: it installs handlers of its own.
+    """
+
+    def interrupt(signum: int, _frame) -> None:
+        if signum == signal.SIGTERM or job_run.draining:
+            job_run.stop_now()
+            return
+        print("\nfinishing the shards at work; press Ctrl-C again to stop at once", file=sys.stderr)
+        job_run.drain("interrupted")
+
+    before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("generate", GenerateOptions, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""From options to a planned job: checks, model, plan or resume."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from typing import TYPE_CHECKING
+
+from millijoule.jobs import ray_cluster
+from millijoule.pipeline.job import (
+    JobSpec,
+    check_same_job,
+    publish_job,
+    read_job,
+    software_version,
+)
+from millijoule.pipeline.layout import BAD_ROWS_KEY, SUCCESS_KEY
+from millijoule.pipeline.plan import PlanOptions, compute_fingerprint, load_shard_index, plan_job
+from millijoule.pipeline.pool import PoolOptions
+from millijoule.pipeline.retry import plan_retry
+from millijoule.pipeline.run import PlannedJob
+from millijoule.workers.errors import InputError
+from millijoule.workers.generator import ModelIdentity, describe_model
+from millijoule.workers.storage import Store, expand_inputs
+
+if TYPE_CHECKING:
+    from millijoule.jobs.generate import GenerateOptions
+
+log = logging.getLogger(__name__)
+
+#: A calibrated shard holds at least and at most this many images.
+MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 16, 100_000
+
+
+def validate(options: GenerateOptions) -> None:
+    """Refuse options that cannot mean anything, before Ray starts; raises InputError naming the option."""
+    if options.images_per_prompt < 1:
+        raise InputError(f"--images-per-prompt {options.images_per_prompt}: at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise InputError(f"--seed {options.seed}: from 0 to 2**63 - 1")
+    if options.cpus_per_worker <= 0 and not options.gpus_per_worker:
+        raise InputError("--cpus-per-worker 0: a worker needs a CPU or a GPU")
+    if options.gpus_per_worker is not None and options.gpus_per_worker < 0:
+        raise InputError(f"--gpus-per-worker {options.gpus_per_worker}: 0 or more")
+    if options.lease_seconds < 1:
+        raise InputError(f"--lease-seconds {options.lease_seconds}: at least 1")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise InputError(f"--batch-size {options.batch_size}: at least 1")
+    parse_shard_size(options.shard_size)
+    parse_workers(options.workers)
+    parse_resources(options.resources)
+
+
+def parse_shard_size(text: str) -> tuple[int | None, float | None]:
+    """`"256"` -> (256, None) images; `"60s"` -> (None, 60.0) seconds; raises InputError."""
+    if re.fullmatch(r"[0-9]+", text) and int(text) >= 1:
+        return int(text), None
+    if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)s", text):
+        seconds = float(match[1])
+        if seconds > 0:
+            return None, seconds
+    raise InputError(f"--shard-size {text}: a number of images such as 256, or a duration such as 60s")
+
+
+def parse_workers(text: str) -> tuple[int, int] | None:
+    """`"4"` -> (4, 4); `"0:8"` -> (0, 8); `"auto"` -> None; raises InputError."""
+    if text == "auto":
+        return None
+    if match := re.fullmatch(r"([0-9]+)(?::([0-9]+))?", text):
+        least = int(match[1])
+        most = int(match[2]) if match[2] is not None else least
+        if most >= max(1, least):
+            return least, most
+    raise InputError(f"--workers {text}: a number such as 4, a range such as 0:8, or auto")
+
+
+def parse_resources(pairs: tuple[str, ...]) -> dict[str, float]:
+    """`("spot=1",)` -> {"spot": 1.0}; raises InputError."""
+    resources = {}
+    for pair in pairs:
+        name, _, amount = pair.partition("=")
+        try:
+            resources[name] = float(amount)
+        except ValueError:
+            resources[name] = 0.0
+        if not name or resources[name] <= 0:
+            raise InputError(f"--resources {pair}: NAME=AMOUNT with an amount over 0, such as spot=1")
+    return resources
+
+
+def pool_options(options: GenerateOptions) -> PoolOptions:
+    """How many workers and what each asks for, given the cluster this process is connected to."""
+    gpus = options.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if ray_cluster.has_gpus() else 0.0
+    bounds = parse_workers(options.workers)
+    if bounds is None:
+        bounds = (0, ray_cluster.devices(options.cpus_per_worker, gpus))
+    return PoolOptions(*bounds, options.cpus_per_worker, gpus, parse_resources(options.resources))
+
+
+def plan_options(options: GenerateOptions, shard_size: int) -> PlanOptions:
+    return PlanOptions(
+        shard_size=shard_size,
+        images_per_prompt=options.images_per_prompt,
+        duplicate_ids=options.duplicate_ids,
+        prompt_column=options.prompt_column,
+        id_column=options.id_column,
+        max_prompt_chars=options.max_prompt_chars,
+    )
+
+
+def open_or_plan(options: GenerateOptions, store: Store) -> PlannedJob:
+    """The job in `store`: the one that is there if it is the same, else a newly planned one.
+
+    Raises:
+        InputError: the inputs or the model cannot be used, or the output holds another job.
+        StoreError: storage failed.
+    """
+    files = expand_inputs(options.prompts)
+    info = describe_model(options.model)
+    existing = read_job(store)
+    images, seconds = parse_shard_size(options.shard_size)
+    if images is None and existing is not None:
+        images = existing.shard_size  # a calibration would not repeat; the first one counts
+    if images is None:
+        images = calibrated_shard_size(options, info, seconds or 0.0)
+    wanted = plan_options(options, images)
+    extra = {
+        "model_sha256": info.sha256,
+        "job_seed": options.seed,
+        "output_format": options.format,
+    }
+    fingerprint = compute_fingerprint(files, wanted, extra)
+    asked = {**extra, "images_per_prompt": options.images_per_prompt, "shard_size": images,
+             "duplicate_ids": options.duplicate_ids}
+    exclusive = _probe(store)
+    if existing is not None:
+        check_same_job(existing, fingerprint, asked, store.url)
+        job = existing
+    else:
+        _refuse_foreign_output(store)
+        began = time.monotonic()
+        plan = plan_job(files, wanted, store, extra)
+        log.info(
+            "planned %d images of %d prompts in %d shards (%.1f s)",
+            plan.n_images, plan.n_rows, plan.n_shards, time.monotonic() - began,
+        )
+        if plan.n_bad_rows:
+            log.warning("%d input rows rejected; %s says which and why", plan.n_bad_rows, BAD_ROWS_KEY)
+        if plan.n_rows == 0:
+            raise InputError(
+                f"no usable prompt in {', '.join(options.prompts)}: all {plan.n_bad_rows} rows were rejected; "
+                f"{store.url}/{plan.bad_rows_key} says why"
+            )
+        if plan.n_bad_rows:
+            store.put(BAD_ROWS_KEY, store.get(plan.bad_rows_key))
+        job = publish_job(
+            store,
+            JobSpec(
+                fingerprint=fingerprint,
+                model=options.model,
+                model_name=info.name,
+                model_sha256=info.sha256,
+                job_seed=options.seed,
+                images_per_prompt=options.images_per_prompt,
+                output_format=options.format,
+                shard_size=images,
+                duplicate_ids=options.duplicate_ids,
+                prompts=options.prompts,
+                rows=plan.n_rows,
+                images=plan.n_images,
+                shards=plan.n_shards,
+                bad_rows=plan.n_bad_rows,
+                created_unix=time.time(),
+                millijoule_version=software_version(),
+            ),
+        )
+    if options.retry_failed:
+        if existing is None:
+            raise InputError(f"--retry-failed: {store.url} holds no job yet")
+        rows = plan_retry(store, job)
+        log.info("retrying %d quarantined rows", rows)
+    index = load_shard_index(store, job.fingerprint)
+    if existing is not None:
+        log.info("continuing the job in %s", store.url)
+    return PlannedJob(job, index, existing is not None, exclusive)
+
+
+def calibrated_shard_size(options: GenerateOptions, info: ModelIdentity, seconds: float) -> int:
+    """Images that take about `seconds` on one worker, by a short run on a worker of this cluster."""
+    from millijoule.jobs.dry_run import calibrate
+
+    result = calibrate(options, info)
+    per_image = result.seconds / max(1, result.images)
+    return max(MIN_SHARD_IMAGES, min(MAX_SHARD_IMAGES, round(seconds / per_image)))
+
+
+def _probe(store: Store) -> bool:
+    exclusive = store.probe_exclusive_create()
+    if not exclusive:
+        log.warning(
+            "%s: this store has no exclusive create, so only the driver commits. Results stay exactly-once as long "
+            "as one driver at a time works on this output: do not start a second one",
+            store.url,
+        )
+    return exclusive
+
+
+def _refuse_foreign_output(store: Store) -> None:
+    """An output with results but without a job description is somebody's data; planning over it would mix them."""
+    if store.exists(SUCCESS_KEY):
+        raise InputError(f"{store.url}: has a {SUCCESS_KEY} but no job description; choose another --output")
+

@@ -1,0 +1,67 @@
+"""Joining a Ray cluster, or starting one on this machine for the length of a command."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from millijoule.workers.errors import InputError
+
+log = logging.getLogger(__name__)
+
+#: Image bytes never cross Ray's object store: it holds leases and commits, a few KB each.
+LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Connect to Ray for the length of a `with` block.
+
+    Args:
+        address: of a cluster; None for the one in RAY_ADDRESS (set inside `ray job submit`), else a new local one
+            that ends with the block.
+
+    Raises:
+        InputError: no cluster answers at the address.
+    """
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    else:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = address or os.environ.get("RAY_ADDRESS")
+            raise InputError(
+                f"--ray-address {where}: no Ray cluster answers there ({str(error).splitlines()[0]})"
+            ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def devices(cpus_per_worker: float, gpus_per_worker: float) -> int:
+    """How many workers fit the cluster as it is now: at least 1."""
+    have = ray.cluster_resources()
+    fits = []
+    if gpus_per_worker:
+        fits.append(have.get("GPU", 0) / gpus_per_worker)
+    if cpus_per_worker:
+        fits.append(have.get("CPU", 0) / cpus_per_worker)
+    return max(1, int(min(fits))) if fits else 1
+
+
+def has_gpus() -> bool:
+    """Whether any node of the cluster offers a GPU."""
+    return ray.cluster_resources().get("GPU", 0) > 0

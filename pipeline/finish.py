@@ -1,0 +1,210 @@
+"""What a finished job leaves for its readers: manifest, energy tables, stats, and `_SUCCESS` last.
+
+Everything is computed from commits alone, so any driver that finds all shards committed writes the same content, and
+a crash in the middle is mended by running again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from millijoule.pipeline.commits import READ_THREADS, read_commits
+from millijoule.pipeline.job import JobSpec
+from millijoule.pipeline.layout import MANIFEST_KEY, SEGMENTS_PREFIX, STATS_KEY, SUCCESS_KEY
+from millijoule.pipeline.ledger import Ledger, apportion, build_ledger, write_energy_tables
+from millijoule.pipeline.retry import SupersededRows, load_superseded
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, Segment
+from millijoule.workers.storage import Store
+
+log = logging.getLogger(__name__)
+
+#: One row per (prompt id, image index): what became of it and what it cost.
+MANIFEST_SCHEMA = pa.schema(
+    [
+        *IMAGE_ROW_SCHEMA,
+        pa.field("shard_id", pa.int64(), nullable=False),
+        pa.field("attempt_id", pa.string(), nullable=False),
+        pa.field("energy_mj", pa.int64(), metadata={b"unit": b"mJ", b"method": b"measured, direct"}),
+        pa.field("energy_estimate_mj", pa.int64(), metadata={b"unit": b"mJ", b"method": b"modelled"}),
+    ],
+    metadata={b"millijoule.schema_version": b"1"},
+)
+
+#: How many kinds of error `stats.json` lists.
+MAX_ERROR_KINDS = 50
+
+
+@dataclass
+class Totals:
+    """Sums over all commits, for `stats.json` and the last line on the terminal."""
+
+    shards: int = 0
+    images_ok: int = 0
+    images_quarantined: int = 0
+    encoded_bytes: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
+    per_node: Counter[str] = field(default_factory=Counter)
+    energy_methods: Counter[str] = field(default_factory=Counter)
+    first_start_ns: int | None = None
+    last_end_ns: int | None = None
+
+    def add(self, commit: Commit, rows: pa.Table) -> None:
+        self.shards += 1
+        status = Counter(rows["status"].to_pylist())
+        self.images_ok += status["ok"]
+        self.images_quarantined += status["quarantined"]
+        self.encoded_bytes += sum(v or 0 for v in rows["size_bytes"].to_pylist())
+        self.errors.update(e for e in rows["error"].to_pylist() if e)
+        self.warnings.update(w for words in rows["warnings"].to_pylist() for w in words or ())
+        self.per_node[f"{commit.host}/{commit.device}"] += status["ok"]
+        self.energy_methods[commit.energy_method] += status["ok"]
+        self.first_start_ns = min(self.first_start_ns or commit.t_start_wall_ns, commit.t_start_wall_ns)
+        self.last_end_ns = max(self.last_end_ns or 0, commit.t_end_wall_ns)
+
+
+def finish_job(store: Store, job: JobSpec, n_shards: int, *, bad_rows: int) -> dict[str, Any]:
+    """Write manifest, `energy/`, `stats.json` and `_SUCCESS` of a job whose shards are all committed.
+
+    Returns:
+        The content of `stats.json`.
+    """
+    superseded = load_superseded(store, job)
+    ledger = load_ledger(store, n_shards)
+    totals = Totals()
+    with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
+        path = Path(scratch, "manifest.parquet")
+        with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
+            for table in merged(manifest_tables(store, n_shards, ledger, superseded, totals)):
+                writer.write_table(table)
+        store.put_file(MANIFEST_KEY, path)
+    write_energy_tables(store, ledger, read_commits(store, n_shards))
+    stats = summarise(job, totals, ledger, bad_rows)
+    store.put(STATS_KEY, json.dumps(stats, indent=2, ensure_ascii=False).encode() + b"\n")
+    success = {"fingerprint": job.fingerprint, "shards": n_shards, "images_ok": totals.images_ok}
+    store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
+    return stats
+
+
+def manifest_tables(
+    store: Store, n_shards: int, ledger: Ledger, superseded: SupersededRows, totals: Totals | None = None
+) -> Iterator[pa.Table]:
+    """The manifest shard by shard, in shard order: rows `IMAGE_ROW_SCHEMA` plus energy, as `MANIFEST_SCHEMA`."""
+
+    def load(commit: Commit) -> tuple[Commit, pa.Table]:
+        with store.open_input(commit.rows_path) as source:
+            rows = pq.ParquetFile(source).read(columns=IMAGE_ROW_SCHEMA.names)
+        return commit, rows.select(IMAGE_ROW_SCHEMA.names).cast(IMAGE_ROW_SCHEMA)
+
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        for block in _blocks(read_commits(store, n_shards), 4 * READ_THREADS):
+            for commit, rows in threads.map(load, block):
+                rows = superseded.drop(commit.shard_id, rows)
+                if totals is not None:
+                    totals.add(commit, rows)
+                yield _with_energy(commit, rows, ledger)
+
+
+def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]:
+    """Concatenate small tables into ones of about `rows` rows, the row groups of the manifest."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(t.num_rows for t in held) >= rows:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
+def load_ledger(store: Store, n_shards: int) -> Ledger:
+    """The energy ledger over every segment that commits and drivers recorded."""
+    segments = [s for commit in read_commits(store, n_shards) for s in commit.segments]
+    for item in store.list(SEGMENTS_PREFIX):
+        segments.extend(segment_from_dict(s) for s in json.loads(store.get(item.key)))
+    return build_ledger(segments)
+
+
+def segment_from_dict(raw: dict[str, Any]) -> Segment:
+    """Inverse of `dataclasses.asdict` for a segment."""
+    return Segment(**{**raw, "open": CounterRead(**raw["open"]), "close": CounterRead(**raw["close"])})
+
+
+def summarise(job: JobSpec, totals: Totals, ledger: Ledger, bad_rows: int) -> dict[str, Any]:
+    """The content of `stats.json`: counts, speed, and energy with its method; null where nothing was measured."""
+    seconds = None
+    if totals.first_start_ns is not None and totals.last_end_ns is not None:
+        seconds = (totals.last_end_ns - totals.first_start_ns) / 1e9
+    energy = ledger.summary()
+    ok = totals.images_ok
+    return {
+        "fingerprint": job.fingerprint,
+        "model": job.model_name,
+        "model_sha256": job.model_sha256,
+        "format": job.output_format,
+        "shards": totals.shards,
+        "images_ok": ok,
+        "images_quarantined": totals.images_quarantined,
+        "input_rows_rejected": bad_rows,
+        "encoded_bytes": totals.encoded_bytes,
+        "seconds_first_to_last_commit": seconds,
+        "images_per_second": ok / seconds if seconds else None,
+        "errors": dict(totals.errors.most_common(MAX_ERROR_KINDS)),
+        "warnings": dict(totals.warnings.most_common(MAX_ERROR_KINDS)),
+        "images_per_node": dict(sorted(totals.per_node.items())),
+        "energy_methods": dict(sorted(totals.energy_methods.items())),
+        "energy": energy,
+        "direct_mj_per_image": _per_image(energy.get("shard_mj"), ok),
+        "full_mj_per_image": _per_image(energy.get("total_mj"), ok),
+        "estimate_mj_per_image": _per_image(energy.get("estimate_total_mj"), ok),
+        "millijoule_version": job.millijoule_version,
+    }
+
+
+def _per_image(total_mj: int | None, images: int) -> float | None:
+    return total_mj / images if total_mj is not None and images else None
+
+
+def _with_energy(commit: Commit, rows: pa.Table, ledger: Ledger) -> pa.Table:
+    ok = [s == "ok" for s in rows["status"].to_pylist()]
+    measured = _spread(ledger.shard_energy_mj(commit.shard_id, commit.attempt_id), ok)
+    estimated = _spread(commit.energy_estimate_mj, ok)
+    n = rows.num_rows
+    columns = [
+        *rows.columns,
+        pa.array([commit.shard_id] * n, pa.int64()),
+        pa.array([commit.attempt_id] * n, pa.string()),
+        pa.array(measured, pa.int64()),
+        pa.array(estimated, pa.int64()),
+    ]
+    return pa.table(columns, schema=MANIFEST_SCHEMA)
+
+
+def _spread(total_mj: int | None, ok: list[bool]) -> list[int | None]:
+    """Equal shares for the images of a shard; they cost the same, so equal is also the Shapley value."""
+    if total_mj is None or not any(ok):
+        return [None] * len(ok)
+    shares = iter(apportion(total_mj, [1] * sum(ok)))
+    return [next(shares) if good else None for good in ok]
+
+
+def _blocks(items: Iterator[Commit], size: int) -> Iterator[list[Commit]]:
+    block: list[Commit] = []
+    for item in items:
+        block.append(item)
+        if len(block) == size:
+            yield block
+            block = []
+    if block:
+        yield block

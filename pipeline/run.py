@@ -1,0 +1,223 @@
+"""One driver's run of a job: epoch, coordinator, pool, and the records a driver keeps beside the commits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from millijoule.pipeline.commits import CommitCompactor, list_committed, parse_commit
+from millijoule.pipeline.coordinator import Coordinator
+from millijoule.pipeline.job import JobSpec, open_epoch
+from millijoule.pipeline.layout import SEGMENTS_PREFIX
+from millijoule.pipeline.plan import ShardIndex
+from millijoule.pipeline.pool import PoolOptions, WorkerPool
+from millijoule.workers.errors import StoreError
+from millijoule.workers.lease import AttemptResult, WorkerConfig, commit_key
+from millijoule.workers.schemas import Segment
+from millijoule.workers.storage import Store
+
+log = logging.getLogger(__name__)
+
+#: Segments that no commit carries and compacted commits are written out at least this often.
+FLUSH_PERIOD_S = 30.0
+
+#: Throughput is averaged over this window for the progress line.
+RATE_WINDOW_S = 60.0
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job with its plan in place; `resumed` says that an earlier run had made the plan."""
+
+    job: JobSpec
+    index: ShardIndex
+    resumed: bool
+    exclusive: bool
+
+
+@dataclass
+class Counts:
+    """What this run and earlier ones achieved so far, for display."""
+
+    shards_done: int = 0
+    images_done: int = 0  # of committed shards, earlier runs included
+    images_this_run: int = 0
+    quarantined_this_run: int = 0
+    energy_mj: int | None = 0  # this run's committed shards; None once one was not measured
+    estimate_mj: int = 0
+    lost_attempts: int = 0
+
+
+class JobRun:
+    """Drives a planned job to its end, or as far as it gets.
+
+    Args:
+        worker_class: the Ray actor class.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        planned: PlannedJob,
+        options: PoolOptions,
+        worker_class: Any,
+        *,
+        lease_s: float,
+        speculate: bool,
+        batch_size: int | None = None,
+    ) -> None:
+        job = planned.job
+        self.store = store
+        self.planned = planned
+        self.epoch = open_epoch(store, exclusive=planned.exclusive)
+        committed = list_committed(store, len(planned.index))
+        self.coordinator = Coordinator(planned.index, committed, lease_s, self.epoch, speculate)
+        config = WorkerConfig(
+            output_url=store.url,
+            fingerprint=job.fingerprint,
+            job_seed=job.job_seed,
+            output_format=job.output_format,
+            model=job.model,
+            model_sha256=job.model_sha256,
+            driver_epoch=self.epoch,
+            batch_size=batch_size,
+            commits_exclusively=planned.exclusive,
+            cpu_threads=max(1, int(options.cpus_per_worker)),
+        )
+        self.pool = WorkerPool(worker_class, self.coordinator, config, options, self)
+        self.counts = Counts(
+            shards_done=self.coordinator.n_committed,
+            images_done=planned.index.images_of(committed),
+        )
+        self._compactor = CommitCompactor(store, self.epoch)
+        self._segments: list[Segment] = []
+        self._segment_parts = 0
+        self._next_flush = time.monotonic() + FLUSH_PERIOD_S
+        self._arrivals: deque[tuple[float, int]] = deque()
+        self._stop_now = False
+        self._on_tick: Callable[[], None] = lambda: None
+
+    def run(self, on_tick: Callable[[], None] = lambda: None) -> None:
+        """Work until every shard is committed or given up, or the run was drained or stopped.
+
+        Raises:
+            MillijouleError: nothing more can be done before a person acts. What was committed stays.
+        """
+        self._on_tick = on_tick
+        try:
+            self.pool.run()
+        except _StopNow:
+            log.warning("stopped")
+        finally:
+            self._flush()
+
+    def drain(self, reason: str) -> None:
+        """Lease nothing more; `run` returns when the shards at work are done."""
+        self.pool.drain(reason)
+
+    def stop_now(self) -> None:
+        """Make `run` return at its next turn. Safe from a signal handler."""
+        self._stop_now = True
+
+    @property
+    def draining(self) -> bool:
+        return self.pool.draining is not None
+
+    @property
+    def complete(self) -> bool:
+        return self.coordinator.n_committed == len(self.planned.index)
+
+    @property
+    def remaining(self) -> int:
+        return self.coordinator.remaining
+
+    @property
+    def given_up(self) -> dict[int, str]:
+        return self.coordinator.given_up
+
+    def images_per_second(self) -> float | None:
+        """Committed images per second over the last minute; None before the first commits."""
+        if len(self._arrivals) < 2:
+            return None
+        span = time.monotonic() - self._arrivals[0][0]
+        return sum(n for _, n in list(self._arrivals)[1:]) / span if span > 0 else None
+
+    def images_at_work(self) -> int:
+        """Images done in attempts that are not committed yet."""
+        return sum(e.images_done for e in self.coordinator.active.values() if e.lease.probe_rows is None)
+
+    # -- what the pool tells us ----------------------------------------------------------------------------------
+
+    def committed(self, result: AttemptResult, *, news: bool) -> None:
+        counts = self.counts
+        if result.outcome == "exists":
+            counts.lost_attempts += 1
+        if not news or result.commit_json is None:
+            return
+        shard = result.lease.shard
+        self._compactor.add(shard.shard_id, result.commit_json)
+        commit = parse_commit(self.store, shard.shard_id, result.commit_json)
+        counts.shards_done += 1
+        counts.images_done += shard.n_images
+        counts.images_this_run += commit.images_ok
+        counts.quarantined_this_run += commit.images_quarantined
+        counts.estimate_mj += commit.energy_estimate_mj or 0
+        if commit.energy_mj is None:
+            counts.energy_mj = None
+        elif counts.energy_mj is not None:
+            counts.energy_mj += commit.energy_mj
+        now = time.monotonic()
+        self._arrivals.append((now, commit.images_ok))
+        while self._arrivals[0][0] < now - RATE_WINDOW_S and len(self._arrivals) > 2:
+            self._arrivals.popleft()
+
+    def prepared(self, result: AttemptResult) -> bytes:
+        """Commit for a worker, on a store without exclusive create: only this process does, one at a time."""
+        assert result.commit_json is not None
+        shard_id = result.lease.shard.shard_id
+        key = commit_key(shard_id)
+        if not self.store.exists(key):
+            self.store.put(key, result.commit_json)
+            return result.commit_json
+        standing = self.store.get(key)
+        lost = parse_commit(self.store, shard_id, result.commit_json)
+        if lost.attempt_id != parse_commit(self.store, shard_id, standing).attempt_id:
+            self.store.delete([f.path for f in lost.files])
+            self.segments(tuple(_as_loser(s, lost.attempt_id) for s in lost.segments))
+            return standing
+        return result.commit_json
+
+    def segments(self, segments: tuple[Segment, ...]) -> None:
+        self._segments.extend(segments)
+
+    def tick(self, pool: WorkerPool) -> None:
+        if self._stop_now:
+            raise _StopNow
+        if time.monotonic() >= self._next_flush:
+            self._flush()
+        self._on_tick()
+
+    def _flush(self) -> None:
+        self._next_flush = time.monotonic() + FLUSH_PERIOD_S
+        try:
+            self._compactor.flush()
+            if self._segments:
+                body = json.dumps([asdict(s) for s in self._segments], separators=(",", ":")).encode()
+                self.store.put(f"{SEGMENTS_PREFIX}{self.epoch:06d}-{self._segment_parts:06d}.json", body)
+                self._segment_parts += 1
+                self._segments = []
+        except StoreError as error:
+            log.warning("energy records wait for the next flush: %s", error)
+
+
+class _StopNow(Exception):
+    """Leave the pool's loop at once."""
+
+
+def _as_loser(segment: Segment, attempt_id: str) -> Segment:
+    return replace(segment, segment_class="loser") if segment.attempt_id == attempt_id else segment
