@@ -1,0 +1,66 @@
+"""Fixtures for all tests: S3 servers, started once per run, and the proxy that makes them fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+from s3_servers import CephGateway, FaultProxy, MotoServer, RcloneS3, S3Endpoint
+
+
+def _skip_or_fail(missing: str | None) -> None:
+    """Skip where a server is not installed; on CI everything must be there, or nothing would ever test it."""
+    if missing and os.environ.get("CI") == "true":
+        pytest.fail(missing)
+    if missing:
+        pytest.skip(missing)
+
+
+@pytest.fixture(scope="session")
+def moto_s3() -> Iterator[S3Endpoint]:
+    with MotoServer() as server:
+        yield server.endpoint
+
+
+@pytest.fixture(scope="session")
+def rclone_s3() -> Iterator[S3Endpoint]:
+    _skip_or_fail(RcloneS3.missing())
+    with RcloneS3() as server:
+        yield server.endpoint
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[S3Endpoint]:
+    _skip_or_fail(CephGateway.missing())
+    with CephGateway() as server:
+        yield server.endpoint
+
+
+@pytest.fixture
+def fault_proxy() -> Iterator[Callable[[S3Endpoint], FaultProxy]]:
+    """`fault_proxy(endpoint)` starts a proxy in front of a server; all are stopped with the test."""
+    started: list[FaultProxy] = []
+
+    def start(upstream: S3Endpoint) -> FaultProxy:
+        proxy = FaultProxy(upstream)
+        started.append(proxy)
+        proxy.start()
+        return proxy
+
+    yield start
+    for proxy in started:
+        proxy.stop()
+
+
+@pytest.fixture
+def s3_env(monkeypatch: pytest.MonkeyPatch) -> Callable[[S3Endpoint], None]:
+    """`s3_env(endpoint)` points the AWS_* variables of this process at a server until the test ends."""
+
+    def use(endpoint: S3Endpoint) -> None:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        for name, value in endpoint.env().items():
+            monkeypatch.setenv(name, value)
+
+    return use
