@@ -1,0 +1,152 @@
+"""One small file per host boot in which all workers of a user keep their energy counters.
+
+Counters are not as absolute as they look: RAPL wraps every few minutes, so two processes that started at different
+times unwrap it to different totals; and polling the GPU counter too often is reported to corrupt it, whoever polls.
+So every read of every worker goes through this book, under an exclusive file lock: totals continue where the last
+reader left them, in one order and on one scale for the whole host, and a counter reset is one new epoch for all.
+
+The file is small, lives in shared memory where there is one, and may be lost at any time: the next reader begins a
+new one and what cannot be compared across the loss is reported as missing by the ledger.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+#: How long to wait for another worker that is reading. A healthy read takes milliseconds; a worker whose driver
+#: hangs must not stop the others, who then report the counters as missing.
+LOCK_TIMEOUT_S = 2.0
+_LOCK_POLL_S = 0.002
+
+#: A counter that grows faster than this (watts, averaged since `POWER_SLACK_S` before the last read) was reset,
+#: replaced or misread. No board or package draws half as much today.
+MAX_DOMAIN_WATTS = 5_000
+POWER_SLACK_S = 10
+
+
+def is_plausible(increase_mj: int, elapsed_ns: int) -> bool:
+    """Whether one device can have used `increase_mj` in `elapsed_ns`."""
+    return 0 <= increase_mj * 1_000_000 <= MAX_DOMAIN_WATTS * (elapsed_ns + POWER_SLACK_S * 1_000_000_000)
+
+
+@dataclass
+class BookedCounter:
+    """What was last seen of one domain; times are CLOCK_MONOTONIC nanoseconds.
+
+    `raw` is the device's own reading, `total` the unwrapped counter, both in the device's unit.
+    """
+
+    raw: int
+    total: int
+    t_read_ns: int
+    t_changed_ns: int
+
+
+@dataclass
+class BookedState:
+    """All counters of a host. `epoch` grows by one whenever any of them was reset."""
+
+    epoch: int = 0
+    counters: dict[str, BookedCounter] = field(default_factory=dict)
+
+
+class CounterBook:
+    """Access to the shared state; falls back to a private one where no file can be shared.
+
+    Args:
+        boot_id: of the host; names the file.
+        directory: where the file lives, default shared memory, else the temporary folder.
+    """
+
+    def __init__(self, boot_id: str, directory: Path | None = None) -> None:
+        if directory is None:
+            shm = Path("/dev/shm")
+            directory = shm if os.access(shm, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+        self.path = directory / f"millijoule-{os.getuid()}-{boot_id}.json"
+        self._state = BookedState()
+        self._file: int | None = None
+        try:
+            self._file = self._open()
+        except OSError as error:
+            log.warning("%s: %s; workers of this host cannot share their energy counters", self.path, error)
+
+    @contextmanager
+    def locked(self) -> Iterator[BookedState | None]:
+        """The state, to be read and changed by the `with` block; None where another reader holds it too long."""
+        if self._file is None:
+            yield self._state
+            return
+        if not self._lock():
+            yield None
+            return
+        try:
+            self._load()
+            yield self._state
+            self._save()
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Let go of the file; the state stays for other workers."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _open(self) -> int:
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        info = os.fstat(file)
+        if info.st_uid != os.getuid() or not stat.S_ISREG(info.st_mode):
+            os.close(file)
+            raise PermissionError("belongs to somebody else")
+        return file
+
+    def _lock(self) -> bool:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            assert self._file is not None
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_LOCK_POLL_S)
+                continue
+            if os.fstat(self._file).st_nlink:
+                return True
+            try:  # somebody removed the file: meet the others at its successor
+                successor = self._open()
+            except OSError:
+                return True
+            os.close(self._file)
+            self._file = successor
+
+    def _load(self) -> None:
+        assert self._file is not None
+        data = os.pread(self._file, 1 << 20, 0)
+        if not data:
+            return  # a new file: continue with what we know
+        try:
+            raw = json.loads(data)
+            counters = {d: BookedCounter(**c) for d, c in raw["counters"].items()}
+            self._state = BookedState(max(raw["epoch"], self._state.epoch), counters)
+        except (ValueError, TypeError, KeyError) as error:  # its writer was killed half-way
+            log.warning("%s: not readable (%s), starting a new epoch", self.path, error)
+            self._state = BookedState(self._state.epoch + 1, self._state.counters)
+
+    def _save(self) -> None:
+        assert self._file is not None
+        data = json.dumps(asdict(self._state), separators=(",", ":")).encode()
+        os.pwrite(self._file, data, 0)
+        os.ftruncate(self._file, len(data))
