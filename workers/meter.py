@@ -11,9 +11,11 @@ Facts behind the rules here:
   every `MIN_READ_SPACING_NS`, by all workers of a host together; in between the last value stands. A boundary
   is therefore up to 200 ms late in what it has seen: what one segment misses the next one gets, and the sum is exact.
 * A MIG instance has no counter of its own, the board's would charge one tenant for all: such devices are missing.
-* RAPL (powercap, `energy_uj`) counts microjoules and wraps at `max_energy_range_uj`, every ten minutes at full
-  load: some worker of the host has to read more often than that. It is readable by root only on most hosts, and 0
-  in most virtual machines. A package contains its cores; DRAM comes on top; "psys" contains both and is left out.
+* RAPL (powercap, `energy_uj`) counts microjoules and wraps at `max_energy_range_uj`, every two (AMD) to ten (Intel)
+  minutes at full load. Some worker of the host has to read more often than that (`SegmentTimeline.touch`); after a
+  longer silence the number of wraps is unknown and a new epoch begins. RAPL is readable by root only on most hosts,
+  and 0 in most virtual machines. A package contains its cores; DRAM comes on top; "psys" contains both and is left
+  out.
 * A powered device always draws something: a counter that reads 0 or stands still is broken, not idle.
 * The counters are those of whole devices, with all that other jobs do on them.
 
@@ -22,9 +24,11 @@ The estimate (`CounterRead.estimate_mj`) is CPU time at an assumed power and is 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +44,8 @@ log = logging.getLogger(__name__)
 MIN_READ_SPACING_NS = 200_000_000
 #: A counter that did not move for this long is not working: fifty updates of NVML's.
 STALL_AFTER_NS = 5_000_000_000
+#: No package draws more for long: how fast a RAPL counter may come round again.
+MAX_PACKAGE_WATTS = 600
 #: An NVML sample's own timestamp is believed up to this age; older ones mean that clocks were set.
 _MAX_SAMPLE_AGE_NS = 60_000_000_000
 
@@ -150,40 +156,34 @@ class CounterMeter:
 
     def __post_init__(self) -> None:
         self.domains = tuple(c.domain for c in self.counters)
+        self._lock = threading.Lock()  # the book's lock holds between processes only
         self._last: dict[str, int] = {}
         self._epoch = 0
         self._failing: set[str] = set()
 
     def read(self) -> CounterRead:
-        """Read every counter under the book's lock; see `EnergyMeter.read`.
+        """Read every counter under the book's lock, from any thread; see `EnergyMeter.read`.
 
         `t_mono_ns` is taken at the end; the oldest value was sampled at most `latency_ns` before it.
         """
         energy_mj: dict[str, int] = {}
-        oldest_ns = began_ns = self.clock_ns()
-        with self.book.locked() as state:
+        with self._lock, self.book.locked() as state:
+            oldest_ns = self.clock_ns()
             if state is None:
                 log.warning("%s: locked by another reader; energy is missing for now", self.book.path)
             else:
-                oldest_ns = began_ns = self.clock_ns()
                 for counter in self.counters:
                     value = self._read_counter(counter, state)
                     if value is not None:
                         energy_mj[counter.domain], sampled_ns = value
                         oldest_ns = min(oldest_ns, sampled_ns)
-                if (
-                    any(mj < self._last.get(d, 0) for d, mj in energy_mj.items())
-                    and state.epoch == self._epoch
-                ):
-                    state.epoch += 1  # the book was lost and begun again on another scale
-                self._epoch = state.epoch
-                self._last = {**self._last, **energy_mj}
+                self._keep_order(state, energy_mj)
             now_ns = self.clock_ns()  # inside the lock: reads of a host are ordered in time as in value
         return CounterRead(
             boot_id=self.boot_id,
             t_mono_ns=now_ns,
             t_wall_ns=time.time_ns(),
-            latency_ns=now_ns - min(oldest_ns, began_ns),
+            latency_ns=now_ns - oldest_ns,
             energy_mj=energy_mj,
             estimate_mj=estimate_cpu_mj(),
             epoch=self._epoch,
@@ -192,6 +192,16 @@ class CounterMeter:
     def close(self) -> None:
         self.book.close()
         self.on_close()
+
+    def _keep_order(self, state: BookedState, energy_mj: dict[str, int]) -> None:
+        """Begin a new epoch where a counter is behind our own last read: the book was lost in between."""
+        if state.epoch != self._epoch:
+            self._last.clear()
+        elif any(mj < self._last.get(domain, 0) for domain, mj in energy_mj.items()):
+            state.epoch += 1
+            self._last.clear()
+        self._epoch = state.epoch
+        self._last.update(energy_mj)
 
     def _read_counter(self, counter: Counter, state: BookedState) -> tuple[int, int] | None:
         """The unwrapped counter in mJ and when it was sampled, or None; brings `state` up to date."""
@@ -204,23 +214,31 @@ class CounterMeter:
             if raw <= 0:
                 raise ValueError(f"reads {raw}")
         except Exception as error:  # a driver's trouble is a missing number, not a lost job
-            return self._report_failure(counter.domain, error)
+            self._report_failure(counter.domain, error)
+            return None
         now_ns = self.clock_ns()
         if booked is None:
             booked = state.counters[counter.domain] = BookedCounter(raw, raw, now_ns, now_ns)
         elif raw == booked.raw:
             if now_ns - booked.t_changed_ns > STALL_AFTER_NS:
-                return self._report_failure(counter.domain, ValueError(f"stands still at {raw}"))
+                self._report_failure(counter.domain, ValueError(f"stands still at {raw}"))
+                return None
             booked.t_read_ns = now_ns
         else:
-            increase = raw - booked.raw
+            increase, elapsed_ns = raw - booked.raw, now_ns - booked.t_read_ns
             if increase < 0 and counter.wraps_at is not None:
                 increase %= counter.wraps_at
-            if is_plausible(increase // counter.units_per_mj, now_ns - booked.t_read_ns):
+            wraps_known = elapsed_ns < _shortest_round_ns(counter)
+            if wraps_known and is_plausible(increase // counter.units_per_mj, elapsed_ns):
                 total = booked.total + increase
             else:
                 log.warning(
-                    "%s: went from %d to %d: reset; a new epoch begins", counter.domain, booked.raw, raw
+                    "%s: from %d to %d in %.1f s: %s; a new epoch begins",
+                    counter.domain,
+                    booked.raw,
+                    raw,
+                    elapsed_ns / 1e9,
+                    "reset" if wraps_known else "may have wrapped unseen",
                 )
                 state.epoch += 1
                 total = raw
@@ -266,6 +284,13 @@ def open_meter(
         on_close=shutdown,
         clock_ns=clock_ns,
     )
+
+
+def _shortest_round_ns(counter: Counter) -> float:
+    """The time in which `counter` cannot have come round to where it was."""
+    if counter.wraps_at is None:
+        return float("inf")
+    return counter.wraps_at / counter.units_per_mj / MAX_PACKAGE_WATTS * 1_000_000
 
 
 def read_boot_id() -> str:
@@ -328,8 +353,7 @@ def _usable(counter: Counter) -> Counter | None:
 def _open_gpus(gpus: Sequence[str], lib: Any) -> tuple[tuple[Counter, ...], Callable[[], None]]:
     """Counters of `gpus` and what closes the library again."""
     try:
-        if lib is None:
-            import pynvml as lib
+        lib = lib or importlib.import_module("pynvml")
         lib.nvmlInit()
     except Exception as error:  # no driver, no library, no permission
         log.warning("NVML is not available (%s); GPU energy is missing", error)
@@ -346,7 +370,14 @@ def _open_gpus(gpus: Sequence[str], lib: Any) -> tuple[tuple[Counter, ...], Call
         counter = _usable(GpuCounter(lib, handle, f"gpu:{uuid}"))
         if counter is not None:
             counters[counter.domain] = counter
-    return tuple(counters.values()), lib.nvmlShutdown
+    return tuple(counters.values()), lambda: _shut_down(lib)
+
+
+def _shut_down(lib: Any) -> None:
+    try:
+        lib.nvmlShutdown()
+    except lib.NVMLError as error:  # the process is about to end anyway
+        log.info("NVML did not shut down: %s", error)
 
 
 def _find_gpu(lib: Any, gpu: str) -> tuple[str, Any]:

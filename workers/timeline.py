@@ -7,6 +7,7 @@ both have it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,10 @@ from millijoule.workers.schemas import SEGMENT_CLASSES, Segment
 
 if TYPE_CHECKING:
     from millijoule.workers.meter import EnergyMeter
+
+
+#: How often `SegmentTimeline.touch` reads: well within the two minutes in which the fastest RAPL counter wraps.
+TOUCH_PERIOD_S = 30
 
 
 class SegmentTimeline:
@@ -24,6 +29,7 @@ class SegmentTimeline:
         self.meter = meter
         self._open = meter.read()
         self._closed: list[Segment] = []
+        self._touched = time.monotonic()
 
     def close(
         self, segment_class: str, shard_id: int | None = None, attempt_id: str | None = None
@@ -40,6 +46,13 @@ class SegmentTimeline:
         self._open = read
         self._closed.append(segment)
         return segment
+
+    def touch(self) -> None:
+        """Keep wrapping counters followed during a long segment; free to call often, from any thread."""
+        now = time.monotonic()
+        if now - self._touched >= TOUCH_PERIOD_S:
+            self._touched = now
+            self.meter.read()
 
     def take(self) -> tuple[Segment, ...]:
         """Hand over all segments closed and not taken yet, oldest first. The taker must record them or `restore`."""
