@@ -1,0 +1,104 @@
+"""Finds prompt ids that occur more than once among any number of rows, at bounded memory.
+
+In go ids with their ordinals, out come the ordinals of the later occurrences. Ids are kept as 128-bit digests in
+temporary files split by the digest's first byte, and looked at one file at a time. Two different ids of one digest
+would be taken for duplicates; the chance is below 1e-20 for a billion rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+#: 24 bytes per row, so a file of 1/256 of 100 million rows is 10 MB.
+_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("ordinal", "<i8")])
+_PARTITIONS = 256
+
+#: Records kept before they are sorted into the files.
+_PENDING = 65_536
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Every occurrence of an id after its first, by ordinal.
+
+    `ordinal`, `first` (of the same id) are int64 `[n]`, `nth` (2 for the second) int32 `[n]`.
+    """
+
+    ordinal: np.ndarray
+    first: np.ndarray
+    nth: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ordinal)
+
+    def among(self, ordinals: np.ndarray) -> tuple[np.ndarray, slice]:
+        """Where in the ascending `ordinals` duplicates stand, and which of ours these are."""
+        if not len(ordinals):
+            return np.empty(0, np.int64), slice(0, 0)
+        ours = slice(*np.searchsorted(self.ordinal, [ordinals[0], ordinals[-1] + 1]).tolist())
+        return np.searchsorted(ordinals, self.ordinal[ours]), ours
+
+
+class DuplicateFinder:
+    """Collects ids; `folder` must exist and is the caller's to delete."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pending: list[np.ndarray] = []
+        self._n_pending = 0
+
+    def add(self, ids: pa.Array, ordinals: np.ndarray) -> None:
+        """Take note of ids without nulls; ordinals ascend from call to call."""
+        sha256 = hashlib.sha256
+        digests = b"".join([sha256(value).digest() for value in pc.cast(ids, pa.binary()).to_pylist()])
+        words = np.frombuffer(digests, "<u8").reshape(-1, 4)
+        records = np.empty(len(ordinals), _RECORD)
+        records["high"], records["low"], records["ordinal"] = words[:, 0], words[:, 1], ordinals
+        self._pending.append(records)
+        self._n_pending += len(records)
+        if self._n_pending >= _PENDING:
+            self._spill()
+
+    def duplicates(self) -> Duplicates:
+        """All duplicates among what was added."""
+        if any(self._folder.iterdir()):
+            self._spill()
+            found = [_duplicates(np.fromfile(path, _RECORD)) for path in sorted(self._folder.iterdir())]
+        else:  # few enough to never have been spilled
+            found = [_duplicates(np.concatenate(self._pending))] if self._pending else []
+        columns = [np.concatenate(parts) for parts in zip(*found, strict=True)] if found else []
+        if not columns:
+            return Duplicates(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32))
+        order = np.argsort(columns[0])
+        return Duplicates(*(column[order] for column in columns))
+
+    def _spill(self) -> None:
+        records = np.concatenate(self._pending) if self._pending else np.empty(0, _RECORD)
+        partition = (records["high"] & (_PARTITIONS - 1)).astype(np.uint8)
+        records = records[np.argsort(partition, kind="stable")]
+        ends = np.cumsum(np.bincount(partition, minlength=_PARTITIONS)).tolist()
+        for p, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            if start < end:
+                with open(self._folder / f"ids-{p:03d}", "ab") as file:
+                    records[start:end].tofile(file)
+        self._pending, self._n_pending = [], 0
+
+
+def _duplicates(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ordinal, first, nth) of the duplicates among records whose ordinals ascend."""
+    high = np.sort(records["high"])
+    if not (high[1:] == high[:-1]).any():
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32)
+    records = records[np.lexsort((records["ordinal"], records["low"], records["high"]))]
+    same = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
+    start = np.flatnonzero(np.concatenate(([True], ~same)))
+    first = start[np.cumsum(np.concatenate(([True], ~same))) - 1]  # [n] index of the group's first record
+    later = np.flatnonzero(np.concatenate(([False], same)))
+    nth = (later - first[later] + 1).astype(np.int32)
+    return records["ordinal"][later], records["ordinal"][first[later]], nth

@@ -1,0 +1,128 @@
+"""One shard of the plan: where its rows lie, how a worker reads them, and which images they ask for.
+
+A `Shard` names one Parquet row group of a plan part. In go a shard and the store, out come its rows and the image
+requests with their final seeds. Nothing here decides what belongs to a shard; that is `pipeline.plan`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from millijoule.workers.errors import StoreError
+from millijoule.workers.schemas import PLAN_ROW_SCHEMA, ImageRequest
+from millijoule.workers.storage import Store
+
+#: Seeds are unsigned 64-bit; a row's seed counts up by image index and wraps here.
+SEED_RANGE = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A slice of the plan, homogeneous in size and steps: row group `row_group` of the plan part at `key`.
+
+    `rows_sha256` is `rows_digest` of its rows. `width`/`height` (pixels) and `num_inference_steps` are None for the
+    model's own default.
+    """
+
+    shard_id: int
+    key: str
+    row_group: int
+    n_rows: int
+    n_images: int
+    width: int | None
+    height: int | None
+    num_inference_steps: int | None
+    first_prompt_id: str
+    rows_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One prompt of the plan; the fields are the columns of `PLAN_ROW_SCHEMA`."""
+
+    prompt_id: str
+    prompt: str
+    negative_prompt: str | None
+    seed: int | None
+    num_images: int
+    width: int | None
+    height: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    extra: str | None
+    source: str
+
+
+def read_shard_rows(store: Store, shard: Shard) -> list[PlanRow]:
+    """The rows of `shard`, in plan order.
+
+    Raises:
+        NotFoundError: the plan part is gone.
+        StoreError: the part cannot be read, or holds other rows than the plan's index says.
+    """
+    where = f"{store.url}/{shard.key}, row group {shard.row_group}"
+    with store.open_input(shard.key) as file:
+        try:
+            table = pq.ParquetFile(file).read_row_group(shard.row_group, use_threads=False)
+        except (pa.ArrowException, IndexError, OSError) as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(
+                f"{where}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
+                "delete this output's _job folder and start again"
+            ) from error
+    columns = [table[name].to_pylist() for name in PLAN_ROW_SCHEMA.names]
+    if rows_digest(table["prompt_id"], table["num_images"]) != shard.rows_sha256:
+        raise StoreError(
+            f"{where}: other rows than the plan's index says for shard {shard.shard_id}; the plan was overwritten or "
+            "is damaged"
+        )
+    return [PlanRow(*values) for values in zip(*columns, strict=True)]
+
+
+def shard_requests(rows: Iterable[PlanRow], job_seed: int) -> list[ImageRequest]:
+    """Every image the rows ask for, in row order and then by image index."""
+    return [
+        ImageRequest(
+            prompt_id=row.prompt_id,
+            image_index=k,
+            prompt=row.prompt,
+            seed=derive_seed(job_seed, row.prompt_id, k) if row.seed is None else (row.seed + k) % SEED_RANGE,
+            negative_prompt=row.negative_prompt,
+            width=row.width,
+            height=row.height,
+            num_inference_steps=row.num_inference_steps,
+            guidance_scale=row.guidance_scale,
+            extra=row.extra,
+            source=row.source,
+        )
+        for row in rows
+        for k in range(row.num_images)
+    ]
+
+
+def derive_seed(job_seed: int, prompt_id: str, image_index: int) -> int:
+    """The seed of an image whose row gives none: the same whatever shard, worker, batch or retry draws it.
+
+    The first 8 bytes, big-endian, of SHA-256 over `job_seed`, `prompt_id` and `image_index` joined by NUL.
+    """
+    text = f"{job_seed}\0{prompt_id}\0{image_index}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+
+
+def rows_digest(prompt_ids: pa.ChunkedArray, num_images: pa.ChunkedArray) -> str:
+    """SHA-256 in hex over `prompt_id NUL num_images NUL` of each row; ids hold no NUL."""
+    return hashlib.sha256("".join(digest_inputs(prompt_ids, num_images).to_pylist()).encode()).hexdigest()
+
+
+def digest_inputs(
+    prompt_ids: pa.Array | pa.ChunkedArray, num_images: pa.Array | pa.ChunkedArray
+) -> pa.Array | pa.ChunkedArray:
+    """The strings that `rows_digest` hashes, one per row."""
+    return pc.binary_join_element_wise(prompt_ids, pc.cast(num_images, pa.string()), "", "\0")
