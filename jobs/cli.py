@@ -22,7 +22,11 @@ COMMANDS = {
 def usage() -> str:
     lines = ["usage: millijoule COMMAND [options]", "", "commands:"]
     lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    lines += ["", "`millijoule COMMAND --help` explains a command's options.", f"version {version('millijoule')}"]
+    lines += [
+        "",
+        "`millijoule COMMAND --help` explains a command's options.",
+        f"version {version('millijoule')}",
+    ]
     return "\n".join(lines)
 
 

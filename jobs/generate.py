@@ -121,8 +121,13 @@ def run(options: GenerateOptions) -> int:
             return dry_run(options, store)
         planned = open_or_plan(options, store)
         job_run = JobRun(
-            store, planned, pool_options(options), remote_worker_class(), lease_s=options.lease_seconds,
-            speculate=options.speculate, batch_size=options.batch_size,
+            store,
+            planned,
+            pool_options(options),
+            remote_worker_class(),
+            lease_s=options.lease_seconds,
+            speculate=options.speculate,
+            batch_size=options.batch_size,
         )
         with Progress(planned.job, job_run, quiet=options.quiet) as progress, _signals(job_run):
             job_run.run(on_tick=progress.tick)
@@ -130,16 +135,19 @@ def run(options: GenerateOptions) -> int:
         for shard_id, error in sorted(job_run.given_up.items())[:20]:
             print(f"shard {shard_id} could not be made: {error}", file=sys.stderr)
         print(
-            f"{len(job_run.given_up)} of {len(planned.index)} shards could not be made; run the same command again "
+            f"{len(job_run.given_up)} of {len(planned.shards)} shards could not be made; run the same command again "
             "once the cause is mended",
             file=sys.stderr,
         )
         return ERROR
     if not job_run.complete:
-        print(f"interrupted: {job_run.remaining} shards left; run the same command again to resume", file=sys.stderr)
+        print(
+            f"interrupted: {job_run.remaining} shards left; run the same command again to resume",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     began = time.monotonic()
-    stats = finish_job(store, planned.job, len(planned.index), bad_rows=planned.job.bad_rows)
+    stats = finish_job(store, planned.job, planned.shards)
     progress.result(stats, finish_seconds=time.monotonic() - began)
     return QUARANTINED if stats["images_quarantined"] or stats["input_rows_rejected"] else COMPLETE
 

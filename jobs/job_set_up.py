@@ -16,9 +16,9 @@ from millijoule.pipeline.job import (
     software_version,
 )
 from millijoule.pipeline.layout import BAD_ROWS_KEY, SUCCESS_KEY
-from millijoule.pipeline.plan import PlanOptions, compute_fingerprint, load_shard_index, plan_job
+from millijoule.pipeline.plan import PlanOptions, compute_fingerprint, plan_job
 from millijoule.pipeline.pool import PoolOptions
-from millijoule.pipeline.retry import plan_retry
+from millijoule.pipeline.retry import load_job_shards, plan_retry
 from millijoule.pipeline.run import PlannedJob
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import ModelIdentity, describe_model
@@ -133,8 +133,12 @@ def open_or_plan(options: GenerateOptions, store: Store) -> PlannedJob:
         "output_format": options.format,
     }
     fingerprint = compute_fingerprint(files, wanted, extra)
-    asked = {**extra, "images_per_prompt": options.images_per_prompt, "shard_size": images,
-             "duplicate_ids": options.duplicate_ids}
+    asked = {
+        **extra,
+        "images_per_prompt": options.images_per_prompt,
+        "shard_size": images,
+        "duplicate_ids": options.duplicate_ids,
+    }
     exclusive = _probe(store)
     if existing is not None:
         check_same_job(existing, fingerprint, asked, store.url)
@@ -142,18 +146,16 @@ def open_or_plan(options: GenerateOptions, store: Store) -> PlannedJob:
     else:
         _refuse_foreign_output(store)
         began = time.monotonic()
-        plan = plan_job(files, wanted, store, extra)
+        plan = plan_job(files, wanted, store, extra, fingerprint=fingerprint)
         log.info(
             "planned %d images of %d prompts in %d shards (%.1f s)",
-            plan.n_images, plan.n_rows, plan.n_shards, time.monotonic() - began,
+            plan.n_images,
+            plan.n_rows,
+            plan.n_shards,
+            time.monotonic() - began,
         )
         if plan.n_bad_rows:
             log.warning("%d input rows rejected; %s says which and why", plan.n_bad_rows, BAD_ROWS_KEY)
-        if plan.n_rows == 0:
-            raise InputError(
-                f"no usable prompt in {', '.join(options.prompts)}: all {plan.n_bad_rows} rows were rejected; "
-                f"{store.url}/{plan.bad_rows_key} says why"
-            )
         if plan.n_bad_rows:
             store.put(BAD_ROWS_KEY, store.get(plan.bad_rows_key))
         job = publish_job(
@@ -181,11 +183,11 @@ def open_or_plan(options: GenerateOptions, store: Store) -> PlannedJob:
         if existing is None:
             raise InputError(f"--retry-failed: {store.url} holds no job yet")
         rows = plan_retry(store, job)
-        log.info("retrying %d quarantined rows", rows)
-    index = load_shard_index(store, job.fingerprint)
+        log.info("retrying %d quarantined images", rows)
+    shards = load_job_shards(store, job)
     if existing is not None:
         log.info("continuing the job in %s", store.url)
-    return PlannedJob(job, index, existing is not None, exclusive)
+    return PlannedJob(job, shards, existing is not None, exclusive)
 
 
 def calibrated_shard_size(options: GenerateOptions, info: ModelIdentity, seconds: float) -> int:
@@ -212,4 +214,3 @@ def _refuse_foreign_output(store: Store) -> None:
     """An output with results but without a job description is somebody's data; planning over it would mix them."""
     if store.exists(SUCCESS_KEY):
         raise InputError(f"{store.url}: has a {SUCCESS_KEY} but no job description; choose another --output")
-

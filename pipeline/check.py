@@ -18,8 +18,7 @@ from millijoule.pipeline.commits import READ_THREADS, list_committed, read_commi
 from millijoule.pipeline.finish import MANIFEST_SCHEMA, load_ledger, manifest_tables
 from millijoule.pipeline.job import JobSpec, require_job
 from millijoule.pipeline.layout import MANIFEST_KEY, SUCCESS_KEY
-from millijoule.pipeline.plan import load_shard_index
-from millijoule.pipeline.retry import load_superseded
+from millijoule.pipeline.retry import JobShards, load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
 from millijoule.workers.shard_rows import Shard, read_shard_rows, shard_requests
@@ -43,7 +42,7 @@ def check_output(
         InputError: there is no job in this output.
     """
     job = require_job(store)
-    index = load_shard_index(store, job.fingerprint)
+    index = load_job_shards(store, job)
     done = list_committed(store, len(index))
     for shard_id in (~done).nonzero()[0].tolist():
         yield f"shard {shard_id}: not committed"
@@ -58,7 +57,7 @@ def check_output(
             on_shard(checked, len(index))
             yield from problems
     if done.all():
-        yield from _check_manifest(store, job, len(index))
+        yield from _check_manifest(store, job, index)
 
 
 def _check_shard(store: Store, job: JobSpec, shard: Shard, commit: Commit, *, images: bool) -> Iterator[str]:
@@ -102,7 +101,7 @@ def _check_shard(store: Store, job: JobSpec, shard: Shard, commit: Commit, *, im
                 yield f"{row['path']}: image {row['image_index']} of prompt {row['prompt_id']!r} is not what was made"
 
 
-def _check_manifest(store: Store, job: JobSpec, n_shards: int) -> Iterator[str]:
+def _check_manifest(store: Store, job: JobSpec, shards: JobShards) -> Iterator[str]:
     """Once all shards are committed there must be a manifest, and it must say what the commits say."""
     try:
         success = json.loads(store.get(SUCCESS_KEY))
@@ -112,7 +111,7 @@ def _check_manifest(store: Store, job: JobSpec, n_shards: int) -> Iterator[str]:
     except ValueError as error:
         yield f"{SUCCESS_KEY}: {error}"
         return
-    if success.get("fingerprint") != job.fingerprint or success.get("shards") != n_shards:
+    if success.get("fingerprint") != job.fingerprint or success.get("shards") != len(shards):
         yield f"{SUCCESS_KEY}: belongs to another state of the job; run the job again to finish it"
     try:
         with store.open_input(MANIFEST_KEY) as source:
@@ -126,8 +125,8 @@ def _check_manifest(store: Store, job: JobSpec, n_shards: int) -> Iterator[str]:
     if manifest.schema.names != MANIFEST_SCHEMA.names:
         yield f"{MANIFEST_KEY}: has columns {manifest.schema.names}"
         return
-    ledger, superseded, at = load_ledger(store, n_shards), load_superseded(store, job), 0
-    for table in manifest_tables(store, n_shards, ledger, superseded):
+    ledger, at = load_ledger(store, len(shards)), 0
+    for table in manifest_tables(store, shards, ledger):
         part = manifest.slice(at, table.num_rows)
         at += table.num_rows
         for name in MANIFEST_SCHEMA.names:

@@ -68,7 +68,9 @@ def read_commits(store: Store, n_shards: int, *, use_compacted: bool = True) -> 
         for start in range(0, len(wanted), 1024):
             block = wanted[start : start + 1024]
             missing = [s for s in block if s not in compacted]
-            fetched = dict(zip(missing, threads.map(lambda s: store.get(commit_key(s)), missing), strict=True))
+            fetched = dict(
+                zip(missing, threads.map(lambda s: store.get(commit_key(s)), missing), strict=True)
+            )
             for shard_id in block:
                 body = fetched[shard_id] if shard_id in fetched else compacted.pop(shard_id)
                 yield parse_commit(store, shard_id, body)

@@ -11,13 +11,14 @@ import heapq
 import statistics
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from millijoule.pipeline.bisection import Bisection
-from millijoule.pipeline.plan import ShardIndex
 from millijoule.workers.lease import Lease
+from millijoule.workers.shard_rows import Shard
 
 #: After this many workers died on a shard, its rows are searched for the one that kills them.
 CRASHES_BEFORE_BISECTION = 2
@@ -72,7 +73,7 @@ class Coordinator:
         speculate: give second leases to stragglers when nothing else is left.
     """
 
-    shards: ShardIndex
+    shards: Sequence[Shard]
     committed: np.ndarray
     lease_s: float
     driver_epoch: int

@@ -23,7 +23,7 @@ from millijoule.pipeline.commits import READ_THREADS, read_commits
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.layout import MANIFEST_KEY, SEGMENTS_PREFIX, STATS_KEY, SUCCESS_KEY
 from millijoule.pipeline.ledger import Ledger, apportion, build_ledger, write_energy_tables
-from millijoule.pipeline.retry import SupersededRows, load_superseded
+from millijoule.pipeline.retry import JobShards
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, Segment
 from millijoule.workers.storage import Store
 
@@ -74,23 +74,23 @@ class Totals:
         self.last_end_ns = max(self.last_end_ns or 0, commit.t_end_wall_ns)
 
 
-def finish_job(store: Store, job: JobSpec, n_shards: int, *, bad_rows: int) -> dict[str, Any]:
+def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
     """Write manifest, `energy/`, `stats.json` and `_SUCCESS` of a job whose shards are all committed.
 
     Returns:
         The content of `stats.json`.
     """
-    superseded = load_superseded(store, job)
+    n_shards = len(shards)
     ledger = load_ledger(store, n_shards)
     totals = Totals()
     with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
         path = Path(scratch, "manifest.parquet")
         with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
-            for table in merged(manifest_tables(store, n_shards, ledger, superseded, totals)):
+            for table in merged(manifest_tables(store, shards, ledger, totals)):
                 writer.write_table(table)
         store.put_file(MANIFEST_KEY, path)
     write_energy_tables(store, ledger, read_commits(store, n_shards))
-    stats = summarise(job, totals, ledger, bad_rows)
+    stats = summarise(job, totals, ledger)
     store.put(STATS_KEY, json.dumps(stats, indent=2, ensure_ascii=False).encode() + b"\n")
     success = {"fingerprint": job.fingerprint, "shards": n_shards, "images_ok": totals.images_ok}
     store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
@@ -98,7 +98,7 @@ def finish_job(store: Store, job: JobSpec, n_shards: int, *, bad_rows: int) -> d
 
 
 def manifest_tables(
-    store: Store, n_shards: int, ledger: Ledger, superseded: SupersededRows, totals: Totals | None = None
+    store: Store, shards: JobShards, ledger: Ledger, totals: Totals | None = None
 ) -> Iterator[pa.Table]:
     """The manifest shard by shard, in shard order: rows `IMAGE_ROW_SCHEMA` plus energy, as `MANIFEST_SCHEMA`."""
 
@@ -108,9 +108,9 @@ def manifest_tables(
         return commit, rows.select(IMAGE_ROW_SCHEMA.names).cast(IMAGE_ROW_SCHEMA)
 
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        for block in _blocks(read_commits(store, n_shards), 4 * READ_THREADS):
+        for block in _blocks(read_commits(store, len(shards)), 4 * READ_THREADS):
             for commit, rows in threads.map(load, block):
-                rows = superseded.drop(commit.shard_id, rows)
+                rows = shards.keep_last_round(commit.shard_id, rows)
                 if totals is not None:
                     totals.add(commit, rows)
                 yield _with_energy(commit, rows, ledger)
@@ -141,7 +141,7 @@ def segment_from_dict(raw: dict[str, Any]) -> Segment:
     return Segment(**{**raw, "open": CounterRead(**raw["open"]), "close": CounterRead(**raw["close"])})
 
 
-def summarise(job: JobSpec, totals: Totals, ledger: Ledger, bad_rows: int) -> dict[str, Any]:
+def summarise(job: JobSpec, totals: Totals, ledger: Ledger) -> dict[str, Any]:
     """The content of `stats.json`: counts, speed, and energy with its method; null where nothing was measured."""
     seconds = None
     if totals.first_start_ns is not None and totals.last_end_ns is not None:
@@ -156,7 +156,7 @@ def summarise(job: JobSpec, totals: Totals, ledger: Ledger, bad_rows: int) -> di
         "shards": totals.shards,
         "images_ok": ok,
         "images_quarantined": totals.images_quarantined,
-        "input_rows_rejected": bad_rows,
+        "input_rows_rejected": job.bad_rows,
         "encoded_bytes": totals.encoded_bytes,
         "seconds_first_to_last_commit": seconds,
         "images_per_second": ok / seconds if seconds else None,

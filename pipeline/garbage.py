@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from millijoule.pipeline.commits import list_committed, read_commits
 from millijoule.pipeline.job import require_job
 from millijoule.pipeline.layout import DATA_PREFIX, EPOCHS_PREFIX
-from millijoule.pipeline.plan import load_shard_index
+from millijoule.pipeline.retry import load_job_shards
 from millijoule.workers.storage import Store
 
 #: Files of an older driver's attempts are kept this long in case a cut-off worker still runs.
@@ -41,12 +41,14 @@ def find_orphans(store: Store, *, now: float | None = None) -> Iterator[Orphan]:
     """
     now = time.time() if now is None else now
     job = require_job(store)
-    index = load_shard_index(store, job.fingerprint)
+    index = load_job_shards(store, job)
     # Listed before the commits are read: a file whose commit comes later is then seen as committed, not as orphan.
     objects = list(store.list(DATA_PREFIX))
     committed = list_committed(store, len(index))
     named = {f.path for c in read_commits(store, len(index)) for f in c.files}
-    newest = max((int(i.key[len(EPOCHS_PREFIX) :].split(".")[0]) for i in store.list(EPOCHS_PREFIX)), default=0)
+    newest = max(
+        (int(i.key[len(EPOCHS_PREFIX) :].split(".")[0]) for i in store.list(EPOCHS_PREFIX)), default=0
+    )
     for item in objects:
         if item.key in named:
             continue

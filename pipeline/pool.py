@@ -304,9 +304,7 @@ class WorkerPool:
         assert lease is not None
         self._store_failures += 1
         pause = min(STORE_BACKOFF_MOST_S, STORE_BACKOFF_FIRST_S * 2 ** (self._store_failures - 1))
-        log.warning(
-            "shard %d: %s; trying again in %.0f s", lease.shard.shard_id, first_line(error), pause
-        )
+        log.warning("shard %d: %s; trying again in %.0f s", lease.shard.shard_id, first_line(error), pause)
         self.coordinator.failed(lease.attempt_id, first_line(error), now + pause)
 
     def _bury(self, worker: _Worker, error: Exception, now: float, *, kill: bool = False) -> None:

@@ -103,7 +103,9 @@ class Progress:
         else:
             lines.append("energy: not measured (no readable counter on these nodes)")
             if modelled is not None:
-                lines.append(f"        about {joules(modelled)} per image by a model of CPU time, not a measurement")
+                lines.append(
+                    f"        about {joules(modelled)} per image by a model of CPU time, not a measurement"
+                )
         if stats["images_quarantined"]:
             lines.append(
                 f"{stats['images_quarantined']} images quarantined, see status and error in manifest.parquet; "

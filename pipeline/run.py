@@ -14,8 +14,8 @@ from millijoule.pipeline.commits import CommitCompactor, list_committed, parse_c
 from millijoule.pipeline.coordinator import Coordinator
 from millijoule.pipeline.job import JobSpec, open_epoch
 from millijoule.pipeline.layout import SEGMENTS_PREFIX
-from millijoule.pipeline.plan import ShardIndex
 from millijoule.pipeline.pool import PoolOptions, WorkerPool
+from millijoule.pipeline.retry import JobShards
 from millijoule.workers.errors import StoreError
 from millijoule.workers.lease import AttemptResult, WorkerConfig, commit_key
 from millijoule.workers.schemas import Segment
@@ -35,7 +35,7 @@ class PlannedJob:
     """A job with its plan in place; `resumed` says that an earlier run had made the plan."""
 
     job: JobSpec
-    index: ShardIndex
+    shards: JobShards
     resumed: bool
     exclusive: bool
 
@@ -75,8 +75,8 @@ class JobRun:
         self.store = store
         self.planned = planned
         self.epoch = open_epoch(store, exclusive=planned.exclusive)
-        committed = list_committed(store, len(planned.index))
-        self.coordinator = Coordinator(planned.index, committed, lease_s, self.epoch, speculate)
+        committed = list_committed(store, len(planned.shards))
+        self.coordinator = Coordinator(planned.shards, committed, lease_s, self.epoch, speculate)
         config = WorkerConfig(
             output_url=store.url,
             fingerprint=job.fingerprint,
@@ -92,7 +92,7 @@ class JobRun:
         self.pool = WorkerPool(worker_class, self.coordinator, config, options, self)
         self.counts = Counts(
             shards_done=self.coordinator.n_committed,
-            images_done=planned.index.images_of(committed),
+            images_done=planned.shards.images_of(committed),
         )
         self._compactor = CommitCompactor(store, self.epoch)
         self._segments: list[Segment] = []
@@ -130,7 +130,7 @@ class JobRun:
 
     @property
     def complete(self) -> bool:
-        return self.coordinator.n_committed == len(self.planned.index)
+        return self.coordinator.n_committed == len(self.planned.shards)
 
     @property
     def remaining(self) -> int:

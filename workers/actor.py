@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 
@@ -65,11 +66,11 @@ class ShardWorker:
         gpus = _assigned_gpus()
         meter = open_meter(gpus or None)
         timeline = SegmentTimeline(self.worker_id, meter)
-        store = open_store(config.output_url)
-        _check_output_is_shared(store, config)
-        device = "cuda" if gpus else "cpu"
+        store = open_store(config.output_url or ".")
+        if config.output_url:  # a calibration has no output
+            _check_output_is_shared(store, config)
+        generator = load_generator(config.model, device="cuda" if gpus else "cpu")
         _limit_threads(config.cpu_threads)
-        generator = load_generator(config.model, device=device)
         if generator.info.sha256 != config.model_sha256:
             raise InputError(
                 f"{config.model}: the model on {socket.gethostname()} has SHA-256 {generator.info.sha256[:16]}, "
@@ -147,9 +148,9 @@ def _assigned_gpus() -> list[str]:
 
 
 def _limit_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
+    """Keep PyTorch to the CPUs Ray counts for this worker; a generator that does without PyTorch needs no import."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
 
 
 def _check_output_is_shared(store, config: WorkerConfig) -> None:

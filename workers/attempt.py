@@ -127,9 +127,7 @@ class AttemptRunner:
             for request in self._skipped(rows, lease):
                 writer.add(ImageRow(request, "quarantined", error=lease.skip_reason), None)
             written = writer.finish()
-            files = tuple(
-                DataFile(f.key, f.path.stat().st_size, f.sha256, f.rows) for f in written.files
-            )
+            files = tuple(DataFile(f.key, f.path.stat().st_size, f.sha256, f.rows) for f in written.files)
             for f in written.files:
                 store.put_file(f.key, f.path)
         segment = self.timeline.close("shard", shard.shard_id, lease.attempt_id)

@@ -44,7 +44,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """One prompt of the plan; the fields are the columns of `PLAN_ROW_SCHEMA`."""
+    """One prompt of the plan; the fields are the columns of `PLAN_ROW_SCHEMA`.
+
+    `first_image_index` is a column of retry rounds only: there a row stands for one image of its prompt.
+    """
 
     prompt_id: str
     prompt: str
@@ -57,6 +60,7 @@ class PlanRow:
     guidance_scale: float | None
     extra: str | None
     source: str
+    first_image_index: int = 0
 
 
 def read_shard_rows(store: Store, shard: Shard) -> list[PlanRow]:
@@ -77,7 +81,8 @@ def read_shard_rows(store: Store, shard: Shard) -> list[PlanRow]:
                 f"{where}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
                 "delete this output's _job folder and start again"
             ) from error
-    columns = [table[name].to_pylist() for name in PLAN_ROW_SCHEMA.names]
+    names = [*PLAN_ROW_SCHEMA.names, *({"first_image_index"} & set(table.column_names))]
+    columns = [table[name].to_pylist() for name in names]
     if rows_digest(table["prompt_id"], table["num_images"]) != shard.rows_sha256:
         raise StoreError(
             f"{where}: other rows than the plan's index says for shard {shard.shard_id}; the plan was overwritten or "
@@ -103,7 +108,7 @@ def shard_requests(rows: Iterable[PlanRow], job_seed: int) -> list[ImageRequest]
             source=row.source,
         )
         for row in rows
-        for k in range(row.num_images)
+        for k in range(row.first_image_index, row.first_image_index + row.num_images)
     ]
 
 

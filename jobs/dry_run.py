@@ -1,0 +1,124 @@
+"""`--dry-run` and calibration: plan without touching the output, draw a few images on a real worker, extrapolate."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING
+
+import ray
+
+from millijoule.jobs.entry import COMPLETE
+from millijoule.pipeline.plan import compute_fingerprint, load_shard_index, plan_job
+from millijoule.pipeline.progress import clock, joules
+from millijoule.workers.actor import remote_worker_class
+from millijoule.workers.generator import ModelIdentity, describe_model
+from millijoule.workers.lease import Calibration, WorkerConfig
+from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.shard_rows import read_shard_rows, shard_requests
+from millijoule.workers.storage import Store, expand_inputs, open_store
+
+if TYPE_CHECKING:
+    from millijoule.jobs.generate import GenerateOptions
+
+#: Enough images to see past start-up, few enough to wait for.
+CALIBRATION_IMAGES = 64
+
+#: Shard size a dry run plans with where the real one would follow from the calibration.
+PLANNING_SHARD_SIZE = 256
+
+
+def dry_run(options: GenerateOptions, store: Store) -> int:
+    """Print what the job would be and take. Writes nothing to the output; returns the exit code."""
+    from millijoule.jobs.job_set_up import parse_shard_size, plan_options, pool_options
+
+    images_per_shard, seconds_per_shard = parse_shard_size(options.shard_size)
+    identity = describe_model(options.model)
+    files = expand_inputs(options.prompts)
+    wanted = plan_options(options, images_per_shard or PLANNING_SHARD_SIZE)
+    with tempfile.TemporaryDirectory(prefix="millijoule-dry-run-") as scratch:
+        plan_store = open_store(scratch)
+        plan = plan_job(files, wanted, plan_store, {})
+        index = load_shard_index(plan_store, compute_fingerprint(files, wanted, {}))
+        requests: list[ImageRequest] = []
+        for shard in index:
+            requests += shard_requests(read_shard_rows(plan_store, shard), options.seed)
+            if len(requests) >= CALIBRATION_IMAGES:
+                break
+    result = run_calibration(options, identity, requests[:CALIBRATION_IMAGES])
+    pool = pool_options(options)
+    workers = max(1, min(pool.max_workers, plan.n_shards))
+    per_image = result.seconds / max(1, result.images)
+    total_s = plan.n_images * per_image / workers
+    lines = [
+        f"prompts     {plan.n_rows} usable, {plan.n_bad_rows} rejected",
+        f"images      {plan.n_images} in {plan.n_shards} shards",
+        f"model       {identity.name} ({identity.sha256[:12]})",
+        f"calibrated  {result.images} images in {result.seconds:.2f} s on one worker",
+        f"time        about {clock(total_s)} on {workers} workers, start-up not counted",
+        f"bytes       about {plan.n_images * result.encoded_bytes // max(1, result.images)} of images in {store.url}",
+        *_energy_lines(options, result, plan.n_images),
+    ]
+    if seconds_per_shard is not None:
+        lines.append(f"shard size  about {max(1, round(seconds_per_shard / per_image))} images")
+    print("\n".join(lines))
+    return COMPLETE
+
+
+def _energy_lines(options: GenerateOptions, result: Calibration, n_images: int) -> list[str]:
+    measured = result.energy_mj is not None
+    energy_mj = result.energy_mj if measured else result.energy_estimate_mj
+    if energy_mj is None or not result.images:
+        return ["energy      unknown: no counter and no estimate on the worker's node"]
+    how = f"measured, {result.energy_method}" if measured else "modelled from CPU time, not measured"
+    per_image = energy_mj / result.images
+    kwh = per_image * n_images / 3.6e9
+    lines = [f"energy      about {joules(per_image)} per image, {kwh:.3g} kWh in all ({how})"]
+    if options.price_per_kwh is not None:
+        lines.append(f"cost        about {kwh * options.price_per_kwh:.3g} for electricity")
+    else:
+        lines.append("cost        give --price-per-kwh for an estimate")
+    return lines
+
+
+def calibrate(options: GenerateOptions, identity: ModelIdentity) -> Calibration:
+    """A calibration on requests made up for it, for callers that have no plan yet."""
+    requests = [ImageRequest(f"calibration-{i}", 0, "", seed=i) for i in range(CALIBRATION_IMAGES)]
+    return run_calibration(options, identity, requests)
+
+
+def run_calibration(
+    options: GenerateOptions, identity: ModelIdentity, requests: list[ImageRequest]
+) -> Calibration:
+    """Start one worker as the job would, draw `requests`, end it.
+
+    Raises:
+        InputError: the model cannot be loaded on the worker's node.
+    """
+    from millijoule.jobs.job_set_up import pool_options
+
+    pool = pool_options(options)
+    config = WorkerConfig(
+        output_url="",
+        fingerprint="",
+        job_seed=options.seed,
+        output_format=options.format,
+        model=options.model,
+        model_sha256=identity.sha256,
+        driver_epoch=0,
+        batch_size=options.batch_size,
+        cpu_threads=max(1, int(pool.cpus_per_worker)),
+    )
+    actor = (
+        remote_worker_class()
+        .options(
+            num_cpus=pool.cpus_per_worker, num_gpus=pool.gpus_per_worker, resources=pool.resources or None
+        )
+        .remote("calibration", config)
+    )
+    try:
+        ray.get(actor.start.remote())
+        return ray.get(actor.calibrate.remote(requests))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if error.cause is not None else error from error
+    finally:
+        ray.kill(actor)

@@ -1,0 +1,157 @@
+"""Generators for tests, used as `--model python:support.models:NAME`.
+
+They draw a deterministic picture from prompt and seed without any model, and some do harm on purpose. Harm happens in
+the worker's own process, at the edge: a store call that kills the process is the real store call, one line earlier.
+Settings come from the folder named by MILLIJOULE_TEST_DIR: each harm happens once (a marker file says it did).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from millijoule.workers.generator import GeneratedBatch, GeneratorInfo
+from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.storage import LocalStore
+
+SIZE = 8
+
+
+class Plain:
+    """An 8x8 image of bytes that follow from prompt and seed; `seconds` per image to keep workers busy."""
+
+    def __init__(self, device: str, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.info = GeneratorInfo(
+            name="plain", sha256="0" * 64, width=SIZE, height=SIZE, num_inference_steps=1, batch_size=4
+        )
+
+    def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
+        return GeneratedBatch(np.stack([self.draw(r) for r in requests]))
+
+    def draw(self, request: ImageRequest) -> np.ndarray:
+        if self.seconds and request.prompt_id != "warm-up":
+            time.sleep(self.seconds)
+        seed = hashlib.sha256(f"{request.prompt}\0{request.seed}".encode()).digest()
+        return np.frombuffer((seed * 6)[: SIZE * SIZE * 3], np.uint8).reshape(SIZE, SIZE, 3)
+
+
+def plain(device: str) -> Plain:
+    return Plain(device)
+
+
+def slow(device: str) -> Plain:
+    return Plain(device, seconds=0.05)
+
+
+class _Poison(Plain):
+    def __init__(self, device: str, act: Callable[[], None], seconds: float = 0.0) -> None:
+        super().__init__(device, seconds)
+        self.act = act
+
+    def draw(self, request: ImageRequest) -> np.ndarray:
+        if "poison" in request.prompt:
+            self.act()
+        return super().draw(request)
+
+
+def raises_on_poison(device: str) -> Plain:
+    def act() -> None:
+        raise ValueError("cannot draw poison")
+
+    return _Poison(device, act)
+
+
+def dies_on_poison(device: str) -> Plain:
+    return _Poison(device, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hangs_on_poison(device: str) -> Plain:
+    return _Poison(device, lambda: time.sleep(3600))
+
+
+def _die_once(name: str) -> None:
+    if first_time(name):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def first_time(name: str) -> bool:
+    """True for one caller only, over all processes that share the test's folder."""
+    try:
+        os.close(os.open(Path(os.environ["MILLIJOULE_TEST_DIR"], name), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _wrap(method: str, before: Callable[[str], None] = lambda key: None, after=lambda key: None) -> None:
+    original = getattr(LocalStore, method)
+
+    def wrapped(self, key, *args, **kwargs):
+        before(key)
+        result = original(self, key, *args, **kwargs)
+        after(key)
+        return result
+
+    setattr(LocalStore, method, wrapped)
+
+
+def _is_commit(key: str) -> bool:
+    return key.startswith("_job/commits/")
+
+
+def dies_before_upload(device: str) -> Plain:
+    _wrap("put_file", before=lambda key: _die_once("before-upload"))
+    return Plain(device, seconds=0.01)
+
+
+def dies_between_uploads(device: str) -> Plain:
+    """Killed after the first of an attempt's data files is in place."""
+    _wrap("put_file", after=lambda key: _die_once("between-uploads"))
+    return Plain(device, seconds=0.01)
+
+
+def dies_before_commit(device: str) -> Plain:
+    _wrap("put_exclusive", before=lambda key: _is_commit(key) and _die_once("before-commit"))
+    return Plain(device, seconds=0.01)
+
+
+def dies_after_commit(device: str) -> Plain:
+    """Killed when the commit is in storage but the driver has not heard of it."""
+    _wrap("put_exclusive", after=lambda key: _is_commit(key) and _die_once("after-commit"))
+    return Plain(device, seconds=0.01)
+
+
+def stops_before_commit(device: str) -> Plain:
+    """The first worker to reach its commit is stopped (SIGSTOP) there; its pid stands in a file."""
+
+    def before(key: str) -> None:
+        if _is_commit(key) and first_time("stopped"):
+            Path(os.environ["MILLIJOULE_TEST_DIR"], "stopped-pid").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    _wrap("put_exclusive", before=before)
+    return Plain(device, seconds=0.01)
+
+
+def disk_full_at_third_upload(device: str) -> Plain:
+    """The third data file meets a full disk, at the system call's own level of detail."""
+    import errno
+
+    from millijoule.workers.errors import StoreError
+
+    count = [0]
+
+    def before(key: str) -> None:
+        count[0] += 1
+        if count[0] >= 3:
+            raise StoreError(f"{key}: disk full: {os.strerror(errno.ENOSPC)}", transient=False)
+
+    _wrap("put_file", before=before)
+    return Plain(device)
