@@ -279,7 +279,7 @@ mon_max_pg_per_osd = 1000
 osd_objectstore = memstore
 memstore_device_bytes = 2147483648
 [client.rgw.a]
-rgw_frontends = beast endpoint=127.0.0.1:{rgw}
+rgw_frontends = beast endpoint=127.0.0.1:{rgw} tcp_nodelay=1
 rgw_enable_usage_log = false
 rgw_dns_name =
 """
@@ -513,8 +513,8 @@ class FaultProxy(_Server):
                     writer.close()
                     await writer.wait_closed()
                     return
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the client left, the server left, or the test is over
         finally:
             for side in (writer, upstream[1] if upstream else None):
                 if side and not side.is_closing():

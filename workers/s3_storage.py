@@ -21,7 +21,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import s3fs
 from aiohttp import ClientError as HTTPClientProblem
-from botocore.exceptions import BotoCoreError, HTTPClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import BotoCoreError, HTTPClientError
+from botocore.exceptions import ConnectionError as NoConnection
 from botocore.parsers import ResponseParserError
 
 from millijoule.workers.errors import AlreadyExistsError, NotFoundError, StoreError
@@ -63,6 +64,10 @@ _TRANSIENT_CODES = {
     "BadDigest",
     "XAmzContentSHA256Mismatch",
 }
+_NO_ANSWER = (
+    *(HTTPClientError, NoConnection, ResponseParserError),  # botocore
+    *(HTTPClientProblem, TimeoutError, ConnectionError),  # aiohttp and the system
+)
 _FULL_CODES = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientCapacity"}
 _UNSUPPORTED_CODES = {"NotImplemented", "InvalidRequest", "InvalidArgument"}
 
@@ -155,11 +160,9 @@ def _failure_of(error: Exception) -> _Failure | None:
     if isinstance(error, FileNotFoundError):
         return _Failure(404, "NoSuchKey", str(error), transient=False)
     kind = type(error).__name__
-    if isinstance(
-        error, (HTTPClientError, HTTPClientProblem, ResponseParserError, TimeoutError, ConnectionError)
-    ):
+    if isinstance(error, _NO_ANSWER):
         return _Failure(None, kind, str(error), transient=True)
-    if isinstance(error, (NoCredentialsError, PartialCredentialsError, BotoCoreError, OSError)):
+    if isinstance(error, (BotoCoreError, OSError)):
         return _Failure(None, kind, str(error), transient=False)
     return None
 
@@ -450,6 +453,14 @@ class _RangedReader(io.RawIOBase):
             raise ValueError(f"cannot seek to {base + offset}")
         self._position = base + offset
         return self._position
+
+    def readall(self) -> bytes:
+        """The rest in one request; the inherited way would make one for every 8 KiB."""
+        if self._position >= self._size:
+            return b""
+        data = self._bucket.get_range(self._key, self._position, self._size)
+        self._position = self._size
+        return data
 
     def readinto(self, buffer: Any) -> int:
         end = min(self._position + len(buffer), self._size)

@@ -504,6 +504,7 @@ class _local_errors:
             errno.EPERM: "check the owner and the permissions of the folder",
             errno.ENOENT: "a folder was removed meanwhile, or the source file is missing",
             errno.ENOTDIR: "a file stands where a folder is needed",
+            errno.EEXIST: "a file stands where a folder is needed",
             errno.EISDIR: "a folder stands where a file is needed",
             errno.ENAMETOOLONG: "the path is too long for this file system",
             errno.EIO: "the disk or its server reports an I/O error; see the kernel log",
