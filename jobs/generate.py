@@ -78,9 +78,6 @@ class GenerateOptions:
     prompt_column: str | None = None
     """Name of the prompt column where it is none of the known ones."""
 
-    id_column: str | None = None
-    """Name of the prompt id column where it is none of the known ones."""
-
     duplicate_ids: DuplicatePolicy = "error"
     """What to do with a prompt id that stands twice: refuse, keep the first row, or add ~2, ~3 to the later ones."""
 

@@ -106,7 +106,6 @@ def plan_options(options: GenerateOptions, shard_size: int) -> PlanOptions:
         images_per_prompt=options.images_per_prompt,
         duplicate_ids=options.duplicate_ids,
         prompt_column=options.prompt_column,
-        id_column=options.id_column,
         max_prompt_chars=options.max_prompt_chars,
     )
 

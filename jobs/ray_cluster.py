@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 #: Image bytes never cross Ray's object store: it holds leases and commits, a few KB each.
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
 
+#: Announces at every start that a local cluster is protected by a token, which is nothing to act on.
+_TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
+
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
@@ -30,6 +33,7 @@ def cluster(address: str | None) -> Iterator[None]:
     """
     if address is None and "RAY_ADDRESS" not in os.environ:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
         ray.init(
             address="local",
             include_dashboard=False,

@@ -23,7 +23,7 @@ from millijoule.workers.errors import NotFoundError
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
 from millijoule.workers.shard_rows import Shard, read_shard_rows, shard_requests
 from millijoule.workers.storage import Store
-from millijoule.workers.writers import read_image
+from millijoule.workers.readers import read_images
 
 #: Columns that must equal between plan and row table.
 _KEY = ("prompt_id", "image_index", "prompt", "seed")
@@ -96,7 +96,7 @@ def _check_shard(store: Store, job: JobSpec, shard: Shard, commit: Commit, *, im
     if (len(ok), len(rows) - len(ok)) != (commit.images_ok, commit.images_quarantined):
         yield f"{where}: rows say {len(ok)} ok of {len(rows)}, the commit says {commit.images_ok}"
     if images:
-        for row, data in read_image(store, ok):
+        for row, data in read_images(store, ok):
             if data is None or hashlib.sha256(data).hexdigest() != row["sha256"]:
                 yield f"{row['path']}: image {row['image_index']} of prompt {row['prompt_id']!r} is not what was made"
 

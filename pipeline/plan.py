@@ -23,12 +23,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.duplicate_ids import DuplicateFinder, Duplicates
-from millijoule.pipeline.prompt_files import file_format
+from millijoule.pipeline.prompt_files import BadRow, file_format, shown
 from millijoule.pipeline.prompts import (
     BAD_ROW_SCHEMA,
     GUIDANCE_LIMITS,
     INTEGER_LIMITS,
-    BadRow,
     PromptChunk,
     PromptOptions,
     read_prompts,
@@ -97,9 +96,9 @@ class PlanOptions(PromptOptions):
             low, high = INTEGER_LIMITS[name]
             if value is not None and not low <= value <= high:
                 raise InputError(f"{name} {value}: must be from {low} to {high}")
-        low, high = GUIDANCE_LIMITS
-        if self.guidance_scale is not None and not low <= self.guidance_scale <= high:
-            raise InputError(f"guidance_scale {self.guidance_scale}: must be from {low:g} to {high:g}")
+        least, most = GUIDANCE_LIMITS
+        if self.guidance_scale is not None and not least <= self.guidance_scale <= most:
+            raise InputError(f"guidance_scale {self.guidance_scale}: must be from {least:g} to {most:g}")
 
     @property
     def row_defaults(self) -> dict[str, Any]:
@@ -327,6 +326,8 @@ class _Draft:
                 if rows.num_rows:
                     finder.add(rows["prompt_id"], ordinals)
                     cutter.add(rows)
+                # The allocator else keeps what short-lived arrays of every thread once needed.
+                pa.default_memory_pool().release_unused()
             cutter.finish()
         self.duplicates = finder.duplicates()
         for path in ids_folder.iterdir():
@@ -340,7 +341,8 @@ class _Draft:
     def ids(self, ordinals: Sequence[int]) -> dict[int, str]:
         """The prompt ids of a few rows, read from the input again."""
         found: dict[int, str] = {}
-        for chunk_ordinals, rows, _ in self._chunks():
+        again = _Draft(self.files, self.options, self.folder, self.known)
+        for chunk_ordinals, rows, _ in again._chunks():
             for ordinal in set(ordinals) - found.keys():
                 i = int(np.searchsorted(chunk_ordinals, ordinal))
                 if i < len(chunk_ordinals) and chunk_ordinals[i] == ordinal:
@@ -403,46 +405,49 @@ class _Draft:
             self._next_ordinal = start + chunk.last_row
             rows, bad = _plan_rows(chunk, ordinals, self.options), chunk.bad
             if self.known is not None and len(ordinals):
-                ordinals, rows, bad = self._resolve(ordinals, rows, bad)
+                ordinals, rows, bad = self._resolve(chunk, ordinals, rows)
             yield ordinals, rows, bad
         while len(self.first_ordinal) < len(self.files):
             self.first_ordinal.append(self._next_ordinal)
 
     def _resolve(
-        self, ordinals: np.ndarray, rows: pa.RecordBatch, bad: list[BadRow]
+        self, chunk: PromptChunk, ordinals: np.ndarray, rows: pa.RecordBatch
     ) -> tuple[np.ndarray, pa.RecordBatch, list[BadRow]]:
         """The chunk with later occurrences of an id renamed or dropped."""
         assert self.known is not None
         at, ours = self.known.among(ordinals)
         if not len(at):
-            return ordinals, rows, bad
+            return ordinals, rows, chunk.bad
+        ids = rows["prompt_id"].to_pylist()
         if self.options.duplicate_ids == "suffix":
-            ids = rows["prompt_id"].to_pylist()
             for i, nth in zip(at.tolist(), self.known.nth[ours].tolist(), strict=True):
                 ids[i] = f"{ids[i]}~{nth}"
-            return ordinals, _with_column(rows, "prompt_id", pa.array(ids, pa.string())), bad
-        column = "prompt_id"
-        for i, first in zip(at.tolist(), self.known.first[ours].tolist(), strict=True):
-            file, _, row = rows["source"][i].as_py().rpartition(":")
-            prompt_id = rows["prompt_id"][i].as_py()
-            reason = f"prompt id {prompt_id!r} was taken by {self.source(first)}"
-            prompt = rows["prompt"][i].as_py()[:200]
-            bad = [*bad, BadRow(file, int(row), column, reason, prompt_id, prompt)]
+            return ordinals, _with_column(rows, "prompt_id", pa.array(ids, pa.string())), chunk.bad
+        bad = [
+            BadRow(
+                file=self.files[chunk.file_index].url,
+                row=int(chunk.row_numbers[i]),
+                column=chunk.names.get("prompt_id"),
+                reason=f"prompt id {shown(ids[i])!r} is taken by {self.source(first)}",
+                prompt_id=ids[i],
+                prompt=shown(rows["prompt"][i].as_py()),
+            )
+            for i, first in zip(at.tolist(), self.known.first[ours].tolist(), strict=True)
+        ]
         keep = np.ones(len(ordinals), bool)
         keep[at] = False
-        return ordinals[keep], rows.filter(pa.array(keep)), sorted(bad, key=lambda b: b.row)
+        return ordinals[keep], rows.filter(pa.array(keep)), sorted(chunk.bad + bad, key=lambda b: b.row)
 
 
 def _duplicates_message(draft: _Draft) -> str:
     found = draft.duplicates
-    shown = range(min(SHOWN_PROBLEMS, len(found)))
-    ids = draft.ids([int(found.ordinal[k]) for k in shown])
+    first, later = (ordinals[:SHOWN_PROBLEMS].tolist() for ordinals in (found.first, found.ordinal))
+    ids = draft.ids(later)
     examples = "; ".join(
-        f"{ids[int(found.ordinal[k])]!r} at {draft.source(int(found.first[k]))} and "
-        f"{draft.source(int(found.ordinal[k]))}"
-        for k in shown
+        f"{shown(ids[b])!r} at {draft.source(a)} and {draft.source(b)}"
+        for a, b in zip(first, later, strict=True)
     )
-    rest = f" and {len(found) - len(shown):,} more" if len(found) > len(shown) else ""
+    rest = f" and {len(found) - len(later):,} more" if len(found) > len(later) else ""
     return (
         f"{len(found):,} rows repeat a prompt id: {examples}{rest}. Make ids unique, or use --duplicate-ids keep-first "
         "(drops later rows) or --duplicate-ids suffix (renames them)"

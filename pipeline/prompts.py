@@ -6,7 +6,7 @@ input order, at bounded memory. Nothing here assigns ids, applies job defaults o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +89,11 @@ class PromptChunk:
     """Some rows of file number `file_index`.
 
     `rows` has `PROMPT_ROW_SCHEMA`; `row_numbers` is int64 `[len(rows)]`, 1-based; `last_row` the number of the last
-    row read, good or bad.
+    row read, good or bad. `names` maps our column names to the file's.
     """
 
     file_index: int
+    names: Mapping[str, str]
     rows: pa.RecordBatch
     row_numbers: np.ndarray
     bad: list[BadRow]
@@ -167,7 +168,7 @@ class _Problems:
 
 def _check(index: int, file: str, raw: RawChunk, columns: _Columns, options: PromptOptions) -> PromptChunk:
     """The chunk with every column in its type and the rows that break a rule set aside."""
-    n, names, problems = len(raw.rows), columns.names, _Problems()
+    n, names, problems = len(raw.rows), dict(columns.names), _Problems()
     values = {ours: raw.column(name) for ours, name in names.items() if name in raw.names}
 
     out: dict[str, pa.Array] = {field.name: pa.nulls(n, field.type) for field in PROMPT_ROW_SCHEMA}
@@ -203,7 +204,7 @@ def _check(index: int, file: str, raw: RawChunk, columns: _Columns, options: Pro
         good[list(problems.found)] = False
         rows, numbers = rows.filter(pa.array(good)), numbers[good]
     bad.sort(key=lambda b: b.row)
-    return PromptChunk(index, rows.cast(PROMPT_ROW_SCHEMA), numbers, bad, raw.last_row)
+    return PromptChunk(index, names, rows.cast(PROMPT_ROW_SCHEMA), numbers, bad, raw.last_row)
 
 
 def _check_ids(
@@ -217,7 +218,7 @@ def _check_ids(
     ids = _text(values, column, problems, file, "text or an integer")
     problems.add(_mask(pc.is_null(ids)) & ~missing, column, lambda i: "the id is empty")
     length = pc.utf8_length(ids)
-    problems.add(_mask(pc.equal(length, 0)), column, lambda i: "the id is empty")
+    problems.add(_blank(ids), column, lambda i: "the id is blank")
     problems.add(
         _mask(pc.greater(length, MAX_ID_CHARS)),
         column,
@@ -237,13 +238,12 @@ def _check_text(
     *,
     blank: bool,
 ) -> pa.Array:
-    """Prompts: text of bounded length without control characters; null or blank only where `blank` allows it."""
+    """Prompts: text of bounded length without control characters; where `blank` is allowed, it means null."""
     text = _text(values, column, problems, file, "text")
     length = pc.utf8_length(text)
     if not blank:
         problems.add(_mask(pc.is_null(text)), column, lambda i: "the prompt is empty (null)")
-        empty = pc.or_(pc.equal(length, 0), pc.utf8_is_space(text))
-        problems.add(_mask(empty), column, lambda i: "the prompt is blank")
+        problems.add(_blank(text), column, lambda i: "the prompt is blank")
     problems.add(
         _mask(pc.greater(length, options.max_prompt_chars)),
         column,
@@ -251,7 +251,12 @@ def _check_text(
     )
     control = _mask(pc.match_substring_regex(text, r"[\x00-\x08\x0b-\x1f]"))
     problems.add(control, column, lambda i: f"control character {_control_character(text[i].as_py())}")
-    return text
+    return pc.if_else(pa.array(_blank(text)), pa.scalar(None, pa.string()), text) if blank else text
+
+
+def _blank(text: pa.Array) -> np.ndarray:
+    """bool `[n]`: there is a value, but nothing to see in it."""
+    return _mask(pc.or_(pc.equal(text, ""), pc.utf8_is_space(text)))
 
 
 def _control_character(text: str) -> str:
@@ -287,8 +292,16 @@ def _text(
     wrong = np.array([v is not None and not isinstance(v, str) for v in values], bool)
     problems.add(wrong, column, lambda i: f"must be {expected}, not {shown(values[i], 40)}")
     encoding = np.array([isinstance(v, str) and has_surrogates(v) for v in values], bool)
-    problems.add(encoding, column, lambda i: "not valid UTF-8; save the file as UTF-8")
+    problems.add(encoding, column, lambda i: _encoding_problem(values[i]))
     return pa.array([None if w else v for w, v in zip(wrong | encoding, values, strict=True)], pa.string())
+
+
+def _encoding_problem(text: str) -> str:
+    position, character = next((k, c) for k, c in enumerate(text) if "\ud800" <= c <= "\udfff")
+    if "\udc80" <= character <= "\udcff":  # how `surrogateescape` writes a byte
+        byte = ord(character) - 0xDC00
+        return f"byte 0x{byte:02X} at character {position + 1} is not UTF-8; save the file as UTF-8"
+    return f"half a surrogate pair, U+{ord(character):04X}, at character {position + 1}"
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -395,6 +408,11 @@ def _numbers(values: pa.Array | list[Any]) -> pa.Array:
             pass
     elif kinds == {float}:
         return pa.array(values, pa.float64())
+    elif kinds == {str}:
+        try:
+            return pa.array(values, pa.string())
+        except UnicodeEncodeError:
+            pass
     return pa.array([None if v is None else shown(v) for v in values], pa.string())
 
 
@@ -416,8 +434,7 @@ def _check_extra(raw: RawChunk, columns: _Columns, problems: _Problems) -> pa.Ar
         ) from error
     if extra is None:
         return pa.nulls(n, pa.string())
-    others = [name for name in raw.names if name not in columns.names.values()]
-    column = others[0] if len(others) == 1 else ", ".join(map(str, others))
+    column = ", ".join(str(name) for name in raw.names if name not in columns.names.values())
     text = _text(extra, column, problems, columns.file, "text")
     size = pc.binary_length(text)
     problems.add(

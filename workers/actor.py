@@ -19,7 +19,7 @@ import ray
 
 from millijoule.workers.attempt import AttemptCancelled, AttemptRunner
 from millijoule.workers.errors import InputError, NotFoundError
-from millijoule.workers.generator import load_generator
+from millijoule.workers.generator import describe_model, load_generator
 from millijoule.workers.lease import (
     AttemptResult,
     Calibration,
@@ -71,9 +71,10 @@ class ShardWorker:
             _check_output_is_shared(store, config)
         generator = load_generator(config.model, device="cuda" if gpus else "cpu")
         _limit_threads(config.cpu_threads)
-        if generator.info.sha256 != config.model_sha256:
+        found = describe_model(config.model).sha256
+        if found != config.model_sha256:
             raise InputError(
-                f"{config.model}: the model on {socket.gethostname()} has SHA-256 {generator.info.sha256[:16]}, "
+                f"{config.model}: the model on {socket.gethostname()} has SHA-256 {found[:16]}, "
                 f"the job was planned with {config.model_sha256[:16]}: put the same file on every node"
             )
         timeline.close("load")

@@ -28,7 +28,7 @@ from millijoule.workers.lease import (
     data_prefix,
 )
 from millijoule.workers.meter import EnergyMeter
-from millijoule.workers.schemas import Commit, DataFile, ImageRequest, ImageRow
+from millijoule.workers.schemas import Commit, ImageRequest, ImageRow
 from millijoule.workers.shard_rows import PlanRow, read_shard_rows, shard_requests
 from millijoule.workers.storage import Store
 from millijoule.workers.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
@@ -127,7 +127,7 @@ class AttemptRunner:
             for request in self._skipped(rows, lease):
                 writer.add(ImageRow(request, "quarantined", error=lease.skip_reason), None)
             written = writer.finish()
-            files = tuple(DataFile(f.key, f.path.stat().st_size, f.sha256, f.rows) for f in written.files)
+            files = tuple(f.as_data_file() for f in written.files)
             for f in written.files:
                 store.put_file(f.key, f.path)
         segment = self.timeline.close("shard", shard.shard_id, lease.attempt_id)
@@ -214,6 +214,7 @@ class AttemptRunner:
                     encoded,
                 )
             self._served = requests[0]
+            self.timeline.touch()
 
     def calibrate(self, requests: Sequence[ImageRequest]) -> Calibration:
         """Draw and encode `requests` and throw them away."""

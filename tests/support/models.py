@@ -138,20 +138,3 @@ def stops_before_commit(device: str) -> Plain:
 
     _wrap("put_exclusive", before=before)
     return Plain(device, seconds=0.01)
-
-
-def disk_full_at_third_upload(device: str) -> Plain:
-    """The third data file meets a full disk, at the system call's own level of detail."""
-    import errno
-
-    from millijoule.workers.errors import StoreError
-
-    count = [0]
-
-    def before(key: str) -> None:
-        count[0] += 1
-        if count[0] >= 3:
-            raise StoreError(f"{key}: disk full: {os.strerror(errno.ENOSPC)}", transient=False)
-
-    _wrap("put_file", before=before)
-    return Plain(device)
