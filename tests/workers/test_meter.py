@@ -276,6 +276,15 @@ def test_a_counter_that_reads_zero_is_missing(open_fake):
     assert open_fake(["0"], nvml).method == "missing"
 
 
+def test_a_counter_that_drops_to_zero_is_missing_too(open_fake, clock):
+    nvml = FakeNvml()
+    meter = open_fake(["0"], nvml)
+    meter.read()
+    clock.advance(1)
+    nvml.energy_mj[UUIDS[0]] = 0
+    assert (meter.read().energy_mj, meter.read().epoch) == ({}, 0)
+
+
 def test_a_reset_begins_an_epoch_and_is_never_subtracted(open_fake, clock):
     nvml = FakeNvml()
     timeline = SegmentTimeline("w", open_fake(["0"], nvml))
