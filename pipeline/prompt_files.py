@@ -69,7 +69,11 @@ class RawChunk(Protocol):
     rows: np.ndarray
     bad: list[BadRow]
     last_row: int
-    names: Collection[str]
+
+    @property
+    def names(self) -> Collection[str]:
+        """All columns that some row of the chunk has."""
+        ...
 
     def column(self, name: str) -> pa.Array | list[Any]:
         """The values of a column of the chunk, or nulls where the chunk does not have it."""
@@ -121,7 +125,11 @@ class RecordChunk:
     records: list[dict[str, Any]]
 
     def __post_init__(self) -> None:
-        self.names: Collection[str] = dict.fromkeys(name for record in self.records for name in record)
+        self._names = dict.fromkeys(name for record in self.records for name in record)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._names.keys()
 
     def column(self, name: str) -> list[Any]:
         return [record.get(name) for record in self.records]
@@ -197,17 +205,14 @@ class _Lines:
             text = io.TextIOWrapper(
                 self._stream, encoding="utf-8-sig", errors="surrogateescape", newline=self._newline
             )
-            try:
-                while line := text.readline(MAX_LINE_CHARS):
-                    self.number += 1
-                    if len(line) == MAX_LINE_CHARS and not line.endswith("\n"):
-                        while (rest := text.readline(MAX_LINE_CHARS)) and not rest.endswith("\n"):
-                            pass
-                        yield None
-                    else:
-                        yield line
-            finally:
-                text.detach()
+            while line := text.readline(MAX_LINE_CHARS):
+                self.number += 1
+                if len(line) == MAX_LINE_CHARS and not line.endswith("\n"):
+                    while (rest := text.readline(MAX_LINE_CHARS)) and not rest.endswith("\n"):
+                        pass
+                    yield None
+                else:
+                    yield line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(
                 f"{self.url}: broken gzip data after line {self.number} ({error}); compress or copy the file again"

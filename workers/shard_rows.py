@@ -75,8 +75,6 @@ def read_shard_rows(store: Store, shard: Shard) -> list[PlanRow]:
         try:
             table = pq.ParquetFile(file).read_row_group(shard.row_group, use_threads=False)
         except (pa.ArrowException, IndexError, OSError) as error:
-            if isinstance(error, StoreError):
-                raise
             raise StoreError(
                 f"{where}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
                 "delete this output's _job folder and start again"
