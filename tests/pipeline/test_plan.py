@@ -1,5 +1,6 @@
 """The plan: every row once, shards of one size, the same bytes for the same input, memory that does not grow."""
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -434,6 +435,23 @@ def test_an_s3_file_counts_by_size_and_etag():
 
     assert fingerprint(5, "e") == fingerprint(5, "e")
     assert len({fingerprint(5, "e"), fingerprint(6, "e"), fingerprint(5, "f")}) == 3
+
+
+def test_input_and_plan_on_s3(moto_s3, s3_env, world):
+    s3_env(moto_s3)
+    url = f"s3://{moto_s3.make_bucket()}"
+    inputs, store = open_store(f"{url}/in"), open_store(f"{url}/out")
+    pq.write_table(pa.table({"prompt": ["one", "two"]}), world.folder / "a.parquet")
+    inputs.put_file("a.parquet", world.folder / "a.parquet")
+    inputs.put("b.csv", b"prompt,tag\nthree,x\n")
+    inputs.put("c.jsonl.gz", gzip.compress(b'{"prompt":"four"}\nbroken\n'))
+    inputs.put("d.txt", b"five\n" * 3)
+    made = plan_job(expand_inputs([f"{url}/in/*"]), PlanOptions(shard_size=4), store, EXTRA)
+    shards = load_shard_index(store, made.fingerprint)
+    rows = [row for shard in shards for row in read_shard_rows(store, shard)]
+    assert [r.prompt for r in rows] == ["one", "two", "three", "four", "five", "five", "five"]
+    assert rows[0].source == f"{url}/in/a.parquet:1"
+    assert made.n_bad_rows == 1
 
 
 def test_a_plan_without_its_index_does_not_exist(world):
