@@ -58,9 +58,7 @@ def work(part: int, prompts: list[str], output: str) -> None:
 def main() -> None:
     prompts, output, processes = Path(sys.argv[1]).read_text().splitlines(), sys.argv[2], int(sys.argv[3])
     context = multiprocessing.get_context("spawn")
-    parts = [
-        context.Process(target=work, args=(i, prompts[i::processes], output)) for i in range(processes)
-    ]
+    parts = [context.Process(target=work, args=(i, prompts[i::processes], output)) for i in range(processes)]
     for part in parts:
         part.start()
     for part in parts:

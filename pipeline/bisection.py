@@ -26,7 +26,7 @@ class Bisection:
 
     def report(self, tried: tuple[int, int], survived: bool) -> None:
         """Take in the outcome for the range `next_range` gave."""
-        assert self._stack and self._stack[-1] == tried, "a probe is reported once, in order"
+        assert self._stack[-1] == tried, "a probe is reported once, in order"
         self._stack.pop()
         self.probes += 1
         if survived:

@@ -20,10 +20,10 @@ from millijoule.pipeline.job import JobSpec, require_job
 from millijoule.pipeline.layout import MANIFEST_KEY, SUCCESS_KEY
 from millijoule.pipeline.retry import JobShards, load_job_shards
 from millijoule.workers.errors import NotFoundError
+from millijoule.workers.readers import read_images
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
 from millijoule.workers.shard_rows import Shard, read_shard_rows, shard_requests
 from millijoule.workers.storage import Store
-from millijoule.workers.readers import read_images
 
 #: Columns that must equal between plan and row table.
 _KEY = ("prompt_id", "image_index", "prompt", "seed")
@@ -51,9 +51,8 @@ def check_output(
         def one(commit: Commit) -> list[str]:
             return list(_check_shard(store, job, index[commit.shard_id], commit, images=images))
 
-        checked = 0
-        for problems in threads.map(one, read_commits(store, len(index), use_compacted=False)):
-            checked += 1
+        commits = read_commits(store, len(index), use_compacted=False)
+        for checked, problems in enumerate(threads.map(one, commits), 1):
             on_shard(checked, len(index))
             yield from problems
     if done.all():

@@ -11,8 +11,8 @@ import heapq
 import statistics
 import uuid
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -37,6 +37,13 @@ SPECULATION_MIN_S = 5.0
 
 #: Why a row that killed its workers stands quarantined.
 POISON_REASON = "every worker that generated this row died"
+
+
+class Shards(Protocol):
+    """Shards by id, such as `pipeline.retry.JobShards`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, shard_id: int, /) -> Shard: ...
 
 
 @dataclass
@@ -73,7 +80,7 @@ class Coordinator:
         speculate: give second leases to stragglers when nothing else is left.
     """
 
-    shards: Sequence[Shard]
+    shards: Shards
     committed: np.ndarray
     lease_s: float
     driver_epoch: int

@@ -130,10 +130,13 @@ def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]
 
 def load_ledger(store: Store, n_shards: int) -> Ledger:
     """The energy ledger over every segment that commits and drivers recorded."""
-    segments = [s for commit in read_commits(store, n_shards) for s in commit.segments]
+    segments, winners = [], {}
+    for commit in read_commits(store, n_shards):
+        segments.extend(commit.segments)
+        winners[commit.shard_id] = commit.attempt_id
     for item in store.list(SEGMENTS_PREFIX):
         segments.extend(segment_from_dict(s) for s in json.loads(store.get(item.key)))
-    return build_ledger(segments)
+    return build_ledger(segments, winners)
 
 
 def segment_from_dict(raw: dict[str, Any]) -> Segment:

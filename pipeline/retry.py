@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -118,22 +119,22 @@ def plan_retry(store: Store, job: JobSpec) -> int:
         path = Path(scratch, "part.parquet")
         table = _write_shards(rows, job.shard_size, path)
         store.put_file(_part_key(number, 0), path)
-    keys = list(
-        zip(rows["prompt_id"].to_pylist(), rows["first_image_index"].to_pylist(), strict=True)
-    )
+    keys = list(zip(rows["prompt_id"].to_pylist(), rows["first_image_index"].to_pylist(), strict=True))
     table = table.replace_schema_metadata({"millijoule.images": json.dumps(keys)})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     try:
         store.put_exclusive(_index_key(number), sink.getvalue())
     except AlreadyExistsError as error:
-        raise InputError(f"{store.url}: another driver just started a retry; run the command again") from error
+        raise InputError(
+            f"{store.url}: another driver just started a retry; run the command again"
+        ) from error
     return rows.num_rows
 
 
 def _quarantined(store: Store, shards: JobShards) -> pa.Table:
     """Plan rows, one image each, for the images whose last outcome is quarantined."""
-    found: list[dict] = []
+    found: list[dict[str, Any]] = []
     for commit in read_commits(store, len(shards)):
         if not commit.images_quarantined:
             continue
@@ -153,7 +154,7 @@ def _quarantined(store: Store, shards: JobShards) -> pa.Table:
 
 def _write_shards(rows: pa.Table, shard_size: int, path: Path) -> pa.Table:
     """Write `rows` as shards, homogeneous like the plan's, one row group each; their index."""
-    index = []
+    index: list[dict[str, Any]] = []
     buckets = rows.group_by(list(_HOMOGENEOUS), use_threads=False).aggregate([]).to_pylist()
     with pq.ParquetWriter(path, RETRY_ROW_SCHEMA, compression="zstd") as writer:
         for bucket in buckets:

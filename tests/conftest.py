@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from s3_servers import CephGateway, FaultProxy, MotoServer, RcloneS3, S3Endpoint
+from support.cluster import RayCluster
 
 
 def _skip_or_fail(missing: str | None) -> None:
@@ -64,3 +65,15 @@ def s3_env(monkeypatch: pytest.MonkeyPatch) -> Callable[[S3Endpoint], None]:
             monkeypatch.setenv(name, value)
 
     return use
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """A head with two CPUs, for tests that leave it as they found it. Each start costs ten seconds; share it."""
+    with RayCluster(head_cpus=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def ray_address(ray_cluster: RayCluster) -> str:
+    return ray_cluster.address

@@ -29,6 +29,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -76,24 +77,29 @@ class S3Endpoint:
 
     def client(self) -> Any:
         """A plain botocore client, for checks that must not rest on the code under test."""
-        return botocore.session.Session().create_client(
-            "s3",
-            endpoint_url=self.url,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
-            region_name=self.region,
-            config=Config(
-                s3={"addressing_style": "path"},
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        )
+        return _client(self)
 
     def make_bucket(self, prefix: str = "test") -> str:
         """Create a bucket of a new name and return the name."""
         name = f"{prefix}-{secrets.token_hex(6)}"
         self.client().create_bucket(Bucket=name)
         return name
+
+
+@cache
+def _client(endpoint: S3Endpoint) -> Any:
+    return botocore.session.Session().create_client(
+        "s3",
+        endpoint_url=endpoint.url,
+        aws_access_key_id=endpoint.access_key,
+        aws_secret_access_key=endpoint.secret_key,
+        region_name=endpoint.region,
+        config=Config(
+            s3={"addressing_style": "path"},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
 
 
 def free_port() -> int:
@@ -197,7 +203,7 @@ class MotoServer(_Server):
         self._process = ServerProcess(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port],
             self._folder / "moto.log",
-            {"MOTO_S3_DEFAULT_MAX_KEYS": "1000"},
+            {"MOTO_S3_DEFAULT_MAX_KEYS": "100"},  # so that listings of a few hundred already have pages
         )
         self._process.wait_until(lambda: answers(self.endpoint.url), "moto")
 

@@ -17,7 +17,7 @@ import time
 
 import ray
 
-from millijoule.workers.attempt import AttemptCancelled, AttemptRunner
+from millijoule.workers.attempt import AttemptCancelled, AttemptRunner, Where
 from millijoule.workers.errors import InputError, NotFoundError
 from millijoule.workers.generator import describe_model, load_generator
 from millijoule.workers.lease import (
@@ -51,6 +51,7 @@ class ShardWorker:
         self._attempt_id: str | None = None
         self._images_done = 0
         self._cancelled: str | None = None
+        self._timeline: SegmentTimeline | None = None
         threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
 
     @ray.method(concurrency_group="work")
@@ -79,20 +80,20 @@ class ShardWorker:
             )
         timeline.close("load")
         context = ray.get_runtime_context()
-        where = {
-            "worker_id": self.worker_id,
-            "node_id": context.get_node_id(),
-            "host": socket.gethostname(),
-            "device": gpus[0] if gpus else "cpu",
-        }
+        where = Where(
+            worker_id=self.worker_id,
+            node_id=context.get_node_id(),
+            host=socket.gethostname(),
+            device=gpus[0] if gpus else "cpu",
+        )
         self._timeline = timeline
         self._runner = AttemptRunner(config, store, generator, meter, timeline, where, self._on_images)
         self._runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
         timeline.close("warmup")
         return WorkerReady(
-            node_id=where["node_id"],
-            host=where["host"],
-            device=where["device"],
+            node_id=where.node_id,
+            host=where.host,
+            device=where.device,
             worker_id=self.worker_id,
             energy_method=meter.method,
             load_seconds=time.monotonic() - began,
@@ -116,6 +117,8 @@ class ShardWorker:
     @ray.method(concurrency_group="status")
     def status(self) -> WorkerStatus:
         """What the worker is doing now; answers while `run` is busy."""
+        if self._attempt_id is None and self._timeline is not None:
+            self._timeline.touch()
         return WorkerStatus(self._attempt_id, self._images_done)
 
     @ray.method(concurrency_group="status")
@@ -126,6 +129,7 @@ class ShardWorker:
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:
         """Close the books; the actor is killed afterwards."""
+        assert self._timeline is not None, "stopped before it was started"
         self._timeline.close("idle")
         return WorkerStopped(self.worker_id, self._timeline.take())
 

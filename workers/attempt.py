@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +51,21 @@ class SickWorkerError(RuntimeError):
     """The generator fails on a request it has served before: the device, not a prompt, is at fault."""
 
 
+@dataclass(frozen=True)
+class Where:
+    """A worker's place: Ray's node id, host name, GPU UUID (or "cpu")."""
+
+    worker_id: str
+    node_id: str
+    host: str
+    device: str
+
+
 class AttemptRunner:
     """Runs leases one after another with one loaded generator.
 
     Args:
-        where: worker id, node id, host and device, as they stand in commits.
+        where: this worker, as commits name it.
         on_images: called with the number of images finished in the running attempt, between batches; may raise
             `AttemptCancelled`.
     """
@@ -67,7 +77,7 @@ class AttemptRunner:
         generator: Generator,
         meter: EnergyMeter,
         timeline: SegmentTimeline,
-        where: dict[str, str],
+        where: Where,
         on_images: Callable[[int], None],
     ) -> None:
         self.config = config
@@ -152,7 +162,10 @@ class AttemptRunner:
             energy_estimate_mj=segment_estimate_mj(segment),
             energy_method=self.meter.method,
             segments=carried,
-            **self.where,
+            worker_id=self.where.worker_id,
+            node_id=self.where.node_id,
+            host=self.where.host,
+            device=self.where.device,
         )
         body = commit.to_json()
         if not self.config.commits_exclusively:

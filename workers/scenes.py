@@ -73,7 +73,13 @@ _NOUN_SYNONYMS = {
     "crescent": "moon", "stars": "star", "trees": "tree", "fir": "tree", "pine": "tree",
     "umbrellas": "umbrella", "parasol": "umbrella",
 }  # fmt: skip
-_COLOUR_SYNONYMS = {"violet": "purple", "scarlet": "red", "crimson": "red", "golden": "yellow", "grey": "gray"}
+_COLOUR_SYNONYMS = {
+    "violet": "purple",
+    "scarlet": "red",
+    "crimson": "red",
+    "golden": "yellow",
+    "grey": "gray",
+}
 _SIZE_SYNONYMS = {
     "little": "small", "tiny": "small", "large": "big", "huge": "big", "normal": "medium",
 }  # fmt: skip
@@ -84,8 +90,46 @@ _RELATION_WORDS = {
 _BACKGROUND_WORDS = ("background", "backdrop")
 _COUNT_WORDS = ("two", "pair", "2")
 _FILLER = frozenset(
-    "a an the of on in to with by at its is it there one 1 picture image icon photo drawing illustration "
-    "scene showing shows plain solid color colour colored coloured next side against which that please draw".split()
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "on",
+        "in",
+        "to",
+        "with",
+        "by",
+        "at",
+        "its",
+        "is",
+        "it",
+        "there",
+        "one",
+        "1",
+        "picture",
+        "image",
+        "icon",
+        "photo",
+        "drawing",
+        "illustration",
+        "scene",
+        "showing",
+        "shows",
+        "plain",
+        "solid",
+        "color",
+        "colour",
+        "colored",
+        "coloured",
+        "next",
+        "side",
+        "against",
+        "which",
+        "that",
+        "please",
+        "draw",
+    ]
 )
 
 
@@ -267,8 +311,17 @@ def sample_scenes(rng: np.random.Generator, count: int, *, held_out: bool = Fals
 # ---- scene -> pixels ------------------------------------------------------------------------------------------
 
 _PLACES = ("centre", "left", "right", "top", "bottom")
-_CENTRES = {"centre": (16, 16), "left": (8, 16), "right": (24, 16), "top": (16, 8), "bottom": (16, 24)}  # x, y
-_GLYPH_PIXELS = {"centre": {"small": 15, "medium": 22, "big": 28}, "half": {"small": 10, "medium": 14, "big": 16}}
+_CENTRES = {
+    "centre": (16, 16),
+    "left": (8, 16),
+    "right": (24, 16),
+    "top": (16, 8),
+    "bottom": (16, 24),
+}  # x, y
+_GLYPH_PIXELS = {
+    "centre": {"small": 15, "medium": 22, "big": 28},
+    "half": {"small": 10, "medium": 14, "big": 16},
+}
 _PLACES_BY_RELATION = {
     "left of": ("left", "right"), "right of": ("right", "left"), "above": ("top", "bottom"), "below": ("bottom", "top"),
 }  # fmt: skip
@@ -286,7 +339,11 @@ def find_icon_font() -> tuple[Path, dict[str, int]]:
     spec = importlib.util.find_spec("qtawesome")  # importing it would need Qt
     folders = list(spec.submodule_search_locations or ()) if spec else []
     fonts = sorted(Path(folders[0], "fonts").glob("materialdesignicons6-webfont-6*.ttf")) if folders else []
-    maps = sorted(Path(folders[0], "fonts").glob("materialdesignicons6-webfont-charmap-6*.json")) if folders else []
+    maps = (
+        sorted(Path(folders[0], "fonts").glob("materialdesignicons6-webfont-charmap-6*.json"))
+        if folders
+        else []
+    )
     if not fonts or not maps:
         raise InputError("the icon font was not found: install it with `pip install 'millijoule[train]'`")
     charmap = json.loads(maps[-1].read_text())
@@ -310,7 +367,9 @@ def _place_masks() -> np.ndarray:
                 canvas = Image.new("L", (big, big), 0)
                 probe = ImageFont.truetype(str(font_path), pixels)
                 left, top, right, bottom = probe.getbbox(glyph)
-                font = ImageFont.truetype(str(font_path), round(pixels * pixels / max(right - left, bottom - top)))
+                font = ImageFont.truetype(
+                    str(font_path), round(pixels * pixels / max(right - left, bottom - top))
+                )
                 left, top, right, bottom = font.getbbox(glyph)
                 x, y = (c * _SUPERSAMPLING for c in _CENTRES[place])
                 at = (round(x - (left + right) / 2), round(y - (top + bottom) / 2))
@@ -354,7 +413,9 @@ class SceneRenderer:
                     place = _PLACES_BY_RELATION[scene.relation][k] if scene.relation else "centre"
                     index[i] = NOUNS.index(o.noun), _PLACES.index(place), SIZES.index(o.size)
                     colours[i], present[i] = PALETTE[o.colour], 1.0 / 255.0
-            cover = self._masks[index[:, :1], index[:, 1:2], index[:, 2:3], jitter[:, :, k]].astype(np.float32)
+            cover = self._masks[index[:, :1], index[:, 1:2], index[:, 2:3], jitter[:, :, k]].astype(
+                np.float32
+            )
             cover = (cover * present[:, None, None, None])[..., None]  # [scenes, renders, 32, 32, 1]
             images += cover * ((colours[:, None] + shade[:, :, k + 1])[:, :, None, None, :] - images)
         return np.clip(np.rint(images), 0, 255).astype(np.uint8)

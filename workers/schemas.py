@@ -26,7 +26,9 @@ PLAN_ROW_SCHEMA = pa.schema(
         pa.field("height", pa.int32()),
         pa.field("num_inference_steps", pa.int32()),  # null: the model's own default
         pa.field("guidance_scale", pa.float64()),
-        pa.field("extra", pa.string()),  # JSON object of the columns we pass through, null when there are none
+        pa.field(
+            "extra", pa.string()
+        ),  # JSON object of the columns we pass through, null when there are none
         pa.field("source", pa.string(), nullable=False),  # "file:row", 1-based data row, for messages
     ]
 )
@@ -46,7 +48,9 @@ IMAGE_ROW_SCHEMA = pa.schema(
         pa.field("status", pa.string(), nullable=False),  # "ok" | "quarantined"
         pa.field("error", pa.string()),
         pa.field("warnings", pa.list_(pa.string())),
-        pa.field("path", pa.string()),  # of the object holding the image, relative to the output; tar: "x.tar#member"
+        pa.field(
+            "path", pa.string()
+        ),  # of the object holding the image, relative to the output; tar: "x.tar#member"
         pa.field("sha256", pa.string()),  # of the encoded image bytes; null when quarantined
         pa.field("size_bytes", pa.int64()),
         pa.field("extra", pa.string()),
@@ -182,7 +186,9 @@ class Commit:
     energy_domains: tuple[str, ...]
     energy_estimate_mj: int | None
     energy_method: str  # "nvml-counter", "rapl", "nvml-counter+rapl", "missing"
-    segments: tuple[Segment, ...]  # everything this worker closed since its previous commit, this shard's included
+    segments: tuple[
+        Segment, ...
+    ]  # everything this worker closed since its previous commit, this shard's included
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> bytes:

@@ -571,10 +571,10 @@ def open_input_file(url: str, s3: S3Settings | None = None) -> BinaryIO:
         StoreError: it cannot be read.
     """
     if is_s3_url(url):
-        from millijoule.workers.s3_storage import Bucket, S3Settings
+        from millijoule.workers.s3_storage import S3Settings, shared_bucket
 
         bucket, key = split_s3_url(url)
-        return Bucket(bucket, s3 or S3Settings.from_environment()).open_input(key)
+        return shared_bucket(bucket, s3 or S3Settings.from_environment()).open_input(key)
     path = _local_path(url)
     with _local_errors("read", path):
         return open(path, "rb")
@@ -604,10 +604,10 @@ def _expand_local(pattern: str) -> list[InputFile]:
 def _expand_s3(pattern: str, s3: S3Settings | None) -> list[InputFile]:
     from fsspec.utils import glob_translate
 
-    from millijoule.workers.s3_storage import Bucket, S3Settings
+    from millijoule.workers.s3_storage import S3Settings, shared_bucket
 
     name, key = split_s3_url(pattern)
-    bucket = Bucket(name, s3 or S3Settings.from_environment())
+    bucket = shared_bucket(name, s3 or S3Settings.from_environment())
     found: Iterable[dict[str, Any]]
     if not glob.has_magic(key):
         try:

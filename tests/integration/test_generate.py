@@ -11,28 +11,37 @@ import pytest
 from PIL import Image
 from support.jobs import assert_exactly_once, generate, hashes, manifest, write_prompts
 
+
+@pytest.fixture
+def run(tmp_path, ray_address):
+    """`run(*arguments)`: a job on the shared cluster."""
+    return lambda *arguments: generate(tmp_path, *arguments, ray=ray_address)
+
+
 PLAIN = ("--model", "python:support.models:plain")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, ray_address):
     """One finished parquet job: 40 prompts, 2 images each, shards of 16 images."""
     folder = tmp_path_factory.mktemp("finished")
     prompts = write_prompts(folder / "prompts.txt", 40)
     arguments = ("--prompts", prompts, "--images-per-prompt", 2, "--shard-size", 16, *PLAIN)
-    done = generate(folder, *arguments, "--output", folder / "out")
+    done = generate(folder, *arguments, "--output", folder / "out", ray=ray_address)
     assert done.returncode == 0, done.stderr
     return folder, arguments, done
 
 
-def test_every_image_is_there_once_and_says_what_it_is(finished):
+def test_every_image_is_there_once_and_says_what_it_is(finished, run):
     folder, _, _ = finished
     assert_exactly_once(folder / "out", 80)
     rows = manifest(folder / "out")
     first = rows[0]
     table = pq.read_table(folder / "out" / first["path"]).to_pylist()
     image = next(
-        r["image"] for r in table if (r["prompt_id"], r["image_index"]) == (first["prompt_id"], first["image_index"])
+        r["image"]
+        for r in table
+        if (r["prompt_id"], r["image_index"]) == (first["prompt_id"], first["image_index"])
     )
     assert hashlib.sha256(image).hexdigest() == first["sha256"]
     picture = Image.open(io.BytesIO(image))
@@ -41,7 +50,7 @@ def test_every_image_is_there_once_and_says_what_it_is(finished):
     assert json.loads(picture.text["millijoule"])["seed"] == first["seed"]
 
 
-def test_the_result_names_the_report_and_does_not_call_an_estimate_a_measurement(finished):
+def test_the_result_names_the_report_and_does_not_call_an_estimate_a_measurement(finished, run):
     folder, _, done = finished
     stats = json.loads((folder / "out" / "stats.json").read_text())
     assert stats["images_ok"] == 80
@@ -53,31 +62,31 @@ def test_the_result_names_the_report_and_does_not_call_an_estimate_a_measurement
     assert (folder / "out" / "_SUCCESS").is_file()
 
 
-def test_running_again_changes_nothing(finished):
+def test_running_again_changes_nothing(finished, run):
     folder, arguments, _ = finished
     before = hashes(folder / "out")
-    again = generate(folder, *arguments, "--output", folder / "out")
+    again = run(*arguments, "--output", folder / "out")
     assert again.returncode == 0, again.stderr
     assert hashes(folder / "out") == before
     assert_exactly_once(folder / "out", 80)
 
 
-def test_another_job_is_refused_and_the_difference_named(finished):
+def test_another_job_is_refused_and_the_difference_named(finished, run):
     folder, arguments, _ = finished
-    other = generate(folder, *arguments, "--output", folder / "out", "--seed", 7)
+    other = run(*arguments, "--output", folder / "out", "--seed", 7)
     assert other.returncode == 1
     assert "--seed was 0, now 7" in other.stderr
     prompts = write_prompts(folder / "other.txt", 41)
-    other = generate(folder, *arguments, "--prompts", prompts, "--output", folder / "out")
+    other = run(*arguments, "--prompts", prompts, "--output", folder / "out")
     assert other.returncode == 1
     assert "prompt files" in other.stderr
     assert_exactly_once(folder / "out", 80)
 
 
 @pytest.mark.parametrize("output_format", ["webdataset", "files"])
-def test_other_formats_hold_the_same_images(finished, tmp_path, output_format):
+def test_other_formats_hold_the_same_images(finished, tmp_path, output_format, run):
     folder, arguments, _ = finished
-    done = generate(folder, *arguments, "--output", tmp_path / "out", "--format", output_format)
+    done = run(*arguments, "--output", tmp_path / "out", "--format", output_format)
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "out") == hashes(folder / "out")
     assert_exactly_once(tmp_path / "out", 80)
@@ -91,28 +100,27 @@ def test_other_formats_hold_the_same_images(finished, tmp_path, output_format):
     assert hashlib.sha256(data).hexdigest() == row["sha256"]
 
 
-def test_a_prompt_that_cannot_be_drawn_is_quarantined_alone_and_can_be_retried(tmp_path):
+def test_a_prompt_that_cannot_be_drawn_is_quarantined_alone_and_can_be_retried(tmp_path, run):
     prompts = tmp_path / "prompts.csv"
     lines = [f"id{i},{'poison' if i in (3, 17) else 'fine'} {i}" for i in range(30)]
     prompts.write_text("prompt_id,prompt\n" + "\n".join(lines) + "\n")
     arguments = ("--prompts", prompts, "--output", tmp_path / "out", "--shard-size", 10)
     model = ("--model", "python:support.models:raises_on_poison")
-    done = generate(tmp_path, *arguments, *model)
+    done = run(*arguments, *model)
     assert done.returncode == 3, done.stderr
     rows = {r["prompt_id"]: r for r in manifest(tmp_path / "out")}
     assert {i for i, r in rows.items() if r["status"] == "quarantined"} == {"id3", "id17"}
     assert "cannot draw poison" in rows["id3"]["error"]
-    again = generate(tmp_path, *arguments, *model, "--retry-failed")
+    again = run(*arguments, *model, "--retry-failed")
     assert again.returncode == 3, again.stderr
     assert "retrying 2 quarantined images" in again.stderr
     assert_exactly_once(tmp_path / "out", 30)
 
 
-def test_a_row_that_kills_its_workers_is_found_and_quarantined(tmp_path):
+def test_a_row_that_kills_its_workers_is_found_and_quarantined(tmp_path, run):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{'poison' if i == 11 else 'fine'} {i}\n" for i in range(24)))
-    done = generate(
-        tmp_path,
+    done = run(
         *("--prompts", prompts, "--output", tmp_path / "out", "--shard-size", 8),
         *("--model", "python:support.models:dies_on_poison"),
     )
@@ -122,11 +130,11 @@ def test_a_row_that_kills_its_workers_is_found_and_quarantined(tmp_path):
     assert_exactly_once(tmp_path / "out", 24)
 
 
-def test_bad_rows_are_rejected_with_their_place_and_the_rest_is_made(tmp_path):
+def test_bad_rows_are_rejected_with_their_place_and_the_rest_is_made(tmp_path, run):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "ok"}, {"prompt": None}, {"prompt": "x" * 100_000}, {"prompt": "big", "width": 10**9}]
     prompts.write_text("".join(json.dumps(r) + "\n" for r in rows) + "{broken\n")
-    done = generate(tmp_path, "--prompts", prompts, "--output", tmp_path / "out", *PLAIN)
+    done = run("--prompts", prompts, "--output", tmp_path / "out", *PLAIN)
     assert done.returncode == 3, done.stderr
     bad = pq.read_table(tmp_path / "out" / "bad_rows.parquet").to_pylist()
     assert [(b["row"], b["column"]) for b in bad][:3] == [(2, "prompt"), (3, "prompt"), (4, "width")]
@@ -135,12 +143,12 @@ def test_bad_rows_are_rejected_with_their_place_and_the_rest_is_made(tmp_path):
     assert_exactly_once(tmp_path / "out", 1)
 
 
-def test_ids_cannot_leave_the_output_folder(tmp_path):
+def test_ids_cannot_leave_the_output_folder(tmp_path, run):
     prompts = tmp_path / "prompts.jsonl"
     ids = ["../../../escape", "a/b", "..", ".", "CON", "x" * 400, "日本", "a b", "%2e%2e"]
     prompts.write_text("".join(json.dumps({"id": i, "prompt": "p"}) + "\n" for i in ids))
     out = tmp_path / "deep" / "er" / "out"
-    done = generate(tmp_path, "--prompts", prompts, "--output", out, "--format", "files", *PLAIN)
+    done = run("--prompts", prompts, "--output", out, "--format", "files", *PLAIN)
     assert done.returncode == 0, done.stderr
     inside = {p for p in tmp_path.rglob("*") if p.is_file()}
     assert all(p.is_relative_to(out) or p == prompts for p in inside)
@@ -152,12 +160,11 @@ def test_ids_cannot_leave_the_output_folder(tmp_path):
     ("content", "words"),
     [(b"\x80\x04\x95pickle", "pickled checkpoint"), (b"short", "not a safetensors"), (None, "no such file")],
 )
-def test_a_model_file_that_is_not_safetensors_is_refused(tmp_path, content, words):
+def test_a_model_file_that_is_not_safetensors_is_refused(tmp_path, content, words, run):
     model = tmp_path / "model.pt"
     if content is not None:
         model.write_bytes(content)
-    done = generate(
-        tmp_path,
+    done = run(
         *("--prompts", write_prompts(tmp_path / "p.txt", 2), "--output", tmp_path / "out", "--model", model),
     )
     assert done.returncode == 1
@@ -180,24 +187,24 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_ends_the_job_with_a_message_and_resume_finishes_it(tmp_path, small_disk):
+def test_a_full_disk_ends_the_job_with_a_message_and_resume_finishes_it(tmp_path, small_disk, run):
     disk, ballast = small_disk
     prompts = write_prompts(tmp_path / "prompts.txt", 200)
     arguments = ("--prompts", prompts, "--output", disk / "out", "--shard-size", 8, *PLAIN)
-    full = generate(tmp_path, *arguments)
+    full = run(*arguments)
     assert full.returncode == 1
     assert "disk full" in full.stderr
     assert "Traceback" not in full.stderr
     ballast.unlink()
-    done = generate(tmp_path, *arguments)
+    done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert_exactly_once(disk / "out", 200)
 
 
-def test_dry_run_writes_nothing_and_says_what_it_would_take(tmp_path):
+def test_dry_run_writes_nothing_and_says_what_it_would_take(tmp_path, run):
     prompts = write_prompts(tmp_path / "prompts.txt", 50)
-    done = generate(
-        tmp_path, "--prompts", prompts, "--output", tmp_path / "out", *PLAIN, "--dry-run", "--price-per-kwh", 0.3
+    done = run(
+        "--prompts", prompts, "--output", tmp_path / "out", *PLAIN, "--dry-run", "--price-per-kwh", 0.3
     )
     assert done.returncode == 0, done.stderr
     for words in ("50 usable", "images      50", "time", "energy", "cost", "bytes"):
@@ -214,9 +221,9 @@ def test_dry_run_writes_nothing_and_says_what_it_would_take(tmp_path):
         (("--resources", "spot"), "--resources spot"),
     ],
 )
-def test_options_that_mean_nothing_are_refused_before_anything_starts(tmp_path, arguments, words):
+def test_options_that_mean_nothing_are_refused_before_anything_starts(tmp_path, arguments, words, run):
     prompts = write_prompts(tmp_path / "prompts.txt", 2)
-    done = generate(tmp_path, "--prompts", prompts, "--output", tmp_path / "out", *PLAIN, *arguments)
+    done = run("--prompts", prompts, "--output", tmp_path / "out", *PLAIN, *arguments)
     assert done.returncode in (1, 2)
     assert words in done.stderr
     assert not (tmp_path / "out").exists()

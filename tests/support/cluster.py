@@ -37,7 +37,13 @@ class RayNode:
         self.log = log
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", *arguments],
+                [
+                    str(Path(sys.executable).parent / "ray"),
+                    "start",
+                    "--block",
+                    "--disable-usage-stats",
+                    *arguments,
+                ],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -99,7 +105,9 @@ class RayCluster:
     """
 
     def __init__(self, *, head_cpus: int, env: dict[str, str] | None = None, dashboard: bool = False) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="mj-ray-"))  # short: Ray's socket paths have a length limit
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="mj-ray-")
+        )  # short: Ray's socket paths have a length limit
         self.env = {
             **os.environ,
             "RAY_AUTH_MODE": "disabled",

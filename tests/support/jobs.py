@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,29 +23,53 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """For a driver: the test's models importable, harm recorded in `folder`, and no cluster but the one given."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(TESTS),
-        "MILLIJOULE_TEST_DIR": str(folder),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
-        **more,
-    }
+    """For a driver and its workers: the test's models importable, harm recorded in `folder`.
+
+    Workers on a cluster inherit their node's environment, not the driver's; a job's variables reach them the way
+    `ray job submit` sends them.
+    """
+    ours = {"PYTHONPATH": str(TESTS), "MILLIJOULE_TEST_DIR": str(folder), **more}
+    ours |= {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", **ours}
+    env["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": ours}})
     env.pop("RAY_ADDRESS", None)
     return env
 
 
-def generate(folder: Path, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run to the end; stdout and stderr captured."""
+def generate(
+    folder: Path, *arguments: object, ray: str | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end, on the cluster at `ray` or a local one; stdout and stderr captured."""
+    where = () if ray is None else ("--ray-address", ray)
     return subprocess.run(
-        command(*arguments),
+        command(*arguments, *where),
         env=environment(folder, **env),
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
+
+
+def start(folder: Path, *arguments: object, ray: str, **env: str) -> subprocess.Popen[str]:
+    """Start and return at once; stderr goes to `driver.log` in `folder`."""
+    with (folder / "driver.log").open("a") as log:
+        return subprocess.Popen(
+            command(*arguments, "--ray-address", ray),
+            env=environment(folder, **env),
+            stdout=log,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def wait_for_commits(output: Path, n: int, timeout_s: float = 90.0) -> None:
+    """Until at least `n` shards of a local output are committed."""
+    deadline = time.monotonic() + timeout_s
+    while len(list(output.glob("_job/commits/*/*.json"))) < n:
+        assert time.monotonic() < deadline, f"{output}: no {n} commits after {timeout_s:.0f} s"
+        time.sleep(0.05)
 
 
 def write_prompts(path: Path, n: int) -> Path:

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from s3_servers import FaultProxy, S3Endpoint
 
 from millijoule.workers import s3_storage, storage
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError, StoreError
-from millijoule.workers.s3_storage import PART_BYTES, S3Settings
+from millijoule.workers.s3_storage import S3Settings
 from millijoule.workers.storage import (
     LocalStore,
     Store,
@@ -37,6 +38,7 @@ from millijoule.workers.storage import (
 )
 
 RACERS = 8
+PART_BYTES = 5 << 20  # the least S3 allows; several parts then stay quick
 STRANGE_KEYS = ["ünïcødé/画像 🖼.json", "a b/c+d&e=f%41?#'\".json", "-/~", "q/<x>;:@,!$()*[]{}|\\^`"]
 
 
@@ -50,6 +52,11 @@ def store(request: pytest.FixtureRequest) -> Store:
 def any_store(request: pytest.FixtureRequest) -> Store:
     """`store`, and the S3 server without conditional writes, which must still do everything else."""
     return _open_empty(request, request.param)
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_storage, "PART_BYTES", PART_BYTES)
 
 
 def _open_empty(request: pytest.FixtureRequest, kind: str) -> Store:
@@ -106,8 +113,14 @@ def test_strange_but_valid_keys_survive(any_store: Store) -> None:
     assert _keys(any_store) == []
 
 
-def test_a_listing_is_complete_and_fresh_beyond_one_page(store: Store) -> None:
-    keys = [f"commits/{i % 7:02}/{i:06}.json" for i in range(1100)]
+def test_a_listing_is_complete_and_fresh_beyond_one_page(
+    store: Store, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = request.node.callspec.params["store"] == "ceph"
+    if not real:
+        monkeypatch.setattr(s3_storage, "DELETE_BATCH", 100)
+    count = 1100 if real else 230  # Ceph's pages are of 1000, like Amazon's; the mock's are set to 100
+    keys = [f"commits/{i % 7:02}/{i:06}.json" for i in range(count)]
     with ThreadPoolExecutor(RACERS) as pool:
         list(pool.map(lambda key: store.put(key, b"{}"), keys))
     assert _keys(store) == sorted(keys)
@@ -276,7 +289,8 @@ def _race(store: Store, env: dict[str, str], racer: int, keys: list[str], start_
 @pytest.fixture(scope="module")
 def processes() -> Iterator[ProcessPoolExecutor]:
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imports once, not eight times
+    # Imports these once, not eight times.
+    context.set_forkserver_preload(["pytest", "hypothesis", "pyarrow.parquet", s3_storage.__name__])
     with ProcessPoolExecutor(RACERS, mp_context=context) as pool:
         yield pool
 
@@ -374,15 +388,17 @@ def test_a_url_of_another_kind_is_refused(url: str) -> None:
 # --- local trouble
 
 
-def test_a_hundred_thousand_commits_are_listed_in_two_seconds(tmp_path: Path) -> None:
-    for i in range(100):
-        folder = tmp_path / "commits" / f"{i:02}"
-        folder.mkdir(parents=True)
-        for j in range(1000):
-            os.close(os.open(folder / f"{j:06}.json", os.O_CREAT | os.O_WRONLY))
-    start = time.perf_counter()
-    assert sum(1 for _ in LocalStore(tmp_path).list("commits/")) == 100_000
-    assert time.perf_counter() - start < 2.0
+def test_a_hundred_thousand_commits_are_listed_in_two_seconds() -> None:
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # quicker to fill, the same to list
+    with tempfile.TemporaryDirectory(dir=memory) as root:
+        for i in range(100):
+            folder = f"{root}/commits/{i:02}"
+            os.makedirs(folder)
+            for j in range(1000):
+                os.close(os.open(f"{folder}/{j:06}.json", os.O_CREAT | os.O_WRONLY))
+        start = time.process_time()  # not the wall clock: others may share this machine
+        assert sum(1 for _ in LocalStore(Path(root)).list("commits/")) == 100_000
+        assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize("supported", ["renameat2", "nothing"])
@@ -545,16 +561,22 @@ def faulty(
     fault_proxy: Callable[[S3Endpoint], FaultProxy],
     s3_env: Callable[[S3Endpoint], None],
 ) -> tuple[FaultProxy, Store, Store]:
-    """The proxy, a store behind it that gives up after 4 s, and the same store reached directly."""
+    """The proxy, a store behind it, and the same store reached directly."""
     server: S3Endpoint = request.getfixturevalue({"moto": "moto_s3"}.get(request.param, request.param))
     proxy = fault_proxy(server)
     s3_env(server)
+    request.getfixturevalue("monkeypatch").setattr(s3_storage, "BACKOFF_FIRST_S", 0.02)
     url = f"s3://{server.make_bucket()}/out"
-    settings = S3Settings(proxy.url, "us-east-1", retry_for_s=4.0, timeout_s=1.5)
+    settings = S3Settings(proxy.url, "us-east-1", retry_for_s=20.0, timeout_s=1.5)
     return proxy, open_store(url, settings), open_store(url)
 
 
 Faulty = tuple[FaultProxy, Store, Store]
+
+
+def _impatient(proxy: FaultProxy, store: Store) -> Store:
+    """The store behind the proxy, giving up after a second."""
+    return open_store(store.url, S3Settings(proxy.url, "us-east-1", retry_for_s=1.0))
 
 
 def test_a_lost_acknowledgement_of_our_own_create_is_success(faulty: Faulty) -> None:
@@ -624,8 +646,8 @@ def test_a_server_that_stays_overloaded_is_a_transient_error_in_bounded_time(fau
     proxy.inject("status", "PUT ", times=float("inf"))
     start = time.monotonic()
     with pytest.raises(StoreError, match=r"503 SlowDown.*try again later") as failure:
-        store.put_exclusive("commits/1", b"mine")
-    assert 1.0 < time.monotonic() - start < 10.0
+        _impatient(proxy, store).put_exclusive("commits/1", b"mine")
+    assert 0.3 < time.monotonic() - start < 10.0
     assert failure.value.transient
     assert not isinstance(failure.value, AlreadyExistsError)
     assert _keys(direct) == []
@@ -635,7 +657,7 @@ def test_after_the_last_time_out_the_object_itself_decides(faulty: Faulty) -> No
     proxy, store, _ = faulty
     proxy.inject("ack_lost", "PUT ", times=1)
     proxy.inject("reset", "PUT ", times=float("inf"))
-    store.put_exclusive("commits/1", b"mine")
+    _impatient(proxy, store).put_exclusive("commits/1", b"mine")
     assert store.get("commits/1") == b"mine"
 
 
@@ -685,7 +707,7 @@ def test_a_failed_upload_leaves_nothing(faulty: Faulty, large_file: Path, mode: 
     proxy, store, direct = faulty
     proxy.inject(mode, "PUT .*partNumber=2", times=float("inf"))
     with pytest.raises(StoreError, match=r"large\.tar") as failure:
-        store.put_file("data/large.tar", large_file)
+        _impatient(proxy, store).put_file("data/large.tar", large_file)
     assert failure.value.transient
     assert _keys(direct) == []
     assert list(direct.list_temporary()) == []
@@ -721,8 +743,10 @@ def test_a_lost_acknowledgement_within_an_upload_is_ridden_out(
 _UPLOAD = """
 import sys
 from pathlib import Path
+from millijoule.workers import s3_storage
 from millijoule.workers.storage import open_store
 
+s3_storage.PART_BYTES = int(sys.argv[3])
 open_store(sys.argv[1]).put_file("data/large.tar", Path(sys.argv[2]))
 """
 
@@ -733,7 +757,8 @@ def test_kill_9_in_the_middle_of_an_upload_leaves_only_a_pending_upload(
     proxy, _, direct = faulty
     hang = proxy.inject("hang", "PUT .*partNumber=2", times=float("inf"))
     env = {**os.environ, **proxy.endpoint.env()}
-    with subprocess.Popen([sys.executable, "-c", _UPLOAD, direct.url, str(large_file)], env=env) as upload:
+    command = [sys.executable, "-c", _UPLOAD, direct.url, str(large_file), str(PART_BYTES)]
+    with subprocess.Popen(command, env=env) as upload:
         while not hang.hits and upload.poll() is None:
             time.sleep(0.02)
         upload.send_signal(signal.SIGKILL)
