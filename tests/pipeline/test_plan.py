@@ -397,6 +397,42 @@ def test_cuts_are_those_of_the_obvious_loop(counts, shard_size):
     assert plan._cuts(np.array(counts, np.int32), shard_size) == expected
 
 
+@given(
+    rows=st.lists(st.tuples(st.sampled_from([None, 8, 16]), st.integers(1, 9)), min_size=1, max_size=60),
+    shard_size=st.integers(1, 20),
+    chunk_rows=st.integers(1, 60),
+)
+def test_shards_come_as_they_become_full_however_rows_arrive(rows, shard_size, chunk_rows):
+    waiting: dict[int | None, list[int]] = {}
+    expected: list[list[int]] = []
+    for i, (width, n) in enumerate(rows):
+        bucket = waiting.setdefault(width, [])
+        if bucket and sum(rows[k][1] for k in bucket) + n > shard_size:
+            expected.append(waiting.pop(width))
+            bucket = waiting.setdefault(width, [])
+        bucket.append(i)
+        if sum(rows[k][1] for k in bucket) >= shard_size:
+            expected.append(waiting.pop(width))
+    expected += sorted(waiting.values())
+
+    shards: list[list[int]] = []
+
+    def emit(batch, ranges):
+        positions = [int(v) for v in batch["prompt_id"].to_pylist()]
+        shards.extend(positions[start:end] for start, end in ranges)
+
+    records = [
+        dict.fromkeys(PLAN_ROW_SCHEMA.names)
+        | {"prompt_id": str(i), "prompt": "p", "source": "f:1", "width": width, "num_images": n}
+        for i, (width, n) in enumerate(rows)
+    ]
+    cutter = plan.ShardCutter(shard_size, emit)
+    for start in range(0, len(records), chunk_rows):
+        cutter.add(pa.RecordBatch.from_pylist(records[start : start + chunk_rows], PLAN_ROW_SCHEMA))
+    cutter.finish()
+    assert shards == expected
+
+
 # Fingerprint and what stands in the store
 
 
