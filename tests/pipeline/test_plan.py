@@ -335,7 +335,7 @@ RECORDS = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     files=st.lists(RECORDS, min_size=1, max_size=3),
     shard_size=st.integers(1, 20),
