@@ -130,7 +130,8 @@ def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]
 
 def load_ledger(store: Store, n_shards: int) -> Ledger:
     """The energy ledger over every segment that commits and drivers recorded."""
-    segments, winners = [], {}
+    segments: list[Segment] = []
+    winners: dict[int, str] = {}
     for commit in read_commits(store, n_shards):
         segments.extend(commit.segments)
         winners[commit.shard_id] = commit.attempt_id

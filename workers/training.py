@@ -21,7 +21,15 @@ from torch.nn import functional as F
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel, start_phases
-from millijoule.workers.scenes import NUM_TOKENS, VOCABULARY, SceneRenderer, sample_scenes, scene_tokens
+from millijoule.workers.scenes import (
+    NUM_TOKENS,
+    VOCABULARY,
+    SceneRenderer,
+    sample_scenes,
+    scene_tokens,
+    write_prompt,
+)
+from millijoule.workers.schemas import ImageRequest
 
 #: (down-sampling, patch side, stride) of the patch sets the loss looks at; side 0 is the whole image.
 PATCHES = ((1, 0, 0), (1, 8, 4), (1, 4, 4), (2, 8, 4), (4, 0, 0))
@@ -190,14 +198,15 @@ def train(
     trainer = Trainer(config)
     if resume and (folder / CHECKPOINT).exists():
         trainer.resume(folder)
-    began, losses, saved = time.monotonic(), [], time.monotonic()
+    began = saved = time.monotonic()
+    first, losses = trainer.step, []
     while trainer.step < config.steps:
         losses.append(trainer.train_step())
         now = time.monotonic()
         if trainer.step % report_every == 0 or trainer.step == config.steps:
             print(
                 f"step {trainer.step}/{config.steps} loss {np.mean(losses):.4f} "
-                f"{(now - began) / len(losses) if False else (now - began) / max(1, trainer.step):.2f} s/step",
+                f"{(now - began) / (trainer.step - first):.2f} s/step",
                 flush=True,
             )
             losses = []
@@ -208,3 +217,25 @@ def train(
             trainer.save(folder)
             break
     return trainer
+
+
+def write_sample_sheet(weights: Path, path: Path, *, count: int = 32, columns: int = 8, zoom: int = 3) -> None:
+    """Draw fixed scenes with seeds 0, 1, 2 ... by the exported model, prompts underneath, as one PNG. None are picked."""
+    from PIL import Image, ImageDraw
+
+    from millijoule.workers.oscillator import OscillatorGenerator
+
+    rng = np.random.default_rng(0)
+    prompts = [write_prompt(scene, rng) for scene in sample_scenes(rng, count)]
+    requests = [ImageRequest(str(i), 0, prompt, seed=i) for i, prompt in enumerate(prompts)]
+    images = OscillatorGenerator.load(weights).generate(requests).images
+    side, text = images.shape[1] * zoom, 36
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + text + 8)), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        x, y = (i % columns) * (side + 8) + 4, (i // columns) * (side + text + 8) + 4
+        sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        for line in range(3):
+            draw.text((x, y + side + 1 + 11 * line), prompt[line * 16 : (line + 1) * 16], fill=(0, 0, 0))
+    sheet.save(path)

@@ -1,0 +1,150 @@
+"""Exactly once under kill -9: real processes, killed at real points. The oracle is `assert_exactly_once`."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from support.cluster import RayCluster
+from support.jobs import (
+    assert_exactly_once,
+    generate,
+    hashes,
+    manifest,
+    start,
+    wait_for_commits,
+    write_prompts,
+)
+
+PROMPTS = 96
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, ray_address):
+    """Hashes of a run in which nothing dies."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    prompts = write_prompts(folder / "prompts.txt", PROMPTS)
+    done = generate(folder, *job(prompts, folder / "out", "plain"), ray=ray_address)
+    assert done.returncode == 0, done.stderr
+    return hashes(folder / "out")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write_prompts(tmp_path / "prompts.txt", PROMPTS)
+
+
+def job(prompts, output, model, *more):
+    return (
+        *("--prompts", prompts, "--output", output, "--shard-size", 8),
+        *("--model", f"python:support.models:{model}", *more),
+    )
+
+
+@pytest.mark.parametrize(
+    "model", ["dies_before_upload", "dies_between_uploads", "dies_before_commit", "dies_after_commit"]
+)
+def test_a_worker_killed_at_any_point_of_an_attempt(tmp_path, prompts, ray_address, undisturbed, model):
+    out = tmp_path / "out"
+    done = generate(tmp_path, *job(prompts, out, model, "--format", "files"), ray=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert "is gone" in done.stderr  # it really died, and the log says so
+    assert hashes(out) == undisturbed
+    assert_exactly_once(out, PROMPTS)
+
+
+def test_the_driver_killed_twice(tmp_path, prompts, ray_address, undisturbed):
+    out = tmp_path / "out"
+    for commits in (2, 6):
+        driver = start(tmp_path, *job(prompts, out, "slow"), ray=ray_address)
+        wait_for_commits(out, commits)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    before = {p: p.read_bytes() for p in out.glob("_job/commits/*/*.json")}
+    done = generate(tmp_path, *job(prompts, out, "slow"), ray=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert all(p.read_bytes() == body for p, body in before.items())
+    assert hashes(out) == undisturbed
+    assert_exactly_once(out, PROMPTS)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_job_says_so_and_resumes(tmp_path, prompts, ray_address, undisturbed, signum):
+    out = tmp_path / "out"
+    driver = start(tmp_path, *job(prompts, out, "slow"), ray=ray_address)
+    wait_for_commits(out, 1)
+    driver.send_signal(signum)
+    assert driver.wait(60) == 5
+    assert "run the same command again" in (tmp_path / "driver.log").read_text()
+    done = generate(tmp_path, *job(prompts, out, "slow"), ray=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert hashes(out) == undisturbed
+    assert_exactly_once(out, PROMPTS)
+
+
+def test_a_zombie_cannot_commit(tmp_path, prompts, ray_address, undisturbed):
+    """A worker is stopped before its commit for longer than its lease, another makes the shard, the first wakes."""
+    out = tmp_path / "out"
+    pid_file = tmp_path / "stopped-pid"
+    driver = start(tmp_path, *job(prompts, out, "stops_before_commit", "--lease-seconds", 4), ray=ray_address)
+    deadline = time.monotonic() + 60
+    while not pid_file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    zombie = psutil.Process(int(pid_file.read_text()))
+    log = tmp_path / "driver.log"
+    while "leasing the shard again" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    zombie.send_signal(signal.SIGCONT)
+    assert driver.wait(90) == 0, log.read_text()
+    assert hashes(out) == undisturbed
+    assert_exactly_once(out, PROMPTS)
+
+
+def test_a_worker_that_never_wakes_is_replaced(tmp_path, prompts, ray_address, undisturbed):
+    out = tmp_path / "out"
+    done = generate(
+        tmp_path, *job(prompts, out, "stops_before_commit", "--lease-seconds", 3), ray=ray_address
+    )
+    assert done.returncode == 0, done.stderr
+    assert hashes(out) == undisturbed
+    assert_exactly_once(out, PROMPTS)
+
+
+def test_two_drivers_at_once(tmp_path, prompts, ray_address, undisturbed):
+    out = tmp_path / "out"
+    arguments = (*job(prompts, out, "slow"), "--workers", 1)
+    drivers = [start(tmp_path, *arguments, ray=ray_address) for _ in range(2)]
+    assert [d.wait(180) for d in drivers] == [0, 0], (tmp_path / "driver.log").read_text()
+    assert len(list(out.glob("_job/epochs/*.json"))) == 2
+    assert hashes(out) == undisturbed
+    assert_exactly_once(out, PROMPTS)
+
+
+def test_a_row_that_hangs_its_worker_is_found(tmp_path, ray_address):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{'poison' if i == 2 else 'fine'} {i}\n" for i in range(8)))
+    out = tmp_path / "out"
+    arguments = (*job(prompts, out, "hangs_on_poison"), "--lease-seconds", 2)
+    done = generate(tmp_path, *arguments, ray=ray_address)
+    assert done.returncode == 3, done.stderr
+    assert [r["prompt"] for r in manifest(out) if r["status"] == "quarantined"] == ["poison 2"]
+    assert_exactly_once(out, 8)
+
+
+def test_a_raylet_killed_takes_its_node_and_nothing_else(tmp_path, prompts, undisturbed):
+    """The head runs the driver, two more nodes run the workers, one of their raylets is killed."""
+    out = tmp_path / "out"
+    with RayCluster(head_cpus=0) as cluster:
+        nodes = [cluster.add_node(cpus=1) for _ in range(2)]
+        driver = start(tmp_path, *job(prompts, out, "slow"), "--workers", 2, ray=cluster.address)
+        wait_for_commits(out, 3)
+        orphans = nodes[0].workers()
+        nodes[0].raylet().kill()
+        assert driver.wait(120) == 0, (tmp_path / "driver.log").read_text()
+        assert hashes(out) == undisturbed
+        assert_exactly_once(out, PROMPTS)
+        gone, alive = psutil.wait_procs(orphans, timeout=20)
+        assert not alive, "workers of a dead raylet must end themselves"
