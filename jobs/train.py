@@ -20,7 +20,7 @@ class TrainOptions:
     output: str
     """Folder for checkpoint, weights and samples."""
 
-    steps: int = 2600
+    steps: int = 3400
     """Training steps; also sets the learning-rate schedule."""
 
     minutes: float | None = None

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 #: Factor on the drive's default initialisation. Much stronger drives (3 rad per unit of time) did not learn: the loss
 #: rose from 3.7 at step 100 to 5.4 at step 225, where this start reached 2.0 at step 250.
 FIRST_DRIVE = 3.0

@@ -49,7 +49,7 @@ class TrainingConfig:
     `steps` also sets the learning-rate schedule: warm-up, then cosine to zero.
     """
 
-    steps: int = 4000
+    steps: int = 3400
     scenes: int = 20  # per step
     samples: int = 6  # generated images per scene
     renders: int = 8  # true images per scene
@@ -219,7 +219,9 @@ def train(
     return trainer
 
 
-def write_sample_sheet(weights: Path, path: Path, *, count: int = 32, columns: int = 8, zoom: int = 3) -> None:
+def write_sample_sheet(
+    weights: Path, path: Path, *, count: int = 32, columns: int = 8, zoom: int = 3
+) -> None:
     """Draw fixed scenes with seeds 0, 1, 2 ... by the exported model, prompts underneath, as one PNG. None are picked."""
     from PIL import Image, ImageDraw
 

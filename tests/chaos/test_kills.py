@@ -146,5 +146,5 @@ def test_a_raylet_killed_takes_its_node_and_nothing_else(tmp_path, prompts, undi
         assert driver.wait(120) == 0, (tmp_path / "driver.log").read_text()
         assert hashes(out) == undisturbed
         assert_exactly_once(out, PROMPTS)
-        gone, alive = psutil.wait_procs(orphans, timeout=20)
+        _, alive = psutil.wait_procs(orphans, timeout=20)
         assert not alive, "workers of a dead raylet must end themselves"

@@ -25,8 +25,21 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
-    subprocess.run(build, cwd=source, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        ".",
+    ]
+    subprocess.run(
+        build, cwd=source, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    )
     return next(folder.glob("millijoule-*.whl"))
 
 
@@ -37,7 +50,12 @@ def submit(cluster: RayCluster, runtime_env: dict, *entrypoint: object) -> subpr
     ]
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
     return subprocess.run(
-        command, env=env | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, timeout=240, check=False
+        command,
+        env=env | {"RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 
@@ -46,7 +64,15 @@ def test_the_command_installed_on_the_nodes(tmp_path, cluster):
     runtime_env = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}
     model = ("--model", "python:support.models:plain")
     done = submit(
-        cluster, runtime_env, "millijoule", "generate", "--prompts", prompts, "--output", tmp_path / "out", *model
+        cluster,
+        runtime_env,
+        "millijoule",
+        "generate",
+        "--prompts",
+        prompts,
+        "--output",
+        tmp_path / "out",
+        *model,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
@@ -57,9 +83,10 @@ def test_a_wheel_in_py_modules(tmp_path, cluster, wheel):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red heart\na blue star on a yellow background\n")
     runtime_env = {"py_modules": [str(wheel)]}
-    where = submit(cluster, runtime_env, sys.executable, "-c", "'import millijoule.jobs as j; print(j.__file__)'")
-    assert str(ROOT) not in where.stdout, "the job must use the wheel, not this checkout"
-    assert "millijoule/jobs/__init__.py" in where.stdout
+    code = "import millijoule.jobs as j; print('code at', j.__file__)"
+    where = submit(cluster, runtime_env, "python", "-c", code).stdout.split("code at ")[-1].splitlines()[0]
+    assert not Path(where).is_relative_to(ROOT), "the job must use the wheel, not this checkout"
+    assert where.endswith("millijoule/jobs/__init__.py")
     done = submit(
         cluster,
         runtime_env,

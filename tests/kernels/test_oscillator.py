@@ -61,7 +61,11 @@ def test_phases_do_not_depend_on_the_batch(batch):
     whole = relax(phases, quantized.weights, multipliers, quantize_drive(drive, 0.1), 10)
     parts = [
         relax(
-            phases[i : i + batch], quantized.weights, multipliers, quantize_drive(drive[i : i + batch], 0.1), 10
+            phases[i : i + batch],
+            quantized.weights,
+            multipliers,
+            quantize_drive(drive[i : i + batch], 0.1),
+            10,
         )
         for i in range(0, 64, batch)
     ]
@@ -106,4 +110,6 @@ def test_noise_is_uniform():
     phases = start_phases(np.arange(200, dtype=np.uint64), 512)
     counts = torch.bincount((phases.flatten() >> 12).long(), minlength=16).double()
     expected = phases.numel() / 16
-    assert ((counts - expected) ** 2 / expected).sum() < 45  # chi-squared, 15 degrees of freedom, p about 1e-4
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 45  # chi-squared, 15 degrees of freedom, p about 1e-4

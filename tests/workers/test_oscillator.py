@@ -48,7 +48,8 @@ def test_phases_and_images_do_not_depend_on_the_batch(generator, requests, size)
     tokens = scene_tokens([parse_prompt(r.prompt)[0] for r in requests])
     whole = generator.relax(tokens, requests)
     parts = [
-        generator.relax(t, r) for t, r in zip(in_batches(tokens, size), in_batches(requests, size), strict=True)
+        generator.relax(t, r)
+        for t, r in zip(in_batches(tokens, size), in_batches(requests, size), strict=True)
     ]
     assert torch.equal(torch.cat(parts), whole)
     images = np.concatenate([generator.generate(r).images for r in in_batches(requests, size)])
@@ -178,7 +179,7 @@ def test_truncated_models_are_refused_by_name(tmp_path, size):
     shutil.copy(DEFAULT, path)
     with path.open("r+b") as file:
         file.truncate(size)
-    with pytest.raises(InputError, match="model.safetensors"):
+    with pytest.raises(InputError, match=r"model\.safetensors"):
         OscillatorGenerator.load(path)
 
 

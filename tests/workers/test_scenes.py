@@ -39,7 +39,8 @@ def test_prompts_are_read(prompt, scene):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "word"), [("a red zebra", "zebra"), ("a photo of a cat driving", "driving"), ("a pink fish", "pink")]
+    ("prompt", "word"),
+    [("a red zebra", "zebra"), ("a photo of a cat driving", "driving"), ("a pink fish", "pink")],
 )
 def test_unknown_words_are_named(prompt, word):
     assert any(word in warning for warning in parse_prompt(prompt)[1])
