@@ -1,0 +1,94 @@
+"""`check` notices every kind of damage, and nothing where there is none."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.local_job import plan, work
+
+from millijoule.pipeline.check import check_output
+from millijoule.workers.errors import MillijouleError
+
+PROMPTS = [f"prompt {i}" for i in range(20)]
+
+
+@pytest.fixture(params=["parquet", "webdataset", "files"])
+def output(request, tmp_path):
+    store, job = plan(tmp_path, PROMPTS, output_format=request.param)
+    work(store, job)
+    return store, tmp_path / "out"
+
+
+def one(folder: Path, pattern: str) -> Path:
+    return sorted(folder.glob(pattern))[0]
+
+
+def edit_commit(folder: Path, change) -> None:
+    path = one(folder, "_job/commits/*/*.json")
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_text(json.dumps(body))
+
+
+def edit_manifest(folder: Path, change) -> None:
+    path = folder / "manifest.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+
+
+def flip_a_byte(folder: Path) -> None:
+    path = max((p for p in (folder / "data").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()  # it may be a hard link
+    path.write_bytes(data)
+
+
+def truncate(folder: Path) -> None:
+    path = next(p for p in sorted((folder / "data").rglob("*")) if p.is_file())
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-1])
+
+
+DAMAGE = {
+    "a flipped byte": flip_a_byte,
+    "a truncated file": truncate,
+    "a missing file": lambda f: next(p for p in sorted((f / "data").rglob("*")) if p.is_file()).unlink(),
+    "a missing commit": lambda f: one(f, "_job/commits/*/*.json").unlink(),
+    "a commit for another plan": lambda f: edit_commit(f, lambda c: c.update(plan_fingerprint="0" * 64)),
+    "a commit by another model": lambda f: edit_commit(f, lambda c: c.update(model_sha256="0" * 64)),
+    "a commit with another count": lambda f: edit_commit(f, lambda c: c.update(images_ok=c["images_ok"] - 1)),
+    "a commit that hides a file": lambda f: edit_commit(f, lambda c: c["files"][0].update(sha256="0" * 64)),
+    "a commit that is not JSON": lambda f: one(f, "_job/commits/*/*.json").write_text("{"),
+    "a missing manifest": lambda f: (f / "manifest.parquet").unlink(),
+    "a manifest row dropped": lambda f: edit_manifest(f, lambda rows: rows.pop()),
+    "a manifest row doubled": lambda f: edit_manifest(f, lambda rows: rows.append(rows[0])),
+    "a manifest hash changed": lambda f: edit_manifest(f, lambda rows: rows[3].update(sha256="0" * 64)),
+    "a manifest prompt changed": lambda f: edit_manifest(f, lambda rows: rows[3].update(prompt="other")),
+    "a manifest energy changed": lambda f: edit_manifest(f, lambda rows: rows[3].update(energy_mj=1)),
+    "a manifest that is not Parquet": lambda f: (f / "manifest.parquet").write_bytes(b"x" * 100),
+    "a missing _SUCCESS": lambda f: (f / "_SUCCESS").unlink(),
+    "a foreign _SUCCESS": lambda f: (f / "_SUCCESS").write_text("{}"),
+}
+
+
+def test_a_sound_output_has_no_differences(output):
+    assert list(check_output(output[0])) == []
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_noticed(output, damage):
+    store, folder = output
+    DAMAGE[damage](folder)
+    try:
+        problems = list(check_output(store))
+    except (
+        MillijouleError
+    ) as error:  # a plan or commit that cannot be read at all is an error, not a difference
+        problems = [str(error)]
+    assert problems

@@ -1,0 +1,84 @@
+"""A whole job in this process, without Ray: real plan, coordinator, attempts and commits, for fast tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.models import Plain
+
+from millijoule.pipeline.commits import list_committed
+from millijoule.pipeline.coordinator import Coordinator
+from millijoule.pipeline.finish import finish_job
+from millijoule.pipeline.job import JobSpec, open_epoch, publish_job
+from millijoule.pipeline.plan import PlanOptions, plan_job
+from millijoule.pipeline.retry import JobShards, load_job_shards
+from millijoule.workers.attempt import AttemptRunner, Where
+from millijoule.workers.generator import Generator
+from millijoule.workers.lease import WorkerConfig
+from millijoule.workers.meter import open_meter
+from millijoule.workers.storage import Store, expand_inputs, open_store
+from millijoule.workers.timeline import SegmentTimeline
+
+MODEL_SHA256 = "a" * 64
+
+
+def plan(
+    folder: Path, prompts: list[str], *, shard_size: int = 8, output_format: str = "parquet"
+) -> tuple[Store, JobSpec]:
+    """Plan `prompts` into `folder/out`."""
+    source = folder / "prompts.txt"
+    source.write_text("".join(p + "\n" for p in prompts))
+    store = open_store(str(folder / "out"))
+    made = plan_job(expand_inputs([str(source)]), PlanOptions(shard_size=shard_size), store, {})
+    job = JobSpec(
+        fingerprint=made.fingerprint,
+        model="plain",
+        model_name="plain",
+        model_sha256=MODEL_SHA256,
+        job_seed=0,
+        images_per_prompt=1,
+        output_format=output_format,
+        shard_size=shard_size,
+        duplicate_ids="error",
+        prompts=(str(source),),
+        rows=made.n_rows,
+        images=made.n_images,
+        shards=made.n_shards,
+        bad_rows=made.n_bad_rows,
+        created_unix=0.0,
+        millijoule_version="0",
+    )
+    return store, publish_job(store, job)
+
+
+def runner(
+    store: Store, job: JobSpec, epoch: int, generator: Generator | None = None, worker: str = "w1"
+) -> AttemptRunner:
+    """A worker's half of the protocol."""
+    config = WorkerConfig(
+        store.url, job.fingerprint, job.job_seed, job.output_format, "plain", MODEL_SHA256, epoch
+    )
+    meter = open_meter()
+    return AttemptRunner(
+        config,
+        store,
+        generator or Plain("cpu"),
+        meter,
+        SegmentTimeline(worker, meter),
+        Where(worker, "node", "host", "cpu"),
+        lambda images: None,
+    )
+
+
+def work(store: Store, job: JobSpec, generator: Generator | None = None) -> JobShards:
+    """Lease and run everything that is left, then finish the job."""
+    shards = load_job_shards(store, job)
+    epoch = open_epoch(store, exclusive=True)
+    coordinator = Coordinator(shards, list_committed(store, len(shards)), 60.0, epoch)
+    attempts = runner(store, job, epoch, generator)
+    while (lease := coordinator.next_lease("w1", 0.0)) is not None:
+        result = attempts.run(lease)
+        coordinator.complete(lease.attempt_id, result.lease.shard.shard_id, 1.0)
+    assert coordinator.done
+    finish_job(store, job, shards)
+    return shards

@@ -1,0 +1,98 @@
+"""One attempt: its commit, its losses, and requests that fail."""
+
+import itertools
+
+import numpy as np
+import pytest
+from support.local_job import plan, runner, work
+from support.models import Plain
+
+from millijoule.pipeline.commits import CommitCompactor, list_committed, parse_commit, read_commits
+from millijoule.pipeline.coordinator import Coordinator
+from millijoule.pipeline.job import open_epoch
+from millijoule.pipeline.retry import load_job_shards
+from millijoule.workers.attempt import SickWorkerError, isolate
+from millijoule.workers.errors import StoreError
+from millijoule.workers.lease import commit_key
+from millijoule.workers.schemas import Commit, ImageRequest
+
+
+def leases(store, job, n):
+    shards = load_job_shards(store, job)
+    return Coordinator(shards, np.zeros(len(shards), bool), 60.0, open_epoch(store, exclusive=True))
+
+
+def test_the_second_of_two_attempts_loses_cleans_up_and_books_its_energy_as_waste(tmp_path):
+    store, job = plan(tmp_path, ["a", "b", "c"])
+    first, second = (leases(store, job, 1).next_lease(w, 0.0) for w in ("w1", "w2"))
+    winner, loser = runner(store, job, 1, worker="w1"), runner(store, job, 2, worker="w2")
+    assert winner.run(first).outcome == "committed"
+    lost = loser.run(second)
+    assert lost.outcome == "exists"
+    assert parse_commit(store, 0, lost.commit_json).attempt_id == first.attempt_id
+    assert not [i.key for i in store.list("data/") if second.attempt_id in i.key]
+    assert [s.segment_class for s in loser.timeline.take()][-1] == "loser"
+
+
+def test_segments_ride_with_the_next_commit_and_join_without_a_gap(tmp_path):
+    store, job = plan(tmp_path, [f"p{i}" for i in range(24)])
+    shards = work(store, job)
+    segments = [s for c in read_commits(store, len(shards)) for s in c.segments]
+    assert [s.segment_class for s in segments].count("shard") == 3
+    assert all(a.close == b.open for a, b in itertools.pairwise(segments))
+
+
+def test_a_commit_survives_its_json(tmp_path):
+    store, job = plan(tmp_path, ["a"])
+    work(store, job)
+    body = store.get(commit_key(0))
+    assert Commit.from_json(body).to_json() == body
+    with pytest.raises(StoreError, match=r"00000000\.json: not a commit"):
+        parse_commit(store, 0, b'{"shard_id": 0}')
+
+
+def test_the_compacted_ledger_is_only_a_cache(tmp_path):
+    store, job = plan(tmp_path, [f"p{i}" for i in range(24)])
+    shards = work(store, job)
+    true = list(read_commits(store, len(shards), use_compacted=False))
+    compactor = CommitCompactor(store, 1)
+    compactor.add(1, store.get(commit_key(1)))
+    compactor.flush()
+    assert list(read_commits(store, len(shards))) == true
+    store.delete([commit_key(1)])
+    assert [c.shard_id for c in read_commits(store, len(shards))] == [0, 2]
+    assert list_committed(store, len(shards)).tolist() == [True, False, True]
+
+
+class Picky(Plain):
+    def __init__(self, bad):
+        super().__init__("cpu")
+        self.bad = bad
+
+    def generate(self, requests):
+        if any(r.prompt in self.bad for r in requests):
+            raise ValueError("no")
+        return super().generate(requests)
+
+
+def requests(n):
+    return [ImageRequest(f"p{i}", 0, str(i), seed=i) for i in range(n)]
+
+
+@pytest.mark.parametrize("bad", [set(), {"3"}, {"0", "15"}, {str(i) for i in range(16)}])
+def test_failing_requests_are_isolated_and_the_order_kept(bad):
+    parts = list(isolate(Picky(bad), requests(16), lambda: None))
+    assert [r.prompt for part, _ in parts for r in part] == [str(i) for i in range(16)]
+    assert {p[0].prompt for p, outcome in parts if isinstance(outcome, Exception)} == bad
+
+
+def test_a_device_that_no_longer_works_blames_no_prompt(tmp_path):
+    """After a sticky device error every request fails: the worker must die instead of emptying its shard."""
+    store, job = plan(tmp_path, ["a", "b"])
+    generator = Picky(set())
+    attempt = runner(store, job, 1, generator)
+    attempt.warm_up(ImageRequest("warm-up", 0, "fine", seed=0))
+    generator.bad = {"fine", "a", "b"}
+    with pytest.raises(SickWorkerError):
+        attempt.run(leases(store, job, 1).next_lease("w1", 0.0))
+    assert not store.exists(commit_key(0))
