@@ -147,7 +147,7 @@ def open_or_plan(options: GenerateOptions, store: Store) -> PlannedJob:
         began = time.monotonic()
         plan = plan_job(files, wanted, store, extra, fingerprint=fingerprint)
         log.info(
-            "planned %d images of %d prompts in %d shards (%.1f s)",
+            "planned: %d images of %d prompts, shards: %d (%.1f s)",
             plan.n_images,
             plan.n_rows,
             plan.n_shards,

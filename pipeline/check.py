@@ -95,9 +95,12 @@ def _check_shard(store: Store, job: JobSpec, shard: Shard, commit: Commit, *, im
     if (len(ok), len(rows) - len(ok)) != (commit.images_ok, commit.images_quarantined):
         yield f"{where}: rows say {len(ok)} ok of {len(rows)}, the commit says {commit.images_ok}"
     if images:
-        for row, data in read_images(store, ok):
-            if data is None or hashlib.sha256(data).hexdigest() != row["sha256"]:
-                yield f"{row['path']}: image {row['image_index']} of prompt {row['prompt_id']!r} is not what was made"
+        try:
+            for row, data in read_images(store, ok):
+                if data is None or hashlib.sha256(data).hexdigest() != row["sha256"]:
+                    yield f"{row['path']}: image {row['image_index']} of prompt {row['prompt_id']!r} is not what was made"
+        except (pa.ArrowException, OSError, ValueError) as error:
+            yield f"{where}: its images cannot be read: {error}"
 
 
 def _check_manifest(store: Store, job: JobSpec, shards: JobShards) -> Iterator[str]:
@@ -125,11 +128,16 @@ def _check_manifest(store: Store, job: JobSpec, shards: JobShards) -> Iterator[s
         yield f"{MANIFEST_KEY}: has columns {manifest.schema.names}"
         return
     ledger, at = load_ledger(store, len(shards)), 0
-    for table in manifest_tables(store, shards, ledger):
-        part = manifest.slice(at, table.num_rows)
-        at += table.num_rows
-        for name in MANIFEST_SCHEMA.names:
-            if part[name].combine_chunks() != table[name].combine_chunks():
-                yield f"{MANIFEST_KEY}: rows {at - table.num_rows}..{at - 1}: column {name} is not what the commits say"
+    try:
+        for table in manifest_tables(store, shards, ledger):
+            part = manifest.slice(at, table.num_rows)
+            at += table.num_rows
+            for name in MANIFEST_SCHEMA.names:
+                if part[name].combine_chunks() != table[name].combine_chunks():
+                    rows = f"rows {at - table.num_rows} to {at - 1}"
+                    yield f"{MANIFEST_KEY}: {rows}: column {name} is not what the commits say"
+    except (pa.ArrowException, OSError, NotFoundError) as error:
+        yield f"{MANIFEST_KEY}: cannot be compared, a row table cannot be read: {error}"
+        return
     if at != manifest.num_rows:
         yield f"{MANIFEST_KEY}: {manifest.num_rows} rows, the commits make {at}"

@@ -6,6 +6,7 @@ a crash in the middle is mended by running again.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import tempfile
@@ -18,12 +19,21 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from millijoule.pipeline.commits import READ_THREADS, read_commits
 from millijoule.pipeline.job import JobSpec
-from millijoule.pipeline.layout import MANIFEST_KEY, SEGMENTS_PREFIX, STATS_KEY, SUCCESS_KEY
+from millijoule.pipeline.layout import (
+    MANIFEST_KEY,
+    PREVIEW_KEY,
+    SEGMENTS_PREFIX,
+    STATS_KEY,
+    SUCCESS_KEY,
+)
 from millijoule.pipeline.ledger import Ledger, apportion, build_ledger, write_energy_tables
 from millijoule.pipeline.retry import JobShards
+from millijoule.workers.contact_sheet import draw_contact_sheet
+from millijoule.workers.readers import read_images
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, Segment
 from millijoule.workers.storage import Store
 
@@ -43,6 +53,9 @@ MANIFEST_SCHEMA = pa.schema(
 
 #: How many kinds of error `stats.json` lists.
 MAX_ERROR_KINDS = 50
+
+#: How many images `preview.png` shows.
+PREVIEW_IMAGES = 32
 
 
 @dataclass
@@ -90,6 +103,7 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
                 writer.write_table(table)
         store.put_file(MANIFEST_KEY, path)
     write_energy_tables(store, ledger, read_commits(store, n_shards))
+    write_preview(store, shards)
     stats = summarise(job, totals, ledger)
     store.put(STATS_KEY, json.dumps(stats, indent=2, ensure_ascii=False).encode() + b"\n")
     success = {"fingerprint": job.fingerprint, "shards": n_shards, "images_ok": totals.images_ok}
@@ -103,9 +117,7 @@ def manifest_tables(
     """The manifest shard by shard, in shard order: rows `IMAGE_ROW_SCHEMA` plus energy, as `MANIFEST_SCHEMA`."""
 
     def load(commit: Commit) -> tuple[Commit, pa.Table]:
-        with store.open_input(commit.rows_path) as source:
-            rows = pq.ParquetFile(source).read(columns=IMAGE_ROW_SCHEMA.names)
-        return commit, rows.select(IMAGE_ROW_SCHEMA.names).cast(IMAGE_ROW_SCHEMA)
+        return commit, read_rows(store, commit)
 
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for block in _blocks(read_commits(store, len(shards)), 4 * READ_THREADS):
@@ -114,6 +126,29 @@ def manifest_tables(
                 if totals is not None:
                     totals.add(commit, rows)
                 yield _with_energy(commit, rows, ledger)
+
+
+def write_preview(store: Store, shards: JobShards) -> None:
+    """Write `preview.png`: the first images of the job with their prompts."""
+    shown: list[tuple[Image.Image, str]] = []
+    for commit in read_commits(store, len(shards)):
+        rows = shards.keep_last_round(commit.shard_id, read_rows(store, commit)).to_pylist()
+        ok = [row for row in rows if row["status"] == "ok"][: PREVIEW_IMAGES - len(shown)]
+        for row, data in read_images(store, ok):
+            if data is not None:
+                shown.append((Image.open(io.BytesIO(data)), row["prompt"]))
+        if len(shown) >= PREVIEW_IMAGES:
+            break
+    if shown:
+        images, prompts = zip(*shown, strict=True)
+        store.put(PREVIEW_KEY, draw_contact_sheet(images, prompts))
+
+
+def read_rows(store: Store, commit: Commit) -> pa.Table:
+    """The row table of a committed shard, `IMAGE_ROW_SCHEMA`."""
+    with store.open_input(commit.rows_path) as source:
+        rows = pq.ParquetFile(source).read(columns=IMAGE_ROW_SCHEMA.names)
+    return rows.select(IMAGE_ROW_SCHEMA.names).cast(IMAGE_ROW_SCHEMA)
 
 
 def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]:
@@ -171,7 +206,8 @@ def summarise(job: JobSpec, totals: Totals, ledger: Ledger) -> dict[str, Any]:
         "energy": energy,
         "direct_mj_per_image": _per_image(energy.get("shard_mj"), ok),
         "full_mj_per_image": _per_image(energy.get("total_mj"), ok),
-        "estimate_mj_per_image": _per_image(energy.get("estimate_total_mj"), ok),
+        "direct_estimate_mj_per_image": _per_image(energy["estimate_mj"].get("shard"), ok),
+        "full_estimate_mj_per_image": _per_image(energy.get("estimate_total_mj"), ok),
         "millijoule_version": job.millijoule_version,
     }
 

@@ -85,8 +85,12 @@ class Progress:
             parts.append(energy_words(counts.energy_mj, counts.estimate_mj, counts.images_this_run))
         if counts.quarantined_this_run:
             parts.append(f"{counts.quarantined_this_run} quarantined")
-        workers = run.pool.ready_workers
-        parts.append(f"{workers} worker{'' if workers == 1 else 's'}" if workers else "starting workers")
+        if run.complete:
+            parts.append("done")
+        elif workers := run.pool.ready_workers:
+            parts.append(f"{workers} worker{'' if workers == 1 else 's'}")
+        else:
+            parts.append("starting workers")
         return ", ".join(parts)
 
     def result(self, stats: dict[str, Any], *, finish_seconds: float) -> None:
@@ -94,7 +98,7 @@ class Progress:
         lines = [f"{stats['images_ok']} images in {self.run.store.url}"]
         if stats["images_per_second"]:
             lines[0] += f", {stats['images_per_second']:.3g} images/s while working"
-        measured, modelled = stats["direct_mj_per_image"], stats["estimate_mj_per_image"]
+        measured, modelled = stats["direct_mj_per_image"], stats["direct_estimate_mj_per_image"]
         if measured is not None:
             lines.append(
                 f"energy: {joules(measured)} per image direct, {joules(stats['full_mj_per_image'])} with loading, "
@@ -103,8 +107,9 @@ class Progress:
         else:
             lines.append("energy: not measured (no readable counter on these nodes)")
             if modelled is not None:
+                full = joules(stats["full_estimate_mj_per_image"])
                 lines.append(
-                    f"        about {joules(modelled)} per image by a model of CPU time, not a measurement"
+                    f"        a model of CPU time says about {joules(modelled)} per image, {full} with loading and idling"
                 )
         if stats["images_quarantined"]:
             lines.append(
@@ -116,7 +121,9 @@ class Progress:
         for words, n in list(stats["warnings"].items())[:5]:
             lines.append(f"{n} x {words}")
         if not self.quiet:
-            lines.append("manifest.parquet lists every image, stats.json the totals, energy/ the ledger")
+            lines.append(
+                "look at preview.png; manifest.parquet lists every image, energy/ is the ledger, stats.json the totals"
+            )
         for line in lines:
             print(line, file=sys.stderr)
 

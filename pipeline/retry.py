@@ -25,7 +25,7 @@ from millijoule.pipeline.commits import list_committed, read_commits
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.plan import SHARD_INDEX_SCHEMA, ShardIndex, load_shard_index
 from millijoule.workers.errors import AlreadyExistsError, InputError, StoreError
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, PLAN_ROW_SCHEMA
+from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 from millijoule.workers.shard_rows import Shard, read_shard_rows, rows_digest
 from millijoule.workers.storage import Store
 
@@ -139,7 +139,7 @@ def _quarantined(store: Store, shards: JobShards) -> pa.Table:
         if not commit.images_quarantined:
             continue
         with store.open_input(commit.rows_path) as source:
-            rows = pq.ParquetFile(source).read(columns=IMAGE_ROW_SCHEMA.names)
+            rows = pq.ParquetFile(source).read(columns=["prompt_id", "image_index", "status"])
         rows = shards.keep_last_round(commit.shard_id, rows)
         rows = rows.filter(pc.equal(rows["status"], "quarantined"))
         planned = {row.prompt_id: row for row in read_shard_rows(store, shards[commit.shard_id])}

@@ -219,25 +219,15 @@ def train(
     return trainer
 
 
-def write_sample_sheet(
-    weights: Path, path: Path, *, count: int = 32, columns: int = 8, zoom: int = 3
-) -> None:
-    """Draw fixed scenes with seeds 0, 1, 2 ... by the exported model, prompts underneath, as one PNG. None are picked."""
-    from PIL import Image, ImageDraw
+def write_sample_sheet(weights: Path, path: Path, count: int = 32) -> None:
+    """Draw fixed prompts with seeds 0, 1, 2 ... by the exported model, as one PNG. None are picked."""
+    from PIL import Image
 
+    from millijoule.workers.contact_sheet import draw_contact_sheet
     from millijoule.workers.oscillator import OscillatorGenerator
 
     rng = np.random.default_rng(0)
     prompts = [write_prompt(scene, rng) for scene in sample_scenes(rng, count)]
     requests = [ImageRequest(str(i), 0, prompt, seed=i) for i, prompt in enumerate(prompts)]
     images = OscillatorGenerator.load(weights).generate(requests).images
-    side, text = images.shape[1] * zoom, 36
-    rows = -(-count // columns)
-    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + text + 8)), (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        x, y = (i % columns) * (side + 8) + 4, (i // columns) * (side + text + 8) + 4
-        sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
-        for line in range(3):
-            draw.text((x, y + side + 1 + 11 * line), prompt[line * 16 : (line + 1) * 16], fill=(0, 0, 0))
-    sheet.save(path)
+    path.write_bytes(draw_contact_sheet([Image.fromarray(image) for image in images], prompts))
