@@ -79,7 +79,7 @@ def resume(n: int) -> dict[str, Any]:
 
 
 def leases(n: int) -> dict[str, Any]:
-    """Leases per second through Ray: two actors that return at once, the real pool and coordinator."""
+    """Leases per second through Ray: four actors that return at once, the real pool and coordinator."""
     import ray
 
     from millijoule.pipeline.coordinator import Coordinator
@@ -135,13 +135,13 @@ def leases(n: int) -> dict[str, Any]:
     config = WorkerConfig("", "", 0, "parquet", "", "", 1)
     events = Events()
     ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
     )
-    WorkerPool(ray.remote(Idle), coordinator, config, PoolOptions(2, 2), events).run()
+    WorkerPool(ray.remote(Idle), coordinator, config, PoolOptions(4, 4), events).run()
     ray.shutdown()
     assert events.first is not None
     rate = (events.count - 1) / (events.last - events.first)
-    return {"leases": events.count, "leases_per_second": rate, "workers": 2}
+    return {"leases": events.count, "leases_per_second": rate, "workers": 4}
 
 
 def _spec(job_spec: Any, made: Any) -> Any:

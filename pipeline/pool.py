@@ -87,6 +87,7 @@ class JobEvents(Protocol):
 class _Worker:
     worker_id: str
     actor: Any
+    run: Any  # the actor's method, looked up once
     spawned: float
     ready: WorkerReady | None = None
     lease: Lease | None = None
@@ -172,7 +173,7 @@ class WorkerPool:
             time.sleep(TICK_S / 4)
             return []
         ready, _ = ray.wait(futures, num_returns=1, timeout=TICK_S, fetch_local=False)
-        if ready and len(futures) > 1:
+        if ready and len(futures) > 2:
             ready, _ = ray.wait(futures, num_returns=len(futures), timeout=0, fetch_local=False)
         return ready
 
@@ -193,7 +194,7 @@ class WorkerPool:
             num_gpus=options.gpus_per_worker,
             resources=options.resources or None,
         ).remote(worker_id, self.config)
-        worker = _Worker(worker_id, actor, now)
+        worker = _Worker(worker_id, actor, actor.run.remote, now)
         self.workers[worker_id] = worker
         self._futures[actor.start.remote()] = (worker, "start")
 
@@ -210,7 +211,7 @@ class WorkerPool:
                     self._futures[worker.actor.stop.remote()] = (worker, "stop")
                 continue
             worker.lease, worker.late, worker.next_status = lease, 0, now + STATUS_PERIOD_S
-            self._futures[worker.actor.run.remote(lease)] = (worker, "run")
+            self._futures[worker.run(lease)] = (worker, "run")
 
     def _surplus(self) -> bool:
         """An idle worker is of no use: the leases out are fewer than the workers, and it cannot help a straggler."""

@@ -104,11 +104,10 @@ class OscillatorGenerator:
             raise InputError(f"{path}: no int8 coupling of shape [{n}, {n}] with row scales")
         if not all(bool(torch.isfinite(t).all()) for t in (*tensors.values(), scale)):
             raise InputError(f"{path}: has weights that are not finite numbers")
-        with torch.device("meta"):
-            model = OscillatorModel(config)
+        model = OscillatorModel(config)  # on no meta device: that would import torch._dynamo, three seconds
         del model.coupling
         try:
-            model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
+            model.load_state_dict({k: v.float() for k, v in tensors.items()})
         except RuntimeError as error:
             raise InputError(
                 f"{path}: its tensors are not those of its config: {str(error).splitlines()[-1].strip()}"
