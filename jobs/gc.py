@@ -20,11 +20,11 @@ class GcOptions:
     """Output folder or s3:// URL of a job."""
 
     delete: bool = False
-    """Remove what is removable, and temporary files of writers that died."""
+    """Remove what is removable, interrupted writes over a day old included."""
 
 
 def run(options: GcOptions) -> int:
-    from millijoule.pipeline.garbage import find_orphans, remove
+    from millijoule.pipeline.garbage import find_orphans, remove, stale_temporaries
     from millijoule.workers.storage import open_store
 
     store = open_store(options.output)
@@ -32,10 +32,14 @@ def run(options: GcOptions) -> int:
     for orphan in orphans:
         mark = "remove" if orphan.removable else "keep  "
         print(f"{mark} {orphan.size_bytes:>12} {orphan.key}  ({orphan.reason})")
-    removable = sum(o.removable for o in orphans)
+    temporaries = stale_temporaries(store)
+    for leftover in temporaries:
+        print(f"remove {'':>12} {leftover.key}  (an interrupted write, over a day old)")
+    removable = len(temporaries) + sum(o.removable for o in orphans)
     size = sum(o.size_bytes for o in orphans if o.removable)
     if options.delete:
         freed = remove(store, orphans)
+        store.delete_temporary(temporaries)
         print(f"removed {removable} files, {freed} bytes")
     else:
         print(f"{removable} removable files, {size} bytes" + ("; --delete removes them" if removable else ""))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos
 
@@ -124,4 +125,7 @@ def relax(phases: Tensor, weights: Tensor, multipliers: Tensor, drive: Drive, st
 
 def _int8_product(left: Tensor, right: Tensor) -> Tensor:
     """int8 `[m, k]` @ int8 `[k, n]` -> int32 `[m, n]`, exact."""
-    return torch._int_mm(left, right)
+    m = left.shape[0]
+    if left.is_cuda and (m <= 16 or m % 8):  # what cuBLAS takes
+        left = F.pad(left, (0, 0, 0, max(24, -(-m // 8) * 8) - m))
+    return torch._int_mm(left, right)[:m]

@@ -15,7 +15,7 @@ from millijoule.pipeline.commits import list_committed, read_commits
 from millijoule.pipeline.job import require_job
 from millijoule.pipeline.layout import DATA_PREFIX, EPOCHS_PREFIX
 from millijoule.pipeline.retry import load_job_shards
-from millijoule.workers.storage import Store
+from millijoule.workers.storage import Store, TemporaryObject
 
 #: Files of an older driver's attempts are kept this long in case a cut-off worker still runs.
 GRACE_S = 24 * 3600.0
@@ -66,6 +66,12 @@ def _verdict(key: str, mtime: float, committed, newest: int, now: float) -> tupl
     if epoch < newest and now - mtime > GRACE_S:
         return True, "its driver was replaced and it is over a day old"
     return False, "its attempt may still be running, or resume"
+
+
+def stale_temporaries(store: Store, *, now: float | None = None) -> list[TemporaryObject]:
+    """What interrupted writes left, untouched for longer than `GRACE_S`: younger ones may still be written."""
+    now = time.time() if now is None else now
+    return [t for t in store.list_temporary() if now - t.mtime_ns / 1e9 > GRACE_S]
 
 
 def remove(store: Store, orphans: list[Orphan]) -> int:

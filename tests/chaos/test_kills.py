@@ -14,6 +14,7 @@ from support.jobs import (
     manifest,
     start,
     wait_for_commits,
+    wait_for_log,
     write_prompts,
 )
 
@@ -88,17 +89,13 @@ def test_a_zombie_cannot_commit(tmp_path, prompts, ray_address, undisturbed):
     out = tmp_path / "out"
     pid_file = tmp_path / "stopped-pid"
     driver = start(tmp_path, *job(prompts, out, "stops_before_commit", "--lease-seconds", 4), ray=ray_address)
-    deadline = time.monotonic() + 60
-    while not pid_file.exists():
+    deadline = time.monotonic() + 90
+    while not (pid_file.exists() and pid_file.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    zombie = psutil.Process(int(pid_file.read_text()))
-    log = tmp_path / "driver.log"
-    while "leasing the shard again" not in log.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    zombie.send_signal(signal.SIGCONT)
-    assert driver.wait(90) == 0, log.read_text()
+    wait_for_log(tmp_path, "leasing the shard again")
+    psutil.Process(int(pid_file.read_text())).send_signal(signal.SIGCONT)
+    assert driver.wait(90) == 0, (tmp_path / "driver.log").read_text()
     assert hashes(out) == undisturbed
     assert_exactly_once(out, PROMPTS)
 
@@ -135,11 +132,12 @@ def test_a_row_that_hangs_its_worker_is_found(tmp_path, ray_address):
 
 
 def test_a_raylet_killed_takes_its_node_and_nothing_else(tmp_path, prompts, undisturbed):
-    """The head runs the driver, two more nodes run the workers, one of their raylets is killed."""
+    """The job starts on a cluster without room for workers, two nodes come, and one of their raylets is killed."""
     out = tmp_path / "out"
     with RayCluster(head_cpus=0) as cluster:
+        driver = start(tmp_path, *job(prompts, out, "slow"), "--workers", "0:2", ray=cluster.address)
+        wait_for_log(tmp_path, "waiting for the cluster: 2 workers asked for (1 CPU each)")
         nodes = [cluster.add_node(cpus=1) for _ in range(2)]
-        driver = start(tmp_path, *job(prompts, out, "slow"), "--workers", 2, ray=cluster.address)
         wait_for_commits(out, 3)
         orphans = nodes[0].workers()
         nodes[0].raylet().kill()

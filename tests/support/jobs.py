@@ -72,6 +72,14 @@ def wait_for_commits(output: Path, n: int, timeout_s: float = 90.0) -> None:
         time.sleep(0.05)
 
 
+def wait_for_log(folder: Path, words: str, timeout_s: float = 90.0) -> None:
+    """Until the driver that `start` started in `folder` has said `words`."""
+    deadline = time.monotonic() + timeout_s
+    while words not in (log := (folder / "driver.log").read_text()):
+        assert time.monotonic() < deadline, f"never said {words!r}:\n{log}"
+        time.sleep(0.05)
+
+
 def write_prompts(path: Path, n: int) -> Path:
     path.write_text("".join(f"prompt number {i}\n" for i in range(n)))
     return path
