@@ -73,7 +73,7 @@ class GenerateOptions:
     """A worker without progress for this long loses its shard to another; after twice as long it is replaced."""
 
     speculate: bool = True
-    """At the end of the job, let idle workers race stragglers."""
+    """Do not let idle workers race stragglers at the end of the job."""
 
     prompt_column: str | None = None
     """Name of the prompt column where it is none of the known ones."""

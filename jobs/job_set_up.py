@@ -34,7 +34,11 @@ MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 16, 100_000
 
 
 def validate(options: GenerateOptions) -> None:
-    """Refuse options that cannot mean anything, before Ray starts; raises InputError naming the option."""
+    """Refuse what cannot work, before Ray starts.
+
+    Raises:
+        InputError: an option means nothing, no prompt file matches, or the model is not one; the message names it.
+    """
     if options.images_per_prompt < 1:
         raise InputError(f"--images-per-prompt {options.images_per_prompt}: at least 1")
     if not 0 <= options.seed < 2**63:
@@ -50,6 +54,8 @@ def validate(options: GenerateOptions) -> None:
     parse_shard_size(options.shard_size)
     parse_workers(options.workers)
     parse_resources(options.resources)
+    expand_inputs(options.prompts)
+    describe_model(options.model)
 
 
 def parse_shard_size(text: str) -> tuple[int | None, float | None]:
