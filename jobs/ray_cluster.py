@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,9 @@ log = logging.getLogger(__name__)
 
 #: Image bytes never cross Ray's object store: it holds leases and commits, a few KB each.
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
+
+#: How long a cluster's address may take to accept a connection.
+CONNECT_TIMEOUT_S = 10.0
 
 #: Announces at every start that a local cluster is protected by a token, which is nothing to act on.
 _TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
@@ -42,6 +46,7 @@ def cluster(address: str | None) -> Iterator[None]:
             logging_level=logging.WARNING,
         )
     else:
+        _check_reachable(address or os.environ["RAY_ADDRESS"])
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -53,6 +58,17 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes before it gives up on an address where nobody listens."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in address:
+        return  # "auto", ray://...: for Ray to resolve
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise InputError(f"--ray-address {address}: no Ray cluster answers there ({error})") from error
 
 
 def devices(cpus_per_worker: float, gpus_per_worker: float) -> int:

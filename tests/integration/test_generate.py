@@ -227,3 +227,11 @@ def test_options_that_mean_nothing_are_refused_before_anything_starts(tmp_path, 
     assert done.returncode in (1, 2)
     assert words in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_address_without_a_cluster_is_named_at_once(tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.txt", 2)
+    done = generate(tmp_path, "--prompts", prompts, "--output", tmp_path / "out", *PLAIN, ray="127.0.0.1:1")
+    assert done.returncode == 1
+    assert "--ray-address 127.0.0.1:1: no Ray cluster answers there" in done.stderr
+    assert "Traceback" not in done.stderr
