@@ -7,6 +7,7 @@ no Ray, no plan, no commits) and `millijoule generate` on a running Ray cluster.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import statistics
@@ -89,7 +90,7 @@ def environment() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "cpu": cpu,
-        "cores": len(__import__("os").sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "ray": ray.__version__,
         "torch": torch.__version__,
@@ -112,7 +113,7 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch:
         prompts = Path(scratch, "prompts.txt")
         _write_prompts(prompts, options.images)
-        with _ray_head(Path(scratch, "ray"), options.processes) as address:
+        with RayHead(options.processes) as address:
             for pair in range(options.pairs):
                 order = ("bare", "job") if pair % 2 == 0 else ("job", "bare")
                 for side in order:
@@ -169,16 +170,14 @@ def _job_command(prompts: Path, output: Path, options: BenchOptions, address: st
     ]
 
 
-class _ray_head:
+class RayHead:
     """A one-node Ray cluster in a session of its own, for the length of a block; gives its address."""
 
-    def __init__(self, folder: Path, cpus: int) -> None:
+    def __init__(self, cpus: int) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="mj-"))  # Ray's socket paths must stay short
         self.cpus = cpus
 
     def __enter__(self) -> str:
-        import os
-
         ray = str(Path(sys.executable).parent / "ray")
         log = self.folder / "head.log"
         env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}

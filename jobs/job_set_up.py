@@ -192,7 +192,7 @@ def open_or_plan(options: GenerateOptions, store: Store) -> PlannedJob:
     shards = load_job_shards(store, job)
     if existing is not None:
         log.info("continuing the job in %s", store.url)
-    return PlannedJob(job, shards, existing is not None, exclusive)
+    return PlannedJob(job, shards, exclusive)
 
 
 def calibrated_shard_size(options: GenerateOptions, info: ModelIdentity, seconds: float) -> int:

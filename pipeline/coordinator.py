@@ -217,10 +217,6 @@ class Coordinator:
         if entry is not None and entry.lease.probe_rows is None:
             self._again.append(entry.lease.shard.shard_id)
 
-    def seconds_until_work(self, now: float) -> float | None:
-        """How long until a shard set aside by `failed` may be leased; None when none is."""
-        return max(0.0, self._later[0][0] - now) if self._later else None
-
     def _open(self, shard_id: int) -> bool:
         return not self.committed[shard_id] and shard_id not in self.given_up
 

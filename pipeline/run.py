@@ -32,11 +32,10 @@ RATE_WINDOW_S = 60.0
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job with its plan in place; `resumed` says that an earlier run had made the plan."""
+    """A job with its plan in place; `exclusive` says that its store has exclusive create."""
 
     job: JobSpec
     shards: JobShards
-    resumed: bool
     exclusive: bool
 
 
