@@ -18,13 +18,16 @@ from millijoule.pipeline.pool import PoolOptions, WorkerPool
 from millijoule.pipeline.retry import JobShards
 from millijoule.workers.errors import StoreError
 from millijoule.workers.lease import AttemptResult, WorkerConfig, commit_key
-from millijoule.workers.schemas import Segment
+from millijoule.workers.schemas import Commit, Segment
 from millijoule.workers.storage import Store
 
 log = logging.getLogger(__name__)
 
 #: Segments that no commit carries and compacted commits are written out at least this often.
 FLUSH_PERIOD_S = 30.0
+
+#: Between two looks at what another driver has committed, besides ten times what a look takes.
+LOOK_PERIOD_S = 5.0
 
 #: Throughput is averaged over this window for the progress line.
 RATE_WINDOW_S = 60.0
@@ -99,6 +102,8 @@ class JobRun:
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
         self._arrivals: deque[tuple[float, int]] = deque()
         self._stop_now = False
+        self._warned_of_others = False
+        self._look_not_before = 0.0
         self._on_tick: Callable[[], None] = lambda: None
 
     def run(self, on_tick: Callable[[], None] = lambda: None) -> None:
@@ -154,13 +159,17 @@ class JobRun:
 
     def committed(self, result: AttemptResult, *, news: bool) -> None:
         counts = self.counts
-        if result.outcome == "exists":
-            counts.lost_attempts += 1
-        if not news or result.commit_json is None:
+        if result.commit_json is None:
             return
         shard = result.lease.shard
-        self._compactor.add(shard.shard_id, result.commit_json)
         commit = parse_commit(self.store, shard.shard_id, result.commit_json)
+        if result.outcome == "exists":
+            counts.lost_attempts += 1
+            if commit.driver_epoch != self.epoch:
+                self._learn_from_others(commit)
+        if not news:
+            return
+        self._compactor.add(shard.shard_id, result.commit_json)
         counts.shards_done += 1
         counts.images_done += shard.n_images
         counts.images_this_run += commit.images_ok
@@ -174,6 +183,27 @@ class JobRun:
         self._arrivals.append((now, commit.images_ok))
         while self._arrivals[0][0] < now - RATE_WINDOW_S and len(self._arrivals) > 2:
             self._arrivals.popleft()
+
+    def _learn_from_others(self, commit: Commit) -> None:
+        """Another driver works on this output: look up what it has done, instead of doing it again."""
+        if not self._warned_of_others:
+            self._warned_of_others = True
+            log.warning(
+                "another driver (number %d; this is %d) commits to %s too; that wastes energy but does no harm",
+                commit.driver_epoch,
+                self.epoch,
+                self.store.url,
+            )
+        coordinator, now = self.coordinator, time.monotonic()
+        if now < self._look_not_before:
+            return
+        elsewhere = list_committed(self.store, len(self.planned.shards)) & ~coordinator.committed
+        took = time.monotonic() - now
+        self._look_not_before = now + LOOK_PERIOD_S + 10 * took
+        for shard_id in elsewhere.nonzero()[0].tolist():
+            if coordinator.complete("", shard_id, now):
+                self.counts.shards_done += 1
+                self.counts.images_done += self.planned.shards[shard_id].n_images
 
     def prepared(self, result: AttemptResult) -> bytes:
         """Commit for a worker, on a store without exclusive create: only this process does, one at a time."""

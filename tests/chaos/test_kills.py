@@ -116,6 +116,7 @@ def test_two_drivers_at_once(tmp_path, prompts, ray_address, undisturbed):
     drivers = [start(tmp_path, *arguments, ray=ray_address) for _ in range(2)]
     assert [d.wait(180) for d in drivers] == [0, 0], (tmp_path / "driver.log").read_text()
     assert len(list(out.glob("_job/epochs/*.json"))) == 2
+    assert "another driver" in (tmp_path / "driver.log").read_text()
     assert hashes(out) == undisturbed
     assert_exactly_once(out, PROMPTS)
 
