@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 import pytest
 from support.jobs import assert_exactly_once, generate, manifest, write_prompts
@@ -86,14 +87,11 @@ def test_gc_finds_what_a_dead_attempt_left(tmp_path, prompts, ray_address, moto_
     store = open_store(f"{url}/out")
     orphan = "data/00000001-e0001-0123456789ab.parquet"
     store.put(orphan, b"half a shard")
-    dry = subprocess.run(
-        ["millijoule", "gc", "--output", f"{url}/out"], capture_output=True, text=True, check=True
-    )
+    gc = [sys.executable, "-m", "millijoule.jobs.gc", "--output", f"{url}/out"]
+    dry = subprocess.run(gc, capture_output=True, text=True, check=True)
     assert orphan in dry.stdout
     assert store.exists(orphan)
-    subprocess.run(
-        ["millijoule", "gc", "--output", f"{url}/out", "--delete"], capture_output=True, check=True
-    )
+    subprocess.run([*gc, "--delete"], capture_output=True, check=True)
     assert not store.exists(orphan)
     assert len(manifest(f"{url}/out")) == 40
     assert_exactly_once(f"{url}/out", 40)
