@@ -101,7 +101,7 @@ def environment() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 # -- throughput --------------------------------------------------------------------------------------------------
