@@ -15,6 +15,7 @@ COMMANDS = {
     "check": "re-read an output against its plan, commits and hashes",
     "gc": "find (and with --delete remove) files no commit refers to",
     "train": "train the oscillator generator",
+    "convert": "turn a published Un-0 checkpoint into a file that --model takes",
     "bench": "measure the pipeline against a bare loop, and its limits",
 }
 

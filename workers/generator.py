@@ -101,9 +101,14 @@ def load_generator(model: str, *, device: str = "cpu") -> Generator:
         except (ImportError, AttributeError) as error:
             raise InputError(f"--model {model}: {error}") from error
         return factory(device)
+    path = model_path(model)
+    if read_safetensors_header(path).get("__metadata__", {}).get("format") == "un0":
+        from millijoule.workers.un0 import Un0Generator
+
+        return Un0Generator.load(path, device=device)
     from millijoule.workers.oscillator import OscillatorGenerator
 
-    return OscillatorGenerator.load(model_path(model), device=device)
+    return OscillatorGenerator.load(path, device=device)
 
 
 def model_path(model: str) -> Path:

@@ -1,0 +1,87 @@
+"""`millijoule convert`: turn a published Un-0 checkpoint into a file that `--model` takes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from millijoule.jobs.entry import COMPLETE, run_command
+from millijoule.workers.errors import InputError
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Convert a published Un-0 checkpoint (a .pt file) to safetensors, for `millijoule generate --model`.
+
+    The checkpoint is read with a restricted unpickler: a file that holds more than tensors and plain values is
+    refused, and none of its code runs. Tensor names, values and the training config are kept as published.
+    """
+
+    checkpoint: Positional[str]
+    """The .pt file."""
+
+    output: Positional[str]
+    """The safetensors file to write."""
+
+    name: str | None = None
+    """The model's name, as images will carry it; the output's file name if not given."""
+
+    class_names: str | None = None
+    """File with the classes' names in order, a JSON list or one per line. A model with ten classes and 32 pixels has
+    CIFAR-10's unless given; any other can be prompted by number only."""
+
+    parameterization: Literal["standard", "mup"] | None = None
+    """How the couplings are scaled, for a checkpoint whose config does not say."""
+
+    force: bool = False
+    """Replace the output if it exists."""
+
+
+def run(options: ConvertOptions) -> int:
+    from millijoule.workers.un0_checkpoint import (
+        CIFAR10_CLASSES,
+        read_checkpoint,
+        read_class_names,
+        write_safetensors,
+    )
+
+    source, target = Path(options.checkpoint), Path(options.output)
+    if target.exists() and not options.force:
+        raise InputError(f"{target}: exists; give another name, or --force to replace it")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise InputError(f"{target}: is the checkpoint itself; give the output another name")
+    checkpoint = read_checkpoint(source, parameterization=options.parameterization)
+    model = checkpoint.architecture
+    class_names: tuple[str, ...] = ()
+    if options.class_names is not None:
+        class_names = read_class_names(Path(options.class_names))
+        if len(class_names) != model.classes:
+            raise InputError(
+                f"--class-names {options.class_names}: has {len(class_names)} names, the model {model.classes} classes"
+            )
+    elif (model.classes, model.image_size) == (len(CIFAR10_CLASSES), 32):
+        class_names = CIFAR10_CLASSES
+    write_safetensors(
+        checkpoint,
+        target,
+        name=options.name or target.stem,
+        class_names=class_names,
+        overwrite=options.force,
+    )
+    print(
+        f"{target}: {model.oscillators} oscillators, {model.classes} classes, {model.image_size}x{model.image_size} "
+        f"pixels, {model.steps} {model.solver} steps, {model.parameters:,} parameters"
+    )
+    return COMPLETE
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("convert", ConvertOptions, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
