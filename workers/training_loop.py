@@ -1,0 +1,134 @@
+"""What every training job shares: steps until done or out of time, a log, checkpoints, resuming, moving averages."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from millijoule.workers.errors import InputError
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+
+
+class TrainingRunConfig(Protocol):
+    """A frozen dataclass of plain values with at least this field."""
+
+    @property
+    def steps(self) -> int: ...
+
+
+class Trainer(Protocol):
+    """A model in training. What `train_step` does depends on config and `step` alone, so that a resumed run repeats."""
+
+    config: Any
+    step: int
+
+    def train_step(self) -> dict[str, float]:
+        """Do one step, add one to `step`; returns what to log, "loss" first."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that `load_state` continues from."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Sampler(Protocol):
+    def __call__(self, folder: Path, step: int) -> None: ...
+
+
+def schedule(step: int, steps: int, warm_up: int) -> float:
+    """Share of the learning rate at `step`: linear warm-up, then cosine to zero."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, steps - warm_up))))
+
+
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average of the weights, in place; shorter memory in the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+            slow.lerp_(fast.to(slow.dtype), 1 - decay)
+
+
+def save_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """Write the checkpoint; an older one is replaced in one move."""
+    state = {"config": json.dumps(asdict(trainer.config)), "step": trainer.step, "state": trainer.state()}
+    temporary = folder / (CHECKPOINT + ".part")
+    torch.save(state, temporary)
+    temporary.replace(folder / CHECKPOINT)
+
+
+def load_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """Continue from the checkpoint in `folder`; it is read without unpickling code.
+
+    Raises:
+        InputError: it was made with another config.
+    """
+    state = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
+    before, now = json.loads(state["config"]), json.loads(json.dumps(asdict(trainer.config)))
+    if before != now:
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        raise InputError(
+            f"{folder / CHECKPOINT}: made with other settings ({', '.join(changed)}); give the same, or another --output"
+        )
+    trainer.load_state(state["state"])
+    trainer.step = state["step"]
+
+
+def run_training(
+    trainer: Trainer,
+    folder: Path,
+    *,
+    minutes: float | None = None,
+    resume: bool = False,
+    report_every: int = 50,
+    sample: Sampler | None = None,
+    sample_every: int = 0,
+) -> None:
+    """Train to the config's last step, or as far as `minutes` allow.
+
+    Every `report_every` steps a line is printed and a JSON row (means since the row before, seconds per step) added to
+    log.jsonl. A checkpoint is written every five minutes and at the end; `sample(folder, step)` is called every
+    `sample_every` steps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume and (folder / CHECKPOINT).exists():
+        load_checkpoint(trainer, folder)
+    steps = trainer.config.steps
+    began = saved = reported = time.monotonic()
+    since: dict[str, list[float]] = defaultdict(list)
+    while trainer.step < steps:
+        for name, value in trainer.train_step().items():
+            since[name].append(value)
+        now = time.monotonic()
+        out_of_time = minutes is not None and now - began > 60 * minutes
+        last = trainer.step >= steps or out_of_time
+        if trainer.step % report_every == 0 or last:
+            means = {name: sum(values) / len(values) for name, values in since.items()}
+            pace = (now - reported) / max(1, len(since["loss"]))
+            reported, since = now, defaultdict(list)
+            row = {"step": trainer.step, **{k: round(v, 6) for k, v in means.items()}, "s_per_step": round(pace, 4)}
+            with (folder / LOG).open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            left = f", {pace * (steps - trainer.step) / 60:.0f} min left" if trainer.step < steps else ""
+            numbers = " ".join(f"{k} {v:.4f}" for k, v in means.items())
+            print(f"step {trainer.step}/{steps} {numbers} ({pace:.2f} s/step{left})", flush=True)
+        if now - saved > 300 or last:
+            save_checkpoint(trainer, folder)
+            saved = now
+        if sample is not None and sample_every and trainer.step % sample_every == 0:
+            sample(folder, trainer.step)
+        if out_of_time:
+            break
