@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.workers.errors import InputError
@@ -21,10 +21,10 @@ class ConvertOptions:
     refused, and none of its code runs. Tensor names, values and the training config are kept as published.
     """
 
-    checkpoint: Positional[str]
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT.pt")]
     """The .pt file."""
 
-    output: Positional[str]
+    output: Annotated[Positional[str], arg(metavar="OUT.safetensors")]
     """The safetensors file to write."""
 
     name: str | None = None

@@ -134,7 +134,7 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
         if start[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"):
             raise InputError(
                 f"{path}: a pickled checkpoint; loading one can run any code, so it is not read. Save the weights "
-                "with safetensors and give that file"
+                "with safetensors (`millijoule convert` does it for Un-0 checkpoints) and give that file"
             )
         if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise InputError(f"{path}: not a safetensors file")

@@ -1,8 +1,8 @@
 """Un-0 models, for inference: class to drive, coupled oscillators in floating point, decoder.
 
 In go requests whose prompts are class names or numbers, out come uint8 images. The files are those `millijoule convert`
-writes. Everything runs in float32 on padded batches of one fixed size, so that an image does not depend on what else is
-in its batch.
+writes. Phases and decoder are float32 and run on padded batches of one fixed size, so that an image does not depend on
+what else is in its batch.
 
 The model (Un-0; github.com/unconv-ai/Un-0) is N phases theta and M driver phases phi, all uniform at the start:
 
@@ -49,6 +49,10 @@ from millijoule.workers.un0_checkpoint import (
 #: Rows the model always sees, the rest being padding. A GPU needs more of them to be busy.
 FLOAT_BATCH = {"cpu": 16, "cuda": 64}
 
+#: What the coupling's sums are made in. On a CPU, float32 sums depend on the number of threads; float64 sums do too, but
+#: so little that hardly any phase, being float32, is rounded differently.
+FIELD_TYPE = {"cpu": torch.float64, "cuda": torch.float32}
+
 #: Images per call that the worker sends.
 BATCH_SIZE = 64
 
@@ -76,11 +80,13 @@ class Un0Generator:
         self.architecture = architecture
         self.device = device
         self._classes = ClassIndex(architecture.classes, class_names)
-        self._rows = FLOAT_BATCH.get(device.partition(":")[0], FLOAT_BATCH["cpu"])
+        kind = "cuda" if device.startswith("cuda") else "cpu"
+        self._rows = FLOAT_BATCH[kind]
         weights = {key: value.to(device, torch.float32) for key, value in tensors.items()}
         self._frequency = weights["dynamics.omega"]  # [1, n]
         self._driver_frequency = weights["dynamics.omega_cond"]  # [1, m]
-        self._coupling = _between_others(weights.pop("dynamics.K"), architecture.coupling_scale)  # [n, n]
+        coupling = _between_others(weights.pop("dynamics.K"), architecture.coupling_scale)
+        self._coupling = coupling.to(FIELD_TYPE[kind])  # [n, n]
         self._driver_coupling = _between_others(weights.pop("dynamics.K_cond"), architecture.driver_scale)
         self._drive = weights.pop("dynamics.K_drive")  # [classes, n, m], as stored
         self._weights = weights
@@ -168,7 +174,8 @@ class Un0Generator:
         main, drivers = sources[:, :n], sources[:, n:]
         waves = drivers.view(2, batch, -1).permute(1, 2, 0)  # [batch, m, 2]
         driven = torch.bmm(drive, waves).permute(2, 0, 1).reshape(2 * batch, n)
-        field = torch.cat([main @ self._coupling.T + driven, drivers @ self._driver_coupling.T], dim=1)
+        coupled = (main.to(self._coupling.dtype) @ self._coupling.T).float()
+        field = torch.cat([coupled + driven, drivers @ self._driver_coupling.T], dim=1)
         frequency = torch.cat([self._frequency, self._driver_frequency], dim=1)
         return frequency + cos * field[:batch] - sin * field[batch:]
 

@@ -236,6 +236,23 @@ def test_an_image_does_not_depend_on_its_batch(converted, size):
     assert np.array_equal(generator.generate(requests[::-1]).images[::-1], whole)
 
 
+def test_an_image_does_not_depend_on_the_number_of_threads(tmp_path):
+    config = {**CIFAR, "n_oscillators": 1024}
+    publish(tmp_path / "p.pt", model=random_model(config, 10, 3), config=config)
+    assert convert.main([str(tmp_path / "p.pt"), str(tmp_path / "m.safetensors")]) == COMPLETE
+    generator = load_generator(str(tmp_path / "m.safetensors"))
+    requests = [request(str(i % 10), i) for i in range(48)]
+    before, images = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            images.append(generator.generate(requests).images)
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(images[0], images[1])
+    assert np.array_equal(images[0], images[2])
+
+
 def test_seed_and_class_decide_the_image(small):
     generator = load_generator(str(small))
     a, b, c, d = generator.generate(
@@ -489,6 +506,11 @@ def test_a_compressed_archive_is_refused(tmp_path):
             new.writestr(entry.filename, old.read(entry))
     with pytest.raises(InputError, match="compressed"):
         read_checkpoint(tmp_path / "z.pt")
+
+
+def test_a_checkpoint_that_was_not_converted_says_how_to(tmp_path):
+    with pytest.raises(InputError, match="millijoule convert"):
+        load_generator(str(publish(tmp_path / "p.pt")))
 
 
 def test_files_of_older_torch_versions_are_read(tmp_path):
