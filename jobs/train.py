@@ -1,27 +1,40 @@
-"""`millijoule train`: train the oscillator generator on icon scenes and write its weights."""
+"""`millijoule train`: train the oscillator generator, a control, the diffusion baseline or the verifier."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from millijoule.jobs.entry import COMPLETE, run_command
+from millijoule.jobs.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from millijoule.workers.training_loop import Trainer
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train the default model on rendered icon scenes.
+    """Train a model on rendered icon scenes, by a recipe.
 
-    Needs the `train` extra (pip install "millijoule[train]") for the icon font. Writes a checkpoint every five
-    minutes, the weights (model.safetensors, for `millijoule generate --model`) and a sample sheet (samples.png).
+    Recipes that come with it: oscillator (the default model), control-trained, control-frozen, control-none, control-mlp,
+    baseline (a conventional diffusion model) and verifier. Needs the `train` extra for the icon font (pip install
+    "millijoule[train]"), the baseline also `diffusers`. Writes checkpoint.pt every five minutes, log.jsonl, the weights
+    (what `millijoule generate --model` takes) and, for generators, sample sheets.
     """
 
     output: str
-    """Folder for checkpoint, weights and samples."""
+    """Folder for checkpoint, log, weights and samples."""
 
-    steps: int = 3400
-    """Training steps; also sets the learning-rate schedule."""
+    recipe: str = "oscillator"
+    """A recipe's name, or the path of a TOML file of your own."""
+
+    steps: int | None = None
+    """Training steps, in place of the recipe's; also sets the learning-rate schedule."""
+
+    seed: int | None = None
+    """Seed of weights, scenes and noise, in place of the recipe's."""
 
     minutes: float | None = None
     """Stop after this long at the latest; --resume continues."""
@@ -29,31 +42,105 @@ class TrainOptions:
     resume: bool = False
     """Continue from the checkpoint in the output folder, if there is one."""
 
-    threads: int = 2
-    """CPU threads."""
+    start_from: str | None = None
+    """Begin a new run with the weights of a finished one (oscillator only): its float.safetensors."""
 
-    seed: int = 0
-    """Seed of weights, scenes and noise."""
+    device: str = "auto"
+    """cpu, cuda, or auto: CUDA where there is one."""
 
-    name: str = "icon-scenes-32"
-    """The model's name, as images will carry it."""
+    threads: int | None = None
+    """CPU threads; PyTorch's default if not given."""
+
+    compile: bool = False
+    """Compile the oscillators and the decoder (oscillator only): minutes to start, then a tenth faster on a CPU."""
+
+    sample_every: int = 500
+    """Steps between sample sheets (oscillator only); 0 draws one at the end only."""
 
 
 def run(options: TrainOptions) -> int:
     import torch
 
-    from millijoule.workers.oscillator import save_weights
-    from millijoule.workers.training import TrainingConfig, train, write_sample_sheet
+    from millijoule.workers.errors import InputError
+    from millijoule.workers.training_loop import run_training
 
-    torch.set_num_threads(options.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    overrides = {k: v for k in ("steps", "seed") if (v := getattr(options, k)) is not None}
+    recipe = load_recipe(options.recipe, overrides)
+    if recipe.kind != "oscillator" and (options.start_from or options.compile):
+        raise InputError(f"--start-from and --compile are for oscillator recipes; {recipe.name} is none")
     folder = Path(options.output)
-    config = TrainingConfig(steps=options.steps, seed=options.seed)
-    trainer = train(config, folder, minutes=options.minutes, resume=options.resume)
-    made = {"steps": str(trainer.step), "planned_steps": str(config.steps), "seed": str(config.seed)}
-    save_weights(trainer.average, folder / "model.safetensors", options.name, made)
-    write_sample_sheet(folder / "model.safetensors", folder / "samples.png")
-    print(f"{folder / 'model.safetensors'} after {trainer.step} steps; look at {folder / 'samples.png'}")
+    if options.resume is False and (folder / "checkpoint.pt").exists():
+        raise InputError(
+            f"{folder}: has a checkpoint already; give --resume to continue it, or another --output"
+        )
+    trainer = _trainer(recipe, options, device)
+
+    def sample(where: Path, step: int) -> None:
+        _write_oscillator(recipe, trainer, where, sheet=f"samples-{step:06d}.png")
+
+    run_training(
+        trainer,
+        folder,
+        minutes=options.minutes,
+        resume=options.resume,
+        sample=sample if recipe.kind == "oscillator" else None,
+        sample_every=options.sample_every,
+    )
+    print(f"{_export(recipe, trainer, folder)} after {trainer.step} of {trainer.config.steps} steps")
     return COMPLETE
+
+
+def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Trainer:
+    if recipe.kind == "verifier":
+        from millijoule.workers.verifier_training import VerifierTrainer
+
+        return VerifierTrainer(recipe.training)
+    if recipe.kind == "diffusion":
+        from millijoule.workers.diffusion_training import DiffusionTrainer
+
+        return DiffusionTrainer(recipe.training, device=device)
+    from millijoule.workers.oscillator_training import OscillatorTrainer
+
+    trainer = OscillatorTrainer(recipe.training, device=device, compiled=options.compile)
+    if options.start_from:
+        trainer.start_from(Path(options.start_from))
+    return trainer
+
+
+def _export(recipe: Recipe, trainer: Any, folder: Path) -> Path:
+    """Write the weights in the form `--model` takes; returns where."""
+    if recipe.kind == "verifier":
+        from millijoule.workers.verifier_training import export as export_verifier
+
+        export_verifier(trainer, folder / "verifier.safetensors")
+        return folder / "verifier.safetensors"
+    if recipe.kind == "diffusion":
+        from millijoule.workers.diffusion_training import export as export_diffusion
+
+        export_diffusion(trainer, folder / "model")
+        return folder / "model"
+    return _write_oscillator(recipe, trainer, folder, sheet="samples.png")
+
+
+def _write_oscillator(recipe: Recipe, trainer: Any, folder: Path, sheet: str) -> Path:
+    """The float form always, the integer form where the model has one, and a sample sheet of the form that is used."""
+    from millijoule.workers.oscillator import save_weights
+    from millijoule.workers.oscillator_training import write_sample_sheet
+
+    config = trainer.config
+    made = {"steps": str(trainer.step), "planned_steps": str(config.steps), "seed": str(config.seed)}
+    weights = folder / "float.safetensors"
+    save_weights(trainer.average, weights, f"{recipe.name}-float", made, integer=False)
+    if config.model.coupling in ("trained", "frozen"):
+        weights = folder / "model.safetensors"
+        save_weights(trainer.average, weights, recipe.name, made)
+    write_sample_sheet(weights, folder / sheet)
+    return weights
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,15 +1,19 @@
-"""The oscillator core in integers: phases relax under coupling and drive, the same bits everywhere.
+"""The oscillator core in integers: phases on a grid relax under sparse coupling and drive, the same bits everywhere.
 
-One step, for oscillator i of an image (floor division by shifts, S and C are int8 sine and cosine):
+n = cells * C oscillators stand on a square grid of cells, C in each; oscillator = cell * C + channel. The coupling is
+block-sparse plus low-rank: every cell feels itself and its four neighbours through five C x C blocks, the same for all
+cells, and everything feels everything through rank r. One step, for oscillator i of an image (all shifts are floor
+divisions with rounding, S and C int8 sine and cosine, G and R the prompt's gains):
 
-    u_i = sum_j K_ij S_j          w_i = sum_j K_ij C_j                      exact, int32
-    p_i = (u_i M_i + 2**23 >> 24) + A_i      q_i = (w_i M_i + 2**23 >> 24) + B_i
-    theta_i <- theta_i + omega_i + (C_i p_i - S_i q_i + 2**10 >> 11)        modulo 65536
+    s_j = S_j G_j / 2**8           c_j = C_j G_j / 2**8                          int8
+    z_k = clamp(sum_j V_jk s_j * Mz_k / 2**24)                                   int8, sums exact in int32
+    u_i = (sum_near L_ij s_j * Ml_i + sum_k U_ik z_k * Mu_i) / 2**24 + A_i       and w_i alike from c_j, with B_i
+    theta_i <- theta_i + omega_i + (C_i u_i - S_i w_i) / 2**11                   modulo 65536
 
-which is an Euler step of  d theta_i/dt = omega_i + sum_j k_ij sin(theta_j - theta_i) + a_i cos theta_i - b_i sin theta_i
-(Kuramoto 1975, with a complex drive). K is int8, k_ij = s_i K_ij; M, A, B and omega hold everything real: scales,
-the step length and phase units (`quantize_coupling`, `quantize_drive`). No sum is rounded before it is complete, so the
-result does not depend on batch size, order, threads or device.
+which is an Euler step of  d theta_i/dt = omega_i + r_i sum_j k_ij g_j sin(theta_j - theta_i) + a_i cos theta_i - b_i sin theta_i
+(Kuramoto 1975, with a complex drive) for k = L + U V^T. The multipliers hold everything real: scales, the step length,
+the gains r, phase units. No sum is rounded before it is complete, so the result does not depend on batch size, order,
+threads or device.
 """
 
 from __future__ import annotations
@@ -23,68 +27,127 @@ from torch.nn import functional as F
 
 from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos
 
-#: Fraction bits of the row multipliers M.
+#: Fraction bits of the multipliers.
 MULTIPLIER_BITS = 24
 
-#: Fraction bits of C p - S q, in phase units.
+#: Fraction bits of C u - S w, in phase units.
 PULL_BITS = 11
 
 #: Phase units per radian.
 UNITS = TURN / (2 * math.pi)
 
-#: |C p - S q| stays below 2**31 when |p| and |q| stay below this.
+#: |C u - S w| stays below 2**31 when |u| and |w| stay below this.
 PULL_LIMIT = 2**23
+
+#: A source gain g is held as round(GAIN_UNIT * g) in uint8, so that the largest, 1.5, times a sine still fits int8.
+GAIN_UNIT = 170
+MAX_GAIN = 1.5
+
+#: What a source of sine 1.0 and gain 1.0 is as int8.
+SOURCE_UNIT = AMPLITUDE * GAIN_UNIT / 256
+
+#: The value of z that int8's 127 stands for; larger ones saturate.
+MAX_Z = 8.0
+
+#: Neighbours by row and column, in the order of the blocks: itself, left, right, up, down.
+STENCIL = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """`weights` int8 `[n, n]`, row i is what moves oscillator i; `row_scale` float64 `[n]`, k = row_scale * weights."""
+    """int8 weights and their real scales (float64).
 
-    weights: Tensor
-    row_scale: Tensor
+    `local` `[C, 5 C]`: row = target channel, columns = stencil-major source channels; scale by row.
+    `gather` V `[n, r]`, scale by column. `spread` U `[n, r]`, scale by row.
+    """
+
+    local: Tensor
+    local_scale: Tensor
+    gather: Tensor
+    gather_scale: Tensor
+    spread: Tensor
+    spread_scale: Tensor
 
     @property
     def n(self) -> int:
-        return self.weights.shape[0]
+        return self.gather.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.local.shape[0]
+
+    @property
+    def grid(self) -> int:
+        return math.isqrt(self.n // self.channels)
+
+    def to(self, device: str) -> Coupling:
+        return Coupling(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
 class Drive:
-    """What a prompt does to its image's oscillators, per step: A, B in pull units and omega in phase units, int32 `[batch, n]`."""
+    """What a prompt does to its image's oscillators in a step, all `[batch, n]`.
+
+    `a`, `b` int32 in pull units, `omega` int32 in phase units, `gain` uint8 (see `GAIN_UNIT`), `local_multiplier` and
+    `spread_multiplier` int64: scale, step length and the prompt's gains r of the two sums.
+    """
 
     a: Tensor
     b: Tensor
     omega: Tensor
+    gain: Tensor
+    local_multiplier: Tensor
+    spread_multiplier: Tensor
 
 
-def quantize_coupling(coupling: Tensor) -> Coupling:
-    """int8 rows with a scale each, from float `[n, n]`; a row's largest weight becomes 127."""
-    coupling = coupling.double()
-    scale = coupling.abs().amax(1).clamp_min(1e-12) / AMPLITUDE
-    return Coupling(torch.round(coupling / scale[:, None]).to(torch.int8), scale)
+def quantize_rows(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights and a float64 scale for each row; a row's largest weight becomes 127."""
+    weights = weights.double()
+    scale = weights.abs().amax(1).clamp_min(1e-12) / AMPLITUDE
+    return torch.round(weights / scale[:, None]).to(torch.int8), scale
 
 
-def row_multipliers(row_scale: Tensor, dt: float) -> Tensor:
-    """M for a step of `dt`, int64 `[n]`: from sums of K times int8 sines to pull units."""
-    unit = dt * UNITS * 2**PULL_BITS / AMPLITUDE**2
-    return torch.round(row_scale.double() * unit * 2**MULTIPLIER_BITS).to(torch.int64)
+def quantize_coupling(local: Tensor, gather: Tensor, spread: Tensor) -> Coupling:
+    """From float L `[C, 5 C]`, V `[n, r]` and U `[n, r]`."""
+    columns, gather_scale = quantize_rows(gather.t())
+    return Coupling(*quantize_rows(local), columns.t().contiguous(), gather_scale, *quantize_rows(spread))
 
 
-def quantize_drive(drive: Tensor, dt: float) -> Drive:
-    """Integers for a step of `dt` from float64 `[batch, 3, n]` (a, b, omega in radians per unit of time)."""
-    pull = torch.round(drive[:, :2] * (dt * UNITS * 2**PULL_BITS / AMPLITUDE))
-    pull = pull.clamp(-PULL_LIMIT, PULL_LIMIT).to(torch.int32)
+def gather_multipliers(coupling: Coupling) -> Tensor:
+    """Mz, int64 `[r]`: from sums of V times sources to int8 z."""
+    real = coupling.gather_scale * (AMPLITUDE / MAX_Z / SOURCE_UNIT)
+    return torch.round(real * 2**MULTIPLIER_BITS).to(torch.int64)
+
+
+def quantize_drive(
+    drive: Tensor, source_gain: Tensor, row_gain: Tensor, coupling: Coupling, dt: float
+) -> Drive:
+    """Integers for a step of `dt`.
+
+    Args:
+        drive: float64 `[batch, 3, n]`: a, b, omega in radians per unit of time.
+        source_gain: float64 g `[batch, n]`, 0 to 1.5.
+        row_gain: float64 r `[batch, n]`.
+        coupling: whose scales the multipliers carry.
+        dt: step length.
+    """
+    unit = dt * UNITS * 2**PULL_BITS / AMPLITUDE  # pull units of one radian per unit of time
+    pull = torch.round(drive[:, :2] * unit).clamp(-PULL_LIMIT // 2, PULL_LIMIT // 2).to(torch.int32)
     omega = torch.round(drive[:, 2] * (dt * UNITS)).to(torch.int32)
-    return Drive(pull[:, 0], pull[:, 1], omega)
+    gain = torch.round(source_gain * GAIN_UNIT).clamp(0, 255).to(torch.uint8)
+    cells = coupling.n // coupling.channels
+    local = coupling.local_scale.repeat(cells) * (unit / SOURCE_UNIT)
+    spread = coupling.spread_scale * (unit * MAX_Z / AMPLITUDE)
+    multipliers = (torch.round(row_gain * (m * 2**MULTIPLIER_BITS)).to(torch.int64) for m in (local, spread))
+    return Drive(pull[:, 0], pull[:, 1], omega, gain, *multipliers)
 
 
-def relax_reference(phases: Tensor, weights: Tensor, multipliers: Tensor, drive: Drive, steps: int) -> Tensor:
-    """Run `steps` steps, as plainly as the equation is written.
+def relax_reference(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tensor:
+    """Run `steps` steps, as plainly as the equations are written, with the local coupling as a full matrix.
 
     Args:
         phases: int32 `[batch, n]` in [0, 65536).
-        weights: int8 `[n, n]`.
-        multipliers: int64 `[n]`.
+        coupling: of n oscillators.
         drive: of `[batch, n]`.
         steps: at least 0.
 
@@ -92,40 +155,78 @@ def relax_reference(phases: Tensor, weights: Tensor, multipliers: Tensor, drive:
         Final phases, int32 `[batch, n]`.
     """
     theta = phases.to(torch.int64)
-    k = weights.to(torch.int64)
+    local = dense_local(coupling.local.to(torch.int64), coupling.grid)
+    gather, spread = coupling.gather.to(torch.int64), coupling.spread.to(torch.int64)
+    z_multipliers = gather_multipliers(coupling)
     half = 1 << (MULTIPLIER_BITS - 1)
     for _ in range(steps):
         s, c = (x.to(torch.int64) for x in sin_cos(theta))
-        u = (k[None] * s[:, None, :]).sum(-1)  # [batch, n]
-        w = (k[None] * c[:, None, :]).sum(-1)
-        p = ((u * multipliers + half) >> MULTIPLIER_BITS) + drive.a
-        q = ((w * multipliers + half) >> MULTIPLIER_BITS) + drive.b
-        pull = (c * p - s * q + (1 << (PULL_BITS - 1))) >> PULL_BITS
-        theta = (theta + drive.omega + pull) % TURN
+        pulls = []
+        for wave, bias in ((s, drive.a), (c, drive.b)):
+            source = (wave * drive.gain + 128) >> 8
+            z = ((source @ gather) * z_multipliers + half) >> MULTIPLIER_BITS
+            z = z.clamp(-AMPLITUDE, AMPLITUDE)
+            total = (source @ local.t()) * drive.local_multiplier + (z @ spread.t()) * drive.spread_multiplier
+            pulls.append(((total + half) >> MULTIPLIER_BITS) + bias)
+        step = (c * pulls[0] - s * pulls[1] + (1 << (PULL_BITS - 1))) >> PULL_BITS
+        theta = (theta + drive.omega + step) % TURN
     return theta.to(torch.int32)
 
 
-def relax(phases: Tensor, weights: Tensor, multipliers: Tensor, drive: Drive, steps: int) -> Tensor:
-    """`relax_reference`, fast: both sums in one int8 matrix product. Same arguments, same bits."""
-    batch = phases.shape[0]
-    transposed = weights.t().contiguous()  # [n, n] int8, for [2 * batch, n] @ [n, n]
-    half = 1 << (MULTIPLIER_BITS - 1)
-    half_pull = 1 << (PULL_BITS - 1)
-    ab = torch.cat([drive.a, drive.b])  # [2 * batch, n]
+def dense_local(local: Tensor, grid: int) -> Tensor:
+    """The block-sparse part as a full matrix `[n, n]`, from `[C, 5 C]`."""
+    channels = local.shape[0]
+    dense = local.new_zeros(grid, grid, channels, grid, grid, channels)
+    for k, (down, right) in enumerate(STENCIL):
+        block = local[:, k * channels : (k + 1) * channels]
+        for y in range(grid):
+            for x in range(grid):
+                if 0 <= y + down < grid and 0 <= x + right < grid:
+                    dense[y, x, :, y + down, x + right] = block
+    n = grid * grid * channels
+    return dense.reshape(n, n)
+
+
+def relax(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tensor:
+    """`relax_reference`, fast: the sums are int8 matrix products. Same arguments, same bits."""
+    batch, n = phases.shape
+    grid, channels = coupling.grid, coupling.channels
+    local = coupling.local.t().contiguous()  # [5 C, C]
+    gather, spread = coupling.gather, coupling.spread.t().contiguous()
+    z_multipliers = gather_multipliers(coupling)
+    half, half_pull = 1 << (MULTIPLIER_BITS - 1), 1 << (PULL_BITS - 1)
+    gain = drive.gain.to(torch.int16).repeat(2, 1)
+    bias = torch.cat([drive.a, drive.b])  # [2 batch, n]
+    local_multiplier = drive.local_multiplier.repeat(2, 1)
+    spread_multiplier = drive.spread_multiplier.repeat(2, 1)
     theta = phases
     for _ in range(steps):
         s, c = sin_cos(theta)  # [batch, n] int8
-        sums = _int8_product(torch.cat([s, c]), transposed)  # [2 * batch, n] int32
-        pulls = sums.to(torch.int64).mul_(multipliers).add_(half).bitwise_right_shift_(MULTIPLIER_BITS)
-        p, q = pulls.to(torch.int32).add_(ab).split(batch)
-        pull = (c.to(torch.int32) * p).sub_(s.to(torch.int32) * q).add_(half_pull)
+        source = (torch.cat([s, c]) * gain).add_(128).bitwise_right_shift_(8).to(torch.int8)
+        near = int8_product(neighbours(source, grid, channels), local).view(2 * batch, n)
+        z = int8_product(source, gather).to(torch.int64).mul_(z_multipliers).add_(half)
+        z = z.bitwise_right_shift_(MULTIPLIER_BITS).clamp_(-AMPLITUDE, AMPLITUDE).to(torch.int8)
+        far = int8_product(z, spread)
+        total = (near * local_multiplier).add_(far * spread_multiplier).add_(half)
+        u, w = total.bitwise_right_shift_(MULTIPLIER_BITS).to(torch.int32).add_(bias).split(batch)
+        pull = (c.to(torch.int32) * u).sub_(s.to(torch.int32) * w).add_(half_pull)
         theta = (theta + drive.omega).add_(pull.bitwise_right_shift_(PULL_BITS)).bitwise_and_(TURN - 1)
     return theta
 
 
-def _int8_product(left: Tensor, right: Tensor) -> Tensor:
+def neighbours(source: Tensor, grid: int, channels: int) -> Tensor:
+    """What each cell feels, `[rows * cells, 5 C]` stencil-major, from `[rows, n]`; zeros beyond the edge."""
+    rows = source.shape[0]
+    padded = F.pad(source.view(rows, grid, grid, channels), (0, 0, 1, 1, 1, 1))
+    views = [padded[:, 1 + y : 1 + y + grid, 1 + x : 1 + x + grid] for y, x in STENCIL]
+    return torch.cat(views, -1).view(rows * grid * grid, len(STENCIL) * channels)
+
+
+def int8_product(left: Tensor, right: Tensor) -> Tensor:
     """int8 `[m, k]` @ int8 `[k, n]` -> int32 `[m, n]`, exact."""
     m = left.shape[0]
+    if 1 in right.shape:  # a transposed column counts as contiguous, and _int_mm then reads it by the wrong stride
+        right = torch.empty(right.shape, dtype=right.dtype, device=right.device).copy_(right)
     if left.is_cuda and (m <= 16 or m % 8):  # what cuBLAS takes
         left = F.pad(left, (0, 0, 0, max(24, -(-m // 8) * 8) - m))
     return torch._int_mm(left, right)[:m]

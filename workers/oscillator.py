@@ -1,13 +1,19 @@
 """The product's own generator, for inference: text to drive, integer core, decoder.
 
 In go requests, out come uint8 images. The core is integers throughout. Encoder and decoder are floating point and
-run on padded batches of one fixed size, so that an image does not depend on what else is in its batch.
+run on padded batches of one fixed size, so that an image does not depend on what else is in its batch. What a prompt
+leaves open (a colour, a size, an arrangement) is settled from the image's seed.
+
+A model file holds either the integer form (the product) or the float form it was made from, which is kept to be compared
+with, and is also the only form of a control model without oscillators.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,16 +25,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from millijoule.kernels.oscillator import Coupling, quantize_coupling, quantize_drive, relax, row_multipliers
+from millijoule.kernels.oscillator import Coupling, quantize_coupling, quantize_drive, relax
 from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos, start_phases
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import GeneratedBatch, GeneratorInfo, read_safetensors_header
-from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel, grid_features
-from millijoule.workers.scenes import NUM_TOKENS, VOCABULARY, parse_prompt, scene_tokens
+from millijoule.workers.oscillator_model import (
+    COUPLINGS,
+    OscillatorConfig,
+    OscillatorModel,
+    PromptDrive,
+    grid_features,
+)
+from millijoule.workers.scene_prompts import parse_prompt
+from millijoule.workers.scenes import CELL, IMAGE_SIZE, MAX_COUNT, complete, scene_tokens
 from millijoule.workers.schemas import ImageRequest
 
 FORMAT = "millijoule-oscillator"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 #: Encoder and decoder always see this many rows; the rest is padding.
 FLOAT_BATCH = 16
@@ -39,20 +52,25 @@ BATCH_SIZE = 64
 #: Step counts that keep the integer step in range and the model in the regime it was trained for.
 MIN_STEPS, MAX_STEPS = 4, 100
 
+#: Multiplications, additions, shifts and look-ups per oscillator and step beside the sums; counted from `relax`.
+ELEMENTWISE_OPERATIONS = 24
+
+_COUPLING = {name: f"coupling.{name}" for name in Coupling.__dataclass_fields__}
+
 
 class OscillatorGenerator:
     """A loaded oscillator model. Build with `load`; see `Generator` for the protocol."""
 
     def __init__(
-        self, model: OscillatorModel, coupling: Coupling, name: str, sha256: str, device: str
+        self, model: OscillatorModel, coupling: Coupling | None, name: str, sha256: str, device: str
     ) -> None:
+        """`coupling` of the integer form; None runs the float form with the model's own."""
         self.model = model.eval()
         self.model.encoder.double()
-        self.coupling = coupling
         self.config = model.config
         self.device = device
         self.model.to(device)
-        self._weights = coupling.weights.to(device)
+        self.coupling = coupling.to(device) if coupling else None
         size = self.config.image_size
         self.info = GeneratorInfo(
             name=name,
@@ -84,28 +102,16 @@ class OscillatorGenerator:
             )
         try:
             config = _config_from_json(metadata["config"])
+            integer = {"integer": True, "float": False}[metadata["arithmetic"]]
             tensors = load_file(path)
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path}: damaged model file: {error}") from error
-        if (config.vocabulary, config.tokens) != (len(VOCABULARY), NUM_TOKENS):
-            raise InputError(
-                f"{path}: reads {config.vocabulary} words in {config.tokens} places, this version's vocabulary has "
-                f"{len(VOCABULARY)} in {NUM_TOKENS}"
-            )
-        weights, scale = tensors.pop("coupling.weights", None), tensors.pop("coupling.row_scale", None)
-        n = config.oscillators
-        if (
-            weights is None
-            or scale is None
-            or weights.dtype != torch.int8
-            or weights.shape != (n, n)
-            or scale.shape != (n,)
-        ):
-            raise InputError(f"{path}: no int8 coupling of shape [{n}, {n}] with row scales")
-        if not all(bool(torch.isfinite(t).all()) for t in (*tensors.values(), scale)):
+        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
             raise InputError(f"{path}: has weights that are not finite numbers")
+        coupling = _take_coupling(path, tensors, config) if integer else None
         model = OscillatorModel(config)  # on no meta device: that would import torch._dynamo, three seconds
-        del model.coupling
+        if integer:
+            del model.coupling
         try:
             model.load_state_dict({k: v.float() for k, v in tensors.items()})
         except RuntimeError as error:
@@ -114,9 +120,7 @@ class OscillatorGenerator:
             ) from error
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return OscillatorGenerator(
-            model, Coupling(weights, scale.double()), metadata.get("name", path.stem), sha256, device
-        )
+        return OscillatorGenerator(model, coupling, metadata.get("name", path.stem), sha256, device)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """Draw one image per request, all of one size and step count.
@@ -126,43 +130,91 @@ class OscillatorGenerator:
         """
         self._check(requests)
         scenes, warnings = zip(*(parse_prompt(r.prompt) for r in requests), strict=True)
-        phases = self.relax(scene_tokens(scenes), requests)
-        images = self._decode(phases)
+        tokens = scene_tokens([complete(s, r.seed) for s, r in zip(scenes, requests, strict=True)])
+        if self.coupling is not None:
+            phases = self.relax(tokens, requests)
+            images = self._decode([x.float() / AMPLITUDE for x in sin_cos(phases)])
+        else:
+            images = self._decode(self._float_waves(tokens, requests))
         return GeneratedBatch(
             images, tuple(words + _unused(r) for words, r in zip(warnings, requests, strict=True))
         )
 
     @torch.inference_mode()
     def relax(self, tokens: np.ndarray, requests: Sequence[ImageRequest]) -> Tensor:
-        """Final phases, int32 `[batch, n]`, for token rows `[batch, tokens]` and the requests' seeds and steps."""
+        """Final phases of the integer core, int32 `[batch, n]`, for token rows `[batch, tokens]` and the requests' seeds and steps."""
+        assert self.coupling is not None
         steps = requests[0].num_inference_steps or self.config.steps
+        prompt = self._encode(tokens)
         dt = self.config.horizon / steps
-        drive = quantize_drive(self._encode(tokens), dt)
-        seeds = np.array([r.seed for r in requests], dtype=np.uint64)
-        phases = start_phases(seeds, self.config.oscillators).to(self.device)
-        multipliers = row_multipliers(self.coupling.row_scale, dt).to(self.device)
-        return relax(phases, self._weights, multipliers, drive, steps)
-
-    def _encode(self, tokens: np.ndarray) -> Tensor:
-        """float64 `[batch, 3, n]`. In double precision, so that rounding to integers is the same on every machine
-        but for values within 1e-13 of a boundary."""
-        unique, inverse = np.unique(tokens, axis=0, return_inverse=True)
-        rows = [
-            self.model.encoder(torch.from_numpy(part).to(self.device))[:count]
-            for part, count in _padded(unique)
-        ]
-        return torch.cat(rows)[torch.from_numpy(inverse.reshape(-1)).to(self.device)]
+        drive = quantize_drive(prompt.drive, prompt.source_gain, prompt.row_gain, self.coupling, dt)
+        return relax(self._start(requests), self.coupling, drive, steps)
 
     @torch.inference_mode()
-    def _decode(self, phases: Tensor) -> np.ndarray:
-        """uint8 `[batch, size, size, 3]`."""
+    def _float_waves(self, tokens: np.ndarray, requests: Sequence[ImageRequest]) -> list[Tensor]:
+        """sin and cos `[batch, n]` of the float form, from the same start phases."""
+        steps = requests[0].num_inference_steps or self.config.steps
+        start = self._start(requests).cpu().numpy()
+        waves = []
+        for (part, count), (rows, _) in zip(_padded(start), _padded(tokens), strict=True):
+            phases = torch.from_numpy(part).to(self.device).float() * (2 * torch.pi / TURN)
+            prompt = self.model.encoder(torch.from_numpy(rows).to(self.device))
+            waves.append([x[:count] for x in self.model.waves(prompt, phases, steps=steps)])
+        return [torch.cat(parts) for parts in zip(*waves, strict=True)]
+
+    def _start(self, requests: Sequence[ImageRequest]) -> Tensor:
+        seeds = np.array([r.seed for r in requests], dtype=np.uint64)
+        return start_phases(seeds, self.config.oscillators).to(self.device)
+
+    def _encode(self, tokens: np.ndarray) -> PromptDrive:
+        """In double precision, so that rounding to integers is the same on every machine but for values within 1e-13
+        of a boundary."""
+        unique, inverse = np.unique(tokens, axis=0, return_inverse=True)
+        prompts = [
+            (self.model.encoder(torch.from_numpy(part).to(self.device)), count)
+            for part, count in _padded(unique)
+        ]
+        rows = torch.from_numpy(inverse.reshape(-1)).to(self.device)
+        return PromptDrive(
+            *(
+                torch.cat([getattr(p, name)[:count] for p, count in prompts])[rows]
+                for name in PromptDrive.__dataclass_fields__
+            )
+        )
+
+    @torch.inference_mode()
+    def _decode(self, waves: Sequence[Tensor]) -> np.ndarray:
+        """uint8 `[batch, size, size, 3]` from sin and cos `[batch, n]`."""
         images = []
-        for part, count in _padded(phases.cpu().numpy()):
-            sin, cos = sin_cos(torch.from_numpy(part).to(self.device))
-            features = grid_features(sin.float() / AMPLITUDE, cos.float() / AMPLITUDE, self.config)
+        sin, cos = (_padded(x.cpu().numpy()) for x in waves)
+        for (s, count), (c, _) in zip(sin, cos, strict=True):
+            features = grid_features(torch.from_numpy(s), torch.from_numpy(c), self.config).to(self.device)
             pixels = torch.round((self.model.decoder(features)[:count] + 1) * 127.5).clamp_(0, 255)
             images.append(pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(images)
+
+    def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
+        """Operations per image, two per multiply-accumulate: of the text, the dynamics and the decoder.
+
+        The text's are those of its most expensive prompts (four icons).
+        """
+        config = self.config
+        encoder, mlp = self.model.encoder, getattr(self.model, "mlp", None)
+        icon = [encoder.shape1, encoder.shape2, encoder.half_patch, encoder.gains, encoder.tint]
+        text = MAX_COUNT * sum(2 * layer.weight.numel() for layer in icon)
+        n, steps = config.oscillators, num_inference_steps or config.steps
+        if mlp is not None:
+            dynamics = config.cells * 2 * (mlp.hidden.weight.numel() + mlp.output.weight.numel())
+        else:
+            sums = 0 if config.coupling == "none" else n * (5 * config.channels + 2 * config.rank)
+            dynamics = steps * (2 * 2 * sums + ELEMENTWISE_OPERATIONS * n)
+        decoder, pixels = self.model.decoder, config.cells
+        decoding = 2 * pixels * decoder.input.weight.numel()
+        for layer in decoder.up:
+            decoding += 2 * pixels * layer.weight.numel()  # each input pixel meets each of 4 x 4 taps
+            pixels *= 4
+        decoding += 2 * pixels * (decoder.mix.weight.numel() + decoder.output.weight.numel())
+        return {"text": text, "dynamics": dynamics, "decoder": decoding}
 
     def _check(self, requests: Sequence[ImageRequest]) -> None:
         size = self.config.image_size
@@ -177,27 +229,59 @@ class OscillatorGenerator:
                 )
 
 
-def save_weights(model: OscillatorModel, path: Path, name: str, extra: dict[str, str] | None = None) -> None:
-    """Write the integer form of a trained model: int8 coupling with float32 row scales, the rest in float16.
+def save_weights(
+    model: OscillatorModel,
+    path: Path,
+    name: str,
+    extra: dict[str, str] | None = None,
+    *,
+    integer: bool = True,
+) -> None:
+    """Write a trained model: with `integer`, its coupling as int8 with float32 scales and the rest in float16, else float32.
 
     `extra` goes into the file's metadata (training steps, seed, what it was trained on).
     """
-    coupling = quantize_coupling(model.coupling_matrix().detach())
-    tensors = {
-        key: value.detach().to(torch.float16).contiguous()
-        for key, value in model.state_dict().items()
-        if key != "coupling"
-    }
-    tensors["coupling.weights"] = coupling.weights.contiguous()
-    tensors["coupling.row_scale"] = coupling.row_scale.float()
+    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    if integer:
+        if model.config.coupling not in ("trained", "frozen"):
+            raise ValueError(f"a model with coupling {model.config.coupling!r} has no integer form")
+        tensors = {k: v.to(torch.float16) for k, v in tensors.items() if not k.startswith("coupling.")}
+        coupling = quantize_coupling(*(w.detach() for w in model.coupling.weights()))
+        for field, key in _COUPLING.items():
+            value = getattr(coupling, field)
+            tensors[key] = value.contiguous() if value.dtype == torch.int8 else value.float()
     metadata = {
         **(extra or {}),
         "format": FORMAT,
         "version": FORMAT_VERSION,
+        "arithmetic": "integer" if integer else "float",
         "name": name,
         "config": json.dumps(asdict(model.config)),
     }
-    save_file(tensors, path, metadata)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        save_file({k: v.cpu() for k, v in tensors.items()}, temporary, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+        temporary.replace(path)
+
+
+def _take_coupling(path: Path, tensors: dict[str, Tensor], config: OscillatorConfig) -> Coupling:
+    """The int8 coupling out of `tensors`, checked."""
+    n, c, r = config.oscillators, config.channels, config.rank
+    shapes = {
+        "local": (c, 5 * c), "local_scale": (c,), "gather": (n, r), "gather_scale": (r,), "spread": (n, r),
+        "spread_scale": (n,),
+    }  # fmt: skip
+    found = {}
+    for field, key in _COUPLING.items():
+        tensor = tensors.pop(key, None)
+        dtype = torch.float32 if field.endswith("scale") else torch.int8
+        if tensor is None or tensor.shape != shapes[field] or tensor.dtype != dtype:
+            raise InputError(f"{path}: no {key} of shape {list(shapes[field])} and type {dtype}")
+        found[field] = tensor.double() if field.endswith("scale") else tensor
+    return Coupling(**found)
 
 
 def _padded(rows: np.ndarray) -> list[tuple[np.ndarray, int]]:
@@ -226,7 +310,20 @@ def _config_from_json(text: str) -> OscillatorConfig:
     if set(raw) != names:
         raise ValueError(f"config has {sorted(raw)}, expected {sorted(names)}")
     config = OscillatorConfig(**{**raw, "widths": tuple(raw["widths"])})
-    integers = (config.grid, config.channels, config.hidden, config.token_width, config.steps, *config.widths)
+    sizes = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name not in ("coupling", "horizon", "widths")
+    }
+    integers = (*sizes.values(), *config.widths)
     if not all(isinstance(v, int) and 1 <= v <= 4096 for v in integers) or config.oscillators > TURN:
         raise ValueError(f"sizes out of range: {raw}")
+    if (
+        config.coupling not in COUPLINGS
+        or config.image_size != IMAGE_SIZE
+        or config.grid * CELL != IMAGE_SIZE
+    ):
+        raise ValueError(f"settings out of range: {raw}")
+    if not 0 < config.horizon < 100:
+        raise ValueError(f"settings out of range: {raw}")
     return config

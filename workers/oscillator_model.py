@@ -1,11 +1,13 @@
 """The oscillator generator as a float network, for training; `workers.oscillator` runs its integer form.
 
-    d theta_i / dt = omega_i(e) + sum_j K_ij sin(theta_j - theta_i) + a_i(e) cos(theta_i) - b_i(e) sin(theta_i)
+    d theta_i / dt = omega_i(e) + r_i(e) sum_j K_ij g_j(e) sin(theta_j - theta_i) + a_i(e) cos(theta_i) - b_i(e) sin(theta_i)
 
 theta starts uniform on the circle (that is the noise), runs `steps` explicit Euler steps to time `horizon`, and a
-convolutional decoder reads sin and cos of the final phases on a grid. The prompt enters as tokens e through the drive
-(a, b) and a shift of the frequencies omega. After Un-0 (phases, readout without projection) with a complex drive in
-place of its random-phase drivers.
+convolutional decoder reads sin and cos of the final phases on a grid of cells. K is block-sparse (a cell feels itself and
+its four neighbours, by the same blocks everywhere) plus low-rank. The prompt enters as icons e through the drive (a, b),
+a shift of the frequencies omega, and bounded gains r, g. After Un-0 (phases, readout without projection) with a complex
+drive in place of its random-phase drivers. An icon's drive is computed once and laid on the cells of its window, so
+what is learned about a noun in one place holds in all.
 """
 
 from __future__ import annotations
@@ -17,73 +19,207 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Factor on the drive's default initialisation. Much stronger drives (3 rad per unit of time) did not learn: the loss
-#: rose from 3.7 at step 100 to 5.4 at step 225, where this start reached 2.0 at step 250.
-FIRST_DRIVE = 3.0
+from millijoule.kernels.oscillator import MAX_Z, SOURCE_UNIT, STENCIL, neighbours
+from millijoule.kernels.phase import AMPLITUDE
+from millijoule.workers.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    ICON_TOKENS,
+    MAX_COUNT,
+    NOUNS,
+    SIZES,
+    WINDOWS,
+)
+
+#: What stands between the start phases and the decoder. "trained" is the model; the others are its controls.
+COUPLINGS = ("trained", "frozen", "none", "mlp")
+
+GAIN_RANGE = 0.5  # gains are within 1 +- this
 
 
 @dataclass(frozen=True)
 class OscillatorConfig:
-    """Sizes of the model. `grid * grid * channels` oscillators; images have `grid * 2 ** (len(widths) - 1)` pixels a side."""
+    """Sizes of the model. `grid * grid * channels` oscillators; images have `grid * 2 ** len(widths)` pixels a side."""
 
-    vocabulary: int
-    tokens: int
+    coupling: str = "trained"  # one of COUPLINGS
     grid: int = 8
-    channels: int = 16  # oscillators per cell
-    token_width: int = 48
-    hidden: int = 256
-    widths: tuple[int, ...] = (64, 40, 24)  # decoder channels at grid, 2 grid, 4 grid
+    channels: int = 32  # oscillators per cell
+    rank: int = 32  # of the global coupling
+    noun_width: int = 48
+    colour_width: int = 16
+    hidden: int = 192
+    widths: tuple[int, ...] = (72, 48, 32)  # decoder channels at grid, 2 grid, 4 grid
+    mix: int = 80  # channels of the last, pointwise layer
     steps: int = 10
     horizon: float = 1.0
 
     @property
+    def cells(self) -> int:
+        return self.grid * self.grid
+
+    @property
     def oscillators(self) -> int:
-        return self.grid * self.grid * self.channels
+        return self.cells * self.channels
 
     @property
     def image_size(self) -> int:
-        return self.grid * 2 ** (len(self.widths) - 1)
+        return self.grid * 2 ** len(self.widths)
+
+
+@dataclass(frozen=True)
+class PromptDrive:
+    """`drive` `[batch, 3, n]`: a, b, omega in radians per unit of time; `source_gain` g and `row_gain` r `[batch, n]`."""
+
+    drive: Tensor
+    source_gain: Tensor
+    row_gain: Tensor
 
 
 class PromptEncoder(nn.Module):
-    """Tokens int64 `[batch, tokens]` -> drive and frequencies, float `[batch, 3, n]` (a, b, omega; radians per time)."""
+    """Scene tokens int64 `[batch, NUM_TOKENS]` -> `PromptDrive`.
+
+    Noun and size make one code, colour another; their effects on the drive add up, so that no pair of them is special.
+    """
 
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__()
-        n = config.oscillators
-        self.embedding = nn.Embedding(config.vocabulary, config.token_width)
-        self.hidden1 = nn.Linear(config.tokens * config.token_width, config.hidden)
-        self.hidden2 = nn.Linear(config.hidden, config.hidden)
-        self.drive = nn.Linear(config.hidden, 3 * n)
+        self.config = config
+        c, width = config.channels, config.noun_width
+        self.noun = nn.Embedding(len(NOUNS), width)
+        self.size = nn.Embedding(2 * len(SIZES), width)  # of icons in the whole image, in half windows
+        self.colour = nn.Embedding(len(COLOURS), config.colour_width)
+        self.background = nn.Embedding(len(BACKGROUNDS), 3 * c)
+        self.shape1 = nn.Linear(2 * width, config.hidden)
+        self.shape2 = nn.Linear(config.hidden, config.hidden)
+        self.tint = nn.Linear(config.colour_width, 3 * c)
+        self.whole_patch = nn.Linear(config.hidden, config.cells * 3 * c)
+        self.half_patch = nn.Linear(config.hidden, config.cells // 4 * 3 * c)
+        self.gains = nn.Linear(config.hidden, 2 * c)
         with torch.no_grad():
-            self.drive.weight.mul_(FIRST_DRIVE)
+            self.background.weight.mul_(0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens).flatten(1)
-        x = F.silu(self.hidden1(x))
-        x = x + F.silu(self.hidden2(x))
-        return self.drive(x).unflatten(1, (3, -1))
+    def forward(self, tokens: Tensor) -> PromptDrive:
+        batch, grid, c = len(tokens), self.config.grid, self.config.channels
+        icons = tokens[:, :-1].reshape(batch, MAX_COUNT, ICON_TOKENS)
+        base = self.background(tokens[:, -1]).view(batch, 1, 1, 3 * c)
+        drive = base.expand(batch, grid, grid, 3 * c)
+        gain = drive.new_zeros(batch, grid, grid, 2 * c)
+        for number, (left, top, side) in enumerate(WINDOWS):
+            image, slot = torch.nonzero(icons[:, :, 3] == 1 + number, as_tuple=True)
+            if not len(image):
+                continue
+            noun, colour, size = (icons[image, slot, k] - 1 for k in range(3))
+            whole = side == grid
+            shape = torch.cat([self.noun(noun), self.size(size if whole else size + len(SIZES))], 1)
+            code = F.silu(self.shape1(shape))
+            code = code + F.silu(self.shape2(code))
+            patch = (self.whole_patch if whole else self.half_patch)(code).view(-1, side, side, 3 * c)
+            patch = patch + self.tint(self.colour(colour))[:, None, None]
+            gains = self.gains(code)[:, None, None].expand(-1, side, side, -1)
+            window = (0, 0, left, grid - left - side, top, grid - top - side)
+            drive = drive.index_add(0, image, F.pad(patch, window).to(drive.dtype))
+            gain = gain.index_add(0, image, F.pad(gains, window).to(gain.dtype))
+        gain = (1 + GAIN_RANGE * torch.tanh(gain)).view(batch, grid * grid, 2, c)
+        drive = drive.reshape(batch, grid * grid, 3, c).transpose(1, 2).reshape(batch, 3, -1)
+        return PromptDrive(drive, gain[:, :, 0].flatten(1), gain[:, :, 1].flatten(1))
+
+
+class Coupling(nn.Module):
+    """K as five C x C blocks and a rank-r product; `forward` maps sources `[rows, n]` to pulls `[rows, n]`.
+
+    The weights have a forward scale, so that Adam's rate does not depend on the width. With `quantized`, weights, sources
+    and z take the values the integer core knows, and gradients pass through unchanged.
+    """
+
+    def __init__(self, config: OscillatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, n = config.channels, config.oscillators
+        self.local = nn.Parameter(0.5 * torch.randn(c, len(STENCIL) * c))
+        self.gather = nn.Parameter(torch.randn(n, config.rank))
+        self.spread = nn.Parameter(0.3 * torch.randn(n, config.rank))
+        if config.coupling == "frozen":
+            self.requires_grad_(False)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """L `[C, 5 C]`, V `[n, r]`, U `[n, r]`, with their forward scales."""
+        local = self.local * self.local.shape[1] ** -0.5
+        return local, self.gather * self.gather.shape[0] ** -0.5, self.spread * self.config.rank**-0.5
+
+    def quantized_weights(self, quantized: bool) -> tuple[Tensor, Tensor, Tensor]:
+        local, gather, spread = self.weights()
+        if not quantized:
+            return local, gather, spread
+        return _round_rows(local), _round_rows(gather.t()).t(), _round_rows(spread)
+
+    def forward(
+        self, sources: Tensor, weights: tuple[Tensor, Tensor, Tensor], quantized: bool, operands: torch.dtype
+    ) -> Tensor:
+        local, gather, spread = (w.to(operands) for w in weights)
+        if quantized:
+            sources = _round(sources, SOURCE_UNIT)
+        narrow = sources.to(operands)
+        near = neighbours(narrow, self.config.grid, self.config.channels) @ local.t()
+        z = (narrow @ gather).float().clamp(-MAX_Z, MAX_Z)
+        if quantized:
+            z = _round(z, AMPLITUDE / MAX_Z)
+        return near.view(sources.shape).float() + (z.to(operands) @ spread.t()).float()
+
+
+def _round(x: Tensor, unit: float) -> Tensor:
+    """x to multiples of 1 / unit; the gradient is that of x."""
+    return x + (torch.round(x.detach() * unit) / unit - x.detach())
+
+
+def _round_rows(weights: Tensor) -> Tensor:
+    scale = weights.detach().abs().amax(1, keepdim=True).clamp_min(1e-12) / AMPLITUDE
+    return weights + (torch.round(weights.detach() / scale) * scale - weights.detach())
 
 
 class Decoder(nn.Module):
-    """sin and cos of the phases, float `[batch, 2 * channels, grid, grid]` -> images `[batch, 3, size, size]` in [-1, 1]."""
+    """sin and cos of the phases, float `[batch, 2 channels, grid, grid]` -> images `[batch, 3, size, size]` in [-1, 1].
+
+    Transposed convolutions of four taps in place of up-sampling and nine; the last doubling is a rearrangement.
+    """
 
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__()
         first, *rest = config.widths
         self.input = nn.Conv2d(2 * config.channels, first, 3, padding=1)
-        self.mix = nn.Conv2d(first, first, 3, padding=1)
         self.up = nn.ModuleList(
-            nn.Conv2d(i, o, 3, padding=1) for i, o in zip(config.widths[:-1], rest, strict=True)
+            nn.ConvTranspose2d(i, o, 4, stride=2, padding=1)
+            for i, o in zip(config.widths[:-1], rest, strict=True)
         )
-        self.output = nn.Conv2d(config.widths[-1], 3, 3, padding=1)
+        self.mix = nn.Conv2d(config.widths[-1], config.mix, 1)
+        self.output = nn.Conv2d(config.mix, 12, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.leaky_relu(self.input(x), 0.2)
-        x = F.leaky_relu(self.mix(x), 0.2)
-        for conv in self.up:
-            x = F.leaky_relu(conv(F.interpolate(x, scale_factor=2.0, mode="nearest")), 0.2)
-        return torch.tanh(self.output(x))
+        for layer in (*self.up, self.mix):
+            x = F.leaky_relu(layer(x), 0.2)
+        return torch.tanh(F.pixel_shuffle(self.output(x), 2))
+
+
+class CellMlp(nn.Module):
+    """The control without oscillators: per cell, start phases and drive to what the decoder reads, in one step.
+
+    As many parameters as the coupling it stands for.
+    """
+
+    def __init__(self, config: OscillatorConfig) -> None:
+        super().__init__()
+        c = config.channels
+        coupling = len(STENCIL) * c * c + 2 * config.oscillators * config.rank
+        hidden = coupling // (7 * c)
+        self.hidden = nn.Linear(5 * c, hidden)
+        self.output = nn.Linear(hidden, 2 * c)
+
+    def forward(self, drive: Tensor, phases: Tensor, channels: int) -> Tensor:
+        """`[batch, 2, n]` in place of sin and cos, from drive `[batch, 3, n]` and phases `[batch, n]`."""
+        x = torch.cat([drive, torch.sin(phases)[:, None], torch.cos(phases)[:, None]], 1)
+        x = x.unflatten(2, (-1, channels)).transpose(1, 2).flatten(2)  # [batch, cells, 5 C]
+        y = torch.tanh(self.output(F.silu(self.hidden(x))))
+        return y.unflatten(2, (2, channels)).transpose(1, 2).flatten(2)
 
 
 class OscillatorModel(nn.Module):
@@ -91,43 +227,65 @@ class OscillatorModel(nn.Module):
 
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__()
+        if config.coupling not in COUPLINGS:
+            raise ValueError(f"coupling {config.coupling!r}: one of {', '.join(COUPLINGS)}")
         self.config = config
-        n = config.oscillators
         self.encoder = PromptEncoder(config)
-        self.coupling = nn.Parameter(
-            torch.randn(n, n)
-        )  # forward scale n ** -0.5: Adam's rate is width-independent
+        if config.coupling in ("trained", "frozen"):
+            self.coupling = Coupling(config)
+        if config.coupling == "mlp":
+            self.mlp = CellMlp(config)
         self.decoder = Decoder(config)
 
-    def coupling_matrix(self) -> Tensor:
-        """K, float `[n, n]`, zero on the diagonal: row i is what moves oscillator i."""
-        n = self.config.oscillators
-        return self.coupling * ((1.0 - torch.eye(n)) * n**-0.5)
-
-    def relax(self, drive: Tensor, phases: Tensor, operands: torch.dtype = torch.float32) -> Tensor:
-        """Final phases `[batch, n]`, radians, unwrapped. Phases stay float32; only matrix operands may be narrower."""
-        a, b, omega = drive.float().unbind(1)
-        transposed = self.coupling_matrix().t().to(operands)
-        dt = self.config.horizon / self.config.steps
-        for _ in range(self.config.steps):
+    def waves(
+        self,
+        prompt: PromptDrive,
+        phases: Tensor,
+        *,
+        quantized: bool = False,
+        operands: torch.dtype = torch.float32,
+        steps: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """sin and cos of the final phases, `[batch, n]`; phases stay float, only matrix operands may be narrower."""
+        config = self.config
+        drive = prompt.drive.to(phases.dtype)
+        if config.coupling == "mlp":
+            sin, cos = self.mlp(drive, phases, config.channels).unbind(1)
+            return sin, cos
+        a, b, omega = drive.unbind(1)
+        steps = steps or config.steps
+        dt = config.horizon / steps
+        weights = self.coupling.quantized_weights(quantized) if config.coupling != "none" else None
+        source_gain, row_gain = (
+            g.to(phases.dtype).repeat(2, 1) for g in (prompt.source_gain, prompt.row_gain)
+        )
+        for _ in range(steps):
             sin, cos = torch.sin(phases), torch.cos(phases)
-            pulls = (torch.cat([sin, cos]).to(operands) @ transposed).float()
-            from_sin, from_cos = pulls.chunk(2)
-            phases = phases + dt * (omega + cos * (from_sin + a) - sin * (from_cos + b))
-        return phases
+            if weights is None:
+                phases = phases + dt * (omega + cos * a - sin * b)
+            else:
+                sources = torch.cat([sin, cos]) * source_gain
+                pulls = self.coupling(sources, weights, quantized, operands) * row_gain
+                from_sin, from_cos = pulls.chunk(2)
+                phases = phases + dt * (omega + cos * (from_sin + a) - sin * (from_cos + b))
+        return torch.sin(phases), torch.cos(phases)
 
-    def decode(self, phases: Tensor) -> Tensor:
-        """Images `[batch, 3, size, size]` in [-1, 1] from phases in radians."""
-        return self.decoder(grid_features(torch.sin(phases), torch.cos(phases), self.config))
-
-    def forward(self, tokens: Tensor, phases: Tensor, operands: torch.dtype = torch.float32) -> Tensor:
-        return self.decode(self.relax(self.encoder(tokens), phases, operands))
+    def forward(
+        self,
+        tokens: Tensor,
+        phases: Tensor,
+        *,
+        quantized: bool = False,
+        operands: torch.dtype = torch.float32,
+    ) -> Tensor:
+        sin, cos = self.waves(self.encoder(tokens), phases, quantized=quantized, operands=operands)
+        return self.decoder(grid_features(sin, cos, self.config))
 
 
 def grid_features(sin: Tensor, cos: Tensor, config: OscillatorConfig) -> Tensor:
-    """`[batch, n]` sines and cosines -> `[batch, 2 * channels, grid, grid]`; oscillator = channel * grid**2 + cell."""
-    shape = (-1, config.channels, config.grid, config.grid)
-    return torch.cat([sin.reshape(shape), cos.reshape(shape)], 1)
+    """`[batch, n]` sines and cosines -> `[batch, 2 channels, grid, grid]`; oscillator = cell * channels + channel."""
+    both = torch.stack([sin, cos], 1).view(-1, 2, config.grid, config.grid, config.channels)
+    return both.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
 def start_phases(count: int, n: int, generator: torch.Generator) -> Tensor:

@@ -64,11 +64,12 @@ _RELATION_WORDS = {
 }  # fmt: skip
 _BACKGROUND_WORDS = ("background", "backdrop")
 _FILLER = frozenset(
-    (
+    re.findall(
+        r"\w+",
         "a an the of on in to with and by at its is are it there beside next side near against which that please "
         "draw show showing shows picture pictures image icon icons photo photograph drawing illustration scene "
-        "plain solid simple color colour colored coloured"
-    ).split()
+        "plain solid simple color colour colored coloured",
+    )
 )
 
 

@@ -28,7 +28,7 @@ from millijoule.workers.scenes import (
     icons,
 )
 
-#: Longer side of an icon in pixels, by size, in the whole image and in a half window.
+#: Side of an icon's em box in pixels, by size, in the whole image and in a half window. Its ink is a little smaller.
 ICON_PIXELS = {8: (30, 42, 56), 4: (20, 25, 30)}
 
 _JITTER = 1  # pixels; each icon moves by -1, 0 or 1 in x and in y
@@ -114,7 +114,9 @@ class SceneRenderer:
                 self._draw(images, side, placed, jitter, shade)
         return images
 
-    def _draw(self, images: np.ndarray, side: int, placed: list, jitter: np.ndarray, shade: np.ndarray) -> None:
+    def _draw(
+        self, images: np.ndarray, side: int, placed: list, jitter: np.ndarray, shade: np.ndarray
+    ) -> None:
         """Blend icons of one window side into `images`; windows of one image do not overlap."""
         scene, k, noun, size, x, y = np.array([p[:6] for p in placed]).T
         colour = np.array([p[6] for p in placed], np.int32)
@@ -125,7 +127,9 @@ class SceneRenderer:
         at_y = first + rows - moved[..., 1, None]  # [icons, renders, pixels]
         at_x = first + rows - moved[..., 0, None]
         which = (noun, np.full_like(noun, side // 8), size)
-        cover = self._masks[tuple(w[:, None, None, None] for w in which) + (at_y[..., None], at_x[..., None, :])]
+        cover = self._masks[
+            (*(w[:, None, None, None] for w in which), at_y[..., None], at_x[..., None, :])
+        ]
         cover = cover.astype(np.int32)[..., None]  # [icons, renders, pixels, pixels, 1]
         paint = np.clip(colour[:, None] + shade[scene, :, 1 + k], 0, 255)[:, :, None, None]
         renders = np.arange(images.shape[1])
@@ -146,6 +150,8 @@ class SceneRenderer:
             mask = self._masks[NOUNS.index(icon.noun), side // 8, SIZES.index(icon.size)]
             first, pixels = (mask.shape[0] - side * CELL) // 2, side * CELL
             full = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
-            full[y * CELL :, x * CELL :][:pixels, :pixels] = mask[first : first + pixels, first : first + pixels]
+            full[y * CELL :, x * CELL :][:pixels, :pixels] = mask[
+                first : first + pixels, first : first + pixels
+            ]
             covers.append(full / 255.0)
         return np.array(covers, np.float32).reshape(-1, IMAGE_SIZE, IMAGE_SIZE)

@@ -119,7 +119,11 @@ def run_training(
             means = {name: sum(values) / len(values) for name, values in since.items()}
             pace = (now - reported) / max(1, len(since["loss"]))
             reported, since = now, defaultdict(list)
-            row = {"step": trainer.step, **{k: round(v, 6) for k, v in means.items()}, "s_per_step": round(pace, 4)}
+            row = {
+                "step": trainer.step,
+                **{k: round(v, 6) for k, v in means.items()},
+                "s_per_step": round(pace, 4),
+            }
             with (folder / LOG).open("a") as log:
                 log.write(json.dumps(row) + "\n")
             left = f", {pace * (steps - trainer.step) / 60:.0f} min left" if trainer.step < steps else ""

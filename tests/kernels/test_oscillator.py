@@ -7,64 +7,90 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millijoule.kernels.oscillator import (
+    STENCIL,
+    Coupling,
     Drive,
+    dense_local,
     quantize_coupling,
     quantize_drive,
     relax,
     relax_reference,
-    row_multipliers,
 )
 from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos, start_phases
 
+DT = 0.1
 
-def problem(n: int, batch: int, seed: int, *, gain: float = 2.0, pull: float = 4.0):
+
+def problem(grid: int, channels: int, rank: int, batch: int, seed: int, *, gain=1.0, pull=4.0):
+    """Float weights (L, V, U), float drive with gains, and start phases."""
     g = torch.Generator().manual_seed(seed)
-    coupling = torch.randn(n, n, generator=g, dtype=torch.float64) * gain * n**-0.5
-    drive = torch.randn(batch, 3, n, generator=g, dtype=torch.float64) * pull
+    n = grid * grid * channels
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    weights = (
+        normal(channels, 5 * channels) * gain * (5 * channels) ** -0.5,
+        normal(n, rank) * n**-0.5,
+        normal(n, rank) * gain * rank**-0.5,
+    )
+    gains = [1 + 0.5 * torch.tanh(normal(batch, n)) for _ in range(2)]
     phases = start_phases(np.arange(seed, seed + batch, dtype=np.uint64), n)
-    return coupling, drive, phases
+    return weights, (normal(batch, 3, n) * pull, *gains), phases
+
+
+def quantized(weights, drive):
+    coupling = quantize_coupling(*weights)
+    return coupling, quantize_drive(*drive, coupling, DT)
 
 
 @given(
-    n=st.sampled_from([8, 32, 64]),
-    batch=st.integers(1, 9),
+    grid=st.integers(1, 5),
+    channels=st.sampled_from([4, 8, 12]),
+    rank=st.integers(1, 9),
+    batch=st.integers(1, 6),
     steps=st.integers(0, 12),
     seed=st.integers(0, 2**31),
     gain=st.floats(0.01, 30),
     pull=st.floats(0, 300),
 )
 @settings(max_examples=60, deadline=None)
-def test_fast_equals_reference(n, batch, steps, seed, gain, pull):
-    coupling, drive, phases = problem(n, batch, seed, gain=gain, pull=pull)
-    quantized = quantize_coupling(coupling)
-    multipliers = row_multipliers(quantized.row_scale, 0.1)
-    arguments = (quantized.weights, multipliers, quantize_drive(drive, 0.1), steps)
-    assert torch.equal(relax(phases, *arguments), relax_reference(phases, *arguments))
+def test_fast_equals_reference(grid, channels, rank, batch, steps, seed, gain, pull):
+    weights, drive, phases = problem(grid, channels, rank, batch, seed, gain=gain, pull=pull)
+    coupling, drive = quantized(weights, drive)
+    assert torch.equal(relax(phases, coupling, drive, steps), relax_reference(phases, coupling, drive, steps))
 
 
 def test_the_largest_sums_do_not_overflow():
-    """Every weight and every sine at its extreme, at a size where int32 sums are largest."""
-    n = 1024
-    weights = torch.full((n, n), 127, dtype=torch.int8)
-    drive = Drive(*(torch.zeros(2, n, dtype=torch.int32) for _ in range(3)))
+    """Every weight, gain and sine at its extreme, at a size beyond the shipped model's."""
+    channels, grid, rank = 64, 8, 64
+    n = grid * grid * channels
+
+    def full(*shape):
+        return torch.full(shape, 127, dtype=torch.int8)
+
+    def scale(*shape):
+        return torch.full(shape, 1e-3, dtype=torch.float64)
+
+    coupling = Coupling(
+        full(channels, 5 * channels), scale(channels), full(n, rank), scale(rank), full(n, rank), scale(n)
+    )
+    gain = torch.full((2, n), 1.5, dtype=torch.float64)
+    drive = quantize_drive(torch.zeros(2, 3, n, dtype=torch.float64), gain, gain, coupling, DT)
     phases = torch.full((2, n), TURN // 4, dtype=torch.int32)
-    multipliers = row_multipliers(torch.full((n,), 1e-3), 0.1)
-    arguments = (weights, multipliers, drive, 3)
-    assert torch.equal(relax(phases, *arguments), relax_reference(phases, *arguments))
+    assert torch.equal(relax(phases, coupling, drive, 3), relax_reference(phases, coupling, drive, 3))
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_phases_do_not_depend_on_the_batch(batch):
-    coupling, drive, phases = problem(256, 64, seed=3)
-    quantized = quantize_coupling(coupling)
-    multipliers = row_multipliers(quantized.row_scale, 0.1)
-    whole = relax(phases, quantized.weights, multipliers, quantize_drive(drive, 0.1), 10)
+    weights, drive, phases = problem(4, 16, 8, 64, seed=3)
+    coupling, drive = quantized(weights, drive)
+    whole = relax(phases, coupling, drive, 10)
     parts = [
         relax(
             phases[i : i + batch],
-            quantized.weights,
-            multipliers,
-            quantize_drive(drive[i : i + batch], 0.1),
+            coupling,
+            Drive(*(getattr(drive, f)[i : i + batch] for f in Drive.__dataclass_fields__)),
             10,
         )
         for i in range(0, 64, batch)
@@ -73,20 +99,34 @@ def test_phases_do_not_depend_on_the_batch(batch):
 
 
 def test_it_integrates_the_equation():
-    """Against float64 Euler steps of the Kuramoto equation: within what the tables round."""
-    n, steps, dt = 256, 10, 0.1
-    coupling, drive, phases = problem(n, 16, seed=1, gain=1.0, pull=2.0)
-    quantized = quantize_coupling(coupling)
-    out = relax(
-        phases, quantized.weights, row_multipliers(quantized.row_scale, dt), quantize_drive(drive, dt), steps
-    )
+    """Against float64 Euler steps of the Kuramoto equation with gains: within what tables and int8 weights round."""
+    steps = 10
+    (local, gather, spread), (drive, source_gain, row_gain), phases = problem(4, 16, 8, 16, seed=1, pull=2.0)
+    coupling, integers = quantized((local, gather, spread), (drive, source_gain, row_gain))
+    out = relax(phases, coupling, integers, steps)
+    matrix = dense_local(local, 4) + spread @ gather.T
     theta = phases.double() * 2 * torch.pi / TURN
     for _ in range(steps):
         s, c = torch.sin(theta), torch.cos(theta)
         a, b, omega = drive.unbind(1)
-        theta = theta + dt * (omega + c * (s @ coupling.T + a) - s * (c @ coupling.T + b))
+        from_sin, from_cos = (row_gain * ((source_gain * x) @ matrix.T) for x in (s, c))
+        theta = theta + DT * (omega + c * (from_sin + a) - s * (from_cos + b))
     error = torch.remainder(out.double() * 2 * torch.pi / TURN - theta + torch.pi, 2 * torch.pi) - torch.pi
     assert error.square().mean().sqrt() < 0.02
+
+
+def test_cells_feel_their_neighbours_alone():
+    """A coupling of ones per stencil direction moves exactly the cells that direction names."""
+    for k, (down, right) in enumerate(STENCIL):
+        local = torch.zeros(4, 20, dtype=torch.float64)
+        local[:, 4 * k : 4 * k + 4] = 1
+        dense = dense_local(local, 3).reshape(3, 3, 4, 3, 3, 4)[:, :, 0, :, :, 0]
+        for y in range(3):
+            for x in range(3):
+                expected = torch.zeros(3, 3, dtype=torch.float64)
+                if 0 <= y + down < 3 and 0 <= x + right < 3:
+                    expected[y + down, x + right] = 1
+                assert torch.equal(dense[y, x], expected)
 
 
 def test_tables_are_sine_and_cosine():

@@ -1,0 +1,61 @@
+"""The losses: least where the distributions agree, and what they say they are."""
+
+import numpy as np
+import pytest
+import torch
+
+from millijoule.workers.losses import PATCHES, drifting_loss, energy_distance, patches
+
+
+def noise(seed: int, samples: int = 48, size: int = 32) -> torch.Tensor:
+    return torch.randn(2, samples, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def test_the_energy_distance_is_least_where_the_distributions_agree():
+    true, best = noise(0), energy_distance(noise(1), noise(0))
+    assert best < energy_distance(noise(1) + 0.3, true)
+    assert best < energy_distance(torch.zeros_like(true), true)  # the mean image is not a sample
+    assert best < energy_distance(noise(1) * 2, true)
+
+
+def test_the_energy_distance_is_the_plain_formula():
+    """Against explicit loops over pairs, on whole images of one scale."""
+    x, y = noise(2, 3, 8)[:1], noise(3, 4, 8)[:1]
+    total = 0.0
+    for scale, side in PATCHES:
+        a, b = (patches(z, scale, side, (0, 0))[0].double().numpy() for z in (x, y))
+        at = [
+            2 * np.mean([np.linalg.norm(i - j) for i in p for j in q])
+            - np.mean([np.linalg.norm(p[i] - p[j]) for i in range(3) for j in range(3) if i != j])
+            for p, q in zip(a, b, strict=True)
+        ]
+        total += np.mean(at) / np.sqrt(a.shape[-1])
+    assert energy_distance(x, y).item() == pytest.approx(total, abs=2e-3)
+
+
+@pytest.mark.parametrize("offset", [(0, 0), (3, 7), (8, 5)])
+def test_patches_are_tiles_of_the_image(offset):
+    images = noise(4, 2, 32)
+    cut = patches(images, 1, 8, offset)
+    top, left = offset[0] % 8, offset[1] % 8
+    columns = (32 - left) // 8
+    assert cut.shape == (2, (32 - top) // 8 * columns, 2, 192)
+    second_row = images[1, 0, :, top + 8 : top + 16, left : left + 8].reshape(-1)
+    assert torch.equal(cut[1, columns, 0], second_row)
+
+
+def drift_direction(images: torch.Tensor, true: torch.Tensor) -> float:
+    """Mean descent direction over mean absolute descent direction: -1 where all pixels want to be darker."""
+    images = images.clone().requires_grad_()
+    loss, size = drifting_loss(images, true)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert size > 0
+    return (-images.grad.mean() / images.grad.abs().mean()).item()
+
+
+def test_the_drift_points_to_the_data_and_not_anywhere_at_the_data():
+    true = noise(0)
+    assert drift_direction(noise(1) + 0.5, true) < -0.5
+    assert drift_direction(noise(1) - 0.5, true) > 0.5
+    assert abs(drift_direction(noise(1), true)) < 0.2
