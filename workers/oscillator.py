@@ -34,6 +34,7 @@ from millijoule.workers.oscillator_model import (
     OscillatorConfig,
     OscillatorModel,
     PromptDrive,
+    at_rest,
     grid_features,
 )
 from millijoule.workers.scene_prompts import parse_prompt
@@ -164,7 +165,7 @@ class OscillatorGenerator:
 
     def _start(self, requests: Sequence[ImageRequest]) -> Tensor:
         seeds = np.array([r.seed for r in requests], dtype=np.uint64)
-        return start_phases(seeds, self.config.oscillators).to(self.device)
+        return at_rest(start_phases(seeds, self.config.oscillators), self.config).to(self.device)
 
     def _encode(self, tokens: np.ndarray) -> PromptDrive:
         """In double precision, so that rounding to integers is the same on every machine but for values within 1e-13

@@ -34,6 +34,9 @@ from millijoule.workers.scenes import (
 #: What stands between the start phases and the decoder. "trained" is the model; the others are its controls.
 COUPLINGS = ("trained", "frozen", "none", "mlp")
 
+#: Forward scale of the drive, so that Adam's rate lets it grow: phases must be pulled by radians within the horizon.
+DRIVE_SCALE = 4.0
+
 GAIN_RANGE = 0.5  # gains are within 1 +- this
 
 
@@ -44,6 +47,7 @@ class OscillatorConfig:
     coupling: str = "trained"  # one of COUPLINGS
     grid: int = 8
     channels: int = 32  # oscillators per cell
+    noise_channels: int = 8  # of them start at random, the others at phase 0
     rank: int = 32  # of the global coupling
     noun_width: int = 48
     colour_width: int = 16
@@ -95,8 +99,11 @@ class PromptEncoder(nn.Module):
         self.whole_patch = nn.Linear(config.hidden, config.cells * 3 * c)
         self.half_patch = nn.Linear(config.hidden, config.cells // 4 * 3 * c)
         self.gains = nn.Linear(config.hidden, 2 * c)
-        with torch.no_grad():
-            self.background.weight.mul_(0.5)
+        with torch.no_grad():  # weak at the start; strong drives at once did not learn
+            self.background.weight.mul_(0.5 / DRIVE_SCALE)
+            for layer in (self.whole_patch, self.half_patch, self.tint):
+                layer.weight.mul_(1 / DRIVE_SCALE)
+                layer.bias.mul_(1 / DRIVE_SCALE)
 
     def forward(self, tokens: Tensor) -> PromptDrive:
         batch, grid, c = len(tokens), self.config.grid, self.config.channels
@@ -120,7 +127,7 @@ class PromptEncoder(nn.Module):
             drive = drive.index_add(0, image, F.pad(patch, window).to(drive.dtype))
             gain = gain.index_add(0, image, F.pad(gains, window).to(gain.dtype))
         gain = (1 + GAIN_RANGE * torch.tanh(gain)).view(batch, grid * grid, 2, c)
-        drive = drive.reshape(batch, grid * grid, 3, c).transpose(1, 2).reshape(batch, 3, -1)
+        drive = DRIVE_SCALE * drive.reshape(batch, grid * grid, 3, c).transpose(1, 2).reshape(batch, 3, -1)
         return PromptDrive(drive, gain[:, :, 0].flatten(1), gain[:, :, 1].flatten(1))
 
 
@@ -288,6 +295,12 @@ def grid_features(sin: Tensor, cos: Tensor, config: OscillatorConfig) -> Tensor:
     return both.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
-def start_phases(count: int, n: int, generator: torch.Generator) -> Tensor:
-    """Uniform phases for training, float32 `[count, n]`."""
-    return torch.rand(count, n, generator=generator) * (2 * math.pi)
+def start_phases(count: int, config: OscillatorConfig, generator: torch.Generator) -> Tensor:
+    """Start phases for training, float32 `[count, n]`: uniform, or 0 where an oscillator starts at rest."""
+    return at_rest(torch.rand(count, config.oscillators, generator=generator) * (2 * math.pi), config)
+
+
+def at_rest(phases: Tensor, config: OscillatorConfig) -> Tensor:
+    """Phases `[batch, n]`, of any unit, with the channels that carry no noise set to 0."""
+    noisy = torch.arange(config.channels, device=phases.device) < config.noise_channels
+    return phases * noisy.repeat(config.cells).to(phases.dtype)

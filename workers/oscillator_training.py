@@ -33,10 +33,10 @@ class OscillatorTrainingConfig:
     `steps` also sets the learning-rate schedule: warm-up, then cosine to zero.
     """
 
-    steps: int = 7000
-    scenes: int = 32  # per step
-    samples: int = 4  # generated images per scene
-    renders: int = 6  # true images per scene
+    steps: int = 6000
+    scenes: int = 42  # per step
+    samples: int = 3  # generated images per scene
+    renders: int = 4  # true images per scene
     loss: str = "energy"  # one of LOSSES
     learning_rate: float = 2e-3
     warm_up: int = 100
@@ -98,7 +98,7 @@ class OscillatorTrainer:
         true = torch.from_numpy(renders).to(self.device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
         tokens = torch.from_numpy(scene_tokens(scenes)).repeat_interleave(config.samples, 0).to(self.device)
-        phases = start_phases(len(tokens), config.model.oscillators, noise).to(self.device)
+        phases = start_phases(len(tokens), config.model, noise).to(self.device)
         offset = int(rng.integers(8)), int(rng.integers(8))
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(self.step, config.steps, config.warm_up)
