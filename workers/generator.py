@@ -70,11 +70,15 @@ def describe_model(model: str) -> ModelIdentity:
     """Identify `model` (see `load_generator`) by reading its file, cheaply and without torch.
 
     Raises:
-        InputError: the file is missing or is not safetensors, or the factory's name is malformed.
+        InputError: a file is missing or is not safetensors, or the factory's name is malformed.
     """
     if model.startswith(FACTORY_PREFIX):
         _split_factory(model)
         return ModelIdentity(model, hashlib.sha256(model.encode()).hexdigest())
+    if model != DEFAULT_MODEL and Path(model).is_dir():
+        from millijoule.workers.diffusers_model import describe_pipeline
+
+        return describe_pipeline(model)
     path = model_path(model)
     header = read_safetensors_header(path)
     with path.open("rb") as file:
@@ -86,8 +90,8 @@ def load_generator(model: str, *, device: str = "cpu") -> Generator:
     """Load `model`.
 
     Args:
-        model: "default" for the weights in the package, the path of a `.safetensors` file, or
-            "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`.
+        model: "default" for the weights in the package, the path of a `.safetensors` file or of a diffusers
+            directory, or "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`.
         device: "cpu" or "cuda".
 
     Raises:
@@ -101,6 +105,10 @@ def load_generator(model: str, *, device: str = "cpu") -> Generator:
         except (ImportError, AttributeError) as error:
             raise InputError(f"--model {model}: {error}") from error
         return factory(device)
+    if model != DEFAULT_MODEL and Path(model).is_dir():
+        from millijoule.workers.diffusers_model import DiffusersGenerator
+
+        return DiffusersGenerator.load(model, device=device)
     path = model_path(model)
     if read_safetensors_header(path).get("__metadata__", {}).get("format") == "un0":
         from millijoule.workers.un0 import Un0Generator

@@ -1,0 +1,372 @@
+"""The conventional baseline: a small Stable Diffusion, in diffusers' own classes, trained on icon scenes.
+
+Two phases in one run. First an autoencoder learns to write a 64-pixel render as a 16x16 grid of latents; its latents
+are then scaled to mean 0 and variance 1. After that a text encoder and a U-Net learn together to predict the velocity
+(Salimans and Ho 2022) of noised latents, on a schedule that ends in pure noise (Lin et al. 2024), with some prompts
+dropped for classifier-free guidance (Ho and Salimans 2022). `export` writes the averaged weights as a directory that
+`DiffusionPipeline.from_pretrained` loads, and `--model`. Needs the `diffusers` and `train` extras.
+"""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from millijoule.workers.errors import InputError
+from millijoule.workers.scene_prompts import write_prompt
+from millijoule.workers.scene_renderer import SceneRenderer
+from millijoule.workers.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    IMAGE_SIZE,
+    NOUNS,
+    RELATIONS,
+    SIZES,
+    Group,
+    Scene,
+    sample_training_scenes,
+)
+from millijoule.workers.training_loop import schedule, update_average
+
+#: What a person who wants to train and lacks diffusers is told to install.
+INSTALL = "pip install 'millijoule[diffusers]'"
+
+UNKNOWN, START, END = "<unk>", "<s>", "</s>"
+
+#: Images that set the scale of the latents, and how many are encoded at a time.
+SCALE_IMAGES, SCALE_BATCH = 512, 32
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """One training run; with the same config, the same steps follow, bit for bit on one machine.
+
+    `steps` counts both phases; each has its own learning-rate schedule, warm-up and then cosine to zero.
+    """
+
+    steps: int = 10000
+    autoencoder_steps: int = 1400
+    batch: int = 16
+    autoencoder_batch: int = 8
+    learning_rate: float = 1e-3
+    autoencoder_learning_rate: float = 2e-3
+    warm_up: int = 200
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.999
+    prompt_dropout: float = 0.1
+    kl_weight: float = 3e-4
+    seed: int = 0
+    latent_channels: int = 4
+    autoencoder_widths: tuple[int, ...] = (16, 32, 64)  # each level after the first halves the sides
+    unet_widths: tuple[int, ...] = (64, 96, 160)
+    attention_levels: tuple[bool, ...] = (False, True, False)
+    layers_per_block: int = 1
+    head_width: int = 32
+    text_width: int = 128
+    text_layers: int = 4
+    text_heads: int = 4
+    max_length: int = 28  # tokens, start and end included
+
+
+@lru_cache(maxsize=1)
+def prompt_words() -> tuple[str, ...]:
+    """Every word that `write_prompt` writes, sorted; found by writing many prompts of many scenes."""
+    rng = np.random.default_rng(0)
+    words: set[str] = set()
+    for i, noun in enumerate(NOUNS):
+        for k in range(400):
+            group = Group(noun, COLOURS[k % len(COLOURS)], SIZES[k % len(SIZES)], 1 + k % 4)
+            second = Group(NOUNS[(i + 1) % len(NOUNS)])
+            scene = Scene((group, second)[: 1 + k % 2], (None, *RELATIONS)[k % 5] if k % 2 else None)
+            words.update(write_prompt(scene, rng).replace(",", " ").split())
+    for background in BACKGROUNDS * 20:
+        words.update(write_prompt(Scene((), None, background), rng).replace(",", " ").split())
+    return tuple(sorted(words))
+
+
+class DiffusionTrainer:
+    """Autoencoder, text encoder and U-Net with their moving averages; a `training_loop.Trainer`."""
+
+    def __init__(self, config: DiffusionConfig, *, device: str = "cpu") -> None:
+        diffusers, transformers = _libraries()
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.device = device
+        self.step = 0
+        self.tokenizer = build_tokenizer(config)
+        self.scheduler = _build_scheduler()
+        self.renderer = SceneRenderer()
+        levels = len(config.autoencoder_widths)
+        self.autoencoder: Any = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.autoencoder_widths,
+            latent_channels=config.latent_channels,
+            norm_num_groups=8,
+            sample_size=IMAGE_SIZE,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
+        text = transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(
+                vocab_size=len(self.tokenizer),
+                hidden_size=config.text_width,
+                intermediate_size=4 * config.text_width,
+                projection_dim=config.text_width,
+                num_hidden_layers=config.text_layers,
+                num_attention_heads=config.text_heads,
+                max_position_embeddings=config.max_length,
+                bos_token_id=self.tokenizer.bos_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        )
+        down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention_levels]
+        up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention_levels)]
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=IMAGE_SIZE // 2 ** (levels - 1),
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            block_out_channels=config.unet_widths,
+            down_block_types=tuple(down),
+            up_block_types=tuple(up),
+            layers_per_block=config.layers_per_block,
+            # diffusers' misnomer: this is the number of heads
+            attention_head_dim=tuple(max(1, w // config.head_width) for w in config.unet_widths),
+            cross_attention_dim=config.text_width,
+            norm_num_groups=16,
+        )
+        self.denoiser = nn.ModuleDict({"text": text, "unet": unet})
+        self.autoencoder.to(device)
+        self.denoiser.to(device)
+        self.average = nn.ModuleDict({"autoencoder": self.autoencoder, "denoiser": self.denoiser})
+        self.average = deepcopy(self.average).requires_grad_(False).eval()
+        self.optimizers = {
+            "autoencoder": _optimizer(self.autoencoder, config),
+            "denoiser": _optimizer(self.denoiser, config),
+        }
+
+    def train_step(self) -> dict[str, float]:
+        """One step of the phase that `step` lies in; "loss" means another thing in each."""
+        config = self.config
+        if self.step < config.autoencoder_steps:
+            terms = self._autoencoder_step()
+            if self.step + 1 == config.autoencoder_steps:
+                self._scale_latents()
+        else:
+            terms = self._denoiser_step()
+        self.step += 1
+        return terms
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "autoencoder": self.autoencoder.state_dict(),
+            "denoiser": self.denoiser.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.autoencoder.load_state_dict(state["autoencoder"])
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.average.load_state_dict(state["average"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+
+    def _autoencoder_step(self) -> dict[str, float]:
+        config = self.config
+        rng = np.random.default_rng((config.seed, self.step))
+        images, _ = self._draw(config.autoencoder_batch, rng)
+        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        with self._autocast():
+            latents = self.autoencoder.encode(images).latent_dist
+            mean, logvar = latents.mean, latents.logvar
+            sample = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=noise).to(self.device)
+            decoded = self.autoencoder.decode(sample).sample.float()
+        kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
+        l1, squared = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
+        loss = l1 + squared + config.kl_weight * kl
+        share = schedule(self.step, config.autoencoder_steps, config.warm_up)
+        self._update(
+            "autoencoder", self.autoencoder, loss, config.autoencoder_learning_rate * share, self.step
+        )
+        return {"loss": loss.item(), "squared_error": squared.item(), "kl": kl.item()}
+
+    def _denoiser_step(self) -> dict[str, float]:
+        config = self.config
+        first, steps = self.step - config.autoencoder_steps, config.steps - config.autoencoder_steps
+        rng = np.random.default_rng((config.seed, self.step))
+        images, prompts = self._draw(config.batch, rng)
+        prompts = [
+            "" if dropped else p
+            for p, dropped in zip(prompts, rng.random(len(prompts)) < config.prompt_dropout, strict=True)
+        ]
+        latents = self._encode(images)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        # stratified: one time from each of `batch` equal slices, for less variance
+        slices = (torch.arange(config.batch) + torch.rand(config.batch, generator=generator)) / config.batch
+        count = self.scheduler.config.num_train_timesteps
+        times = (slices * count).long().clamp_(max=count - 1).to(self.device)
+        noisy = self.scheduler.add_noise(latents, noise, times)
+        velocity = self.scheduler.get_velocity(latents, noise, times)
+        ids = self._tokens(prompts)
+        text: Any = self.denoiser["text"]
+        unet: Any = self.denoiser["unet"]
+        with self._autocast():
+            words = text(ids)[0]
+            predicted = unet(noisy, times, words).sample
+        loss = F.mse_loss(predicted.float(), velocity)
+        share = schedule(first, steps, config.warm_up)
+        self._update("denoiser", self.denoiser, loss, config.learning_rate * share, first)
+        return {"loss": loss.item()}
+
+    def _update(self, name: str, model: nn.Module, loss: Tensor, learning_rate: float, step: int) -> None:
+        optimizer = self.optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.clip)
+        optimizer.step()
+        update_average(self.average[name], model, self.config.ema, step)
+
+    def _draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+        """Renders in [-1, 1], `[count, 3, 64, 64]`, and a prompt for each."""
+        pairs = sample_training_scenes(rng, count)
+        prompts = [write_prompt(said, rng) for said, _ in pairs]
+        pixels = self.renderer.render([scene for _, scene in pairs], 1, int(rng.integers(2**62)))[:, 0]
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
+        return images, prompts
+
+    def _tokens(self, prompts: list[str]) -> Tensor:
+        batch = self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.config.max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return batch.input_ids.to(self.device)
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            return self.average["autoencoder"].encode(images).latent_dist.mean.float()
+
+    @torch.no_grad()
+    def _scale_latents(self) -> None:
+        """Fold the latents' mean and standard deviation per channel into the 1x1 convolutions on both sides of them."""
+        autoencoder: Any = self.average["autoencoder"]
+        rng = np.random.default_rng((self.config.seed, 2**40))
+        latents = torch.cat(
+            [self._encode(self._draw(SCALE_BATCH, rng)[0]) for _ in range(SCALE_IMAGES // SCALE_BATCH)]
+        )
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp_min(1e-3)
+        before, after = autoencoder.quant_conv, autoencoder.post_quant_conv
+        n = len(mean)  # of the first convolution's outputs, n are means and n are log variances
+        before.weight[:n] /= std[:, None, None, None]
+        before.bias[:n] = (before.bias[:n] - mean) / std
+        before.bias[n:] -= 2 * std.log()
+        after.bias += (after.weight[:, :, 0, 0] * mean).sum(1)
+        after.weight *= std[None, :, None, None]
+        self.autoencoder.load_state_dict(autoencoder.state_dict())
+
+    def _autocast(self) -> torch.autocast:
+        """bfloat16 on a GPU. On CPUs it was measured slower than float32 at these sizes."""
+        return torch.autocast(
+            "cuda" if self.device.startswith("cuda") else "cpu",
+            torch.bfloat16,
+            enabled=self.device.startswith("cuda"),
+        )
+
+
+def build_tokenizer(config: DiffusionConfig) -> Any:
+    """One token per word of `prompt_words`, lower case, punctuation dropped; any other word is `UNKNOWN`."""
+    _, transformers = _libraries()
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    vocabulary = {word: i for i, word in enumerate((UNKNOWN, START, END, *prompt_words()))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\W_]+"), behavior="removed")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, vocabulary[START]), (END, vocabulary[END])]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=config.max_length,
+    )
+
+
+def export(trainer: DiffusionTrainer, folder: Path, *, guidance_scale: float = 4.0, steps: int = 50) -> None:
+    """Write the averaged weights as a diffusers directory, in half precision, with our defaults in millijoule.json."""
+    diffusers, _ = _libraries()
+    average = deepcopy(trainer.average).to("cpu", torch.float16)
+    denoiser: Any = average["denoiser"]
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=average["autoencoder"],
+        text_encoder=denoiser["text"],
+        tokenizer=trainer.tokenizer,
+        unet=denoiser["unet"],
+        scheduler=trainer.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    defaults = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "training": {**asdict(trainer.config), "steps_done": trainer.step},
+    }
+    (folder / "millijoule.json").write_text(json.dumps(defaults, indent=2) + "\n")
+
+
+def _build_scheduler() -> Any:
+    """DDIM on a schedule whose last step is pure noise, so that flat backgrounds can take any colour."""
+    diffusers, _ = _libraries()
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,  # has no effect with trailing spacing; pipelines complain about 0
+    )
+
+
+def _optimizer(model: nn.Module, config: DiffusionConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+    )
+
+
+def _libraries() -> tuple[Any, Any]:
+    """diffusers and transformers.
+
+    Raises:
+        InputError: one of them is not installed.
+    """
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise InputError(f"training the baseline needs diffusers: {INSTALL} ({error})") from error
+    return diffusers, transformers
