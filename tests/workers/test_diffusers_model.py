@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers")
-
 from millijoule.workers.diffusers_model import DiffusersGenerator, _seeded
 from millijoule.workers.diffusion_training import DiffusionConfig, DiffusionTrainer, export
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import describe_model, load_generator
 from millijoule.workers.schemas import ImageRequest
+
+diffusers = pytest.importorskip("diffusers")
 
 SMALL = DiffusionConfig(
     autoencoder_widths=(8, 8, 8),
@@ -165,7 +165,10 @@ BROKEN = {
         r"unet/diffusion_pytorch_model\.safetensors: a pickled checkpoint",
     ),
     "code": (add_code, r"unet/mine\.py: code .* never run"),
-    "custom pipeline": (lambda f: set_index(f, _class_name=["mine", "Pipe"]), r"model_index\.json: _class_name"),
+    "custom pipeline": (
+        lambda f: set_index(f, _class_name=["mine", "Pipe"]),
+        r"model_index\.json: _class_name",
+    ),
     "module path": (lambda f: set_index(f, unet=["os.path", "join"]), r"model_index\.json: unet"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), r"unet: has no \.safetensors"),
     "no config": (lambda f: (f / "vae/config.json").unlink(), r"vae/config\.json: no such file"),
@@ -249,7 +252,11 @@ def test_operations_are_those_of_a_hand_count(generator):
 def test_guidance_of_one_halves_the_count(folder, generator):
     (folder / "millijoule.json").write_text(json.dumps({"guidance_scale": 1.0, "num_inference_steps": 2}))
     alone, guided = load_generator(str(folder)).count_operations(), generator.count_operations()
-    assert guided == {"text": 2 * alone["text"], "denoiser": 2 * alone["denoiser"], "decoder": alone["decoder"]}
+    assert guided == {
+        "text": 2 * alone["text"],
+        "denoiser": 2 * alone["denoiser"],
+        "decoder": alone["decoder"],
+    }
 
 
 def test_evaluations_beyond_the_steps_are_counted(folder):

@@ -1,0 +1,115 @@
+"""The diffusion baseline: both phases learn, resuming changes nothing, and every word of a prompt has a token."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from millijoule.workers.diffusion_training import (
+    DiffusionConfig,
+    DiffusionTrainer,
+    build_tokenizer,
+)
+from millijoule.workers.scene_prompts import write_prompt
+from millijoule.workers.scenes import sample_training_scenes
+from millijoule.workers.training_loop import run_training, save_checkpoint
+
+pytest.importorskip("diffusers")
+
+SMALL = DiffusionConfig(
+    steps=6,
+    autoencoder_steps=3,
+    batch=4,
+    autoencoder_batch=4,
+    warm_up=2,
+    autoencoder_widths=(8, 8, 8),
+    unet_widths=(16, 16),
+    attention_levels=(False, True),
+    head_width=8,
+    text_width=16,
+    text_layers=1,
+    text_heads=2,
+)
+
+
+def test_the_autoencoder_comes_closer_to_the_data():
+    learner = replace(
+        SMALL,
+        steps=81,
+        autoencoder_steps=80,
+        autoencoder_batch=2,
+        autoencoder_widths=(16, 32),
+        autoencoder_learning_rate=4e-3,
+    )
+    losses = losses_of(DiffusionTrainer(learner), 79)
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
+
+
+def test_the_denoiser_comes_closer_to_the_data():
+    trainer = DiffusionTrainer(
+        replace(SMALL, steps=52, autoencoder_steps=2, batch=8, autoencoder_batch=2, learning_rate=4e-3)
+    )
+    losses = losses_of(trainer, 52)
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[2:12])
+
+
+def test_latents_are_scaled_to_mean_0_and_variance_1_without_changing_what_is_decoded():
+    trainer = DiffusionTrainer(replace(SMALL, autoencoder_steps=30))
+    images, _ = trainer._draw(64, np.random.default_rng(1))
+    for _ in range(29):
+        trainer.train_step()
+    scale, trainer._scale_latents = trainer._scale_latents, lambda: None
+    trainer.train_step()
+    autoencoder = trainer.average["autoencoder"]
+    with torch.no_grad():
+        before = autoencoder.decode(autoencoder.encode(images).latent_dist.mean).sample
+        log_variance = autoencoder.encode(images).latent_dist.logvar
+        scale()
+        latents = autoencoder.encode(images).latent_dist
+        after = autoencoder.decode(latents.mean).sample
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    assert latents.mean.mean((0, 2, 3)).abs().max() < 0.3
+    assert (latents.mean.std((0, 2, 3)) - 1).abs().max() < 0.3
+    shift = latents.logvar - log_variance  # the same number everywhere in a channel
+    assert shift.std((0, 2, 3)).max() < 1e-3
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])  # before, at and after the border of the phases
+def test_resuming_gives_the_bits_of_an_unbroken_run(tmp_path, stop):
+    whole, broken, resumed = (DiffusionTrainer(SMALL) for _ in range(3))
+    run_training(whole, tmp_path / "whole")
+    for _ in range(stop):
+        broken.train_step()
+    (tmp_path / "broken").mkdir()
+    save_checkpoint(broken, tmp_path / "broken")
+    run_training(resumed, tmp_path / "broken", resume=True)
+    assert resumed.step == whole.step == SMALL.steps
+    ours, theirs = _tensors(resumed.state()), _tensors(whole.state())
+    assert ours.keys() == theirs.keys()
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+
+
+def test_every_word_of_a_written_prompt_has_a_token_and_every_prompt_fits():
+    tokenizer = build_tokenizer(SMALL)
+    rng = np.random.default_rng(3)
+    prompts = [write_prompt(said, rng) for said, _ in sample_training_scenes(rng, 3000)]
+    rows = tokenizer(prompts).input_ids
+    assert [p for p, ids in zip(prompts, rows, strict=True) if tokenizer.unk_token_id in ids] == []
+    assert max(len(ids) for ids in rows) <= SMALL.max_length
+
+
+def losses_of(trainer, steps):
+    rows = [trainer.train_step() for _ in range(steps)]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    return [row["loss"] for row in rows]
+
+
+def _tensors(state, prefix=""):
+    found = {}
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+        if isinstance(value, torch.Tensor):
+            found[f"{prefix}{key}"] = value
+        elif isinstance(value, (dict, list)):
+            found |= _tensors(value, f"{prefix}{key}.")
+    return found
