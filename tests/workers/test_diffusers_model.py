@@ -239,7 +239,7 @@ def test_operations_are_those_of_a_hand_count(generator):
     counts = generator.count_operations(5)
     pipeline = generator.pipeline
     unguided = pipeline(prompt="a", num_inference_steps=1, guidance_scale=1.0, output_type="latent")
-    assert tuple(unguided.images.shape) == (1, 4, 16, 16)
+    assert tuple(unguided.images.shape) == (1, SMALL.latent_channels, 16, 16)
     words = torch.zeros(1, 28, SMALL.text_width)
     unet = hand_count(pipeline.unet, lambda: pipeline.unet(unguided.images, 3, words))
     text = hand_count(pipeline.text_encoder, lambda: pipeline.text_encoder(torch.zeros(1, 28).long()))
