@@ -65,7 +65,7 @@ class DiffusionConfig:
     spread_weight: float = 0.1
     seed: int = 0
     latent_channels: int = 16
-    autoencoder_widths: tuple[int, ...] = (32, 32, 48)  # each level after the first halves the sides
+    autoencoder_widths: tuple[int, ...] = (32, 32, 32)  # equal; each level after the first halves the sides
     unet_widths: tuple[int, ...] = (64, 96, 160)
     attention_levels: tuple[bool, ...] = (False, True, False)
     layers_per_block: int = 1
@@ -155,10 +155,7 @@ class DiffusionTrainer:
     def train_step(self) -> dict[str, float]:
         """One step of the phase that `step` lies in; "loss" means another thing in each."""
         config = self.config
-        if self.step < config.autoencoder_steps:
-            terms = self._autoencoder_step()
-        else:
-            terms = self._denoiser_step()
+        terms = self._autoencoder_step() if self.step < config.autoencoder_steps else self._denoiser_step()
         self.step += 1
         return terms
 
