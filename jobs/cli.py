@@ -14,7 +14,8 @@ COMMANDS = {
     "generate": "make images from prompt files on a Ray cluster, with a joule ledger",
     "check": "re-read an output against its plan, commits and hashes",
     "gc": "find (and with --delete remove) files no commit refers to",
-    "train": "train the oscillator generator",
+    "train": "train the generator, a control, the diffusion baseline or the verifier",
+    "evaluate": "score a model's images: what prompts say, Frechet distance, precision and recall",
     "convert": "turn a published Un-0 checkpoint into a file that --model takes",
     "bench": "measure the pipeline against a bare loop, and its limits",
 }

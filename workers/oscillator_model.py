@@ -83,6 +83,8 @@ class PromptEncoder(nn.Module):
     """Scene tokens int64 `[batch, NUM_TOKENS]` -> `PromptDrive`.
 
     Noun and size make one code, colour another; their effects on the drive add up, so that no pair of them is special.
+    What the network says of a noun at a size, a table corrects: the network learns what shapes have in common, the table
+    what is one shape's own, without disturbing the others.
     """
 
     def __init__(self, config: OscillatorConfig) -> None:
@@ -99,11 +101,16 @@ class PromptEncoder(nn.Module):
         self.whole_patch = nn.Linear(config.hidden, config.cells * 3 * c)
         self.half_patch = nn.Linear(config.hidden, config.cells // 4 * 3 * c)
         self.gains = nn.Linear(config.hidden, 2 * c)
+        kinds = len(NOUNS) * len(SIZES)
+        self.whole_table = nn.Embedding(kinds, config.cells * 3 * c)
+        self.half_table = nn.Embedding(kinds, config.cells // 4 * 3 * c)
         with torch.no_grad():  # weak at the start; strong drives at once did not learn
             self.background.weight.mul_(0.5 / DRIVE_SCALE)
             for layer in (self.whole_patch, self.half_patch, self.tint):
                 layer.weight.mul_(1 / DRIVE_SCALE)
                 layer.bias.mul_(1 / DRIVE_SCALE)
+            self.whole_table.weight.zero_()
+            self.half_table.weight.zero_()
 
     def forward(self, tokens: Tensor) -> PromptDrive:
         batch, grid, c = len(tokens), self.config.grid, self.config.channels
@@ -120,8 +127,9 @@ class PromptEncoder(nn.Module):
             shape = torch.cat([self.noun(noun), self.size(size if whole else size + len(SIZES))], 1)
             code = F.silu(self.shape1(shape))
             code = code + F.silu(self.shape2(code))
-            patch = (self.whole_patch if whole else self.half_patch)(code).view(-1, side, side, 3 * c)
-            patch = patch + self.tint(self.colour(colour))[:, None, None]
+            patch = (self.whole_patch if whole else self.half_patch)(code)
+            patch = patch + (self.whole_table if whole else self.half_table)(noun * len(SIZES) + size)
+            patch = patch.view(-1, side, side, 3 * c) + self.tint(self.colour(colour))[:, None, None]
             gains = self.gains(code)[:, None, None].expand(-1, side, side, -1)
             window = (0, 0, left, grid - left - side, top, grid - top - side)
             drive = drive.index_add(0, image, F.pad(patch, window).to(drive.dtype))

@@ -34,9 +34,9 @@ class OscillatorTrainingConfig:
     """
 
     steps: int = 6000
-    scenes: int = 42  # per step
-    samples: int = 3  # generated images per scene
-    renders: int = 4  # true images per scene
+    scenes: int = 64  # per step
+    samples: int = 2  # generated images per scene
+    renders: int = 3  # true images per scene
     loss: str = "energy"  # one of LOSSES
     learning_rate: float = 2e-3
     warm_up: int = 100

@@ -127,9 +127,7 @@ class SceneRenderer:
         at_y = first + rows - moved[..., 1, None]  # [icons, renders, pixels]
         at_x = first + rows - moved[..., 0, None]
         which = (noun, np.full_like(noun, side // 8), size)
-        cover = self._masks[
-            (*(w[:, None, None, None] for w in which), at_y[..., None], at_x[..., None, :])
-        ]
+        cover = self._masks[(*(w[:, None, None, None] for w in which), at_y[..., None], at_x[..., None, :])]
         cover = cover.astype(np.int32)[..., None]  # [icons, renders, pixels, pixels, 1]
         paint = np.clip(colour[:, None] + shade[scene, :, 1 + k], 0, 255)[:, :, None, None]
         renders = np.arange(images.shape[1])

@@ -1,0 +1,290 @@
+"""`millijoule evaluate`: how well a model draws what prompts say, judged by the verifier, as JSON and a sample sheet."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from millijoule.jobs.entry import COMPLETE, run_command
+from millijoule.jobs.environment import environment
+from millijoule.workers.errors import InputError
+from millijoule.workers.scenes import FAMILIES, IMAGE_SIZE, Scene, complete, sample_scene
+
+RENDERS = "renders"
+SHEET_IMAGES = 32
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Draw images for prompts of the six GenEval families and judge them.
+
+    The verifier (an independent network, trained on true renders only) reads every image. Reported are the share of images
+    that show what the prompt says, by family, with 95 % intervals; and against as many true renders of the same
+    prompts, in the verifier's features, the Frechet distance, precision and recall. Needs the `train` extra for the
+    renders. All models get the same prompts and seeds for the same options.
+    """
+
+    model: str
+    """What `millijoule generate --model` takes, or "renders": true renders in place of a model, the ceiling."""
+
+    output: str
+    """Folder for NAME.json (everything, raw rows included) and NAME.png (the first 32 prompts, not picked)."""
+
+    name: str | None = None
+    """Name of the files; the model's own by default."""
+
+    prompts_per_family: int = 100
+    """Prompts of each of the six families."""
+
+    images_per_prompt: int = 2
+    """Images of each prompt, with different seeds."""
+
+    split: Literal["held-out", "train"] = "held-out"
+    """Combinations of nouns and colours that training never shows, or only those that it does."""
+
+    seed: int = 0
+    """Seed of prompts, images and renders."""
+
+    num_inference_steps: int | None = None
+    """Steps, in place of the model's default."""
+
+    guidance_scale: float | None = None
+    """Guidance, in place of the model's default."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: CUDA where there is one."""
+
+    threads: int | None = None
+    """CPU threads; PyTorch's default if not given."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image to draw: its prompt, what the prompt says, and the seed."""
+
+    family: str
+    prompt: str
+    scene: Scene
+    seed: int
+
+
+def run(options: EvaluateOptions) -> int:
+    import torch
+
+    from millijoule.workers.verifier import Verifier
+
+    if options.prompts_per_family < 1 or options.images_per_prompt < 1:
+        raise InputError("--prompts-per-family and --images-per-prompt must be at least 1")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    items = list_items(options)
+    began = time.monotonic()
+    if options.model == RENDERS:
+        images, about = _render(items, options.seed + 2), {"name": RENDERS, "sha256": None}
+    else:
+        images, about = _generate(items, options, device)
+    true = _render(items, options.seed + 1)
+    result = {
+        "format_version": FORMAT_VERSION,
+        "model": about,
+        "options": asdict(options),
+        "device": _device_name(device),
+        "environment": environment(),
+        "seconds": round(time.monotonic() - began, 1),
+        **measure(items, images, true, Verifier.load()),
+    }
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = options.name or about["name"].replace("/", "-")
+    (folder / f"{name}.json").write_text(_to_json(result))
+    _draw_sheet(items, images, folder / f"{name}.png")
+    print_table(result)
+    print(folder / f"{name}.json")
+    return COMPLETE
+
+
+def list_items(options: EvaluateOptions) -> list[Item]:
+    """Every image to draw, families in turn; depends on seed, split and the two counts alone.
+
+    The first k prompts of each family are the same for any larger number of prompts.
+    """
+    from millijoule.workers.scene_prompts import write_prompt
+
+    held_out = options.split == "held-out"
+    items = []
+    for k in range(options.prompts_per_family):
+        for f, family in enumerate(FAMILIES):
+            rng = np.random.default_rng((options.seed, int(held_out), f, k))
+            scene = sample_scene(family, rng, held_out=held_out)
+            prompt = write_prompt(scene, rng)
+            seeds = rng.integers(2**63, size=options.images_per_prompt)
+            items += [Item(family, prompt, scene, int(seed)) for seed in seeds]
+    return items
+
+
+def _generate(items: list[Item], options: EvaluateOptions, device: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """uint8 `[n, 64, 64, 3]`, and what there is to say about the model."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from millijoule.workers.generator import load_generator
+    from millijoule.workers.schemas import ImageRequest
+
+    generator = load_generator(options.model, device=device)
+    info = generator.info
+    size = IMAGE_SIZE
+    if (info.width, info.height) != (size, size) and (size, size) not in info.sizes:
+        raise InputError(
+            f"--model {options.model}: makes {info.width}x{info.height}, the verifier reads {size}x{size}"
+        )
+    requests = [
+        ImageRequest(
+            str(i),
+            0,
+            item.prompt,
+            item.seed,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+        )
+        for i, item in enumerate(items)
+    ]
+    starts = range(0, len(requests), info.batch_size)
+    images = [
+        generator.generate(requests[start : start + info.batch_size]).images
+        for start in track(starts, f"drawing {len(requests)} images", console=Console(stderr=True))
+    ]
+    count = getattr(generator, "count_operations", None)
+    steps = options.num_inference_steps or info.num_inference_steps
+    about = {
+        "name": info.name,
+        "sha256": info.sha256,
+        "num_inference_steps": steps,
+        "operations_per_image": count(options.num_inference_steps) if count else None,
+    }
+    return np.concatenate(images), about
+
+
+def _render(items: list[Item], seed: int) -> np.ndarray:
+    """One true render of each item's prompt; what it leaves open is settled by a seed of its own."""
+    from millijoule.workers.scene_renderer import SceneRenderer
+
+    renderer = SceneRenderer()
+    rng = np.random.default_rng((seed, 77))
+    scenes = [complete(item.scene, int(rng.integers(2**63))) for item in items]
+    parts = [
+        renderer.render(scenes[i : i + 500], 1, int(rng.integers(2**62)))[:, 0]
+        for i in range(0, len(scenes), 500)
+    ]
+    return np.concatenate(parts)
+
+
+def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:
+    """Everything that is reported of the images `[n, 64, 64, 3]`, against true renders of the same prompts."""
+    from millijoule.workers.quality import (
+        duplicate_rates,
+        family_means,
+        frechet_distance,
+        judge,
+        precision_recall,
+    )
+
+    readings = verifier.read(images)
+    verdicts = [judge(i.scene, i.family, r) for i, r in zip(items, readings, strict=True)]
+    families, prompts = np.array([i.family for i in items]), np.array([i.prompt for i in items])
+    correct, strict = (np.array([getattr(v, name) for v in verdicts]) for name in ("correct", "strict"))
+    features, true_features = verifier.features(images), verifier.features(true)
+    enough = len(items) > 3
+    precision, recall = precision_recall(features, true_features) if enough else (math.nan, math.nan)
+    exact, near = duplicate_rates(images, prompts.tolist())
+    return {
+        "images": len(items),
+        "score": family_means(correct, families, prompts),
+        "strict_score": family_means(strict, families, prompts),
+        "frechet_distance": frechet_distance(features, true_features) if enough else math.nan,
+        "precision": precision,
+        "recall": recall,
+        "exact_duplicates": exact,
+        "near_duplicates": near,
+        "rows": [
+            {
+                "family": item.family,
+                "prompt": item.prompt,
+                "seed": item.seed,
+                "read": [[i.noun, i.colour, i.size, round(i.x, 1), round(i.y, 1)] for i in reading.icons],
+                "background": reading.background,
+                "correct": verdict.correct,
+                "strict": verdict.strict,
+            }
+            for item, reading, verdict in zip(items, readings, verdicts, strict=True)
+        ],
+    }
+
+
+def _to_json(result: dict[str, Any]) -> str:
+    """Indented, but with one row a line."""
+    rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in result["rows"])
+    head = json.dumps({**result, "rows": []}, indent=1, ensure_ascii=False)
+    return head.replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n"
+
+
+def _draw_sheet(items: list[Item], images: np.ndarray, path: Path) -> None:
+    from PIL import Image
+
+    from millijoule.workers.contact_sheet import draw_contact_sheet
+
+    first: dict[str, int] = {}
+    for i, item in enumerate(items):
+        first.setdefault(item.prompt, i)
+    chosen = list(first.values())[:SHEET_IMAGES]
+    path.write_bytes(
+        draw_contact_sheet([Image.fromarray(images[i]) for i in chosen], [items[i].prompt for i in chosen])
+    )
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Scores with intervals, then the set metrics, for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['model']['name']}: {result['images']} images", title_justify="left")
+    for heading in ("", "score", "95 % interval", "strict"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for family, (value, low, high) in result["score"].items():
+        strict = result["strict_score"][family][0]
+        table.add_row(family, f"{value:.3f}", f"{low:.3f} to {high:.3f}", f"{strict:.3f}")
+    console = Console()
+    console.print(table)
+    operations = result["model"].get("operations_per_image")
+    lines = {
+        "Frechet distance": f"{result['frechet_distance']:.3f}",
+        "precision, recall": f"{result['precision']:.3f}, {result['recall']:.3f}",
+        "duplicates": f"{result['exact_duplicates']:.3f} exact, {result['near_duplicates']:.3f} near",
+        "operations per image": f"{sum(operations.values()):,}" if operations else "not counted",
+    }
+    for name, text in lines.items():
+        console.print(f"{name:<22}{text}", highlight=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("evaluate", EvaluateOptions, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
