@@ -225,7 +225,9 @@ def neighbours(source: Tensor, grid: int, channels: int) -> Tensor:
 def int8_product(left: Tensor, right: Tensor) -> Tensor:
     """int8 `[m, k]` @ int8 `[k, n]` -> int32 `[m, n]`, exact."""
     m = left.shape[0]
-    if 1 in right.shape:  # a transposed column counts as contiguous, and _int_mm then reads it by the wrong stride
+    if (
+        1 in right.shape
+    ):  # a transposed column counts as contiguous, and _int_mm then reads it by the wrong stride
         right = torch.empty(right.shape, dtype=right.dtype, device=right.device).copy_(right)
     if left.is_cuda and (m <= 16 or m % 8):  # what cuBLAS takes
         left = F.pad(left, (0, 0, 0, max(24, -(-m // 8) * 8) - m))

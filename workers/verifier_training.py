@@ -183,9 +183,8 @@ class CollageMaker:
                 cover = self._half
                 places = _LAYOUTS[rng.integers(len(_LAYOUTS))]
                 places = tuple(p for p in places if rng.random() < 0.8)
-            k = 0
             pixels = cover.shape[-1]
-            for x, y in places:
+            for k, (x, y) in enumerate(places):
                 moved_x, moved_y = rng.integers(-_STRAY, _STRAY + 1, 2)
                 at_x, at_y = x + int(moved_x), y + int(moved_y)
                 paint = self._palette[colour[b, k]] + rng.integers(-16, 17)
@@ -197,7 +196,6 @@ class CollageMaker:
                     centre[b, k] = at_x + pixels / 2, at_y + pixels / 2
                 under = canvas[b, _PAD + at_y : _PAD + at_y + pixels, _PAD + at_x : _PAD + at_x + pixels]
                 under += (paint - under) * mask[: under.shape[0], : under.shape[1], None]
-                k += 1
         images = np.clip(np.rint(canvas[:, _PAD:-_PAD, _PAD:-_PAD]), 0, 255).astype(np.uint8)
         return LabelledImages(images, noun, colour, size, centre, background)
 

@@ -68,7 +68,9 @@ def test_families_draw_held_out_combinations_where_they_name_any(family):
 
 
 scenes = st.builds(
-    lambda groups, relation, background: Scene(tuple(groups), relation if len(groups) == 2 else None, background),
+    lambda groups, relation, background: Scene(
+        tuple(groups), relation if len(groups) == 2 else None, background
+    ),
     st.one_of(
         st.lists(
             st.builds(
@@ -132,7 +134,9 @@ def test_an_open_scene_has_no_icons_yet():
 def test_choices_are_splitmix64_and_uniform():
     counts = np.bincount([Choices(seed).of(range(10)) for seed in range(5000)], minlength=10)
     assert ((counts - 500) ** 2 / 500).sum() < 30  # chi-squared, 9 degrees of freedom, p about 4e-4
-    assert Choices(0x5CE4E5C0FFEE).of(range(2**32)) == 0xE220A839  # of 0xE220A8397B1DCDAF, published for seed 0
+    assert (
+        Choices(0x5CE4E5C0FFEE).of(range(2**32)) == 0xE220A839
+    )  # of 0xE220A8397B1DCDAF, published for seed 0
 
 
 def test_tokens_tell_scenes_apart():

@@ -1,0 +1,95 @@
+"""`millijoule evaluate`: true renders score one, noise scores nothing, and the file holds what was seen."""
+
+import json
+
+import numpy as np
+import pytest
+
+from millijoule.jobs import evaluate
+from millijoule.jobs.evaluate import EvaluateOptions, list_items
+from millijoule.workers.generator import GeneratedBatch, GeneratorInfo
+from millijoule.workers.scene_prompts import parse_prompt
+from millijoule.workers.scene_renderer import SceneRenderer
+from millijoule.workers.scenes import FAMILIES, complete, is_held_out
+
+
+class Artist:
+    """Draws true renders of what the prompt's words say, or noise."""
+
+    def __init__(self, noise: bool = False, size: int = 64) -> None:
+        self.noise = noise
+        self.info = GeneratorInfo("artist", "0" * 64, size, size, num_inference_steps=1, batch_size=7)
+
+    def generate(self, requests):
+        if self.noise:
+            rng = np.random.default_rng([r.seed for r in requests])
+            return GeneratedBatch(rng.integers(0, 256, (len(requests), 64, 64, 3), dtype=np.uint8))
+        scenes = [complete(parse_prompt(r.prompt)[0], r.seed) for r in requests]
+        return GeneratedBatch(SceneRenderer().render(scenes, 1, requests[0].seed)[:, 0])
+
+    def count_operations(self, num_inference_steps=None):
+        return {"drawing": 12}
+
+
+def artist(device):
+    return Artist()
+
+
+def noise(device):
+    return Artist(noise=True)
+
+
+def small(device):
+    return Artist(size=32)
+
+
+def run(tmp_path, monkeypatch, model, *more):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evaluate_models.py").write_text(
+        f"import importlib.util\nspec = importlib.util.spec_from_file_location('m', {__file__!r})\n"
+        "m = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(m)\n"
+        "artist, noise, small = m.artist, m.noise, m.small\n"
+    )
+    argv = ["--model", model, "--output", str(tmp_path / "out"), "--prompts-per-family", "5", *more]
+    return evaluate.main(argv)
+
+
+def test_a_perfect_artist_scores_one(tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, monkeypatch, "python:evaluate_models:artist") == 0
+    result = json.loads((tmp_path / "out" / "artist.json").read_text())
+    assert result["score"]["mean"][0] > 0.97
+    assert result["images"] == len(result["rows"]) == 60
+    assert result["model"]["operations_per_image"] == {"drawing": 12}
+    assert {"commit", "dirty", "torch"} <= result["environment"].keys()
+    assert result["recall"] > 0.7
+    shown = capsys.readouterr().out
+    assert "colour attribution" in shown
+    assert (tmp_path / "out" / "artist.png").stat().st_size > 10_000
+
+
+def test_noise_scores_nothing_and_is_far(tmp_path, monkeypatch):
+    assert run(tmp_path, monkeypatch, "python:evaluate_models:noise", "--name", "n") == 0
+    assert run(tmp_path, monkeypatch, "renders") == 0
+    result, ceiling = (json.loads((tmp_path / "out" / f"{n}.json").read_text()) for n in ("n", "renders"))
+    assert result["score"]["mean"][0] < 0.05
+    assert ceiling["score"]["mean"][0] > 0.97
+    assert result["frechet_distance"] > 3 * ceiling["frechet_distance"]
+    assert not any(row["correct"] for row in result["rows"] if row["family"] == "counting")
+
+
+def test_models_of_another_size_are_refused(tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, monkeypatch, "python:evaluate_models:small") == 1
+    assert "32x32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["held-out", "train"])
+def test_prompts_are_fixed_and_of_their_split(split):
+    few, many = (
+        list_items(EvaluateOptions("m", "o", prompts_per_family=n, images_per_prompt=2, split=split))
+        for n in (3, 6)
+    )
+    assert many[: len(few)] == few
+    assert {i.family for i in few} == set(FAMILIES)
+    named = [i for i in many if i.family not in ("single object", "counting")]
+    assert all(is_held_out(i.scene) == (split == "held-out") for i in named)
+    assert len({(i.prompt, i.seed) for i in many}) == len(many)
