@@ -91,7 +91,8 @@ def run(options: EvaluateOptions) -> int:
     items = list_items(options)
     began = time.monotonic()
     if options.model == RENDERS:
-        images, about = _render(items, options.seed + 2), {"name": RENDERS, "sha256": None}
+        images = _render(items, options.seed + 2)
+        about: dict[str, Any] = {"name": RENDERS, "sha256": None}
     else:
         images, about = _generate(items, options, device)
     true = _render(items, options.seed + 1)

@@ -80,8 +80,8 @@ def run(options: TrainOptions) -> int:
         )
     trainer = _trainer(recipe, options, device)
 
-    def sample(where: Path, step: int) -> None:
-        _write_oscillator(recipe, trainer, where, sheet=f"samples-{step:06d}.png")
+    def sample(folder: Path, step: int) -> None:
+        _write_oscillator(recipe, trainer, folder, sheet=f"samples-{step:06d}.png")
 
     run_training(
         trainer,

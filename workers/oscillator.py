@@ -200,16 +200,18 @@ class OscillatorGenerator:
         The text's are those of its most expensive prompts (four icons).
         """
         config = self.config
-        encoder, mlp = self.model.encoder, getattr(self.model, "mlp", None)
-        icon = [encoder.shape1, encoder.shape2, encoder.half_patch, encoder.gains, encoder.tint]
-        text = MAX_COUNT * sum(2 * layer.weight.numel() for layer in icon)
+        encoder: Any = self.model.encoder
+        mlp: Any = getattr(self.model, "mlp", None)
+        layers = [encoder.shape1, encoder.shape2, encoder.half_patch, encoder.gains, encoder.tint]
+        text = MAX_COUNT * sum(2 * layer.weight.numel() for layer in layers)
         n, steps = config.oscillators, num_inference_steps or config.steps
         if mlp is not None:
             dynamics = config.cells * 2 * (mlp.hidden.weight.numel() + mlp.output.weight.numel())
         else:
             sums = 0 if config.coupling == "none" else n * (5 * config.channels + 2 * config.rank)
             dynamics = steps * (2 * 2 * sums + ELEMENTWISE_OPERATIONS * n)
-        decoder, pixels = self.model.decoder, config.cells
+        decoder: Any = self.model.decoder
+        pixels = config.cells
         decoding = 2 * pixels * decoder.input.weight.numel()
         for layer in decoder.up:
             decoding += 2 * pixels * layer.weight.numel()  # each input pixel meets each of 4 x 4 taps

@@ -103,14 +103,14 @@ WINDOWS = (
 _TOP_LEFT, _TOP, _TOP_RIGHT, _LEFT, _RIGHT, _BOTTOM_LEFT, _BOTTOM, _BOTTOM_RIGHT = range(1, 9)
 
 #: windows of a lone group, by count and arrangement
-_ALONE = {
+_ALONE: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((0,), (0,)),
     2: ((_LEFT, _RIGHT), (_TOP, _BOTTOM)),
     3: ((_TOP, _BOTTOM_LEFT, _BOTTOM_RIGHT), (_TOP_LEFT, _TOP_RIGHT, _BOTTOM)),
     4: ((_TOP_LEFT, _TOP_RIGHT, _BOTTOM_LEFT, _BOTTOM_RIGHT),) * 2,
 }
 #: windows of a group of one or two icons on one side of the image
-_SIDE = {
+_SIDE: dict[str, tuple[tuple[int, ...], ...]] = {
     "left": ((_LEFT,), (_TOP_LEFT, _BOTTOM_LEFT)),
     "right": ((_RIGHT,), (_TOP_RIGHT, _BOTTOM_RIGHT)),
     "top": ((_TOP,), (_TOP_LEFT, _TOP_RIGHT)),
@@ -131,7 +131,9 @@ def icons(scene: Scene) -> tuple[Icon, ...]:
         if scene.relation is None:
             raise ValueError(f"relation is open: {scene}")
         sides = _SIDES_OF_RELATION[scene.relation]
-        windows = [_SIDE[side][g.count - 1] for side, g in zip(sides, scene.groups, strict=True)]
+        windows: list[tuple[int, ...]] = [
+            _SIDE[side][g.count - 1] for side, g in zip(sides, scene.groups, strict=True)
+        ]
     else:
         windows = [_ALONE[g.count][scene.arrangement or 0] for g in scene.groups]
     found = []

@@ -178,7 +178,8 @@ class CollageMaker:
         for b in range(count):
             kind = rng.random()
             if kind < 0.25:  # one icon of the whole image
-                cover, places = self._whole, ((0, 0),)
+                cover = self._whole
+                places: tuple[tuple[int, int], ...] = ((0, 0),)
             else:
                 cover = self._half
                 places = _LAYOUTS[rng.integers(len(_LAYOUTS))]
