@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from millijoule.workers.oscillator_model import (
     OscillatorConfig,
     OscillatorModel,
     PromptDrive,
+    PromptEncoder,
+    PromptTables,
     at_rest,
     grid_features,
 )
@@ -110,7 +113,9 @@ class OscillatorGenerator:
         if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
             raise InputError(f"{path}: has weights that are not finite numbers")
         coupling = _take_coupling(path, tensors, config) if integer else None
-        model = OscillatorModel(config)  # on no meta device: that would import torch._dynamo, three seconds
+        model = OscillatorModel(
+            config, tables=integer
+        )  # on no meta device: that would import torch._dynamo, three seconds
         if integer:
             del model.coupling
         try:
@@ -200,10 +205,14 @@ class OscillatorGenerator:
         The text's are those of its most expensive prompts (four icons).
         """
         config = self.config
-        encoder: Any = self.model.encoder
+        encoder = self.model.encoder
         mlp: Any = getattr(self.model, "mlp", None)
-        layers = [encoder.shape1, encoder.shape2, encoder.half_patch, encoder.gains, encoder.tint]
-        text = MAX_COUNT * sum(2 * layer.weight.numel() for layer in layers)
+        text = (
+            config.cells * config.channels * (2 * 3 + 4 * 2)
+        )  # look up and add drives; add, bound and apply gains
+        if isinstance(encoder, PromptEncoder):
+            layers = [encoder.shape1, encoder.shape2, encoder.half_patch, encoder.gains, encoder.tint]
+            text += MAX_COUNT * sum(2 * layer.weight.numel() for layer in layers)
         n, steps = config.oscillators, num_inference_steps or config.steps
         if mlp is not None:
             dynamics = config.cells * 2 * (mlp.hidden.weight.numel() + mlp.output.weight.numel())
@@ -240,7 +249,8 @@ def save_weights(
     *,
     integer: bool = True,
 ) -> None:
-    """Write a trained model: with `integer`, its coupling as int8 with float32 scales and the rest in float16, else float32.
+    """Write a trained model: with `integer`, its coupling as int8 with float32 scales, its prompt network as tables and all
+    but the coupling in float16; else float32 as it was trained.
 
     `extra` goes into the file's metadata (training steps, seed, what it was trained on).
     """
@@ -248,7 +258,12 @@ def save_weights(
     if integer:
         if model.config.coupling not in ("trained", "frozen"):
             raise ValueError(f"a model with coupling {model.config.coupling!r} has no integer form")
-        tensors = {k: v.to(torch.float16) for k, v in tensors.items() if not k.startswith("coupling.")}
+        assert isinstance(model.encoder, PromptEncoder)
+        tables = {
+            f"encoder.{k}": v for k, v in PromptTables.of(deepcopy(model.encoder).cpu()).state_dict().items()
+        }
+        decoder = {k: v for k, v in tensors.items() if k.startswith("decoder.")}
+        tensors = {k: v.detach().to(torch.float16).contiguous() for k, v in (tables | decoder).items()}
         coupling = quantize_coupling(*(w.detach() for w in model.coupling.weights()))
         for field, key in _COUPLING.items():
             value = getattr(coupling, field)

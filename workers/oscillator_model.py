@@ -37,6 +37,9 @@ COUPLINGS = ("trained", "frozen", "none", "mlp")
 #: Forward scale of the drive, so that Adam's rate lets it grow: phases must be pulled by radians within the horizon.
 DRIVE_SCALE = 4.0
 
+#: Nouns at a size; shape = noun * len(SIZES) + size.
+SHAPES = len(NOUNS) * len(SIZES)
+
 GAIN_RANGE = 0.5  # gains are within 1 +- this
 
 
@@ -79,38 +82,23 @@ class PromptDrive:
     row_gain: Tensor
 
 
-class PromptEncoder(nn.Module):
-    """Scene tokens int64 `[batch, NUM_TOKENS]` -> `PromptDrive`.
+class _PromptToDrive(nn.Module):
+    """Scene tokens int64 `[batch, NUM_TOKENS]` -> `PromptDrive`: what each icon adds, laid on the cells of its window.
 
-    Noun and size make one code, colour another; their effects on the drive add up, so that no pair of them is special.
-    What the network says of a noun at a size, a table corrects: the network learns what shapes have in common, the table
-    what is one shape's own, without disturbing the others.
+    Noun and size say one part, colour another; their effects on the drive add up, so that no pair of them is special.
     """
 
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__()
         self.config = config
-        c, width = config.channels, config.noun_width
-        self.noun = nn.Embedding(len(NOUNS), width)
-        self.size = nn.Embedding(2 * len(SIZES), width)  # of icons in the whole image, in half windows
-        self.colour = nn.Embedding(len(COLOURS), config.colour_width)
-        self.background = nn.Embedding(len(BACKGROUNDS), 3 * c)
-        self.shape1 = nn.Linear(2 * width, config.hidden)
-        self.shape2 = nn.Linear(config.hidden, config.hidden)
-        self.tint = nn.Linear(config.colour_width, 3 * c)
-        self.whole_patch = nn.Linear(config.hidden, config.cells * 3 * c)
-        self.half_patch = nn.Linear(config.hidden, config.cells // 4 * 3 * c)
-        self.gains = nn.Linear(config.hidden, 2 * c)
-        kinds = len(NOUNS) * len(SIZES)
-        self.whole_table = nn.Embedding(kinds, config.cells * 3 * c)
-        self.half_table = nn.Embedding(kinds, config.cells // 4 * 3 * c)
-        with torch.no_grad():  # weak at the start; strong drives at once did not learn
-            self.background.weight.mul_(0.5 / DRIVE_SCALE)
-            for layer in (self.whole_patch, self.half_patch, self.tint):
-                layer.weight.mul_(1 / DRIVE_SCALE)
-                layer.bias.mul_(1 / DRIVE_SCALE)
-            self.whole_table.weight.zero_()
-            self.half_table.weight.zero_()
+        self.background = nn.Embedding(len(BACKGROUNDS), 3 * config.channels)
+
+    def look_up(
+        self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of k icons in the whole image or in half windows: drives of the shape `[k, cells of the window * 3 C]` and of
+        the colour `[k, 3 C]`, and gains before their bounds `[k, 2 C]`."""
+        raise NotImplementedError
 
     def forward(self, tokens: Tensor) -> PromptDrive:
         batch, grid, c = len(tokens), self.config.grid, self.config.channels
@@ -123,20 +111,98 @@ class PromptEncoder(nn.Module):
             if not len(image):
                 continue
             noun, colour, size = (icons[image, slot, k] - 1 for k in range(3))
-            whole = side == grid
-            shape = torch.cat([self.noun(noun), self.size(size if whole else size + len(SIZES))], 1)
-            code = F.silu(self.shape1(shape))
-            code = code + F.silu(self.shape2(code))
-            patch = (self.whole_patch if whole else self.half_patch)(code)
-            patch = patch + (self.whole_table if whole else self.half_table)(noun * len(SIZES) + size)
-            patch = patch.view(-1, side, side, 3 * c) + self.tint(self.colour(colour))[:, None, None]
-            gains = self.gains(code)[:, None, None].expand(-1, side, side, -1)
+            shape, tint, gains = self.look_up(noun, colour, size, side == grid)
+            patch = shape.view(-1, side, side, 3 * c) + tint[:, None, None]
+            gains = gains[:, None, None].expand(-1, side, side, -1)
             window = (0, 0, left, grid - left - side, top, grid - top - side)
             drive = drive.index_add(0, image, F.pad(patch, window).to(drive.dtype))
             gain = gain.index_add(0, image, F.pad(gains, window).to(gain.dtype))
         gain = (1 + GAIN_RANGE * torch.tanh(gain)).view(batch, grid * grid, 2, c)
         drive = DRIVE_SCALE * drive.reshape(batch, grid * grid, 3, c).transpose(1, 2).reshape(batch, 3, -1)
         return PromptDrive(drive, gain[:, :, 0].flatten(1), gain[:, :, 1].flatten(1))
+
+
+class PromptEncoder(_PromptToDrive):
+    """The prompt's network in training.
+
+    What the network says of a noun at a size, a table corrects: the network learns what shapes have in common, the table
+    what is one shape's own, without disturbing the others.
+    """
+
+    def __init__(self, config: OscillatorConfig) -> None:
+        super().__init__(config)
+        c, width = config.channels, config.noun_width
+        self.noun = nn.Embedding(len(NOUNS), width)
+        self.size = nn.Embedding(2 * len(SIZES), width)  # of icons in the whole image, in half windows
+        self.colour = nn.Embedding(len(COLOURS), config.colour_width)
+        self.shape1 = nn.Linear(2 * width, config.hidden)
+        self.shape2 = nn.Linear(config.hidden, config.hidden)
+        self.tint = nn.Linear(config.colour_width, 3 * c)
+        self.whole_patch = nn.Linear(config.hidden, config.cells * 3 * c)
+        self.half_patch = nn.Linear(config.hidden, config.cells // 4 * 3 * c)
+        self.gains = nn.Linear(config.hidden, 2 * c)
+        self.whole_table = nn.Embedding(SHAPES, config.cells * 3 * c)
+        self.half_table = nn.Embedding(SHAPES, config.cells // 4 * 3 * c)
+        with torch.no_grad():  # weak at the start; strong drives at once did not learn
+            self.background.weight.mul_(0.5 / DRIVE_SCALE)
+            for layer in (self.whole_patch, self.half_patch, self.tint):
+                layer.weight.mul_(1 / DRIVE_SCALE)
+                layer.bias.mul_(1 / DRIVE_SCALE)
+            self.whole_table.weight.zero_()
+            self.half_table.weight.zero_()
+
+    def look_up(
+        self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        words = torch.cat([self.noun(noun), self.size(size if whole else size + len(SIZES))], 1)
+        code = F.silu(self.shape1(words))
+        code = code + F.silu(self.shape2(code))
+        shape = (self.whole_patch if whole else self.half_patch)(code)
+        shape = shape + (self.whole_table if whole else self.half_table)(noun * len(SIZES) + size)
+        return shape, self.tint(self.colour(colour)), self.gains(code)
+
+
+class PromptTables(_PromptToDrive):
+    """The prompt's network as it is shipped: its answers for every noun, size and colour, to be looked up.
+
+    Its parts depend on so few words that they are evaluated once, at export, and never again.
+    """
+
+    def __init__(self, config: OscillatorConfig) -> None:
+        super().__init__(config)
+        c = config.channels
+        self.whole = nn.Embedding(SHAPES, config.cells * 3 * c)
+        self.half_window = nn.Embedding(SHAPES, config.cells // 4 * 3 * c)
+        self.whole_gains = nn.Embedding(SHAPES, 2 * c)
+        self.half_window_gains = nn.Embedding(SHAPES, 2 * c)
+        self.tint = nn.Embedding(len(COLOURS), 3 * c)
+
+    @staticmethod
+    @torch.no_grad()
+    def of(encoder: PromptEncoder) -> PromptTables:
+        """Evaluate `encoder` for everything it can be asked."""
+        tables = PromptTables(encoder.config)
+        shapes = torch.arange(SHAPES)
+        noun, size = shapes // len(SIZES), shapes % len(SIZES)
+        colour = torch.arange(len(COLOURS))
+        for whole, table, gain in (
+            (True, tables.whole, tables.whole_gains),
+            (False, tables.half_window, tables.half_window_gains),
+        ):
+            drive, _, gains = encoder.look_up(noun, colour[noun % len(COLOURS)], size, whole)
+            table.weight.copy_(drive)
+            gain.weight.copy_(gains)
+        tables.tint.weight.copy_(encoder.tint(encoder.colour(colour)))
+        tables.background.weight.copy_(encoder.background.weight)
+        return tables
+
+    def look_up(
+        self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = noun * len(SIZES) + size
+        if whole:
+            return self.whole(shape), self.tint(colour), self.whole_gains(shape)
+        return self.half_window(shape), self.tint(colour), self.half_window_gains(shape)
 
 
 class Coupling(nn.Module):
@@ -238,14 +304,17 @@ class CellMlp(nn.Module):
 
 
 class OscillatorModel(nn.Module):
-    """The whole generator. `forward` takes tokens `[batch, tokens]` and start phases `[batch, n]` in radians."""
+    """The whole generator. `forward` takes tokens `[batch, tokens]` and start phases `[batch, n]` in radians.
 
-    def __init__(self, config: OscillatorConfig) -> None:
+    With `tables`, the prompt's network is the shipped one, which cannot be trained on.
+    """
+
+    def __init__(self, config: OscillatorConfig, *, tables: bool = False) -> None:
         super().__init__()
         if config.coupling not in COUPLINGS:
             raise ValueError(f"coupling {config.coupling!r}: one of {', '.join(COUPLINGS)}")
         self.config = config
-        self.encoder = PromptEncoder(config)
+        self.encoder = PromptTables(config) if tables else PromptEncoder(config)
         if config.coupling in ("trained", "frozen"):
             self.coupling = Coupling(config)
         if config.coupling == "mlp":
