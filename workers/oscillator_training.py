@@ -33,7 +33,7 @@ class OscillatorTrainingConfig:
     `steps` also sets the learning-rate schedule: warm-up, then cosine to zero.
     """
 
-    steps: int = 6000
+    steps: int = 5000
     scenes: int = 64  # per step
     samples: int = 2  # generated images per scene
     renders: int = 3  # true images per scene
