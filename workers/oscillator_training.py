@@ -71,8 +71,9 @@ class OscillatorTrainer:
             fused=True,
         )
         if compiled:  # not the encoder: how many icons stand in which window changes from step to step
-            self.model.waves = torch.compile(self.model.waves)  # type: ignore[method-assign]
-            self.model.decoder.forward = torch.compile(self.model.decoder.forward)  # type: ignore[method-assign]
+            mode = "reduce-overhead" if device.startswith("cuda") else "default"  # CUDA graphs
+            self.model.waves = torch.compile(self.model.waves, mode=mode)  # type: ignore[method-assign]
+            self.model.decoder.forward = torch.compile(self.model.decoder.forward, mode=mode)  # type: ignore[method-assign]
         self.renderer = SceneRenderer()
         self.step = 0
 
