@@ -1,4 +1,4 @@
-"""`millijoule evaluate`: how well a model draws what prompts say, judged by the verifier, as JSON and a sample sheet."""
+"""`millijoule evaluate`: how well a model draws what prompts say, judged by the verifier: JSON, rows and a sample sheet."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class EvaluateOptions:
     """What `millijoule generate --model` takes, or "renders": true renders in place of a model, the ceiling."""
 
     output: str
-    """Folder for NAME.json (everything, raw rows included) and NAME.png (the first 32 prompts, not picked)."""
+    """Folder for NAME.json (results), NAME.parquet (every image: prompt, seed, what was read) and NAME.png (the first 32
+    prompts, not picked)."""
 
     name: str | None = None
     """Name of the files; the model's own by default."""
@@ -108,7 +109,9 @@ def run(options: EvaluateOptions) -> int:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     name = options.name or about["name"].replace("/", "-")
-    (folder / f"{name}.json").write_text(_to_json(result))
+    rows = result.pop("rows")
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    _write_rows(rows, folder / f"{name}.parquet")
     _draw_sheet(items, images, folder / f"{name}.png")
     print_table(result)
     print(folder / f"{name}.json")
@@ -222,7 +225,10 @@ def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: A
                 "family": item.family,
                 "prompt": item.prompt,
                 "seed": item.seed,
-                "read": [[i.noun, i.colour, i.size, round(i.x, 1), round(i.y, 1)] for i in reading.icons],
+                "read": [
+                    {"noun": i.noun, "colour": i.colour, "size": i.size, "x": round(i.x), "y": round(i.y)}
+                    for i in reading.icons
+                ],
                 "background": reading.background,
                 "correct": verdict.correct,
                 "strict": verdict.strict,
@@ -232,11 +238,11 @@ def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: A
     }
 
 
-def _to_json(result: dict[str, Any]) -> str:
-    """Indented, but with one row a line."""
-    rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in result["rows"])
-    head = json.dumps({**result, "rows": []}, indent=1, ensure_ascii=False)
-    return head.replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n"
+def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
 
 
 def _draw_sheet(items: list[Item], images: np.ndarray, path: Path) -> None:

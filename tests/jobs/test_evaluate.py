@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from millijoule.jobs import evaluate
@@ -58,7 +59,10 @@ def test_a_perfect_artist_scores_one(tmp_path, monkeypatch, capsys):
     assert run(tmp_path, monkeypatch, "python:evaluate_models:artist") == 0
     result = json.loads((tmp_path / "out" / "artist.json").read_text())
     assert result["score"]["mean"][0] > 0.97
-    assert result["images"] == len(result["rows"]) == 60
+    rows = pq.ParquetFile(tmp_path / "out" / "artist.parquet").read().to_pylist()
+    assert result["images"] == len(rows) == 60
+    assert np.mean([row["strict"] for row in rows]) > 0.95
+    assert sum(len(row["read"]) for row in rows) > 60
     assert result["model"]["operations_per_image"] == {"drawing": 12}
     assert {"commit", "dirty", "torch"} <= result["environment"].keys()
     assert result["recall"] > 0.7
@@ -74,7 +78,8 @@ def test_noise_scores_nothing_and_is_far(tmp_path, monkeypatch):
     assert result["score"]["mean"][0] < 0.05
     assert ceiling["score"]["mean"][0] > 0.97
     assert result["frechet_distance"] > 3 * ceiling["frechet_distance"]
-    assert not any(row["correct"] for row in result["rows"] if row["family"] == "counting")
+    rows = pq.ParquetFile(tmp_path / "out" / "n.parquet").read().to_pylist()
+    assert not any(row["correct"] for row in rows if row["family"] == "counting")
 
 
 def test_models_of_another_size_are_refused(tmp_path, monkeypatch, capsys):
