@@ -39,8 +39,9 @@ class GenerateOptions:
     output: Annotated[str, tyro.conf.arg(metavar="DIR|URL")]
     """Output folder, or s3://bucket/prefix. All nodes must see it."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="default|PATH")] = "default"
-    """`default` (the model in the package), a .safetensors file, or python:MODULE:FACTORY for your own generator."""
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|PATH")] = "default"
+    """`default` or `baseline` (models in the package), a .safetensors file, a diffusers directory, or
+    python:MODULE:FACTORY for your own generator."""
 
     format: Format = "parquet"
     """How images are stored: parquet files, webdataset tars, or plain PNG files named by prompt id."""

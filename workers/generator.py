@@ -16,6 +16,12 @@ from millijoule.workers.errors import InputError
 from millijoule.workers.schemas import ImageRequest
 
 DEFAULT_MODEL = "default"
+
+#: Models that come with the package: the oscillator generator, and the conventional diffusion model to compare it with.
+PACKAGED = {
+    DEFAULT_MODEL: Path(__file__).parent / "weights" / "default.safetensors",
+    "baseline": Path(__file__).parent / "weights" / "baseline",
+}
 FACTORY_PREFIX = "python:"
 
 #: Larger headers than this are not a model of ours, and would be read into memory whole.
@@ -75,11 +81,11 @@ def describe_model(model: str) -> ModelIdentity:
     if model.startswith(FACTORY_PREFIX):
         _split_factory(model)
         return ModelIdentity(model, hashlib.sha256(model.encode()).hexdigest())
-    if model != DEFAULT_MODEL and Path(model).is_dir():
+    path = model_path(model)
+    if path.is_dir():
         from millijoule.workers.diffusers_model import describe_pipeline
 
-        return describe_pipeline(model)
-    path = model_path(model)
+        return describe_pipeline(path)
     header = read_safetensors_header(path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -90,7 +96,7 @@ def load_generator(model: str, *, device: str = "cpu") -> Generator:
     """Load `model`.
 
     Args:
-        model: "default" for the weights in the package, the path of a `.safetensors` file or of a diffusers
+        model: "default" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file or of a diffusers
             directory, or "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`.
         device: "cpu" or "cuda".
 
@@ -105,11 +111,11 @@ def load_generator(model: str, *, device: str = "cpu") -> Generator:
         except (ImportError, AttributeError) as error:
             raise InputError(f"--model {model}: {error}") from error
         return factory(device)
-    if model != DEFAULT_MODEL and Path(model).is_dir():
+    path = model_path(model)
+    if path.is_dir():
         from millijoule.workers.diffusers_model import DiffusersGenerator
 
-        return DiffusersGenerator.load(model, device=device)
-    path = model_path(model)
+        return DiffusersGenerator.load(path, device=device)
     if read_safetensors_header(path).get("__metadata__", {}).get("format") == "un0":
         from millijoule.workers.un0 import Un0Generator
 
@@ -120,12 +126,10 @@ def load_generator(model: str, *, device: str = "cpu") -> Generator:
 
 
 def model_path(model: str) -> Path:
-    """The file behind a model name; raises InputError where there is none."""
-    if model == DEFAULT_MODEL:
-        return Path(__file__).parent / "weights" / "default.safetensors"
-    path = Path(model)
-    if not path.is_file():
-        raise InputError(f"--model {model}: no such file")
+    """The file or diffusers directory behind a model name; raises InputError where there is none."""
+    path = PACKAGED.get(model) or Path(model)
+    if not path.exists():
+        raise InputError(f"--model {model}: no such file or directory")
     return path
 
 
