@@ -100,7 +100,7 @@ def run(options: EvaluateOptions) -> int:
     result = {
         "format_version": FORMAT_VERSION,
         "model": about,
-        "options": asdict(options),
+        "options": {k: v for k, v in asdict(options).items() if k not in ("model", "output")},
         "device": _device_name(device),
         "environment": environment(),
         "seconds": round(time.monotonic() - began, 1),
