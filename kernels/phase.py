@@ -42,21 +42,21 @@ def sin_cos(phases: Tensor) -> tuple[Tensor, Tensor]:
     return SIN_TABLE.to(phases.device)[index], COS_TABLE.to(phases.device)[index]
 
 
-def start_phases(seeds: np.ndarray, n: int) -> Tensor:
-    """Uniform start phases: the noise of an image, from its seed alone.
+def random_phases(seeds: np.ndarray, n: int) -> Tensor:
+    """Uniform phases: the noise of an image, from its seed alone.
 
-    Oscillators 4k to 4k + 3 take the four 16-bit parts, lowest first, of the k-th output of SplitMix64 (Steele, Lea and
+    Phases 4k to 4k + 3 are the four 16-bit parts, lowest first, of the k-th output of SplitMix64 (Steele, Lea and
     Flood 2014) started at the seed.
 
     Args:
         seeds: uint64 `[batch]`.
-        n: oscillators, a multiple of 4.
+        n: phases of an image, a multiple of 4.
 
     Returns:
         int32 `[batch, n]` in [0, 65536).
     """
     if n % 4:
-        raise ValueError(f"{n} oscillators: the number must be a multiple of 4")
+        raise ValueError(f"{n} phases: the number must be a multiple of 4")
     with np.errstate(over="ignore"):
         counter = np.arange(1, n // 4 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z = seeds.astype(np.uint64)[:, None] + counter

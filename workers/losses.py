@@ -20,10 +20,18 @@ PATCHES = ((1, 8), (1, 4), (2, 8), (4, 8), (4, 0))
 TEMPERATURES = (0.02, 0.05, 0.2)
 
 
-def energy_distance(images: Tensor, true: Tensor, offset: tuple[int, int] = (0, 0)) -> Tensor:
+#: A patch shows something, and is not background alone, where a colour's mean render varies by more than this (of 2).
+INK = 0.1
+
+
+def energy_distance(
+    images: Tensor, true: Tensor, offset: tuple[int, int] = (0, 0), *, ink_weight: float = 1.0
+) -> Tensor:
     """Sum over patch sets of the mean energy distance 2 E|x - y| - E|x - x'| - E|y - y'|, in the unit of a pixel.
 
-    A proper scoring rule (Szekely and Rizzo 2013), unbiased at any number of samples.
+    A proper scoring rule (Szekely and Rizzo 2013), unbiased at any number of samples. The gradient of a norm has the
+    same size however small the difference, so the many patches of plain background drown the few that show something;
+    `ink_weight` counts the latter that many times. The weights depend on the true images alone, so the rule stays proper.
 
     Args:
         images: generated, `[scenes, samples, 3, size, size]`, differentiable, at least two samples.
@@ -37,10 +45,21 @@ def energy_distance(images: Tensor, true: Tensor, offset: tuple[int, int] = (0, 
     for scale, side in PATCHES:
         x, y = (patches(z, scale, side, offset) for z in (images, true))
         samples = x.shape[-2]
-        between = distances(x, y).mean()
-        within = distances(x, x).sum() / (x.shape[0] * x.shape[1] * samples * (samples - 1))
+        between = distances(x, y).mean((-1, -2))  # [scenes, positions]
+        within = distances(x, x).sum((-1, -2)) / (samples * (samples - 1))
+        if ink_weight != 1:
+            weight = 1 + (ink_weight - 1) * _shows_something(y)
+            weight = weight / weight.mean()
+            between, within = weight * between, weight * within
+        between, within = between.mean(), within.mean()
         total = total + (2 * between - within) / math.sqrt(x.shape[-1])
     return total
+
+
+def _shows_something(true: Tensor) -> Tensor:
+    """1.0 where patches `[scenes, positions, renders, dimensions]` hold more than one colour, else 0.0; `[scenes, positions]`."""
+    pixels = true.mean(2).unflatten(-1, (3, -1))
+    return ((pixels.amax(-1) - pixels.amin(-1)).amax(-1) > INK).float()
 
 
 def drifting_loss(images: Tensor, true: Tensor, offset: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:

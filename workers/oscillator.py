@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from millijoule.kernels.oscillator import Coupling, quantize_coupling, quantize_drive, relax
-from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos, start_phases
+from millijoule.kernels.phase import AMPLITUDE, TURN, random_phases, sin_cos
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import GeneratedBatch, GeneratorInfo, read_safetensors_header
 from millijoule.workers.oscillator_model import (
@@ -37,15 +37,16 @@ from millijoule.workers.oscillator_model import (
     PromptDrive,
     PromptEncoder,
     PromptTables,
-    at_rest,
     grid_features,
+    noise_size,
+    start_phases,
 )
 from millijoule.workers.scene_prompts import parse_prompt
 from millijoule.workers.scenes import CELL, IMAGE_SIZE, MAX_COUNT, complete, scene_tokens
 from millijoule.workers.schemas import ImageRequest
 
 FORMAT = "millijoule-oscillator"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 
 #: Encoder and decoder always see this many rows; the rest is padding.
 FLOAT_BATCH = 16
@@ -154,13 +155,13 @@ class OscillatorGenerator:
         prompt = self._encode(tokens)
         dt = self.config.horizon / steps
         drive = quantize_drive(prompt.drive, prompt.source_gain, prompt.row_gain, self.coupling, dt)
-        return relax(self._start(requests), self.coupling, drive, steps)
+        return relax(self._start(tokens, requests), self.coupling, drive, steps)
 
     @torch.inference_mode()
     def _float_waves(self, tokens: np.ndarray, requests: Sequence[ImageRequest]) -> list[Tensor]:
         """sin and cos `[batch, n]` of the float form, from the same start phases."""
         steps = requests[0].num_inference_steps or self.config.steps
-        start = self._start(requests).cpu().numpy()
+        start = self._start(tokens, requests).cpu().numpy()
         waves = []
         for (part, count), (rows, _) in zip(_padded(start), _padded(tokens), strict=True):
             phases = torch.from_numpy(part).to(self.device).float() * (2 * torch.pi / TURN)
@@ -168,9 +169,10 @@ class OscillatorGenerator:
             waves.append([x[:count] for x in self.model.waves(prompt, phases, steps=steps)])
         return [torch.cat(parts) for parts in zip(*waves, strict=True)]
 
-    def _start(self, requests: Sequence[ImageRequest]) -> Tensor:
+    def _start(self, tokens: np.ndarray, requests: Sequence[ImageRequest]) -> Tensor:
         seeds = np.array([r.seed for r in requests], dtype=np.uint64)
-        return at_rest(start_phases(seeds, self.config.oscillators), self.config).to(self.device)
+        noise = random_phases(seeds, noise_size(self.config))
+        return start_phases(noise, torch.from_numpy(tokens), self.config).to(self.device)
 
     def _encode(self, tokens: np.ndarray) -> PromptDrive:
         """In double precision, so that rounding to integers is the same on every machine but for values within 1e-13

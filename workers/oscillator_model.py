@@ -2,7 +2,7 @@
 
     d theta_i / dt = omega_i(e) + r_i(e) sum_j K_ij g_j(e) sin(theta_j - theta_i) + a_i(e) cos(theta_i) - b_i(e) sin(theta_i)
 
-theta starts uniform on the circle (that is the noise), runs `steps` explicit Euler steps to time `horizon`, and a
+theta starts at rest but for the noise (`start_phases`), runs `steps` explicit Euler steps to time `horizon`, and a
 convolutional decoder reads sin and cos of the final phases on a grid of cells. K is block-sparse (a cell feels itself and
 its four neighbours, by the same blocks everywhere) plus low-rank. The prompt enters as icons e through the drive (a, b),
 a shift of the frequencies omega, and bounded gains r, g. After Un-0 (phases, readout without projection) with a complex
@@ -50,7 +50,7 @@ class OscillatorConfig:
     coupling: str = "trained"  # one of COUPLINGS
     grid: int = 8
     channels: int = 32  # oscillators per cell
-    noise_channels: int = 8  # of them start at random, the others at phase 0
+    noise_channels: int = 8  # of them start at random (`start_phases`), the others at phase 0
     rank: int = 32  # of the global coupling
     noun_width: int = 48
     colour_width: int = 16
@@ -372,12 +372,33 @@ def grid_features(sin: Tensor, cos: Tensor, config: OscillatorConfig) -> Tensor:
     return both.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
-def start_phases(count: int, config: OscillatorConfig, generator: torch.Generator) -> Tensor:
-    """Start phases for training, float32 `[count, n]`: uniform, or 0 where an oscillator starts at rest."""
-    return at_rest(torch.rand(count, config.oscillators, generator=generator) * (2 * math.pi), config)
+def noise_size(config: OscillatorConfig) -> int:
+    """Random phases that an image starts from."""
+    return (1 + MAX_COUNT) * config.noise_channels
 
 
-def at_rest(phases: Tensor, config: OscillatorConfig) -> Tensor:
-    """Phases `[batch, n]`, of any unit, with the channels that carry no noise set to 0."""
-    noisy = torch.arange(config.channels, device=phases.device) < config.noise_channels
-    return phases * noisy.repeat(config.cells).to(phases.dtype)
+def random_noise(count: int, config: OscillatorConfig, generator: torch.Generator) -> Tensor:
+    """Noise for training, float32 `[count, noise_size]` in radians, uniform on the circle."""
+    return torch.rand(count, noise_size(config), generator=generator) * (2 * math.pi)
+
+
+def start_phases(noise: Tensor, tokens: Tensor, config: OscillatorConfig) -> Tensor:
+    """Lay noise `[batch, noise_size]`, of any unit, on the oscillators of scenes `[batch, tokens]`; start phases `[batch, n]`.
+
+    Noise belongs to what it varies. Half of a cell's noise channels start alike in the whole image, the other half alike in
+    the window of an icon, or outside all of them; all other channels start at 0. (Noise of each cell's own gave blotches
+    where true images have one shade.)
+    """
+    window = torch.zeros(1 + len(WINDOWS), config.grid, config.grid, dtype=torch.int64, device=tokens.device)
+    for number, (left, top, side) in enumerate(WINDOWS):
+        window[1 + number, top : top + side, left : left + side] = 1
+    placed = tokens[:, ICON_TOKENS - 1 : -1 : ICON_TOKENS]  # [batch, icons], 0 where there is none
+    slots = 1 + torch.arange(MAX_COUNT, device=tokens.device)
+    slot = (window.flatten(1)[placed] * slots[:, None]).sum(1)  # [batch, cells]; windows do not overlap
+    by_slot = noise.view(len(noise), 1 + MAX_COUNT, config.noise_channels)
+    own = by_slot.gather(1, slot[:, :, None].expand(-1, -1, config.noise_channels))
+    common = by_slot[:, :1].expand_as(own)
+    whole_image = torch.arange(config.noise_channels, device=noise.device) < config.noise_channels // 2
+    return F.pad(torch.where(whole_image, common, own), (0, config.channels - config.noise_channels)).flatten(
+        1
+    )

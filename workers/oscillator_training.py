@@ -16,7 +16,7 @@ import torch
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.losses import drifting_loss, energy_distance
-from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel, start_phases
+from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel, random_noise, start_phases
 from millijoule.workers.scene_prompts import write_prompt
 from millijoule.workers.scene_renderer import SceneRenderer
 from millijoule.workers.scenes import FAMILIES, sample_scene, sample_training_scenes, scene_tokens
@@ -38,6 +38,7 @@ class OscillatorTrainingConfig:
     samples: int = 2  # generated images per scene
     renders: int = 3  # true images per scene
     loss: str = "energy"  # one of LOSSES
+    ink_weight: float = 4.0  # of patches that show more than background, in the energy distance
     learning_rate: float = 2e-3
     warm_up: int = 100
     weight_decay: float = 0.0
@@ -99,7 +100,9 @@ class OscillatorTrainer:
         true = torch.from_numpy(renders).to(self.device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
         tokens = torch.from_numpy(scene_tokens(scenes)).repeat_interleave(config.samples, 0).to(self.device)
-        phases = start_phases(len(tokens), config.model, noise).to(self.device)
+        phases = start_phases(
+            random_noise(len(tokens), config.model, noise).to(self.device), tokens, config.model
+        )
         offset = int(rng.integers(8)), int(rng.integers(8))
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(self.step, config.steps, config.warm_up)
@@ -108,7 +111,7 @@ class OscillatorTrainer:
         images = images.unflatten(0, (config.scenes, config.samples))
         logged: dict[str, float] = {}
         if config.loss == "energy":
-            loss = energy_distance(images, true, offset)
+            loss = energy_distance(images, true, offset, ink_weight=config.ink_weight)
         else:
             loss, drift = drifting_loss(images, true, offset)
             logged["drift"] = drift.item()

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from millijoule.kernels.phase import TURN, start_phases
+from millijoule.kernels.phase import TURN, random_phases
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import GeneratedBatch, GeneratorInfo, read_safetensors_header
 from millijoule.workers.schemas import ImageRequest
@@ -259,7 +259,7 @@ class ClassIndex:
 
 def start_angles(seeds: Sequence[int], n: int) -> Tensor:
     """Start phases in radians from the images' seeds: float32 `[batch, n]` in [-pi, pi)."""
-    phases = start_phases(np.array(seeds, dtype=np.uint64), n + -n % 4)[:, :n]
+    phases = random_phases(np.array(seeds, dtype=np.uint64), n + -n % 4)[:, :n]
     return (phases - TURN // 2).float() * (2 * math.pi / TURN)
 
 

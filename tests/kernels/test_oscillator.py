@@ -16,7 +16,7 @@ from millijoule.kernels.oscillator import (
     relax,
     relax_reference,
 )
-from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos, start_phases
+from millijoule.kernels.phase import AMPLITUDE, TURN, random_phases, sin_cos
 
 DT = 0.1
 
@@ -35,7 +35,7 @@ def problem(grid: int, channels: int, rank: int, batch: int, seed: int, *, gain=
         normal(n, rank) * gain * rank**-0.5,
     )
     gains = [1 + 0.5 * torch.tanh(normal(batch, n)) for _ in range(2)]
-    phases = start_phases(np.arange(seed, seed + batch, dtype=np.uint64), n)
+    phases = random_phases(np.arange(seed, seed + batch, dtype=np.uint64), n)
     return weights, (normal(batch, 3, n) * pull, *gains), phases
 
 
@@ -140,14 +140,14 @@ def test_tables_are_sine_and_cosine():
 
 def test_noise_is_splitmix64_of_the_seed():
     """First output of the published generator for seed 1234567 is 6457827717110365317."""
-    phases = start_phases(np.array([1234567], dtype=np.uint64), 8)[0]
+    phases = random_phases(np.array([1234567], dtype=np.uint64), 8)[0]
     first = sum(int(p) << (16 * k) for k, p in enumerate(phases[:4]))
     second = sum(int(p) << (16 * k) for k, p in enumerate(phases[4:]))
     assert (first, second) == (6457827717110365317, 3203168211198807973)
 
 
 def test_noise_is_uniform():
-    phases = start_phases(np.arange(200, dtype=np.uint64), 512)
+    phases = random_phases(np.arange(200, dtype=np.uint64), 512)
     counts = torch.bincount((phases.flatten() >> 12).long(), minlength=16).double()
     expected = phases.numel() / 16
     assert (

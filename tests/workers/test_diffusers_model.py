@@ -19,7 +19,8 @@ from millijoule.workers.schemas import ImageRequest
 diffusers = pytest.importorskip("diffusers")
 
 SMALL = DiffusionConfig(
-    autoencoder_widths=(8, 8, 8),
+    decoder_width=8,
+    decoder_blocks=(1, 1, 1),
     unet_widths=(16, 16),
     attention_levels=(False, True),
     head_width=8,

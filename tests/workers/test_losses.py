@@ -33,6 +33,21 @@ def test_the_energy_distance_is_the_plain_formula():
     assert energy_distance(x, y).item() == pytest.approx(total, abs=2e-3)
 
 
+def test_ink_weight_counts_patches_that_show_something():
+    """A scene with ink in its upper left quarter: an error there weighs more than the same error on bare background."""
+    true = torch.zeros(1, 3, 3, 64, 64)
+    true[..., :32, :32] = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = {place: true[:, :2].clone() for place in ("ink", "bare")}
+    images["ink"][..., :16, :16] += 0.5
+    images["bare"][..., 40:56, 40:56] += 0.5
+    plain, weighted = (
+        {place: energy_distance(x, true, ink_weight=w).item() for place, x in images.items()} for w in (1, 4)
+    )
+    assert plain["ink"] == pytest.approx(plain["bare"], rel=0.2)
+    assert weighted["ink"] > 2 * weighted["bare"] > 0
+    assert energy_distance(true[:, :2], true, ink_weight=4).item() == pytest.approx(0, abs=1e-3)
+
+
 @pytest.mark.parametrize("offset", [(0, 0), (3, 7), (8, 5)])
 def test_patches_are_tiles_of_the_image(offset):
     images = noise(4, 2, 32)

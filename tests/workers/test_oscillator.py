@@ -12,8 +12,18 @@ from safetensors.torch import load_file, save_file
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import describe_model, load_generator, model_path
 from millijoule.workers.oscillator import OscillatorGenerator
+from millijoule.workers.oscillator_model import OscillatorConfig, noise_size, start_phases
 from millijoule.workers.scene_prompts import parse_prompt
-from millijoule.workers.scenes import BACKGROUNDS, COLOURS, NOUNS, PALETTE, complete, scene_tokens
+from millijoule.workers.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    NOUNS,
+    PALETTE,
+    WINDOWS,
+    complete,
+    icons,
+    scene_tokens,
+)
 from millijoule.workers.schemas import ImageRequest
 
 DEFAULT = model_path("default")
@@ -66,6 +76,25 @@ def test_seeds_make_different_images_and_the_same_seed_the_same(generator):
     images = generator.generate([request("a red heart", s) for s in (1, 2, 1)]).images
     assert np.array_equal(images[0], images[2])
     assert not np.array_equal(images[0], images[1])
+
+
+def test_noise_belongs_to_the_image_and_to_each_icon():
+    config = OscillatorConfig()
+    prompts = ["a cat above a dog", "four cats", "a large cat", "a blank picture"]
+    scenes = [complete(parse_prompt(p)[0], 1) for p in prompts]
+    tokens = torch.from_numpy(scene_tokens(scenes))
+    noise = torch.arange(1, 1 + noise_size(config)).repeat(len(scenes), 1)  # every phase another number
+    phases = start_phases(noise, tokens, config).view(len(scenes), config.cells, config.channels)
+    half = config.noise_channels // 2
+    assert not phases[:, :, config.noise_channels :].any()
+    assert (phases[:, :, :half] == noise[:, None, :half]).all()  # alike in the whole image
+    for scene, of_cells in zip(scenes, phases[:, :, half : config.noise_channels], strict=True):
+        expected = torch.zeros(8, 8, half, dtype=torch.int64) + noise[0, half : config.noise_channels]
+        for k, icon in enumerate(icons(scene)):
+            left, top, side = WINDOWS[icon.window]
+            first = (1 + k) * config.noise_channels + half
+            expected[top : top + side, left : left + side] = noise[0, first : first + half]
+        assert torch.equal(of_cells, expected.view(64, half))
 
 
 def test_backgrounds_and_colours_follow_the_prompt(generator):
