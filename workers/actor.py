@@ -30,6 +30,7 @@ from millijoule.workers.lease import (
     WorkerStopped,
 )
 from millijoule.workers.meter import open_meter
+from millijoule.workers.power_samples import PowerSampler
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.storage import open_store
 from millijoule.workers.timeline import SegmentTimeline
@@ -52,6 +53,7 @@ class ShardWorker:
         self._images_done = 0
         self._cancelled: str | None = None
         self._timeline: SegmentTimeline | None = None
+        self._power: PowerSampler | None = None
         threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
 
     @ray.method(concurrency_group="work")
@@ -67,6 +69,8 @@ class ShardWorker:
         gpus = _assigned_gpus()
         meter = open_meter(gpus or None)
         timeline = SegmentTimeline(self.worker_id, meter)
+        self._power = PowerSampler(meter)
+        self._power.start()
         store = open_store(config.output_url or ".")
         if config.output_url:  # a calibration has no output
             _check_output_is_shared(store, config)
@@ -84,10 +88,12 @@ class ShardWorker:
             worker_id=self.worker_id,
             node_id=context.get_node_id(),
             host=socket.gethostname(),
-            device=gpus[0] if gpus else "cpu",
+            device=(*meter.gpus, *gpus, "cpu")[0],
         )
         self._timeline = timeline
-        self._runner = AttemptRunner(config, store, generator, meter, timeline, where, self._on_images)
+        self._runner = AttemptRunner(
+            config, store, generator, meter, timeline, where, self._on_images, self._power
+        )
         self._runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
         timeline.close("warmup")
         return WorkerReady(
@@ -130,6 +136,8 @@ class ShardWorker:
     def stop(self) -> WorkerStopped:
         """Close the books; the actor is killed afterwards."""
         assert self._timeline is not None, "stopped before it was started"
+        if self._power is not None:
+            self._power.stop()
         self._timeline.close("idle")
         return WorkerStopped(self.worker_id, self._timeline.take())
 

@@ -28,6 +28,7 @@ from millijoule.workers.lease import (
     data_prefix,
 )
 from millijoule.workers.meter import EnergyMeter
+from millijoule.workers.power_samples import PowerSampler
 from millijoule.workers.schemas import Commit, ImageRequest, ImageRow
 from millijoule.workers.shard_rows import PlanRow, read_shard_rows, shard_requests
 from millijoule.workers.storage import Store
@@ -68,6 +69,7 @@ class AttemptRunner:
         where: this worker, as commits name it.
         on_images: called with the number of images finished in the running attempt, between batches; may raise
             `AttemptCancelled`.
+        power: gives commits the power samples to carry; None: they carry none.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class AttemptRunner:
         timeline: SegmentTimeline,
         where: Where,
         on_images: Callable[[int], None],
+        power: PowerSampler | None = None,
     ) -> None:
         self.config = config
         self.store = store
@@ -87,6 +90,7 @@ class AttemptRunner:
         self.timeline = timeline
         self.where = where
         self.on_images = on_images
+        self.power = power
         self.batch_size = config.batch_size or generator.info.batch_size
         self._served: ImageRequest | None = None
 
@@ -162,6 +166,7 @@ class AttemptRunner:
             energy_estimate_mj=segment_estimate_mj(segment),
             energy_method=self.meter.method,
             segments=carried,
+            power=self.power.take() if self.power else (),
             worker_id=self.where.worker_id,
             node_id=self.where.node_id,
             host=self.where.host,
@@ -178,6 +183,7 @@ class AttemptRunner:
             return AttemptResult(lease, "exists", store.get(commit_key(shard.shard_id)))
         except MillijouleError:
             self.timeline.restore(carried)
+            self._restore_power(commit)
             raise
         return AttemptResult(lease, "committed", body)
 
@@ -189,7 +195,12 @@ class AttemptRunner:
                 for s in commit.segments
             )
         )
+        self._restore_power(commit)
         self.store.delete([f.path for f in commit.files])
+
+    def _restore_power(self, commit: Commit) -> None:
+        if self.power:
+            self.power.restore(commit.power)
 
     def _wanted(self, rows: Sequence[PlanRow], lease: Lease) -> list[ImageRequest]:
         skip = set(lease.skip_rows)

@@ -45,21 +45,38 @@ def is_plausible(increase_mj: int, elapsed_ns: int) -> bool:
 class BookedCounter:
     """What was last seen of one domain; times are CLOCK_MONOTONIC nanoseconds.
 
-    `raw` is the device's own reading, `total` the unwrapped counter, both in the device's unit.
+    `raw` is the device's own reading, `total` the unwrapped counter, both in the device's unit. The device said that
+    what was read at `t_read_ns` was then `age_ns` old.
     """
 
     raw: int
     total: int
     t_read_ns: int
     t_changed_ns: int
+    age_ns: int = 0
 
 
 @dataclass
 class BookedState:
-    """All counters of a host. `epoch` grows by one whenever any of them was reset."""
+    """All counters of a host. `epoch` grows by one whenever any of them was reset.
+
+    `failed_ns` has the domains whose last reading failed, and when; `power_ns` when each GPU's power was last
+    sampled, by UUID.
+    """
 
     epoch: int = 0
     counters: dict[str, BookedCounter] = field(default_factory=dict)
+    failed_ns: dict[str, int] = field(default_factory=dict)
+    power_ns: dict[str, int] = field(default_factory=dict)
+
+    def last_try_ns(self, domain: str) -> int:
+        """When anybody last read the counter of `domain`, with or without success; -1: never."""
+        booked = self.counters.get(domain)
+        return max(booked.t_read_ns if booked else -1, self.failed_ns.get(domain, -1))
+
+    def is_fresh(self, domain: str, now_ns: int, spacing_ns: int) -> bool:
+        """Whether `domain` was read, or tried, less than `spacing_ns` ago."""
+        return 0 <= now_ns - self.last_try_ns(domain) < spacing_ns
 
 
 class CounterBook:
@@ -94,7 +111,10 @@ class CounterBook:
         try:
             self._load()
             yield self._state
-            self._save()
+            try:
+                self._save()
+            except OSError as error:  # a full disk costs an epoch, not a job
+                log.warning("%s: cannot be written (%s)", self.path, error)
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
@@ -140,7 +160,8 @@ class CounterBook:
         try:
             raw = json.loads(data)
             counters = {d: BookedCounter(**c) for d, c in raw["counters"].items()}
-            self._state = BookedState(max(raw["epoch"], self._state.epoch), counters)
+            epoch = max(raw["epoch"], self._state.epoch)
+            self._state = BookedState(epoch, counters, dict(raw["failed_ns"]), dict(raw["power_ns"]))
         except (ValueError, TypeError, KeyError) as error:  # its writer was killed half-way
             log.warning("%s: not readable (%s), starting a new epoch", self.path, error)
             self._state = BookedState(self._state.epoch + 1, self._state.counters)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -151,6 +151,34 @@ class Segment:
     shard_id: int | None = None
     attempt_id: str | None = None
 
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> Segment:
+        """Inverse of `dataclasses.asdict`."""
+        return Segment(**{**raw, "open": CounterRead(**raw["open"]), "close": CounterRead(**raw["close"])})
+
+
+class PowerSample(NamedTuple):
+    """One look at a device's power, in milliwatts; None: not supported. Not energy, and never summed into it.
+
+    `t_mono_ns` and `t_wall_ns` are when the device says it took the values. A tuple, so that a commit's JSON stays
+    small.
+    """
+
+    t_mono_ns: int
+    t_wall_ns: int
+    power_average_mw: int | None  # mean of one second (NVML field 185)
+    power_instant_mw: int | None  # NVML field 186
+
+
+@dataclass(frozen=True)
+class PowerTrace:
+    """Samples of one device in order of time. `device` is a full GPU UUID: the counter's domain is "gpu:" before it."""
+
+    device: str
+    boot_id: str
+    source: str
+    samples: tuple[PowerSample, ...]
+
 
 @dataclass(frozen=True)
 class DataFile:
@@ -189,6 +217,7 @@ class Commit:
     segments: tuple[
         Segment, ...
     ]  # everything this worker closed since its previous commit, this shard's included
+    power: tuple[PowerTrace, ...] = ()  # what this worker sampled since its previous commit
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> bytes:
@@ -200,8 +229,9 @@ class Commit:
         raw = json.loads(data)
         raw["files"] = tuple(DataFile(**f) for f in raw["files"])
         raw["energy_domains"] = tuple(raw["energy_domains"])
-        raw["segments"] = tuple(
-            Segment(**{**s, "open": CounterRead(**s["open"]), "close": CounterRead(**s["close"])})
-            for s in raw["segments"]
+        raw["segments"] = tuple(Segment.from_dict(s) for s in raw["segments"])
+        raw["power"] = tuple(
+            PowerTrace(**{**t, "samples": tuple(PowerSample(*s) for s in t["samples"])})
+            for t in raw.get("power", ())
         )
         return Commit(**raw)

@@ -10,6 +10,7 @@ import pynvml
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS, Clock, FakeNvml, FakePowercap
 
 from millijoule.workers import counter_book
 from millijoule.workers.counter_book import CounterBook
@@ -22,119 +23,6 @@ from millijoule.workers.meter import (
 )
 from millijoule.workers.schemas import CounterRead, Segment
 from millijoule.workers.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
-
-SECOND = 1_000_000_000
-INTEL_RANGE_UJ = 262_143_328_850
-UUIDS = ("GPU-11111111-aaaa-bbbb-cccc-000000000000", "GPU-12222222-aaaa-bbbb-cccc-000000000000")
-GPU0 = f"gpu:{UUIDS[0]}"
-PACKAGE, DRAM = "cpu:package-0", "dram:package-0"
-
-
-class Clock:
-    """CLOCK_MONOTONIC, moved by hand."""
-
-    def __init__(self):
-        self.ns = 1_000 * SECOND
-
-    def __call__(self):
-        return self.ns
-
-    def advance(self, seconds):
-        self.ns += int(seconds * SECOND)
-
-
-class FakeNvml:
-    """The part of pynvml we call, with counters and faults to set from a test."""
-
-    NVMLError = pynvml.NVMLError
-    NVML_SUCCESS = pynvml.NVML_SUCCESS
-    NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION = pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION
-    NVML_VALUE_TYPE_UNSIGNED_INT = pynvml.NVML_VALUE_TYPE_UNSIGNED_INT
-    NVML_VALUE_TYPE_UNSIGNED_LONG = pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG
-    NVML_VALUE_TYPE_UNSIGNED_LONG_LONG = pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
-    NVML_VALUE_TYPE_SIGNED_LONG_LONG = pynvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG
-
-    def __init__(self, uuids=UUIDS, names=None):
-        self.uuids = uuids
-        self.names = names or ["NVIDIA H200"] * len(uuids)
-        self.energy_mj = dict.fromkeys(uuids, 5_000_000)
-        self.mig = {}
-        self.error = None  # of every energy read
-        self.field_error = 0  # nvmlReturn of the field value
-        self.latency = lambda: None
-        self.sample_age_ns = 0
-        self.reads = 0
-
-    def nvmlInit(self):
-        pass
-
-    def nvmlShutdown(self):
-        pass
-
-    def nvmlDeviceGetCount(self):
-        return len(self.uuids)
-
-    def nvmlDeviceGetHandleByIndex(self, i):
-        return self.uuids[i]
-
-    def nvmlDeviceGetUUID(self, handle):
-        return handle
-
-    def nvmlDeviceGetName(self, handle):
-        return self.names[self.uuids.index(handle)]
-
-    def nvmlDeviceGetMigMode(self, handle):
-        if handle not in self.mig:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return self.mig[handle]
-
-    def nvmlDeviceGetFieldValues(self, handle, fields):
-        assert fields == [83]
-        self._fail()
-        value = pynvml.c_nvmlFieldValue_t()
-        value.nvmlReturn = self.field_error
-        value.valueType = self.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
-        value.value.ullVal = self.energy_mj[handle]
-        value.timestamp = (
-            (counter_book.time.time_ns() - self.sample_age_ns) // 1000 if self.sample_age_ns else 0
-        )
-        return [value]
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
-        self._fail()
-        return self.energy_mj[handle]
-
-    def _fail(self):
-        self.reads += 1
-        self.latency()
-        if self.error is not None:
-            raise pynvml.NVMLError(self.error)
-
-
-class FakePowercap:
-    """A powercap folder as Linux shows it on a two-package host."""
-
-    def __init__(self, root):
-        self.root = root
-        root.mkdir()
-        self.add("intel-rapl:0", "package-0", 1_000_000)
-        self.add("intel-rapl:0:0", "core", 1)
-        self.add("intel-rapl:0:1", "dram", 500_000)
-        self.add("intel-rapl:1", "psys", 9_000_000)
-        self.add("intel-rapl-mmio:0", "package-0", 1_000_000)
-        (root / "intel-rapl").mkdir()
-        (root / "dtpm").mkdir()
-
-    def add(self, zone, name, energy_uj):
-        folder = self.root / zone
-        folder.mkdir()
-        (folder / "name").write_text(f"{name}\n")
-        (folder / "max_energy_range_uj").write_text(f"{INTEL_RANGE_UJ}\n")
-        self.set(zone, energy_uj)
-
-    def set(self, zone, energy_uj):
-        (self.root / "next").write_text(f"{energy_uj}\n")
-        os.replace(self.root / "next", self.root / zone / "energy_uj")
 
 
 @pytest.fixture
@@ -330,15 +218,18 @@ def test_a_counter_that_stands_still_is_broken_not_idle(open_fake, clock):
 
 def test_a_late_sample_shows_as_latency(open_fake, clock):
     nvml = FakeNvml()
-    meter = open_fake(["0"], nvml)
     nvml.sample_age_ns = 90_000_000
+    meter = open_fake(["0"], nvml)
     assert meter.read().latency_ns == pytest.approx(90_000_000, abs=20_000_000)
+    clock.advance(0.1)  # the same sample again, held back by the read-rate guard
+    assert meter.read().latency_ns == pytest.approx(190_000_000, abs=20_000_000)
 
 
 def test_a_slow_driver_shows_as_latency(open_fake, clock):
     nvml = FakeNvml()
     meter = open_fake(["0"], nvml)
     nvml.latency = lambda: clock.advance(1.5)
+    clock.advance(1)
     began = clock()
     read = meter.read()
     assert read.latency_ns == 1.5 * SECOND
@@ -370,6 +261,7 @@ def test_quick_reads_leave_the_device_alone_and_the_sum_exact(open_fake, clock):
 def test_workers_that_share_a_gpu_share_its_reads(open_fake, clock):
     nvml = FakeNvml()
     meters = [open_fake(["0"], nvml) for _ in range(4)]
+    clock.advance(0.2)
     before, seen = nvml.reads, []
     for meter in meters:
         clock.advance(0.01)

@@ -1,0 +1,99 @@
+"""A worker from start to stop, without a cluster: its device, its power samples, its threads."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pynvml
+import pytest
+from support.counters import GPU0, SECOND, UUIDS, FakeNvml
+from support.local_job import plan
+
+from millijoule.pipeline.commits import read_commits
+from millijoule.pipeline.coordinator import Coordinator
+from millijoule.pipeline.job import open_epoch
+from millijoule.pipeline.retry import load_job_shards
+from millijoule.workers import actor
+from millijoule.workers.generator import describe_model
+from millijoule.workers.lease import WorkerConfig
+from millijoule.workers.meter import MIN_READ_SPACING_NS, open_meter
+
+MODEL = "python:support.models:plain"
+
+
+class Working(FakeNvml):
+    """A board that uses a joule whenever somebody looks."""
+
+    def _fail(self):
+        super()._fail()
+        self.energy_mj[UUIDS[0]] += 1_000
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """A `ShardWorker` to which Ray gave GPU 0 by index, as Ray does; and its job."""
+    context = SimpleNamespace(get_accelerator_ids=lambda: {"GPU": ["0"]}, get_node_id=lambda: "node")
+    nvml = Working()
+
+    def opened(gpus):
+        return open_meter(
+            gpus, nvml=nvml, powercap_root=tmp_path / "none", boot_id="b", book_directory=tmp_path
+        )
+
+    monkeypatch.setattr(actor.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(actor, "open_meter", opened)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    store, job = plan(tmp_path, ["a", "b", "c"])
+    config = WorkerConfig(
+        store.url,
+        job.fingerprint,
+        job.job_seed,
+        job.output_format,
+        MODEL,
+        describe_model(MODEL).sha256,
+        open_epoch(store, exclusive=True),
+    )
+    made = actor.ShardWorker("w1", config)
+    made.nvml = nvml
+    return made, store, job
+
+
+def test_a_gpu_given_by_index_is_named_by_its_uuid_in_commit_counter_and_power(worker):
+    made, store, job = worker
+    assert made.start().device == UUIDS[0]
+    made._power.look()
+    shards = load_job_shards(store, job)
+    lease = Coordinator(shards, np.zeros(1, bool), 60.0, made.config.driver_epoch).next_lease("w1", 0.0)
+    assert made.run(lease).outcome == "committed"
+    segments = made.stop().segments
+    (commit,) = read_commits(store, 1)
+    assert commit.device == UUIDS[0]
+    assert commit.energy_domains == (GPU0,)
+    assert {t.device for t in commit.power} == {UUIDS[0]}
+    assert [s.segment_class for s in (*commit.segments, *segments)] == [
+        *("load", "warmup", "idle", "shard"),
+        "idle",
+    ]
+
+
+def test_a_worker_that_stops_leaves_no_thread_behind(worker):
+    made, _, _ = worker
+    made.start()
+    assert "power-sampler" in {t.name for t in threading.enumerate()}
+    made.stop()
+    assert "power-sampler" not in {t.name for t in threading.enumerate()}
+
+
+def test_a_driver_that_fails_costs_numbers_and_no_image(worker):
+    made, store, job = worker
+    made.start()
+    made.nvml.error = made.nvml.power_error = pynvml.NVML_ERROR_GPU_IS_LOST
+    time.sleep(MIN_READ_SPACING_NS / SECOND)  # until then the last value stands
+    lease = Coordinator(
+        load_job_shards(store, job), np.zeros(1, bool), 60.0, made.config.driver_epoch
+    ).next_lease("w1", 0.0)
+    assert made.run(lease).outcome == "committed"
+    made.stop()
+    (commit,) = read_commits(store, 1)
+    assert (commit.images_ok, commit.energy_mj) == (3, None)
