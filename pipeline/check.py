@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.commits import READ_THREADS, list_committed, read_commits
+from millijoule.pipeline.energy_tables import compare_energy_tables
 from millijoule.pipeline.finish import MANIFEST_SCHEMA, load_ledger, manifest_tables
 from millijoule.pipeline.job import JobSpec, require_job
 from millijoule.pipeline.layout import MANIFEST_KEY, SUCCESS_KEY
+from millijoule.pipeline.ledger import Ledger
 from millijoule.pipeline.retry import JobShards, load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.readers import read_images
@@ -56,7 +58,9 @@ def check_output(
             on_shard(checked, len(index))
             yield from problems
     if done.all():
-        yield from _check_manifest(store, job, index)
+        ledger = load_ledger(store, len(index))
+        yield from _check_manifest(store, job, index, ledger)
+        yield from compare_energy_tables(store, job, ledger, lambda: read_commits(store, len(index)))
 
 
 def _check_shard(store: Store, job: JobSpec, shard: Shard, commit: Commit, *, images: bool) -> Iterator[str]:
@@ -103,7 +107,7 @@ def _check_shard(store: Store, job: JobSpec, shard: Shard, commit: Commit, *, im
             yield f"{where}: its images cannot be read: {error}"
 
 
-def _check_manifest(store: Store, job: JobSpec, shards: JobShards) -> Iterator[str]:
+def _check_manifest(store: Store, job: JobSpec, shards: JobShards, ledger: Ledger) -> Iterator[str]:
     """Once all shards are committed there must be a manifest, and it must say what the commits say."""
     try:
         success = json.loads(store.get(SUCCESS_KEY))
@@ -127,7 +131,7 @@ def _check_manifest(store: Store, job: JobSpec, shards: JobShards) -> Iterator[s
     if manifest.schema.names != MANIFEST_SCHEMA.names:
         yield f"{MANIFEST_KEY}: has columns {manifest.schema.names}"
         return
-    ledger, at = load_ledger(store, len(shards)), 0
+    at = 0
     try:
         for table in manifest_tables(store, shards, ledger):
             part = manifest.slice(at, table.num_rows)

@@ -1,385 +1,264 @@
-"""The `energy/` tables: counters, segments, attempts and images as Parquet, for SQL and for auditors.
+"""The `energy/` tables of a finished job as files: written whole from commits, and compared with them.
 
-A ledger and the commits go in, files go to the store. Columns carry their unit in the name and in the field's
-metadata; integers are delta-packed, repeated strings dictionaries, all of it zstd. At most one row group per table
-and a description of each commit are held.
+`energy/<table>/run_id=<job>/date=<UTC day>/part-*.parquet`, at most `PART_ROW_GROUPS` row groups each. What was
+written while the job ran (`live_tables`) is removed once the finished tables are there.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from datetime import date, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from millijoule.pipeline.apportionment import image_energy, sum_or_none
-from millijoule.workers.schemas import SEGMENT_CLASSES, Commit
+from millijoule.pipeline.closure import ClosureRow
+from millijoule.pipeline.energy_rows import DayBlock, EnergyRows, RowReader
+from millijoule.pipeline.energy_schemas import (
+    ENERGY_SCHEMA_VERSION,
+    ENERGY_SCHEMAS,
+    ROW_GROUP_ROWS,
+    open_parquet_writer,
+    run_id_of,
+)
+from millijoule.pipeline.job import JobSpec
+from millijoule.pipeline.layout import ENERGY_PREFIX
+from millijoule.pipeline.ledger import Ledger
+from millijoule.workers.errors import NotFoundError
+from millijoule.workers.schemas import Commit
 from millijoule.workers.storage import Store
-from millijoule.workers.timeline import segment_estimate_mj
 
-if TYPE_CHECKING:
-    from millijoule.pipeline.ledger import Ledger, LedgerEntry
-
-ENERGY_SCHEMA_VERSION = 1
-
-#: Rows per row group: DuckDB's own default, its unit of parallel work.
-ROW_GROUP_ROWS = 122_880
 #: Row groups per `part-*.parquet`.
 PART_ROW_GROUPS = 16
-_READ_THREADS = 16
 
-#: Measured stretches shorter than this are labelled "short": 100 times the counter's own update period (NVML moves
-#: about every 100 ms, RAPL every 1 ms), which keeps the error of one stretch near half a percent.
-SHORT_GPU_NS = 10_000_000_000
-SHORT_CPU_NS = 100_000_000
+#: What a running job writes lies here; readers of partitioned tables skip folders that begin with "_".
+LIVE_PREFIX = f"{ENERGY_PREFIX}_live/"
 
-
-def _field(name: str, kind: pa.DataType, text: str = "", *, nullable: bool = True) -> pa.Field:
-    unit = next((u for u in ("mj", "ns") if name.endswith(f"_{u}")), "")
-    metadata = {"unit": {"mj": "mJ", "ns": "ns"}.get(unit, ""), "description": text}
-    if name == "energy_mj":
-        metadata["otel"] = "hw.energy"
-    return pa.field(name, kind, nullable, {k: v for k, v in metadata.items() if v})
+_PART = re.compile(
+    rf"{ENERGY_PREFIX}(?P<table>{'|'.join(ENERGY_SCHEMAS)})/(?:run_id=(?P<run>[^/]+)/date=(?P<date>[0-9-]+)/)?part-\d+\.parquet"
+)
+_EPOCH_DAY = date(1970, 1, 1)
 
 
-def _schema(table: str, *fields: pa.Field) -> pa.Schema:
-    version = str(ENERGY_SCHEMA_VERSION)
-    return pa.schema(fields, metadata={"millijoule.table": table, "millijoule.schema_version": version})
+class RowGroup(NamedTuple):
+    """Row group `number` of the file `key` of a table."""
+
+    table: str
+    key: str
+    number: int
+    rows: pa.Table
 
 
-_MONO = "CLOCK_MONOTONIC of the host's boot"
+@dataclass(frozen=True)
+class EnergyResult:
+    """What became of the ledger: all closure rows, and the evidence class that follows."""
 
-#: The tables under `energy/`, each in `energy/<name>/part-*.parquet`.
-ENERGY_SCHEMAS = {
-    "counter": _schema(
-        "counter",
-        _field("worker_id", pa.string(), nullable=False),
-        _field("boot_id", pa.string(), nullable=False),
-        _field("epoch", pa.int32(), "grows when a counter of the host was reset", nullable=False),
-        _field("domain", pa.string(), nullable=False),
-        _field("t_mono_ns", pa.int64(), _MONO, nullable=False),
-        _field("t_wall_ns", pa.int64(), "since 1970", nullable=False),
-        _field("read_latency_ns", pa.int64(), "the value is at most this old", nullable=False),
-        _field("energy_mj", pa.int64(), "cumulative, unwrapped", nullable=False),
-    ),
-    "segment": _schema(
-        "segment",
-        _field("segment_id", pa.int64(), "several rows, one per domain; null: a gap between segments"),
-        _field("worker_id", pa.string(), "null: a gap"),
-        _field("segment_class", pa.string(), ", ".join((*SEGMENT_CLASSES, "off")), nullable=False),
-        _field("shard_id", pa.int64()),
-        _field("attempt_id", pa.string()),
-        _field("boot_id", pa.string(), nullable=False),
-        _field("epoch", pa.int32(), "at the open read", nullable=False),
-        _field("t_open_mono_ns", pa.int64(), _MONO, nullable=False),
-        _field("t_close_mono_ns", pa.int64(), _MONO, nullable=False),
-        _field("t_open_wall_ns", pa.int64(), "since 1970"),
-        _field("domain", pa.string(), "null: the worker measured nothing"),
-        _field("energy_mj", pa.int64(), "this worker's share; null: missing"),
-        _field(
-            "quality",
-            pa.string(),
-            "measured, short (near the counter's resolution) or missing",
-            nullable=False,
-        ),
-        _field("energy_estimate_mj", pa.int64(), "modelled; on the segment's first row only"),
-    ),
-    "attempt": _schema(
-        "attempt",
-        _field("shard_id", pa.int64(), nullable=False),
-        _field("attempt_id", pa.string(), nullable=False),
-        _field("outcome", pa.string(), "committed, loser or retry", nullable=False),
-        _field("worker_id", pa.string(), nullable=False),
-        _field("node_id", pa.string()),
-        _field("host", pa.string()),
-        _field("device", pa.string()),
-        _field("driver_epoch", pa.int64()),
-        _field("t_start_wall_ns", pa.int64(), "since 1970"),
-        _field("t_end_wall_ns", pa.int64(), "since 1970"),
-        _field("images_ok", pa.int64()),
-        _field("images_quarantined", pa.int64()),
-        _field("energy_mj", pa.int64(), "the attempt's share of all its domains; null: missing"),
-        _field("energy_estimate_mj", pa.int64(), "modelled"),
-        _field("energy_method", pa.string()),
-        _field("energy_domains", pa.string(), "comma-separated"),
-    ),
-    "image": _schema(
-        "image",
-        _field("prompt_id", pa.string(), nullable=False),
-        _field("image_index", pa.int32(), nullable=False),
-        _field("shard_id", pa.int64(), nullable=False),
-        _field("attempt_id", pa.string(), nullable=False),
-        _field("sha256", pa.string(), "of the encoded image"),
-        _field("energy_direct_mj", pa.int64(), "equal share of the shard; null: missing"),
-        _field(
-            "energy_full_mj",
-            pa.int64(),
-            "direct and an equal share of all overhead; null: something is missing",
-        ),
-        _field("energy_estimate_mj", pa.int64(), "modelled, direct"),
-    ),
-}
+    closure: tuple[ClosureRow, ...]
+    evidence_class: str
 
-_PLAIN_STRINGS = frozenset({"prompt_id", "sha256"})  # all different: a dictionary would be a copy
+    def passed(self, check: str) -> bool | None:
+        """Whether `check` holds wherever it could be made; None where it could not be made at all."""
+        made = [r.passed for r in self.closure if r.check == check and r.passed is not None]
+        return all(made) if made else None
+
+
+def part_key(table: str, run_id: str, day: int, part: int) -> str:
+    """Where part number `part` of a table's rows of a UTC day (days since 1970) lies."""
+    day_text = (_EPOCH_DAY + timedelta(days=day)).isoformat()
+    return f"{ENERGY_PREFIX}{table}/run_id={run_id}/date={day_text}/part-{part:05d}.parquet"
+
+
+def parse_part_key(key: str) -> tuple[str, str, date] | None:
+    """(table, run id, date) of a finished part's key; None for any other key."""
+    match = _PART.fullmatch(key)
+    return (
+        (match["table"], match["run"], date.fromisoformat(match["date"])) if match and match["run"] else None
+    )
+
+
+def row_groups(rows: EnergyRows) -> Iterator[RowGroup]:
+    """All tables of a job as the row groups their files have, `closure` last; at least one group per table."""
+    run_id = run_id_of(rows.job.fingerprint)
+    for table, day_blocks in rows.tables():
+        yield from table_row_groups(table, run_id, day_blocks, rows.job_day)
+
+
+def table_row_groups(
+    table: str, run_id: str, day_blocks: Iterator[DayBlock], empty_day: int
+) -> Iterator[RowGroup]:
+    """One table's blocks as the row groups of its files; without any rows, one empty group of `empty_day`."""
+    written: dict[int, int] = defaultdict(int)
+    for day, group in _regrouped(table, day_blocks, empty_day):
+        n = written[day]
+        written[day] += 1
+        key = part_key(table, run_id, day, n // PART_ROW_GROUPS)
+        yield RowGroup(table, key, n % PART_ROW_GROUPS, group)
+
+
+def _regrouped(table: str, day_blocks: Iterator[DayBlock], empty_day: int) -> Iterator[DayBlock]:
+    """Blocks put together, and cut, to row groups; one empty group where there are no rows."""
+    held: dict[int, list[pa.Table]] = defaultdict(list)
+    counts: dict[int, int] = defaultdict(int)
+    any_rows = False
+    for day, block in day_blocks:
+        held[day].append(block)
+        counts[day] += block.num_rows
+        any_rows = any_rows or block.num_rows > 0
+        if counts[day] >= ROW_GROUP_ROWS:
+            rows = pa.concat_tables(held[day])
+            while rows.num_rows >= ROW_GROUP_ROWS:
+                yield day, _sorted(table, rows.slice(0, ROW_GROUP_ROWS))
+                rows = rows.slice(ROW_GROUP_ROWS)
+            held[day], counts[day] = [rows], rows.num_rows
+    if not any_rows:
+        yield empty_day, ENERGY_SCHEMAS[table].empty_table()
+    for day in sorted(held):
+        rows = pa.concat_tables(held[day])
+        if rows.num_rows:
+            yield day, _sorted(table, rows)
+
+
+def _sorted(table: str, rows: pa.Table) -> pa.Table:
+    """Counter rows one counter after the other: their differences are small, and readers can skip by device."""
+    if table != "counter":
+        return rows
+    return rows.sort_by([(c, "ascending") for c in ("boot_id", "epoch", "domain", "worker_id", "t_mono_ns")])
 
 
 def write_energy_tables(
     store: Store,
+    job: JobSpec,
     ledger: Ledger,
-    commits: Iterable[Commit],
+    commits: Callable[[], Iterable[Commit]],
     read_rows: Callable[[Commit], pa.Table] | None = None,
-) -> None:
-    """Write `energy/<table>/part-*.parquet` for the tables of `ENERGY_SCHEMAS`.
+) -> EnergyResult:
+    """Write all energy tables of a job whose shards are committed, then remove parts they replace.
 
     Args:
         store: the job's output.
+        job: names the tables' run and model.
         ledger: over the segments of all commits and drivers.
-        commits: each committed shard once; read once, without holding the bodies.
+        commits: gives each committed shard once; bodies are not held, so called again for their power.
         read_rows: gives the `IMAGE_ROW_SCHEMA` rows of a commit; default: its `rows_path` in `store`. Called from
             several threads.
 
     Raises:
         StoreError: storage failed. Writing again replaces the same parts.
     """
-    shards: list[Commit] = []
-    _write_parts(store, "counter", _counter_tables(ledger))
-    _write_parts(store, "segment", _segment_tables(ledger))
-    _write_parts(store, "attempt", _attempt_tables(ledger, commits, shards))
-    _write_parts(store, "image", _image_tables(ledger, shards, read_rows or _RowReader(store)))
+    rows = EnergyRows(job, ledger, commits, read_rows or RowReader(store))
+    before = {item.key for item in store.list(ENERGY_PREFIX)}
+    written = write_row_groups(store, row_groups(rows))
+    store.delete(k for k in before - written if k.startswith(LIVE_PREFIX) or _PART.fullmatch(k))
+    return EnergyResult(tuple(rows.closure), rows.evidence_class)
 
 
-@dataclass(frozen=True)
-class _RowReader:
+@dataclass
+class _OpenPart:
+    key: str
+    path: Path
+    writer: pq.ParquetWriter
+
+    def store_in(self, store: Store) -> None:
+        self.writer.close()
+        store.put_file(self.key, self.path)
+        self.path.unlink()
+
+
+@dataclass
+class _PartWriter:
+    """Files being written, one per day of the current table."""
+
     store: Store
+    folder: Path
+    open: dict[str, _OpenPart] = field(default_factory=dict)  # by folder of the key
 
-    def __call__(self, commit: Commit) -> pa.Table:
-        with self.store.open_input(commit.rows_path) as source:
-            return pq.ParquetFile(source).read(columns=["prompt_id", "image_index", "status", "sha256"])
+    def add(self, group: RowGroup) -> None:
+        folder = group.key.rpartition("/")[0]
+        if group.number == 0:
+            if previous := self.open.pop(folder, None):
+                previous.store_in(self.store)
+            path = self.folder / group.key.replace("/", "-")
+            self.open[folder] = _OpenPart(group.key, path, open_parquet_writer(path, group.table))
+        self.open[folder].writer.write_table(group.rows, row_group_size=ROW_GROUP_ROWS)
 
-
-def _counter_tables(ledger: Ledger) -> Iterator[pa.Table]:
-    def rows() -> Iterator[tuple]:
-        latest: dict[
-            str, tuple[str, int]
-        ] = {}  # entries are in order of time: a repeated read follows at once
-        for entry in ledger.entries:
-            for read in (entry.segment.open, entry.segment.close):
-                at = (read.boot_id, read.t_mono_ns)
-                if latest.get(entry.segment.worker_id) == at:
-                    continue
-                latest[entry.segment.worker_id] = at
-                for domain, energy_mj in sorted(read.energy_mj.items()):
-                    yield (
-                        entry.segment.worker_id,
-                        read.boot_id,
-                        read.epoch,
-                        domain,
-                        read.t_mono_ns,
-                        read.t_wall_ns,
-                        read.latency_ns,
-                        energy_mj,
-                    )
-
-    return _tables("counter", rows())
+    def finish(self) -> None:
+        for part in self.open.values():
+            part.store_in(self.store)
+        self.open.clear()
 
 
-def _segment_tables(ledger: Ledger) -> Iterator[pa.Table]:
-    def rows() -> Iterator[tuple]:
-        for segment_id, entry in enumerate(ledger.entries):
-            s = entry.segment
-            who = (segment_id, s.worker_id, entry.segment_class, s.shard_id, s.attempt_id)
-            when = (s.open.boot_id, s.open.epoch, s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
-            duration_ns = s.close.t_mono_ns - s.open.t_mono_ns
-            estimate_mj = segment_estimate_mj(s)
-            for domain, energy_mj in entry.energy_mj.items() or ((None, None),):
-                quality = _quality(domain, energy_mj, duration_ns)
-                yield (*who, *when, domain, energy_mj, quality, estimate_mj)
-                estimate_mj = None
-        for gap in ledger.gaps:
-            quality = _quality(gap.domain, gap.energy_mj, gap.t_close_ns - gap.t_open_ns)
-            where = (gap.boot_id, gap.epoch, gap.t_open_ns, gap.t_close_ns, None)
-            yield (
-                None,
-                None,
-                gap.segment_class,
-                None,
-                None,
-                *where,
-                gap.domain,
-                gap.energy_mj,
-                quality,
-                None,
-            )
-
-    return _tables("segment", rows())
+def write_row_groups(store: Store, groups: Iterator[RowGroup]) -> set[str]:
+    """Write the files of `groups`, each table finished before the next begins; their keys."""
+    written: set[str] = set()
+    table = ""
+    with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
+        parts = _PartWriter(store, Path(scratch))
+        for group in groups:
+            if group.table != table:
+                parts.finish()
+                table = group.table
+            parts.add(group)
+            written.add(group.key)
+        parts.finish()
+    return written
 
 
-def _quality(domain: str | None, energy_mj: int | None, duration_ns: int) -> str:
-    if domain is None or energy_mj is None:
-        return "missing"
-    return (
-        "short" if duration_ns < (SHORT_GPU_NS if domain.startswith("gpu:") else SHORT_CPU_NS) else "measured"
+def compare_energy_tables(
+    store: Store, job: JobSpec, ledger: Ledger, commits: Callable[[], Iterable[Commit]]
+) -> Iterator[str]:
+    """Every difference between the stored energy tables and what commits say, and every exact check that fails."""
+    rows = EnergyRows(job, ledger, commits, RowReader(store))
+    stored = {item.key for item in store.list(ENERGY_PREFIX) if _PART.fullmatch(item.key)}
+    expected: dict[str, int] = {}  # row groups
+    try:
+        for group in row_groups(rows):
+            expected[group.key] = group.number + 1
+            if problem := _compare(store, group):
+                yield problem
+    except (pa.ArrowException, OSError, NotFoundError) as error:
+        yield f"{ENERGY_PREFIX}: cannot be compared, a row table cannot be read: {error}"
+        return
+    for key in sorted(stored - expected.keys()):
+        yield f"{key}: a part that the commits do not make"
+    for key in sorted(stored & expected.keys()):
+        if (found := _num_row_groups(store, key)) not in (None, expected[key]):
+            yield f"{key}: {found} row groups, the commits make {expected[key]}"
+    yield from (
+        f"energy ledger: {row}" for row in rows.closure if row.passed is False and row.tolerance_share == 0
     )
 
 
-def _attempt_tables(ledger: Ledger, commits: Iterable[Commit], shards: list[Commit]) -> Iterator[pa.Table]:
-    """The attempt table; fills `shards` on the way, because commits are read once."""
-
-    def rows() -> Iterator[tuple]:
-        committed: set[tuple[int, str]] = set()
-        for c in commits:
-            shards.append(replace(c, segments=(), files=(), errors={}))  # the rest is small
-            committed.add((c.shard_id, c.attempt_id))
-            energy_mj = ledger.shard_energy_mj(c.shard_id, c.attempt_id)
-            yield (
-                *(
-                    c.shard_id,
-                    c.attempt_id,
-                    "committed",
-                    c.worker_id,
-                    c.node_id,
-                    c.host,
-                    c.device,
-                    c.driver_epoch,
-                ),
-                *(c.t_start_wall_ns, c.t_end_wall_ns, c.images_ok, c.images_quarantined, energy_mj),
-                *(c.energy_estimate_mj, c.energy_method, ",".join(c.energy_domains)),
-            )
-        others: dict[tuple[int, str], list[LedgerEntry]] = defaultdict(list)
-        for entry in ledger.entries:
-            s = entry.segment
-            if s.shard_id is None or s.attempt_id is None or (s.shard_id, s.attempt_id) in committed:
-                continue
-            others[s.shard_id, s.attempt_id].append(entry)
-        for (shard_id, attempt_id), entries in sorted(others.items()):
-            first, last = entries[0].segment, entries[-1].segment
-            yield (
-                *(
-                    shard_id,
-                    attempt_id,
-                    "retry" if last.segment_class == "retry" else "loser",
-                    first.worker_id,
-                ),
-                *(None, None, None, None, first.open.t_wall_ns, last.close.t_wall_ns, None, None),
-                sum_or_none(e.total_mj for e in entries),
-                sum_or_none(segment_estimate_mj(e.segment) for e in entries),
-                *(None, ",".join(sorted({d for e in entries for d in e.energy_mj}))),
-            )
-
-    return _tables("attempt", rows())
+def _compare(store: Store, group: RowGroup) -> str | None:
+    try:
+        with store.open_input(group.key) as source:
+            file = pq.ParquetFile(source)
+            version = (file.schema_arrow.metadata or {}).get(b"millijoule.schema_version", b"none").decode()
+            if version != str(ENERGY_SCHEMA_VERSION):
+                return f"{group.key}: has schema version {version}; run the job again to write it anew"
+            if group.number >= file.num_row_groups:
+                return f"{group.key}: has no row group {group.number}"
+            found = file.read_row_group(group.number)
+    except NotFoundError:
+        return f"{group.key}: missing; run the job again to write it"
+    except (pa.ArrowException, OSError) as error:
+        return f"{group.key}: cannot be read as Parquet: {error}"
+    if found.schema.names != group.rows.schema.names:
+        return f"{group.key}: has columns {found.schema.names}"
+    for name in found.schema.names:
+        if found[name].combine_chunks() != group.rows[name].combine_chunks():
+            return f"{group.key}: column {name} is not what the commits say"
+    return None
 
 
-def _image_tables(
-    ledger: Ledger, shards: list[Commit], read_rows: Callable[[Commit], pa.Table]
-) -> Iterator[pa.Table]:
-    schema = ENERGY_SCHEMAS["image"]
-    n_images = sum(s.images_ok for s in shards)
-    overhead = _overhead_shares(ledger, shards, n_images)
-    begin = 0
-
-    def load(shard: Commit) -> tuple[Commit, pa.Table]:
-        return shard, read_rows(shard)
-
-    with ThreadPoolExecutor(_READ_THREADS) as threads:
-        for start in range(0, len(shards), 4 * _READ_THREADS):
-            for commit, rows in threads.map(load, shards[start : start + 4 * _READ_THREADS]):
-                rows = rows.filter(pc.equal(rows["status"], "ok"))
-                n = rows.num_rows
-                direct = image_energy(ledger.shard_energy_mj(commit.shard_id, commit.attempt_id), n)
-                full = [
-                    None if mj is None or overhead is None else mj + overhead[0] + (begin + i < overhead[1])
-                    for i, mj in enumerate(direct)
-                ]
-                begin += n
-                yield pa.table(
-                    [
-                        rows["prompt_id"],
-                        rows["image_index"],
-                        pa.array([commit.shard_id] * n, pa.int64()),
-                        pa.array([commit.attempt_id] * n, pa.string()),
-                        rows["sha256"],
-                        pa.array(direct, pa.int64()),
-                        pa.array(full, pa.int64()),
-                        pa.array(image_energy(commit.energy_estimate_mj, n), pa.int64()),
-                    ],
-                    schema=schema,
-                )
-
-
-def _overhead_shares(ledger: Ledger, shards: list[Commit], n_images: int) -> tuple[int, int] | None:
-    """Each image's share of all that no image used directly, and how many of the first get 1 mJ more."""
-    total_mj = ledger.summary()["total_mj"]
-    direct = [ledger.shard_energy_mj(s.shard_id, s.attempt_id) for s in shards if s.images_ok]
-    direct_mj = sum_or_none(direct)
-    if total_mj is None or direct_mj is None or not n_images:
-        return None
-    return divmod(total_mj - direct_mj, n_images)
-
-
-def _tables(name: str, rows: Iterator[tuple]) -> Iterator[pa.Table]:
-    """`rows` as tables of at most a row group."""
-    schema = ENERGY_SCHEMAS[name]
-    block: list[tuple] = []
-    for row in rows:
-        block.append(row)
-        if len(block) == ROW_GROUP_ROWS:
-            yield _table(schema, block)
-            block = []
-    yield _table(schema, block)
-
-
-def _table(schema: pa.Schema, rows: list[tuple]) -> pa.Table:
-    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-
-
-def _write_parts(store: Store, name: str, tables: Iterator[pa.Table]) -> None:
-    """Stream `tables` into parts of `PART_ROW_GROUPS` row groups; always at least one part."""
-    schema = ENERGY_SCHEMAS[name]
-    part = 0
-    groups = _regrouped(schema, tables)
-    group = next(groups)
-    while group is not None:
-        with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
-            path = Path(scratch, "part.parquet")
-            with _parquet_writer(path, schema) as writer:
-                for _ in range(PART_ROW_GROUPS):
-                    writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
-                    group = next(groups, None)
-                    if group is None:
-                        break
-            store.put_file(f"energy/{name}/part-{part:05d}.parquet", path)
-        part += 1
-
-
-def _regrouped(schema: pa.Schema, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Small tables put together until they fill a row group; one empty table where there are no rows."""
-    held: list[pa.Table] = [schema.empty_table()]
-    count = 0
-    for table in tables:
-        held.append(table)
-        count += table.num_rows
-        if count >= ROW_GROUP_ROWS:
-            yield pa.concat_tables(held)
-            held, count = [schema.empty_table()], 0
-    yield pa.concat_tables(held)
-
-
-def _parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    strings = [f.name for f in schema if pa.types.is_string(f.type) and f.name not in _PLAIN_STRINGS]
-    numbers = {f.name: "DELTA_BINARY_PACKED" for f in schema if pa.types.is_integer(f.type)}
-    return pq.ParquetWriter(
-        path,
-        schema,
-        compression="zstd",
-        use_dictionary=strings,
-        column_encoding=numbers,
-        write_page_index=True,
-    )
+def _num_row_groups(store: Store, key: str) -> int | None:
+    try:
+        with store.open_input(key) as source:
+            return int(pq.ParquetFile(source).num_row_groups)
+    except (pa.ArrowException, OSError):
+        return None  # reported already

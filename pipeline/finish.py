@@ -21,7 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from millijoule.pipeline.apportionment import apportion
+from millijoule.pipeline.closure import CHECKS
 from millijoule.pipeline.commits import READ_THREADS, read_commits
+from millijoule.pipeline.energy_tables import EnergyResult, write_energy_tables
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.layout import (
     MANIFEST_KEY,
@@ -30,11 +33,11 @@ from millijoule.pipeline.layout import (
     STATS_KEY,
     SUCCESS_KEY,
 )
-from millijoule.pipeline.ledger import Ledger, apportion, build_ledger, write_energy_tables
+from millijoule.pipeline.ledger import Ledger, build_ledger
 from millijoule.pipeline.retry import JobShards
 from millijoule.workers.contact_sheet import draw_contact_sheet
 from millijoule.workers.readers import read_images
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, Segment
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, Segment
 from millijoule.workers.storage import Store
 
 log = logging.getLogger(__name__)
@@ -102,9 +105,12 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
             for table in merged(manifest_tables(store, shards, ledger, totals)):
                 writer.write_table(table)
         store.put_file(MANIFEST_KEY, path)
-    write_energy_tables(store, ledger, read_commits(store, n_shards))
+    energy = write_energy_tables(store, job, ledger, lambda: read_commits(store, n_shards))
+    for row in energy.closure:
+        if row.passed is False:
+            log.warning("energy ledger: %s", row)
     write_preview(store, shards)
-    stats = summarise(job, totals, ledger)
+    stats = summarise(job, totals, ledger, energy)
     store.put(STATS_KEY, json.dumps(stats, indent=2, ensure_ascii=False).encode() + b"\n")
     success = {"fingerprint": job.fingerprint, "shards": n_shards, "images_ok": totals.images_ok}
     store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
@@ -171,16 +177,11 @@ def load_ledger(store: Store, n_shards: int) -> Ledger:
         segments.extend(commit.segments)
         winners[commit.shard_id] = commit.attempt_id
     for item in store.list(SEGMENTS_PREFIX):
-        segments.extend(segment_from_dict(s) for s in json.loads(store.get(item.key)))
+        segments.extend(Segment.from_dict(s) for s in json.loads(store.get(item.key)))
     return build_ledger(segments, winners)
 
 
-def segment_from_dict(raw: dict[str, Any]) -> Segment:
-    """Inverse of `dataclasses.asdict` for a segment."""
-    return Segment(**{**raw, "open": CounterRead(**raw["open"]), "close": CounterRead(**raw["close"])})
-
-
-def summarise(job: JobSpec, totals: Totals, ledger: Ledger) -> dict[str, Any]:
+def summarise(job: JobSpec, totals: Totals, ledger: Ledger, tables: EnergyResult) -> dict[str, Any]:
     """The content of `stats.json`: counts, speed, and energy with its method; null where nothing was measured."""
     seconds = None
     if totals.first_start_ns is not None and totals.last_end_ns is not None:
@@ -204,6 +205,8 @@ def summarise(job: JobSpec, totals: Totals, ledger: Ledger) -> dict[str, Any]:
         "images_per_node": dict(sorted(totals.per_node.items())),
         "energy_methods": dict(sorted(totals.energy_methods.items())),
         "energy": energy,
+        "evidence_class": tables.evidence_class,
+        "closure": {check: tables.passed(check) for check in CHECKS},
         "direct_mj_per_image": _per_image(energy.get("shard_mj"), ok),
         "full_mj_per_image": _per_image(energy.get("total_mj"), ok),
         "direct_estimate_mj_per_image": _per_image(energy["estimate_mj"].get("shard"), ok),

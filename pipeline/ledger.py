@@ -22,26 +22,11 @@ from millijoule.pipeline.apportionment import (
     Claim,
     Reading,
     Run,
-    apportion,
-    image_energy,
     split_counter,
     sum_or_none,
 )
-from millijoule.pipeline.energy_tables import ENERGY_SCHEMAS, write_energy_tables
 from millijoule.workers.schemas import SEGMENT_CLASSES, CounterRead, Segment
 from millijoule.workers.timeline import segment_estimate_mj
-
-__all__ = [
-    "ENERGY_SCHEMAS",
-    "Ledger",
-    "LedgerEntry",
-    "LedgerGap",
-    "LedgerRun",
-    "apportion",
-    "build_ledger",
-    "image_energy",
-    "write_energy_tables",
-]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,19 @@ def edit_manifest(folder: Path, change) -> None:
     pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
 
 
+def edit_energy(folder: Path, table: str, change) -> None:
+    path = one(folder, f"energy/{table}/*/*/part-*.parquet")
+    rows = pq.ParquetFile(path).read()
+    edited = rows.to_pylist()
+    change(edited)
+    pq.write_table(pa.Table.from_pylist(edited, rows.schema), path)
+
+
+def copy_part(folder: Path) -> None:
+    path = one(folder, "energy/image/*/*/part-*.parquet")
+    path.with_name("part-00001.parquet").write_bytes(path.read_bytes())
+
+
 def flip_a_byte(folder: Path) -> None:
     path = max((p for p in (folder / "data").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
@@ -72,6 +85,12 @@ DAMAGE = {
     "a manifest prompt changed": lambda f: edit_manifest(f, lambda rows: rows[3].update(prompt="other")),
     "a manifest energy changed": lambda f: edit_manifest(f, lambda rows: rows[3].update(energy_mj=1)),
     "a manifest that is not Parquet": lambda f: (f / "manifest.parquet").write_bytes(b"x" * 100),
+    "an energy part missing": lambda f: one(f, "energy/segment/*/*/part-*.parquet").unlink(),
+    "an energy part that is not Parquet": lambda f: one(f, "energy/env/*/*/*.parquet").write_bytes(b"x"),
+    "an energy part twice": copy_part,
+    "an energy row dropped": lambda f: edit_energy(f, "image", lambda rows: rows.pop()),
+    "an energy changed": lambda f: edit_energy(f, "attempt", lambda rows: rows[0].update(energy_mj=1)),
+    "a failed check hidden": lambda f: edit_energy(f, "closure", lambda rows: rows[0].update(passed=True)),
     "a missing _SUCCESS": lambda f: (f / "_SUCCESS").unlink(),
     "a foreign _SUCCESS": lambda f: (f / "_SUCCESS").write_text("{}"),
 }

@@ -1,41 +1,15 @@
-import io
 import json
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.ledgers import GPU, SECOND, chain, commit, read, segment
 
-from millijoule.pipeline.apportionment import MAX_GAP_NS
-from millijoule.pipeline.energy_tables import ENERGY_SCHEMAS
-from millijoule.pipeline.ledger import apportion, build_ledger, image_energy, write_energy_tables
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, ImageRequest, ImageRow, Segment
-from millijoule.workers.storage import open_store
-
-SECOND = 1_000_000_000
-GPU = "gpu:GPU-1"
-
-
-def read(t, mj=None, *, epoch=0, boot="boot", estimate=None, **more):
-    """A read at second `t`; `mj` of the GPU, more domains by keyword."""
-    energy = ({} if mj is None else {GPU: mj}) | more
-    return CounterRead(boot, int(t * SECOND), int(t * SECOND), 1000, energy, estimate, epoch)
-
-
-def segment(open_, close, kind="shard", worker="w1", shard=1, attempt="a1"):
-    if kind in ("load", "warmup", "idle", "gap"):
-        shard = attempt = None
-    return Segment(worker, kind, open_, close, shard, attempt)
-
-
-def chain(reads, kinds, worker="w1", shard=1):
-    pairs = pairwise(reads)
-    return [segment(a, b, kind, worker, shard) for (a, b), kind in zip(pairs, kinds, strict=True)]
+from millijoule.pipeline.apportionment import MAX_GAP_NS, apportion, image_energy
+from millijoule.pipeline.ledger import build_ledger
+from millijoule.workers.schemas import Commit, CounterRead
 
 
 def totals(ledger):
@@ -337,131 +311,7 @@ def test_c2_images_and_overhead_are_everything(segments, n_images):
     assert (summary["shard_mj"] is None) == (not direct or None in direct)
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def commit(shard, attempt, images_ok, rows_path, segments=(), estimate=None):
-    return Commit(
-        shard_id=shard,
-        attempt_id=attempt,
-        driver_epoch=1,
-        worker_id="w1",
-        node_id="n1",
-        host="h1",
-        device="GPU-1",
-        plan_fingerprint="f",
-        model_sha256="m",
-        files=(),
-        rows_path=rows_path,
-        images_ok=images_ok,
-        images_quarantined=1,
-        errors={"bad": 1},
-        t_start_wall_ns=1,
-        t_end_wall_ns=2,
-        energy_mj=None,
-        energy_domains=(GPU,),
-        energy_estimate_mj=estimate,
-        energy_method="nvml-counter",
-        segments=tuple(segments),
-    )
-
-
-@pytest.fixture
-def output(tmp_path):
-    return open_store(str(tmp_path / "out"))
-
-
-def put_rows(store, key, shard, n):
-    rows = [ImageRow(ImageRequest(f"p{shard}-{i}", 0, "x", 1), "ok", sha256=f"{i:064x}") for i in range(n)]
-    rows.append(ImageRow(ImageRequest(f"p{shard}-bad", 0, "x", 1), "quarantined", error="bad"))
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([r.as_record() for r in rows], schema=IMAGE_ROW_SCHEMA), sink)
-    store.put(key, sink.getvalue())
-
-
-def load(tmp_path, name):
-    parts = sorted((tmp_path / "out/energy" / name).glob("part-*.parquet"))
-    return pa.concat_tables(pq.read_table(p) for p in parts)
-
-
-def test_the_tables_close_to_the_millijoule(tmp_path, output):
-    reads = [
-        read(0, 0, estimate=0),
-        read(5, 40, estimate=3),
-        read(25, 1043, estimate=7),
-        read(26, 1050, estimate=7),
-    ]
-    reads.append(read(46, 2100, estimate=20))
-    kinds = ["load", "shard", "idle", "shard"]
-    segments = [replace(s, shard_id=n if s.shard_id else None) for n, s in enumerate(chain(reads, kinds))]
-    waste = segment(read(46, 2100, estimate=0), read(50, 2200, estimate=1), "loser", "w2", 3, "a2")
-    commits = [commit(n, "a1", 3, f"rows-{n}", segments, estimate=5) for n in (1, 3)]
-    for n in (1, 3):
-        put_rows(output, f"rows-{n}", n, 3)
-    ledger = build_ledger([*segments, waste])
-    write_energy_tables(output, ledger, iter(commits))
-
-    tables = {name: load(tmp_path, name) for name in ENERGY_SCHEMAS}
-    assert {name: t.num_rows for name, t in tables.items()} == {
-        "counter": 7,
-        "segment": 5,
-        "attempt": 3,
-        "image": 6,
-    }
-    image = tables["image"].to_pylist()
-    assert [r["energy_direct_mj"] for r in image] == [335, 334, 334, 350, 350, 350]
-    assert sum(r["energy_full_mj"] for r in image) == ledger.summary()["total_mj"] == 2200
-    assert sum(r["energy_estimate_mj"] for r in image) == 10
-    assert sum(tables["segment"]["energy_mj"].to_pylist()) == 2200
-    assert tables["segment"]["quality"].to_pylist() == ["short", "measured", "short", "measured", "short"]
-    attempts = {(r["shard_id"], r["attempt_id"]): r for r in tables["attempt"].to_pylist()}
-    assert attempts[3, "a2"]["outcome"] == "loser"
-    assert attempts[3, "a2"]["energy_mj"] == 100
-    assert attempts[1, "a1"]["energy_mj"] == 1003
-
-
-def test_missing_energy_is_null_in_every_table(tmp_path, output):
-    put_rows(output, "rows", 1, 2)
-    unread = segment(read(0), read(1))
-    write_energy_tables(output, build_ledger([unread]), [commit(1, "a1", 2, "rows", [unread])])
-    assert load(tmp_path, "segment").select(["domain", "energy_mj", "quality"]).to_pylist() == [
-        {"domain": None, "energy_mj": None, "quality": "missing"}
-    ]
-    assert load(tmp_path, "attempt")["energy_mj"].to_pylist() == [None]
-    for name in ("energy_direct_mj", "energy_full_mj", "energy_estimate_mj"):
-        assert load(tmp_path, "image")[name].to_pylist() == [None, None]
-    assert load(tmp_path, "counter").num_rows == 0
-
-
-def test_table_files_say_what_they_are(tmp_path, output):
-    write_energy_tables(output, build_ledger(chain([read(0, 0), read(1, 5)], ["load"])), [])
-    for name, schema in ENERGY_SCHEMAS.items():
-        path = Path(tmp_path, "out/energy", name, "part-00000.parquet")
-        stored = pq.read_schema(path)
-        assert stored.equals(schema)
-        assert stored.metadata[b"millijoule.table"] == name.encode()
-        assert stored.metadata[b"millijoule.schema_version"] == b"1"
-        for column in stored:
-            if column.name.endswith(("_mj", "_ns")):
-                assert column.metadata[b"unit"] in (b"mJ", b"ns")
-    counter = pq.ParquetFile(tmp_path / "out/energy/counter/part-00000.parquet").metadata.row_group(0)
-    columns = {counter.column(i).path_in_schema: counter.column(i) for i in range(counter.num_columns)}
-    assert "DELTA_BINARY_PACKED" in columns["t_mono_ns"].encodings
-    assert "RLE_DICTIONARY" in columns["worker_id"].encodings
-    assert columns["energy_mj"].compression == "ZSTD"
-
-
-def test_many_rows_become_several_row_groups_and_parts(tmp_path, output, monkeypatch):
-    monkeypatch.setattr("millijoule.pipeline.energy_tables.ROW_GROUP_ROWS", 10)
-    monkeypatch.setattr("millijoule.pipeline.energy_tables.PART_ROW_GROUPS", 2)
-    reads = [read(i, 10 * i) for i in range(46)]
-    write_energy_tables(output, build_ledger(chain(reads, ["idle"] * 45)), [])
-    parts = sorted((tmp_path / "out/energy/segment").iterdir())
-    assert [pq.read_metadata(p).num_rows for p in parts] == [20, 20, 5]
-    assert sum(load(tmp_path, "segment")["energy_mj"].to_pylist()) == 450
-
-
 def test_a_commit_read_back_from_json_gives_the_same_ledger():
     segments = chain([read(0, 0, estimate=1), read(1, 5, estimate=2)], ["shard"])
-    stored = Commit.from_json(json.dumps(json.loads(commit(1, "a1", 1, "r", segments).to_json())).encode())
+    stored = Commit.from_json(json.dumps(json.loads(commit(1, "a1", 1, segments).to_json())).encode())
     assert build_ledger(stored.segments) == build_ledger(segments)

@@ -15,7 +15,7 @@ from millijoule.pipeline.retry import JobShards, load_job_shards
 from millijoule.workers.attempt import AttemptRunner, Where
 from millijoule.workers.generator import Generator
 from millijoule.workers.lease import WorkerConfig
-from millijoule.workers.meter import open_meter
+from millijoule.workers.meter import EnergyMeter, open_meter
 from millijoule.workers.storage import Store, expand_inputs, open_store
 from millijoule.workers.timeline import SegmentTimeline
 
@@ -52,30 +52,37 @@ def plan(
 
 
 def runner(
-    store: Store, job: JobSpec, epoch: int, generator: Generator | None = None, worker: str = "w1"
+    store: Store,
+    job: JobSpec,
+    epoch: int,
+    generator: Generator | None = None,
+    worker: str = "w1",
+    meter: EnergyMeter | None = None,
 ) -> AttemptRunner:
     """A worker's half of the protocol."""
     config = WorkerConfig(
         store.url, job.fingerprint, job.job_seed, job.output_format, "plain", MODEL_SHA256, epoch
     )
-    meter = open_meter()
+    meter = meter or open_meter()
     return AttemptRunner(
         config,
         store,
         generator or Plain("cpu"),
         meter,
         SegmentTimeline(worker, meter),
-        Where(worker, "node", "host", "cpu"),
+        Where(worker, "node", "host", "cpu" if meter.method != "nvml-counter" else "GPU-1"),
         lambda images: None,
     )
 
 
-def work(store: Store, job: JobSpec, generator: Generator | None = None) -> JobShards:
+def work(
+    store: Store, job: JobSpec, generator: Generator | None = None, meter: EnergyMeter | None = None
+) -> JobShards:
     """Lease and run everything that is left, then finish the job."""
     shards = load_job_shards(store, job)
     epoch = open_epoch(store, exclusive=True)
     coordinator = Coordinator(shards, list_committed(store, len(shards)), 60.0, epoch)
-    attempts = runner(store, job, epoch, generator)
+    attempts = runner(store, job, epoch, generator, f"w{epoch}", meter)
     while (lease := coordinator.next_lease("w1", 0.0)) is not None:
         result = attempts.run(lease)
         coordinator.complete(lease.attempt_id, result.lease.shard.shard_id, 1.0)

@@ -1,0 +1,143 @@
+"""`millijoule query`: a question by name, or any SQL, over the energy tables of one or many jobs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from millijoule.jobs.entry import COMPLETE, run_command
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Format = Literal["table", "csv", "json", "parquet"]
+
+
+@dataclass(frozen=True)
+class QueryOptions:
+    """Ask the energy tables of finished or running jobs: a question by name (--list shows them), or SQL for DuckDB.
+
+    The tables counter, power, segment, attempt, image, env and closure hold the rows of all outputs given, told apart
+    by run_id (the job), date (UTC) and output. Needs the extra `report`.
+    """
+
+    query: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|SQL")] = ""
+    """Name of a question, or SQL."""
+
+    outputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="OUTPUT ...")] = ()
+    """Output folders or s3:// URLs of jobs."""
+
+    format: Format = "table"
+    """How rows are printed; json is one object per line."""
+
+    param: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
+    """Values of the query's $NAME parameters, such as price_per_kwh=0.30."""
+
+    save: str | None = None
+    """File to write instead of printing."""
+
+    list: bool = False
+    """Show the questions there are, and end."""
+
+
+def run(options: QueryOptions) -> int:
+    from millijoule.pipeline.query import named_queries, open_tables, run_query
+    from millijoule.workers.errors import InputError
+    from millijoule.workers.storage import open_store
+
+    if options.list:
+        for query in named_queries().values():
+            print(f"{query.name:<28} {query.help}")
+        return COMPLETE
+    if not options.query or not options.outputs:
+        raise InputError("give a question or SQL, and at least one output folder; --list shows the questions")
+    params = parse_params(options.param)
+    with open_tables([open_store(url) for url in dict.fromkeys(options.outputs)]) as connection:
+        rows = run_query(connection, options.query, params)
+    data = encode(rows, options.format)
+    if options.save is not None:
+        try:
+            Path(options.save).write_bytes(data)
+        except OSError as error:
+            raise InputError(f"--save {options.save}: {error.strerror}") from error
+    else:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    return COMPLETE
+
+
+def parse_params(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`("pue=1.2", "host=h1")` -> {"pue": 1.2, "host": "h1"}; raises InputError."""
+    from millijoule.workers.errors import InputError
+
+    params: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise InputError(f"--param {pair}: NAME=VALUE, such as pue=1.2")
+        params[name] = _number_or_text(value)
+    return params
+
+
+def _number_or_text(value: str) -> int | float | str:
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value
+
+
+def encode(rows: pa.Table, format: Format) -> bytes:
+    """`rows` as the bytes to print."""
+    import io
+    import json
+
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    if format == "parquet":
+        pq.write_table(rows, sink, compression="zstd")
+    elif format == "csv":
+        pyarrow.csv.write_csv(rows, sink)
+    elif format == "json":
+        for row in rows.to_pylist():
+            sink.write(json.dumps(row, default=str, ensure_ascii=False).encode() + b"\n")
+    else:
+        sink.write(as_text(rows).encode())
+    return sink.getvalue()
+
+
+def as_text(rows: pa.Table) -> str:
+    """`rows` in aligned columns, numbers to the right, missing values as "-"; the number of rows last."""
+    columns = []
+    for name, column in zip(rows.column_names, rows.columns, strict=True):
+        values = column.to_pylist()
+        cells = [_cell(v) for v in values]
+        width = max(map(len, [name, *cells]))
+        right = any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+        columns.append([c.rjust(width) if right else c.ljust(width) for c in [name, *cells]])
+    lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+    return "\n".join([*lines, f"({rows.num_rows} {'row' if rows.num_rows == 1 else 'rows'})", ""])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )  # prompts are untrusted
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("query", QueryOptions, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

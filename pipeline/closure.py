@@ -1,0 +1,322 @@
+"""Does the ledger close? Six checks, and the evidence class that follows from them.
+
+    C1  per counter (boot, epoch, domain): segments and gaps = the counter's growth           exact
+    C2  per job: energy of images + everything no image used = segments and gaps              exact
+        per job: full energies of all images = everything used while the job ran              exact
+    C3  per node: its devices and the declared rest = the node's own meter                    tolerance
+    C4  per device: the counter's growth = the integral of its power                          tolerance
+    C5  per job: one committed attempt per shard, one segment per such attempt, its images    exact
+    C6  per host: the wall clock and the monotonic clock ran alike                            tolerance
+
+A check that cannot be made says so (`passed` None): it is neither passed nor failed. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+from millijoule.pipeline.apportionment import sum_or_none
+from millijoule.pipeline.ledger import Ledger
+from millijoule.workers.schemas import Commit
+
+CHECKS = ("C1", "C2", "C3", "C4", "C5", "C6")
+
+#: Checks that must hold to the millijoule.
+EXACT_CHECKS = ("C1", "C2", "C5")
+
+#: C4: one study of an L4 found 16 %, board makers state 5 %; the smaller is where trust begins.
+POWER_TOLERANCE_SHARE = 0.05
+#: C4 compares stretches of at least this length: shorter ones say more about sampling than about the sensor.
+POWER_BLOCK_NS = 60_000_000_000
+#: C4 leaves out blocks in which power was not sampled for longer than this.
+MAX_SAMPLE_GAP_NS = 5_000_000_000
+#: C6: a shard of a second needs its times to about 50 ms.
+CLOCK_TOLERANCE_NS = 50_000_000
+
+
+@dataclass(frozen=True)
+class ClosureRow:
+    """One check of one thing; a row of the `closure` table. `tolerance_share` 0 means exact."""
+
+    check: str
+    scope: str
+    expected_mj: int | None
+    found_mj: int | None
+    tolerance_share: float | None
+    passed: bool | None
+    note: str
+    residual_ns: int | None = None
+    tolerance_ns: int | None = None
+
+    @property
+    def residual_mj(self) -> int | None:
+        return None if self.expected_mj is None or self.found_mj is None else self.found_mj - self.expected_mj
+
+    @property
+    def residual_share(self) -> float | None:
+        return (
+            None if self.residual_mj is None or not self.expected_mj else self.residual_mj / self.expected_mj
+        )
+
+    def as_tuple(self) -> tuple:
+        """Values in the order of the `closure` table's columns."""
+        return (
+            *(self.check, self.scope, self.expected_mj, self.found_mj, self.residual_mj, self.residual_share),
+            *(self.tolerance_share, self.residual_ns, self.tolerance_ns, self.passed, self.note),
+        )
+
+    def __str__(self) -> str:
+        verdict = {True: "holds", False: "FAILS", None: "not applicable"}[self.passed]
+        return f"{self.check} {verdict} for {self.scope}: {self.note}"
+
+
+#: Per boot and domain the times (CLOCK_MONOTONIC, ns) and values (mW) of power samples, in any order.
+PowerSeries = dict[tuple[str, str], tuple["array[int]", "array[int]"]]
+
+
+@dataclass
+class ImageTotals:
+    """What the image table holds, gathered while it is written."""
+
+    images: Counter[tuple[int, str]] = field(default_factory=Counter)  # per shard and attempt
+    charged: set[tuple[int, str]] = field(default_factory=set)  # attempts whose images have direct energy
+    direct_mj: int = 0
+    full_mj: int | None = 0  # None once an image has none
+
+    def add(
+        self, shard_id: int, attempt_id: str, direct: Sequence[int | None], full: Sequence[int | None]
+    ) -> None:
+        self.images[shard_id, attempt_id] += len(direct)
+        known = sum_or_none(direct)
+        if known is not None:
+            self.direct_mj += known
+            self.charged.add((shard_id, attempt_id))
+        if direct:
+            whole = sum_or_none(full)
+            self.full_mj = None if whole is None or self.full_mj is None else self.full_mj + whole
+
+
+def close_ledger(
+    ledger: Ledger, commits: Sequence[Commit], images: ImageTotals, power: PowerSeries
+) -> list[ClosureRow]:
+    """All checks over one job.
+
+    Args:
+        ledger: over the segments of all commits and drivers.
+        commits: each committed shard once; bodies may be stripped of segments and files.
+        images: of the image table.
+        power: samples of every device's power.
+    """
+    return [
+        *_counters(ledger),
+        *_images(ledger, images),
+        ClosureRow("C3", "node", None, None, None, None, "no node meter is read"),
+        *_power(ledger, power),
+        _attempts(ledger, commits, images),
+        *_clocks(ledger),
+    ]
+
+
+def evidence_class(closure: Iterable[ClosureRow], commits: Sequence[Commit]) -> str:
+    """What a job's energy figures rest on, "E0" to "E3"; computed, never stated by hand.
+
+    E0: modelled, or not measured in full, or an exact check does not hold. E1: every device's own counter. E2: and a
+    second source in the device agrees (C4). E3: and a node meter closes (C3). E4, a calibrated external meter and a
+    repeat by somebody else, is nothing a job can find out about itself.
+    """
+    passed: dict[str, set[bool | None]] = defaultdict(set)
+    for row in closure:
+        passed[row.check].add(row.passed)
+    if any(passed[check] != {True} for check in EXACT_CHECKS) or not all(map(_own_counter, commits)):
+        return "E0"
+    if passed["C4"] != {True}:
+        return "E1"
+    return "E3" if passed["C3"] == {True} else "E2"
+
+
+def _own_counter(commit: Commit) -> bool:
+    """Whether the device that made the shard was read itself."""
+    kind = "cpu:" if commit.device == "cpu" else "gpu:"
+    return any(d.startswith(kind) for d in commit.energy_domains)
+
+
+def _exact(check: str, scope: str, expected_mj: int | None, found_mj: int | None, note: str) -> ClosureRow:
+    comparable = expected_mj is not None and found_mj is not None
+    return ClosureRow(
+        check, scope, expected_mj, found_mj, 0.0, expected_mj == found_mj if comparable else None, note
+    )
+
+
+def _counters(ledger: Ledger) -> list[ClosureRow]:
+    grown: Counter[tuple[str, int, str]] = Counter()
+    stretches: Counter[tuple[str, int, str]] = Counter()
+    held: Counter[tuple[str, int, str]] = Counter()
+    for run in ledger.runs:
+        key = (run.boot_id, run.epoch, run.domain)
+        grown[key] += run.run.energy_mj
+        stretches[key] += 1
+    for entry in ledger.entries:
+        for domain, mj in entry.energy_mj.items():
+            held[entry.segment.open.boot_id, entry.segment.open.epoch, domain] += mj or 0
+    for gap in ledger.gaps:
+        held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
+    if not stretches:
+        return [ClosureRow("C1", "counter", None, None, 0.0, None, "no counter was read")]
+    return [
+        _exact(
+            *("C1", f"{key[2]} boot {key[0]} epoch {key[1]}", grown[key], held[key]),
+            f"stretches without a reset: {stretches[key]}"
+            if key in stretches
+            else "no reading belongs to it",
+        )
+        for key in sorted(stretches.keys() | {k for k, mj in held.items() if mj})
+    ]
+
+
+def _images(ledger: Ledger, images: ImageTotals) -> list[ClosureRow]:
+    measured = sum(e.known_mj for e in ledger.entries) + sum(g.energy_mj for g in ledger.gaps)
+    overhead = sum(g.energy_mj for g in ledger.gaps)
+    for entry in ledger.entries:
+        key = (entry.segment.shard_id, entry.segment.attempt_id)
+        if entry.segment_class != "shard" or key not in images.charged:
+            overhead += entry.known_mj
+    off = sum(g.energy_mj for g in ledger.gaps if g.segment_class == "off")
+    n = images.images.total()
+    anything = bool(ledger.runs)
+    return [
+        _exact(
+            *(
+                "C2",
+                "job, direct",
+                measured if anything else None,
+                images.direct_mj + overhead if anything else None,
+            ),
+            f"images and overhead against segments and gaps; images: {n}"
+            if anything
+            else "no counter was read",
+        ),
+        _exact(
+            *("C2", "job, full", measured - off if ledger.complete else None, images.full_mj if n else None),
+            "full energies of all images against everything used while the job ran"
+            if ledger.complete and images.full_mj is not None and n
+            else "something was not measured, or there is no image",
+        ),
+    ]
+
+
+def _attempts(ledger: Ledger, commits: Sequence[Commit], images: ImageTotals) -> ClosureRow:
+    committed = Counter((c.shard_id, c.attempt_id) for c in commits)
+    shards = Counter(c.shard_id for c in commits)
+    segments = Counter(
+        (e.segment.shard_id, e.segment.attempt_id) for e in ledger.entries if e.segment_class == "shard"
+    )
+    problems = [f"shard {s} is committed {n} times" for s, n in shards.items() if n != 1]
+    problems += [
+        f"shard {s}: {segments[s, a]} segments of attempt {a}" for s, a in committed if segments[s, a] != 1
+    ]
+    problems += [
+        f"shard {s}: attempt {a} is charged but not committed" for s, a in segments if (s, a) not in committed
+    ]
+    problems += [
+        f"shard {c.shard_id}: {images.images[c.shard_id, c.attempt_id]} images, the commit says {c.images_ok}"
+        for c in commits
+        if images.images[c.shard_id, c.attempt_id] != c.images_ok
+    ]
+    note = f"shards: {len(shards)}, images: {images.images.total()}, violations: {len(problems)}"
+    return ClosureRow(
+        "C5", "job", None, None, 0.0, not problems, "; ".join([note, *problems[:3]]) if problems else note
+    )
+
+
+def _power(ledger: Ledger, power: PowerSeries) -> list[ClosureRow]:
+    if not power:
+        return [_unknown_power("device", "power was not sampled")]
+    rows = []
+    for key, stretches in sorted(_readings(ledger).items()):
+        if key[1].startswith("gpu:"):
+            samples = sorted(set(zip(*power.get(key, ((), ())), strict=True)))
+            rows.append(_power_of(f"{key[1]} boot {key[0]}", stretches, samples))
+    return rows or [_unknown_power("device", "no GPU counter was read")]
+
+
+def _unknown_power(scope: str, note: str) -> ClosureRow:
+    return ClosureRow("C4", scope, None, None, POWER_TOLERANCE_SHARE, None, note)
+
+
+def _readings(ledger: Ledger) -> Mapping[tuple[str, str], list[list[tuple[int, int]]]]:
+    """Per boot and domain the (time ns, counter mJ) readings of each stretch without a reset."""
+    seen: dict[tuple[str, int, str], set[tuple[int, int]]] = defaultdict(set)
+    for entry in ledger.entries:
+        for read in (entry.segment.open, entry.segment.close):
+            for domain, mj in read.energy_mj.items():
+                seen[read.boot_id, read.epoch, domain].add((read.t_mono_ns, mj))
+    stretches: dict[tuple[str, str], list[list[tuple[int, int]]]] = defaultdict(list)
+    for run in ledger.runs:
+        first, last = tuple(run.run.first), tuple(run.run.last)
+        inside = [r for r in sorted(seen[run.boot_id, run.epoch, run.domain]) if first <= r <= last]
+        stretches[run.boot_id, run.domain].append(inside)
+    return stretches
+
+
+def _power_of(
+    scope: str, stretches: list[list[tuple[int, int]]], samples: list[tuple[int, int]]
+) -> ClosureRow:
+    """C4 of one device: blocks of at least `POWER_BLOCK_NS` between counter readings, where power is known."""
+    integral_mj, counter_mj, blocks, worst = 0.0, 0, 0, 0.0
+    at = [t for t, _ in samples]
+    energy = [0.0, *accumulate((b[0] - a[0]) * (a[1] + b[1]) / 2e9 for a, b in pairwise(samples))]
+    for readings in stretches:
+        begin = 0
+        for end in range(len(readings)):
+            (t0, mj0), (t1, mj1) = readings[begin], readings[end]
+            if t1 - t0 < POWER_BLOCK_NS:
+                continue
+            begin = end
+            i, j = bisect_left(at, t0), bisect_left(at, t1)
+            inner = [t0, *at[i:j], t1]
+            if (
+                i == j
+                or not at[0] <= t0
+                or t1 > at[-1]
+                or max(b - a for a, b in pairwise(inner)) > MAX_SAMPLE_GAP_NS
+            ):
+                continue
+            block_mj = _energy_at(samples, energy, at, t1) - _energy_at(samples, energy, at, t0)
+            integral_mj, counter_mj, blocks = integral_mj + block_mj, counter_mj + mj1 - mj0, blocks + 1
+            worst = max(worst, abs(mj1 - mj0 - block_mj) / block_mj) if block_mj else worst
+    if not blocks or not integral_mj:
+        return _unknown_power(scope, "power was not sampled for a minute")
+    passed = abs(counter_mj - integral_mj) <= POWER_TOLERANCE_SHARE * integral_mj
+    note = f"counter against power (NVML 186); blocks: {blocks}, worst block: {worst:.1%}"
+    return ClosureRow("C4", scope, round(integral_mj), counter_mj, POWER_TOLERANCE_SHARE, passed, note)
+
+
+def _energy_at(samples: list[tuple[int, int]], energy: list[float], at: list[int], t_ns: int) -> float:
+    """Integral of the power samples up to `t_ns`, which lies between two of them; millijoules."""
+    i = min(max(bisect_left(at, t_ns), 1), len(at) - 1)
+    (t0, p0), (t1, p1) = samples[i - 1], samples[i]
+    p = p0 + (p1 - p0) * (t_ns - t0) / (t1 - t0) if t1 > t0 else p0
+    return energy[i - 1] + (t_ns - t0) * (p0 + p) / 2e9
+
+
+def _clocks(ledger: Ledger) -> list[ClosureRow]:
+    offsets: dict[str, tuple[int, int]] = {}
+    for entry in ledger.entries:
+        for read in (entry.segment.open, entry.segment.close):
+            offset = read.t_wall_ns - read.t_mono_ns
+            low, high = offsets.get(read.boot_id, (offset, offset))
+            offsets[read.boot_id] = min(low, offset), max(high, offset)
+    return [
+        ClosureRow(
+            *("C6", f"boot {boot_id}", None, None, None, high - low <= CLOCK_TOLERANCE_NS),
+            f"wall clock moved {(high - low) / 1e6:.3f} ms; between hosts it is not known",
+            residual_ns=high - low,
+            tolerance_ns=CLOCK_TOLERANCE_NS,
+        )
+        for boot_id, (low, high) in sorted(offsets.items())
+    ]

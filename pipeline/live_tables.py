@@ -1,0 +1,193 @@
+"""Energy tables of a job that is still running: what its commits and drivers reported, flush by flush.
+
+The driver writes counter, segment and attempt rows under `energy/_live/`, at every flush of its other records, so a
+crash loses at most one flush interval of them; nothing depends on them, commits stay the truth. A file grows until it
+is worth one, then the next begins. Workers that share a counter cannot be told apart before all of them have
+reported: these segments carry their worker's own difference (`quality` "undivided"), and `read_live_segments` gives
+them back as segments for the ledger to divide. The finished tables replace all of it.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from millijoule.pipeline.energy_rows import EnergyRows, committed_attempt, read_rows
+from millijoule.pipeline.energy_schemas import ROW_GROUP_ROWS, open_parquet_writer, run_id_of, table_of
+from millijoule.pipeline.energy_tables import LIVE_PREFIX
+from millijoule.pipeline.job import JobSpec
+from millijoule.pipeline.ledger import build_ledger
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, Segment
+from millijoule.workers.storage import Store
+from millijoule.workers.timeline import segment_estimate_mj
+
+#: A file is written anew at each flush until it has been written this often (or fills a row group).
+LIVE_PART_FLUSHES = 60
+
+LIVE_TABLES = ("counter", "segment", "attempt")
+
+_LIVE_PART = re.compile(rf"{LIVE_PREFIX}(?P<table>\w+)/run_id=(?P<run>[^/]+)/\d+-\d+\.parquet")
+
+
+class LiveTables:
+    """What one driver writes while it runs. Rows wait in memory until `flush`, which may be repeated when it fails.
+
+    Args:
+        epoch: of the driver; two drivers never write the same file.
+    """
+
+    def __init__(self, store: Store, fingerprint: str, epoch: int) -> None:
+        self.store = store
+        self.run_id = run_id_of(fingerprint)
+        self.epoch = epoch
+        self._rows: dict[str, list[tuple]] = {name: [] for name in LIVE_TABLES}
+        self._last_read: dict[str, tuple[str, int]] = {}
+        self._segments = 0
+        self._part = 0
+        self._flushes = 0
+        self._changed = False
+
+    def add_commit(self, commit: Commit) -> None:
+        """A commit that now stands, with the segments it carries."""
+        self._rows["attempt"].append(committed_attempt(commit, commit.energy_mj))
+        self.add_segments(commit.segments)
+
+    def add_segments(self, segments: Iterable[Segment]) -> None:
+        """Segments as their worker reported them, oldest first."""
+        for s in segments:
+            self._changed = True
+            for read in (s.open, s.close):
+                at = (read.boot_id, read.t_mono_ns)
+                if self._last_read.get(s.worker_id) != at:
+                    self._last_read[s.worker_id] = at
+                    self._rows["counter"].extend(row for _, row in read_rows(s.worker_id, read))
+            segment_id = self.epoch << 32 | self._segments
+            self._segments += 1
+            self._rows["segment"].extend(_segment_rows(segment_id, s))
+
+    def flush(self) -> None:
+        """Store all that has been added since the current file began.
+
+        Raises:
+            StoreError: storage failed; nothing is lost yet, flush again.
+        """
+        if not self._changed:
+            return
+        with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
+            for name, rows in self._rows.items():
+                path = Path(scratch, name)
+                with open_parquet_writer(path, name) as writer:
+                    writer.write_table(table_of(name, rows))
+                key = f"{LIVE_PREFIX}{name}/run_id={self.run_id}/{self.epoch:06d}-{self._part:06d}.parquet"
+                self.store.put_file(key, path)
+        self._changed = False
+        self._flushes += 1
+        if (
+            self._flushes == LIVE_PART_FLUSHES
+            or max(len(rows) for rows in self._rows.values()) >= ROW_GROUP_ROWS
+        ):
+            self._rows = {name: [] for name in LIVE_TABLES}
+            self._last_read.clear()  # a file holds both reads of each of its segments
+            self._flushes = 0
+            self._part += 1
+
+
+def _segment_rows(segment_id: int, s: Segment) -> Iterator[tuple]:
+    who = (segment_id, s.worker_id, s.segment_class, s.shard_id, s.attempt_id)
+    when = (s.open.boot_id, s.open.epoch, s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
+    estimate_mj = segment_estimate_mj(s)
+    same_scale = (s.open.boot_id, s.open.epoch) == (s.close.boot_id, s.close.epoch)
+    for domain in sorted(s.open.energy_mj.keys() | s.close.energy_mj.keys()) or (None,):
+        before, after = s.open.energy_mj.get(domain or ""), s.close.energy_mj.get(domain or "")
+        known = same_scale and before is not None and after is not None and after >= before
+        energy_mj = after - before if known else None  # type: ignore[operator]
+        yield (*who, *when, domain, energy_mj, "undivided" if known else "missing", estimate_mj)
+        estimate_mj = None
+
+
+def live_parts(store: Store) -> dict[str, list[str]]:
+    """Keys of the live files by table, in order; empty where no job is running or crashed."""
+    parts: dict[str, list[str]] = defaultdict(list)
+    for item in store.list(LIVE_PREFIX):
+        if match := _LIVE_PART.fullmatch(item.key):
+            parts[match["table"]].append(item.key)
+    return {table: sorted(keys) for table, keys in parts.items()}
+
+
+def read_live_table(store: Store, name: str) -> pa.Table:
+    """All rows of a live table."""
+    tables = [table_of(name, [])]
+    for key in live_parts(store).get(name, ()):
+        with store.open_input(key) as source:
+            tables.append(pq.ParquetFile(source).read())
+    return pa.concat_tables(tables)
+
+
+def read_live_segments(store: Store) -> list[Segment]:
+    """The segments that live rows describe, for `build_ledger`. Estimates keep their differences, not their zero."""
+    reads: dict[tuple[str, str, int], CounterRead] = {}
+    for row in read_live_table(store, "counter").to_pylist():
+        key = (row["worker_id"], row["boot_id"], row["t_mono_ns"])
+        if key not in reads:
+            reads[key] = CounterRead(
+                *(row["boot_id"], row["t_mono_ns"], row["t_wall_ns"], row["read_latency_ns"]),
+                epoch=row["epoch"],
+            )
+        reads[key].energy_mj[row["domain"]] = row["energy_mj"]
+    segments: dict[int, Segment] = {}
+    for row in read_live_table(store, "segment").to_pylist():
+        if row["segment_id"] in segments:
+            continue  # one row per domain
+        worker, boot, wall_ns = row["worker_id"], row["boot_id"], row["t_open_wall_ns"]
+        ends = []
+        for t_ns, estimate in (
+            (row["t_open_mono_ns"], 0),
+            (row["t_close_mono_ns"], row["energy_estimate_mj"]),
+        ):
+            read = reads.get((worker, boot, t_ns))
+            epoch = read.epoch if read else row["epoch"]
+            t_wall_ns = wall_ns + t_ns - row["t_open_mono_ns"]
+            energy_mj = read.energy_mj if read else {}
+            ends.append(CounterRead(boot, t_ns, t_wall_ns, 0, energy_mj, estimate, epoch))
+        segments[row["segment_id"]] = Segment(
+            *(worker, row["segment_class"], ends[0], ends[1], row["shard_id"], row["attempt_id"])
+        )
+    return list(segments.values())
+
+
+def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
+    """What can be said of a job before it ends: its tables as of the last flush, counters divided among workers.
+
+    The `image` and `closure` tables are empty: images get their share when all is known.
+    """
+    commits = [_as_commit(row, job) for row in read_live_table(store, "attempt").to_pylist()]
+    ledger = build_ledger(read_live_segments(store), {c.shard_id: c.attempt_id for c in commits})
+    rows = EnergyRows(job, ledger, lambda: commits, lambda commit: IMAGE_ROW_SCHEMA.empty_table())
+    tables = {
+        name: pa.concat_tables([table_of(name, []), *(block for _, block in blocks)])
+        for name, blocks in rows.tables()
+    }
+    return {**tables, "closure": table_of("closure", [])}
+
+
+def _as_commit(row: dict[str, Any], job: JobSpec) -> Commit:
+    """What an attempt row says of its commit."""
+    known = {f.name: row[f.name] for f in fields(Commit) if f.name in row}
+    known["energy_domains"] = tuple(d for d in row["energy_domains"].split(",") if d)
+    return Commit(
+        **known,
+        plan_fingerprint=job.fingerprint,
+        model_sha256=job.model_sha256,
+        files=(),
+        rows_path="",
+        errors={},
+        segments=(),
+    )
