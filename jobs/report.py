@@ -1,0 +1,113 @@
+"""`millijoule report`: what finished jobs cost, as a page, as JSON and on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from millijoule.jobs.entry import COMPLETE, run_command
+
+#: The page's name in an output, where no --html says otherwise.
+PAGE_KEY = "report.html"
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Show what finished jobs made and cost: joules, images per kWh, CO2e and money per image, direct and full.
+
+    Prints tables and writes one HTML page that needs no network, by default report.html in the (first) output.
+    Measured and modelled energy are kept apart; what was not measured says so. Carbon intensity is location-based.
+    Needs the `report` extra: pip install "millijoule[report]".
+    """
+
+    outputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+    """Output folders or s3:// URLs of finished jobs."""
+
+    html: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Where to write the page. Default: report.html in the first output."""
+
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also write everything the page shows as JSON; - for standard output, then without tables."""
+
+    price: Annotated[str | None, tyro.conf.arg(metavar="X|CSV")] = None
+    """Electricity price per kWh in your currency, or a CSV file with columns time and value."""
+
+    carbon: Annotated[str | None, tyro.conf.arg(metavar="X|CSV")] = None
+    """Grams of CO2e per kWh of the local grid, or a CSV file with columns time and value."""
+
+    carbon_source: str | None = None
+    """Where the intensity is from, for the page. Default: the file's name."""
+
+    pue: float | None = None
+    """Power usage effectiveness of the building, 1 or more: multiplies grams and money, never joules."""
+
+
+def run(options: ReportOptions) -> int:
+    from rich.console import Console
+
+    from millijoule.pipeline.carbon import check_pue, read_rate
+    from millijoule.pipeline.report.data import collect_report
+    from millijoule.pipeline.report.energy import Rates
+    from millijoule.pipeline.report.terminal import print_report
+    from millijoule.workers.errors import InputError
+    from millijoule.workers.storage import open_store
+
+    if not options.outputs:
+        raise InputError("name at least one output folder or s3:// URL of a finished job")
+    rates = Rates(
+        carbon=(options.carbon and read_rate(options.carbon, "--carbon", source=options.carbon_source))
+        or None,
+        price=(options.price and read_rate(options.price, "--price", negative=True)) or None,
+        pue=None if options.pue is None else check_pue(options.pue),
+    )
+    stores = [open_store(url) for url in options.outputs]
+    report = collect_report(stores, rates)
+    if options.json == "-":
+        sys.stdout.write(report.to_json().decode())
+    else:
+        print_report(report, Console())
+        if options.json is not None:
+            _write(options.json, report.to_json())
+    page = _render(report)
+    if options.html is not None:
+        _write(options.html, page)
+    else:
+        stores[0].put(PAGE_KEY, page)
+        print(f"wrote {stores[0].url}/{PAGE_KEY} ({len(page) / 1e6:.2f} MB)", file=sys.stderr)
+    return COMPLETE
+
+
+def _render(report) -> bytes:
+    from millijoule.workers.errors import InputError
+
+    try:
+        from millijoule.pipeline.report.page import render_page
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "bokeh":
+            raise
+        raise InputError('the page needs the plotting library: pip install "millijoule[report]"') from error
+    return render_page(report)
+
+
+def _write(path: str, data: bytes) -> None:
+    """Write a local file and say so; raises InputError where that is not possible."""
+    from pathlib import Path
+
+    from millijoule.workers.errors import InputError
+
+    try:
+        Path(path).write_bytes(data)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    print(f"wrote {path} ({len(data) / 1e6:.2f} MB)", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("report", ReportOptions, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Everything the report shows, as one plain value: `--json` writes it, the page and the terminal table draw it.
+
+An output's `stats.json`, energy tables and manifest go in. Measured and modelled energy have separate figures, what
+was not measured is None, and grams and money follow from joules only where an intensity or a price was given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from millijoule.pipeline.job import require_job
+from millijoule.pipeline.layout import STATS_KEY
+from millijoule.pipeline.report.devices import (
+    DeviceRow,
+    Speed,
+    device_rows,
+    gpu_models,
+    measure_speed,
+    model_rows,
+    node_rows,
+    place_workers,
+)
+from millijoule.pipeline.report.energy import (
+    ClassShare,
+    EnergyFigures,
+    Rates,
+    RateUsed,
+    class_shares,
+    estimate_figures,
+    measured_figures,
+    rate_used,
+)
+from millijoule.pipeline.report.flags import Flag, flags_of
+from millijoule.pipeline.report.gallery import Sample, read_samples
+from millijoule.pipeline.report.tables import labels, read_energy_table
+from millijoule.pipeline.report.timeline import Timeline, build_timeline, read_work
+from millijoule.workers.errors import InputError, NotFoundError
+from millijoule.workers.storage import Store
+
+REPORT_SCHEMA_VERSION = 1
+
+MAX_CLOSURE_ROWS = 200
+MAX_DEVICE_ROWS = 500
+MAX_MESSAGES = 20
+
+#: What `stats.json` has had since its first version.
+_NEEDED = (
+    *(
+        "model",
+        "model_sha256",
+        "millijoule_version",
+        "shards",
+        "images_ok",
+        "images_quarantined",
+        "encoded_bytes",
+    ),
+    *(
+        "input_rows_rejected",
+        "errors",
+        "warnings",
+        "energy_methods",
+        "images_per_second",
+        "direct_mj_per_image",
+    ),
+    *("full_mj_per_image", "seconds_first_to_last_commit"),
+)
+
+
+@dataclass(frozen=True)
+class Closure:
+    """The closure table; `rows` is None where it was not recorded. Failed checks come first."""
+
+    rows: tuple[dict[str, Any], ...] | None
+    checks: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """One output."""
+
+    output: str
+    fingerprint: str
+    model: str
+    model_sha256: str
+    millijoule_version: str
+    images_ok: int
+    images_quarantined: int
+    input_rows_rejected: int
+    encoded_bytes: int
+    evidence_class: str  # "E0".."E4", or "not computed"
+    is_measured: bool
+    domains: tuple[str, ...]
+    measured: EnergyFigures
+    estimate: EnergyFigures
+    carbon: RateUsed | None
+    price: RateUsed | None
+    pue: float | None
+    classes: tuple[ClassShare, ...]
+    devices: tuple[DeviceRow, ...]
+    devices_not_shown: int
+    nodes: tuple[DeviceRow, ...]
+    models: tuple[DeviceRow, ...]
+    speed: Speed
+    timeline: Timeline | None
+    software: tuple[dict[str, str], ...]  # one per set of versions its workers had
+    closure: Closure
+    flags: tuple[Flag, ...]
+    errors: dict[str, int]
+    warnings: dict[str, int]
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `--json` writes."""
+
+    jobs: tuple[JobReport, ...]
+    schema_version: int = REPORT_SCHEMA_VERSION
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, allow_nan=False).encode() + b"\n"
+
+
+def collect_report(stores: Sequence[Store], rates: Rates) -> Report:
+    """Read what finished jobs left in their outputs.
+
+    Raises:
+        InputError: an output has no job, or its job has not finished.
+        StoreError: storage failed.
+    """
+    return Report(tuple(collect_job(store, rates) for store in stores))
+
+
+def collect_job(store: Store, rates: Rates) -> JobReport:
+    """Read one output; see `collect_report`."""
+    job = require_job(store)
+    stats = _read_stats(store)
+    segments = read_energy_table(store, "segment", job.fingerprint)
+    attempts = read_energy_table(store, "attempt", job.fingerprint)
+    if segments is None or attempts is None:
+        raise InputError(
+            f"{store.url}: has no energy tables; run the same `millijoule generate` again to finish it"
+        )
+    counters = read_energy_table(store, "counter", job.fingerprint)
+    power = read_energy_table(store, "power", job.fingerprint)
+    work = read_work(segments)
+    places = place_workers(work, attempts)
+    timeline = build_timeline(work, places, attempts, counters, power)
+    closure = _closure(read_energy_table(store, "closure", job.fingerprint))
+    env = read_energy_table(store, "env", job.fingerprint)
+    models = gpu_models(env)
+    devices = device_rows(work, places, attempts, models)
+
+    energy = stats["energy"]
+    is_measured = energy.get("total_mj") is not None
+    carbon_used, price_used = (
+        rate_used(rate, work, is_measured, constant_is_fallback=rate is rates.carbon)
+        if rate is not None
+        else None
+        for rate in (rates.carbon, rates.price)
+    )
+    evidence = stats.get("evidence_class")
+    short = _short_share(segments)
+    return JobReport(
+        output=store.url,
+        fingerprint=job.fingerprint,
+        model=stats["model"],
+        model_sha256=stats["model_sha256"],
+        millijoule_version=stats["millijoule_version"],
+        images_ok=stats["images_ok"],
+        images_quarantined=stats["images_quarantined"],
+        input_rows_rejected=stats["input_rows_rejected"],
+        encoded_bytes=stats["encoded_bytes"],
+        evidence_class=evidence if isinstance(evidence, str) else "not computed",
+        is_measured=is_measured,
+        domains=tuple(energy.get("domains", ())),
+        measured=measured_figures(stats, work, rates),
+        estimate=estimate_figures(stats, work, rates),
+        carbon=carbon_used,
+        price=price_used,
+        pue=rates.pue,
+        classes=class_shares(work, energy),
+        devices=tuple(devices[:MAX_DEVICE_ROWS]),
+        devices_not_shown=max(0, len(devices) - MAX_DEVICE_ROWS),
+        nodes=tuple(node_rows(work, places, attempts, models)[:MAX_DEVICE_ROWS]),
+        models=model_rows(work, places, attempts, models),
+        speed=measure_speed(stats, places, attempts),
+        timeline=timeline,
+        software=_software(env),
+        closure=closure,
+        flags=flags_of(
+            stats,
+            closure.rows is not None,
+            closure.failed,
+            power is not None and power.num_rows > 0,
+            short,
+            carbon_used,
+            price_used,
+            rates.pue,
+        ),
+        errors=_first(stats["errors"]),
+        warnings=_first(stats["warnings"]),
+        samples=read_samples(store),
+    )
+
+
+def _read_stats(store: Store) -> dict[str, Any]:
+    try:
+        stats = json.loads(store.get(STATS_KEY))
+        if not isinstance(stats, dict) or not isinstance(stats.get("energy"), dict):
+            raise ValueError("no energy in it")
+        if missing := [key for key in _NEEDED if key not in stats]:
+            raise ValueError(f"no {', '.join(missing)} in it")
+        return stats
+    except NotFoundError:
+        raise InputError(
+            f"{store.url}: the job has not finished (it has no {STATS_KEY}); run the same command again to finish it"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{store.url}/{STATS_KEY}: not a job's statistics: {error}") from error
+
+
+def _closure(table: pa.Table | None) -> Closure:
+    if table is None:
+        return Closure(None, 0, 0)
+    rows = table.to_pylist()
+    rows.sort(key=lambda row: row["passed"] is not False)
+    failed = sum(row["passed"] is False for row in rows)
+    clean = [{k: _finite(v) for k, v in row.items()} for row in rows[:MAX_CLOSURE_ROWS]]
+    return Closure(tuple(clean), len(rows), failed)
+
+
+def _software(env: pa.Table | None) -> tuple[dict[str, str], ...]:
+    if env is None:
+        return ()
+    names = ("driver_version", "torch_version", "python_version")
+    found = dict.fromkeys(
+        tuple((n, row[n]) for n in names if row[n]) for row in env.select(names).to_pylist()
+    )
+    return tuple(dict(versions) for versions in found if versions)[:MAX_MESSAGES]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short_share(segments: pa.Table) -> float:
+    quality = labels(segments["quality"])
+    measured = quality.where(["measured", "short"]).sum()
+    return float(quality.where(["short"]).sum() / measured) if measured else 0.0
+
+
+def _first(messages: Mapping[str, int]) -> dict[str, int]:
+    return dict(list(messages.items())[:MAX_MESSAGES])

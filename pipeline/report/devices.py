@@ -1,0 +1,236 @@
+"""Who made the images, how fast and at what cost: rows per device and per kind of device, and stragglers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from millijoule.pipeline.report.energy import GROUPS
+from millijoule.pipeline.report.tables import floats, labels
+from millijoule.pipeline.report.timeline import Place, Work, hosts_of_boots, unknown_host
+
+#: A shard this much slower per image than the job's median is a straggler.
+STRAGGLER_FACTOR = 1.5
+MAX_STRAGGLERS = 20
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """One device of one node, or (as `model`) all devices of one kind. Energy is that of its workers."""
+
+    host: str
+    device: str
+    model: str
+    workers: int
+    images: int
+    images_per_worker_second: float | None  # while making images
+    time_shares: dict[str, float]  # by group of GROUPS
+    direct_mj_per_image: float | None
+    full_mj_per_image: float | None
+    direct_estimate_mj_per_image: float | None
+    full_estimate_mj_per_image: float | None
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A committed shard that took much longer per image than the median."""
+
+    shard_id: int
+    worker: str
+    host: str
+    device: str
+    images: int
+    seconds: float
+    times_median: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    images_per_second: float | None
+    seconds: float | None
+    shards: int
+    median_seconds_per_image: float | None
+    p95_seconds_per_image: float | None
+    slowest_seconds_per_image: float | None
+    stragglers: int
+    slowest: tuple[Straggler, ...]
+
+
+def place_workers(work: Work, attempts: pa.Table) -> dict[str, Place]:
+    """Where each worker ran: what its commits say, else its machine with an unknown device."""
+    places = {
+        worker: Place(host, device)
+        for worker, host, device in zip(
+            *(attempts[c].to_pylist() for c in ("worker_id", "host", "device")), strict=True
+        )
+        if host is not None and device is not None
+    }
+    for worker in work.workers:
+        places.setdefault(worker, Place(unknown_host(work.boot_of_worker[worker]), "unknown"))
+    hosts = hosts_of_boots(work, places)
+    for worker in work.workers:
+        if places[worker].device == "unknown":
+            places[worker] = Place(hosts[work.boot_of_worker[worker]], "unknown")
+    return places
+
+
+def device_rows(
+    work: Work, places: Mapping[str, Place], attempts: pa.Table, models: Mapping[tuple[str, str], str]
+) -> list[DeviceRow]:
+    """One row per device, by host and device."""
+    groups = {worker: places[worker] for worker in work.workers}
+    rows = _grouped(work, groups, places, attempts)
+    return [
+        DeviceRow(place.host, place.device, model_of(place, models), *rest)
+        for place, rest in sorted(rows.items(), key=lambda item: (item[0].host, item[0].device))
+    ]
+
+
+def model_rows(
+    work: Work, places: Mapping[str, Place], attempts: pa.Table, models: Mapping[tuple[str, str], str]
+) -> tuple[DeviceRow, ...]:
+    """As `device_rows`, one row per kind of device; host and device say how many there are."""
+    groups = {worker: Place("", model_of(places[worker], models)) for worker in work.workers}
+    members = _members(groups, places)
+    return tuple(
+        DeviceRow(
+            _count(len({p.host for p in members[kind]}), "node"),
+            _count(len(members[kind]), "device"),
+            kind.device,
+            *rest,
+        )
+        for kind, rest in sorted(
+            _grouped(work, groups, places, attempts).items(), key=lambda item: item[0].device
+        )
+    )
+
+
+def node_rows(
+    work: Work, places: Mapping[str, Place], attempts: pa.Table, models: Mapping[tuple[str, str], str]
+) -> list[DeviceRow]:
+    """As `device_rows`, one row per node; device says how many it has."""
+    groups = {worker: Place(places[worker].host, "") for worker in work.workers}
+    members = _members(groups, places)
+    return [
+        DeviceRow(
+            node.host,
+            _count(len(members[node]), "device"),
+            ", ".join(sorted({model_of(p, models) for p in members[node]})),
+            *rest,
+        )
+        for node, rest in sorted(
+            _grouped(work, groups, places, attempts).items(), key=lambda item: item[0].host
+        )
+    ]
+
+
+def _members(groups: Mapping[str, Place], places: Mapping[str, Place]) -> dict[Place, set[Place]]:
+    """The places that each group's workers have."""
+    members: dict[Place, set[Place]] = defaultdict(set)
+    for worker, group in groups.items():
+        members[group].add(places[worker])
+    return members
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def model_of(place: Place, models: Mapping[tuple[str, str], str]) -> str:
+    """The kind of device a place has, as far as the output says."""
+    if place.device in ("cpu", "unknown"):
+        return place.device
+    return (
+        models.get((place.host, place.device)) or models.get(("", place.device)) or "GPU, model not recorded"
+    )
+
+
+def _grouped(
+    work: Work, groups: Mapping[str, Place], places: Mapping[str, Place], attempts: pa.Table
+) -> dict[Place, tuple]:
+    """The columns of `DeviceRow` from `workers` on, per group of workers."""
+    won = labels(attempts["outcome"]).where(["committed"])
+    made = labels(attempts["worker_id"])
+    images = floats(attempts["images_ok"])
+    direct, direct_estimate = floats(attempts["energy_mj"]), floats(attempts["energy_estimate_mj"])
+    seconds = work.end_s - work.begin_s
+    members: dict[Place, list[str]] = {}
+    for worker, group in groups.items():
+        members.setdefault(group, []).append(worker)
+    by_class = {c: work.of_class(c) for c in work.classes}
+    rows = {}
+    for group, workers in members.items():
+        mine = np.isin(work.worker, [i for i, w in enumerate(work.workers) if w in set(workers)])
+        theirs = won & made.where(workers)
+        n = int(np.nansum(images[theirs]))
+        by_group: dict[str, float] = defaultdict(float)
+        for c, rows_of_class in by_class.items():
+            by_group[GROUPS.get(c, c)] += float(seconds[mine & rows_of_class].sum())
+        busy = by_group.get("images", 0.0)
+        all_seconds = sum(by_group.values())
+        rows[group] = (
+            len(workers),
+            n,
+            n / busy if busy and n else None,
+            {g: s / all_seconds for g, s in by_group.items()} if all_seconds else {},
+            _per_image(direct[theirs], n),
+            _per_image(work.energy_mj[mine], n),
+            _per_image(direct_estimate[theirs], n),
+            _per_image(work.estimate_mj[mine], n),
+        )
+    return rows
+
+
+def _per_image(energy_mj: np.ndarray, images: int) -> float | None:
+    """The sum over images; None where any part of it is missing."""
+    if not images or not len(energy_mj) or not np.isfinite(energy_mj).all():
+        return None
+    return float(energy_mj.sum()) / images
+
+
+def gpu_models(env: pa.Table | None) -> dict[tuple[str, str], str]:
+    """(host, device) -> what kind it is, as far as the environment table says."""
+    if env is None:
+        return {}
+    rows = zip(*(env[c].to_pylist() for c in ("host", "device", "device_name")), strict=True)
+    return {
+        (host or "", device): name for host, device, name in rows if device is not None and name is not None
+    }
+
+
+def measure_speed(stats: Mapping[str, Any], places: Mapping[str, Place], attempts: pa.Table) -> Speed:
+    """Throughput, seconds per image of the committed shards, and the slowest of them."""
+    images = floats(attempts["images_ok"])
+    rows = np.flatnonzero(labels(attempts["outcome"]).where(["committed"]) & (images > 0))
+    seconds = (floats(attempts["t_end_wall_ns"]) - floats(attempts["t_start_wall_ns"]))[rows] / 1e9
+    per_image = seconds / images[rows]
+    median = float(np.median(per_image)) if len(rows) else None
+    slow = np.flatnonzero(per_image > STRAGGLER_FACTOR * median) if median else np.array([], dtype=int)
+    slowest = slow[np.argsort(-per_image[slow], kind="stable")][:MAX_STRAGGLERS]
+    listed = attempts.take(pa.array(rows[slowest])).to_pylist()
+    return Speed(
+        images_per_second=stats["images_per_second"],
+        seconds=stats["seconds_first_to_last_commit"],
+        shards=stats["shards"],
+        median_seconds_per_image=median,
+        p95_seconds_per_image=float(np.quantile(per_image, 0.95)) if len(rows) else None,
+        slowest_seconds_per_image=float(per_image.max()) if len(rows) else None,
+        stragglers=len(slow),
+        slowest=tuple(
+            Straggler(
+                shard_id=row["shard_id"],
+                worker=row["worker_id"],
+                host=places[row["worker_id"]].host,
+                device=places[row["worker_id"]].device,
+                images=row["images_ok"],
+                seconds=float(seconds[i]),
+                times_median=float(per_image[i]) / (median or 1.0),
+            )
+            for i, row in zip(slowest.tolist(), listed, strict=True)
+        ),
+    )

@@ -1,0 +1,206 @@
+"""A job's energy in figures: per image, per class, and as grams and money where a rate was given.
+
+Totals come from `stats.json`, which knows what is missing; segments only say when energy was used, which is what a
+rate over time needs. What was not measured stays None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from millijoule.pipeline.carbon import MJ_PER_KWH, Rate, RateMean, mean_rate
+from millijoule.pipeline.report.timeline import Work
+from millijoule.workers.meter import ESTIMATE_METHOD
+from millijoule.workers.schemas import SEGMENT_CLASSES
+
+#: How modelled figures are labelled, so that nobody takes them for measurements.
+ESTIMATE = f"estimate ({ESTIMATE_METHOD.replace('cpu-time', 'CPU time')})"
+
+#: What a segment class means to somebody who pays for it.
+GROUPS = {
+    "shard": "images",
+    "load": "load",
+    "warmup": "load",
+    "idle": "idle",
+    "loser": "waste",
+    "retry": "waste",
+    "gap": "gap",
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the energy is multiplied by; `pue` multiplies grams and money, never joules."""
+
+    carbon: Rate | None = None
+    price: Rate | None = None
+    pue: float | None = None
+
+
+@dataclass(frozen=True)
+class RateUsed:
+    """A rate as it was applied: mean over the energy of the whole job, None where no energy is known."""
+
+    source: str
+    is_constant: bool
+    mean_per_kwh: float | None
+    fallback: bool
+    fallback_share: float | None
+    weighted_by: str  # "measured energy" or "estimate"
+
+
+@dataclass(frozen=True)
+class EnergyFigures:
+    """Energy, and what follows from it, by one method.
+
+    `direct` is what was used while the images were made; `full` adds an equal share of loading, idling, waste and
+    gaps. Null: not measured, or no price or intensity was given.
+    """
+
+    method: str
+    direct_mj_per_image: float | None
+    full_mj_per_image: float | None
+    direct_images_per_kwh: float | None
+    full_images_per_kwh: float | None
+    direct_gco2e_per_image: float | None
+    full_gco2e_per_image: float | None
+    direct_cost_per_image: float | None
+    full_cost_per_image: float | None
+    total_mj: int | None
+    total_gco2e: float | None
+    total_cost: float | None
+
+
+@dataclass(frozen=True)
+class ClassShare:
+    """What one class of segments took; `seconds` is None for gaps, which have no worker."""
+
+    segment_class: str
+    group: str
+    worker_seconds: float | None
+    time_share: float | None
+    energy_mj: int | None
+    energy_share: float | None
+    estimate_mj: int | None
+    estimate_share: float | None
+
+
+def measured_figures(stats: Mapping[str, Any], work: Work, rates: Rates) -> EnergyFigures:
+    """What the counters say."""
+    methods = sorted(m for m in stats["energy_methods"] if m != "missing")
+    return _figures(
+        f"measured ({', '.join(methods)})" if methods else "not measured",
+        (stats["direct_mj_per_image"], stats["full_mj_per_image"]),
+        stats["energy"].get("total_mj"),
+        (_energy_over_time(work, True, True), _energy_over_time(work, True, False)),
+        rates,
+    )
+
+
+def estimate_figures(stats: Mapping[str, Any], work: Work, rates: Rates) -> EnergyFigures:
+    """What the model of CPU time says."""
+    return _figures(
+        ESTIMATE,
+        (stats.get("direct_estimate_mj_per_image"), stats.get("full_estimate_mj_per_image")),
+        stats["energy"].get("estimate_total_mj"),
+        (_energy_over_time(work, False, True), _energy_over_time(work, False, False)),
+        rates,
+    )
+
+
+def _figures(
+    method: str,
+    mj_per_image: tuple[float | None, float | None],
+    total_mj: int | None,
+    over_time: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    rates: Rates,
+) -> EnergyFigures:
+    """Figures of one method; `mj_per_image` and `over_time` are (direct, full)."""
+
+    def amount(rate: Rate | None, which: int, mj: float | None) -> float | None:
+        mean = mean_rate(rate, *over_time[which]) if rate is not None and mj is not None else None
+        return None if mean is None or mj is None else mj / MJ_PER_KWH * mean.per_kwh * (rates.pue or 1.0)
+
+    direct, full = mj_per_image
+    return EnergyFigures(
+        method=method,
+        direct_mj_per_image=direct,
+        full_mj_per_image=full,
+        direct_images_per_kwh=MJ_PER_KWH / direct if direct else None,
+        full_images_per_kwh=MJ_PER_KWH / full if full else None,
+        direct_gco2e_per_image=amount(rates.carbon, 0, direct),
+        full_gco2e_per_image=amount(rates.carbon, 1, full),
+        direct_cost_per_image=amount(rates.price, 0, direct),
+        full_cost_per_image=amount(rates.price, 1, full),
+        total_mj=total_mj,
+        total_gco2e=amount(rates.carbon, 1, total_mj),
+        total_cost=amount(rates.price, 1, total_mj),
+    )
+
+
+def _energy_over_time(work: Work, measured: bool, direct: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Begin, end and energy of every stretch that counts; gaps too, where the whole job is meant."""
+    energy = work.energy_mj if measured else work.estimate_mj
+    if direct:
+        rows = work.of_class("shard")
+        return work.begin_s[rows], work.end_s[rows], energy[rows]
+    if not measured:
+        return work.begin_s, work.end_s, energy
+    kept = np.array([c != "off" for c in work.gap_classes], dtype=bool) & np.isfinite(work.gap_begin_s)
+    return (
+        np.concatenate([work.begin_s, work.gap_begin_s[kept]]),
+        np.concatenate([work.end_s, work.gap_end_s[kept]]),
+        np.concatenate([energy, work.gap_energy_mj[kept]]),
+    )
+
+
+def rate_used(rate: Rate, work: Work, is_measured: bool, *, constant_is_fallback: bool) -> RateUsed:
+    """How `rate` was applied to the whole job.
+
+    Args:
+        constant_is_fallback: whether one number for all times is a stand-in: for the grid's carbon it is, a flat tariff
+            is a tariff.
+    """
+    mean: RateMean | None = mean_rate(rate, *_energy_over_time(work, is_measured, False))
+    return RateUsed(
+        source=rate.source,
+        is_constant=rate.is_constant,
+        mean_per_kwh=None if mean is None else mean.per_kwh,
+        fallback=mean is None or (mean.fallback_share > 0 and (constant_is_fallback or not rate.is_constant)),
+        fallback_share=None if mean is None else mean.fallback_share,
+        weighted_by="measured energy" if is_measured else "estimate",
+    )
+
+
+def class_shares(work: Work, energy: Mapping[str, Any]) -> tuple[ClassShare, ...]:
+    """One row per class that occurs, in the order of `SEGMENT_CLASSES`."""
+    seconds = {c: float((work.end_s - work.begin_s)[work.of_class(c)].sum()) for c in work.classes}
+    measured = energy.get("measured_mj", {}) if energy.get("total_mj") is not None else {}
+    estimates = energy.get("estimate_mj", {}) if energy.get("estimate_total_mj") is not None else {}
+    all_seconds, all_mj, all_estimates = (
+        sum(seconds.values()),
+        energy.get("total_mj"),
+        energy.get("estimate_total_mj"),
+    )
+    rows = []
+    for c in SEGMENT_CLASSES:
+        if c not in measured and not seconds.get(c) and c not in estimates:
+            continue
+        took = seconds.get(c) if c != "gap" else None
+        rows.append(
+            ClassShare(
+                segment_class=c,
+                group=GROUPS[c],
+                worker_seconds=took,
+                time_share=took / all_seconds if took is not None and all_seconds else None,
+                energy_mj=measured.get(c),
+                energy_share=measured[c] / all_mj if c in measured and all_mj else None,
+                estimate_mj=estimates.get(c),
+                estimate_share=estimates[c] / all_estimates if c in estimates and all_estimates else None,
+            )
+        )
+    return tuple(rows)

@@ -1,0 +1,108 @@
+"""What a reader must know before quoting a figure of the report: what is missing, stands in or is short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from millijoule.pipeline.report.data import RateUsed
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`level` is "problem" (a figure is wrong or missing), "caution" (a stand-in was used) or "note"."""
+
+    level: str
+    name: str
+    text: str
+
+
+def flags_of(
+    stats: Mapping[str, Any],
+    closure_recorded: bool,
+    closure_failed: int,
+    power_recorded: bool,
+    short_share: float,
+    carbon: RateUsed | None,
+    price: RateUsed | None,
+    pue: float | None,
+) -> tuple[Flag, ...]:
+    """All flags of a job, the worst first.
+
+    Args:
+        short_share: part of the measured segment rows near their counter's resolution.
+    """
+    flags = [
+        *_energy_flags(stats, short_share),
+        *_closure_flags(closure_recorded, closure_failed),
+        *_rate_flags(carbon, "carbon intensity", "--carbon gCO2e/kWh or a CSV file"),
+        *_rate_flags(price, "price", "--price per kWh or a CSV file"),
+    ]
+    if not isinstance(stats.get("evidence_class"), str):
+        flags.append(Flag("note", "evidence class not computed", "This output records no evidence class."))
+    if not power_recorded:
+        flags.append(
+            Flag("note", "power not recorded", "Power is energy counter differences over time, or not shown.")
+        )
+    if pue is None:
+        flags.append(
+            Flag("note", "no PUE", "Grams and money are for the devices alone; --pue adds the building.")
+        )
+    else:
+        text = f"Grams and money are multiplied by a declared PUE of {pue:g}. Joules are not."
+        flags.append(Flag("note", "PUE declared", text))
+    order = {"problem": 0, "caution": 1, "note": 2}
+    return tuple(sorted(flags, key=lambda flag: order[flag.level]))
+
+
+def _energy_flags(stats: Mapping[str, Any], short_share: float) -> list[Flag]:
+    energy = stats["energy"]
+    flags = []
+    not_measured, segments = energy.get("segments_not_measured", 0), energy.get("segments", 0)
+    if not energy.get("domains"):
+        text = (
+            "No energy counter could be read on any node (NVML, RAPL). What is shown is a model of CPU time."
+        )
+        flags.append(Flag("problem", "energy not measured", text))
+    elif energy.get("total_mj") is None:
+        text = (
+            f"{not_measured} of {segments} segments have no complete measurement, so the totals are missing."
+        )
+        flags.append(Flag("problem", "energy measured in part", text))
+    elif not_measured:
+        text = f"{not_measured} of {segments} segments could not be read; their energy is in gaps."
+        flags.append(Flag("caution", "segments not measured", text))
+    if missing := stats["energy_methods"].get("missing", 0):
+        text = f"{missing} images were made by workers without a readable counter."
+        flags.append(Flag("caution" if energy.get("domains") else "note", "images without counter", text))
+    if resets := energy.get("counter_resets", 0):
+        text = f"{resets} times a counter was reset or misread; what was used meanwhile is lost."
+        flags.append(Flag("caution", "counter resets", text))
+    if short_share > 0:
+        text = f"{short_share:.0%} of measured segment readings are short: near the counter's resolution."
+        flags.append(Flag("caution", "short segments", text))
+    return flags
+
+
+def _closure_flags(recorded: bool, failed: int) -> list[Flag]:
+    if not recorded:
+        return [Flag("note", "closure not recorded", "This output has no closure table.")]
+    if failed:
+        return [Flag("problem", "closure failed", f"{failed} checks found energy that does not add up.")]
+    return []
+
+
+def _rate_flags(rate: RateUsed | None, name: str, option: str) -> list[Flag]:
+    if rate is None:
+        return [Flag("note", f"no {name}", f"Give {option} to see it per image.")]
+    if not rate.fallback:
+        return []
+    if rate.fallback_share is None:
+        return [Flag("caution", f"{name}: not applied", f"{rate.source}: no energy to multiply.")]
+    if rate.is_constant:
+        text = f"{rate.source}: one number stands for all times of the job."
+    else:
+        text = f"{rate.source}: {rate.fallback_share:.0%} of the energy lies outside the table; the nearest row was used."
+    return [Flag("caution", f"{name}: fallback", text)]

@@ -1,0 +1,359 @@
+"""A job over time, in a bounded number of points: what every worker did, what every device drew, how fast images came.
+
+The energy tables go in; lanes over a common grid of time steps come out, so that a page of an hour and one of a month
+are equally large. Nothing is invented between readings: power is energy over time, null where no counter was read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from millijoule.pipeline.report.tables import floats, labels
+from millijoule.workers.schemas import SEGMENT_CLASSES
+
+#: Steps of the grid, and lanes that are drawn: 6,400 points of power at most.
+STEPS = 200
+MAX_LANES = 32
+#: Spans of the work chart in all; lanes with more are drawn step by step.
+MAX_SPANS = 3000
+#: Below this a grid would be finer than the clocks of two hosts agree.
+MIN_STEP_SECONDS = 0.001
+
+ESTIMATE_SOURCE = "estimate"
+COUNTER_SOURCE = "counter"
+POWER_SOURCE = "power reading"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker ran."""
+
+    host: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """Every segment once, as arrays `[n]`; times are seconds since 1970.
+
+    `energy_mj` is NaN unless all domains of the segment were measured. `gap_*` are the energies nobody can be
+    charged with.
+    """
+
+    workers: tuple[str, ...]
+    worker: np.ndarray
+    classes: tuple[str, ...]
+    segment_class: np.ndarray
+    begin_s: np.ndarray
+    end_s: np.ndarray
+    energy_mj: np.ndarray
+    estimate_mj: np.ndarray
+    boot_of_worker: Mapping[str, str]
+    clock_offset_s: Mapping[str, float]  # wall minus monotonic clock, per boot
+    gap_classes: tuple[str, ...]
+    gap_begin_s: np.ndarray
+    gap_end_s: np.ndarray
+    gap_energy_mj: np.ndarray
+
+    def of_class(self, *names: str) -> np.ndarray:
+        """bool `[n]`."""
+        return np.isin(self.segment_class, [i for i, c in enumerate(self.classes) if c in names])
+
+
+@dataclass(frozen=True)
+class PowerLane:
+    """Mean power of one device per step, watts; null where it was not read.
+
+    `source` is "counter" (differences of an energy counter), "power reading" (the device's own average) or
+    "estimate" (modelled, not measured).
+    """
+
+    host: str
+    device: str
+    source: str
+    watts: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class WorkLane:
+    """What one worker did: `[begin, end, class]` in seconds since the timeline's start."""
+
+    worker: str
+    host: str
+    device: str
+    spans: tuple[tuple[float, float, str], ...]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All lanes over one grid: step i begins at `start_unix_s + i * step_s`."""
+
+    start_unix_s: float
+    step_s: float
+    steps: int
+    power: tuple[PowerLane, ...]
+    power_lanes_not_shown: int
+    work: tuple[WorkLane, ...]
+    work_lanes_not_shown: int
+    work_is_stepped: bool
+    images_per_second: tuple[float, ...]
+
+
+def read_work(segments: pa.Table) -> Work:
+    """The segment table as `Work`."""
+    is_gap = segments["segment_id"].is_null().to_numpy(zero_copy_only=False)
+    ids = np.nan_to_num(floats(segments["segment_id"]), nan=-1).astype(np.int64)
+    begin, end = floats(segments["t_open_mono_ns"]) / 1e9, floats(segments["t_close_mono_ns"]) / 1e9
+    wall = floats(segments["t_open_wall_ns"]) / 1e9
+    energy, estimate = floats(segments["energy_mj"]), floats(segments["energy_estimate_mj"])
+    boots, workers = labels(segments["boot_id"]), labels(segments["worker_id"])
+    kinds = labels(segments["segment_class"])
+    offsets = {
+        boot: float(np.median(offset[np.isfinite(offset)]))
+        for i, boot in enumerate(boots.names)
+        if np.isfinite(offset := (wall - begin)[boots.codes == i]).any()
+    }
+    shift = (
+        np.array([offsets.get(boot, np.nan) for boot in boots.names])[boots.codes] if boots.names else begin
+    )
+
+    _, first, inverse = np.unique(ids[~is_gap], return_index=True, return_inverse=True)
+    rows = np.flatnonzero(~is_gap)[first]
+    total = np.bincount(inverse, weights=energy[~is_gap], minlength=len(rows)) if len(rows) else np.zeros(0)
+    modelled = np.isfinite(estimate[~is_gap])  # on one row of a segment
+    estimates = np.full(len(rows), np.nan)
+    estimates[inverse[modelled]] = estimate[~is_gap][modelled]
+    return Work(
+        workers=workers.names,
+        worker=workers.codes[rows],
+        classes=kinds.names,
+        segment_class=kinds.codes[rows],
+        begin_s=wall[rows],
+        end_s=wall[rows] + (end - begin)[rows],
+        energy_mj=total,
+        estimate_mj=estimates,
+        boot_of_worker={
+            workers.names[w]: boots.names[b]
+            for w, b in zip(workers.codes[rows], boots.codes[rows], strict=True)
+        },
+        clock_offset_s=offsets,
+        gap_classes=tuple(kinds.names[c] for c in kinds.codes[is_gap]),
+        gap_begin_s=(begin + shift)[is_gap],
+        gap_end_s=(end + shift)[is_gap],
+        gap_energy_mj=energy[is_gap],
+    )
+
+
+def build_timeline(
+    work: Work,
+    places: Mapping[str, Place],
+    attempts: pa.Table,
+    counters: pa.Table | None,
+    power: pa.Table | None,
+) -> Timeline | None:
+    """Everything over one grid; None for a job without segments."""
+    if not len(work.begin_s):
+        return None
+    start, stop = float(work.begin_s.min()), float(work.end_s.max())
+    step = max((stop - start) / STEPS, MIN_STEP_SECONDS)
+    edges = start + step * np.arange(STEPS + 1)
+    lanes = _power_lanes(work, places, counters, power, edges) or _estimate_lanes(work, places, edges)
+    lanes.sort(
+        key=lambda lane: (lane.host, lane.device)
+    )  # as the lanes of work, so that both show the same nodes
+    done, stepped, hidden = _work_lanes(work, places, edges)
+    return Timeline(
+        start_unix_s=start,
+        step_s=step,
+        steps=STEPS,
+        power=tuple(lanes[:MAX_LANES]),
+        power_lanes_not_shown=max(0, len(lanes) - MAX_LANES),
+        work=done,
+        work_lanes_not_shown=hidden,
+        work_is_stepped=stepped,
+        images_per_second=_throughput(attempts, edges),
+    )
+
+
+def spread(begin: np.ndarray, end: np.ndarray, amount: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """`amount[i]` spread evenly over [begin[i], end[i]], summed per step of `edges`: `[len(edges) - 1]`.
+
+    What lies outside the edges is left out. Unknown amounts (NaN) count nothing.
+    """
+    known = np.isfinite(amount)
+    origin = edges[0]
+    begin, amount = begin[known] - origin, amount[known]
+    end = np.maximum(end[known] - origin, begin + 1e-6)
+    rate = amount / (end - begin)
+    at = np.concatenate([begin, end])
+    change = np.concatenate([rate, -rate])
+    order = np.argsort(at, kind="stable")
+    at, slope = at[order], np.cumsum(change[order])
+    if not len(at):
+        return np.zeros(len(edges) - 1)
+    total = np.concatenate([[0.0], np.cumsum(slope[:-1] * np.diff(at))])
+    return np.maximum(np.diff(np.interp(edges - origin, at, total)), 0)
+
+
+def _throughput(attempts: pa.Table, edges: np.ndarray) -> tuple[float, ...]:
+    won = labels(attempts["outcome"]).where(["committed"])
+    begin, end = floats(attempts["t_start_wall_ns"])[won] / 1e9, floats(attempts["t_end_wall_ns"])[won] / 1e9
+    images = spread(begin, end, floats(attempts["images_ok"])[won], edges)
+    return tuple(_rounded(v) for v in (images / np.diff(edges)).tolist())
+
+
+def _power_lanes(
+    work: Work,
+    places: Mapping[str, Place],
+    counters: pa.Table | None,
+    power: pa.Table | None,
+    edges: np.ndarray,
+) -> list[PowerLane]:
+    hosts = hosts_of_boots(work, places)
+    lanes = _read_power(power, hosts, edges) if power is not None else []
+    seen = {(lane.host, lane.device) for lane in lanes}
+    if counters is None or not counters.num_rows:
+        return lanes
+    boots, domains = labels(counters["boot_id"]), labels(counters["domain"])
+    epochs = floats(counters["epoch"])
+    at, value = floats(counters["t_mono_ns"]) / 1e9, floats(counters["energy_mj"])
+    for b, boot in enumerate(boots.names):
+        if boot not in work.clock_offset_s:
+            continue
+        mine = np.array([work.boot_of_worker.get(w) == boot for w in work.workers])[work.worker]
+        busy = spread(work.begin_s[mine], work.end_s[mine], (work.end_s - work.begin_s)[mine], edges) > 0
+        for d, domain in enumerate(domains.names):
+            device = domain.removeprefix("gpu:")
+            rows = (boots.codes == b) & (domains.codes == d)
+            if not rows.any() or (hosts[boot], device) in seen:
+                continue
+            energy, covered = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
+            for epoch in np.unique(epochs[rows]):
+                now = rows & (epochs == epoch)
+                order = np.lexsort((value[now], at[now]))
+                t = at[now][order] + work.clock_offset_s[boot]
+                inside = np.clip(edges, t[0], t[-1])
+                energy += np.diff(np.interp(inside, t, value[now][order]))
+                covered += np.diff(inside)
+            # a sliver of a step says nothing about the step
+            known = busy & (covered > 0.05 * np.diff(edges)) & (energy >= 0)
+            watts = energy / np.maximum(covered, 1e-9) / 1000
+            lanes.append(PowerLane(hosts[boot], device, COUNTER_SOURCE, _nullable(watts, known)))
+    return lanes
+
+
+def _read_power(power: pa.Table, hosts_of: Mapping[str, str], edges: np.ndarray) -> list[PowerLane]:
+    """The mean of a device's own power readings per step: its one-second average where it gives one."""
+    hosts, devices = labels(power["boot_id"]), labels(power["device"])
+    average, instant = floats(power["power_average_mw"]), floats(power["power_instant_mw"])
+    at, watts = floats(power["t_wall_ns"]) / 1e9, np.where(np.isfinite(average), average, instant) / 1000
+    bins = np.searchsorted(edges, at, side="right") - 1
+    usable = np.isfinite(watts) & (bins >= 0) & (bins < len(edges) - 1)
+    lanes = []
+    for h, boot in enumerate(hosts.names):
+        host = hosts_of.get(boot, unknown_host(boot))
+        for d, device in enumerate(devices.names):
+            rows = usable & (hosts.codes == h) & (devices.codes == d)
+            if rows.any():
+                count = np.bincount(bins[rows], minlength=len(edges) - 1)
+                total = np.bincount(bins[rows], weights=watts[rows], minlength=len(edges) - 1)
+                mean = total / np.maximum(count, 1)
+                name = device.removeprefix("gpu:")
+                lanes.append(PowerLane(host, name, POWER_SOURCE, _nullable(mean, count > 0)))
+    return lanes
+
+
+def _estimate_lanes(work: Work, places: Mapping[str, Place], edges: np.ndarray) -> list[PowerLane]:
+    """For jobs without any counter: the modelled energy of each place's workers over the step."""
+    by_place: dict[Place, list[int]] = defaultdict(list)
+    for i, worker in enumerate(work.workers):
+        by_place[places[worker]].append(i)
+    lanes = []
+    for place, members in by_place.items():
+        rows = np.isin(work.worker, members) & np.isfinite(work.estimate_mj)
+        if rows.any():
+            begin, end = work.begin_s[rows], work.end_s[rows]
+            watts = spread(begin, end, work.estimate_mj[rows], edges) / np.diff(edges) / 1000
+            busy = spread(begin, end, end - begin, edges) > 0
+            lanes.append(PowerLane(place.host, place.device, ESTIMATE_SOURCE, _nullable(watts, busy)))
+    return lanes
+
+
+def hosts_of_boots(work: Work, places: Mapping[str, Place]) -> dict[str, str]:
+    """The host of each boot, from the workers that said theirs; the boot's id where none did."""
+    hosts: dict[str, str] = {}
+    for worker, boot in work.boot_of_worker.items():
+        if worker in places and places[worker].host != unknown_host(boot):
+            hosts[boot] = places[worker].host
+    return {boot: hosts.get(boot, unknown_host(boot)) for boot in set(work.boot_of_worker.values())}
+
+
+def unknown_host(boot: str) -> str:
+    """What a machine is called whose workers finished no shard, and so never said where they are."""
+    return f"boot {boot[:8]}"
+
+
+def _work_lanes(
+    work: Work, places: Mapping[str, Place], edges: np.ndarray
+) -> tuple[tuple[WorkLane, ...], bool, int]:
+    names = sorted(work.workers, key=lambda w: (places[w].host, places[w].device, w))
+    shown = names[:MAX_LANES]
+    stepped = False
+    lanes = []
+    for name in shown:
+        rows = work.worker == work.workers.index(name)
+        if rows.sum() > MAX_SPANS // len(shown):
+            stepped = True
+            spans = _stepped_spans(work, rows, edges)
+        else:
+            order = np.argsort(work.begin_s[rows], kind="stable")
+            spans = [
+                (b, e, work.classes[c])
+                for b, e, c in zip(
+                    (work.begin_s[rows][order] - edges[0]).tolist(),
+                    (work.end_s[rows][order] - edges[0]).tolist(),
+                    work.segment_class[rows][order].tolist(),
+                    strict=True,
+                )
+            ]
+        spans = [(round(b, 4), round(e, 4), c) for b, e, c in spans]
+        lanes.append(WorkLane(name, places[name].host, places[name].device, tuple(spans)))
+    return tuple(lanes), stepped, len(names) - len(shown)
+
+
+def _stepped_spans(work: Work, rows: np.ndarray, edges: np.ndarray) -> list[tuple[float, float, str]]:
+    """Per step the class with most of its time; equal neighbours are joined."""
+    present = [c for c in SEGMENT_CLASSES if c in work.classes]
+    seconds = np.stack(
+        [
+            spread(
+                work.begin_s[mine := rows & work.of_class(c)],
+                work.end_s[mine],
+                (work.end_s - work.begin_s)[mine],
+                edges,
+            )
+            for c in present
+        ]
+    )  # [classes, steps]
+    best, any_work = seconds.argmax(axis=0), seconds.sum(axis=0) > 0
+    spans: list[tuple[float, float, str]] = []
+    for i in np.flatnonzero(any_work).tolist():
+        begin, end, name = float(edges[i] - edges[0]), float(edges[i + 1] - edges[0]), present[best[i]]
+        if spans and spans[-1][2] == name and abs(spans[-1][1] - begin) < 1e-9:
+            spans[-1] = (spans[-1][0], end, name)
+        else:
+            spans.append((begin, end, name))
+    return spans
+
+
+def _nullable(values: np.ndarray, known: np.ndarray) -> tuple[float | None, ...]:
+    return tuple(_rounded(v) if ok else None for v, ok in zip(values.tolist(), known.tolist(), strict=True))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")

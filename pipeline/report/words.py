@@ -1,0 +1,120 @@
+"""Figures of the report in words, the same on the page and on the terminal. A missing figure says so, never "0"."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+
+NOT_MEASURED = "not measured"
+NOT_GIVEN = "not given"
+
+#: What a job's energy rests on; classes are computed where the tables are written.
+EVIDENCE = {
+    "E0": "modelled, or not measured in full",
+    "E1": "each device's own energy counter",
+    "E2": "counters that agree with integrated power",
+    "E3": "counters that close against a node meter",
+    "E4": "a calibrated external meter and an independent repeat",
+}
+
+#: What each closure check compares.
+CHECKS = {
+    "C1": "segments and gaps = the counter's growth",
+    "C2": "images and overhead = all segments and gaps",
+    "C3": "devices and declared rest = node meter",
+    "C4": "counter = integral of power",
+    "C5": "one attempt and one segment per shard",
+    "C6": "wall clock and monotonic clock",
+}
+
+
+def energy(mj: float | None, missing: str = NOT_MEASURED) -> str:
+    """Millijoules in a readable unit; kWh from a tenth of one up."""
+    if mj is None:
+        return missing
+    if mj == 0:
+        return "0 mJ"  # measured, and nothing
+    if mj >= 3.6e8:
+        return f"{mj / 3.6e9:,.3g} kWh" if mj < 3.6e12 else f"{mj / 3.6e9:,.0f} kWh"
+    return _scaled(mj, ((1e6, "kJ"), (1e3, "J"), (1.0, "mJ"), (1e-3, "µJ")))
+
+
+def grams(gco2e: float | None, missing: str = NOT_GIVEN) -> str:
+    """Grams of CO2 equivalent in a readable unit."""
+    if gco2e is None:
+        return missing
+    return _scaled(
+        gco2e, ((1e6, "t CO2e"), (1e3, "kg CO2e"), (1.0, "g CO2e"), (1e-3, "mg CO2e"), (1e-6, "µg CO2e"))
+    )
+
+
+def money(amount: float | None, missing: str = NOT_GIVEN) -> str:
+    """Currency units, three digits, without an exponent."""
+    if amount is None:
+        return missing
+    if abs(amount) >= 100 or amount == 0:
+        return f"{amount:,.2f}"
+    digits = 2 - math.floor(math.log10(abs(amount)))
+    return f"{amount:.{max(2, digits)}f}"
+
+
+def count(value: float | None, missing: str = NOT_MEASURED) -> str:
+    """A large number, to three digits and with separators."""
+    if value is None:
+        return missing
+    return f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def share(part: float | None, missing: str = "-") -> str:
+    """A part of 1 as per cent."""
+    if part is None:
+        return missing
+    return "< 0.1 %" if 0 < part < 0.001 else f"{100 * part:.1f} %"
+
+
+def seconds(value: float | None, missing: str = "-") -> str:
+    """A duration in its largest sensible unit."""
+    if value is None:
+        return missing
+    return _scaled(
+        value,
+        (
+            (86400 * 2, "days", 86400.0),
+            (7200, "h", 3600.0),
+            (120, "min", 60.0),
+            (1, "s", 1.0),
+            (0, "ms", 1e-3),
+        ),
+    )
+
+
+def rate(value: float | None, missing: str = "-") -> str:
+    """Images per second."""
+    return missing if value is None else f"{count(value)} images/s"
+
+
+def byte_count(value: int) -> str:
+    return _scaled(float(value), ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "bytes", 1.0)))
+
+
+def moment(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def short_device(device: str) -> str:
+    """The part of a GPU's UUID that people read; other names whole."""
+    return device.removeprefix("GPU-")[:8] if device.startswith("GPU-") else device
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, which a terminal would obey; on one line."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _scaled(value: float, units: tuple[tuple, ...]) -> str:
+    """`value` in the first unit it reaches: (from, name) or (from, name, size); the last one takes the rest."""
+    for begin, name, *size in units:
+        if abs(value) >= begin or (begin, name) == units[-1][:2]:
+            scaled = value / (size[0] if size else begin)
+            return f"{count(scaled)} {name}"
+    raise AssertionError("the last unit takes everything")

@@ -1,0 +1,123 @@
+"""Finished outputs for tests of the report: real plans, attempts and commits, with counters that only add up watts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from support.local_job import MODEL_SHA256, plan
+from support.models import Plain
+
+from millijoule.pipeline.commits import list_committed
+from millijoule.pipeline.coordinator import Coordinator
+from millijoule.pipeline.finish import finish_job
+from millijoule.pipeline.job import JobSpec, open_epoch
+from millijoule.pipeline.retry import load_job_shards
+from millijoule.workers.attempt import AttemptRunner, Where
+from millijoule.workers.lease import WorkerConfig
+from millijoule.workers.schemas import CounterRead
+from millijoule.workers.storage import Store
+from millijoule.workers.timeline import SegmentTimeline
+
+#: What a careless page would run or show as markup.
+HOSTILE = (
+    "</script><script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\"> a cat",
+    '"><svg onload=alert(1)>',
+    "{{ evil }} ${evil} $script & <b>bold</b>",
+    "\u202eright to left\u202c and \x1b[31mred\x1b[0m",
+)
+GPUS = ("GPU-11111111-aaaa", "GPU-22222222-bbbb", "GPU-33333333-cccc")
+
+
+@dataclass
+class WattMeter:
+    """An `EnergyMeter` whose domains draw constant power, in watts, by this machine's clock."""
+
+    boot_id: str
+    watts: dict[str, float]
+    method: str = "nvml-counter+rapl"
+    domains: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.domains = tuple(self.watts)
+
+    def read(self) -> CounterRead:
+        now = time.monotonic_ns()
+        energy = {d: 1_000_000 + int(w * now / 1e6) for d, w in self.watts.items()}
+        return CounterRead(self.boot_id, now, time.time_ns(), 1000, energy, int(10 * now / 1e6), 0)
+
+    def close(self) -> None:
+        pass
+
+
+def worker(
+    store: Store, job: JobSpec, epoch: int, name: str, host: str, device: str, meter: Any, seconds: float
+) -> AttemptRunner:
+    """A worker whose images take `seconds` each."""
+    config = WorkerConfig(
+        store.url, job.fingerprint, job.job_seed, job.output_format, "plain", MODEL_SHA256, epoch
+    )
+    where = Where(name, f"node-{host}", host, device)
+    timeline = SegmentTimeline(name, meter)
+    timeline.close("load")
+    return AttemptRunner(config, store, Plain("cpu", seconds), meter, timeline, where, lambda images: None)
+
+
+def finished(
+    folder: Path,
+    prompts: Sequence[str],
+    make_workers: Callable[[Store, JobSpec, int], list[AttemptRunner]],
+    *,
+    shard_size: int = 4,
+) -> Store:
+    """A finished job whose shards go round the workers; one shard is made twice, so one attempt loses."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store, job = plan(folder, list(prompts), shard_size=shard_size)
+    shards = load_job_shards(store, job)
+    epoch = open_epoch(store, exclusive=True)
+    coordinator = Coordinator(shards, list_committed(store, len(shards)), 60.0, epoch)
+    workers = make_workers(store, job, epoch)
+    turn = 0
+    while (lease := coordinator.next_lease(workers[turn % len(workers)].where.worker_id, 0.0)) is not None:
+        result = workers[turn % len(workers)].run(lease)
+        if turn == 0 and len(workers) > 1:
+            workers[1].run(replace(lease, attempt_id="e0001-late"))
+        coordinator.complete(lease.attempt_id, result.lease.shard.shard_id, 1.0)
+        turn += 1
+    finish_job(store, job, shards)
+    return store
+
+
+def measured_output(folder: Path, prompts: Sequence[str]) -> Store:
+    """Three workers on two hosts with a GPU each, of 100, 200 and 300 W beside packages of 50 W; the third is slow."""
+
+    def workers(store: Store, job: JobSpec, epoch: int) -> list[AttemptRunner]:
+        made = []
+        for i, gpu in enumerate(GPUS):
+            host = "host-a" if i < 2 else "host-b"
+            meter = WattMeter(f"boot-{host}", {f"gpu:{gpu}": 100.0 * (i + 1), "cpu:package-0": 50.0})
+            made.append(worker(store, job, epoch, f"w{i}", host, gpu, meter, (0.002, 0.002, 0.008)[i]))
+        return made
+
+    return finished(folder, prompts, workers)
+
+
+def unmeasured_output(folder: Path, prompts: Sequence[str]) -> Store:
+    """One worker without any counter: what most machines give. Its model of CPU time says 10 W."""
+
+    def workers(store: Store, job: JobSpec, epoch: int) -> list[AttemptRunner]:
+        meter = WattMeter("boot", {}, method="missing")
+        return [worker(store, job, epoch, "w0", "host", "cpu", meter, 0.001)]
+
+    return finished(folder, prompts, workers)
+
+
+def change_stats(store: Store, *removed: str, **changes: Any) -> None:
+    """Change `stats.json`: keys to remove, and values to set."""
+    stats = json.loads(store.get("stats.json")) | changes
+    store.put("stats.json", json.dumps({k: v for k, v in stats.items() if k not in removed}).encode())
