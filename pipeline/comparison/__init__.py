@@ -1,0 +1,1 @@
+"""Two generators compared: registration, statistic, quality gate, bundle, and its offline check."""

@@ -1,0 +1,167 @@
+"""Hashes and signatures of a set of files: Merkle root, in-toto Statement v1, DSSE envelope with Ed25519.
+
+A signature says that the holder of a key vouched for these bytes, and that they have not changed since. It says nothing
+about whether a meter told the truth. `cryptography` is needed to sign and to check signatures, for nothing else.
+
+Sources: RFC 6962 section 2.1 (tree hash), in-toto attestation specification 1.0 (Statement), DSSE 1.0.2 (envelope and
+pre-authentication encoding).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from millijoule.pipeline.comparison.registration import canonical_json
+from millijoule.workers.errors import InputError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+#: A name, not an address: nothing is fetched from it.
+PREDICATE_TYPE = "https://millijoule.dev/energy-comparison/v1"
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """`key_id` is the SHA-256 of the public key's DER form."""
+
+    key_id: str
+    bytes: bytes
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A statement as it was signed."""
+
+    payload: bytes
+    signatures: tuple[Signature, ...]
+
+    def to_json(self) -> bytes:
+        return canonical_json(
+            {
+                "payloadType": PAYLOAD_TYPE,
+                "payload": base64.b64encode(self.payload).decode(),
+                "signatures": [
+                    {"keyid": s.key_id, "sig": base64.b64encode(s.bytes).decode()} for s in self.signatures
+                ],
+            }
+        )
+
+    @staticmethod
+    def from_json(data: bytes) -> Envelope:
+        """Raises ValueError where `data` is not an envelope of ours."""
+        try:
+            raw = json.loads(data)
+            if raw["payloadType"] != PAYLOAD_TYPE:
+                raise ValueError(f"payload type {raw['payloadType']!r}")
+            return Envelope(
+                base64.b64decode(raw["payload"], validate=True),
+                tuple(
+                    Signature(str(s["keyid"]), base64.b64decode(s["sig"], validate=True))
+                    for s in raw["signatures"]
+                ),
+            )
+        except (KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
+            raise ValueError(f"not a DSSE envelope: {error!r}") from error
+
+
+def merkle_root(digests: Mapping[str, str]) -> str:
+    """Root over files in the order of their names; a leaf is name, NUL, and the file's SHA-256."""
+    leaves = [
+        hashlib.sha256(b"\0" + name.encode() + b"\0" + bytes.fromhex(digest)).digest()
+        for name, digest in sorted(digests.items())
+    ]
+    return _tree(leaves).hex() if leaves else hashlib.sha256().hexdigest()
+
+
+def _tree(leaves: list[bytes]) -> bytes:
+    if len(leaves) == 1:
+        return leaves[0]
+    half = 1 << ((len(leaves) - 1).bit_length() - 1)  # the largest power of two below their number
+    return hashlib.sha256(b"\1" + _tree(leaves[:half]) + _tree(leaves[half:])).digest()
+
+
+def statement(digests: Mapping[str, str], predicate: Mapping[str, Any]) -> bytes:
+    """An in-toto Statement v1 about files, given by name and SHA-256."""
+    return canonical_json(
+        {
+            "_type": STATEMENT_TYPE,
+            "subject": [{"name": n, "digest": {"sha256": d}} for n, d in sorted(digests.items())],
+            "predicateType": PREDICATE_TYPE,
+            "predicate": predicate,
+        }
+    )
+
+
+def sign(payload: bytes, key: Ed25519PrivateKey | None) -> Envelope:
+    """An envelope with one signature, or with none where there is no key."""
+    if key is None:
+        return Envelope(payload, ())
+    signature = Signature(key_id(key.public_key()), key.sign(_pre_authentication(payload)))
+    return Envelope(payload, (signature,))
+
+
+def is_signed_by(envelope: Envelope, key: Ed25519PublicKey) -> bool:
+    """Whether one of the envelope's signatures is `key`'s over this payload; key ids decide nothing."""
+    from cryptography.exceptions import InvalidSignature
+
+    for signature in envelope.signatures:
+        try:
+            key.verify(signature.bytes, _pre_authentication(envelope.payload))
+            return True
+        except InvalidSignature:
+            continue
+    return False
+
+
+def key_id(key: Ed25519PublicKey) -> str:
+    """SHA-256 of the key's DER form (SubjectPublicKeyInfo)."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def load_private_key(pem: bytes, *, place: str) -> Ed25519PrivateKey:
+    """An unencrypted Ed25519 key, as `openssl genpkey -algorithm ed25519` writes it; raises InputError."""
+    serialization, ed25519 = _cryptography()
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{place}: not an unencrypted private key in PEM form: {error}") from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise InputError(f"{place}: not an Ed25519 key; make one with: openssl genpkey -algorithm ed25519")
+    return key
+
+
+def load_public_key(pem: bytes, *, place: str) -> Ed25519PublicKey:
+    """An Ed25519 public key, as `openssl pkey -pubout` writes it; raises InputError."""
+    serialization, ed25519 = _cryptography()
+    try:
+        key = serialization.load_pem_public_key(pem)
+    except ValueError as error:
+        raise InputError(f"{place}: not a public key in PEM form: {error}") from error
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise InputError(f"{place}: not an Ed25519 key")
+    return key
+
+
+def _cryptography() -> tuple[Any, Any]:
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as error:
+        raise InputError("signatures need `cryptography`: pip install millijoule[verify]") from error
+    return serialization, ed25519
+
+
+def _pre_authentication(payload: bytes) -> bytes:
+    kind = PAYLOAD_TYPE.encode()
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)

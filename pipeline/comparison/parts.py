@@ -1,0 +1,137 @@
+"""The blocks of a comparison that are done, on disk: what lets it go on after a crash.
+
+A part is a folder `parts/00012`, written beside and renamed, so it is whole or not there. A block that was
+interrupted leaves nothing and is run again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from millijoule.pipeline.comparison.registration import ARMS, Registration, ScheduledBlock
+from millijoule.pipeline.comparison.rows import (
+    BLOCK_SCHEMA,
+    DERIVED_BLOCK_COLUMNS,
+    IMAGE_SCHEMA,
+    PIXEL_SCHEMA,
+    READ_SCHEMA,
+    read_row,
+)
+from millijoule.workers.schemas import CounterRead
+
+_TABLES = {
+    "reads": READ_SCHEMA,
+    "blocks": BLOCK_SCHEMA,
+    "images": IMAGE_SCHEMA,
+    "pixels": PIXEL_SCHEMA,
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a comparison stands: what the next session must know."""
+
+    blocks: tuple[dict[str, Any], ...]  # in order of execution
+    drawn: dict[str, int]  # images by arm
+    known: frozenset[str]  # digests whose pixels are stored
+
+    @property
+    def done(self) -> set[str]:
+        return {b["block_id"] for b in self.blocks}
+
+    @property
+    def next_session(self) -> int:
+        return max((b["session"] for b in self.blocks), default=-1) + 1
+
+
+class PartStore:
+    """The parts in one folder; one process writes at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob("*.tmp"):
+            shutil.rmtree(unfinished)
+
+    def write(
+        self,
+        registration: Registration,
+        ordinal: int,
+        session: int,
+        block: ScheduledBlock,
+        reads: Iterable[CounterRead],
+        first_request: int = 0,
+        digests: tuple[str, ...] = (),
+        pixels: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """Store one block for good."""
+        n = len(registration.requests)
+        numbers = dict.fromkeys(DERIVED_BLOCK_COLUMNS) | {
+            "images": len(digests),
+            "accepted": 0,
+            "seconds": 0.0,
+        }
+        row = {
+            **vars(block),
+            **numbers,
+            "ordinal": ordinal,
+            "session": session,
+            "first_request": first_request,
+            "registration_sha256": registration.sha256,
+        }
+        rows: dict[str, list[dict[str, Any]]] = {
+            "blocks": [row],
+            "reads": [read_row(block.block_id, i, read) for i, read in enumerate(reads)],
+            "pixels": [
+                {
+                    "sha256": digest,
+                    "height": image.shape[0],
+                    "width": image.shape[1],
+                    "pixels": np.ascontiguousarray(image).tobytes(),
+                }
+                for digest, image in (pixels or {}).items()
+            ],
+        }
+        tables = {name: pa.Table.from_pylist(rows[name], _TABLES[name]) for name in rows}
+        tables["images"] = pa.table(  # by columns: there may be millions
+            [
+                pa.repeat(block.block_id, len(digests)),
+                pa.array((first_request + np.arange(len(digests))) % n, pa.int32()),
+                pa.array(digests, pa.string()),
+            ],
+            schema=IMAGE_SCHEMA,
+        )
+        part = self.folder / f"{ordinal:05d}"
+        unfinished = part.with_suffix(".tmp")
+        unfinished.mkdir()
+        for name, table in tables.items():
+            pq.write_table(table, unfinished / f"{name}.parquet", compression="zstd")
+        os.rename(unfinished, part)
+
+    def progress(self) -> Progress:
+        """What is done so far."""
+        blocks = sorted(self.read("blocks").to_pylist(), key=lambda b: b["ordinal"])
+        drawn = {arm: sum(b["images"] for b in blocks if b["arm"] == arm) for arm in ARMS}
+        known = {digest for part in self._parts() for digest in _column(part / "pixels.parquet", "sha256")}
+        return Progress(tuple(blocks), drawn, frozenset(known))
+
+    def read(self, name: str) -> pa.Table:
+        """One table over all parts, in order of execution."""
+        tables = [pq.ParquetFile(part / f"{name}.parquet").read() for part in self._parts()]
+        return pa.concat_tables(tables) if tables else _TABLES[name].empty_table()
+
+    def _parts(self) -> Iterator[Path]:
+        return iter(sorted(p for p in self.folder.iterdir() if p.is_dir() and p.suffix != ".tmp"))
+
+
+def _column(path: Path, name: str) -> list[Any]:
+    return pq.ParquetFile(path).read(columns=[name])[name].to_pylist()

@@ -1,0 +1,304 @@
+"""What a comparison of two generators will do and what would count as success, written down before the first run.
+
+A `Registration` is a value: its canonical JSON is hashed, the hash stands in every measured block, and the order of
+blocks follows from it alone. Whoever publishes the hash first cannot choose prompts, margins or the stopping point
+afterwards. Nothing here measures anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_type_hints
+
+from millijoule.workers.errors import InputError
+
+FORMAT = "millijoule-energy-comparison-registration/1"
+ARMS = ("A", "B")
+
+#: What a block is for. Only "compare" enters the ratio; warm-up and top-up are not scheduled, they come when needed.
+SCHEDULED_KINDS = ("idle", "same", "telemetry", "compare")
+UNSCHEDULED_KINDS = ("warmup", "topup")
+
+#: Whoever checks a stranger's bundle recomputes with these numbers: they bound time and memory.
+MAX_RESAMPLES = 20_000
+MAX_QUADRUPLES = 500
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One generator as it is run. `model` is a name for people; `sha256` says which weights."""
+
+    model: str
+    name: str
+    sha256: str
+    batch_size: int
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image that both arms draw; `seed` is in [0, 2**64)."""
+
+    family: str
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which blocks are run. A quadruple is four blocks of one order, ABBA or BAAB."""
+
+    block_seconds: float = 60.0
+    quadruples: int = 10
+    control_quadruples: int = 1  # of A against A, and of telemetry on against off for each arm
+    order_seed: int = 0
+    warmup_window_seconds: float = 5.0
+    warmup_windows: int = 3  # stable where the speeds of this many windows in a row differ little, ...
+    warmup_cv: float = 0.03  # ... by this coefficient of variation
+    warmup_max_windows: int = 60
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A further score per image (higher is better); A may be lower than B by less than `margin` on average."""
+
+    name: str
+    sha256: str
+    margin: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """When A's images count as no worse than B's. Margins are what A may be worse by."""
+
+    judge: str
+    judge_sha256: str
+    rule: Literal["icon-scene", "threshold"] = "icon-scene"
+    threshold: float = 0.5  # of "threshold": an image is accepted from this score on
+    score_margin: float = 0.02  # of the mean share accepted over families
+    frechet_margin: float = 0.05  # share of B's Frechet distance
+    max_blank: float = 0.01  # share of an arm's images
+    max_duplicates: float = 0.01  # share of an arm's images
+    min_images: int = 500
+    resamples: int = 2000
+    frechet_resamples: int = 200
+    seed: int = 1
+    metrics: tuple[Metric, ...] = ()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How the interval is made and when there is none."""
+
+    confidence: float = 0.95
+    resamples: int = 10_000
+    seed: int = 2
+    min_quadruples: int = 5
+    max_missing: float = 0.2  # share of quadruples without energy
+
+
+@dataclass(frozen=True)
+class Systematics:
+    """What the meter may do wrong in the same way in every block, and what the controls may show at most."""
+
+    counter_delay_s: float = 0.2  # how late a counter's value may be at a block's ends
+    offset_watts: float = 5.0  # a constant error of the meter's power
+    max_control: float = 0.05  # largest log ratio that A against A, or telemetry on against off, may show
+    closure_tolerance: float = 0.05  # of a second meter against the counters
+    declared_rest_watts: float = 0.0  # what a node meter sees and no counter does
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Everything that is fixed before the first run."""
+
+    factor: float  # to prove: A needs at least this many times less energy than B
+    registered_wall_ns: int
+    device: str
+    width: int
+    height: int
+    a: Arm
+    b: Arm
+    requests: tuple[Request, ...]
+    gate: Gate
+    design: Design = Design()
+    statistics: Statistics = Statistics()
+    systematics: Systematics = Systematics()
+
+    def arm(self, name: str) -> Arm:
+        return {"A": self.a, "B": self.b}[name]
+
+    def to_json(self) -> bytes:
+        return canonical_json({"format": FORMAT, **asdict(self)})
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    @staticmethod
+    def from_json(data: bytes, *, place: str = "registration.json") -> Registration:
+        """Read back what `to_json` wrote, and nothing else.
+
+        Raises:
+            InputError: not JSON, fields missing, unknown or of the wrong type, values out of range, or bytes that
+                are not canonical (their hash would not be that of the content).
+        """
+        try:
+            raw = json.loads(data)
+            if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            raw["a"], raw["b"] = _build(Arm, raw["a"]), _build(Arm, raw["b"])
+            raw["requests"] = tuple(_build(Request, r) for r in raw["requests"])
+            raw["gate"]["metrics"] = tuple(_build(Metric, m) for m in raw["gate"]["metrics"])
+            for name, part in (
+                ("gate", Gate),
+                ("design", Design),
+                ("statistics", Statistics),
+                ("systematics", Systematics),
+            ):
+                raw[name] = _build(part, raw[name])
+            registration: Registration = _build(Registration, raw)
+            check_values(registration)
+            canonical = registration.to_json()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(f"{place}: not a registration this version reads: {error}") from error
+        if canonical != data:
+            raise InputError(
+                f"{place}: not canonical JSON; write it with `millijoule verify --register-only`"
+            )
+        return registration
+
+
+@dataclass(frozen=True)
+class ScheduledBlock:
+    """One block to run.
+
+    `arm` is the generator ("" when idle), `side` which side of its quadruple the block stands for: in A against A and
+    in telemetry on (A) against off (B) both sides are one generator.
+    """
+
+    block_id: str
+    kind: str
+    arm: str
+    side: str
+    telemetry: bool
+    quadruple: int  # -1 when idle
+
+
+def check_values(registration: Registration) -> None:
+    """Raise ValueError for numbers with which nothing could be shown, or anything could."""
+    r, design, gate = registration, registration.design, registration.gate
+    positive = {
+        "factor": r.factor,
+        "block_seconds": design.block_seconds,
+        "quadruples": design.quadruples,
+        "warmup_window_seconds": design.warmup_window_seconds,
+        "warmup_windows": design.warmup_windows,
+        "min_images": gate.min_images,
+        "resamples": gate.resamples,
+        "frechet_resamples": gate.frechet_resamples,
+        "statistics.resamples": r.statistics.resamples,
+        "a.batch_size": r.a.batch_size,
+        "b.batch_size": r.b.batch_size,
+    }
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0, not {value}")
+    if max(r.statistics.resamples, gate.resamples, gate.frechet_resamples) > MAX_RESAMPLES:
+        raise ValueError(f"more than {MAX_RESAMPLES} resamples show nothing more")
+    if max(design.quadruples, design.control_quadruples) > MAX_QUADRUPLES:
+        raise ValueError(f"more than {MAX_QUADRUPLES} quadruples")
+    shares = {
+        "score_margin": gate.score_margin,
+        "frechet_margin": gate.frechet_margin,
+        "max_blank": gate.max_blank,
+        "max_duplicates": gate.max_duplicates,
+        "max_missing": r.statistics.max_missing,
+        "max_control": r.systematics.max_control,
+        "closure_tolerance": r.systematics.closure_tolerance,
+    }
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {value}")
+    amounts = {
+        "counter_delay_s": r.systematics.counter_delay_s,
+        "offset_watts": r.systematics.offset_watts,
+        "declared_rest_watts": r.systematics.declared_rest_watts,
+    }
+    for name, value in amounts.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be at least 0, not {value}")
+    if not 0.5 < r.statistics.confidence < 1:
+        raise ValueError(f"confidence must be in (0.5, 1), not {r.statistics.confidence}")
+    if r.statistics.min_quadruples < 3:
+        raise ValueError("min_quadruples below 3 leaves nothing to resample")
+    if any(not 0 <= m.margin < math.inf for m in gate.metrics):
+        raise ValueError("a metric's margin must be at least 0")
+    if not r.requests or any(not 0 <= q.seed < 2**64 for q in r.requests):
+        raise ValueError("requests must not be empty, their seeds in [0, 2**64)")
+    if len(set(r.requests)) != len(r.requests):
+        raise ValueError("a request (family, prompt, seed) stands there twice")
+
+
+def schedule(registration: Registration) -> tuple[ScheduledBlock, ...]:
+    """The blocks in order: idle, controls, the first half of the comparison, idle, the second half, idle.
+
+    ABBA and BAAB alternate, so that drift that is linear in time cancels within a quadruple and most of what is left
+    between two; which comes first follows from the seed.
+    """
+    design = registration.design
+    first = hashlib.sha256(f"order {design.order_seed}".encode()).digest()[0] & 1
+    blocks: list[ScheduledBlock] = []
+
+    def add(kind: str, arm: str, side: str, telemetry: bool, quadruple: int) -> None:
+        blocks.append(ScheduledBlock(f"{len(blocks):04d}", kind, arm, side, telemetry, quadruple))
+
+    def quadruple(kind: str, number: int, arm: str | None = None) -> None:
+        for side in "BAAB" if (number + first) % 2 else "ABBA":
+            add(kind, arm or side, side, not (kind == "telemetry" and side == "B"), number)
+
+    add("idle", "", "", True, -1)
+    for number in range(design.control_quadruples):
+        quadruple("same", number, "A")
+        quadruple("telemetry", 2 * number, "A")
+        quadruple("telemetry", 2 * number + 1, "B")
+    for number in range(design.quadruples):
+        if number == design.quadruples // 2:
+            add("idle", "", "", True, -1)
+        quadruple("compare", number)
+    add("idle", "", "", True, -1)
+    return tuple(blocks)
+
+
+def canonical_json(value: Any) -> bytes:
+    """One byte sequence per value: sorted keys, no spaces, ASCII, no NaN; a newline at the end."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _build(kind: type, raw: Any) -> Any:
+    """A dataclass from exactly its fields, with JSON's types checked."""
+    if not isinstance(raw, Mapping):
+        raise TypeError(f"{kind.__name__} must be an object")
+    names, hints = {f.name for f in fields(kind)}, get_type_hints(kind)
+    if names != set(raw):
+        raise ValueError(f"{kind.__name__}: fields {sorted(names ^ set(raw))} are missing or unknown")
+    for name, value in raw.items():
+        hint = str(hints[name])
+        wanted: tuple[type, ...] = ()
+        if hint in ("<class 'float'>", "float | None"):
+            wanted = (float, int)
+        elif hint in ("<class 'int'>", "int | None"):
+            wanted = (int,)
+        elif hint == "<class 'str'>" or "Literal" in hint:
+            wanted = (str,)
+        optional = value is None and "None" in hint
+        if wanted and not optional and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise TypeError(f"{kind.__name__}.{name}: {value!r} is not of type {wanted[0].__name__}")
+        if "Literal" in hint and value not in hints[name].__args__:
+            raise ValueError(f"{kind.__name__}.{name}: {value!r} is not one of {hints[name].__args__}")
+    return kind(**raw)

@@ -1,0 +1,197 @@
+"""The raw rows of a comparison as Arrow tables: what was read, drawn and judged.
+
+One schema per file of a bundle. Times are nanoseconds, energies integer millijoules; what was not measured is null.
+Columns that follow from others (`DERIVED_BLOCK_COLUMNS`) are there for readers and are recomputed by every check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from millijoule.workers.schemas import CounterRead
+
+READ_SCHEMA = pa.schema(
+    [
+        pa.field("block_id", pa.string(), nullable=False),
+        pa.field("read_index", pa.int32(), nullable=False),  # 0 opens the block, the last one closes it
+        pa.field("boot_id", pa.string(), nullable=False),
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field("t_mono_ns", pa.int64(), nullable=False),
+        pa.field("t_wall_ns", pa.int64(), nullable=False),
+        pa.field("latency_ns", pa.int64(), nullable=False),
+        pa.field(
+            "energy",
+            pa.list_(pa.struct([("domain", pa.string()), ("energy_mj", pa.int64())])),
+            nullable=False,
+        ),
+        pa.field("estimate_mj", pa.int64()),
+    ]
+)
+
+BLOCK_SCHEMA = pa.schema(
+    [
+        pa.field("block_id", pa.string(), nullable=False),  # as scheduled; warm-up and top-up have their own
+        pa.field("ordinal", pa.int32(), nullable=False),  # order of execution
+        pa.field("session", pa.int32(), nullable=False),  # run of the program that executed it
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("arm", pa.string(), nullable=False),
+        pa.field("side", pa.string(), nullable=False),
+        pa.field("telemetry", pa.bool_(), nullable=False),
+        pa.field("quadruple", pa.int32(), nullable=False),
+        pa.field("first_request", pa.int32(), nullable=False),
+        pa.field("registration_sha256", pa.string(), nullable=False),
+        pa.field("images", pa.int64(), nullable=False),
+        pa.field("accepted", pa.int64(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("energy_mj", pa.int64()),
+        pa.field("estimate_mj", pa.int64()),
+    ]
+)
+DERIVED_BLOCK_COLUMNS = ("images", "accepted", "seconds", "energy_mj", "estimate_mj")
+
+IMAGE_SCHEMA = pa.schema(  # in order of drawing within a block
+    [
+        pa.field("block_id", pa.string(), nullable=False),
+        pa.field("request", pa.int32(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+
+JUDGEMENT_SCHEMA = pa.schema(  # one row per distinct (request, sha256)
+    [
+        pa.field("request", pa.int32(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("blank", pa.bool_(), nullable=False),
+        pa.field("accepted", pa.bool_(), nullable=False),  # by the judge's rule alone
+        pa.field("icons", pa.string()),
+        pa.field("score", pa.float64()),
+        pa.field("metrics", pa.list_(pa.float64()), nullable=False),  # in the order of the registered ones
+    ]
+)
+
+FEATURE_SCHEMA = pa.schema(  # of each arm's first image of each request, and of the reference
+    [
+        pa.field("arm", pa.string(), nullable=False),  # "A", "B" or "reference"
+        pa.field("request", pa.int32(), nullable=False),
+        pa.field("values", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
+PIXEL_SCHEMA = pa.schema(  # one row per distinct image
+    [
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("pixels", pa.binary(), nullable=False),  # uint8 [height, width, 3], C order
+    ]
+)
+
+SECOND_METER_SCHEMA = pa.schema(
+    [
+        pa.field(
+            "source", pa.string(), nullable=False
+        ),  # "power": same device, integrated; "node": whole machine
+        pa.field("t_wall_ns", pa.int64(), nullable=False),
+        pa.field("energy_mj", pa.int64(), nullable=False),  # since any zero
+    ]
+)
+
+SCHEMAS = {
+    "reads.parquet": READ_SCHEMA,
+    "blocks.parquet": BLOCK_SCHEMA,
+    "images.parquet": IMAGE_SCHEMA,
+    "judgements.parquet": JUDGEMENT_SCHEMA,
+    "features.parquet": FEATURE_SCHEMA,
+    "pixels.parquet": PIXEL_SCHEMA,
+    "second_meter.parquet": SECOND_METER_SCHEMA,
+}
+OPTIONAL_TABLES = ("pixels.parquet", "second_meter.parquet")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All tables of one comparison, each by its schema in `SCHEMAS`."""
+
+    reads: pa.Table
+    blocks: pa.Table
+    images: pa.Table
+    judgements: pa.Table
+    features: pa.Table
+    pixels: pa.Table | None = None
+    second_meter: pa.Table | None = None
+
+    def by_file(self) -> Iterator[tuple[str, pa.Table]]:
+        """File name and table of those that are there."""
+        for name in SCHEMAS:
+            table = getattr(self, name.removesuffix(".parquet"))
+            if table is not None:
+                yield name, table
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """The image table as numbers, for millions of rows. `pair` tells distinct (request, sha256) apart.
+
+    `block[i]` is an index of `block_ids`, `pair[i]` one of `pairs`; `[n]` each, in the order of the table.
+    """
+
+    block_ids: list[str]
+    block: np.ndarray
+    request: np.ndarray
+    pairs: list[tuple[int, str]]
+    pair: np.ndarray
+
+
+def encode_images(images: pa.Table) -> EncodedImages:
+    """Give numbers to the blocks and to the distinct images of a table of `IMAGE_SCHEMA`."""
+    block_ids, block = _encode(images["block_id"])
+    digests, digest = _encode(images["sha256"])
+    request = images["request"].to_numpy().astype(np.int64)
+    n = max(1, len(digests))
+    distinct, pair = np.unique(request * n + digest, return_inverse=True)
+    pairs = [(int(key) // n, digests[int(key) % n]) for key in distinct]
+    return EncodedImages(block_ids, block, request, pairs, pair)
+
+
+def _encode(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
+    if not len(column):
+        return [], np.zeros(0, np.int64)
+    encoded = column.dictionary_encode().unify_dictionaries().combine_chunks()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
+
+
+def read_row(block_id: str, index: int, read: CounterRead) -> dict[str, object]:
+    """A `CounterRead` as a row of `READ_SCHEMA`."""
+    return {
+        "block_id": block_id,
+        "read_index": index,
+        "boot_id": read.boot_id,
+        "epoch": read.epoch,
+        "t_mono_ns": read.t_mono_ns,
+        "t_wall_ns": read.t_wall_ns,
+        "latency_ns": read.latency_ns,
+        "energy": [{"domain": d, "energy_mj": mj} for d, mj in sorted(read.energy_mj.items())],
+        "estimate_mj": read.estimate_mj,
+    }
+
+
+def reads_by_block(reads: pa.Table) -> dict[str, list[CounterRead]]:
+    """Each block's reads in the order of `read_index`."""
+    found: dict[str, list[CounterRead]] = {}
+    for row in sorted(reads.to_pylist(), key=lambda r: (r["block_id"], r["read_index"])):
+        found.setdefault(row["block_id"], []).append(
+            CounterRead(
+                row["boot_id"],
+                row["t_mono_ns"],
+                row["t_wall_ns"],
+                row["latency_ns"],
+                {part["domain"]: part["energy_mj"] for part in row["energy"]},
+                row["estimate_mj"],
+                row["epoch"],
+            )
+        )
+    return found

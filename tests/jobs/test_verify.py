@@ -1,0 +1,228 @@
+"""`millijoule verify` from registration to a checked bundle, on CPU time and on stand-in counters."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from support.comparisons import REQUESTS
+
+from millijoule.jobs import verify
+from millijoule.jobs.comparison_environment import describe_gpu
+from millijoule.jobs.verify import NOT_SHOWN, VerifyOptions, list_requests
+from millijoule.workers import meter
+
+SMALL = [
+    "--judge",
+    "python:support.comparisons:judge",
+    "--device",
+    "cpu",
+    "--blocks",
+    "20",
+    "--block-seconds",
+    "0.1",
+    "--images-per-prompt",
+    "2",
+    "--min-images",
+    "48",
+    "--score-margin",
+    "0.4",
+    "--frechet-margin",
+    "0.9",
+    "--factor",
+    "3",
+    "--warmup-cv",
+    "0.9",
+    "--metric",
+    "python:support.comparisons:brightness=40",
+]
+
+
+def model(name):
+    return f"python:support.comparisons:{name}"
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with prompts and keys, and a machine without counters."""
+    monkeypatch.setattr(meter, "find_rapl_counters", lambda root: iter(()))
+    monkeypatch.setenv("MILLIJOULE_TEST_DIR", str(tmp_path))
+    prompts = dict.fromkeys(f"{r.family}\t{r.prompt}" for r in REQUESTS)
+    (tmp_path / "prompts.tsv").write_text("\n".join(prompts) + "\n")
+    key = Ed25519PrivateKey.generate()
+    (tmp_path / "key.pem").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    (tmp_path / "public.pem").write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    return tmp_path
+
+
+def measure(world, *more, a="light", b="heavy"):
+    argv = ["--a", model(a), "--b", model(b), "--output", str(world / "out"), *SMALL]
+    return verify.main([*argv, "--prompts", str(world / "prompts.tsv"), *more])
+
+
+def check(world, *more):
+    return verify.main(["--check", str(world / "out" / "bundle"), *more])
+
+
+def test_from_registration_to_a_checked_bundle(world, capsys):
+    assert measure(world, "--register-only") == 0
+    printed = capsys.readouterr().out
+    registration = (world / "out" / "registration.json").read_bytes()
+    assert not (world / "out" / "parts").exists()
+
+    code = measure(world, "--key", str(world / "key.pem"))
+    said = capsys.readouterr().out
+    assert printed.split()[1] in said
+    assert (world / "out" / "registration.json").read_bytes() == registration
+    result = json.loads((world / "out" / "bundle" / "result.json").read_bytes())
+    assert result["verdict"] in said
+    assert "evidence class E0 (estimate: CPU time" in result["verdict"]
+    assert 3 < result["ratio_per_image"]["ratio"] < 20  # made for 10, on a machine that may be busy
+    assert result["gate"]["passed"]
+    outcome = result["claim"]["outcome"]
+    assert outcome in ("holds for the estimate only", "does not hold", "not established")
+    assert code == (0 if outcome.startswith("holds") else NOT_SHOWN)
+    blocks = pq.ParquetFile(world / "out" / "bundle" / "blocks.parquet").read().to_pylist()
+    assert sum(b["kind"] == "compare" for b in blocks) == 20
+    assert all(b["energy_mj"] is None for b in blocks)
+    environment = json.loads((world / "out" / "bundle" / "environment.json").read_bytes())
+    assert environment["meter"] == "missing"
+    assert len(environment["packages_sha256"]) == 64
+
+    assert check(world, "--public-key", str(world / "public.pem")) == 0
+    said = capsys.readouterr().out
+    assert result["verdict"] in said
+    assert "no mismatch" in said
+    assert printed.split()[1] in said
+
+    assert measure(world) == 1  # never twice into one folder
+    assert "there is a bundle already" in capsys.readouterr().err
+
+    edited = json.loads((world / "out" / "bundle" / "result.json").read_bytes())
+    edited["claim"]["outcome"] = "holds"
+    (world / "out" / "bundle" / "result.json").write_text(json.dumps(edited))
+    assert check(world) == 1
+    said = capsys.readouterr().out
+    assert "result.json: claim.outcome says 'holds'" in said
+    assert "nothing in it can be relied on" in said
+
+
+def test_an_interrupted_run_goes_on(world, capsys):
+    assert measure(world, "--omit-images", a="dies_in_the_middle") == 1
+    assert "died" in capsys.readouterr().err
+    before = {p.name for p in (world / "out" / "parts").iterdir()}
+    assert len(before) > 5
+    first = (world / "out" / "parts" / "00003" / "reads.parquet").read_bytes()
+    assert measure(world, "--omit-images", a="dies_in_the_middle") in (0, NOT_SHOWN)
+    assert (world / "out" / "parts" / "00003" / "reads.parquet").read_bytes() == first
+    blocks = pq.ParquetFile(world / "out" / "bundle" / "blocks.parquet").read().to_pylist()
+    assert {b["session"] for b in blocks} == {0, 1}
+    assert {(b["session"], b["arm"]) for b in blocks if b["kind"] == "warmup"} == {
+        (s, a) for s in (0, 1) for a in "AB"
+    }
+    assert not (world / "out" / "bundle" / "pixels.parquet").exists()
+    capsys.readouterr()
+    assert check(world) == 0
+    said = capsys.readouterr().out
+    assert "note: unsigned" in said
+    assert "note: images are not included" in said
+
+
+def test_other_options_than_registered_are_refused(world, capsys):
+    assert measure(world, "--register-only") == 0
+    assert measure(world, "--score-margin", "0.5") == 1
+    assert "registered with other gate" in capsys.readouterr().err
+    assert measure(world, b="light") == 1
+    assert "registered with other b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--blocks", "10"], "multiple of 4"),
+        (["--factor", "0"], "factor must be above 0"),
+        (["--metric", "python:support.comparisons:brightness"], "=MARGIN"),
+        (["--metric", "nonsense=1"], "python:MODULE:FACTORY"),
+        (["--metric", "clip:nowhere=1"], "no model.safetensors"),
+        (["--judge", "python:support.comparisons:nobody"], "nobody"),
+        (["--key", "nowhere.pem"], "nowhere.pem"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_options_that_make_no_comparison_are_refused(world, capsys, more, message):
+    assert measure(world, *more) == 1
+    assert message in capsys.readouterr().err
+    assert not (world / "out" / "parts").exists()
+
+
+def test_unequal_sizes_are_refused(world, capsys):
+    assert measure(world, b="wide") == 1
+    assert "only equal sizes" in capsys.readouterr().err
+
+
+def test_half_a_command_is_refused(world, capsys):
+    assert verify.main(["--a", "default"]) == 1
+    assert "--check BUNDLE" in capsys.readouterr().err
+    assert verify.main(["--check", str(world / "nothing")]) == 1
+    assert "missing" in capsys.readouterr().out
+
+
+def test_default_prompts_are_held_out_icon_scenes():
+    requests = list_requests(VerifyOptions(prompts_per_family=3, images_per_prompt=2))
+    assert len(requests) == 36
+    assert len({r.family for r in requests}) == 6
+    assert len(set(requests)) == 36
+
+
+def test_the_state_of_a_board_is_what_nvml_tells():
+    class NVMLError(Exception):
+        pass
+
+    def unsupported(handle):
+        raise NVMLError
+
+    answers = {
+        "Name": b"NVIDIA H200",
+        "VbiosVersion": "96.00",
+        "EnforcedPowerLimit": 700_000,
+        "PersistenceMode": 1,
+        "EccMode": [1, 1],
+    }
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_CLOCK_SM=1,
+        NVML_CLOCK_MEM=2,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlSystemGetDriverVersion=lambda: "580.1",
+        nvmlDeviceGetClockInfo=lambda handle, kind: 1980 * kind,
+        nvmlDeviceGetTemperature=lambda handle, kind: unsupported(handle),
+        **{f"nvmlDeviceGet{name}": lambda handle, value=value: value for name, value in answers.items()},
+    )
+    found = describe_gpu("GPU-1", nvml)
+    assert found["name"] == "NVIDIA H200"
+    assert found["ecc"] == 1
+    assert found["sm_clock_mhz"] == 1980
+    assert found["temperature_c"] is None
+
+
+def test_images_are_read_again_on_request(world, capsys):
+    """Against readings that the packaged verifier did not make, of images it cannot read."""
+    assert measure(world) in (0, NOT_SHOWN)
+    capsys.readouterr()
+    assert check(world, "--rejudge") == 1
+    assert "is not the registered judge" in capsys.readouterr().out
+    shutil.rmtree(world / "out")

@@ -1,0 +1,234 @@
+"""A small world in which a whole comparison runs in no time: a clock, a counter, two generators and a judge.
+
+Generator A needs a tenth of B's energy. Both draw noise that follows from the seed; the judge "reads" what the prompt
+says from most images, by their bytes, more often for A.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from millijoule.jobs.comparison_run import ComparisonRun, judge_images
+from millijoule.pipeline.comparison.parts import PartStore
+from millijoule.pipeline.comparison.registration import (
+    Arm,
+    Design,
+    Gate,
+    Metric,
+    Registration,
+    Request,
+    Statistics,
+    Systematics,
+)
+from millijoule.pipeline.comparison.rows import Rows
+from millijoule.workers.errors import InputError
+from millijoule.workers.generator import GeneratedBatch, GeneratorInfo
+from millijoule.workers.image_judge import Judgement
+from millijoule.workers.scene_prompts import parse_prompt
+from millijoule.workers.schemas import CounterRead
+
+SIZE = 8
+START_NS = 1_700_000_000_000_000_000
+NOUNS = ("cat", "dog", "car", "tree", "fish", "house", "owl", "key")
+COLOURS = ("red", "blue", "green")
+REQUESTS = tuple(
+    Request("single object", f"a {colour} {noun}", 10 * i + k)
+    for i, (colour, noun) in enumerate((c, n) for c in COLOURS for n in NOUNS)
+    for k in range(2)
+)
+
+
+def registration(**changes) -> Registration:
+    values = {
+        "factor": 5.0,
+        "registered_wall_ns": START_NS,
+        "device": "cpu",
+        "width": SIZE,
+        "height": SIZE,
+        "a": Arm("fast", "fast", "a" * 64, 8),
+        "b": Arm("slow", "slow", "b" * 64, 4),
+        "requests": REQUESTS,
+        "gate": Gate(
+            "stand-in",
+            "c" * 64,
+            score_margin=0.4,
+            frechet_margin=0.9,
+            min_images=len(REQUESTS),
+            resamples=200,
+            frechet_resamples=20,
+            metrics=(Metric("brightness", "d" * 64, 40.0),),
+        ),
+        "design": Design(block_seconds=2.0, quadruples=5, warmup_window_seconds=0.5),
+        "statistics": Statistics(resamples=500),
+        "systematics": Systematics(counter_delay_s=0.02),
+    }
+    return Registration(**{**values, **changes})
+
+
+ENVIRONMENT = {
+    "device": "cpu",
+    "judge_sha256": "c" * 64,
+    "models": {"A": {"sha256": "a" * 64}, "B": {"sha256": "b" * 64}},
+}
+
+
+class World:
+    """Time passes and energy flows only when something is drawn, rested or read."""
+
+    method = "nvml-counter"
+
+    def __init__(self, *, counters: bool = True) -> None:
+        self.ns = 10**9
+        self.energy_uj = 5 * 10**9
+        self.counters = counters
+        self.reads = 0
+        self.missing_reads: set[int] = set()
+        self.domains = ("gpu:GPU-1",) if counters else ()
+
+    def advance(self, seconds: float, watts: float) -> None:
+        self.ns += round(seconds * 1e9)
+        self.energy_uj += round(seconds * watts * 1e6)
+
+    def clock(self) -> float:
+        return self.ns / 1e9
+
+    def sleep(self, seconds: float) -> None:
+        self.advance(seconds, 60.0)
+
+    def read(self) -> CounterRead:
+        self.advance(0.001, 100.0)
+        energy = {"gpu:GPU-1": self.energy_uj // 1000}
+        if not self.counters or self.reads in self.missing_reads:
+            energy = {}
+        self.reads += 1
+        return CounterRead("boot", self.ns, START_NS + self.ns, 1000, energy, self.energy_uj // 2000)
+
+    def close(self) -> None:
+        pass
+
+
+class Painter:
+    """Noise from the seed; a batch takes `seconds` at `watts`."""
+
+    def __init__(self, world: World, name: str, batch_size: int, seconds: float, watts: float) -> None:
+        self.world, self.seconds, self.watts = world, seconds, watts
+        self.info = GeneratorInfo(name, "0" * 64, SIZE, SIZE, num_inference_steps=1, batch_size=batch_size)
+        self.calls = 0
+
+    def generate(self, requests):
+        self.calls += 1
+        wobble = 1 + 0.002 * (self.calls % 7 - 3)
+        self.world.advance(self.seconds * wobble, self.watts)
+        return GeneratedBatch(np.stack([self.draw(r) for r in requests]))
+
+    def draw(self, request) -> np.ndarray:
+        bits = hashlib.shake_256(f"{self.info.name} {request.prompt} {request.seed}".encode())
+        return np.frombuffer(bits.digest(SIZE * SIZE * 3), np.uint8).reshape(SIZE, SIZE, 3)
+
+
+class Judge:
+    """Reads what the prompt says where the image's first byte is low, else an empty image."""
+
+    name, sha256, rule = "stand-in", "c" * 64, "icon-scene"
+
+    def judge(self, images, prompts, families):
+        found = []
+        for image, prompt in zip(images, prompts, strict=True):
+            group = parse_prompt(prompt)[0].groups[0]
+            icons = [[group.noun, group.colour, "big", 4.0, 4.0]] if image[0, 0, 0] < 215 else []
+            found.append(Judgement(bool(icons), json.dumps(icons)))
+        return found
+
+    def features(self, images):
+        flat = images.reshape(len(images), -1).astype(np.float32) / 255
+        return np.stack([flat[:, k::4].mean(1) for k in range(4)], 1)
+
+    def reference_features(self, prompts, seed):
+        rng = np.random.default_rng(seed)
+        return rng.normal(0.6, 0.04, (len(prompts), 4)).astype(np.float32)
+
+
+class Brightness:
+    name, sha256 = "brightness", "d" * 64
+
+    def score(self, images, prompts):
+        return images.reshape(len(images), -1).mean(1)
+
+
+def painters(world: World) -> dict[str, Painter]:
+    return {
+        "A": Painter(world, "fast", 8, 0.05, 300.0),
+        "B": Painter(world, "slow", 4, 0.25, 330.0),
+    }
+
+
+def run_comparison(
+    folder: Path, world: World | None = None, plan: Registration | None = None, **options
+) -> Rows:
+    """Run all blocks and judge; `folder` keeps the parts."""
+    world, plan = world or World(), plan or registration()
+    parts = PartStore(folder)
+    ComparisonRun(plan, painters(world), world, parts, world.clock, world.sleep).run()
+    return judge_images(plan, parts, Judge(), [Brightness()], **options)
+
+
+# ---- without a made-up clock: factories for the command -----------------------------------------------------------
+
+
+class Busy(Painter):
+    """Draws like `Painter`, and keeps one core busy for `cpu_seconds` per batch."""
+
+    def __init__(self, name: str, cpu_seconds: float) -> None:
+        super().__init__(World(), name, 4, 0.0, 0.0)
+        self.cpu_seconds = cpu_seconds
+
+    def generate(self, requests):
+        until = time.process_time() + self.cpu_seconds
+        while time.process_time() < until:
+            hashlib.sha256(bytes(10_000))
+        return super().generate(requests)
+
+
+def light(device: str) -> Busy:
+    return Busy("fast", 0.002)
+
+
+def heavy(device: str) -> Busy:
+    return Busy("slow", 0.02)
+
+
+def dies_in_the_middle(device: str) -> Busy:
+    """Fails once after some batches: the marker file MILLIJOULE_TEST_DIR/died says that it did."""
+    marker = Path(os.environ["MILLIJOULE_TEST_DIR"], "died")
+    painter = light(device)
+    draw = painter.generate
+
+    def generate(requests):
+        if painter.calls > 200 and not marker.exists():
+            marker.touch()
+            raise InputError("died")
+        return draw(requests)
+
+    painter.generate = generate
+    return painter
+
+
+def wide(device: str) -> Busy:
+    painter = light(device)
+    painter.info = dataclasses.replace(painter.info, width=16)
+    return painter
+
+
+def judge() -> Judge:
+    return Judge()
+
+
+def brightness() -> Brightness:
+    return Brightness()
