@@ -22,7 +22,7 @@ $(VENV)/installed-run: pyproject.toml $(wildcard infra/constraints/*.txt)
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed-run
-	$(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[test,train,diffusers]"
+	$(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[test,train,diffusers,report,verify]"
 	touch $@
 
 install: $(VENV)/installed-run

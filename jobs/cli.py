@@ -12,6 +12,9 @@ from importlib.metadata import version
 
 COMMANDS = {
     "generate": "make images from prompt files on a Ray cluster, with a joule ledger",
+    "report": "a page, JSON or table of what a job made and used: joules, cost, carbon, closure",
+    "query": "SQL over the energy tables of one job or many",
+    "verify": "measure two models against each other, or check such a bundle offline",
     "check": "re-read an output against its plan, commits and hashes",
     "gc": "find (and with --delete remove) files no commit refers to",
     "train": "train the generator, a control, the diffusion baseline or the verifier",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from typing import TYPE_CHECKING
 
 import ray
 
 from millijoule.jobs.entry import COMPLETE
+from millijoule.pipeline.carbon import MJ_PER_KWH
 from millijoule.pipeline.plan import compute_fingerprint, load_shard_index, plan_job
 from millijoule.pipeline.progress import clock, joules
 from millijoule.workers.actor import remote_worker_class
@@ -65,16 +67,20 @@ def dry_run(options: GenerateOptions, store: Store) -> int:
 
 
 def _energy_lines(options: GenerateOptions, result: Calibration, n_images: int) -> list[str]:
+    from millijoule.jobs.job_set_up import caps
+
     measured = result.energy_mj is not None
     energy_mj = result.energy_mj if measured else result.energy_estimate_mj
     if energy_mj is None or not result.images:
         return ["energy      unknown: no counter and no estimate on the worker's node"]
     how = f"measured, {result.energy_method}" if measured else "modelled from CPU time, not measured"
     per_image = energy_mj / result.images
-    kwh = per_image * n_images / 3.6e9
+    kwh = per_image * n_images / MJ_PER_KWH
     lines = [f"energy      about {joules(per_image)} per image, {kwh:.3g} kWh in all ({how})"]
-    if options.price_per_kwh is not None:
-        lines.append(f"cost        about {kwh * options.price_per_kwh:.3g} for electricity")
+    limits = caps(options)
+    if limits.price is not None:
+        cost = kwh * limits.pue * limits.price.at(time.time())
+        lines.append(f"cost        about {cost:.3g} for electricity, at today's price and PUE {limits.pue:g}")
     else:
         lines.append("cost        give --price-per-kwh for an estimate")
     return lines

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from millijoule.jobs.entry import COMPLETE, ERROR, INTERRUPTED, QUARANTINED, run_command
+from millijoule.jobs.entry import CAP_REACHED, COMPLETE, ERROR, INTERRUPTED, QUARANTINED, run_command
 
 Format = Literal["parquet", "webdataset", "files"]
 DuplicatePolicy = Literal["error", "keep-first", "suffix"]
@@ -88,8 +88,27 @@ class GenerateOptions:
     dry_run: bool = False
     """Plan, draw a few images, and print what the whole job would take in time, energy, money and bytes."""
 
-    price_per_kwh: float | None = None
-    """Electricity price for the dry run's cost estimate, in your currency."""
+    max_kwh: float | None = None
+    """Stop leasing when the job, earlier runs included, will have used this much: shards at work are finished, exit
+    code 4, resumable. Counted by the energy counters; a worker without one counts by its estimate, and that is said."""
+
+    max_cost: float | None = None
+    """The same in your currency; needs --price-per-kwh."""
+
+    max_gco2: float | None = None
+    """The same in grams of CO2e; needs --gco2-per-kwh."""
+
+    deadline: str | None = None
+    """The same in time: a duration of this run such as 90m or 2h, or a time with its zone (2026-03-01T18:00+01:00)."""
+
+    price_per_kwh: Annotated[str | None, tyro.conf.arg(metavar="X|CSV")] = None
+    """Electricity price, in your currency, for --max-cost and the dry run: a number, or a CSV file of times and prices."""
+
+    gco2_per_kwh: Annotated[str | None, tyro.conf.arg(metavar="X|CSV")] = None
+    """Carbon intensity of your grid (location-based), for --max-gco2: a number, or a CSV file of times and grams."""
+
+    pue: float = 1.0
+    """Power usage effectiveness: cost and carbon are those of the counted energy times this; the energy is not."""
 
     retry_failed: bool = False
     """Give quarantined rows of a finished job one more try, as new shards."""
@@ -103,10 +122,12 @@ class GenerateOptions:
 
 def run(options: GenerateOptions) -> int:
     from millijoule.jobs import ray_cluster
-    from millijoule.jobs.job_set_up import open_or_plan, pool_options, validate
+    from millijoule.jobs.job_set_up import caps, open_or_plan, pool_options, validate
     from millijoule.pipeline.finish import finish_job
+    from millijoule.pipeline.live_metrics import LiveMetrics
     from millijoule.pipeline.progress import Progress
     from millijoule.pipeline.run import JobRun
+    from millijoule.pipeline.spending import Spending
     from millijoule.workers.actor import remote_worker_class
     from millijoule.workers.storage import open_store
 
@@ -126,9 +147,17 @@ def run(options: GenerateOptions) -> int:
             lease_s=options.lease_seconds,
             speculate=options.speculate,
             batch_size=options.batch_size,
+            spending=Spending(caps(options)),
         )
+        metrics = LiveMetrics(planned.job, job_run)
         with Progress(planned.job, job_run, quiet=options.quiet) as progress, _signals(job_run):
-            job_run.run(on_tick=progress.tick)
+
+            def tick() -> None:
+                progress.tick()
+                metrics.tick()
+
+            job_run.run(on_tick=tick)
+        metrics.publish()
     if job_run.given_up:
         for shard_id, error in sorted(job_run.given_up.items())[:20]:
             print(f"shard {shard_id} could not be made: {error}", file=sys.stderr)
@@ -138,6 +167,13 @@ def run(options: GenerateOptions) -> int:
             file=sys.stderr,
         )
         return ERROR
+    if not job_run.complete and job_run.cap_reached:
+        print(
+            f"cap reached: {job_run.cap_reached}; {job_run.remaining} shards left; raise the cap and run the same "
+            "command again to resume",
+            file=sys.stderr,
+        )
+        return CAP_REACHED
     if not job_run.complete:
         print(
             f"interrupted: {job_run.remaining} shards left; run the same command again to resume",

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from millijoule.jobs import ray_cluster
+from millijoule.pipeline.carbon import check_pue, read_rate
 from millijoule.pipeline.job import (
     JobSpec,
     check_same_job,
@@ -20,6 +21,7 @@ from millijoule.pipeline.plan import PlanOptions, compute_fingerprint, plan_job
 from millijoule.pipeline.pool import PoolOptions
 from millijoule.pipeline.retry import load_job_shards, plan_retry
 from millijoule.pipeline.run import PlannedJob
+from millijoule.pipeline.spending import Caps, parse_deadline
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import ModelIdentity, describe_model
 from millijoule.workers.storage import Store, expand_inputs
@@ -51,11 +53,34 @@ def validate(options: GenerateOptions) -> None:
         raise InputError(f"--lease-seconds {options.lease_seconds}: at least 1")
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"--batch-size {options.batch_size}: at least 1")
+    caps(options)
     parse_shard_size(options.shard_size)
     parse_workers(options.workers)
     parse_resources(options.resources)
     expand_inputs(options.prompts)
     describe_model(options.model)
+
+
+def caps(options: GenerateOptions) -> Caps:
+    """The limits that `options` set; raises InputError."""
+    for name in ("max_kwh", "max_cost", "max_gco2"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: a number, 0 or more")
+    price, carbon = options.price_per_kwh, options.gco2_per_kwh
+    if options.max_cost is not None and price is None:
+        raise InputError("--max-cost needs --price-per-kwh")
+    if options.max_gco2 is not None and carbon is None:
+        raise InputError("--max-gco2 needs --gco2-per-kwh")
+    return Caps(
+        max_kwh=options.max_kwh,
+        max_cost=options.max_cost,
+        max_gco2=options.max_gco2,
+        deadline_unix=None if options.deadline is None else parse_deadline(options.deadline, time.time()),
+        price=None if price is None else read_rate(price, "--price-per-kwh", negative=True),
+        carbon=None if carbon is None else read_rate(carbon, "--gco2-per-kwh"),
+        pue=check_pue(options.pue),
+    )
 
 
 def parse_shard_size(text: str) -> tuple[int | None, float | None]:

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from millijoule.pipeline.commits import CommitCompactor, list_committed, parse_commit
+from millijoule.pipeline.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.coordinator import Coordinator
 from millijoule.pipeline.job import JobSpec, open_epoch
 from millijoule.pipeline.layout import SEGMENTS_PREFIX
+from millijoule.pipeline.live_tables import LiveTables
 from millijoule.pipeline.pool import PoolOptions, WorkerPool
 from millijoule.pipeline.retry import JobShards
+from millijoule.pipeline.spending import Spending
 from millijoule.workers.errors import StoreError
 from millijoule.workers.lease import AttemptResult, WorkerConfig, commit_key
 from millijoule.workers.schemas import Commit, Segment
@@ -23,7 +25,7 @@ from millijoule.workers.storage import Store
 
 log = logging.getLogger(__name__)
 
-#: Segments that no commit carries and compacted commits are written out at least this often.
+#: Segments that no commit carries, compacted commits and live energy tables are written out at least this often.
 FLUSH_PERIOD_S = 30.0
 
 #: Between two looks at what another driver has committed, besides ten times what a look takes.
@@ -60,6 +62,7 @@ class JobRun:
 
     Args:
         worker_class: the Ray actor class.
+        spending: what the job uses, and its caps; without caps on energy, only this run's part of it.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class JobRun:
         lease_s: float,
         speculate: bool,
         batch_size: int | None = None,
+        spending: Spending | None = None,
     ) -> None:
         job = planned.job
         self.store = store
@@ -96,7 +100,13 @@ class JobRun:
             shards_done=self.coordinator.n_committed,
             images_done=planned.shards.images_of(committed),
         )
+        self.spending = spending or Spending()
+        self.cap_reached: str | None = None  # in words
+        self.hosts: dict[str, str] = {}  # by boot id
+        if self.spending.caps.on_energy:
+            self._count_earlier_runs()
         self._compactor = CommitCompactor(store, self.epoch)
+        self._live = LiveTables(store, job.fingerprint, self.epoch)
         self._segments: list[Segment] = []
         self._segment_parts = 0
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
@@ -107,12 +117,14 @@ class JobRun:
         self._on_tick: Callable[[], None] = lambda: None
 
     def run(self, on_tick: Callable[[], None] = lambda: None) -> None:
-        """Work until every shard is committed or given up, or the run was drained or stopped.
+        """Work until every shard is committed or given up, a cap is reached, or the run was drained or stopped.
 
         Raises:
             MillijouleError: nothing more can be done before a person acts. What was committed stays.
         """
         self._on_tick = on_tick
+        if not self.complete and self._check_caps():
+            return
         try:
             self.pool.run()
         except _StopNow:
@@ -170,6 +182,9 @@ class JobRun:
         if not news:
             return
         self._compactor.add(shard.shard_id, result.commit_json)
+        self._live.add_commit(commit)
+        self.spending.add(commit.segments)
+        self.hosts.update({s.open.boot_id: commit.host for s in commit.segments})
         counts.shards_done += 1
         counts.images_done += shard.n_images
         counts.images_this_run += commit.images_ok
@@ -223,13 +238,30 @@ class JobRun:
 
     def segments(self, segments: tuple[Segment, ...]) -> None:
         self._segments.extend(segments)
+        self._live.add_segments(segments)
+        self.spending.add(segments)
 
     def tick(self, pool: WorkerPool) -> None:
         if self._stop_now:
             raise _StopNow
         if time.monotonic() >= self._next_flush:
             self._flush()
+        if not self.draining and self._check_caps():
+            self.drain(f"reached {self.cap_reached}")
         self._on_tick()
+
+    def _check_caps(self) -> bool:
+        at_work = sum(
+            e.lease.shard.n_images for e in self.coordinator.active.values() if e.lease.probe_rows is None
+        )
+        self.cap_reached = self.spending.reached(time.time(), at_work / max(1, self.counts.images_done))
+        return self.cap_reached is not None
+
+    def _count_earlier_runs(self) -> None:
+        for commit in read_commits(self.store, len(self.planned.shards)):
+            self.spending.add(commit.segments)
+        for item in self.store.list(SEGMENTS_PREFIX):
+            self.spending.add(Segment.from_dict(raw) for raw in json.loads(self.store.get(item.key)))
 
     def _flush(self) -> None:
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
@@ -240,6 +272,7 @@ class JobRun:
                 self.store.put(f"{SEGMENTS_PREFIX}{self.epoch:06d}-{self._segment_parts:06d}.json", body)
                 self._segment_parts += 1
                 self._segments = []
+            self._live.flush()
         except StoreError as error:
             log.warning("energy records wait for the next flush: %s", error)
 

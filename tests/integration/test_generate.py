@@ -235,3 +235,48 @@ def test_an_address_without_a_cluster_is_named_at_once(tmp_path):
     assert done.returncode == 1
     assert "--ray-address 127.0.0.1:1: no Ray cluster answers there" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_cap_stops_leasing_and_the_job_resumes_without_it(tmp_path, run):
+    """Energy counters or estimates of any size are over a billionth of a kWh."""
+    prompts = write_prompts(tmp_path / "prompts.txt", 64)
+    out = tmp_path / "out"
+    arguments = (
+        "--prompts",
+        prompts,
+        "--shard-size",
+        1,
+        "--model",
+        "python:support.models:slow",
+        "--output",
+        out,
+    )
+    capped = run(*arguments, "--max-kwh", "1e-9")
+    assert capped.returncode == 4, capped.stderr
+    assert "cap reached: 1e-09 kWh" in capped.stderr
+    commits = len(list(out.glob("_job/commits/*/*.json")))
+    assert 0 < commits < 64
+    again = run(*arguments, "--max-kwh", "1e-9")  # what the first run used counts
+    assert again.returncode == 4
+    assert len(list(out.glob("_job/commits/*/*.json"))) == commits
+    late = run(*arguments, "--deadline", "2020-01-01T00:00Z")
+    assert late.returncode == 4
+    assert "the deadline" in late.stderr
+    resumed = run(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_exactly_once(out, 64)
+
+
+def test_caps_that_cannot_work_are_refused(tmp_path, run):
+    arguments = ("--prompts", write_prompts(tmp_path / "p.txt", 1), "--output", tmp_path / "out", *PLAIN)
+    for more, words in (
+        (("--max-cost", 5), "needs --price-per-kwh"),
+        (("--max-gco2", 5), "needs --gco2-per-kwh"),
+        (("--max-kwh", -1), "--max-kwh -1.0"),
+        (("--pue", 0.5), "--pue 0.5"),
+        (("--deadline", "tomorrow"), "--deadline tomorrow"),
+    ):
+        refused = run(*arguments, *more)
+        assert refused.returncode == 1
+        assert words in refused.stderr
+    assert not (tmp_path / "out").exists()
