@@ -34,7 +34,7 @@ class IpmiMeter:
         self.name = " ".join(command)
         self._command = tuple(command)
         self._timeout_s = timeout_s
-        self._failing = False
+        self.failure = ""
 
     def read(self) -> tuple[NodeReading, ...]:
         """See `NodeMeter.read`."""
@@ -42,11 +42,11 @@ class IpmiMeter:
         try:
             watts = _parse(self._run())
         except (OSError, subprocess.SubprocessError, ValueError) as error:
-            if not self._failing:
+            if not self.failure:
                 log.warning("%s: %s; the node's power is missing", self.name, error)
-            self._failing = True
+            self.failure = str(error)[:300] or type(error).__name__
             return ()
-        self._failing = False
+        self.failure = ""
         took_ns = max(time.time_ns() - began_ns, 0)
         at_ns = began_ns + took_ns // 2
         return (NodeReading(SOURCE, "power", at_ns, watts * MW_PER_W, MW_PER_W, took_ns // 2),)

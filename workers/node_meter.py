@@ -2,7 +2,7 @@
 
 A meter gives readings: a cumulative energy, or power now. Readings become a `NodeSeries`, and the series answers one
 question: how much between two wall times, and how far off can that be. That is one side of closure check C3; the
-devices' counters are the other. The answer is None wherever it would need a guess: before the first reading, after
+devices' counters are the other (`pipeline.node_closure`). The answer is None wherever it would need a guess: before the first reading, after
 the last, across a reset, across a silence. Failures never end a job.
 
 `workers.node_redfish` and `workers.node_ipmi` read a management controller, `workers.node_pdu` a power strip's CSV.
@@ -14,8 +14,8 @@ import logging
 import math
 import threading
 import time
-from array import array
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -42,6 +42,8 @@ DEFAULT_PERIOD_S = 10.0
 MAX_MISSED_PERIODS = 3
 #: A cumulative meter known this well is taken before integrated power, which does not see what it does not sample.
 GOOD_TOLERANCE_SHARE = 0.02
+#: What a recorder keeps for whoever takes it: more than a day of two readings every ten seconds.
+MAX_WAITING = 20_000
 #: `NodeRecorder.stop` waits this long for a request in progress; a request that takes longer is abandoned.
 STOP_TIMEOUT_S = 15.0
 
@@ -62,17 +64,27 @@ class NodeReading:
     t_error_ns: int = 0
 
 
+@dataclass(frozen=True)
+class NodeFailure:
+    """A meter began not to answer, or to fail in another way; our wall clock."""
+
+    t_wall_ns: int
+    reason: str
+
+
 class NodeMeter(Protocol):
     """A node's meter.
 
     Attributes:
         name: for messages; holds no secret.
+        failure: why the last `read` gave nothing; empty after one that did.
     """
 
     name: str
+    failure: str
 
     def read(self) -> tuple[NodeReading, ...]:
-        """Read now; may take seconds. Empty: it could not be read, which the meter has logged."""
+        """Read now; may take seconds. Empty: it could not be read, see `failure`."""
         ...
 
 
@@ -237,26 +249,16 @@ def parse_amount(number: Decimal | int, units: int) -> tuple[int, int]:
 class NodeRecorder:
     """Reads a node's meter once per period, in a thread of its own, until stopped.
 
-    One recorder per node: for a controller on the network, wherever; for one inside the node, there. Holds 16 bytes
-    per reading.
-
-    Args:
-        host: the node's name in the result.
-        accuracy_share: see `NodeSeries`.
+    One recorder per node: for a controller on the network, wherever; for one inside the node, there. What it read
+    waits until it is taken, at most `MAX_WAITING` of it.
     """
 
-    def __init__(
-        self,
-        meter: NodeMeter,
-        host: str,
-        period_s: float = DEFAULT_PERIOD_S,
-        accuracy_share: float | None = None,
-    ) -> None:
+    def __init__(self, meter: NodeMeter, period_s: float = DEFAULT_PERIOD_S) -> None:
         self.meter = meter
-        self.host = host
         self.period_s = period_s
-        self.accuracy_share = accuracy_share
-        self._readings: dict[tuple[str, Quantity], _Recorded] = {}
+        self._waiting: deque[NodeReading | NodeFailure] = deque(maxlen=MAX_WAITING)
+        self._latest_ns: dict[str, int] = {}  # by source
+        self._failure = ""
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._record, name="node-meter", daemon=True)
@@ -273,30 +275,24 @@ class NodeRecorder:
 
     def look(self) -> None:
         """Read once; what is not later than the last reading (a clock was set back) is left out."""
+        began_ns = time.time_ns()
         readings = self.meter.read()
         with self._lock:
             for reading in readings:
-                recorded = self._readings.setdefault((reading.source, reading.quantity), _Recorded())
-                if not recorded.t_wall_ns or reading.t_wall_ns > recorded.t_wall_ns[-1]:
-                    recorded.append(reading)
+                if reading.t_wall_ns > self._latest_ns.get(reading.source, -1):
+                    self._latest_ns[reading.source] = reading.t_wall_ns
+                    self._waiting.append(reading)
+            failure = "" if readings else self.meter.failure
+            if failure and failure != self._failure:
+                self._waiting.append(NodeFailure(began_ns, failure))
+            self._failure = failure
 
-    def series(self) -> tuple[NodeSeries, ...]:
-        """Everything read so far, one series per quantity; empty where nothing could be read."""
+    def take(self) -> tuple[NodeReading | NodeFailure, ...]:
+        """Hand over what was read since the last time, in order; of a failure that goes on only its beginning."""
         with self._lock:
-            return tuple(
-                NodeSeries(
-                    self.host,
-                    source,
-                    quantity,
-                    recorded.t_wall_ns[:],
-                    recorded.values[:],
-                    recorded.quantum,
-                    round(self.period_s * MAX_MISSED_PERIODS * 1e9),
-                    recorded.t_error_ns,
-                    self.accuracy_share,
-                )
-                for (source, quantity), recorded in self._readings.items()
-            )
+            taken = tuple(self._waiting)
+            self._waiting.clear()
+        return taken
 
     def _record(self) -> None:
         while True:
@@ -305,20 +301,3 @@ class NodeRecorder:
             if self._stop.wait(max(self.period_s - (time.monotonic() - began), 0)):
                 self.look()
                 return
-
-
-class _Recorded:
-    """Readings of one quantity as they come in."""
-
-    def __init__(self) -> None:
-        self.t_wall_ns = array("q")
-        self.values = array("q")
-        self.quantum = 0
-        self.t_error_ns = 0
-
-    def append(self, reading: NodeReading) -> None:
-        self.t_wall_ns.append(reading.t_wall_ns)
-        self.values.append(reading.value)
-        # a source may leave out zeros at the end, so the finest digit seen is its last
-        self.quantum = min(self.quantum or reading.quantum, reading.quantum)
-        self.t_error_ns = max(self.t_error_ns, reading.t_error_ns)

@@ -88,7 +88,7 @@ class RedfishMeter:
             urllib.request.HTTPSHandler(context=_tls(self.name, config)),
             _NoRedirect(),
         )
-        self._failure = ""
+        self.failure = ""
 
     def read(self) -> tuple[NodeReading, ...]:
         """See `NodeMeter.read`."""
@@ -104,7 +104,7 @@ class RedfishMeter:
                     for quantity, value, quantum in parse(answer)
                 )
                 if readings:
-                    self._failure = ""
+                    self.failure = ""
                     return readings
             raise ValueError("no energy or power in EnvironmentMetrics or Power of this chassis")
         except urllib.error.HTTPError as error:
@@ -115,9 +115,9 @@ class RedfishMeter:
         return ()
 
     def _report(self, failure: str) -> None:
-        if failure != self._failure:
+        if failure != self.failure:
             log.warning("%s: %s; the node's energy is missing", self.name, failure)
-            self._failure = failure
+            self.failure = failure
 
     def _get(self, path: str) -> tuple[dict[str, Any], int, int]:
         """The JSON object at `path`, the middle of the request (wall ns) and half its length."""

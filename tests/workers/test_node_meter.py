@@ -1,21 +1,16 @@
 """Node meters: what a series says between two times, a controller over a real socket, a tool, a power strip's file."""
 
 import base64
-import datetime
-import ipaddress
-import json
 import logging
 import os
-import ssl
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.redfish import Controller, own_certificate
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.node_ipmi import IpmiMeter
@@ -141,54 +136,6 @@ def test_an_amount_keeps_its_digits():
 
 
 # --- Redfish, over a real socket --------------------------------------------------------------------------------------
-
-
-class Controller(ThreadingHTTPServer):
-    """A management controller: `answers` by path (an object, or bytes), and what it was asked."""
-
-    def __init__(self, certificate=None):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers = {
-            "/redfish/v1/Chassis/1": {
-                "EnvironmentMetrics": {"@odata.id": "/redfish/v1/Chassis/1/EnvironmentMetrics"},
-                "Power": {"@odata.id": "/redfish/v1/Chassis/1/Power"},
-            },
-            "/redfish/v1/Chassis/1/EnvironmentMetrics": {},
-            "/redfish/v1/Chassis/1/Power": {"PowerControl": [{"PowerConsumedWatts": 590}]},
-        }
-        self.login, self.status, self.headers_seen, self.delay_s = None, 200, [], 0.0
-        if certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate)
-            self.socket = context.wrap_socket(self.socket, server_side=True)
-        self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self.server_port}/redfish/v1/Chassis/1"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def environment(self, **metrics):
-        self.answers["/redfish/v1/Chassis/1/EnvironmentMetrics"] = metrics
-
-    def handle_error(self, request, client_address):
-        pass  # a client that hangs up in a test is meant to
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        server = self.server
-        server.headers_seen.append((self.path, self.headers.get("Authorization")))
-        time.sleep(server.delay_s)
-        allowed = server.login is None or self.headers.get("Authorization") == server.login
-        answer = server.answers.get(self.path)
-        status = server.status if allowed and answer is not None else 401 if not allowed else 404
-        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        self.send_response(status)
-        if status == 302:
-            self.send_header("Location", "/elsewhere")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture
@@ -321,34 +268,7 @@ def test_a_controller_that_hangs_or_is_gone_is_missing(controller, caplog):
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
-    """A controller's own certificate: for another name than its address."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "bmc")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("10.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
-        .sign(key, hashes.SHA256())
-    )
-    path = tmp_path_factory.mktemp("tls") / "bmc.pem"
-    path.write_bytes(
-        made.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    return path
+    return own_certificate(tmp_path_factory.mktemp("tls") / "bmc.pem")
 
 
 def test_a_certificate_is_checked_unless_it_is_named(certificate, monkeypatch):
@@ -524,68 +444,71 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 class Scripted:
-    """A meter that gives prepared readings."""
+    """A meter that gives prepared readings; after the last one it fails."""
 
-    name = "scripted"
+    name, failure = "scripted", ""
 
     def __init__(self, *readings):
         self.readings = list(readings)
 
     def read(self):
-        return self.readings.pop(0) if self.readings else ()
+        found = self.readings.pop(0) if self.readings else "worn out"
+        self.failure = found if isinstance(found, str) else ""
+        return () if self.failure else found
 
 
 def reading(seconds, value, source="redfish-energy", quantity="energy", quantum=100, t_error_ns=0):
     return NodeReading(source, quantity, seconds * S, value, quantum, t_error_ns)
 
 
-def test_readings_become_one_series_per_quantity_and_failures_leave_holes():
+def test_readings_wait_until_they_are_taken_and_are_taken_once():
     power = {"source": "redfish-power", "quantity": "power"}
-    recorder = NodeRecorder(
-        Scripted(
-            (reading(0, 100), reading(0, 700_000, **power)),
-            (),
-            (reading(20, 14_000_105, quantum=5, t_error_ns=7), reading(20, 700_000, **power)),
-        ),
-        "node-1",
-        period_s=10,
-    )
-    for _ in range(4):
+    both = (reading(0, 100), reading(0, 700_000, **power))
+    recorder = NodeRecorder(Scripted(both, (reading(20, 14_000_105),)))
+    recorder.look()
+    assert recorder.take() == both
+    recorder.look()
+    assert recorder.take() == (reading(20, 14_000_105),)
+    assert recorder.take() == ()
+
+
+def test_a_failure_is_told_once_and_again_after_it_had_ended():
+    recorder = NodeRecorder(Scripted((reading(0, 1),), "HTTP 500", "HTTP 500", (reading(9, 2),), "HTTP 500"))
+    for _ in range(6):
         recorder.look()
-    energy, watts = recorder.series()
-    assert (list(energy.t_wall_ns), list(energy.values)) == ([0, 20 * S], [100, 14_000_105])
-    assert (energy.quantum, energy.clock_error_ns, energy.max_gap_ns) == (5, 7, 30 * S)
-    assert energy.energy_between(0, 20 * S).energy_mj == 14_000_005
-    assert watts.energy_between(0, 20 * S).energy_mj == 14_000_000
-    assert {s.host for s in (energy, watts)} == {"node-1"}
+    taken = recorder.take()
+    assert [getattr(t, "reason", None) for t in taken] == [None, "HTTP 500", None, "HTTP 500", "worn out"]
+    assert [t.value for t in taken if isinstance(t, NodeReading)] == [1, 2]
 
 
 def test_a_reading_from_before_the_last_one_is_left_out():
-    recorder = NodeRecorder(Scripted((reading(10, 5),), (reading(9, 6),), (reading(11, 7),)), "n")
+    recorder = NodeRecorder(Scripted((reading(10, 5),), (reading(9, 6),), (reading(11, 7),)))
     for _ in range(3):
         recorder.look()
-    assert list(recorder.series()[0].values) == [5, 7]
+    assert [r.value for r in recorder.take()] == [5, 7]
 
 
-def test_a_meter_that_never_answers_has_no_series():
-    recorder = NodeRecorder(Scripted(), "n")
-    recorder.look()
-    assert recorder.series() == ()
+def test_a_recorder_nobody_asks_keeps_the_newest(monkeypatch):
+    monkeypatch.setattr("millijoule.workers.node_meter.MAX_WAITING", 3)
+    recorder = NodeRecorder(Scripted(*[(reading(t, t),) for t in range(9)]))
+    for _ in range(9):
+        recorder.look()
+    assert [r.value for r in recorder.take()] == [6, 7, 8]
 
 
 def test_the_thread_reads_first_and_last_so_that_a_job_lies_between(controller):
     controller.environment(EnergykWh={"Reading": 1.0001})
-    recorder = NodeRecorder(RedfishMeter(RedfishConfig(controller.url)), "n", period_s=60)
+    recorder = NodeRecorder(RedfishMeter(RedfishConfig(controller.url)), period_s=60)
     recorder.start()
     deadline = time.monotonic() + 20
-    while not recorder.series() and time.monotonic() < deadline:
+    while not recorder._waiting and time.monotonic() < deadline:
         time.sleep(0.01)
     began = time.time_ns()
     controller.environment(EnergykWh={"Reading": 1.0002})
     ended = time.time_ns()
     recorder.stop()
     assert not recorder._thread.is_alive()
-    (energy,) = recorder.series()
-    found = energy.energy_between(began, ended)
-    assert 0 < found.energy_mj <= 360_000
-    assert found.tolerance_mj >= 360_000
+    first, last = recorder.take()
+    assert first.t_wall_ns <= began
+    assert ended <= last.t_wall_ns
+    assert last.value - first.value == 360_000
