@@ -63,22 +63,9 @@ class RedfishMeter:
     """
 
     def __init__(self, config: RedfishConfig) -> None:
+        check_chassis_url(config)
         parts = urlsplit(config.chassis_url)
-        if parts.username or parts.password:
-            raise InputError("a Redfish URL holds a user or password: name environment variables for them")
         self.name = config.chassis_url
-        if (
-            parts.scheme not in ("https", "http")
-            or not parts.hostname
-            or not parts.path.startswith("/redfish/")
-        ):
-            raise InputError(f"{self.name}: not a chassis, expected https://HOST/redfish/v1/Chassis/ID")
-        if parts.scheme == "http" and config.user_variable and parts.hostname not in _LOOPBACK:
-            raise InputError(f"{self.name}: would send the password in the clear, use https")
-        if not config.check_hostname and config.ca_file is None:
-            raise InputError(
-                f"{self.name}: without a check of the host's name, name its certificate (ca_file)"
-            )
         self._base = f"{parts.scheme}://{parts.netloc}"
         self._path = parts.path
         self._timeout_s = config.timeout_s
@@ -132,6 +119,26 @@ class RedfishMeter:
         if not isinstance(answer, dict):
             raise ValueError(f"{path}: not a JSON object")
         return answer, began_ns + half_ns, half_ns
+
+
+def check_chassis_url(config: RedfishConfig) -> None:
+    """Raise InputError where `config` cannot work, whatever the machine it is used on."""
+    name = config.chassis_url
+    try:
+        parts = urlsplit(name)
+        host = parts.hostname
+    except ValueError as error:
+        raise InputError(f"a Redfish URL cannot be read: {error}") from error
+    if parts.username or parts.password:
+        raise InputError("a Redfish URL holds a user or password: name environment variables for them")
+    if parts.scheme not in ("https", "http") or not host or not parts.path.startswith("/redfish/"):
+        raise InputError(f"{name}: not a chassis, expected https://HOST/redfish/v1/Chassis/ID")
+    if parts.scheme == "http" and config.user_variable and host not in _LOOPBACK:
+        raise InputError(f"{name}: would send the password in the clear, use https")
+    if not config.check_hostname and config.ca_file is None:
+        raise InputError(f"{name}: without a check of the host's name, name its certificate (ca_file)")
+    if bool(config.user_variable) != bool(config.password_variable):
+        raise InputError(f"{name}: environment variable for user or password is not named: both or neither")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
