@@ -269,9 +269,9 @@ mon_data = {folder}/mon
 osd_data = {folder}/osd
 rgw_data = {folder}/rgw
 crash_dir = {folder}
-# the monitor otherwise stops on a host whose disk is 95 % full
-mon_data_avail_crit = 1
-mon_data_avail_warn = 2
+# at 0 to 5 % (default) free the monitor would stop, however many megabytes that is; it needs about a hundred
+mon_data_avail_crit = -1
+mon_data_avail_warn = -1
 paxos_propose_interval = 0.1
 # one copy, few placement groups: quick to create
 osd_pool_default_size = 1

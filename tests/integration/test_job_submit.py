@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def cluster():
-    with RayCluster(head_cpus=2, dashboard=True) as cluster:
+    # Ray installs a wheel with all it depends on, whatever the nodes have: gigabytes of torch for CUDA
+    with RayCluster(head_cpus=2, dashboard=True, env={"PIP_NO_DEPS": "1"}) as cluster:
         yield cluster
 
 
