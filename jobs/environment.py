@@ -6,8 +6,9 @@ import os
 import platform
 import subprocess
 import time
-from pathlib import Path
 from typing import Any
+
+from millijoule.workers.environment import cpu_name
 
 
 def environment() -> dict[str, Any]:
@@ -16,18 +17,10 @@ def environment() -> dict[str, Any]:
     import ray
     import torch
 
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "cpu": cpu,
+        "cpu": cpu_name() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "ray": ray.__version__,

@@ -21,6 +21,7 @@ from millijoule.pipeline.job import JobSpec, require_job
 from millijoule.pipeline.layout import MANIFEST_KEY, SUCCESS_KEY
 from millijoule.pipeline.ledger import Ledger
 from millijoule.pipeline.retry import JobShards, load_job_shards
+from millijoule.pipeline.uncommitted import read_uncommitted
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.readers import read_images
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
@@ -58,9 +59,12 @@ def check_output(
             on_shard(checked, len(index))
             yield from problems
     if done.all():
-        ledger = load_ledger(store, len(index))
+        uncommitted = read_uncommitted(store)
+        ledger = load_ledger(store, len(index), uncommitted)
         yield from _check_manifest(store, job, index, ledger)
-        yield from compare_energy_tables(store, job, ledger, lambda: read_commits(store, len(index)))
+        yield from compare_energy_tables(
+            store, job, ledger, lambda: read_commits(store, len(index)), uncommitted
+        )
 
 
 def _check_shard(store: Store, job: JobSpec, shard: Shard, commit: Commit, *, images: bool) -> Iterator[str]:

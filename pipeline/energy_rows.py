@@ -21,7 +21,8 @@ from millijoule.pipeline.closure import ClosureRow, ImageTotals, PowerSeries, cl
 from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS, ROW_GROUP_ROWS, table_of
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.ledger import Ledger, LedgerEntry
-from millijoule.workers.schemas import Commit, CounterRead
+from millijoule.pipeline.uncommitted import NOTHING, Uncommitted
+from millijoule.workers.schemas import Commit, CounterRead, PowerTrace, WorkerEnvironment
 from millijoule.workers.storage import Store
 from millijoule.workers.timeline import segment_estimate_mj
 
@@ -62,6 +63,7 @@ class EnergyRows:
         ledger: over the segments of all commits and drivers.
         commits: gives each committed shard once; bodies are not held, so called again for their power.
         read_rows: gives the `IMAGE_ROW_SCHEMA` rows of a commit. Called from several threads.
+        uncommitted: power samples and environments that no commit carries.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class EnergyRows:
         ledger: Ledger,
         commits: Callable[[], Iterable[Commit]],
         read_rows: Callable[[Commit], pa.Table],
+        uncommitted: Uncommitted = NOTHING,
     ) -> None:
         self.job = job
         self.ledger = ledger
@@ -78,6 +81,7 @@ class EnergyRows:
         self.job_day = int(job.created_unix * 1e9) // DAY_NS  # of rows without a time, and of empty tables
         self._commits = commits
         self._read_rows = read_rows
+        self._uncommitted = uncommitted
         self._shards: list[Commit] = []
         self._images = ImageTotals()
         self._any_power = False
@@ -191,15 +195,21 @@ class EnergyRows:
     def _power_samples(self) -> Iterator[_Row]:
         for c in self._commits() if self._any_power else ():
             for trace in c.power:
-                series = self._power.setdefault(
-                    (trace.boot_id, f"gpu:{trace.device}"), (array("q"), array("q"))
-                )
-                for sample in trace.samples:
-                    if sample.power_instant_mw is not None:
-                        series[0].append(sample.t_mono_ns)
-                        series[1].append(sample.power_instant_mw)
-                    where = (trace.boot_id, c.node_id, c.host, trace.device)
-                    yield sample.t_wall_ns, (*where, *sample, trace.source)
+                yield from self._trace_rows(trace, c)
+        committed = {c.worker_id: c for c in self._shards}
+        for worker_id, trace in self._uncommitted.power:
+            place = self._uncommitted.workers.get(worker_id) or committed.get(worker_id)
+            yield from self._trace_rows(trace, place)
+
+    def _trace_rows(self, trace: PowerTrace, place: Commit | WorkerEnvironment | None) -> Iterator[_Row]:
+        """Fills `_power` on the way."""
+        series = self._power.setdefault((trace.boot_id, f"gpu:{trace.device}"), (array("q"), array("q")))
+        node = (place.node_id, place.host) if place else (None, None)
+        for sample in trace.samples:
+            if sample.power_instant_mw is not None:
+                series[0].append(sample.t_mono_ns)
+                series[1].append(sample.power_instant_mw)
+            yield sample.t_wall_ns, (trace.boot_id, *node, trace.device, *sample, trace.source)
 
     def _environments(self) -> Iterator[_Row]:
         first: dict[str, CounterRead] = {}
@@ -214,16 +224,18 @@ class EnergyRows:
         model = (job.model_name, job.model_sha256, job.fingerprint, job.millijoule_version)
         for worker_id in sorted(first.keys() | commits.keys()):
             c, read = commits.get(worker_id), first.get(worker_id)
+            own = self._uncommitted.workers.get(worker_id)
             t_wall_ns = read.t_wall_ns if read else c.t_start_wall_ns if c else 0
-            where = (c.node_id, c.host, c.device, None, c.driver_epoch) if c else (None,) * 5
-            yield (
-                t_wall_ns,
-                (
-                    *(worker_id, read.boot_id if read else None, *where, t_wall_ns),
-                    *(c.energy_method if c else None, ",".join(sorted(domains[worker_id])), *model),
-                    *(None, None, None),
-                ),
+            stated = own or c  # of a worker whose environment is lost, what its commits say
+            where = (stated.node_id, stated.host, stated.device) if stated else (None,) * 3
+            gpus = (",".join(own.gpus), own.device_name) if own else (None, None)
+            method = (
+                (stated.driver_epoch, t_wall_ns, stated.energy_method) if stated else (None, t_wall_ns, None)
             )
+            software = (own.python_version, own.torch_version, own.driver_version) if own else (None,) * 3
+            who = (worker_id, read.boot_id if read else None)
+            read_domains = ",".join(sorted(domains[worker_id]))
+            yield t_wall_ns, (*who, *where, *gpus, *method, read_domains, *model, *software)
 
 
 def counter_rows(entries: Iterable[LedgerEntry]) -> Iterator[_Row]:

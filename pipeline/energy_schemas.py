@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from millijoule.workers.schemas import SEGMENT_CLASSES
 
-ENERGY_SCHEMA_VERSION = 2
+ENERGY_SCHEMA_VERSION = 3
 
 #: Rows per row group: DuckDB's own default, its unit of parallel work.
 ROW_GROUP_ROWS = 122_880
@@ -129,10 +129,11 @@ ENERGY_SCHEMAS = {
         "env",
         _field("worker_id", pa.string(), nullable=False),
         _field("boot_id", pa.string(), "of its host"),
-        _field("node_id", pa.string(), "Ray's; null: the worker committed nothing"),
+        _field("node_id", pa.string(), "Ray's; null: the worker was lost before it said"),
         _field("host", pa.string()),
-        _field("device", pa.string(), "UUID of the GPU, or cpu"),
-        _field("device_name", pa.string(), "null: not known"),
+        _field("device", pa.string(), "UUID of the (first) GPU, or cpu"),
+        _field("gpus", pa.string(), "all GPUs it held, comma-separated; empty: none; null: not known"),
+        _field("device_name", pa.string(), "product name of GPU or CPU; null: not known"),
         _field("driver_epoch", pa.int64(), "run of the job that started the worker"),
         _field("t_first_wall_ns", pa.int64(), "since 1970", nullable=False),
         _field("energy_method", pa.string()),
@@ -142,8 +143,8 @@ ENERGY_SCHEMAS = {
         _field("plan_fingerprint", pa.string()),
         _field("millijoule_version", pa.string(), "that planned the job"),
         _field("python_version", pa.string(), "null: not known"),
-        _field("torch_version", pa.string(), "null: not known"),
-        _field("driver_version", pa.string(), "of the device; null: not known"),
+        _field("torch_version", pa.string(), "null: not known, or the model does without"),
+        _field("driver_version", pa.string(), "of the GPU; null: not known, or no GPU"),
     ),
     "closure": _schema(
         "closure",

@@ -30,6 +30,7 @@ from millijoule.pipeline.energy_schemas import (
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.layout import ENERGY_PREFIX
 from millijoule.pipeline.ledger import Ledger
+from millijoule.pipeline.uncommitted import NOTHING, Uncommitted
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.schemas import Commit
 from millijoule.workers.storage import Store
@@ -137,6 +138,7 @@ def write_energy_tables(
     ledger: Ledger,
     commits: Callable[[], Iterable[Commit]],
     read_rows: Callable[[Commit], pa.Table] | None = None,
+    uncommitted: Uncommitted = NOTHING,
 ) -> EnergyResult:
     """Write all energy tables of a job whose shards are committed, then remove parts they replace.
 
@@ -147,11 +149,12 @@ def write_energy_tables(
         commits: gives each committed shard once; bodies are not held, so called again for their power.
         read_rows: gives the `IMAGE_ROW_SCHEMA` rows of a commit; default: its `rows_path` in `store`. Called from
             several threads.
+        uncommitted: power samples and environments that no commit carries.
 
     Raises:
         StoreError: storage failed. Writing again replaces the same parts.
     """
-    rows = EnergyRows(job, ledger, commits, read_rows or RowReader(store))
+    rows = EnergyRows(job, ledger, commits, read_rows or RowReader(store), uncommitted)
     before = {item.key for item in store.list(ENERGY_PREFIX)}
     written = write_row_groups(store, row_groups(rows))
     store.delete(k for k in before - written if k.startswith(LIVE_PREFIX) or _PART.fullmatch(k))
@@ -210,10 +213,14 @@ def write_row_groups(store: Store, groups: Iterator[RowGroup]) -> set[str]:
 
 
 def compare_energy_tables(
-    store: Store, job: JobSpec, ledger: Ledger, commits: Callable[[], Iterable[Commit]]
+    store: Store,
+    job: JobSpec,
+    ledger: Ledger,
+    commits: Callable[[], Iterable[Commit]],
+    uncommitted: Uncommitted,
 ) -> Iterator[str]:
     """Every difference between the stored energy tables and what commits say, and every exact check that fails."""
-    rows = EnergyRows(job, ledger, commits, RowReader(store))
+    rows = EnergyRows(job, ledger, commits, RowReader(store), uncommitted)
     stored = {item.key for item in store.list(ENERGY_PREFIX) if _PART.fullmatch(item.key)}
     expected: dict[str, int] = {}  # row groups
     try:

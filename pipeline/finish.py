@@ -29,15 +29,15 @@ from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.layout import (
     MANIFEST_KEY,
     PREVIEW_KEY,
-    SEGMENTS_PREFIX,
     STATS_KEY,
     SUCCESS_KEY,
 )
 from millijoule.pipeline.ledger import Ledger, build_ledger
 from millijoule.pipeline.retry import JobShards
+from millijoule.pipeline.uncommitted import Uncommitted, read_uncommitted
 from millijoule.workers.contact_sheet import draw_contact_sheet
 from millijoule.workers.readers import read_images
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, Segment
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
 from millijoule.workers.storage import Store
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
         The content of `stats.json`.
     """
     n_shards = len(shards)
-    ledger = load_ledger(store, n_shards)
+    uncommitted = read_uncommitted(store)
+    ledger = load_ledger(store, n_shards, uncommitted)
     totals = Totals()
     with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
         path = Path(scratch, "manifest.parquet")
@@ -105,7 +106,9 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
             for table in merged(manifest_tables(store, shards, ledger, totals)):
                 writer.write_table(table)
         store.put_file(MANIFEST_KEY, path)
-    energy = write_energy_tables(store, job, ledger, lambda: read_commits(store, n_shards))
+    energy = write_energy_tables(
+        store, job, ledger, lambda: read_commits(store, n_shards), uncommitted=uncommitted
+    )
     for row in energy.closure:
         if row.passed is False:
             log.warning("energy ledger: %s", row)
@@ -169,15 +172,13 @@ def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]
         yield pa.concat_tables(held)
 
 
-def load_ledger(store: Store, n_shards: int) -> Ledger:
-    """The energy ledger over every segment that commits and drivers recorded."""
-    segments: list[Segment] = []
+def load_ledger(store: Store, n_shards: int, uncommitted: Uncommitted | None = None) -> Ledger:
+    """The energy ledger over every segment that commits and drivers recorded; `uncommitted` where it was read."""
+    segments = [*(uncommitted or read_uncommitted(store)).segments]
     winners: dict[int, str] = {}
     for commit in read_commits(store, n_shards):
         segments.extend(commit.segments)
         winners[commit.shard_id] = commit.attempt_id
-    for item in store.list(SEGMENTS_PREFIX):
-        segments.extend(Segment.from_dict(s) for s in json.loads(store.get(item.key)))
     return build_ledger(segments, winners)
 
 

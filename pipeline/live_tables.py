@@ -25,6 +25,7 @@ from millijoule.pipeline.energy_schemas import ROW_GROUP_ROWS, open_parquet_writ
 from millijoule.pipeline.energy_tables import LIVE_PREFIX
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.ledger import build_ledger
+from millijoule.pipeline.uncommitted import Uncommitted, read_workers
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, Segment
 from millijoule.workers.storage import Store
 from millijoule.workers.timeline import segment_estimate_mj
@@ -170,7 +171,8 @@ def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
     """
     commits = [_as_commit(row, job) for row in read_live_table(store, "attempt").to_pylist()]
     ledger = build_ledger(read_live_segments(store), {c.shard_id: c.attempt_id for c in commits})
-    rows = EnergyRows(job, ledger, lambda: commits, lambda commit: IMAGE_ROW_SCHEMA.empty_table())
+    workers = Uncommitted(workers=read_workers(store))
+    rows = EnergyRows(job, ledger, lambda: commits, lambda commit: IMAGE_ROW_SCHEMA.empty_table(), workers)
     tables = {
         name: pa.concat_tables([table_of(name, []), *(block for _, block in blocks)])
         for name, blocks in rows.tables()

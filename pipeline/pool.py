@@ -24,7 +24,7 @@ from millijoule.workers.lease import (
     WorkerStatus,
     WorkerStopped,
 )
-from millijoule.workers.schemas import Segment
+from millijoule.workers.schemas import PowerTrace, Segment
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ class JobEvents(Protocol):
         """Write the commit of a store without exclusive create; the commit that stands afterwards."""
         ...
 
-    def segments(self, segments: tuple[Segment, ...]) -> None: ...
+    def uncommitted(
+        self, worker_id: str, segments: tuple[Segment, ...], power: tuple[PowerTrace, ...]
+    ) -> None: ...
     def tick(self, pool: WorkerPool) -> None: ...
 
 
@@ -284,7 +286,7 @@ class WorkerPool:
             self.coordinator.renew(status.attempt_id, status.images_done, now)
 
     def _stopped(self, worker: _Worker, stopped: WorkerStopped) -> None:
-        self.events.segments(stopped.segments)
+        self.events.uncommitted(stopped.worker_id, stopped.segments, stopped.power)
         self._remove(worker)
 
     def _raised(self, worker: _Worker, kind: str, error: Exception, now: float) -> None:
@@ -397,7 +399,8 @@ class WorkerPool:
             try:
                 done, _ = ray.wait(calls, num_returns=len(calls), timeout=STOP_TIMEOUT_S)
                 for call in done:
-                    self.events.segments(ray.get(call).segments)
+                    stopped: WorkerStopped = ray.get(call)
+                    self.events.uncommitted(stopped.worker_id, stopped.segments, stopped.power)
             except RayError as error:
                 log.warning("a worker's last words were lost: %s", first_line(error))
         for worker in list(self.workers.values()):

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from millijoule.pipeline.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.coordinator import Coordinator
 from millijoule.pipeline.job import JobSpec, open_epoch
-from millijoule.pipeline.layout import SEGMENTS_PREFIX
 from millijoule.pipeline.live_tables import LiveTables
 from millijoule.pipeline.pool import PoolOptions, WorkerPool
 from millijoule.pipeline.retry import JobShards
 from millijoule.pipeline.spending import Spending
+from millijoule.pipeline.uncommitted import UncommittedWriter, read_uncommitted
 from millijoule.workers.errors import StoreError
 from millijoule.workers.lease import AttemptResult, WorkerConfig, commit_key
-from millijoule.workers.schemas import Commit, Segment
+from millijoule.workers.schemas import Commit, PowerTrace, Segment
 from millijoule.workers.storage import Store
 
 log = logging.getLogger(__name__)
 
-#: Segments that no commit carries, compacted commits and live energy tables are written out at least this often.
+#: What no commit carries, compacted commits and live energy tables are written out at least this often.
 FLUSH_PERIOD_S = 30.0
 
 #: Between two looks at what another driver has committed, besides ten times what a look takes.
@@ -107,8 +106,7 @@ class JobRun:
             self._count_earlier_runs()
         self._compactor = CommitCompactor(store, self.epoch)
         self._live = LiveTables(store, job.fingerprint, self.epoch)
-        self._segments: list[Segment] = []
-        self._segment_parts = 0
+        self._uncommitted = UncommittedWriter(store, self.epoch)
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
         self._arrivals: deque[tuple[float, int]] = deque()
         self._stop_now = False
@@ -232,12 +230,15 @@ class JobRun:
         lost = parse_commit(self.store, shard_id, result.commit_json)
         if lost.attempt_id != parse_commit(self.store, shard_id, standing).attempt_id:
             self.store.delete([f.path for f in lost.files])
-            self.segments(tuple(_as_loser(s, lost.attempt_id) for s in lost.segments))
+            segments = tuple(_as_loser(s, lost.attempt_id) for s in lost.segments)
+            self.uncommitted(lost.worker_id, segments, lost.power)
             return standing
         return result.commit_json
 
-    def segments(self, segments: tuple[Segment, ...]) -> None:
-        self._segments.extend(segments)
+    def uncommitted(
+        self, worker_id: str, segments: tuple[Segment, ...], power: tuple[PowerTrace, ...]
+    ) -> None:
+        self._uncommitted.add(worker_id, segments, power)
         self._live.add_segments(segments)
         self.spending.add(segments)
 
@@ -260,18 +261,13 @@ class JobRun:
     def _count_earlier_runs(self) -> None:
         for commit in read_commits(self.store, len(self.planned.shards)):
             self.spending.add(commit.segments)
-        for item in self.store.list(SEGMENTS_PREFIX):
-            self.spending.add(Segment.from_dict(raw) for raw in json.loads(self.store.get(item.key)))
+        self.spending.add(read_uncommitted(self.store).segments)
 
     def _flush(self) -> None:
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
         try:
             self._compactor.flush()
-            if self._segments:
-                body = json.dumps([asdict(s) for s in self._segments], separators=(",", ":")).encode()
-                self.store.put(f"{SEGMENTS_PREFIX}{self.epoch:06d}-{self._segment_parts:06d}.json", body)
-                self._segment_parts += 1
-                self._segments = []
+            self._uncommitted.flush()
             self._live.flush()
         except StoreError as error:
             log.warning("energy records wait for the next flush: %s", error)

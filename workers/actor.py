@@ -12,32 +12,31 @@ import logging
 import os
 import socket
 import sys
-import threading
 import time
 
 import ray
 
 from millijoule.workers.attempt import AttemptCancelled, AttemptRunner, Where
+from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, NotFoundError
 from millijoule.workers.generator import describe_model, load_generator
 from millijoule.workers.lease import (
     AttemptResult,
     Calibration,
     Lease,
+    NodePlace,
     WorkerConfig,
     WorkerReady,
     WorkerStatus,
     WorkerStopped,
+    worker_key,
 )
 from millijoule.workers.meter import open_meter
+from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.power_samples import PowerSampler
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.storage import open_store
 from millijoule.workers.timeline import SegmentTimeline
-
-#: How often a worker looks whether its raylet is still there. A raylet that is killed leaves its workers running;
-#: they cannot do harm (commits are exclusive) but they burn energy for images nobody will take.
-ORPHAN_CHECK_S = 2.0
 
 JOB_KEY = "_job/job.json"
 
@@ -54,11 +53,11 @@ class ShardWorker:
         self._cancelled: str | None = None
         self._timeline: SegmentTimeline | None = None
         self._power: PowerSampler | None = None
-        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+        exit_with_parent()
 
     @ray.method(concurrency_group="work")
     def start(self) -> WorkerReady:
-        """Check the output, load the model, draw one image.
+        """Check the output, load the model, draw one image, write down where and with what this worker runs.
 
         Raises:
             InputError: this node cannot see the job's output folder, or the model cannot be loaded.
@@ -95,6 +94,9 @@ class ShardWorker:
             config, store, generator, meter, timeline, where, self._on_images, self._power
         )
         self._runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
+        if config.output_url:
+            environment = describe_worker(where, config.driver_epoch, gpus, meter)
+            store.put(worker_key(self.worker_id), environment.to_json())
         timeline.close("warmup")
         return WorkerReady(
             node_id=where.node_id,
@@ -121,6 +123,12 @@ class ShardWorker:
         return self._runner.calibrate(requests)
 
     @ray.method(concurrency_group="status")
+    def place(self) -> NodePlace:
+        """The node this worker is on; answers while the model loads."""
+        node_id = ray.get_runtime_context().get_node_id()
+        return NodePlace(node_id, socket.gethostname())
+
+    @ray.method(concurrency_group="status")
     def status(self) -> WorkerStatus:
         """What the worker is doing now; answers while `run` is busy."""
         if self._attempt_id is None and self._timeline is not None:
@@ -139,7 +147,8 @@ class ShardWorker:
         if self._power is not None:
             self._power.stop()
         self._timeline.close("idle")
-        return WorkerStopped(self.worker_id, self._timeline.take())
+        power = self._power.take() if self._power is not None else ()
+        return WorkerStopped(self.worker_id, self._timeline.take(), power)
 
     def _on_images(self, images_done: int) -> None:
         self._images_done = images_done
@@ -176,9 +185,3 @@ def _check_output_is_shared(store, config: WorkerConfig) -> None:
         ) from error
     if job["fingerprint"] != config.fingerprint:
         raise InputError(f"{store.url}: holds another job ({job['fingerprint'][:12]})")
-
-
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(ORPHAN_CHECK_S)
-    os._exit(1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from millijoule.workers.schemas import Segment
+from millijoule.workers.schemas import PowerTrace, Segment
 from millijoule.workers.shard_rows import Shard
 
 
@@ -21,6 +21,11 @@ def shard_of_commit_key(key: str) -> int | None:
     name = key.rsplit("/", 1)[-1]
     stem, dot, extension = name.partition(".")
     return int(stem) if dot and extension == "json" and stem.isdigit() else None
+
+
+def worker_key(worker_id: str) -> str:
+    """Object key of the `WorkerEnvironment` that `worker_id` writes when it has started."""
+    return f"_job/workers/{worker_id}.json"
 
 
 def data_prefix(shard_id: int, attempt_id: str) -> str:
@@ -80,6 +85,14 @@ class WorkerReady:
 
 
 @dataclass(frozen=True)
+class NodePlace:
+    """A node of the Ray cluster: Ray's id, and its host name as the node itself says it."""
+
+    node_id: str
+    host: str
+
+
+@dataclass(frozen=True)
 class WorkerStatus:
     """Progress of the running attempt; `images_done` grows as batches finish."""
 
@@ -103,10 +116,11 @@ class AttemptResult:
 
 @dataclass(frozen=True)
 class WorkerStopped:
-    """A stopped worker's last words: the segments no commit carried."""
+    """A stopped worker's last words: the segments and power samples no commit carried."""
 
     worker_id: str
     segments: tuple[Segment, ...]
+    power: tuple[PowerTrace, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ class CounterMeter:
 
     Attributes:
         gpus: full UUIDs of the worker's boards, whether they have a counter or not.
+        gpu_names: their product names.
+        driver_version: the GPU driver's.
     """
 
     boot_id: str
@@ -102,6 +104,8 @@ class CounterMeter:
     book: CounterBook
     powers: tuple[GpuPower, ...] = ()
     gpus: tuple[str, ...] = ()
+    gpu_names: tuple[str | None, ...] = ()
+    driver_version: str | None = None
     on_close: Callable[[], None] = lambda: None
     clock_ns: Callable[[], int] = time.monotonic_ns
     method: str = field(init=False)
@@ -316,6 +320,8 @@ def open_meter(
         CounterBook(boot_id, book_directory),
         boards.powers,
         boards.uuids,
+        boards.names,
+        boards.driver_version,
         on_close=boards.close,
         clock_ns=clock_ns,
     )

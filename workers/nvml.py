@@ -116,12 +116,16 @@ class Gpus:
 
     Attributes:
         uuids: full UUIDs ("GPU-...").
+        names: product names, in the same order; None: the driver does not say.
+        driver_version: None: as above.
         close: shuts the library down.
     """
 
     uuids: tuple[str, ...] = ()
     counters: tuple[GpuCounter, ...] = ()
     powers: tuple[GpuPower, ...] = ()
+    names: tuple[str | None, ...] = ()
+    driver_version: str | None = None
     close: Callable[[], None] = lambda: None
 
 
@@ -151,8 +155,36 @@ def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
         tuple(found),
         tuple(GpuCounter(lib, handle, f"gpu:{uuid}") for uuid, handle in found.items()),
         tuple(GpuPower(lib, handle, uuid) for uuid, handle in found.items()),
+        tuple(_ask(lib, lib.nvmlDeviceGetName, handle) for handle in found.values()),
+        _ask(lib, lib.nvmlSystemGetDriverVersion),
         lambda: _shut_down(lib),
     )
+
+
+def installed_gpus(lib: Any = None) -> tuple[str, ...]:
+    """Full UUIDs of all boards NVML shows on this host; empty where it shows none or is not there."""
+    try:
+        lib = lib or importlib.import_module("pynvml")
+        lib.nvmlInit()
+    except Exception as error:  # as in `open_gpus`
+        log.info("NVML is not available (%s)", error)
+        return ()
+    try:
+        handles = [lib.nvmlDeviceGetHandleByIndex(i) for i in range(lib.nvmlDeviceGetCount())]
+        return tuple(_text(lib.nvmlDeviceGetUUID(h)) for h in handles)
+    except lib.NVMLError as error:
+        log.warning("NVML cannot list the GPUs: %s", error)
+        return ()
+    finally:
+        _shut_down(lib)
+
+
+def _ask(lib: Any, question: Callable[..., str | bytes], *about: Any) -> str | None:
+    """A name that is good to know; None where the driver does not tell it."""
+    try:
+        return _text(question(*about))
+    except lib.NVMLError:
+        return None
 
 
 def _shut_down(lib: Any) -> None:

@@ -179,6 +179,42 @@ class PowerTrace:
     source: str
     samples: tuple[PowerSample, ...]
 
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> PowerTrace:
+        """Inverse of `dataclasses.asdict`."""
+        return PowerTrace(**{**raw, "samples": tuple(PowerSample(*s) for s in raw["samples"])})
+
+
+@dataclass(frozen=True)
+class WorkerEnvironment:
+    """Where and with what a worker runs, stated once when it has started; None: not known.
+
+    `device` is the first of `gpus` (full UUIDs where they could be found), or "cpu". `device_name` is the product's
+    name of the GPU or CPU, `driver_version` the GPU driver's. `torch_version` is None too where the model does
+    without PyTorch.
+    """
+
+    worker_id: str
+    driver_epoch: int
+    node_id: str
+    host: str
+    device: str
+    gpus: tuple[str, ...]
+    device_name: str | None
+    driver_version: str | None
+    python_version: str
+    torch_version: str | None
+    energy_method: str
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> WorkerEnvironment:
+        """Inverse of `to_json`; raises ValueError or TypeError where it is not one."""
+        raw = json.loads(data)
+        return WorkerEnvironment(**{**raw, "gpus": tuple(raw["gpus"])})
+
 
 @dataclass(frozen=True)
 class DataFile:
@@ -230,8 +266,5 @@ class Commit:
         raw["files"] = tuple(DataFile(**f) for f in raw["files"])
         raw["energy_domains"] = tuple(raw["energy_domains"])
         raw["segments"] = tuple(Segment.from_dict(s) for s in raw["segments"])
-        raw["power"] = tuple(
-            PowerTrace(**{**t, "samples": tuple(PowerSample(*s) for s in t["samples"])})
-            for t in raw.get("power", ())
-        )
+        raw["power"] = tuple(PowerTrace.from_dict(t) for t in raw.get("power", ()))
         return Commit(**raw)

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import platform
+import socket
 import subprocess
 import tarfile
 
@@ -265,6 +267,12 @@ def test_a_cap_stops_leasing_and_the_job_resumes_without_it(tmp_path, run):
     resumed = run(*arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert_exactly_once(out, 64)
+    workers = [r for p in out.glob("energy/env/*/*/*.parquet") for r in pq.ParquetFile(p).read().to_pylist()]
+    assert {w["driver_epoch"] for w in workers} >= {1, 4}  # those of the first run, and those that finished it
+    for w in workers:
+        assert (w["python_version"], w["host"]) == (platform.python_version(), socket.gethostname())
+        assert (w["device"], w["gpus"], w["driver_version"]) == ("cpu", "", None)
+        assert w["energy_method"] is not None
 
 
 def test_caps_that_cannot_work_are_refused(tmp_path, run):

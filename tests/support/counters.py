@@ -74,6 +74,9 @@ class FakeNvml:
     def nvmlDeviceGetName(self, handle):
         return self.names[self.uuids.index(handle)]
 
+    def nvmlSystemGetDriverVersion(self):
+        return "570.1"
+
     def nvmlDeviceGetMigMode(self, handle):
         if handle not in self.mig:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)

@@ -1,23 +1,32 @@
 """A worker from start to stop, without a cluster: its device, its power samples, its threads."""
 
+import platform
+import socket
 import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pynvml
 import pytest
 from support.counters import GPU0, SECOND, UUIDS, FakeNvml
 from support.local_job import plan
 
+from millijoule.pipeline.check import check_output
 from millijoule.pipeline.commits import read_commits
 from millijoule.pipeline.coordinator import Coordinator
+from millijoule.pipeline.finish import finish_job
 from millijoule.pipeline.job import open_epoch
+from millijoule.pipeline.pool import PoolOptions
 from millijoule.pipeline.retry import load_job_shards
+from millijoule.pipeline.run import JobRun, PlannedJob
+from millijoule.pipeline.uncommitted import read_uncommitted
 from millijoule.workers import actor
 from millijoule.workers.generator import describe_model
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meter import MIN_READ_SPACING_NS, open_meter
+from millijoule.workers.schemas import PowerSample
 
 MODEL = "python:support.models:plain"
 
@@ -59,6 +68,13 @@ def worker(tmp_path, monkeypatch):
     return made, store, job
 
 
+def read_table(store, name):
+    """The rows of a finished job's energy table."""
+    (part,) = store.list(f"energy/{name}/")
+    with store.open_input(part.key) as source:
+        return pq.ParquetFile(source).read().to_pylist()
+
+
 def test_a_gpu_given_by_index_is_named_by_its_uuid_in_commit_counter_and_power(worker):
     made, store, job = worker
     assert made.start().device == UUIDS[0]
@@ -75,6 +91,58 @@ def test_a_gpu_given_by_index_is_named_by_its_uuid_in_commit_counter_and_power(w
         *("load", "warmup", "idle", "shard"),
         "idle",
     ]
+
+
+def test_what_a_worker_did_after_its_last_commit_is_in_the_tables(worker, monkeypatch):
+    made, store, job = worker
+    made.start()
+    monkeypatch.setattr(made._power.meter, "watch", dict)  # the sampler's thread sees nothing more
+    shards = load_job_shards(store, job)
+    planned = PlannedJob(job, shards, exclusive=True)
+    driver = JobRun(store, planned, PoolOptions(0, 0), None, lease_s=60.0, speculate=False)
+    made.run(driver.coordinator.next_lease("w1", 0.0))
+    (commit,) = read_commits(store, 1)
+    now = time.monotonic_ns()
+    monkeypatch.setattr(
+        made._power.meter, "watch", lambda: {UUIDS[0]: PowerSample(now, time.time_ns(), None, 123_456)}
+    )
+    made._power.look()
+    time.sleep(MIN_READ_SPACING_NS / SECOND)  # until then the last value stands
+    stopped = made.stop()
+    driver.uncommitted(stopped.worker_id, stopped.segments, stopped.power)
+    with pytest.raises(StopIteration):
+        driver.run(on_tick=lambda: next(iter(())))  # flushes on its way out
+
+    stats = finish_job(store, job, shards)
+    power = read_table(store, "power")
+    assert 123_456 in [row["power_instant_mw"] for row in power]
+    assert {(row["host"], row["node_id"]) for row in power} == {(commit.host, "node")}
+    segments = read_table(store, "segment")
+    assert segments[-1]["segment_class"] == "idle"
+    assert segments[-1]["energy_mj"] > 0
+    reads = [row["energy_mj"] for row in read_table(store, "counter")]
+    assert sum(row["energy_mj"] for row in segments) == max(reads) - min(reads) == stats["energy"]["total_mj"]
+    assert (stats["closure"]["C1"], stats["closure"]["C2"]) == (True, True)
+    assert [p for p in check_output(store) if "energy" in p] == []
+
+
+def test_a_worker_states_its_environment_once(worker):
+    made, store, job = worker
+    made.start()
+    stated = read_uncommitted(store).workers["w1"]
+    assert (stated.device, stated.gpus, stated.device_name) == (UUIDS[0], (UUIDS[0],), "NVIDIA H200")
+    assert (stated.driver_version, stated.node_id, stated.host) == ("570.1", "node", socket.gethostname())
+    assert stated.python_version == platform.python_version()
+    lease = Coordinator(load_job_shards(store, job), np.zeros(1, bool), 60.0, 1).next_lease("w1", 0.0)
+    made.run(lease)
+    made.stop()
+    finish_job(store, job, load_job_shards(store, job))
+    (row,) = read_table(store, "env")
+    assert row["device_name"] == "NVIDIA H200"
+    assert row["gpus"] == UUIDS[0]
+    assert row["driver_version"] == "570.1"
+    assert row["energy_method"] == "nvml-counter"
+    assert row["driver_epoch"] == made.config.driver_epoch
 
 
 def test_a_worker_that_stops_leaves_no_thread_behind(worker):

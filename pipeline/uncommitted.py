@@ -1,0 +1,111 @@
+"""What no commit carries: last words of workers, lost attempts that a driver had to book, and who the workers were.
+
+A driver collects segments and power samples and writes them to `_job/segments/` at every flush, so that a crash costs
+at most one flush interval of them; a worker writes its own environment to `_job/workers/` when it has started. With the
+commits they are all that the energy tables are made from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
+
+from millijoule.pipeline.commits import READ_THREADS
+from millijoule.pipeline.layout import SEGMENTS_PREFIX, WORKERS_PREFIX
+from millijoule.workers.errors import StoreError
+from millijoule.workers.schemas import PowerTrace, Segment, WorkerEnvironment
+from millijoule.workers.storage import Store
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Uncommitted:
+    """All of it, of every driver and worker of a job.
+
+    `power` has traces with the id of the worker that sampled them, `workers` environments by worker id.
+    """
+
+    segments: tuple[Segment, ...] = ()
+    power: tuple[tuple[str, PowerTrace], ...] = ()
+    workers: Mapping[str, WorkerEnvironment] = field(default_factory=dict)
+
+
+NOTHING = Uncommitted()
+
+
+class UncommittedWriter:
+    """Collects what one driver has to write; two drivers never write the same object."""
+
+    def __init__(self, store: Store, epoch: int) -> None:
+        self.store = store
+        self.epoch = epoch
+        self._segments: list[Segment] = []
+        self._power: list[tuple[str, PowerTrace]] = []
+        self._parts = 0
+
+    def add(self, worker_id: str, segments: Iterable[Segment], power: Iterable[PowerTrace]) -> None:
+        """Take what worker `worker_id` did and sampled."""
+        self._segments.extend(segments)
+        self._power.extend((worker_id, trace) for trace in power)
+
+    def flush(self) -> None:
+        """Write what has been added since the last part, if anything.
+
+        Raises:
+            StoreError: storage failed; nothing is lost yet, flush again.
+        """
+        if not self._segments and not self._power:
+            return
+        body = {
+            "segments": [asdict(s) for s in self._segments],
+            "power": [{"worker_id": worker_id, **asdict(trace)} for worker_id, trace in self._power],
+        }
+        key = f"{SEGMENTS_PREFIX}{self.epoch:06d}-{self._parts:06d}.json"
+        self.store.put(key, json.dumps(body, separators=(",", ":")).encode())
+        self._parts += 1
+        self._segments, self._power = [], []
+
+
+def read_uncommitted(store: Store) -> Uncommitted:
+    """Everything that drivers and workers of a job wrote besides commits.
+
+    Raises:
+        StoreError: storage failed, or an object is not what it should be; the message names it.
+    """
+    segments: list[Segment] = []
+    power: list[tuple[str, PowerTrace]] = []
+    for more, traces in _read_all(store, SEGMENTS_PREFIX, _parse_part):
+        segments += more
+        power += traces
+    return Uncommitted(tuple(segments), tuple(power), read_workers(store))
+
+
+def read_workers(store: Store) -> dict[str, WorkerEnvironment]:
+    """The environments of a job's workers, by worker id; raises StoreError."""
+    found = _read_all(store, WORKERS_PREFIX, WorkerEnvironment.from_json)
+    return {environment.worker_id: environment for environment in found}
+
+
+def _read_all(store: Store, prefix: str, parse: Callable[[bytes], T]) -> list[T]:
+    """The objects under `prefix`, in order of their keys."""
+
+    def read(key: str) -> T:
+        try:
+            return parse(store.get(key))
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreError(f"{store.url}/{key}: not what a driver or worker wrote: {error}") from error
+
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        return list(threads.map(read, sorted(item.key for item in store.list(prefix))))
+
+
+def _parse_part(data: bytes) -> tuple[list[Segment], list[tuple[str, PowerTrace]]]:
+    raw = json.loads(data)
+    if isinstance(raw, list):  # as written before power was carried
+        raw = {"segments": raw, "power": []}
+    power = [(trace.pop("worker_id"), PowerTrace.from_dict(trace)) for trace in raw["power"]]
+    return [Segment.from_dict(s) for s in raw["segments"]], power

@@ -1,0 +1,61 @@
+"""What a worker says about itself once it has started: its place, its device, its software.
+
+Asked of the libraries the worker uses anyway; nothing is imported for it. What they do not say is None.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from millijoule.workers.attempt import Where
+from millijoule.workers.meter import CounterMeter
+from millijoule.workers.schemas import WorkerEnvironment
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def describe_worker(
+    where: Where, driver_epoch: int, assigned_gpus: Sequence[str], meter: CounterMeter
+) -> WorkerEnvironment:
+    """The environment of a worker whose model is loaded.
+
+    Args:
+        where: the worker's place.
+        driver_epoch: the run of the job that started it.
+        assigned_gpus: as `CUDA_VISIBLE_DEVICES` lists them; empty on a CPU worker.
+        meter: the worker's own.
+    """
+    torch = sys.modules.get("torch")
+    name: str | None
+    if not assigned_gpus:
+        name = cpu_name()
+    elif meter.gpu_names:
+        name = meter.gpu_names[0]
+    else:  # a MIG instance, or no NVML: the framework may know
+        name = str(torch.cuda.get_device_name(0)) if torch and torch.cuda.is_available() else None
+    complete = len(meter.gpus) == len(assigned_gpus)
+    return WorkerEnvironment(
+        worker_id=where.worker_id,
+        driver_epoch=driver_epoch,
+        node_id=where.node_id,
+        host=where.host,
+        device=where.device,
+        gpus=meter.gpus if complete else tuple(assigned_gpus),
+        device_name=name,
+        driver_version=meter.driver_version,
+        python_version=platform.python_version(),
+        torch_version=str(torch.__version__) if torch else None,
+        energy_method=meter.method,
+    )
+
+
+def cpu_name() -> str | None:
+    """The processor's product name as the kernel states it; None where it does not (most ARM machines)."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
