@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
 from millijoule.jobs.entry import CAP_REACHED, COMPLETE, ERROR, INTERRUPTED, QUARANTINED, run_command
+from millijoule.jobs.rate_options import RateOptions
 
 Format = Literal["parquet", "webdataset", "files"]
 DuplicatePolicy = Literal["error", "keep-first", "suffix"]
@@ -93,7 +94,7 @@ class GenerateOptions:
     code 4, resumable. Counted by the energy counters; a worker without one counts by its estimate, and that is said."""
 
     max_cost: float | None = None
-    """The same in your currency; needs --price-per-kwh."""
+    """The same in your currency, for electricity; needs --price-per-kwh."""
 
     max_gco2: float | None = None
     """The same in grams of CO2e; needs --gco2-per-kwh."""
@@ -101,14 +102,7 @@ class GenerateOptions:
     deadline: str | None = None
     """The same in time: a duration of this run such as 90m or 2h, or a time with its zone (2026-03-01T18:00+01:00)."""
 
-    price_per_kwh: Annotated[str | None, tyro.conf.arg(metavar="X|CSV")] = None
-    """Electricity price, in your currency, for --max-cost and the dry run: a number, or a CSV file of times and prices."""
-
-    gco2_per_kwh: Annotated[str | None, tyro.conf.arg(metavar="X|CSV")] = None
-    """Carbon intensity of your grid (location-based), for --max-gco2: a number, or a CSV file of times and grams."""
-
-    pue: float = 1.0
-    """Power usage effectiveness: cost and carbon are those of the counted energy times this; the energy is not."""
+    rates: Annotated[RateOptions, tyro.conf.arg(name="")] = field(default_factory=RateOptions)
 
     retry_failed: bool = False
     """Give quarantined rows of a finished job one more try, as new shards."""
@@ -169,8 +163,8 @@ def run(options: GenerateOptions) -> int:
         return ERROR
     if not job_run.complete and job_run.cap_reached:
         print(
-            f"cap reached: {job_run.cap_reached}; {job_run.remaining} shards left; raise the cap and run the same "
-            "command again to resume",
+            f"cap reached: {job_run.cap_reached}. Shards left: {job_run.remaining}; with a higher cap, or a later "
+            "deadline, the same command resumes the job",
             file=sys.stderr,
         )
         return CAP_REACHED

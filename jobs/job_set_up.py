@@ -8,7 +8,6 @@ import time
 from typing import TYPE_CHECKING
 
 from millijoule.jobs import ray_cluster
-from millijoule.pipeline.carbon import check_pue, read_rate
 from millijoule.pipeline.job import (
     JobSpec,
     check_same_job,
@@ -67,19 +66,19 @@ def caps(options: GenerateOptions) -> Caps:
         value = getattr(options, name)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} {value}: a number, 0 or more")
-    price, carbon = options.price_per_kwh, options.gco2_per_kwh
-    if options.max_cost is not None and price is None:
+    rates = options.rates.read()
+    if options.max_cost is not None and rates.price is None:
         raise InputError("--max-cost needs --price-per-kwh")
-    if options.max_gco2 is not None and carbon is None:
+    if options.max_gco2 is not None and rates.carbon is None:
         raise InputError("--max-gco2 needs --gco2-per-kwh")
     return Caps(
         max_kwh=options.max_kwh,
         max_cost=options.max_cost,
         max_gco2=options.max_gco2,
         deadline_unix=None if options.deadline is None else parse_deadline(options.deadline, time.time()),
-        price=None if price is None else read_rate(price, "--price-per-kwh", negative=True),
-        carbon=None if carbon is None else read_rate(carbon, "--gco2-per-kwh"),
-        pue=check_pue(options.pue),
+        price=rates.price,
+        carbon=rates.carbon,
+        pue=rates.pue or 1.0,
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
 from millijoule.jobs.entry import COMPLETE, run_command
+from millijoule.jobs.rate_options import RateOptions
 
 #: The page's name in an output, where no --html says otherwise.
 PAGE_KEY = "report.html"
@@ -32,37 +33,23 @@ class ReportOptions:
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write everything the page shows as JSON; - for standard output, then without tables."""
 
-    price: Annotated[str | None, tyro.conf.arg(metavar="X|CSV")] = None
-    """Electricity price per kWh in your currency, or a CSV file with columns time and value."""
-
-    carbon: Annotated[str | None, tyro.conf.arg(metavar="X|CSV")] = None
-    """Grams of CO2e per kWh of the local grid, or a CSV file with columns time and value."""
+    rates: Annotated[RateOptions, tyro.conf.arg(name="")] = field(default_factory=RateOptions)
 
     carbon_source: str | None = None
-    """Where the intensity is from, for the page. Default: the file's name."""
-
-    pue: float | None = None
-    """Power usage effectiveness of the building, 1 or more: multiplies grams and money, never joules."""
+    """Where the carbon intensity is from, for the page. Default: the file's name."""
 
 
 def run(options: ReportOptions) -> int:
     from rich.console import Console
 
-    from millijoule.pipeline.carbon import check_pue, read_rate
     from millijoule.pipeline.report.data import collect_report
-    from millijoule.pipeline.report.energy import Rates
     from millijoule.pipeline.report.terminal import print_report
     from millijoule.workers.errors import InputError
     from millijoule.workers.storage import open_store
 
     if not options.outputs:
         raise InputError("name at least one output folder or s3:// URL of a finished job")
-    rates = Rates(
-        carbon=(options.carbon and read_rate(options.carbon, "--carbon", source=options.carbon_source))
-        or None,
-        price=(options.price and read_rate(options.price, "--price", negative=True)) or None,
-        pue=None if options.pue is None else check_pue(options.pue),
-    )
+    rates = options.rates.read(options.carbon_source)
     stores = [open_store(url) for url in options.outputs]
     report = collect_report(stores, rates)
     if options.json == "-":

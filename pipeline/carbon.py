@@ -61,6 +61,15 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What the energy is multiplied by; `pue` multiplies grams and money, never joules. None: not given."""
+
+    carbon: Rate | None = None
+    price: Rate | None = None
+    pue: float | None = None
+
+
+@dataclass(frozen=True)
 class RateMean:
     """The mean of a rate over the energy of a job.
 

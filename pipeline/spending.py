@@ -7,10 +7,9 @@ this running sum is what leasing stops by. A worker without a counter is counted
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -80,6 +79,20 @@ class CounterUse:
         return self.total_mj - before
 
 
+class _CapUse(NamedTuple):
+    """A cap and how much of it is used, both in `unit`; `option` is the cap as it was given."""
+
+    name: str
+    option: str
+    unit: str
+    used: float
+    limit: float
+
+    @property
+    def share(self) -> float:
+        return self.used / self.limit if self.limit else 1.0  # nothing may be used: that is reached at once
+
+
 @dataclass
 class Spending:
     """Running totals of a job. `measured_mj` counts counters, `estimated_mj` the workers that have none.
@@ -106,10 +119,10 @@ class Spending:
 
     @property
     def basis(self) -> str:
-        """How `total_mj` came about: "measured", "estimate", or both."""
+        """How `total_mj` came about: "measured", "estimated", or both."""
         if not self.estimated_mj:
             return "measured"
-        return "partly estimate" if self.measured_mj else "estimate"
+        return "partly estimated" if self.measured_mj else "estimated"
 
     def add(self, segments: Iterable[Segment]) -> None:
         """Count `segments` that were not counted before."""
@@ -138,18 +151,19 @@ class Spending:
             self.gco2 += kwh * self.caps.carbon.at(t_wall_ns / 1e9)
 
     def used_shares(self) -> dict[str, float]:
-        """How much of each cap on energy is used, by the cap's name; 1 is all of it."""
+        """How much of each cap on energy is used, by the cap's name; 1 is all of it, and a cap of 0 is used up."""
+        return {cap.name: cap.share for cap in self._caps_on_energy()}
+
+    def _caps_on_energy(self) -> Iterator[_CapUse]:
         caps = self.caps
-        spent = {
-            "kWh": (self.total_mj / MJ_PER_KWH, caps.max_kwh),
-            "cost": (self.cost, caps.max_cost),
-            "gCO2e": (self.gco2, caps.max_gco2),
-        }
-        return {
-            name: used / limit if limit else math.inf
-            for name, (used, limit) in spent.items()
-            if limit is not None
-        }
+        if caps.max_kwh is not None:
+            yield _CapUse(
+                "kWh", f"--max-kwh {caps.max_kwh:g}", " kWh", self.total_mj / MJ_PER_KWH, caps.max_kwh
+            )
+        if caps.max_cost is not None:
+            yield _CapUse("cost", f"--max-cost {caps.max_cost:g}", "", self.cost, caps.max_cost)
+        if caps.max_gco2 is not None:
+            yield _CapUse("gCO2e", f"--max-gco2 {caps.max_gco2:g}", " gCO2e", self.gco2, caps.max_gco2)
 
     def reached(self, now_unix: float, share_at_work: float = 0.0) -> str | None:
         """The cap that is reached, in words, or None.
@@ -162,13 +176,13 @@ class Spending:
         deadline = self.caps.deadline_unix
         if deadline is not None and now_unix >= deadline:
             return (
-                f"the deadline, {datetime.fromtimestamp(deadline).astimezone().isoformat(timespec='seconds')}"
+                f"--deadline ({datetime.fromtimestamp(deadline).astimezone().isoformat(timespec='seconds')})"
             )
-        limits = {"kWh": self.caps.max_kwh, "cost": self.caps.max_cost, "gCO2e": self.caps.max_gco2}
-        for name, share in self.used_shares().items():
-            if share * (1 + share_at_work) >= 1:
-                rest = "" if share >= 1 else "; what is at work is expected to use the rest"
-                return f"{limits[name]:g} {name} ({share:.1%} used, {self.basis}{rest})"
+        for cap in self._caps_on_energy():
+            if cap.share * (1 + share_at_work) >= 1:
+                rest = "" if cap.share >= 1 else "; what is at work is expected to use the rest"
+                used = f"{cap.used:.3g}{cap.unit} used, {self.basis}" if cap.used else "nothing used yet"
+                return f"{cap.option} ({used}{rest})"
         return None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from millijoule.pipeline.carbon import Rates
 from millijoule.pipeline.job import require_job
 from millijoule.pipeline.layout import STATS_KEY
 from millijoule.pipeline.report.devices import (
@@ -29,7 +30,6 @@ from millijoule.pipeline.report.devices import (
 from millijoule.pipeline.report.energy import (
     ClassShare,
     EnergyFigures,
-    Rates,
     RateUsed,
     class_shares,
     estimate_figures,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from millijoule.pipeline.carbon import MJ_PER_KWH, Rate, RateMean, mean_rate
+from millijoule.pipeline.carbon import MJ_PER_KWH, Rate, RateMean, Rates, mean_rate
 from millijoule.pipeline.report.timeline import Work
 from millijoule.workers.meter import ESTIMATE_METHOD
 from millijoule.workers.schemas import SEGMENT_CLASSES
@@ -30,15 +30,6 @@ GROUPS = {
     "retry": "waste",
     "gap": "gap",
 }
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What the energy is multiplied by; `pue` multiplies grams and money, never joules."""
-
-    carbon: Rate | None = None
-    price: Rate | None = None
-    pue: float | None = None
 
 
 @dataclass(frozen=True)

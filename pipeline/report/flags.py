@@ -37,8 +37,8 @@ def flags_of(
     flags = [
         *_energy_flags(stats, short_share),
         *_closure_flags(closure_recorded, closure_failed),
-        *_rate_flags(carbon, "carbon intensity", "--carbon gCO2e/kWh or a CSV file"),
-        *_rate_flags(price, "price", "--price per kWh or a CSV file"),
+        *_rate_flags(carbon, "carbon intensity", "--gco2-per-kwh (a number or a CSV file)"),
+        *_rate_flags(price, "price", "--price-per-kwh (a number or a CSV file)"),
     ]
     if not isinstance(stats.get("evidence_class"), str):
         flags.append(Flag("note", "evidence class not computed", "This output records no evidence class."))

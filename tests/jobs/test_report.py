@@ -26,8 +26,8 @@ def test_the_page_goes_into_the_output_and_the_tables_to_the_terminal(output, tm
 
 def test_files_go_where_they_are_asked_to(output, tmp_path, capsys):
     page, data = tmp_path / "page.html", tmp_path / "report.json"
-    options = ["--html", str(page), "--json", str(data), "--carbon", "400", "--price", "0.3", "--pue", "1.1"]
-    assert main([output, *options, "--carbon-source", "my grid, 2025"]) == 0
+    options = ["--html", str(page), "--json", str(data), "--gco2-per-kwh", "400", "--price-per-kwh", "0.3"]
+    assert main([output, *options, "--pue", "1.1", "--carbon-source", "my grid, 2025"]) == 0
     job = json.loads(data.read_text())["jobs"][0]
     assert job["carbon"]["source"] == "my grid, 2025"
     assert job["carbon"]["fallback"] is True
@@ -44,7 +44,8 @@ def test_json_on_standard_output_stands_alone(output, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--carbon", "lots"], "--carbon lots"),
+        (["--gco2-per-kwh", "lots"], "--gco2-per-kwh lots"),
+        (["--price-per-kwh", "nan"], "--price-per-kwh nan"),
         (["--pue", "0.5"], "--pue 0.5"),
         (["--html", "/nowhere/at/all.html"], "cannot be written"),
     ],

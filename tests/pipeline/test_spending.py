@@ -76,10 +76,10 @@ def test_workers_without_a_counter_count_by_their_estimate_and_that_is_said():
     spending = Spending(Caps(max_kwh=1e-6))
     assert spending.reached(0) is None
     spending.add([segment("a", read(0, None, estimate=10), read(1, None, estimate=3610))])
-    assert (spending.measured_mj, spending.estimated_mj, spending.basis) == (0, 3600, "estimate")
-    assert "estimate" in (spending.reached(0) or "")
+    assert (spending.measured_mj, spending.estimated_mj, spending.basis) == (0, 3600, "estimated")
+    assert spending.reached(0) == "--max-kwh 1e-06 (1e-06 kWh used, estimated)"
     spending.add([segment("b", read(0, 5), read(1, 6))])
-    assert spending.basis == "partly estimate"
+    assert spending.basis == "partly estimated"
 
 
 def test_each_cap_is_reached_by_its_own_sum():
@@ -89,17 +89,30 @@ def test_each_cap_is_reached_by_its_own_sum():
         return spending
 
     assert spent(max_kwh=1.01).reached(0) is None
-    assert "1 kWh" in spent(max_kwh=1.0, pue=1.0).reached(0)
+    assert spent(max_kwh=1.0, pue=1.0).reached(0) == "--max-kwh 1 (1 kWh used, measured)"
     assert spent(max_kwh=1.01, pue=1.5).reached(0) is None  # counters as they read
     assert spent(max_cost=0.46, price=Rate("", (0.3,)), pue=1.5).reached(0) is None
-    assert "0.449 cost" in spent(max_cost=0.449, price=Rate("", (0.3,)), pue=1.5).reached(0)
-    assert "gCO2e" in spent(max_gco2=400, carbon=Rate("", (400.0,))).reached(0)
+    over = spent(max_cost=0.449, price=Rate("", (0.3,)), pue=1.5)
+    assert over.reached(0) == "--max-cost 0.449 (0.45 used, measured)"
+    over = spent(max_gco2=400, carbon=Rate("", (400.0,)))
+    assert over.reached(0) == "--max-gco2 400 (400 gCO2e used, measured)"
     assert spent(deadline_unix=100.0).reached(99.9) is None
     assert "deadline" in spent(deadline_unix=100.0).reached(100.0)
     assert spent(max_kwh=1.2).reached(0, share_at_work=0.1) is None
-    assert "at work" in spent(max_kwh=1.2).reached(0, share_at_work=0.25)
+    assert spent(max_kwh=1.2).reached(0, share_at_work=0.25) == (
+        "--max-kwh 1.2 (1 kWh used, measured; what is at work is expected to use the rest)"
+    )
     assert "at work" not in spent(max_kwh=0.5).reached(0)
-    assert Spending(Caps(max_kwh=0.0)).reached(0) is not None  # nothing may be used
+    assert "--deadline (1970-01-0" in spent(deadline_unix=100.0).reached(100.0)
+
+
+def test_a_cap_of_nothing_is_reached_at_once_and_says_so_in_numbers():
+    spending = Spending(Caps(max_kwh=0.0, max_cost=0.0, max_gco2=0.0, price=Rate("", (0.3,))))
+    assert spending.reached(0) == "--max-kwh 0 (nothing used yet)"
+    assert set(spending.used_shares().values()) == {1.0}
+    spending.add([segment("a", read(0, 0), read(3600, MJ_PER_KWH))])
+    assert spending.reached(0, share_at_work=0.5) == "--max-kwh 0 (1 kWh used, measured)"
+    assert set(spending.used_shares().values()) == {1.0}
 
 
 def test_prices_are_those_of_the_time():

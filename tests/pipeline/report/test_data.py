@@ -92,14 +92,14 @@ def test_an_intensity_that_changes_during_the_job_is_weighted_by_its_energy(meas
     middle = timeline.start_unix_s + timeline.steps * timeline.step_s / 2
     table = tmp_path / "carbon.csv"
     table.write_text(f"time,value\n{middle - 3600},100\n{middle},300\n")
-    job = collect_job(measured, Rates(carbon=read_rate(str(table), "--carbon")))
+    job = collect_job(measured, Rates(carbon=read_rate(str(table), "--gco2-per-kwh")))
     assert 100 < job.carbon.mean_per_kwh < 300
     assert (job.carbon.fallback, job.carbon.source) == (False, "carbon.csv")
     assert job.measured.total_gco2e == pytest.approx(
         job.measured.total_mj / MJ_PER_KWH * job.carbon.mean_per_kwh
     )
     table.write_text(f"time,value\n{middle + 7200},100\n{middle + 7260},300\n")
-    elsewhere = collect_job(measured, Rates(carbon=read_rate(str(table), "--carbon")))
+    elsewhere = collect_job(measured, Rates(carbon=read_rate(str(table), "--gco2-per-kwh")))
     assert (elsewhere.carbon.fallback_share, elsewhere.carbon.mean_per_kwh) == (1.0, pytest.approx(100))
     assert "carbon intensity: fallback" in flag_names(elsewhere)
 

@@ -112,7 +112,7 @@ def test_a_hundred_thousand_images_make_a_small_page_quickly(tmp_path):
     store = open_store(str(tmp_path / "out"))
     write_large_output(store)
     began = time.monotonic()
-    options = ["--json", str(tmp_path / "report.json"), "--carbon", "400"]
+    options = ["--json", str(tmp_path / "report.json"), "--gco2-per-kwh", "400"]
     done = subprocess.run(
         [sys.executable, "-m", "millijoule.jobs.report", store.url, *options],
         capture_output=True,
