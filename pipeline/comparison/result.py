@@ -25,12 +25,12 @@ from millijoule.pipeline.comparison.statistics import (
     MeasuredBlock,
     complete_quadruples,
     energy_ratio,
-    evidence_class,
     judge_claim,
     systematic_budget,
     total,
     verdict_line,
 )
+from millijoule.pipeline.evidence import evidence_class
 from millijoule.workers.schemas import CounterRead, Segment
 from millijoule.workers.timeline import segment_energy_mj, segment_estimate_mj
 

@@ -1,7 +1,7 @@
 """How many times less energy A needs than B per accepted image, and how sure that is.
 
-Energies and counts of measured blocks go in; the ratio, its interval, the systematic budget and the evidence class come
-out. The same numbers give the same answer on any machine: resampling draws on a generator whose raw stream
+Energies and counts of measured blocks go in; the ratio, its interval, the systematic budget and the verdict come out.
+The same numbers give the same answer on any machine: resampling draws on a generator whose raw stream
 NumPy promises to keep (NEP 19). Nothing here reads files.
 
 **Interval.** Energy and accepted images of each arm are added up over the complete quadruples (ABBA or BAAB) and
@@ -24,6 +24,7 @@ from statistics import NormalDist
 import numpy as np
 
 from millijoule.pipeline.comparison.registration import Statistics, Systematics
+from millijoule.pipeline.evidence import MEANINGS
 
 
 @dataclass(frozen=True)
@@ -201,26 +202,6 @@ def total(budget: Mapping[str, float | None]) -> float | None:
 
 # ---- verdict ----------------------------------------------------------------------------------------------------
 
-CLASS_MEANINGS = {
-    "E0": "estimate: CPU time at an assumed power",
-    "E1": "one energy counter",
-    "E2": "energy counter, agrees with integrated power",
-    "E3": "energy counters, close against a node meter",
-}
-
-
-def evidence_class(*, measured: bool, power_agrees: bool | None, node_closes: bool | None) -> str:
-    """The class that the rows support; it is computed, never stated by hand.
-
-    E0: modelled. E1: a counter. E2: and a second source inside the device agrees. E3: and a node meter closes. E4 (a
-    calibrated outside meter and a repeat by a third party) cannot be shown by one bundle and is never given.
-    """
-    if not measured:
-        return "E0"
-    if not power_agrees:
-        return "E1"
-    return "E3" if node_closes else "E2"
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -274,6 +255,6 @@ def verdict_line(
         else:
             head += f"{100 * confidence:.4g} % interval [{interval.low:.4g}, {interval.high:.4g}]"
     return (
-        f"{head}, boundary {boundary}, evidence class {evidence} ({CLASS_MEANINGS[evidence]}), "
+        f"{head}, boundary {boundary}, evidence class {evidence} ({MEANINGS[evidence]}), "
         f"quality gate {'passed' if gate_passed else 'failed'}"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from millijoule.pipeline import evidence
 from millijoule.pipeline.report import words
 from millijoule.pipeline.report.charts import CLASS_COLOURS, Chart
 from millijoule.pipeline.report.data import JobReport
@@ -86,7 +87,7 @@ def _cards(job: JobReport) -> str:
             "Throughput", speed, f"{words.seconds(job.speed.seconds)} from first start to last commit"
         )
     )
-    meaning = words.EVIDENCE.get(job.evidence_class, "this output records none")
+    meaning = evidence.MEANINGS.get(job.evidence_class, "this output records none")
     cards.append(_plain_card("Evidence class", job.evidence_class, meaning))
     return f'<div class="cards">{"".join(cards)}</div>'
 

@@ -8,15 +8,6 @@ from datetime import UTC, datetime
 NOT_MEASURED = "not measured"
 NOT_GIVEN = "not given"
 
-#: What a job's energy rests on; classes are computed where the tables are written.
-EVIDENCE = {
-    "E0": "modelled, or not measured in full",
-    "E1": "each device's own energy counter",
-    "E2": "counters that agree with integrated power",
-    "E3": "counters that close against a node meter",
-    "E4": "a calibrated external meter and an independent repeat",
-}
-
 #: What each closure check compares.
 CHECKS = {
     "C1": "segments and gaps = the counter's growth",

@@ -13,7 +13,6 @@ from millijoule.pipeline.comparison.statistics import (
     RatioInterval,
     draw_indices,
     energy_ratio,
-    evidence_class,
     expanded_level,
     judge_claim,
     student_quantile,
@@ -21,6 +20,7 @@ from millijoule.pipeline.comparison.statistics import (
     total,
     verdict_line,
 )
+from millijoule.pipeline.evidence import evidence_class
 
 FAST = Statistics(resamples=1000)
 
@@ -193,10 +193,10 @@ def test_the_verdict_reads_as_a_sentence():
     interval = RatioInterval(123.456, 120.0, 127.0, 10)
     assert verdict_line(interval, 0.95, "GPU board", "E1", True) == (
         "A needs 123.5 times less energy than B per accepted image, 95 % interval [120, 127], boundary GPU board, "
-        "evidence class E1 (one energy counter), quality gate passed"
+        "evidence class E1 (the devices' own energy counters), quality gate passed"
     )
     line = verdict_line(RatioInterval(2.0, None, None, 1), 0.95, "process CPU time", "E0", False)
     assert "not established" in line
-    assert "evidence class E0 (estimate: CPU time" in line
+    assert "evidence class E0 (estimate, or" in line
     assert line.endswith("quality gate failed")
     assert "not established" in verdict_line(None, 0.95, "GPU board", "E1", True)
