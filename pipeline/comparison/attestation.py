@@ -63,14 +63,19 @@ class Envelope:
             if raw["payloadType"] != PAYLOAD_TYPE:
                 raise ValueError(f"payload type {raw['payloadType']!r}")
             return Envelope(
-                base64.b64decode(raw["payload"], validate=True),
-                tuple(
-                    Signature(str(s["keyid"]), base64.b64decode(s["sig"], validate=True))
-                    for s in raw["signatures"]
-                ),
+                _from_base64(raw["payload"]),
+                tuple(Signature(str(s["keyid"]), _from_base64(s["sig"])) for s in raw["signatures"]),
             )
         except (KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
             raise ValueError(f"not a DSSE envelope: {error!r}") from error
+
+
+def _from_base64(text: str) -> bytes:
+    """The bytes of `text`; raises ValueError where another text stands for the same bytes (its last bits are free)."""
+    data = base64.b64decode(text, validate=True)
+    if base64.b64encode(data).decode() != text:
+        raise ValueError("base64 that is not as it is written")
+    return data
 
 
 def merkle_root(digests: Mapping[str, str]) -> str:

@@ -27,6 +27,7 @@ from millijoule.pipeline.comparison.attestation import (
     is_signed_by,
     key_id,
     merkle_root,
+    statement,
 )
 from millijoule.pipeline.comparison.bundle import (
     ENVIRONMENT,
@@ -189,9 +190,12 @@ def _check_signature(folder: Path, public_key: Ed25519PublicKey | None, notes: l
         subject = [(s["name"], s["digest"]) for s in said["subject"]]
         expected = predicate(result, manifest["merkle_root"])
         stated = said["predicate"]
+        as_written = statement(digests, expected)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError) as error:
         yield f"{STATEMENT}: cannot be read: {error!r}"
         return
+    if envelope.payload != as_written:
+        yield f"{STATEMENT}: is not, byte for byte, the statement about these files"
     if kinds != (STATEMENT_TYPE, PREDICATE_TYPE):
         yield f"{STATEMENT}: a statement of type {kinds}"
     if subject != [(n, {"sha256": d}) for n, d in sorted(digests.items())]:

@@ -8,6 +8,7 @@ follows: hashes and signature notice them. FORGERIES redo the whole result from 
 import base64
 import dataclasses
 import json
+import math
 import shutil
 
 import pyarrow as pa
@@ -462,6 +463,14 @@ def edit_payload(change, key=None):
     return mutate
 
 
+def spelt_otherwise(text):
+    """Base64 of the same bytes, with one of the last character's unused bits set, or with a space after it."""
+    body = text.rstrip("=")
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    other = body[:-1] + letters[letters.index(body[-1]) ^ 1] + "=" * (len(text) - len(body))
+    return other if body != text else text + " "
+
+
 def edit_envelope(change):
     return document(STATEMENT, change)
 
@@ -504,6 +513,12 @@ ENVELOPES = {
     "statement's predicate type": edit_payload(lambda r: r.update(predicateType="other")),
     "statement's type": edit_payload(lambda r: r.update(_type="other")),
     "statement not JSON": edit_envelope(lambda r: r.update(payload=base64.b64encode(b"x").decode())),
+    "last digit in the statement": edit_payload(
+        lambda r: r["predicate"]["ratio_per_accepted_image"].update(
+            low=math.nextafter(r["predicate"]["ratio_per_accepted_image"]["low"], 0)
+        )
+    ),
+    "payload spelt otherwise": edit_envelope(lambda r: r.update(payload=spelt_otherwise(r["payload"]))),
     "payload not base64": edit_envelope(lambda r: r.update(payload="*")),
     "payload type": edit_envelope(lambda r: r.update(payloadType="text/plain")),
     "envelope not JSON": write_text(STATEMENT, b""),
