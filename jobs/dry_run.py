@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import ray
 
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.node_meter_options import parse_node_meters
 from millijoule.pipeline.carbon import MJ_PER_KWH
+from millijoule.pipeline.node_recorders import look_once
 from millijoule.pipeline.plan import compute_fingerprint, load_shard_index, plan_job
 from millijoule.pipeline.progress import clock, joules
 from millijoule.workers.actor import remote_worker_class
 from millijoule.workers.generator import ModelIdentity, describe_model
 from millijoule.workers.lease import Calibration, WorkerConfig
+from millijoule.workers.node_meter import MW_PER_W
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.shard_rows import read_shard_rows, shard_requests
 from millijoule.workers.storage import Store, expand_inputs, open_store
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
 #: Enough images to see past start-up, few enough to wait for.
 CALIBRATION_IMAGES = 64
+
+#: Nodes whose meters a dry run lists.
+MAX_NODES_SHOWN = 32
 
 #: Shard size a dry run plans with where the real one would follow from the calibration.
 PLANNING_SHARD_SIZE = 256
@@ -59,6 +65,7 @@ def dry_run(options: GenerateOptions, store: Store) -> int:
         f"time        about {clock(total_s)} on {workers} workers, start-up not counted",
         f"bytes       about {plan.n_images * result.encoded_bytes // max(1, result.images)} of images in {store.url}",
         *_energy_lines(options, result, plan.n_images),
+        *_node_meter_lines(options),
     ]
     if seconds_per_shard is not None:
         lines.append(f"shard size  about {max(1, round(seconds_per_shard / per_image))} images")
@@ -83,6 +90,26 @@ def _energy_lines(options: GenerateOptions, result: Calibration, n_images: int) 
         lines.append(f"cost        about {cost:.3g} for electricity, at today's price and PUE {limits.pue:g}")
     else:
         lines.append("cost        give --price-per-kwh for an estimate")
+    return lines
+
+
+def _node_meter_lines(options: GenerateOptions) -> list[str]:
+    """Each node's meter, asked once."""
+    configs = parse_node_meters(options.node_meter, options.node_rest)
+    if not configs:
+        return []
+    lines = []
+    for look in look_once(configs)[:MAX_NODES_SHOWN]:
+        said = [
+            f"{r.value / MW_PER_W:,.0f} W"
+            if r.quantity == "power"
+            else f"{r.value / MJ_PER_KWH:,.3f} kWh so far"
+            for r in {r.source: r for r in look.readings}.values()
+        ]
+        answer = ", ".join(said) or f"cannot be read: {look.failure}"
+        lines.append(f"node meter  {look.host}{f' ({look.meter})' if look.meter else ''}: {answer}")
+    if any(c.rest is None for c in configs):
+        lines.append("            rest of the node not declared: no node with such a meter can close (C3)")
     return lines
 
 

@@ -104,6 +104,15 @@ class GenerateOptions:
 
     rates: Annotated[RateOptions, tyro.conf.arg(name="")] = field(default_factory=RateOptions)
 
+    node_meter: Annotated[str | None, tyro.conf.arg(metavar="ipmi|redfish:URL|FILE")] = None
+    """Read the nodes' own meters while the job runs, to check the devices' counters (C3): ipmi (ipmitool as root, on
+    every node), redfish:https://bmc-{host}/redfish/v1/Chassis/1, or a TOML file that names a meter per node, with
+    login and certificate (docs/meters.md). A meter that cannot be read is missing and never ends the job."""
+
+    node_rest: Annotated[str | None, tyro.conf.arg(metavar="W+-W")] = None
+    """Watts of a node that no counter sees (fans, board, network cards, losses), and by how much that may be wrong, such
+    as 180+-30; without it nodes cannot close. In a FILE: rest_watts and rest_tolerance_watts."""
+
     retry_failed: bool = False
     """Give quarantined rows of a finished job one more try, as new shards."""
 
@@ -117,6 +126,7 @@ class GenerateOptions:
 def run(options: GenerateOptions) -> int:
     from millijoule.jobs import ray_cluster
     from millijoule.jobs.job_set_up import caps, open_or_plan, pool_options, validate
+    from millijoule.jobs.node_meter_options import parse_node_meters
     from millijoule.pipeline.finish import finish_job
     from millijoule.pipeline.live_metrics import LiveMetrics
     from millijoule.pipeline.progress import Progress
@@ -142,6 +152,7 @@ def run(options: GenerateOptions) -> int:
             speculate=options.speculate,
             batch_size=options.batch_size,
             spending=Spending(caps(options)),
+            node_meters=parse_node_meters(options.node_meter, options.node_rest),
         )
         metrics = LiveMetrics(planned.job, job_run)
         with Progress(planned.job, job_run, quiet=options.quiet) as progress, _signals(job_run):

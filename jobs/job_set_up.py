@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from millijoule.jobs import ray_cluster
+from millijoule.jobs.node_meter_options import parse_node_meters
 from millijoule.pipeline.job import (
     JobSpec,
     check_same_job,
@@ -56,6 +57,7 @@ def validate(options: GenerateOptions) -> None:
     parse_shard_size(options.shard_size)
     parse_workers(options.workers)
     parse_resources(options.resources)
+    parse_node_meters(options.node_meter, options.node_rest)
     expand_inputs(options.prompts)
     describe_model(options.model)
 

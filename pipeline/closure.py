@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
+from millijoule.pipeline import evidence
 from millijoule.pipeline.apportionment import sum_or_none
 from millijoule.pipeline.ledger import Ledger
 from millijoule.workers.schemas import Commit
@@ -52,6 +53,7 @@ class ClosureRow:
     note: str
     residual_ns: int | None = None
     tolerance_ns: int | None = None
+    tolerance_mj: int | None = None
 
     @property
     def residual_mj(self) -> int | None:
@@ -67,7 +69,8 @@ class ClosureRow:
         """Values in the order of the `closure` table's columns."""
         return (
             *(self.check, self.scope, self.expected_mj, self.found_mj, self.residual_mj, self.residual_share),
-            *(self.tolerance_share, self.residual_ns, self.tolerance_ns, self.passed, self.note),
+            *(self.tolerance_share, self.tolerance_mj, self.residual_ns, self.tolerance_ns),
+            *(self.passed, self.note),
         )
 
     def __str__(self) -> str:
@@ -102,7 +105,11 @@ class ImageTotals:
 
 
 def close_ledger(
-    ledger: Ledger, commits: Sequence[Commit], images: ImageTotals, power: PowerSeries
+    ledger: Ledger,
+    commits: Sequence[Commit],
+    images: ImageTotals,
+    power: PowerSeries,
+    nodes: Sequence[ClosureRow],
 ) -> list[ClosureRow]:
     """All checks over one job.
 
@@ -111,11 +118,12 @@ def close_ledger(
         commits: each committed shard once; bodies may be stripped of segments and files.
         images: of the image table.
         power: samples of every device's power.
+        nodes: the rows of C3, see `pipeline.node_closure`.
     """
     return [
         *_counters(ledger),
         *_images(ledger, images),
-        ClosureRow("C3", "node", None, None, None, None, "no node meter is read"),
+        *nodes,
         *_power(ledger, power),
         _attempts(ledger, commits, images),
         *_clocks(ledger),
@@ -123,20 +131,20 @@ def close_ledger(
 
 
 def evidence_class(closure: Iterable[ClosureRow], commits: Sequence[Commit]) -> str:
-    """What a job's energy figures rest on, "E0" to "E3"; computed, never stated by hand.
+    """What a job's energy figures rest on, see `pipeline.evidence`.
 
-    E0: modelled, or not measured in full, or an exact check does not hold. E1: every device's own counter. E2: and a
-    second source in the device agrees (C4). E3: and a node meter closes (C3). E4, a calibrated external meter and a
-    repeat by somebody else, is nothing a job can find out about itself.
+    Measured is a job whose exact checks hold and whose devices were all read themselves; the second source in the
+    device is C4, the node's meter C3.
     """
     passed: dict[str, set[bool | None]] = defaultdict(set)
     for row in closure:
         passed[row.check].add(row.passed)
-    if any(passed[check] != {True} for check in EXACT_CHECKS) or not all(map(_own_counter, commits)):
-        return "E0"
-    if passed["C4"] != {True}:
-        return "E1"
-    return "E3" if passed["C3"] == {True} else "E2"
+    exact = all(passed[check] == {True} for check in EXACT_CHECKS)
+    return evidence.evidence_class(
+        measured=exact and all(map(_own_counter, commits)),
+        power_agrees=passed["C4"] == {True},
+        node_closes=passed["C3"] == {True},
+    )
 
 
 def _own_counter(commit: Commit) -> bool:

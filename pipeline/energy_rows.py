@@ -21,6 +21,7 @@ from millijoule.pipeline.closure import ClosureRow, ImageTotals, PowerSeries, cl
 from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS, ROW_GROUP_ROWS, table_of
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.ledger import Ledger, LedgerEntry
+from millijoule.pipeline.node_closure import NodeBooks, close_nodes
 from millijoule.pipeline.uncommitted import NOTHING, Uncommitted
 from millijoule.workers.schemas import Commit, CounterRead, PowerTrace, WorkerEnvironment
 from millijoule.workers.storage import Store
@@ -63,7 +64,7 @@ class EnergyRows:
         ledger: over the segments of all commits and drivers.
         commits: gives each committed shard once; bodies are not held, so called again for their power.
         read_rows: gives the `IMAGE_ROW_SCHEMA` rows of a commit. Called from several threads.
-        uncommitted: power samples and environments that no commit carries.
+        uncommitted: power samples, environments and readings of node meters, which no commit carries.
     """
 
     def __init__(
@@ -95,7 +96,10 @@ class EnergyRows:
         yield "image", self._image_blocks()
         yield "power", blocks("power", self._power_samples())
         yield "env", blocks("env", self._environments())
-        self.closure = close_ledger(self.ledger, self._shards, self._images, self._power)
+        nodes = self._nodes()
+        yield "node_reading", reading_blocks(self._uncommitted.nodes)
+        yield "node_energy", blocks("node_energy", node_energy_rows(nodes))
+        self.closure = close_ledger(self.ledger, self._shards, self._images, self._power, nodes.closure)
         self.evidence_class = evidence_class(self.closure, self._shards)
         yield "closure", iter([(self.job_day, table_of("closure", [row.as_tuple() for row in self.closure]))])
 
@@ -211,6 +215,18 @@ class EnergyRows:
                 series[1].append(sample.power_instant_mw)
             yield sample.t_wall_ns, (trace.boot_id, *node, trace.device, *sample, trace.source)
 
+    def _nodes(self) -> NodeBooks:
+        places: dict[str, Commit | WorkerEnvironment] = {c.worker_id: c for c in self._shards}
+        places |= self._uncommitted.workers
+        devices = {
+            worker_id: [
+                f"gpu:{uuid}" for uuid in getattr(place, "gpus", None) or (place.device,) if uuid != "cpu"
+            ]
+            for worker_id, place in places.items()
+        }
+        hosts = {worker_id: place.host for worker_id, place in places.items()}
+        return close_nodes(self.ledger, hosts, devices, self._uncommitted.nodes)
+
     def _environments(self) -> Iterator[_Row]:
         first: dict[str, CounterRead] = {}
         domains: dict[str, set[str]] = defaultdict(set)
@@ -236,6 +252,19 @@ class EnergyRows:
             who = (worker_id, read.boot_id if read else None)
             read_domains = ",".join(sorted(domains[worker_id]))
             yield t_wall_ns, (*who, *where, *gpus, *method, read_domains, *model, *software)
+
+
+def reading_blocks(readings: pa.Table) -> Iterator[DayBlock]:
+    """The `node_reading` table by day."""
+    days = pc.divide(readings["t_wall_ns"], DAY_NS)
+    for day in sorted(pc.unique(days).to_pylist()):
+        yield day, readings.filter(pc.equal(days, day))
+
+
+def node_energy_rows(nodes: NodeBooks) -> Iterator[_Row]:
+    """The `node_energy` table: what each C3 row is the sum of."""
+    for part in nodes.parts:
+        yield part.stretch[0] + part.wall_minus_mono_ns, part.as_tuple()
 
 
 def counter_rows(entries: Iterable[LedgerEntry]) -> Iterator[_Row]:

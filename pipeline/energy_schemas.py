@@ -1,4 +1,4 @@
-"""The seven energy tables: their columns, units and how files of them are encoded.
+"""The nine energy tables: their columns, units and how files of them are encoded.
 
 Each table lies in `energy/<name>/run_id=<job>/date=<UTC day>/part-*.parquet`; the two partition columns are in the
 path only. Columns carry their unit in the name and in the field's metadata (mJ, mW, ns, 1), integers are
@@ -8,6 +8,7 @@ delta-packed, repeated strings are dictionaries, all of it zstd.
 from __future__ import annotations
 
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,44 @@ ENERGY_SCHEMAS = {
         _field("torch_version", pa.string(), "null: not known, or the model does without"),
         _field("driver_version", pa.string(), "of the GPU; null: not known, or no GPU"),
     ),
+    "node_reading": _schema(
+        "node_reading",
+        _field("host", pa.string(), nullable=False),
+        _field("node_id", pa.string(), "Ray's; null: imported"),
+        _field("boot_id", pa.string(), "of the node; null: imported"),
+        _field(
+            "meter", pa.string(), "a node's meters are alternatives, each measures all of it", nullable=False
+        ),
+        _field("feed", pa.string(), "of the meter; the feeds of one meter add up", nullable=False),
+        _field("source", pa.string(), "what was read; null: the meter could not be read, see note"),
+        _field("t_wall_ns", pa.int64(), "since 1970", nullable=False),
+        _field("t_error_ns", pa.int64(), "how far t_wall_ns may be off the node's clock"),
+        _field("energy_mj", pa.int64(), "cumulative; null: the meter says power"),
+        _field("power_mw", pa.int64(), "null: the meter says energy"),
+        _field("quantum_mj", pa.int64(), "value of the last digit of energy_mj"),
+        _field("quantum_mw", pa.int64(), "value of the last digit of power_mw"),
+        _field("max_gap_ns", pa.int64(), "power is not integrated across more than this", nullable=False),
+        _field("accuracy_share", pa.float64(), "of the instrument, as stated; null: not stated"),
+        _field("rest_mw", pa.int64(), "declared: what no counter sees; null: not declared"),
+        _field("rest_tolerance_mw", pa.int64(), "declared with it"),
+        _field("domains", pa.string(), "counters the node should have, comma-separated; null: not known"),
+        _field("note", pa.string(), "why the meter could not be read; null: it could"),
+    ),
+    "node_energy": _schema(
+        "node_energy",
+        _field("host", pa.string(), nullable=False),
+        _field("boot_id", pa.string(), nullable=False),
+        _field("meter", pa.string(), nullable=False),
+        _field("t_open_mono_ns", pa.int64(), _MONO, nullable=False),
+        _field("t_close_mono_ns", pa.int64(), _MONO, nullable=False),
+        _field("t_open_wall_ns", pa.int64(), "since 1970", nullable=False),
+        _field("t_close_wall_ns", pa.int64(), "since 1970", nullable=False),
+        _field("part", pa.string(), "node (its meter), device or rest (declared)", nullable=False),
+        _field("name", pa.string(), "of the part: feed, domain, or declared", nullable=False),
+        _field("source", pa.string(), "of a node's part: the readings used", nullable=False),
+        _field("energy_mj", pa.int64(), nullable=False),
+        _field("tolerance_mj", pa.int64(), "bound of its error", nullable=False),
+    ),
     "closure": _schema(
         "closure",
         _field("check", pa.string(), "C1 to C6, see docs/energy-tables.md", nullable=False),
@@ -157,6 +196,7 @@ ENERGY_SCHEMAS = {
         _field("residual_mj", pa.int64(), "found - expected"),
         _field("residual_share", pa.float64(), "residual / expected"),
         _field("tolerance_share", pa.float64(), "0: must be exact"),
+        _field("tolerance_mj", pa.int64(), "C3: the sum of all error bounds"),
         _field("residual_ns", pa.int64(), "C6: how far the host's two clocks moved apart"),
         _field("tolerance_ns", pa.int64()),
         _field("passed", pa.bool_(), "null: not applicable"),
@@ -184,7 +224,7 @@ def repeated_strings(name: str) -> list[pa.Field]:
     return [f for f in ENERGY_SCHEMAS[name] if pa.types.is_string(f.type) and f.name not in _PLAIN_STRINGS]
 
 
-def open_parquet_writer(path: Path, name: str) -> pq.ParquetWriter:
+def open_parquet_writer(path: Path | BytesIO, name: str) -> pq.ParquetWriter:
     """A writer for one file of table `name`; its metadata say which version of this program wrote it."""
     schema = ENERGY_SCHEMAS[name]
     numbers = {f.name: "DELTA_BINARY_PACKED" for f in schema if pa.types.is_integer(f.type)}

@@ -1,6 +1,6 @@
 """Energy tables of a job that is still running: what its commits and drivers reported, flush by flush.
 
-The driver writes counter, segment and attempt rows under `energy/_live/`, at every flush of its other records, so a
+The driver writes counter, segment, attempt and node_reading rows under `energy/_live/`, at every flush of its other records, so a
 crash loses at most one flush interval of them; nothing depends on them, commits stay the truth. A file grows until it
 is worth one, then the next begins. Workers that share a counter cannot be told apart before all of them have
 reported: these segments carry their worker's own difference (`quality` "undivided"), and `read_live_segments` gives
@@ -33,7 +33,7 @@ from millijoule.workers.timeline import segment_estimate_mj
 #: A file is written anew at each flush until it has been written this often (or fills a row group).
 LIVE_PART_FLUSHES = 60
 
-LIVE_TABLES = ("counter", "segment", "attempt")
+LIVE_TABLES = ("counter", "segment", "attempt", "node_reading")
 
 _LIVE_PART = re.compile(rf"{LIVE_PREFIX}(?P<table>\w+)/run_id=(?P<run>[^/]+)/\d+-\d+\.parquet")
 
@@ -74,6 +74,12 @@ class LiveTables:
             self._segments += 1
             self._rows["segment"].extend(_segment_rows(segment_id, s))
 
+    def add_node_readings(self, rows: Iterable[tuple]) -> None:
+        """Rows of the `node_reading` table."""
+        before = len(self._rows["node_reading"])
+        self._rows["node_reading"].extend(rows)
+        self._changed = self._changed or len(self._rows["node_reading"]) > before
+
     def flush(self) -> None:
         """Store all that has been added since the current file began.
 
@@ -84,6 +90,8 @@ class LiveTables:
             return
         with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
             for name, rows in self._rows.items():
+                if not rows:
+                    continue
                 path = Path(scratch, name)
                 with open_parquet_writer(path, name) as writer:
                     writer.write_table(table_of(name, rows))
@@ -171,8 +179,10 @@ def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
     """
     commits = [_as_commit(row, job) for row in read_live_table(store, "attempt").to_pylist()]
     ledger = build_ledger(read_live_segments(store), {c.shard_id: c.attempt_id for c in commits})
-    workers = Uncommitted(workers=read_workers(store))
-    rows = EnergyRows(job, ledger, lambda: commits, lambda commit: IMAGE_ROW_SCHEMA.empty_table(), workers)
+    uncommitted = Uncommitted(workers=read_workers(store), nodes=read_live_table(store, "node_reading"))
+    rows = EnergyRows(
+        job, ledger, lambda: commits, lambda commit: IMAGE_ROW_SCHEMA.empty_table(), uncommitted
+    )
     tables = {
         name: pa.concat_tables([table_of(name, []), *(block for _, block in blocks)])
         for name, blocks in rows.tables()

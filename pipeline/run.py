@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +13,15 @@ from millijoule.pipeline.commits import CommitCompactor, list_committed, parse_c
 from millijoule.pipeline.coordinator import Coordinator
 from millijoule.pipeline.job import JobSpec, open_epoch
 from millijoule.pipeline.live_tables import LiveTables
+from millijoule.pipeline.node_readings import NodeReadingsWriter
+from millijoule.pipeline.node_recorders import NodeRecorders, nodes_with
 from millijoule.pipeline.pool import PoolOptions, WorkerPool
 from millijoule.pipeline.retry import JobShards
 from millijoule.pipeline.spending import Spending
 from millijoule.pipeline.uncommitted import UncommittedWriter, read_uncommitted
 from millijoule.workers.errors import StoreError
 from millijoule.workers.lease import AttemptResult, WorkerConfig, commit_key
+from millijoule.workers.node_meter_config import NodeMeterConfig
 from millijoule.workers.schemas import Commit, PowerTrace, Segment
 from millijoule.workers.storage import Store
 
@@ -62,6 +65,7 @@ class JobRun:
     Args:
         worker_class: the Ray actor class.
         spending: what the job uses, and its caps; without caps on energy, only this run's part of it.
+        node_meters: meters of the nodes themselves, read while workers are there.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class JobRun:
         speculate: bool,
         batch_size: int | None = None,
         spending: Spending | None = None,
+        node_meters: Sequence[NodeMeterConfig] = (),
     ) -> None:
         job = planned.job
         self.store = store
@@ -107,6 +112,8 @@ class JobRun:
         self._compactor = CommitCompactor(store, self.epoch)
         self._live = LiveTables(store, job.fingerprint, self.epoch)
         self._uncommitted = UncommittedWriter(store, self.epoch)
+        self._node_readings = NodeReadingsWriter(store, self.epoch)
+        self._node_recorders = NodeRecorders(node_meters, self._node_was_read)
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
         self._arrivals: deque[tuple[float, int]] = deque()
         self._stop_now = False
@@ -123,11 +130,19 @@ class JobRun:
         self._on_tick = on_tick
         if not self.complete and self._check_caps():
             return
+        options = self.pool.options
+        if node_meters := self._node_recorders.configs:
+            log.info("node meters: %s", ", ".join(dict.fromkeys(c.meter for c in node_meters)))
+            self._node_recorders.start(
+                nodes_with(options.cpus_per_worker, options.gpus_per_worker, options.max_workers)
+            )
         try:
             self.pool.run()
         except _StopNow:
             log.warning("stopped")
         finally:
+            self._flush()
+            self._node_recorders.close(wait=not self._stop_now)
             self._flush()
 
     def drain(self, reason: str) -> None:
@@ -242,9 +257,15 @@ class JobRun:
         self._live.add_segments(segments)
         self.spending.add(segments)
 
+    def _node_was_read(self, rows: Iterable[tuple]) -> None:
+        kept = list(rows)
+        self._node_readings.add(kept)
+        self._live.add_node_readings(kept)
+
     def tick(self, pool: WorkerPool) -> None:
         if self._stop_now:
             raise _StopNow
+        self._node_recorders.tick({w.worker_id: w.actor for w in pool.workers.values()})
         if time.monotonic() >= self._next_flush:
             self._flush()
         if not self.draining and self._check_caps():
@@ -268,6 +289,7 @@ class JobRun:
         try:
             self._compactor.flush()
             self._uncommitted.flush()
+            self._node_readings.flush()
             self._live.flush()
         except StoreError as error:
             log.warning("energy records wait for the next flush: %s", error)

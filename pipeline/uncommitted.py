@@ -13,8 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
+import pyarrow as pa
+
 from millijoule.pipeline.commits import READ_THREADS
 from millijoule.pipeline.layout import SEGMENTS_PREFIX, WORKERS_PREFIX
+from millijoule.pipeline.node_readings import NO_READINGS, read_node_readings
 from millijoule.workers.errors import StoreError
 from millijoule.workers.schemas import PowerTrace, Segment, WorkerEnvironment
 from millijoule.workers.storage import Store
@@ -26,12 +29,14 @@ T = TypeVar("T")
 class Uncommitted:
     """All of it, of every driver and worker of a job.
 
-    `power` has traces with the id of the worker that sampled them, `workers` environments by worker id.
+    `power` has traces with the id of the worker that sampled them, `workers` environments by worker id, `nodes` rows
+    of the `node_reading` table.
     """
 
     segments: tuple[Segment, ...] = ()
     power: tuple[tuple[str, PowerTrace], ...] = ()
     workers: Mapping[str, WorkerEnvironment] = field(default_factory=dict)
+    nodes: pa.Table = field(default_factory=lambda: NO_READINGS)
 
 
 NOTHING = Uncommitted()
@@ -81,7 +86,7 @@ def read_uncommitted(store: Store) -> Uncommitted:
     for more, traces in _read_all(store, SEGMENTS_PREFIX, _parse_part):
         segments += more
         power += traces
-    return Uncommitted(tuple(segments), tuple(power), read_workers(store))
+    return Uncommitted(tuple(segments), tuple(power), read_workers(store), read_node_readings(store))
 
 
 def read_workers(store: Store) -> dict[str, WorkerEnvironment]:

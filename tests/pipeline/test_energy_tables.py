@@ -56,6 +56,8 @@ def test_the_tables_close_to_the_millijoule(tmp_path, output):
         "attempt": 3,
         "image": 6,
         "env": 2,
+        "node_reading": 0,
+        "node_energy": 0,
         "closure": 7,
     }
     image = tables["image"].to_pylist()

@@ -124,7 +124,7 @@ def test_files_grow_and_then_the_next_begins(output, monkeypatch):
         tables.add_segments([s])
         tables.flush()
         tables.flush()  # nothing new: nothing written
-    assert [len(keys) for keys in live_parts(output).values()] == [3, 3, 3]
+    assert {table: len(keys) for table, keys in live_parts(output).items()} == {"counter": 3, "segment": 3}
     with output.open_input("energy/_live/segment/run_id=0123456789ab/000007-000000.parquet") as source:
         assert pq.ParquetFile(source).metadata.num_rows == 3
     assert sum(read_live_table(output, "segment")["energy_mj"].to_pylist()) == 80
