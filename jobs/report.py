@@ -17,7 +17,8 @@ PAGE_KEY = "report.html"
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Show what finished jobs made and cost: joules, images per kWh, CO2e and money per image, direct and full.
+    """Show what finished jobs made and cost: joules, images per kWh, CO2e, electricity and GPU time per image, direct
+    and full.
 
     Prints tables and writes one HTML page that needs no network, by default report.html in the (first) output.
     Measured and modelled energy are kept apart; what was not measured says so. Carbon intensity is location-based.
@@ -35,6 +36,10 @@ class ReportOptions:
 
     rates: Annotated[RateOptions, tyro.conf.arg(name="")] = field(default_factory=RateOptions)
 
+    price_per_gpu_hour: Annotated[tuple[str, ...], tyro.conf.arg(metavar="X|MODEL=X ...")] = ()
+    """What an hour of a GPU costs, for the cost of the GPU time that the job held: one price, or one per model, whose
+    name needs to be in the GPU's product name (H200=3.5 A100=1.6)."""
+
     carbon_source: str | None = None
     """Where the carbon intensity is from, for the page. Default: the file's name."""
 
@@ -43,6 +48,7 @@ def run(options: ReportOptions) -> int:
     from rich.console import Console
 
     from millijoule.pipeline.report.data import collect_report
+    from millijoule.pipeline.report.gpu_time import parse_gpu_prices
     from millijoule.pipeline.report.terminal import print_report
     from millijoule.workers.errors import InputError
     from millijoule.workers.storage import open_store
@@ -50,8 +56,9 @@ def run(options: ReportOptions) -> int:
     if not options.outputs:
         raise InputError("name at least one output folder or s3:// URL of a finished job")
     rates = options.rates.read(options.carbon_source)
+    gpu_prices = parse_gpu_prices(options.price_per_gpu_hour)
     stores = [open_store(url) for url in options.outputs]
-    report = collect_report(stores, rates)
+    report = collect_report(stores, rates, gpu_prices)
     if options.json == "-":
         sys.stdout.write(report.to_json().decode())
     else:

@@ -38,6 +38,7 @@ from millijoule.pipeline.report.energy import (
 )
 from millijoule.pipeline.report.flags import Flag, flags_of
 from millijoule.pipeline.report.gallery import Sample, read_samples
+from millijoule.pipeline.report.gpu_time import GpuPrices, GpuTime, gpu_flags, measure_gpu_time
 from millijoule.pipeline.report.tables import labels, read_energy_table
 from millijoule.pipeline.report.timeline import Timeline, build_timeline, read_work
 from millijoule.workers.errors import InputError, NotFoundError
@@ -102,6 +103,7 @@ class JobReport:
     carbon: RateUsed | None
     price: RateUsed | None
     pue: float | None
+    gpu_time: GpuTime | None  # None: no worker held a GPU
     classes: tuple[ClassShare, ...]
     devices: tuple[DeviceRow, ...]
     devices_not_shown: int
@@ -128,17 +130,17 @@ class Report:
         return json.dumps(asdict(self), indent=1, allow_nan=False).encode() + b"\n"
 
 
-def collect_report(stores: Sequence[Store], rates: Rates) -> Report:
+def collect_report(stores: Sequence[Store], rates: Rates, gpu_prices: GpuPrices | None = None) -> Report:
     """Read what finished jobs left in their outputs.
 
     Raises:
         InputError: an output has no job, or its job has not finished.
         StoreError: storage failed.
     """
-    return Report(tuple(collect_job(store, rates) for store in stores))
+    return Report(tuple(collect_job(store, rates, gpu_prices) for store in stores))
 
 
-def collect_job(store: Store, rates: Rates) -> JobReport:
+def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None) -> JobReport:
     """Read one output; see `collect_report`."""
     job = require_job(store)
     stats = _read_stats(store)
@@ -151,12 +153,13 @@ def collect_job(store: Store, rates: Rates) -> JobReport:
     counters = read_energy_table(store, "counter", job.fingerprint)
     power = read_energy_table(store, "power", job.fingerprint)
     work = read_work(segments)
-    places = place_workers(work, attempts)
+    env = read_energy_table(store, "env", job.fingerprint)
+    places = place_workers(work, attempts, env)
     timeline = build_timeline(work, places, attempts, counters, power)
     closure = _closure(read_energy_table(store, "closure", job.fingerprint))
-    env = read_energy_table(store, "env", job.fingerprint)
     models = gpu_models(env)
     devices = device_rows(work, places, attempts, models)
+    gpu_time = measure_gpu_time(work, places, env, models, stats["images_ok"], gpu_prices)
 
     energy = stats["energy"]
     is_measured = energy.get("total_mj") is not None
@@ -186,6 +189,7 @@ def collect_job(store: Store, rates: Rates) -> JobReport:
         carbon=carbon_used,
         price=price_used,
         pue=rates.pue,
+        gpu_time=gpu_time,
         classes=class_shares(work, energy),
         devices=tuple(devices[:MAX_DEVICE_ROWS]),
         devices_not_shown=max(0, len(devices) - MAX_DEVICE_ROWS),
@@ -204,6 +208,7 @@ def collect_job(store: Store, rates: Rates) -> JobReport:
             carbon_used,
             price_used,
             rates.pue,
+            gpu_flags(gpu_time, gpu_prices),
         ),
         errors=_first(stats["errors"]),
         warnings=_first(stats["warnings"]),

@@ -61,12 +61,14 @@ class Speed:
     slowest: tuple[Straggler, ...]
 
 
-def place_workers(work: Work, attempts: pa.Table) -> dict[str, Place]:
-    """Where each worker ran: what its commits say, else its machine with an unknown device."""
+def place_workers(work: Work, attempts: pa.Table, env: pa.Table | None = None) -> dict[str, Place]:
+    """Where each worker ran: what it or its commits say, else its machine with an unknown device."""
     places = {
         worker: Place(host, device)
+        for table in (attempts, env)
+        if table is not None
         for worker, host, device in zip(
-            *(attempts[c].to_pylist() for c in ("worker_id", "host", "device")), strict=True
+            *(table[c].to_pylist() for c in ("worker_id", "host", "device")), strict=True
         )
         if host is not None and device is not None
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +28,20 @@ def flags_of(
     carbon: RateUsed | None,
     price: RateUsed | None,
     pue: float | None,
+    gpu_time: Sequence[Flag] = (),
 ) -> tuple[Flag, ...]:
     """All flags of a job, the worst first.
 
     Args:
         short_share: part of the measured segment rows near their counter's resolution.
+        gpu_time: flags about the time in which GPUs were held.
     """
     flags = [
         *_energy_flags(stats, short_share),
         *_closure_flags(closure_recorded, closure_failed),
         *_rate_flags(carbon, "carbon intensity", "--gco2-per-kwh (a number or a CSV file)"),
         *_rate_flags(price, "price", "--price-per-kwh (a number or a CSV file)"),
+        *gpu_time,
     ]
     if not isinstance(stats.get("evidence_class"), str):
         flags.append(Flag("note", "evidence class not computed", "This output records no evidence class."))

@@ -35,7 +35,7 @@ class Row:
 
 def _cell(text: str, is_number: bool) -> str:
     kinds = ["number"] if is_number else ["text"] if len(text) > LONG_CELL_CHARS else []
-    if text in (words.NOT_MEASURED, words.NOT_GIVEN, "-"):
+    if text in (words.NOT_MEASURED, words.NOT_GIVEN, words.NOT_KNOWN, "-"):
         kinds.append("missing")
     classes = f' class="{" ".join(kinds)}"' if kinds else ""
     return f"<td{classes}>{escape(text)}</td>"

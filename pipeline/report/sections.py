@@ -74,6 +74,10 @@ def _cards(job: JobReport) -> str:
         cards.append(_card("CO2e per image", *_pair(m, e, "gco2e_per_image", words.grams), m, e))
     if job.price is not None:
         cards.append(_card("Electricity per image", *_pair(m, e, "cost_per_image", words.money), m, e))
+    if job.gpu_time is not None and job.gpu_time.total_cost is not None:
+        gpu = job.gpu_time
+        full = f"direct; {words.money(gpu.full_cost_per_image)} full, with loading, idling and waste"
+        cards.append(_plain_card("GPU time per image", words.money(gpu.direct_cost_per_image), full))
     made = f"{job.images_ok:,} images"
     rest = [words.byte_count(job.encoded_bytes)]
     if job.images_quarantined:
@@ -180,6 +184,9 @@ def _figures_table(job: JobReport) -> str:
                 words.money(f.total_cost, missing),
             ),
         ]
+    if job.gpu_time is not None:
+        rows.append(Row((words.gpus_held(job.gpu_time),), is_section=True))
+        rows += [Row.of(*row) for row in words.gpu_rows(job.gpu_time)]
     heads = ("", "direct", "full", "whole job")
     notes = [
         "Direct: used while images were made. Full: direct and an equal share of loading, idling, waste and gaps.",
@@ -188,6 +195,7 @@ def _figures_table(job: JobReport) -> str:
         f"PUE: {job.pue:g}, declared; it multiplies grams and money, never joules."
         if job.pue
         else "PUE: not given.",
+        *([] if job.gpu_time is None else [words.gpu_prices(job.gpu_time)]),
     ]
     return table(heads, rows, numbers=(1, 2, 3)) + "".join(f'<p class="soft">{escape(n)}</p>' for n in notes)
 

@@ -41,6 +41,7 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
             "worker_id",
             "host",
             "device",
+            "gpus",
             "device_name",
             "python_version",
             "torch_version",

@@ -69,6 +69,10 @@ def _figures(job: JobReport) -> Table:
             words.money(f.full_cost_per_image, missing),
             words.money(f.total_cost, missing),
         )
+    if job.gpu_time is not None:
+        table.add_row(_plain(words.gpus_held(job.gpu_time), "bold"))
+        for row in words.gpu_rows(job.gpu_time):
+            table.add_row(f"  {row[0]}", *row[1:])
     return table
 
 

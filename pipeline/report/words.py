@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from millijoule.pipeline.report.gpu_time import GpuTime
 
 NOT_MEASURED = "not measured"
 NOT_GIVEN = "not given"
+NOT_KNOWN = "not known"
 
 #: What each closure check compares.
 CHECKS = {
@@ -82,6 +87,40 @@ def seconds(value: float | None, missing: str = "-") -> str:
 def rate(value: float | None, missing: str = "-") -> str:
     """Images per second."""
     return missing if value is None else f"{count(value)} images/s"
+
+
+def gpus_held(time: GpuTime) -> str:
+    """What stands above the rows of GPU time."""
+    kinds = ", ".join(f"{m.gpus} x {m.model}" for m in time.models)
+    return f"time in which GPUs were held ({kinds})"
+
+
+def gpu_rows(time: GpuTime) -> list[tuple[str, str, str, str]]:
+    """GPU time and its cost: (what, direct, full, whole job)."""
+    no_cost = NOT_KNOWN if all(m.price_per_hour is not None for m in time.models) else NOT_GIVEN
+    return [
+        (
+            "GPU time per image",
+            seconds(time.direct_seconds_per_image, NOT_KNOWN),
+            seconds(time.full_seconds_per_image, NOT_KNOWN),
+            NOT_KNOWN if time.workers_unknown else f"{count(time.hours)} GPU-hours",
+        ),
+        (
+            "GPU time cost per image",
+            money(time.direct_cost_per_image, no_cost),
+            money(time.full_cost_per_image, no_cost),
+            money(time.total_cost, no_cost),
+        ),
+    ]
+
+
+def gpu_prices(time: GpuTime) -> str:
+    """How the GPU time was priced and divided."""
+    given = [f"{money(m.price_per_hour)} for {m.model}" for m in time.models if m.price_per_hour is not None]
+    prices = f"price per GPU-hour, declared: {', '.join(given)}" if given else "price per GPU-hour: not given"
+    hours = time.hours or 1.0
+    parts = ", ".join(f"{name} {share(part / hours)}" for name, part in time.hours_by_group.items())
+    return f"GPU time: {parts}; {prices}. PUE plays no part."
 
 
 def byte_count(value: int) -> str:

@@ -1,0 +1,225 @@
+"""What the GPUs of a job cost by the hour: the time its workers held them, whether they made images or not.
+
+A worker holds its GPUs from its first counter read to its last. A GPU that several workers share is held once. Money
+follows only where a price was given for the GPU's model, and only where it is known which GPUs every worker held;
+neither energy nor a power usage effectiveness plays a part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from millijoule.pipeline.report.devices import model_of
+from millijoule.pipeline.report.energy import GROUPS
+from millijoule.pipeline.report.flags import Flag
+from millijoule.pipeline.report.timeline import Place, Work
+from millijoule.workers.errors import InputError
+
+OPTION = "--price-per-gpu-hour"
+
+#: Where workers that share a GPU do different things at once, its time counts for the first of these.
+_ORDER = ("images", "load", "waste", "idle")
+
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class GpuPrices:
+    """Money per GPU-hour: `by_model` for GPUs whose model's name contains the key, `other` for the rest."""
+
+    other: float | None = None
+    by_model: Mapping[str, float] = field(default_factory=dict)
+
+    def name_of(self, model: str) -> str | None:
+        """The key of `by_model` that names `model`, in upper or lower case; of several the longest."""
+        return max((n for n in self.by_model if n.lower() in model.lower()), key=len, default=None)
+
+    def of(self, model: str) -> float | None:
+        """The price for a GPU of `model`; None: not given."""
+        name = self.name_of(model)
+        return self.other if name is None else self.by_model[name]
+
+
+@dataclass(frozen=True)
+class GpuModelTime:
+    """The GPUs of one model; `price_per_hour` None: not given."""
+
+    model: str
+    gpus: int
+    hours: float
+    direct_hours: float
+    price_per_hour: float | None
+
+
+@dataclass(frozen=True)
+class GpuTime:
+    """GPU-hours of a job and what they cost.
+
+    Direct is the time in which images were made that count, full all time; `hours_by_group` divides it as the timeline
+    does (images, load, waste, idle). Costs are None where a price is missing or `workers_unknown` workers did not say
+    which GPUs they held, whose hours are missing too.
+    """
+
+    gpus: int
+    hours: float
+    direct_hours: float
+    hours_by_group: dict[str, float]
+    direct_seconds_per_image: float | None
+    full_seconds_per_image: float | None
+    models: tuple[GpuModelTime, ...]
+    workers_unknown: int
+    direct_cost_per_image: float | None
+    full_cost_per_image: float | None
+    total_cost: float | None
+
+
+def parse_gpu_prices(texts: Sequence[str]) -> GpuPrices | None:
+    """`("2", "H200=3.5")` as prices; None where there are none.
+
+    Raises:
+        InputError: a text is neither a price nor MODEL=PRICE, or something is priced twice.
+    """
+    prices: dict[str, float] = {}
+    for text in texts:
+        name, _, amount = text.rpartition("=")
+        try:
+            price = float(amount)
+        except ValueError:
+            price = math.nan
+        if not (math.isfinite(price) and price >= 0) or ("=" in text and not name.strip()):
+            raise InputError(f"{OPTION} {text}: a price such as 2.5, or MODEL=PRICE such as H200=3.5")
+        if name.strip().lower() in {n.lower() for n in prices}:
+            raise InputError(f"{OPTION} {text}: {name.strip() or 'all GPUs'} is priced twice")
+        prices[name.strip()] = price
+    return GpuPrices(prices.pop("", None), prices) if prices else None
+
+
+def measure_gpu_time(
+    work: Work,
+    places: Mapping[str, Place],
+    env: pa.Table | None,
+    models: Mapping[tuple[str, str], str],
+    images: int,
+    prices: GpuPrices | None,
+) -> GpuTime | None:
+    """The GPU time of one job; None where no worker held a GPU, as far as the output says.
+
+    Args:
+        places: of the workers, for outputs in which they did not say what they held.
+        models: (host, device) -> product name.
+        images: that the job made and kept.
+    """
+    held = _held_gpus(work, places, env)
+    spans: dict[tuple[str, Place], list[Span]] = defaultdict(list)  # by group of GROUPS and GPU
+    groups = [GROUPS.get(c, c) for c in work.classes]
+    unknown = 0
+    by_worker = np.argsort(work.worker, kind="stable")
+    ends = np.searchsorted(work.worker[by_worker], np.arange(len(work.workers) + 1))
+    for number, worker in enumerate(work.workers):
+        mine = by_worker[ends[number] : ends[number + 1]]
+        gpus = held[worker]
+        if gpus is None:
+            unknown += 1
+            continue
+        for gpu in gpus if len(mine) else ():
+            for i in mine.tolist():
+                spans[groups[work.segment_class[i]], gpu].append((work.begin_s[i], work.end_s[i]))
+            # what lies between two segments that arrived was held too
+            spans["idle", gpu].append((work.begin_s[mine].min(), work.end_s[mine].max()))
+    every = sorted({gpu for _, gpu in spans}, key=lambda gpu: (gpu.host, gpu.device))
+    if not every:
+        return None
+    kinds = {gpu: model_of(places[worker], models) for worker, gpus in held.items() for gpu in gpus or ()}
+    rows: dict[str, list[float]] = defaultdict(lambda: [0, *[0.0] * len(_ORDER)])
+    for gpu in every:
+        row = rows[kinds[gpu]]
+        row[0] += 1
+        so_far: list[Span] = []
+        before = 0.0
+        for n, group in enumerate(_ORDER, 1):
+            so_far = _union([*so_far, *spans[group, gpu]])
+            seconds = math.fsum(end - begin for begin, end in so_far)
+            row[n] += (seconds - before) / 3600
+            before = seconds
+    by_model = tuple(
+        GpuModelTime(
+            model, int(row[0]), math.fsum(row[1:]), row[1], None if prices is None else prices.of(model)
+        )
+        for model, row in sorted(rows.items())
+    )
+    hours = math.fsum(m.hours for m in by_model)
+    direct = math.fsum(m.direct_hours for m in by_model)
+    total, direct_cost = None, None
+    if not unknown and all(m.price_per_hour is not None for m in by_model):
+        total = math.fsum(m.hours * (m.price_per_hour or 0.0) for m in by_model)
+        direct_cost = math.fsum(m.direct_hours * (m.price_per_hour or 0.0) for m in by_model)
+    return GpuTime(
+        gpus=len(every),
+        hours=hours,
+        direct_hours=direct,
+        hours_by_group={g: math.fsum(row[n] for row in rows.values()) for n, g in enumerate(_ORDER, 1)},
+        direct_seconds_per_image=direct * 3600 / images if images else None,
+        full_seconds_per_image=hours * 3600 / images if images and not unknown else None,
+        models=by_model,
+        workers_unknown=unknown,
+        direct_cost_per_image=direct_cost / images if images and direct_cost is not None else None,
+        full_cost_per_image=total / images if images and total is not None else None,
+        total_cost=total,
+    )
+
+
+def gpu_flags(time: GpuTime | None, prices: GpuPrices | None) -> list[Flag]:
+    """What a reader must know about the GPU time."""
+    flags = []
+    if time is not None and time.workers_unknown:
+        text = f"{time.workers_unknown} workers did not say which GPUs they held; their time, and so the cost, is missing."
+        flags.append(Flag("caution", "GPU time incomplete", text))
+    if prices is None:
+        return flags
+    if time is None:
+        text = f"No worker held a GPU, so {OPTION} has no time to multiply."
+        return [*flags, Flag("caution", "no GPU time", text)]
+    if missing := [m.model for m in time.models if m.price_per_hour is None]:
+        text = f"{OPTION} has no price for {', '.join(missing)}, so the cost is missing."
+        flags.append(Flag("caution", "GPU price missing", text))
+    if unused := sorted(prices.by_model.keys() - {prices.name_of(m.model) for m in time.models}):
+        text = f"No GPU of this job is a {' or a '.join(unused)}."
+        flags.append(Flag("caution", "GPU price not used", text))
+    return flags
+
+
+def _held_gpus(
+    work: Work, places: Mapping[str, Place], env: pa.Table | None
+) -> dict[str, tuple[Place, ...] | None]:
+    """The GPUs of each worker: what it stated, else the one its commits name; None: not known."""
+    stated: dict[str, str] = {}
+    if env is not None:
+        pairs = zip(env["worker_id"].to_pylist(), env["gpus"].to_pylist(), strict=True)
+        stated = {worker: gpus for worker, gpus in pairs if gpus is not None}
+    held: dict[str, tuple[Place, ...] | None] = {}
+    for worker in work.workers:
+        place = places[worker]
+        if worker in stated:
+            held[worker] = tuple(Place(place.host, gpu) for gpu in stated[worker].split(",") if gpu)
+        elif place.device == "unknown":
+            held[worker] = None
+        else:
+            held[worker] = () if place.device == "cpu" else (place,)
+    return held
+
+
+def _union(spans: Iterable[Span]) -> list[Span]:
+    """`spans` as stretches apart from each other, in order."""
+    merged: list[Span] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return merged
