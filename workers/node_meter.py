@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, Protocol
 
+from millijoule.workers.periodic import PeriodicThread
+
 log = logging.getLogger(__name__)
 
 Quantity = Literal["energy", "power"]
@@ -260,8 +262,8 @@ class NodeRecorder:
         self._latest_ns: dict[str, int] = {}  # by source
         self._failure = ""
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._record, name="node-meter", daemon=True)
+        self._next = 0.0  # when to look again, by time.monotonic
+        self._thread = PeriodicThread("node-meter", self.look, self._pause_s, last_look=True)
 
     def start(self) -> None:
         """Read now, then once per period."""
@@ -269,12 +271,11 @@ class NodeRecorder:
 
     def stop(self) -> None:
         """Read a last time and end the thread."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(STOP_TIMEOUT_S)
+        self._thread.stop(STOP_TIMEOUT_S)
 
     def look(self) -> None:
         """Read once; what is not later than the last reading (a clock was set back) is left out."""
+        self._next = time.monotonic() + self.period_s
         began_ns = time.time_ns()
         readings = self.meter.read()
         with self._lock:
@@ -294,10 +295,5 @@ class NodeRecorder:
             self._waiting.clear()
         return taken
 
-    def _record(self) -> None:
-        while True:
-            began = time.monotonic()
-            self.look()
-            if self._stop.wait(max(self.period_s - (time.monotonic() - began), 0)):
-                self.look()
-                return
+    def _pause_s(self) -> float:
+        return max(self._next - time.monotonic(), 0)

@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 
 from millijoule.workers.meter import WATCH_PERIOD_NS, CounterMeter
+from millijoule.workers.periodic import PeriodicThread
 from millijoule.workers.schemas import PowerSample, PowerTrace
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,7 @@ class PowerSampler:
         self._rings: dict[str, deque[PowerSample]] = defaultdict(lambda: deque(maxlen=max_samples))
         self._lock = threading.Lock()
         self._dropped = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="power-sampler", daemon=True)
+        self._thread = PeriodicThread("power-sampler", self.look, self._until_next_period_s)
 
     def start(self) -> None:
         """Look in once per period; without a device there is nothing to watch and no thread."""
@@ -52,9 +52,7 @@ class PowerSampler:
 
     def stop(self) -> None:
         """End the thread; what was sampled can still be taken."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(STOP_TIMEOUT_S)
+        self._thread.stop(STOP_TIMEOUT_S)
 
     def look(self) -> None:
         """One look at every device that nobody looked at in this period."""
@@ -87,10 +85,6 @@ class PowerSampler:
             log.info("%s: more than %d power samples wait; the oldest are dropped", device, ring.maxlen)
             self._dropped = True
         ring.append(sample)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self._until_next_period_s()):
-            self.look()
 
     def _until_next_period_s(self) -> float:
         # in step with the other workers of the host: the first of a period does the work for all
