@@ -72,7 +72,8 @@ class GenerateOptions:
     """Custom Ray resources each worker asks for."""
 
     lease_seconds: float = 120.0
-    """A worker without progress for this long loses its shard to another; after twice as long it is replaced."""
+    """A worker without progress (a step or batch of images, a part of a file stored) for this long loses its shard to
+    another; after twice as long it is replaced."""
 
     speculate: bool = True
     """Do not let idle workers race stragglers at the end of the job."""

@@ -54,6 +54,7 @@ class ActiveLease:
     started: float
     deadline: float
     images_done: int = 0
+    steps: int = 0
 
 
 @dataclass
@@ -130,12 +131,14 @@ class Coordinator:
                 return self._grant(shard_id, worker_id, now)
         return self._speculative(worker_id, now) if self.speculate else None
 
-    def renew(self, attempt_id: str, images_done: int, now: float) -> None:
-        """A worker answered: its lease lives on if it got further since."""
+    def renew(self, attempt_id: str, images_done: int, steps: int, now: float) -> bool:
+        """A worker answered: its lease lives on if it got further since, by images or by smaller steps."""
         entry = self.active.get(attempt_id)
-        if entry is not None and images_done > entry.images_done:
-            entry.images_done = images_done
-            entry.deadline = now + self.lease_s
+        if entry is None or (images_done, steps) <= (entry.images_done, entry.steps):
+            return False
+        entry.images_done, entry.steps = images_done, steps
+        entry.deadline = now + self.lease_s
+        return True
 
     def complete(self, attempt_id: str, shard_id: int, now: float) -> bool:
         """Shard `shard_id` has a commit in storage, by this attempt or another. True where that is news."""

@@ -282,8 +282,10 @@ class WorkerPool:
     def _status(self, worker: _Worker, status: WorkerStatus, now: float) -> None:
         worker.status_pending = False
         worker.next_status = now + STATUS_PERIOD_S
-        if worker.lease is not None and status.attempt_id == worker.lease.attempt_id:
-            self.coordinator.renew(status.attempt_id, status.images_done, now)
+        if worker.lease is None or status.attempt_id != worker.lease.attempt_id:
+            return
+        if self.coordinator.renew(status.attempt_id, status.images_done, status.steps, now):
+            worker.late = 0
 
     def _stopped(self, worker: _Worker, stopped: WorkerStopped) -> None:
         self.events.uncommitted(stopped.worker_id, stopped.segments, stopped.power)

@@ -50,6 +50,7 @@ class ShardWorker:
         self.config = config
         self._attempt_id: str | None = None
         self._images_done = 0
+        self._steps = 0
         self._cancelled: str | None = None
         self._timeline: SegmentTimeline | None = None
         self._power: PowerSampler | None = None
@@ -91,7 +92,7 @@ class ShardWorker:
         )
         self._timeline = timeline
         self._runner = AttemptRunner(
-            config, store, generator, meter, timeline, where, self._on_images, self._power
+            config, store, generator, meter, timeline, where, self._on_images, self._power, self._on_step
         )
         self._runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
         if config.output_url:
@@ -110,7 +111,7 @@ class ShardWorker:
     @ray.method(concurrency_group="work")
     def run(self, lease: Lease) -> AttemptResult:
         """Attempt one lease; see `AttemptRunner.run`."""
-        self._images_done = 0
+        self._images_done = self._steps = 0
         self._attempt_id = lease.attempt_id
         try:
             return self._runner.run(lease)
@@ -133,7 +134,7 @@ class ShardWorker:
         """What the worker is doing now; answers while `run` is busy."""
         if self._attempt_id is None and self._timeline is not None:
             self._timeline.touch()
-        return WorkerStatus(self._attempt_id, self._images_done)
+        return WorkerStatus(self._attempt_id, self._images_done, self._steps)
 
     @ray.method(concurrency_group="status")
     def cancel(self, attempt_id: str) -> None:
@@ -149,6 +150,9 @@ class ShardWorker:
         self._timeline.close("idle")
         power = self._power.take() if self._power is not None else ()
         return WorkerStopped(self.worker_id, self._timeline.take(), power)
+
+    def _on_step(self) -> None:
+        self._steps += 1  # from any thread: one that is lost beside another does not matter
 
     def _on_images(self, images_done: int) -> None:
         self._images_done = images_done

@@ -18,7 +18,7 @@ import numpy as np
 
 from millijoule.workers.encode import encode_png
 from millijoule.workers.errors import AlreadyExistsError, MillijouleError
-from millijoule.workers.generator import Generator
+from millijoule.workers.generator import Generator, ReportsSteps
 from millijoule.workers.lease import (
     AttemptResult,
     Calibration,
@@ -70,6 +70,8 @@ class AttemptRunner:
         on_images: called with the number of images finished in the running attempt, between batches; may raise
             `AttemptCancelled`.
         power: gives commits the power samples to carry; None: they carry none.
+        on_step: called, from any thread, whenever an attempt got further: what keeps its lease during a long batch or
+            upload. Never called while nothing moves.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class AttemptRunner:
         where: Where,
         on_images: Callable[[int], None],
         power: PowerSampler | None = None,
+        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.store = store
@@ -91,6 +94,9 @@ class AttemptRunner:
         self.where = where
         self.on_images = on_images
         self.power = power
+        self.on_step = on_step
+        if isinstance(generator, ReportsSteps):
+            generator.on_step = on_step
         self.batch_size = config.batch_size or generator.info.batch_size
         self._served: ImageRequest | None = None
 
@@ -143,7 +149,7 @@ class AttemptRunner:
             written = writer.finish()
             files = tuple(f.as_data_file() for f in written.files)
             for f in written.files:
-                store.put_file(f.key, f.path)
+                store.put_file(f.key, f.path, self.on_step)
         segment = self.timeline.close("shard", shard.shard_id, lease.attempt_id)
         carried = self.timeline.take()
         errors = Counter(r.error for r in written.rows if r.error)
@@ -213,6 +219,7 @@ class AttemptRunner:
         """Images of `batch`, in order; a request the generator fails on is quarantined alone."""
         info = self.generator.info
         for requests, outcome in isolate(self.generator, batch, self._check_health):
+            self.on_step()
             if isinstance(outcome, Exception):
                 reason = f"{type(outcome).__name__}: {outcome}"[:MAX_ERROR_CHARS]
                 log.warning("%s: quarantined: %s", requests[0].source or requests[0].prompt_id, reason)
@@ -231,6 +238,7 @@ class AttemptRunner:
                     model_name=info.name,
                     model_sha256=info.sha256,
                 )
+                self.on_step()
                 yield (
                     ImageRow(
                         request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words

@@ -110,11 +110,12 @@ def describe_pipeline(path: Path | str) -> ModelIdentity:
 
 
 class DiffusersGenerator:
-    """A loaded pipeline. Build with `load`; see `Generator` for the protocol."""
+    """A loaded pipeline. Build with `load`; see `Generator` and `ReportsSteps` for the protocols."""
 
     def __init__(self, pipeline: Any, folder: PipelineFolder, sha256: str, device: str) -> None:
         self.pipeline = pipeline
         self.device = device
+        self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.guidance_scale
         self.arguments = _check_signature(pipeline, folder)
         self.scale = int(getattr(pipeline, "vae_scale_factor", 1))
@@ -234,7 +235,13 @@ class DiffusersGenerator:
             call["guidance_scale"] = guidance
         if first.negative_prompt is not None and "negative_prompt" in self.arguments:
             call["negative_prompt"] = [r.negative_prompt or "" for r in requests]
+        if "callback_on_step_end" in self.arguments:
+            call["callback_on_step_end"] = self._after_step
         return call
+
+    def _after_step(self, pipeline: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        self.on_step()
+        return kept  # nothing is changed
 
     def _evaluations(self, steps: int) -> int:
         """How often the scheduler has the denoiser evaluated in `steps` steps; second-order ones do so more often."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -62,6 +62,15 @@ class Generator(Protocol):
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """Draw one image per request (all of one size and step count)."""
         ...
+
+
+@runtime_checkable
+class ReportsSteps(Protocol):
+    """What a generator whose batches take minutes may have besides: the worker sets `on_step`, and the generator
+    calls it whenever its batch got further, as often as it likes. Without it a batch has to end within --lease-seconds.
+    """
+
+    on_step: Callable[[], None]
 
 
 @dataclass(frozen=True)

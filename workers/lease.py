@@ -94,10 +94,15 @@ class NodePlace:
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """Progress of the running attempt; `images_done` grows as batches finish."""
+    """Progress of the running attempt.
+
+    `images_done` grows as batches finish; `steps` whenever the attempt got further at all: a step of a batch, an image
+    encoded, a part of a file stored.
+    """
 
     attempt_id: str | None
     images_done: int
+    steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -309,10 +309,17 @@ class Bucket:
             )
         return True
 
-    def upload(self, key: str, size_bytes: int, read: Callable[[int, int], bytes]) -> None:
-        """Write the object from `read(start, end)`; it appears whole or not at all."""
+    def upload(
+        self,
+        key: str,
+        size_bytes: int,
+        read: Callable[[int, int], bytes],
+        on_part: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write the object from `read(start, end)`; it appears whole or not at all. `on_part`: a part has arrived."""
         if size_bytes <= PART_BYTES:
             self.call("write", "put_object", key, Body=read(0, size_bytes))
+            on_part()
             return
         part_bytes = max(PART_BYTES, -(-size_bytes // MAX_PARTS))
         starts = range(0, size_bytes, part_bytes)
@@ -321,6 +328,7 @@ class Bucket:
         def send(number: int, start: int) -> dict[str, Any]:
             body = read(start, min(start + part_bytes, size_bytes))
             answer = self.call("write", "upload_part", key, UploadId=upload_id, PartNumber=number, Body=body)
+            on_part()
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
         try:
@@ -503,7 +511,7 @@ class S3Store:
         view = memoryview(data)
         self._bucket.upload(self._raw(key), len(data), lambda start, end: bytes(view[start:end]))
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, path: Path, on_part: Callable[[], None] = lambda: None) -> None:
         raw = self._raw(key)
         try:
             with open(path, "rb") as file:
@@ -516,7 +524,7 @@ class S3Store:
                         raise StoreError(f"{path} shrank while it was uploaded to {self._bucket.url(raw)}")
                     return data
 
-                self._bucket.upload(raw, size_bytes, read)
+                self._bucket.upload(raw, size_bytes, read, on_part)
         except OSError as e:
             raise StoreError(
                 f"cannot read {path} to store it as {self._bucket.url(raw)}: {e.strerror}"

@@ -110,6 +110,18 @@ def test_a_worker_that_never_wakes_is_replaced(tmp_path, prompts, ray_address, u
     assert_exactly_once(out, PROMPTS)
 
 
+def test_a_batch_longer_than_its_lease_is_left_alone_while_it_gets_on(tmp_path, ray_address):
+    out = tmp_path / "out"
+    prompts = write_prompts(tmp_path / "prompts.txt", 8)
+    done = generate(
+        tmp_path, *job(prompts, out, "many_steps", "--lease-seconds", 2, "--workers", 1), ray=ray_address
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no progress" not in done.stderr
+    assert "is gone" not in done.stderr
+    assert_exactly_once(out, 8)
+
+
 def test_two_drivers_at_once(tmp_path, prompts, ray_address, undisturbed):
     out = tmp_path / "out"
     arguments = (*job(prompts, out, "slow"), "--workers", 1)

@@ -38,12 +38,23 @@ def test_committed_shards_are_not_leased_again():
 def test_a_silent_lease_expires_and_progress_renews_it():
     c = coordinator(1, lease_s=10)
     lease = c.next_lease("a", 0.0)
-    c.renew(lease.attempt_id, images_done=1, now=8.0)
+    assert c.renew(lease.attempt_id, images_done=1, steps=4, now=8.0)
     assert c.expired(12.0) == []
-    c.renew(lease.attempt_id, images_done=1, now=17.0)  # an answer without progress renews nothing
+    assert not c.renew(lease.attempt_id, images_done=1, steps=4, now=17.0)  # an answer without progress
     assert [e.lease for e in c.expired(18.5)] == [lease]
     c.lease_again(lease.attempt_id)
     assert c.next_lease("b", 19.0).shard.shard_id == 0
+
+
+def test_steps_of_a_long_batch_or_upload_renew_a_lease_too():
+    c = coordinator(1, lease_s=10)
+    lease = c.next_lease("a", 0.0)
+    for n in range(1, 9):
+        assert c.renew(lease.attempt_id, images_done=0, steps=n, now=8.0 * n)
+        assert c.expired(8.0 * n + 9) == []
+    assert c.active[lease.attempt_id].images_done == 0
+    assert [e.lease for e in c.expired(64 + 10.5)] == [lease]
+    assert not c.renew("another", images_done=5, steps=5, now=80.0)
 
 
 def test_a_straggler_gets_one_rival_at_the_tail_and_only_there():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from support.models import Plain
@@ -58,6 +59,7 @@ def runner(
     generator: Generator | None = None,
     worker: str = "w1",
     meter: EnergyMeter | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> AttemptRunner:
     """A worker's half of the protocol."""
     config = WorkerConfig(
@@ -72,6 +74,7 @@ def runner(
         SegmentTimeline(worker, meter),
         Where(worker, "node", "host", "cpu" if meter.method != "nvml-counter" else "GPU-1"),
         lambda images: None,
+        on_step=on_step,
     )
 
 

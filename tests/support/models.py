@@ -50,6 +50,24 @@ def slow(device: str) -> Plain:
     return Plain(device, seconds=0.05)
 
 
+class _ManySteps(Plain):
+    """Batches of six seconds that report their twelve steps."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.on_step: Callable[[], None] = lambda: None
+
+    def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
+        for _ in range(12 if requests[0].prompt_id != "warm-up" else 0):
+            time.sleep(0.5)
+            self.on_step()
+        return super().generate(requests)
+
+
+def many_steps(device: str) -> Plain:
+    return _ManySteps(device)
+
+
 class _Poison(Plain):
     def __init__(self, device: str, act: Callable[[], None], seconds: float = 0.0) -> None:
         super().__init__(device, seconds)

@@ -64,6 +64,43 @@ def test_the_compacted_ledger_is_only_a_cache(tmp_path):
     assert list_committed(store, len(shards)).tolist() == [True, False, True]
 
 
+class Stepping(Plain):
+    """Says after each of three steps of a batch that it got on, as a model with many steps does."""
+
+    def __init__(self):
+        super().__init__("cpu")
+        self.on_step = lambda: None
+
+    def generate(self, requests):
+        for _ in range(3):
+            self.on_step()
+        return super().generate(requests)
+
+
+def test_every_step_forward_is_reported_and_nothing_else(tmp_path):
+    store, job = plan(tmp_path, [f"p{i}" for i in range(8)])
+    lease = leases(store, job, 1).next_lease("w1", 0.0)
+    steps = []
+    attempt = runner(store, job, 1, Stepping(), on_step=lambda: steps.append(1))
+    commit = parse_commit(store, 0, attempt.run(lease).commit_json)
+    batches = 8 // attempt.batch_size
+    assert len(steps) == batches * (3 + 1) + 8 + len(commit.files)
+
+
+def test_a_generator_that_stands_still_reports_nothing(tmp_path):
+    store, job = plan(tmp_path, ["a"])
+    steps, during = [], []
+
+    class Stuck(Stepping):
+        def generate(self, requests):
+            during.append(len(steps))
+            return Plain.generate(self, requests)
+
+    attempt = runner(store, job, 1, Stuck(), on_step=lambda: steps.append(1))
+    attempt.run(leases(store, job, 1).next_lease("w1", 0.0))
+    assert during == [0]
+
+
 class Picky(Plain):
     def __init__(self, bad):
         super().__init__("cpu")

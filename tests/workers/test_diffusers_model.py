@@ -72,6 +72,19 @@ def test_an_image_does_not_depend_on_its_batch(generator):
     assert np.array_equal(generator.generate(asked[::-1]).images[::-1], images)
 
 
+def test_each_step_of_a_batch_is_reported_and_changes_nothing(generator, monkeypatch):
+    steps = []
+    asked = [ImageRequest("p", 0, "a red cat", seed=1, num_inference_steps=4)]
+    before = generator.generate(asked).images
+    monkeypatch.setattr(generator, "on_step", lambda: steps.append(1))
+    assert np.array_equal(generator.generate(asked).images, before)
+    assert len(steps) == 4
+    # a pipeline that cannot tell is not asked
+    monkeypatch.setattr(generator, "arguments", generator.arguments - {"callback_on_step_end"})
+    assert np.array_equal(generator.generate(asked).images, before)
+    assert len(steps) == 4
+
+
 def test_seed_prompt_guidance_and_negative_prompt_matter(generator):
     plain = ImageRequest("p", 0, "a red apple", 5)
     other = [

@@ -146,7 +146,9 @@ def test_a_prefix_does_not_see_its_neighbours(store: Store) -> None:
 def test_a_file_arrives_whole(any_store: Store, tmp_path: Path, size_bytes: int) -> None:
     source = tmp_path / "source.tar"
     source.write_bytes(os.urandom(size_bytes))
-    any_store.put_file("data/x.tar", source)
+    arrived: list[int] = []
+    any_store.put_file("data/x.tar", source, lambda: arrived.append(1))
+    assert len(arrived) == (1 if any_store.is_local else max(1, -(-size_bytes // PART_BYTES)))
     assert any_store.size("data/x.tar") == size_bytes
     assert any_store.get("data/x.tar") == source.read_bytes()
     assert list(any_store.list_temporary()) == []
@@ -422,6 +424,30 @@ def test_without_hard_links_one_writer_still_wins(
     source.write_bytes(b"from a file")
     store.put_file("e", source)
     assert store.get("e") == b"from a file"
+    assert list(store.list_temporary()) == []
+
+
+@pytest.mark.parametrize("size_bytes", [0, 999, 1000, 2500])
+def test_a_file_from_another_disk_is_copied_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size_bytes: int
+) -> None:
+    def no_link(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(storage, "COPY_PART_BYTES", 1000)
+    store = LocalStore(tmp_path / "out")
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(size_bytes))
+    there: list[int] = []
+
+    def on_part() -> None:
+        files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+        there.append(files[0].stat().st_size)
+
+    store.put_file("data/x", source, on_part)
+    assert there == [*range(1000, size_bytes, 1000), *([size_bytes] if size_bytes else []), size_bytes]
+    assert store.get("data/x") == source.read_bytes()
     assert list(store.list_temporary()) == []
 
 
