@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.energy_rows import EnergyRows, committed_attempt, read_rows
-from millijoule.pipeline.energy_schemas import ROW_GROUP_ROWS, open_parquet_writer, run_id_of, table_of
+from millijoule.pipeline.energy_schemas import open_parquet_writer, run_id_of, table_of
 from millijoule.pipeline.energy_tables import LIVE_PREFIX
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.ledger import build_ledger
@@ -30,8 +30,10 @@ from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, Se
 from millijoule.workers.storage import Store
 from millijoule.workers.timeline import segment_estimate_mj
 
-#: A file is written anew at each flush until it has been written this often (or fills a row group).
+#: A file is written anew at each flush until it has been written this often, or a table has so many rows. Until then
+#: the rows stay in memory, some hundred bytes each.
 LIVE_PART_FLUSHES = 60
+LIVE_PART_ROWS = 4_096
 
 LIVE_TABLES = ("counter", "segment", "attempt", "node_reading")
 
@@ -101,7 +103,7 @@ class LiveTables:
         self._flushes += 1
         if (
             self._flushes == LIVE_PART_FLUSHES
-            or max(len(rows) for rows in self._rows.values()) >= ROW_GROUP_ROWS
+            or max(len(rows) for rows in self._rows.values()) >= LIVE_PART_ROWS
         ):
             self._rows = {name: [] for name in LIVE_TABLES}
             self._last_read.clear()  # a file holds both reads of each of its segments

@@ -5,8 +5,8 @@ Differences are taken elsewhere. What cannot be read is absent from the read, ne
 `open_meter` always returns a meter, at worst one whose method is "missing".
 
 * **Rate.** All workers of a host together read a device's counter at most every `min_spacing_ns` and, by default, at
-  boundaries and once a second (`watch`); in between the last value stands. A boundary is therefore up to 200 ms late
-  in what it has seen: what one segment misses the next one gets, and the sum is exact.
+  boundaries and once a second, RAPL every ten (`watch`); in between the last value stands. A boundary is therefore up
+  to 200 ms late in what it has seen: what one segment misses the next one gets, and the sum is exact.
 * **Resets and wraps.** The book (`workers.counter_book`) holds each counter's last reading. A counter that went back
   without a wrap, leapt, or was out of sight for so long that it may have wrapped begins a new epoch; nothing is
   subtracted across one.
@@ -40,7 +40,7 @@ from millijoule.workers.nvml import MIN_READ_SPACING_NS, GpuPower, Gpus, open_gp
 from millijoule.workers.rapl import MAX_PACKAGE_WATTS, POWERCAP_ROOT, find_rapl_counters
 from millijoule.workers.schemas import CounterRead, PowerSample
 
-__all__ = ["MIN_READ_SPACING_NS", "CounterMeter", "EnergyMeter", "estimate_cpu_mj", "open_meter"]
+__all__ = ["MIN_READ_SPACING_NS", "CounterMeter", "EnergyMeter", "estimate_cpu_mj", "no_meter", "open_meter"]
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +73,16 @@ class EnergyMeter(Protocol):
 
 
 class Counter(Protocol):
-    """One hardware counter. `units_per_mj` units are a millijoule; a counter with `wraps_at` restarts there."""
+    """One hardware counter. `units_per_mj` units are a millijoule; a counter with `wraps_at` restarts there.
+
+    Read no more often than every `min_spacing_ns`, and at least every `watch_period_ns`.
+    """
 
     domain: str
     units_per_mj: int
     wraps_at: int | None
     min_spacing_ns: int
+    watch_period_ns: int
 
     def read(self) -> tuple[int, int]:
         """The counter in its own unit, and how long ago (ns) the device says it sampled it (0: now).
@@ -101,7 +105,7 @@ class CounterMeter:
 
     boot_id: str
     counters: tuple[Counter, ...]
-    book: CounterBook
+    book: CounterBook | None  # None: there is nothing to follow
     powers: tuple[GpuPower, ...] = ()
     gpus: tuple[str, ...] = ()
     gpu_names: tuple[str | None, ...] = ()
@@ -130,7 +134,8 @@ class CounterMeter:
         with self._state() as state:
             oldest_ns = self.clock_ns()
             if state is None:
-                log.warning("%s: locked by another reader; energy is missing for now", self.book.path)
+                path = self.book.path if self.book else ""
+                log.warning("%s: locked by another reader; energy is missing for now", path)
             else:
                 for counter in self.counters:
                     value = self._read_counter(counter, state)
@@ -150,7 +155,7 @@ class CounterMeter:
         )
 
     def watch(self) -> dict[str, PowerSample]:
-        """Look after the devices nobody looked after in this `WATCH_PERIOD_NS`; call about once per period.
+        """Look after the devices nobody looked after in their period; call about once per `WATCH_PERIOD_NS`.
 
         Counters are read so that no wrap or reset stays unseen. Power is sampled by the first worker of the host that
         comes: the samples returned, by GPU UUID, are in nobody else's hands.
@@ -159,16 +164,19 @@ class CounterMeter:
         with self._state() as state:
             if state is None:
                 return samples
-            period = self.clock_ns() // WATCH_PERIOD_NS
+            now_ns = self.clock_ns()
             energy_mj: dict[str, int] = {}
             for counter in self.counters:
-                if state.last_try_ns(counter.domain) // WATCH_PERIOD_NS < period:
+                if (
+                    state.last_try_ns(counter.domain) // counter.watch_period_ns
+                    < now_ns // counter.watch_period_ns
+                ):
                     value = self._read_counter(counter, state)
                     if value is not None:
                         energy_mj[counter.domain] = value[0]
             self._keep_order(state, energy_mj)
             for power in self.powers:
-                if state.power_ns.get(power.uuid, -1) // WATCH_PERIOD_NS < period:
+                if state.power_ns.get(power.uuid, -1) // WATCH_PERIOD_NS < now_ns // WATCH_PERIOD_NS:
                     state.power_ns[power.uuid] = self.clock_ns()
                     sample = self._read_power(power)
                     if sample is not None:
@@ -176,12 +184,16 @@ class CounterMeter:
         return samples
 
     def close(self) -> None:
-        self.book.close()
+        if self.book is not None:
+            self.book.close()
         self.on_close()
 
     @contextmanager
     def _state(self) -> Iterator[BookedState | None]:
         """The book's state; None where another thread or process holds it too long."""
+        if self.book is None:
+            yield BookedState()
+            return
         if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
             yield None
             return
@@ -306,7 +318,7 @@ def open_meter(
     Args:
         gpus: the worker's devices as `CUDA_VISIBLE_DEVICES` lists them: UUIDs ("GPU-...", beginnings will do) or
             indices. None or empty on a worker without one.
-        nvml: the NVML binding, default `pynvml`.
+        nvml: the NVML binding, default `NvmlLibrary`.
         powercap_root: default /sys/class/powercap.
         boot_id: of this host, default the kernel's.
         book_directory: where the workers of a host share their counters; see `CounterBook`.
@@ -325,6 +337,11 @@ def open_meter(
         on_close=boards.close,
         clock_ns=clock_ns,
     )
+
+
+def no_meter() -> CounterMeter:
+    """The meter of a job without telemetry: no device is opened; reads have a time and an estimate, no energy."""
+    return CounterMeter(read_boot_id(), (), None)
 
 
 def _shortest_round_ns(counter: Counter) -> float:

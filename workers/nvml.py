@@ -15,7 +15,6 @@ Devices are addressed by their full UUID from here on, however CUDA named them. 
 
 from __future__ import annotations
 
-import importlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -23,11 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from millijoule.workers.counter_book import MAX_DOMAIN_WATTS
+from millijoule.workers.nvml_library import NvmlLibrary
 
 log = logging.getLogger(__name__)
 
 #: Shortest time between two reads of one GPU's counter: two of its updates.
 MIN_READ_SPACING_NS = 200_000_000
+#: A driver that is loaded again resets its counters; seen within a second, little is lost.
+WATCH_PERIOD_NS = 1_000_000_000
 #: An NVML sample's own timestamp is believed up to this age; older ones mean that clocks were set.
 _MAX_SAMPLE_AGE_NS = 60_000_000_000
 
@@ -45,6 +47,7 @@ class GpuCounter:
     units_per_mj: int = 1
     wraps_at: int | None = None
     min_spacing_ns: int = MIN_READ_SPACING_NS
+    watch_period_ns: int = WATCH_PERIOD_NS
 
     def read(self) -> tuple[int, int]:
         """See `workers.meter.Counter`."""
@@ -133,10 +136,10 @@ def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
     """Find `gpus` (as `CUDA_VISIBLE_DEVICES` names them); what cannot be found or told apart is left out.
 
     Args:
-        lib: the NVML binding, default `pynvml`.
+        lib: the NVML binding, default `NvmlLibrary`; `pynvml` has the same names.
     """
     try:
-        lib = lib or importlib.import_module("pynvml")
+        lib = lib or NvmlLibrary()
         lib.nvmlInit()
     except Exception as error:  # no driver, no library, no permission
         log.warning("NVML is not available (%s); GPU energy is missing", error)
@@ -164,7 +167,7 @@ def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
 def installed_gpus(lib: Any = None) -> tuple[str, ...]:
     """Full UUIDs of all boards NVML shows on this host; empty where it shows none or is not there."""
     try:
-        lib = lib or importlib.import_module("pynvml")
+        lib = lib or NvmlLibrary()
         lib.nvmlInit()
     except Exception as error:  # as in `open_gpus`
         log.info("NVML is not available (%s)", error)

@@ -7,6 +7,7 @@ contains its cores; DRAM comes on top; "psys" contains both and is left out.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ POWERCAP_ROOT = Path("/sys/class/powercap")
 
 #: No package draws more for long: how fast a RAPL counter may come round again.
 MAX_PACKAGE_WATTS = 600
+
+#: Wraps take minutes, and a package is not reset while it runs: to look every second would only cost.
+WATCH_PERIOD_NS = 10_000_000_000
 
 
 @dataclass
@@ -26,10 +30,19 @@ class RaplCounter:
     wraps_at: int | None
     units_per_mj: int = 1000
     min_spacing_ns: int = 0
+    watch_period_ns: int = WATCH_PERIOD_NS
+
+    def __post_init__(self) -> None:
+        self._file = str(self.zone / "energy_uj")
 
     def read(self) -> tuple[int, int]:
         """See `workers.meter.Counter`."""
-        return int((self.zone / "energy_uj").read_text()), 0
+        # by descriptor: a tenth of what Path.read_text costs, and this runs every second for the life of a job
+        file = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return int(os.read(file, 64)), 0
+        finally:
+            os.close(file)
 
 
 def find_rapl_counters(root: Path = POWERCAP_ROOT) -> Iterator[RaplCounter]:
