@@ -1,6 +1,6 @@
-"""Size and speed of the energy tables at 64 GPUs read ten times a second for an hour: 2.3 million counter rows.
+"""`millijoule bench energy-tables [RESULT.json]`: size and speed of the energy tables.
 
-`python -m millijoule.jobs.bench_energy_tables [RESULT.json]`
+At 64 GPUs read ten times a second for an hour: 2.3 million counter rows.
 
 The rows are made up (a power that wanders with noise, reads that come 50 us late or, one in a hundred, up to 5 ms,
 a sensor that counts every 100 ms by its own clock); files, encoding and
@@ -217,7 +217,7 @@ def run(options: BenchOptions) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command("bench_energy_tables", BenchOptions, run, argv)
+    return run_command("bench energy-tables", BenchOptions, run, argv)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,7 @@ def run_calibration(
         driver_epoch=0,
         batch_size=options.batch_size,
         cpu_threads=max(1, int(pool.cpus_per_worker)),
+        telemetry=options.telemetry,
     )
     actor = (
         remote_worker_class()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -114,6 +114,10 @@ class GenerateOptions:
     """Watts of a node that no counter sees (fans, board, network cards, losses), and by how much that may be wrong, such
     as 180+-30; without it nodes cannot close. In a FILE: rest_watts and rest_tolerance_watts."""
 
+    telemetry: bool = True
+    """Read no energy counter, sample no power, write no live tables and no metrics: the job's energy is missing.
+    The finished tables are written and say so."""
+
     retry_failed: bool = False
     """Give quarantined rows of a finished job one more try, as new shards."""
 
@@ -124,7 +128,8 @@ class GenerateOptions:
     """No progress, only warnings and the result."""
 
 
-def run(options: GenerateOptions) -> int:
+def run(options: GenerateOptions, worker_class: Any = None) -> int:
+    """The whole job; returns the exit code. `worker_class`: the Ray actor class, default the product's own."""
     from millijoule.jobs import ray_cluster
     from millijoule.jobs.job_set_up import caps, open_or_plan, pool_options, validate
     from millijoule.jobs.node_meter_options import parse_node_meters
@@ -148,22 +153,25 @@ def run(options: GenerateOptions) -> int:
             store,
             planned,
             pool_options(options),
-            remote_worker_class(),
+            worker_class or remote_worker_class(),
             lease_s=options.lease_seconds,
             speculate=options.speculate,
             batch_size=options.batch_size,
             spending=Spending(caps(options)),
+            telemetry=options.telemetry,
             node_meters=parse_node_meters(options.node_meter, options.node_rest),
         )
-        metrics = LiveMetrics(planned.job, job_run)
+        metrics = LiveMetrics(planned.job, job_run) if options.telemetry else None
         with Progress(planned.job, job_run, quiet=options.quiet) as progress, _signals(job_run):
 
             def tick() -> None:
                 progress.tick()
-                metrics.tick()
+                if metrics:
+                    metrics.tick()
 
             job_run.run(on_tick=tick)
-        metrics.publish()
+        if metrics:
+            metrics.publish()
     if job_run.given_up:
         for shard_id, error in sorted(job_run.given_up.items())[:20]:
             print(f"shard {shard_id} could not be made: {error}", file=sys.stderr)

@@ -53,6 +53,8 @@ def validate(options: GenerateOptions) -> None:
         raise InputError(f"--lease-seconds {options.lease_seconds}: at least 1")
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"--batch-size {options.batch_size}: at least 1")
+    if options.node_meter is not None and not options.telemetry:
+        raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
     caps(options)
     parse_shard_size(options.shard_size)
     parse_workers(options.workers)

@@ -66,6 +66,7 @@ class JobRun:
         worker_class: the Ray actor class.
         spending: what the job uses, and its caps; without caps on energy, only this run's part of it.
         node_meters: meters of the nodes themselves, read while workers are there.
+        telemetry: False: workers read no counters and sample no power, and no live tables are written.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class JobRun:
         batch_size: int | None = None,
         spending: Spending | None = None,
         node_meters: Sequence[NodeMeterConfig] = (),
+        telemetry: bool = True,
     ) -> None:
         job = planned.job
         self.store = store
@@ -98,6 +100,7 @@ class JobRun:
             batch_size=batch_size,
             commits_exclusively=planned.exclusive,
             cpu_threads=max(1, int(options.cpus_per_worker)),
+            telemetry=telemetry,
         )
         self.pool = WorkerPool(worker_class, self.coordinator, config, options, self)
         self.counts = Counts(
@@ -110,7 +113,7 @@ class JobRun:
         if self.spending.caps.on_energy:
             self._count_earlier_runs()
         self._compactor = CommitCompactor(store, self.epoch)
-        self._live = LiveTables(store, job.fingerprint, self.epoch)
+        self._live = LiveTables(store, job.fingerprint, self.epoch) if telemetry else None
         self._uncommitted = UncommittedWriter(store, self.epoch)
         self._node_readings = NodeReadingsWriter(store, self.epoch)
         self._node_recorders = NodeRecorders(node_meters, self._node_was_read)
@@ -195,7 +198,8 @@ class JobRun:
         if not news:
             return
         self._compactor.add(shard.shard_id, result.commit_json)
-        self._live.add_commit(commit)
+        if self._live:
+            self._live.add_commit(commit)
         self.spending.add(commit.segments)
         self.hosts.update({s.open.boot_id: commit.host for s in commit.segments})
         counts.shards_done += 1
@@ -254,13 +258,15 @@ class JobRun:
         self, worker_id: str, segments: tuple[Segment, ...], power: tuple[PowerTrace, ...]
     ) -> None:
         self._uncommitted.add(worker_id, segments, power)
-        self._live.add_segments(segments)
+        if self._live:
+            self._live.add_segments(segments)
         self.spending.add(segments)
 
     def _node_was_read(self, rows: Iterable[tuple]) -> None:
         kept = list(rows)
         self._node_readings.add(kept)
-        self._live.add_node_readings(kept)
+        if self._live:
+            self._live.add_node_readings(kept)
 
     def tick(self, pool: WorkerPool) -> None:
         if self._stop_now:
@@ -290,7 +296,8 @@ class JobRun:
             self._compactor.flush()
             self._uncommitted.flush()
             self._node_readings.flush()
-            self._live.flush()
+            if self._live:
+                self._live.flush()
         except StoreError as error:
             log.warning("energy records wait for the next flush: %s", error)
 

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 
 import ray
 
@@ -31,7 +32,7 @@ from millijoule.workers.lease import (
     WorkerStopped,
     worker_key,
 )
-from millijoule.workers.meter import open_meter
+from millijoule.workers.meter import CounterMeter, no_meter, open_meter
 from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.power_samples import PowerSampler
 from millijoule.workers.schemas import ImageRequest
@@ -67,7 +68,7 @@ class ShardWorker:
         began = time.monotonic()
         config = self.config
         gpus = _assigned_gpus()
-        meter = open_meter(gpus or None)
+        meter = self._open_meter(gpus)
         timeline = SegmentTimeline(self.worker_id, meter)
         self._power = PowerSampler(meter)
         self._power.start()
@@ -107,6 +108,10 @@ class ShardWorker:
             energy_method=meter.method,
             load_seconds=time.monotonic() - began,
         )
+
+    def _open_meter(self, gpus: Sequence[str]) -> CounterMeter:
+        """The counters of this worker: of `gpus`, as `CUDA_VISIBLE_DEVICES` lists them, and of the host."""
+        return open_meter(gpus or None) if self.config.telemetry else no_meter()
 
     @ray.method(concurrency_group="work")
     def run(self, lease: Lease) -> AttemptResult:
@@ -160,9 +165,9 @@ class ShardWorker:
             raise AttemptCancelled
 
 
-def remote_worker_class():
+def remote_worker_class(worker=ShardWorker):
     """The actor class, with one thread for work and one for status."""
-    return ray.remote(concurrency_groups={"work": 1, "status": 1}, max_restarts=0)(ShardWorker)
+    return ray.remote(concurrency_groups={"work": 1, "status": 1}, max_restarts=0)(worker)
 
 
 def _assigned_gpus() -> list[str]:

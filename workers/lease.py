@@ -42,6 +42,7 @@ class WorkerConfig:
         fingerprint: of the plan; a worker that finds another one in the output refuses to start.
         commits_exclusively: True where the store has exclusive create and workers commit for themselves;
             False where the driver has to write the commits (see docs/commit-protocol.md).
+        telemetry: False: open no meter and sample no power; energy is missing.
     """
 
     output_url: str
@@ -54,6 +55,7 @@ class WorkerConfig:
     batch_size: int | None = None
     commits_exclusively: bool = True
     cpu_threads: int = 1
+    telemetry: bool = True
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,20 @@ def test_the_result_names_the_report_and_does_not_call_an_estimate_a_measurement
     assert (folder / "out" / "_SUCCESS").is_file()
 
 
+def test_without_telemetry_the_images_are_the_same_and_energy_is_missing(finished, run):
+    folder, arguments, _ = finished
+    output = folder / "untold"
+    done = run(*arguments, "--output", output, "--no-telemetry")
+    assert done.returncode == 0, done.stderr
+    assert [r["sha256"] for r in manifest(output)] == [r["sha256"] for r in manifest(folder / "out")]
+    stats = json.loads((output / "stats.json").read_text())
+    assert stats["energy_methods"] == {"missing": 80}
+    assert stats["direct_mj_per_image"] is None
+    assert (
+        sum(p.num_rows for p in map(pq.read_table, (output / "energy" / "counter").rglob("*.parquet"))) == 0
+    )
+
+
 def test_running_again_changes_nothing(finished, run):
     folder, arguments, _ = finished
     before = hashes(folder / "out")

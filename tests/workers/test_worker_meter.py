@@ -4,6 +4,7 @@ import platform
 import socket
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,6 +124,36 @@ def test_what_a_worker_did_after_its_last_commit_is_in_the_tables(worker, monkey
     reads = [row["energy_mj"] for row in read_table(store, "counter")]
     assert sum(row["energy_mj"] for row in segments) == max(reads) - min(reads) == stats["energy"]["total_mj"]
     assert (stats["closure"]["C1"], stats["closure"]["C2"]) == (True, True)
+    assert [p for p in check_output(store) if "energy" in p] == []
+
+
+def test_without_telemetry_nothing_is_opened_and_energy_is_missing(worker):
+    made, store, job = worker
+    made.config = replace(made.config, telemetry=False)
+    threads = threading.active_count()
+    ready = made.start()
+    assert (ready.energy_method, ready.device) == ("missing", "0")
+    assert not [t for t in threading.enumerate() if t.name == "power-sampler"]
+    assert threading.active_count() <= threads
+    shards = load_job_shards(store, job)
+    driver = JobRun(
+        *(store, PlannedJob(job, shards, exclusive=True), PoolOptions(0, 0), None),
+        lease_s=60.0,
+        speculate=False,
+        telemetry=False,
+    )
+    made.run(driver.coordinator.next_lease("w1", 0.0))
+    stopped = made.stop()
+    assert stopped.power == ()
+    driver.uncommitted(stopped.worker_id, stopped.segments, stopped.power)
+    with pytest.raises(StopIteration):
+        driver.run(on_tick=lambda: next(iter(())))
+    assert list(store.list("energy/")) == []
+    assert made.nvml.reads == made.nvml.power_reads == 0
+    stats = finish_job(store, job, shards)
+    assert stats["energy"]["total_mj"] is None
+    assert stats["closure"]["C5"] is True
+    assert read_table(store, "counter") == read_table(store, "power") == []
     assert [p for p in check_output(store) if "energy" in p] == []
 
 
