@@ -135,10 +135,8 @@ def close_nodes(
     parts: list[NodePart] = []
     closure: list[ClosureRow] = []
     boots = _boots(ledger, hosts, devices)
-    by_host = _by_host(readings)
     for boot in sorted(boots.values(), key=lambda b: (b.host, b.boot_id)):
-        meters = _meters_of(boot, by_host)
-        verdicts = [_close(boot, meter, rows) for meter, rows in meters]
+        verdicts = [_close(boot, meter, rows) for meter, rows in _meters_of(boot, readings)]
         # a meter that cannot tell does not stand in the way of one that can
         told = [v for v in verdicts if v.row.passed is not None]
         told = told or sorted(verdicts, key=lambda v: -v.covered_ns)[:1]
@@ -219,27 +217,13 @@ def _counter_series(boot: _Boot, domain: str, reads: Sequence[tuple[int, int, in
 # -- what the meters know ------------------------------------------------------------------------------------------
 
 
-def _by_host(readings: pa.Table) -> dict[tuple[str, str | None], pa.Table]:
-    keys = readings.select(["host", "boot_id"]).group_by(["host", "boot_id"]).aggregate([]).to_pylist()
-    found = {}
-    for key in sorted(keys, key=str):
-        mine = pc.equal(readings["host"], key["host"])
-        boot = readings["boot_id"]
-        same = pc.is_null(boot) if key["boot_id"] is None else pc.equal(boot, key["boot_id"])
-        found[key["host"], key["boot_id"]] = readings.filter(pc.and_kleene(mine, same))
-    return found
-
-
-def _meters_of(boot: _Boot, by_host: Mapping[tuple[str, str | None], pa.Table]) -> list[tuple[str, pa.Table]]:
+def _meters_of(boot: _Boot, readings: pa.Table) -> list[tuple[str, pa.Table]]:
     """The meters of a boot: recorders know which boot they read, an import only the host."""
-    meters = []
-    for (host, boot_id), rows in by_host.items():
-        if boot_id == boot.boot_id or (boot_id is None and host == boot.host):
-            meters += [
-                (meter, rows.filter(pc.equal(rows["meter"], meter)))
-                for meter in sorted(pc.unique(rows["meter"]).to_pylist())
-            ]
-    return meters
+    imported = pc.and_(pc.is_null(readings["boot_id"]), pc.equal(readings["host"], boot.host))
+    recorded = pc.fill_null(pc.equal(readings["boot_id"], boot.boot_id), False)
+    mine = readings.filter(pc.or_(imported, recorded))
+    names = sorted(pc.unique(mine["meter"]).to_pylist())
+    return [(meter, mine.filter(pc.equal(mine["meter"], meter))) for meter in names]
 
 
 def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
@@ -249,11 +233,12 @@ def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
         of_feed = rows.filter(pc.equal(rows["feed"], feed))
         feeds[feed] = []
         for source in sorted(pc.unique(of_feed["source"].drop_null()).to_pylist()):
-            found = of_feed.filter(pc.equal(of_feed["source"], source)).sort_by("t_wall_ns")
+            found = of_feed.filter(pc.equal(of_feed["source"], source))
             quantity: Quantity = "power" if found["energy_mj"].null_count else "energy"
             value, quantum = (
                 ("energy_mj", "quantum_mj") if quantity == "energy" else ("power_mw", "quantum_mw")
             )
+            found = found.sort_by([("t_wall_ns", "ascending"), (value, "ascending")])
             last = found.slice(found.num_rows - 1).to_pylist()[0]
             times, values, errors = _increasing(found.select(["t_wall_ns", value, "t_error_ns"]))
             series = NodeSeries(
@@ -268,7 +253,7 @@ def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
 
 
 def _increasing(readings: pa.Table) -> tuple[array, ...]:
-    """The columns, time first, in strict order of time: of two at one time (two drivers read one node) the first."""
+    """The columns, time first, in strict order of time: of two at one time (two drivers) the first."""
     kept = tuple(array("q") for _ in readings.columns)
     for row in zip(*(c.to_pylist() for c in readings.columns), strict=True):
         if not kept[0] or row[0] > kept[0][-1]:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 #: What every table has beside its own columns: where its rows come from.
 PARTITION_SCHEMA = pa.schema([("run_id", pa.string()), ("date", pa.date32()), ("output", pa.string())])
 
-CLOSURE_QUERIES = ("closure_c1", "closure_c2", "closure_c5")
+CLOSURE_QUERIES = ("closure_c1", "closure_c2", "closure_c3", "closure_c5")
 
 #: In this order: the last two forbid further settings.
 _SETTINGS = {
