@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "make images from prompt files on a Ray cluster, with a joule ledger",
     "report": "a page, JSON or table of what a job made and used: joules, cost, carbon, closure",
     "query": "SQL over the energy tables of one job or many",
+    "node-energy": "compare a finished job's devices with its node's power strip",
     "verify": "measure two models against each other, or check such a bundle offline",
     "check": "re-read an output against its plan, commits and hashes",
     "gc": "find (and with --delete remove) files no commit refers to",
@@ -26,7 +27,7 @@ COMMANDS = {
 
 def usage() -> str:
     lines = ["usage: millijoule COMMAND [options]", "", "commands:"]
-    lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
     lines += [
         "",
         "`millijoule COMMAND --help` explains a command's options.",
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"millijoule: no command named {args[0]!r}\n", file=sys.stderr)
         print(usage(), file=sys.stderr)
         return 2
-    return importlib.import_module(f"millijoule.jobs.{args[0]}").main(args[1:])
+    return importlib.import_module(f"millijoule.jobs.{args[0].replace('-', '_')}").main(args[1:])
 
 
 if __name__ == "__main__":

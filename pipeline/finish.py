@@ -36,6 +36,7 @@ from millijoule.pipeline.ledger import Ledger, build_ledger
 from millijoule.pipeline.retry import JobShards
 from millijoule.pipeline.uncommitted import Uncommitted, read_uncommitted
 from millijoule.workers.contact_sheet import draw_contact_sheet
+from millijoule.workers.errors import InputError
 from millijoule.workers.readers import read_images
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
 from millijoule.workers.storage import Store
@@ -106,18 +107,54 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
             for table in merged(manifest_tables(store, shards, ledger, totals)):
                 writer.write_table(table)
         store.put_file(MANIFEST_KEY, path)
+    energy = _write_energy(store, job, n_shards, ledger, uncommitted)
+    write_preview(store, shards)
+    stats = summarise(job, totals, ledger, energy)
+    _put_stats(store, stats)
+    success = {"fingerprint": job.fingerprint, "shards": n_shards, "images_ok": totals.images_ok}
+    store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
+    return stats
+
+
+def require_finished(store: Store) -> None:
+    """Raise InputError where the job in `store` has not finished."""
+    if not store.exists(SUCCESS_KEY) or not store.exists(STATS_KEY):
+        raise InputError(
+            f"{store.url}: the job has not finished; run the same `millijoule generate` again first"
+        )
+
+
+def close_again(store: Store, job: JobSpec, shards: JobShards) -> EnergyResult:
+    """Write `energy/` of a finished job anew, and its verdicts into `stats.json`: readings of node meters came late."""
+    uncommitted = read_uncommitted(store)
+    ledger = load_ledger(store, len(shards), uncommitted)
+    energy = _write_energy(store, job, len(shards), ledger, uncommitted)
+    _put_stats(store, {**json.loads(store.get(STATS_KEY)), **_verdicts(energy)})
+    return energy
+
+
+def _write_energy(
+    store: Store, job: JobSpec, n_shards: int, ledger: Ledger, uncommitted: Uncommitted
+) -> EnergyResult:
     energy = write_energy_tables(
         store, job, ledger, lambda: read_commits(store, n_shards), uncommitted=uncommitted
     )
     for row in energy.closure:
         if row.passed is False:
             log.warning("energy ledger: %s", row)
-    write_preview(store, shards)
-    stats = summarise(job, totals, ledger, energy)
+    return energy
+
+
+def _put_stats(store: Store, stats: dict[str, Any]) -> None:
     store.put(STATS_KEY, json.dumps(stats, indent=2, ensure_ascii=False).encode() + b"\n")
-    success = {"fingerprint": job.fingerprint, "shards": n_shards, "images_ok": totals.images_ok}
-    store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
-    return stats
+
+
+def _verdicts(energy: EnergyResult) -> dict[str, Any]:
+    """What `stats.json` says of the closure."""
+    return {
+        "evidence_class": energy.evidence_class,
+        "closure": {check: energy.passed(check) for check in CHECKS},
+    }
 
 
 def manifest_tables(
@@ -206,8 +243,7 @@ def summarise(job: JobSpec, totals: Totals, ledger: Ledger, tables: EnergyResult
         "images_per_node": dict(sorted(totals.per_node.items())),
         "energy_methods": dict(sorted(totals.energy_methods.items())),
         "energy": energy,
-        "evidence_class": tables.evidence_class,
-        "closure": {check: tables.passed(check) for check in CHECKS},
+        **_verdicts(tables),
         "direct_mj_per_image": _per_image(energy.get("shard_mj"), ok),
         "full_mj_per_image": _per_image(energy.get("total_mj"), ok),
         "direct_estimate_mj_per_image": _per_image(energy["estimate_mj"].get("shard"), ok),

@@ -17,10 +17,11 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal, Protocol
 
+from millijoule.workers.errors import InputError
 from millijoule.workers.periodic import PeriodicThread
 
 log = logging.getLogger(__name__)
@@ -233,6 +234,32 @@ def best_energy(series: Sequence[NodeSeries], t_open_wall_ns: int, t_close_wall_
         if s.quantity == "energy" and (answer.tolerance_share or 0) <= GOOD_TOLERANCE_SHARE:
             return answer
     return min((a for _, a in known), key=lambda a: a.tolerance_mj or 0)
+
+
+def join_series(parts: Sequence[NodeSeries]) -> tuple[NodeSeries, ...]:
+    """Series of the same sources that follow each other in time (the files of several days), one per source.
+
+    Raises:
+        InputError: two of one source overlap.
+    """
+    joined: dict[str, NodeSeries] = {}
+    for part in sorted(parts, key=lambda s: s.t_wall_ns[0]):
+        before = joined.get(part.source)
+        if before is None:
+            joined[part.source] = part
+            continue
+        if part.t_wall_ns[0] <= before.t_wall_ns[-1]:
+            raise InputError(
+                f"{part.source}: two files have readings of the same time: give each reading once"
+            )
+        joined[part.source] = replace(
+            before,
+            t_wall_ns=[*before.t_wall_ns, *part.t_wall_ns],
+            values=[*before.values, *part.values],
+            quantum=min(before.quantum, part.quantum),
+            max_gap_ns=max(before.max_gap_ns, part.max_gap_ns),
+        )
+    return tuple(joined.values())
 
 
 def parse_amount(number: Decimal | int, units: int) -> tuple[int, int]:

@@ -1,7 +1,9 @@
-"""Import a power strip's log: a CSV file with the columns `time` and `watts` or `kwh` (cumulative), others ignored.
+"""Import a power strip's log: a CSV file with the columns `time` and `watts` or `kwh` (cumulative), and `outlet`.
 
-    time,watts,kwh
-    2026-03-01T12:00:00+01:00,812,10433.52
+    time,outlet,watts,kwh
+    2026-03-01T12:00:00+01:00,7,812,10433.52
+
+Other columns are ignored; without `outlet` all rows are of one.
 
 Times are ISO 8601 with an offset, or local times of a zone that is named. A time zone is never assumed: an hour's
 error would charge the job for another hour. An empty cell is a missing reading.
@@ -40,6 +42,7 @@ def read_pdu_csv(
     path: Path,
     host: str,
     *,
+    outlet: str | None = None,
     time_zone: str | None = None,
     clock_error_s: float = 0.0,
     accuracy_share: float | None = None,
@@ -48,6 +51,7 @@ def read_pdu_csv(
 
     Args:
         host: the node on this outlet, all of it and nothing else.
+        outlet: as the column `outlet` names it; None where all rows are of one.
         time_zone: of times without an offset, as "Europe/Berlin" or "UTC".
         clock_error_s: how far the strip's clock may be from the node's.
         accuracy_share: see `NodeSeries`.
@@ -58,7 +62,7 @@ def read_pdu_csv(
     zone = _zone(time_zone)
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            columns = _read(path, lines, zone)
+            columns = _read(path, lines, zone, outlet)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -80,7 +84,8 @@ def read_pdu_csv(
         if len(column.values) > 1
     )
     if not found:
-        raise InputError(f"{path}: has fewer than two readings")
+        of = "" if outlet is None else f" of outlet {outlet}"
+        raise InputError(f"{path}: has fewer than two readings{of}")
     return found
 
 
@@ -91,7 +96,7 @@ class _Column:
         self.quantum = 0
 
 
-def _read(path: Path, lines: Iterator[str], zone: ZoneInfo | None) -> dict[str, _Column]:
+def _read(path: Path, lines: Iterator[str], zone: ZoneInfo | None, outlet: str | None) -> dict[str, _Column]:
     reader = csv.reader(lines, strict=True)
     place: Callable[[], str] = lambda: f"{path}:{reader.line_num}"  # noqa: E731
     try:
@@ -102,7 +107,10 @@ def _read(path: Path, lines: Iterator[str], zone: ZoneInfo | None) -> dict[str, 
                 f"{path}:1: found columns {', '.join(names)[:200] or '(none)'}; needs, separated by commas, "
                 "time and watts or kwh, each once"
             )
+        if outlet is not None and "outlet" not in names:
+            raise InputError(f"{path}:1: has no column outlet")
         columns = {n: _Column() for n in wanted}
+        only = outlet
         latest_ns: int | None = None
         for row in reader:
             if not row:
@@ -110,6 +118,12 @@ def _read(path: Path, lines: Iterator[str], zone: ZoneInfo | None) -> dict[str, 
             if len(row) != len(names):
                 raise InputError(f"{place()}: has {len(row)} cells, the header {len(names)}")
             cells = dict(zip(names, row, strict=True))
+            of = cells.get("outlet", "").strip()
+            if outlet is None and only not in (None, of):
+                raise InputError(f"{place()}: outlet {of[:40]} after {only}: say which outlet is the node's")
+            only = of if outlet is None else outlet
+            if only != of:
+                continue
             t_ns = _time_ns(place(), cells["time"].strip(), zone)
             if latest_ns is not None and t_ns <= latest_ns:
                 raise InputError(
