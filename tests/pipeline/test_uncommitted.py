@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.histories import histories
 from support.ledgers import GPU, chain, read
@@ -49,6 +49,7 @@ def test_nothing_written_is_nothing_read(output):
     assert list(output.list()) == []
 
 
+@settings(max_examples=30, deadline=None)  # each writes files
 @given(histories(), st.integers(1, 3))
 def test_segments_and_power_come_back_whoever_wrote_them(tmp_path_factory, history, drivers):
     store = open_store(str(tmp_path_factory.mktemp("job") / "out"))

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from support.report_outputs import GPUS, measured_output, unmeasured_output
@@ -79,6 +79,7 @@ def chains(draw):
     return segments, gpus
 
 
+@settings(deadline=None)
 @given(chains())
 def test_each_hour_of_a_gpu_counts_once_for_the_first_thing_done_in_it(case):
     segments, gpus = case
