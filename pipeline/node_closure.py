@@ -314,43 +314,42 @@ def _close(boot: _Boot, meter: str, rows: pa.Table) -> _Verdict:
     busy_ns = sum(b - a for a, b in boot.busy)
     coverage = covered_ns / busy_ns if busy_ns else 0.0
     node, devices = _sum(parts, "node"), _sum(parts, "device")
-    covered = (
-        f"{coverage:.1%} of the time its workers were there, stretches: {len({p.stretch for p in parts})}"
-    )
     if uncounted:
         note = f"no counter for {_listed(uncounted)}"
     elif not parts:
         note = reasons[0] if reasons else _silence(rows, bool(on_devices))
-    elif coverage < MIN_COVERAGE_SHARE:
-        note = f"known for {covered} only" + (f": {_silence(rows, True)}" if on_devices else "")
     elif rest is None:
-        note = f"the rest of the node is not declared; devices {devices[0]} mJ; known for {covered}"
+        note = f"the rest of the node is not declared; its devices used {devices[0]} mJ"
     else:
-        return _judged(boot, meter, parts, covered, covered_ns)
+        silence = _silence(rows, bool(on_devices)) if coverage < MIN_COVERAGE_SHARE else ""
+        return _Verdict(_judged(scope, parts, coverage, silence), parts, covered_ns)
     return _Verdict(_unknown(scope, note, node[0] if parts else None), parts, covered_ns)
 
 
-def _judged(boot: _Boot, meter: str, parts: list[NodePart], covered: str, covered_ns: int) -> _Verdict:
+def _judged(scope: str, parts: Sequence[NodePart], coverage: float, silence: str) -> ClosureRow:
+    """The row of a node all of whose parts are known for `coverage` of its time; `silence` says why not for more."""
     node, devices, declared = (_sum(parts, part) for part in ("node", "device", "rest"))
     tolerance_mj = node[1] + devices[1] + declared[1]
     found_mj = devices[0] + declared[0]
-    enough = tolerance_mj <= MAX_TOLERANCE_SHARE * node[0]
     kinds = sorted({p.name.partition(":")[0] for p in parts if p.part == "device"})
-    shares = (node[1] / node[0], declared[1] / node[0], devices[1] / node[0]) if node[0] else (0.0,) * 3
+    shares = [bound / node[0] if node[0] else 0.0 for bound in (node[1], declared[1], devices[1])]
     note = (
         f"{', '.join(kinds)} counters and declared rest ({declared[0]} mJ) against "
-        f"{', '.join(sorted({p.source for p in parts if p.part == 'node'}))}; known for {covered}; error bounds: "
+        f"{', '.join(sorted({p.source for p in parts if p.part == 'node'}))}; known for {coverage:.1%} of the time its "
+        f"workers were there, stretches: {len({p.stretch for p in parts})}; error bounds: "
         f"meter {shares[0]:.1%}, rest {shares[1]:.1%}, counters {shares[2]:.1%}"
     )
-    if not enough:
-        note = f"the error bounds are wider than {MAX_TOLERANCE_SHARE:.0%}: nothing is shown; {note}"
-    passed = abs(found_mj - node[0]) <= tolerance_mj if enough else None
-    row = ClosureRow(
-        *("C3", scope_of(boot.host, boot.boot_id, meter), node[0], found_mj),
-        *(tolerance_mj / node[0] if node[0] else None, passed, note),
+    passed = abs(found_mj - node[0]) <= tolerance_mj
+    obstacles = []
+    if coverage < MIN_COVERAGE_SHARE:
+        obstacles.append(f"known for too little of the time: {silence}")
+    if tolerance_mj > MAX_TOLERANCE_SHARE * node[0]:
+        obstacles.append(f"the error bounds are wider than {MAX_TOLERANCE_SHARE:.0%}")
+    return ClosureRow(
+        *("C3", scope, node[0], found_mj, tolerance_mj / node[0] if node[0] else None),
+        *(None if obstacles else passed, "; ".join([*obstacles, note])),
         tolerance_mj=tolerance_mj,
     )
-    return _Verdict(row, parts, covered_ns)
 
 
 def _snapped(boot: _Boot, window: Interval) -> Interval:
@@ -446,13 +445,13 @@ def _sum(parts: Sequence[NodePart], part: str) -> tuple[int, int]:
 
 
 def _silence(rows: pa.Table, devices_known: bool) -> str:
-    """Why there is nothing to compare: the meter's own words, if it had any."""
+    """Why there is nothing, or little, to compare: the meter's own words, if it had any."""
     if not devices_known:
         return "the node's counters were never all known at once"
     said = rows.filter(pc.is_valid(rows["note"])).sort_by("t_wall_ns")
     if said.num_rows:
         return f"the meter could not be read: {said['note'][said.num_rows - 1].as_py()}"
-    return "the meter was not read while workers were there"
+    return "the meter, or a counter, was not read while workers were there"
 
 
 def _listed(names: Sequence[str]) -> str:

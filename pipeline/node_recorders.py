@@ -257,12 +257,17 @@ class NodeRecorders:
             log.warning("node %s: %s; its energy is missing", host, reason)
 
 
-def nodes_with(cpus: float, gpus: float, most: int) -> list[NodePlace]:
-    """The nodes that can hold a worker of this size; none where there are more than `most`, the workers there may be."""
+def nodes_with(resources: Mapping[str, float], most: int) -> list[NodePlace]:
+    """The nodes that can hold a worker; none where there are more of them than workers.
+
+    Args:
+        resources: what a worker asks for, by Ray's names.
+        most: workers there may be.
+    """
     found = [
         NodePlace(n["NodeID"], n["NodeManagerHostname"])
         for n in ray.nodes()
-        if n["Alive"] and n["Resources"].get("CPU", 0) >= cpus and n["Resources"].get("GPU", 0) >= gpus
+        if n["Alive"] and all(n["Resources"].get(name, 0) >= amount for name, amount in resources.items())
     ]
     return found if len(found) <= most else []
 

@@ -136,9 +136,8 @@ class JobRun:
         options = self.pool.options
         if node_meters := self._node_recorders.configs:
             log.info("node meters: %s", ", ".join(dict.fromkeys(c.meter for c in node_meters)))
-            self._node_recorders.start(
-                nodes_with(options.cpus_per_worker, options.gpus_per_worker, options.max_workers)
-            )
+            asked = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker, **options.resources}
+            self._node_recorders.start(nodes_with(asked, options.max_workers))
         try:
             self.pool.run()
         except _StopNow:

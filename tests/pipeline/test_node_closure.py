@@ -127,9 +127,9 @@ def test_a_residual_within_the_bounds_passes_and_just_outside_fails():
         (power(550, AROUND, rest=DeclaredRest(150_000, 60_000)), "wider than 10%"),
         (power(550, AROUND, domains=("cpu:0", "gpu:GPU-1", "gpu:GPU-2")), "no counter for gpu:GPU-2"),
         (power(550, range(-10, 301, 10)), "known for 50.0%"),
-        (power(550, [0, 300, 620]), "the meter was not read while workers were there"),
+        (power(550, [0, 300, 620]), "was not read while workers were there"),
         ([NODE.row(NodeFailure(0, "HTTP 401"))], "the meter could not be read: HTTP 401"),
-        (power(550, [-100, -50]), "the meter was not read while workers were there"),
+        (power(550, [-100, -50]), "was not read while workers were there"),
     ],
 )
 def test_what_cannot_be_told_is_null_with_the_reason(rows, note):
@@ -165,6 +165,14 @@ def test_a_counter_that_ends_early_leaves_the_check_open():
     (row,) = c3(power(550, AROUND), (blind, commits))
     assert row.passed is None
     assert "known for 5" in row.note
+
+
+def test_a_meter_that_died_leaves_the_check_open_and_the_residual_of_what_it_saw():
+    dead = NODE.row(NodeFailure(305 * SECOND, "HTTP 500"))
+    (row,) = c3([*power(560, range(-10, 301, 10)), dead])
+    assert row.passed is None
+    assert (row.expected_mj, row.residual_mj) == (560 * 300_000, -10 * 300_000)
+    assert row.note.startswith("known for too little of the time: the meter could not be read: HTTP 500")
 
 
 def test_a_meter_that_died_and_came_back_counts_what_it_saw():

@@ -6,6 +6,7 @@ what is left of that session is killed at the end.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -151,10 +152,11 @@ class RayCluster:
     def dashboard(self) -> str:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
-    def add_node(self, cpus: int) -> RayNode:
+    def add_node(self, cpus: int, **resources: float) -> RayNode:
         arguments = [
             f"--address={self.address}",
             f"--num-cpus={cpus}",
+            f"--resources={json.dumps(resources)}",
             "--object-store-memory=80000000",
             f"--dashboard-agent-listen-port={free_port()}",
         ]
