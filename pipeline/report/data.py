@@ -39,6 +39,7 @@ from millijoule.pipeline.report.energy import (
 from millijoule.pipeline.report.flags import Flag, flags_of
 from millijoule.pipeline.report.gallery import Sample, read_samples
 from millijoule.pipeline.report.gpu_time import GpuPrices, GpuTime, gpu_flags, measure_gpu_time
+from millijoule.pipeline.report.node_meters import NodeMeterRow, node_meter_rows
 from millijoule.pipeline.report.tables import labels, read_energy_table
 from millijoule.pipeline.report.timeline import Timeline, build_timeline, read_work
 from millijoule.workers.errors import InputError, NotFoundError
@@ -113,6 +114,8 @@ class JobReport:
     timeline: Timeline | None
     software: tuple[dict[str, str], ...]  # one per set of versions its workers had
     closure: Closure
+    node_meters: tuple[NodeMeterRow, ...]  # failed ones first; empty: no node's own meter was read
+    node_meters_not_shown: int
     flags: tuple[Flag, ...]
     errors: dict[str, int]
     warnings: dict[str, int]
@@ -156,7 +159,9 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
     env = read_energy_table(store, "env", job.fingerprint)
     places = place_workers(work, attempts, env)
     timeline = build_timeline(work, places, attempts, counters, power)
-    closure = _closure(read_energy_table(store, "closure", job.fingerprint))
+    closure_table = read_energy_table(store, "closure", job.fingerprint)
+    closure = _closure(closure_table)
+    node_meters = node_meter_rows(closure_table, read_energy_table(store, "node_energy", job.fingerprint))
     models = gpu_models(env)
     devices = device_rows(work, places, attempts, models)
     gpu_time = measure_gpu_time(work, places, env, models, stats["images_ok"], gpu_prices)
@@ -199,6 +204,8 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         timeline=timeline,
         software=_software(env),
         closure=closure,
+        node_meters=tuple(node_meters[:MAX_DEVICE_ROWS]),
+        node_meters_not_shown=max(0, len(node_meters) - MAX_DEVICE_ROWS),
         flags=flags_of(
             stats,
             closure.rows is not None,

@@ -50,6 +50,8 @@ def job_section(number: int, job: JobReport, charts: Sequence[Chart]) -> str:
             _models_table(job),
             "<h3>Speed and stragglers</h3>",
             _speed(job),
+            "<h3>Node meters beside devices</h3>",
+            _node_meters(job),
             "<h3>Closure: does the energy add up?</h3>",
             _closure(number, job),
             _messages(job),
@@ -340,6 +342,35 @@ def _speed(job: JobReport) -> str:
     return "".join(f"<p>{escape(line)}</p>" for line in lines) + table(heads, rows, numbers=(0, 4, 5, 6))
 
 
+def _node_meters(job: JobReport) -> str:
+    if not job.node_meters:
+        return '<p class="soft">No node\'s own meter was read.</p>'
+    rows = [
+        Row.of(
+            r.scope,
+            words.seconds(r.seconds),
+            words.energy(r.node_mj, "-"),
+            words.energy(r.devices_mj, "-"),
+            words.energy(r.rest_mj, "-"),
+            _residual(r.residual_mj, r.residual_share, None),
+            _residual(None, r.tolerance_share, None),
+            words.VERDICTS[r.passed],
+            r.note,
+        )
+        for r in job.node_meters
+    ]
+    heads = (
+        *("node and meter", "both known for", "the node's meter", "its devices", "declared rest"),
+        *("residual", "tolerance", "result", "note"),
+    )
+    more = f'<p class="soft">{job.node_meters_not_shown} more.</p>' if job.node_meters_not_shown else ""
+    return (
+        "<p>Residual: devices and declared rest minus the node's meter. It is stated, never spread.</p>"
+        + table(heads, rows, numbers=range(1, 7))
+        + more
+    )
+
+
 def _closure(number: int, job: JobReport) -> str:
     closure = job.closure
     if closure.rows is None:
@@ -353,7 +384,7 @@ def _closure(number: int, job: JobReport) -> str:
             words.energy(r["found_mj"], "-"),
             _residual(r["residual_mj"], r["residual_share"], r["residual_ns"]),
             _residual(None, r["tolerance_share"], r["tolerance_ns"]),
-            {True: "passed", False: "FAILED", None: "not applicable"}[r["passed"]],
+            words.VERDICTS[r["passed"]],
             r["note"],
         )
         for r in closure.rows

@@ -59,6 +59,9 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
             ),
             *("residual_ns", "tolerance_ns", "passed", "note"),
         ),
+        "node_energy": (
+            *("host", "boot_id", "meter", "t_open_mono_ns", "t_close_mono_ns", "part", "energy_mj"),
+        ),
     }.items()
 }
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from millijoule.pipeline import evidence
 from millijoule.pipeline.report import words
 from millijoule.pipeline.report.data import JobReport, Report
 
@@ -31,10 +32,14 @@ def _print_job(job: JobReport, console: Console) -> None:
     made = f"{job.images_ok:,} images, {words.rate(job.speed.images_per_second)}"
     if job.images_quarantined:
         made += f", {job.images_quarantined:,} quarantined"
-    console.print(_plain(f"{made}; evidence class: {job.evidence_class}"))
+    meaning = evidence.MEANINGS.get(job.evidence_class)
+    why = f" ({meaning})" if meaning else ""
+    console.print(_plain(f"{made}; evidence class: {job.evidence_class}{why}"))
     console.print(_figures(job))
     console.print(_classes(job))
     console.print(_devices(job))
+    if job.node_meters:
+        console.print(_node_meters(job))
     for flag in job.flags:
         console.print(_plain(f"{flag.level}: {flag.name}: {flag.text}", _LEVEL_STYLES.get(flag.level, "")))
     for text, n in [*job.errors.items(), *job.warnings.items()][:MAX_ROWS]:
@@ -102,6 +107,24 @@ def _devices(job: JobReport) -> Table:
             words.energy(row.direct_estimate_mj_per_image, "-"),
         )
     left = len(job.devices) + job.devices_not_shown - MAX_ROWS
+    if left > 0:
+        table.add_row(f"... {left} more")
+    return table
+
+
+def _node_meters(job: JobReport) -> Table:
+    table = _table("node and meter", "its meter", "devices", "rest", "residual", "tolerance", "C3", numbers=6)
+    for row in job.node_meters[:MAX_ROWS]:
+        table.add_row(
+            _plain(row.scope),
+            *(words.energy(mj, "-") for mj in (row.node_mj, row.devices_mj, row.rest_mj)),
+            words.signed_share(row.residual_share),
+            words.share(row.tolerance_share),
+            words.VERDICTS[row.passed],
+        )
+        if row.passed is None:
+            table.add_row(_plain(f"  {row.note}", "dim"))
+    left = len(job.node_meters) + job.node_meters_not_shown - MAX_ROWS
     if left > 0:
         table.add_row(f"... {left} more")
     return table

@@ -13,6 +13,9 @@ NOT_MEASURED = "not measured"
 NOT_GIVEN = "not given"
 NOT_KNOWN = "not known"
 
+#: What became of a closure check.
+VERDICTS = {True: "passed", False: "FAILED", None: "not applicable"}
+
 #: What each closure check compares.
 CHECKS = {
     "C1": "segments and gaps = the counter's growth",
@@ -66,6 +69,11 @@ def share(part: float | None, missing: str = "-") -> str:
     if part is None:
         return missing
     return "< 0.1 %" if 0 < part < 0.001 else f"{100 * part:.1f} %"
+
+
+def signed_share(part: float | None, missing: str = "-") -> str:
+    """A difference as per cent, with its sign."""
+    return missing if part is None else f"{100 * part:+.1f} %"
 
 
 def seconds(value: float | None, missing: str = "-") -> str:

@@ -16,6 +16,7 @@ from millijoule.pipeline.report.charts import CLASS_COLOURS, LABEL_CHARS, _uniqu
 from millijoule.pipeline.report.data import Report, collect_report
 from millijoule.pipeline.report.energy import GROUPS, Rates
 from millijoule.pipeline.report.flags import Flag
+from millijoule.pipeline.report.node_meters import NodeMeterRow
 from millijoule.pipeline.report.page import render_page
 from millijoule.pipeline.report.terminal import print_report
 from millijoule.workers.schemas import SEGMENT_CLASSES
@@ -72,6 +73,7 @@ def hostile(report):
                 timeline=timeline,
                 speed=slow,
                 closure=replace(job.closure, rows=closure),
+                node_meters=(NodeMeterRow(evil, 1.0, 1, 1, 1, 1, 0.1, 0.1, None, evil),),
                 errors={evil: 1},
                 warnings={evil: 2},
                 software=({"torch_version": evil},),
