@@ -21,8 +21,8 @@ Format = Literal["table", "csv", "json", "parquet"]
 class QueryOptions:
     """Ask the energy tables of finished or running jobs: a question by name (--list shows them), or SQL for DuckDB.
 
-    The tables counter, power, segment, attempt, image, env and closure hold the rows of all outputs given, told apart
-    by run_id (the job), date (UTC) and output. Needs the extra `report`.
+    The tables counter, power, segment, attempt, image, env, node_reading, node_energy and closure hold the rows of all
+    outputs given, told apart by run_id (the job), date (UTC) and output. Needs the extra `report`.
     """
 
     query: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|SQL")] = ""
