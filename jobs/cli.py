@@ -21,7 +21,7 @@ COMMANDS = {
     "train": "train the generator, a control, the diffusion baseline or the verifier",
     "evaluate": "score a model's images: what prompts say, Frechet distance, precision and recall",
     "convert": "turn a published Un-0 checkpoint into a file that --model takes",
-    "bench": "measure this program: pipeline, energy tables, cost of telemetry",
+    "bench": "measure this program: pipeline, energy tables, cost of telemetry, report",
 }
 
 

@@ -62,17 +62,20 @@ def read_commits(store: Store, n_shards: int, *, use_compacted: bool = True) -> 
     With `use_compacted` False each body is read from the commit object itself (what an auditor wants).
     """
     done = list_committed(store, n_shards)
-    compacted = _read_compacted(store) if use_compacted else {}
+    compacted = _Compacted(store, n_shards) if use_compacted else None
     wanted = np.flatnonzero(done).tolist()
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for start in range(0, len(wanted), 1024):
             block = wanted[start : start + 1024]
-            missing = [s for s in block if s not in compacted]
+            missing = [s for s in block if compacted is None or s not in compacted]
             fetched = dict(
                 zip(missing, threads.map(lambda s: store.get(commit_key(s)), missing), strict=True)
             )
             for shard_id in block:
-                body = fetched[shard_id] if shard_id in fetched else compacted.pop(shard_id)
+                body = fetched.get(shard_id)
+                if body is None:
+                    assert compacted is not None
+                    body = compacted.pop(shard_id)
                 yield parse_commit(store, shard_id, body)
 
 
@@ -104,10 +107,34 @@ class CommitCompactor:
         self._bodies.clear()
 
 
-def _read_compacted(store: Store) -> dict[int, bytes]:
-    bodies: dict[int, bytes] = {}
-    for item in store.list(COMPACTED_PREFIX):
-        if item.key.endswith(".parquet"):
-            table = pq.read_table(pa.BufferReader(store.get(item.key)), schema=_COMPACTED_SCHEMA)
-            bodies.update(zip(table["shard_id"].to_pylist(), table["commit"].to_pylist(), strict=True))
-    return bodies
+class _Compacted:
+    """Bodies from compacted parts; asked about in order of shards, each once, it holds few parts at a time."""
+
+    def __init__(self, store: Store, n_shards: int) -> None:
+        self.store = store
+        self._keys = sorted(i.key for i in store.list(COMPACTED_PREFIX) if i.key.endswith(".parquet"))
+        self._part = np.full(n_shards, -1, np.int32)  # of each shard; -1: in none
+        self._row = np.zeros(n_shards, np.int32)
+        for number, key in enumerate(self._keys):
+            with store.open_input(key) as source:
+                shard_ids = pq.ParquetFile(source).read(columns=["shard_id"])["shard_id"].to_numpy()
+            rows = np.flatnonzero((shard_ids >= 0) & (shard_ids < n_shards))
+            self._part[shard_ids[rows]] = number
+            self._row[shard_ids[rows]] = rows
+        self._left = np.bincount(self._part[self._part >= 0], minlength=len(self._keys))
+        self._bodies: dict[int, pa.ChunkedArray] = {}
+
+    def __contains__(self, shard_id: int) -> bool:
+        return bool(self._part[shard_id] >= 0)
+
+    def pop(self, shard_id: int) -> bytes:
+        """The body of a shard that is in a part; raises StoreError."""
+        number = int(self._part[shard_id])
+        if number not in self._bodies:
+            with self.store.open_input(self._keys[number]) as source:
+                self._bodies[number] = pq.ParquetFile(source).read(columns=["commit"])["commit"]
+        body: bytes = self._bodies[number][int(self._row[shard_id])].as_py()
+        self._left[number] -= 1
+        if not self._left[number]:
+            del self._bodies[number]
+        return body

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from millijoule.pipeline.apportionment import image_energy, sum_or_none
 from millijoule.pipeline.closure import ClosureRow, ImageTotals, PowerSeries, close_ledger, evidence_class
-from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS, ROW_GROUP_ROWS, table_of
+from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS, table_of
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.ledger import Ledger, LedgerEntry
 from millijoule.pipeline.node_closure import NodeBooks, close_nodes
@@ -46,6 +47,15 @@ DayBlock = tuple[int, pa.Table]
 _Row = tuple[int, tuple]  # its time (ns since 1970), its values
 
 
+_ROW_COLUMNS = ["prompt_id", "image_index", "status", "sha256"]
+
+#: Rows that wait as tuples to become a table: these take ten times the memory of its columns.
+BLOCK_ROWS = 8_192
+
+#: The image table is made of blocks of at least so many rows: shards can be as small as one image.
+_IMAGE_BLOCK_ROWS = 4_096
+
+
 @dataclass(frozen=True)
 class RowReader:
     """Reads what the image table needs of a commit's row table."""
@@ -54,7 +64,7 @@ class RowReader:
 
     def __call__(self, commit: Commit) -> pa.Table:
         with self.store.open_input(commit.rows_path) as source:
-            return pq.ParquetFile(source).read(columns=["prompt_id", "image_index", "status", "sha256"])
+            return pq.ParquetFile(source).read(columns=_ROW_COLUMNS, use_threads=False)
 
 
 class EnergyRows:
@@ -161,31 +171,40 @@ class EnergyRows:
         def load(shard: Commit) -> tuple[Commit, pa.Table]:
             return shard, self._read_rows(shard)
 
-        with ThreadPoolExecutor(_READ_THREADS) as threads:
-            for start in range(0, len(shards), 4 * _READ_THREADS):
-                for commit, rows in threads.map(load, shards[start : start + 4 * _READ_THREADS]):
-                    rows = rows.filter(pc.equal(rows["status"], "ok"))
-                    n = rows.num_rows
-                    direct = image_energy(self.ledger.shard_energy_mj(commit.shard_id, commit.attempt_id), n)
-                    full = [
-                        None
-                        if mj is None or overhead is None
-                        else mj + overhead[0] + (begin + i < overhead[1])
-                        for i, mj in enumerate(direct)
-                    ]
-                    begin += n
-                    self._images.add(commit.shard_id, commit.attempt_id, direct, full)
-                    columns = [
-                        rows["prompt_id"],
-                        rows["image_index"],
-                        pa.array([commit.shard_id] * n, pa.int64()),
-                        pa.array([commit.attempt_id] * n, pa.string()),
-                        rows["sha256"],
-                        pa.array(direct, pa.int64()),
-                        pa.array(full, pa.int64()),
-                        pa.array(image_energy(commit.energy_estimate_mj, n), pa.int64()),
-                    ]
-                    yield commit.t_end_wall_ns // DAY_NS, pa.table(columns, schema=ENERGY_SCHEMAS["image"])
+        def images() -> Iterator[tuple[int, _Images]]:
+            nonlocal begin
+            with ThreadPoolExecutor(_READ_THREADS) as threads:
+                for start in range(0, len(shards), 4 * _READ_THREADS):
+                    for commit, rows in threads.map(load, shards[start : start + 4 * _READ_THREADS]):
+                        made = rows.select(_ROW_COLUMNS)
+                        if commit.images_quarantined or set(made["status"].to_pylist()) != {"ok"}:
+                            made = made.filter(pc.equal(made["status"], "ok"))
+                        n = made.num_rows
+                        direct = image_energy(
+                            self.ledger.shard_energy_mj(commit.shard_id, commit.attempt_id), n
+                        )
+                        full = [
+                            None
+                            if mj is None or overhead is None
+                            else mj + overhead[0] + (begin + i < overhead[1])
+                            for i, mj in enumerate(direct)
+                        ]
+                        begin += n
+                        self._images.add(commit.shard_id, commit.attempt_id, direct, full)
+                        estimate = image_energy(commit.energy_estimate_mj, n)
+                        day = commit.t_end_wall_ns // DAY_NS
+                        yield day, _Images(commit.shard_id, commit.attempt_id, made, direct, full, estimate)
+
+        held: dict[int, list[_Images]] = defaultdict(list)
+        counts: dict[int, int] = defaultdict(int)
+        for day, part in images():
+            held[day].append(part)
+            counts[day] += part.rows.num_rows
+            if counts[day] >= _IMAGE_BLOCK_ROWS:
+                yield day, _image_table(held.pop(day))
+                del counts[day]
+        for day in sorted(held):
+            yield day, _image_table(held[day])
 
     def _overhead_shares(self, n_images: int) -> tuple[int, int] | None:
         """Each image's share of all that no image used directly, and how many of the first get 1 mJ more."""
@@ -267,6 +286,32 @@ def node_energy_rows(nodes: NodeBooks) -> Iterator[_Row]:
         yield part.stretch[0] + part.wall_minus_mono_ns, part.as_tuple()
 
 
+class _Images(NamedTuple):
+    """The images of a shard: their rows, and energies in the same order."""
+
+    shard_id: int
+    attempt_id: str
+    rows: pa.Table
+    direct: list[int | None]
+    full: list[int | None]
+    estimate: list[int | None]
+
+
+def _image_table(parts: list[_Images]) -> pa.Table:
+    rows = pa.concat_tables(p.rows for p in parts).combine_chunks()
+    columns = [
+        rows["prompt_id"],
+        rows["image_index"],
+        pa.array([p.shard_id for p in parts for _ in p.direct], pa.int64()),
+        pa.array([p.attempt_id for p in parts for _ in p.direct], pa.string()),
+        rows["sha256"],
+        pa.array([mj for p in parts for mj in p.direct], pa.int64()),
+        pa.array([mj for p in parts for mj in p.full], pa.int64()),
+        pa.array([mj for p in parts for mj in p.estimate], pa.int64()),
+    ]
+    return pa.table(columns, schema=ENERGY_SCHEMAS["image"])
+
+
 def counter_rows(entries: Iterable[LedgerEntry]) -> Iterator[_Row]:
     """The reads of `entries`, each once: a worker's close read opens its next segment."""
     latest: dict[str, tuple[str, int]] = {}  # entries are in order of time: a repeated read follows at once
@@ -297,12 +342,12 @@ def committed_attempt(c: Commit, energy_mj: int | None) -> tuple:
 
 
 def blocks(name: str, rows: Iterable[_Row]) -> Iterator[DayBlock]:
-    """`rows` as tables of one day and at most a row group each."""
+    """`rows` as tables of one day and at most `BLOCK_ROWS` each."""
     held: dict[int, list[tuple]] = defaultdict(list)
     for t_wall_ns, row in rows:
         day = t_wall_ns // DAY_NS
         held[day].append(row)
-        if len(held[day]) == ROW_GROUP_ROWS:
+        if len(held[day]) == BLOCK_ROWS:
             yield day, table_of(name, held.pop(day))
     for day in sorted(held):
         yield day, table_of(name, held[day])

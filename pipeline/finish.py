@@ -10,13 +10,16 @@ import io
 import json
 import logging
 import tempfile
+import threading
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -33,10 +36,12 @@ from millijoule.pipeline.layout import (
     SUCCESS_KEY,
 )
 from millijoule.pipeline.ledger import Ledger, build_ledger
+from millijoule.pipeline.packed_segments import PackedSegments
 from millijoule.pipeline.retry import JobShards
 from millijoule.pipeline.uncommitted import Uncommitted, read_uncommitted
 from millijoule.workers.contact_sheet import draw_contact_sheet
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, StoreError
+from millijoule.workers.lease import commit_key
 from millijoule.workers.readers import read_images
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
 from millijoule.workers.storage import Store
@@ -57,6 +62,10 @@ MANIFEST_SCHEMA = pa.schema(
 
 #: How many kinds of error `stats.json` lists.
 MAX_ERROR_KINDS = 50
+
+#: Rows that are given their energy at a time: several small shards, each of which costs as much as many rows, but few
+#: of their tables, which take 15 kB each however short they are.
+MANIFEST_BLOCK_ROWS = 512
 
 #: How many images `preview.png` shows.
 PREVIEW_IMAGES = 32
@@ -105,9 +114,9 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
         path = Path(scratch, "manifest.parquet")
         with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
             for table in merged(manifest_tables(store, shards, ledger, totals)):
-                writer.write_table(table)
+                writer.write_table(table, row_group_size=max(1, table.num_rows))
         store.put_file(MANIFEST_KEY, path)
-    energy = _write_energy(store, job, n_shards, ledger, uncommitted)
+        energy = _write_energy(store, job, n_shards, ledger, uncommitted, ManifestRows(path))
     write_preview(store, shards)
     stats = summarise(job, totals, ledger, energy)
     _put_stats(store, stats)
@@ -134,10 +143,15 @@ def close_again(store: Store, job: JobSpec, shards: JobShards) -> EnergyResult:
 
 
 def _write_energy(
-    store: Store, job: JobSpec, n_shards: int, ledger: Ledger, uncommitted: Uncommitted
+    store: Store,
+    job: JobSpec,
+    n_shards: int,
+    ledger: Ledger,
+    uncommitted: Uncommitted,
+    read_rows: Callable[[Commit], pa.Table] | None = None,
 ) -> EnergyResult:
     energy = write_energy_tables(
-        store, job, ledger, lambda: read_commits(store, n_shards), uncommitted=uncommitted
+        store, job, ledger, lambda: read_commits(store, n_shards), read_rows, uncommitted=uncommitted
     )
     for row in energy.closure:
         if row.passed is False:
@@ -160,18 +174,26 @@ def _verdicts(energy: EnergyResult) -> dict[str, Any]:
 def manifest_tables(
     store: Store, shards: JobShards, ledger: Ledger, totals: Totals | None = None
 ) -> Iterator[pa.Table]:
-    """The manifest shard by shard, in shard order: rows `IMAGE_ROW_SCHEMA` plus energy, as `MANIFEST_SCHEMA`."""
+    """The manifest in shard order, some shards at a time: `IMAGE_ROW_SCHEMA` plus energy, as `MANIFEST_SCHEMA`."""
 
     def load(commit: Commit) -> tuple[Commit, pa.Table]:
         return commit, read_rows(store, commit)
 
+    held: list[tuple[Commit, pa.Table]] = []
+    held_rows = 0
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for block in _blocks(read_commits(store, len(shards)), 4 * READ_THREADS):
             for commit, rows in threads.map(load, block):
                 rows = shards.keep_last_round(commit.shard_id, rows)
                 if totals is not None:
                     totals.add(commit, rows)
-                yield _with_energy(commit, rows, ledger)
+                held.append((commit, rows))
+                held_rows += rows.num_rows
+                if held_rows >= MANIFEST_BLOCK_ROWS:
+                    yield _with_energy(held, ledger)
+                    held, held_rows = [], 0
+    if held:
+        yield _with_energy(held, ledger)
 
 
 def write_preview(store: Store, shards: JobShards) -> None:
@@ -193,28 +215,35 @@ def write_preview(store: Store, shards: JobShards) -> None:
 def read_rows(store: Store, commit: Commit) -> pa.Table:
     """The row table of a committed shard, `IMAGE_ROW_SCHEMA`."""
     with store.open_input(commit.rows_path) as source:
-        rows = pq.ParquetFile(source).read(columns=IMAGE_ROW_SCHEMA.names)
+        # one thread: tables are small, and several of them are read at the same time
+        rows = pq.ParquetFile(source).read(columns=IMAGE_ROW_SCHEMA.names, use_threads=False)
     return rows.select(IMAGE_ROW_SCHEMA.names).cast(IMAGE_ROW_SCHEMA)
 
 
 def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]:
     """Concatenate small tables into ones of about `rows` rows, the row groups of the manifest."""
     held: list[pa.Table] = []
+    held_rows = 0
     for table in tables:
         held.append(table)
-        if sum(t.num_rows for t in held) >= rows:
+        held_rows += table.num_rows
+        if held_rows >= rows:
             yield pa.concat_tables(held)
-            held = []
+            held, held_rows = [], 0
     if held:
         yield pa.concat_tables(held)
 
 
 def load_ledger(store: Store, n_shards: int, uncommitted: Uncommitted | None = None) -> Ledger:
     """The energy ledger over every segment that commits and drivers recorded; `uncommitted` where it was read."""
-    segments = [*(uncommitted or read_uncommitted(store)).segments]
+    segments = PackedSegments((uncommitted or read_uncommitted(store)).segments)
     winners: dict[int, str] = {}
     for commit in read_commits(store, n_shards):
-        segments.extend(commit.segments)
+        try:
+            segments.extend(commit.segments)
+        except (OverflowError, TypeError) as error:
+            key = commit_key(commit.shard_id)
+            raise StoreError(f"{store.url}/{key}: a segment has a number that is none: {error}") from error
         winners[commit.shard_id] = commit.attempt_id
     return build_ledger(segments, winners)
 
@@ -256,19 +285,71 @@ def _per_image(total_mj: int | None, images: int) -> float | None:
     return total_mj / images if total_mj is not None and images else None
 
 
-def _with_energy(commit: Commit, rows: pa.Table, ledger: Ledger) -> pa.Table:
-    ok = [s == "ok" for s in rows["status"].to_pylist()]
-    measured = _spread(ledger.shard_energy_mj(commit.shard_id, commit.attempt_id), ok)
-    estimated = _spread(commit.energy_estimate_mj, ok)
-    n = rows.num_rows
+def _with_energy(parts: Sequence[tuple[Commit, pa.Table]], ledger: Ledger) -> pa.Table:
+    shard_ids: list[int] = []
+    attempt_ids: list[str] = []
+    measured: list[int | None] = []
+    estimated: list[int | None] = []
+    for commit, rows in parts:
+        ok = [s == "ok" for s in rows["status"].to_pylist()]
+        shard_ids += [commit.shard_id] * len(ok)
+        attempt_ids += [commit.attempt_id] * len(ok)
+        measured += _spread(ledger.shard_energy_mj(commit.shard_id, commit.attempt_id), ok)
+        estimated += _spread(commit.energy_estimate_mj, ok)
     columns = [
-        *rows.columns,
-        pa.array([commit.shard_id] * n, pa.int64()),
-        pa.array([commit.attempt_id] * n, pa.string()),
+        *pa.concat_tables(rows for _, rows in parts).combine_chunks().columns,
+        pa.array(shard_ids, pa.int64()),
+        pa.array(attempt_ids, pa.string()),
         pa.array(measured, pa.int64()),
         pa.array(estimated, pa.int64()),
     ]
     return pa.table(columns, schema=MANIFEST_SCHEMA)
+
+
+class ManifestRows:
+    """Gives the image table its rows from a manifest just written, so that no row table is opened twice.
+
+    The manifest lacks images that a later round makes anew; those have no energy to be told of.
+
+    Args:
+        path: of the manifest, in shard order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = pq.ParquetFile(path)
+        self._first_shard: list[int] = []  # of each row group that is not empty
+        self._number: list[int] = []
+        for number in range(self._file.num_row_groups):
+            shard_ids = self._file.read_row_group(number, columns=["shard_id"])["shard_id"]
+            if len(shard_ids):
+                self._first_shard.append(shard_ids[0].as_py())
+                self._number.append(number)
+        self._groups: dict[int, tuple[pa.Table, np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, commit: Commit) -> pa.Table:
+        """The rows of a commit; callers ask in about the order of shards."""
+        first = bisect_left(self._first_shard, commit.shard_id)
+        last = bisect_right(self._first_shard, commit.shard_id)
+        parts = []
+        for number in self._number[max(first - 1, 0) : last]:
+            rows, shard_ids = self._group(number)
+            begin, end = np.searchsorted(shard_ids, (commit.shard_id, commit.shard_id + 1))
+            parts.append(rows.slice(begin, end - begin))
+        if not parts:
+            return MANIFEST_SCHEMA.empty_table()
+        return pa.concat_tables(parts)
+
+    def _group(self, number: int) -> tuple[pa.Table, np.ndarray]:
+        with self._lock:
+            if number not in self._groups:
+                rows = self._file.read_row_group(
+                    number, columns=["shard_id", "prompt_id", "image_index", "status", "sha256"]
+                )
+                self._groups[number] = rows, rows["shard_id"].to_numpy()
+                for old in [n for n in self._groups if n < number - 1]:  # few callers are that far behind
+                    del self._groups[old]
+            return self._groups[number]
 
 
 def _spread(total_mj: int | None, ok: list[bool]) -> list[int | None]:

@@ -13,10 +13,12 @@ Nothing here reads a counter or a clock.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, overload
 
 from millijoule.pipeline.apportionment import (
     Claim,
@@ -25,11 +27,15 @@ from millijoule.pipeline.apportionment import (
     split_counter,
     sum_or_none,
 )
+from millijoule.pipeline.packed_segments import PackedSegments, SegmentSelection
 from millijoule.workers.schemas import SEGMENT_CLASSES, CounterRead, Segment
 from millijoule.workers.timeline import segment_estimate_mj
 
+#: Stands for None where shares are kept as numbers; no share is negative.
+_MISSING = -1
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class LedgerEntry:
     """What one segment used.
 
@@ -81,7 +87,7 @@ class LedgerRun:
 class Ledger:
     """All entries in order of time, and what is left over. Built by `build_ledger`."""
 
-    entries: tuple[LedgerEntry, ...]
+    entries: Sequence[LedgerEntry]
     gaps: tuple[LedgerGap, ...]
     runs: tuple[LedgerRun, ...]
     _shards: Mapping[tuple[int | None, str | None], int | None] = field(repr=False, default_factory=dict)
@@ -140,59 +146,117 @@ def build_ledger(segments: Iterable[Segment], winners: Mapping[int, str] | None 
             Without it the recorded classes stand.
     """
     unique = _deduplicate(segments)
-    domains: dict[str, set[str]] = defaultdict(set)
+    found: dict[str, set[str]] = defaultdict(set)
     for s in unique:
-        domains[s.worker_id].update(s.open.energy_mj, s.close.energy_mj)
+        found[s.worker_id].update(s.open.energy_mj, s.close.energy_mj)
+    domains = {worker_id: tuple(sorted(names)) for worker_id, names in found.items()}
 
-    claims: dict[tuple[str, int, str], list[tuple[int, Claim]]] = defaultdict(list)
-    for n, segment in enumerate(unique):
-        for domain in domains[segment.worker_id]:
-            for key, claim in _claims(segment, domain):
-                claims[key].append((n, claim))
-
-    energy_mj: list[dict[str, int | None]] = [{} for _ in unique]
-    lost = [not domains[s.worker_id] for s in unique]
+    entries = _Entries(unique, domains, winners)
     gaps: list[LedgerGap] = []
     runs: list[LedgerRun] = []
-    for key in sorted(claims):
-        split = split_counter([claim for _, claim in claims[key]])
-        gaps.extend(
-            LedgerGap(*key, u.t_open_ns, u.t_close_ns, u.segment_class, u.energy_mj) for u in split.unclaimed
-        )
-        runs.extend(LedgerRun(*key, run) for run in split.runs)
-        for (n, claim), share in zip(claims[key], split.shares, strict=True):
-            energy_mj[n][key[2]] = share
-            if share is None and not (
-                _counter_scale(unique[n].open) == _counter_scale(unique[n].close)
-                and split.covers(claim.t_open_ns, claim.t_close_ns)
-            ):
-                lost[n] = True
+    for scale, numbers in _by_scale(unique):
+        for domain in sorted({d for n in numbers for d in entries.domains_of[n]}):
+            claims = [
+                (n, _claim(unique[n], scale, domain)) for n in numbers if domain in entries.domains_of[n]
+            ]
+            split = split_counter([claim for _, claim in claims])
+            gaps.extend(
+                LedgerGap(*scale, domain, u.t_open_ns, u.t_close_ns, u.segment_class, u.energy_mj)
+                for u in split.unclaimed
+            )
+            runs.extend(LedgerRun(*scale, domain, run) for run in split.runs)
+            for (n, claim), share in zip(claims, split.shares, strict=True):
+                entries.set_share(n, domain, share)
+                if share is None and not (
+                    _on_one_scale(unique[n]) and split.covers(claim.t_open_ns, claim.t_close_ns)
+                ):
+                    entries.lost[n] = True
 
-    entries = tuple(
-        LedgerEntry(s, _class_of(s, winners), dict(sorted(mj.items())), gone)
-        for s, mj, gone in zip(unique, energy_mj, lost, strict=True)
-    )
-    parts: dict[tuple[int | None, str | None], list[int | None]] = defaultdict(list)
+    parts: dict[tuple[int | None, str | None], int | None] = {}
     for entry in entries:
         if entry.segment.segment_class == "shard":
-            parts[entry.segment.shard_id, entry.segment.attempt_id].append(entry.total_mj)
-    return Ledger(entries, tuple(gaps), tuple(runs), {k: sum_or_none(v) for k, v in parts.items()})
+            key = entry.segment.shard_id, entry.segment.attempt_id
+            parts[key] = sum_or_none((parts[key], entry.total_mj)) if key in parts else entry.total_mj
+    return Ledger(entries, tuple(gaps), tuple(runs), parts)
 
 
-def _deduplicate(segments: Iterable[Segment]) -> list[Segment]:
+class _Entries(Sequence[LedgerEntry]):
+    """Entries made when they are looked at: of 100,000 shards their dictionaries would be a hundred megabytes.
+
+    Args:
+        segments: in order of time.
+        domains: that each worker ever measured, in order.
+        winners: as in `build_ledger`.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        domains: Mapping[str, tuple[str, ...]],
+        winners: Mapping[int, str] | None,
+    ) -> None:
+        self.segments = segments
+        self.winners = winners
+        self.domains_of = [domains[s.worker_id] for s in segments]
+        self.lost = bytearray(not names for names in self.domains_of)
+        # place of each segment's first domain in `_shares`
+        self._first = array("q", accumulate(map(len, self.domains_of), initial=0))
+        self._shares = array("q", [_MISSING]) * self._first[-1]
+
+    def set_share(self, number: int, domain: str, energy_mj: int | None) -> None:
+        """What segment `number` used of `domain`."""
+        place = self._first[number] + self.domains_of[number].index(domain)
+        self._shares[place] = _MISSING if energy_mj is None else energy_mj
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Entries) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    @overload
+    def __getitem__(self, number: int) -> LedgerEntry: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[LedgerEntry]: ...
+    def __getitem__(self, number: int | slice) -> LedgerEntry | list[LedgerEntry]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        segment = self.segments[number]
+        shares = self._shares[self._first[number] : self._first[number + 1]]
+        energy_mj = {
+            domain: None if mj == _MISSING else mj
+            for domain, mj in zip(self.domains_of[number], shares, strict=True)
+        }
+        return LedgerEntry(segment, _class_of(segment, self.winners), energy_mj, bool(self.lost[number]))
+
+
+def _deduplicate(segments: Iterable[Segment]) -> Sequence[Segment]:
     """One segment per worker and stretch of time, in order of time.
 
     A stretch that was first part of a shard and then reported again as waste stays with the shard: it is reported
     again only by a worker that could not know that its commit had succeeded.
     """
     preference = {c: i for i, c in enumerate(("shard", *SEGMENT_CLASSES))}
-    best: dict[tuple[str, int, str, int], tuple[tuple[int, int, str], Segment]] = {}
-    for s in segments:
-        key = (s.open.boot_id, s.open.t_mono_ns, s.worker_id, s.close.t_mono_ns)
-        rank = (preference[s.segment_class], -1 if s.shard_id is None else s.shard_id, s.attempt_id or "")
-        if key not in best or rank < best[key][0]:
-            best[key] = (rank, s)
-    return [best[key][1] for key in sorted(best)]
+    packed = segments if isinstance(segments, PackedSegments) else PackedSegments(segments)
+
+    def rank(number: int) -> tuple[int, int, str]:
+        s = packed[number]
+        return preference[s.segment_class], -1 if s.shard_id is None else s.shard_id, s.attempt_id or ""
+
+    chosen = (same[0] if len(same) == 1 else min(same, key=rank) for same in packed.stretches())
+    return SegmentSelection(packed, chosen)
+
+
+def _by_scale(segments: Sequence[Segment]) -> Iterator[tuple[tuple[str, int], array[int]]]:
+    """The numbers of the segments that begin or end on each scale, scales in order."""
+    numbers: dict[tuple[str, int], array[int]] = defaultdict(lambda: array("q"))
+    for n, s in enumerate(segments):
+        for scale in {_counter_scale(s.open), _counter_scale(s.close)}:
+            numbers[scale].append(n)
+    yield from sorted(numbers.items(), key=lambda item: item[0])
 
 
 def _class_of(segment: Segment, winners: Mapping[int, str] | None) -> str:
@@ -207,21 +271,22 @@ def _counter_scale(read: CounterRead) -> tuple[str, int]:
     return read.boot_id, read.epoch
 
 
-def _claims(segment: Segment, domain: str) -> Iterator[tuple[tuple[str, int, str], Claim]]:
-    """The segment's claim on `domain`: one, or a blind one on either side of a reset."""
+def _on_one_scale(segment: Segment) -> bool:
+    return _counter_scale(segment.open) == _counter_scale(segment.close)
+
+
+def _claim(segment: Segment, scale: tuple[str, int], domain: str) -> Claim:
+    """The segment's claim on `domain` on a scale it begins or ends on; blind on either side of a reset."""
     before, after = segment.open, segment.close
-    if _counter_scale(before) == _counter_scale(after):
+    if _on_one_scale(segment):
         readings = (_reading(before, domain), _reading(after, domain))
-        claim = Claim(segment.worker_id, before.t_mono_ns, after.t_mono_ns, *readings)
-        yield (*_counter_scale(before), domain), claim
-        return
-    for read, reading in (
-        (before, (_reading(before, domain), None)),
-        (after, (None, _reading(after, domain))),
-    ):
-        same_clock = before.boot_id == after.boot_id
-        span = (before.t_mono_ns, after.t_mono_ns) if same_clock else (read.t_mono_ns, read.t_mono_ns)
-        yield (*_counter_scale(read), domain), Claim(segment.worker_id, *span, *reading)
+        return Claim(segment.worker_id, before.t_mono_ns, after.t_mono_ns, *readings)
+    opens = _counter_scale(before) == scale
+    read = before if opens else after
+    reading = _reading(read, domain)
+    same_clock = before.boot_id == after.boot_id
+    span = (before.t_mono_ns, after.t_mono_ns) if same_clock else (read.t_mono_ns, read.t_mono_ns)
+    return Claim(segment.worker_id, *span, *((reading, None) if opens else (None, reading)))
 
 
 def _reading(read: CounterRead, domain: str) -> Reading | None:

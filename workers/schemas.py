@@ -7,6 +7,8 @@ integer millijoules, sizes bytes or pixels. A missing measurement is `None`, nev
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -117,7 +119,7 @@ class ImageRow:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CounterRead:
     """One reading of every energy counter a worker can see, at one instant.
 
@@ -135,12 +137,18 @@ class CounterRead:
     estimate_mj: int | None = None
     epoch: int = 0
 
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> CounterRead:
+        """Inverse of `dataclasses.asdict`; names are shared with all others, a ledger holds many reads."""
+        energy_mj = {sys.intern(domain): mj for domain, mj in dict(raw["energy_mj"]).items()}
+        return CounterRead(**{**raw, "boot_id": sys.intern(raw["boot_id"]), "energy_mj": energy_mj})
+
 
 #: What a worker was doing between two reads.
 SEGMENT_CLASSES = ("load", "warmup", "idle", "shard", "loser", "retry", "gap")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """The stretch between two counter reads of one worker. The close read opens the worker's next segment."""
 
@@ -154,7 +162,21 @@ class Segment:
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Segment:
         """Inverse of `dataclasses.asdict`."""
-        return Segment(**{**raw, "open": CounterRead(**raw["open"]), "close": CounterRead(**raw["close"])})
+        return next(segments_from_dicts([raw]))
+
+
+def segments_from_dicts(raws: Iterable[dict[str, Any]]) -> Iterator[Segment]:
+    """Inverse of `dataclasses.asdict` of each; a read that closes one segment and opens the next is one object."""
+    last_raw, last = None, None
+    for raw in raws:
+        opened = last if last is not None and raw["open"] == last_raw else CounterRead.from_dict(raw["open"])
+        last_raw, last = raw["close"], CounterRead.from_dict(raw["close"])
+        names = {
+            name: sys.intern(raw[name])
+            for name in ("worker_id", "segment_class", "attempt_id")
+            if raw.get(name) is not None
+        }
+        yield Segment(**{**raw, **names, "open": opened, "close": last})
 
 
 class PowerSample(NamedTuple):
@@ -226,7 +248,14 @@ class DataFile:
     rows: int
 
 
-@dataclass(frozen=True)
+#: Names that stand in many commits of a job; one object each, however many commits are held.
+_REPEATED = (
+    *("attempt_id", "worker_id", "node_id", "host", "device"),
+    *("plan_fingerprint", "model_sha256", "energy_method"),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """The one object whose exclusive creation makes an attempt the truth for its shard."""
 
@@ -264,7 +293,8 @@ class Commit:
         """Parse a commit object; raises ValueError or TypeError where it is not one."""
         raw = json.loads(data)
         raw["files"] = tuple(DataFile(**f) for f in raw["files"])
-        raw["energy_domains"] = tuple(raw["energy_domains"])
-        raw["segments"] = tuple(Segment.from_dict(s) for s in raw["segments"])
+        raw["energy_domains"] = tuple(map(sys.intern, raw["energy_domains"]))
+        raw["segments"] = tuple(segments_from_dicts(raw["segments"]))
         raw["power"] = tuple(PowerTrace.from_dict(t) for t in raw.get("power", ()))
-        return Commit(**raw)
+        names = {name: sys.intern(raw[name]) for name in _REPEATED}
+        return Commit(**{**raw, **names})

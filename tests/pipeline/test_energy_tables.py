@@ -133,7 +133,7 @@ def test_table_files_say_what_they_are(tmp_path, output):
 
 def test_many_rows_become_several_row_groups_and_parts(tmp_path, output, monkeypatch):
     monkeypatch.setattr("millijoule.pipeline.energy_tables.ROW_GROUP_ROWS", 10)
-    monkeypatch.setattr("millijoule.pipeline.energy_rows.ROW_GROUP_ROWS", 7)
+    monkeypatch.setattr("millijoule.pipeline.energy_rows.BLOCK_ROWS", 7)
     monkeypatch.setattr("millijoule.pipeline.energy_tables.PART_ROW_GROUPS", 2)
     reads = [read(i, 10 * i) for i in range(46)]
     write(output, build_ledger(chain(reads, ["idle"] * 45)))

@@ -1,0 +1,73 @@
+"""What the end of a job reads again it reads once, and little at a time."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from support.ledgers import commit
+
+from millijoule.pipeline.commits import CommitCompactor, read_commits
+from millijoule.pipeline.finish import MANIFEST_SCHEMA, ManifestRows, merged
+from millijoule.workers.lease import commit_key
+from millijoule.workers.storage import open_store
+
+
+def manifest(shard_ids):
+    n = range(len(shard_ids))
+    columns = {
+        "prompt_id": [f"p{i}" for i in n],
+        "image_index": [0] * len(n),
+        "prompt": ["x"] * len(n),
+        "seed": list(n),
+        "status": ["ok"] * len(n),
+        "shard_id": shard_ids,
+        "attempt_id": ["a"] * len(n),
+    }
+    arrays = [
+        pa.array(columns[f.name], f.type) if f.name in columns else pa.nulls(len(n), f.type)
+        for f in MANIFEST_SCHEMA
+    ]
+    return pa.table(arrays, schema=MANIFEST_SCHEMA)
+
+
+def test_each_shard_finds_its_rows_in_the_manifest_wherever_row_groups_end(tmp_path):
+    shard_ids = [0, 0, 1, 1, 1, 1, 1, 3, 4, 4, 7]  # 2, 5 and 6 have none left: a later round makes them anew
+    pq.write_table(manifest(shard_ids), tmp_path / "m.parquet", row_group_size=2)
+    rows = ManifestRows(tmp_path / "m.parquet")
+    for asked in (0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 0):
+        found = rows(commit(asked, "a", 1))["prompt_id"].to_pylist()
+        assert found == [f"p{i}" for i, shard in enumerate(shard_ids) if shard == asked]
+
+
+def test_an_empty_manifest_has_no_rows(tmp_path):
+    with pq.ParquetWriter(tmp_path / "m.parquet", MANIFEST_SCHEMA) as writer:
+        writer.write_table(MANIFEST_SCHEMA.empty_table())
+    assert ManifestRows(tmp_path / "m.parquet")(commit(0, "a", 1)).num_rows == 0
+    with pq.ParquetWriter(tmp_path / "m.parquet", MANIFEST_SCHEMA) as writer:
+        for part in (manifest([]), manifest([4]), manifest([])):
+            writer.write_table(part, row_group_size=max(1, part.num_rows))
+    assert [ManifestRows(tmp_path / "m.parquet")(commit(n, "a", 1)).num_rows for n in (3, 4, 5)] == [0, 1, 0]
+
+
+def test_small_tables_are_merged_into_row_groups_without_looking_at_each_again():
+    parts = [manifest([i]) for i in range(7)]
+    assert [t.num_rows for t in merged(iter(parts), rows=3)] == [3, 3, 1]
+    assert pa.concat_tables(merged(iter(parts), rows=3)) == pa.concat_tables(parts)
+
+
+def test_commits_come_in_order_of_shards_from_parts_in_any_order_and_from_objects(tmp_path):
+    store = open_store(str(tmp_path))
+    bodies = {n: commit(n, f"a{n}", 1).to_json() for n in range(9)}
+    for n, body in bodies.items():
+        store.put(commit_key(n), body)
+    first, second = CommitCompactor(store, 1), CommitCompactor(store, 2)
+    for n in (8, 0, 3):
+        first.add(n, bodies[n])
+    first.flush()
+    for n in (5, 1, 3):  # 3 by both drivers; 2, 4, 6 and 7 by none
+        second.add(n, bodies[n])
+    second.flush()
+    second.add(40, json.dumps({}).encode())  # of a plan that is not ours
+    second.flush()
+    for _ in range(2):
+        assert [c.attempt_id for c in read_commits(store, 9)] == [f"a{n}" for n in range(9)]
