@@ -50,6 +50,9 @@ RESAMPLES = 10_000
 #: tables of a job without it, which say that everything is missing.
 IN_BOTH = ("boundary reads", "commit JSON", "running totals")
 
+#: What the driver does when no image is made any more; `bench finish` has it for many shards.
+AT_THE_END = ("ledger at the end", "tables at the end")
+
 SIDES = {"A": "on", "B": "off"}
 ORDERS = ("ABBA", "BAAB")
 
@@ -197,9 +200,12 @@ def _added(parts: Any) -> dict[str, float]:
 def answers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Costs from the rows of the jobs; a share is what telemetry adds to, or takes off, the job without it."""
 
-    def parts_s(row: dict[str, Any], *, of: Sequence[str] = ("worker", "driver")) -> float:
-        parts = [item for who in of for item in row[f"{who}_parts_cpu_s"].items()]
-        return math.fsum(s for name, s in parts if row["side"] == "A" or name in IN_BOTH)
+    def parts_s(row: dict[str, Any], who: str, at_the_end: bool = False) -> float:
+        return math.fsum(
+            seconds
+            for name, seconds in row[f"{who}_parts_cpu_s"].items()
+            if (name in AT_THE_END) == at_the_end and (row["side"] == "A" or name in IN_BOTH)
+        )
 
     def part_means(who: str, side: str) -> dict[str, float]:
         chosen = [r[f"{who}_parts_cpu_s"] for r in rows if r["side"] == side]
@@ -214,8 +220,11 @@ def answers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "throughput_lost": {"share": loss, **judged(loss, GOAL_SHARE)},
         "worker_cpu_added": _judged_share(rows, lambda r: math.log(r["worker_cpu_s"] / r["images"])),
         "job_cpu_added": _judged_share(rows, lambda r: math.log(r["job_cpu_s"] / r["images"])),
-        "parts_of_worker_cpu": _judged_share(rows, lambda r: parts_s(r, of=["worker"]) / worker_s),
-        "parts_of_job_cpu": _judged_share(rows, lambda r: parts_s(r) / job_s),
+        "parts_of_worker_cpu": _judged_share(rows, lambda r: parts_s(r, "worker") / worker_s),
+        "parts_of_job_cpu_while_it_runs": _judged_share(
+            rows, lambda r: (parts_s(r, "worker") + parts_s(r, "driver")) / job_s
+        ),
+        "parts_cpu_s_at_the_end": interval(effects(rows, lambda r: parts_s(r, "driver", at_the_end=True))),
         "parts_cpu_s": {
             f"{who} {SIDES[side]}": part_means(who, side) for who in ("worker", "driver") for side in "AB"
         },

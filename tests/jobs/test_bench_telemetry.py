@@ -58,8 +58,8 @@ def test_a_cost_is_found_where_it_is():
 
 def test_the_tables_at_the_end_count_as_telemetry_though_both_sides_write_them():
     found = answers(rows(6))
-    assert found["parts_of_job_cpu"]["share"]["mean"] == pytest.approx(0.5 / 12)
-    assert found["parts_of_worker_cpu"]["share"]["mean"] == pytest.approx(0)
+    assert found["parts_cpu_s_at_the_end"]["mean"] == pytest.approx(0.5)
+    assert found["parts_of_job_cpu_while_it_runs"]["share"]["mean"] == pytest.approx(0)
 
 
 def test_an_interval_that_contains_the_goal_resolves_nothing():
