@@ -40,6 +40,7 @@ from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
 from millijoule.pipeline.comparison.statistics import draw_indices, expanded_level
 from millijoule.workers.meter import open_meter
+from millijoule.workers.nvml import Gpus, installed_gpus, open_gpus
 
 GOAL_SHARE = 0.005
 GOAL_MB_PER_NODE = 30.0
@@ -108,17 +109,20 @@ def run(options: BenchOptions) -> int:
     return COMPLETE
 
 
-def counters_here() -> dict[str, str]:
-    """Which counters the jobs read: "real" where this machine has readable ones, else "stand-in"."""
+def counters_here() -> dict[str, Any]:
+    """Which counters the jobs read: "real" where this machine has readable ones, else "stand-in"; and its boards."""
     rapl = open_meter(None)
     rapl.close()
-    try:
-        import torch
-
-        gpu = torch.cuda.is_available()
-    except ImportError:
-        gpu = False
-    return {"rapl": "real" if rapl.domains else "stand-in", "nvml": "real" if gpu else "stand-in"}
+    boards = Gpus()
+    if uuids := installed_gpus():
+        boards = open_gpus(uuids)
+        boards.close()
+    return {
+        "rapl": "real" if rapl.domains else "stand-in",
+        "nvml": "real" if boards.uuids else "stand-in",
+        "boards": boards.names,
+        "driver_version": boards.driver_version,
+    }
 
 
 def _memory_folder() -> str | None:
@@ -273,16 +277,13 @@ def judged(found: dict[str, float | None], goal: float) -> dict[str, Any]:
 def stress(options: BenchOptions, scratch: Path, powercap: str | None) -> dict[str, Any]:
     """Memory and CPU time of a node's telemetry where there is much of it."""
     probe = [sys.executable, "-m", "millijoule.jobs.bench_telemetry_stress"]
-    seconds, book = str(options.stress_seconds), scratch / "book"
+    seconds, book, real = str(options.stress_seconds), scratch / "book", installed_gpus()
     book.mkdir()
-    watching = [
-        subprocess.Popen(
-            [*probe, "worker", str(board), seconds, str(book), *([powercap] if powercap else [])],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for board in range(options.stress_devices)
-    ]
+    watching = []
+    for number in range(options.stress_devices):
+        board = ("real", real[number % len(real)]) if real else ("stand-in", str(number))
+        command = [*probe, "worker", *board, seconds, str(book), *([powercap] if powercap else [])]
+        watching.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     workers = [json.loads(_output_of(process)) for process in watching]
     command = [*probe, "driver", str(options.stress_devices), str(options.stress_hours)]
     driver = json.loads(_output_of(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))

@@ -1,6 +1,6 @@
 """Stressed telemetry, each part in a process of its own; prints one JSON line.
 
-`python -m millijoule.jobs.bench_telemetry_stress worker BOARD SECONDS BOOK_FOLDER [POWERCAP]`
+`python -m millijoule.jobs.bench_telemetry_stress worker real|stand-in BOARD SECONDS BOOK [POWERCAP]`
 `python -m millijoule.jobs.bench_telemetry_stress driver WORKERS HOURS`
 
 The worker's part is its meter and its sampler, without a model: what they add to a process that has the product's worker
@@ -10,7 +10,6 @@ and PyArrow loaded. The driver's part is what it keeps and writes of the commits
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -30,8 +29,14 @@ SHARD_S, IDLE_S = 60, 1
 BOUNDARY_PERIOD_S = 10.0
 
 
-def worker(board: int, seconds: float, book: str, powercap: str | None) -> dict[str, Any]:
-    """Watch one board and the packages for `seconds`, then fill the ring of samples to its bound."""
+def worker(kind: str, board: str, seconds: float, book: str, powercap: str | None) -> dict[str, Any]:
+    """Watch one board and the packages for `seconds`, then fill the ring of samples to its bound.
+
+    Args:
+        kind: "real", `board` being a UUID, or "stand-in", `board` being a number.
+        book: folder of the host's counter book.
+        powercap: folder of the stand-in counters; None: this machine has its own.
+    """
     import millijoule.workers.actor  # what a worker has loaded anyway
     from millijoule.workers.meter import open_meter
     from millijoule.workers.power_samples import MAX_SAMPLES, PowerSampler
@@ -40,10 +45,10 @@ def worker(board: int, seconds: float, book: str, powercap: str | None) -> dict[
 
     del millijoule
     before, cpu_before, began = memory_mb(), time.process_time(), time.monotonic()
-    real = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    real = kind == "real"
     meter = open_meter(
-        [str(board)] if real else [board_uuid(board)],
-        nvml=None if real else StandInNvml(board + 1),
+        [board if real else board_uuid(int(board))],
+        nvml=None if real else StandInNvml(int(board) + 1),
         powercap_root=Path(powercap) if powercap else POWERCAP_ROOT,
         book_directory=Path(book),
     )
@@ -57,7 +62,7 @@ def worker(board: int, seconds: float, book: str, powercap: str | None) -> dict[
     cpu_s, watched_s = time.process_time() - cpu_before - opened_s, time.monotonic() - began
     sampler.stop()
     sampled = sum(len(t.samples) for t in sampler.take())
-    sampler.restore([_trace(board, 0, MAX_SAMPLES)])
+    sampler.restore([_trace(0, 0, MAX_SAMPLES)])
     after = memory_mb()
     return {
         "domains": list(meter.domains),
@@ -157,9 +162,8 @@ def _trace(number: int, t_s: int, samples: int) -> PowerTrace:
 
 if __name__ == "__main__":
     if sys.argv[1] == "worker":
-        made = worker(
-            int(sys.argv[2]), float(sys.argv[3]), sys.argv[4], sys.argv[5] if len(sys.argv) > 5 else None
-        )
+        kind, board, seconds, book, *rest = sys.argv[2:]
+        made = worker(kind, board, float(seconds), book, rest[0] if rest else None)
     else:
         made = driver(int(sys.argv[2]), int(sys.argv[3]))
     print(json.dumps(made))
