@@ -43,7 +43,8 @@ class TrainOptions:
     """Continue from the checkpoint in the output folder, if there is one."""
 
     start_from: str | None = None
-    """Begin a new run with the weights of a finished one (oscillator only): its float.safetensors."""
+    """Begin a new run with the weights of a finished one: the float.safetensors of an oscillator; of a baseline its
+    directory, of which the autoencoder is taken, and all else too if the recipe sets text_steps = 0."""
 
     device: str = "auto"
     """cpu, cuda, or auto: CUDA where there is one."""
@@ -71,8 +72,10 @@ def run(options: TrainOptions) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     overrides = {k: v for k in ("steps", "seed") if (v := getattr(options, k)) is not None}
     recipe = load_recipe(options.recipe, overrides)
-    if recipe.kind != "oscillator" and (options.start_from or options.compile):
-        raise InputError(f"--start-from and --compile are for oscillator recipes; {recipe.name} is none")
+    if recipe.kind != "oscillator" and options.compile:
+        raise InputError(f"--compile is for oscillator recipes; {recipe.name} is none")
+    if recipe.kind == "verifier" and options.start_from:
+        raise InputError("--start-from is for generators, not for a verifier")
     folder = Path(options.output)
     if options.resume is False and (folder / "checkpoint.pt").exists():
         raise InputError(
@@ -100,13 +103,15 @@ def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Trainer:
         from millijoule.workers.verifier_training import VerifierTrainer
 
         return VerifierTrainer(recipe.training)
+    trainer: Any
     if recipe.kind == "diffusion":
         from millijoule.workers.diffusion_training import DiffusionTrainer
 
-        return DiffusionTrainer(recipe.training, device=device)
-    from millijoule.workers.oscillator_training import OscillatorTrainer
+        trainer = DiffusionTrainer(recipe.training, device=device)
+    else:
+        from millijoule.workers.oscillator_training import OscillatorTrainer
 
-    trainer = OscillatorTrainer(recipe.training, device=device, compiled=options.compile)
+        trainer = OscillatorTrainer(recipe.training, device=device, compiled=options.compile)
     if options.start_from:
         trainer.start_from(Path(options.start_from))
     return trainer

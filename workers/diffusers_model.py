@@ -25,6 +25,8 @@ from millijoule.workers.generator import (
     ModelIdentity,
     read_safetensors_header,
 )
+from millijoule.workers.scene_prompts import parse_prompt, write_caption
+from millijoule.workers.scenes import complete
 from millijoule.workers.schemas import ImageRequest
 
 INSTALL = "pip install 'millijoule[diffusers]'"
@@ -41,6 +43,10 @@ DEFAULT_STEPS = 50
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
 OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
 
+#: `prompts` in millijoule.json: the pipeline reads captions of icon scenes (`scene_prompts.write_caption`). Prompts are parsed,
+#: and what they leave open is settled from the image's seed, as for the oscillator model.
+ICON_SCENES = "icon scenes"
+
 DENOISERS, DECODERS = ("unet", "transformer", "prior", "decoder"), ("vae", "vqvae", "movq", "vqgan")
 
 
@@ -54,6 +60,7 @@ class PipelineFolder:
     name: str
     num_inference_steps: int
     guidance_scale: float | None  # None: the pipeline's own default
+    prompts: str | None  # ICON_SCENES, or None: the pipeline gets prompts as they are
     files: tuple[Path, ...]  # everything that can influence an image
 
 
@@ -100,7 +107,10 @@ def read_pipeline(path: Path | str) -> PipelineFolder:
         raise InputError(f"{path / DEFAULTS}: guidance_scale {guidance!r} is not a number")
     if not isinstance(name, str) or not name:
         raise InputError(f"{path / DEFAULTS}: name {name!r} is not a name")
-    return PipelineFolder(path, class_name, components, name, steps, guidance, tuple(files))
+    prompts = defaults.get("prompts")
+    if prompts not in (None, ICON_SCENES):
+        raise InputError(f"{path / DEFAULTS}: prompts {prompts!r} is not {ICON_SCENES!r}")
+    return PipelineFolder(path, class_name, components, name, steps, guidance, prompts, tuple(files))
 
 
 def describe_pipeline(path: Path | str) -> ModelIdentity:
@@ -117,6 +127,7 @@ class DiffusersGenerator:
         self.device = device
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.guidance_scale
+        self.prompts = folder.prompts
         self.arguments = _check_signature(pipeline, folder)
         self.scale = int(getattr(pipeline, "vae_scale_factor", 1))
         width, height = _native_size(pipeline, folder, self.scale)
@@ -224,7 +235,7 @@ class DiffusersGenerator:
         first = requests[0]
         guidance = self.guidance_scale if first.guidance_scale is None else first.guidance_scale
         call: dict[str, Any] = {
-            "prompt": [r.prompt for r in requests],
+            "prompt": [self._prompt(r) for r in requests],
             "generator": [_seeded(r.seed) for r in requests],
             "num_inference_steps": first.num_inference_steps or self.info.num_inference_steps,
             "output_type": "np",
@@ -238,6 +249,11 @@ class DiffusersGenerator:
         if "callback_on_step_end" in self.arguments:
             call["callback_on_step_end"] = self._after_step
         return call
+
+    def _prompt(self, request: ImageRequest) -> str:
+        if self.prompts == ICON_SCENES:
+            return write_caption(complete(parse_prompt(request.prompt)[0], request.seed))
+        return request.prompt
 
     def _after_step(self, pipeline: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
         self.on_step()
@@ -268,7 +284,9 @@ class DiffusersGenerator:
         """What of the request the model cannot read or does not use."""
         words = []
         tokenizer = getattr(self.pipeline, "tokenizer", None)
-        if tokenizer is not None:
+        if self.prompts == ICON_SCENES:
+            words += parse_prompt(request.prompt)[1]
+        elif tokenizer is not None:
             unknown = getattr(tokenizer, "unk_token_id", None)
             if unknown is not None:
                 for word in dict.fromkeys(request.prompt.split()):

@@ -1,19 +1,21 @@
 """The conventional baseline: a small Stable Diffusion, in diffusers' own classes, trained on icon scenes.
 
-Two phases in one run. The autoencoder writes a 64-pixel render as a 16x16 grid of latents. Its encoder is not trained: it holds
-the principal components of patches of four pixels, which keep all that the verifier sees; a trained one lost half of the
-small icons. First its decoder learns. After that a text encoder and a U-Net learn together to predict the velocity
-(Salimans and Ho 2022) of noised latents, on a schedule that ends in pure noise (Lin et al. 2024), with some prompts
-dropped for classifier-free guidance (Ho and Salimans 2022). `export` writes the averaged weights as a directory that
-`DiffusionPipeline.from_pretrained` loads, and `--model`. Needs the `diffusers` and `train` extras.
+Three phases in one run. First the text encoder learns to read captions (`scene_prompts.write_caption`): where a noun
+stands, its code must tell the icon's place, size, colour and noun. Then the decoder of the autoencoder, which writes a
+64-pixel render as a 16x16 grid of latents; its encoder is not trained: it holds the principal components of patches of
+four pixels, which keep all that the verifier sees; a trained one lost half of the small icons. After that text encoder and
+U-Net learn together to predict the velocity (Salimans and Ho 2022) of noised latents, on a schedule that ends in pure
+noise (Lin et al. 2024), with some captions dropped for classifier-free guidance (Ho and Salimans 2022). `export` writes the
+averaged weights as a directory that `DiffusionPipeline.from_pretrained` loads, and `--model`. Needs the `diffusers` and
+`train` extras.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from millijoule.workers.diffusers_model import ICON_SCENES
 from millijoule.workers.errors import InputError
-from millijoule.workers.scene_prompts import write_prompt
+from millijoule.workers.generator import read_safetensors_header
+from millijoule.workers.scene_prompts import CAPTION_WORDS, CAPTION_WORDS_PER_ICON, write_caption
 from millijoule.workers.scene_renderer import SceneRenderer
 from millijoule.workers.scenes import (
-    BACKGROUNDS,
     COLOURS,
     IMAGE_SIZE,
+    MAX_COUNT,
     NOUNS,
-    RELATIONS,
     SIZES,
-    Group,
+    WINDOWS,
     Scene,
     sample_training_scenes,
+    scene_tokens,
 )
 from millijoule.workers.training_loop import schedule, update_average
 
@@ -50,18 +55,25 @@ LATENT_REACH = 2.0
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 
 
+#: What the text encoder learns to tell of an icon, in the order of its scene tokens, and how many of each there are.
+ICON_PARTS = (len(NOUNS), len(COLOURS), len(SIZES), len(WINDOWS))
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
     """One training run; with the same config, the same steps follow, bit for bit on one machine.
 
-    `steps` counts both phases; each has its own learning-rate schedule, warm-up and then cosine to zero.
+    `steps` counts all three phases; each has its own learning-rate schedule, warm-up and then cosine to zero.
     """
 
     steps: int = 15000
-    autoencoder_steps: int = 4000
-    batch: int = 16
+    text_steps: int = 600
+    autoencoder_steps: int = 4000  # 0 with the autoencoder of another run (`start_from`)
+    batch: int = 32
+    text_batch: int = 64
     autoencoder_batch: int = 8
     learning_rate: float = 1e-3
+    text_learning_rate: float = 2e-3
     autoencoder_learning_rate: float = 2e-3
     warm_up: int = 200
     weight_decay: float = 0.0
@@ -73,30 +85,14 @@ class DiffusionConfig:
     latent_channels: int = 16
     decoder_width: int = 32
     decoder_blocks: tuple[int, ...] = (2, 1, 1)  # each level after the first doubles the sides
-    unet_widths: tuple[int, ...] = (64, 96, 160)
+    unet_widths: tuple[int, ...] = (64, 128, 192)
     attention_levels: tuple[bool, ...] = (False, True, False)
     layers_per_block: int = 1
-    head_width: int = 32
+    head_width: int = 64
     text_width: int = 128
     text_layers: int = 2
     text_heads: int = 4
-    max_length: int = 28  # tokens, start and end included
-
-
-@lru_cache(maxsize=1)
-def prompt_words() -> tuple[str, ...]:
-    """Every word that `write_prompt` writes, sorted; found by writing many prompts of many scenes."""
-    rng = np.random.default_rng(0)
-    words: set[str] = set()
-    for i, noun in enumerate(NOUNS):
-        for k in range(400):
-            group = Group(noun, COLOURS[k % len(COLOURS)], SIZES[k % len(SIZES)], 1 + k % 4)
-            second = Group(NOUNS[(i + 1) % len(NOUNS)])
-            scene = Scene((group, second)[: 1 + k % 2], (None, *RELATIONS)[k % 5] if k % 2 else None)
-            words.update(write_prompt(scene, rng).replace(",", " ").split())
-    for background in BACKGROUNDS * 20:
-        words.update(write_prompt(Scene((), None, background), rng).replace(",", " ").split())
-    return tuple(sorted(words))
+    max_length: int = 2 + CAPTION_WORDS_PER_ICON * MAX_COUNT + 2  # tokens, start and end included
 
 
 class DiffusionTrainer:
@@ -158,26 +154,58 @@ class DiffusionTrainer:
             norm_num_groups=16,
         )
         self.denoiser = nn.ModuleDict({"text": text, "unet": unet})
-        self.autoencoder.to(device)
-        self.denoiser.to(device)
+        self.reader = nn.Linear(config.text_width, sum(ICON_PARTS))
+        for model in (self.autoencoder, self.denoiser, self.reader):
+            model.to(device)
         self.average = nn.ModuleDict({"autoencoder": self.autoencoder, "denoiser": self.denoiser})
         self.average = deepcopy(self.average).requires_grad_(False).eval()
         self.optimizers = {
+            "text": _optimizer(nn.ModuleList([text, self.reader]), config),
             "autoencoder": _optimizer(self.autoencoder.decoder, config),
             "denoiser": _optimizer(self.denoiser, config),
         }
 
+    def start_from(self, folder: Path) -> None:
+        """Take over the autoencoder of a finished run, and text encoder and U-Net too if they have this config's sizes.
+
+        Raises:
+            InputError: not a diffusers directory, or with an autoencoder of other sizes.
+        """
+        try:
+            scaling = json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
+            self.autoencoder.load_state_dict(_read_weights(folder / "vae"))
+            self.autoencoder.register_to_config(scaling_factor=float(scaling))
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(f"{folder}: no autoencoder of this recipe's sizes: {error}") from error
+        self.average["autoencoder"] = deepcopy(self.autoencoder).requires_grad_(False).eval()
+        if self.config.text_steps == 0:
+            try:
+                self.denoiser["text"].load_state_dict(_read_weights(folder / "text_encoder"))
+                self.denoiser["unet"].load_state_dict(_read_weights(folder / "unet"))
+            except (OSError, RuntimeError) as error:
+                raise InputError(
+                    f"{folder}: with text_steps = 0, text encoder and U-Net are taken from there too, and do not fit: {error}"
+                ) from error
+            self.average["denoiser"] = deepcopy(self.denoiser).requires_grad_(False).eval()
+
     def train_step(self) -> dict[str, float]:
         """One step of the phase that `step` lies in; "loss" means another thing in each."""
         config = self.config
-        terms = self._autoencoder_step() if self.step < config.autoencoder_steps else self._denoiser_step()
+        if self.step < config.text_steps:
+            terms = self._text_step()
+        elif self.step < config.text_steps + config.autoencoder_steps:
+            terms = self._autoencoder_step()
+        else:
+            terms = self._denoiser_step()
         self.step += 1
         return terms
 
     def state(self) -> dict[str, Any]:
         return {
             "autoencoder": self.autoencoder.state_dict(),
+            "scaling_factor": self.autoencoder.config.scaling_factor,
             "denoiser": self.denoiser.state_dict(),
+            "reader": self.reader.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
         }
@@ -185,12 +213,33 @@ class DiffusionTrainer:
     def load_state(self, state: dict[str, Any]) -> None:
         self.autoencoder.load_state_dict(state["autoencoder"])
         self.denoiser.load_state_dict(state["denoiser"])
+        self.reader.load_state_dict(state["reader"])
+        for autoencoder in (self.autoencoder, self.average["autoencoder"]):
+            autoencoder.register_to_config(scaling_factor=state["scaling_factor"])
         self.average.load_state_dict(state["average"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
 
+    def _text_step(self) -> dict[str, float]:
+        """From the code of each noun in a caption, the parts of its icon; cross entropies."""
+        config = self.config
+        scenes = self._draw_scenes(config.text_batch, np.random.default_rng((config.seed, self.step)))
+        text: Any = self.denoiser["text"]
+        with self._autocast():
+            codes = text(self._tokens([write_caption(s) for s in scenes]))[0]
+        nouns = codes[:, CAPTION_WORDS_PER_ICON :: CAPTION_WORDS_PER_ICON][:, :MAX_COUNT]  # after the start token
+        parts = torch.from_numpy(scene_tokens(scenes)[:, :-1]).to(self.device).view(len(scenes), MAX_COUNT, -1)
+        there = parts[:, :, 0] > 0
+        told = self.reader(nouns[there].float()).split(ICON_PARTS, 1)
+        wanted = parts[there].sub(1).unbind(1)
+        loss = torch.stack([F.cross_entropy(t, w) for t, w in zip(told, wanted, strict=True)]).sum()
+        share = schedule(self.step, config.text_steps, min(config.warm_up, config.text_steps // 10))
+        self._update("text", text, loss, config.text_learning_rate * share, self.step)
+        return {"loss": loss.item()}
+
     def _autoencoder_step(self) -> dict[str, float]:
         config = self.config
+        first = self.step - config.text_steps
         rng = np.random.default_rng((config.seed, self.step))
         images, _ = self._draw(config.autoencoder_batch, rng)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -200,20 +249,19 @@ class DiffusionTrainer:
             decoded = self.autoencoder.decode(latents + config.latent_noise * noise).sample.float()
         squared = F.mse_loss(decoded, images)
         loss = F.l1_loss(decoded, images) + squared
-        share = schedule(self.step, config.autoencoder_steps, config.warm_up)
-        self._update(
-            "autoencoder", self.autoencoder, loss, config.autoencoder_learning_rate * share, self.step
-        )
+        share = schedule(first, config.autoencoder_steps, config.warm_up)
+        self._update("autoencoder", self.autoencoder, loss, config.autoencoder_learning_rate * share, first)
         return {"loss": loss.item(), "squared_error": squared.item()}
 
     def _denoiser_step(self) -> dict[str, float]:
         config = self.config
-        first, steps = self.step - config.autoencoder_steps, config.steps - config.autoencoder_steps
+        before = config.text_steps + config.autoencoder_steps
+        first, steps = self.step - before, config.steps - before
         rng = np.random.default_rng((config.seed, self.step))
-        images, prompts = self._draw(config.batch, rng)
-        prompts = [
-            "" if dropped else p
-            for p, dropped in zip(prompts, rng.random(len(prompts)) < config.prompt_dropout, strict=True)
+        images, captions = self._draw(config.batch, rng)
+        captions = [
+            "" if dropped else c
+            for c, dropped in zip(captions, rng.random(len(captions)) < config.prompt_dropout, strict=True)
         ]
         latents = self._encode(images)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -224,7 +272,7 @@ class DiffusionTrainer:
         times = (slices * count).long().clamp_(max=count - 1).to(self.device)
         noisy = self.scheduler.add_noise(latents, noise, times)
         velocity = self.scheduler.get_velocity(latents, noise, times)
-        ids = self._tokens(prompts)
+        ids = self._tokens(captions)
         text: Any = self.denoiser["text"]
         unet: Any = self.denoiser["unet"]
         with self._autocast():
@@ -243,18 +291,22 @@ class DiffusionTrainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.clip)
         optimizer.step()
-        update_average(self.average[name], model, self.config.ema, step)
+        if name == "text":  # what the denoiser's phase begins with
+            self.average["denoiser"]["text"].load_state_dict(model.state_dict())
+        else:
+            update_average(self.average[name], model, self.config.ema, step)
+
+    def _draw_scenes(self, count: int, rng: np.random.Generator) -> list[Scene]:
+        return [completed for _, completed in sample_training_scenes(rng, count)]
 
     def _draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """Renders in [-1, 1], `[count, 3, 64, 64]`, and a prompt for each."""
-        pairs = sample_training_scenes(rng, count)
-        prompts = [write_prompt(said, rng) for said, _ in pairs]
-        pixels = self.renderer.render([scene for _, scene in pairs], 1, int(rng.integers(2**62)))[:, 0]
-        return _to_input(pixels).to(self.device), prompts
+        """Renders in [-1, 1], `[count, 3, 64, 64]`, and the caption of each."""
+        scenes = self._draw_scenes(count, rng)
+        pixels = self.renderer.render(scenes, 1, int(rng.integers(2**62)))[:, 0]
+        return _to_input(pixels).to(self.device), [write_caption(s) for s in scenes]
 
     def _draw_images(self, count: int) -> Tensor:
-        rng = np.random.default_rng(self.config.seed)
-        scenes = [scene for _, scene in sample_training_scenes(rng, count)]
+        scenes = self._draw_scenes(count, np.random.default_rng(self.config.seed))
         return _to_input(self.renderer.render(scenes, 1, self.config.seed)[:, 0])
 
     def _tokens(self, prompts: list[str]) -> Tensor:
@@ -273,13 +325,25 @@ class DiffusionTrainer:
         with self._autocast():
             return autoencoder.encode(images).latents.float() * autoencoder.config.scaling_factor
 
-    def _autocast(self) -> torch.autocast:
-        """bfloat16 on a GPU. On CPUs it was measured slower than float32 at these sizes."""
-        return torch.autocast(
-            "cuda" if self.device.startswith("cuda") else "cpu",
-            torch.bfloat16,
-            enabled=self.device.startswith("cuda"),
-        )
+    def _autocast(self) -> ExitStack:
+        """bfloat16 where the processor multiplies it; on a CPU, attention as plain products, whose gradients take a fraction
+        of the time of the fused kernel's at 64 positions."""
+        on_cpu = not self.device.startswith("cuda")
+        narrow = not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        stack = ExitStack()
+        stack.enter_context(torch.autocast("cpu" if on_cpu else "cuda", torch.bfloat16, enabled=narrow))
+        if on_cpu:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return stack
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of one component of a diffusers directory, float32."""
+    from safetensors.torch import load_file
+
+    (file,) = sorted(folder.glob("*.safetensors")) or (folder / "model.safetensors",)
+    read_safetensors_header(file)
+    return {key: value.float() for key, value in load_file(file).items()}
 
 
 @torch.no_grad()
@@ -333,11 +397,11 @@ def _to_input(pixels: np.ndarray) -> Tensor:
 
 
 def build_tokenizer(config: DiffusionConfig) -> Any:
-    """One token per word of `prompt_words`, lower case, punctuation dropped; any other word is `UNKNOWN`."""
+    """One token per word of `CAPTION_WORDS`, lower case, punctuation dropped; any other word is `UNKNOWN`."""
     _, transformers = _libraries()
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    vocabulary = {word: i for i, word in enumerate((UNKNOWN, START, END, *prompt_words()))}
+    vocabulary = {word: i for i, word in enumerate((UNKNOWN, START, END, *CAPTION_WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\W_]+"), behavior="removed")
@@ -373,6 +437,7 @@ def export(trainer: DiffusionTrainer, folder: Path, *, guidance_scale: float = 4
     defaults = {
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
+        "prompts": ICON_SCENES,
         "training": {**asdict(trainer.config), "steps_done": trainer.step},
     }
     (folder / "millijoule.json").write_text(json.dumps(defaults, indent=2) + "\n")
@@ -395,7 +460,11 @@ def _build_scheduler() -> Any:
 
 def _optimizer(model: nn.Module, config: DiffusionConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 

@@ -46,7 +46,7 @@ from millijoule.workers.scenes import CELL, IMAGE_SIZE, MAX_COUNT, complete, sce
 from millijoule.workers.schemas import ImageRequest
 
 FORMAT = "millijoule-oscillator"
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 
 #: Encoder and decoder always see this many rows; the rest is padding.
 FLOAT_BATCH = 16
@@ -59,6 +59,9 @@ MIN_STEPS, MAX_STEPS = 4, 100
 
 #: Multiplications, additions, shifts and look-ups per oscillator and step beside the sums; counted from `relax`.
 ELEMENTWISE_OPERATIONS = 24
+
+#: Operations per pixel that blend two colours by a share.
+BLENDING_OPERATIONS = 9
 
 _COUPLING = {name: f"coupling.{name}" for name in Coupling.__dataclass_fields__}
 
@@ -209,9 +212,8 @@ class OscillatorGenerator:
         config = self.config
         encoder = self.model.encoder
         mlp: Any = getattr(self.model, "mlp", None)
-        text = (
-            config.cells * config.channels * (2 * 3 + 4 * 2)
-        )  # look up and add drives; add, bound and apply gains
+        # look up and add drives; add, bound and apply gains
+        text = config.cells * (2 * 3 * config.driven + 4 * 2 * config.channels)
         if isinstance(encoder, PromptEncoder):
             layers = [encoder.shape1, encoder.shape2, encoder.half_patch, encoder.gains, encoder.tint]
             text += MAX_COUNT * sum(2 * layer.weight.numel() for layer in layers)
@@ -223,11 +225,12 @@ class OscillatorGenerator:
             dynamics = steps * (2 * 2 * sums + ELEMENTWISE_OPERATIONS * n)
         decoder: Any = self.model.decoder
         pixels = config.cells
-        decoding = 2 * pixels * decoder.input.weight.numel()
+        decoding = 2 * pixels * (decoder.input.weight.numel() + decoder.colours.weight.numel())
         for layer in decoder.up:
             decoding += 2 * pixels * layer.weight.numel()  # each input pixel meets each of 4 x 4 taps
             pixels *= 4
         decoding += 2 * pixels * (decoder.mix.weight.numel() + decoder.output.weight.numel())
+        decoding += BLENDING_OPERATIONS * config.image_size**2
         return {"text": text, "dynamics": dynamics, "decoder": decoding}
 
     def _check(self, requests: Sequence[ImageRequest]) -> None:
@@ -343,6 +346,8 @@ def _config_from_json(text: str) -> OscillatorConfig:
         or config.image_size != IMAGE_SIZE
         or config.grid * CELL != IMAGE_SIZE
     ):
+        raise ValueError(f"settings out of range: {raw}")
+    if not config.noise_channels <= config.driven <= config.channels or config.read > config.channels:
         raise ValueError(f"settings out of range: {raw}")
     if not 0 < config.horizon < 100:
         raise ValueError(f"settings out of range: {raw}")

@@ -50,13 +50,15 @@ class OscillatorConfig:
     coupling: str = "trained"  # one of COUPLINGS
     grid: int = 8
     channels: int = 32  # oscillators per cell
-    noise_channels: int = 8  # of them start at random (`start_phases`), the others at phase 0
+    driven: int = 32  # the first of them: the prompt drives these alone
+    read: int = 32  # the last of them: the decoder reads these alone
+    noise_channels: int = 8  # the first of them start at random (`start_phases`), the others at phase 0
     rank: int = 32  # of the global coupling
     noun_width: int = 48
     colour_width: int = 16
     hidden: int = 192
     widths: tuple[int, ...] = (72, 48, 32)  # decoder channels at grid, 2 grid, 4 grid
-    mix: int = 80  # channels of the last, pointwise layer
+    mix: int = 32  # channels of the last layer but one
     steps: int = 10
     horizon: float = 1.0
 
@@ -91,20 +93,21 @@ class _PromptToDrive(nn.Module):
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__()
         self.config = config
-        self.background = nn.Embedding(len(BACKGROUNDS), 3 * config.channels)
+        self.background = nn.Embedding(len(BACKGROUNDS), 3 * config.driven)
 
     def look_up(
         self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of k icons in the whole image or in half windows: drives of the shape `[k, cells of the window * 3 C]` and of
-        the colour `[k, 3 C]`, and gains before their bounds `[k, 2 C]`."""
+        """Of k icons in the whole image or in half windows: drives of the shape `[k, cells of the window * 3 driven]` and
+        of the colour `[k, 3 driven]`, and gains before their bounds `[k, 2 C]`."""
         raise NotImplementedError
 
     def forward(self, tokens: Tensor) -> PromptDrive:
         batch, grid, c = len(tokens), self.config.grid, self.config.channels
         icons = tokens[:, :-1].reshape(batch, MAX_COUNT, ICON_TOKENS)
-        base = self.background(tokens[:, -1]).view(batch, 1, 1, 3 * c)
-        drive = base.expand(batch, grid, grid, 3 * c)
+        d = self.config.driven
+        base = self.background(tokens[:, -1]).view(batch, 1, 1, 3 * d)
+        drive = base.expand(batch, grid, grid, 3 * d)
         gain = drive.new_zeros(batch, grid, grid, 2 * c)
         for number, (left, top, side) in enumerate(WINDOWS):
             image, slot = torch.nonzero(icons[:, :, 3] == 1 + number, as_tuple=True)
@@ -112,13 +115,14 @@ class _PromptToDrive(nn.Module):
                 continue
             noun, colour, size = (icons[image, slot, k] - 1 for k in range(3))
             shape, tint, gains = self.look_up(noun, colour, size, side == grid)
-            patch = shape.view(-1, side, side, 3 * c) + tint[:, None, None]
+            patch = shape.view(-1, side, side, 3 * d) + tint[:, None, None]
             gains = gains[:, None, None].expand(-1, side, side, -1)
             window = (0, 0, left, grid - left - side, top, grid - top - side)
             drive = drive.index_add(0, image, F.pad(patch, window).to(drive.dtype))
             gain = gain.index_add(0, image, F.pad(gains, window).to(gain.dtype))
         gain = (1 + GAIN_RANGE * torch.tanh(gain)).view(batch, grid * grid, 2, c)
-        drive = DRIVE_SCALE * drive.reshape(batch, grid * grid, 3, c).transpose(1, 2).reshape(batch, 3, -1)
+        drive = DRIVE_SCALE * drive.reshape(batch, grid * grid, 3, d).transpose(1, 2)
+        drive = F.pad(drive, (0, c - d)).reshape(batch, 3, -1)
         return PromptDrive(drive, gain[:, :, 0].flatten(1), gain[:, :, 1].flatten(1))
 
 
@@ -131,18 +135,18 @@ class PromptEncoder(_PromptToDrive):
 
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__(config)
-        c, width = config.channels, config.noun_width
+        c, d, width = config.channels, config.driven, config.noun_width
         self.noun = nn.Embedding(len(NOUNS), width)
         self.size = nn.Embedding(2 * len(SIZES), width)  # of icons in the whole image, in half windows
         self.colour = nn.Embedding(len(COLOURS), config.colour_width)
         self.shape1 = nn.Linear(2 * width, config.hidden)
         self.shape2 = nn.Linear(config.hidden, config.hidden)
-        self.tint = nn.Linear(config.colour_width, 3 * c)
-        self.whole_patch = nn.Linear(config.hidden, config.cells * 3 * c)
-        self.half_patch = nn.Linear(config.hidden, config.cells // 4 * 3 * c)
+        self.tint = nn.Linear(config.colour_width, 3 * d)
+        self.whole_patch = nn.Linear(config.hidden, config.cells * 3 * d)
+        self.half_patch = nn.Linear(config.hidden, config.cells // 4 * 3 * d)
         self.gains = nn.Linear(config.hidden, 2 * c)
-        self.whole_table = nn.Embedding(SHAPES, config.cells * 3 * c)
-        self.half_table = nn.Embedding(SHAPES, config.cells // 4 * 3 * c)
+        self.whole_table = nn.Embedding(SHAPES, config.cells * 3 * d)
+        self.half_table = nn.Embedding(SHAPES, config.cells // 4 * 3 * d)
         with torch.no_grad():  # weak at the start; strong drives at once did not learn
             self.background.weight.mul_(0.5 / DRIVE_SCALE)
             for layer in (self.whole_patch, self.half_patch, self.tint):
@@ -170,12 +174,12 @@ class PromptTables(_PromptToDrive):
 
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__(config)
-        c = config.channels
-        self.whole = nn.Embedding(SHAPES, config.cells * 3 * c)
-        self.half_window = nn.Embedding(SHAPES, config.cells // 4 * 3 * c)
+        c, d = config.channels, config.driven
+        self.whole = nn.Embedding(SHAPES, config.cells * 3 * d)
+        self.half_window = nn.Embedding(SHAPES, config.cells // 4 * 3 * d)
         self.whole_gains = nn.Embedding(SHAPES, 2 * c)
         self.half_window_gains = nn.Embedding(SHAPES, 2 * c)
-        self.tint = nn.Embedding(len(COLOURS), 3 * c)
+        self.tint = nn.Embedding(len(COLOURS), 3 * d)
 
     @staticmethod
     @torch.no_grad()
@@ -258,27 +262,32 @@ def _round_rows(weights: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """sin and cos of the phases, float `[batch, 2 channels, grid, grid]` -> images `[batch, 3, size, size]` in [-1, 1].
+    """sin and cos of the phases, float `[batch, 2 read, grid, grid]` -> images `[batch, 3, size, size]` in [-1, 1].
 
-    Transposed convolutions of four taps in place of up-sampling and nine; the last doubling is a rearrangement.
+    It reads two colours per cell and, at full size, how much of each pixel takes the second: icons are flat shapes on a flat
+    ground. Transposed convolutions of four taps in place of up-sampling and nine; the last doubling is a rearrangement.
     """
 
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__()
         first, *rest = config.widths
-        self.input = nn.Conv2d(2 * config.channels, first, 3, padding=1)
+        self.input = nn.Conv2d(2 * config.read, first, 3, padding=1)
+        self.colours = nn.Conv2d(first, 6, 1)
         self.up = nn.ModuleList(
             nn.ConvTranspose2d(i, o, 4, stride=2, padding=1)
             for i, o in zip(config.widths[:-1], rest, strict=True)
         )
-        self.mix = nn.Conv2d(config.widths[-1], config.mix, 1)
-        self.output = nn.Conv2d(config.mix, 12, 1)
+        self.mix = nn.Conv2d(config.widths[-1], config.mix, 3, padding=1)
+        self.output = nn.Conv2d(config.mix, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.leaky_relu(self.input(x), 0.2)
+        colours = torch.tanh(self.colours(x))
         for layer in (*self.up, self.mix):
             x = F.leaky_relu(layer(x), 0.2)
-        return torch.tanh(F.pixel_shuffle(self.output(x), 2))
+        cover = torch.sigmoid(F.pixel_shuffle(self.output(x), 2))
+        ground, ink = F.interpolate(colours, scale_factor=cover.shape[-1] // colours.shape[-1]).split(3, 1)
+        return torch.lerp(ground, ink, cover)
 
 
 class CellMlp(nn.Module):
@@ -369,6 +378,7 @@ class OscillatorModel(nn.Module):
 def grid_features(sin: Tensor, cos: Tensor, config: OscillatorConfig) -> Tensor:
     """`[batch, n]` sines and cosines -> `[batch, 2 channels, grid, grid]`; oscillator = cell * channels + channel."""
     both = torch.stack([sin, cos], 1).view(-1, 2, config.grid, config.grid, config.channels)
+    both = both[..., config.channels - config.read :]
     return both.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 

@@ -15,8 +15,10 @@ from millijoule.workers.scenes import (
     PALETTE,
     RELATIONS,
     SIZES,
+    WINDOWS,
     Group,
     Scene,
+    icons,
 )
 
 _PLURALS = {
@@ -178,3 +180,24 @@ def write_prompt(scene: Scene, rng: np.random.Generator) -> str:
 
 
 assert set(RELATIONS) == {r for r in _WAYS if r}
+
+#: What captions call the windows, in the order of `WINDOWS`.
+PLACES = (
+    "centre", "northwest", "north", "northeast", "west", "east", "southwest", "south", "southeast",
+)  # fmt: skip
+assert len(PLACES) == len(WINDOWS)
+
+#: Every word of a caption.
+CAPTION_WORDS = (*PLACES, *SIZES, *COLOURS, *NOUNS, "on", *sorted(set(BACKGROUNDS) - set(COLOURS)))
+
+
+def write_caption(scene: Scene) -> str:
+    """A completed scene said in full, in the one way that conventional models are trained on: "west small red cat east big
+    blue car on white". Of each icon `CAPTION_WORDS_PER_ICON` words, place, size, colour and noun, then the background.
+    """
+    words = [f"{PLACES[i.window]} {i.size} {i.colour} {i.noun}" for i in icons(scene)]
+    return " ".join([*words, f"on {scene.background}"])
+
+
+#: Words that a caption has of each icon; the noun is the last.
+CAPTION_WORDS_PER_ICON = 4

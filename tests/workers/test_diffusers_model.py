@@ -14,6 +14,8 @@ from millijoule.workers.diffusers_model import DiffusersGenerator, _seeded
 from millijoule.workers.diffusion_training import DiffusionConfig, DiffusionTrainer, export
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import describe_model, load_generator
+from millijoule.workers.scene_prompts import parse_prompt, write_caption
+from millijoule.workers.scenes import complete
 from millijoule.workers.schemas import ImageRequest
 
 diffusers = pytest.importorskip("diffusers")
@@ -62,6 +64,22 @@ def test_an_exported_model_loads_and_draws(generator):
     assert batch.images.dtype == np.uint8
     assert batch.images.std() > 0
     assert batch.warnings == ((), (), ())
+
+
+def test_prompts_of_icon_scenes_are_said_in_full(generator, folder):
+    """What a prompt leaves open is settled from the seed, before the pipeline reads it."""
+    open_prompt = ImageRequest("p", 0, "a red apple", seed=3)
+    scene = complete(parse_prompt(open_prompt.prompt)[0], 3)
+    settings = json.loads((folder / "millijoule.json").read_text())
+    (folder / "millijoule.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "prompts"}))
+    plain = load_generator(str(folder))
+    said = replace(open_prompt, prompt=write_caption(scene))
+    assert np.array_equal(generator.generate([open_prompt]).images, plain.generate([said]).images)
+    asked = replace(open_prompt, prompt="a red unicorn")
+    assert any("unicorn" in w for w in generator.generate([asked]).warnings[0])
+    (folder / "millijoule.json").write_text(json.dumps({**settings, "prompts": "poems"}))
+    with pytest.raises(InputError, match="'poems'"):
+        load_generator(str(folder))
 
 
 def test_an_image_does_not_depend_on_its_batch(generator):

@@ -1,4 +1,4 @@
-"""The diffusion baseline: both phases learn, resuming changes nothing, and every word of a prompt has a token."""
+"""The diffusion baseline: its three phases learn, resuming changes nothing, and every word of a caption has a token."""
 
 from dataclasses import replace
 
@@ -10,16 +10,20 @@ from millijoule.workers.diffusion_training import (
     DiffusionConfig,
     DiffusionTrainer,
     build_tokenizer,
+    export,
 )
-from millijoule.workers.scene_prompts import write_prompt
+from millijoule.workers.errors import InputError
+from millijoule.workers.scene_prompts import write_caption
 from millijoule.workers.scenes import sample_training_scenes
 from millijoule.workers.training_loop import run_training, save_checkpoint
 
 pytest.importorskip("diffusers")
 
 SMALL = DiffusionConfig(
-    steps=6,
+    steps=8,
+    text_steps=2,
     autoencoder_steps=3,
+    text_batch=4,
     batch=4,
     autoencoder_batch=4,
     warm_up=2,
@@ -34,10 +38,20 @@ SMALL = DiffusionConfig(
 )
 
 
+def test_the_text_encoder_learns_to_read_captions():
+    config = replace(SMALL, text_steps=100, text_batch=16, text_learning_rate=4e-3, text_width=64)
+    trainer = DiffusionTrainer(config)
+    losses = [row["loss"] for row in rows_of(trainer, config.text_steps)]
+    assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5])  # nothing read would be 10
+    ours, average = trainer.denoiser["text"].state_dict(), trainer.average["denoiser"]["text"].state_dict()
+    assert [k for k in ours if not torch.equal(ours[k], average[k])] == []
+
+
 def test_the_autoencoder_comes_closer_to_the_data():
     trainer = DiffusionTrainer(
         replace(
             SMALL,
+            text_steps=0,
             steps=81,
             autoencoder_steps=80,
             decoder_width=16,
@@ -74,12 +88,13 @@ def test_the_encoder_keeps_what_a_projection_of_patches_keeps():
 def test_the_denoiser_comes_closer_to_the_data():
     # 32 channels: with fewer, group normalisation leaves nothing of a flat image's colour
     config = replace(SMALL, unet_widths=(32, 32), batch=8, learning_rate=4e-3)
-    trainer = DiffusionTrainer(replace(config, steps=102, autoencoder_steps=2, autoencoder_batch=2))
+    config = replace(config, text_steps=0, autoencoder_steps=2, autoencoder_batch=2)
+    trainer = DiffusionTrainer(replace(config, steps=102))
     losses = [row["loss"] for row in rows_of(trainer, 102)]
     assert np.mean(losses[-15:]) < 0.85 * np.mean(losses[2:17])
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5])  # before, at and after the border of the phases
+@pytest.mark.parametrize("stop", [1, 2, 4, 5, 7])  # in every phase and at their borders
 def test_resuming_gives_the_bits_of_an_unbroken_run(tmp_path, stop):
     whole, broken, resumed = (DiffusionTrainer(SMALL) for _ in range(3))
     run_training(whole, tmp_path / "whole")
@@ -94,13 +109,34 @@ def test_resuming_gives_the_bits_of_an_unbroken_run(tmp_path, stop):
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
 
 
-def test_every_word_of_a_written_prompt_has_a_token_and_every_prompt_fits():
+def test_a_run_can_start_from_a_finished_one(tmp_path):
+    trainer = DiffusionTrainer(SMALL)
+    for _ in range(4):
+        trainer.train_step()
+    export(trainer, tmp_path / "model")
+    exported = trainer.average["autoencoder"].half().float().state_dict()
+    texts = trainer.average["denoiser"]["text"].half().float().state_dict()
+    for text_steps in (2, 0):
+        other = DiffusionTrainer(replace(SMALL, seed=5, text_steps=text_steps, autoencoder_steps=0))
+        other.start_from(tmp_path / "model")
+        for autoencoder in (other.autoencoder, other.average["autoencoder"]):
+            assert all(torch.equal(v, exported[k]) for k, v in autoencoder.state_dict().items())
+            assert autoencoder.config.scaling_factor == trainer.autoencoder.config.scaling_factor
+        taken = [torch.equal(v, texts[k]) for k, v in other.denoiser["text"].state_dict().items()]
+        assert all(taken) == (text_steps == 0)
+        rows_of(other, 3)
+    with pytest.raises(InputError, match="no autoencoder of this recipe's sizes"):
+        DiffusionTrainer(replace(SMALL, decoder_width=16)).start_from(tmp_path / "model")
+    with pytest.raises(InputError, match="do not fit"):
+        DiffusionTrainer(replace(SMALL, text_steps=0, text_layers=2)).start_from(tmp_path / "model")
+
+
+def test_every_word_of_a_caption_has_a_token_and_every_caption_fits():
     tokenizer = build_tokenizer(SMALL)
-    rng = np.random.default_rng(3)
-    prompts = [write_prompt(said, rng) for said, _ in sample_training_scenes(rng, 3000)]
-    rows = tokenizer(prompts).input_ids
-    assert [p for p, ids in zip(prompts, rows, strict=True) if tokenizer.unk_token_id in ids] == []
-    assert max(len(ids) for ids in rows) <= SMALL.max_length
+    scenes = [scene for _, scene in sample_training_scenes(np.random.default_rng(3), 3000)]
+    rows = tokenizer([write_caption(scene) for scene in scenes]).input_ids
+    assert not any(tokenizer.unk_token_id in ids for ids in rows)
+    assert max(len(ids) for ids in rows) == SMALL.max_length
 
 
 def rows_of(trainer, steps):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from millijoule.workers.scene_prompts import parse_prompt, write_prompt
+from millijoule.workers.scene_prompts import CAPTION_WORDS, parse_prompt, write_caption, write_prompt
 from millijoule.workers.scenes import FAMILIES, NUM_TOKENS, Group, Scene, complete, sample_scene, scene_tokens
 from millijoule.workers.scenes import sample_training_scenes as sample
 
@@ -75,3 +75,19 @@ def test_one_scene_is_said_in_many_ways():
     rng = np.random.default_rng(0)
     scene = Scene((Group("cat", "red"), Group("dog")), "left of", "blue")
     assert len({write_prompt(scene, rng) for _ in range(200)}) > 30
+
+
+def test_a_caption_says_every_icon_in_full():
+    scene = Scene((Group("cat", "red", "small", 2), Group("car", "blue", "big")), "left of", "white", 0)
+    assert write_caption(scene) == (
+        "northwest small red cat east big blue car southwest small red cat on white"
+    )
+    assert write_caption(Scene((), None, "gray")) == "on gray"
+
+
+def test_captions_differ_where_scenes_do():
+    scenes = [scene for _, scene in sample(np.random.default_rng(0), 2000)]
+    captions = [write_caption(scene) for scene in scenes]
+    assert set(" ".join(captions).split()) <= set(CAPTION_WORDS)
+    tokens = [scene_tokens([scene]).tobytes() for scene in scenes]
+    assert len(set(captions)) == len(set(tokens))
