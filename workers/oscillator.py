@@ -347,8 +347,6 @@ def _config_from_json(text: str) -> OscillatorConfig:
         or config.grid * CELL != IMAGE_SIZE
     ):
         raise ValueError(f"settings out of range: {raw}")
-    if not config.noise_channels <= config.driven <= config.channels or config.read > config.channels:
-        raise ValueError(f"settings out of range: {raw}")
     if not 0 < config.horizon < 100:
         raise ValueError(f"settings out of range: {raw}")
     return config

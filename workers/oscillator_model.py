@@ -2,7 +2,8 @@
 
     d theta_i / dt = omega_i(e) + r_i(e) sum_j K_ij g_j(e) sin(theta_j - theta_i) + a_i(e) cos(theta_i) - b_i(e) sin(theta_i)
 
-theta starts at rest but for the noise (`start_phases`), runs `steps` explicit Euler steps to time `horizon`, and a
+The prompt drives some oscillators of each cell and the decoder reads some; in the shipped model, all. theta starts at
+rest but for the noise (`start_phases`), runs `steps` explicit Euler steps to time `horizon`, and a
 convolutional decoder reads sin and cos of the final phases on a grid of cells. K is block-sparse (a cell feels itself and
 its four neighbours, by the same blocks everywhere) plus low-rank. The prompt enters as icons e through the drive (a, b),
 a shift of the frequencies omega, and bounded gains r, g. After Un-0 (phases, readout without projection) with a complex
@@ -322,6 +323,10 @@ class OscillatorModel(nn.Module):
         super().__init__()
         if config.coupling not in COUPLINGS:
             raise ValueError(f"coupling {config.coupling!r}: one of {', '.join(COUPLINGS)}")
+        if not config.noise_channels <= config.driven <= config.channels or config.read > config.channels:
+            raise ValueError(
+                f"{config.noise_channels} noise channels, {config.driven} driven, {config.read} read, of {config.channels}"
+            )
         self.config = config
         self.encoder = PromptTables(config) if tables else PromptEncoder(config)
         if config.coupling in ("trained", "frozen"):

@@ -17,7 +17,7 @@ name = "tiny"
 [training]
 steps = 4
 scenes = 2
-model = { channels = 4, rank = 2, hidden = 16, widths = [8, 8, 8], mix = 8, coupling = "COUPLING" }
+model = { channels = 4, driven = 4, read = 4, noise_channels = 4, rank = 2, hidden = 16, widths = [8, 8, 8], mix = 8, coupling = "COUPLING" }
 """
 
 

@@ -15,10 +15,14 @@ from millijoule.workers.oscillator_training import (
     OscillatorTrainingConfig,
     write_sample_sheet,
 )
+from millijoule.workers.scene_prompts import parse_prompt
+from millijoule.workers.scenes import complete, scene_tokens
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.training_loop import run_training, save_checkpoint
 
-SMALL_MODEL = OscillatorConfig(channels=4, rank=2, hidden=32, widths=(16, 12, 8), mix=16)
+SMALL_MODEL = OscillatorConfig(
+    channels=4, driven=4, read=4, noise_channels=4, rank=2, hidden=32, widths=(16, 12, 8), mix=16
+)
 SMALL = OscillatorTrainingConfig(steps=40, scenes=4, samples=3, renders=4, warm_up=4, model=SMALL_MODEL)
 
 
@@ -43,6 +47,21 @@ def test_controls_train_what_they_should(coupling):
     assert coupled & moved == (coupled if coupling == "trained" else set())
     assert any(k.startswith("mlp.") for k in moved) == (coupling == "mlp")
     assert any(k.startswith("decoder.") for k in moved)
+
+
+@pytest.mark.parametrize(("coupling", "told"), [("trained", True), ("none", False)])
+def test_what_is_not_driven_hears_of_the_prompt_by_coupling_alone(coupling, told):
+    model = OscillatorModel(replace(SMALL_MODEL, noise_channels=2, driven=2, read=2, coupling=coupling))
+    prompts = [scene_tokens([complete(parse_prompt(p)[0], 0)]) for p in ("a red cat", "a blue star")]
+    phases = torch.zeros(1, model.config.oscillators)
+    with torch.no_grad():
+        images = [model(torch.from_numpy(tokens), phases) for tokens in prompts]
+    assert torch.equal(*images) != told
+
+
+def test_channels_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="5 driven, 4 read, of 4"):
+        OscillatorModel(replace(SMALL_MODEL, driven=5))
 
 
 def test_the_mlp_control_has_as_many_parameters_as_the_coupling():
@@ -77,7 +96,7 @@ def requests(count: int) -> list[ImageRequest]:
 
 def test_the_integer_form_draws_what_the_float_form_draws(tmp_path):
     torch.manual_seed(0)
-    model = OscillatorModel(replace(SMALL_MODEL, channels=8, rank=4)).eval()
+    model = OscillatorModel(replace(SMALL_MODEL, channels=8, driven=8, read=8, rank=4)).eval()
     with torch.no_grad():
         model.decoder.output.weight.mul_(20)  # a fresh decoder draws gray
     save_weights(model, tmp_path / "m.safetensors", "small")
