@@ -91,7 +91,7 @@ def main() -> int:
     from millijoule.pipeline.spending import Spending
 
     cpu = CpuParts()
-    for method in ("add_commit", "add_segments", "flush"):
+    for method in ("add_commit", "add_segments", "add_power", "flush"):
         cpu.wrap(LiveTables, method, "live tables")
     for method in ("tick", "publish"):
         cpu.wrap(LiveMetrics, method, "metrics")

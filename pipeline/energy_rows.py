@@ -227,12 +227,11 @@ class EnergyRows:
     def _trace_rows(self, trace: PowerTrace, place: Commit | WorkerEnvironment | None) -> Iterator[_Row]:
         """Fills `_power` on the way."""
         series = self._power.setdefault((trace.boot_id, f"gpu:{trace.device}"), (array("q"), array("q")))
-        node = (place.node_id, place.host) if place else (None, None)
         for sample in trace.samples:
             if sample.power_instant_mw is not None:
                 series[0].append(sample.t_mono_ns)
                 series[1].append(sample.power_instant_mw)
-            yield sample.t_wall_ns, (trace.boot_id, *node, trace.device, *sample, trace.source)
+        yield from power_rows(trace, *((place.node_id, place.host) if place else (None, None)))
 
     def _nodes(self) -> NodeBooks:
         places: dict[str, Commit | WorkerEnvironment] = {c.worker_id: c for c in self._shards}
@@ -321,6 +320,12 @@ def counter_rows(entries: Iterable[LedgerEntry]) -> Iterator[_Row]:
             if latest.get(entry.segment.worker_id) != at:
                 latest[entry.segment.worker_id] = at
                 yield from read_rows(entry.segment.worker_id, read)
+
+
+def power_rows(trace: PowerTrace, node_id: str | None, host: str | None) -> Iterator[_Row]:
+    """The samples of one device as rows of the power table."""
+    for sample in trace.samples:
+        yield sample.t_wall_ns, (trace.boot_id, node_id, host, trace.device, *sample, trace.source)
 
 
 def read_rows(worker_id: str, read: CounterRead) -> Iterator[_Row]:

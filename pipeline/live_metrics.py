@@ -2,7 +2,8 @@
 
 The driver publishes them, from what commits and workers tell it: nothing is measured a second time. Labels are few
 (job, host, device, class, status, cap); what belongs to one image stays in the tables. Ray writes `ray_` before the
-names and, for counters, `_total` behind them. A counter starts at 0 with each run of a job.
+names and, for counters, `_total` behind them. A counter starts at 0 with each run of a job. The evidence class is not among
+them: it follows from the closure of complete books, which a running job does not have.
 """
 
 from __future__ import annotations

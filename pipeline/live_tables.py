@@ -1,8 +1,8 @@
 """Energy tables of a job that is still running: what its commits and drivers reported, flush by flush.
 
-The driver writes counter, segment, attempt and node_reading rows under `energy/_live/`, at every flush of its other records, so a
-crash loses at most one flush interval of them; nothing depends on them, commits stay the truth. A file grows until it
-is worth one, then the next begins. Workers that share a counter cannot be told apart before all of them have
+The driver writes the rows of `LIVE_TABLES` under `energy/_live/`, at every flush of its other records, so a crash loses at
+most one flush interval of them; nothing depends on them, commits stay the truth. A file grows until it is worth one,
+then the next begins, so each table costs at most one write per flush. Workers that share a counter cannot be told apart before all of them have
 reported: these segments carry their worker's own difference (`quality` "undivided"), and `read_live_segments` gives
 them back as segments for the ledger to divide. The finished tables replace all of it.
 """
@@ -13,20 +13,20 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from millijoule.pipeline.energy_rows import EnergyRows, committed_attempt, read_rows
+from millijoule.pipeline.energy_rows import EnergyRows, committed_attempt, power_rows, read_rows
 from millijoule.pipeline.energy_schemas import open_parquet_writer, run_id_of, table_of
 from millijoule.pipeline.energy_tables import LIVE_PREFIX
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.ledger import build_ledger
 from millijoule.pipeline.uncommitted import Uncommitted, read_workers
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, Segment
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, PowerTrace, Segment
 from millijoule.workers.storage import Store
 from millijoule.workers.timeline import segment_estimate_mj
 
@@ -35,9 +35,31 @@ from millijoule.workers.timeline import segment_estimate_mj
 LIVE_PART_FLUSHES = 60
 LIVE_PART_ROWS = 4_096
 
-LIVE_TABLES = ("counter", "segment", "attempt", "node_reading")
+#: Tables whose files begin and end together: power has a row per device and second, and would cut the others short.
+_TABLE_GROUPS = (("counter", "segment", "attempt", "node_reading"), ("power",))
+
+LIVE_TABLES = tuple(name for group in _TABLE_GROUPS for name in group)
 
 _LIVE_PART = re.compile(rf"{LIVE_PREFIX}(?P<table>\w+)/run_id=(?P<run>[^/]+)/\d+-\d+\.parquet")
+
+
+@dataclass
+class _Files:
+    """The current files of a group of tables, and the rows they will have."""
+
+    rows: dict[str, list[tuple]]
+    number: int = 0
+    flushes: int = 0
+    changed: bool = False
+
+    @property
+    def full(self) -> bool:
+        return self.flushes == LIVE_PART_FLUSHES or max(map(len, self.rows.values())) >= LIVE_PART_ROWS
+
+    def begin_next(self) -> None:
+        self.rows = {name: [] for name in self.rows}
+        self.number += 1
+        self.flushes = 0
 
 
 class LiveTables:
@@ -51,64 +73,75 @@ class LiveTables:
         self.store = store
         self.run_id = run_id_of(fingerprint)
         self.epoch = epoch
-        self._rows: dict[str, list[tuple]] = {name: [] for name in LIVE_TABLES}
+        self._files = [_Files({name: [] for name in group}) for group in _TABLE_GROUPS]
+        self._of_table = {name: files for files in self._files for name in files.rows}
         self._last_read: dict[str, tuple[str, int]] = {}
+        self._places: dict[str, tuple[str, str]] = {}  # node and host of each worker that committed
         self._segments = 0
-        self._part = 0
-        self._flushes = 0
-        self._changed = False
 
     def add_commit(self, commit: Commit) -> None:
-        """A commit that now stands, with the segments it carries."""
-        self._rows["attempt"].append(committed_attempt(commit, commit.energy_mj))
+        """A commit that now stands, with the segments and power samples it carries."""
+        self._add("attempt", [committed_attempt(commit, commit.energy_mj)])
+        self._places[commit.worker_id] = commit.node_id, commit.host
         self.add_segments(commit.segments)
+        self.add_power(commit.worker_id, commit.power)
 
     def add_segments(self, segments: Iterable[Segment]) -> None:
         """Segments as their worker reported them, oldest first."""
         for s in segments:
-            self._changed = True
             for read in (s.open, s.close):
                 at = (read.boot_id, read.t_mono_ns)
                 if self._last_read.get(s.worker_id) != at:
                     self._last_read[s.worker_id] = at
-                    self._rows["counter"].extend(row for _, row in read_rows(s.worker_id, read))
+                    self._add("counter", (row for _, row in read_rows(s.worker_id, read)))
             segment_id = self.epoch << 32 | self._segments
             self._segments += 1
-            self._rows["segment"].extend(_segment_rows(segment_id, s))
+            self._add("segment", _segment_rows(segment_id, s))
+
+    def add_power(self, worker_id: str, traces: Iterable[PowerTrace]) -> None:
+        """Samples that worker `worker_id` took; node and host are null where it has not committed anything yet."""
+        for trace in traces:
+            self._add(
+                "power", (row for _, row in power_rows(trace, *self._places.get(worker_id, (None, None))))
+            )
 
     def add_node_readings(self, rows: Iterable[tuple]) -> None:
         """Rows of the `node_reading` table."""
-        before = len(self._rows["node_reading"])
-        self._rows["node_reading"].extend(rows)
-        self._changed = self._changed or len(self._rows["node_reading"]) > before
+        self._add("node_reading", rows)
+
+    def _add(self, name: str, rows: Iterable[tuple]) -> None:
+        files = self._of_table[name]
+        before = len(files.rows[name])
+        files.rows[name].extend(rows)
+        files.changed = files.changed or len(files.rows[name]) > before
 
     def flush(self) -> None:
-        """Store all that has been added since the current file began.
+        """Store all that has been added since the current files began.
 
         Raises:
             StoreError: storage failed; nothing is lost yet, flush again.
         """
-        if not self._changed:
-            return
+        for files in self._files:
+            if not files.changed:
+                continue
+            self._write(files)
+            files.changed = False
+            files.flushes += 1
+            if files.full:
+                files.begin_next()
+                if "counter" in files.rows:
+                    self._last_read.clear()  # a file holds both reads of each of its segments
+
+    def _write(self, files: _Files) -> None:
         with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
-            for name, rows in self._rows.items():
+            for name, rows in files.rows.items():
                 if not rows:
                     continue
                 path = Path(scratch, name)
                 with open_parquet_writer(path, name) as writer:
                     writer.write_table(table_of(name, rows))
-                key = f"{LIVE_PREFIX}{name}/run_id={self.run_id}/{self.epoch:06d}-{self._part:06d}.parquet"
+                key = f"{LIVE_PREFIX}{name}/run_id={self.run_id}/{self.epoch:06d}-{files.number:06d}.parquet"
                 self.store.put_file(key, path)
-        self._changed = False
-        self._flushes += 1
-        if (
-            self._flushes == LIVE_PART_FLUSHES
-            or max(len(rows) for rows in self._rows.values()) >= LIVE_PART_ROWS
-        ):
-            self._rows = {name: [] for name in LIVE_TABLES}
-            self._last_read.clear()  # a file holds both reads of each of its segments
-            self._flushes = 0
-            self._part += 1
 
 
 def _segment_rows(segment_id: int, s: Segment) -> Iterator[tuple]:
@@ -189,7 +222,7 @@ def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
         name: pa.concat_tables([table_of(name, []), *(block for _, block in blocks)])
         for name, blocks in rows.tables()
     }
-    return {**tables, "closure": table_of("closure", [])}
+    return {**tables, "power": read_live_table(store, "power"), "closure": table_of("closure", [])}
 
 
 def _as_commit(row: dict[str, Any], job: JobSpec) -> Commit:

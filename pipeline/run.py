@@ -259,6 +259,7 @@ class JobRun:
         self._uncommitted.add(worker_id, segments, power)
         if self._live:
             self._live.add_segments(segments)
+            self._live.add_power(worker_id, power)
         self.spending.add(segments)
 
     def _node_was_read(self, rows: Iterable[tuple]) -> None:

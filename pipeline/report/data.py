@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -109,6 +110,7 @@ class JobReport:
     devices: tuple[DeviceRow, ...]
     devices_not_shown: int
     nodes: tuple[DeviceRow, ...]
+    nodes_not_shown: int
     models: tuple[DeviceRow, ...]
     speed: Speed
     timeline: Timeline | None
@@ -164,6 +166,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
     node_meters = node_meter_rows(closure_table, read_energy_table(store, "node_energy", job.fingerprint))
     models = gpu_models(env)
     devices = device_rows(work, places, attempts, models)
+    nodes = node_rows(work, places, attempts, models)
     gpu_time = measure_gpu_time(work, places, env, models, stats["images_ok"], gpu_prices)
 
     energy = stats["energy"]
@@ -198,7 +201,8 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         classes=class_shares(work, energy),
         devices=tuple(devices[:MAX_DEVICE_ROWS]),
         devices_not_shown=max(0, len(devices) - MAX_DEVICE_ROWS),
-        nodes=tuple(node_rows(work, places, attempts, models)[:MAX_DEVICE_ROWS]),
+        nodes=tuple(nodes[:MAX_DEVICE_ROWS]),
+        nodes_not_shown=max(0, len(nodes) - MAX_DEVICE_ROWS),
         models=model_rows(work, places, attempts, models),
         speed=measure_speed(stats, places, attempts),
         timeline=timeline,
@@ -245,8 +249,21 @@ def _closure(table: pa.Table | None) -> Closure:
     rows = table.to_pylist()
     rows.sort(key=lambda row: row["passed"] is not False)
     failed = sum(row["passed"] is False for row in rows)
-    clean = [{k: _finite(v) for k, v in row.items()} for row in rows[:MAX_CLOSURE_ROWS]]
+    clean = [{k: _finite(v) for k, v in row.items()} for row in some_of_each_check(rows, MAX_CLOSURE_ROWS)]
     return Closure(tuple(clean), len(rows), failed)
+
+
+def some_of_each_check(rows: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most `limit` rows of the closure table, in their order: failed ones, then the first of each check.
+
+    A job of many devices has so many rows of one check that those of the others would never be seen.
+    """
+    seen: Counter[str] = Counter()
+    ranks = []
+    for number, row in enumerate(rows):
+        ranks.append((row["passed"] is not False, seen[row["check"]], number))
+        seen[row["check"]] += 1
+    return [rows[number] for number in sorted(number for *_, number in sorted(ranks)[:limit])]
 
 
 def _software(env: pa.Table | None) -> tuple[dict[str, str], ...]:

@@ -10,7 +10,7 @@ from millijoule.pipeline import evidence
 from millijoule.pipeline.report import words
 from millijoule.pipeline.report.charts import CLASS_COLOURS, Chart
 from millijoule.pipeline.report.data import JobReport
-from millijoule.pipeline.report.devices import STRAGGLER_FACTOR, DeviceRow
+from millijoule.pipeline.report.devices import DeviceRow
 from millijoule.pipeline.report.energy import EnergyFigures, RateUsed
 from millijoule.pipeline.report.gallery import Sample
 from millijoule.pipeline.report.markup import Row, search_box, table
@@ -285,7 +285,8 @@ def _nodes_table(job: JobReport) -> str:
         Row.of(r.host, r.device, r.model, *_device_cells(r), attributes={"host": r.host, "device": ""})
         for r in job.nodes
     ]
-    return table(("node", "devices", "kind", *_DEVICE_HEADS), rows, numbers=range(3, 14))
+    more = f'<p class="soft">{job.nodes_not_shown} more nodes.</p>' if job.nodes_not_shown else ""
+    return table(("node", "devices", "kind", *_DEVICE_HEADS), rows, numbers=range(3, 14)) + more
 
 
 def _models_table(job: JobReport) -> str:
@@ -313,18 +314,9 @@ def _device_cells(row: DeviceRow) -> tuple[str, ...]:
 
 
 def _speed(job: JobReport) -> str:
-    s = job.speed
-    lines = [
-        f"{words.rate(s.images_per_second)} over {words.seconds(s.seconds)}, {s.shards:,} shards. Per image in a shard: "
-        f"median {words.seconds(s.median_seconds_per_image)}, 95 % below {words.seconds(s.p95_seconds_per_image)}, "
-        f"slowest {words.seconds(s.slowest_seconds_per_image)}.",
-    ]
-    if not s.slowest:
-        lines.append(f"No stragglers: no shard took more than {STRAGGLER_FACTOR:g} times the median.")
-        return "".join(f"<p>{escape(line)}</p>" for line in lines)
-    lines.append(
-        f"{s.stragglers} stragglers took more than {STRAGGLER_FACTOR:g} times the median; the slowest:"
-    )
+    lines = "".join(f"<p>{escape(line)}</p>" for line in words.speed(job.speed))
+    if not job.speed.slowest:
+        return lines
     rows = [
         Row.of(
             str(r.shard_id),
@@ -336,10 +328,10 @@ def _speed(job: JobReport) -> str:
             f"{r.times_median:.2f} x",
             attributes={"host": r.host, "device": r.device},
         )
-        for r in s.slowest
+        for r in job.speed.slowest
     ]
     heads = ("shard", "worker", "node", "device", "images", "took", "times the median")
-    return "".join(f"<p>{escape(line)}</p>" for line in lines) + table(heads, rows, numbers=(0, 4, 5, 6))
+    return lines + table(heads, rows, numbers=(0, 4, 5, 6))
 
 
 def _node_meters(job: JobReport) -> str:
@@ -352,8 +344,8 @@ def _node_meters(job: JobReport) -> str:
             words.energy(r.node_mj, "-"),
             words.energy(r.devices_mj, "-"),
             words.energy(r.rest_mj, "-"),
-            _residual(r.residual_mj, r.residual_share, None),
-            _residual(None, r.tolerance_share, None),
+            words.residual(r.residual_mj, r.residual_share, None),
+            words.residual(None, r.tolerance_share, None),
             words.VERDICTS[r.passed],
             r.note,
         )
@@ -382,8 +374,8 @@ def _closure(number: int, job: JobReport) -> str:
             r["scope"],
             words.energy(r["expected_mj"], "-"),
             words.energy(r["found_mj"], "-"),
-            _residual(r["residual_mj"], r["residual_share"], r["residual_ns"]),
-            _residual(None, r["tolerance_share"], r["tolerance_ns"]),
+            words.residual(r["residual_mj"], r["residual_share"], r["residual_ns"]),
+            words.residual(None, r["tolerance_share"], r["tolerance_ns"]),
             words.VERDICTS[r["passed"]],
             r["note"],
         )
@@ -399,16 +391,6 @@ def _closure(number: int, job: JobReport) -> str:
         + search_box(name, "filter checks")
         + table(heads, rows, numbers=range(3, 7), name=name)
     )
-
-
-def _residual(mj: int | None, part: float | None, ns: int | None) -> str:
-    """A residual or tolerance in the units it has; "exact" is a tolerance of 0."""
-    parts = [] if mj is None else [f"{mj:,} mJ"]
-    if part is not None:
-        parts.append(f"{100 * part:.3g} %")
-    if ns is not None:
-        parts.append(f"{ns / 1e6:,.3g} ms")
-    return ", ".join(parts) or "-"
 
 
 def _messages(job: JobReport) -> str:

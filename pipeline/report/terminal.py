@@ -6,6 +6,8 @@ that nothing in them can colour, move or clear the terminal.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,10 +15,18 @@ from rich.text import Text
 
 from millijoule.pipeline import evidence
 from millijoule.pipeline.report import words
-from millijoule.pipeline.report.data import JobReport, Report
+from millijoule.pipeline.report.data import JobReport, Report, some_of_each_check
+from millijoule.pipeline.report.devices import DeviceRow
 
 #: Rows of a table before the rest is left to the page.
 MAX_ROWS = 12
+
+#: Prompts of the first images, and how much of each is shown.
+MAX_PROMPTS = 5
+MAX_PROMPT_CHARS = 160
+
+#: Characters of a column of numbers beside long names: no less than "measured" and no more than a number needs.
+_NUMBER_WIDTH = (8, 10)
 
 _LEVEL_STYLES = {"problem": "bold red", "caution": "yellow", "note": "dim"}
 
@@ -37,9 +47,16 @@ def _print_job(job: JobReport, console: Console) -> None:
     console.print(_plain(f"{made}; evidence class: {job.evidence_class}{why}"))
     console.print(_figures(job))
     console.print(_classes(job))
-    console.print(_devices(job))
+    console.print(_work(job))
+    for line in words.speed(job.speed):
+        console.print(_plain(line))
+    if job.speed.slowest:
+        console.print(_stragglers(job))
     if job.node_meters:
         console.print(_node_meters(job))
+    _print_closure(job, console)
+    if job.samples:
+        console.print(_prompts(job))
     for flag in job.flags:
         console.print(_plain(f"{flag.level}: {flag.name}: {flag.text}", _LEVEL_STYLES.get(flag.level, "")))
     for text, n in [*job.errors.items(), *job.warnings.items()][:MAX_ROWS]:
@@ -96,19 +113,92 @@ def _classes(job: JobReport) -> Table:
     return table
 
 
-def _devices(job: JobReport) -> Table:
-    table = _table("node", "device", "kind", "images", "idle", "direct per image", "estimate", numbers=4)
-    for row in job.devices[:MAX_ROWS]:
+def _work(job: JobReport) -> Table:
+    """What nodes, kinds of device and devices did, one below the other: they share their columns.
+
+    Energy is the measured one; where none of it was measured, the estimate.
+    """
+    rows = (*job.nodes, *job.models, *job.devices)
+    measured = any(r.direct_mj_per_image is not None or r.full_mj_per_image is not None for r in rows)
+    kind = "" if measured else "estimate, "
+    heads = ("images", "images/s per worker", "time idle", f"{kind}direct per image", f"{kind}full per image")
+    table = _table("", *heads, numbers=len(heads), number_width=_NUMBER_WIDTH)
+
+    def add(title: str, names: Iterable[str], rows: Sequence[DeviceRow], all_rows: int) -> None:
+        table.add_row(_plain(f"{title}:", "bold"))
+        for name, row in list(zip(names, rows, strict=True))[:MAX_ROWS]:
+            energy = (
+                (row.direct_mj_per_image, row.full_mj_per_image)
+                if measured
+                else (row.direct_estimate_mj_per_image, row.full_estimate_mj_per_image)
+            )
+            table.add_row(
+                _plain(name),
+                f"{row.images:,}",
+                words.count(row.images_per_worker_second, "-"),
+                words.share(row.time_shares.get("idle", 0.0)),
+                *(words.energy(mj, words.NOT_MEASURED if measured else "-") for mj in energy),
+            )
+        if all_rows > MAX_ROWS:
+            table.add_row(_plain(_rest(all_rows)))
+
+    nodes = (f"{r.host}, {r.device}" for r in job.nodes)
+    add("nodes", nodes, job.nodes, len(job.nodes) + job.nodes_not_shown)
+    kinds = (f"{r.model}, {r.device}, {r.host}" for r in job.models)
+    add("kinds of device", kinds, job.models, len(job.models))
+    devices = (
+        f"{r.host}, {words.short_device(r.device)}"
+        + (f", {r.model}" if len(job.models) > 1 and r.model != r.device else "")
+        for r in job.devices
+    )
+    add("devices", devices, job.devices, len(job.devices) + job.devices_not_shown)
+    return table
+
+
+def _stragglers(job: JobReport) -> Table:
+    table = _table("node", "device", "worker", "shard", "images", "took", "times the median", numbers=4)
+    for row in job.speed.slowest[:MAX_ROWS]:
         table.add_row(
-            *(_plain(text) for text in (row.host, words.short_device(row.device), row.model)),
+            *(_plain(text) for text in (row.host, words.short_device(row.device), row.worker)),
+            f"{row.shard_id:,}",
             f"{row.images:,}",
-            words.share(row.time_shares.get("idle", 0.0)),
-            words.energy(row.direct_mj_per_image),
-            words.energy(row.direct_estimate_mj_per_image, "-"),
+            words.seconds(row.seconds),
+            f"{row.times_median:.2f} x",
         )
-    left = len(job.devices) + job.devices_not_shown - MAX_ROWS
-    if left > 0:
-        table.add_row(f"... {left} more")
+    _add_rest(table, job.speed.stragglers)
+    return table
+
+
+def _print_closure(job: JobReport, console: Console) -> None:
+    closure = job.closure
+    if closure.rows is None:
+        console.print(_plain("closure: not recorded in this output"))
+        return
+    console.print(_plain(f"closure: {closure.checks:,} checks, {closure.failed:,} failed", "bold"))
+    table = _table("check", "scope", "expected", "found", "residual", "result", numbers=4)
+    for row in some_of_each_check(closure.rows, MAX_ROWS):
+        table.add_row(
+            _plain(row["check"]),
+            _plain(words.short_scope(row["scope"])),
+            words.energy(row["expected_mj"], "-"),
+            words.energy(row["found_mj"], "-"),
+            words.residual(row["residual_mj"], row["residual_share"], row["residual_ns"]),
+            words.VERDICTS[row["passed"]],
+        )
+        if not row["passed"]:
+            table.add_row("", _plain(row["note"], "dim"))
+    _add_rest(table, closure.checks)
+    console.print(table)
+
+
+def _prompts(job: JobReport) -> Table:
+    """The prompts of the first images of the manifest, each once."""
+    firsts = list({sample.prompt_id: sample for sample in reversed(job.samples)}.values())[::-1]
+    table = _table("first prompts, not picked", "size", "energy of the image", numbers=2)
+    for sample in firsts[:MAX_PROMPTS]:
+        size = f"{sample.width}x{sample.height}" if sample.width and sample.height else "-"
+        prompt = _plain(words.shortened(sample.prompt, MAX_PROMPT_CHARS))
+        table.add_row(prompt, size, words.energy(sample.energy_mj))
     return table
 
 
@@ -124,16 +214,28 @@ def _node_meters(job: JobReport) -> Table:
         )
         if row.passed is None:
             table.add_row(_plain(f"  {row.note}", "dim"))
-    left = len(job.node_meters) + job.node_meters_not_shown - MAX_ROWS
-    if left > 0:
-        table.add_row(f"... {left} more")
+    _add_rest(table, len(job.node_meters) + job.node_meters_not_shown)
     return table
 
 
-def _table(*heads: str, numbers: int) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i >= len(heads) - numbers else "left", overflow="fold")
+def _add_rest(table: Table, rows: int) -> None:
+    """Say below `table` how many of all `rows` are left to the page."""
+    if rows > MAX_ROWS:
+        table.caption, table.caption_justify = _plain(_rest(rows)), "left"
+
+
+def _rest(rows: int) -> str:
+    return f"... {rows - MAX_ROWS:,} more"
+
+
+def _table(*heads: str, numbers: int, number_width: tuple[int, int] | None = None) -> Table:
+    """A table whose last `numbers` columns are numbers, of at least and at most so many characters."""
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    least, most = number_width or (None, None)
+    for head in heads[: len(heads) - numbers]:
+        table.add_column(head, overflow="fold")
+    for head in heads[len(heads) - numbers :]:
+        table.add_column(head, justify="right", overflow="fold", min_width=least, max_width=most)
     return table
 
 

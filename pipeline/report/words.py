@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+
+from millijoule.pipeline.report.devices import STRAGGLER_FACTOR, Speed
 
 if TYPE_CHECKING:
     from millijoule.pipeline.report.gpu_time import GpuTime
@@ -12,6 +15,9 @@ if TYPE_CHECKING:
 NOT_MEASURED = "not measured"
 NOT_GIVEN = "not given"
 NOT_KNOWN = "not known"
+
+#: A UUID as GPUs and boots have it, with the prefix of a GPU's: what people read of it is its first group.
+_UUID = re.compile(r"(?:GPU-)?\b([0-9a-f]{8})(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", re.IGNORECASE)
 
 #: What became of a closure check.
 VERDICTS = {True: "passed", False: "FAILED", None: "not applicable"}
@@ -97,6 +103,29 @@ def rate(value: float | None, missing: str = "-") -> str:
     return missing if value is None else f"{count(value)} images/s"
 
 
+def residual(mj: int | None, part: float | None, ns: int | None) -> str:
+    """A closure check's residual or tolerance, in the units it has: millijoules, share of 1, nanoseconds."""
+    parts = [] if mj is None else [f"{mj:,} mJ"]
+    if part is not None:
+        parts.append(f"{100 * part:.3g} %")
+    if ns is not None:
+        parts.append(f"{ns / 1e6:,.3g} ms")
+    return ", ".join(parts) or "-"
+
+
+def speed(s: Speed) -> tuple[str, str]:
+    """Throughput, and whether there are stragglers, in a sentence each."""
+    made = (
+        f"{rate(s.images_per_second)} over {seconds(s.seconds)}, {s.shards:,} shards. Per image in a shard: "
+        f"median {seconds(s.median_seconds_per_image)}, 95 % below {seconds(s.p95_seconds_per_image)}, "
+        f"slowest {seconds(s.slowest_seconds_per_image)}."
+    )
+    if not s.slowest:
+        return made, f"No stragglers: no shard took more than {STRAGGLER_FACTOR:g} times the median."
+    slow = "1 straggler" if s.stragglers == 1 else f"{s.stragglers:,} stragglers"
+    return made, f"{slow} took more than {STRAGGLER_FACTOR:g} times the median; the slowest:"
+
+
 def gpus_held(time: GpuTime) -> str:
     """What stands above the rows of GPU time."""
     kinds = ", ".join(f"{m.gpus} x {m.model}" for m in time.models)
@@ -142,6 +171,16 @@ def moment(unix_s: float) -> str:
 def short_device(device: str) -> str:
     """The part of a GPU's UUID that people read; other names whole."""
     return device.removeprefix("GPU-")[:8] if device.startswith("GPU-") else device
+
+
+def short_scope(scope: str) -> str:
+    """What a closure check was made of, for narrow columns: UUIDs of GPUs and boots by their first eight digits."""
+    return _UUID.sub(r"\1", scope)
+
+
+def shortened(text: str, chars: int) -> str:
+    """`text`, its end left out where it is longer than `chars`."""
+    return text if len(text) <= chars else text[:chars] + " ..."
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
--- Images and direct energy per image by model and device (its name where it is known)
+-- Images and direct energy per image by model and device (its name where it is known); energy is null where a shard's is
 WITH job AS (
     SELECT run_id, any_value(model_name) AS model FROM env GROUP BY ALL
 ), named AS (
@@ -9,6 +9,8 @@ SELECT model, coalesce(device_name, device) AS device, energy_method,
     sum(images_ok)::BIGINT AS images,
     CASE WHEN bool_and(energy_mj IS NOT NULL) THEN sum(energy_mj)::BIGINT END AS energy_mj,
     CASE WHEN bool_and(energy_mj IS NOT NULL) THEN sum(energy_mj) / nullif(sum(images_ok), 0) END AS direct_mj_per_image,
+    sum(energy_mj)::BIGINT AS known_mj,
+    count(*) FILTER (energy_mj IS NULL) AS shards_not_measured,
     sum(images_ok) / nullif(sum(t_end_wall_ns - t_start_wall_ns) / 1e9, 0) AS images_per_device_second
 FROM attempt LEFT JOIN job USING (run_id) LEFT JOIN named USING (run_id, worker_id)
 WHERE outcome = 'committed'

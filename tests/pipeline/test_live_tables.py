@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.dies_between_flushes import SteadyMeter
 from support.jobs import environment
-from support.ledgers import GPU, JOB, chain, commit, read, segment
+from support.ledgers import GPU, JOB, SECOND, chain, commit, read, segment
 from support.local_job import plan, work
 
 from millijoule.pipeline.check import check_output
@@ -24,8 +24,12 @@ from millijoule.pipeline.live_tables import (
     read_live_table,
     read_live_tables,
 )
+from millijoule.pipeline.pool import PoolOptions
 from millijoule.pipeline.query import CLOSURE_QUERIES, open_tables, run_query
+from millijoule.pipeline.retry import load_job_shards
+from millijoule.pipeline.run import JobRun, PlannedJob
 from millijoule.workers.errors import StoreError
+from millijoule.workers.schemas import PowerSample, PowerTrace
 from millijoule.workers.storage import open_store
 
 SHARDS = 10
@@ -129,6 +133,66 @@ def test_files_grow_and_then_the_next_begins(output, monkeypatch):
         assert pq.ParquetFile(source).metadata.num_rows == 3
     assert sum(read_live_table(output, "segment")["energy_mj"].to_pylist()) == 80
     assert {r.domain for r in build_ledger(read_live_segments(output)).runs} == {GPU}
+
+
+def trace(*seconds, device="GPU-1"):
+    """A device's power, one watt per second of its time."""
+    made = tuple(PowerSample(t * SECOND, t * SECOND, None, 1000 * t) for t in seconds)
+    return PowerTrace(device, "boot", "nvml-fields-185-186", made)
+
+
+def test_power_samples_of_commits_and_of_the_rest_are_live(output):
+    tables = LiveTables(output, JOB.fingerprint, 1)
+    tables.add_power("w1", [trace(1)])  # before anything says where w1 is
+    parts = chain([read(0, 0), read(9, 100)], ["shard"])
+    tables.add_commit(commit(1, "a1", 3, parts, power=(trace(2, 3), trace(2, device="GPU-2"))))
+    tables.add_power("w1", [trace(4)])
+    tables.flush()
+    columns = ["host", "node_id", "device", "t_mono_ns", "power_average_mw", "power_instant_mw", "source"]
+    rows = read_live_tables(output, JOB)["power"].select(columns).to_pylist()
+    assert [(*r.values(),) for r in rows] == [
+        (None, None, "GPU-1", 1 * SECOND, None, 1000, "nvml-fields-185-186"),
+        ("h1", "n1", "GPU-1", 2 * SECOND, None, 2000, "nvml-fields-185-186"),
+        ("h1", "n1", "GPU-1", 3 * SECOND, None, 3000, "nvml-fields-185-186"),
+        ("h1", "n1", "GPU-2", 2 * SECOND, None, 2000, "nvml-fields-185-186"),
+        ("h1", "n1", "GPU-1", 4 * SECOND, None, 4000, "nvml-fields-185-186"),
+    ]
+    output.put("_job/job.json", JOB.to_json())
+    assert ask(output, "SELECT max(power_instant_mw) AS mw FROM power WHERE device = 'GPU-2'") == [
+        {"mw": 2000}
+    ]
+
+
+def test_power_costs_one_write_per_flush_and_cuts_no_other_file_short(output, monkeypatch):
+    monkeypatch.setattr("millijoule.pipeline.live_tables.LIVE_PART_ROWS", 8)
+    tables, written = LiveTables(output, JOB.fingerprint, 1), []
+    put_file = output.put_file
+    monkeypatch.setattr(output, "put_file", lambda key, path: (written.append(key), put_file(key, path)))
+    for n in range(4):
+        tables.add_segments(chain([read(n, n), read(n + 0.5, n)], ["idle"]))
+        tables.add_power("w1", [trace(*range(10 * n, 10 * n + 5), device=f"GPU-{i}") for i in range(2)])
+        written.clear()
+        tables.flush()
+        assert sorted(key.split("/")[2] for key in written) == ["counter", "power", "segment"]
+    assert {t: len(keys) for t, keys in live_parts(output).items()} == {
+        "counter": 1,
+        "segment": 1,
+        "power": 4,
+    }
+    assert read_live_table(output, "power").num_rows == 40
+    written.clear()
+    tables.add_power("w1", [trace()])  # no sample: nothing to write
+    tables.flush()
+    assert written == []
+
+
+def test_a_driver_writes_power_that_no_commit_carries(tmp_path):
+    store, job = plan(tmp_path, ["a cat"])
+    planned = PlannedJob(job, load_job_shards(store, job), exclusive=True)
+    driver = JobRun(store, planned, PoolOptions(1, 1, 1.0, 0.0, {}), None, lease_s=60.0, speculate=False)
+    driver.uncommitted("w1", tuple(chain([read(0, 0), read(5, 9)], ["idle"])), (trace(1, 2),))
+    driver._flush()
+    assert read_live_table(store, "power")["power_instant_mw"].to_pylist() == [1000, 2000]
 
 
 def test_a_flush_that_failed_is_repeated(output, monkeypatch):

@@ -1,6 +1,7 @@
 """Questions and SQL over the energy tables: answers, many outputs, and what a query may not do."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from millijoule.pipeline.energy_tables import write_energy_tables
 from millijoule.pipeline.ledger import build_ledger
 from millijoule.pipeline.live_tables import LiveTables
 from millijoule.pipeline.query import CLOSURE_QUERIES, named_queries, open_tables, run_query
+from millijoule.pipeline.uncommitted import Uncommitted
 from millijoule.workers.errors import InputError
+from millijoule.workers.schemas import WorkerEnvironment
 from millijoule.workers.storage import open_store
 
 COST = {"price_per_kwh": 0.5, "gco2_per_kwh": 100, "pue": 2.0}
@@ -21,19 +24,33 @@ COST = {"price_per_kwh": 0.5, "gco2_per_kwh": 100, "pue": 2.0}
 
 def finished(folder, *, scale=1, job=JOB):
     """A finished job's output: two shards of three images, one loser, a pause; energies in units of `scale` mJ."""
+    reads = [read(t, mj * scale) for t, mj in ((0, 0), (5, 40), (25, 1043), (26, 1050), (46, 2100))]
+    lost = segment(read(50, 2150 * scale), read(54, 2250 * scale), "loser", "w2", 3, "a2")
+    return written(folder, reads, lost, job=job)
+
+
+def written(folder, reads, *others, job=JOB, estimate=None, environments=None):
+    """An output of a worker that loads, makes shard 1, waits and makes shard 3 between `reads`, beside `others`."""
     store = open_store(str(folder))
     store.put("_job/job.json", job.to_json())
-    reads = [read(t, mj * scale) for t, mj in ((0, 0), (5, 40), (25, 1043), (26, 1050), (46, 2100))]
     kinds = ["load", "shard", "idle", "shard"]
     parts = [replace(s, shard_id=n if s.shard_id else None) for n, s in enumerate(chain(reads, kinds))]
-    lost = segment(read(50, 2150 * scale), read(54, 2250 * scale), "loser", "w2", 3, "a2")
     commits = [
-        commit(n, "a1", 3, parts, t_start_wall_ns=5 * n * 10**9, t_end_wall_ns=(5 * n + n) * 10**9)
-        for n in (1, 3)
+        commit(
+            n, "a1", 3, parts, t_start_wall_ns=5 * n * 10**9, t_end_wall_ns=(5 * n + n) * 10**9, estimate=mj
+        )
+        for n, mj in ((1, estimate), (3, 6))
     ]
-    ledger = build_ledger([*parts, lost], {1: "a1", 3: "a1"})
-    write_energy_tables(store, job, ledger, lambda: commits, image_rows)
+    ledger = build_ledger([*parts, *others], {1: "a1", 3: "a1"})
+    uncommitted = Uncommitted(workers={e.worker_id: e for e in environments or ()})
+    write_energy_tables(store, job, ledger, lambda: commits, image_rows, uncommitted)
     return store
+
+
+def environment(worker, *gpus):
+    """What a worker of host h1 says of itself."""
+    where = (worker, 1, "n1", "h1", gpus[0] if gpus else "cpu", gpus)
+    return WorkerEnvironment(*where, None, None, "3.11", None, "nvml-counter")
 
 
 def ask(stores, query, **params):
@@ -69,7 +86,9 @@ def test_answers(store):
             "devices": 1,
             "energy_mj": 2250,
             "energy_kwh": 2250 / 3.6e9,
+            "known_mj": 2250,
             "segments_not_measured": 0,
+            "devices_without_counter": 0,
         }
     ]
     shares = {r["segment_class"]: (r["seconds"], r["energy_mj"]) for r in ask([store], "idle_share")}
@@ -80,6 +99,7 @@ def test_answers(store):
         "load": (5, 40),
         "idle": (1, 7),
     }
+    assert sum(r["energy_share"] for r in ask([store], "idle_share")) == pytest.approx(1)
     assert [(r["segment_class"], r["attempt_id"], r["energy_mj"]) for r in ask([store], "waste")] == [
         ("loser", "a2", 100),
         ("gap", None, 50),
@@ -88,9 +108,18 @@ def test_answers(store):
     assert (per_kwh["images"], per_kwh["full_mj_per_image"]) == (6, 375)
     assert per_kwh["images_per_kwh_full"] == pytest.approx(3.6e9 / 375)
     (cost,) = ask([store], "cost_and_carbon", **COST)
-    assert cost["kwh"] == pytest.approx(2 * 2250 / 3.6e9)
-    assert cost["cost"] == pytest.approx(cost["kwh"] / 2)
-    assert cost["gco2e_per_image"] == pytest.approx(100 * cost["kwh"] / 6)
+    kwh = 2250 / 3.6e9
+    assert cost == {
+        "run_id": run_id,
+        "images": 6,
+        "metered_kwh": pytest.approx(kwh),  # what the counters say: PUE is not in it
+        "declared_pue": 2.0,
+        "cost_with_pue": pytest.approx(2 * kwh / 2),
+        "gco2e_with_pue": pytest.approx(2 * kwh * 100),
+        "cost_per_image_with_pue": pytest.approx(2 * kwh / 2 / 6),
+        "gco2e_per_image_with_pue": pytest.approx(2 * kwh * 100 / 6),
+        "images_not_measured": 0,
+    }
     slowest = ask([store], "slowest_shards")
     assert [(r["shard_id"], r["seconds"], r["times_median"]) for r in slowest] == [(3, 3, 1.5), (1, 1, 0.5)]
     (model,) = ask([store], "energy_per_model_and_device")
@@ -102,6 +131,114 @@ def test_answers(store):
     )
     (minute,) = ask([store], "energy_over_time")
     assert (minute["energy_mj"], minute["watts"]) == (2250, pytest.approx(2.25 / 54))
+
+
+# --- missing is never zero ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def partly(tmp_path_factory):
+    """The read between shard 1 and the pause failed: both are missing, and what they used stands in a gap."""
+    reads = [read(t, mj) for t, mj in ((0, 0), (5, 40), (25, None), (26, 1050), (46, 2100))]
+    return written(tmp_path_factory.mktemp("partly") / "out", reads)
+
+
+def test_a_sum_with_a_missing_part_is_null_beside_what_is_known(partly):
+    (node,) = ask([partly], "energy_per_node")
+    assert (node["energy_mj"], node["energy_kwh"]) == (None, None)
+    assert (node["known_mj"], node["segments_not_measured"]) == (2100, 2)
+    classes = {
+        r["segment_class"]: (r["energy_mj"], r["energy_share"], r["known_mj"], r["segments_not_measured"])
+        for r in ask([partly], "idle_share")
+    }
+    assert classes == {
+        "load": (40, None, 40, 0),  # its own energy is known, the job's is not
+        "shard": (None, None, 1050, 1),
+        "idle": (None, None, None, 1),
+        "gap": (1010, None, 1010, 0),
+    }
+    (images,) = ask([partly], "images_per_kwh")
+    assert {images[c] for c in images if "_per_" in c} == {None}
+    assert (images["known_direct_mj"], images["images_not_measured"]) == (1050, 3)
+    (cost,) = ask([partly], "cost_and_carbon", **COST)
+    assert {cost[c] for c in cost if "_with_pue" in c or "kwh" in c} == {None}
+    assert (cost["images"], cost["images_not_measured"]) == (6, 6)
+    (model,) = ask([partly], "energy_per_model_and_device")
+    assert (model["energy_mj"], model["direct_mj_per_image"]) == (None, None)
+    assert (model["known_mj"], model["shards_not_measured"]) == (1050, 1)
+
+
+def test_an_estimate_of_some_images_is_not_one_of_all(store, tmp_path):
+    reads = [read(t, t) for t in range(5)]
+    (images,) = ask([written(tmp_path / "all", reads, estimate=3)], "images_per_kwh")
+    assert images["estimate_mj_per_image"] == 1.5
+    (images,) = ask([written(tmp_path / "some", reads, estimate=None)], "images_per_kwh")
+    assert images["estimate_mj_per_image"] is None
+
+
+def test_one_domain_of_two_is_not_the_waste(tmp_path):
+    lost = segment(read(50, 10, **{"cpu:0": 5}), read(54, 30), "loser", "w2", 3, "a2")
+    rows = ask([written(tmp_path / "out", [read(t, t) for t in range(5)], lost)], "waste")
+    (row,) = [r for r in rows if r["segment_class"] == "loser"]
+    assert (row["energy_mj"], row["known_mj"], row["domains_not_measured"]) == (None, 20, 1)
+
+
+def test_a_gpu_that_nobody_read_is_missing_from_its_node(tmp_path):
+    reads = [read(t, t) for t in range(5)]
+    other = segment(read(1, **{"cpu:package-0": 0}), read(3, **{"cpu:package-0": 8}), "shard", "w2", 2, "a2")
+    held = [environment("w1", "GPU-1"), environment("w2", "GPU-2", "GPU-1")]
+    rows = {
+        r["kind"]: r
+        for r in ask([written(tmp_path / "out", reads, other, environments=held)], "energy_per_node")
+    }
+    assert rows.keys() == {"gpu", "cpu"}
+    gpu = rows["gpu"]
+    assert (gpu["energy_mj"], gpu["known_mj"], gpu["devices"], gpu["devices_without_counter"]) == (
+        None,
+        4,
+        2,
+        1,
+    )
+    assert (rows["cpu"]["energy_mj"], rows["cpu"]["devices_without_counter"]) == (8, 0)
+
+
+def test_a_worker_without_any_counter_is_a_row_of_its_own(tmp_path):
+    other = segment(read(1), read(3), "shard", "w2", 2, "a2")
+    reads = [read(t, t) for t in range(5)]
+    rows = {r["kind"]: r for r in ask([written(tmp_path / "out", reads, other)], "energy_per_node")}
+    assert (rows["gpu"]["energy_mj"], rows[None]["energy_mj"]) == (4, None)
+    assert (rows[None]["known_mj"], rows[None]["segments_not_measured"]) == (None, 1)
+
+
+@pytest.mark.parametrize(
+    ("later", "known_mj", "watts"),
+    [
+        (
+            [read(26, 3, epoch=1), read(46, 23, epoch=1)],
+            120,
+            3.0,
+        ),  # a reset: 20 mJ in 20 s, 100 in 20 before it
+        ([read(26, 10**9), read(46, 10**9 + 20)], 120, 3.0),  # a step of a megajoule in a second
+    ],
+)
+def test_a_minute_with_a_break_of_the_counter_has_no_energy(tmp_path, later, known_mj, watts):
+    store = written(tmp_path / "out", [read(0, 0), read(5, 25), read(20, 100), *later])
+    (minute,) = ask([store], "energy_over_time")
+    assert (minute["energy_mj"], minute["known_mj"], minute["breaks"]) == (None, known_mj, 1)
+    assert minute["watts"] == pytest.approx(watts / 1000)
+
+
+def test_every_question_with_a_sum_says_what_is_missing():
+    for question in named_queries().values():
+        if "sum(energy" in question.sql and not question.name.startswith("closure"):
+            assert "known_" in question.sql or question.name == "cost_and_carbon", question.name
+            assert re.search("AS (.*not_measured|breaks)", question.sql), question.name
+
+
+def test_pue_multiplies_no_energy(store):
+    (with_pue,), (without,) = (ask([store], "cost_and_carbon", **COST | {"pue": pue}) for pue in (2.0, 1.0))
+    assert with_pue["metered_kwh"] == without["metered_kwh"]
+    assert with_pue["cost_with_pue"] == 2 * without["cost_with_pue"]
 
 
 def test_the_documented_query_gives_the_shards_energy(store):

@@ -68,6 +68,7 @@ def hostile(report):
                 millijoule_version=evil,
                 evidence_class=evil,
                 measured=replace(job.measured, method=evil),
+                nodes=(device,),
                 devices=(device,),
                 models=(device,),
                 timeline=timeline,
