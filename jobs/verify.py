@@ -67,13 +67,14 @@ class VerifyOptions:
     """Blocks of the comparison, a multiple of 4; the interval needs 20 or more."""
 
     block_seconds: float = 60.0
-    """Length of a block; a batch that has begun is finished."""
+    """Length of a block; a batch that has begun is finished. With less than 60 nothing is established."""
 
     control_quadruples: int = 1
     """Quadruples of each control: A against A, telemetry on against off for A and for B."""
 
     warmup_cv: float = 0.03
-    """Warm-up ends when the speeds of three windows differ by no more than this share."""
+    """Warm-up ends when the speeds of three windows differ by no more than this share. With more than 0.05 nothing is
+    established."""
 
     prompts: str | None = None
     """Text file of prompts, one per line, "family<TAB>prompt" or prompts alone; by default held-out icon scenes."""
@@ -94,7 +95,8 @@ class VerifyOptions:
     """Further scores with their margins: "clip:FOLDER=0.2" or "python:MODULE:FACTORY=MARGIN"."""
 
     score_margin: float = 0.02
-    """A's share of accepted images may be lower than B's by this much."""
+    """A's share of accepted images may be lower than B's by this much. With a wider margin than the default nothing is
+    established; the same holds for the next two options."""
 
     frechet_margin: float = 0.05
     """A's Frechet distance may exceed B's by this share of it."""
@@ -148,6 +150,7 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     from millijoule.pipeline.comparison.attestation import load_private_key
     from millijoule.pipeline.comparison.bundle import write_bundle
     from millijoule.pipeline.comparison.parts import PartStore
+    from millijoule.pipeline.comparison.protocol_floor import find_loosened
     from millijoule.pipeline.comparison.second_meter import read_second_meter
     from millijoule.workers.generator import load_generator
     from millijoule.workers.meter import open_meter
@@ -164,6 +167,8 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     metrics = _load_metrics(options)
     registration = register(options, models, generators, judge, metrics, device, output)
     print(f"registration {registration.sha256}")
+    for departure in find_loosened(registration):
+        print(f"note: {departure}; nothing can be established with it")
     if options.register_only:
         return COMPLETE
     meter = open_meter(gpus)
@@ -308,7 +313,8 @@ def check(options: VerifyOptions) -> int:
     if report.mismatches:
         print(f"{folder}: {len(report.mismatches)} mismatches; nothing in it can be relied on")
         return ERROR
-    print(report.verdict)
+    if report.result is not None:
+        print_verdict(report.result)
     for note in report.notes:
         print(f"note: {note}")
     print(
@@ -332,7 +338,19 @@ def print_result(result: dict[str, Any]) -> None:
         )
     for failure in result["gate"]["failures"]:
         print(f"gate failed: {failure}")
-    claim = result["claim"]
+    print_verdict(result)
+
+
+def print_verdict(result: dict[str, Any]) -> None:
+    """The verdict between what it rests on and what follows for the claim."""
+    protocol, claim = result["protocol"], result["claim"]
+    metrics = "".join(f", {name} {margin:g}" for name, margin in protocol["metric_margins"].items())
+    print(
+        f"protocol: blocks of {protocol['block_seconds']:g} s, warm-up within {100 * protocol['warmup_cv']:g} %; "
+        f"margins: accepted share {protocol['score_margin']:g}, Frechet distance {protocol['frechet_margin']:g}, "
+        f"blank {protocol['max_blank']:g}, repeated {protocol['max_duplicates']:g}{metrics}; "
+        f"at least {protocol['min_images']} images"
+    )
     print(result["verdict"])
     print(f"claim (at least {claim['factor']:g} times): {'; '.join([claim['outcome'], *claim['reasons']])}")
 

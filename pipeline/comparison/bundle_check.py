@@ -66,11 +66,18 @@ Rejudge = Callable[[Registration, Rows], Iterator[str]]
 
 @dataclass(frozen=True)
 class CheckReport:
-    """`mismatches` is empty for a sound bundle; `notes` are what a sound bundle still leaves open."""
+    """`mismatches` is empty for a sound bundle; `notes` are what a sound bundle still leaves open.
+
+    `result` is what the rows give, whatever the bundle says; None where they give nothing.
+    """
 
     mismatches: tuple[str, ...]
     notes: tuple[str, ...]
-    verdict: str | None
+    result: dict[str, Any] | None
+
+    @property
+    def verdict(self) -> str | None:
+        return None if self.result is None else self.result["verdict"]
 
 
 def check_bundle(
@@ -88,7 +95,7 @@ def check_bundle(
         return CheckReport(tuple(mismatches), (), None)
     notes: list[str] = []
     mismatches += _check_signature(folder, public_key, notes)
-    verdict = None
+    again = None
     try:
         registration = Registration.from_json(_read_json_bytes(folder / REGISTRATION))
         rows = _read_rows(folder)
@@ -103,7 +110,6 @@ def check_bundle(
         again = json.loads(canonical_json(compute_result(registration, rows)))
         again["inputs"] = hash_inputs(folder)
         mismatches += [f"{RESULT}: {d}" for d in differences(result, again)]
-        verdict = again["verdict"]
     except (KeyError, IndexError, ValueError, TypeError, ArithmeticError, np.linalg.LinAlgError) as error:
         mismatches.append(f"the rows do not fit each other: {error!r}")
     if rejudge is not None:
@@ -111,7 +117,7 @@ def check_bundle(
             mismatches.append("pixels.parquet: missing, nothing to judge again")
         elif not mismatches:
             mismatches += rejudge(registration, rows)
-    return CheckReport(tuple(mismatches), tuple(notes), verdict)
+    return CheckReport(tuple(mismatches), tuple(notes), again)
 
 
 def differences(stated: Any, found: Any, where: str = "") -> Iterator[str]:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache, cached_property
 from typing import Any, Literal, get_type_hints
 
 from millijoule.workers.errors import InputError
@@ -136,7 +137,7 @@ class Registration:
     def to_json(self) -> bytes:
         return canonical_json({"format": FORMAT, **asdict(self)})
 
-    @property
+    @cached_property  # every block is compared with it
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json()).hexdigest()
 
@@ -191,7 +192,7 @@ class ScheduledBlock:
 
 
 def check_values(registration: Registration) -> None:
-    """Raise ValueError for numbers with which nothing could be shown, or anything could."""
+    """Raise ValueError for numbers that make no comparison. Looser ones than the protocol's are `protocol_floor`'s."""
     r, design, gate = registration, registration.design, registration.gate
     positive = {
         "factor": r.factor,
@@ -280,11 +281,16 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
+@cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _build(kind: type, raw: Any) -> Any:
     """A dataclass from exactly its fields, with JSON's types checked."""
     if not isinstance(raw, Mapping):
         raise TypeError(f"{kind.__name__} must be an object")
-    names, hints = {f.name for f in fields(kind)}, get_type_hints(kind)
+    names, hints = {f.name for f in fields(kind)}, _type_hints(kind)
     if names != set(raw):
         raise ValueError(f"{kind.__name__}: fields {sorted(names ^ set(raw))} are missing or unknown")
     for name, value in raw.items():

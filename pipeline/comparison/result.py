@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from millijoule.pipeline.apportionment import sum_or_none
 from millijoule.pipeline.comparison.acceptance import find_repeats
+from millijoule.pipeline.comparison.protocol_floor import state_protocol
 from millijoule.pipeline.comparison.quality_gate import ArmImages, accepted_spread, judge_gate
 from millijoule.pipeline.comparison.registration import ARMS, Design, Registration
 from millijoule.pipeline.comparison.rows import Rows, encode_images, reads_by_block
@@ -209,7 +210,9 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
         node_closes=node.closes if node else None,
     )
     warmup = _warmup(registration.design, blocks, numbers)
-    obstacles = [
+    protocol = state_protocol(registration)
+    obstacles = [*protocol["loosened"]]
+    obstacles += [
         f"control {name} shows a log ratio of {value:+.3f}, more than {limits.max_control:g}"
         for name, value in controls.items()
         if value is not None and not abs(value) <= limits.max_control
@@ -223,6 +226,7 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
         "registration_sha256": registration.sha256,
         "verdict": verdict_line(interval, confidence, where, evidence, gate.passed),
         "claim": {"factor": registration.factor, **asdict(claim), "reasons": list(claim.reasons)},
+        "protocol": protocol,
         "ratio_per_accepted_image": asdict(interval) if interval else None,
         "ratio_per_image": asdict(per_image) if per_image else None,
         "systematics": {"parts": budget, "total": systematic},
