@@ -123,7 +123,8 @@ class VerifyOptions:
     """As above, of B."""
 
     second_meter: str | None = None
-    """CSV file of another meter's energy over the run (source, t_wall_ns, energy_mj; source: power or node)."""
+    """CSV file of another meter's energy over the run (source, t_wall_ns, energy_mj; source: node, or power where the
+    run could not sample it itself)."""
 
     omit_images: bool = False
     """Leave the images out of the bundle; their hashes stay."""
@@ -152,6 +153,7 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     from millijoule.pipeline.comparison.parts import PartStore
     from millijoule.pipeline.comparison.protocol_floor import find_loosened
     from millijoule.pipeline.comparison.second_meter import read_second_meter
+    from millijoule.workers.comparison_blocks import open_sampler
     from millijoule.workers.generator import load_generator
     from millijoule.workers.meter import open_meter
 
@@ -174,7 +176,7 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     meter = open_meter(gpus)
     try:
         parts = PartStore(output / "parts")
-        ComparisonRun(registration, generators, meter, parts).run()
+        ComparisonRun(registration, generators, meter, parts, open_sampler=lambda: open_sampler(meter)).run()
         environment = describe_environment(registration, generators, meter, judge.sha256)
     finally:
         meter.close()

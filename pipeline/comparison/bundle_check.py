@@ -50,6 +50,8 @@ from millijoule.pipeline.comparison.rows import (
     Rows,
     encode_images,
 )
+from millijoule.pipeline.comparison.sampled_power import SOURCE as POWER_SOURCE
+from millijoule.pipeline.comparison.sampled_power import integrate_power
 from millijoule.workers.errors import InputError
 
 if TYPE_CHECKING:
@@ -107,6 +109,7 @@ def check_bundle(
         mismatches += check_protocol(registration, rows, environment)
         mismatches += _check_judgements(registration, rows, notes)
         mismatches += _check_blocks(registration, rows)
+        mismatches += _check_power(rows)
         again = json.loads(canonical_json(compute_result(registration, rows)))
         again["inputs"] = hash_inputs(folder)
         mismatches += [f"{RESULT}: {d}" for d in differences(result, again)]
@@ -251,6 +254,27 @@ def _check_blocks(registration: Registration, rows: Rows) -> Iterator[str]:
         for name in DERIVED_BLOCK_COLUMNS:
             for difference in differences(row[name], getattr(found, name), f"{name}."):
                 yield f"blocks.parquet: block {row['block_id']}: {difference}"
+
+
+def _check_power(rows: Rows) -> Iterator[str]:
+    """The second meter's rows of sampled power against the samples, the samples against their blocks."""
+    if rows.power is None:
+        return
+    if not rows.power.num_rows:
+        yield "power.parquet: has no rows"
+    sampled = {b["block_id"] for b in rows.blocks.to_pylist() if b["telemetry"]}
+    for row in rows.power.to_pylist():
+        name = f"power.parquet: block {row['block_id']!r}"
+        if row["block_id"] not in sampled:
+            yield f"{name}: no block in which power was sampled"
+        values = [v for v in (row["power_average_mw"], row["power_instant_mw"]) if v is not None]
+        if not values or min(values) <= 0:
+            yield f"{name}: a sample without power"
+    meter = [] if rows.second_meter is None else rows.second_meter.to_pylist()
+    own = sorted((r["t_wall_ns"], r["energy_mj"]) for r in meter if r["source"] == POWER_SOURCE)
+    found = integrate_power(rows.power, rows.reads).to_pylist()
+    if own != sorted((r["t_wall_ns"], r["energy_mj"]) for r in found):
+        yield "second_meter.parquet: its power is not what the samples in power.parquet add up to"
 
 
 def _check_judgements(registration: Registration, rows: Rows, notes: list[str]) -> Iterator[str]:

@@ -233,6 +233,7 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
         "boundary": where,
         "domains": list(domains),
         "evidence_class": evidence,
+        "second_meters": _second_meters(rows),
         "closures": {name: asdict(c) if c else None for name, c in closures.items()},
         "arms": {arm: _arm_sums(compare, arm) for arm in ARMS},
         "controls": controls,
@@ -359,6 +360,15 @@ def is_stable(speeds: Sequence[float], design: Design) -> bool:
     if len(last) < design.warmup_windows or last.min() <= 0:
         return False
     return bool(last.std() / last.mean() <= design.warmup_cv)
+
+
+def _second_meters(rows: Rows) -> dict[str, str]:
+    """Where the rows of each second meter come from."""
+    table = rows.second_meter
+    found = dict.fromkeys([] if table is None else sorted(set(table["source"].to_pylist())), "handed in")
+    if rows.power is not None:
+        found["power"] = "sampled during the blocks"
+    return found
 
 
 def _stretches(rows: Rows, domains: Sequence[str], block_ids: Sequence[str]) -> list[CountedStretch]:

@@ -1,7 +1,7 @@
 """Another meter beside the counters: whether it agrees with them over the blocks of the comparison.
 
-"power" is a second source inside the device (its power, integrated); "node" measures the whole machine. Rows hold energy
-since any zero at wall-clock times; between two rows energy grows evenly.
+"power" is a second source inside the device (its power, integrated by `sampled_power`, or handed in); "node" measures the
+whole machine. Rows hold energy since any zero at wall-clock times; between two rows energy grows evenly.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.comparisons import REQUESTS
+from support.counters import GPU0, FakeNvml
 
 from millijoule.jobs import verify
 from millijoule.jobs.comparison_environment import describe_gpu
@@ -121,6 +123,52 @@ def test_from_registration_to_a_checked_bundle(world, capsys):
     said = capsys.readouterr().out
     assert "result.json: claim.outcome says 'holds'" in said
     assert "nothing in it can be relied on" in said
+
+
+class LiveBoard(FakeNvml):
+    """300 W by its counter and by its power fields, in real time."""
+
+    def nvmlDeviceGetFieldValues(self, handle, fields):
+        self.energy_mj[handle] = time.monotonic_ns() * 3 // 10**7
+        self.power_mw[handle] = (300_000, 300_000)
+        return super().nvmlDeviceGetFieldValues(handle, fields)
+
+
+@pytest.fixture
+def board(world, monkeypatch):
+    """The machine has one board."""
+    open_real = meter.open_meter
+
+    def open_board(gpus):
+        assert gpus == ["0"]
+        return open_real(
+            gpus, nvml=LiveBoard(), powercap_root=world / "no", boot_id="boot", book_directory=world
+        )
+
+    monkeypatch.setattr(meter, "open_meter", open_board)
+    monkeypatch.setattr(verify, "_find_device", lambda options: ("cpu", ["0"]))
+    monkeypatch.setattr("millijoule.jobs.comparison_environment.describe_gpu", lambda uuid, nvml: {})
+    return world
+
+
+def test_power_of_a_board_is_sampled_into_the_bundle(board, capsys):
+    """Blocks of 0.1 s cannot close; that they do is shown on a made-up clock."""
+    assert measure(board, "--omit-images") == NOT_SHOWN
+    bundle = board / "out" / "bundle"
+    result = json.loads((bundle / "result.json").read_bytes())
+    assert result["domains"] == [GPU0]
+    assert result["second_meters"] == {"power": "sampled during the blocks"}
+    assert result["evidence_class"] == "E1"
+    power = pq.ParquetFile(bundle / "power.parquet").read().to_pylist()
+    assert {r["power_average_mw"] for r in power} == {300_000}
+    assert len(power) >= 2
+    capsys.readouterr()
+    assert check(board) == 0
+    capsys.readouterr()
+    shutil.rmtree(bundle)
+    (board / "meter.csv").write_text("source,t_wall_ns,energy_mj\npower,1,1\n")
+    assert measure(board, "--omit-images", "--second-meter", str(board / "meter.csv")) == 1
+    assert "power was sampled in the run" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on(world, capsys):

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from support.counters import SECOND, FakeNvml
 
 from millijoule.jobs.comparison_run import ComparisonRun, judge_images
 from millijoule.pipeline.comparison.parts import PartStore
@@ -27,9 +28,12 @@ from millijoule.pipeline.comparison.registration import (
     Request,
 )
 from millijoule.pipeline.comparison.rows import Rows
+from millijoule.workers.comparison_blocks import MAX_BLOCK_SAMPLES
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import GeneratedBatch, GeneratorInfo
 from millijoule.workers.image_judge import Judgement
+from millijoule.workers.meter import open_meter
+from millijoule.workers.power_samples import PowerSampler
 from millijoule.workers.scene_prompts import parse_prompt
 from millijoule.workers.schemas import CounterRead
 
@@ -102,6 +106,70 @@ class World:
         pass
 
 
+class Board(World):
+    """The same world with NVML's stand-in: counter and power fields of one board, read as the product reads them.
+
+    `power_error` is what the power fields show over what is drawn. Samplers look once a second of the made-up clock.
+    """
+
+    def __init__(self, folder: Path, *, power_error: float = 1.0) -> None:
+        super().__init__()
+        self.power_error = power_error
+        self.nvml = FakeNvml(("GPU-1",))
+        self.sampler: ClockedSampler | None = None
+        self._second_began_uj = self.energy_uj
+        self._show(60.0)
+        self.meter = open_meter(
+            ["GPU-1"],
+            nvml=self.nvml,
+            powercap_root=folder / "none",
+            boot_id="boot",
+            book_directory=folder,
+            clock_ns=lambda: self.ns,
+        )
+
+    def advance(self, seconds: float, watts: float) -> None:
+        left_ns = round(seconds * 1e9)
+        while left_ns > 0:
+            step_ns = min(left_ns, SECOND - self.ns % SECOND)
+            super().advance(step_ns / 1e9, watts)
+            left_ns -= step_ns
+            self._show(watts)
+            if not self.ns % SECOND and self.sampler is not None:
+                self.sampler.look()
+
+    def read(self) -> CounterRead:
+        self.advance(0.001, 100.0)
+        return dataclasses.replace(self.meter.read(), t_wall_ns=START_NS + self.ns)
+
+    def open_sampler(self) -> ClockedSampler:
+        return ClockedSampler(self)
+
+    def _show(self, watts: float) -> None:
+        """Set counter, the mean power of the last whole second, and the power now."""
+        self.nvml.energy_mj["GPU-1"] = self.energy_uj // 1000
+        average_mw = self.nvml.power_mw["GPU-1"][0]
+        if not self.ns % SECOND:
+            average_mw = round((self.energy_uj - self._second_began_uj) / 1000 * self.power_error)
+            self._second_began_uj = self.energy_uj
+        self.nvml.power_mw["GPU-1"] = (max(1, average_mw), round(watts * 1000 * self.power_error))
+
+
+class ClockedSampler(PowerSampler):
+    """The product's sampler with the world's clock in place of its thread."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__(board.meter, MAX_BLOCK_SAMPLES)
+        self.board = board
+
+    def start(self) -> None:
+        assert self.board.sampler is None
+        self.board.sampler = self
+
+    def stop(self) -> None:
+        self.board.sampler = None
+
+
 class Painter:
     """Noise from the seed; a batch takes `seconds` at `watts`."""
 
@@ -170,7 +238,8 @@ def run_comparison(
     """Run all blocks and judge; `folder` keeps the parts."""
     world, plan = world or World(), plan or registration()
     parts = PartStore(folder)
-    ComparisonRun(plan, painters(world), world, parts, world.clock, world.sleep).run()
+    open_sampler = world.open_sampler if isinstance(world, Board) else lambda: None
+    ComparisonRun(plan, painters(world), world, parts, world.clock, world.sleep, open_sampler).run()
     return judge_images(plan, parts, Judge(), [Brightness()], **options)
 
 
