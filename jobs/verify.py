@@ -8,11 +8,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from millijoule.jobs.entry import COMPLETE, ERROR, run_command
+from millijoule.jobs.node_meter_options import parse_rest
 from millijoule.workers.errors import InputError
 from millijoule.workers.image_judge import ICON_JUDGE, ImageJudge, ImageMetric, load_judge, load_metric
 
@@ -126,6 +128,10 @@ class VerifyOptions:
     """CSV file of another meter's energy over the run (source, t_wall_ns, energy_mj; source: node, or power where the
     run could not sample it itself)."""
 
+    rest: Annotated[str | None, tyro.conf.arg(metavar="W+-W")] = None
+    """Watts that a node's meter sees and no counter does, and by how much that may be wrong, such as 180+-30. Registered
+    before the run; without it a node cannot close."""
+
     omit_images: bool = False
     """Leave the images out of the bundle; their hashes stay."""
 
@@ -222,6 +228,7 @@ def register(
         )
     if options.blocks % 4:
         raise InputError(f"--blocks {options.blocks}: must be a multiple of 4 (ABBA, BAAB)")
+    rest = (None, None) if options.rest is None else parse_rest(options.rest, "--rest")
     path = output / "registration.json"
     there = r.Registration.from_json(path.read_bytes(), place=str(path)) if path.exists() else None
     planned = r.Registration(
@@ -250,6 +257,7 @@ def register(
             warmup_window_seconds=min(r.Design.warmup_window_seconds, options.block_seconds),
             warmup_cv=options.warmup_cv,
         ),
+        systematics=r.Systematics(declared_rest_watts=rest[0], declared_rest_tolerance_watts=rest[1]),
     )
     try:
         r.check_values(planned)

@@ -111,7 +111,8 @@ class Systematics:
     offset_watts: float = 5.0  # a constant error of the meter's power
     max_control: float = 0.05  # largest log ratio that A against A, or telemetry on against off, may show
     closure_tolerance: float = 0.05  # of a second meter against the counters
-    declared_rest_watts: float = 0.0  # what a node meter sees and no counter does
+    declared_rest_watts: float | None = None  # what a node meter sees and no counter does; None: not declared
+    declared_rest_tolerance_watts: float | None = None  # by how much that may be wrong
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,14 @@ def check_values(registration: Registration) -> None:
     amounts = {
         "counter_delay_s": r.systematics.counter_delay_s,
         "offset_watts": r.systematics.offset_watts,
-        "declared_rest_watts": r.systematics.declared_rest_watts,
+    }
+    rest = (r.systematics.declared_rest_watts, r.systematics.declared_rest_tolerance_watts)
+    if (rest[0] is None) != (rest[1] is None):
+        raise ValueError("the rest of the node is declared with its tolerance")
+    amounts |= {
+        name: watts
+        for name, watts in zip(("declared_rest_watts", "declared_rest_tolerance_watts"), rest, strict=True)
+        if watts is not None
     }
     for name, value in amounts.items():
         if not 0 <= value < math.inf:

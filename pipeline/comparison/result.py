@@ -199,7 +199,12 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
     stretches = _stretches(rows, domains, [b["block_id"] for b in blocks if b["kind"] == "compare"])
     closures = {
         source: check_closure(
-            rows.second_meter, source, stretches, limits.closure_tolerance, limits.declared_rest_watts
+            rows.second_meter,
+            source,
+            stretches,
+            limits.closure_tolerance,
+            limits.declared_rest_watts,
+            limits.declared_rest_tolerance_watts,
         )
         for source in ("power", "node")
     }

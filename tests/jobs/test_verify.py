@@ -196,8 +196,17 @@ def test_other_options_than_registered_are_refused(world, capsys):
     assert measure(world, "--register-only") == 0
     assert measure(world, "--score-margin", "0.5") == 1
     assert "registered with other gate" in capsys.readouterr().err
+    assert measure(world, "--rest", "180+-30") == 1
+    assert "registered with other systematics" in capsys.readouterr().err
     assert measure(world, b="light") == 1
     assert "registered with other b" in capsys.readouterr().err
+
+
+def test_the_rest_of_the_node_is_registered(world):
+    assert measure(world, "--register-only", "--rest", "180+-30") == 0
+    systematics = json.loads((world / "out" / "registration.json").read_bytes())["systematics"]
+    assert systematics["declared_rest_watts"] == 180.0
+    assert systematics["declared_rest_tolerance_watts"] == 30.0
 
 
 @pytest.mark.parametrize(
@@ -205,6 +214,7 @@ def test_other_options_than_registered_are_refused(world, capsys):
     [
         (["--blocks", "10"], "multiple of 4"),
         (["--factor", "0"], "factor must be above 0"),
+        (["--rest", "180"], "--rest 180: watts and by how much they may be wrong"),
         (["--metric", "python:support.comparisons:brightness"], "=MARGIN"),
         (["--metric", "nonsense=1"], "python:MODULE:FACTORY"),
         (["--metric", "clip:nowhere=1"], "no model.safetensors"),

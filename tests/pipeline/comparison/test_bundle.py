@@ -249,6 +249,13 @@ EDITS = {
     "smaller systematics": both(
         document(REGISTRATION, lambda r: r["systematics"].update(counter_delay_s=0.0)), restamp
     ),
+    "rest of the node declared": both(
+        document(
+            REGISTRATION,
+            lambda r: r["systematics"].update(declared_rest_watts=0.0, declared_rest_tolerance_watts=0.0),
+        ),
+        restamp,
+    ),
     "prompt dropped": both(document(REGISTRATION, lambda r: r["requests"].pop()), restamp),
     "prompt replaced by an easier one": both(
         document(REGISTRATION, lambda r: r["requests"][0].update(prompt="a cat")), restamp

@@ -12,7 +12,7 @@ from support.comparisons import ENVIRONMENT, START_NS, Board, registration, run_
 
 from millijoule.pipeline.comparison.bundle import RESULT, hash_inputs, seal, write_bundle
 from millijoule.pipeline.comparison.bundle_check import check_bundle
-from millijoule.pipeline.comparison.registration import canonical_json
+from millijoule.pipeline.comparison.registration import Systematics, canonical_json
 from millijoule.pipeline.comparison.rows import (
     POWER_SCHEMA,
     READ_SCHEMA,
@@ -243,6 +243,52 @@ def test_without_power_fields_there_is_nothing_to_hand_over(prepare, tmp_path):
     assert result["second_meters"] == {}
     assert result["closures"]["power"] is None
     assert not (tmp_path / "bundle" / "power.parquet").exists()
+    assert check_bundle(tmp_path / "bundle").mismatches == ()
+
+
+# ---- with the node's meter ---------------------------------------------------------------------------------------
+
+
+REST = Systematics(declared_rest_watts=40.0, declared_rest_tolerance_watts=1.0)
+
+
+def with_node(folder, plan, watts):
+    """The same world, whose node draws `watts` beside its board."""
+    folder.mkdir()
+    board = Board(folder)
+    read = board.read
+    series = []
+
+    def read_and_note():
+        found = read()
+        seconds = board.ns / 1e9
+        row = {"source": "node", "t_wall_ns": found.t_wall_ns}
+        series.append(row | {"energy_mj": round(board.energy_uj / 1000 + 1000 * watts * seconds)})
+        return found
+
+    board.read = read_and_note
+    parts = folder / "parts"
+    run_comparison(parts, board, plan)
+    # what a person hands in after the run: rows of the node, beside the power that was sampled
+    node = pa.Table.from_pylist(series, SECOND_METER_SCHEMA)
+    return run_comparison(parts, board, plan, second_meter=node)
+
+
+@pytest.mark.parametrize(
+    ("systematics", "watts", "expected"),
+    [
+        (REST, 40.0, "E3"),
+        (REST, 80.0, "E2"),  # more than was declared
+        (Systematics(), 0.0, "E2"),  # nothing was declared
+        (dataclasses.replace(REST, declared_rest_tolerance_watts=39.0), 40.0, "E2"),  # too vague
+    ],
+)
+def test_a_node_that_closes_with_the_declared_rest_makes_class_e3(systematics, watts, expected, tmp_path):
+    plan = registration(systematics=systematics)
+    rows = with_node(tmp_path / "run", plan, watts)
+    result = write_bundle(tmp_path / "bundle", plan, ENVIRONMENT, rows)
+    assert result["evidence_class"] == expected
+    assert result["second_meters"] == {"node": "handed in", "power": "sampled during the blocks"}
     assert check_bundle(tmp_path / "bundle").mismatches == ()
 
 
