@@ -16,10 +16,12 @@ from millijoule.pipeline.comparison.parts import PartStore
 from millijoule.pipeline.comparison.registration import ARMS, Registration, ScheduledBlock, schedule
 from millijoule.pipeline.comparison.result import is_stable
 from millijoule.pipeline.comparison.rows import FEATURE_SCHEMA, JUDGEMENT_SCHEMA, Rows, encode_images
+from millijoule.pipeline.comparison.sampled_power import add_sampled_power
 from millijoule.workers.comparison_blocks import DrawnBlock, draw_block, rest_block
 from millijoule.workers.generator import Generator
 from millijoule.workers.image_judge import ImageJudge, ImageMetric
 from millijoule.workers.meter import EnergyMeter
+from millijoule.workers.power_samples import PowerSampler
 from millijoule.workers.schemas import ImageRequest
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ JUDGE_BATCH = 256
 class ComparisonRun:
     """One session of a comparison: a process that has both generators loaded.
 
-    `clock` and `sleep` are the real ones outside tests.
+    `open_sampler` gives a new power sampler for each block, or None where power cannot be read. `clock` and `sleep` are the
+    real ones outside tests.
     """
 
     registration: Registration
@@ -43,6 +46,7 @@ class ComparisonRun:
     parts: PartStore
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+    open_sampler: Callable[[], PowerSampler | None] = lambda: None
 
     def __post_init__(self) -> None:
         progress = self.parts.progress()
@@ -60,9 +64,13 @@ class ComparisonRun:
             if block.block_id in self._done:
                 continue
             if block.kind == "idle":
-                self._store(
-                    block, rest_block(self.meter, self.registration.design.block_seconds, sleep=self.sleep)
+                rested = rest_block(
+                    self.meter,
+                    self.registration.design.block_seconds,
+                    sampler=self.open_sampler(),
+                    sleep=self.sleep,
                 )
+                self._store(block, rested)
             else:
                 self._warm_up()
                 log.info("block %d of %d: %s %s", number + 1, len(planned), block.kind, block.arm)
@@ -106,6 +114,7 @@ class ComparisonRun:
             images=images,
             telemetry=telemetry,
             known=self._known,
+            sampler=self.open_sampler() if telemetry else None,
             clock=self.clock,
         )
         self._store(block, drawn)
@@ -121,6 +130,7 @@ class ComparisonRun:
             drawn.first_request,
             drawn.digests,
             drawn.new_pixels,
+            drawn.power,
         )
         self._ordinal += 1
         self._known |= drawn.new_pixels.keys()
@@ -159,7 +169,12 @@ def judge_images(
     """Judge every distinct image once and gather all tables. Energy spent here is not part of the comparison.
 
     Distinct images are held in memory.
+
+    Raises:
+        InputError: `second_meter` has power, and power was sampled.
     """
+    reads, power = parts.read("reads"), parts.read("power")
+    second_meter = add_sampled_power(power, reads, second_meter)
     images, blocks, pixel_table = parts.read("images"), parts.read("blocks"), parts.read("pixels")
     pixels = {
         row["sha256"]: np.frombuffer(row["pixels"], np.uint8).reshape(row["height"], row["width"], 3)
@@ -191,13 +206,14 @@ def judge_images(
     for number, values in enumerate(() if reference is None else reference):
         features.append({"arm": "reference", "request": number, "values": values})
     return Rows(
-        parts.read("reads"),
+        reads,
         blocks,
         images,
         pa.Table.from_pylist(judged, JUDGEMENT_SCHEMA),
         pa.Table.from_pylist(features, FEATURE_SCHEMA),
         pixel_table if keep_pixels else None,
         second_meter,
+        power if power.num_rows else None,
     )
 
 

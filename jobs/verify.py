@@ -8,11 +8,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from millijoule.jobs.entry import COMPLETE, ERROR, run_command
+from millijoule.jobs.node_meter_options import parse_rest
 from millijoule.workers.errors import InputError
 from millijoule.workers.image_judge import ICON_JUDGE, ImageJudge, ImageMetric, load_judge, load_metric
 
@@ -67,13 +69,14 @@ class VerifyOptions:
     """Blocks of the comparison, a multiple of 4; the interval needs 20 or more."""
 
     block_seconds: float = 60.0
-    """Length of a block; a batch that has begun is finished."""
+    """Length of a block; a batch that has begun is finished. With less than 60 nothing is established."""
 
     control_quadruples: int = 1
     """Quadruples of each control: A against A, telemetry on against off for A and for B."""
 
     warmup_cv: float = 0.03
-    """Warm-up ends when the speeds of three windows differ by no more than this share."""
+    """Warm-up ends when the speeds of three windows differ by no more than this share. With more than 0.05 nothing is
+    established."""
 
     prompts: str | None = None
     """Text file of prompts, one per line, "family<TAB>prompt" or prompts alone; by default held-out icon scenes."""
@@ -94,7 +97,8 @@ class VerifyOptions:
     """Further scores with their margins: "clip:FOLDER=0.2" or "python:MODULE:FACTORY=MARGIN"."""
 
     score_margin: float = 0.02
-    """A's share of accepted images may be lower than B's by this much."""
+    """A's share of accepted images may be lower than B's by this much. With a wider margin than the default nothing is
+    established; the same holds for the next two options."""
 
     frechet_margin: float = 0.05
     """A's Frechet distance may exceed B's by this share of it."""
@@ -121,7 +125,12 @@ class VerifyOptions:
     """As above, of B."""
 
     second_meter: str | None = None
-    """CSV file of another meter's energy over the run (source, t_wall_ns, energy_mj; source: power or node)."""
+    """CSV file of another meter's energy over the run (source, t_wall_ns, energy_mj; source: node, or power where the
+    run could not sample it itself)."""
+
+    rest: Annotated[str | None, tyro.conf.arg(metavar="W+-W")] = None
+    """Watts that a node's meter sees and no counter does, and by how much that may be wrong, such as 180+-30. Registered
+    before the run; without it a node cannot close."""
 
     omit_images: bool = False
     """Leave the images out of the bundle; their hashes stay."""
@@ -148,7 +157,9 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     from millijoule.pipeline.comparison.attestation import load_private_key
     from millijoule.pipeline.comparison.bundle import write_bundle
     from millijoule.pipeline.comparison.parts import PartStore
+    from millijoule.pipeline.comparison.protocol_floor import find_loosened
     from millijoule.pipeline.comparison.second_meter import read_second_meter
+    from millijoule.workers.comparison_blocks import open_sampler
     from millijoule.workers.generator import load_generator
     from millijoule.workers.meter import open_meter
 
@@ -164,12 +175,14 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     metrics = _load_metrics(options)
     registration = register(options, models, generators, judge, metrics, device, output)
     print(f"registration {registration.sha256}")
+    for departure in find_loosened(registration):
+        print(f"note: {departure}; nothing can be established with it")
     if options.register_only:
         return COMPLETE
     meter = open_meter(gpus)
     try:
         parts = PartStore(output / "parts")
-        ComparisonRun(registration, generators, meter, parts).run()
+        ComparisonRun(registration, generators, meter, parts, open_sampler=lambda: open_sampler(meter)).run()
         environment = describe_environment(registration, generators, meter, judge.sha256)
     finally:
         meter.close()
@@ -215,6 +228,7 @@ def register(
         )
     if options.blocks % 4:
         raise InputError(f"--blocks {options.blocks}: must be a multiple of 4 (ABBA, BAAB)")
+    rest = (None, None) if options.rest is None else parse_rest(options.rest, "--rest")
     path = output / "registration.json"
     there = r.Registration.from_json(path.read_bytes(), place=str(path)) if path.exists() else None
     planned = r.Registration(
@@ -243,6 +257,7 @@ def register(
             warmup_window_seconds=min(r.Design.warmup_window_seconds, options.block_seconds),
             warmup_cv=options.warmup_cv,
         ),
+        systematics=r.Systematics(declared_rest_watts=rest[0], declared_rest_tolerance_watts=rest[1]),
     )
     try:
         r.check_values(planned)
@@ -308,7 +323,8 @@ def check(options: VerifyOptions) -> int:
     if report.mismatches:
         print(f"{folder}: {len(report.mismatches)} mismatches; nothing in it can be relied on")
         return ERROR
-    print(report.verdict)
+    if report.result is not None:
+        print_verdict(report.result)
     for note in report.notes:
         print(f"note: {note}")
     print(
@@ -332,7 +348,19 @@ def print_result(result: dict[str, Any]) -> None:
         )
     for failure in result["gate"]["failures"]:
         print(f"gate failed: {failure}")
-    claim = result["claim"]
+    print_verdict(result)
+
+
+def print_verdict(result: dict[str, Any]) -> None:
+    """The verdict between what it rests on and what follows for the claim."""
+    protocol, claim = result["protocol"], result["claim"]
+    metrics = "".join(f", {name} {margin:g}" for name, margin in protocol["metric_margins"].items())
+    print(
+        f"protocol: blocks of {protocol['block_seconds']:g} s, warm-up within {100 * protocol['warmup_cv']:g} %; "
+        f"margins: accepted share {protocol['score_margin']:g}, Frechet distance {protocol['frechet_margin']:g}, "
+        f"blank {protocol['max_blank']:g}, repeated {protocol['max_duplicates']:g}{metrics}; "
+        f"at least {protocol['min_images']} images"
+    )
     print(result["verdict"])
     print(f"claim (at least {claim['factor']:g} times): {'; '.join([claim['outcome'], *claim['reasons']])}")
 

@@ -1,7 +1,7 @@
 """One block of a comparison: draw for a while with one generator between two reads of the energy counters.
 
-The loop is the plainest there is: batch, draw, hash the pixels, next batch. Drawing and hashing are in the measured
-stretch; loading a model, judging and storing images are not. Which blocks there are and what they mean is decided
+The loop is the plainest there is: batch, draw, hash the pixels, next batch. Beside it a thread samples power once a second,
+where there is any. Drawing and hashing are in the measured stretch; loading a model, judging and storing images are not. Which blocks there are and what they mean is decided
 elsewhere; nothing here writes files.
 """
 
@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import Generator
-from millijoule.workers.meter import EnergyMeter
-from millijoule.workers.schemas import CounterRead, ImageRequest
+from millijoule.workers.meter import CounterMeter, EnergyMeter
+from millijoule.workers.power_samples import PowerSampler
+from millijoule.workers.schemas import CounterRead, ImageRequest, PowerTrace
 
 #: Between reads within a block: often enough for counters that wrap, too seldom to disturb those that mind.
 READ_PERIOD_S = 1.0
+#: Power samples kept of one block: a day of them. A block is as long as its registration and its last batch say.
+MAX_BLOCK_SAMPLES = 86_400
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,14 @@ class DrawnBlock:
 
     `reads` begins with the read that opens the block and ends with the one that closes it. Image i is of request
     `first_request + i`, counted round the list; `digests[i]` is the SHA-256 of its pixels. `new_pixels` has
-    the images whose digest was not known before.
+    the images whose digest was not known before. `power` is what was sampled during the block, and once after it.
     """
 
     reads: tuple[CounterRead, ...]
     first_request: int = 0
     digests: tuple[str, ...] = ()
     new_pixels: dict[str, np.ndarray] = field(default_factory=dict)
+    power: tuple[PowerTrace, ...] = ()
 
 
 def draw_block(
@@ -49,6 +54,7 @@ def draw_block(
     images: int = 1,
     telemetry: bool = True,
     known: Collection[str] = (),
+    sampler: PowerSampler | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> DrawnBlock:
     """Draw batches until at least `seconds` and at least `images` are done, and one batch in any case.
@@ -61,8 +67,9 @@ def draw_block(
         batch_size: images per call.
         seconds: the batch during which they pass is the last one.
         images: as above.
-        telemetry: read the meter in between as well, every `READ_PERIOD_S`.
+        telemetry: read the meter in between as well, every `READ_PERIOD_S`, and sample power.
         known: digests whose pixels need not be returned.
+        sampler: not started yet, of this block alone; None: power is not sampled.
         clock: monotonic, seconds.
 
     Raises:
@@ -70,37 +77,66 @@ def draw_block(
     """
     digests: list[str] = []
     new_pixels: dict[str, np.ndarray] = {}
-    reads = [meter.read()]
-    began = read_at = clock()
-    while True:
-        start = first_request + len(digests)
-        batch = [requests[(start + k) % len(requests)] for k in range(batch_size)]
-        for image in _checked(generator.generate(batch).images, batch_size, generator.info.name):
-            digest = hash_pixels(image)
-            digests.append(digest)
-            if digest not in known and digest not in new_pixels:
-                new_pixels[digest] = image
-        now = clock()
-        if now - began >= seconds and len(digests) >= images:
-            break
-        if telemetry and now - read_at >= READ_PERIOD_S:
-            reads.append(meter.read())
-            read_at = now
-    reads.append(meter.read())
-    return DrawnBlock(tuple(reads), first_request % len(requests), tuple(digests), new_pixels)
+    with _sampling(sampler if telemetry else None) as power:
+        reads = [meter.read()]
+        began = read_at = clock()
+        while True:
+            start = first_request + len(digests)
+            batch = [requests[(start + k) % len(requests)] for k in range(batch_size)]
+            for image in _checked(generator.generate(batch).images, batch_size, generator.info.name):
+                digest = hash_pixels(image)
+                digests.append(digest)
+                if digest not in known and digest not in new_pixels:
+                    new_pixels[digest] = image
+            now = clock()
+            if now - began >= seconds and len(digests) >= images:
+                break
+            if telemetry and now - read_at >= READ_PERIOD_S:
+                reads.append(meter.read())
+                read_at = now
+        reads.append(meter.read())
+    return DrawnBlock(
+        tuple(reads), first_request % len(requests), tuple(digests), new_pixels, power=tuple(power)
+    )
 
 
 def rest_block(
-    meter: EnergyMeter, seconds: float, *, sleep: Callable[[float], None] = time.sleep
+    meter: EnergyMeter,
+    seconds: float,
+    *,
+    sampler: PowerSampler | None = None,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> DrawnBlock:
-    """Do nothing for `seconds`, with the reads of a busy block."""
-    reads = [meter.read()]
-    left = seconds
-    while left > 0:
-        sleep(min(left, READ_PERIOD_S))
-        left -= READ_PERIOD_S
-        reads.append(meter.read())
-    return DrawnBlock(tuple(reads))
+    """Do nothing for `seconds`, with the reads and the samples of a busy block."""
+    with _sampling(sampler) as power:
+        reads = [meter.read()]
+        left = seconds
+        while left > 0:
+            sleep(min(left, READ_PERIOD_S))
+            left -= READ_PERIOD_S
+            reads.append(meter.read())
+    return DrawnBlock(tuple(reads), power=tuple(power))
+
+
+def open_sampler(meter: CounterMeter) -> PowerSampler | None:
+    """A sampler for one block; None where no board of `meter` could have power fields."""
+    return PowerSampler(meter, MAX_BLOCK_SAMPLES) if meter.powers else None
+
+
+@contextmanager
+def _sampling(sampler: PowerSampler | None) -> Iterator[list[PowerTrace]]:
+    """Sample power while a block runs, and once after its last read; the list is filled when it ends."""
+    traces: list[PowerTrace] = []
+    if sampler is None:
+        yield traces
+        return
+    sampler.start()
+    try:
+        yield traces
+    finally:
+        sampler.stop()
+    sampler.look()
+    traces.extend(sampler.take())
 
 
 def hash_pixels(image: np.ndarray) -> str:

@@ -50,6 +50,8 @@ from millijoule.pipeline.comparison.rows import (
     Rows,
     encode_images,
 )
+from millijoule.pipeline.comparison.sampled_power import SOURCE as POWER_SOURCE
+from millijoule.pipeline.comparison.sampled_power import integrate_power
 from millijoule.workers.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,11 +68,18 @@ Rejudge = Callable[[Registration, Rows], Iterator[str]]
 
 @dataclass(frozen=True)
 class CheckReport:
-    """`mismatches` is empty for a sound bundle; `notes` are what a sound bundle still leaves open."""
+    """`mismatches` is empty for a sound bundle; `notes` are what a sound bundle still leaves open.
+
+    `result` is what the rows give, whatever the bundle says; None where they give nothing.
+    """
 
     mismatches: tuple[str, ...]
     notes: tuple[str, ...]
-    verdict: str | None
+    result: dict[str, Any] | None
+
+    @property
+    def verdict(self) -> str | None:
+        return None if self.result is None else self.result["verdict"]
 
 
 def check_bundle(
@@ -88,7 +97,7 @@ def check_bundle(
         return CheckReport(tuple(mismatches), (), None)
     notes: list[str] = []
     mismatches += _check_signature(folder, public_key, notes)
-    verdict = None
+    again = None
     try:
         registration = Registration.from_json(_read_json_bytes(folder / REGISTRATION))
         rows = _read_rows(folder)
@@ -100,10 +109,10 @@ def check_bundle(
         mismatches += check_protocol(registration, rows, environment)
         mismatches += _check_judgements(registration, rows, notes)
         mismatches += _check_blocks(registration, rows)
+        mismatches += _check_power(rows)
         again = json.loads(canonical_json(compute_result(registration, rows)))
         again["inputs"] = hash_inputs(folder)
         mismatches += [f"{RESULT}: {d}" for d in differences(result, again)]
-        verdict = again["verdict"]
     except (KeyError, IndexError, ValueError, TypeError, ArithmeticError, np.linalg.LinAlgError) as error:
         mismatches.append(f"the rows do not fit each other: {error!r}")
     if rejudge is not None:
@@ -111,7 +120,7 @@ def check_bundle(
             mismatches.append("pixels.parquet: missing, nothing to judge again")
         elif not mismatches:
             mismatches += rejudge(registration, rows)
-    return CheckReport(tuple(mismatches), tuple(notes), verdict)
+    return CheckReport(tuple(mismatches), tuple(notes), again)
 
 
 def differences(stated: Any, found: Any, where: str = "") -> Iterator[str]:
@@ -245,6 +254,27 @@ def _check_blocks(registration: Registration, rows: Rows) -> Iterator[str]:
         for name in DERIVED_BLOCK_COLUMNS:
             for difference in differences(row[name], getattr(found, name), f"{name}."):
                 yield f"blocks.parquet: block {row['block_id']}: {difference}"
+
+
+def _check_power(rows: Rows) -> Iterator[str]:
+    """The second meter's rows of sampled power against the samples, the samples against their blocks."""
+    if rows.power is None:
+        return
+    if not rows.power.num_rows:
+        yield "power.parquet: has no rows"
+    sampled = {b["block_id"] for b in rows.blocks.to_pylist() if b["telemetry"]}
+    for row in rows.power.to_pylist():
+        name = f"power.parquet: block {row['block_id']!r}"
+        if row["block_id"] not in sampled:
+            yield f"{name}: no block in which power was sampled"
+        values = [v for v in (row["power_average_mw"], row["power_instant_mw"]) if v is not None]
+        if not values or min(values) <= 0:
+            yield f"{name}: a sample without power"
+    meter = [] if rows.second_meter is None else rows.second_meter.to_pylist()
+    own = sorted((r["t_wall_ns"], r["energy_mj"]) for r in meter if r["source"] == POWER_SOURCE)
+    found = integrate_power(rows.power, rows.reads).to_pylist()
+    if own != sorted((r["t_wall_ns"], r["energy_mj"]) for r in found):
+        yield "second_meter.parquet: its power is not what the samples in power.parquet add up to"
 
 
 def _check_judgements(registration: Registration, rows: Rows, notes: list[str]) -> Iterator[str]:

@@ -23,16 +23,19 @@ from millijoule.pipeline.comparison.rows import (
     DERIVED_BLOCK_COLUMNS,
     IMAGE_SCHEMA,
     PIXEL_SCHEMA,
+    POWER_SCHEMA,
     READ_SCHEMA,
+    power_rows,
     read_row,
 )
-from millijoule.workers.schemas import CounterRead
+from millijoule.workers.schemas import CounterRead, PowerTrace
 
 _TABLES = {
     "reads": READ_SCHEMA,
     "blocks": BLOCK_SCHEMA,
     "images": IMAGE_SCHEMA,
     "pixels": PIXEL_SCHEMA,
+    "power": POWER_SCHEMA,
 }
 
 
@@ -72,6 +75,7 @@ class PartStore:
         first_request: int = 0,
         digests: tuple[str, ...] = (),
         pixels: dict[str, np.ndarray] | None = None,
+        power: Iterable[PowerTrace] = (),
     ) -> None:
         """Store one block for good."""
         n = len(registration.requests)
@@ -91,6 +95,7 @@ class PartStore:
         rows: dict[str, list[dict[str, Any]]] = {
             "blocks": [row],
             "reads": [read_row(block.block_id, i, read) for i, read in enumerate(reads)],
+            "power": power_rows(block.block_id, power),
             "pixels": [
                 {
                     "sha256": digest,

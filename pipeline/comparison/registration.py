@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache, cached_property
 from typing import Any, Literal, get_type_hints
 
 from millijoule.workers.errors import InputError
@@ -110,7 +111,8 @@ class Systematics:
     offset_watts: float = 5.0  # a constant error of the meter's power
     max_control: float = 0.05  # largest log ratio that A against A, or telemetry on against off, may show
     closure_tolerance: float = 0.05  # of a second meter against the counters
-    declared_rest_watts: float = 0.0  # what a node meter sees and no counter does
+    declared_rest_watts: float | None = None  # what a node meter sees and no counter does; None: not declared
+    declared_rest_tolerance_watts: float | None = None  # by how much that may be wrong
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Registration:
     def to_json(self) -> bytes:
         return canonical_json({"format": FORMAT, **asdict(self)})
 
-    @property
+    @cached_property  # every block is compared with it
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json()).hexdigest()
 
@@ -191,7 +193,7 @@ class ScheduledBlock:
 
 
 def check_values(registration: Registration) -> None:
-    """Raise ValueError for numbers with which nothing could be shown, or anything could."""
+    """Raise ValueError for numbers that make no comparison. Looser ones than the protocol's are `protocol_floor`'s."""
     r, design, gate = registration, registration.design, registration.gate
     positive = {
         "factor": r.factor,
@@ -228,7 +230,14 @@ def check_values(registration: Registration) -> None:
     amounts = {
         "counter_delay_s": r.systematics.counter_delay_s,
         "offset_watts": r.systematics.offset_watts,
-        "declared_rest_watts": r.systematics.declared_rest_watts,
+    }
+    rest = (r.systematics.declared_rest_watts, r.systematics.declared_rest_tolerance_watts)
+    if (rest[0] is None) != (rest[1] is None):
+        raise ValueError("the rest of the node is declared with its tolerance")
+    amounts |= {
+        name: watts
+        for name, watts in zip(("declared_rest_watts", "declared_rest_tolerance_watts"), rest, strict=True)
+        if watts is not None
     }
     for name, value in amounts.items():
         if not 0 <= value < math.inf:
@@ -280,11 +289,16 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
+@cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _build(kind: type, raw: Any) -> Any:
     """A dataclass from exactly its fields, with JSON's types checked."""
     if not isinstance(raw, Mapping):
         raise TypeError(f"{kind.__name__} must be an object")
-    names, hints = {f.name for f in fields(kind)}, get_type_hints(kind)
+    names, hints = {f.name for f in fields(kind)}, _type_hints(kind)
     if names != set(raw):
         raise ValueError(f"{kind.__name__}: fields {sorted(names ^ set(raw))} are missing or unknown")
     for name, value in raw.items():

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from millijoule.pipeline.apportionment import sum_or_none
 from millijoule.pipeline.comparison.acceptance import find_repeats
+from millijoule.pipeline.comparison.protocol_floor import state_protocol
 from millijoule.pipeline.comparison.quality_gate import ArmImages, accepted_spread, judge_gate
 from millijoule.pipeline.comparison.registration import ARMS, Design, Registration
 from millijoule.pipeline.comparison.rows import Rows, encode_images, reads_by_block
@@ -198,7 +199,12 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
     stretches = _stretches(rows, domains, [b["block_id"] for b in blocks if b["kind"] == "compare"])
     closures = {
         source: check_closure(
-            rows.second_meter, source, stretches, limits.closure_tolerance, limits.declared_rest_watts
+            rows.second_meter,
+            source,
+            stretches,
+            limits.closure_tolerance,
+            limits.declared_rest_watts,
+            limits.declared_rest_tolerance_watts,
         )
         for source in ("power", "node")
     }
@@ -209,7 +215,9 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
         node_closes=node.closes if node else None,
     )
     warmup = _warmup(registration.design, blocks, numbers)
-    obstacles = [
+    protocol = state_protocol(registration)
+    obstacles = [*protocol["loosened"]]
+    obstacles += [
         f"control {name} shows a log ratio of {value:+.3f}, more than {limits.max_control:g}"
         for name, value in controls.items()
         if value is not None and not abs(value) <= limits.max_control
@@ -223,12 +231,14 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
         "registration_sha256": registration.sha256,
         "verdict": verdict_line(interval, confidence, where, evidence, gate.passed),
         "claim": {"factor": registration.factor, **asdict(claim), "reasons": list(claim.reasons)},
+        "protocol": protocol,
         "ratio_per_accepted_image": asdict(interval) if interval else None,
         "ratio_per_image": asdict(per_image) if per_image else None,
         "systematics": {"parts": budget, "total": systematic},
         "boundary": where,
         "domains": list(domains),
         "evidence_class": evidence,
+        "second_meters": _second_meters(rows),
         "closures": {name: asdict(c) if c else None for name, c in closures.items()},
         "arms": {arm: _arm_sums(compare, arm) for arm in ARMS},
         "controls": controls,
@@ -355,6 +365,15 @@ def is_stable(speeds: Sequence[float], design: Design) -> bool:
     if len(last) < design.warmup_windows or last.min() <= 0:
         return False
     return bool(last.std() / last.mean() <= design.warmup_cv)
+
+
+def _second_meters(rows: Rows) -> dict[str, str]:
+    """Where the rows of each second meter come from."""
+    table = rows.second_meter
+    found = dict.fromkeys([] if table is None else sorted(set(table["source"].to_pylist())), "handed in")
+    if rows.power is not None:
+        found["power"] = "sampled during the blocks"
+    return found
 
 
 def _stretches(rows: Rows, domains: Sequence[str], block_ids: Sequence[str]) -> list[CountedStretch]:

@@ -6,13 +6,13 @@ Columns that follow from others (`DERIVED_BLOCK_COLUMNS`) are there for readers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from millijoule.workers.schemas import CounterRead
+from millijoule.workers.schemas import CounterRead, PowerTrace
 
 READ_SCHEMA = pa.schema(
     [
@@ -90,6 +90,18 @@ PIXEL_SCHEMA = pa.schema(  # one row per distinct image
     ]
 )
 
+POWER_SCHEMA = pa.schema(  # samples taken during blocks, once a second
+    [
+        pa.field("block_id", pa.string(), nullable=False),
+        pa.field(
+            "device", pa.string(), nullable=False
+        ),  # full UUID; the counter's domain is "gpu:" before it
+        pa.field("t_mono_ns", pa.int64(), nullable=False),  # of the boot of the block's reads
+        pa.field("power_average_mw", pa.int64()),  # NVML field 185
+        pa.field("power_instant_mw", pa.int64()),  # NVML field 186
+    ]
+)
+
 SECOND_METER_SCHEMA = pa.schema(
     [
         pa.field(
@@ -108,8 +120,9 @@ SCHEMAS = {
     "features.parquet": FEATURE_SCHEMA,
     "pixels.parquet": PIXEL_SCHEMA,
     "second_meter.parquet": SECOND_METER_SCHEMA,
+    "power.parquet": POWER_SCHEMA,
 }
-OPTIONAL_TABLES = ("pixels.parquet", "second_meter.parquet")
+OPTIONAL_TABLES = ("pixels.parquet", "second_meter.parquet", "power.parquet")
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,7 @@ class Rows:
     features: pa.Table
     pixels: pa.Table | None = None
     second_meter: pa.Table | None = None
+    power: pa.Table | None = None  # None: nothing was sampled
 
     def by_file(self) -> Iterator[tuple[str, pa.Table]]:
         """File name and table of those that are there."""
@@ -177,6 +191,21 @@ def read_row(block_id: str, index: int, read: CounterRead) -> dict[str, object]:
         "energy": [{"domain": d, "energy_mj": mj} for d, mj in sorted(read.energy_mj.items())],
         "estimate_mj": read.estimate_mj,
     }
+
+
+def power_rows(block_id: str, traces: Iterable[PowerTrace]) -> list[dict[str, object]]:
+    """The samples of a block as rows of `POWER_SCHEMA`."""
+    return [
+        {
+            "block_id": block_id,
+            "device": trace.device,
+            "t_mono_ns": sample.t_mono_ns,
+            "power_average_mw": sample.power_average_mw,
+            "power_instant_mw": sample.power_instant_mw,
+        }
+        for trace in traces
+        for sample in trace.samples
+    ]
 
 
 def reads_by_block(reads: pa.Table) -> dict[str, list[CounterRead]]:

@@ -1,7 +1,7 @@
 """Another meter beside the counters: whether it agrees with them over the blocks of the comparison.
 
-"power" is a second source inside the device (its power, integrated); "node" measures the whole machine. Rows hold energy
-since any zero at wall-clock times; between two rows energy grows evenly.
+"power" is a second source inside the device (its power, integrated by `sampled_power`, or handed in); "node" measures the
+whole machine. Rows hold energy since any zero at wall-clock times; between two rows energy grows evenly.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def check_closure(
     source: str,
     stretches: Sequence[CountedStretch],
     tolerance: float,
-    rest_watts: float,
+    rest_watts: float | None,
+    rest_tolerance_watts: float | None,
 ) -> Closure | None:
     """Compare `source` with the counters block by block.
 
@@ -54,7 +55,9 @@ def check_closure(
         source: "power" is compared with the devices' counters, "node" with all domains and `rest_watts`.
         stretches: the blocks of the comparison.
         tolerance: share of the second meter's energy.
-        rest_watts: declared power that no counter sees.
+        rest_watts: declared power that no counter sees; None: not declared, and then "node" does not close.
+        rest_tolerance_watts: by how much that may be wrong; the residual is the largest within it, so that a vague
+            declaration closes less often and not more.
 
     Returns:
         None where there is no such meter.
@@ -66,6 +69,8 @@ def check_closure(
     )
     if not rows:
         return None
+    if source == "node" and (rest_watts is None or rest_tolerance_watts is None):
+        return Closure(None, False)
     times, energies = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
     if (np.diff(energies) < 0).any() or not stretches:
         return Closure(None, False)
@@ -82,11 +87,14 @@ def check_closure(
             for t in (s.t_open_ns, s.t_close_ns)
         )
         second = ended - began
-        if source == "node":
-            counted += round(rest_watts * (s.t_close_ns - s.t_open_ns) / 1e6)
         if second <= 0:
             return Closure(None, False)
-        residuals.append(abs(counted - second) / second)
+        difference, uncertain = counted - second, 0.0
+        if source == "node" and rest_watts is not None and rest_tolerance_watts is not None:
+            milliseconds = (s.t_close_ns - s.t_open_ns) / 1e6
+            difference += rest_watts * milliseconds
+            uncertain = rest_tolerance_watts * milliseconds
+        residuals.append((abs(difference) + uncertain) / second)
     return Closure(max(residuals), max(residuals) <= tolerance)
 
 

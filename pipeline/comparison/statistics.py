@@ -98,7 +98,8 @@ def energy_ratio(
     pick = draw_indices(statistics.seed, statistics.resamples, n)
     samples = _log_ratio(table[pick].sum(1))
     level = expanded_level(n, statistics.confidence)
-    low, high = np.quantile(samples, (level, 1 - level))
+    with np.errstate(invalid="ignore"):  # a block without energy or images makes samples infinite
+        low, high = np.quantile(samples, (level, 1 - level))
     if not (math.isfinite(low) and math.isfinite(high)):
         return RatioInterval(math.exp(value), None, None, n)
     return RatioInterval(math.exp(value), math.exp(low), math.exp(high), n)

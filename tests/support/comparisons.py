@@ -1,7 +1,8 @@
 """A small world in which a whole comparison runs in no time: a clock, a counter, two generators and a judge.
 
-Generator A needs a tenth of B's energy. Both draw noise that follows from the seed; the judge "reads" what the prompt
-says from most images, by their bytes, more often for A.
+Generator A needs an eleventh of B's energy. Both draw noise that follows from the seed, B darker; the judge "reads" what
+the prompt says from most images, by their bytes, more often for A. Blocks and margins are those of the protocol: a minute
+takes A 40 batches and B 8.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from support.counters import SECOND, FakeNvml
 
 from millijoule.jobs.comparison_run import ComparisonRun, judge_images
 from millijoule.pipeline.comparison.parts import PartStore
@@ -24,24 +26,25 @@ from millijoule.pipeline.comparison.registration import (
     Metric,
     Registration,
     Request,
-    Statistics,
-    Systematics,
 )
 from millijoule.pipeline.comparison.rows import Rows
+from millijoule.workers.comparison_blocks import MAX_BLOCK_SAMPLES
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import GeneratedBatch, GeneratorInfo
 from millijoule.workers.image_judge import Judgement
+from millijoule.workers.meter import open_meter
+from millijoule.workers.power_samples import PowerSampler
 from millijoule.workers.scene_prompts import parse_prompt
 from millijoule.workers.schemas import CounterRead
 
 SIZE = 8
 START_NS = 1_700_000_000_000_000_000
 NOUNS = ("cat", "dog", "car", "tree", "fish", "house", "owl", "key")
-COLOURS = ("red", "blue", "green")
+COLOURS = ("red", "blue", "green", "yellow", "purple", "black", "white", "pink", "brown")
 REQUESTS = tuple(
-    Request("single object", f"a {colour} {noun}", 10 * i + k)
+    Request("single object", f"a {colour} {noun}", 100 * i + k)
     for i, (colour, noun) in enumerate((c, n) for c in COLOURS for n in NOUNS)
-    for k in range(2)
+    for k in range(7)
 )
 
 
@@ -55,19 +58,8 @@ def registration(**changes) -> Registration:
         "a": Arm("fast", "fast", "a" * 64, 8),
         "b": Arm("slow", "slow", "b" * 64, 4),
         "requests": REQUESTS,
-        "gate": Gate(
-            "stand-in",
-            "c" * 64,
-            score_margin=0.4,
-            frechet_margin=0.9,
-            min_images=len(REQUESTS),
-            resamples=200,
-            frechet_resamples=20,
-            metrics=(Metric("brightness", "d" * 64, 40.0),),
-        ),
-        "design": Design(block_seconds=2.0, quadruples=5, warmup_window_seconds=0.5),
-        "statistics": Statistics(resamples=500),
-        "systematics": Systematics(counter_delay_s=0.02),
+        "gate": Gate("stand-in", "c" * 64, metrics=(Metric("brightness", "d" * 64, 40.0),)),
+        "design": Design(quadruples=5),
     }
     return Registration(**{**values, **changes})
 
@@ -114,6 +106,70 @@ class World:
         pass
 
 
+class Board(World):
+    """The same world with NVML's stand-in: counter and power fields of one board, read as the product reads them.
+
+    `power_error` is what the power fields show over what is drawn. Samplers look once a second of the made-up clock.
+    """
+
+    def __init__(self, folder: Path, *, power_error: float = 1.0) -> None:
+        super().__init__()
+        self.power_error = power_error
+        self.nvml = FakeNvml(("GPU-1",))
+        self.sampler: ClockedSampler | None = None
+        self._second_began_uj = self.energy_uj
+        self._show(60.0)
+        self.meter = open_meter(
+            ["GPU-1"],
+            nvml=self.nvml,
+            powercap_root=folder / "none",
+            boot_id="boot",
+            book_directory=folder,
+            clock_ns=lambda: self.ns,
+        )
+
+    def advance(self, seconds: float, watts: float) -> None:
+        left_ns = round(seconds * 1e9)
+        while left_ns > 0:
+            step_ns = min(left_ns, SECOND - self.ns % SECOND)
+            super().advance(step_ns / 1e9, watts)
+            left_ns -= step_ns
+            self._show(watts)
+            if not self.ns % SECOND and self.sampler is not None:
+                self.sampler.look()
+
+    def read(self) -> CounterRead:
+        self.advance(0.001, 100.0)
+        return dataclasses.replace(self.meter.read(), t_wall_ns=START_NS + self.ns)
+
+    def open_sampler(self) -> ClockedSampler:
+        return ClockedSampler(self)
+
+    def _show(self, watts: float) -> None:
+        """Set counter, the mean power of the last whole second, and the power now."""
+        self.nvml.energy_mj["GPU-1"] = self.energy_uj // 1000
+        average_mw = self.nvml.power_mw["GPU-1"][0]
+        if not self.ns % SECOND:
+            average_mw = round((self.energy_uj - self._second_began_uj) / 1000 * self.power_error)
+            self._second_began_uj = self.energy_uj
+        self.nvml.power_mw["GPU-1"] = (max(1, average_mw), round(watts * 1000 * self.power_error))
+
+
+class ClockedSampler(PowerSampler):
+    """The product's sampler with the world's clock in place of its thread."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__(board.meter, MAX_BLOCK_SAMPLES)
+        self.board = board
+
+    def start(self) -> None:
+        assert self.board.sampler is None
+        self.board.sampler = self
+
+    def stop(self) -> None:
+        self.board.sampler = None
+
+
 class Painter:
     """Noise from the seed; a batch takes `seconds` at `watts`."""
 
@@ -130,7 +186,14 @@ class Painter:
 
     def draw(self, request) -> np.ndarray:
         bits = hashlib.shake_256(f"{self.info.name} {request.prompt} {request.seed}".encode())
-        return np.frombuffer(bits.digest(SIZE * SIZE * 3), np.uint8).reshape(SIZE, SIZE, 3)
+        image = np.frombuffer(bits.digest(SIZE * SIZE * 3), np.uint8).reshape(SIZE, SIZE, 3)
+        if self.info.name == "fast":
+            return image
+        darker = image // 2
+        darker[0, 0, 0] = min(
+            255, int(image[0, 0, 0]) + 40
+        )  # what the judge looks at: more of B's are misread
+        return darker
 
 
 class Judge:
@@ -164,8 +227,8 @@ class Brightness:
 
 def painters(world: World) -> dict[str, Painter]:
     return {
-        "A": Painter(world, "fast", 8, 0.05, 300.0),
-        "B": Painter(world, "slow", 4, 0.25, 330.0),
+        "A": Painter(world, "fast", 8, 1.5, 300.0),
+        "B": Painter(world, "slow", 4, 7.5, 330.0),
     }
 
 
@@ -175,7 +238,8 @@ def run_comparison(
     """Run all blocks and judge; `folder` keeps the parts."""
     world, plan = world or World(), plan or registration()
     parts = PartStore(folder)
-    ComparisonRun(plan, painters(world), world, parts, world.clock, world.sleep).run()
+    open_sampler = world.open_sampler if isinstance(world, Board) else lambda: None
+    ComparisonRun(plan, painters(world), world, parts, world.clock, world.sleep, open_sampler).run()
     return judge_images(plan, parts, Judge(), [Brightness()], **options)
 
 
@@ -205,13 +269,14 @@ def heavy(device: str) -> Busy:
 
 
 def dies_in_the_middle(device: str) -> Busy:
-    """Fails once after some batches: the marker file MILLIJOULE_TEST_DIR/died says that it did."""
+    """Fails once when eight blocks are done: the marker file MILLIJOULE_TEST_DIR/died says that it did."""
     marker = Path(os.environ["MILLIJOULE_TEST_DIR"], "died")
+    parts = marker.with_name("out") / "parts"
     painter = light(device)
     draw = painter.generate
 
     def generate(requests):
-        if painter.calls > 200 and not marker.exists():
+        if not marker.exists() and len(list(parts.glob("*"))) >= 8:
             marker.touch()
             raise InputError("died")
         return draw(requests)

@@ -2,14 +2,19 @@
 
 import dataclasses
 import hashlib
+import threading
+import time
 
 import numpy as np
 import pytest
+from support.counters import UUIDS, FakeNvml
 from support.models import plain
 
-from millijoule.workers.comparison_blocks import draw_block, hash_pixels, rest_block
+from millijoule.workers.comparison_blocks import draw_block, hash_pixels, open_sampler, rest_block
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import GeneratedBatch
+from millijoule.workers.meter import open_meter
+from millijoule.workers.power_samples import SOURCE, PowerSampler
 from millijoule.workers.schemas import CounterRead, ImageRequest
 
 REQUESTS = [ImageRequest(str(i), 0, f"prompt {i}", i) for i in range(10)]
@@ -110,3 +115,69 @@ def test_rest_is_as_long_as_asked_for():
     assert slept == [1.0, 1.0, 0.5]
     assert len(block.reads) == 4
     assert block.digests == ()
+
+
+# ---- power ---------------------------------------------------------------------------------------------------------
+
+
+class Real(World):
+    """The same with real time: a batch takes 50 ms, and a board that the product's meter watches."""
+
+    def __init__(self, folder, nvml):
+        super().__init__()
+        self.meter = open_meter(
+            ["0"], nvml=nvml, powercap_root=folder / "no", boot_id="b", book_directory=folder
+        )
+
+    def generate(self, requests):
+        time.sleep(0.05)
+        return super().generate(requests)
+
+    def draw(self, first=0, **options):
+        return draw_block(self, REQUESTS, first, self.meter, batch_size=4, **options)
+
+
+def live_samplers():
+    return [t for t in threading.enumerate() if t.name == "power-sampler"]
+
+
+def test_power_is_sampled_by_a_thread_that_ends_with_the_block(tmp_path):
+    nvml = FakeNvml()
+    world = Real(tmp_path, nvml)
+    block = world.draw(seconds=2.5, sampler=open_sampler(world.meter))
+    (trace,) = block.power
+    assert (trace.device, trace.source) == (UUIDS[0], SOURCE)
+    assert 2 <= len(trace.samples) <= 4
+    opened, closed = block.reads[0].t_mono_ns, block.reads[-1].t_mono_ns
+    assert any(opened < s.t_mono_ns < closed for s in trace.samples)
+    assert live_samplers() == []
+    again = world.draw(images=4, sampler=open_sampler(world.meter))
+    assert not {s for t in again.power for s in t.samples} & set(trace.samples)
+
+
+def test_a_block_without_telemetry_samples_no_power(tmp_path):
+    nvml = FakeNvml()
+    world = Real(tmp_path, nvml)
+    assert world.draw(seconds=1.2, telemetry=False, sampler=open_sampler(world.meter)).power == ()
+    assert nvml.power_reads == 0
+
+
+def test_rest_is_sampled_like_work(tmp_path):
+    world = Real(tmp_path, FakeNvml())
+    (trace,) = rest_block(world.meter, 1.5, sampler=open_sampler(world.meter)).power
+    assert len(trace.samples) >= 1
+    assert live_samplers() == []
+
+
+def test_the_thread_ends_when_drawing_fails(tmp_path):
+    world = Real(tmp_path, FakeNvml())
+    world.inner.generate = lambda requests: GeneratedBatch(np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match="asked for 4 images"):
+        world.draw(sampler=open_sampler(world.meter))
+    assert live_samplers() == []
+
+
+def test_without_boards_there_is_no_sampler(tmp_path):
+    bare = open_meter(powercap_root=tmp_path / "no", boot_id="b", book_directory=tmp_path)
+    assert open_sampler(bare) is None
+    assert isinstance(open_sampler(Real(tmp_path, FakeNvml()).meter), PowerSampler)

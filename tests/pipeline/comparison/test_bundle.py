@@ -149,7 +149,7 @@ def block_of(row):
 
 
 def last_read(row):
-    return block_of(row) and row["read_index"] == 2
+    return block_of(row) and row["read_index"] == 8
 
 
 def add_energy(mj):
@@ -249,13 +249,27 @@ EDITS = {
     "smaller systematics": both(
         document(REGISTRATION, lambda r: r["systematics"].update(counter_delay_s=0.0)), restamp
     ),
+    "rest of the node declared": both(
+        document(
+            REGISTRATION,
+            lambda r: r["systematics"].update(declared_rest_watts=0.0, declared_rest_tolerance_watts=0.0),
+        ),
+        restamp,
+    ),
     "prompt dropped": both(document(REGISTRATION, lambda r: r["requests"].pop()), restamp),
     "prompt replaced by an easier one": both(
         document(REGISTRATION, lambda r: r["requests"][0].update(prompt="a cat")), restamp
     ),
     "blocks claimed to be longer": both(
-        document(REGISTRATION, lambda r: r["design"].update(block_seconds=60.0)), restamp
+        document(REGISTRATION, lambda r: r["design"].update(block_seconds=90.0)), restamp
     ),
+    "blocks need not be as long": both(
+        document(REGISTRATION, lambda r: r["design"].update(block_seconds=59.0)), restamp
+    ),
+    "warm-up need not settle": both(
+        document(REGISTRATION, lambda r: r["design"].update(warmup_cv=99.0)), restamp
+    ),
+    "fewer images asked for": both(document(REGISTRATION, lambda r: r["gate"].update(min_images=1)), restamp),
     "fewer quadruples claimed": both(
         document(REGISTRATION, lambda r: r["design"].update(quadruples=4)), restamp
     ),
@@ -285,7 +299,7 @@ EDITS = {
         lambda r: r.update(energy=add_energy(r["energy"][0]["energy_mj"] // 100)(r["energy"]))
     ),
     "counter goes back": cell(
-        "reads", "energy", add_energy(-(10**6)), lambda r: block_of(r) and r["read_index"] == 1
+        "reads", "energy", add_energy(-3 * 10**6), lambda r: block_of(r) and r["read_index"] == 1
     ),
     "counter dropped in one read": cell("reads", "energy", [], last_read),
     "counter added in one read": cell(
@@ -336,8 +350,8 @@ EDITS = {
     "batch dropped": table("images", drop_batch),
     "image added": table("images", lambda f: [*f, f[-1]]),
     "rejected images dropped": keep_accepted_only,
-    "request changed": cell("images", "request", lambda r: (r + 1) % 48, block_of),
-    "request out of range": cell("images", "request", 48, block_of),
+    "request changed": cell("images", "request", lambda r: (r + 1) % len(REQUESTS), block_of),
+    "request out of range": cell("images", "request", len(REQUESTS), block_of),
     "request below zero": cell("images", "request", -1, block_of),
     "image exchanged for another": cell("images", "sha256", "0" * 64, block_of),
     "image moved to another block": cell("images", "block_id", "0021", block_of),
@@ -411,6 +425,10 @@ EDITS = {
     "evidence class": document(RESULT, lambda r: r.update(evidence_class="E4")),
     "boundary": document(RESULT, lambda r: r.update(boundary="wall plug")),
     "domains": document(RESULT, lambda r: r["domains"].append("node")),
+    "block length": document(RESULT, lambda r: r["protocol"].update(block_seconds=600.0)),
+    "margin": document(RESULT, lambda r: r["protocol"].update(score_margin=0.0)),
+    "metric's margin": document(RESULT, lambda r: r["protocol"]["metric_margins"].update(brightness=0.0)),
+    "departure from the protocol": document(RESULT, lambda r: r["protocol"]["loosened"].append("none")),
     "gate": document(RESULT, lambda r: r["gate"]["checks"]["score"].update(passed=False)),
     "gate's numbers": document(RESULT, lambda r: r["gate"]["checks"]["score"].update(low=0.5)),
     "systematics": document(RESULT, lambda r: r["systematics"]["parts"].update(prompts=0.0)),
@@ -546,7 +564,7 @@ def test_a_sound_bundle_is_found_sound(original):
 
 
 def test_the_result_is_what_the_world_was_made_for(original):
-    """A: 8 images in 0.05 s at 300 W; B: 4 in 0.25 s at 330 W: 11 times the energy per image."""
+    """A: 8 images in 1.5 s at 300 W; B: 4 in 7.5 s at 330 W: 11 times the energy per image."""
     result = result_of(original)
     assert result["ratio_per_image"]["ratio"] == pytest.approx(11.0, rel=0.005)
     accepted = {arm: sums["accepted"] / sums["images"] for arm, sums in result["arms"].items()}
@@ -559,7 +577,7 @@ def test_the_result_is_what_the_world_was_made_for(original):
     assert result["claim"]["outcome"] == "holds"
     assert result["idle_watts"] == pytest.approx([60.0] * 3, rel=0.01)
     assert all(abs(value) < 0.01 for value in result["controls"].values())
-    assert result["arms"]["A"]["mj_per_image"] == pytest.approx(0.05 * 300 / 8 * 1000, rel=0.01)
+    assert result["arms"]["A"]["mj_per_image"] == pytest.approx(1.5 * 300 / 8 * 1000, rel=0.01)
 
 
 def test_who_signed_is_said_but_not_believed(original, bundle):

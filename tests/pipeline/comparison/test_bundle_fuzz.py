@@ -17,10 +17,12 @@ from millijoule.pipeline.comparison.rows import SCHEMAS
 
 #: Columns from which nothing follows as long as they stay plausible; hashes and the signature cover them.
 FREE = {("reads", "t_wall_ns"), ("reads", "latency_ns")}
+#: Tables of runs in which power was sampled: `test_sampled_power`.
+POWERED = ("second_meter.parquet", "power.parquet")
 COLUMNS = [
     (name.removesuffix(".parquet"), column)
     for name, schema in SCHEMAS.items()
-    if name != "second_meter.parquet"
+    if name not in POWERED
     for column in schema.names
 ]
 
@@ -112,7 +114,7 @@ def test_any_flipped_byte_is_noticed(name, bundle):
         assert check_bundle(bundle).mismatches, at
 
 
-@pytest.mark.parametrize("name", [n for n in SCHEMAS if n != "second_meter.parquet"])
+@pytest.mark.parametrize("name", [n for n in SCHEMAS if n not in POWERED])
 def test_damaged_tables_with_new_hashes_do_not_stop_the_check(name, bundle):
     data = (bundle / name).read_bytes()
     rng = np.random.default_rng(len(data))

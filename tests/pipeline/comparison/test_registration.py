@@ -84,6 +84,9 @@ def edited(change):
         lambda r: r.update(a=None),
         lambda r: r.update(gate=None),
         lambda r: r["systematics"].update(offset_watts=-1),
+        lambda r: r["systematics"].update(declared_rest_watts=100.0),
+        lambda r: r["systematics"].update(declared_rest_watts=-1.0, declared_rest_tolerance_watts=0.0),
+        lambda r: r["systematics"].update(declared_rest_watts=1.0, declared_rest_tolerance_watts=-1.0),
     ],
 )
 def test_what_is_not_a_registration_is_refused(change):

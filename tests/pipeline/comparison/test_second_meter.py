@@ -10,7 +10,12 @@ from millijoule.pipeline.comparison.bundle import write_bundle
 from millijoule.pipeline.comparison.bundle_check import check_bundle
 from millijoule.pipeline.comparison.registration import Systematics
 from millijoule.pipeline.comparison.rows import SECOND_METER_SCHEMA
-from millijoule.pipeline.comparison.second_meter import CountedStretch, check_closure, read_second_meter
+from millijoule.pipeline.comparison.second_meter import (
+    Closure,
+    CountedStretch,
+    check_closure,
+    read_second_meter,
+)
 from millijoule.workers.errors import InputError
 
 SECOND = 10**9
@@ -28,8 +33,8 @@ def meter(watts, source="power", start=90, end=140, step=1):
     return pa.Table.from_pylist(rows, SECOND_METER_SCHEMA)
 
 
-def closure(table, source="power", stretches=STRETCHES, rest_watts=0.0):
-    return check_closure(table, source, stretches, 0.05, rest_watts)
+def closure(table, source="power", stretches=STRETCHES, rest_watts=0.0, rest_tolerance_watts=0.0):
+    return check_closure(table, source, stretches, 0.05, rest_watts, rest_tolerance_watts)
 
 
 def test_agreement_within_the_tolerance_closes():
@@ -42,6 +47,21 @@ def test_a_node_meter_is_compared_with_all_domains_and_the_declared_rest():
     assert closure(meter(150, "node"), "node").closes
     assert not closure(meter(200, "node"), "node").closes
     assert closure(meter(200, "node"), "node", rest_watts=50.0).residual == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_rest_that_is_not_declared_is_not_nothing():
+    undeclared = closure(meter(150, "node"), "node", rest_watts=None, rest_tolerance_watts=None)
+    assert undeclared == Closure(None, False)
+    assert closure(meter(100), rest_watts=None, rest_tolerance_watts=None).closes
+
+
+def test_a_vague_declaration_closes_less_often():
+    exact = closure(meter(204, "node"), "node", rest_watts=50.0)
+    vague = closure(meter(204, "node"), "node", rest_watts=50.0, rest_tolerance_watts=10.0)
+    assert exact.closes
+    assert exact.residual == pytest.approx(4 / 204)
+    assert not vague.closes
+    assert vague.residual == pytest.approx(14 / 204)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +119,9 @@ def test_the_class_of_a_bundle_follows_from_its_meters(tmp_path):
         }
         for r in reads
     ]
-    declared = registration(systematics=Systematics(counter_delay_s=0.02, declared_rest_watts=40.0))
+    declared = registration(
+        systematics=Systematics(declared_rest_watts=40.0, declared_rest_tolerance_watts=1.0)
+    )
     for number, (plan, meters, expected) in enumerate(
         [
             (registration(), power, "E2"),
@@ -118,3 +140,6 @@ def test_the_class_of_a_bundle_follows_from_its_meters(tmp_path):
         tmp_path / "e3", declared, ENVIRONMENT, dataclasses.replace(rows, second_meter=table)
     )
     assert result["evidence_class"] == "E3"
+    assert result["second_meters"] == {"node": "handed in", "power": "handed in"}
+    assert check_bundle(tmp_path / "e3").mismatches == ()
+    assert result["claim"]["outcome"] == "holds"
