@@ -23,6 +23,7 @@ from itertools import accumulate, pairwise
 from millijoule.pipeline import evidence
 from millijoule.pipeline.apportionment import sum_or_none
 from millijoule.pipeline.ledger import Ledger
+from millijoule.workers.own_devices import unread_domains
 from millijoule.workers.schemas import Commit
 
 CHECKS = ("C1", "C2", "C3", "C4", "C5", "C6")
@@ -130,27 +131,35 @@ def close_ledger(
     ]
 
 
-def evidence_class(closure: Iterable[ClosureRow], commits: Sequence[Commit]) -> str:
+def evidence_class(
+    closure: Iterable[ClosureRow],
+    commits: Sequence[Commit],
+    devices: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """What a job's energy figures rest on, see `pipeline.evidence`.
 
     Measured is a job whose exact checks hold and whose devices were all read themselves; the second source in the
     device is C4, the node's meter C3.
+
+    Args:
+        closure: all checks of the job.
+        commits: of all its shards.
+        devices: what each worker held, by worker id; of a worker not in it, the device its commits name.
     """
     passed: dict[str, set[bool | None]] = defaultdict(set)
     for row in closure:
         passed[row.check].add(row.passed)
     exact = all(passed[check] == {True} for check in EXACT_CHECKS)
     return evidence.evidence_class(
-        measured=exact and all(map(_own_counter, commits)),
+        measured=exact and not any(_unread(commit, devices or {}) for commit in commits),
         power_agrees=passed["C4"] == {True},
         node_closes=passed["C3"] == {True},
     )
 
 
-def _own_counter(commit: Commit) -> bool:
-    """Whether the device that made the shard was read itself."""
-    kind = "cpu:" if commit.device == "cpu" else "gpu:"
-    return any(d.startswith(kind) for d in commit.energy_domains)
+def _unread(commit: Commit, devices: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Counters of the devices that made the shard that were not read themselves."""
+    return unread_domains(devices.get(commit.worker_id, (commit.device,)), commit.energy_domains)
 
 
 def _exact(check: str, scope: str, expected_mj: int | None, found_mj: int | None, note: str) -> ClosureRow:

@@ -7,7 +7,8 @@ For every counter (boot, epoch, domain) the entries and gaps add up to its last 
     C1   sum(segments) + sum(gaps) = sum over runs of (last reading - first reading)    per boot, epoch and domain
     C2   sum(image direct) + overhead = sum(segments) + sum(gaps)
 
-A missing measurement stays None, and so does every sum it would belong to. Estimates have columns of their own.
+A missing measurement stays None, and so does every sum it would belong to; a worker's own device whose counter nobody
+could read is such a one, whatever else its worker read. Estimates have columns of their own.
 Nothing here reads a counter or a clock.
 """
 
@@ -28,6 +29,7 @@ from millijoule.pipeline.apportionment import (
     sum_or_none,
 )
 from millijoule.pipeline.packed_segments import PackedSegments, SegmentSelection
+from millijoule.workers.own_devices import unread_domains
 from millijoule.workers.schemas import SEGMENT_CLASSES, CounterRead, Segment
 from millijoule.workers.timeline import segment_estimate_mj
 
@@ -39,7 +41,7 @@ _MISSING = -1
 class LedgerEntry:
     """What one segment used.
 
-    `energy_mj` has every domain its worker ever measured; None where this segment's part cannot be known. `lost`
+    `energy_mj` has every domain its worker ever measured, and those of its devices that it never could; None where this segment's part cannot be known. `lost`
     says that some of its energy is nowhere in the ledger, not even in a gap.
     """
 
@@ -85,17 +87,26 @@ class LedgerRun:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All entries in order of time, and what is left over. Built by `build_ledger`."""
+    """All entries in order of time, and what is left over. Built by `build_ledger`.
+
+    `unread` has, by worker, the domains of its own devices that it never read though it read others.
+    """
 
     entries: Sequence[LedgerEntry]
     gaps: tuple[LedgerGap, ...]
     runs: tuple[LedgerRun, ...]
+    unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _shards: Mapping[tuple[int | None, str | None], int | None] = field(repr=False, default_factory=dict)
 
     @property
     def complete(self) -> bool:
         """Whether something was measured and nothing is missing: only then does a total mean what it says."""
         return bool(self.entries) and not any(e.lost for e in self.entries)
+
+    def read_domains(self, entry: LedgerEntry) -> list[str]:
+        """Every domain that the worker of `entry` ever read."""
+        unread = self.unread.get(entry.segment.worker_id, ())
+        return [d for d in entry.energy_mj if d not in unread]
 
     def shard_energy_mj(self, shard_id: int, attempt_id: str) -> int | None:
         """Direct energy of one attempt's shard, all domains; None where it was not measured in full."""
@@ -121,7 +132,7 @@ class Ledger:
         total_mj = measured.total() - measured["off"] if self.complete else None
         return {
             "complete": self.complete,
-            "domains": sorted({d for e in self.entries for d in e.energy_mj}),
+            "domains": sorted({r.domain for r in self.runs}),
             "total_mj": total_mj,
             "shard_mj": shard_mj,
             "overhead_mj": None if total_mj is None or shard_mj is None else total_mj - shard_mj,
@@ -134,7 +145,11 @@ class Ledger:
         }
 
 
-def build_ledger(segments: Iterable[Segment], winners: Mapping[int, str] | None = None) -> Ledger:
+def build_ledger(
+    segments: Iterable[Segment],
+    winners: Mapping[int, str] | None = None,
+    devices: Mapping[str, Sequence[str]] | None = None,
+) -> Ledger:
     """Account for `segments`.
 
     Workers that read the same counter at the same time share it equally; see `split_counter`. A segment that was
@@ -144,12 +159,21 @@ def build_ledger(segments: Iterable[Segment], winners: Mapping[int, str] | None 
         segments: in any order.
         winners: attempt id of each committed shard; a "shard" segment of any other attempt is booked as "loser".
             Without it the recorded classes stand.
+        devices: what each worker held, by worker id (UUIDs of GPUs, or "cpu"), as far as known: their counters
+            belong to a complete measurement.
     """
     unique = _deduplicate(segments)
     found: dict[str, set[str]] = defaultdict(set)
     for s in unique:
         found[s.worker_id].update(s.open.energy_mj, s.close.energy_mj)
-    domains = {worker_id: tuple(sorted(names)) for worker_id, names in found.items()}
+    unread = {
+        worker_id: missing
+        for worker_id, names in found.items()
+        if names and (missing := unread_domains((devices or {}).get(worker_id, ()), names))
+    }
+    domains = {
+        worker_id: tuple(sorted({*names, *unread.get(worker_id, ())})) for worker_id, names in found.items()
+    }
 
     entries = _Entries(unique, domains, winners)
     gaps: list[LedgerGap] = []
@@ -177,7 +201,7 @@ def build_ledger(segments: Iterable[Segment], winners: Mapping[int, str] | None 
         if entry.segment.segment_class == "shard":
             key = entry.segment.shard_id, entry.segment.attempt_id
             parts[key] = sum_or_none((parts[key], entry.total_mj)) if key in parts else entry.total_mj
-    return Ledger(entries, tuple(gaps), tuple(runs), parts)
+    return Ledger(entries, tuple(gaps), tuple(runs), unread, parts)
 
 
 class _Entries(Sequence[LedgerEntry]):

@@ -25,7 +25,7 @@ from millijoule.pipeline.energy_schemas import open_parquet_writer, run_id_of, t
 from millijoule.pipeline.energy_tables import LIVE_PREFIX
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.ledger import build_ledger
-from millijoule.pipeline.uncommitted import Uncommitted, read_workers
+from millijoule.pipeline.uncommitted import Uncommitted, held_devices, read_workers
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, Segment
 from millijoule.workers.storage import Store
 from millijoule.workers.timeline import segment_estimate_mj
@@ -180,8 +180,10 @@ def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
     The `image` and `closure` tables are empty: images get their share when all is known.
     """
     commits = [_as_commit(row, job) for row in read_live_table(store, "attempt").to_pylist()]
-    ledger = build_ledger(read_live_segments(store), {c.shard_id: c.attempt_id for c in commits})
     uncommitted = Uncommitted(workers=read_workers(store), nodes=read_live_table(store, "node_reading"))
+    winners = {c.shard_id: c.attempt_id for c in commits}
+    devices = held_devices(uncommitted.workers, commits)
+    ledger = build_ledger(read_live_segments(store), winners, devices)
     rows = EnergyRows(
         job, ledger, lambda: commits, lambda commit: IMAGE_ROW_SCHEMA.empty_table(), uncommitted
     )

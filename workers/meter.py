@@ -98,8 +98,9 @@ class CounterMeter:
     """An `EnergyMeter` over any counters, all read through the host's `CounterBook`.
 
     Attributes:
-        gpus: full UUIDs of the worker's boards, whether they have a counter or not.
+        gpus: full UUIDs of the worker's boards that NVML shows, whether they have a counter or not.
         gpu_names: their product names.
+        unreadable_gpus: its other devices, see `workers.nvml.Gpus`.
         driver_version: the GPU driver's.
     """
 
@@ -110,6 +111,7 @@ class CounterMeter:
     gpus: tuple[str, ...] = ()
     gpu_names: tuple[str | None, ...] = ()
     driver_version: str | None = None
+    unreadable_gpus: tuple[str, ...] = ()
     on_close: Callable[[], None] = lambda: None
     clock_ns: Callable[[], int] = time.monotonic_ns
     method: str = field(init=False)
@@ -334,6 +336,7 @@ def open_meter(
         boards.uuids,
         boards.names,
         boards.driver_version,
+        boards.unreadable,
         on_close=boards.close,
         clock_ns=clock_ns,
     )

@@ -18,9 +18,9 @@ from millijoule.pipeline.query import CLOSURE_QUERIES, connect, run_query
 FEW = settings(max_examples=60, deadline=None)  # each opens DuckDB
 
 
-def build(segments, commits):
+def build(segments, commits, devices=None):
     """All tables of a job, and the closure rows."""
-    ledger = build_ledger(segments, {c.shard_id: c.attempt_id for c in commits})
+    ledger = build_ledger(segments, {c.shard_id: c.attempt_id for c in commits}, devices)
     rows = EnergyRows(JOB, ledger, lambda: commits, image_rows)
     tables = {
         name: pa.concat_tables([table_of(name, []), *(t for _, t in blocks)])
@@ -66,6 +66,19 @@ def test_exact_checks_never_fail(history):
 def test_sql_agrees_from_the_rows_alone(history):
     tables, _ = build(history.segments, history.commits)
     assert violations(tables) == NONE
+
+
+@FEW
+@given(histories())
+def test_a_job_with_a_board_that_was_not_read_closes_for_what_was(history):
+    devices = {s.worker_id: ("Z",) for s in history.segments}
+    tables, closure = build(history.segments, history.commits, devices)
+    assert violations(tables) == NONE
+    verdicts = {(r.check, r.scope): r.passed for r in closure if r.check in EXACT_CHECKS}
+    assert verdicts["C2", "job, full"] is None
+    assert False not in verdicts.values()
+    assert set(tables["image"]["energy_full_mj"].to_pylist()) <= {None}
+    assert set(tables["image"]["energy_direct_mj"].to_pylist()) <= {None}
 
 
 @settings(max_examples=100, deadline=None)
@@ -207,3 +220,17 @@ def test_the_evidence_class_follows_from_the_checks(rows, domains, evidence):
 def test_a_cpu_worker_counts_with_the_cpus_counter():
     made = commit(1, "a1", 2, energy_domains=("cpu:0",), device="cpu")
     assert evidence_class(EXACT, [made]) == "E1"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "domains", "evidence"),
+    [
+        (("GPU-1",), ("gpu:GPU-1",), "E1"),
+        (("GPU-1", "GPU-2"), ("gpu:GPU-1", "gpu:GPU-2"), "E1"),
+        (("GPU-1", "GPU-2"), ("cpu:0", "gpu:GPU-1"), "E0"),  # one dead counter of two
+        (("MIG-1",), ("cpu:0", "gpu:GPU-1"), "E0"),  # another device's counter
+    ],
+)
+def test_every_device_of_a_worker_has_to_be_read_for_measured(gpus, domains, evidence):
+    made = commit(1, "a1", 2, energy_domains=domains, device=gpus[0])
+    assert evidence_class([*EXACT, row("C3", None)], [made], {"w1": gpus}) == evidence
