@@ -185,7 +185,8 @@ def _counters(ledger: Ledger) -> list[ClosureRow]:
         stretches[key] += 1
     for entry in ledger.entries:
         for domain, mj in entry.energy_mj.items():
-            held[entry.segment.open.boot_id, entry.segment.open.epoch, domain] += mj or 0
+            read = entry.segment.open
+            held[read.boot_id, read.epoch_of(domain), domain] += mj or 0
     for gap in ledger.gaps:
         held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
     if not stretches:
@@ -277,7 +278,7 @@ def _readings(ledger: Ledger) -> Mapping[tuple[str, str], list[list[tuple[int, i
     for entry in ledger.entries:
         for read in (entry.segment.open, entry.segment.close):
             for domain, mj in read.energy_mj.items():
-                seen[read.boot_id, read.epoch, domain].add((read.t_mono_ns, mj))
+                seen[read.boot_id, read.epoch_of(domain), domain].add((read.t_mono_ns, mj))
     stretches: dict[tuple[str, str], list[list[tuple[int, int]]]] = defaultdict(list)
     for run in ledger.runs:
         first, last = tuple(run.run.first), tuple(run.run.last)

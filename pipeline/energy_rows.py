@@ -119,12 +119,13 @@ class EnergyRows:
             s = entry.segment
             wall_minus_mono.setdefault(s.open.boot_id, s.open.t_wall_ns - s.open.t_mono_ns)
             who = (segment_id, s.worker_id, entry.segment_class, s.shard_id, s.attempt_id)
-            when = (s.open.boot_id, s.open.epoch, s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
+            when = (s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
             duration_ns = s.close.t_mono_ns - s.open.t_mono_ns
             estimate_mj = segment_estimate_mj(s)
             for domain, energy_mj in entry.energy_mj.items() or ((None, None),):
                 quality = _quality(domain, energy_mj, duration_ns)
-                yield s.open.t_wall_ns, (*who, *when, domain, energy_mj, quality, estimate_mj)
+                scale = (s.open.boot_id, s.open.epoch_of(domain) if domain else s.open.epoch)
+                yield s.open.t_wall_ns, (*who, *scale, *when, domain, energy_mj, quality, estimate_mj)
                 estimate_mj = None
         for gap in self.ledger.gaps:
             quality = _quality(gap.domain, gap.energy_mj, gap.t_close_ns - gap.t_open_ns)
@@ -329,7 +330,7 @@ def read_rows(worker_id: str, read: CounterRead) -> Iterator[_Row]:
     t_wall_ns = read.t_wall_ns // WALL_STEP_NS * WALL_STEP_NS
     latency_ns = -(-read.latency_ns // LATENCY_STEP_NS) * LATENCY_STEP_NS
     for domain, energy_mj in sorted(read.energy_mj.items()):
-        where = (worker_id, read.boot_id, read.epoch, domain)
+        where = (worker_id, read.boot_id, read.epoch_of(domain), domain)
         yield read.t_wall_ns, (*where, read.t_mono_ns, t_wall_ns, latency_ns, energy_mj)
 
 

@@ -121,6 +121,7 @@ class CounterMeter:
         self._lock = threading.Lock()  # the book's lock holds between processes only
         self._last: dict[str, int] = {}
         self._epoch = 0
+        self._wrap_epoch: int | None = None
         self._failing: set[str] = set()
         self.counters = tuple(self._readable(self.counters))
         self.domains = tuple(c.domain for c in self.counters)
@@ -154,6 +155,7 @@ class CounterMeter:
             energy_mj=energy_mj,
             estimate_mj=estimate_cpu_mj(),
             epoch=self._epoch,
+            wrap_epoch=self._wrap_epoch,
         )
 
     def watch(self) -> dict[str, PowerSample]:
@@ -226,7 +228,7 @@ class CounterMeter:
         elif any(mj < self._last.get(domain, 0) for domain, mj in energy_mj.items()):
             state.epoch += 1
             self._last.clear()
-        self._epoch = state.epoch
+        self._epoch, self._wrap_epoch = state.epoch, state.wrap_epoch
         self._last.update(energy_mj)
 
     def _read_counter(self, counter: Counter, state: BookedState) -> tuple[int, int] | None:

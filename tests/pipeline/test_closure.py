@@ -7,13 +7,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.histories import histories
-from support.ledgers import JOB, chain, commit, image_rows, read, segment
+from support.ledgers import JOB, SECOND, chain, commit, image_rows, read, segment
 
 from millijoule.pipeline.closure import EXACT_CHECKS, ClosureRow, evidence_class
 from millijoule.pipeline.energy_rows import EnergyRows
 from millijoule.pipeline.energy_schemas import table_of
 from millijoule.pipeline.ledger import build_ledger
 from millijoule.pipeline.query import CLOSURE_QUERIES, connect, run_query
+from millijoule.workers.schemas import BOOK_EPOCHS, CounterRead
 
 FEW = settings(max_examples=60, deadline=None)  # each opens DuckDB
 
@@ -79,6 +80,29 @@ def test_a_job_with_a_board_that_was_not_read_closes_for_what_was(history):
     assert False not in verdicts.values()
     assert set(tables["image"]["energy_full_mj"].to_pylist()) <= {None}
     assert set(tables["image"]["energy_direct_mj"].to_pylist()) <= {None}
+
+
+@pytest.mark.parametrize("later", [5, 100])  # at once, one after the other
+def test_a_package_in_two_books_closes_in_sql_too(later):
+    def chained(book, offset, worker, begin, shard):
+        reads = [
+            CounterRead("boot", t * SECOND, t * SECOND, 0, {"cpu:0": offset + 100 * t}, None, 0, book)
+            for t in range(begin, begin + 30, 10)
+        ]
+        return chain(reads, ["load", "shard"], worker, shard)
+
+    segments = [
+        *chained(3 * BOOK_EPOCHS, 900_000, "w1", 0, 1),
+        *chained(7 * BOOK_EPOCHS, 0, "w2", later, 2),
+    ]
+    commits = [commit(n, "a1", 2, worker=f"w{n}", device="cpu") for n in (1, 2)]
+    tables, closure = build(segments, commits)
+    assert violations(tables) == NONE
+    assert [r.passed for r in closure if r.check in EXACT_CHECKS].count(False) == 0
+    counted = sum(r.found_mj for r in closure if r.check == "C1")
+    assert counted == (2000 if later == 5 else 4000)
+    verdicts = {(r.check, r.scope): r.passed for r in closure}
+    assert verdicts["C2", "job, full"] is (None if later == 5 else True)
 
 
 @settings(max_examples=100, deadline=None)
