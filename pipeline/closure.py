@@ -316,15 +316,23 @@ def _power_of(
 def _power_blocks(
     stretches: list[list[tuple[int, int]]], curve: _PowerCurve
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """First and last reading of each block: consecutive ones of at least `POWER_BLOCK_NS`, power known throughout."""
+    """First and last reading of each block: consecutive ones of at least `POWER_BLOCK_NS`, power known throughout.
+
+    What remains before a silence or the end joins the last block, so that what was sampled is compared.
+    """
     for readings in stretches:
-        begin = 0
+        begin, block = 0, None
         for end in range(1, len(readings)):
             if not curve.is_known(readings[end - 1][0], readings[end][0]):
-                begin = end
+                if block is not None:
+                    yield block[0], readings[end - 1]
+                begin, block = end, None
             elif readings[end][0] - readings[begin][0] >= POWER_BLOCK_NS:
-                yield readings[begin], readings[end]
-                begin = end
+                if block is not None:
+                    yield block
+                begin, block = end, (readings[begin], readings[end])
+        if block is not None:
+            yield block[0], readings[-1]
 
 
 class _PowerCurve:

@@ -352,10 +352,12 @@ def test_a_device_that_was_not_read_changes_totals_and_nothing_that_was(segments
     assert not ledger.complete
     assert ledger.summary()["total_mj"] is None
     assert {e.total_mj for e in ledger.entries} == {None}
-    assert (ledger.gaps, ledger.runs) == (plain.gaps, plain.runs)
-    assert +totals(ledger) == +totals(plain)
-    for before, after in zip(plain.entries, ledger.entries, strict=True):
-        assert before.energy_mj.items() <= after.energy_mj.items()
+    assert ledger.runs == plain.runs
+    assert +totals(ledger) == +totals(plain) == +growth(plain)
+    if held == ("Z",):  # of A, which others may have read, the share of who did not read it goes into gaps
+        assert ledger.gaps == plain.gaps
+        for before, after in zip(plain.entries, ledger.entries, strict=True):
+            assert before.energy_mj.items() <= after.energy_mj.items()
 
 
 @settings(max_examples=200, deadline=None)
