@@ -145,21 +145,21 @@ def worker_commits(number: int, shard_ids: range) -> Iterator[Commit]:
         return CounterRead(f"boot-{host}", t * SECOND_NS, t * SECOND_NS, 1000, energy, 10_000 * t)
 
     name, t = f"w{number:04}", 60 + number % 7
-    pending = [Segment(name, "load", read(0), read(t))]
+    pending, sampled = [Segment(name, "load", read(0), read(t))], 0
     for shard_id in shard_ids:
         begin, attempt = t + IDLE_S, f"a{shard_id}"
         end = begin + SHARD_S + (SLOW_S if is_slow(shard_id) else 0)
         pending.append(Segment(name, "idle", read(t), read(begin)))
         pending.append(Segment(name, "shard", read(begin), read(end), shard_id, attempt))
         samples = tuple(
-            PowerSample(s * SECOND_NS, s * SECOND_NS, watts * 1000, watts * 1000) for s in range(t, end)
+            PowerSample(s * SECOND_NS, s * SECOND_NS, watts * 1000, watts * 1000) for s in range(sampled, end)
         )
         yield Commit(
             *(shard_id, attempt, 1, name, f"node-{host}", host, gpu, "f" * 64, "a" * 64, (), "rows"),
             *(IMAGES_PER_SHARD, 0, {}, begin * SECOND_NS, end * SECOND_NS, None, domains, 300_000),
             *("nvml-counter+rapl", tuple(pending), (PowerTrace(gpu, f"boot-{host}", "nvml", samples),)),
         )
-        pending, t = [], end
+        pending, t, sampled = [], end, end
 
 
 def image_rows(commit: Commit) -> pa.Table:

@@ -4,7 +4,7 @@
     C2  per job: energy of images + everything no image used = segments and gaps              exact
         per job: full energies of all images = everything used while the job ran              exact
     C3  per node: its devices and the declared rest = the node's own meter                    tolerance
-    C4  per device: the counter's growth = the integral of its power                          tolerance
+    C4  per device: the counter's growth = the integral of its power, block by block          tolerance
     C5  per job: one committed attempt per shard, one segment per such attempt, its images    exact
     C6  per host: the wall clock and the monotonic clock ran alike                            tolerance
 
@@ -14,15 +14,17 @@ A check that cannot be made says so (`passed` None): it is neither passed nor fa
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from math import inf
 
 from millijoule.pipeline import evidence
 from millijoule.pipeline.apportionment import sum_or_none
 from millijoule.pipeline.ledger import Ledger
+from millijoule.workers.own_devices import unread_domains
 from millijoule.workers.schemas import Commit
 
 CHECKS = ("C1", "C2", "C3", "C4", "C5", "C6")
@@ -34,8 +36,13 @@ EXACT_CHECKS = ("C1", "C2", "C5")
 POWER_TOLERANCE_SHARE = 0.05
 #: C4 compares stretches of at least this length: shorter ones say more about sampling than about the sensor.
 POWER_BLOCK_NS = 60_000_000_000
-#: C4 leaves out blocks in which power was not sampled for longer than this.
+#: C4 leaves out stretches in which power was not sampled for longer than this.
 MAX_SAMPLE_GAP_NS = 5_000_000_000
+#: C4 takes the first sample for so long before it and the last for so long after it: a worker reads its counter just
+#: before it begins to sample, and once more when it has stopped, and samples once a second in between.
+MAX_EDGE_NS = 2_000_000_000
+#: C4 says nothing of a device that was compared for less than this part of the time its counter was followed.
+MIN_POWER_COVERAGE_SHARE = 0.90
 #: C6: a shard of a second needs its times to about 50 ms.
 CLOCK_TOLERANCE_NS = 50_000_000
 
@@ -130,27 +137,35 @@ def close_ledger(
     ]
 
 
-def evidence_class(closure: Iterable[ClosureRow], commits: Sequence[Commit]) -> str:
+def evidence_class(
+    closure: Iterable[ClosureRow],
+    commits: Sequence[Commit],
+    devices: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """What a job's energy figures rest on, see `pipeline.evidence`.
 
     Measured is a job whose exact checks hold and whose devices were all read themselves; the second source in the
     device is C4, the node's meter C3.
+
+    Args:
+        closure: all checks of the job.
+        commits: of all its shards.
+        devices: what each worker held, by worker id; of a worker not in it, the device its commits name.
     """
     passed: dict[str, set[bool | None]] = defaultdict(set)
     for row in closure:
         passed[row.check].add(row.passed)
     exact = all(passed[check] == {True} for check in EXACT_CHECKS)
     return evidence.evidence_class(
-        measured=exact and all(map(_own_counter, commits)),
+        measured=exact and not any(_unread(commit, devices or {}) for commit in commits),
         power_agrees=passed["C4"] == {True},
         node_closes=passed["C3"] == {True},
     )
 
 
-def _own_counter(commit: Commit) -> bool:
-    """Whether the device that made the shard was read itself."""
-    kind = "cpu:" if commit.device == "cpu" else "gpu:"
-    return any(d.startswith(kind) for d in commit.energy_domains)
+def _unread(commit: Commit, devices: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Counters of the devices that made the shard that were not read themselves."""
+    return unread_domains(devices.get(commit.worker_id, (commit.device,)), commit.energy_domains)
 
 
 def _exact(check: str, scope: str, expected_mj: int | None, found_mj: int | None, note: str) -> ClosureRow:
@@ -170,7 +185,8 @@ def _counters(ledger: Ledger) -> list[ClosureRow]:
         stretches[key] += 1
     for entry in ledger.entries:
         for domain, mj in entry.energy_mj.items():
-            held[entry.segment.open.boot_id, entry.segment.open.epoch, domain] += mj or 0
+            read = entry.segment.open
+            held[read.boot_id, read.epoch_of(domain), domain] += mj or 0
     for gap in ledger.gaps:
         held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
     if not stretches:
@@ -262,7 +278,7 @@ def _readings(ledger: Ledger) -> Mapping[tuple[str, str], list[list[tuple[int, i
     for entry in ledger.entries:
         for read in (entry.segment.open, entry.segment.close):
             for domain, mj in read.energy_mj.items():
-                seen[read.boot_id, read.epoch, domain].add((read.t_mono_ns, mj))
+                seen[read.boot_id, read.epoch_of(domain), domain].add((read.t_mono_ns, mj))
     stretches: dict[tuple[str, str], list[list[tuple[int, int]]]] = defaultdict(list)
     for run in ledger.runs:
         first, last = tuple(run.run.first), tuple(run.run.last)
@@ -274,42 +290,82 @@ def _readings(ledger: Ledger) -> Mapping[tuple[str, str], list[list[tuple[int, i
 def _power_of(
     scope: str, stretches: list[list[tuple[int, int]]], samples: list[tuple[int, int]]
 ) -> ClosureRow:
-    """C4 of one device: blocks of at least `POWER_BLOCK_NS` between counter readings, where power is known."""
-    integral_mj, counter_mj, blocks, worst = 0.0, 0, 0, 0.0
-    at = [t for t, _ in samples]
-    energy = [0.0, *accumulate((b[0] - a[0]) * (a[1] + b[1]) / 2e9 for a, b in pairwise(samples))]
-    for readings in stretches:
-        begin = 0
-        for end in range(len(readings)):
-            (t0, mj0), (t1, mj1) = readings[begin], readings[end]
-            if t1 - t0 < POWER_BLOCK_NS:
-                continue
-            begin = end
-            i, j = bisect_left(at, t0), bisect_left(at, t1)
-            inner = [t0, *at[i:j], t1]
-            if (
-                i == j
-                or not at[0] <= t0
-                or t1 > at[-1]
-                or max(b - a for a, b in pairwise(inner)) > MAX_SAMPLE_GAP_NS
-            ):
-                continue
-            block_mj = _energy_at(samples, energy, at, t1) - _energy_at(samples, energy, at, t0)
-            integral_mj, counter_mj, blocks = integral_mj + block_mj, counter_mj + mj1 - mj0, blocks + 1
-            worst = max(worst, abs(mj1 - mj0 - block_mj) / block_mj) if block_mj else worst
-    if not blocks or not integral_mj:
+    """C4 of one device: each block by itself, because errors of opposite sign would cancel in the sum."""
+    curve = _PowerCurve(samples)
+    integral_mj, counter_mj, blocks, worst, compared_ns = 0.0, 0, 0, 0.0, 0
+    for (t0, mj0), (t1, mj1) in _power_blocks(stretches, curve):
+        block_mj = curve.energy_mj(t1) - curve.energy_mj(t0)
+        integral_mj, counter_mj, blocks = integral_mj + block_mj, counter_mj + mj1 - mj0, blocks + 1
+        worst = max(worst, abs(mj1 - mj0 - block_mj) / block_mj if block_mj else inf)
+        compared_ns += t1 - t0
+    if not blocks:
         return _unknown_power(scope, "power was not sampled for a minute")
-    passed = abs(counter_mj - integral_mj) <= POWER_TOLERANCE_SHARE * integral_mj
-    note = f"counter against power (NVML 186); blocks: {blocks}, worst block: {worst:.1%}"
-    return ClosureRow("C4", scope, round(integral_mj), counter_mj, POWER_TOLERANCE_SHARE, passed, note)
+    counted_ns = sum(readings[-1][0] - readings[0][0] for readings in stretches)
+    coverage = compared_ns / counted_ns
+    passed = worst <= POWER_TOLERANCE_SHARE
+    note = (
+        f"counter against power (NVML 186); blocks: {blocks}, worst block: {worst:.1%}, "
+        f"compared: {coverage:.1%} of the counted time"
+    )
+    if passed and coverage < MIN_POWER_COVERAGE_SHARE:
+        note += f", less than {MIN_POWER_COVERAGE_SHARE:.0%}"
+    verdict = None if passed and coverage < MIN_POWER_COVERAGE_SHARE else passed
+    return ClosureRow("C4", scope, round(integral_mj), counter_mj, POWER_TOLERANCE_SHARE, verdict, note)
 
 
-def _energy_at(samples: list[tuple[int, int]], energy: list[float], at: list[int], t_ns: int) -> float:
-    """Integral of the power samples up to `t_ns`, which lies between two of them; millijoules."""
-    i = min(max(bisect_left(at, t_ns), 1), len(at) - 1)
-    (t0, p0), (t1, p1) = samples[i - 1], samples[i]
-    p = p0 + (p1 - p0) * (t_ns - t0) / (t1 - t0) if t1 > t0 else p0
-    return energy[i - 1] + (t_ns - t0) * (p0 + p) / 2e9
+def _power_blocks(
+    stretches: list[list[tuple[int, int]]], curve: _PowerCurve
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """First and last reading of each block: consecutive ones of at least `POWER_BLOCK_NS`, power known throughout.
+
+    What remains before a silence or the end joins the last block, so that what was sampled is compared.
+    """
+    for readings in stretches:
+        begin, block = 0, None
+        for end in range(1, len(readings)):
+            if not curve.is_known(readings[end - 1][0], readings[end][0]):
+                if block is not None:
+                    yield block[0], readings[end - 1]
+                begin, block = end, None
+            elif readings[end][0] - readings[begin][0] >= POWER_BLOCK_NS:
+                if block is not None:
+                    yield block
+                begin, block = end, (readings[begin], readings[end])
+        if block is not None:
+            yield block[0], readings[-1]
+
+
+class _PowerCurve:
+    """A device's power between its samples (ns, mW) by straight lines; held for `MAX_EDGE_NS` before and after them.
+
+    Args:
+        samples: in order of time.
+    """
+
+    def __init__(self, samples: list[tuple[int, int]]) -> None:
+        if samples:
+            (first_ns, first_mw), (last_ns, last_mw) = samples[0], samples[-1]
+            samples = [(first_ns - MAX_EDGE_NS, first_mw), *samples, (last_ns + MAX_EDGE_NS, last_mw)]
+        self._samples = samples
+        self._at = [t for t, _ in samples]
+        parts = ((b[0] - a[0]) * (a[1] + b[1]) / 2e9 for a, b in pairwise(samples))
+        self._energy = [0.0, *accumulate(parts)]
+        holes = [(a, b) for a, b in pairwise(self._at) if b - a > MAX_SAMPLE_GAP_NS]
+        self._hole_begins, self._hole_ends = [a for a, _ in holes], [b for _, b in holes]
+
+    def is_known(self, t0_ns: int, t1_ns: int) -> bool:
+        """Whether no hole, and neither end of the samples, lies between two times."""
+        if not self._at or t0_ns < self._at[0] or t1_ns > self._at[-1]:
+            return False
+        hole = bisect_right(self._hole_ends, t0_ns)
+        return hole == len(self._hole_ends) or self._hole_begins[hole] >= t1_ns
+
+    def energy_mj(self, t_ns: int) -> float:
+        """Integral up to `t_ns`, a time at which power is known."""
+        i = min(max(bisect_left(self._at, t_ns), 1), len(self._at) - 1)
+        (t0, p0), (t1, p1) = self._samples[i - 1], self._samples[i]
+        p = p0 + (p1 - p0) * (t_ns - t0) / (t1 - t0) if t1 > t0 else p0
+        return self._energy[i - 1] + (t_ns - t0) * (p0 + p) / 2e9
 
 
 def _clocks(ledger: Ledger) -> list[ClosureRow]:

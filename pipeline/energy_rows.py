@@ -23,7 +23,7 @@ from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS, table_of
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.ledger import Ledger, LedgerEntry
 from millijoule.pipeline.node_closure import NodeBooks, close_nodes
-from millijoule.pipeline.uncommitted import NOTHING, Uncommitted
+from millijoule.pipeline.uncommitted import NOTHING, Uncommitted, held_devices
 from millijoule.workers.schemas import Commit, CounterRead, PowerTrace, WorkerEnvironment
 from millijoule.workers.storage import Store
 from millijoule.workers.timeline import segment_estimate_mj
@@ -110,7 +110,7 @@ class EnergyRows:
         yield "node_reading", reading_blocks(self._uncommitted.nodes)
         yield "node_energy", blocks("node_energy", node_energy_rows(nodes))
         self.closure = close_ledger(self.ledger, self._shards, self._images, self._power, nodes.closure)
-        self.evidence_class = evidence_class(self.closure, self._shards)
+        self.evidence_class = evidence_class(self.closure, self._shards, self._devices())
         yield "closure", iter([(self.job_day, table_of("closure", [row.as_tuple() for row in self.closure]))])
 
     def _segments(self) -> Iterator[_Row]:
@@ -119,12 +119,13 @@ class EnergyRows:
             s = entry.segment
             wall_minus_mono.setdefault(s.open.boot_id, s.open.t_wall_ns - s.open.t_mono_ns)
             who = (segment_id, s.worker_id, entry.segment_class, s.shard_id, s.attempt_id)
-            when = (s.open.boot_id, s.open.epoch, s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
+            when = (s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
             duration_ns = s.close.t_mono_ns - s.open.t_mono_ns
             estimate_mj = segment_estimate_mj(s)
             for domain, energy_mj in entry.energy_mj.items() or ((None, None),):
                 quality = _quality(domain, energy_mj, duration_ns)
-                yield s.open.t_wall_ns, (*who, *when, domain, energy_mj, quality, estimate_mj)
+                scale = (s.open.boot_id, s.open.epoch_of(domain) if domain else s.open.epoch)
+                yield s.open.t_wall_ns, (*who, *scale, *when, domain, energy_mj, quality, estimate_mj)
                 estimate_mj = None
         for gap in self.ledger.gaps:
             quality = _quality(gap.domain, gap.energy_mj, gap.t_close_ns - gap.t_open_ns)
@@ -151,7 +152,7 @@ class EnergyRows:
         for (shard_id, attempt_id), entries in sorted(others.items()):
             first, last = entries[0].segment, entries[-1].segment
             outcome = "retry" if last.segment_class == "retry" else "loser"
-            domains = ",".join(sorted({d for e in entries for d in e.energy_mj}))
+            domains = ",".join(sorted({d for e in entries for d in self.ledger.read_domains(e)}))
             yield (
                 first.open.t_wall_ns,
                 (
@@ -237,20 +238,21 @@ class EnergyRows:
         places: dict[str, Commit | WorkerEnvironment] = {c.worker_id: c for c in self._shards}
         places |= self._uncommitted.workers
         devices = {
-            worker_id: [
-                f"gpu:{uuid}" for uuid in getattr(place, "gpus", None) or (place.device,) if uuid != "cpu"
-            ]
-            for worker_id, place in places.items()
+            worker_id: [f"gpu:{uuid}" for uuid in held if uuid != "cpu"]
+            for worker_id, held in self._devices().items()
         }
         hosts = {worker_id: place.host for worker_id, place in places.items()}
         return close_nodes(self.ledger, hosts, devices, self._uncommitted.nodes)
+
+    def _devices(self) -> dict[str, tuple[str, ...]]:
+        return held_devices(self._uncommitted.workers, self._shards)
 
     def _environments(self) -> Iterator[_Row]:
         first: dict[str, CounterRead] = {}
         domains: dict[str, set[str]] = defaultdict(set)
         for entry in self.ledger.entries:
             first.setdefault(entry.segment.worker_id, entry.segment.open)
-            domains[entry.segment.worker_id].update(entry.energy_mj)
+            domains[entry.segment.worker_id].update(self.ledger.read_domains(entry))
         commits: dict[str, Commit] = {}
         for commit in self._shards:
             commits.setdefault(commit.worker_id, commit)
@@ -333,7 +335,7 @@ def read_rows(worker_id: str, read: CounterRead) -> Iterator[_Row]:
     t_wall_ns = read.t_wall_ns // WALL_STEP_NS * WALL_STEP_NS
     latency_ns = -(-read.latency_ns // LATENCY_STEP_NS) * LATENCY_STEP_NS
     for domain, energy_mj in sorted(read.energy_mj.items()):
-        where = (worker_id, read.boot_id, read.epoch, domain)
+        where = (worker_id, read.boot_id, read.epoch_of(domain), domain)
         yield read.t_wall_ns, (*where, read.t_mono_ns, t_wall_ns, latency_ns, energy_mj)
 
 

@@ -38,7 +38,7 @@ from millijoule.pipeline.layout import (
 from millijoule.pipeline.ledger import Ledger, build_ledger
 from millijoule.pipeline.packed_segments import PackedSegments
 from millijoule.pipeline.retry import JobShards
-from millijoule.pipeline.uncommitted import Uncommitted, read_uncommitted
+from millijoule.pipeline.uncommitted import Uncommitted, held_devices, read_uncommitted
 from millijoule.workers.contact_sheet import draw_contact_sheet
 from millijoule.workers.errors import InputError, StoreError
 from millijoule.workers.lease import commit_key
@@ -238,7 +238,9 @@ def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]
 
 def load_ledger(store: Store, n_shards: int, uncommitted: Uncommitted | None = None) -> Ledger:
     """The energy ledger over every segment that commits and drivers recorded; `uncommitted` where it was read."""
-    segments = PackedSegments((uncommitted or read_uncommitted(store)).segments)
+    uncommitted = uncommitted or read_uncommitted(store)
+    segments = PackedSegments(uncommitted.segments)
+    devices = held_devices(uncommitted.workers, ())
     winners: dict[int, str] = {}
     for commit in read_commits(store, n_shards):
         try:
@@ -247,7 +249,8 @@ def load_ledger(store: Store, n_shards: int, uncommitted: Uncommitted | None = N
             key = commit_key(commit.shard_id)
             raise StoreError(f"{store.url}/{key}: a segment has a number that is none: {error}") from error
         winners[commit.shard_id] = commit.attempt_id
-    return build_ledger(segments, winners)
+        devices.setdefault(commit.worker_id, (commit.device,))
+    return build_ledger(segments, winners, devices)
 
 
 def summarise(job: JobSpec, totals: Totals, ledger: Ledger, tables: EnergyResult) -> dict[str, Any]:

@@ -7,7 +7,8 @@ For every counter (boot, epoch, domain) the entries and gaps add up to its last 
     C1   sum(segments) + sum(gaps) = sum over runs of (last reading - first reading)    per boot, epoch and domain
     C2   sum(image direct) + overhead = sum(segments) + sum(gaps)
 
-A missing measurement stays None, and so does every sum it would belong to. Estimates have columns of their own.
+A missing measurement stays None, and so does every sum it would belong to; a worker's own device whose counter nobody
+could read is such a one, whatever else its worker read. Estimates have columns of their own.
 Nothing here reads a counter or a clock.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, overload
 
@@ -28,7 +29,8 @@ from millijoule.pipeline.apportionment import (
     sum_or_none,
 )
 from millijoule.pipeline.packed_segments import PackedSegments, SegmentSelection
-from millijoule.workers.schemas import SEGMENT_CLASSES, CounterRead, Segment
+from millijoule.workers.own_devices import unread_domains
+from millijoule.workers.schemas import BOOK_EPOCHS, SEGMENT_CLASSES, CounterRead, Segment, wraps
 from millijoule.workers.timeline import segment_estimate_mj
 
 #: Stands for None where shares are kept as numbers; no share is negative.
@@ -39,7 +41,7 @@ _MISSING = -1
 class LedgerEntry:
     """What one segment used.
 
-    `energy_mj` has every domain its worker ever measured; None where this segment's part cannot be known. `lost`
+    `energy_mj` has every domain its worker ever measured, and those of its devices that it never could; None where this segment's part cannot be known. `lost`
     says that some of its energy is nowhere in the ledger, not even in a gap.
     """
 
@@ -85,17 +87,26 @@ class LedgerRun:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All entries in order of time, and what is left over. Built by `build_ledger`."""
+    """All entries in order of time, and what is left over. Built by `build_ledger`.
+
+    `unread` has, by worker, the domains of its own devices that it never read though it read others.
+    """
 
     entries: Sequence[LedgerEntry]
     gaps: tuple[LedgerGap, ...]
     runs: tuple[LedgerRun, ...]
+    unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _shards: Mapping[tuple[int | None, str | None], int | None] = field(repr=False, default_factory=dict)
 
     @property
     def complete(self) -> bool:
         """Whether something was measured and nothing is missing: only then does a total mean what it says."""
         return bool(self.entries) and not any(e.lost for e in self.entries)
+
+    def read_domains(self, entry: LedgerEntry) -> list[str]:
+        """Every domain that the worker of `entry` ever read."""
+        unread = self.unread.get(entry.segment.worker_id, ())
+        return [d for d in entry.energy_mj if d not in unread]
 
     def shard_energy_mj(self, shard_id: int, attempt_id: str) -> int | None:
         """Direct energy of one attempt's shard, all domains; None where it was not measured in full."""
@@ -121,41 +132,63 @@ class Ledger:
         total_mj = measured.total() - measured["off"] if self.complete else None
         return {
             "complete": self.complete,
-            "domains": sorted({d for e in self.entries for d in e.energy_mj}),
+            "domains": sorted({r.domain for r in self.runs}),
             "total_mj": total_mj,
             "shard_mj": shard_mj,
             "overhead_mj": None if total_mj is None or shard_mj is None else total_mj - shard_mj,
             "measured_mj": {c: measured[c] for c in (*SEGMENT_CLASSES, "off") if self.runs and c in measured},
             "segments": len(self.entries),
             "segments_not_measured": sum(e.total_mj is None for e in self.entries),
-            "counter_resets": len(self.runs) - len({(r.boot_id, r.domain) for r in self.runs}),
+            "counter_resets": len(self.runs)
+            - len({(r.boot_id, r.domain, r.epoch // BOOK_EPOCHS) for r in self.runs}),
             "estimate_total_mj": sum_or_none(estimates.values()),
             "estimate_mj": {c: estimates[c] for c in SEGMENT_CLASSES if c in estimates},
         }
 
 
-def build_ledger(segments: Iterable[Segment], winners: Mapping[int, str] | None = None) -> Ledger:
+def build_ledger(
+    segments: Iterable[Segment],
+    winners: Mapping[int, str] | None = None,
+    devices: Mapping[str, Sequence[str]] | None = None,
+) -> Ledger:
     """Account for `segments`.
 
     Workers that read the same counter at the same time share it equally; see `split_counter`. A segment that was
-    reported twice counts once.
+    reported twice counts once. A wrapping counter that was followed in two books at once (containers that do not share
+    theirs) is believed to the one that followed it longest: the other's totals are on another scale, and both together
+    would count the package twice. Its workers' shares of it are not known.
 
     Args:
         segments: in any order.
         winners: attempt id of each committed shard; a "shard" segment of any other attempt is booked as "loser".
             Without it the recorded classes stand.
+        devices: what each worker held, by worker id (UUIDs of GPUs, or "cpu"), as far as known: their counters
+            belong to a complete measurement.
     """
     unique = _deduplicate(segments)
     found: dict[str, set[str]] = defaultdict(set)
+    spans: dict[_Book, _Span] = {}
     for s in unique:
         found[s.worker_id].update(s.open.energy_mj, s.close.energy_mj)
-    domains = {worker_id: tuple(sorted(names)) for worker_id, names in found.items()}
+        for read in (s.open, s.close):
+            _extend_span(spans, read)
+    unread = {
+        worker_id: missing
+        for worker_id, names in found.items()
+        if names and (missing := unread_domains((devices or {}).get(worker_id, ()), names))
+    }
+    domains = {
+        worker_id: tuple(sorted({*names, *unread.get(worker_id, ())})) for worker_id, names in found.items()
+    }
+
+    if refused := _refused_books(spans):
+        unique = _WithoutBooks(unique, refused)
 
     entries = _Entries(unique, domains, winners)
     gaps: list[LedgerGap] = []
     runs: list[LedgerRun] = []
-    for scale, numbers in _by_scale(unique):
-        for domain in sorted({d for n in numbers for d in entries.domains_of[n]}):
+    for scale, wrapping, numbers in _by_scale(unique):
+        for domain in sorted({d for n in numbers for d in entries.domains_of[n] if wraps(d) == wrapping}):
             claims = [
                 (n, _claim(unique[n], scale, domain)) for n in numbers if domain in entries.domains_of[n]
             ]
@@ -168,7 +201,7 @@ def build_ledger(segments: Iterable[Segment], winners: Mapping[int, str] | None 
             for (n, claim), share in zip(claims, split.shares, strict=True):
                 entries.set_share(n, domain, share)
                 if share is None and not (
-                    _on_one_scale(unique[n]) and split.covers(claim.t_open_ns, claim.t_close_ns)
+                    _on_one_scale(unique[n], domain) and split.covers(claim.t_open_ns, claim.t_close_ns)
                 ):
                     entries.lost[n] = True
 
@@ -177,7 +210,7 @@ def build_ledger(segments: Iterable[Segment], winners: Mapping[int, str] | None 
         if entry.segment.segment_class == "shard":
             key = entry.segment.shard_id, entry.segment.attempt_id
             parts[key] = sum_or_none((parts[key], entry.total_mj)) if key in parts else entry.total_mj
-    return Ledger(entries, tuple(gaps), tuple(runs), parts)
+    return Ledger(entries, tuple(gaps), tuple(runs), unread, parts)
 
 
 class _Entries(Sequence[LedgerEntry]):
@@ -250,13 +283,87 @@ def _deduplicate(segments: Iterable[Segment]) -> Sequence[Segment]:
     return SegmentSelection(packed, chosen)
 
 
-def _by_scale(segments: Sequence[Segment]) -> Iterator[tuple[tuple[str, int], array[int]]]:
-    """The numbers of the segments that begin or end on each scale, scales in order."""
-    numbers: dict[tuple[str, int], array[int]] = defaultdict(lambda: array("q"))
+@dataclass
+class _Span:
+    """From when to when a book followed wrapping counters of a boot (CLOCK_MONOTONIC), and its first `wrap_epoch`."""
+
+    first_ns: int
+    last_ns: int
+    wrap_epoch: int | None
+
+    def overlaps(self, other: _Span) -> bool:
+        return self.first_ns <= other.last_ns and other.first_ns <= self.last_ns
+
+
+#: A book: its boot and number, None where reads do not state it.
+_Book = tuple[str, int | None]
+
+
+def _book_of(read: CounterRead) -> _Book:
+    return read.boot_id, None if read.wrap_epoch is None else read.wrap_epoch // BOOK_EPOCHS
+
+
+def _extend_span(spans: dict[_Book, _Span], read: CounterRead) -> None:
+    if any(map(wraps, read.energy_mj)):
+        span = spans.setdefault(_book_of(read), _Span(read.t_mono_ns, read.t_mono_ns, read.wrap_epoch))
+        span.first_ns, span.last_ns = min(span.first_ns, read.t_mono_ns), max(span.last_ns, read.t_mono_ns)
+
+
+def _refused_books(spans: Mapping[_Book, _Span]) -> dict[_Book, int | None]:
+    """Books whose wrapping counters a longer book of the same boot followed at the same time, with its `wrap_epoch`."""
+    kept: dict[str, list[_Span]] = defaultdict(list)
+    refused: dict[_Book, int | None] = {}
+    for book in sorted(spans, key=lambda b: (spans[b].first_ns - spans[b].last_ns, b[0], b[1] or 0)):
+        longer = next((span for span in kept[book[0]] if span.overlaps(spans[book])), None)
+        if longer is None:
+            kept[book[0]].append(spans[book])
+        else:
+            refused[book] = longer.wrap_epoch
+    return refused
+
+
+class _WithoutBooks(Sequence[Segment]):
+    """Segments whose reads lack the wrapping counters of some books: as of workers that could not read them."""
+
+    def __init__(self, segments: Sequence[Segment], refused: Mapping[_Book, int | None]) -> None:
+        self._segments = segments
+        self._refused = refused
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    @overload
+    def __getitem__(self, number: int) -> Segment: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Segment]: ...
+    def __getitem__(self, number: int | slice) -> Segment | list[Segment]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        segment = self._segments[number]
+        return replace(segment, open=self._stripped(segment.open), close=self._stripped(segment.close))
+
+    def _stripped(self, read: CounterRead) -> CounterRead:
+        book = _book_of(read)
+        if book not in self._refused:
+            return read
+        energy_mj = {domain: mj for domain, mj in read.energy_mj.items() if not wraps(domain)}
+        return replace(read, energy_mj=energy_mj, wrap_epoch=self._refused[book])
+
+
+def _by_scale(segments: Sequence[Segment]) -> Iterator[tuple[tuple[str, int], bool, array[int]]]:
+    """The numbers of the segments that begin or end on each scale, of wrapping counters or of others, scales in order."""
+    numbers: dict[tuple[str, int, bool], array[int]] = defaultdict(lambda: array("q"))
     for n, s in enumerate(segments):
-        for scale in {_counter_scale(s.open), _counter_scale(s.close)}:
-            numbers[scale].append(n)
-    yield from sorted(numbers.items(), key=lambda item: item[0])
+        for boot_id, epoch, plain in {key for read in (s.open, s.close) for key in _scale_keys(read)}:
+            numbers[boot_id, epoch, plain].append(n)
+    for boot_id, epoch, plain in sorted(numbers):
+        yield (boot_id, epoch), not plain, numbers[boot_id, epoch, plain]
+
+
+def _scale_keys(read: CounterRead) -> tuple[tuple[str, int, bool], tuple[str, int, bool]]:
+    """Scales of a read, of wrapping counters and of those that do not."""
+    wrap_epoch = read.epoch if read.wrap_epoch is None else read.wrap_epoch
+    return (read.boot_id, wrap_epoch, False), (read.boot_id, read.epoch, True)
 
 
 def _class_of(segment: Segment, winners: Mapping[int, str] | None) -> str:
@@ -266,22 +373,22 @@ def _class_of(segment: Segment, winners: Mapping[int, str] | None) -> str:
     return segment.segment_class
 
 
-def _counter_scale(read: CounterRead) -> tuple[str, int]:
-    """Counters may be subtracted within one boot and epoch only."""
-    return read.boot_id, read.epoch
+def _counter_scale(read: CounterRead, domain: str) -> tuple[str, int]:
+    """Readings of a counter may be subtracted within one boot and epoch only."""
+    return read.boot_id, read.epoch_of(domain)
 
 
-def _on_one_scale(segment: Segment) -> bool:
-    return _counter_scale(segment.open) == _counter_scale(segment.close)
+def _on_one_scale(segment: Segment, domain: str) -> bool:
+    return _counter_scale(segment.open, domain) == _counter_scale(segment.close, domain)
 
 
 def _claim(segment: Segment, scale: tuple[str, int], domain: str) -> Claim:
     """The segment's claim on `domain` on a scale it begins or ends on; blind on either side of a reset."""
     before, after = segment.open, segment.close
-    if _on_one_scale(segment):
+    if _on_one_scale(segment, domain):
         readings = (_reading(before, domain), _reading(after, domain))
         return Claim(segment.worker_id, before.t_mono_ns, after.t_mono_ns, *readings)
-    opens = _counter_scale(before) == scale
+    opens = _counter_scale(before, domain) == scale
     read = before if opens else after
     reading = _reading(read, domain)
     same_clock = before.boot_id == after.boot_id

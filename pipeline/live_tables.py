@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,16 @@ from millijoule.pipeline.energy_schemas import open_parquet_writer, run_id_of, t
 from millijoule.pipeline.energy_tables import LIVE_PREFIX
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.ledger import build_ledger
-from millijoule.pipeline.uncommitted import Uncommitted, read_workers
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, PowerTrace, Segment
+from millijoule.pipeline.uncommitted import Uncommitted, held_devices, read_workers
+from millijoule.workers.schemas import (
+    BOOK_EPOCHS,
+    IMAGE_ROW_SCHEMA,
+    Commit,
+    CounterRead,
+    PowerTrace,
+    Segment,
+    wraps,
+)
 from millijoule.workers.storage import Store
 from millijoule.workers.timeline import segment_estimate_mj
 
@@ -146,14 +154,15 @@ class LiveTables:
 
 def _segment_rows(segment_id: int, s: Segment) -> Iterator[tuple]:
     who = (segment_id, s.worker_id, s.segment_class, s.shard_id, s.attempt_id)
-    when = (s.open.boot_id, s.open.epoch, s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
+    when = (s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
     estimate_mj = segment_estimate_mj(s)
-    same_scale = (s.open.boot_id, s.open.epoch) == (s.close.boot_id, s.close.epoch)
     for domain in sorted(s.open.energy_mj.keys() | s.close.energy_mj.keys()) or (None,):
         before, after = s.open.energy_mj.get(domain or ""), s.close.energy_mj.get(domain or "")
+        scale = (s.open.boot_id, s.open.epoch_of(domain) if domain else s.open.epoch)
+        same_scale = domain and scale == (s.close.boot_id, s.close.epoch_of(domain))
         known = same_scale and before is not None and after is not None and after >= before
         energy_mj = after - before if known else None  # type: ignore[operator]
-        yield (*who, *when, domain, energy_mj, "undivided" if known else "missing", estimate_mj)
+        yield (*who, *scale, *when, domain, energy_mj, "undivided" if known else "missing", estimate_mj)
         estimate_mj = None
 
 
@@ -177,34 +186,39 @@ def read_live_table(store: Store, name: str) -> pa.Table:
 
 def read_live_segments(store: Store) -> list[Segment]:
     """The segments that live rows describe, for `build_ledger`. Estimates keep their differences, not their zero."""
-    reads: dict[tuple[str, str, int], CounterRead] = {}
+    reads: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)  # rows of each
     for row in read_live_table(store, "counter").to_pylist():
-        key = (row["worker_id"], row["boot_id"], row["t_mono_ns"])
-        if key not in reads:
-            reads[key] = CounterRead(
-                *(row["boot_id"], row["t_mono_ns"], row["t_wall_ns"], row["read_latency_ns"]),
-                epoch=row["epoch"],
-            )
-        reads[key].energy_mj[row["domain"]] = row["energy_mj"]
-    segments: dict[int, Segment] = {}
+        reads[row["worker_id"], row["boot_id"], row["t_mono_ns"]].append(row)
+    parts: dict[int, list[dict[str, Any]]] = defaultdict(list)  # of each segment, one row per domain
     for row in read_live_table(store, "segment").to_pylist():
-        if row["segment_id"] in segments:
-            continue  # one row per domain
-        worker, boot, wall_ns = row["worker_id"], row["boot_id"], row["t_open_wall_ns"]
+        parts[row["segment_id"]].append(row)
+    segments = []
+    for rows in parts.values():
+        first = rows[0]
         ends = []
         for t_ns, estimate in (
-            (row["t_open_mono_ns"], 0),
-            (row["t_close_mono_ns"], row["energy_estimate_mj"]),
+            (first["t_open_mono_ns"], 0),
+            (first["t_close_mono_ns"], first["energy_estimate_mj"]),
         ):
-            read = reads.get((worker, boot, t_ns))
-            epoch = read.epoch if read else row["epoch"]
-            t_wall_ns = wall_ns + t_ns - row["t_open_mono_ns"]
-            energy_mj = read.energy_mj if read else {}
-            ends.append(CounterRead(boot, t_ns, t_wall_ns, 0, energy_mj, estimate, epoch))
-        segments[row["segment_id"]] = Segment(
-            *(worker, row["segment_class"], ends[0], ends[1], row["shard_id"], row["attempt_id"])
+            read = reads.get((first["worker_id"], first["boot_id"], t_ns), [])
+            t_wall_ns = first["t_open_wall_ns"] + t_ns - first["t_open_mono_ns"]
+            energy_mj = {row["domain"]: row["energy_mj"] for row in read}
+            epochs = _epochs(read or rows)
+            ends.append(CounterRead(first["boot_id"], t_ns, t_wall_ns, 0, energy_mj, estimate, *epochs))
+        segments.append(
+            Segment(
+                *(first["worker_id"], first["segment_class"], *ends, first["shard_id"], first["attempt_id"])
+            )
         )
-    return list(segments.values())
+    return segments
+
+
+def _epochs(rows: Sequence[dict[str, Any]]) -> tuple[int, int | None]:
+    """`epoch` and `wrap_epoch` of a read, from rows of its domains."""
+    wrapping = [row["epoch"] for row in rows if row["domain"] and wraps(row["domain"])]
+    others = [row["epoch"] for row in rows if not row["domain"] or not wraps(row["domain"])]
+    wrap_epoch = wrapping[0] if wrapping else None
+    return (others[0] if others else wrapping[0] % BOOK_EPOCHS), wrap_epoch
 
 
 def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
@@ -213,8 +227,10 @@ def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
     The `image` and `closure` tables are empty: images get their share when all is known.
     """
     commits = [_as_commit(row, job) for row in read_live_table(store, "attempt").to_pylist()]
-    ledger = build_ledger(read_live_segments(store), {c.shard_id: c.attempt_id for c in commits})
     uncommitted = Uncommitted(workers=read_workers(store), nodes=read_live_table(store, "node_reading"))
+    winners = {c.shard_id: c.attempt_id for c in commits}
+    devices = held_devices(uncommitted.workers, commits)
+    ledger = build_ledger(read_live_segments(store), winners, devices)
     rows = EnergyRows(
         job, ledger, lambda: commits, lambda commit: IMAGE_ROW_SCHEMA.empty_table(), uncommitted
     )

@@ -176,7 +176,7 @@ def _boots(
             boot.host = boot.host or hosts.get(s.worker_id, "")
             boot.expected.update(entry.energy_mj, devices.get(s.worker_id, ()))
             for domain, mj in read.energy_mj.items():
-                reads[read.boot_id, read.epoch, domain][read.t_mono_ns] = mj, read.latency_ns
+                reads[read.boot_id, read.epoch_of(domain), domain][read.t_mono_ns] = mj, read.latency_ns
         if s.open.boot_id == s.close.boot_id:
             busy[s.open.boot_id].append((s.open.t_mono_ns, s.close.t_mono_ns))
     for boot_id, boot in boots.items():

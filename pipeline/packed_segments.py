@@ -56,6 +56,7 @@ class PackedSegments(Sequence[Segment]):
         self._boot, self._epoch, self._domains = array("q"), array("q"), array("q")
         self._t_mono, self._t_wall, self._latency = array("q"), array("q"), array("q")
         self._estimate, self._first = array("q"), array("q")
+        self._wrap_epoch = array("i")
         self._energy = array("q")  # of all reads, each from its `_first` on
         # of each segment
         self._worker, self._class, self._shard = array("q"), array("q"), array("q")
@@ -93,6 +94,7 @@ class PackedSegments(Sequence[Segment]):
         self._t_wall.append(read.t_wall_ns)
         self._latency.append(read.latency_ns)
         self._estimate.append(_NONE if read.estimate_mj is None else read.estimate_mj)
+        self._wrap_epoch.append(_NONE if read.wrap_epoch is None else read.wrap_epoch)
         self._first.append(len(self._energy))
         self._energy.extend(read.energy_mj.values())
         return len(self._boot) - 1
@@ -107,6 +109,7 @@ class PackedSegments(Sequence[Segment]):
             dict(zip(domains, self._energy[first : first + len(domains)], strict=True)),
             None if self._estimate[n] == _NONE else self._estimate[n],
             self._epoch[n],
+            None if self._wrap_epoch[n] == _NONE else self._wrap_epoch[n],
         )
 
     def __len__(self) -> int:

@@ -129,13 +129,15 @@ class Spending:
         for segment in segments:
             before, after = segment.open, segment.close
             self.seconds[segment.segment_class] += max(0, after.t_mono_ns - before.t_mono_ns) / 1e9
-            comparable = (before.boot_id, before.epoch) == (after.boot_id, after.epoch)
-            for domain in sorted(before.energy_mj.keys() & after.energy_mj.keys()) if comparable else ():
+            for domain in sorted(before.energy_mj.keys() & after.energy_mj.keys()):
+                scale = (before.boot_id, before.epoch_of(domain))
+                if scale != (after.boot_id, after.epoch_of(domain)):
+                    continue
                 stretch = Stretch(
                     before.t_mono_ns, before.energy_mj[domain], after.t_mono_ns, after.energy_mj[domain]
                 )
                 if stretch.last_mj >= stretch.first_mj and stretch.t_last_ns >= stretch.t_first_ns:
-                    grown = self.counters[before.boot_id, before.epoch, domain].add(stretch)
+                    grown = self.counters[*scale, domain].add(stretch)
                     self.measured_mj += grown
                     self._pay(grown, after.t_wall_ns)
             if not before.energy_mj and before.estimate_mj is not None and after.estimate_mj is not None:

@@ -19,7 +19,7 @@ from millijoule.pipeline.commits import READ_THREADS
 from millijoule.pipeline.layout import SEGMENTS_PREFIX, WORKERS_PREFIX
 from millijoule.pipeline.node_readings import NO_READINGS, read_node_readings
 from millijoule.workers.errors import StoreError
-from millijoule.workers.schemas import PowerTrace, Segment, WorkerEnvironment
+from millijoule.workers.schemas import Commit, PowerTrace, Segment, WorkerEnvironment
 from millijoule.workers.storage import Store
 
 T = TypeVar("T")
@@ -93,6 +93,20 @@ def read_workers(store: Store) -> dict[str, WorkerEnvironment]:
     """The environments of a job's workers, by worker id; raises StoreError."""
     found = _read_all(store, WORKERS_PREFIX, WorkerEnvironment.from_json)
     return {environment.worker_id: environment for environment in found}
+
+
+def held_devices(
+    workers: Mapping[str, WorkerEnvironment], commits: Iterable[Commit]
+) -> dict[str, tuple[str, ...]]:
+    """What each worker held, by worker id: UUIDs of GPUs, or "cpu".
+
+    A worker whose environment is not there (it was lost, or a version wrote the output that had none) held what its
+    commits name, as far as is known.
+    """
+    devices = {worker_id: own.gpus or (own.device,) for worker_id, own in workers.items()}
+    for commit in commits:
+        devices.setdefault(commit.worker_id, (commit.device,))
+    return devices
 
 
 def _read_all(store: Store, prefix: str, parse: Callable[[bytes], T]) -> list[T]:

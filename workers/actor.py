@@ -85,11 +85,13 @@ class ShardWorker:
             )
         timeline.close("load")
         context = ray.get_runtime_context()
+        held = (*meter.gpus, *meter.unreadable_gpus) or tuple(gpus)  # without telemetry as Ray names them
         where = Where(
             worker_id=self.worker_id,
             node_id=context.get_node_id(),
             host=socket.gethostname(),
-            device=(*meter.gpus, *gpus, "cpu")[0],
+            device=(*held, "cpu")[0],
+            gpus=held,
         )
         self._timeline = timeline
         self._runner = AttemptRunner(

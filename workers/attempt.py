@@ -28,8 +28,9 @@ from millijoule.workers.lease import (
     data_prefix,
 )
 from millijoule.workers.meter import EnergyMeter
+from millijoule.workers.own_devices import unread_domains
 from millijoule.workers.power_samples import PowerSampler
-from millijoule.workers.schemas import Commit, ImageRequest, ImageRow
+from millijoule.workers.schemas import Commit, ImageRequest, ImageRow, Segment
 from millijoule.workers.shard_rows import PlanRow, read_shard_rows, shard_requests
 from millijoule.workers.storage import Store
 from millijoule.workers.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
@@ -54,12 +55,13 @@ class SickWorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Where:
-    """A worker's place: Ray's node id, host name, GPU UUID (or "cpu")."""
+    """A worker's place: Ray's node id, host name, UUID of its (first) GPU or "cpu", and all its GPUs."""
 
     worker_id: str
     node_id: str
     host: str
     device: str
+    gpus: tuple[str, ...] = ()
 
 
 class AttemptRunner:
@@ -167,7 +169,7 @@ class AttemptRunner:
             errors=_top_errors(errors),
             t_start_wall_ns=t_start,
             t_end_wall_ns=time.time_ns(),
-            energy_mj=segment_energy_mj(segment),
+            energy_mj=self._energy_mj(segment),
             energy_domains=tuple(sorted(segment.close.energy_mj)),
             energy_estimate_mj=segment_estimate_mj(segment),
             energy_method=self.meter.method,
@@ -262,10 +264,16 @@ class AttemptRunner:
             images,
             seconds,
             size,
-            segment_energy_mj(segment),
+            self._energy_mj(segment),
             segment_estimate_mj(segment),
             self.meter.method,
         )
+
+    def _energy_mj(self, segment: Segment) -> int | None:
+        """Measured millijoules of `segment`; None where one of this worker's own devices was not read."""
+        devices = self.where.gpus or (self.where.device,)
+        unread = unread_domains(devices, segment.close.energy_mj)
+        return None if unread else segment_energy_mj(segment)
 
     def warm_up(self, request: ImageRequest) -> None:
         """Draw one image, so that the first shard does not pay for start-up; remembered as the health check."""

@@ -4,6 +4,8 @@ Counters are not as absolute as they look: RAPL wraps every few minutes, so two 
 times unwrap it to different totals; and polling the GPU counter too often is reported to corrupt it, whoever polls.
 So every read of every worker goes through this book, under an exclusive file lock: totals continue where the last
 reader left them, in one order and on one scale for the whole host, and a counter reset is one new epoch for all.
+Containers that do not share the file have books of their own, and unwrap to other totals: a book has a number, and totals of
+wrapping counters are on the scale of book and epoch.
 
 The file is small, lives in shared memory where there is one, and may be lost at any time: the next reader begins a
 new one and what cannot be compared across the loss is reported as missing by the ledger.
@@ -15,6 +17,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import stat
 import tempfile
 import time
@@ -22,6 +25,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from millijoule.workers.schemas import BOOK_EPOCHS, BOOK_NUMBERS
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +65,7 @@ class BookedCounter:
 class BookedState:
     """All counters of a host. `epoch` grows by one whenever any of them was reset.
 
-    `failed_ns` has the domains whose last reading failed, and when; `power_ns` when each GPU's power was last
+    `book` is the number of the book, drawn when it was begun. `failed_ns` has the domains whose last reading failed, and when; `power_ns` when each GPU's power was last
     sampled, by UUID.
     """
 
@@ -68,6 +73,12 @@ class BookedState:
     counters: dict[str, BookedCounter] = field(default_factory=dict)
     failed_ns: dict[str, int] = field(default_factory=dict)
     power_ns: dict[str, int] = field(default_factory=dict)
+    book: int = field(default_factory=lambda: 1 + secrets.randbelow(BOOK_NUMBERS - 1))
+
+    @property
+    def wrap_epoch(self) -> int:
+        """The scale of counters that wrap, see `CounterRead`; fits 32 bits."""
+        return self.book * BOOK_EPOCHS + self.epoch % BOOK_EPOCHS
 
     def last_try_ns(self, domain: str) -> int:
         """When anybody last read the counter of `domain`, with or without success; -1: never."""
@@ -162,10 +173,12 @@ class CounterBook:
             raw = json.loads(data)
             counters = {d: BookedCounter(**c) for d, c in raw["counters"].items()}
             epoch = max(raw["epoch"], self._state.epoch)
-            self._state = BookedState(epoch, counters, dict(raw["failed_ns"]), dict(raw["power_ns"]))
+            book = raw.get("book", self._state.book)  # files had none
+            self._state = BookedState(epoch, counters, dict(raw["failed_ns"]), dict(raw["power_ns"]), book)
         except (ValueError, TypeError, KeyError) as error:  # its writer was killed half-way
             log.warning("%s: not readable (%s), starting a new epoch", self.path, error)
-            self._state = BookedState(self._state.epoch + 1, self._state.counters)
+            mine = self._state
+            self._state = BookedState(mine.epoch + 1, mine.counters, book=mine.book)
 
     def _save(self) -> None:
         assert self._file is not None
@@ -176,6 +189,7 @@ class CounterBook:
             "counters": counters,
             "failed_ns": state.failed_ns,
             "power_ns": state.power_ns,
+            "book": state.book,
         }
         data = json.dumps(book, separators=(",", ":")).encode()
         if data == self._stored:

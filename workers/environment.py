@@ -36,14 +36,13 @@ def describe_worker(
         name = meter.gpu_names[0]
     else:  # a MIG instance, or no NVML: the framework may know
         name = str(torch.cuda.get_device_name(0)) if torch and torch.cuda.is_available() else None
-    complete = len(meter.gpus) == len(assigned_gpus)
     return WorkerEnvironment(
         worker_id=where.worker_id,
         driver_epoch=driver_epoch,
         node_id=where.node_id,
         host=where.host,
         device=where.device,
-        gpus=meter.gpus if complete else tuple(assigned_gpus),
+        gpus=where.gpus,
         device_name=name,
         driver_version=meter.driver_version,
         python_version=platform.python_version(),

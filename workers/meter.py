@@ -98,8 +98,9 @@ class CounterMeter:
     """An `EnergyMeter` over any counters, all read through the host's `CounterBook`.
 
     Attributes:
-        gpus: full UUIDs of the worker's boards, whether they have a counter or not.
+        gpus: full UUIDs of the worker's boards that NVML shows, whether they have a counter or not.
         gpu_names: their product names.
+        unreadable_gpus: its other devices, see `workers.nvml.Gpus`.
         driver_version: the GPU driver's.
     """
 
@@ -110,6 +111,7 @@ class CounterMeter:
     gpus: tuple[str, ...] = ()
     gpu_names: tuple[str | None, ...] = ()
     driver_version: str | None = None
+    unreadable_gpus: tuple[str, ...] = ()
     on_close: Callable[[], None] = lambda: None
     clock_ns: Callable[[], int] = time.monotonic_ns
     method: str = field(init=False)
@@ -119,6 +121,7 @@ class CounterMeter:
         self._lock = threading.Lock()  # the book's lock holds between processes only
         self._last: dict[str, int] = {}
         self._epoch = 0
+        self._wrap_epoch: int | None = None
         self._failing: set[str] = set()
         self.counters = tuple(self._readable(self.counters))
         self.domains = tuple(c.domain for c in self.counters)
@@ -152,6 +155,7 @@ class CounterMeter:
             energy_mj=energy_mj,
             estimate_mj=estimate_cpu_mj(),
             epoch=self._epoch,
+            wrap_epoch=self._wrap_epoch,
         )
 
     def watch(self) -> dict[str, PowerSample]:
@@ -224,7 +228,7 @@ class CounterMeter:
         elif any(mj < self._last.get(domain, 0) for domain, mj in energy_mj.items()):
             state.epoch += 1
             self._last.clear()
-        self._epoch = state.epoch
+        self._epoch, self._wrap_epoch = state.epoch, state.wrap_epoch
         self._last.update(energy_mj)
 
     def _read_counter(self, counter: Counter, state: BookedState) -> tuple[int, int] | None:
@@ -334,6 +338,7 @@ def open_meter(
         boards.uuids,
         boards.names,
         boards.driver_version,
+        boards.unreadable,
         on_close=boards.close,
         clock_ns=clock_ns,
     )

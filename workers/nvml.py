@@ -119,6 +119,7 @@ class Gpus:
 
     Attributes:
         uuids: full UUIDs ("GPU-...").
+        unreadable: the boards left out: by full UUID where that is known, else as they were named.
         names: product names, in the same order; None: the driver does not say.
         driver_version: None: as above.
         close: shuts the library down.
@@ -129,11 +130,12 @@ class Gpus:
     powers: tuple[GpuPower, ...] = ()
     names: tuple[str | None, ...] = ()
     driver_version: str | None = None
+    unreadable: tuple[str, ...] = ()
     close: Callable[[], None] = lambda: None
 
 
 def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
-    """Find `gpus` (as `CUDA_VISIBLE_DEVICES` names them); what cannot be found or told apart is left out.
+    """Find `gpus` (as `CUDA_VISIBLE_DEVICES` names them); what has no counter of its own or cannot be found is left out.
 
     Args:
         lib: the NVML binding, default `NvmlLibrary`; `pynvml` has the same names.
@@ -143,23 +145,27 @@ def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
         lib.nvmlInit()
     except Exception as error:  # no driver, no library, no permission
         log.warning("NVML is not available (%s); GPU energy is missing", error)
-        return Gpus()
+        return Gpus(unreadable=tuple(gpus))
     found: dict[str, Any] = {}
+    unreadable: list[str] = []
     for gpu in gpus:
+        name = gpu
         try:
-            uuid, handle = _find_gpu(lib, gpu.strip())
+            name, handle = _find_gpu(lib, gpu.strip())
             if _is_partitioned(lib, handle):
                 raise ValueError("MIG is on and instances have no energy counter")
         except Exception as error:  # as above: a GPU we cannot find is missing, not fatal
             log.warning("GPU %s: %s; its energy is missing", gpu, error)
+            unreadable.append(name)
             continue
-        found[uuid] = handle
+        found[name] = handle
     return Gpus(
         tuple(found),
         tuple(GpuCounter(lib, handle, f"gpu:{uuid}") for uuid, handle in found.items()),
         tuple(GpuPower(lib, handle, uuid) for uuid, handle in found.items()),
         tuple(_ask(lib, lib.nvmlDeviceGetName, handle) for handle in found.values()),
         _ask(lib, lib.nvmlSystemGetDriverVersion),
+        tuple(unreadable),
         lambda: _shut_down(lib),
     )
 

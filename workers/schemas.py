@@ -119,6 +119,16 @@ class ImageRow:
         }
 
 
+#: A counter book has so many epochs of its own in `wrap_epoch`, and books on a boot differ in a number below the other.
+BOOK_EPOCHS = 1 << 10
+BOOK_NUMBERS = 1 << 21
+
+
+def wraps(domain: str) -> bool:
+    """Whether the counter of `domain` wraps, so that its total is known to whoever followed it only."""
+    return not domain.startswith("gpu:")
+
+
 @dataclass(frozen=True, slots=True)
 class CounterRead:
     """One reading of every energy counter a worker can see, at one instant.
@@ -127,6 +137,8 @@ class CounterRead:
     millijoules since the counter's own zero, already unwrapped; a domain that could not be read is absent.
     `estimate_mj` is a modelled figure on a scale of its own (see `workers.meter`), never mixed with `energy_mj`.
     `t_mono_ns` is CLOCK_MONOTONIC of host boot `boot_id`, comparable between processes of one boot only.
+    `epoch` grows when a counter was reset. `wrap_epoch` names the book, too, in which wrapping counters were unwrapped
+    (`workers.counter_book`); None: not stated.
     """
 
     boot_id: str
@@ -136,6 +148,11 @@ class CounterRead:
     energy_mj: dict[str, int] = field(default_factory=dict)
     estimate_mj: int | None = None
     epoch: int = 0
+    wrap_epoch: int | None = None
+
+    def epoch_of(self, domain: str) -> int:
+        """Readings of a domain may be subtracted within one boot and one of these only."""
+        return self.wrap_epoch if self.wrap_epoch is not None and wraps(domain) else self.epoch
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> CounterRead:

@@ -72,7 +72,9 @@ def segment_energy_mj(segment: Segment) -> int | None:
     changed in between: a part of the energy is not the energy.
     """
     before, after = segment.open, segment.close
-    if (before.boot_id, before.epoch) != (after.boot_id, after.epoch) or not before.energy_mj:
+    if before.boot_id != after.boot_id or not before.energy_mj:
+        return None
+    if any(before.epoch_of(domain) != after.epoch_of(domain) for domain in before.energy_mj):
         return None
     if any(after.energy_mj.get(domain, -1) < mj for domain, mj in before.energy_mj.items()):
         return None

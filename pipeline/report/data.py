@@ -27,6 +27,7 @@ from millijoule.pipeline.report.devices import (
     model_rows,
     node_rows,
     place_workers,
+    unread_devices,
 )
 from millijoule.pipeline.report.energy import (
     ClassShare,
@@ -220,6 +221,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
             price_used,
             rates.pue,
             gpu_flags(gpu_time, gpu_prices),
+            unread_devices(env),
         ),
         errors=_first(stats["errors"]),
         warnings=_first(stats["warnings"]),

@@ -13,6 +13,7 @@ import pyarrow as pa
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.tables import floats, labels
 from millijoule.pipeline.report.timeline import Place, Work, hosts_of_boots, unknown_host
+from millijoule.workers.own_devices import unread_domains
 
 #: A shard this much slower per image than the job's median is a straggler.
 STRAGGLER_FACTOR = 1.5
@@ -79,6 +80,17 @@ def place_workers(work: Work, attempts: pa.Table, env: pa.Table | None = None) -
         if places[worker].device == "unknown":
             places[worker] = Place(hosts[work.boot_of_worker[worker]], "unknown")
     return places
+
+
+def unread_devices(env: pa.Table | None) -> tuple[str, ...]:
+    """Devices that workers held and never read a counter of, as "device on host"; none where no worker states its own."""
+    found: dict[str, None] = {}
+    for row in env.to_pylist() if env is not None else ():
+        held = (row["gpus"] or row["device"] or "").split(",")
+        read = (row["energy_domains"] or "").split(",")
+        for domain in unread_domains(filter(None, held), read):
+            found[f"{domain.removeprefix('gpu:')} on {row['host'] or 'unknown host'}"] = None
+    return tuple(sorted(found))
 
 
 def device_rows(

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from millijoule.pipeline.report.data import RateUsed
 
 
+#: A flag names at most this many devices.
+MAX_DEVICES_NAMED = 8
+
+
 @dataclass(frozen=True)
 class Flag:
     """`level` is "problem" (a figure is wrong or missing), "caution" (a stand-in was used) or "note"."""
@@ -29,15 +33,17 @@ def flags_of(
     price: RateUsed | None,
     pue: float | None,
     gpu_time: Sequence[Flag] = (),
+    unread_devices: Sequence[str] = (),
 ) -> tuple[Flag, ...]:
     """All flags of a job, the worst first.
 
     Args:
         short_share: part of the measured segment rows near their counter's resolution.
         gpu_time: flags about the time in which GPUs were held.
+        unread_devices: those that workers held and never read a counter of.
     """
     flags = [
-        *_energy_flags(stats, short_share),
+        *_energy_flags(stats, short_share, unread_devices),
         *_closure_flags(closure_recorded, closure_failed),
         *_rate_flags(carbon, "carbon intensity", "--gco2-per-kwh (a number or a CSV file)"),
         *_rate_flags(price, "price", "--price-per-kwh (a number or a CSV file)"),
@@ -60,7 +66,7 @@ def flags_of(
     return tuple(sorted(flags, key=lambda flag: order[flag.level]))
 
 
-def _energy_flags(stats: Mapping[str, Any], short_share: float) -> list[Flag]:
+def _energy_flags(stats: Mapping[str, Any], short_share: float, unread_devices: Sequence[str]) -> list[Flag]:
     energy = stats["energy"]
     flags = []
     not_measured, segments = energy.get("segments_not_measured", 0), energy.get("segments", 0)
@@ -77,6 +83,13 @@ def _energy_flags(stats: Mapping[str, Any], short_share: float) -> list[Flag]:
     elif not_measured:
         text = f"{not_measured} of {segments} segments could not be read; their energy is in gaps."
         flags.append(Flag("caution", "segments not measured", text))
+    if unread_devices and energy.get("domains"):
+        more = len(unread_devices) - MAX_DEVICES_NAMED
+        names = ", ".join(unread_devices[:MAX_DEVICES_NAMED]) + (f" and {more} more" if more > 0 else "")
+        text = (
+            f"Workers held devices whose energy counter they never read, so their energy is missing: {names}."
+        )
+        flags.append(Flag("problem", "devices not read", text))
     if missing := stats["energy_methods"].get("missing", 0):
         text = f"{missing} images were made by workers without a readable counter."
         flags.append(Flag("caution" if energy.get("domains") else "note", "images without counter", text))

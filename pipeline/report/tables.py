@@ -42,6 +42,7 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
             "host",
             "device",
             "gpus",
+            "energy_domains",
             "device_name",
             "python_version",
             "torch_version",

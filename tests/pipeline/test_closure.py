@@ -7,20 +7,21 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.histories import histories
-from support.ledgers import JOB, chain, commit, image_rows, read, segment
+from support.ledgers import JOB, SECOND, chain, commit, image_rows, read, segment
 
 from millijoule.pipeline.closure import EXACT_CHECKS, ClosureRow, evidence_class
 from millijoule.pipeline.energy_rows import EnergyRows
 from millijoule.pipeline.energy_schemas import table_of
 from millijoule.pipeline.ledger import build_ledger
 from millijoule.pipeline.query import CLOSURE_QUERIES, connect, run_query
+from millijoule.workers.schemas import BOOK_EPOCHS, CounterRead
 
 FEW = settings(max_examples=60, deadline=None)  # each opens DuckDB
 
 
-def build(segments, commits):
+def build(segments, commits, devices=None):
     """All tables of a job, and the closure rows."""
-    ledger = build_ledger(segments, {c.shard_id: c.attempt_id for c in commits})
+    ledger = build_ledger(segments, {c.shard_id: c.attempt_id for c in commits}, devices)
     rows = EnergyRows(JOB, ledger, lambda: commits, image_rows)
     tables = {
         name: pa.concat_tables([table_of(name, []), *(t for _, t in blocks)])
@@ -66,6 +67,42 @@ def test_exact_checks_never_fail(history):
 def test_sql_agrees_from_the_rows_alone(history):
     tables, _ = build(history.segments, history.commits)
     assert violations(tables) == NONE
+
+
+@FEW
+@given(histories())
+def test_a_job_with_a_board_that_was_not_read_closes_for_what_was(history):
+    devices = {s.worker_id: ("Z",) for s in history.segments}
+    tables, closure = build(history.segments, history.commits, devices)
+    assert violations(tables) == NONE
+    verdicts = {(r.check, r.scope): r.passed for r in closure if r.check in EXACT_CHECKS}
+    assert verdicts["C2", "job, full"] is None
+    assert False not in verdicts.values()
+    assert set(tables["image"]["energy_full_mj"].to_pylist()) <= {None}
+    assert set(tables["image"]["energy_direct_mj"].to_pylist()) <= {None}
+
+
+@pytest.mark.parametrize("later", [5, 100])  # at once, one after the other
+def test_a_package_in_two_books_closes_in_sql_too(later):
+    def chained(book, offset, worker, begin, shard):
+        reads = [
+            CounterRead("boot", t * SECOND, t * SECOND, 0, {"cpu:0": offset + 100 * t}, None, 0, book)
+            for t in range(begin, begin + 30, 10)
+        ]
+        return chain(reads, ["load", "shard"], worker, shard)
+
+    segments = [
+        *chained(3 * BOOK_EPOCHS, 900_000, "w1", 0, 1),
+        *chained(7 * BOOK_EPOCHS, 0, "w2", later, 2),
+    ]
+    commits = [commit(n, "a1", 2, worker=f"w{n}", device="cpu") for n in (1, 2)]
+    tables, closure = build(segments, commits)
+    assert violations(tables) == NONE
+    assert [r.passed for r in closure if r.check in EXACT_CHECKS].count(False) == 0
+    counted = sum(r.found_mj for r in closure if r.check == "C1")
+    assert counted == (2000 if later == 5 else 4000)
+    verdicts = {(r.check, r.scope): r.passed for r in closure}
+    assert verdicts["C2", "job, full"] is (None if later == 5 else True)
 
 
 @settings(max_examples=100, deadline=None)
@@ -207,3 +244,17 @@ def test_the_evidence_class_follows_from_the_checks(rows, domains, evidence):
 def test_a_cpu_worker_counts_with_the_cpus_counter():
     made = commit(1, "a1", 2, energy_domains=("cpu:0",), device="cpu")
     assert evidence_class(EXACT, [made]) == "E1"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "domains", "evidence"),
+    [
+        (("GPU-1",), ("gpu:GPU-1",), "E1"),
+        (("GPU-1", "GPU-2"), ("gpu:GPU-1", "gpu:GPU-2"), "E1"),
+        (("GPU-1", "GPU-2"), ("cpu:0", "gpu:GPU-1"), "E0"),  # one dead counter of two
+        (("MIG-1",), ("cpu:0", "gpu:GPU-1"), "E0"),  # another device's counter
+    ],
+)
+def test_every_device_of_a_worker_has_to_be_read_for_measured(gpus, domains, evidence):
+    made = commit(1, "a1", 2, energy_domains=domains, device=gpus[0])
+    assert evidence_class([*EXACT, row("C3", None)], [made], {"w1": gpus}) == evidence

@@ -205,11 +205,15 @@ def test_wall_time_is_rounded_down_and_latency_up(tmp_path, output):
 # --- power ------------------------------------------------------------------------------------------------------------
 
 
-def powered(watts, *, counted_watts=100, seconds=130, every=1):
-    """A worker whose counter counts `counted_watts` while its power is sampled as `watts`."""
+def powered(watts, *, counted_watts=100, seconds=130, every=1, sampled=None):
+    """A worker whose counter counts `counted_watts` while its power is sampled as `watts`: a number, or one per second."""
     reads = [read(t, t * counted_watts * 1000) for t in range(0, seconds + 1, 10)]
     segments = chain(reads, ["idle"] * (len(reads) - 2) + ["shard"])
-    samples = [PowerSample(t * SECOND, t * SECOND, None, watts * 1000) for t in range(-1, seconds + 2, every)]
+    times = [t for t in range(-1, seconds + 2, every) if sampled is None or t in sampled]
+    samples = [
+        PowerSample(t * SECOND, t * SECOND, None, round(1000 * (watts(t) if callable(watts) else watts)))
+        for t in times
+    ]
     trace = PowerTrace("GPU-1", "boot", "nvml", tuple(samples))
     return segments, commit(1, "a1", 2, segments, power=(trace,), t_start_wall_ns=0)
 
@@ -221,7 +225,7 @@ def test_the_counter_is_compared_with_the_integral_of_power(tmp_path, output, wa
     segments, made = powered(watts)
     result = write(output, build_ledger(segments), [made])
     (c4,) = [r for r in result.closure if r.check == "C4"]
-    assert (c4.found_mj, c4.expected_mj, c4.passed) == (12_000_000, 120_000 * watts, passed)
+    assert (c4.found_mj, c4.expected_mj, c4.passed) == (13_000_000, 130_000 * watts, passed)
     assert c4.residual_share == pytest.approx(100 / watts - 1)
     assert result.evidence_class == evidence
     assert load(tmp_path, "power").num_rows == len(made.power[0].samples)
@@ -232,6 +236,57 @@ def test_sparse_power_samples_prove_nothing(output):
     result = write(output, build_ledger(segments), [made])
     assert [r.passed for r in result.closure if r.check == "C4"] == [None]
     assert result.evidence_class == "E1"
+
+
+def c4(output, made):
+    segments, made = made
+    result = write(output, build_ledger(segments), [made])
+    (row,) = [r for r in result.closure if r.check == "C4"]
+    return row, result.evidence_class
+
+
+def test_blocks_that_are_off_in_opposite_directions_do_not_make_up_for_each_other(output):
+    """The counter says 100 W throughout; power says 140 W for two minutes, then 60 W for two."""
+    row, evidence = c4(output, powered(lambda t: 140 if t < 120 else 60, seconds=240))
+    assert abs(row.residual_share) < 0.01  # in the sum all is well
+    assert (row.passed, evidence) == (False, "E1")
+    assert "blocks: 4, worst block: 6" in row.note
+
+
+@pytest.mark.parametrize("watts", [96, 104])
+def test_every_block_within_the_tolerance_passes_whatever_its_sign(output, watts):
+    row, evidence = c4(output, powered(lambda t: watts if t < 120 else 200 - watts, seconds=240))
+    assert (row.passed, evidence) == (True, "E2")
+    assert "compared: 100.0% of the counted time" in row.note
+
+
+def test_a_device_that_was_compared_for_half_of_its_time_is_not_confirmed(output):
+    row, evidence = c4(output, powered(100, seconds=600, sampled=range(-1, 300)))
+    assert (row.passed, evidence) == (None, "E1")
+    assert row.residual_mj == 0
+    assert "blocks: 5, worst block: 0.0%, compared: 50.0% of the counted time, less than 90%" in row.note
+
+
+def test_a_block_beyond_the_tolerance_fails_however_little_was_compared(output):
+    row, _ = c4(output, powered(120, seconds=600, sampled=range(-1, 100)))
+    assert row.passed is False
+    assert "compared: 16.7%" in row.note
+
+
+def test_coverage_is_of_all_the_time_the_counter_was_followed(output):
+    """A silence of 20 s costs what lies between the counter readings around it, and the next block begins after it."""
+    silent = set(range(-1, 602)) - set(range(301, 319))
+    row, evidence = c4(output, powered(100, seconds=600, sampled=silent))
+    assert (row.passed, evidence) == (True, "E2")
+    # 0 to 300 in five blocks; 320 to 600 in four, the last of 100 s
+    assert "blocks: 9, worst block: 0.0%, compared: 96.7%" in row.note
+
+
+def test_a_worker_reads_its_counter_before_the_first_sample_and_after_the_last(output):
+    row, _ = c4(output, powered(100, seconds=90, sampled=range(1, 90)))
+    assert (row.passed, "compared: 100.0%" in row.note) == (True, True)
+    late, _ = c4(output, powered(100, seconds=90, sampled=range(3, 90)))
+    assert (late.passed, "compared: 88.9%" in late.note) == (None, True)
 
 
 def test_a_clock_that_was_set_is_seen(output):

@@ -133,6 +133,71 @@ def test_one_missing_domain_makes_the_sum_missing():
     assert totals(ledger) == {GPU: 20, "cpu:0": 4}
 
 
+# --- a worker's own device belongs to the measurement -----------------------------------------------------------------
+
+
+def cpu_read(t, mj, **more):
+    return read(t, **{"cpu:0": mj}, **more)
+
+
+SILENT = chain([cpu_read(0, 0), cpu_read(5, 40), cpu_read(20, 90)], ["load", "shard"])
+
+
+@pytest.mark.parametrize(
+    ("devices", "missing"),
+    [
+        (("GPU-1",), ("gpu:GPU-1",)),  # the only board has no counter
+        (("MIG-1",), ("gpu:MIG-1",)),
+        (("GPU-1", "GPU-2"), ("gpu:GPU-1", "gpu:GPU-2")),
+    ],
+)
+def test_processors_do_not_stand_in_for_a_board_without_counter(devices, missing):
+    ledger = build_ledger(SILENT, devices={"w1": devices})
+    summary = ledger.summary()
+    assert [e.energy_mj for e in ledger.entries] == [
+        {"cpu:0": mj} | dict.fromkeys(missing) for mj in (40, 50)
+    ]
+    assert [e.total_mj for e in ledger.entries] == [None, None]
+    assert ledger.shard_energy_mj(1, "a1") is None
+    assert not ledger.complete
+    assert [summary[f"{what}_mj"] for what in ("total", "shard", "overhead")] == [None] * 3
+    assert (summary["domains"], summary["segments_not_measured"]) == (["cpu:0"], 2)
+    assert summary["measured_mj"] == {"load": 40, "shard": 50}  # what was read stays visible
+    assert +totals(ledger) == growth(ledger) == {"cpu:0": 90}
+    assert ledger.unread == {"w1": missing}
+    assert [ledger.read_domains(e) for e in ledger.entries] == [["cpu:0"]] * 2
+
+
+def test_one_dead_board_of_two_makes_the_total_missing():
+    ledger = build_ledger(chain([read(0, 0), read(10, 100)], ["shard"]), devices={"w1": ("GPU-1", "GPU-2")})
+    assert ledger.entries[0].energy_mj == {GPU: 100, "gpu:GPU-2": None}
+    assert (ledger.entries[0].total_mj, ledger.complete) == (None, False)
+
+
+def test_memory_does_not_stand_in_for_a_processor_and_any_package_is_one():
+    def complete(domain):
+        segments = chain([read(0, **{domain: 0}), read(1, **{domain: 9})], ["shard"])
+        return build_ledger(segments, devices={"w1": ("cpu",)}).complete
+
+    assert complete("cpu:package-0")
+    assert not complete("dram:package-0")
+
+
+def test_a_board_that_another_worker_reads_is_not_lost_but_its_share_is_nobodys():
+    """As for any failed read: the energy is there, in a gap, and who used it is not known."""
+    silent = chain([cpu_read(0, 0), cpu_read(10, 20)], ["shard"], "w2", shard=2)
+    seeing = segment(read(0, 0, **{"cpu:0": 0}), read(10, 100, **{"cpu:0": 20}))
+    ledger = build_ledger([seeing, *silent], devices=dict.fromkeys(["w1", "w2"], ("GPU-1",)))
+    assert {e.segment.worker_id: e.total_mj for e in ledger.entries} == {"w1": 60, "w2": None}
+    assert [(g.domain, g.energy_mj) for g in ledger.gaps] == [(GPU, 50)]
+    assert (ledger.complete, ledger.summary()["total_mj"], ledger.summary()["shard_mj"]) == (True, 120, None)
+
+
+def test_a_worker_of_which_nothing_is_known_answers_for_what_it_read():
+    assert build_ledger(SILENT, devices={"w2": ("GPU-1",)}) == build_ledger(SILENT)
+    assert build_ledger(SILENT).complete
+
+
 # --- resets (Zeus: negative; Aitra: clamped to 0; CodeCarbon: lifetime counter) ---------------------------------------
 
 
@@ -277,6 +342,22 @@ def test_c1_segments_and_gaps_are_the_counters_growth(segments):
         ordered = [mj for _, mj in sorted(values)]
         if ordered == sorted(ordered):
             assert grown[key] == ordered[-1] - ordered[0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(worlds(), st.sampled_from([("Z",), ("A", "Z")]))
+def test_a_device_that_was_not_read_changes_totals_and_nothing_that_was(segments, held):
+    plain = build_ledger(segments)
+    ledger = build_ledger(segments, devices={s.worker_id: held for s in segments})
+    assert not ledger.complete
+    assert ledger.summary()["total_mj"] is None
+    assert {e.total_mj for e in ledger.entries} == {None}
+    assert ledger.runs == plain.runs
+    assert +totals(ledger) == +totals(plain) == +growth(plain)
+    if held == ("Z",):  # of A, which others may have read, the share of who did not read it goes into gaps
+        assert ledger.gaps == plain.gaps
+        for before, after in zip(plain.entries, ledger.entries, strict=True):
+            assert before.energy_mj.items() <= after.energy_mj.items()
 
 
 @settings(max_examples=200, deadline=None)

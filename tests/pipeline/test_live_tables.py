@@ -29,7 +29,7 @@ from millijoule.pipeline.query import CLOSURE_QUERIES, open_tables, run_query
 from millijoule.pipeline.retry import load_job_shards
 from millijoule.pipeline.run import JobRun, PlannedJob
 from millijoule.workers.errors import StoreError
-from millijoule.workers.schemas import PowerSample, PowerTrace
+from millijoule.workers.schemas import BOOK_EPOCHS, PowerSample, PowerTrace
 from millijoule.workers.storage import open_store
 
 SHARDS = 10
@@ -118,6 +118,30 @@ def test_live_segments_come_back_as_they_were(output):
     assert after.gaps == before.gaps
     assert after.runs == before.runs
     assert read_live_table(output, "segment")["energy_estimate_mj"].to_pylist() == [3, *[None] * 4]
+
+
+def test_live_segments_keep_the_book_of_counters_that_wrap(output):
+    book = 5 * BOOK_EPOCHS
+    reads = [
+        replace(read(0, 5, **{"cpu:0": 1}), wrap_epoch=book),
+        replace(read(1, **{"cpu:0": 2}), wrap_epoch=book),
+        replace(read(2), wrap_epoch=book),
+        replace(read(3, 9, epoch=1, **{"cpu:0": 7}), wrap_epoch=book + 1),
+        replace(read(4, 11, epoch=1, **{"cpu:0": 9}), wrap_epoch=book + 1),
+    ]
+    segments = chain(reads, ["load", "idle", "shard", "idle"])
+    tables = LiveTables(output, JOB.fingerprint, 1)
+    tables.add_segments(segments)
+    tables.flush()
+    before, after = build_ledger(segments), build_ledger(read_live_segments(output))
+    assert after.runs == before.runs
+    assert {(r.domain, r.epoch) for r in after.runs} == {
+        (GPU, 0),
+        (GPU, 1),
+        ("cpu:0", book),
+        ("cpu:0", book + 1),
+    }
+    assert [e.energy_mj for e in after.entries] == [e.energy_mj for e in before.entries]
 
 
 def test_files_grow_and_then_the_next_begins(output, monkeypatch):

@@ -20,6 +20,7 @@ READS = st.builds(
     st.dictionaries(st.sampled_from(["gpu:GPU-1", "cpu:package-0", "dram:package-0"]), NUMBERS),
     st.none() | NUMBERS,
     st.integers(0, 5),
+    st.none() | st.integers(0, 2**31 - 1),
 )
 
 

@@ -101,3 +101,31 @@ def assert_exactly_once(output: Path | str, images: int) -> None:
     assert sum(keys.values()) == images
     assert set(keys.values()) == {1}
     assert list(check_output(open_store(str(output)))) == []
+
+
+def closure_rows(output: Path) -> list[dict]:
+    """The `closure` table of a finished job."""
+    (part,) = output.glob("energy/closure/run_id=*/date=*/part-*.parquet")
+    return pq.ParquetFile(part).read().to_pylist()
+
+
+def assert_books_close(output: Path) -> None:
+    """C1, C2 and C5 of a finished job whose counters could be read all the time, whoever died meanwhile.
+
+    What a killed worker did since its last commit is nobody's segment, but the counters went on and others read them:
+    its energy is in gaps, so every counter adds up (C1), everything is images or overhead (C2, direct), and no attempt
+    is charged that did not win (C5). Full energies (C2, full) need every committed shard and the whole time of the job
+    measured; a reader that waits too long for the host's counter book misses that, and then they are null, not wrong.
+    """
+    rows = closure_rows(output)
+    verdicts = {(r["check"], r["scope"]): r["passed"] for r in rows}
+    assert verdicts["C2", "job, direct"] is True, rows
+    assert verdicts["C5", "job"] is True, rows
+    counters = [scope for check, scope in verdicts if check == "C1"]
+    assert {scope.split(" boot ")[0] for scope in counters} == {"cpu:package-0", "dram:package-0"}, rows
+    assert all(verdicts["C1", scope] is True for scope in counters), rows
+    stats = json.loads((output / "stats.json").read_text())
+    whole = stats["full_mj_per_image"] is not None and stats["direct_mj_per_image"] is not None
+    assert verdicts["C2", "job, full"] is (True if whole else None), rows
+    assert stats["closure"] | {"C1": True, "C2": True, "C5": True} == stats["closure"]
+    assert stats["evidence_class"] == ("E1" if whole else "E0")

@@ -4,13 +4,16 @@ The devices are stand-ins; meter, book, timeline and ledger are the real ones. F
 test_meter.py and test_power_samples.py.
 """
 
+import json
 import os
 import random
 import select
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pynvml
@@ -21,6 +24,7 @@ from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS,
 from millijoule.pipeline.ledger import build_ledger
 from millijoule.workers.meter import MIN_READ_SPACING_NS, open_meter
 from millijoule.workers.power_samples import PowerSampler
+from millijoule.workers.schemas import BOOK_EPOCHS
 from millijoule.workers.timeline import SegmentTimeline, segment_energy_mj
 
 TESTS = Path(__file__).parents[1]
@@ -206,6 +210,122 @@ def test_processes_that_share_a_host_add_up_to_its_counters_exactly(tmp_path):
     assert ledger.summary()["total_mj"] == sum(used.values())
     naive = sum(segment_energy_mj(s) for s in segments)
     assert naive > 2 * sum(used.values())  # what adding up the workers' own differences would have said
+
+
+def test_two_containers_that_unwrapped_a_package_apart_are_never_subtracted(tmp_path, clock):
+    """One host, one package, two /dev/shm: the second container began 30 wraps later, so its totals are lower.
+
+    On one scale the step from its reading to the first container's was 2,026 kJ that nobody used.
+    """
+    host = WrappingHost(tmp_path, clock)
+    first = SegmentTimeline("a", host.open("container-a"))
+    began_mj = host.package_mj, host.gpu_mj
+    for _ in range(200):
+        host.run(98.3)
+        first.meter.watch()
+    first.close("idle")
+    second = SegmentTimeline("b", host.open("container-b"))
+    host.run(1)
+    second.close("load")
+    for _ in range(6):
+        host.run(100)
+        first.meter.watch()
+        second.meter.watch()
+    first.close("shard", 0, "a")
+    host.run(1)
+    second.close("shard", 1, "b")
+    host.run(1)
+    first.close("idle")
+    segments = [*first.take(), *second.take()]
+    used = host.package_mj - began_mj[0] + host.gpu_mj - began_mj[1]
+
+    def on_one_scale(read):
+        return replace(read, wrap_epoch=None)
+
+    old = build_ledger(
+        replace(s, open=on_one_scale(s.open), close=on_one_scale(s.close)) for s in segments
+    ).summary()
+    assert old["measured_mj"]["gap"] == 2_026_000_000  # the fiction: 30 wraps, and what was used meanwhile
+
+    ledger = build_ledger(segments)
+    summary = ledger.summary()
+    assert sum(summary["measured_mj"].values()) == summary["total_mj"] == used  # once, by the first's book
+    assert (summary["counter_resets"], summary["domains"]) == (0, [PACKAGE, GPU0])
+    shares = {(e.segment.worker_id, e.segment_class): e.energy_mj for e in ledger.entries}
+    assert shares["b", "shard"][PACKAGE] is None
+    assert ledger.shard_energy_mj(1, "b") is None  # what the other container's workers used is not known ...
+    # ... and nobody else's: half of the time it was there, to the first's reading after that
+    assert sum(g.energy_mj for g in ledger.gaps) == 603 * 100_000 // 2
+    # the board's counter does not wrap: both containers are on its one scale
+    assert sum(e.energy_mj[GPU0] for e in ledger.entries) == host.gpu_mj - began_mj[1]
+    assert shares["a", "shard"][GPU0] == pytest.approx(shares["b", "shard"][GPU0], rel=0.02)
+
+
+def test_a_container_after_another_begins_a_book_and_nothing_is_subtracted_between_them(tmp_path, clock):
+    host = WrappingHost(tmp_path, clock)
+    segments = []
+    for n, name in enumerate(("before", "after")):
+        timeline = SegmentTimeline(name, host.open(name))
+        for shard_id in range(20):
+            host.run(98.3)
+            timeline.close("shard", shard_id, f"{name}-{shard_id}")
+        segments += timeline.take()
+        timeline.meter.close()
+        if n == 0:
+            host.run(98.3)
+    ledger = build_ledger(segments)
+    assert {e.energy_mj[PACKAGE] for e in ledger.entries} == {9_830_000}
+    assert (ledger.complete, ledger.summary()["counter_resets"]) == (True, 0)
+    assert [g.domain for g in ledger.gaps] == [GPU0]  # between the two only the board is on one scale
+
+
+def test_a_book_of_a_version_without_numbers_is_followed_on(tmp_path, clock):
+    host = WrappingHost(tmp_path, clock)
+    meter = host.open("c")
+    path = meter.book.path
+    meter.close()
+    old = json.loads(path.read_text())
+    del old["book"]
+    path.write_text(json.dumps(old))
+    host.run(10)
+    meters = [host.open("c") for _ in range(2)]
+    reads = [m.read() for m in meters]
+    assert reads[0].wrap_epoch == reads[1].wrap_epoch > BOOK_EPOCHS
+    assert {r.epoch for r in reads} == {0}
+    assert json.loads(path.read_text())["book"] == reads[0].wrap_epoch // BOOK_EPOCHS
+
+
+class WrappingHost:
+    """A board of 300 W and a package of 100 W whose counter wraps every eleven minutes, as AMD's do."""
+
+    RANGE_UJ = 65_532_610_987
+
+    def __init__(self, folder, clock):
+        self.folder, self.clock, self.nvml = folder, clock, FakeNvml()
+        self.powercap = FakePowercap(folder / "powercap")
+        shutil.rmtree(self.powercap.root / "intel-rapl:0:1")
+        (self.powercap.root / "intel-rapl:0" / "max_energy_range_uj").write_text(f"{self.RANGE_UJ}\n")
+        self.package_uj = 1_000_000
+
+    @property
+    def package_mj(self):
+        return self.package_uj // 1000
+
+    @property
+    def gpu_mj(self):
+        return self.nvml.energy_mj[UUIDS[0]]
+
+    def open(self, container):
+        """A meter in a container of that name, which has its own /dev/shm."""
+        book = self.folder / container
+        book.mkdir(exist_ok=True)
+        options = {"nvml": self.nvml, "powercap_root": self.powercap.root, "clock_ns": self.clock}
+        return open_meter(["0"], boot_id="boot", book_directory=book, **options)
+
+    def run(self, seconds):
+        draw(self.nvml, self.clock, seconds, watts=300)
+        self.package_uj += round(seconds * 100e6)
+        self.powercap.set("intel-rapl:0", self.package_uj % self.RANGE_UJ)
 
 
 def zones():

@@ -11,23 +11,25 @@ import numpy as np
 import pyarrow.parquet as pq
 import pynvml
 import pytest
-from support.counters import GPU0, SECOND, UUIDS, FakeNvml
+from support.counters import DRAM, GPU0, PACKAGE, SECOND, UUIDS, FakeNvml, FakePowercap
 from support.local_job import plan
 
+from millijoule.pipeline.carbon import Rates
 from millijoule.pipeline.check import check_output
 from millijoule.pipeline.commits import read_commits
 from millijoule.pipeline.coordinator import Coordinator
 from millijoule.pipeline.finish import finish_job
 from millijoule.pipeline.job import open_epoch
 from millijoule.pipeline.pool import PoolOptions
+from millijoule.pipeline.report.data import collect_report
 from millijoule.pipeline.retry import load_job_shards
 from millijoule.pipeline.run import JobRun, PlannedJob
 from millijoule.pipeline.uncommitted import read_uncommitted
 from millijoule.workers import actor
 from millijoule.workers.generator import describe_model
-from millijoule.workers.lease import WorkerConfig
+from millijoule.workers.lease import WorkerConfig, worker_key
 from millijoule.workers.meter import MIN_READ_SPACING_NS, open_meter
-from millijoule.workers.schemas import PowerSample
+from millijoule.workers.schemas import ImageRequest, PowerSample
 
 MODEL = "python:support.models:plain"
 
@@ -174,6 +176,65 @@ def test_a_worker_states_its_environment_once(worker):
     assert row["driver_version"] == "570.1"
     assert row["energy_method"] == "nvml-counter"
     assert row["driver_epoch"] == made.config.driver_epoch
+
+
+def test_a_board_without_a_counter_is_not_made_up_for_by_the_processor(worker, tmp_path):
+    """MIG mode: the package can be read, the board cannot; the books close, and there is no total."""
+    made, store, job = worker
+    FakePowercap(tmp_path / "none")
+    made.nvml.mig[UUIDS[0]] = [1, 1]
+    assert made.start().device == UUIDS[0]
+    stated = read_uncommitted(store).workers["w1"]
+    assert (stated.gpus, stated.energy_method) == ((UUIDS[0],), "rapl")
+    lease = Coordinator(load_job_shards(store, job), np.zeros(1, bool), 60.0, 1).next_lease("w1", 0.0)
+    made.run(lease)
+    assert made.calibrate([ImageRequest("a", 0, "a", 1)]).energy_mj is None
+    made.stop()
+    (commit,) = read_commits(store, 1)
+    assert (commit.energy_mj, commit.energy_domains) == (None, (PACKAGE, DRAM))
+    stats = finish_job(store, job, load_job_shards(store, job))
+    assert (stats["energy"]["total_mj"], stats["energy"]["domains"]) == (None, [PACKAGE, DRAM])
+    assert stats["energy"]["measured_mj"].keys() >= {"load", "shard"}
+    assert (stats["closure"]["C1"], stats["closure"]["C2"], stats["evidence_class"]) == (True, True, "E0")
+    assert {r["energy_mj"] for r in read_table(store, "attempt")} == {None}
+    (row,) = read_table(store, "env")
+    assert (row["gpus"], row["energy_domains"]) == (UUIDS[0], f"{PACKAGE},{DRAM}")
+    assert [p for p in check_output(store) if "energy" in p] == []
+    (flag,) = [f for f in collect_report([store], Rates()).jobs[0].flags if f.name == "devices not read"]
+    assert flag.level == "problem"
+    assert f"{UUIDS[0]} on {socket.gethostname()}" in flag.text
+
+
+def test_an_output_without_stated_environments_answers_for_the_device_its_commits_name(worker, tmp_path):
+    """As an older version wrote it."""
+    made, store, job = worker
+    FakePowercap(tmp_path / "none")
+    made.nvml.mig[UUIDS[0]] = [1, 1]
+    made.start()
+    lease = Coordinator(load_job_shards(store, job), np.zeros(1, bool), 60.0, 1).next_lease("w1", 0.0)
+    made.run(lease)
+    made.stop()
+    store.delete([worker_key("w1")])
+    stats = finish_job(store, job, load_job_shards(store, job))
+    assert (stats["energy"]["total_mj"], stats["evidence_class"]) == (None, "E0")
+
+
+def test_a_worker_with_two_boards_of_which_one_is_partitioned_names_both(worker, monkeypatch):
+    made, store, job = worker
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0,MIG-7")
+    made.nvml.mig[UUIDS[1]] = [1, 1]
+    made.start()
+    stated = read_uncommitted(store).workers["w1"]
+    assert (stated.device, stated.gpus) == (UUIDS[0], (UUIDS[0], UUIDS[1], "MIG-7"))
+    lease = Coordinator(load_job_shards(store, job), np.zeros(1, bool), 60.0, 1).next_lease("w1", 0.0)
+    time.sleep(MIN_READ_SPACING_NS / SECOND)
+    made.run(lease)
+    made.stop()
+    stats = finish_job(store, job, load_job_shards(store, job))
+    assert (stats["energy"]["domains"], stats["energy"]["total_mj"]) == ([GPU0], None)
+    assert stats["evidence_class"] == "E0"
+    row = next(r for r in read_table(store, "closure") if r["check"] == "C1")
+    assert (row["passed"], row["found_mj"] > 0) == (True, True)
 
 
 def test_a_worker_that_stops_leaves_no_thread_behind(worker):
