@@ -282,7 +282,7 @@ class DiffusersGenerator:
 
     def _warnings(self, request: ImageRequest) -> tuple[str, ...]:
         """What of the request the model cannot read or does not use."""
-        words = []
+        words: list[str] = []
         tokenizer = getattr(self.pipeline, "tokenizer", None)
         if self.prompts == ICON_SCENES:
             words += parse_prompt(request.prompt)[1]

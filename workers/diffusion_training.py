@@ -214,7 +214,8 @@ class DiffusionTrainer:
         self.autoencoder.load_state_dict(state["autoencoder"])
         self.denoiser.load_state_dict(state["denoiser"])
         self.reader.load_state_dict(state["reader"])
-        for autoencoder in (self.autoencoder, self.average["autoencoder"]):
+        averaged: Any = self.average["autoencoder"]
+        for autoencoder in (self.autoencoder, averaged):
             autoencoder.register_to_config(scaling_factor=state["scaling_factor"])
         self.average.load_state_dict(state["average"])
         for name, optimizer in self.optimizers.items():
@@ -227,8 +228,12 @@ class DiffusionTrainer:
         text: Any = self.denoiser["text"]
         with self._autocast():
             codes = text(self._tokens([write_caption(s) for s in scenes]))[0]
-        nouns = codes[:, CAPTION_WORDS_PER_ICON :: CAPTION_WORDS_PER_ICON][:, :MAX_COUNT]  # after the start token
-        parts = torch.from_numpy(scene_tokens(scenes)[:, :-1]).to(self.device).view(len(scenes), MAX_COUNT, -1)
+        nouns = codes[:, CAPTION_WORDS_PER_ICON::CAPTION_WORDS_PER_ICON][
+            :, :MAX_COUNT
+        ]  # after the start token
+        parts = (
+            torch.from_numpy(scene_tokens(scenes)[:, :-1]).to(self.device).view(len(scenes), MAX_COUNT, -1)
+        )
         there = parts[:, :, 0] > 0
         told = self.reader(nouns[there].float()).split(ICON_PARTS, 1)
         wanted = parts[there].sub(1).unbind(1)
@@ -292,7 +297,8 @@ class DiffusionTrainer:
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.clip)
         optimizer.step()
         if name == "text":  # what the denoiser's phase begins with
-            self.average["denoiser"]["text"].load_state_dict(model.state_dict())
+            averaged: Any = self.average["denoiser"]
+            averaged["text"].load_state_dict(model.state_dict())
         else:
             update_average(self.average[name], model, self.config.ema, step)
 
