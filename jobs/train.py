@@ -139,11 +139,12 @@ def _write_oscillator(recipe: Recipe, trainer: Any, folder: Path, sheet: str) ->
 
     config = trainer.config
     made = {"steps": str(trainer.step), "planned_steps": str(config.steps), "seed": str(config.seed)}
+    model = trainer.exported_model()
     weights = folder / "float.safetensors"
-    save_weights(trainer.average, weights, f"{recipe.name}-float", made, integer=False)
+    save_weights(model, weights, f"{recipe.name}-float", made, integer=False)
     if config.model.coupling in ("trained", "frozen"):
         weights = folder / "model.safetensors"
-        save_weights(trainer.average, weights, recipe.name, made)
+        save_weights(model, weights, recipe.name, made)
     write_sample_sheet(weights, folder / sheet)
     return weights
 

@@ -7,6 +7,7 @@ is exported.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class OscillatorTrainingConfig:
     clip: float = 2.0
     ema: float = 0.998
     seed: int = 0
+    coupling_share: float = 1.0  # of the coupling's strength that exported weights keep
     model: OscillatorConfig = field(default_factory=OscillatorConfig)
 
 
@@ -124,6 +126,15 @@ class OscillatorTrainer:
         update_average(self.average, self.model, config.ema, self.step)
         self.step += 1
         return {"loss": loss.item(), **logged, "gradient": norm.item()}
+
+    def exported_model(self) -> OscillatorModel:
+        """The averaged weights, with the share of the coupling that the config keeps."""
+        model = deepcopy(self.average)
+        if model.config.coupling in ("trained", "frozen"):
+            with torch.no_grad():
+                for weights in (model.coupling.local, model.coupling.spread):
+                    weights.mul_(self.config.coupling_share)
+        return model
 
     def state(self) -> dict[str, Any]:
         return {

@@ -64,6 +64,16 @@ def test_channels_that_are_not_there_are_refused():
         OscillatorModel(replace(SMALL_MODEL, driven=5))
 
 
+def test_exported_weights_keep_a_share_of_the_coupling():
+    trainer = OscillatorTrainer(replace(SMALL, coupling_share=0.25))
+    exported, averaged = (m.coupling for m in (trainer.exported_model(), trainer.average))
+    sources = torch.randn(2, SMALL_MODEL.oscillators)
+    with torch.no_grad():
+        weak, full = (c(sources, c.weights(), False, torch.float32) for c in (exported, averaged))
+    assert full.abs().max() > 0.01
+    torch.testing.assert_close(weak, 0.25 * full)
+
+
 def test_the_mlp_control_has_as_many_parameters_as_the_coupling():
     config = OscillatorConfig()
     coupling = sum(p.numel() for p in Coupling(config).parameters())
