@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import describe_model, load_generator, model_path
-from millijoule.workers.oscillator import OscillatorGenerator
+from millijoule.workers.oscillator import BLENDING_OPERATIONS, OscillatorGenerator
 from millijoule.workers.oscillator_model import OscillatorConfig, noise_size, start_phases
 from millijoule.workers.scene_prompts import parse_prompt
 from millijoule.workers.scenes import (
@@ -178,7 +178,7 @@ def test_operations_are_those_of_the_layers(generator):
     finally:
         for hook in hooks:
             hook.remove()
-    assert counted["decoder"] == 2 * macs
+    assert counted["decoder"] == 2 * macs + BLENDING_OPERATIONS * 64 * 64
     n, c, r = 2048, generator.config.channels, generator.config.rank
     assert generator.config.oscillators == n
     products = 10 * 2 * 2 * n * (5 * c + 2 * r)  # 10 steps, sine and cosine
