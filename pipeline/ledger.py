@@ -41,8 +41,8 @@ _MISSING = -1
 class LedgerEntry:
     """What one segment used.
 
-    `energy_mj` has every domain its worker ever measured, and those of its devices that it never could; None where this segment's part cannot be known. `lost`
-    says that some of its energy is nowhere in the ledger, not even in a gap.
+    `energy_mj` has every domain its worker ever measured, and those of its devices that it never could; None where this
+    segment's part cannot be known. `lost` says that some of its energy is nowhere in the ledger, not even in a gap.
     """
 
     segment: Segment

@@ -166,10 +166,10 @@ class DiffusionTrainer:
         }
 
     def start_from(self, folder: Path) -> None:
-        """Take over the autoencoder of a finished run, and text encoder and U-Net too if they have this config's sizes.
+        """Take over the autoencoder of a finished run; with `text_steps = 0`, text encoder and U-Net as well.
 
         Raises:
-            InputError: not a diffusers directory, or with an autoencoder of other sizes.
+            InputError: not a diffusers directory, or what is to be taken has other sizes than this config.
         """
         try:
             scaling = json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
@@ -182,7 +182,7 @@ class DiffusionTrainer:
             try:
                 self.denoiser["text"].load_state_dict(_read_weights(folder / "text_encoder"))
                 self.denoiser["unet"].load_state_dict(_read_weights(folder / "unet"))
-            except (OSError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise InputError(
                     f"{folder}: with text_steps = 0, text encoder and U-Net are taken from there too, and do not fit: {error}"
                 ) from error
