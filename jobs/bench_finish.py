@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from millijoule.jobs.bench_process import memory_mb, peak_mb
+from millijoule.jobs.bench_result import write_result
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
 
@@ -61,10 +62,7 @@ def run(options: BenchOptions) -> int:
         "rows": rows,
         "environment": environment(),
     }
-    text = json.dumps(result, indent=2) + "\n"
-    if options.result is not None:
-        Path(options.result).write_text(text)
-    print(text, end="")
+    write_result(result, options.result)
     return COMPLETE
 
 

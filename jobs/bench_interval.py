@@ -7,17 +7,16 @@ what drift does to the ratio in quadruples, and to AA...BB.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
+from millijoule.jobs.bench_result import write_result
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
 from millijoule.pipeline.comparison.registration import Statistics
@@ -76,10 +75,7 @@ def run(options: BenchOptions) -> int:
         "drift": drift_effect(),
         "environment": environment(),
     }
-    text = json.dumps(result, indent=2) + "\n"
-    if options.result is not None:
-        Path(options.result).write_text(text)
-    print(text, end="")
+    write_result(result, options.result)
     return COMPLETE
 
 

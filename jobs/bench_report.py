@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import tyro
 from PIL import Image
 
+from millijoule.jobs.bench_result import write_result
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
 from millijoule.pipeline.energy_tables import write_energy_tables
@@ -77,10 +78,7 @@ def run(options: BenchOptions) -> int:
         "rows": rows,
         "environment": environment(),
     }
-    text = json.dumps(result, indent=2) + "\n"
-    if options.result is not None:
-        Path(options.result).write_text(text)
-    print(text, end="")
+    write_result(result, options.result)
     return COMPLETE
 
 
