@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 #: (down-sampling, patch side) of the patch sets; side 0 is the whole image. Patches tile the image from an offset that
-#: changes from step to step.
+#: changes from step to step, and go on at the opposite edge, so that their number does not change.
 PATCHES = ((1, 8), (1, 4), (2, 8), (4, 8), (4, 0))
 
 #: Temperatures of the drifting field (Deng et al. 2026, arXiv 2602.04770, section 4).
@@ -25,7 +25,7 @@ INK = 0.1
 
 
 def energy_distance(
-    images: Tensor, true: Tensor, offset: tuple[int, int] = (0, 0), *, ink_weight: float = 1.0
+    images: Tensor, true: Tensor, offset: Tensor | None = None, *, ink_weight: float = 1.0
 ) -> Tensor:
     """Sum over patch sets of the mean energy distance 2 E|x - y| - E|x - x'| - E|y - y'|, in the unit of a pixel.
 
@@ -36,7 +36,7 @@ def energy_distance(
     Args:
         images: generated, `[scenes, samples, 3, size, size]`, differentiable, at least two samples.
         true: `[scenes, renders, 3, size, size]`.
-        offset: where the patches begin, rows and columns, in pixels of each scale (modulo the patch side).
+        offset: where the patches begin, rows and columns, in pixels of each scale; int64 `[2]`, default 0.
 
     Returns:
         A scalar; the constant term E|y - y'| is left out.
@@ -62,7 +62,7 @@ def _shows_something(true: Tensor) -> Tensor:
     return ((pixels.amax(-1) - pixels.amin(-1)).amax(-1) > INK).float()
 
 
-def drifting_loss(images: Tensor, true: Tensor, offset: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
+def drifting_loss(images: Tensor, true: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The drifting loss in its official form (Deng et al. 2026, algorithm 1 and appendix), on the same patches.
 
     For every patch position, generated samples move along V = V+ - V- of a Laplace kernel, doubly normalised, at three
@@ -80,7 +80,8 @@ def drifting_loss(images: Tensor, true: Tensor, offset: tuple[int, int] = (0, 0)
             targets = torch.cat([x, y], -2)
             between = distances(x, targets)
             own = torch.eye(samples, targets.shape[-2], dtype=torch.bool, device=x.device)
-            unit = between[..., ~own].mean(-1)[..., None, None].clamp_min(1e-6)
+            others = own.numel() - samples
+            unit = (between.masked_fill(own, 0).sum((-1, -2), keepdim=True) / others).clamp_min(1e-6)
             step = unit / math.sqrt(dimensions)
             scaled_x, scaled_targets = x / step, targets / step
             drift = torch.zeros_like(x)
@@ -99,8 +100,8 @@ def drifting_loss(images: Tensor, true: Tensor, offset: tuple[int, int] = (0, 0)
     return total, drift_size
 
 
-def patches(images: Tensor, scale: int, side: int, offset: tuple[int, int]) -> Tensor:
-    """`[scenes, samples, 3, h, w]` -> `[scenes, positions, samples, dimensions]`, tiles that lie wholly in the image."""
+def patches(images: Tensor, scale: int, side: int, offset: Tensor | None) -> Tensor:
+    """`[scenes, samples, 3, h, w]` -> `[scenes, positions, samples, dimensions]`; tiles of the image on a torus."""
     scenes, samples = images.shape[:2]
     flat = images.flatten(0, 1)
     if scale > 1:
@@ -108,11 +109,12 @@ def patches(images: Tensor, scale: int, side: int, offset: tuple[int, int]) -> T
     size = flat.shape[-1]
     if not side or side >= size:
         return flat.reshape(scenes, 1, samples, -1)
-    top, left = (o % side for o in offset)
-    rows, columns = (size - top) // side, (size - left) // side
-    flat = flat[:, :, top : top + rows * side, left : left + columns * side]
-    tiles = flat.reshape(scenes, samples, 3, rows, side, columns, side)
-    return tiles.permute(0, 3, 5, 1, 2, 4, 6).reshape(scenes, rows * columns, samples, -1)
+    if offset is not None:
+        pixels = torch.arange(size, device=flat.device)
+        rows, columns = ((pixels + o) % size for o in offset)
+        flat = flat[:, :, rows[:, None], columns]
+    tiles = flat.reshape(scenes, samples, 3, size // side, side, size // side, side)
+    return tiles.permute(0, 3, 5, 1, 2, 4, 6).reshape(scenes, (size // side) ** 2, samples, -1)
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:

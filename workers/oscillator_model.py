@@ -85,6 +85,18 @@ class PromptDrive:
     row_gain: Tensor
 
 
+class _Rows(nn.Embedding):
+    """A table. Training on a GPU, rows are picked by a product with one-hot rows: its gradient is a product, too, the same
+    sum in every run, where that of a look-up depends on which thread comes first."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        if not (self.weight.is_cuda and self.weight.requires_grad and torch.is_grad_enabled()):
+            return super().forward(index)
+        with torch.autocast("cuda", enabled=False):
+            chosen = index[:, None] == torch.arange(self.num_embeddings, device=index.device)
+            return chosen.to(self.weight.dtype) @ self.weight
+
+
 class _PromptToDrive(nn.Module):
     """Scene tokens int64 `[batch, NUM_TOKENS]` -> `PromptDrive`: what each icon adds, laid on the cells of its window.
 
@@ -94,7 +106,13 @@ class _PromptToDrive(nn.Module):
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__()
         self.config = config
-        self.background = nn.Embedding(len(BACKGROUNDS), 3 * config.driven)
+        self.background = _Rows(len(BACKGROUNDS), 3 * config.driven)
+        # [no window, then each half window; the whole image is laid apart; cells]: the cell's place in the window, or -1
+        places = torch.full((1 + len(WINDOWS), config.grid, config.grid), -1)
+        for number, (left, top, side) in enumerate(WINDOWS):
+            if side < config.grid:
+                places[1 + number, top : top + side, left : left + side] = torch.arange(side * side).view(side, side)
+        self.register_buffer("cell_of_window", places.flatten(1), persistent=False)
 
     def look_up(
         self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
@@ -103,11 +121,22 @@ class _PromptToDrive(nn.Module):
         of the colour `[k, 3 driven]`, and gains before their bounds `[k, 2 C]`."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor) -> PromptDrive:
+    def forward(self, tokens: Tensor, *, static: bool = False) -> PromptDrive:
+        """With `static`, the same values by the same kernels whatever the tokens say, as the capture of a CUDA graph needs
+        it; otherwise only what is there is looked up."""
         batch, grid, c = len(tokens), self.config.grid, self.config.channels
-        icons = tokens[:, :-1].reshape(batch, MAX_COUNT, ICON_TOKENS)
         d = self.config.driven
+        icons = tokens[:, :-1].reshape(batch, MAX_COUNT, ICON_TOKENS)
         base = self.background(tokens[:, -1]).view(batch, 1, 1, 3 * d)
+        drive, gain = (self._lay_all if static else self._lay_present)(icons, base)
+        gain = (1 + GAIN_RANGE * torch.tanh(gain)).view(batch, grid * grid, 2, c)
+        drive = DRIVE_SCALE * drive.reshape(batch, grid * grid, 3, d).transpose(1, 2)
+        drive = F.pad(drive, (0, c - d)).reshape(batch, 3, -1)
+        return PromptDrive(drive, gain[:, :, 0].flatten(1), gain[:, :, 1].flatten(1))
+
+    def _lay_present(self, icons: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        """Drive `[batch, grid, grid, 3 driven]` and unbounded gains `[batch, grid, grid, 2 C]`, window by window."""
+        batch, grid, c, d = len(icons), self.config.grid, self.config.channels, self.config.driven
         drive = base.expand(batch, grid, grid, 3 * d)
         gain = drive.new_zeros(batch, grid, grid, 2 * c)
         for number, (left, top, side) in enumerate(WINDOWS):
@@ -121,10 +150,26 @@ class _PromptToDrive(nn.Module):
             window = (0, 0, left, grid - left - side, top, grid - top - side)
             drive = drive.index_add(0, image, F.pad(patch, window).to(drive.dtype))
             gain = gain.index_add(0, image, F.pad(gains, window).to(gain.dtype))
-        gain = (1 + GAIN_RANGE * torch.tanh(gain)).view(batch, grid * grid, 2, c)
-        drive = DRIVE_SCALE * drive.reshape(batch, grid * grid, 3, d).transpose(1, 2)
-        drive = F.pad(drive, (0, c - d)).reshape(batch, 3, -1)
-        return PromptDrive(drive, gain[:, :, 0].flatten(1), gain[:, :, 1].flatten(1))
+        return drive, gain
+
+    def _lay_all(self, icons: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_lay_present`, slot by slot, as if every slot held an icon; what is not there is masked."""
+        batch, grid, d = len(icons), self.config.grid, self.config.driven
+        noun, colour, size = ((icons[..., k] - 1).clamp_min(0).flatten() for k in range(3))
+        shape, tint, gains = (x.unflatten(0, (batch, MAX_COUNT)) for x in self.look_up(noun, colour, size, False))
+        first = (x[::MAX_COUNT] for x in (noun, colour, size))  # an icon of the whole image is alone
+        whole_shape, whole_tint, whole_gains = self.look_up(*first, True)
+        shape = shape.unflatten(2, (-1, 3 * d))  # [batch, slots, cells of the window, 3 driven]
+        whole = (icons[:, 0, 3] == 1)[:, None, None]
+        drive = base.flatten(1, 2) + whole * (whole_shape.unflatten(1, (-1, 3 * d)) + whole_tint[:, None])
+        gain = (whole * whole_gains[:, None]).expand(-1, grid * grid, -1)
+        for k in range(MAX_COUNT):
+            at = self.cell_of_window[icons[:, k, 3]]  # [batch, cells], -1 outside
+            inside = (at >= 0)[..., None]
+            patch = shape[:, k].gather(1, at.clamp_min(0)[..., None].expand(-1, -1, 3 * d))
+            drive = drive + inside * (patch + tint[:, k, None])
+            gain = gain + inside * gains[:, k, None]
+        return drive, gain
 
 
 class PromptEncoder(_PromptToDrive):
@@ -137,17 +182,17 @@ class PromptEncoder(_PromptToDrive):
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__(config)
         c, d, width = config.channels, config.driven, config.noun_width
-        self.noun = nn.Embedding(len(NOUNS), width)
-        self.size = nn.Embedding(2 * len(SIZES), width)  # of icons in the whole image, in half windows
-        self.colour = nn.Embedding(len(COLOURS), config.colour_width)
+        self.noun = _Rows(len(NOUNS), width)
+        self.size = _Rows(2 * len(SIZES), width)  # of icons in the whole image, in half windows
+        self.colour = _Rows(len(COLOURS), config.colour_width)
         self.shape1 = nn.Linear(2 * width, config.hidden)
         self.shape2 = nn.Linear(config.hidden, config.hidden)
         self.tint = nn.Linear(config.colour_width, 3 * d)
         self.whole_patch = nn.Linear(config.hidden, config.cells * 3 * d)
         self.half_patch = nn.Linear(config.hidden, config.cells // 4 * 3 * d)
         self.gains = nn.Linear(config.hidden, 2 * c)
-        self.whole_table = nn.Embedding(SHAPES, config.cells * 3 * d)
-        self.half_table = nn.Embedding(SHAPES, config.cells // 4 * 3 * d)
+        self.whole_table = _Rows(SHAPES, config.cells * 3 * d)
+        self.half_table = _Rows(SHAPES, config.cells // 4 * 3 * d)
         with torch.no_grad():  # weak at the start; strong drives at once did not learn
             self.background.weight.mul_(0.5 / DRIVE_SCALE)
             for layer in (self.whole_patch, self.half_patch, self.tint):
@@ -375,8 +420,22 @@ class OscillatorModel(nn.Module):
         *,
         quantized: bool = False,
         operands: torch.dtype = torch.float32,
+        samples: int = 1,
     ) -> Tensor:
-        sin, cos = self.waves(self.encoder(tokens), phases, quantized=quantized, operands=operands)
+        """Images `[batch, 3, size, size]` in [-1, 1].
+
+        Args:
+            tokens: int64 `[batch / samples, tokens]`; each row is that of `samples` images in a row.
+            phases: at the start, radians, `[batch, n]`.
+            quantized: round weights, sources and intermediates as the integer core does.
+            operands: type of the coupling's matrix operands.
+            samples: images of each row of tokens.
+        """
+        prompt = self.encoder(tokens, static=tokens.is_cuda)
+        if samples > 1:
+            repeated = (x.repeat_interleave(samples, 0) for x in (prompt.drive, prompt.source_gain, prompt.row_gain))
+            prompt = PromptDrive(*repeated)
+        sin, cos = self.waves(prompt, phases, quantized=quantized, operands=operands)
         return self.decoder(grid_features(sin, cos, self.config))
 
 

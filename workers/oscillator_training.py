@@ -2,7 +2,7 @@
 
 A step draws scenes, renders each many times, lets the model draw each many times, and compares the two sets
 (`workers.losses`). The model trains with the integer core's rounding in place, and a moving average of it is what
-is exported.
+is exported. On a GPU a step is one CUDA graph, renders included, fed by processes that draw scenes ahead.
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from millijoule.workers.device_renderer import DeviceRenderer
 from millijoule.workers.errors import InputError
+from millijoule.workers.graphed_step import GraphedStep, adamw, load_optimizer, set_learning_rate
 from millijoule.workers.losses import drifting_loss, energy_distance
 from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel, random_noise, start_phases
 from millijoule.workers.scene_prompts import write_prompt
-from millijoule.workers.scene_renderer import SceneRenderer
+from millijoule.workers.scene_renderer import SceneRenderer, draw_variation
 from millijoule.workers.scenes import FAMILIES, sample_scene, sample_training_scenes, scene_tokens
 from millijoule.workers.schemas import ImageRequest
-from millijoule.workers.training_loop import schedule, update_average
+from millijoule.workers.step_data import StepData
+from millijoule.workers.training_loop import newest_share, schedule, update_average
 
 LOSSES = ("energy", "drifting")
 
 
 @dataclass(frozen=True)
 class OscillatorTrainingConfig:
-    """One training run; with the same config, the same steps follow, bit for bit on one machine and thread count.
+    """One training run; with the same config, the same steps follow, on a CPU bit for bit on one machine and thread count.
 
     `steps` also sets the learning-rate schedule: warm-up, then cosine to zero.
     """
@@ -50,11 +54,41 @@ class OscillatorTrainingConfig:
     model: OscillatorConfig = field(default_factory=OscillatorConfig)
 
 
+@dataclass(frozen=True)
+class OscillatorData:
+    """What a step of `config` needs; see `StepData`. Renders are drawn here, or only what they differ by (`variation`)."""
+
+    config: OscillatorTrainingConfig
+    variation: bool
+
+    def __call__(self, step: int) -> dict[str, Tensor]:
+        config = self.config
+        rng = np.random.default_rng((config.seed, step))
+        scenes = [completed for _, completed in sample_training_scenes(rng, config.scenes)]
+        seed = int(rng.integers(2**62))
+        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        made = {
+            "tokens": torch.from_numpy(scene_tokens(scenes)),
+            "noise": random_noise(config.scenes * config.samples, config.model, noise),
+            "offset": torch.from_numpy(rng.integers(8, size=2)),
+        }
+        if self.variation:
+            shade, jitter = draw_variation(config.scenes, config.renders, seed)
+            return made | {"shade": torch.from_numpy(shade), "jitter": torch.from_numpy(jitter)}
+        renders = torch.from_numpy(SceneRenderer().render(scenes, config.renders, seed))
+        return made | {"renders": renders.permute(0, 1, 4, 2, 3)}
+
+
 class OscillatorTrainer:
     """Model, its moving average, optimiser and step count."""
 
     def __init__(
-        self, config: OscillatorTrainingConfig, *, device: str = "cpu", compiled: bool = False
+        self,
+        config: OscillatorTrainingConfig,
+        *,
+        device: str = "cpu",
+        compiled: bool = False,
+        data_processes: int = 0,
     ) -> None:
         if config.loss not in LOSSES:
             raise ValueError(f"loss {config.loss!r}: one of {', '.join(LOSSES)}")
@@ -66,18 +100,25 @@ class OscillatorTrainer:
         self.average.load_state_dict(self.model.state_dict())
         self.model.to(device)
         self.average.to(device).eval()
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = adamw(
             [p for p in self.model.parameters() if p.requires_grad],
+            device,
             lr=config.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
-            fused=True,
         )
-        if compiled:  # not the encoder: how many icons stand in which window changes from step to step
-            mode = "reduce-overhead" if device.startswith("cuda") else "default"  # CUDA graphs
-            self.model.waves = torch.compile(self.model.waves, mode=mode)  # type: ignore[method-assign]
-            self.model.decoder.forward = torch.compile(self.model.decoder.forward, mode=mode)  # type: ignore[method-assign]
-        self.renderer = SceneRenderer()
+        on_gpu = device.startswith("cuda")
+        self.renderer = DeviceRenderer(device) if on_gpu else None
+        self.data = StepData(OscillatorData(config, variation=on_gpu), device, data_processes)
+        self.compare = self._compare
+        self._newest_share = torch.ones((), device=device)
+        if compiled:  # not the encoder: on a CPU, how many icons stand in which window changes from step to step
+            self.model.waves = torch.compile(self.model.waves)  # type: ignore[method-assign]
+            self.model.decoder.forward = torch.compile(self.model.decoder.forward)  # type: ignore[method-assign]
+            if self.renderer:
+                self.compare = torch.compile(self.compare)
+                self.renderer.render = torch.compile(self.renderer.render)  # type: ignore[method-assign]
+        self._run = GraphedStep(self._compute) if on_gpu else self._compute
         self.step = 0
 
     def start_from(self, path: Path) -> None:
@@ -94,42 +135,55 @@ class OscillatorTrainer:
         self.model.load_state_dict(other.model.state_dict())
         self.average.load_state_dict(other.model.state_dict())
 
-    def train_step(self) -> dict[str, float]:
+    def train_step(self) -> dict[str, Tensor]:
         config = self.config
-        rng = np.random.default_rng((config.seed, self.step))
-        scenes = [completed for _, completed in sample_training_scenes(rng, config.scenes)]
-        renders = self.renderer.render(scenes, config.renders, int(rng.integers(2**62)))
-        true = torch.from_numpy(renders).to(self.device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        tokens = torch.from_numpy(scene_tokens(scenes)).repeat_interleave(config.samples, 0).to(self.device)
-        phases = start_phases(
-            random_noise(len(tokens), config.model, noise).to(self.device), tokens, config.model
+        set_learning_rate(
+            self.optimizer, config.learning_rate * schedule(self.step, config.steps, config.warm_up)
         )
-        offset = int(rng.integers(8)), int(rng.integers(8))
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(self.step, config.steps, config.warm_up)
-        with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16):
-            images = self.model(tokens, phases, quantized=True, operands=torch.bfloat16).float()
-        images = images.unflatten(0, (config.scenes, config.samples))
-        logged: dict[str, float] = {}
-        if config.loss == "energy":
-            loss = energy_distance(images, true, offset, ink_weight=config.ink_weight)
-        else:
-            loss, drift = drifting_loss(images, true, offset)
-            logged["drift"] = drift.item()
-            with torch.no_grad():
-                logged["energy"] = energy_distance(images, true, offset).item()
+        self._newest_share.fill_(newest_share(config.ema, self.step))
+        logged = self._run(**self.data.get(self.step))
+        self.step += 1
+        return logged
+
+    def _compute(
+        self,
+        tokens: Tensor,
+        noise: Tensor,
+        offset: Tensor,
+        renders: Tensor | None = None,
+        shade: Tensor | None = None,
+        jitter: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The step itself, on what `OscillatorData` made."""
+        config = self.config
+        if renders is None:
+            assert self.renderer is not None
+            renders = self.renderer.render(tokens, shade, jitter)
+        true = renders.float() / 127.5 - 1
+        phases = start_phases(noise, tokens.repeat_interleave(config.samples, 0), config.model)
+        # without its cache of cast weights, which would outlive the capture of a graph
+        with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, cache_enabled=False):
+            images = self.model(
+                tokens, phases, quantized=True, operands=torch.bfloat16, samples=config.samples
+            ).float()
+        logged = self.compare(images.unflatten(0, (config.scenes, config.samples)), true, offset)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        logged["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
-        update_average(self.average, self.model, config.ema, self.step)
-        self.step += 1
-        return {"loss": loss.item(), **logged, "gradient": norm.item()}
+        update_average(self.average, self.model, self._newest_share)
+        return {name: value.detach() for name, value in logged.items()} | {"gradient": norm}
+
+    def _compare(self, images: Tensor, true: Tensor, offset: Tensor) -> dict[str, Tensor]:
+        config = self.config
+        if config.loss == "energy":
+            return {"loss": energy_distance(images, true, offset, ink_weight=config.ink_weight)}
+        loss, drift = drifting_loss(images, true, offset)
+        return {"loss": loss, "drift": drift, "energy": energy_distance(images.detach(), true, offset)}
 
     def exported_model(self) -> OscillatorModel:
         """The averaged weights, with the share of the coupling that the config keeps."""
-        model = deepcopy(self.average)
+        model = deepcopy(self.average).cpu()
         if model.config.coupling in ("trained", "frozen"):
             with torch.no_grad():
                 for weights in (model.coupling.local, model.coupling.spread):
@@ -146,7 +200,7 @@ class OscillatorTrainer:
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], self.device)
 
 
 def write_sample_sheet(weights: Path, path: Path, count: int = 32) -> None:

@@ -58,7 +58,7 @@ def find_icon_font() -> tuple[Path, dict[str, int]]:
 
 
 @lru_cache(maxsize=1)
-def _atlas() -> np.ndarray:
+def icon_masks() -> np.ndarray:
     """Coverage of every icon, uint8 `[noun, side of the window // 8, size, tile, tile]`, centred in its tile."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -84,11 +84,23 @@ def _atlas() -> np.ndarray:
     return masks
 
 
+def draw_variation(scenes: int, renders: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How renders of the same scene differ.
+
+    Returns:
+        What is added to the levels of the background and of each icon, int32 `[scenes, renders, 1 + MAX_COUNT]`, and by
+        how many pixels icons are moved in x and y, int32 `[scenes, renders, MAX_COUNT, 2]`.
+    """
+    rng = np.random.Generator(np.random.Philox(seed))
+    shade = rng.integers(-_SHADE, _SHADE + 1, (scenes, renders, MAX_COUNT + 1), np.int32)
+    return shade, rng.integers(-_JITTER, _JITTER + 1, (scenes, renders, MAX_COUNT, 2), np.int32)
+
+
 class SceneRenderer:
     """Draws scenes, many renders at once; the same scenes and seed give the same pixels."""
 
     def __init__(self) -> None:
-        self._masks = _atlas()
+        self._masks = icon_masks()
 
     def render(self, scenes: Sequence[Scene], renders: int, seed: int) -> np.ndarray:
         """True images of completed scenes, uint8 `[scenes, renders, 64, 64, 3]`.
@@ -96,10 +108,9 @@ class SceneRenderer:
         Each icon is moved by up to a pixel; each icon and the background vary a little in lightness. Integer
         arithmetic after the draws.
         """
-        rng = np.random.Generator(np.random.Philox(seed))
         shape = (len(scenes), renders)
-        shade = rng.integers(-_SHADE, _SHADE + 1, (*shape, MAX_COUNT + 1, 1), np.int32)
-        jitter = rng.integers(-_JITTER, _JITTER + 1, (*shape, MAX_COUNT, 2), np.int32)
+        shade, jitter = draw_variation(*shape, seed)
+        shade = shade[..., None]
         backgrounds = np.array([PALETTE[s.background or ""] for s in scenes], np.int32)
         images = np.empty((*shape, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         images[:] = np.clip(backgrounds[:, None] + shade[:, :, 0], 0, 255)[:, :, None, None]

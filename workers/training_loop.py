@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from millijoule.workers.errors import InputError
 
@@ -32,8 +32,9 @@ class Trainer(Protocol):
     config: Any
     step: int
 
-    def train_step(self) -> dict[str, float]:
-        """Do one step, add one to `step`; returns what to log, "loss" first."""
+    def train_step(self) -> dict[str, float | Tensor]:
+        """Do one step, add one to `step`; returns what to log, "loss" first. Tensors are read when they are logged, so
+        that a GPU is not waited for at every step."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -54,12 +55,18 @@ def schedule(step: int, steps: int, warm_up: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / max(1, steps - warm_up))))
 
 
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the weights, in place; shorter memory in the first steps."""
-    decay = min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-            slow.lerp_(fast.to(slow.dtype), 1 - decay)
+def newest_share(decay: float, step: int) -> float:
+    """What `update_average` takes of the newest weights: more in the first steps, whose weights are soon outdated."""
+    return 1 - min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, share: Tensor) -> None:
+    """Exponential moving average of the weights, in place; `share` of the newest, a scalar on the CPU or their device."""
+    slow, fast = list(average.parameters()), list(model.parameters())
+    change = torch._foreach_sub(fast, slow)
+    torch._foreach_mul_(change, share)
+    torch._foreach_add_(slow, change)
 
 
 def save_checkpoint(trainer: Trainer, folder: Path) -> None:
@@ -108,7 +115,7 @@ def run_training(
         load_checkpoint(trainer, folder)
     steps = trainer.config.steps
     began = saved = reported = time.monotonic()
-    since: dict[str, list[float]] = defaultdict(list)
+    since: dict[str, list[float | Tensor]] = defaultdict(list)
     while trainer.step < steps:
         for name, value in trainer.train_step().items():
             since[name].append(value)
@@ -116,7 +123,8 @@ def run_training(
         out_of_time = minutes is not None and now - began > 60 * minutes
         last = trainer.step >= steps or out_of_time
         if trainer.step % report_every == 0 or last:
-            means = {name: sum(values) / len(values) for name, values in since.items()}
+            means = {name: sum(map(float, values)) / len(values) for name, values in since.items()}
+            now = time.monotonic()  # a GPU may have been behind
             pace = (now - reported) / max(1, len(since["loss"]))
             reported, since = now, defaultdict(list)
             row = {

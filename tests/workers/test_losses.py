@@ -23,7 +23,7 @@ def test_the_energy_distance_is_the_plain_formula():
     x, y = noise(2, 3, 8)[:1], noise(3, 4, 8)[:1]
     total = 0.0
     for scale, side in PATCHES:
-        a, b = (patches(z, scale, side, (0, 0))[0].double().numpy() for z in (x, y))
+        a, b = (patches(z, scale, side, None)[0].double().numpy() for z in (x, y))
         at = [
             2 * np.mean([np.linalg.norm(i - j) for i in p for j in q])
             - np.mean([np.linalg.norm(p[i] - p[j]) for i in range(3) for j in range(3) if i != j])
@@ -49,14 +49,14 @@ def test_ink_weight_counts_patches_that_show_something():
 
 
 @pytest.mark.parametrize("offset", [(0, 0), (3, 7), (8, 5)])
-def test_patches_are_tiles_of_the_image(offset):
+def test_patches_are_tiles_of_the_image_on_a_torus(offset):
     images = noise(4, 2, 32)
-    cut = patches(images, 1, 8, offset)
-    top, left = offset[0] % 8, offset[1] % 8
-    columns = (32 - left) // 8
-    assert cut.shape == (2, (32 - top) // 8 * columns, 2, 192)
-    second_row = images[1, 0, :, top + 8 : top + 16, left : left + 8].reshape(-1)
-    assert torch.equal(cut[1, columns, 0], second_row)
+    cut = patches(images, 1, 8, torch.tensor(offset))
+    assert cut.shape == (2, 16, 2, 192)
+    rolled = images.roll((-offset[0], -offset[1]), (-2, -1))
+    for row, column in ((0, 0), (1, 0), (2, 3), (3, 3)):
+        tile = rolled[1, 0, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        assert torch.equal(cut[1, 4 * row + column, 0], tile.reshape(-1))
 
 
 def drift_direction(images: torch.Tensor, true: torch.Tensor) -> float:
