@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,11 @@ class TrainOptions:
     """CPU threads; PyTorch's default if not given."""
 
     compile: bool = False
-    """Compile the oscillators and the decoder (oscillator only): minutes to start, then a tenth faster on a CPU."""
+    """Compile the networks: minutes to start, then a tenth faster on a CPU, more on a GPU. Not for the verifier."""
+
+    data_processes: int | None = None
+    """Processes that draw training scenes ahead; by default none on a CPU, on a GPU as many as there are cores beside the
+    training's own, sixteen at most."""
 
     sample_every: int = 500
     """Steps between sample sheets (oscillator only); 0 draws one at the end only."""
@@ -72,10 +77,10 @@ def run(options: TrainOptions) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     overrides = {k: v for k in ("steps", "seed") if (v := getattr(options, k)) is not None}
     recipe = load_recipe(options.recipe, overrides)
-    if recipe.kind != "oscillator" and options.compile:
-        raise InputError(f"--compile is for oscillator recipes; {recipe.name} is none")
-    if recipe.kind == "verifier" and options.start_from:
-        raise InputError("--start-from is for generators, not for a verifier")
+    if recipe.kind == "verifier":
+        for name in ("start_from", "compile", "data_processes"):
+            if getattr(options, name):
+                raise InputError(f"--{name.replace('_', '-')} is for generators, not for a verifier")
     folder = Path(options.output)
     if options.resume is False and (folder / "checkpoint.pt").exists():
         raise InputError(
@@ -103,15 +108,17 @@ def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Trainer:
         from millijoule.workers.verifier_training import VerifierTrainer
 
         return VerifierTrainer(recipe.training)
-    trainer: Any
+    processes = options.data_processes
+    if processes is None:
+        processes = min(16, len(os.sched_getaffinity(0)) - 1) if device.startswith("cuda") else 0
+    trainer_class: Any
     if recipe.kind == "diffusion":
-        from millijoule.workers.diffusion_training import DiffusionTrainer
-
-        trainer = DiffusionTrainer(recipe.training, device=device)
+        from millijoule.workers.diffusion_training import DiffusionTrainer as trainer_class
     else:
-        from millijoule.workers.oscillator_training import OscillatorTrainer
-
-        trainer = OscillatorTrainer(recipe.training, device=device, compiled=options.compile)
+        from millijoule.workers.oscillator_training import OscillatorTrainer as trainer_class
+    trainer = trainer_class(
+        recipe.training, device=device, compiled=options.compile, data_processes=processes
+    )
     if options.start_from:
         trainer.start_from(Path(options.start_from))
     return trainer

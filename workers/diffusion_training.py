@@ -13,6 +13,7 @@ averaged weights as a directory that `DiffusionPipeline.from_pretrained` loads, 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -25,11 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from millijoule.workers.device_renderer import DeviceRenderer
 from millijoule.workers.diffusers_model import ICON_SCENES
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import read_safetensors_header
+from millijoule.workers.graphed_step import GraphedStep, adamw, load_optimizer, set_learning_rate
 from millijoule.workers.scene_prompts import CAPTION_WORDS, CAPTION_WORDS_PER_ICON, write_caption
-from millijoule.workers.scene_renderer import SceneRenderer
+from millijoule.workers.scene_renderer import SceneRenderer, draw_variation
 from millijoule.workers.scenes import (
     COLOURS,
     IMAGE_SIZE,
@@ -41,7 +44,8 @@ from millijoule.workers.scenes import (
     sample_training_scenes,
     scene_tokens,
 )
-from millijoule.workers.training_loop import schedule, update_average
+from millijoule.workers.step_data import StepData
+from millijoule.workers.training_loop import newest_share, schedule, update_average
 
 #: What a person who wants to train and lacks diffusers is told to install.
 INSTALL = "pip install 'millijoule[diffusers]'"
@@ -54,6 +58,9 @@ LATENT_REACH = 2.0
 
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 
+#: Token of each word.
+VOCABULARY = {word: i for i, word in enumerate((UNKNOWN, START, END, *CAPTION_WORDS))}
+
 
 #: What the text encoder learns to tell of an icon, in the order of its scene tokens, and how many of each there are.
 ICON_PARTS = (len(NOUNS), len(COLOURS), len(SIZES), len(WINDOWS))
@@ -61,7 +68,7 @@ ICON_PARTS = (len(NOUNS), len(COLOURS), len(SIZES), len(WINDOWS))
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """One training run; with the same config, the same steps follow, bit for bit on one machine.
+    """One training run; with the same config, the same steps follow, on a CPU bit for bit on one machine.
 
     `steps` counts all three phases; each has its own learning-rate schedule, warm-up and then cosine to zero.
     """
@@ -95,10 +102,58 @@ class DiffusionConfig:
     max_length: int = 2 + CAPTION_WORDS_PER_ICON * MAX_COUNT + 2  # tokens, start and end included
 
 
+@dataclass(frozen=True)
+class DiffusionData:
+    """What a step of `config` needs, whichever phase it lies in; see `StepData`.
+
+    Renders are drawn here, or only what they differ by (`variation`).
+    """
+
+    config: DiffusionConfig
+    variation: bool
+
+    def __call__(self, step: int) -> dict[str, Tensor]:
+        config = self.config
+        rng = np.random.default_rng((config.seed, step))
+        if step < config.text_steps:
+            scenes = draw_scenes(config.text_batch, rng)
+            return {"tokens": torch.from_numpy(scene_tokens(scenes)), "ids": caption_ids(scenes, config)}
+        if step < config.text_steps + config.autoencoder_steps:
+            made, _ = self._images(config.autoencoder_batch, rng)
+            return made | {"noise_seed": torch.tensor(int(rng.integers(2**62)))}
+        made, scenes = self._images(config.batch, rng)
+        ids = caption_ids(scenes, config)
+        dropped = torch.from_numpy(rng.random(config.batch) < config.prompt_dropout)
+        ids[dropped, 1:] = VOCABULARY[END]
+        # stratified: one time from each of `batch` equal slices, for less variance
+        times = (np.arange(config.batch) + rng.random(config.batch)) / config.batch
+        return made | {
+            "ids": ids,
+            "times": torch.from_numpy(times),
+            "noise_seed": torch.tensor(int(rng.integers(2**62))),
+        }
+
+    def _images(self, count: int, rng: np.random.Generator) -> tuple[dict[str, Tensor], list[Scene]]:
+        scenes = draw_scenes(count, rng)
+        seed = int(rng.integers(2**62))
+        if not self.variation:
+            renders = torch.from_numpy(SceneRenderer().render(scenes, 1, seed)[:, 0])
+            return {"renders": renders.permute(0, 3, 1, 2)}, scenes
+        shade, jitter = (torch.from_numpy(x) for x in draw_variation(count, 1, seed))
+        return {"tokens": torch.from_numpy(scene_tokens(scenes)), "shade": shade, "jitter": jitter}, scenes
+
+
 class DiffusionTrainer:
     """Autoencoder, text encoder and U-Net with their moving averages; a `training_loop.Trainer`."""
 
-    def __init__(self, config: DiffusionConfig, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        *,
+        device: str = "cpu",
+        compiled: bool = False,
+        data_processes: int = 0,
+    ) -> None:
         diffusers, transformers = _libraries()
         torch.manual_seed(config.seed)
         self.config = config
@@ -106,7 +161,9 @@ class DiffusionTrainer:
         self.step = 0
         self.tokenizer = build_tokenizer(config)
         self.scheduler = _build_scheduler()
-        self.renderer = SceneRenderer()
+        on_gpu = device.startswith("cuda")
+        self.renderer = DeviceRenderer(device) if on_gpu else None
+        self.data = StepData(DiffusionData(config, variation=on_gpu), device, data_processes)
         levels = len(config.decoder_blocks)
         # without normalisation layers: those of the usual autoencoder take the colour out of flat images
         self.autoencoder: Any = diffusers.AutoencoderTiny(
@@ -116,7 +173,7 @@ class DiffusionTrainer:
             num_decoder_blocks=config.decoder_blocks,
             latent_channels=config.latent_channels,
         )
-        set_principal_encoder(self.autoencoder, self._draw_images(2048))
+        set_principal_encoder(self.autoencoder, draw_images(2048, config.seed))
         text = transformers.CLIPTextModel(
             transformers.CLIPTextConfig(
                 vocab_size=len(self.tokenizer),
@@ -155,15 +212,30 @@ class DiffusionTrainer:
         )
         self.denoiser = nn.ModuleDict({"text": text, "unet": unet})
         self.reader = nn.Linear(config.text_width, sum(ICON_PARTS))
+        layout = torch.channels_last if on_gpu else torch.preserve_format
         for model in (self.autoencoder, self.denoiser, self.reader):
-            model.to(device)
+            model.to(device, memory_format=layout)
         self.average = nn.ModuleDict({"autoencoder": self.autoencoder, "denoiser": self.denoiser})
         self.average = deepcopy(self.average).requires_grad_(False).eval()
         self.optimizers = {
-            "text": _optimizer(nn.ModuleList([text, self.reader]), config),
-            "autoencoder": _optimizer(self.autoencoder.decoder, config),
-            "denoiser": _optimizer(self.denoiser, config),
+            name: adamw(
+                model.parameters(),
+                device,
+                lr=config.learning_rate,
+                betas=(0.9, 0.99),
+                weight_decay=config.weight_decay,
+            )
+            for name, model in (
+                ("text", nn.ModuleList([text, self.reader])),
+                ("autoencoder", self.autoencoder.decoder),
+                ("denoiser", self.denoiser),
+            )
         }
+        self._newest_share = torch.ones((), device=device)
+        self._predict = torch.compile(self._velocity) if compiled else self._velocity
+        self._denoise = GraphedStep(self._compute_denoiser) if on_gpu else self._compute_denoiser
+        signal = self.scheduler.alphas_cumprod
+        self._signal, self._noise = (x.sqrt().to(device) for x in (signal, 1 - signal))
 
     def start_from(self, folder: Path) -> None:
         """Take over the autoencoder of a finished run; with `text_steps = 0`, text encoder and U-Net as well.
@@ -188,15 +260,16 @@ class DiffusionTrainer:
                 ) from error
             self.average["denoiser"] = deepcopy(self.denoiser).requires_grad_(False).eval()
 
-    def train_step(self) -> dict[str, float]:
+    def train_step(self) -> dict[str, Tensor]:
         """One step of the phase that `step` lies in; "loss" means another thing in each."""
         config = self.config
+        made = self.data.get(self.step)
         if self.step < config.text_steps:
-            terms = self._text_step()
+            terms = self._text_step(**made)
         elif self.step < config.text_steps + config.autoencoder_steps:
-            terms = self._autoencoder_step()
+            terms = self._autoencoder_step(**made)
         else:
-            terms = self._denoiser_step()
+            terms = self._denoiser_step(**made)
         self.step += 1
         return terms
 
@@ -219,111 +292,100 @@ class DiffusionTrainer:
             autoencoder.register_to_config(scaling_factor=state["scaling_factor"])
         self.average.load_state_dict(state["average"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            load_optimizer(optimizer, state["optimizers"][name], self.device)
 
-    def _text_step(self) -> dict[str, float]:
+    def _text_step(self, tokens: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """From the code of each noun in a caption, the parts of its icon; cross entropies."""
         config = self.config
-        scenes = self._draw_scenes(config.text_batch, np.random.default_rng((config.seed, self.step)))
         text: Any = self.denoiser["text"]
         with self._autocast():
-            codes = text(self._tokens([write_caption(s) for s in scenes]))[0]
+            codes = text(ids)[0]
         nouns = codes[:, CAPTION_WORDS_PER_ICON::CAPTION_WORDS_PER_ICON][
             :, :MAX_COUNT
         ]  # after the start token
-        parts = (
-            torch.from_numpy(scene_tokens(scenes)[:, :-1]).to(self.device).view(len(scenes), MAX_COUNT, -1)
-        )
+        parts = tokens[:, :-1].unflatten(1, (MAX_COUNT, -1))
         there = parts[:, :, 0] > 0
         told = self.reader(nouns[there].float()).split(ICON_PARTS, 1)
         wanted = parts[there].sub(1).unbind(1)
         loss = torch.stack([F.cross_entropy(t, w) for t, w in zip(told, wanted, strict=True)]).sum()
         share = schedule(self.step, config.text_steps, min(config.warm_up, config.text_steps // 10))
-        self._update("text", text, loss, config.text_learning_rate * share, self.step)
-        return {"loss": loss.item()}
+        set_learning_rate(self.optimizers["text"], config.text_learning_rate * share)
+        self._update("text", text, loss)
+        averaged: Any = self.average["denoiser"]
+        averaged["text"].load_state_dict(text.state_dict())  # what the denoiser's phase begins with
+        return {"loss": loss.detach()}
 
-    def _autoencoder_step(self) -> dict[str, float]:
+    def _autoencoder_step(self, noise_seed: Tensor, **made: Tensor) -> dict[str, Tensor]:
         config = self.config
         first = self.step - config.text_steps
-        rng = np.random.default_rng((config.seed, self.step))
-        images, _ = self._draw(config.autoencoder_batch, rng)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        images = self._images(**made)
         with self._autocast():
             latents = self.autoencoder.encode(images).latents.float()
-            noise = torch.randn(latents.shape, generator=generator).to(self.device)
+            noise = self._normal(latents.shape, noise_seed)
             decoded = self.autoencoder.decode(latents + config.latent_noise * noise).sample.float()
         squared = F.mse_loss(decoded, images)
         loss = F.l1_loss(decoded, images) + squared
         share = schedule(first, config.autoencoder_steps, config.warm_up)
-        self._update("autoencoder", self.autoencoder, loss, config.autoencoder_learning_rate * share, first)
-        return {"loss": loss.item(), "squared_error": squared.item()}
+        set_learning_rate(self.optimizers["autoencoder"], config.autoencoder_learning_rate * share)
+        self._newest_share.fill_(newest_share(config.ema, first))
+        self._update("autoencoder", self.autoencoder, loss)
+        update_average(self.average["autoencoder"], self.autoencoder, self._newest_share)
+        return {"loss": loss.detach(), "squared_error": squared.detach()}
 
-    def _denoiser_step(self) -> dict[str, float]:
+    def _denoiser_step(self, noise_seed: Tensor, **made: Tensor) -> dict[str, Tensor]:
         config = self.config
         before = config.text_steps + config.autoencoder_steps
-        first, steps = self.step - before, config.steps - before
-        rng = np.random.default_rng((config.seed, self.step))
-        images, captions = self._draw(config.batch, rng)
-        captions = [
-            "" if dropped else c
-            for c, dropped in zip(captions, rng.random(len(captions)) < config.prompt_dropout, strict=True)
-        ]
-        latents = self._encode(images)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        # stratified: one time from each of `batch` equal slices, for less variance
-        slices = (torch.arange(config.batch) + torch.rand(config.batch, generator=generator)) / config.batch
-        count = self.scheduler.config.num_train_timesteps
-        times = (slices * count).long().clamp_(max=count - 1).to(self.device)
-        noisy = self.scheduler.add_noise(latents, noise, times)
-        velocity = self.scheduler.get_velocity(latents, noise, times)
-        ids = self._tokens(captions)
+        first = self.step - before
+        share = schedule(first, config.steps - before, config.warm_up)
+        set_learning_rate(self.optimizers["denoiser"], config.learning_rate * share)
+        self._newest_share.fill_(newest_share(config.ema, first))
+        side = IMAGE_SIZE // 2 ** (len(config.decoder_blocks) - 1)
+        noise = self._normal((config.batch, config.latent_channels, side, side), noise_seed)
+        return self._denoise(noise=noise, **made)
+
+    def _compute_denoiser(
+        self, noise: Tensor, ids: Tensor, times: Tensor, **made: Tensor
+    ) -> dict[str, Tensor]:
+        """The step itself, on what `DiffusionData` made."""
+        latents = self._encode(self._images(**made))
+        steps = len(self._signal)
+        at = (times * steps).long().clamp_(max=steps - 1)
+        signal, share = (x[at].float()[:, None, None, None] for x in (self._signal, self._noise))
+        velocity = self._predict(signal * latents + share * noise, at, ids)
+        loss = F.mse_loss(velocity, signal * noise - share * latents)
+        self._update("denoiser", self.denoiser, loss)
+        update_average(self.average["denoiser"], self.denoiser, self._newest_share)
+        return {"loss": loss.detach()}
+
+    def _velocity(self, noisy: Tensor, at: Tensor, ids: Tensor) -> Tensor:
         text: Any = self.denoiser["text"]
         unet: Any = self.denoiser["unet"]
         with self._autocast():
-            words = text(ids)[0]
-            predicted = unet(noisy, times, words).sample
-        loss = F.mse_loss(predicted.float(), velocity)
-        share = schedule(first, steps, config.warm_up)
-        self._update("denoiser", self.denoiser, loss, config.learning_rate * share, first)
-        return {"loss": loss.item()}
+            return unet(noisy, at, text(ids)[0]).sample.float()
 
-    def _update(self, name: str, model: nn.Module, loss: Tensor, learning_rate: float, step: int) -> None:
+    def _update(self, name: str, model: nn.Module, loss: Tensor) -> None:
         optimizer = self.optimizers[name]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.clip)
         optimizer.step()
-        if name == "text":  # what the denoiser's phase begins with
-            averaged: Any = self.average["denoiser"]
-            averaged["text"].load_state_dict(model.state_dict())
-        else:
-            update_average(self.average[name], model, self.config.ema, step)
 
-    def _draw_scenes(self, count: int, rng: np.random.Generator) -> list[Scene]:
-        return [completed for _, completed in sample_training_scenes(rng, count)]
+    def _images(
+        self,
+        renders: Tensor | None = None,
+        tokens: Tensor | None = None,
+        shade: Tensor | None = None,
+        jitter: Tensor | None = None,
+    ) -> Tensor:
+        """Renders in [-1, 1], `[batch, 3, 64, 64]`, from either of the two that `DiffusionData` makes."""
+        if renders is None:
+            assert self.renderer is not None and tokens is not None and shade is not None and jitter is not None
+            renders = self.renderer.render(tokens, shade, jitter)[:, 0]
+        return renders.float() / 127.5 - 1
 
-    def _draw(self, count: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """Renders in [-1, 1], `[count, 3, 64, 64]`, and the caption of each."""
-        scenes = self._draw_scenes(count, rng)
-        pixels = self.renderer.render(scenes, 1, int(rng.integers(2**62)))[:, 0]
-        return _to_input(pixels).to(self.device), [write_caption(s) for s in scenes]
-
-    def _draw_images(self, count: int) -> Tensor:
-        scenes = self._draw_scenes(count, np.random.default_rng(self.config.seed))
-        return _to_input(self.renderer.render(scenes, 1, self.config.seed)[:, 0])
-
-    def _tokens(self, prompts: list[str]) -> Tensor:
-        batch = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.config.max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return batch.input_ids.to(self.device)
+    def _normal(self, shape: tuple[int, ...], seed: Tensor) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(int(seed))
+        return torch.randn(shape, generator=generator, device=self.device)
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
@@ -332,12 +394,15 @@ class DiffusionTrainer:
             return autoencoder.encode(images).latents.float() * autoencoder.config.scaling_factor
 
     def _autocast(self) -> ExitStack:
-        """bfloat16 where the processor multiplies it; on a CPU, attention as plain products, whose gradients take a fraction
-        of the time of the fused kernel's at 64 positions."""
+        """bfloat16 where the processor multiplies it, without the cache of cast weights, which would outlive the capture of a
+        graph. On a CPU, attention as plain products, whose gradients take a fraction of the time of the fused kernel's at
+        64 positions."""
         on_cpu = not self.device.startswith("cuda")
         narrow = not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         stack = ExitStack()
-        stack.enter_context(torch.autocast("cpu" if on_cpu else "cuda", torch.bfloat16, enabled=narrow))
+        stack.enter_context(
+            torch.autocast("cpu" if on_cpu else "cuda", torch.bfloat16, enabled=narrow, cache_enabled=on_cpu)
+        )
         if on_cpu:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return stack
@@ -397,9 +462,24 @@ def set_principal_encoder(autoencoder: Any, images: Tensor) -> None:
     autoencoder.encoder.requires_grad_(False)
 
 
-def _to_input(pixels: np.ndarray) -> Tensor:
-    """uint8 `[count, size, size, 3]` to float32 `[count, 3, size, size]` in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+def draw_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
+    return [completed for _, completed in sample_training_scenes(rng, count)]
+
+
+def draw_images(count: int, seed: int) -> Tensor:
+    """Renders of training scenes, float32 `[count, 3, 64, 64]` in [-1, 1]."""
+    scenes = draw_scenes(count, np.random.default_rng(seed))
+    renders = torch.from_numpy(SceneRenderer().render(scenes, 1, seed)[:, 0])
+    return renders.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def caption_ids(scenes: Sequence[Scene], config: DiffusionConfig) -> Tensor:
+    """Tokens of the scenes' captions, int64 `[scenes, max_length]`, as the tokenizer of `build_tokenizer` gives them."""
+    ids = np.full((len(scenes), config.max_length), VOCABULARY[END], np.int64)
+    for row, scene in zip(ids, scenes, strict=True):
+        words = [START, *write_caption(scene).split()]
+        row[: len(words)] = [VOCABULARY[word] for word in words]
+    return torch.from_numpy(ids)
 
 
 def build_tokenizer(config: DiffusionConfig) -> Any:
@@ -407,12 +487,11 @@ def build_tokenizer(config: DiffusionConfig) -> Any:
     _, transformers = _libraries()
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    vocabulary = {word: i for i, word in enumerate((UNKNOWN, START, END, *CAPTION_WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\W_]+"), behavior="removed")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{START} $A {END}", special_tokens=[(START, vocabulary[START]), (END, vocabulary[END])]
+        single=f"{START} $A {END}", special_tokens=[(START, VOCABULARY[START]), (END, VOCABULARY[END])]
     )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -461,16 +540,6 @@ def _build_scheduler() -> Any:
         timestep_spacing="trailing",
         clip_sample=False,
         steps_offset=1,  # has no effect with trailing spacing; pipelines complain about 0
-    )
-
-
-def _optimizer(model: nn.Module, config: DiffusionConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=config.weight_decay,
-        fused=True,
     )
 
 

@@ -10,6 +10,8 @@ from millijoule.workers.diffusion_training import (
     DiffusionConfig,
     DiffusionTrainer,
     build_tokenizer,
+    caption_ids,
+    draw_images,
     export,
 )
 from millijoule.workers.errors import InputError
@@ -68,7 +70,7 @@ def test_the_encoder_keeps_what_a_projection_of_patches_keeps():
     """Latents, projected back by least squares, are the best linear code of their size: nothing of a patch got lost on
     the way through the convolutions."""
     trainer = DiffusionTrainer(SMALL)
-    images = trainer._draw_images(64)
+    images = draw_images(64, 0)
     with torch.no_grad():
         latents = trainer.autoencoder.encode(images).latents
     values = torch.nn.functional.pixel_unshuffle(images, 4).transpose(0, 1).flatten(1).double()
@@ -137,6 +139,9 @@ def test_every_word_of_a_caption_has_a_token_and_every_caption_fits():
     rows = tokenizer([write_caption(scene) for scene in scenes]).input_ids
     assert not any(tokenizer.unk_token_id in ids for ids in rows)
     assert max(len(ids) for ids in rows) == SMALL.max_length
+    end = tokenizer.eos_token_id
+    padded = [[*ids, *[end] * (SMALL.max_length - len(ids))] for ids in rows]
+    assert caption_ids(scenes, SMALL).tolist() == padded
 
 
 def rows_of(trainer, steps):
