@@ -6,13 +6,14 @@ CONSTRAINTS ?= infra/constraints/cpu.txt
 DEMO_OUT ?= out/demo
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test lint chaos slow bench install clean help
+.PHONY: demo test lint chaos slow accelerator bench install clean help
 
 help:
 	@echo "make demo   install, make images from infra/demo_prompts.txt into $(DEMO_OUT)"
 	@echo "make test   install, run lint, types and the whole test suite"
 	@echo "make chaos  only the tests that kill processes"
 	@echo "make slow   the long tests that make test leaves out"
+	@echo "make accelerator  the tests that need an NVIDIA GPU"
 	@echo "make bench  measure the pipeline, write benchmarks/pipeline/"
 
 $(VENV)/installed-run: pyproject.toml $(wildcard infra/constraints/*.txt)
@@ -44,6 +45,9 @@ chaos: $(VENV)/installed-test
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow tests
+
+accelerator: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q --noconftest tests/accelerator
 
 bench: $(VENV)/installed-test
 	$(BIN)/millijoule bench pipeline --output benchmarks/pipeline

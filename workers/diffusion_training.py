@@ -214,7 +214,7 @@ class DiffusionTrainer:
         self.reader = nn.Linear(config.text_width, sum(ICON_PARTS))
         layout = torch.channels_last if on_gpu else torch.preserve_format
         for model in (self.autoencoder, self.denoiser, self.reader):
-            model.to(device, memory_format=layout)
+            model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
         self.average = nn.ModuleDict({"autoencoder": self.autoencoder, "denoiser": self.denoiser})
         self.average = deepcopy(self.average).requires_grad_(False).eval()
         self.optimizers = {
@@ -379,7 +379,10 @@ class DiffusionTrainer:
     ) -> Tensor:
         """Renders in [-1, 1], `[batch, 3, 64, 64]`, from either of the two that `DiffusionData` makes."""
         if renders is None:
-            assert self.renderer is not None and tokens is not None and shade is not None and jitter is not None
+            assert self.renderer is not None
+            assert tokens is not None
+            assert shade is not None
+            assert jitter is not None
             renders = self.renderer.render(tokens, shade, jitter)[:, 0]
         return renders.float() / 127.5 - 1
 

@@ -103,6 +103,8 @@ class _PromptToDrive(nn.Module):
     Noun and size say one part, colour another; their effects on the drive add up, so that no pair of them is special.
     """
 
+    cell_of_window: Tensor
+
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__()
         self.config = config
@@ -111,7 +113,9 @@ class _PromptToDrive(nn.Module):
         places = torch.full((1 + len(WINDOWS), config.grid, config.grid), -1)
         for number, (left, top, side) in enumerate(WINDOWS):
             if side < config.grid:
-                places[1 + number, top : top + side, left : left + side] = torch.arange(side * side).view(side, side)
+                places[1 + number, top : top + side, left : left + side] = torch.arange(side * side).view(
+                    side, side
+                )
         self.register_buffer("cell_of_window", places.flatten(1), persistent=False)
 
     def look_up(
@@ -156,9 +160,13 @@ class _PromptToDrive(nn.Module):
         """As `_lay_present`, slot by slot, as if every slot held an icon; what is not there is masked."""
         batch, grid, d = len(icons), self.config.grid, self.config.driven
         noun, colour, size = ((icons[..., k] - 1).clamp_min(0).flatten() for k in range(3))
-        shape, tint, gains = (x.unflatten(0, (batch, MAX_COUNT)) for x in self.look_up(noun, colour, size, False))
-        first = (x[::MAX_COUNT] for x in (noun, colour, size))  # an icon of the whole image is alone
-        whole_shape, whole_tint, whole_gains = self.look_up(*first, True)
+        shape, tint, gains = (
+            x.unflatten(0, (batch, MAX_COUNT)) for x in self.look_up(noun, colour, size, False)
+        )
+        first, of, sized = (
+            x[::MAX_COUNT] for x in (noun, colour, size)
+        )  # an icon of the whole image is alone
+        whole_shape, whole_tint, whole_gains = self.look_up(first, of, sized, True)
         shape = shape.unflatten(2, (-1, 3 * d))  # [batch, slots, cells of the window, 3 driven]
         whole = (icons[:, 0, 3] == 1)[:, None, None]
         drive = base.flatten(1, 2) + whole * (whole_shape.unflatten(1, (-1, 3 * d)) + whole_tint[:, None])
@@ -433,7 +441,9 @@ class OscillatorModel(nn.Module):
         """
         prompt = self.encoder(tokens, static=tokens.is_cuda)
         if samples > 1:
-            repeated = (x.repeat_interleave(samples, 0) for x in (prompt.drive, prompt.source_gain, prompt.row_gain))
+            repeated = (
+                x.repeat_interleave(samples, 0) for x in (prompt.drive, prompt.source_gain, prompt.row_gain)
+            )
             prompt = PromptDrive(*repeated)
         sin, cos = self.waves(prompt, phases, quantized=quantized, operands=operands)
         return self.decoder(grid_features(sin, cos, self.config))

@@ -112,7 +112,9 @@ class OscillatorTrainer:
         self.data = StepData(OscillatorData(config, variation=on_gpu), device, data_processes)
         self.compare = self._compare
         self._newest_share = torch.ones((), device=device)
-        if compiled:  # not the encoder: on a CPU, how many icons stand in which window changes from step to step
+        if (
+            compiled
+        ):  # not the encoder: on a CPU, how many icons stand in which window changes from step to step
             self.model.waves = torch.compile(self.model.waves)  # type: ignore[method-assign]
             self.model.decoder.forward = torch.compile(self.model.decoder.forward)  # type: ignore[method-assign]
             if self.renderer:
@@ -158,6 +160,8 @@ class OscillatorTrainer:
         config = self.config
         if renders is None:
             assert self.renderer is not None
+            assert shade is not None
+            assert jitter is not None
             renders = self.renderer.render(tokens, shade, jitter)
         true = renders.float() / 127.5 - 1
         phases = start_phases(noise, tokens.repeat_interleave(config.samples, 0), config.model)

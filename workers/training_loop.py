@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ class Trainer(Protocol):
     config: Any
     step: int
 
-    def train_step(self) -> dict[str, float | Tensor]:
+    def train_step(self) -> Mapping[str, float | Tensor]:
         """Do one step, add one to `step`; returns what to log, "loss" first. Tensors are read when they are logged, so
         that a GPU is not waited for at every step."""
         ...
@@ -63,8 +64,9 @@ def newest_share(decay: float, step: int) -> float:
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, share: Tensor) -> None:
     """Exponential moving average of the weights, in place; `share` of the newest, a scalar on the CPU or their device."""
-    slow, fast = list(average.parameters()), list(model.parameters())
-    change = torch._foreach_sub(fast, slow)
+    slow: list[Tensor] = list(average.parameters())
+    fast: list[Tensor] = list(model.parameters())
+    change = list(torch._foreach_sub(fast, slow))
     torch._foreach_mul_(change, share)
     torch._foreach_add_(slow, change)
 

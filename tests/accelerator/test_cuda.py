@@ -1,0 +1,177 @@
+"""On an NVIDIA GPU: the same bits as on a CPU where integers decide, the same training, a counter that counts.
+
+Skipped where there is none. `make accelerator` runs them; they need no cluster.
+"""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from millijoule.kernels.oscillator import quantize_coupling, quantize_drive, relax, relax_reference
+from millijoule.kernels.phase import random_phases
+from millijoule.workers.device_renderer import DeviceRenderer
+from millijoule.workers.generator import load_generator
+from millijoule.workers.meter import open_meter
+from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel
+from millijoule.workers.oscillator_training import OscillatorTrainer, OscillatorTrainingConfig
+from millijoule.workers.scene_prompts import parse_prompt, write_prompt
+from millijoule.workers.scene_renderer import SceneRenderer, draw_variation
+from millijoule.workers.scenes import FAMILIES, complete, sample_scene, sample_training_scenes, scene_tokens
+from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.training_loop import load_checkpoint, save_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+SMALL = OscillatorTrainingConfig(
+    steps=40,
+    scenes=8,
+    samples=3,
+    renders=4,
+    warm_up=4,
+    model=OscillatorConfig(
+        channels=8, driven=8, read=8, noise_channels=4, rank=8, widths=(16, 12, 8), mix=16
+    ),
+)
+
+
+def scenes(count):
+    return [s for _, s in sample_training_scenes(np.random.default_rng(3), count)]
+
+
+def requests(count):
+    rng = np.random.default_rng(5)
+    prompts = [write_prompt(sample_scene(FAMILIES[i % 6], rng, held_out=True), rng) for i in range(count)]
+    return [ImageRequest(str(i), 0, prompt, seed=2**63 + i * 7919) for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_the_core_gives_the_same_bits_as_the_reference(batch):
+    g = torch.Generator().manual_seed(batch)
+    channels, rank, n = 32, 32, 64 * 32
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    coupling = quantize_coupling(
+        normal(channels, 5 * channels) * 0.1, normal(n, rank) * 0.02, normal(n, rank) * 0.2
+    )
+    gains = [1 + 0.5 * torch.tanh(normal(batch, n)) for _ in range(2)]
+    drive = quantize_drive(4 * normal(batch, 3, n), *gains, coupling, 0.1)
+    phases = random_phases(np.arange(batch, dtype=np.uint64), n)
+    on_gpu = type(drive)(*(getattr(drive, name).cuda() for name in drive.__dataclass_fields__))
+    found = relax(phases.cuda(), coupling.to("cuda"), on_gpu, 10)
+    assert torch.equal(found.cpu(), relax_reference(phases, coupling, drive, 10))
+
+
+def test_the_default_model_draws_what_it_draws_on_a_cpu():
+    here, there = load_generator("default", device="cpu"), load_generator("default", device="cuda")
+    wanted = requests(64)
+    tokens = scene_tokens([complete(parse_prompt(r.prompt)[0], r.seed) for r in wanted])
+    assert torch.equal(here.relax(tokens, wanted), there.relax(tokens, wanted).cpu())
+    ours, theirs = (g.generate(wanted).images.astype(int) for g in (there, here))
+    assert np.abs(ours - theirs).max() <= 1
+    assert np.array_equal(there.generate(wanted[3:5]).images, ours[3:5])
+
+
+def test_the_baseline_s_images_do_not_depend_on_their_batch():
+    pytest.importorskip("diffusers")
+    generator = load_generator("baseline", device="cuda")
+    wanted = [replace(r, num_inference_steps=4) for r in requests(5)]
+    images = generator.generate(wanted).images
+    assert np.array_equal(generator.generate(wanted[2:4]).images, images[2:4])
+    on_cpu = load_generator("baseline", device="cpu").generate(wanted).images
+    assert np.abs(images.astype(int) - on_cpu.astype(int)).mean() < 4  # bfloat16 against float32
+
+
+def test_renders_are_those_of_the_cpu():
+    chosen = scenes(200)
+    shade, jitter = draw_variation(200, 3, 7)
+    on_gpu = (torch.from_numpy(x).cuda() for x in (scene_tokens(chosen), shade, jitter))
+    found = DeviceRenderer("cuda").render(*on_gpu).permute(0, 1, 3, 4, 2).cpu().numpy()
+    assert np.array_equal(found, SceneRenderer().render(chosen, 3, 7))
+
+
+def test_drives_and_their_gradients_are_the_same_whichever_way_they_are_laid():
+    torch.manual_seed(0)
+    encoder = OscillatorModel(OscillatorConfig()).encoder.cuda()
+    tokens = torch.from_numpy(scene_tokens(scenes(100))).cuda()
+    gradients = []
+    for static in (False, True):
+        prompt = encoder(tokens, static=static)
+        weighed = [
+            x * torch.linspace(-1, 1, x.shape[-1], device="cuda") for x in (prompt.drive, prompt.row_gain)
+        ]
+        encoder.zero_grad()
+        sum(x.sum() for x in weighed).backward()
+        gradients.append([p.grad.clone() for p in encoder.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("loss", ["energy", "drifting"])
+@pytest.mark.parametrize("coupling", ["trained", "none", "mlp"])
+def test_oscillators_train_as_on_a_cpu(loss, coupling):
+    """Twelve steps, of which nine are replays of the captured graph: the same losses as the CPU's."""
+    config = replace(SMALL, loss=loss, model=replace(SMALL.model, coupling=coupling))
+    here, there = OscillatorTrainer(config), OscillatorTrainer(config, device="cuda", data_processes=2)
+    rows = [(float(here.train_step()["loss"]), float(there.train_step()["loss"])) for _ in range(12)]
+    ours, theirs = np.array(rows).T
+    np.testing.assert_allclose(ours, theirs, rtol=0.02)
+    assert len(set(theirs)) == 12
+    for a, b in zip(here.average.parameters(), there.average.parameters(), strict=True):
+        assert (a - b.cpu()).abs().mean() < 0.1 * a.abs().mean() + 1e-4
+
+
+def test_a_run_continues_on_the_other_kind_of_device(tmp_path):
+    here = OscillatorTrainer(SMALL, device="cuda")
+    for _ in range(6):
+        here.train_step()
+    save_checkpoint(here, tmp_path)
+    for device in ("cpu", "cuda"):
+        resumed = OscillatorTrainer(SMALL, device=device)
+        load_checkpoint(resumed, tmp_path)
+        for a, b in zip(here.model.parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(a.cpu(), b.cpu())
+        assert np.isfinite([float(resumed.train_step()["loss"]) for _ in range(5)]).all()
+        assert resumed.step == 11
+
+
+def test_the_baseline_trains_as_on_a_cpu():
+    pytest.importorskip("diffusers")
+    from millijoule.workers.diffusion_training import DiffusionConfig, DiffusionTrainer
+
+    config = DiffusionConfig(
+        steps=14, text_steps=3, autoencoder_steps=3, text_batch=16, batch=16, autoencoder_batch=4, warm_up=2,
+        decoder_width=16, unet_widths=(32, 64), attention_levels=(False, True), head_width=16, text_width=32,
+    )  # fmt: skip
+    here, there = DiffusionTrainer(config), DiffusionTrainer(config, device="cuda", data_processes=2)
+    rows = [(float(here.train_step()["loss"]), float(there.train_step()["loss"])) for _ in range(14)]
+    ours, theirs = np.array(rows).T
+    deterministic = [0, 1, 2, 3, 4, 5]  # the denoiser's noise is drawn on the device
+    np.testing.assert_allclose(ours[deterministic], theirs[deterministic], rtol=0.05)
+    np.testing.assert_allclose(ours[6:].mean(), theirs[6:].mean(), rtol=0.1)
+    assert len(set(theirs)) == 14
+
+
+def test_the_board_s_counter_counts(tmp_path):
+    index = torch.cuda.current_device()
+    meter = open_meter([str(index)], book_directory=tmp_path)
+    assert meter.domains
+    uuid = str(torch.cuda.get_device_properties(index).uuid)
+    assert any(uuid in domain for domain in meter.domains)
+    before = meter.read()
+    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    began = time.monotonic()
+    while time.monotonic() - began < 2:
+        for _ in range(20):
+            x = (x @ x).clamp_(-1, 1)
+        torch.cuda.synchronize()
+    after = meter.read()
+    (domain,) = (d for d in meter.domains if uuid in d)
+    watts = (after.energy_mj[domain] - before.energy_mj[domain]) / 1e3 / (time.monotonic() - began)
+    assert 40 < watts < 1200
+    assert meter.watch()
+    meter.close()
