@@ -9,6 +9,7 @@ BENCHES = {
     "pipeline": "a job against a bare loop, planning, resume and leases",
     "energy-tables": "size of the energy tables and speed of SQL over them",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
+    "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
     "interval": "how often the interval of `millijoule verify` covers the true ratio",
     "report": "size of the report page of 100,000 images, and time to build it",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",

@@ -48,11 +48,11 @@ from millijoule.workers.schemas import ImageRequest
 FORMAT = "millijoule-oscillator"
 FORMAT_VERSION = "4"
 
-#: Encoder and decoder always see this many rows; the rest is padding.
-FLOAT_BATCH = 16
+#: Encoder and decoder always see this many rows, on a CPU and on a GPU; the rest is padding.
+FLOAT_BATCH, GPU_FLOAT_BATCH = 16, 256
 
 #: Images per call that the worker sends: large enough for the integer product, small enough to isolate a bad prompt.
-BATCH_SIZE = 64
+BATCH_SIZE, GPU_BATCH_SIZE = 64, 1024
 
 #: Step counts that keep the integer step in range and the model in the regime it was trained for.
 MIN_STEPS, MAX_STEPS = 4, 100
@@ -77,6 +77,8 @@ class OscillatorGenerator:
         self.model.encoder.double()
         self.config = model.config
         self.device = device
+        self.on_gpu = device.startswith("cuda")
+        self.float_batch = GPU_FLOAT_BATCH if self.on_gpu else FLOAT_BATCH
         self.model.to(device)
         self.coupling = coupling.to(device) if coupling else None
         size = self.config.image_size
@@ -86,7 +88,7 @@ class OscillatorGenerator:
             width=size,
             height=size,
             num_inference_steps=self.config.steps,
-            batch_size=BATCH_SIZE,
+            batch_size=GPU_BATCH_SIZE if self.on_gpu else BATCH_SIZE,
             max_steps=MAX_STEPS,
             sizes=((size, size),),
         )
@@ -166,7 +168,8 @@ class OscillatorGenerator:
         steps = requests[0].num_inference_steps or self.config.steps
         start = self._start(tokens, requests).cpu().numpy()
         waves = []
-        for (part, count), (rows, _) in zip(_padded(start), _padded(tokens), strict=True):
+        size = self.float_batch
+        for (part, count), (rows, _) in zip(_padded(start, size), _padded(tokens, size), strict=True):
             phases = torch.from_numpy(part).to(self.device).float() * (2 * torch.pi / TURN)
             prompt = self.model.encoder(torch.from_numpy(rows).to(self.device))
             waves.append([x[:count] for x in self.model.waves(prompt, phases, steps=steps)])
@@ -182,8 +185,8 @@ class OscillatorGenerator:
         of a boundary."""
         unique, inverse = np.unique(tokens, axis=0, return_inverse=True)
         prompts = [
-            (self.model.encoder(torch.from_numpy(part).to(self.device)), count)
-            for part, count in _padded(unique)
+            (self.model.encoder(torch.from_numpy(part).to(self.device), static=self.on_gpu), count)
+            for part, count in _padded(unique, self.float_batch)
         ]
         rows = torch.from_numpy(inverse.reshape(-1)).to(self.device)
         return PromptDrive(
@@ -197,7 +200,7 @@ class OscillatorGenerator:
     def _decode(self, waves: Sequence[Tensor]) -> np.ndarray:
         """uint8 `[batch, size, size, 3]` from sin and cos `[batch, n]`."""
         images = []
-        sin, cos = (_padded(x.cpu().numpy()) for x in waves)
+        sin, cos = (_padded(x.cpu().numpy(), self.float_batch) for x in waves)
         for (s, count), (c, _) in zip(sin, cos, strict=True):
             features = grid_features(torch.from_numpy(s), torch.from_numpy(c), self.config).to(self.device)
             pixels = torch.round((self.model.decoder(features)[:count] + 1) * 127.5).clamp_(0, 255)
@@ -307,12 +310,12 @@ def _take_coupling(path: Path, tensors: dict[str, Tensor], config: OscillatorCon
     return Coupling(**found)
 
 
-def _padded(rows: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """Slices of exactly `FLOAT_BATCH` rows, the last filled up with its first row, and how many are real."""
+def _padded(rows: np.ndarray, size: int) -> list[tuple[np.ndarray, int]]:
+    """Slices of exactly `size` rows, the last filled up with its first row, and how many are real."""
     parts = []
-    for start in range(0, len(rows), FLOAT_BATCH):
-        part = rows[start : start + FLOAT_BATCH]
-        filler = np.broadcast_to(part[:1], (FLOAT_BATCH - len(part), *part.shape[1:]))
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        filler = np.broadcast_to(part[:1], (size - len(part), *part.shape[1:]))
         parts.append((np.concatenate([part, filler]), len(part)))
     return parts
 

@@ -1,0 +1,157 @@
+"""`millijoule bench gpu [RESULT.json]`: joules and seconds per image of two models on one GPU, by the board's own counter.
+
+One process draws with one model, then with the other, in blocks A B B A, so that a drift of temperature or clocks falls on
+both alike; each block after a pause. No cluster, no encoding, no files: what the boards themselves need. The energy of a
+block is the difference of the board's counter, the CPU's is not in it. Idle power, with both models loaded, comes first.
+`millijoule verify` is the judged comparison of whole jobs.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from millijoule.jobs.bench_result import write_result
+from millijoule.jobs.entry import COMPLETE, run_command
+from millijoule.jobs.environment import environment
+from millijoule.workers.errors import InputError
+from millijoule.workers.generator import Generator
+from millijoule.workers.schemas import ImageRequest
+
+ORDER = (0, 1, 1, 0)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Measure two models on the GPU."""
+
+    result: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RESULT.json")] = None
+    """Where the figures are saved."""
+
+    a: str = "default"
+    """The first model, as `millijoule generate --model` takes it."""
+
+    b: str = "baseline"
+    """The second."""
+
+    seconds: float = 15.0
+    """Length of a block. The counter moves in steps of some 100 ms."""
+
+    rounds: int = 1
+    """How often A B B A is repeated."""
+
+    pause: float = 3.0
+    """Seconds without work before each block."""
+
+    device: int = 0
+    """The GPU's index."""
+
+
+def run(options: BenchOptions) -> int:
+    import torch
+
+    from millijoule.workers.generator import load_generator
+    from millijoule.workers.meter import open_meter
+
+    if not torch.cuda.is_available():
+        raise InputError("bench gpu: PyTorch finds no GPU here")
+    torch.cuda.set_device(options.device)
+    uuid = str(torch.cuda.get_device_properties(options.device).uuid)
+    meter = open_meter([f"GPU-{uuid}"])
+    domain = next((d for d in meter.domains if uuid in d), None)
+    if domain is None:
+        raise InputError(f"bench gpu: the energy counter of GPU-{uuid} cannot be read")
+    models = [load_generator(model, device="cuda") for model in (options.a, options.b)]
+    prompts = _prompts(4096)
+    for generator in models:
+        _draw(generator, prompts, 0, time.monotonic())  # one batch: kernels are loaded and chosen
+
+    def measure(generator: Generator | None) -> dict[str, Any]:
+        time.sleep(options.pause)
+        torch.cuda.synchronize()
+        before, began = meter.read(), time.monotonic()
+        if generator is None:
+            images = 0
+            time.sleep(options.seconds)
+        else:
+            images = _draw(generator, prompts, 0, began + options.seconds)
+        torch.cuda.synchronize()
+        seconds, after = time.monotonic() - began, meter.read()
+        joules = (after.energy_mj[domain] - before.energy_mj[domain]) / 1000
+        return {
+            "model": generator.info.name if generator else None,
+            "images": images,
+            "seconds": round(seconds, 3),
+            "joules": joules,
+            "watts": round(joules / seconds, 1),
+            "same_epoch": before.epoch == after.epoch,
+        }
+
+    idle = measure(None)
+    blocks = [measure(models[i]) for _ in range(options.rounds) for i in ORDER]
+    summary = {}
+    for generator in models:
+        own = [b for b in blocks if b["model"] == generator.info.name]
+        images = sum(b["images"] for b in own)
+        seconds, joules = (sum(b[key] for b in own) for key in ("seconds", "joules"))
+        summary[generator.info.name] = {
+            "images": images,
+            "images_per_second": round(images / seconds, 2),
+            "joules_per_image": joules / images,
+            "joules_per_image_above_idle": (joules - idle["watts"] * seconds) / images,
+            "batch_size": generator.info.batch_size,
+            "steps": generator.info.num_inference_steps,
+        }
+    first, second = (summary[g.info.name] for g in models)
+    result = {
+        "what": "joules of one board, by its counter, per image; the CPU's are not in it",
+        "options": {k: v for k, v in asdict(options).items() if k != "result"},
+        "device": torch.cuda.get_device_name(options.device),
+        "driver": meter.driver_version,
+        "environment": environment(),
+        "idle": idle,
+        "models": summary,
+        "ratio": {
+            key: second[key] / first[key] for key in ("joules_per_image", "joules_per_image_above_idle")
+        },
+        "blocks": blocks,
+    }
+    meter.close()
+    write_result(result, options.result)
+    return COMPLETE
+
+
+def _prompts(count: int) -> list[str]:
+    from millijoule.workers.scene_prompts import write_prompt
+    from millijoule.workers.scenes import FAMILIES, sample_scene
+
+    rng = np.random.default_rng(0)
+    return [
+        write_prompt(sample_scene(FAMILIES[i % len(FAMILIES)], rng, held_out=True), rng) for i in range(count)
+    ]
+
+
+def _draw(generator: Generator, prompts: list[str], drawn: int, until: float) -> int:
+    """Draw batch after batch until the clock says `until`, one at least; how many images."""
+    size = generator.info.batch_size
+    while True:
+        requests = [
+            ImageRequest(str(i), 0, prompts[i % len(prompts)], seed=i) for i in range(drawn, drawn + size)
+        ]
+        generator.generate(requests)
+        drawn += size
+        if time.monotonic() >= until:
+            return drawn
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("bench gpu", BenchOptions, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
