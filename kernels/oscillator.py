@@ -229,6 +229,9 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
         1 in right.shape
     ):  # a transposed column counts as contiguous, and _int_mm then reads it by the wrong stride
         right = torch.empty(right.shape, dtype=right.dtype, device=right.device).copy_(right)
-    if left.is_cuda and (m <= 16 or m % 8):  # what cuBLAS takes
-        left = F.pad(left, (0, 0, 0, max(24, -(-m // 8) * 8) - m))
+    if (
+        left.is_cuda
+    ):  # cuBLAS takes any number of rows that is a multiple of 32, and the right operand by columns
+        left = F.pad(left, (0, 0, 0, -m % 32))
+        right = right.t().contiguous().t()
     return torch._int_mm(left, right)[:m]

@@ -145,7 +145,10 @@ class DiffusersGenerator:
 
     @staticmethod
     def load(path: Path | str, *, device: str = "cpu") -> DiffusersGenerator:
-        """Load the pipeline in directory `path`: float32 on a CPU, half precision on a GPU. Nothing is downloaded.
+        """Load the pipeline in directory `path`. Nothing is downloaded.
+
+        It runs in float32 on a CPU. On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth
+        of bfloat16's; other weights may be out of float16's range, and run in bfloat16.
 
         Raises:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
@@ -158,7 +161,7 @@ class DiffusersGenerator:
         _check_classes(folder, diffusers, transformers)
         dtype = torch.float32
         if device.startswith("cuda"):
-            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            dtype = torch.float16 if _is_stored_in_float16(folder) else torch.bfloat16
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -303,6 +306,14 @@ class DiffusersGenerator:
         if request.negative_prompt and "negative_prompt" not in self.arguments:
             words.append("negative_prompt is not used by this model")
         return tuple(words)
+
+
+def _is_stored_in_float16(folder: PipelineFolder) -> bool:
+    """Whether all weights of the denoiser are."""
+    files = [f for f in folder.files if f.suffix == ".safetensors" and f.parent.name in DENOISERS]
+    headers = [read_safetensors_header(f) for f in files]
+    kinds = {entry["dtype"] for header in headers for key, entry in header.items() if key != "__metadata__"}
+    return kinds == {"F16"}
 
 
 def _batch_size(device: str, pixels: int) -> int:

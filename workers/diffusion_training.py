@@ -30,7 +30,13 @@ from millijoule.workers.device_renderer import DeviceRenderer
 from millijoule.workers.diffusers_model import ICON_SCENES
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import read_safetensors_header
-from millijoule.workers.graphed_step import GraphedStep, adamw, load_optimizer, set_learning_rate
+from millijoule.workers.graphed_step import (
+    GraphedStep,
+    adamw,
+    clip_and_step,
+    load_optimizer,
+    set_learning_rate,
+)
 from millijoule.workers.scene_prompts import CAPTION_WORDS, CAPTION_WORDS_PER_ICON, write_caption
 from millijoule.workers.scene_renderer import SceneRenderer, draw_variation
 from millijoule.workers.scenes import (
@@ -353,9 +359,9 @@ class DiffusionTrainer:
         signal, share = (x[at].float()[:, None, None, None] for x in (self._signal, self._noise))
         velocity = self._predict(signal * latents + share * noise, at, ids)
         loss = F.mse_loss(velocity, signal * noise - share * latents)
-        self._update("denoiser", self.denoiser, loss)
+        taken = self._update("denoiser", self.denoiser, loss)
         update_average(self.average["denoiser"], self.denoiser, self._newest_share)
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), **taken}
 
     def _velocity(self, noisy: Tensor, at: Tensor, ids: Tensor) -> Tensor:
         text: Any = self.denoiser["text"]
@@ -363,12 +369,11 @@ class DiffusionTrainer:
         with self._autocast():
             return unet(noisy, at, text(ids)[0]).sample.float()
 
-    def _update(self, name: str, model: nn.Module, loss: Tensor) -> None:
+    def _update(self, name: str, model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.clip)
-        optimizer.step()
+        return clip_and_step(optimizer, model.parameters(), self.config.clip)
 
     def _images(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -56,6 +56,21 @@ def adamw(parameters: Any, device: str, **settings: Any) -> torch.optim.AdamW:
     optimizer = torch.optim.AdamW(parameters, fused=True, capturable=device.startswith("cuda"), **settings)
     _keep_rates_on(optimizer, device)
     return optimizer
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], limit: float
+) -> dict[str, Tensor]:
+    """Clip the gradient to the norm `limit` and take a step with it, none where it is not finite.
+
+    Returns:
+        "gradient", the norm before clipping (0 where it is not finite), and "skipped", 1 where no step was taken.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    skipped = (~torch.isfinite(norm)).float()
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # what a gradient scaler tells the fused step
+    optimizer.step()
+    return {"gradient": norm.nan_to_num(0.0, 0.0, 0.0), "skipped": skipped}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -341,7 +341,7 @@ class Decoder(nn.Module):
             x = F.leaky_relu(layer(x), 0.2)
         cover = torch.sigmoid(F.pixel_shuffle(self.output(x), 2))
         ground, ink = F.interpolate(colours, scale_factor=cover.shape[-1] // colours.shape[-1]).split(3, 1)
-        return torch.lerp(ground, ink, cover)
+        return torch.lerp(ground, ink, cover.to(ground.dtype))  # autocast lifts one and not the other
 
 
 class CellMlp(nn.Module):

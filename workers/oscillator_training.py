@@ -18,7 +18,13 @@ from torch import Tensor
 
 from millijoule.workers.device_renderer import DeviceRenderer
 from millijoule.workers.errors import InputError
-from millijoule.workers.graphed_step import GraphedStep, adamw, load_optimizer, set_learning_rate
+from millijoule.workers.graphed_step import (
+    GraphedStep,
+    adamw,
+    clip_and_step,
+    load_optimizer,
+    set_learning_rate,
+)
 from millijoule.workers.losses import drifting_loss, energy_distance
 from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel, random_noise, start_phases
 from millijoule.workers.scene_prompts import write_prompt
@@ -173,10 +179,9 @@ class OscillatorTrainer:
         logged = self.compare(images.unflatten(0, (config.scenes, config.samples)), true, offset)
         self.optimizer.zero_grad(set_to_none=True)
         logged["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.optimizer.step()
+        taken = clip_and_step(self.optimizer, self.model.parameters(), config.clip)
         update_average(self.average, self.model, self._newest_share)
-        return {name: value.detach() for name, value in logged.items()} | {"gradient": norm}
+        return {name: value.detach() for name, value in logged.items()} | taken
 
     def _compare(self, images: Tensor, true: Tensor, offset: Tensor) -> dict[str, Tensor]:
         config = self.config

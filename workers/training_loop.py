@@ -127,6 +127,11 @@ def run_training(
         if trainer.step % report_every == 0 or last:
             means = {name: sum(map(float, values)) / len(values) for name, values in since.items()}
             now = time.monotonic()  # a GPU may have been behind
+            if not math.isfinite(means["loss"]):
+                raise RuntimeError(
+                    f"the loss is not a finite number between steps {trainer.step - len(since['loss'])} and {trainer.step}; "
+                    f"{folder / CHECKPOINT} holds the last checkpoint before, if there is one. A lower learning_rate may help"
+                )
             pace = (now - reported) / max(1, len(since["loss"]))
             reported, since = now, defaultdict(list)
             row = {
