@@ -1,8 +1,10 @@
 """Renders: they show what the scene says, and the same seed gives the same pixels."""
 
 import numpy as np
+import torch
 
-from millijoule.workers.scene_renderer import ICON_PIXELS, SceneRenderer
+from millijoule.workers.device_renderer import DeviceRenderer
+from millijoule.workers.scene_renderer import ICON_PIXELS, SceneRenderer, draw_variation
 from millijoule.workers.scenes import (
     COLOURS,
     IMAGE_SIZE,
@@ -15,6 +17,7 @@ from millijoule.workers.scenes import (
     complete,
     icons,
     sample_training_scenes,
+    scene_tokens,
 )
 
 RENDERER = SceneRenderer()
@@ -83,3 +86,11 @@ def test_every_colour_is_told_from_every_other():
     colours = np.array([PALETTE[c] for c in COLOURS], float)
     gaps = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e9 * np.eye(len(colours))
     assert gaps.min() > 60  # levels; shades move by at most 14 each
+
+
+def test_the_device_renderer_draws_the_same_pixels():
+    chosen = scenes(300)
+    shade, jitter = draw_variation(300, 3, 7)
+    tokens, shade, jitter = (torch.from_numpy(x) for x in (scene_tokens(chosen), shade, jitter))
+    found = DeviceRenderer("cpu").render(tokens, shade, jitter)
+    assert np.array_equal(found.permute(0, 1, 3, 4, 2).numpy(), RENDERER.render(chosen, 3, seed=7))
