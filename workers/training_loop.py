@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,12 +109,41 @@ def run_training(
     sample: Sampler | None = None,
     sample_every: int = 0,
 ) -> None:
-    """Train to the config's last step, or as far as `minutes` allow.
+    """Train to the config's last step, or as far as `minutes` or a SIGTERM allow.
 
     Every `report_every` steps a line is printed and a JSON row (means since the row before, seconds per step) added to
     log.jsonl. A checkpoint is written every five minutes and at the end; `sample(folder, step)` is called every
-    `sample_every` steps.
+    `sample_every` steps. On SIGTERM (`timeout`, a node that goes away) the step is finished, the checkpoint written, and the
+    function returns as when time is out.
     """
+    with _asked_to_stop() as asked:
+        _run(trainer, folder, minutes, resume, report_every, sample, sample_every, asked)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """Set by SIGTERM; outside the main thread, which alone may handle signals, never."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(
+    trainer: Trainer,
+    folder: Path,
+    minutes: float | None,
+    resume: bool,
+    report_every: int,
+    sample: Sampler | None,
+    sample_every: int,
+    asked: threading.Event,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if resume and (folder / CHECKPOINT).exists():
         load_checkpoint(trainer, folder)
@@ -122,7 +154,7 @@ def run_training(
         for name, value in trainer.train_step().items():
             since[name].append(value)
         now = time.monotonic()
-        out_of_time = minutes is not None and now - began > 60 * minutes
+        out_of_time = asked.is_set() or (minutes is not None and now - began > 60 * minutes)
         last = trainer.step >= steps or out_of_time
         if trainer.step % report_every == 0 or last:
             means = {name: sum(map(float, values)) / len(values) for name, values in since.items()}

@@ -1,5 +1,8 @@
 """What trainings share: data drawn ahead is the data drawn on demand, and no step follows a gradient that is not finite."""
 
+import os
+import signal
+import threading
 from dataclasses import replace
 
 import pytest
@@ -9,7 +12,7 @@ from millijoule.workers.graphed_step import adamw, clip_and_step, set_learning_r
 from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel
 from millijoule.workers.oscillator_training import OscillatorData, OscillatorTrainer, OscillatorTrainingConfig
 from millijoule.workers.step_data import StepData
-from millijoule.workers.training_loop import newest_share, run_training, update_average
+from millijoule.workers.training_loop import load_checkpoint, newest_share, run_training, update_average
 
 SMALL = OscillatorTrainingConfig(
     steps=20,
@@ -96,3 +99,15 @@ def test_drives_and_gradients_are_the_same_whichever_way_they_are_laid():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()) + 1e-7)
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint_to_continue_from(tmp_path):
+    trainer = OscillatorTrainer(replace(SMALL, steps=10_000))
+    asked = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    asked.start()
+    run_training(trainer, tmp_path)
+    assert 0 < trainer.step < 10_000
+    resumed = OscillatorTrainer(trainer.config)
+    load_checkpoint(resumed, tmp_path)
+    assert resumed.step == trainer.step
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
