@@ -17,12 +17,12 @@ COMMIT_VARIABLE = "MILLIJOULE_COMMIT"
 def environment() -> dict[str, Any]:
     """Where and on what this was measured.
 
-    In a copy of the tree without its history, the commit is what `MILLIJOULE_COMMIT` says, and `dirty` unknown (None).
+    Where the tree is a copy without its history, `MILLIJOULE_COMMIT` says which commit's; `dirty` is unknown (None) then.
     """
-    in_git = _git("rev-parse", "--is-inside-work-tree") == "true"
+    told = os.environ.get(COMMIT_VARIABLE)
     return {
-        "commit": _git("rev-parse", "HEAD") if in_git else os.environ.get(COMMIT_VARIABLE, "unknown"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if in_git else None,
+        "commit": told or _git("rev-parse", "HEAD"),
+        "dirty": None if told else bool(_git("status", "--porcelain", "--untracked-files=no")),
         "cpu": cpu_name() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),

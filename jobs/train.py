@@ -20,9 +20,11 @@ class TrainOptions:
     """Train a model on rendered icon scenes, by a recipe.
 
     Recipes that come with it: oscillator (the default model), control-trained, control-frozen, control-none, control-mlp,
-    control-readers, control-readers-frozen, control-drifting, baseline (a conventional diffusion model) and verifier. Needs the `train` extra for the icon font (pip install
-    "millijoule[train]"), the baseline also `diffusers`. Writes checkpoint.pt every five minutes, log.jsonl, the weights
-    (what `millijoule generate --model` takes) and, for generators, sample sheets.
+    control-readers, control-readers-frozen, control-drifting, baseline (a conventional diffusion model), verifier, and
+    oscillator-continued and baseline-continued, which take a finished model further on a GPU. Needs the `train` extra for
+    the icon font (pip install "millijoule[train]"), the baseline also `diffusers`. Writes checkpoint.pt every minute,
+    log.jsonl, the weights (what `millijoule generate --model` takes) and, for generators, sample sheets. SIGTERM ends a run
+    as --minutes does: with a checkpoint and the weights.
     """
 
     output: str

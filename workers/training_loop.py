@@ -22,6 +22,9 @@ from millijoule.workers.errors import InputError
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 
+#: Seconds between checkpoints: what is lost at most. On a GPU a minute is some thousand steps.
+CHECKPOINT_EVERY_S = 60
+
 
 class TrainingRunConfig(Protocol):
     """A frozen dataclass of plain values with at least this field."""
@@ -112,7 +115,7 @@ def run_training(
     """Train to the config's last step, or as far as `minutes` or a SIGTERM allow.
 
     Every `report_every` steps a line is printed and a JSON row (means since the row before, seconds per step) added to
-    log.jsonl. A checkpoint is written every five minutes and at the end; `sample(folder, step)` is called every
+    log.jsonl. A checkpoint is written every minute and at the end; `sample(folder, step)` is called every
     `sample_every` steps. On SIGTERM (`timeout`, a node that goes away) the step is finished, the checkpoint written, and the
     function returns as when time is out.
     """
@@ -176,7 +179,7 @@ def _run(
             left = f", {pace * (steps - trainer.step) / 60:.0f} min left" if trainer.step < steps else ""
             numbers = " ".join(f"{k} {v:.4f}" for k, v in means.items())
             print(f"step {trainer.step}/{steps} {numbers} ({pace:.2f} s/step{left})", flush=True)
-        if now - saved > 300 or last:
+        if now - saved > CHECKPOINT_EVERY_S or last:
             save_checkpoint(trainer, folder)
             saved = now
         if sample is not None and sample_every and trainer.step % sample_every == 0:
