@@ -56,6 +56,7 @@ class OscillatorTrainingConfig:
     clip: float = 2.0
     ema: float = 0.998
     seed: int = 0
+    coupling_start: float = 1.0  # factor on the coupling's random start; at 0 it comes in only where it helps
     coupling_share: float = 1.0  # of the coupling's strength that exported weights keep
     model: OscillatorConfig = field(default_factory=OscillatorConfig)
 
@@ -102,6 +103,7 @@ class OscillatorTrainer:
         self.config = config
         self.device = device
         self.model = OscillatorModel(config.model)
+        _scale_coupling(self.model, config.coupling_start)
         self.average = OscillatorModel(config.model)
         self.average.load_state_dict(self.model.state_dict())
         self.model.to(device)
@@ -193,10 +195,7 @@ class OscillatorTrainer:
     def exported_model(self) -> OscillatorModel:
         """The averaged weights, with the share of the coupling that the config keeps."""
         model = deepcopy(self.average).cpu()
-        if model.config.coupling in ("trained", "frozen"):
-            with torch.no_grad():
-                for weights in (model.coupling.local, model.coupling.spread):
-                    weights.mul_(self.config.coupling_share)
+        _scale_coupling(model, self.config.coupling_share)
         return model
 
     def state(self) -> dict[str, Any]:
@@ -210,6 +209,14 @@ class OscillatorTrainer:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         load_optimizer(self.optimizer, state["optimizer"], self.device)
+
+
+@torch.no_grad()
+def _scale_coupling(model: OscillatorModel, factor: float) -> None:
+    """Multiply K, that is L and U of L + U V^T; nothing where there is none."""
+    if model.config.coupling in ("trained", "frozen"):
+        for weights in (model.coupling.local, model.coupling.spread):
+            weights.mul_(factor)
 
 
 def write_sample_sheet(weights: Path, path: Path, count: int = 32) -> None:

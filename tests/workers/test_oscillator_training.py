@@ -74,6 +74,16 @@ def test_exported_weights_keep_a_share_of_the_coupling():
     torch.testing.assert_close(weak, 0.25 * full)
 
 
+def test_a_coupling_that_starts_at_nothing_is_found_by_training():
+    trainer = OscillatorTrainer(replace(SMALL, coupling_start=0.0))
+    for weights in (trainer.model.coupling.local, trainer.model.coupling.spread):
+        assert not weights.any()
+    for _ in range(3):
+        trainer.train_step()
+    for weights in (trainer.model.coupling.local, trainer.model.coupling.spread):
+        assert weights.any()
+
+
 def test_the_mlp_control_has_as_many_parameters_as_the_coupling():
     config = OscillatorConfig()
     coupling = sum(p.numel() for p in Coupling(config).parameters())
