@@ -82,6 +82,8 @@ def run(options: BenchOptions) -> int:
             images = _draw(generator, prompts, 0, began + options.seconds)
         torch.cuda.synchronize()
         seconds, after = time.monotonic() - began, meter.read()
+        if before.epoch_of(domain) != after.epoch_of(domain) or domain not in after.energy_mj:
+            raise RuntimeError(f"{domain}: the counter was reset or lost during a block; run it again")
         joules = (after.energy_mj[domain] - before.energy_mj[domain]) / 1000
         return {
             "model": generator.info.name if generator else None,
@@ -89,7 +91,6 @@ def run(options: BenchOptions) -> int:
             "seconds": round(seconds, 3),
             "joules": joules,
             "watts": round(joules / seconds, 1),
-            "same_epoch": before.epoch == after.epoch,
         }
 
     idle = measure(None)
