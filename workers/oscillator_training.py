@@ -18,14 +18,9 @@ from torch import Tensor
 
 from millijoule.workers.device_renderer import DeviceRenderer
 from millijoule.workers.errors import InputError
-from millijoule.workers.graphed_step import (
-    GraphedStep,
-    adamw,
-    clip_and_step,
-    load_optimizer,
-    set_learning_rate,
-)
+from millijoule.workers.graphed_step import GraphedStep
 from millijoule.workers.losses import drifting_loss, energy_distance
+from millijoule.workers.optimizer import adamw, clip_and_step, load_optimizer, set_learning_rate
 from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel, random_noise, start_phases
 from millijoule.workers.scene_prompts import write_prompt
 from millijoule.workers.scene_renderer import SceneRenderer, draw_variation

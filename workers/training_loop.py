@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -119,8 +119,53 @@ def run_training(
     `sample_every` steps. On SIGTERM (`timeout`, a node that goes away) the step is finished, the checkpoint written, and the
     function returns as when time is out.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume and (folder / CHECKPOINT).exists():
+        load_checkpoint(trainer, folder)
+    steps = trainer.config.steps
+    began = saved = reported = time.monotonic()
+    since: dict[str, list[float | Tensor]] = defaultdict(list)
     with _asked_to_stop() as asked:
-        _run(trainer, folder, minutes, resume, report_every, sample, sample_every, asked)
+        while trainer.step < steps:
+            for name, value in trainer.train_step().items():
+                since[name].append(value)
+            now = time.monotonic()
+            out_of_time = asked.is_set() or (minutes is not None and now - began > 60 * minutes)
+            last = trainer.step >= steps or out_of_time
+            if trainer.step % report_every == 0 or last:
+                means = {name: _mean_of_finite(values) for name, values in since.items()}
+                now = time.monotonic()  # a GPU may have been behind
+                done = len(since["loss"])
+                if math.isnan(means["loss"]):
+                    raise RuntimeError(
+                        f"most losses of steps {trainer.step - done} to {trainer.step} are not finite numbers; "
+                        f"{folder / CHECKPOINT} holds the last checkpoint before, if there is one. A lower learning_rate may help"
+                    )
+                pace = (now - reported) / done
+                reported, since = now, defaultdict(list)
+                row = {
+                    "step": trainer.step,
+                    **{k: round(v, 6) for k, v in means.items()},
+                    "s_per_step": round(pace, 4),
+                }
+                with (folder / LOG).open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+                left = f", {pace * (steps - trainer.step) / 60:.0f} min left" if trainer.step < steps else ""
+                numbers = " ".join(f"{k} {v:.4f}" for k, v in means.items())
+                print(f"step {trainer.step}/{steps} {numbers} ({pace:.2f} s/step{left})", flush=True)
+            if now - saved > CHECKPOINT_EVERY_S or last:
+                save_checkpoint(trainer, folder)
+                saved = now
+            if sample is not None and sample_every and trainer.step % sample_every == 0:
+                sample(folder, trainer.step)
+            if out_of_time:
+                break
+
+
+def _mean_of_finite(values: Sequence[float | Tensor]) -> float:
+    """NaN where most are not finite: a bad batch now and then is left out of the training, too (`optimizer.clip_and_step`)."""
+    finite = [v for v in map(float, values) if math.isfinite(v)]
+    return sum(finite) / len(finite) if 2 * len(finite) > len(values) else math.nan
 
 
 @contextmanager
@@ -135,54 +180,3 @@ def _asked_to_stop() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _run(
-    trainer: Trainer,
-    folder: Path,
-    minutes: float | None,
-    resume: bool,
-    report_every: int,
-    sample: Sampler | None,
-    sample_every: int,
-    asked: threading.Event,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if resume and (folder / CHECKPOINT).exists():
-        load_checkpoint(trainer, folder)
-    steps = trainer.config.steps
-    began = saved = reported = time.monotonic()
-    since: dict[str, list[float | Tensor]] = defaultdict(list)
-    while trainer.step < steps:
-        for name, value in trainer.train_step().items():
-            since[name].append(value)
-        now = time.monotonic()
-        out_of_time = asked.is_set() or (minutes is not None and now - began > 60 * minutes)
-        last = trainer.step >= steps or out_of_time
-        if trainer.step % report_every == 0 or last:
-            means = {name: sum(map(float, values)) / len(values) for name, values in since.items()}
-            now = time.monotonic()  # a GPU may have been behind
-            if not math.isfinite(means["loss"]):
-                raise RuntimeError(
-                    f"the loss is not a finite number between steps {trainer.step - len(since['loss'])} and {trainer.step}; "
-                    f"{folder / CHECKPOINT} holds the last checkpoint before, if there is one. A lower learning_rate may help"
-                )
-            pace = (now - reported) / max(1, len(since["loss"]))
-            reported, since = now, defaultdict(list)
-            row = {
-                "step": trainer.step,
-                **{k: round(v, 6) for k, v in means.items()},
-                "s_per_step": round(pace, 4),
-            }
-            with (folder / LOG).open("a") as log:
-                log.write(json.dumps(row) + "\n")
-            left = f", {pace * (steps - trainer.step) / 60:.0f} min left" if trainer.step < steps else ""
-            numbers = " ".join(f"{k} {v:.4f}" for k, v in means.items())
-            print(f"step {trainer.step}/{steps} {numbers} ({pace:.2f} s/step{left})", flush=True)
-        if now - saved > CHECKPOINT_EVERY_S or last:
-            save_checkpoint(trainer, folder)
-            saved = now
-        if sample is not None and sample_every and trainer.step % sample_every == 0:
-            sample(folder, trainer.step)
-        if out_of_time:
-            break
