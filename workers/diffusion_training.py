@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millijoule.workers.device_renderer import DeviceRenderer
-from millijoule.workers.diffusers_model import ICON_SCENES
+from millijoule.workers.diffusers_model import ICON_SCENES, multiplies_bfloat16
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import read_safetensors_header
 from millijoule.workers.graphed_step import GraphedStep
@@ -401,7 +401,7 @@ class DiffusionTrainer:
         graph. On a CPU, attention as plain products, whose gradients take a fraction of the time of the fused kernel's at
         64 positions."""
         on_cpu = not self.device.startswith("cuda")
-        narrow = not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        narrow = not on_cpu or multiplies_bfloat16()
         stack = ExitStack()
         stack.enter_context(
             torch.autocast("cpu" if on_cpu else "cuda", torch.bfloat16, enabled=narrow, cache_enabled=on_cpu)

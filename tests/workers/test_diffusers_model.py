@@ -335,3 +335,20 @@ def hand_count(model, run):
         if query is not None:  # scores and weighted sum, each query length x key length x width
             total += 2 * 2 * query[1] * key[1] * query[2]
     return total
+
+
+def test_float16_weights_are_multiplied_in_bfloat16_where_the_processor_does(monkeypatch):
+    """The shipped baseline: nearly the images of float32, and still none depends on its batch."""
+    narrow = load_generator("baseline")
+    monkeypatch.setattr("millijoule.workers.diffusers_model.multiplies_bfloat16", lambda: False)
+    exact = load_generator("baseline")
+    assert not exact.mixed_precision
+    wanted = [
+        ImageRequest(str(i), 0, f"a red cat left of {i} blue stars", i, num_inference_steps=4)
+        for i in (1, 2, 3)
+    ]
+    images = narrow.generate(wanted).images
+    apart = np.abs(images.astype(int) - exact.generate(wanted).images.astype(int)).mean()
+    assert apart < 3
+    assert (apart > 0) == narrow.mixed_precision
+    assert np.array_equal(narrow.generate(wanted[1:]).images, images[1:])
