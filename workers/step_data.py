@@ -27,7 +27,7 @@ class StepData:
         self._next = -1
 
     def get(self, step: int) -> dict[str, Tensor]:
-        """What `step` needs, on the device. Fast where steps are asked for in turn."""
+        """What `step` needs, on the device but for scalars, which the host reads. Fast where steps are asked for in turn."""
         if not self._processes:
             made = self._draw(step)
         else:
@@ -35,7 +35,10 @@ class StepData:
                 self._ahead = self._from(step)
             made = next(self._ahead)
             self._next = step + 1
-        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in made.items()}
+        return {
+            name: tensor.to(self._device, non_blocking=True) if tensor.ndim else tensor
+            for name, tensor in made.items()
+        }
 
     def _from(self, step: int) -> Iterator[dict[str, Tensor]]:
         return iter(
