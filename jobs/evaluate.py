@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,7 +20,13 @@ from millijoule.jobs.environment import environment
 from millijoule.workers.errors import InputError
 from millijoule.workers.scenes import FAMILIES, IMAGE_SIZE, Scene, complete, sample_scene
 
+if TYPE_CHECKING:
+    from millijoule.workers.generator import Generator
+    from millijoule.workers.schemas import ImageRequest
+
 RENDERS = "renders"
+
+_generator: Generator  # of a process that draws
 SHEET_IMAGES = 32
 FORMAT_VERSION = 1
 
@@ -66,6 +75,9 @@ class EvaluateOptions:
     threads: int | None = None
     """CPU threads; PyTorch's default if not given."""
 
+    processes: int = 1
+    """Processes that draw, each with a model and, where there are several, one thread of its own; the images are the same."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -84,6 +96,10 @@ def run(options: EvaluateOptions) -> int:
 
     if options.prompts_per_family < 1 or options.images_per_prompt < 1:
         raise InputError("--prompts-per-family and --images-per-prompt must be at least 1")
+    if options.processes < 1 or (options.processes > 1 and options.threads):
+        raise InputError(
+            "--processes must be at least 1; with several, each has one thread, and --threads says nothing"
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     device = options.device
@@ -163,11 +179,18 @@ def _generate(items: list[Item], options: EvaluateOptions, device: str) -> tuple
         )
         for i, item in enumerate(items)
     ]
-    starts = range(0, len(requests), info.batch_size)
-    images = [
-        generator.generate(requests[start : start + info.batch_size]).images
-        for start in track(starts, f"drawing {len(requests)} images", console=Console(stderr=True))
-    ]
+    batches = [requests[i : i + info.batch_size] for i in range(0, len(requests), info.batch_size)]
+    drawn: Iterator[np.ndarray] = (generator.generate(batch).images for batch in batches)
+    if options.processes > 1:
+        drawn = _draw_in_processes(options, device, batches)
+    images = list(
+        track(
+            drawn,
+            f"drawing {len(requests)} images",
+            total=len(batches),
+            console=Console(stderr=True),
+        )
+    )
     count = getattr(generator, "count_operations", None)
     steps = options.num_inference_steps or info.num_inference_steps
     about = {
@@ -177,6 +200,30 @@ def _generate(items: list[Item], options: EvaluateOptions, device: str) -> tuple
         "operations_per_image": count(options.num_inference_steps) if count else None,
     }
     return np.concatenate(images), about
+
+
+def _draw_in_processes(
+    options: EvaluateOptions, device: str, batches: list[list[ImageRequest]]
+) -> Iterator[np.ndarray]:
+    """Images of each batch, in order."""
+    context = multiprocessing.get_context("spawn")
+    settings = (options.model, device)
+    with ProcessPoolExecutor(options.processes, context, _load_in_process, settings) as pool:
+        yield from pool.map(_draw_in_process, batches)
+
+
+def _load_in_process(model: str, device: str) -> None:
+    global _generator
+    import torch
+
+    from millijoule.workers.generator import load_generator
+
+    torch.set_num_threads(1)
+    _generator = load_generator(model, device=device)
+
+
+def _draw_in_process(batch: list[ImageRequest]) -> np.ndarray:
+    return _generator.generate(batch).images
 
 
 def _render(items: list[Item], seed: int) -> np.ndarray:

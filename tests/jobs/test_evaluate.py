@@ -98,3 +98,29 @@ def test_prompts_are_fixed_and_of_their_split(split):
     named = [i for i in many if i.family not in ("single object", "counting")]
     assert all(is_held_out(i.scene) == (split == "held-out") for i in named)
     assert len({(i.prompt, i.seed) for i in many}) == len(many)
+
+
+def test_processes_draw_the_same_images(tmp_path):
+    """Of the shipped model, 72 images in two batches; the sheet holds the first 32 as they are."""
+    for name, more in (("one", []), ("two", ["--processes", "2"])):
+        arguments = [
+            "--model",
+            "default",
+            "--output",
+            str(tmp_path),
+            "--name",
+            name,
+            "--prompts-per-family",
+            "6",
+        ]
+        assert evaluate.main([*arguments, "--device", "cpu", *more]) == 0
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    for key in ("score", "frechet_distance", "precision", "recall"):
+        assert one[key] == two[key]
+
+
+def test_threads_of_several_processes_are_refused(tmp_path, capsys):
+    arguments = ["--model", "default", "--output", str(tmp_path), "--processes", "2", "--threads", "3"]
+    assert evaluate.main(arguments) != 0
+    assert "--processes" in capsys.readouterr().err
