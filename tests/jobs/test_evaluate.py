@@ -1,6 +1,7 @@
 """`millijoule evaluate`: true renders score one, noise scores nothing, and the file holds what was seen."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -101,23 +102,12 @@ def test_prompts_are_fixed_and_of_their_split(split):
 
 
 def test_processes_draw_the_same_images(tmp_path):
-    """Of the shipped model, 72 images in two batches; the sheet holds the first 32 as they are."""
-    for name, more in (("one", []), ("two", ["--processes", "2"])):
-        arguments = [
-            "--model",
-            "default",
-            "--output",
-            str(tmp_path),
-            "--name",
-            name,
-            "--prompts-per-family",
-            "6",
-        ]
-        assert evaluate.main([*arguments, "--device", "cpu", *more]) == 0
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    for key in ("score", "frechet_distance", "precision", "recall"):
-        assert one[key] == two[key]
+    options = EvaluateOptions("default", str(tmp_path), prompts_per_family=6, device="cpu")
+    items = list_items(options)  # 72, more than a batch
+    alone, about = evaluate._generate(items, options, "cpu")
+    together, same = evaluate._generate(items, replace(options, processes=2), "cpu")
+    assert np.array_equal(alone, together)
+    assert about == same
 
 
 def test_threads_of_several_processes_are_refused(tmp_path, capsys):
