@@ -204,7 +204,9 @@ def test_without_a_counter_joules_are_missing_and_the_estimate_stands_apart(unme
     assert "energy not measured" in flag_names(job)
     (lane,) = job.timeline.power
     assert lane.source == "estimate"
-    assert [w for w in lane.watts if w is not None][5:100] == pytest.approx([10] * 95, rel=0.1)
+    known = [w for w in lane.watts if w is not None][5:100]
+    assert len(known) > 80  # some points may fall between segments
+    assert known == pytest.approx([10] * len(known), rel=0.1)
 
 
 def test_json_keeps_missing_apart_from_zero(unmeasured, measured):
