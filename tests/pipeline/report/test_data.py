@@ -204,8 +204,8 @@ def test_without_a_counter_joules_are_missing_and_the_estimate_stands_apart(unme
     assert "energy not measured" in flag_names(job)
     (lane,) = job.timeline.power
     assert lane.source == "estimate"
-    known = [w for w in lane.watts if w is not None][5:100]
-    assert len(known) > 80  # some points may fall between segments
+    known = [w for w in lane.watts if w is not None][5:-10]  # the ends are partly outside the segments
+    assert len(known) > 70
     assert known == pytest.approx([10] * len(known), rel=0.1)
 
 
