@@ -23,7 +23,7 @@ from millijoule.workers.errors import InputError
 from millijoule.workers.generator import Generator
 from millijoule.workers.schemas import ImageRequest
 
-ORDER = (0, 1, 1, 0)
+ORDER = "abba"
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,28 @@ def run(options: BenchOptions) -> int:
     domain = next((d for d in meter.domains if uuid in d), None)
     if domain is None:
         raise InputError(f"bench gpu: the energy counter of GPU-{uuid} cannot be read")
-    models = [load_generator(model, device="cuda") for model in (options.a, options.b)]
+    models = {arm: load_generator(getattr(options, arm), device="cuda") for arm in "ab"}
     prompts = _prompts(4096)
-    for generator in models:
+    for generator in models.values():
         _draw(generator, prompts, 0, time.monotonic())  # one batch: kernels are loaded and chosen
 
-    def measure(generator: Generator | None) -> dict[str, Any]:
+    def measure(arm: str | None) -> dict[str, Any]:
         time.sleep(options.pause)
         torch.cuda.synchronize()
         before, began = meter.read(), time.monotonic()
-        if generator is None:
-            images = 0
+        images = 0
+        if arm is None:
             time.sleep(options.seconds)
         else:
-            images = _draw(generator, prompts, 0, began + options.seconds)
+            images = _draw(models[arm], prompts, 0, began + options.seconds)
         torch.cuda.synchronize()
         seconds, after = time.monotonic() - began, meter.read()
-        if before.epoch_of(domain) != after.epoch_of(domain) or domain not in after.energy_mj:
+        read = domain in before.energy_mj and domain in after.energy_mj
+        if not read or before.epoch_of(domain) != after.epoch_of(domain):
             raise RuntimeError(f"{domain}: the counter was reset or lost during a block; run it again")
         joules = (after.energy_mj[domain] - before.energy_mj[domain]) / 1000
         return {
-            "model": generator.info.name if generator else None,
+            "arm": arm,
             "images": images,
             "seconds": round(seconds, 3),
             "joules": joules,
@@ -94,13 +95,15 @@ def run(options: BenchOptions) -> int:
         }
 
     idle = measure(None)
-    blocks = [measure(models[i]) for _ in range(options.rounds) for i in ORDER]
+    blocks = [measure(arm) for _ in range(options.rounds) for arm in ORDER]
     summary = {}
-    for generator in models:
-        own = [b for b in blocks if b["model"] == generator.info.name]
+    for arm, generator in models.items():
+        own = [b for b in blocks if b["arm"] == arm]
         images = sum(b["images"] for b in own)
         seconds, joules = (sum(b[key] for b in own) for key in ("seconds", "joules"))
-        summary[generator.info.name] = {
+        summary[arm] = {
+            "name": generator.info.name,
+            "sha256": generator.info.sha256,
             "images": images,
             "images_per_second": round(images / seconds, 2),
             "joules_per_image": joules / images,
@@ -108,7 +111,6 @@ def run(options: BenchOptions) -> int:
             "batch_size": generator.info.batch_size,
             "steps": generator.info.num_inference_steps,
         }
-    first, second = (summary[g.info.name] for g in models)
     result = {
         "what": "joules of one board, by its counter, per image; the CPU's are not in it",
         "options": {k: v for k, v in asdict(options).items() if k != "result"},
@@ -118,7 +120,8 @@ def run(options: BenchOptions) -> int:
         "idle": idle,
         "models": summary,
         "ratio": {
-            key: second[key] / first[key] for key in ("joules_per_image", "joules_per_image_above_idle")
+            key: summary["b"][key] / summary["a"][key]
+            for key in ("joules_per_image", "joules_per_image_above_idle")
         },
         "blocks": blocks,
     }

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from millijoule.workers.schemas import ImageRequest
 
 RENDERS = "renders"
-
-_generator: Generator  # of a process that draws
 SHEET_IMAGES = 32
 FORMAT_VERSION = 1
+
+_generator: Generator  # of a process that draws
 
 
 @dataclass(frozen=True)

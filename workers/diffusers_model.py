@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from millijoule.workers.generator import (
     ModelIdentity,
     read_safetensors_header,
 )
+from millijoule.workers.processor import multiplies_bfloat16
 from millijoule.workers.scene_prompts import parse_prompt, write_caption
 from millijoule.workers.scenes import complete
 from millijoule.workers.schemas import ImageRequest
@@ -324,15 +324,6 @@ def _is_stored_in_float16(folder: PipelineFolder) -> bool:
     headers = [read_safetensors_header(f) for f in files]
     kinds = {entry["dtype"] for header in headers for key, entry in header.items() if key != "__metadata__"}
     return kinds == {"F16"}
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for it; without, bfloat16 is slower than float32."""
-    import torch
-
-    if platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_avx512_bf16_supported():
-        return False
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _batch_size(device: str, pixels: int) -> int:

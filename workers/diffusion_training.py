@@ -27,11 +27,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millijoule.workers.device_renderer import DeviceRenderer
-from millijoule.workers.diffusers_model import ICON_SCENES, multiplies_bfloat16
+from millijoule.workers.diffusers_model import ICON_SCENES
 from millijoule.workers.errors import InputError
 from millijoule.workers.generator import read_safetensors_header
 from millijoule.workers.graphed_step import GraphedStep
 from millijoule.workers.optimizer import adamw, clip_and_step, load_optimizer, set_learning_rate
+from millijoule.workers.processor import multiplies_bfloat16
 from millijoule.workers.scene_prompts import CAPTION_WORDS, CAPTION_WORDS_PER_ICON, write_caption
 from millijoule.workers.scene_renderer import SceneRenderer, draw_variation
 from millijoule.workers.scenes import (

@@ -64,11 +64,13 @@ def test_joules_are_those_of_the_counter(board, tmp_path):
     for block in result["blocks"]:
         assert block["joules"] == pytest.approx(WATTS * block["seconds"], rel=0.35)
     assert result["idle"]["watts"] == pytest.approx(IDLE_WATTS, rel=0.5)
-    (model,) = result["models"].values()  # the same model twice
-    blocks = result["blocks"]
-    assert model["images"] == sum(b["images"] for b in blocks)
-    assert model["joules_per_image"] == pytest.approx(sum(b["joules"] for b in blocks) / model["images"])
-    assert result["ratio"]["joules_per_image"] == 1.0
+    assert [block["arm"] for block in result["blocks"]] == list("abba")
+    for arm, model in result["models"].items():  # of one name, and told apart all the same
+        own = [b for b in result["blocks"] if b["arm"] == arm]
+        assert model["images"] == sum(b["images"] for b in own)
+        assert model["joules_per_image"] == pytest.approx(sum(b["joules"] for b in own) / model["images"])
+    a, b = (result["models"][arm]["joules_per_image"] for arm in "ab")
+    assert result["ratio"]["joules_per_image"] == pytest.approx(b / a)
 
 
 def test_a_board_without_a_counter_is_refused(board, capsys):
