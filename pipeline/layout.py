@@ -8,6 +8,7 @@ COMMITS_PREFIX = "_job/commits/"
 COMPACTED_PREFIX = "_job/ledger/"
 SEGMENTS_PREFIX = "_job/segments/"
 WORKERS_PREFIX = "_job/workers/"
+CLOSINGS_PREFIX = "_job/closed/"
 NODE_METERS_PREFIX = "_job/node_meters/"
 DATA_PREFIX = "data/"
 ENERGY_PREFIX = "energy/"
@@ -21,3 +22,8 @@ SUCCESS_KEY = "_SUCCESS"
 def epoch_key(epoch: int) -> str:
     """One object per driver that ever worked on the output."""
     return f"{EPOCHS_PREFIX}{epoch:06d}.json"
+
+
+def closing_key(worker_id: str) -> str:
+    """The `WorkerClosing` of a worker, written once its account of its devices has ended."""
+    return f"{CLOSINGS_PREFIX}{worker_id}.json"

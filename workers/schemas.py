@@ -226,8 +226,9 @@ class PowerTrace:
 
 @dataclass(frozen=True)
 class WorkerEnvironment:
-    """Where and with what a worker runs, stated once when it has started; None: not known.
+    """Where and with what a worker runs, stated once before it loads its model; None: not known.
 
+    `opened` is its first counter read: from then on the worker owes an account of its devices (see `WorkerClosing`).
     `device` is the first of `gpus` (full UUIDs where they could be found), or "cpu". `device_name` is the product's
     name of the GPU or CPU, `driver_version` the GPU driver's. `torch_version` is None too where the model does
     without PyTorch.
@@ -244,6 +245,7 @@ class WorkerEnvironment:
     python_version: str
     torch_version: str | None
     energy_method: str
+    opened: CounterRead | None = None
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), sort_keys=True).encode()
@@ -252,7 +254,40 @@ class WorkerEnvironment:
     def from_json(data: bytes) -> WorkerEnvironment:
         """Inverse of `to_json`; raises ValueError or TypeError where it is not one."""
         raw = json.loads(data)
-        return WorkerEnvironment(**{**raw, "gpus": tuple(raw["gpus"])})
+        opened = raw.get("opened")
+        read = None if opened is None else CounterRead(**opened)
+        return WorkerEnvironment(**{**raw, "gpus": tuple(raw["gpus"]), "opened": read})
+
+
+@dataclass(frozen=True)
+class WorkerClosing:
+    """The end of a worker's account of its devices: a counter read at or after the worker's end.
+
+    Written by the driver. `read` is the worker's own last one, or of somebody on the same host who read the same counters
+    once the worker was gone: what lies between the worker's last recorded segment and it is a gap with energy. None:
+    nobody could read them, for `reason`; then what the worker used last is missing.
+
+    Attributes:
+        driver_epoch: the run of the job that wrote it. Where that is not the run that started the worker, it is not known
+            how long the worker went on.
+        by: worker id of who read; the worker's own where it closed its books itself.
+    """
+
+    worker_id: str
+    driver_epoch: int
+    by: str
+    read: CounterRead | None
+    reason: str = ""
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), sort_keys=True).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> WorkerClosing:
+        """Inverse of `to_json`; raises ValueError or TypeError where it is not one."""
+        raw = json.loads(data)
+        read = None if raw["read"] is None else CounterRead(**raw["read"])
+        return WorkerClosing(**{**raw, "read": read})
 
 
 @dataclass(frozen=True)
