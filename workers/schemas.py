@@ -255,7 +255,7 @@ class WorkerEnvironment:
         """Inverse of `to_json`; raises ValueError or TypeError where it is not one."""
         raw = json.loads(data)
         opened = raw.get("opened")
-        read = None if opened is None else CounterRead(**opened)
+        read = None if opened is None else CounterRead.from_dict(opened)
         return WorkerEnvironment(**{**raw, "gpus": tuple(raw["gpus"]), "opened": read})
 
 
@@ -286,7 +286,7 @@ class WorkerClosing:
     def from_json(data: bytes) -> WorkerClosing:
         """Inverse of `to_json`; raises ValueError or TypeError where it is not one."""
         raw = json.loads(data)
-        read = None if raw["read"] is None else CounterRead(**raw["read"])
+        read = None if raw["read"] is None else CounterRead.from_dict(raw["read"])
         return WorkerClosing(**{**raw, "read": read})
 
 
