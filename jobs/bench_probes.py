@@ -93,6 +93,7 @@ def leases(n: int) -> dict[str, Any]:
     from millijoule.workers.lease import (
         AttemptResult,
         Lease,
+        NodePlace,
         WorkerConfig,
         WorkerReady,
         WorkerStatus,
@@ -105,6 +106,9 @@ def leases(n: int) -> dict[str, Any]:
 
         def __init__(self, worker_id: str, config: WorkerConfig) -> None:
             self.worker_id = worker_id
+
+        def place(self) -> NodePlace:
+            return NodePlace("", "")
 
         def start(self) -> WorkerReady:
             return WorkerReady(self.worker_id, "", "", "cpu", "missing", 0.0)
@@ -130,10 +134,14 @@ def leases(n: int) -> dict[str, Any]:
             self.first = self.first or self.last
             self.count += 1
 
-        def prepared(self, result: AttemptResult) -> bytes:
+        def prepared(self, result: AttemptResult) -> None:
             raise AssertionError("not in this measurement")
 
-        def uncommitted(self, worker_id: str, segments: object, power: object) -> None: ...
+        def discarded(self, result: AttemptResult) -> None:
+            raise AssertionError("not in this measurement")
+
+        def stopped(self, stopped: WorkerStopped) -> None: ...
+        def gone(self, worker_id: str) -> None: ...
         def tick(self, pool: object) -> None: ...
 
     shards = [Shard(i, "part", i, 1, 1, None, None, None, "p", "") for i in range(n)]

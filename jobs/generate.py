@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -134,6 +135,7 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
     from millijoule.jobs.job_set_up import caps, open_or_plan, pool_options, validate
     from millijoule.jobs.node_meter_options import parse_node_meters
     from millijoule.pipeline.finish import finish_job
+    from millijoule.pipeline.head_watch import HeadWatch
     from millijoule.pipeline.live_metrics import LiveMetrics
     from millijoule.pipeline.progress import Progress
     from millijoule.pipeline.run import JobRun
@@ -149,6 +151,7 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
 
             return dry_run(options, store)
         planned = open_or_plan(options, store)
+        store = open_store(options.output, patient=True)  # a job at work waits for storage
         job_run = JobRun(
             store,
             planned,
@@ -162,14 +165,22 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
             node_meters=parse_node_meters(options.node_meter, options.node_rest),
         )
         metrics = LiveMetrics(planned.job, job_run) if options.telemetry else None
-        with Progress(planned.job, job_run, quiet=options.quiet) as progress, _signals(job_run):
+        with (
+            HeadWatch(ray_cluster.head_address(), _head_lost),
+            Progress(planned.job, job_run, quiet=options.quiet) as progress,
+            _signals(job_run),
+        ):
 
             def tick() -> None:
                 progress.tick()
                 if metrics:
                     metrics.tick()
 
-            job_run.run(on_tick=tick)
+            try:
+                job_run.run(on_tick=tick)
+            finally:
+                for node in job_run.pool.nodes.faulty:
+                    print(f"{node}", file=sys.stderr)
         if metrics:
             metrics.publish()
     if job_run.given_up:
@@ -198,6 +209,17 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
     stats = finish_job(store, planned.job, planned.shards)
     progress.result(stats, finish_seconds=time.monotonic() - began)
     return QUARANTINED if stats["images_quarantined"] or stats["input_rows_rejected"] else COMPLETE
+
+
+def _head_lost(reason: str) -> None:
+    """End this process at once: without its head Ray answers no call, and ends the driver by itself only much later."""
+    print(
+        f"error: the head of the Ray cluster is gone ({reason}). Nothing that was committed is lost: run the same command "
+        "again, on this cluster when it is back or on another one, to resume",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(ERROR)
 
 
 @contextmanager

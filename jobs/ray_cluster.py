@@ -71,6 +71,11 @@ def _check_reachable(address: str) -> None:
         raise InputError(f"--ray-address {address}: no Ray cluster answers there ({error})") from error
 
 
+def head_address() -> str:
+    """ "host:port" of the control service of the cluster's head."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def devices(cpus_per_worker: float, gpus_per_worker: float) -> int:
     """How many workers fit the cluster as it is now: at least 1."""
     have = ray.cluster_resources()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.layout import COMMITS_PREFIX, COMPACTED_PREFIX
-from millijoule.workers.errors import StoreError
+from millijoule.workers.errors import DamagedError, StoreError
 from millijoule.workers.lease import commit_key, shard_of_commit_key
 from millijoule.workers.schemas import Commit
 from millijoule.workers.storage import Store
@@ -49,11 +49,11 @@ def list_committed(store: Store, n_shards: int) -> np.ndarray:
 
 
 def parse_commit(store: Store, shard_id: int, body: bytes) -> Commit:
-    """Parse a commit's body; raises StoreError naming the object where it is not one."""
+    """Parse a commit's body; raises DamagedError naming the object where it is not one."""
     try:
         return Commit.from_json(body)
     except (ValueError, TypeError, KeyError) as error:
-        raise StoreError(f"{store.url}/{commit_key(shard_id)}: not a commit: {error}") from error
+        raise DamagedError(f"{store.url}/{commit_key(shard_id)}: not a commit: {error}") from error
 
 
 def read_commits(store: Store, n_shards: int, *, use_compacted: bool = True) -> Iterator[Commit]:

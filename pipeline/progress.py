@@ -85,6 +85,8 @@ class Progress:
             parts.append(energy_words(counts.energy_mj, counts.estimate_mj, counts.images_this_run))
         if counts.quarantined_this_run:
             parts.append(f"{counts.quarantined_this_run} quarantined")
+        if run.waiting_for_storage:
+            parts.append("waiting for storage")
         if run.complete:
             parts.append("done")
         elif workers := run.pool.ready_workers:

@@ -7,8 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+
+from millijoule.pipeline.accounts import Accounts
 from millijoule.pipeline.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.coordinator import Coordinator
 from millijoule.pipeline.job import JobSpec, open_epoch
@@ -16,11 +19,12 @@ from millijoule.pipeline.live_tables import LiveTables
 from millijoule.pipeline.node_readings import NodeReadingsWriter
 from millijoule.pipeline.node_recorders import NodeRecorders, nodes_with
 from millijoule.pipeline.pool import PoolOptions, WorkerPool
+from millijoule.pipeline.record_writer import QueuedWrites, RecordWriter
 from millijoule.pipeline.retry import JobShards
 from millijoule.pipeline.spending import Spending
 from millijoule.pipeline.uncommitted import UncommittedWriter, read_uncommitted
-from millijoule.workers.errors import StoreError
-from millijoule.workers.lease import AttemptResult, WorkerConfig, commit_key
+from millijoule.workers.errors import AlreadyExistsError
+from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped, commit_key
 from millijoule.workers.node_meter_config import NodeMeterConfig
 from millijoule.workers.schemas import Commit, PowerTrace, Segment
 from millijoule.workers.storage import Store
@@ -29,6 +33,9 @@ log = logging.getLogger(__name__)
 
 #: What no commit carries, compacted commits and live energy tables are written out at least this often.
 FLUSH_PERIOD_S = 30.0
+
+#: A run that is cut off has this long for its last records.
+CUT_OFF_WRITES_S = 5.0
 
 #: Between two looks at what another driver has committed, besides ten times what a look takes.
 LOOK_PERIOD_S = 5.0
@@ -103,6 +110,8 @@ class JobRun:
             telemetry=telemetry,
         )
         self.pool = WorkerPool(worker_class, self.coordinator, config, options, self)
+        self._writer = RecordWriter()
+        self._accounts = Accounts(store, self.epoch, self._writer, worker_class, config)
         self.counts = Counts(
             shards_done=self.coordinator.n_committed,
             images_done=planned.shards.images_of(committed),
@@ -112,15 +121,17 @@ class JobRun:
         self.hosts: dict[str, str] = {}  # by boot id
         if self.spending.caps.on_energy:
             self._count_earlier_runs()
-        self._compactor = CommitCompactor(store, self.epoch)
-        self._live = LiveTables(store, job.fingerprint, self.epoch) if telemetry else None
-        self._uncommitted = UncommittedWriter(store, self.epoch)
-        self._node_readings = NodeReadingsWriter(store, self.epoch)
+        later = cast(Store, QueuedWrites(store, self._writer))  # they only ever write
+        self._compactor = CommitCompactor(later, self.epoch)
+        self._live = LiveTables(later, job.fingerprint, self.epoch) if telemetry else None
+        self._uncommitted = UncommittedWriter(later, self.epoch)
+        self._node_readings = NodeReadingsWriter(later, self.epoch)
         self._node_recorders = NodeRecorders(node_meters, self._node_was_read)
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
         self._arrivals: deque[tuple[float, int]] = deque()
         self._stop_now = False
         self._warned_of_others = False
+        self._looking = False
         self._look_not_before = 0.0
         self._on_tick: Callable[[], None] = lambda: None
 
@@ -131,8 +142,14 @@ class JobRun:
             MillijouleError: nothing more can be done before a person acts. What was committed stays.
         """
         self._on_tick = on_tick
-        if not self.complete and self._check_caps():
-            return
+        self._accounts.look_for_open()
+        try:
+            if self.complete or not self._check_caps():
+                self._work()
+        finally:
+            self._close()
+
+    def _work(self) -> None:
         options = self.pool.options
         if node_meters := self._node_recorders.configs:
             log.info("node meters: %s", ", ".join(dict.fromkeys(c.meter for c in node_meters)))
@@ -142,10 +159,16 @@ class JobRun:
             self.pool.run()
         except _StopNow:
             log.warning("stopped")
+
+    def _close(self) -> None:
+        """Close every account and write what is left; cut off, only what takes seconds."""
+        cut_off = self._stop_now
+        try:
+            self._accounts.close(cut_off=cut_off)
+            self._node_recorders.close(wait=not cut_off)
         finally:
-            self._flush()
-            self._node_recorders.close(wait=not self._stop_now)
-            self._flush()
+            self._flush(everything=True)
+            self._writer.close(CUT_OFF_WRITES_S if cut_off else None)
 
     def drain(self, reason: str) -> None:
         """Lease nothing more; `run` returns when the shards at work are done."""
@@ -166,6 +189,11 @@ class JobRun:
     @property
     def remaining(self) -> int:
         return self.coordinator.remaining
+
+    @property
+    def waiting_for_storage(self) -> str | None:
+        """What this process waits for storage with, in words; None where storage answers."""
+        return self._writer.waiting_for()
 
     @property
     def given_up(self) -> dict[int, str]:
@@ -226,34 +254,71 @@ class JobRun:
                 self.store.url,
             )
         coordinator, now = self.coordinator, time.monotonic()
-        if now < self._look_not_before:
+        if self._looking or now < self._look_not_before:
             return
-        elsewhere = list_committed(self.store, len(self.planned.shards)) & ~coordinator.committed
-        took = time.monotonic() - now
-        self._look_not_before = now + LOOK_PERIOD_S + 10 * took
-        for shard_id in elsewhere.nonzero()[0].tolist():
-            if coordinator.complete("", shard_id, now):
-                self.counts.shards_done += 1
-                self.counts.images_done += self.planned.shards[shard_id].n_images
+        self._looking = True
 
-    def prepared(self, result: AttemptResult) -> bytes:
-        """Commit for a worker, on a store without exclusive create: only this process does, one at a time."""
+        def learn(committed: np.ndarray) -> None:
+            self._looking = False
+            took = time.monotonic() - now
+            self._look_not_before = time.monotonic() + LOOK_PERIOD_S + 10 * took
+            for shard_id in (committed & ~coordinator.committed).nonzero()[0].tolist():
+                if coordinator.complete("", shard_id, time.monotonic()):
+                    self.counts.shards_done += 1
+                    self.counts.images_done += self.planned.shards[shard_id].n_images
+
+        n_shards = len(self.planned.shards)
+        self._writer.submit("listing commits", lambda: list_committed(self.store, n_shards), learn)
+
+    def prepared(self, result: AttemptResult) -> None:
+        """Write a commit that its worker could not: it waited for a second opinion, or the store has no exclusive create,
+        where only this process commits, one at a time."""
+        shard_id, body = result.lease.shard.shard_id, result.commit_json
+        assert body is not None
+        key, exclusive = commit_key(shard_id), self.planned.exclusive
+
+        def commit() -> bytes:
+            if exclusive:
+                try:
+                    self.store.put_exclusive(key, body)
+                except AlreadyExistsError:
+                    return self.store.get(key)
+                return body
+            if self.store.exists(key):
+                return self.store.get(key)
+            self.store.put(key, body)
+            return body
+
+        def stands(standing: bytes) -> None:
+            ours = parse_commit(self.store, shard_id, body)
+            if parse_commit(self.store, shard_id, standing).attempt_id == ours.attempt_id:
+                standing = body
+            else:
+                self.discarded(result)
+            self.pool.commit_stands(result, standing)
+
+        self._writer.submit(f"committing shard {shard_id}", commit, stands)
+
+    def discarded(self, result: AttemptResult) -> None:
+        """An attempt's prepared commit will never stand: its energy is waste, its files go."""
         assert result.commit_json is not None
-        shard_id = result.lease.shard.shard_id
-        key = commit_key(shard_id)
-        if not self.store.exists(key):
-            self.store.put(key, result.commit_json)
-            return result.commit_json
-        standing = self.store.get(key)
-        lost = parse_commit(self.store, shard_id, result.commit_json)
-        if lost.attempt_id != parse_commit(self.store, shard_id, standing).attempt_id:
-            self.store.delete([f.path for f in lost.files])
-            segments = tuple(_as_loser(s, lost.attempt_id) for s in lost.segments)
-            self.uncommitted(lost.worker_id, segments, lost.power)
-            return standing
-        return result.commit_json
+        lost = parse_commit(self.store, result.lease.shard.shard_id, result.commit_json)
+        segments = tuple(_as_loser(s, lost.attempt_id) for s in lost.segments)
+        self._uncommitted_records(lost.worker_id, segments, lost.power)
+        self.counts.lost_attempts += 1
+        files = [f.path for f in lost.files]
+        self._writer.submit(f"removing files of {lost.attempt_id}", lambda: self.store.delete(files))
 
-    def uncommitted(
+    def stopped(self, stopped: WorkerStopped) -> None:
+        """A worker's last words."""
+        self._uncommitted_records(stopped.worker_id, stopped.segments, stopped.power)
+        self._accounts.stopped(stopped)
+
+    def gone(self, worker_id: str) -> None:
+        """A worker ended without last words."""
+        self._accounts.gone(worker_id)
+
+    def _uncommitted_records(
         self, worker_id: str, segments: tuple[Segment, ...], power: tuple[PowerTrace, ...]
     ) -> None:
         self._uncommitted.add(worker_id, segments, power)
@@ -271,6 +336,8 @@ class JobRun:
     def tick(self, pool: WorkerPool) -> None:
         if self._stop_now:
             raise _StopNow
+        self._writer.settle()
+        self._accounts.tick()
         self._node_recorders.tick({w.worker_id: w.actor for w in pool.workers.values()})
         if time.monotonic() >= self._next_flush:
             self._flush()
@@ -290,16 +357,15 @@ class JobRun:
             self.spending.add(commit.segments)
         self.spending.add(read_uncommitted(self.store).segments)
 
-    def _flush(self) -> None:
+    def _flush(self, *, everything: bool = False) -> None:
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
-        try:
-            self._compactor.flush()
-            self._uncommitted.flush()
-            self._node_readings.flush()
-            if self._live:
-                self._live.flush()
-        except StoreError as error:
-            log.warning("energy records wait for the next flush: %s", error)
+        if not self._writer.has_room and not everything:
+            return  # storage is being waited for: records stay here until it takes them
+        self._compactor.flush()
+        self._uncommitted.flush()
+        self._node_readings.flush()
+        if self._live:
+            self._live.flush()
 
 
 class _StopNow(Exception):

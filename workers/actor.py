@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -19,9 +20,10 @@ import ray
 
 from millijoule.workers.attempt import AttemptCancelled, AttemptRunner, Where
 from millijoule.workers.environment import describe_worker
-from millijoule.workers.errors import InputError, NotFoundError
+from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.generator import describe_model, load_generator
 from millijoule.workers.lease import (
+    AccountRead,
     AttemptResult,
     Calibration,
     Lease,
@@ -32,14 +34,21 @@ from millijoule.workers.lease import (
     WorkerStopped,
     worker_key,
 )
+from millijoule.workers.life import LifeLock, is_gone, life_path
 from millijoule.workers.meter import CounterMeter, no_meter, open_meter
 from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.power_samples import PowerSampler
-from millijoule.workers.schemas import ImageRequest
-from millijoule.workers.storage import open_store
+from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
+from millijoule.workers.storage import Store, open_store
+from millijoule.workers.store_trouble import waits_for_store
 from millijoule.workers.timeline import SegmentTimeline
 
 JOB_KEY = "_job/job.json"
+
+#: A killed worker's process has this long to end before it counts as running on.
+GONE_TIMEOUT_S = 20.0
+
+log = logging.getLogger(__name__)
 
 
 class ShardWorker:
@@ -55,35 +64,37 @@ class ShardWorker:
         self._cancelled: str | None = None
         self._timeline: SegmentTimeline | None = None
         self._power: PowerSampler | None = None
+        self._life: LifeLock | None = None
+        self._work_thread = 0
         exit_with_parent()
 
     @ray.method(concurrency_group="work")
     def start(self) -> WorkerReady:
-        """Check the output, load the model, draw one image, write down where and with what this worker runs.
+        """Open the account of the devices, check the output, load the model, draw one image.
 
         Raises:
-            InputError: this node cannot see the job's output folder, or the model cannot be loaded.
+            NodeError: this node cannot work: it does not see the job's output, or the model cannot be loaded or used.
             StoreError: storage failed.
         """
+        try:
+            return self._start()
+        except MillijouleError as error:
+            if isinstance(error, InputError):  # what is wrong here may be right on another node
+                raise NodeError(str(error)) from error
+            raise
+        except Exception as error:
+            raise NodeError(f"cannot start: {type(error).__name__}: {error}") from error
+
+    def _start(self) -> WorkerReady:
         began = time.monotonic()
         config = self.config
         gpus = _assigned_gpus()
         meter = self._open_meter(gpus)
-        timeline = SegmentTimeline(self.worker_id, meter)
+        timeline = self._timeline = SegmentTimeline(self.worker_id, meter)
+        opened = timeline.last_read
         self._power = PowerSampler(meter)
         self._power.start()
-        store = open_store(config.output_url or ".")
-        if config.output_url:  # a calibration has no output
-            _check_output_is_shared(store, config)
-        generator = load_generator(config.model, device="cuda" if gpus else "cpu")
-        _limit_threads(config.cpu_threads)
-        found = describe_model(config.model).sha256
-        if found != config.model_sha256:
-            raise InputError(
-                f"{config.model}: the model on {socket.gethostname()} has SHA-256 {found[:16]}, "
-                f"the job was planned with {config.model_sha256[:16]}: put the same file on every node"
-            )
-        timeline.close("load")
+        store = open_store(config.output_url or ".", patient=True)
         context = ray.get_runtime_context()
         held = (*meter.gpus, *meter.unreadable_gpus) or tuple(gpus)  # without telemetry as Ray names them
         where = Where(
@@ -93,13 +104,33 @@ class ShardWorker:
             device=(*held, "cpu")[0],
             gpus=held,
         )
-        self._timeline = timeline
+        if config.output_url:  # a calibration has no output
+            _check_output_is_shared(store, config)
+            self._open_account(store, describe_worker(where, config.driver_epoch, gpus, meter, opened))
+        generator = load_generator(config.model, device="cuda" if gpus else "cpu")
+        _limit_threads(config.cpu_threads)
+        found = describe_model(config.model).sha256
+        if found != config.model_sha256:
+            raise NodeError(
+                f"{config.model}: the model on {socket.gethostname()} has SHA-256 {found[:16]}, "
+                f"the job was planned with {config.model_sha256[:16]}: put the same file on every node"
+            )
+        timeline.close("load")
         self._runner = AttemptRunner(
-            config, store, generator, meter, timeline, where, self._on_images, self._power, self._on_step
+            config,
+            store,
+            generator,
+            meter,
+            timeline,
+            where,
+            self._on_images,
+            self._power,
+            self._on_step,
+            self._check_cancelled,
         )
         self._runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
         if config.output_url:
-            environment = describe_worker(where, config.driver_epoch, gpus, meter)
+            environment = describe_worker(where, config.driver_epoch, gpus, meter, opened)
             store.put(worker_key(self.worker_id), environment.to_json())
         timeline.close("warmup")
         return WorkerReady(
@@ -111,6 +142,16 @@ class ShardWorker:
             load_seconds=time.monotonic() - began,
         )
 
+    def _open_account(self, store: Store, environment: WorkerEnvironment) -> None:
+        """From now on this worker owes an account of its devices, and whoever closes it can tell whether it lives."""
+        try:
+            self._life = LifeLock(life_path(self.config.output_url, self.worker_id))
+        except OSError as error:
+            log.warning(
+                "no sign of life can be given (%s): should this worker die, its energy is missing", error
+            )
+        store.put(worker_key(self.worker_id), environment.to_json())
+
     def _open_meter(self, gpus: Sequence[str]) -> CounterMeter:
         """The counters of this worker: of `gpus`, as `CUDA_VISIBLE_DEVICES` lists them, and of the host."""
         return open_meter(gpus or None) if self.config.telemetry else no_meter()
@@ -119,6 +160,7 @@ class ShardWorker:
     def run(self, lease: Lease) -> AttemptResult:
         """Attempt one lease; see `AttemptRunner.run`."""
         self._images_done = self._steps = 0
+        self._work_thread = threading.get_ident()
         self._attempt_id = lease.attempt_id
         try:
             return self._runner.run(lease)
@@ -141,7 +183,7 @@ class ShardWorker:
         """What the worker is doing now; answers while `run` is busy."""
         if self._attempt_id is None and self._timeline is not None:
             self._timeline.touch()
-        return WorkerStatus(self._attempt_id, self._images_done, self._steps)
+        return WorkerStatus(self._attempt_id, self._images_done, self._steps, waits_for_store())
 
     @ray.method(concurrency_group="status")
     def cancel(self, attempt_id: str) -> None:
@@ -150,16 +192,46 @@ class ShardWorker:
 
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:
-        """Close the books; the actor is killed afterwards."""
-        assert self._timeline is not None, "stopped before it was started"
+        """Close the books; the actor is killed afterwards. Works after a failed start, too."""
         if self._power is not None:
             self._power.stop()
-        self._timeline.close("idle")
+        if self._timeline is None:
+            return WorkerStopped(self.worker_id, ())
+        self._timeline.close("idle", last=True)
+        if self._life is not None:
+            self._life.release()
         power = self._power.take() if self._power is not None else ()
         return WorkerStopped(self.worker_id, self._timeline.take(), power)
 
+    @ray.method(concurrency_group="work")
+    def read_for(self, worker: WorkerEnvironment, seen_dead: bool) -> AccountRead:
+        """Read the devices of another worker of this host once it is gone, to close its account; without `start`.
+
+        Args:
+            worker: whose account it is.
+            seen_dead: its driver saw it end, or killed it; else its sign of life alone decides.
+        """
+        assert worker.opened is not None
+        gone = is_gone(life_path(self.config.output_url, worker.worker_id), GONE_TIMEOUT_S)
+        if gone is False:
+            return AccountRead(worker.worker_id, None, "its process still runs")
+        if gone is None and not seen_dead:
+            return AccountRead(worker.worker_id, None, "whether its process has ended cannot be seen here")
+        meter = self._open_meter(worker.gpus)
+        try:
+            if meter.boot_id != worker.opened.boot_id:
+                return AccountRead(worker.worker_id, None, "its host was started anew, or is another one")
+            return AccountRead(worker.worker_id, meter.read_afresh())
+        finally:
+            meter.close()
+
     def _on_step(self) -> None:
         self._steps += 1  # from any thread: one that is lost beside another does not matter
+
+    def _check_cancelled(self) -> None:
+        # a generator may report steps from threads of its own, which have nothing to unwind
+        if threading.get_ident() == self._work_thread:
+            self._on_images(self._images_done)
 
     def _on_images(self, images_done: int) -> None:
         self._images_done = images_done
@@ -186,13 +258,13 @@ def _limit_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _check_output_is_shared(store, config: WorkerConfig) -> None:
+def _check_output_is_shared(store: Store, config: WorkerConfig) -> None:
     try:
         job = json.loads(store.get(JOB_KEY))
     except NotFoundError as error:
-        raise InputError(
+        raise NodeError(
             f"{store.url}: node {socket.gethostname()} does not see the job's files there. Workers on several "
             "machines need an output they all share: s3://... or a network file system"
         ) from error
     if job["fingerprint"] != config.fingerprint:
-        raise InputError(f"{store.url}: holds another job ({job['fingerprint'][:12]})")
+        raise NodeError(f"{store.url}: holds another job ({job['fingerprint'][:12]})")

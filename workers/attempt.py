@@ -11,18 +11,26 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from millijoule.workers.encode import encode_png
-from millijoule.workers.errors import AlreadyExistsError, MillijouleError
+from millijoule.workers.errors import (
+    AlreadyExistsError,
+    MillijouleError,
+    NodeError,
+    RowError,
+    SickWorkerError,
+)
 from millijoule.workers.generator import Generator, ReportsSteps
 from millijoule.workers.lease import (
     AttemptResult,
     Calibration,
     Lease,
+    Suspect,
     WorkerConfig,
     commit_key,
     data_prefix,
@@ -44,13 +52,13 @@ MAX_ERROR_KINDS = 20
 #: Longest error text kept per row.
 MAX_ERROR_CHARS = 500
 
+#: A probe's rows have survived only if their process still works this long after them: a signal to another thread, or
+#: the host's out-of-memory killer, comes a moment after the request has returned.
+PROBE_LINGER_S = 1.0
+
 
 class AttemptCancelled(Exception):
     """The driver called this attempt off between two batches."""
-
-
-class SickWorkerError(RuntimeError):
-    """The generator fails on a request it has served before: the device, not a prompt, is at fault."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,15 @@ class Where:
     gpus: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """What became of one request. `suspect`: the failure is this worker's word alone, another has to confirm it."""
+
+    row: ImageRow
+    encoded: bytes | None
+    suspect: bool = False
+
+
 class AttemptRunner:
     """Runs leases one after another with one loaded generator.
 
@@ -74,6 +91,8 @@ class AttemptRunner:
         power: gives commits the power samples to carry; None: they carry none.
         on_step: called, from any thread, whenever an attempt got further: what keeps its lease during a long batch or
             upload. Never called while nothing moves.
+        check_cancelled: raises `AttemptCancelled` where the running attempt was called off; asked between batches, and
+            between the steps of a generator that reports them.
     """
 
     def __init__(
@@ -87,6 +106,7 @@ class AttemptRunner:
         on_images: Callable[[int], None],
         power: PowerSampler | None = None,
         on_step: Callable[[], None] = lambda: None,
+        check_cancelled: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.store = store
@@ -97,8 +117,9 @@ class AttemptRunner:
         self.on_images = on_images
         self.power = power
         self.on_step = on_step
+        self.check_cancelled = check_cancelled
         if isinstance(generator, ReportsSteps):
-            generator.on_step = on_step
+            generator.on_step = self._between_steps
         self.batch_size = config.batch_size or generator.info.batch_size
         self._served: ImageRequest | None = None
 
@@ -107,15 +128,15 @@ class AttemptRunner:
 
         Raises:
             StoreError: storage failed; nothing was committed by this attempt, or it cannot be known.
-            SickWorkerError: this worker must not be used again.
+            NodeError: this worker must not be used again; another node may do better.
         """
         self.timeline.close("idle")
         try:
-            if lease.probe_rows is not None:
-                self._probe(lease)
-                self.timeline.close("retry", lease.shard.shard_id, lease.attempt_id)
-                return AttemptResult(lease, "probed")
-            return self._attempt(lease)
+            if lease.writes:
+                return self._attempt(lease)
+            result = self._probe(lease) if lease.probe_rows is not None else self._confirm(lease)
+            self.timeline.close("retry", lease.shard.shard_id, lease.attempt_id)
+            return result
         except AttemptCancelled:
             self.timeline.close("loser", lease.shard.shard_id, lease.attempt_id)
             return AttemptResult(lease, "cancelled")
@@ -123,31 +144,79 @@ class AttemptRunner:
             self.timeline.close("retry", lease.shard.shard_id, lease.attempt_id)
             raise
 
-    def _probe(self, lease: Lease) -> None:
+    def _probe(self, lease: Lease) -> AttemptResult:
+        """Draw some rows. What they raise is no matter here: the question is whether the process survives them."""
         assert lease.probe_rows is not None
         rows = read_shard_rows(self.store, lease.shard)[slice(*lease.probe_rows)]
         done = 0
         for batch in batches(shard_requests(rows, self.config.job_seed), self.batch_size):
-            for _ in self._generate(batch):
-                done += 1
+            done += sum(1 for _ in self._generate(batch))
             self.on_images(done)
+        time.sleep(PROBE_LINGER_S)
+        self._check_health()
+        return AttemptResult(lease, "probed")
+
+    def _confirm(self, lease: Lease) -> AttemptResult:
+        """Draw suspects, each alone beside a healthy request; the first that can be drawn ends it.
+
+        Raises:
+            SickWorkerError: the healthy request fails here: this worker's word counts for nothing.
+        """
+        rows = read_shard_rows(self.store, lease.shard)
+        requests = {
+            (i, request.image_index): request
+            for i, row in enumerate(rows)
+            for request in shard_requests([row], self.config.job_seed)
+        }
+        healthy = self._served if lease.healthy is None else requests[lease.healthy]
+        confirmed: list[Suspect] = []
+        for suspect in lease.confirm:
+            self.check_cancelled()
+            if healthy is not None:
+                self._draw_healthy(healthy)
+            try:
+                draw(self.generator, [requests[suspect.row, suspect.image_index]])
+            except AttemptCancelled:
+                raise
+            except Exception as error:
+                confirmed.append(replace(suspect, reason=_reason(error)))
+            else:
+                return AttemptResult(lease, "contradicted", suspects=(suspect,))
+            self.on_step()
+        if healthy is not None:
+            self._draw_healthy(healthy)
+        return AttemptResult(lease, "confirmed", suspects=tuple(confirmed))
 
     def _attempt(self, lease: Lease) -> AttemptResult:
         shard, store = lease.shard, self.store
         t_start = time.time_ns()
         rows = read_shard_rows(store, shard)
-        with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
+        suspects: list[Suspect] = []
+        healthy: tuple[int, int] | None = None
+        row_of = {
+            (row.prompt_id, row.first_image_index + k): i
+            for i, row in enumerate(rows)
+            for k in range(row.num_images)
+        }
+        with _scratch_folder() as scratch:
             writer = open_writer(
-                self.config.output_format, Path(scratch), data_prefix(shard.shard_id, lease.attempt_id)
+                self.config.output_format, scratch, data_prefix(shard.shard_id, lease.attempt_id)
             )
             done = 0
             for batch in batches(self._wanted(rows, lease), self.batch_size):
-                for row, encoded in self._generate(batch):
-                    writer.add(row, encoded)
+                for drawn in self._generate(batch):
+                    writer.add(drawn.row, drawn.encoded)
                     done += 1
+                    request = drawn.row.request
+                    place = (row_of[request.prompt_id, request.image_index], request.image_index)
+                    if drawn.suspect:
+                        suspects.append(Suspect(*place, drawn.row.error or ""))
+                    elif drawn.encoded is not None:
+                        healthy = healthy or place
                 self.on_images(done)
-            for request in self._skipped(rows, lease):
-                writer.add(ImageRow(request, "quarantined", error=lease.skip_reason), None)
+            for i, reason in lease.quarantine:
+                for request in shard_requests([rows[i]], self.config.job_seed):
+                    writer.add(ImageRow(request, "quarantined", error=reason), None)
             written = writer.finish()
             files = tuple(f.as_data_file() for f in written.files)
             for f in written.files:
@@ -181,6 +250,8 @@ class AttemptRunner:
             device=self.where.device,
         )
         body = commit.to_json()
+        if suspects:
+            return AttemptResult(lease, "suspect", body, tuple(suspects), healthy)
         if not self.config.commits_exclusively:
             return AttemptResult(lease, "prepared", body)
         try:
@@ -211,21 +282,19 @@ class AttemptRunner:
             self.power.restore(commit.power)
 
     def _wanted(self, rows: Sequence[PlanRow], lease: Lease) -> list[ImageRequest]:
-        skip = set(lease.skip_rows)
+        skip = {i for i, _ in lease.quarantine}
         return shard_requests([r for i, r in enumerate(rows) if i not in skip], self.config.job_seed)
 
-    def _skipped(self, rows: Sequence[PlanRow], lease: Lease) -> list[ImageRequest]:
-        return shard_requests([rows[i] for i in lease.skip_rows], self.config.job_seed)
-
-    def _generate(self, batch: Sequence[ImageRequest]) -> Iterator[tuple[ImageRow, bytes | None]]:
-        """Images of `batch`, in order; a request the generator fails on is quarantined alone."""
+    def _generate(self, batch: Sequence[ImageRequest]) -> Iterator[_Drawn]:
+        """Images of `batch`, in order; a request the generator fails on stands alone, without an image."""
         info = self.generator.info
         for requests, outcome in isolate(self.generator, batch, self._check_health):
             self.on_step()
             if isinstance(outcome, Exception):
-                reason = f"{type(outcome).__name__}: {outcome}"[:MAX_ERROR_CHARS]
-                log.warning("%s: quarantined: %s", requests[0].source or requests[0].prompt_id, reason)
-                yield ImageRow(requests[0], "quarantined", error=reason), None
+                reason = _reason(outcome)
+                log.warning("%s: cannot be drawn: %s", requests[0].source or requests[0].prompt_id, reason)
+                row = ImageRow(requests[0], "quarantined", error=reason)
+                yield _Drawn(row, None, suspect=not isinstance(outcome, RowError))
                 continue
             images, warnings = outcome
             for request, image, words in zip(requests, images, warnings, strict=True):
@@ -241,12 +310,10 @@ class AttemptRunner:
                     model_sha256=info.sha256,
                 )
                 self.on_step()
-                yield (
-                    ImageRow(
-                        request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
-                    ),
-                    encoded,
+                row = ImageRow(
+                    request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
                 )
+                yield _Drawn(row, encoded)
             self._served = requests[0]
             self.timeline.touch()
 
@@ -255,9 +322,9 @@ class AttemptRunner:
         self.timeline.close("idle")
         began, size, images = time.monotonic(), 0, 0
         for batch in batches(requests, self.batch_size):
-            for _, encoded in self._generate(batch):
-                if encoded is not None:
-                    size, images = size + len(encoded), images + 1
+            for drawn in self._generate(batch):
+                if drawn.encoded is not None:
+                    size, images = size + len(drawn.encoded), images + 1
         seconds = time.monotonic() - began
         segment = self.timeline.close("warmup")
         return Calibration(
@@ -276,34 +343,80 @@ class AttemptRunner:
         return None if unread else segment_energy_mj(segment)
 
     def warm_up(self, request: ImageRequest) -> None:
-        """Draw one image, so that the first shard does not pay for start-up; remembered as the health check."""
-        self.generator.generate([request])
+        """Draw one image, so that the first shard does not pay for start-up; remembered as the health check.
+
+        Raises:
+            SickWorkerError: it cannot be drawn.
+        """
+        try:
+            draw(self.generator, [request])
+        except Exception as error:
+            raise SickWorkerError(f"the generator does not work on this device: {_reason(error)}") from error
         self._served = request
 
+    def _between_steps(self) -> None:
+        self.on_step()
+        self.check_cancelled()
+
     def _check_health(self) -> None:
-        if self._served is None:
-            return
+        if self._served is not None:
+            self._draw_healthy(self._served)
+
+    def _draw_healthy(self, request: ImageRequest) -> None:
         try:
-            self.generator.generate([self._served])
+            draw(self.generator, [request])
+        except AttemptCancelled:
+            raise
         except Exception as error:
-            raise SickWorkerError(f"the generator no longer works on this device: {error}") from error
+            raise SickWorkerError(
+                f"the generator no longer works on this device: {_reason(error)}"
+            ) from error
 
 
-Outcome = Exception | tuple[np.ndarray, Sequence[tuple[str, ...]]]
+Images = tuple[np.ndarray, Sequence[tuple[str, ...]]]
+Outcome = Exception | Images
+
+
+def draw(generator: Generator, requests: Sequence[ImageRequest]) -> Images:
+    """Images of `requests`, uint8 `[batch, height, width, 3]`, and each one's warnings.
+
+    Raises:
+        ValueError: the generator returned something else.
+        Exception: what the generator raises.
+    """
+    out = generator.generate(requests)
+    images, n = out.images, len(requests)
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+        raise ValueError(f"the generator returned images as {kind}, not as an array of uint8")
+    if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
+        raise ValueError(
+            f"the generator returned images of shape {images.shape}, not [{n}, height, width, 3]"
+        )
+    if len(images) != n:
+        raise ValueError(f"the generator returned {len(images)} images for {n} requests")
+    warnings = out.warnings or tuple(() for _ in requests)
+    if len(warnings) != n:
+        raise ValueError(f"the generator returned warnings for {len(warnings)} images of {n}")
+    return images, warnings
 
 
 def isolate(
     generator: Generator, batch: Sequence[ImageRequest], check_health: Callable[[], None]
 ) -> Iterator[tuple[Sequence[ImageRequest], Outcome]]:
-    """Generate `batch`; where that raises, halve until the failing requests stand alone.
+    """Generate `batch`; where that fails, halve until the failing requests stand alone.
 
     Yields `(requests, (images, warnings))` for parts that worked, `([request], error)` for one that did not.
-    `check_health` is called after each failure and may raise to say that no request is to blame.
+    `check_health` is called after each failure that the generator does not put down to a request itself, and may raise
+    to say that no request is to blame.
     """
     try:
-        out = generator.generate(batch)
+        images = draw(generator, batch)
+    except AttemptCancelled:
+        raise
     except Exception as error:
-        check_health()
+        if not isinstance(error, RowError):
+            check_health()
         if len(batch) == 1:
             yield batch, error
             return
@@ -311,13 +424,30 @@ def isolate(
         yield from isolate(generator, batch[:middle], check_health)
         yield from isolate(generator, batch[middle:], check_health)
         return
-    yield batch, (out.images, out.warnings or tuple(() for _ in batch))
+    yield batch, images
 
 
 def batches(requests: Sequence[ImageRequest], size: int) -> Iterator[Sequence[ImageRequest]]:
     """Consecutive slices of at most `size` requests."""
     for start in range(0, len(requests), size):
         yield requests[start : start + size]
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A folder for one attempt's files. No room, or no right to write there, is this node's fault."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise NodeError(
+            f"scratch folder {error.filename or ''}: {error.strerror or error}; free space there, or set TMPDIR to "
+            "another folder on this node"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARS]
 
 
 def _top_errors(errors: Counter[str]) -> dict[str, int]:

@@ -90,19 +90,22 @@ class BookedState:
         return 0 <= now_ns - self.last_try_ns(domain) < spacing_ns
 
 
+def shared_folder() -> Path:
+    """Where processes of one host meet: shared memory, else the temporary folder."""
+    shm = Path("/dev/shm")
+    return shm if os.access(shm, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+
+
 class CounterBook:
     """Access to the shared state; falls back to a private one where no file can be shared.
 
     Args:
         boot_id: of the host; names the file.
-        directory: where the file lives, default shared memory, else the temporary folder.
+        directory: where the file lives, default `shared_folder`.
     """
 
     def __init__(self, boot_id: str, directory: Path | None = None) -> None:
-        if directory is None:
-            shm = Path("/dev/shm")
-            directory = shm if os.access(shm, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-        self.path = directory / f"millijoule-{os.getuid()}-{boot_id}.json"
+        self.path = (directory or shared_folder()) / f"millijoule-{os.getuid()}-{boot_id}.json"
         self._state = BookedState()
         self._stored = b""  # what the file held when we locked it
         self._file: int | None = None

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generator import (
     GeneratedBatch,
     GeneratorInfo,
@@ -290,11 +290,9 @@ class DiffusersGenerator:
     def _check(self, request: ImageRequest) -> None:
         width, height = request.width or self.info.width, request.height or self.info.height
         if "width" not in self.arguments and (width, height) != (self.info.width, self.info.height):
-            raise InputError(
-                f"{width}x{height}: this model makes {self.info.width}x{self.info.height} pixels"
-            )
+            raise RowError(f"{width}x{height}: this model makes {self.info.width}x{self.info.height} pixels")
         if width % self.scale or height % self.scale:
-            raise InputError(f"{width}x{height}: this model needs sides that are multiples of {self.scale}")
+            raise RowError(f"{width}x{height}: this model needs sides that are multiples of {self.scale}")
 
     def _warnings(self, request: ImageRequest) -> tuple[str, ...]:
         """What of the request the model cannot read or does not use."""

@@ -1,4 +1,4 @@
-"""What a worker says about itself once it has started: its place, its device, its software.
+"""What a worker says about itself before and once it has started: its place, its device, its software.
 
 Asked of the libraries the worker uses anyway; nothing is imported for it. What they do not say is None.
 """
@@ -12,21 +12,22 @@ from pathlib import Path
 
 from millijoule.workers.attempt import Where
 from millijoule.workers.meter import CounterMeter
-from millijoule.workers.schemas import WorkerEnvironment
+from millijoule.workers.schemas import CounterRead, WorkerEnvironment
 
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe_worker(
-    where: Where, driver_epoch: int, assigned_gpus: Sequence[str], meter: CounterMeter
+    where: Where, driver_epoch: int, assigned_gpus: Sequence[str], meter: CounterMeter, opened: CounterRead
 ) -> WorkerEnvironment:
-    """The environment of a worker whose model is loaded.
+    """The environment of a worker; before its model is loaded, what the framework knows is not in it.
 
     Args:
         where: the worker's place.
         driver_epoch: the run of the job that started it.
         assigned_gpus: as `CUDA_VISIBLE_DEVICES` lists them; empty on a CPU worker.
         meter: the worker's own.
+        opened: the worker's first read.
     """
     torch = sys.modules.get("torch")
     name: str | None
@@ -48,6 +49,7 @@ def describe_worker(
         python_version=platform.python_version(),
         torch_version=str(torch.__version__) if torch else None,
         energy_method=meter.method,
+        opened=opened,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from millijoule.workers.schemas import PowerTrace, Segment
+from millijoule.workers.schemas import CounterRead, PowerTrace, Segment
 from millijoule.workers.shard_rows import Shard
 
 
@@ -59,19 +59,37 @@ class WorkerConfig:
 
 
 @dataclass(frozen=True)
+class Suspect:
+    """An image that one worker failed to draw although it draws others; `row` counts within the shard's plan rows."""
+
+    row: int
+    image_index: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Lease:
     """The right to attempt one shard until the coordinator takes it back. Correctness never depends on it.
 
-    A lease with `probe_rows` asks only whether these plan rows `[start, stop)` can be generated at all: nothing
-    is written. `skip_rows` are plan rows to quarantine unseen, for the reason given.
+    Attributes:
+        probe_rows: the lease asks only whether these plan rows `[start, stop)` can be generated at all; nothing is written.
+        confirm: the lease asks only whether these images fail here, too, each alone beside a healthy request.
+        healthy: (row, image index) of an image that the other worker drew; None: it drew none of this shard.
+        quarantine: (row, reason) of plan rows to quarantine unseen.
     """
 
     shard: Shard
     attempt_id: str
     worker_id: str
     probe_rows: tuple[int, int] | None = None
-    skip_rows: tuple[int, ...] = ()
-    skip_reason: str = ""
+    confirm: tuple[Suspect, ...] = ()
+    healthy: tuple[int, int] | None = None
+    quarantine: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def writes(self) -> bool:
+        """Whether the attempt makes the shard, instead of asking a question about it."""
+        return self.probe_rows is None and not self.confirm
 
 
 @dataclass(frozen=True)
@@ -99,26 +117,34 @@ class WorkerStatus:
     """Progress of the running attempt.
 
     `images_done` grows as batches finish; `steps` whenever the attempt got further at all: a step of a batch, an image
-    encoded, a part of a file stored.
+    encoded, a part of a file stored. `waits_for_store`: storage has just failed, and the worker repeats its request.
     """
 
     attempt_id: str | None
     images_done: int
     steps: int = 0
+    waits_for_store: bool = False
 
 
 @dataclass(frozen=True)
 class AttemptResult:
     """How one lease ended.
 
-    `outcome` is "committed"; "exists" (another attempt's commit was first; ours is waste); "prepared" (data is in
-    place, the driver must write `commit_json` under the shard's key); "probed" (the probe's rows survived); or
-    "cancelled" (the driver said that another attempt has won). `commit_json` is the commit that now stands for the shard, the other attempt's for "exists".
+    Attributes:
+        outcome: "committed"; "exists" (another attempt's commit was first; ours is waste); "prepared" (data is in place,
+            the driver must write `commit_json` under the shard's key); "suspect" (the same, but only once another worker
+            fails on `suspects`, too: the commit has them quarantined); "probed" (the probe's rows survived); "confirmed"
+            (all of the lease's suspects failed here, too); "contradicted" (one of them did not); or "cancelled" (the
+            driver said that another attempt has won).
+        commit_json: the commit that now stands for the shard, the other attempt's for "exists"; or that is to stand.
+        healthy: (row, image index) of an image that was drawn beside the suspects.
     """
 
     lease: Lease
     outcome: str
     commit_json: bytes | None = None
+    suspects: tuple[Suspect, ...] = ()
+    healthy: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +154,15 @@ class WorkerStopped:
     worker_id: str
     segments: tuple[Segment, ...]
     power: tuple[PowerTrace, ...] = ()
+
+
+@dataclass(frozen=True)
+class AccountRead:
+    """What a node reads for a worker that is gone: its devices' counters, or why there is nothing to be read."""
+
+    worker_id: str
+    read: CounterRead | None
+    reason: str = ""
 
 
 @dataclass(frozen=True)

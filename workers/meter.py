@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 STALL_AFTER_NS = 5_000_000_000
 #: How often `watch` looks at a device, whoever of the host's workers comes first in a period.
 WATCH_PERIOD_NS = 1_000_000_000
+#: Between two tries of `read_afresh`.
+FRESH_POLL_S = 0.02
 #: Assumed power of one busy CPU core with its share of caches and memory, for the estimate. An assumption, not a
 #: measurement: server cores lie between about 2 and 15 W.
 WATTS_PER_CORE = 10
@@ -67,6 +69,10 @@ class EnergyMeter(Protocol):
 
     def read(self) -> CounterRead:
         """Read everything now. Domains that fail are absent; never raises for them."""
+        ...
+
+    def read_afresh(self) -> CounterRead:
+        """The same, waiting until no value is older than the call."""
         ...
 
     def close(self) -> None: ...
@@ -157,6 +163,22 @@ class CounterMeter:
             epoch=self._epoch,
             wrap_epoch=self._wrap_epoch,
         )
+
+    def read_afresh(self) -> CounterRead:
+        """A read whose every value was sampled after this call began: for the end of an account, after which nobody reads.
+
+        Waits until the devices may be read again (`min_spacing_ns`); a device that fails is absent, as in `read`.
+        """
+        asked_ns = self.clock_ns()
+        deadline_ns = asked_ns + 2 * max((c.min_spacing_ns for c in self.counters), default=0)
+        while True:
+            read = self.read()
+            with self._state() as state:
+                tries = [state.last_try_ns(c.domain) for c in self.counters] if state else []
+            now_ns = self.clock_ns()
+            if (state and all(t >= asked_ns for t in tries)) or now_ns >= deadline_ns:
+                return read
+            time.sleep(FRESH_POLL_S)
 
     def watch(self) -> dict[str, PowerSample]:
         """Look after the devices nobody looked after in their period; call about once per `WATCH_PERIOD_NS`.

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from millijoule.kernels.oscillator import Coupling, quantize_coupling, quantize_drive, relax
 from millijoule.kernels.phase import AMPLITUDE, TURN, random_phases, sin_cos
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generator import GeneratedBatch, GeneratorInfo, read_safetensors_header
 from millijoule.workers.oscillator_model import (
     COUPLINGS,
@@ -240,11 +240,9 @@ class OscillatorGenerator:
         size = self.config.image_size
         for r in requests:
             if (r.width or size, r.height or size) != (size, size):
-                raise InputError(
-                    f"{r.width or size}x{r.height or size}: this model makes {size}x{size} pixels"
-                )
+                raise RowError(f"{r.width or size}x{r.height or size}: this model makes {size}x{size} pixels")
             if not MIN_STEPS <= (r.num_inference_steps or self.config.steps) <= MAX_STEPS:
-                raise InputError(
+                raise RowError(
                     f"num_inference_steps {r.num_inference_steps}: this model takes {MIN_STEPS} to {MAX_STEPS}"
                 )
 

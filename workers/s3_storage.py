@@ -28,6 +28,7 @@ from botocore.parsers import ResponseParserError
 
 from millijoule.workers.errors import AlreadyExistsError, NotFoundError, StoreError
 from millijoule.workers.storage import ObjectInfo, TemporaryObject, check_key, check_prefix
+from millijoule.workers.store_trouble import note_failure
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ RETRY_FOR_S = 60.0
 #: Wait before repeat n is half to all of min(BACKOFF_FIRST_S * 2**n, BACKOFF_MAX_S).
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 8.0
+#: Of the repeats of one request, the first few are logged, then one in so many: a minute of them.
+FIRST_TRIES_LOGGED = 6
+LATER_TRIES_LOGGED = 10
 #: A server that is silent this long (seconds) will not answer; single requests carry at most PART_BYTES.
 REQUEST_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
@@ -182,9 +186,11 @@ class _Patience:
         self._tries += 1
         if time.monotonic() + pause > self._deadline:
             return False
-        logger.warning(
-            "%s failed (%s); try %d follows in %.1f s", self._what, failure, self._tries + 1, pause
-        )
+        note_failure()
+        if self._tries <= FIRST_TRIES_LOGGED or self._tries % LATER_TRIES_LOGGED == 0:
+            logger.warning(
+                "%s failed (%s); try %d follows in %.1f s", self._what, failure, self._tries + 1, pause
+            )
         time.sleep(pause)
         return True
 

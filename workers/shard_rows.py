@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from millijoule.workers.errors import StoreError
+from millijoule.workers.errors import DamagedError
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA, ImageRequest
 from millijoule.workers.storage import Store
 
@@ -68,21 +68,21 @@ def read_shard_rows(store: Store, shard: Shard) -> list[PlanRow]:
 
     Raises:
         NotFoundError: the plan part is gone.
-        StoreError: the part cannot be read, or holds other rows than the plan's index says.
+        DamagedError: the part cannot be read, or holds other rows than the plan's index says.
     """
     where = f"{store.url}/{shard.key}, row group {shard.row_group}"
     with store.open_input(shard.key) as file:
         try:
             table = pq.ParquetFile(file).read_row_group(shard.row_group, use_threads=False)
         except (pa.ArrowException, IndexError, OSError) as error:
-            raise StoreError(
+            raise DamagedError(
                 f"{where}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
                 "delete this output's _job folder and start again"
             ) from error
     names = [*PLAN_ROW_SCHEMA.names, *({"first_image_index"} & set(table.column_names))]
     columns = [table[name].to_pylist() for name in names]
     if rows_digest(table["prompt_id"], table["num_images"]) != shard.rows_sha256:
-        raise StoreError(
+        raise DamagedError(
             f"{where}: other rows than the plan's index says for shard {shard.shard_id}; the plan was overwritten or "
             "is damaged"
         )

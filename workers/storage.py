@@ -11,12 +11,13 @@ import ctypes
 import errno
 import glob
 import logging
+import math
 import os
 import re
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
@@ -152,10 +153,11 @@ class Store(Protocol):
         ...
 
 
-def open_store(url: str, s3: S3Settings | None = None) -> Store:
+def open_store(url: str, s3: S3Settings | None = None, *, patient: bool = False) -> Store:
     """Open a folder ("out", "/data/out", "file:///data/out") or an S3 prefix ("s3://bucket/prefix").
 
-    Nothing is contacted or created yet. `s3` defaults to what the AWS_* environment variables say.
+    Nothing is contacted or created yet. `s3` defaults to what the AWS_* environment variables say. A `patient` store
+    repeats what fails in passing for as long as it takes: for a job at work, which has nothing better to do than wait.
 
     Raises:
         InputError: neither a path nor an s3:// URL.
@@ -167,7 +169,10 @@ def open_store(url: str, s3: S3Settings | None = None) -> Store:
         )  # here, since s3fs takes 0.5 s to import
 
         bucket, prefix = split_s3_url(url)
-        return S3Store(bucket, prefix, s3 or S3Settings.from_environment())
+        settings = s3 or S3Settings.from_environment()
+        if patient:
+            settings = replace(settings, retry_for_s=math.inf)
+        return S3Store(bucket, prefix, settings)
     return LocalStore(_local_path(url))
 
 

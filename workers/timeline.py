@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from millijoule.workers.schemas import SEGMENT_CLASSES, Segment
+from millijoule.workers.schemas import SEGMENT_CLASSES, CounterRead, Segment
 
 if TYPE_CHECKING:
     from millijoule.workers.meter import EnergyMeter
@@ -31,17 +31,29 @@ class SegmentTimeline:
         self._closed: list[Segment] = []
         self._touched = time.monotonic()
 
+    @property
+    def last_read(self) -> CounterRead:
+        """The read that the next segment begins with."""
+        return self._open
+
     def close(
-        self, segment_class: str, shard_id: int | None = None, attempt_id: str | None = None
+        self,
+        segment_class: str,
+        shard_id: int | None = None,
+        attempt_id: str | None = None,
+        *,
+        last: bool = False,
     ) -> Segment:
         """Read the meter: what went on since the last read was `segment_class`; the next segment begins.
+
+        With `last` nothing follows, so the meter is read afresh.
 
         Raises:
             ValueError: `segment_class` is not one of `SEGMENT_CLASSES`.
         """
         if segment_class not in SEGMENT_CLASSES:
             raise ValueError(f"segment class {segment_class!r}: use one of {', '.join(SEGMENT_CLASSES)}")
-        read = self.meter.read()
+        read = self.meter.read_afresh() if last else self.meter.read()
         segment = Segment(self.worker_id, segment_class, self._open, read, shard_id, attempt_id)
         self._open = read
         self._closed.append(segment)

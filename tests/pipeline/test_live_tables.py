@@ -29,6 +29,7 @@ from millijoule.pipeline.query import CLOSURE_QUERIES, open_tables, run_query
 from millijoule.pipeline.retry import load_job_shards
 from millijoule.pipeline.run import JobRun, PlannedJob
 from millijoule.workers.errors import StoreError
+from millijoule.workers.lease import WorkerStopped
 from millijoule.workers.schemas import BOOK_EPOCHS, PowerSample, PowerTrace
 from millijoule.workers.storage import open_store
 
@@ -214,8 +215,9 @@ def test_a_driver_writes_power_that_no_commit_carries(tmp_path):
     store, job = plan(tmp_path, ["a cat"])
     planned = PlannedJob(job, load_job_shards(store, job), exclusive=True)
     driver = JobRun(store, planned, PoolOptions(1, 1, 1.0, 0.0, {}), None, lease_s=60.0, speculate=False)
-    driver.uncommitted("w1", tuple(chain([read(0, 0), read(5, 9)], ["idle"])), (trace(1, 2),))
+    driver.stopped(WorkerStopped("w1", tuple(chain([read(0, 0), read(5, 9)], ["idle"])), (trace(1, 2),)))
     driver._flush()
+    driver._writer.close()
     assert read_live_table(store, "power")["power_instant_mw"].to_pylist() == [1000, 2000]
 
 

@@ -112,7 +112,7 @@ def test_what_a_worker_did_after_its_last_commit_is_in_the_tables(worker, monkey
     made._power.look()
     time.sleep(MIN_READ_SPACING_NS / SECOND)  # until then the last value stands
     stopped = made.stop()
-    driver.uncommitted(stopped.worker_id, stopped.segments, stopped.power)
+    driver.stopped(stopped)
     with pytest.raises(StopIteration):
         driver.run(on_tick=lambda: next(iter(())))  # flushes on its way out
 
@@ -147,7 +147,7 @@ def test_without_telemetry_nothing_is_opened_and_energy_is_missing(worker):
     made.run(driver.coordinator.next_lease("w1", 0.0))
     stopped = made.stop()
     assert stopped.power == ()
-    driver.uncommitted(stopped.worker_id, stopped.segments, stopped.power)
+    driver.stopped(stopped)
     with pytest.raises(StopIteration):
         driver.run(on_tick=lambda: next(iter(())))
     assert list(store.list("energy/")) == []
