@@ -490,7 +490,10 @@ class WorkerPool:
         if place.node_id:
             if self.coordinator.progress > progress:  # a search was narrowed
                 self.nodes.worked(place.node_id)
-            self.nodes.death(place.node_id, place.host, reason, now)
+            if worker.ready is None:  # no row can have done that
+                self.nodes.fault(place.node_id, place.host, reason, now)
+            else:
+                self.nodes.death(place.node_id, place.host, reason, now)
             return
         self._unplaced_deaths += 1
         pause = min(UNPLACED_PAUSE_MOST_S, 0.5 * 2 ** (self._unplaced_deaths - 1))
