@@ -132,17 +132,18 @@ def _end_of(
     if (
         not domains
     ):  # nothing could be read from the beginning: no account, but a worker whose energy is missing
-        return (AccountGap(moment) if chain.first is chain.last else None), []
+        return (AccountGap(moment) if chain.first is last else None), []
     read = _closing_read(own, last, closing)
     if isinstance(read, str):
         unknown, end = dict.fromkeys(domains, read), moment
-    elif not _is_before(last, read):
-        return None, []
     else:
         unknown = {d: why for d in domains if (why := _broken(last, read, d))}
         kept = {d: mj for d, mj in read.energy_mj.items() if d in chain.domains}
         estimate = read.estimate_mj if closing is not None and closing.by == own.worker_id else None
         end = Segment(own.worker_id, "gap", last, replace(read, energy_mj=kept, estimate_mj=estimate))
+        if not unknown and not _is_before(last, read) and kept.keys() <= last.energy_mj.keys():
+            # nothing to add; but a worker that recorded nothing was there all the same
+            return (AccountGap(replace(moment, close=last)) if chain.first is last else None), []
     by_reason: dict[str, list[str]] = defaultdict(list)
     for domain, why in unknown.items():
         by_reason[why].append(domain)
