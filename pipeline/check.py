@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from millijoule.pipeline.account_gaps import utc_text
 from millijoule.pipeline.commits import READ_THREADS, list_committed, read_commits
 from millijoule.pipeline.energy_tables import compare_energy_tables
 from millijoule.pipeline.finish import MANIFEST_SCHEMA, load_ledger, manifest_tables
@@ -33,13 +34,18 @@ _KEY = ("prompt_id", "image_index", "prompt", "seed")
 
 
 def check_output(
-    store: Store, *, images: bool = True, on_shard: Callable[[int, int], None] = lambda done, total: None
+    store: Store,
+    *,
+    images: bool = True,
+    on_shard: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[str]:
     """Every difference between an output and its plan, as a message; none at all for a sound, complete output.
 
     Args:
         images: also re-read every data file and image and compare hashes; False trusts sizes.
         on_shard: called with (checked, total) for progress.
+        on_note: called with what is no difference but must be known: whose energy nobody read to the end.
 
     Raises:
         InputError: there is no job in this output.
@@ -61,6 +67,8 @@ def check_output(
     if done.all():
         uncommitted = read_uncommitted(store)
         ledger = load_ledger(store, len(index), uncommitted)
+        for account in ledger.unclosed:
+            on_note(f"energy is missing from {utc_text(account.since_wall_ns)} on: {account}")
         yield from _check_manifest(store, job, index, ledger)
         yield from compare_energy_tables(
             store, job, ledger, lambda: read_commits(store, len(index)), uncommitted

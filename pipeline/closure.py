@@ -1,6 +1,7 @@
 """Does the ledger close? Six checks, and the evidence class that follows from them.
 
     C1  per counter (boot, epoch, domain): segments and gaps = the counter's growth           exact
+        per account that nobody closed: cannot be made, so it does not hold for the job
     C2  per job: energy of images + everything no image used = segments and gaps              exact
         per job: full energies of all images = everything used while the job ran              exact
     C3  per node: its devices and the declared rest = the node's own meter                    tolerance
@@ -189,9 +190,14 @@ def _counters(ledger: Ledger) -> list[ClosureRow]:
             held[read.boot_id, read.epoch_of(domain), domain] += mj or 0
     for gap in ledger.gaps:
         held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
+    open_ends = [
+        ClosureRow("C1", f"{u.worker_id} {device}", None, None, 0.0, None, f"account not closed: {u.reason}")
+        for u in ledger.unclosed
+        for device in u.devices
+    ]
     if not stretches:
-        return [ClosureRow("C1", "counter", None, None, 0.0, None, "no counter was read")]
-    return [
+        return [ClosureRow("C1", "counter", None, None, 0.0, None, "no counter was read"), *open_ends]
+    return open_ends + [
         _exact(
             *("C1", f"{key[2]} boot {key[0]} epoch {key[1]}", grown[key], held[key]),
             f"stretches without a reset: {stretches[key]}"

@@ -64,8 +64,14 @@ class EnergyResult:
     evidence_class: str
 
     def passed(self, check: str) -> bool | None:
-        """Whether `check` holds wherever it could be made; None where it could not be made at all."""
-        made = [r.passed for r in self.closure if r.check == check and r.passed is not None]
+        """Whether `check` holds wherever it could be made; None where it could not be made at all.
+
+        C1 must be made everywhere: it is None where an account of devices was not closed.
+        """
+        verdicts = [r.passed for r in self.closure if r.check == check]
+        made = [passed for passed in verdicts if passed is not None]
+        if check == "C1" and all(made) and len(made) < len(verdicts):
+            return None
         return all(made) if made else None
 
 

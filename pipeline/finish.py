@@ -156,6 +156,8 @@ def _write_energy(
     for row in energy.closure:
         if row.passed is False:
             log.warning("energy ledger: %s", row)
+    for account in ledger.unclosed:
+        log.warning("energy ledger: missing from then on: %s", account)
     return energy
 
 
@@ -237,7 +239,7 @@ def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]
 
 
 def load_ledger(store: Store, n_shards: int, uncommitted: Uncommitted | None = None) -> Ledger:
-    """The energy ledger over every segment that commits and drivers recorded; `uncommitted` where it was read."""
+    """The energy ledger over all that commits, drivers and workers recorded; `uncommitted` where it was read."""
     uncommitted = uncommitted or read_uncommitted(store)
     segments = PackedSegments(uncommitted.segments)
     devices = held_devices(uncommitted.workers, ())
@@ -250,7 +252,7 @@ def load_ledger(store: Store, n_shards: int, uncommitted: Uncommitted | None = N
             raise StoreError(f"{store.url}/{key}: a segment has a number that is none: {error}") from error
         winners[commit.shard_id] = commit.attempt_id
         devices.setdefault(commit.worker_id, (commit.device,))
-    return build_ledger(segments, winners, devices)
+    return build_ledger(segments, winners, devices, uncommitted.workers, uncommitted.closings)
 
 
 def summarise(job: JobSpec, totals: Totals, ledger: Ledger, tables: EnergyResult) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The energy ledger: from the segments that workers recorded to who used what, to the millijoule.
 
-In go the segments of all commits and drivers, in any order, possibly twice; out come one entry per segment, the
-energy nobody can be charged with ("gap", and "off" between two runs of a job), and totals.
+In go the segments of all commits and drivers, in any order, possibly twice, and what is known of when each worker's
+account of its devices began and ended (`pipeline.account_gaps`); out come one entry per segment and per stretch of an account
+that nobody recorded, the energy nobody can be charged with ("gap", and "off" between two runs of a job), and totals.
 For every counter (boot, epoch, domain) the entries and gaps add up to its last reading minus its first, exactly:
 
     C1   sum(segments) + sum(gaps) = sum over runs of (last reading - first reading)    per boot, epoch and domain
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, overload
 
+from millijoule.pipeline.account_gaps import Unclosed, account_gaps
 from millijoule.pipeline.apportionment import (
     Claim,
     Reading,
@@ -30,7 +32,15 @@ from millijoule.pipeline.apportionment import (
 )
 from millijoule.pipeline.packed_segments import PackedSegments, SegmentSelection
 from millijoule.workers.own_devices import unread_domains
-from millijoule.workers.schemas import BOOK_EPOCHS, SEGMENT_CLASSES, CounterRead, Segment, wraps
+from millijoule.workers.schemas import (
+    BOOK_EPOCHS,
+    SEGMENT_CLASSES,
+    CounterRead,
+    Segment,
+    WorkerClosing,
+    WorkerEnvironment,
+    wraps,
+)
 from millijoule.workers.timeline import segment_estimate_mj
 
 #: Stands for None where shares are kept as numbers; no share is negative.
@@ -89,19 +99,21 @@ class LedgerRun:
 class Ledger:
     """All entries in order of time, and what is left over. Built by `build_ledger`.
 
-    `unread` has, by worker, the domains of its own devices that it never read though it read others.
+    `unread` has, by worker, the domains of its own devices that it never read though it read others; `unclosed` the
+    workers whose accounts have no end.
     """
 
     entries: Sequence[LedgerEntry]
     gaps: tuple[LedgerGap, ...]
     runs: tuple[LedgerRun, ...]
     unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unclosed: tuple[Unclosed, ...] = ()
     _shards: Mapping[tuple[int | None, str | None], int | None] = field(repr=False, default_factory=dict)
 
     @property
     def complete(self) -> bool:
         """Whether something was measured and nothing is missing: only then does a total mean what it says."""
-        return bool(self.entries) and not any(e.lost for e in self.entries)
+        return bool(self.entries) and not self.unclosed and not any(e.lost for e in self.entries)
 
     def read_domains(self, entry: LedgerEntry) -> list[str]:
         """Every domain that the worker of `entry` ever read."""
@@ -132,6 +144,7 @@ class Ledger:
         total_mj = measured.total() - measured["off"] if self.complete else None
         return {
             "complete": self.complete,
+            "unclosed": [u.as_record() for u in self.unclosed],
             "domains": sorted({r.domain for r in self.runs}),
             "total_mj": total_mj,
             "shard_mj": shard_mj,
@@ -150,8 +163,10 @@ def build_ledger(
     segments: Iterable[Segment],
     winners: Mapping[int, str] | None = None,
     devices: Mapping[str, Sequence[str]] | None = None,
+    environments: Mapping[str, WorkerEnvironment] | None = None,
+    closings: Mapping[str, WorkerClosing] | None = None,
 ) -> Ledger:
-    """Account for `segments`.
+    """Account for `segments`, and for what lies between them.
 
     Workers that read the same counter at the same time share it equally; see `split_counter`. A segment that was
     reported twice counts once. A wrapping counter that was followed in two books at once (containers that do not share
@@ -159,13 +174,22 @@ def build_ledger(
     would count the package twice. Its workers' shares of it are not known.
 
     Args:
-        segments: in any order.
+        segments: in any order. `PackedSegments` are taken over: gaps are added to them.
         winners: attempt id of each committed shard; a "shard" segment of any other attempt is booked as "loser".
             Without it the recorded classes stand.
         devices: what each worker held, by worker id (UUIDs of GPUs, or "cpu"), as far as known: their counters
             belong to a complete measurement.
+        environments: of the workers, by worker id: those that state an opening read owe an account.
+        closings: how these accounts ended, by worker id.
     """
-    unique = _deduplicate(segments)
+    packed = segments if isinstance(segments, PackedSegments) else PackedSegments(segments)
+    recorded = _deduplicate(packed)
+    account, unclosed = account_gaps(SegmentSelection(packed, recorded), environments or {}, closings or {})
+    unknown = {len(packed) + i: gap.unknown for i, gap in enumerate(account) if gap.unknown}
+    packed.extend(gap.segment for gap in account)
+    numbers = packed.in_order([*recorded, *range(len(packed) - len(account), len(packed))])
+    unique: Sequence[Segment] = SegmentSelection(packed, numbers)
+    unknown = {place: unknown[n] for place, n in enumerate(numbers.tolist()) if n in unknown}
     found: dict[str, set[str]] = defaultdict(set)
     spans: dict[_Book, _Span] = {}
     for s in unique:
@@ -187,10 +211,12 @@ def build_ledger(
     entries = _Entries(unique, domains, winners)
     gaps: list[LedgerGap] = []
     runs: list[LedgerRun] = []
-    for scale, wrapping, numbers in _by_scale(unique):
-        for domain in sorted({d for n in numbers for d in entries.domains_of[n] if wraps(d) == wrapping}):
+    for scale, wrapping, at in _by_scale(unique):
+        for domain in sorted({d for n in at for d in entries.domains_of[n] if wraps(d) == wrapping}):
             claims = [
-                (n, _claim(unique[n], scale, domain)) for n in numbers if domain in entries.domains_of[n]
+                (n, _claim(unique[n], scale, domain, domain in unknown.get(n, ())))
+                for n in at
+                if domain in entries.domains_of[n]
             ]
             split = split_counter([claim for _, claim in claims])
             gaps.extend(
@@ -200,9 +226,8 @@ def build_ledger(
             runs.extend(LedgerRun(*scale, domain, run) for run in split.runs)
             for (n, claim), share in zip(claims, split.shares, strict=True):
                 entries.set_share(n, domain, share)
-                if share is None and not (
-                    _on_one_scale(unique[n], domain) and split.covers(claim.t_open_ns, claim.t_close_ns)
-                ):
+                known = split.covers(claim.t_open_ns, claim.t_close_ns) and _on_one_scale(unique[n], domain)
+                if domain in unknown.get(n, ()) or (share is None and not known):
                     entries.lost[n] = True
 
     parts: dict[tuple[int | None, str | None], int | None] = {}
@@ -210,7 +235,7 @@ def build_ledger(
         if entry.segment.segment_class == "shard":
             key = entry.segment.shard_id, entry.segment.attempt_id
             parts[key] = sum_or_none((parts[key], entry.total_mj)) if key in parts else entry.total_mj
-    return Ledger(entries, tuple(gaps), tuple(runs), unread, parts)
+    return Ledger(entries, tuple(gaps), tuple(runs), unread, unclosed, parts)
 
 
 class _Entries(Sequence[LedgerEntry]):
@@ -266,21 +291,19 @@ class _Entries(Sequence[LedgerEntry]):
         return LedgerEntry(segment, _class_of(segment, self.winners), energy_mj, bool(self.lost[number]))
 
 
-def _deduplicate(segments: Iterable[Segment]) -> Sequence[Segment]:
-    """One segment per worker and stretch of time, in order of time.
+def _deduplicate(packed: PackedSegments) -> list[int]:
+    """Numbers of one segment per worker and stretch of time, in order of time.
 
     A stretch that was first part of a shard and then reported again as waste stays with the shard: it is reported
     again only by a worker that could not know that its commit had succeeded.
     """
     preference = {c: i for i, c in enumerate(("shard", *SEGMENT_CLASSES))}
-    packed = segments if isinstance(segments, PackedSegments) else PackedSegments(segments)
 
     def rank(number: int) -> tuple[int, int, str]:
         s = packed[number]
         return preference[s.segment_class], -1 if s.shard_id is None else s.shard_id, s.attempt_id or ""
 
-    chosen = (same[0] if len(same) == 1 else min(same, key=rank) for same in packed.stretches())
-    return SegmentSelection(packed, chosen)
+    return [same[0] if len(same) == 1 else min(same, key=rank) for same in packed.stretches()]
 
 
 @dataclass
@@ -382,11 +405,14 @@ def _on_one_scale(segment: Segment, domain: str) -> bool:
     return _counter_scale(segment.open, domain) == _counter_scale(segment.close, domain)
 
 
-def _claim(segment: Segment, scale: tuple[str, int], domain: str) -> Claim:
-    """The segment's claim on `domain` on a scale it begins or ends on; blind on either side of a reset."""
+def _claim(segment: Segment, scale: tuple[str, int], domain: str, is_unknown: bool) -> Claim:
+    """The segment's claim on `domain` on a scale it begins or ends on; blind on either side of a reset.
+
+    `is_unknown`: its end says nothing of the domain.
+    """
     before, after = segment.open, segment.close
     if _on_one_scale(segment, domain):
-        readings = (_reading(before, domain), _reading(after, domain))
+        readings = (_reading(before, domain), None if is_unknown else _reading(after, domain))
         return Claim(segment.worker_id, before.t_mono_ns, after.t_mono_ns, *readings)
     opens = _counter_scale(before, domain) == scale
     read = before if opens else after

@@ -105,6 +105,7 @@ class _Boot:
     host: str = ""
     busy: list[Interval] = field(default_factory=list)  # merged: when any worker was there
     expected: set[str] = field(default_factory=set)  # domains
+    unclosed: set[str] = field(default_factory=set)  # workers whose accounts have no end
     series: dict[str, list[_Timed]] = field(default_factory=lambda: defaultdict(list))  # by domain; wall time
     known: dict[str, list[Interval]] = field(default_factory=lambda: defaultdict(list))  # by domain
 
@@ -166,6 +167,7 @@ def _boots(
     busy: dict[str, list[Interval]] = defaultdict(list)
     offsets: dict[str, Interval] = {}
     reads: dict[tuple[str, int, str], dict[int, tuple[int, int]]] = defaultdict(dict)
+    unclosed = {u.worker_id for u in ledger.unclosed}
     for entry in ledger.entries:
         s = entry.segment
         for read in (s.open, s.close):
@@ -175,6 +177,7 @@ def _boots(
             offsets[read.boot_id] = min(low, offset), max(high, offset)
             boot.host = boot.host or hosts.get(s.worker_id, "")
             boot.expected.update(entry.energy_mj, devices.get(s.worker_id, ()))
+            boot.unclosed.update({s.worker_id} & unclosed)
             for domain, mj in read.energy_mj.items():
                 reads[read.boot_id, read.epoch_of(domain), domain][read.t_mono_ns] = mj, read.latency_ns
         if s.open.boot_id == s.close.boot_id:
@@ -314,7 +317,9 @@ def _close(boot: _Boot, meter: str, rows: pa.Table) -> _Verdict:
     busy_ns = sum(b - a for a, b in boot.busy)
     coverage = covered_ns / busy_ns if busy_ns else 0.0
     node, devices = _sum(parts, "node"), _sum(parts, "device")
-    if uncounted:
+    if boot.unclosed:
+        note = f"until when {_listed(sorted(boot.unclosed))} used the node is not known: nobody read its counters then"
+    elif uncounted:
         note = f"no counter for {_listed(uncounted)}"
     elif not parts:
         note = reasons[0] if reasons else _silence(rows, bool(on_devices))

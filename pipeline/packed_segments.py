@@ -137,10 +137,7 @@ class PackedSegments(Sequence[Segment]):
         """Numbers of the segments of each worker and stretch of time, in order of boot, begin, worker and end."""
         if not len(self):
             return
-        ranks = self._names.ranks()
-        opened, closed = _column(self._open), _column(self._close)
-        boot, t_mono = _column(self._boot), _column(self._t_mono)
-        keys = (t_mono[closed], ranks[_column(self._worker)], t_mono[opened], ranks[boot[opened]])
+        keys = self._order_keys()
         order = np.lexsort(keys)  # stable; the last key counts most
         same = np.ones(len(order) - 1, bool)
         for key in keys:
@@ -148,6 +145,20 @@ class PackedSegments(Sequence[Segment]):
         begins = [0, *(np.flatnonzero(~same) + 1).tolist(), len(order)]
         for begin, end in pairwise(begins):
             yield order[begin:end].tolist()
+
+    def in_order(self, numbers: Sequence[int]) -> np.ndarray:
+        """`numbers` of segments in the order of `stretches`."""
+        chosen = np.asarray(numbers, np.int64)
+        if not len(chosen):
+            return chosen
+        return chosen[np.lexsort([key[chosen] for key in self._order_keys()])]
+
+    def _order_keys(self) -> tuple[np.ndarray, ...]:
+        """Of each segment, as `np.lexsort` takes them: end, worker, begin, boot."""
+        ranks = self._names.ranks()
+        opened, closed = _column(self._open), _column(self._close)
+        boot, t_mono = _column(self._boot), _column(self._t_mono)
+        return t_mono[closed], ranks[_column(self._worker)], t_mono[opened], ranks[boot[opened]]
 
 
 class SegmentSelection(Sequence[Segment]):

@@ -113,6 +113,12 @@ class Progress:
                 lines.append(
                     f"        a model of CPU time says about {joules(modelled)} per image, {full} with loading and idling"
                 )
+        if unclosed := stats["energy"]["unclosed"]:
+            first, more = unclosed[0], len(unclosed) - 1
+            lines.append(
+                f"warning: energy is missing, so there is no total: worker {first['worker_id']} on {first['host']}, "
+                f"{', '.join(first['devices'])}: {first['reason']}" + (f" (and {more} more)" if more else "")
+            )
         if stats["images_quarantined"]:
             lines.append(
                 f"{stats['images_quarantined']} images quarantined, see status and error in manifest.parquet; "

@@ -1,8 +1,9 @@
 """What no commit carries: last words of workers, lost attempts that a driver had to book, and who the workers were.
 
 A driver collects segments and power samples and writes them to `_job/segments/` at every flush, so that a crash costs
-at most one flush interval of them; a worker writes its own environment to `_job/workers/` when it has started. With the
-commits they are all that the energy tables are made from.
+at most one flush interval of them; a worker writes its own environment to `_job/workers/` before it loads its model, and a
+driver how its account of its devices ended to `_job/closed/`. With the commits they are all that the energy tables are
+made from.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ from typing import TypeVar
 import pyarrow as pa
 
 from millijoule.pipeline.commits import READ_THREADS
-from millijoule.pipeline.layout import SEGMENTS_PREFIX, WORKERS_PREFIX
+from millijoule.pipeline.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
 from millijoule.pipeline.node_readings import NO_READINGS, read_node_readings
 from millijoule.workers.errors import StoreError
-from millijoule.workers.schemas import Commit, PowerTrace, Segment, WorkerEnvironment
+from millijoule.workers.schemas import (
+    Commit,
+    CounterRead,
+    PowerTrace,
+    Segment,
+    WorkerClosing,
+    WorkerEnvironment,
+)
 from millijoule.workers.storage import Store
 
 T = TypeVar("T")
@@ -29,14 +37,15 @@ T = TypeVar("T")
 class Uncommitted:
     """All of it, of every driver and worker of a job.
 
-    `power` has traces with the id of the worker that sampled them, `workers` environments by worker id, `nodes` rows
-    of the `node_reading` table.
+    `power` has traces with the id of the worker that sampled them, `workers` environments and `closings` the ends of
+    accounts by worker id, `nodes` rows of the `node_reading` table.
     """
 
     segments: tuple[Segment, ...] = ()
     power: tuple[tuple[str, PowerTrace], ...] = ()
     workers: Mapping[str, WorkerEnvironment] = field(default_factory=dict)
     nodes: pa.Table = field(default_factory=lambda: NO_READINGS)
+    closings: Mapping[str, WorkerClosing] = field(default_factory=dict)
 
 
 NOTHING = Uncommitted()
@@ -86,13 +95,41 @@ def read_uncommitted(store: Store) -> Uncommitted:
     for more, traces in _read_all(store, SEGMENTS_PREFIX, _parse_part):
         segments += more
         power += traces
-    return Uncommitted(tuple(segments), tuple(power), read_workers(store), read_node_readings(store))
+    return Uncommitted(
+        tuple(segments), tuple(power), read_workers(store), read_node_readings(store), read_closings(store)
+    )
 
 
 def read_workers(store: Store) -> dict[str, WorkerEnvironment]:
     """The environments of a job's workers, by worker id; raises StoreError."""
-    found = _read_all(store, WORKERS_PREFIX, WorkerEnvironment.from_json)
-    return {environment.worker_id: environment for environment in found}
+
+    def parse(data: bytes) -> WorkerEnvironment:
+        environment = WorkerEnvironment.from_json(data)
+        _require_numbers(environment.opened)
+        return environment
+
+    return {environment.worker_id: environment for environment in _read_all(store, WORKERS_PREFIX, parse)}
+
+
+def read_closings(store: Store) -> dict[str, WorkerClosing]:
+    """How the accounts of a job's workers ended, by worker id; raises StoreError."""
+
+    def parse(data: bytes) -> WorkerClosing:
+        closing = WorkerClosing.from_json(data)
+        _require_numbers(closing.read)
+        return closing
+
+    return {closing.worker_id: closing for closing in _read_all(store, CLOSINGS_PREFIX, parse)}
+
+
+def _require_numbers(read: CounterRead | None) -> None:
+    """Raise ValueError where a read has anything but whole numbers of 64 bits."""
+    if read is None:
+        return
+    numbers = [read.t_mono_ns, read.t_wall_ns, read.latency_ns, read.epoch, *read.energy_mj.values()]
+    numbers += [n for n in (read.estimate_mj, read.wrap_epoch) if n is not None]
+    if wrong := [n for n in numbers if type(n) is not int or not -(2**63) <= n < 2**63]:
+        raise ValueError(f"a counter read has {wrong[0]!r} for a number")
 
 
 def held_devices(

@@ -254,9 +254,9 @@ class WorkerEnvironment:
     def from_json(data: bytes) -> WorkerEnvironment:
         """Inverse of `to_json`; raises ValueError or TypeError where it is not one."""
         raw = json.loads(data)
-        opened = raw.get("opened")
+        gpus, opened = tuple(raw["gpus"]), raw.get("opened")
         read = None if opened is None else CounterRead.from_dict(opened)
-        return WorkerEnvironment(**{**raw, "gpus": tuple(raw["gpus"]), "opened": read})
+        return WorkerEnvironment(**{**raw, "gpus": gpus, "opened": read})
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,10 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
     models = gpu_models(env)
     devices = device_rows(work, places, attempts, models)
     nodes = node_rows(work, places, attempts, models)
-    gpu_time = measure_gpu_time(work, places, env, models, stats["images_ok"], gpu_prices)
-
     energy = stats["energy"]
+    unclosed = {account["worker_id"] for account in energy.get("unclosed", ())}
+    gpu_time = measure_gpu_time(work, places, env, models, stats["images_ok"], gpu_prices, unclosed)
+
     is_measured = energy.get("total_mj") is not None
     carbon_used, price_used = (
         rate_used(rate, work, is_measured, constant_is_fallback=rate is rates.carbon)

@@ -68,7 +68,7 @@ class EnergyFigures:
 
 @dataclass(frozen=True)
 class ClassShare:
-    """What one class of segments took; `seconds` is None for gaps, which have no worker."""
+    """What one class of segments took; `worker_seconds` is None for gaps without a worker."""
 
     segment_class: str
     group: str
@@ -181,7 +181,7 @@ def class_shares(work: Work, energy: Mapping[str, Any]) -> tuple[ClassShare, ...
     for c in SEGMENT_CLASSES:
         if c not in measured and not seconds.get(c) and c not in estimates:
             continue
-        took = seconds.get(c) if c != "gap" else None
+        took = seconds.get(c)
         rows.append(
             ClassShare(
                 segment_class=c,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from millijoule.pipeline.report.data import RateUsed
 
 
-#: A flag names at most this many devices.
+#: A flag names at most this many devices, or workers.
 MAX_DEVICES_NAMED = 8
 
 
@@ -83,6 +83,7 @@ def _energy_flags(stats: Mapping[str, Any], short_share: float, unread_devices: 
     elif not_measured:
         text = f"{not_measured} of {segments} segments could not be read; their energy is in gaps."
         flags.append(Flag("caution", "segments not measured", text))
+    flags += _account_flags(energy.get("unclosed", ()))
     if unread_devices and energy.get("domains"):
         more = len(unread_devices) - MAX_DEVICES_NAMED
         names = ", ".join(unread_devices[:MAX_DEVICES_NAMED]) + (f" and {more} more" if more > 0 else "")
@@ -99,6 +100,22 @@ def _energy_flags(stats: Mapping[str, Any], short_share: float, unread_devices: 
     if short_share > 0:
         text = f"{short_share:.0%} of measured segment readings are short: near the counter's resolution."
         flags.append(Flag("caution", "short segments", text))
+    return flags
+
+
+def _account_flags(unclosed: Sequence[Mapping[str, Any]]) -> list[Flag]:
+    flags = [
+        Flag(
+            "problem",
+            "energy not read to the end",
+            f"Worker {u['worker_id']} on {u['host']}: what {', '.join(u['devices'])} used from {u['since']} on is missing, and "
+            f"so are all totals it belongs to: {u['reason']}.",
+        )
+        for u in unclosed[:MAX_DEVICES_NAMED]
+    ]
+    if (more := len(unclosed) - MAX_DEVICES_NAMED) > 0:
+        text = f"The same holds for {more} more; stats.json lists all."
+        flags.append(Flag("problem", "energy not read to the end", text))
     return flags
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,7 +63,8 @@ class GpuTime:
 
     Direct is the time in which images were made that count, full all time; `hours_by_group` divides it as the timeline
     does (images, load, waste, idle). Costs are None where a price is missing or `workers_unknown` workers did not say
-    which GPUs they held, whose hours are missing too.
+    which GPUs they held, whose hours are missing too, and where of `workers_unclosed` it is not known until when they
+    held them.
     """
 
     gpus: int
@@ -77,6 +78,7 @@ class GpuTime:
     direct_cost_per_image: float | None
     full_cost_per_image: float | None
     total_cost: float | None
+    workers_unclosed: int = 0
 
 
 def parse_gpu_prices(texts: Sequence[str]) -> GpuPrices | None:
@@ -107,12 +109,14 @@ def measure_gpu_time(
     models: Mapping[tuple[str, str], str],
     images: int,
     prices: GpuPrices | None,
+    unclosed: Collection[str] = (),
 ) -> GpuTime | None:
     """The GPU time of one job; None where no worker held a GPU, as far as the output says.
 
     Args:
         places: of the workers, for outputs in which they did not say what they held.
         models: (host, device) -> product name.
+        unclosed: workers whose end is not known.
         images: that the job made and kept.
     """
     held = _held_gpus(work, places, env)
@@ -156,7 +160,8 @@ def measure_gpu_time(
     hours = math.fsum(m.hours for m in by_model)
     direct = math.fsum(m.direct_hours for m in by_model)
     total, direct_cost = None, None
-    if not unknown and all(m.price_per_hour is not None for m in by_model):
+    endless = sum(1 for worker in set(unclosed) if held.get(worker))
+    if not unknown and not endless and all(m.price_per_hour is not None for m in by_model):
         total = math.fsum(m.hours * (m.price_per_hour or 0.0) for m in by_model)
         direct_cost = math.fsum(m.direct_hours * (m.price_per_hour or 0.0) for m in by_model)
     return GpuTime(
@@ -165,12 +170,13 @@ def measure_gpu_time(
         direct_hours=direct,
         hours_by_group={g: math.fsum(row[n] for row in rows.values()) for n, g in enumerate(_ORDER, 1)},
         direct_seconds_per_image=direct * 3600 / images if images else None,
-        full_seconds_per_image=hours * 3600 / images if images and not unknown else None,
+        full_seconds_per_image=hours * 3600 / images if images and not unknown and not endless else None,
         models=by_model,
         workers_unknown=unknown,
         direct_cost_per_image=direct_cost / images if images and direct_cost is not None else None,
         full_cost_per_image=total / images if images and total is not None else None,
         total_cost=total,
+        workers_unclosed=endless,
     )
 
 
@@ -179,6 +185,9 @@ def gpu_flags(time: GpuTime | None, prices: GpuPrices | None) -> list[Flag]:
     flags = []
     if time is not None and time.workers_unknown:
         text = f"{time.workers_unknown} workers did not say which GPUs they held; their time, and so the cost, is missing."
+        flags.append(Flag("caution", "GPU time incomplete", text))
+    if time is not None and time.workers_unclosed:
+        text = f"Until when {time.workers_unclosed} workers held their GPUs is not known; that time, and so the cost, is missing."
         flags.append(Flag("caution", "GPU time incomplete", text))
     if prices is None:
         return flags
