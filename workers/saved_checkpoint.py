@@ -442,16 +442,9 @@ def _built(named: Unread, arguments: tuple[Any, ...]) -> Any:
     return named
 
 
-def _tensor(
-    name: str,
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    _grad: Any = None,
-    _hooks: Any = None,
-    *more: Any,
-) -> StoredTensor | Unread:
+def _tensor(name: str, arguments: tuple[Any, ...]) -> StoredTensor | Unread:
+    storage, offset, shape, strides = arguments[:4]
+    more = arguments[6:]  # between them: whether it learns, and its hooks
     if not isinstance(storage, _Storage) or type(shape) is not tuple or type(strides) is not tuple:
         raise TypeError
     if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
