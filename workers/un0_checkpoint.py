@@ -343,9 +343,7 @@ def check_values(architecture: Un0Architecture, published: Mapping[str, Tensor])
     phase = math.pi + 16 * max(architecture.horizon, 1.0) * sum(speed.values())
     if not phase * architecture.oscillators < LARGEST:
         worst = max(speed, key=lambda name: speed[name])
-        raise ValueError(
-            f"{worst} is too strong: phases of up to {phase:.3g} would not stay finite in float32"
-        )
+        raise ValueError(f"{worst} is too strong: phases of up to {phase:.3g} may not stay finite in float32")
     bound = 2 * phase if architecture.encoding == "raw" else 1.0
     for name in architecture.shapes():
         if name.startswith("decoder.") and name.endswith(".weight"):
@@ -353,7 +351,7 @@ def check_values(architecture: Un0Architecture, published: Mapping[str, Tensor])
             bound = bound * _rows(tensors[name].flatten(1)) + float(bias.abs().max())
             if not bound < LARGEST:
                 raise ValueError(
-                    f"{name} is too strong: values of up to {bound:.3g} would not stay finite in float32"
+                    f"{name} is too strong: values of up to {bound:.3g} may not stay finite in float32"
                 )
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -412,6 +413,196 @@ def test_a_config_without_parameterization_needs_to_be_told(tmp_path):
     assert read_checkpoint(path, parameterization="mup").architecture.parameterization == "mup"
 
 
+NARROW = "decoder._orig_mod.cascade.0.net.1.bias"
+DRIVE = "dynamics._orig_mod.K_drive"
+
+
+def test_a_tensor_saved_as_the_negative_of_another_keeps_its_sign(tmp_path):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    lazy = {**model, K: torch._neg_view(-model[K])}
+    assert lazy[K].is_neg()
+    assert torch.equal(lazy[K], model[K])
+    kept = read_checkpoint(publish(tmp_path / "p.pt", model=lazy)).tensors
+    assert all(torch.equal(kept[name].resolve_neg(), model[name]) for name in model)
+    assert convert.main([str(tmp_path / "p.pt"), str(tmp_path / "m.safetensors")]) == COMPLETE
+    assert torch.equal(load_file(tmp_path / "m.safetensors")[K], model[K])
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
+def test_views_parameters_and_other_floats_are_read_as_torch_reads_them(tmp_path, old):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    store = torch.cat([model[BIAS], model[NARROW]])
+    model[BIAS], model[NARROW] = store[:3], store[3:]
+    model[K] = model[K].T
+    model[DRIVE] = torch.nn.Parameter(model[DRIVE].double()).requires_grad_()
+    model["dynamics._orig_mod.omega"] = model["dynamics._orig_mod.omega"].bfloat16()
+    model["dynamics._orig_mod.K_cond"] = model["dynamics._orig_mod.K_cond"].half()[:, ::1]
+    model[NARROW].note = "an attribute"
+    saved = {"model": model, "config": config}
+    torch.save(saved, tmp_path / "p.pt", _use_new_zipfile_serialization=not old)
+    kept = read_checkpoint(tmp_path / "p.pt").tensors
+    expected = torch.load(tmp_path / "p.pt", weights_only=True)["model"]
+    assert set(kept) == set(expected)
+    for name in expected:
+        assert kept[name].dtype == expected[name].dtype
+        assert torch.equal(kept[name], expected[name])
+
+
+def test_a_state_dict_of_a_module_is_read(tmp_path):
+    """torch gives it attributes, of a kind of dictionary of its own."""
+    config, classes, blocks = FLAVOURS["cifar10"]
+    module = torch.nn.Module()
+    for name, tensor in random_model(config, classes, blocks).items():
+        *path, last = name.split(".")
+        inner = module
+        for step in path:
+            if not hasattr(inner, step):
+                inner.add_module(step, torch.nn.Module())
+            inner = getattr(inner, step)
+        inner.register_parameter(last, torch.nn.Parameter(tensor))
+    state = module.state_dict()
+    kept = read_checkpoint(publish(tmp_path / "p.pt", model=state)).tensors
+    assert all(torch.equal(kept[name], state[name]) for name in state)
+
+
+def full(key, value, dtype=torch.float32):
+    return lambda model: model.__setitem__(key, torch.full_like(model[key], value, dtype=dtype))
+
+
+def loud_decoder(model):
+    for name in model:
+        if name.startswith("decoder") and name.endswith("weight"):
+            model[name] *= 1e6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            full(BIAS, 1e300, torch.float64),
+            r"to_output.bias has values up to 1e\+300, which float32 cannot hold",
+        ),
+        (full(K, -1e39, torch.float64), r"dynamics.K has values up to 1e\+39"),
+        (full(K, 3e38), "dynamics.K is too strong"),
+        (lambda model: model[DRIVE][7].fill_(1e38), "dynamics.K_drive is too strong"),
+        (full("dynamics._orig_mod.omega_cond", 1e38, torch.bfloat16), "dynamics.omega_cond is too strong"),
+        (loud_decoder, "decoder.*weight is too strong"),
+        (full(BIAS, 3e4, torch.float16), "flat colour only"),
+    ],
+)
+def test_a_model_whose_numbers_overflow_is_refused_and_not_drawn_black(
+    tmp_path, capsys, small, change, words
+):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    change(model)
+    source, target = publish(tmp_path / "p.pt", model=model), tmp_path / "m.safetensors"
+    assert convert.main([str(source), str(target)]) == ERROR
+    message = capsys.readouterr().err
+    assert re.search(words, message)
+    assert str(source) in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.pt"]
+    if "flat" not in words:
+        with pytest.raises(InputError, match=words):
+            load_generator(str(rewrite(small, tmp_path / "other.safetensors", more=model)))
+
+
+def test_strong_models_that_stay_finite_are_drawn(tmp_path):
+    config, classes, blocks = FLAVOURS["cifar10 raw"]
+    model = random_model(config, classes, blocks)
+    model[K] *= 1e4
+    model["decoder._orig_mod.cascade.0.net.1.weight"] *= 1e12
+    model["decoder._orig_mod.cascade.0.net.3.weight"] *= 1e-12
+    source, target = publish(tmp_path / "p.pt", "cifar10 raw", model=model), tmp_path / "m.safetensors"
+    assert convert.main([str(source), str(target)]) == COMPLETE
+    images = load_generator(str(target)).generate([request("3", i) for i in range(4)]).images
+    assert images.std(axis=(1, 2)).min() > 0
+
+
+def test_a_model_that_draws_one_image_only_is_refused(tmp_path, capsys):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    model["decoder._orig_mod.cascade.0.net.1.weight"].zero_()
+    assert (
+        convert.main([str(publish(tmp_path / "p.pt", model=model)), str(tmp_path / "m.safetensors")]) == ERROR
+    )
+    assert "the same image" in capsys.readouterr().err
+
+
+def test_tensors_that_share_numbers_are_named(tmp_path):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    store = torch.arange(40.0)
+    model[NARROW], model[BIAS] = store[:32], store[30:33]
+    with pytest.raises(InputError, match="views of the same stored numbers; save copies") as refused:
+        read_checkpoint(publish(tmp_path / "p.pt", model=model))
+    assert NARROW in str(refused.value)
+    assert BIAS in str(refused.value)
+
+
+def test_a_tensor_that_its_array_does_not_hold_is_named(tmp_path):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    path = publish(tmp_path / "p.pt", model=model)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "cut.pt", "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            new.writestr(entry.filename, data[:100] if entry.filename.endswith("data/1") else data)
+    with pytest.raises(InputError, match=r"dynamics._orig_mod.K: it needs 9216 bytes.* has 100"):
+        read_checkpoint(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"note": "x" * 17 * 2**20}, "'note' is larger than the 4194304 bytes"),
+        ({"notes": ["\N{SNOWMAN}" * 1000] * 1000}, "takes .* the largest entry is 'notes'"),
+        ({f"note {i}": "x" * 2**20 for i in range(5)}, "'note 3' is larger"),
+    ],
+)
+def test_a_config_that_the_output_cannot_carry_is_refused(tmp_path, config, words):
+    with pytest.raises(InputError, match=words):
+        read_checkpoint(publish(tmp_path / "p.pt", config={**CIFAR, **config}))
+
+
+def test_a_large_config_is_carried(tmp_path):
+    config = {**CIFAR, "log": ["\N{SNOWMAN}", 1.5, None, {"a": [1, 2]}] * 40_000}
+    assert (
+        convert.main([str(publish(tmp_path / "p.pt", config=config)), str(tmp_path / "m.safetensors")])
+        == COMPLETE
+    )
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"]) == config
+    assert load_generator(str(tmp_path / "m.safetensors")).info.width == 32
+
+
+def test_no_name_of_a_class_or_model_makes_a_file_that_is_not_read(tmp_path, capsys):
+    source, target = publish(tmp_path / "p.pt"), tmp_path / "m.safetensors"
+    (tmp_path / "names").write_text(json.dumps([f"{i}" + "x" * 2**21 for i in range(10)]))
+    assert convert.main([str(source), str(target), "--class-names", str(tmp_path / "names")]) == ERROR
+    assert "header has" in capsys.readouterr().err
+    assert convert.main([str(source), str(target), "--name", "a\udcffb"]) == ERROR
+    assert "surrogates" in capsys.readouterr().err
+    (tmp_path / "names").write_text("[" * 100_000)
+    assert convert.main([str(source), str(target), "--class-names", str(tmp_path / "names")]) == ERROR
+    assert not target.exists()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 132735\n"
+
+
+def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path):
+    for name in ("p.pt", "m.safetensors"):
+        (tmp_path / name).write_text(POINTER)
+    with pytest.raises(InputError, match=r"p\.pt: a Git LFS pointer.*git lfs pull"):
+        read_checkpoint(tmp_path / "p.pt")
+    for read in (load_generator, describe_model):
+        with pytest.raises(InputError, match=r"m\.safetensors: a Git LFS pointer.*git lfs pull"):
+            read(str(tmp_path / "m.safetensors"))
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and no more"])
 def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "p.pt").write_bytes(content)
@@ -503,6 +694,49 @@ def test_converted_files_are_checked_again_when_loaded(tmp_path, small, how, wor
     with pytest.raises(InputError, match=words) as refused:
         load_generator(str(path))
     assert str(path) in str(refused.value)
+
+
+def header_of(path):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(path, header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h: h[BIAS].update(data_offsets=h[NARROW]["data_offsets"]), "overlap at byte"),
+        (lambda h: h[BIAS].update(data_offsets=[0, 2**40]), "cut off"),
+        (lambda h: h[BIAS].update(shape="three"), "no shape"),
+        (lambda h: h[BIAS].pop("shape"), "no shape"),
+        (lambda h: h[BIAS].pop("dtype"), "no type"),
+        (lambda h: h.update({BIAS: 3}), "no type"),
+        (lambda h: h.update(__metadata__=[1]), "__metadata__"),
+        (lambda h: h["__metadata__"].update(name=7), "__metadata__"),
+        (lambda h: h["__metadata__"].update(architecture="[" * 100_000), "recursion"),
+        (lambda h: h["__metadata__"].update(class_names="7"), "damaged"),
+    ],
+)
+def test_a_damaged_header_is_refused_in_words(tmp_path, small, change, words):
+    header, data = header_of(small)
+    change(header)
+    path = with_header(tmp_path / "m.safetensors", header, data)
+    with pytest.raises(InputError, match=words) as refused:
+        load_generator(str(path))
+    assert str(path) in str(refused.value)
+
+
+def test_a_header_of_brackets_is_refused(tmp_path):
+    path = with_header(tmp_path / "m.safetensors", b'{"a":' + b"[" * 200_000, b"")
+    for read in (load_generator, describe_model):
+        with pytest.raises(InputError, match="not a safetensors file"):
+            read(str(path))
 
 
 def test_an_architecture_survives_json_and_sizes_out_of_range_do_not():

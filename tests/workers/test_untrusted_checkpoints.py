@@ -17,6 +17,9 @@ import pytest
 import torch
 from support.un0_checkpoints import CIFAR, publish, random_model
 
+from millijoule.jobs import convert
+from millijoule.jobs.entry import COMPLETE
+
 TESTS = Path(__file__).parents[1]
 
 #: Processor seconds for all cases of a test together; what hangs would take hours at least.
@@ -87,12 +90,13 @@ def whole(n):
 
 
 def doubled(kind, depth=200):
-    """A value of 2**depth parts: each contains the one before it twice."""
-    if kind == "tuple":
-        return b")" + b"".join(put(i) + get(i) + b"\x86" for i in range(depth))
-    if kind == "list":
-        return b"]" + b"".join(put(i) + b"](" + get(i) + get(i) + b"e" for i in range(depth))
-    return b"}" + b"".join(put(i) + b"}(K\x01" + get(i) + b"K\x02" + get(i) + b"u" for i in range(depth))
+    """A value of 2**depth parts: each contains the one within it twice."""
+    before, between, after = {
+        "tuple": (b"", b"", b"\x86"),
+        "list": (b"](", b"", b"e"),
+        "dict": (b"}(N", b"K\x01", b"u"),
+    }[kind]
+    return before * depth + b")" + b"".join(put(i) + between + get(i) + after for i in range(depth))
 
 
 DEEP = 200_000
@@ -268,6 +272,11 @@ def test_mutated_checkpoints_are_refused_or_draw(tmp_path, published):
     saved = {"model": random_model(config, 10, 3), "config": config}
     torch.save(saved, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     written_cases(cases, published, (tmp_path / "old.pt").read_bytes(), 25, seed=1)
+    assert convert.main([str(tmp_path / "good.pt"), str(tmp_path / "m.safetensors")]) == COMPLETE
+    good = (tmp_path / "m.safetensors").read_bytes()
+    for number in range(25):
+        header = mutated(good[:4000], random.Random(number))
+        (cases / f"converted {number}.safetensors").write_bytes(header + good[4000:])
     found = outcomes(cases)
     assert set(found.values()) == {"refused", "drawn"}, {
         k: v for k, v in found.items() if v not in ("refused", "drawn")
