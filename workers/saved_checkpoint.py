@@ -169,8 +169,12 @@ class SavedCheckpoint:
             return torch.empty(stored.shape, dtype=stored.dtype)
         with self.path.open("rb") as file:
             file.seek(place.start)
-            numbers = torch.frombuffer(bytearray(file.read(len(place))), dtype=stored.dtype)
-        tensor = numbers.as_strided(stored.shape, stored.strides).contiguous()
+            data = bytearray(file.read(len(place)))
+        if len(data) < len(place):
+            raise ValueError("the file ends within its numbers")
+        tensor = (
+            torch.frombuffer(data, dtype=stored.dtype).as_strided(stored.shape, stored.strides).contiguous()
+        )
         return -tensor if stored.negative else tensor
 
 

@@ -326,6 +326,8 @@ def check_values(architecture: Un0Architecture, published: Mapping[str, Tensor])
     """
     tensors = canonical(published)
     for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name} is {tensor.dtype}: not plain floating point")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} has values that are not finite numbers")
         if not bool(torch.isfinite(tensor.to(torch.float32)).all()):

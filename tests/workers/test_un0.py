@@ -687,6 +687,7 @@ def rewrite(source, path, metadata=None, drop=(), more=None):
         ({"drop": (K,)}, "no tensor dynamics.K"),
         ({"more": {BIAS: torch.zeros(4)}}, r"to_output.bias has shape \[4\]"),
         ({"more": {BIAS: torch.full((3,), math.nan)}}, "not finite"),
+        ({"more": {BIAS: torch.zeros(3, dtype=torch.bool)}}, "to_output.bias is torch.bool"),
     ],
 )
 def test_converted_files_are_checked_again_when_loaded(tmp_path, small, how, words):

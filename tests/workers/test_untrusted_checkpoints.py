@@ -94,7 +94,7 @@ def doubled(kind, depth=200):
     before, between, after = {
         "tuple": (b"", b"", b"\x86"),
         "list": (b"](", b"", b"e"),
-        "dict": (b"}(N", b"K\x01", b"u"),
+        "dict": (b"}(" + word("a"), word("b"), b"u"),
     }[kind]
     return before * depth + b")" + b"".join(put(i) + between + get(i) + after for i in range(depth))
 
