@@ -24,6 +24,7 @@ from millijoule.workers.generator import (
     GeneratorInfo,
     ModelIdentity,
     read_safetensors_header,
+    refuse_lfs_pointer,
 )
 from millijoule.workers.processor import multiplies_bfloat16
 from millijoule.workers.scene_prompts import parse_prompt, write_caption
@@ -409,6 +410,9 @@ def _check_component(folder: Path) -> list[Path]:
     if config.is_file() and not weights:
         raise InputError(f"{folder}: has no .safetensors file")
     for file in files:
+        if file not in pickled:
+            with file.open("rb") as opened:
+                refuse_lfs_pointer(file, opened.read(64))
         if file.suffix == ".json":
             content = _read_json(file)
             if file.name.endswith(".safetensors.index.json"):
@@ -432,9 +436,11 @@ def _check_shards(file: Path, content: dict[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    text = path.read_bytes()
+    refuse_lfs_pointer(path, text)
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object")

@@ -116,8 +116,8 @@ class OscillatorGenerator:
             tensors = load_file(path)
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path}: damaged model file: {error}") from error
-        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-            raise InputError(f"{path}: has weights that are not finite numbers")
+        if not all(bool(torch.isfinite(t.float()).all()) for t in tensors.values()):
+            raise InputError(f"{path}: has weights that are not finite float32 numbers")
         coupling = _take_coupling(path, tensors, config) if integer else None
         model = OscillatorModel(
             config, tables=integer

@@ -192,7 +192,18 @@ def add_code(folder):
     set_index(folder, unet=["mine", "Net"])
 
 
+def pointer(name):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 132735\n"
+    return lambda folder: (folder / name).write_text(text)
+
+
 BROKEN = {
+    "weights left in Git LFS": (pointer(WEIGHTS), r"unet/.*\.safetensors: a Git LFS pointer.*git lfs pull"),
+    "vocabulary left in Git LFS": (
+        pointer("tokenizer/vocab.txt"),
+        r"tokenizer/vocab\.txt: a Git LFS pointer",
+    ),
+    "index left in Git LFS": (pointer("model_index.json"), r"model_index\.json: a Git LFS pointer"),
     "pickled": (pickle_unet, r"unet/diffusion_pytorch_model\.bin: a pickled file"),
     "renamed pickle": (
         lambda f: torch.save({}, f / WEIGHTS),
