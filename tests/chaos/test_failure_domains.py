@@ -81,14 +81,11 @@ POISON = [f"{'poison' if i in (5, 17) else 'fine'} {i}" for i in range(24)]
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [
-        ("raises_on_poison", "cannot draw poison"),
-        ("returns_nonsense_on_poison", "images as float32"),
-        ("dies_on_poison", "every worker that generated this row died"),
-        ("dies_after_poison", "every worker that generated this row died"),
-    ],
+    [("raises_on_poison", "cannot draw poison"), ("returns_nonsense_on_poison", "images as float32")],
 )
-def test_a_row_s_own_fault_costs_that_row_alone_and_keeps_its_reason(tmp_path, ray_address, model, reason):
+def test_a_row_that_cannot_be_drawn_costs_that_row_alone_and_nobody_dies_for_it(
+    tmp_path, ray_address, model, reason
+):
     out = tmp_path / "out"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(POISON))
@@ -98,9 +95,20 @@ def test_a_row_s_own_fault_costs_that_row_alone_and_keeps_its_reason(tmp_path, r
     assert set(bad) == {"poison 5", "poison 17"}
     assert all(reason in error for error in bad.values())
     assert_exactly_once(out, len(POISON))
-    if "dies" not in model:
-        assert "is gone" not in done.stderr  # nobody had to die for it
-        assert "node " not in [line[:5] for line in done.stderr.splitlines()]
+    assert "is gone" not in done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.startswith("node ")]
+
+
+@pytest.mark.parametrize("model", ["dies_on_poison", "dies_after_poison"])
+def test_a_row_that_kills_is_found_even_if_it_kills_a_moment_later(tmp_path, ray_address, model):
+    out = tmp_path / "out"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{'poison' if i == 5 else 'fine'} {i}" for i in range(8)))
+    done = generate(tmp_path, *job(prompts, out, model), ray=ray_address)
+    assert done.returncode == 3, done.stderr
+    bad = {r["prompt"]: r["error"] for r in manifest(out) if r["status"] == "quarantined"}
+    assert bad == {"poison 5": "every worker that generated this row died"}
+    assert_exactly_once(out, 8)
 
 
 def test_a_lone_worker_is_heard_too(tmp_path, ray_address):

@@ -97,7 +97,7 @@ def dies_after_poison(device: str) -> Plain:
     def act() -> None:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    return _Poison(device, act)
+    return _Poison(device, act, seconds=0.2)
 
 
 def returns_nonsense_on_poison(device: str) -> Plain:
