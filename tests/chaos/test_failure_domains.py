@@ -124,17 +124,17 @@ def test_a_lone_worker_is_heard_too(tmp_path, ray_address):
 def test_a_shard_that_no_worker_can_make_is_quarantined_and_tried_again_on_request(tmp_path, ray_address):
     out = tmp_path / "out"
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"{'poison' if i < 4 else 'fine'} {i}" for i in range(8)))
-    arguments = job(prompts, out, "dies_on_poison")
+    prompts.write_text("\n".join(f"{'poison' if i < 2 else 'fine'} {i}" for i in range(4)))
+    arguments = job(prompts, out, "dies_on_poison", "--shard-size", 2)
     done = generate(tmp_path, *arguments, ray=ray_address)
     assert done.returncode == 3, done.stderr
-    assert [r["status"] for r in manifest(out)] == ["quarantined"] * 4 + ["ok"] * 4
+    assert [r["status"] for r in manifest(out)] == ["quarantined"] * 2 + ["ok"] * 2
     assert (out / "_SUCCESS").exists()
     assert pq.read_table(out / "energy" / "attempt").num_rows > 0
     again = generate(tmp_path, *arguments, "--retry-failed", ray=ray_address)
     assert again.returncode == 3, again.stderr
-    assert "retrying 4 quarantined images" in again.stderr
-    assert_exactly_once(out, 8)
+    assert "retrying 2 quarantined images" in again.stderr
+    assert_exactly_once(out, 4)
 
 
 def test_a_head_that_dies_ends_the_driver_within_seconds(tmp_path):
