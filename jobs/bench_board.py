@@ -157,7 +157,7 @@ class StandInBoard:
         period_ms: float = 100,
         quantum_mj: int = 1,
         lost_mj_per_read: float = 0,
-        read_us: float = 40,
+        read_us: float = 500,
     ) -> None:
         self.loaded_watts, self.context_watts = loaded_watts, context_watts
         self.period_ns, self.quantum_mj = round(period_ms * 1e6), quantum_mj

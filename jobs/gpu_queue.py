@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -240,7 +241,10 @@ def fill(command: Command, folder: Path, results: Path, useful_s: float) -> list
         "minutes": f"{useful_s / 60:.2f}",
         "seconds": f"{useful_s:.0f}",
     }
-    return [word.format(**values) for word in command.words]
+    return [
+        re.sub(r"\{(folder|results|minutes|seconds)\}", lambda m: values[m[1]], word)
+        for word in command.words
+    ]
 
 
 def _run(
@@ -337,17 +341,16 @@ class Queue:
         for step in steps:
             row = self.state.steps.get(step.name) or Row(NO_TIME)
             self.state.steps[step.name] = row
-            reason = self._cannot(step)
             left_s = self.deadline - time.monotonic()
+            status, reason = SKIPPED, self._cannot(step)
+            if not reason and left_s < self._shortest_s(step):
+                status = NO_TIME
+                reason = f"needs {self._shortest_s(step):.0f} s at least, {max(0, left_s):.0f} are left"
+            if reason and row.runs:  # what is known of it stays
+                print(f"{status:<13}{step.name:<29}  {reason}", flush=True)
+                continue
             if reason:
-                row.status, row.reason = SKIPPED, reason
-            elif left_s < self._shortest_s(step):
-                if row.status not in (FAILED, UNFINISHED):
-                    row.status = NO_TIME
-                row.reason = (
-                    row.reason
-                    or f"needs {self._shortest_s(step):.0f} s at least, {max(0, left_s):.0f} are left"
-                )
+                row.status, row.reason = status, reason
             else:
                 self._run(step, row, min(step.longest_s, left_s))
             print(_line(step.name, row), flush=True)
