@@ -195,8 +195,8 @@ def run_step(
 ) -> tuple[str, str]:
     """Run `commands` within `granted_s` seconds; status and reason.
 
-    The commands' output goes to the step's log as they write it. When time is over they get SIGTERM, after the step's grace
-    SIGKILL; so do all processes they started and left, in whatever session.
+    The commands' output goes to the step's log as they write it. When time is over they are asked to end, and killed after the
+    step's grace; so do all processes they started and left, in whatever session.
     """
     folder = results / step.name
     folder.mkdir(exist_ok=True)
@@ -211,7 +211,7 @@ def run_step(
             words = fill(command, folder, results, useful_s)
             log.write(f"$ {' '.join(words)}\n".encode())
             log.flush()
-            code = _run(words, env, log, left_s - step.grace_s, step.grace_s)
+            code = _run(words, env, log, left_s - step.grace_s, step)
             if code is None or (time.monotonic() > deadline - step.grace_s and code != 0):
                 return _out_of_time(step, granted_s)
             if code not in command.accepted:
@@ -248,7 +248,7 @@ def fill(command: Command, folder: Path, results: Path, useful_s: float) -> list
 
 
 def _run(
-    words: list[str], env: Mapping[str, str], log: io.BufferedWriter, limit_s: float, grace_s: float
+    words: list[str], env: Mapping[str, str], log: io.BufferedWriter, limit_s: float, step: Step
 ) -> int | None:
     """The exit code; None where it had to be ended."""
     process = subprocess.Popen(
@@ -264,10 +264,10 @@ def _run(
     try:
         return process.wait(max(0.1, limit_s))
     except subprocess.TimeoutExpired:
-        _signal_group(process.pid, signal.SIGTERM)
+        _signal_group(process.pid, step.end_with)
         try:
             # An ending that was asked for and obeyed in time is as good as none: what there is was kept
-            process.wait(max(0.1, grace_s))
+            process.wait(step.grace_s)
         except subprocess.TimeoutExpired:
             pass
         return None
@@ -352,7 +352,8 @@ class Queue:
             if reason:
                 row.status, row.reason = status, reason
             else:
-                self._run(step, row, min(step.longest_s, left_s))
+                # how fast a CPU is, is not what a rehearsal is about
+                self._run(step, row, left_s if self.rehearsal else min(step.longest_s, left_s))
             print(_line(step.name, row), flush=True)
             self.state.save(self.results)
             self.on_step()

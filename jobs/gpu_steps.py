@@ -7,6 +7,7 @@ step's time when the command starts, less `reserve_s`. Needs the standard librar
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,7 +39,8 @@ class Step:
         needs: packages beside `BASE`, by their names in registries.
         after: paths under the results that other steps leave and this one reads.
         reserve_s: kept from `{minutes}` and `{seconds}`, for starting, and for the commands that follow.
-        grace_s: what it gets after SIGTERM, before it is killed; part of its time.
+        grace_s: what it gets after `end_with`, before it is killed; part of its time.
+        end_with: the signal that asks it to end when time is over.
         goes_on: what it has when its time is over is kept, and the next call continues it.
         training_steps: a training that stands at fewer, in the log of `{folder}/run`, is not done.
         in_rehearsal: files it needs at toy size, by their names in the step's folder.
@@ -55,6 +57,7 @@ class Step:
     after: tuple[str, ...] = ()
     reserve_s: float = 0.0
     grace_s: float = 5.0
+    end_with: int = signal.SIGTERM
     goes_on: bool = False
     training_steps: int = 0
     in_rehearsal: Mapping[str, str] | None = None
@@ -66,7 +69,7 @@ def job(name: str, text: str, accepted: tuple[int, ...] = (0,)) -> Command:
 
 
 def _pytest(*files: str) -> Command:
-    words = "-m pytest -q --noconftest -p no:cacheprovider --junit-xml {folder}/junit.xml"
+    words = "-m pytest -v --durations 10 --noconftest -p no:cacheprovider --junit-xml {folder}/junit.xml"
     return Command((*words.split(), *files))
 
 
@@ -167,10 +170,12 @@ STEPS = (
         what="tests/accelerator: the same bits, images and trainings as on a CPU",
         shortest_s=45,
         longest_s=240,
+        grace_s=10,
+        end_with=signal.SIGINT,  # pytest writes its results then
         needs=("pytest", "pytest-timeout", "qtawesome", "diffusers", "transformers"),
         commands=(_pytest("tests/accelerator/test_cuda.py"),),
         # trainings on a CPU take minutes: their lines are those of the tests of the trainers
-        toy=(_pytest("tests/accelerator/test_cuda.py", "-k", "core or renders or drives or continues"),),
+        toy=(_pytest("tests/accelerator/test_cuda.py", "-k", "core or renders or drives"),),
     ),
     Step(
         name="joules-per-image",
@@ -265,6 +270,8 @@ STEPS = (
         what="images of converted Un-0 checkpoints on CUDA against a CPU's, with and without TF32",
         shortest_s=25,
         longest_s=90,
+        grace_s=10,
+        end_with=signal.SIGINT,  # pytest writes its results then
         needs=("pytest", "pytest-timeout"),
         commands=(_pytest("tests/accelerator/test_un0_cuda.py"),),
         toy=(_pytest("tests/accelerator/test_un0_cuda.py"),),

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def test_one_step_that_fails_does_not_stop_the_rest(tmp_path, capsys):
     assert "failed" in (tmp_path / "summary.txt").read_text()
 
 
-def test_a_step_that_overruns_is_killed_with_all_it_started(tmp_path):
+def test_a_step_that_overruns_is_killed_with_all_it_started(tmp_path, no_rehearsal):
     """It ignores SIGTERM, and its child has left for a session of its own, as Ray's daemons do."""
     hangs = """
 import os, signal, subprocess, sys, time
@@ -110,7 +111,7 @@ child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],
 open('PIDS', 'w').write(f'{os.getpid()} {child.pid}')
 time.sleep(600)
 """.replace("PIDS", str(tmp_path / "pids"))
-    code, state = run(tmp_path / "out", (step("hangs", hangs, longest_s=6), step("next", "pass")))
+    code, state = no_rehearsal(tmp_path / "out", (step("hangs", hangs, longest_s=6), step("next", "pass")))
     assert code == 1
     assert statuses(state) == {"hangs": FAILED, "next": DONE}
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
@@ -118,7 +119,7 @@ time.sleep(600)
     assert not any(alive(pid) for pid in pids)
 
 
-def test_a_step_is_told_before_it_is_killed(tmp_path):
+def test_a_step_is_told_before_it_is_killed(tmp_path, no_rehearsal):
     """A training that gets SIGTERM writes its weights."""
     told = """
 import signal, time
@@ -127,9 +128,26 @@ def end(*_):
 signal.signal(signal.SIGTERM, end)
 time.sleep(600)
 """.replace("OUT", str(tmp_path / "weights"))
-    _, state = run(tmp_path / "out", (step("training", told, longest_s=8, grace_s=4, goes_on=True),))
+    _, state = no_rehearsal(tmp_path / "out", (step("training", told, longest_s=8, grace_s=4, goes_on=True),))
     assert (tmp_path / "weights").read_text() == "saved"
     assert statuses(state) == {"training": UNFINISHED}
+
+
+def test_tests_that_overrun_leave_what_they_found(tmp_path, no_rehearsal):
+    """The first test's result is in the XML though the second one never ends."""
+    (tmp_path / "test_it.py").write_text(
+        "import time\n\ndef test_a(): pass\n\ndef test_b():\n    print('begun', flush=True)\n    time.sleep(600)\n"
+    )
+    tests = next(s for s in STEPS if s.name == "un0-tests")
+    words = tuple(w for w in tests.commands[0].words if not w.startswith("tests/"))
+    mine = replace(
+        tests, commands=(Command((*words, "-s", str(tmp_path / "test_it.py"))),), longest_s=25, needs=()
+    )
+    _, state = no_rehearsal(tmp_path / "out", (mine,))
+    assert statuses(state) == {"un0-tests": FAILED}
+    log = (tmp_path / "out" / "un0-tests.log").read_text()
+    assert "test_a PASSED" in log
+    assert 'name="test_a"' in (tmp_path / "out" / "un0-tests" / "junit.xml").read_text()
 
 
 def test_the_budget_holds(tmp_path):
