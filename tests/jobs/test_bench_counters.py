@@ -6,7 +6,17 @@ import pytest
 
 from millijoule.jobs import bench_counters
 from millijoule.jobs.bench_board import StandInBoard
-from millijoule.jobs.bench_counters import CounterBench, Stretch, guard_summary, integrate, stretch_seconds
+from millijoule.jobs.bench_counters import (
+    SHORTEST_STRETCH_S,
+    CounterBench,
+    Stretch,
+    count_stretches,
+    fixed_seconds,
+    guard_summary,
+    integrate,
+    stretch_seconds,
+)
+from millijoule.jobs.gpu_steps import STEPS
 from millijoule.workers.nvml import MIN_READ_SPACING_NS
 
 SECOND = 1_000_000_000
@@ -85,7 +95,26 @@ def test_stretches_fill_the_time_there_is():
     parts = ("start", "waves", "rates", "period")
     assert stretch_seconds(parts, 60) == 4
     assert stretch_seconds(parts, 10_000) == 15
-    assert 4 < stretch_seconds(parts, 180) < 15
+    length = stretch_seconds(parts, 180)
+    assert count_stretches(parts) * length + fixed_seconds(parts) == pytest.approx(180)
+
+
+@pytest.mark.parametrize("part", ["start", "waves", "rates", "period"])
+def test_parts_take_as_long_as_is_said(part):
+    """By the made-up board's clock; starting up takes it four seconds where 25 are allowed."""
+    tried = bench(read_us=100)
+    began = tried.board.now_ns()
+    getattr(tried, part)()
+    took = (tried.board.now_ns() - began) / SECOND
+    said = count_stretches((part,)) * 8 + fixed_seconds((part,)) - (21 if part == "start" else 0)
+    assert took == pytest.approx(said, rel=0.05)
+
+
+def test_the_shortest_time_of_the_queue_s_step_is_enough():
+    counter = next(s for s in STEPS if s.name == "counter")
+    parts = bench_counters.BenchOptions().parts
+    needed = count_stretches(parts) * SHORTEST_STRETCH_S + fixed_seconds(parts)
+    assert needed <= counter.shortest_s - counter.reserve_s - counter.grace_s
 
 
 def test_the_command_writes_every_part_and_says_that_it_was_a_rehearsal(tmp_path):

@@ -150,12 +150,12 @@ def test_tests_that_overrun_leave_what_they_found(tmp_path, no_rehearsal):
     assert 'name="test_a"' in (tmp_path / "out" / "un0-tests" / "junit.xml").read_text()
 
 
-def test_the_budget_holds(tmp_path):
+def test_the_budget_holds(tmp_path, no_rehearsal):
     """No step gets more than is left, what does not fit is not begun, and being cut off is no failure."""
     sleeps = "import time; time.sleep(600)"
     steps = (step("a", sleeps, longest_s=500), step("b", sleeps, longest_s=500))
     began = time.monotonic()
-    code, state = run(tmp_path, steps, budget=12)
+    code, state = no_rehearsal(tmp_path, steps, budget=12)
     took = time.monotonic() - began
     assert code == 0
     assert statuses(state) == {"a": NO_TIME, "b": NO_TIME}
@@ -222,8 +222,14 @@ def test_results_survive_a_kill_in_the_middle(tmp_path):
 import os, subprocess, sys, time
 if not os.path.exists({str(tmp_path / "second-call")!r}):
     child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)
+    time.sleep(0.2)
     open({str(pid_file)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')
     time.sleep(600)
+"""
+    looks = f"""
+import os, sys
+left = [p for p in open({str(pid_file)!r}).read().split() if os.path.exists('/proc/' + p + '/exe')]
+sys.exit(f'still there: {{left}}' if left else 0)
 """
     program = f"""
 import sys
@@ -233,8 +239,8 @@ gpu_queue.BASE = ()
 from millijoule.jobs.gpu_steps import Command, Step
 def step(name, code):
     return Step(name, 1, name, 1.0, 60.0, (), (Command(('-c', code)),), grace_s=0.5)
-steps = (step('a', {count(marks)!r}), step('b', {waits!r}), step('c', 'pass'))
-sys.exit(gpu_queue.main(['--rehearse', '--budget', '100', '--out', {str(out)!r}], steps))
+steps = (step('a', {count(marks)!r}), step('b', {waits!r}), step('c', {looks!r}))
+sys.exit(gpu_queue.main(['--rehearse', '--budget', '100', '--out', {str(out)!r}, *sys.argv[1:]], steps))
 """
     first = subprocess.Popen([sys.executable, "-c", program])
     while not (pid_file.exists() and len(pid_file.read_text().split()) == 2):
@@ -244,6 +250,8 @@ sys.exit(gpu_queue.main(['--rehearse', '--budget', '100', '--out', {str(out)!r}]
     first.wait()
     state = load_state(out)
     assert statuses(state) == {"a": DONE, "b": RUNNING}
+    assert subprocess.run([sys.executable, "-c", program, "--steps", "c"], check=False).returncode == 0
+    assert statuses(load_state(out)) == {"a": DONE, "b": UNFINISHED, "c": DONE}
     (tmp_path / "second-call").touch()
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
     assert statuses(load_state(out)) == {"a": DONE, "b": DONE, "c": DONE}
@@ -299,6 +307,13 @@ def test_a_training_that_is_not_at_its_end_is_not_done(tmp_path, no_rehearsal):
     _, state = no_rehearsal(tmp_path, tuple(training.values()))
     assert statuses(state) == {"whole": DONE, "part": UNFINISHED}
     assert "7 of 8" in state.steps["part"].reason
+
+
+def test_a_step_that_breaks_the_program_s_expectations_is_its_own_fault_alone(tmp_path, no_rehearsal):
+    """A training that says it is done and has no log."""
+    _, state = no_rehearsal(tmp_path, (step("a", "pass", training_steps=5), step("b", "pass")))
+    assert statuses(state) == {"a": FAILED, "b": DONE}
+    assert "log.jsonl" in state.steps["a"].reason
 
 
 def test_a_step_that_lacks_a_package_or_a_file_is_skipped_with_the_way_out(tmp_path):
