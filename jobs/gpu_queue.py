@@ -364,8 +364,7 @@ class Queue:
     def _cannot(self, step: Step) -> str:
         lacking = [self.lacks[p] for p in (*BASE, *step.needs) if p in self.lacks]
         if lacking:
-            fetch = how_to_fetch(dict.fromkeys(lack.package for lack in lacking))
-            return f"{'; '.join(dict.fromkeys(lack.reason for lack in lacking))}. Fetch: {fetch}"
+            return "; ".join(dict.fromkeys(lack.reason for lack in lacking))
         missing = [path for path in step.after if not (self.results / path).exists()]
         return f"{missing[0]} is not there: an earlier step leaves it" if missing else ""
 

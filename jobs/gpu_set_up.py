@@ -29,7 +29,8 @@ PLATFORMS = (
     "manylinux2014_x86_64",
 )
 
-IMPORT_TIMEOUT_S = 120.0
+#: A cold disk is slow, and slow is not missing: after this long what is importable is left to the steps to find out.
+IMPORT_TIMEOUT_S = 60.0
 
 #: Imported in a process of its own: what a package needs in turn shows only then. qtawesome would import Qt, and only its
 #: files are used.
@@ -197,7 +198,10 @@ def _import(site: Path, packages: list[str]) -> Mapping[str, str]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return dict.fromkeys(packages, f"importing took more than {IMPORT_TIMEOUT_S:g} s")
+        print(
+            f"importing everything took more than {IMPORT_TIMEOUT_S:g} s: not checked any further", flush=True
+        )
+        return {}
     if done.returncode:
         return dict.fromkeys(packages, f"Python ended with {done.returncode}: {done.stderr.strip()[-200:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -316,7 +316,7 @@ def test_a_step_that_breaks_the_program_s_expectations_is_its_own_fault_alone(tm
     assert "log.jsonl" in state.steps["a"].reason
 
 
-def test_a_step_that_lacks_a_package_or_a_file_is_skipped_with_the_way_out(tmp_path):
+def test_a_step_that_lacks_a_package_or_a_file_is_skipped_with_the_way_out(tmp_path, capsys):
     steps = (
         step("a", "pass", needs=("no-such-package-here",)),
         step("b", "pass", after=("a/model",)),
@@ -325,7 +325,8 @@ def test_a_step_that_lacks_a_package_or_a_file_is_skipped_with_the_way_out(tmp_p
     code, state = run(tmp_path, steps)
     assert code == 0
     assert statuses(state) == {"a": SKIPPED, "b": SKIPPED, "c": DONE}
-    assert "pip download" in state.steps["a"].reason
+    (fetch,) = (x for x in capsys.readouterr().out.splitlines() if "pip download" in x)
+    assert "no-such-package-here" in fetch
     assert "no-such-package-here" in state.steps["a"].reason
     assert "a/model" in state.steps["b"].reason
 
@@ -414,6 +415,12 @@ def test_a_package_that_is_too_old_is_named_with_the_bound(tmp_path, monkeypatch
     monkeypatch.setattr(gpu_set_up, "_minimum_versions", lambda: {"numpy": "999.1"})
     lacks = gpu_set_up.prepare(tmp_path / "site", None, ["numpy"])
     assert "999.1 or newer" in lacks["numpy"].reason
+
+
+def test_what_is_slow_to_import_is_not_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_set_up, "IMPORT_TIMEOUT_S", 0.001)
+    assert gpu_set_up.prepare(tmp_path / "site", None, ["numpy"]) == {}
+    assert "not checked any further" in capsys.readouterr().out
 
 
 def test_wheels_that_do_not_install_are_reported_not_raised(tmp_path):
