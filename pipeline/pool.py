@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from millijoule.pipeline.coordinator import Coordinator
+from millijoule.pipeline.demand import Demand
 from millijoule.workers.errors import InputError, MillijouleError, StoreError
 from millijoule.workers.lease import (
     AttemptResult,
@@ -60,8 +61,8 @@ class PoolError(MillijouleError):
 class PoolOptions:
     """How many workers, and what each asks Ray for.
 
-    `min_workers` may be 0: then nothing runs while nothing waits. `max_workers` None: one per `resources` that the
-    cluster has now, at least one.
+    `min_workers` may be 0: then nothing runs while nothing waits. `at_once` workers fit the nodes that are there: beyond
+    them nodes are asked for as far as the work is worth it. None: one for each shard is asked for at once.
     """
 
     min_workers: int
@@ -69,6 +70,7 @@ class PoolOptions:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     resources: dict[str, float] = field(default_factory=dict)
+    at_once: int | None = None
 
 
 class JobEvents(Protocol):
@@ -133,6 +135,7 @@ class WorkerPool:
         self._last_error = ""
         self._store_failures = 0
         self._waiting_since: float | None = None
+        self._demand = Demand(options)
 
     def run(self) -> None:
         """Work until the coordinator is done, or until drained after `drain`.
@@ -180,11 +183,16 @@ class WorkerPool:
         return ready
 
     def _resize(self, now: float) -> None:
-        if self.draining:
-            return
-        want = min(self.options.max_workers, max(self.options.min_workers, self.coordinator.remaining))
-        while len(self.workers) < want and now >= self._spawn_not_before:
+        """Ask for the workers the work is worth, and take back requests it no longer is worth."""
+        demand, workers, draining = self._demand, self.workers.values(), self.draining is not None
+        demand.look(self.coordinator, workers, now)
+        while not draining and len(workers) < demand.wanted() and now >= self._spawn_not_before:
             self._spawn(now)
+        surplus = demand.withdrawable(workers, now, draining=draining)
+        for worker in surplus:
+            self._remove(worker)
+        if surplus:
+            log.info("workers still waiting for a node and no longer needed: %d taken back", len(surplus))
 
     def _spawn(self, now: float) -> None:
         self._spawned += 1
