@@ -47,11 +47,12 @@ def prospect(resources: Mapping[str, float]) -> Prospect:
     """
     resources = {name: amount for name, amount in resources.items() if amount}
     try:
+        from ray import _raylet
         from ray._private.state import state
-        from ray._raylet import GcsClient
 
         reported = state.get_cluster_config()
-        gcs = GcsClient(ray.get_runtime_context().gcs_address)
+        compiled: Any = _raylet  # without types
+        gcs = compiled.GcsClient(ray.get_runtime_context().gcs_address)
         version_2 = gcs.internal_kv_get(b"__autoscaler_v2_enabled", b"__autoscaler", timeout=RPC_TIMEOUT_S)
         status = gcs.internal_kv_get(b"__autoscaling_status", None, timeout=RPC_TIMEOUT_S)
     except (
@@ -75,7 +76,7 @@ def from_node_groups(config: Any, resources: Mapping[str, float]) -> Prospect:
     for group in config.node_group_configs:
         fits = how_many(group.resources, resources)
         if fits and group.max_count:
-            names.append(f"node type {group.name} has {words(group.resources, resources)} and may come")
+            names.append(f"node type {group.name} with {words(group.resources, resources)} may come")
             most += fits * max(0, group.max_count)
             limited = limited and group.max_count > 0
     if not names:
@@ -116,11 +117,9 @@ class _Asks:
 def _ask(gcs: Any, resources: Mapping[str, float]) -> Prospect:
     """Let an actor wait for `resources` until the autoscaler has taken note, then take it back."""
     custom = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-    actor = (
-        ray.remote(_Asks)
-        .options(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), resources=custom or None)
-        .remote()
-    )
+    asks: Any = ray.remote(_Asks)
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    actor = asks.options(num_cpus=cpus, num_gpus=gpus, resources=custom or None).remote()
     try:
         placed = actor.here.remote()
         return answer(
@@ -138,9 +137,10 @@ def _ask(gcs: Any, resources: Mapping[str, float]) -> Prospect:
 
 
 def _status(gcs: Any) -> Any:
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+    from ray.core.generated import autoscaler_pb2
 
-    reply = GetClusterStatusReply()
+    messages: Any = autoscaler_pb2  # generated, without types
+    reply = messages.GetClusterStatusReply()
     reply.ParseFromString(gcs.get_cluster_status(timeout_s=RPC_TIMEOUT_S))
     return reply
 
@@ -172,7 +172,7 @@ def answer(status: Callable[[], Any], resources: Mapping[str, float], placed: Ca
                 return Prospect(False, f"the cluster's autoscaler cannot start a node with {words(asked)}")
             new = [name for name in _node_types(now) if name not in before]
             which = f"node type {', '.join(new)}" if new else "a node type of the cluster's autoscaler"
-            return Prospect(True, f"{which} has {words(asked)} and may come")
+            return Prospect(True, f"{which} with room for {words(asked)} may come")
         time.sleep(POLL_S)
     return Prospect(None, f"the cluster's autoscaler gave no answer in {ANSWER_TIMEOUT_S:.0f} s")
 
