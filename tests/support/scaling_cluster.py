@@ -118,6 +118,17 @@ class ScalingCluster:
                 pass
         return list(found.values())
 
+    def workers(self) -> list[psutil.Process]:
+        """Actor processes that run leases, on any node."""
+        found = []
+        for process in self.processes():
+            try:
+                if "ray::ShardWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return found
+
     def __enter__(self) -> ScalingCluster:
         try:
             self.head.wait()
