@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -156,7 +157,7 @@ def answer(status: Callable[[], Any], resources: Mapping[str, float], placed: Ca
         placed: whether the request has found its place meanwhile.
     """
     asked = dict(resources)
-    before = _node_types(status())
+    before = _nodes_coming(status())
     pending_since: int | None = None
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -170,15 +171,15 @@ def answer(status: Callable[[], Any], resources: Mapping[str, float], placed: Ca
         if pending_since is not None and scaler.last_seen_cluster_resource_state_version >= pending_since:
             if asked in [dict(r.resources_bundle) for r in scaler.infeasible_resource_requests]:
                 return Prospect(False, f"the cluster's autoscaler cannot start a node with {words(asked)}")
-            new = [name for name in _node_types(now) if name not in before]
+            new = list(_nodes_coming(now) - before)
             which = f"node type {', '.join(new)}" if new else "a node type of the cluster's autoscaler"
             return Prospect(True, f"{which} with room for {words(asked)} may come")
         time.sleep(POLL_S)
     return Prospect(None, f"the cluster's autoscaler gave no answer in {ANSWER_TIMEOUT_S:.0f} s")
 
 
-def _node_types(status: Any) -> list[str]:
-    """Types of the nodes that are there, or on their way."""
-    cluster, scaler = status.cluster_resource_state, status.autoscaling_state
-    coming = (*cluster.node_states, *scaler.pending_instance_requests, *scaler.pending_instances)
-    return list(dict.fromkeys(entry.ray_node_type_name for entry in coming))
+def _nodes_coming(status: Any) -> Counter[str]:
+    """How many nodes of each type are on their way."""
+    scaler = status.autoscaling_state
+    asked = Counter({r.ray_node_type_name: r.count for r in scaler.pending_instance_requests})
+    return asked + Counter(i.ray_node_type_name for i in scaler.pending_instances)
