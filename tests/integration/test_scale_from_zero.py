@@ -27,8 +27,8 @@ def scaling():
 
 
 def no_workers_left(cluster: ScalingCluster) -> bool:
-    """No process of a worker, and nothing that waits, a moment after the driver has gone."""
-    deadline = time.monotonic() + 10
+    """No process of a worker is there for long after the driver has gone."""
+    deadline = time.monotonic() + 30
     while cluster.workers() and time.monotonic() < deadline:
         time.sleep(0.2)
     return not cluster.workers()
@@ -45,14 +45,14 @@ def test_nodes_come_as_far_as_there_is_work_and_go(scaling, tmp_path):
     prompts, output = write_prompts(tmp_path / "prompts.txt", 4 * shards), tmp_path / "out"
     arguments = ("--prompts", prompts, *QUICK, "--shard-size", 4, "--workers", "0:12", "--output", output)
     with NodeWatch(scaling.address, output, tmp_path / "nodes.jsonl") as watch:
-        watch.wait_for(0)
+        watch.wait_for_none()
         done = generate(tmp_path, *arguments, ray=scaling.address)
         assert done.returncode == 0, done.stderr
         assert no_workers_left(scaling)
-        watch.wait_for(0)
+        watch.wait_for_none()
         again = generate(tmp_path, *arguments, ray=scaling.address)  # finished: no reason to start a node
         assert again.returncode == 0, again.stderr
-        watch.wait_for(0)
+        watch.wait_for_none()
     assert_exactly_once(output, 4 * shards)
     assert "device: gpu, because node type gpu-worker " in done.stderr
     assert "device:" not in again.stderr
@@ -68,7 +68,7 @@ def test_requests_shrink_with_the_work(scaling, tmp_path):
     images = 600
     prompts, output = write_prompts(tmp_path / "prompts.txt", images), tmp_path / "out"
     with NodeWatch(scaling.address, output, tmp_path / "nodes.jsonl") as watch:
-        watch.wait_for(0)
+        watch.wait_for_none()
         done = generate(
             tmp_path,
             *("--prompts", prompts, *SLOW, "--shard-size", "3s", "--output", output),
@@ -77,7 +77,7 @@ def test_requests_shrink_with_the_work(scaling, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert no_workers_left(scaling)
-        watch.wait_for(0)
+        watch.wait_for_none()
     assert_exactly_once(output, images)
     said = [line for line in done.stderr.splitlines() if line.startswith("device: ")]
     assert len(said) == 1, done.stderr  # a calibration and its job share one decision
@@ -97,13 +97,13 @@ def test_gpus_that_no_node_type_has_are_refused(scaling, tmp_path):
     """Asked of the real autoscaler, which says that it cannot; no node comes for the question."""
     prompts, output = write_prompts(tmp_path / "prompts.txt", 4), tmp_path / "out"
     with NodeWatch(scaling.address, output, tmp_path / "nodes.jsonl") as watch:
-        watch.wait_for(0)
+        watch.wait_for_none()
         done = generate(
             tmp_path,
             *("--prompts", prompts, *SLOW, "--output", output, "--gpus-per-worker", 4),
             ray=scaling.address,
         )
-        watch.wait_for(0)
+        watch.wait_for_none()
     assert done.returncode == 1
     assert "--gpus-per-worker 4: the cluster at" in done.stderr
     assert "cannot start a node with 1 CPU and 4 GPU" in done.stderr

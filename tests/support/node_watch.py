@@ -23,10 +23,11 @@ PERIOD_S = 0.3
 
 @dataclass(frozen=True)
 class Sample:
-    """One look: ids of the live GPU nodes, GPU requests that wait for a node, commits there were."""
+    """One look: ids of the live GPU nodes, nodes bought and not there yet, GPU requests that wait, commits there were."""
 
     seconds: float
     nodes: frozenset[str]
+    coming: int
     waiting: int
     commits: int
 
@@ -45,13 +46,13 @@ class NodeWatch:
     def samples(self) -> list[Sample]:
         lines = self.log.read_text().splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [Sample(r["seconds"], frozenset(r["nodes"]), r["waiting"], r["commits"]) for r in rows]
+        return [Sample(**{**r, "nodes": frozenset(r["nodes"])}) for r in rows]
 
-    def wait_for(self, nodes: int, timeout_s: float = 60.0) -> None:
-        """Until the cluster has that many GPU nodes."""
+    def wait_for_none(self, timeout_s: float = 120.0) -> None:
+        """Until the cluster has no GPU node, and none that was bought is still to come."""
         deadline = time.monotonic() + timeout_s
-        while not (samples := self.samples) or len(samples[-1].nodes) != nodes:
-            assert time.monotonic() < deadline, f"no sample with {nodes} nodes; the last: {samples[-1:]}"
+        while not (samples := self.samples) or samples[-1].nodes or samples[-1].coming or samples[-1].waiting:
+            assert time.monotonic() < deadline, f"not without nodes; the last: {samples[-1:]}"
             time.sleep(PERIOD_S)
 
     def __enter__(self) -> NodeWatch:
@@ -80,10 +81,13 @@ def main(address: str, output: str) -> None:
         waiting = sum(
             r.count for r in state.pending_resource_requests if r.request.resources_bundle.get("GPU")
         )
+        scaler = reply.autoscaling_state
+        coming = sum(r.count for r in scaler.pending_instance_requests) + len(scaler.pending_instances)
         commits = len(list(Path(output).glob("_job/commits/*/*.json")))
         row = {
             "seconds": time.monotonic() - began,
             "nodes": nodes,
+            "coming": coming,
             "waiting": waiting,
             "commits": commits,
         }
