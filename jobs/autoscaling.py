@@ -56,9 +56,7 @@ def prospect(resources: Mapping[str, float]) -> Prospect:
         gcs = compiled.GcsClient(ray.get_runtime_context().gcs_address)
         version_2 = gcs.internal_kv_get(b"__autoscaler_v2_enabled", b"__autoscaler", timeout=RPC_TIMEOUT_S)
         status = gcs.internal_kv_get(b"__autoscaling_status", None, timeout=RPC_TIMEOUT_S)
-    except (
-        Exception
-    ) as error:  # private names: any of them may be gone, or the driver connected in another way
+    except Exception as error:  # a private name is gone, or the driver connected in another way
         log.debug("no word of the cluster's autoscaler", exc_info=True)
         return Prospect(None, f"the cluster does not say which nodes may come ({type(error).__name__})")
     if reported is not None and reported.node_group_configs:
