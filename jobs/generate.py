@@ -17,6 +17,7 @@ from millijoule.jobs.entry import CAP_REACHED, COMPLETE, ERROR, INTERRUPTED, QUA
 from millijoule.jobs.rate_options import RateOptions
 
 Format = Literal["parquet", "webdataset", "files"]
+Device = Literal["auto", "gpu", "cpu"]
 DuplicatePolicy = Literal["error", "keep-first", "suffix"]
 
 
@@ -58,10 +59,17 @@ class GenerateOptions:
     """Images per shard, or a target duration such as 60s (a short calibration then sets the number)."""
 
     workers: Annotated[str, tyro.conf.arg(metavar="N|MIN:MAX")] = "auto"
-    """Number of workers, or a range for autoscaling (0:8 holds nothing while nothing waits). auto: one per device."""
+    """Number of workers, or a range for autoscaling: 0:8 holds nothing while nothing waits, and asks for nodes only as
+    far as there is work for them. auto: one per device; where all devices are yet to come, one for each that the cluster
+    says may come, or 0:8 if it does not say."""
+
+    device: Device = "auto"
+    """What workers run on. auto: GPUs where the cluster has some, or where its autoscaler can start a node with one
+    (asked when there is work to do); else CPUs, except for a diffusers pipeline too heavy for them. The log says what was
+    decided and why. gpu: GPUs, or an error where none can come. cpu: never a GPU."""
 
     gpus_per_worker: float | None = None
-    """GPUs each worker asks for, may be fractional. Default: 1 where the cluster has GPUs, else 0."""
+    """GPUs each worker asks for, may be fractional. Default: 1, or 0 on CPUs."""
 
     cpus_per_worker: float = 1.0
     """CPUs each worker asks for, and threads it computes with."""
@@ -132,7 +140,7 @@ class GenerateOptions:
 def run(options: GenerateOptions, worker_class: Any = None) -> int:
     """The whole job; returns the exit code. `worker_class`: the Ray actor class, default the product's own."""
     from millijoule.jobs import ray_cluster
-    from millijoule.jobs.job_set_up import caps, open_or_plan, pool_options, validate
+    from millijoule.jobs.job_set_up import WorkerRequest, caps, has_work, open_or_plan, validate
     from millijoule.jobs.node_meter_options import parse_node_meters
     from millijoule.pipeline.finish import finish_job
     from millijoule.pipeline.head_watch import HeadWatch
@@ -150,12 +158,13 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
             from millijoule.jobs.dry_run import dry_run
 
             return dry_run(options, store)
-        planned = open_or_plan(options, store)
+        request = WorkerRequest(options)
+        planned = open_or_plan(options, store, request)
         store = open_store(options.output, patient=True)  # a job at work waits for storage
         job_run = JobRun(
             store,
             planned,
-            pool_options(options),
+            request.decide(lambda: has_work(store, planned)),
             worker_class or remote_worker_class(),
             lease_s=options.lease_seconds,
             speculate=options.speculate,

@@ -15,6 +15,7 @@ import tyro
 
 from millijoule.jobs.entry import COMPLETE, ERROR, run_command
 from millijoule.jobs.node_meter_options import parse_rest
+from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.image_judge import ICON_JUDGE, ImageJudge, ImageMetric, load_judge, load_metric
 
@@ -135,8 +136,8 @@ class VerifyOptions:
     omit_images: bool = False
     """Leave the images out of the bundle; their hashes stay."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where both generators run; auto: CUDA where there is one."""
+    device: Literal["auto", "gpu", "cpu", "cuda"] = "auto"
+    """Where both generators run; gpu is cuda, auto a GPU where there is one."""
 
     threads: int | None = None
     """CPU threads; PyTorch's default if not given."""
@@ -403,7 +404,7 @@ def _find_device(options: VerifyOptions) -> tuple[str, list[str] | None]:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available()):
+    if torch_device(options.device) == "cpu":
         return "cpu", None
     return "cuda", [f"GPU-{torch.cuda.get_device_properties(0).uuid}"]
 

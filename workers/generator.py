@@ -24,6 +24,10 @@ PACKAGED = {
 }
 FACTORY_PREFIX = "python:"
 
+#: A diffusers directory of more bytes than this is not run on CPUs unless somebody says so. The packaged baseline has 19 MB;
+#: those that are published for real use have a gigabyte and more, and would take minutes for an image.
+CPU_WEIGHTS_BYTES = 256 * 2**20
+
 #: Larger headers than this are not a model of ours, and would be read into memory whole.
 MAX_HEADER_BYTES = 16 * 2**20
 
@@ -143,6 +147,18 @@ def model_path(model: str) -> Path:
     if not path.exists():
         raise InputError(f"--model {model}: no such file or directory")
     return path
+
+
+def needs_gpu(model: str) -> bool:
+    """Whether `model` is a diffusers directory of more than `CPU_WEIGHTS_BYTES`. Raises InputError as `describe_model`."""
+    if model.startswith(FACTORY_PREFIX):
+        return False
+    path = model_path(model)
+    if not path.is_dir():
+        return False
+    from millijoule.workers.diffusers_model import read_pipeline
+
+    return sum(file.stat().st_size for file in read_pipeline(path).files) > CPU_WEIGHTS_BYTES
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:

@@ -213,9 +213,7 @@ class Un0Generator:
         size = self.architecture.image_size
         for r in requests:
             if (r.width or size, r.height or size) != (size, size):
-                raise RowError(
-                    f"{r.width or size}x{r.height or size}: this model makes {size}x{size} pixels"
-                )
+                raise RowError(f"{r.width or size}x{r.height or size}: this model makes {size}x{size} pixels")
             if not 1 <= (r.num_inference_steps or self.architecture.steps) <= MAX_STEPS:
                 raise RowError(
                     f"num_inference_steps {r.num_inference_steps}: this model takes 1 to {MAX_STEPS}"
