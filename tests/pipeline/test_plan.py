@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millijoule.pipeline import duplicate_ids, plan, prompt_files
+from millijoule.pipeline import duplicate_ids, plan, raw_chunks
 from millijoule.pipeline.plan import (
     PlanOptions,
     compute_fingerprint,
@@ -165,7 +165,7 @@ def test_impossible_options_are_refused(options):
 
 def test_too_many_waiting_rows_cut_the_fullest_bucket_early(world, monkeypatch):
     monkeypatch.setattr(plan, "MAX_WAITING_ROWS", 10)
-    monkeypatch.setattr(prompt_files, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(raw_chunks, "CHUNK_ROWS", 7)
     records = [{"prompt": str(i), "width": 8 * (1 + i % 5), "id": str(i)} for i in range(100)]
     world.file("p.jsonl", records).plan(shard_size=50)
     assert len(world.index) > 5
@@ -349,7 +349,7 @@ def test_every_row_ends_once_in_a_shard_or_in_quarantine(
     for i, records in enumerate(files):
         world.file(f"{i}.jsonl", [{"prompt": "always fine"}, *records])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt_files, "CHUNK_ROWS", chunk_rows)
+        patch.setattr(raw_chunks, "CHUNK_ROWS", chunk_rows)
         try:
             world.plan(shard_size=shard_size, duplicate_ids=duplicate_ids)
         except InputError as error:

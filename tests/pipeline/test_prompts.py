@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from millijoule.pipeline import prompt_files
+from millijoule.pipeline import prompt_text, raw_chunks
 from millijoule.pipeline.prompts import PROMPT_ROW_SCHEMA, PromptOptions, read_prompts
 from millijoule.workers.errors import InputError
 from millijoule.workers.storage import expand_inputs
@@ -108,10 +108,10 @@ def test_chunks_do_not_change_rows_or_numbers(read, monkeypatch):
     whole = read("p.txt", "\n".join(lines))
     table = pa.table({"prompt": lines})
     whole_table = read("p.parquet", table)
-    monkeypatch.setattr(prompt_files, "CHUNK_ROWS", 9)
+    monkeypatch.setattr(raw_chunks, "CHUNK_ROWS", 9)
     assert read("p.txt", "\n".join(lines)) == whole
     assert read("p.parquet", table) == whole_table
-    monkeypatch.setattr(prompt_files, "CHUNK_CHARS", 20)
+    monkeypatch.setattr(raw_chunks, "CHUNK_CHARS", 20)
     assert read("p.txt", "\n".join(lines)) == whole
     assert read("p.parquet", table) == whole_table
 
@@ -395,7 +395,7 @@ def test_malformed_jsonl_lines_are_bad_rows_and_reading_goes_on(read, line):
 
 
 def test_an_overlong_line_is_a_bad_row(read, monkeypatch):
-    monkeypatch.setattr(prompt_files, "MAX_LINE_CHARS", 100)
+    monkeypatch.setattr(prompt_text, "MAX_LINE_CHARS", 100)
     rows, bad = read("p.txt", "a\n" + "x" * 1000 + "\nb\n")
     assert [(r["prompt"], r["source"][-2:]) for r in rows] == [("a", ":1"), ("b", ":3")]
     the_only(bad, "p.txt:2", "longer than 100")
