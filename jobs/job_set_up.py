@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Words for delimiters that are hard to type.
+DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\t": "\t"}
+
 #: A calibrated shard holds at least and at most this many images.
 MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 16, 100_000
 
@@ -56,7 +59,8 @@ def validate(options: GenerateOptions) -> None:
     if options.node_meter is not None and not options.telemetry:
         raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
     caps(options)
-    parse_shard_size(options.shard_size)
+    images, _ = parse_shard_size(options.shard_size)
+    plan_options(options, images or MIN_SHARD_IMAGES)
     parse_workers(options.workers)
     parse_resources(options.resources)
     parse_node_meters(options.node_meter, options.node_rest)
@@ -123,6 +127,15 @@ def parse_resources(pairs: tuple[str, ...]) -> dict[str, float]:
     return resources
 
 
+def parse_delimiter(text: str | None) -> str | None:
+    """`"semicolon"` or `";"` -> ";"; raises InputError."""
+    if text is None or len(text) == 1:
+        return text
+    if text.lower() in DELIMITER_WORDS:
+        return DELIMITER_WORDS[text.lower()]
+    raise InputError(f"--delimiter {text}: one character, or {', '.join(DELIMITER_WORDS)}")
+
+
 def pool_options(options: GenerateOptions) -> PoolOptions:
     """How many workers and what each asks for, given the cluster this process is connected to."""
     gpus = options.gpus_per_worker
@@ -140,6 +153,7 @@ def plan_options(options: GenerateOptions, shard_size: int) -> PlanOptions:
         images_per_prompt=options.images_per_prompt,
         duplicate_ids=options.duplicate_ids,
         prompt_column=options.prompt_column,
+        delimiter=parse_delimiter(options.delimiter),
         max_prompt_chars=options.max_prompt_chars,
     )
 

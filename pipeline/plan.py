@@ -191,9 +191,12 @@ def compute_fingerprint(
     Raises:
         StoreError: a file cannot be read.
     """
+    said = asdict(options)
+    if options.delimiter is None:
+        del said["delimiter"]  # a job from before there was the option goes on
     content = {
         "files": [_file_identity(file) for file in files],
-        "options": asdict(options),
+        "options": said,
         "extra": dict(fingerprint_extra),
         "schema_version": SCHEMA_VERSION,
     }

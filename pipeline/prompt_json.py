@@ -177,10 +177,11 @@ def _values(scanner: _Scanner, outline: _Outline, known: KnownNames, remarks: Re
             f"{url}: several lists could be the rows: {names}; write the right one as a list of its own"
         )
     if outline.objects_only and type(outline.first) is dict and known.hold_prompt(outline.first):
-        remarks.add(url, "the members of the object are the rows, their names the prompt ids")
+        has_id = any(known.meaning(name) == "prompt_id" for name in outline.first)
+        names = "" if has_id else ", their names the prompt ids"
+        remarks.add(url, f"the rows are the members of the object{names}")
         for name in scanner.members():
             value = scanner.value()
-            has_id = any(known.meaning(key) == "prompt_id" for key in value)
             yield value if has_id else {"prompt_id": name} | value
         return
     hint = "; pandas writes one with to_json(orient='records')" if known.hold_prompt(outline.kinds) else ""
@@ -236,8 +237,9 @@ class _Scanner:
                 value, end = self._decode(self._buffer, self._at)
             except json.JSONDecodeError as error:
                 # Broken, or not all there yet.
+                position = self._before + error.pos
                 if not self._more():
-                    raise self._broken(error.msg, self._before + error.pos) from None
+                    raise self._broken(error.msg, position) from None
                 continue
             except (ValueError, RecursionError) as error:
                 raise self._broken(str(error), self.characters) from None

@@ -8,7 +8,6 @@ itself: the driver replaces it, and keeps the reason.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 import sys
@@ -38,6 +37,7 @@ from millijoule.workers.power_samples import PowerSampler
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.storage import open_store
 from millijoule.workers.timeline import SegmentTimeline
+from millijoule.workers.visible_text import log_to_stderr
 
 JOB_KEY = "_job/job.json"
 
@@ -46,7 +46,7 @@ class ShardWorker:
     """One worker. Construct through `ray.remote(ShardWorker).options(...)`."""
 
     def __init__(self, worker_id: str, config: WorkerConfig) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        log_to_stderr("%(levelname)s %(name)s: %(message)s")
         self.worker_id = worker_id
         self.config = config
         self._attempt_id: str | None = None

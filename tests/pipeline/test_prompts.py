@@ -216,7 +216,7 @@ def test_a_prompt_of_100000_characters_is_quarantined_with_its_length(read):
     assert row.prompt == "x" * 197 + "..."
 
 
-@pytest.mark.parametrize("character", ["\0", "\x07", "\x1b", "\x0b", "\r"])
+@pytest.mark.parametrize("character", ["\0", "\x07", "\x1b", "\x0b"])
 def test_control_characters_in_a_prompt_are_bad_rows(read, character):
     rows, bad = read("p.jsonl", jsonl({"prompt": f"a{character}b"}, {"prompt": "line\n\tok"}))
     assert [r["prompt"] for r in rows] == ["line\n\tok"]
@@ -227,7 +227,6 @@ def test_control_characters_in_a_prompt_are_bad_rows(read, character):
     ("value", "reason"),
     [
         ("", "blank"),
-        (None, "empty"),
         ("x" * 513, "513 characters"),
         ("a\0b", "control character"),
         ("a\nb", "control character"),
@@ -253,7 +252,7 @@ LIMITS = [
 @pytest.mark.parametrize(("column", "low", "high"), LIMITS)
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_integers_within_limits(read, column, low, high, kind):
-    values = [low, high, low - 1, high + 1]
+    values = [low, high, -2 if column == "seed" else low - 1, high + 1]
     if kind == "csv":
         content = f"prompt,{column}\n" + "".join(f"p,{v}\n" for v in [*values, "", "4x", "nan"])
     elif kind == "jsonl":
@@ -307,7 +306,7 @@ def test_parquet_decimals_and_booleans(read):
 
 
 @pytest.mark.parametrize(
-    "value", [-0.1, 100.5, float("nan"), float("inf"), "nan", "inf", "high", True, "1_0"]
+    "value", [-0.1, 100.5, float("inf"), "nan", "inf", "high", True, "1_0", "7,5"]
 )
 def test_guidance_scale_is_finite_and_within_limits(read, value):
     rows, bad = read("p.jsonl", jsonl({"prompt": "p", "cfg_scale": 7.5}, {"prompt": "p", "cfg_scale": value}))
@@ -316,7 +315,8 @@ def test_guidance_scale_is_finite_and_within_limits(read, value):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(0, 0.0), ("7.5", 7.5), (100, 100.0), ("1e1", 10.0), ("", None)]
+    ("value", "expected"),
+    [(0, 0.0), ("7.5", 7.5), (100, 100.0), ("1e1", 10.0), ("", None), (float("nan"), None)],
 )
 def test_guidance_scale_forms(read, value, expected):
     (row,), _ = read("p.jsonl", jsonl({"prompt": "p", "guidance_scale": value}))
