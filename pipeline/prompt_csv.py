@@ -71,8 +71,8 @@ def read_csv(
 def _whole_lines(text: TextFile) -> Iterator[str]:
     for line in text.lines():
         if line is None:
-            reason = too_long(text.url, text.number).reason
-            raise InputError(f"{text.url}: line {text.number}: {reason}; this is no table of prompts")
+            reason = too_long(text.url, text.number).reason.replace("the line", f"line {text.number}")
+            raise InputError(f"{text.url}: {reason}; this is no table of prompts")
         yield line
 
 

@@ -71,8 +71,19 @@ def _policy(*scripts: str) -> str:
 
 def _json_block(value: Any) -> str:
     """JSON that no HTML parser can leave: every < > & is an escape inside a string."""
-    text = visible_lines(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+    text = json.dumps(_with_visible_texts(value), separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _with_visible_texts(value: Any) -> Any:
+    """A JSON value with every text as the page shows it, so that the filters find the charts' names, too."""
+    if isinstance(value, str):
+        return visible_lines(value)
+    if isinstance(value, dict):
+        return {_with_visible_texts(k): _with_visible_texts(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_visible_texts(v) for v in value]
+    return value
 
 
 def _chart_specs(charts: Sequence[Sequence[Chart]]) -> list[dict[str, Any]]:

@@ -290,7 +290,11 @@ def test_the_prompt_column_is_found_between_other_delimiters(tmp_path):
 
 
 def test_files_without_columns_go_with_a_prompt_column(tmp_path):
-    files = [put(tmp_path / "a.csv", "Was\na\n"), put(tmp_path / "b.txt", "b\n"), put(tmp_path / "c.json", '["c"]')]
+    files = [
+        put(tmp_path / "a.csv", "Was\na\n"),
+        put(tmp_path / "b.txt", "b\n"),
+        put(tmp_path / "c.json", '["c"]'),
+    ]
     rows, _ = read(files, prompt_column="Was")
     assert [r["prompt"] for r in rows] == ["a", "b", "c"]
 
@@ -353,5 +357,7 @@ def test_a_value_over_the_limit_is_refused_with_its_place(tmp_path, monkeypatch)
     monkeypatch.setattr(prompt_json, "MAX_VALUE_CHARS", 1000)
     monkeypatch.setattr(prompt_json, "_BLOCK_CHARS", 100)
     path = put(tmp_path / "p.json", json.dumps([{"prompt": "a"}, {"prompt": "x" * 3000}]))
-    with pytest.raises(InputError, match=r"value at character 19 is .* longer than 1,000 characters; .*JSON lines"):
+    with pytest.raises(
+        InputError, match=r"value at character 19 is .* longer than 1,000 characters; .*JSON lines"
+    ):
         read([path])

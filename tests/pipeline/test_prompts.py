@@ -305,9 +305,7 @@ def test_parquet_decimals_and_booleans(read):
     assert rows[0]["seed"] == 42
 
 
-@pytest.mark.parametrize(
-    "value", [-0.1, 100.5, float("inf"), "nan", "inf", "high", True, "1_0", "7,5"]
-)
+@pytest.mark.parametrize("value", [-0.1, 100.5, float("inf"), "nan", "inf", "high", True, "1_0", "7,5"])
 def test_guidance_scale_is_finite_and_within_limits(read, value):
     rows, bad = read("p.jsonl", jsonl({"prompt": "p", "cfg_scale": 7.5}, {"prompt": "p", "cfg_scale": value}))
     assert [r["guidance_scale"] for r in rows] == [7.5]

@@ -884,7 +884,13 @@ def _fill(url: str, files: dict[str, bytes]) -> None:
 def test_a_folder_stands_for_its_data_files(prompts: str) -> None:
     """As Spark leaves them: markers, checksums, empty parts and what an unfinished job wrote."""
     names = ["part-00000-a.snappy.parquet", "part-00001-a.snappy.parquet", "more/part-00002.parquet"]
-    markers = ["_SUCCESS", ".part-00000-a.snappy.parquet.crc", "_temporary/0/part-9.parquet", "x.crc", "_metadata"]
+    markers = [
+        "_SUCCESS",
+        ".part-00000-a.snappy.parquet.crc",
+        "_temporary/0/part-9.parquet",
+        "x.crc",
+        "_metadata",
+    ]
     files = {f"spark/{name}": b"x" for name in (*names, *markers)}
     _fill(prompts, files | {"spark/part-00003.parquet": b"", "spark/_started": b""})
     found = [f"spark/{name}" for name in sorted(names)]
@@ -911,7 +917,10 @@ def test_folders_of_partitions_add_columns(prompts: str) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["a.csv", "b.jsonl"], r"several formats \(csv: a\.csv; jsonl: b\.jsonl\).*example '.*/odd-folder/\*\.csv'"),
+        (
+            ["a.csv", "b.jsonl"],
+            r"several formats \(csv: a\.csv; jsonl: b\.jsonl\).*example '.*/odd-folder/\*\.csv'",
+        ),
         (["a.csv", "README.md"], r"unknown format besides prompt files: README\.md; .*odd-folder/\*\.csv'"),
         (["in/a.csv", "x.png"], r"unknown format .*x\.png; .*odd-folder/\*\*/\*\.csv'"),
         (["x.png", "y.docx"], r"without prompt files \(.*\*\.parquet.*\); it has x\.png, y\.docx"),

@@ -193,6 +193,7 @@ def test_first_prompts_are_shown_once_each_as_they_are_written(measured):
         "\x9b2J\x90q\x9c",  # the same codes in one byte
         "a\rb\bc\nd\x00e\x7ff",
         "\u202eright to left\u202c\u2066\u200b",
+        "\u061c\u200e\u200f\u202a\u202b\u202d\u2067\u2068\u2069\u2028\u2029\ufeff\u00ad\U000e0041 tags",
         "[bold red]x[/bold red] [link=http://evil]y[/link] [/nothing] [@click=f()]z :warning:",
         "\ud800",
     ],
