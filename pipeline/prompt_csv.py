@@ -130,7 +130,7 @@ def _records(
             where = _span(line + 1, text.number)
             yield row, BadRow(text.url, row, None, f"{where}: malformed: {error}"), 0
         else:
-            if _has_content(fields) or fields == [""]:
+            if (fields and fields[0]) or _has_content(fields) or fields == [""]:
                 row += 1
                 if len(fields) > n and not _has_content(fields[n:]):
                     del fields[n:]
