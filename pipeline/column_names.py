@@ -6,6 +6,7 @@ two columns of one meaning are refused rather than chosen from.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import shlex
@@ -39,6 +40,12 @@ NOT_USED = (
     *("init_image", "mask", "strength", "denoising_strength", "hires_fix", "hires_upscale", "restore_faces"),
     *("styles", "style", "quality", "output_format", "response_format"),
 )
+
+#: Columns that a message lists.
+_SHOWN_NAMES = 30
+
+#: Names whose meaning is kept at hand; JSON can have new ones in every record.
+_MAX_NAMES = 4096
 
 _SEPARATORS = re.compile(r"[\s_\-]+")
 
@@ -85,6 +92,8 @@ class KnownNames:
     def meaning(self, name: str) -> str | None:
         """Our name of the column, None for one to pass through."""
         if name not in self._met:
+            if len(self._met) >= _MAX_NAMES:
+                self._met.clear()
             ours = _MEANINGS.get(folded(name))
             if self.prompt_column is not None:
                 ours = "prompt" if name == self.prompt_column else None if ours == "prompt" else ours
@@ -114,16 +123,19 @@ class FileColumns:
         self.names: dict[str, str] = {}
         self._known = known
         self._remarks = remarks
-        self._met: set[str] = set()
 
     def meet(self, chunk: RawChunk) -> None:
         """Take note of the chunk's columns; raises InputError where they are contradictory or hold no prompt."""
-        new = [name for name in chunk.names if name not in self._met]
-        self._met.update(new)
-        for name in new:
+        new: list[str] = []  # our names of columns not met before
+        idle: list[str] = []
+        for name in chunk.names:
             ours = self._known.meaning(name)
             if ours is None:
+                if folded(name) in _NOT_USED and self._remarks.is_new(f"not used {name}"):
+                    idle.append(name)
                 continue
+            if ours not in self.names:
+                new.append(ours)
             before = self.names.setdefault(ours, name)
             if before != name:
                 hint = (
@@ -137,9 +149,9 @@ class FileColumns:
         if "prompt" not in self.names and (chunk.names or not chunk.bad):
             raise InputError(
                 f"{self.file}: no prompt column (looked for {self._known.expected}); the file has "
-                f"{', '.join(chunk.names) or 'no columns'}. Name the right one with --prompt-column"
+                f"{_some(chunk.names)}. Name the right one with --prompt-column"
             )
-        self._remark(new)
+        self._remark(new, idle)
 
     def passed_through(self, names: Iterable[str]) -> Iterator[str]:
         """Those of `names` that a row keeps under their own name. A size does, too: it may say more than pixels."""
@@ -151,17 +163,16 @@ class FileColumns:
         """The file's names of columns that are not passed through."""
         return [name for ours, name in self.names.items() if ours != "size"]
 
-    def _remark(self, new: list[str]) -> None:
-        read = [
-            f"column {name!r} is read as {ours}"
-            for ours, name in self.names.items()
-            if name in new and name != ours and (name not in COLUMN_NAMES[ours] or ours == "prompt")
-        ]
+    def _remark(self, new: list[str], idle: list[str]) -> None:
+        read = [f"column {name!r} is read as {ours}" for ours in new if (name := self.names[ours]) != ours]
         if read:
             self._remarks.add(self.file, ", ".join(read))
-        idle = [name for name in new if self._known.meaning(name) is None and folded(name) in _NOT_USED]
-        idle = [name for name in idle if self._remarks.is_new(f"not used {name}")]
         if idle:
             self._remarks.add(
                 self.file, f"not used: {', '.join(idle)} (passed through)", level=logging.WARNING
             )
+
+
+def _some(names: Collection[str]) -> str:
+    rest = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(itertools.islice(names, _SHOWN_NAMES)) + rest if names else "no columns"

@@ -56,7 +56,7 @@ def read_csv(
     delimiter = forced or (said[1] if said else _recognised(first, usual, known))
     if delimiter != usual and forced is None:
         words = DELIMITERS.get(delimiter, repr(delimiter))
-        remarks.add(text.url, f"fields are separated by {words} (--delimiter says otherwise)")
+        remarks.add(text.url, f"fields are separated by {words}; --delimiter forces another")
     reader = csv.reader(itertools.chain(first, lines), delimiter=delimiter, strict=True)
     header = _header(reader, text.url)
     if header is None:
@@ -130,7 +130,7 @@ def _records(
             where = _span(line + 1, text.number)
             yield row, BadRow(text.url, row, None, f"{where}: malformed: {error}"), 0
         else:
-            if (fields and fields[0]) or _has_content(fields) or fields == [""]:
+            if (fields and fields[0].strip()) or _has_content(fields) or fields == [""]:
                 row += 1
                 if len(fields) > n and not _has_content(fields[n:]):
                     del fields[n:]

@@ -22,6 +22,9 @@ MAX_VALUE_CHARS = 16 * 2**20
 #: Characters read at a time.
 _BLOCK_CHARS = 2**18
 
+#: What may come after a number.
+_ENDS = tuple(",]} \t\n")
+
 #: Members of an object that a message lists.
 _SHOWN_MEMBERS = 8
 
@@ -118,10 +121,11 @@ def _problem(error: ValueError | RecursionError) -> str:
 
 @dataclass
 class _Outline:
-    """What the outermost object of a file holds: per member its kind, and of a list or object its first value."""
+    """What the outermost object of a file holds, as far as it decides where the rows are; bounded in memory."""
 
     kinds: dict[str, str] = field(default_factory=dict)  # of the first members
-    lists: dict[str, Any] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)  # the first lists that begin with a prompt
+    records: list[str] = field(default_factory=list)  # the first lists that begin with an object
     first: Any = None  # value of the first member
     objects_only: bool = True
     is_record: bool = False
@@ -140,8 +144,10 @@ def _outline(scanner: _Scanner, known: KnownNames) -> _Outline | None:
             first, count = None, 0
             for count, value in enumerate(scanner.elements(), start=1):
                 first = value if count == 1 else first
-            if count:
-                outline.lists[name] = first
+            if _has_prompt(first, name, known) and len(outline.prompts) < _SHOWN_MEMBERS:
+                outline.prompts.append(name)
+            if type(first) is dict and len(outline.records) < _SHOWN_MEMBERS:
+                outline.records.append(name)
             kind = f"list of {count:,}"
             outline.objects_only = False
         else:
@@ -161,9 +167,7 @@ def _values(scanner: _Scanner, outline: _Outline, known: KnownNames, remarks: Re
     if outline.is_record:
         yield scanner.value()
         return
-    prompts = [name for name, first in outline.lists.items() if _has_prompt(first, name, known)]
-    records = [name for name, first in outline.lists.items() if type(first) is dict]
-    chosen = prompts or records
+    chosen = outline.prompts or outline.records
     if len(chosen) == 1:
         remarks.add(url, f"the rows are those of the list {chosen[0]!r}")
         for name in scanner.members():
@@ -243,8 +247,12 @@ class _Scanner:
                 continue
             except (ValueError, RecursionError) as error:
                 raise self._broken(str(error), self.characters) from None
-            # A number at the end of the buffer may go on.
-            if end == len(self._buffer) and self._more():
+            # A number goes on behind the buffer's end, unless something else than a number ends it.
+            if (
+                not isinstance(value, str | dict | list)
+                and self._buffer[end : end + 1] not in _ENDS
+                and self._more()
+            ):
                 continue
             self._at = end
             return value

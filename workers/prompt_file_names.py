@@ -24,6 +24,9 @@ _SPREADSHEETS = ("xlsx", "xls", "xlsm", "ods", "numbers")
 #: Folders of tables whose own log says which of the files in them count.
 _TABLE_LOGS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
 
+#: What marks a folder as a job's output, which may lie among its prompts.
+_JOB = "_job/job.json"
+
 #: How Hive and Spark write a null in the name of a folder.
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -70,7 +73,8 @@ def partition_columns(path: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def data_files(folder: str, sizes: Mapping[str, int]) -> list[str]:
-    """Which of a folder's files are to be read. Markers are passed over, and files without a byte (an empty partition).
+    """Which of a folder's files are to be read. Markers are passed over, files without a byte (an empty partition), and
+    outputs of jobs within.
 
     Args:
         folder: for messages.
@@ -87,7 +91,8 @@ def data_files(folder: str, sizes: Mapping[str, int]) -> list[str]:
                     f"{folder!r} is a {_TABLE_LOGS[part]} table, whose log says which of its files count; write the "
                     "prompts out as plain Parquet"
                 )
-    names = sorted(path for path, size in sizes.items() if size and not is_marker(path))
+    outputs = tuple(p.removesuffix(_JOB) for p in sizes if p.endswith(f"/{_JOB}"))
+    names = sorted(p for p, size in sizes.items() if size and not is_marker(p) and not p.startswith(outputs))
     if not names:
         rest = f"; it has {_some(sizes)}, which hold no rows" if sizes else ""
         raise InputError(f"{folder!r} is a folder without prompt files{rest}")

@@ -3,7 +3,9 @@
 Every file is a small look-alike, and what a person reads in it is written beside it by hand.
 """
 
+import csv
 import gzip
+import io
 import json
 import logging
 from decimal import Decimal
@@ -12,8 +14,13 @@ from math import nan
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from millijoule.pipeline import prompt_json, raw_chunks
+from millijoule.pipeline.column_names import KnownNames, Remarks
+from millijoule.pipeline.prompt_json import read_json
+from millijoule.pipeline.prompt_text import TextFile
 from millijoule.pipeline.prompts import PromptOptions, read_prompts
 from millijoule.workers.errors import InputError
 from millijoule.workers.storage import expand_inputs
@@ -183,6 +190,33 @@ def test_small_chunks_and_pieces_read_the_same(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(raw_chunks, "CHUNK_ROWS", 1)
     monkeypatch.setattr(prompt_json, "_BLOCK_CHARS", 3)
     assert read([path]) == whole
+
+
+NAMES = {
+    "prompt_id": ["prompt_id", "id", "custom_id"],
+    "negative_prompt": ["negative_prompt"],
+    "seed": ["seed"],
+    "num_images": ["num_images", "n"],
+    "width": ["width"],
+    "height": ["height"],
+    "num_inference_steps": ["num_inference_steps", "steps", "step"],
+    "guidance_scale": ["guidance_scale", "cfg_scale", "cfg", "cfgs"],
+}
+
+
+@pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])
+def test_a_column_is_what_its_name_says_in_any_spelling(tmp_path, caplog, name):
+    words = name.split("_")
+    camel = words[0] + "".join(map(str.title, words[1:]))
+    (ours,) = (ours for ours, names in NAMES.items() if name in names)
+    for spelled in {name, name.upper(), " ".join(words).title(), "-".join(words), "".join(words), camel}:
+        rows, bad = read([put(tmp_path / "p.jsonl", lines({"PROMPT": "a", spelled: "64"}))])
+        assert str(rows[0][ours]) in ("64", "64.0")
+        assert same(rows[0], row("a", extra={}))
+        assert not bad
+    with caplog.at_level(logging.INFO):
+        read([put(tmp_path / "p.jsonl", lines({"prompt": "a", name.upper(): "64", f"_{name}": 1}))])
+    assert any(f"column {name.upper()!r} is read as {ours}" in text for text in said(caplog))
 
 
 # What cannot be right is refused, and the words help
@@ -361,3 +395,53 @@ def test_a_value_over_the_limit_is_refused_with_its_place(tmp_path, monkeypatch)
         InputError, match=r"value at character 19 is .* longer than 1,000 characters; .*JSON lines"
     ):
         read([path])
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+VALUES = st.recursive(
+    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    records=st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=3), max_size=6),
+    before=st.dictionaries(st.sampled_from("abc"), SCALARS | st.lists(st.integers(), max_size=3), max_size=3),
+    indent=st.none() | st.integers(0, 3),
+    ascii_only=st.booleans(),
+    block=st.integers(1, 40),
+)
+def test_pieces_of_json_are_what_a_parser_of_the_whole_reads(records, before, indent, ascii_only, block):
+    for value in (records, before | {"rows": [{"prompt": "first"}, *records]}):
+        data = json.dumps(value, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+        expected = json.loads(data.decode("utf-8", "surrogatepass"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prompt_json, "_BLOCK_CHARS", block)
+            chunks = list(read_json(TextFile("p.json", io.BytesIO(data), False), KnownNames(), Remarks()))
+        assert [r for c in chunks for r in c.records] == (
+            expected if type(value) is list else expected["rows"]
+        )
+        assert not any(c.bad for c in chunks)
+
+
+FIELDS = st.text(st.sampled_from("ab ;,|\t\"'\n\u00e4\u732b"), max_size=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=8),
+    delimiter=st.sampled_from(",;|\t"),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    line_end=st.sampled_from(["\n", "\r\n", "\r"]),
+    name=st.sampled_from(["p.csv", "p.tsv"]),
+)
+def test_tables_come_back_as_they_were_written(tmp_path_factory, rows, delimiter, quoting, line_end, name):
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter, quoting=quoting, lineterminator="\n")
+    writer.writerows([("Tag", "Prompt"), ("first", "a cat"), *rows])
+    path = put(tmp_path_factory.mktemp("t") / name, text.getvalue().replace("\n", line_end))
+    found, bad = read([path])
+    written = [("first", "a cat"), *rows]
+    wanted = [(tag, prompt) for tag, prompt in written if prompt.strip()]
+    assert [(json.loads(r["extra"])["Tag"], r["prompt"]) for r in found] == wanted
+    assert len(bad) == sum(1 for tag, prompt in written if tag.strip() and not prompt.strip())

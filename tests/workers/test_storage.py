@@ -901,6 +901,12 @@ def test_a_folder_stands_for_its_data_files(prompts: str) -> None:
     assert _expand(prompts, "deep") == ["deep/d.csv", "deep/er/c.csv"]
 
 
+def test_an_output_among_the_prompts_is_no_prompt(prompts: str) -> None:
+    output = ["_job/job.json", "manifest.parquet", "preview.png", "data/x.parquet"]
+    _fill(prompts, {f"mine/{name}": b"x" for name in ("p.csv", "outer.csv", *(f"out/{n}" for n in output))})
+    assert _expand(prompts, "mine") == ["mine/outer.csv", "mine/p.csv"]
+
+
 def test_folders_of_partitions_add_columns(prompts: str) -> None:
     names = ["lang=de/style=a%2Fb/p.csv", "lang=__HIVE_DEFAULT_PARTITION__/style=c/p.csv", "_x=1/p.csv"]
     _fill(prompts, {f"hive/{name}": b"x" for name in (*names, "lang=de/_SUCCESS")})
