@@ -18,7 +18,14 @@ from millijoule.pipeline.column_names import KnownNames, Remarks
 from millijoule.pipeline.prompt_csv import read_csv
 from millijoule.pipeline.prompt_json import read_json, read_jsonl
 from millijoule.pipeline.prompt_text import TextFile, too_long
-from millijoule.pipeline.raw_chunks import BadRow, ColumnChunk, RawChunk, gathered, refuse_repeated_names
+from millijoule.pipeline.raw_chunks import (
+    BadRow,
+    ColumnChunk,
+    RawChunk,
+    gathered,
+    refuse_repeated_names,
+    shown,
+)
 from millijoule.workers.errors import InputError
 from millijoule.workers.prompt_file_names import file_format
 from millijoule.workers.storage import InputFile, open_input_file
@@ -72,6 +79,11 @@ def _read_txt(text: TextFile, known: KnownNames) -> Iterator[ColumnChunk]:
         for row, line in enumerate(text.lines(), start=1):
             if line is None:
                 yield row, too_long(text.url, row), 0
+            elif line.startswith("--prompt "):  # A1111's script for prompts from a file
+                reason = (
+                    "this is a command line, not a prompt; make a csv with a column for each of its options"
+                )
+                yield row, BadRow(text.url, row, None, reason, None, shown(line.rstrip())), 0
             elif prompt := line.rstrip():
                 yield row, prompt, len(line)
 

@@ -284,6 +284,14 @@ def test_a_field_beside_and_in_a_body_is_a_bad_row(tmp_path):
     assert "'seed' stands both beside and in 'body'" in bad.reason
 
 
+def test_command_lines_of_a_web_interface_are_bad_rows(tmp_path):
+    text = '--prompt "a cat" --steps 20\na dog --no cats\n'
+    rows, (bad,) = read([put(tmp_path / "p.txt", text)])
+    assert [r["prompt"] for r in rows] == ["a dog --no cats"]
+    assert (bad.row, bad.prompt) == (1, '--prompt "a cat" --steps 20')
+    assert "a command line, not a prompt; make a csv" in bad.reason
+
+
 def test_a_body_beside_a_prompt_passes_through(tmp_path):
     ((found,), _) = read([put(tmp_path / "p.jsonl", lines({"prompt": "a", "body": {"prompt": "b"}}))])
     assert same(found, row("a", extra={"body": {"prompt": "b"}}))
