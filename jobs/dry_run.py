@@ -24,6 +24,7 @@ from millijoule.workers.node_meter import MW_PER_W
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.shard_rows import read_shard_rows, shard_requests
 from millijoule.workers.storage import Store, expand_inputs, open_store
+from millijoule.workers.visible_text import visible_lines
 
 if TYPE_CHECKING:
     from millijoule.jobs.generate import GenerateOptions
@@ -76,7 +77,7 @@ def dry_run(options: GenerateOptions, store: Store) -> int:
     ]
     if seconds_per_shard is not None:
         lines.append(f"shard size  about {max(1, round(seconds_per_shard / per_image))} images")
-    print("\n".join(lines))
+    print(visible_lines("\n".join(lines)))
     return COMPLETE
 
 

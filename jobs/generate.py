@@ -28,16 +28,17 @@ class GenerateOptions:
     Run the same command again to resume: finished shards are kept, whatever was killed. Inside `ray job submit` (or
     with --ray-address) the job runs on that cluster; otherwise Ray starts on this machine for the length of the job.
 
-    Prompt files may have these columns (aliases in brackets): prompt [text, caption, TEXT], prompt_id [id,
-    custom_id], negative_prompt, seed, num_images [n], width, height, num_inference_steps [steps], guidance_scale
-    [cfg_scale]. Other columns are passed through. In a .txt file each line is a prompt.
+    Prompt files may have these columns (aliases in brackets): prompt [prompts, text, caption], prompt_id [id,
+    custom_id], negative_prompt, seed (-1: none), num_images [n], width, height, size (1024x768), num_inference_steps
+    [steps, step], guidance_scale [cfg_scale, cfg, cfgs]; case, spaces, _ and - do not matter. Other columns are passed
+    through. In a .txt file each line is a prompt. docs/prompt-files.md has the details.
 
     Exit codes: 0 complete; 1 error; 2 usage; 3 complete, but some rows were quarantined; 4 a cap was reached;
     5 interrupted, resumable.
     """
 
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH|URL ...")]
-    """Prompt files: txt, csv, tsv, jsonl, parquet (also .gz); paths, globs, s3:// URLs."""
+    """Prompt files: txt, csv, tsv, json, jsonl (also .gz), parquet; paths, folders, globs, s3:// URLs and prefixes."""
 
     output: Annotated[str, tyro.conf.arg(metavar="DIR|URL")]
     """Output folder, or s3://bucket/prefix. All nodes must see it."""
@@ -88,7 +89,10 @@ class GenerateOptions:
     """Do not let idle workers race stragglers at the end of the job."""
 
     prompt_column: str | None = None
-    """Name of the prompt column where it is none of the known ones."""
+    """Exact name of the prompt column where it is none of the known ones, or one of several."""
+
+    delimiter: Annotated[str | None, tyro.conf.arg(metavar="CHAR|comma|semicolon|pipe|tab")] = None
+    """What stands between the fields of csv and tsv files. Default: what the header shows."""
 
     duplicate_ids: DuplicatePolicy = "error"
     """What to do with a prompt id that stands twice: refuse, keep the first row, or add ~2, ~3 to the later ones."""
@@ -150,6 +154,7 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
     from millijoule.pipeline.spending import Spending
     from millijoule.workers.actor import remote_worker_class
     from millijoule.workers.storage import open_store
+    from millijoule.workers.visible_text import visible
 
     validate(options)
     store = open_store(options.output)
@@ -194,7 +199,7 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
             metrics.publish()
     if job_run.given_up:
         for shard_id, error in sorted(job_run.given_up.items())[:20]:
-            print(f"shard {shard_id} could not be made: {error}", file=sys.stderr)
+            print(visible(f"shard {shard_id} could not be made: {error}"), file=sys.stderr)
         print(
             f"{len(job_run.given_up)} of {len(planned.shards)} shards could not be made; run the same command again "
             "once the cause is mended",

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Words for delimiters that are hard to type.
+DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\t": "\t"}
+
 #: A calibrated shard holds at least and at most this many images.
 MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 16, 100_000
 
@@ -60,7 +63,8 @@ def validate(options: GenerateOptions) -> None:
     if options.node_meter is not None and not options.telemetry:
         raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
     caps(options)
-    parse_shard_size(options.shard_size)
+    images, _ = parse_shard_size(options.shard_size)
+    plan_options(options, images or MIN_SHARD_IMAGES)
     parse_workers(options.workers)
     parse_resources(options.resources)
     parse_node_meters(options.node_meter, options.node_rest)
@@ -175,12 +179,22 @@ def has_work(store: Store, planned: PlannedJob) -> bool:
     return not list_committed(store, len(planned.shards)).all()
 
 
+def parse_delimiter(text: str | None) -> str | None:
+    """`"semicolon"` or `";"` -> ";"; raises InputError."""
+    if text is None or len(text) == 1:
+        return text
+    if text.lower() in DELIMITER_WORDS:
+        return DELIMITER_WORDS[text.lower()]
+    raise InputError(f"--delimiter {text}: one character, or {', '.join(DELIMITER_WORDS)}")
+
+
 def plan_options(options: GenerateOptions, shard_size: int) -> PlanOptions:
     return PlanOptions(
         shard_size=shard_size,
         images_per_prompt=options.images_per_prompt,
         duplicate_ids=options.duplicate_ids,
         prompt_column=options.prompt_column,
+        delimiter=parse_delimiter(options.delimiter),
         max_prompt_chars=options.max_prompt_chars,
     )
 

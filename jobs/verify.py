@@ -18,6 +18,7 @@ from millijoule.jobs.node_meter_options import parse_rest
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.image_judge import ICON_JUDGE, ImageJudge, ImageMetric, load_judge, load_metric
+from millijoule.workers.visible_text import visible
 
 if TYPE_CHECKING:
     from millijoule.pipeline.comparison.registration import Arm, Registration, Request
@@ -318,7 +319,7 @@ def check(options: VerifyOptions) -> int:
     key = load_public_key(_read(options.public_key), place=options.public_key) if options.public_key else None
     report = check_bundle(folder, key, rejudge=reread_images if options.rejudge else None)
     for mismatch in report.mismatches[:MAX_PRINTED]:
-        print(mismatch)
+        print(visible(mismatch))
     if len(report.mismatches) > MAX_PRINTED:
         print(f"... and {len(report.mismatches) - MAX_PRINTED} more")
     if report.mismatches:
@@ -327,7 +328,7 @@ def check(options: VerifyOptions) -> int:
     if report.result is not None:
         print_verdict(report.result)
     for note in report.notes:
-        print(f"note: {note}")
+        print(visible(f"note: {note}"))
     print(
         f"registration {hash_file(folder / REGISTRATION)}: compare it with what was published before the run"
     )
@@ -348,7 +349,7 @@ def print_result(result: dict[str, Any]) -> None:
             f"{'no energy' if millijoules is None else f'{millijoules / 1000:.4g} J'} per accepted image"
         )
     for failure in result["gate"]["failures"]:
-        print(f"gate failed: {failure}")
+        print(visible(f"gate failed: {failure}"))
     print_verdict(result)
 
 
