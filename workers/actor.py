@@ -8,6 +8,7 @@ itself: the driver replaces it, and keeps the reason.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
