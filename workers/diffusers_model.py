@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.file_hashes import file_sha256
 from millijoule.workers.generator import (
     GeneratedBatch,
     GeneratorInfo,
@@ -446,9 +447,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _hash(folder: PipelineFolder) -> str:
     whole = hashlib.sha256()
     for name, file in sorted((f.relative_to(folder.path).as_posix(), f) for f in folder.files):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        whole.update(f"{name}\0{digest}\n".encode())
+        whole.update(f"{name}\0{file_sha256(file)}\n".encode())
     return whole.hexdigest()
 
 
