@@ -152,8 +152,9 @@ class DiffusersGenerator:
         """Load the pipeline in directory `path`. Nothing is downloaded.
 
         On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
-        may be out of float16's range, and run in bfloat16. On a CPU it runs in float32, and matrices and convolutions of
-        a denoiser that is stored in float16 are multiplied in bfloat16 where the processor does that (half the time).
+        may be out of float16's range, and run in bfloat16, or in float32 where the GPU only emulates bfloat16. On a CPU it runs
+        in float32, and matrices and convolutions of a denoiser that is stored in float16 are multiplied in bfloat16 where
+        the processor does that (half the time).
 
         Raises:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
@@ -166,7 +167,8 @@ class DiffusersGenerator:
         _check_classes(folder, diffusers, transformers)
         dtype = torch.float32
         if device.startswith("cuda"):
-            dtype = torch.float16 if _is_stored_in_float16(folder) else torch.bfloat16
+            wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+            dtype = torch.float16 if _is_stored_in_float16(folder) else wide
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         try:
