@@ -30,12 +30,9 @@ MAX_FLOAT_SUM = 2**24
 #: The largest magnitude of an int8.
 INT8_LIMIT = 128
 
-#: The forms are timed on at most so many rows, which tell as much as thousands.
-TIMED_ROWS = 64
+#: The forms are timed on as many rows as make at most so many products: milliseconds where a form is slow.
+TIMED_PRODUCTS = 2**22
 TIMED_ROUNDS = 3
-
-#: A form that took so many times the other's time is not timed again.
-HOPELESS = 8
 
 
 class Int8Matrix:
@@ -117,7 +114,8 @@ def fastest_form(matrix: Int8Matrix, rows: int) -> str:
     """
     if _only is not None:
         return _only
-    timed = min(1 << max(rows - 1, 0).bit_length(), TIMED_ROWS)
+    most = max(TIMED_PRODUCTS // matrix.weights.numel(), 1)
+    timed = min(1 << max(rows - 1, 0).bit_length(), 1 << (most.bit_length() - 1))
     key = (timed, *matrix.weights.shape, torch.get_num_threads())
     with _timing:  # two that time at once would disturb each other
         if key not in _fastest:
@@ -159,8 +157,7 @@ def _time_forms(matrix: Int8Matrix, rows: int) -> str:
         return "float32"
     for _ in range(TIMED_ROUNDS):
         for form in FORMS:
-            if seconds[form] < HOPELESS * min(seconds.values()):
-                seconds[form] = min(seconds[form], _timed(matrix, left, form)[1])
+            seconds[form] = min(seconds[form], _timed(matrix, left, form)[1])
     return min(seconds, key=seconds.__getitem__)
 
 
@@ -173,9 +170,10 @@ def _operand(rows: int, k: int) -> Tensor:
 
 
 def _timed(matrix: Int8Matrix, left: Tensor, form: str) -> tuple[Tensor, float]:
-    began = time.perf_counter()
+    """The product and the seconds this thread worked for it: on a busy machine it may have to wait for the processor."""
+    began = time.thread_time()
     found = matrix.product(left, form)
-    return found, time.perf_counter() - began
+    return found, time.thread_time() - began
 
 
 def _float_mm(left: Tensor, right: Tensor) -> Tensor:
