@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from millijoule.workers.errors import InputError, RowError
+from millijoule.workers.file_hashes import file_sha256
 from millijoule.workers.generator import (
     GeneratedBatch,
     GeneratorInfo,
@@ -152,8 +153,9 @@ class DiffusersGenerator:
         """Load the pipeline in directory `path`. Nothing is downloaded.
 
         On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
-        may be out of float16's range, and run in bfloat16. On a CPU it runs in float32, and matrices and convolutions of
-        a denoiser that is stored in float16 are multiplied in bfloat16 where the processor does that (half the time).
+        may be out of float16's range, and run in bfloat16, or in float32 where the GPU only emulates bfloat16. On a CPU it runs
+        in float32, and matrices and convolutions of a denoiser that is stored in float16 are multiplied in bfloat16 where
+        the processor does that (half the time).
 
         Raises:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
@@ -166,7 +168,8 @@ class DiffusersGenerator:
         _check_classes(folder, diffusers, transformers)
         dtype = torch.float32
         if device.startswith("cuda"):
-            dtype = torch.float16 if _is_stored_in_float16(folder) else torch.bfloat16
+            wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+            dtype = torch.float16 if _is_stored_in_float16(folder) else wide
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -450,9 +453,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _hash(folder: PipelineFolder) -> str:
     whole = hashlib.sha256()
     for name, file in sorted((f.relative_to(folder.path).as_posix(), f) for f in folder.files):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        whole.update(f"{name}\0{digest}\n".encode())
+        whole.update(f"{name}\0{file_sha256(file)}\n".encode())
     return whole.hexdigest()
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.file_hashes import file_sha256
 from millijoule.workers.schemas import ImageRequest
 
 DEFAULT_MODEL = "default"
@@ -89,7 +90,7 @@ class ModelIdentity:
 
 
 def describe_model(model: str) -> ModelIdentity:
-    """Identify `model` (see `load_generator`) by reading its file, cheaply and without torch.
+    """Identify `model` (see `load_generator`) by its files, without torch; their hashes are found once per host (`file_hashes`).
 
     Raises:
         InputError: a file is missing or is not safetensors, or the factory's name is malformed.
@@ -103,9 +104,7 @@ def describe_model(model: str) -> ModelIdentity:
 
         return describe_pipeline(path)
     header = read_safetensors_header(path)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return ModelIdentity(header.get("__metadata__", {}).get("name", path.stem), sha256)
+    return ModelIdentity(header.get("__metadata__", {}).get("name", path.stem), file_sha256(path))
 
 
 def load_generator(model: str, *, device: str = "cpu") -> Generator:

@@ -15,7 +15,6 @@ of the sources: the field the oscillator sits in.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from millijoule.kernels.phase import TURN, random_phases
 from millijoule.workers.errors import InputError, RowError
+from millijoule.workers.file_hashes import file_sha256
 from millijoule.workers.generator import GeneratedBatch, GeneratorInfo, read_safetensors_header
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.un0_checkpoint import (
@@ -129,14 +129,12 @@ class Un0Generator:
             check_shapes(architecture, {name: tuple(t["shape"]) for name, t in header.items()})
             tensors = load_file(path)
             check_values(architecture, tensors)
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             return Un0Generator(
                 architecture,
                 canonical(tensors),
                 class_names,
                 metadata.get("name", path.stem),
-                sha256,
+                file_sha256(path),
                 device,
             )
         except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
