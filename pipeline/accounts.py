@@ -129,9 +129,6 @@ class Accounts:
 
     def close(self, *, cut_off: bool = False) -> None:
         """Wait for the readers; what then is still open is written down with the reason."""
-        # a worker that was ended while it started may have opened its account after it was looked up
-        self._unknown += 1
-        self.writer.submit("looking for open accounts", self._list_open, self._found_open_here)
         deadline = time.monotonic() + (CUT_OFF_TIMEOUT_S if cut_off else CLOSE_TIMEOUT_S)
         while (self._calls or self._unknown) and time.monotonic() < deadline:
             self.writer.settle()
@@ -206,7 +203,7 @@ class Accounts:
         if reader is not None:
             ray.kill(reader)
 
-    # -- accounts that storage has open -----------------------------------------------------------------------------
+    # -- of earlier runs -----------------------------------------------------------------------------------------
 
     def _list_open(self) -> list[str]:
         """Workers of earlier runs whose account nobody could close."""
@@ -219,17 +216,8 @@ class Accounts:
 
     def _found_open(self, worker_ids: Iterable[str]) -> None:
         self._unknown -= 1
-        found = [w for w in worker_ids if not self._is_of_this_run(w)]
+        found = [w for w in worker_ids if not w.startswith(f"w{self.epoch:04d}-")]
         if found:
             log.info("accounts of devices that earlier runs left open: %d", len(found))
         for worker_id in found:
             self.gone(worker_id, of_this_run=False)
-
-    def _found_open_here(self, worker_ids: Iterable[str]) -> None:
-        self._unknown -= 1
-        for worker_id in worker_ids:
-            if self._is_of_this_run(worker_id) and worker_id not in self._open:
-                self.gone(worker_id)
-
-    def _is_of_this_run(self, worker_id: str) -> bool:
-        return worker_id.startswith(f"w{self.epoch:04d}-")
