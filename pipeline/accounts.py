@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,9 @@ CLOSE_TIMEOUT_S = 60.0
 #: The same where a person or the cluster cuts the run off.
 CUT_OFF_TIMEOUT_S = 8.0
 
+#: A process that was killed while it started may still open its account for so long.
+LAST_BREATH_S = 1.0
+
 _POLL_S = 0.05
 
 
@@ -50,7 +53,7 @@ class _Open:
     environment: WorkerEnvironment | None = None  # None: not looked up yet
     tries: int = 0
     reading: bool = False
-    reason: str = "its node is gone"
+    reason: str = ""
 
 
 class Accounts:
@@ -71,8 +74,10 @@ class Accounts:
         self.config = config
         self._open: dict[str, _Open] = {}
         self._unknown = 0  # accounts that are being looked up
+        self._unopened: dict[str, float] = {}  # workers that had none when they were gone, and when that was
+        self._closed = False
         self._readers: dict[str, Any] = {}  # by node id
-        self._calls: dict[Any, tuple[_Open, str]] = {}  # with the node id
+        self._calls: dict[Any, tuple[_Open, str, Any]] = {}  # with node id and reader
         self._readers_started = 0
 
     def look_for_open(self) -> None:
@@ -90,6 +95,7 @@ class Accounts:
         """A worker ended without last words."""
         account = self._open[worker_id] = _Open(worker_id, of_this_run)
         self._unknown += 1
+        since = time.monotonic()
 
         def look_up() -> WorkerEnvironment | None:
             try:
@@ -99,8 +105,12 @@ class Accounts:
 
         def found(environment: WorkerEnvironment | None) -> None:
             self._unknown -= 1
+            if self._closed:
+                return  # storage answered too late: what is not known by now is given up
             if environment is None or environment.opened is None or not environment.opened.energy_mj:
                 del self._open[worker_id]
+                if environment is None and of_this_run:
+                    self._unopened[worker_id] = since
                 return
             account.environment = environment
             self._try(account)
@@ -113,33 +123,64 @@ class Accounts:
             return
         ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
         for call in ready:
-            account, node_id = self._calls.pop(call)
+            account, node_id, reader = self._calls.pop(call)
             account.reading = False
             try:
                 answer: AccountRead = ray.get(call)
             except RayError as error:
                 account.reason = f"nobody could read its devices: {' '.join(str(error).split())[:200]}"
-                self._end_reader(node_id)
+                if self._readers.get(node_id) is reader:  # not the one that another account's next try has started
+                    self._end_reader(node_id)
                 self._try(account)
             else:
                 self._answered(account, answer, node_id)
-        busy = {node_id for _, node_id in self._calls.values()}
+        busy = {node_id for _, node_id, _ in self._calls.values()}
         for node_id in self._readers.keys() - busy:
             self._end_reader(node_id)
 
     def close(self, *, cut_off: bool = False) -> None:
         """Wait for the readers; what then is still open is written down with the reason."""
         deadline = time.monotonic() + (CUT_OFF_TIMEOUT_S if cut_off else CLOSE_TIMEOUT_S)
-        while (self._calls or self._unknown) and time.monotonic() < deadline:
-            self.writer.settle()
-            self.tick()
-            time.sleep(_POLL_S)
+        self._wait(lambda: not self._unknown, deadline)
+        if self._unopened:
+            newest = max(self._unopened.values())
+            self._wait(lambda: time.monotonic() > newest + LAST_BREATH_S, deadline)
+            self._look_again()
+        for account in self._open.values():
+            if account.environment is not None and not account.reading:
+                self._try(account)  # a node of its host may have come back
+        self._wait(lambda: not self._calls and not self._unknown, deadline)
+        self._closed = True
         for node_id in list(self._readers):
             self._end_reader(node_id)
         for account in list(self._open.values()):
             if account.reading:
                 account.reason = "the one who was to read its devices did not answer in time"
+            elif account.environment is None:
+                account.reason = "storage did not say in time which devices it had"
             self._give_up(account)
+
+    def _wait(self, done: Callable[[], bool], deadline: float) -> None:
+        while not done() and time.monotonic() < deadline:
+            self.writer.settle()
+            self.tick()
+            time.sleep(_POLL_S)
+
+    def _look_again(self) -> None:
+        """Whoever was killed while it started may have opened its account after it was looked for."""
+        unopened, self._unopened = self._unopened, {}
+        self._unknown += 1
+
+        def list_opened() -> list[str]:
+            keys = {item.key for item in self.store.list(WORKERS_PREFIX)}
+            return [worker_id for worker_id in unopened if worker_key(worker_id) in keys]
+
+        def found(opened: list[str]) -> None:
+            self._unknown -= 1
+            for worker_id in opened if not self._closed else ():
+                self.gone(worker_id)
+
+        self.writer.submit("looking for accounts opened late", list_opened, found)
 
     # -- the course of one account -------------------------------------------------------------------------------
 
@@ -149,8 +190,9 @@ class Accounts:
             return
         environment = account.environment
         assert environment is not None
-        node_id = self._node_of(environment, of_this_run=account.of_this_run)
+        node_id = _node_of(environment)
         if node_id is None:
+            account.reason = "its node is gone"
             return
         account.tries += 1
         account.reading = True
@@ -163,14 +205,8 @@ class Accounts:
                 num_gpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             ).remote(f"r{self.epoch:04d}-{self._readers_started:04d}", self.config)
-        call = reader.read_for.remote(environment, account.of_this_run)
-        self._calls[call] = account, node_id
-
-    def _node_of(self, environment: WorkerEnvironment, *, of_this_run: bool) -> str | None:
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        if of_this_run:
-            return next((n["NodeID"] for n in alive if n["NodeID"] == environment.node_id), None)
-        return next((n["NodeID"] for n in alive if n["NodeManagerHostname"] == environment.host), None)
+        call = reader.read_for.remote(environment)
+        self._calls[call] = account, node_id, reader
 
     def _answered(self, account: _Open, answer: AccountRead, node_id: str) -> None:
         if answer.read is None:
@@ -221,3 +257,11 @@ class Accounts:
             log.info("accounts of devices that earlier runs left open: %d", len(found))
         for worker_id in found:
             self.gone(worker_id, of_this_run=False)
+
+
+def _node_of(environment: WorkerEnvironment) -> str | None:
+    """The id of the worker's node, else of another on its host; the reader there makes sure that it is the same boot."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    own = (n["NodeID"] for n in alive if n["NodeID"] == environment.node_id)
+    same_host = (n["NodeID"] for n in alive if n["NodeManagerHostname"] == environment.host)
+    return next(own, None) or next(same_host, None)

@@ -199,24 +199,21 @@ class ShardWorker:
         if self._timeline is None:
             return WorkerStopped(self.worker_id, ())
         self._timeline.close("idle", last=True)
-        if self._life is not None:
-            self._life.release()
         power = self._power.take() if self._power is not None else ()
         return WorkerStopped(self.worker_id, self._timeline.take(), power)
 
     @ray.method(concurrency_group="work")
-    def read_for(self, worker: WorkerEnvironment, seen_dead: bool) -> AccountRead:
+    def read_for(self, worker: WorkerEnvironment) -> AccountRead:
         """Read the devices of another worker of this host once it is gone, to close its account; without `start`.
 
-        Args:
-            worker: whose account it is.
-            seen_dead: its driver saw it end, or killed it; else its sign of life alone decides.
+        That its driver saw it end, or killed it, says little: a process ends a moment later, or not at all where the
+        raylet died with it in hand.
         """
         assert worker.opened is not None
         gone = is_gone(life_path(self.config.output_url, worker.worker_id), GONE_TIMEOUT_S)
         if gone is False:
             return AccountRead(worker.worker_id, None, "its process still runs")
-        if gone is None and not seen_dead:
+        if gone is None:
             return AccountRead(worker.worker_id, None, "whether its process has ended cannot be seen here")
         meter = self._open_meter(worker.gpus)
         try:

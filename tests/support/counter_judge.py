@@ -1,0 +1,146 @@
+"""Holds what a job says that it used against what its stand-in boards ran (`support.boards`), to the millijoule.
+
+What the job certifies must be the growth of its boards' counters from the first reading that opened an account to the last one
+of a process of the job; or it must be missing, with the workers named whose energy nobody knows. The job's own record
+is asked one thing only: which readings opened accounts; the history shows that they were made, and that nothing was
+spent before them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from support import boards
+
+from millijoule.pipeline.layout import STATS_KEY
+from millijoule.workers.schemas import WorkerEnvironment
+
+
+@dataclass
+class Verdict:
+    """`outcome`: "certified", "missing" or "unfinished"; `problems` in words, none in a run as it should be."""
+
+    outcome: str
+    total_mj: int | None = None
+    ran_mj: int | None = None
+    problems: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+def judge(
+    output: Path,
+    history: Mapping[str, tuple[str, list[boards.Record]]],
+    names: Mapping[int, str],
+) -> Verdict:
+    """Hold what a job in `output` says against what its boards ran.
+
+    Args:
+        history: host's number in words and records, by the board's UUID.
+        names: of the job's processes, by pid: "w..." workers, "r..." readers.
+    """
+    if not (output / STATS_KEY).exists():
+        return Verdict("unfinished")
+    stats = json.loads((output / STATS_KEY).read_text())
+    workers = [WorkerEnvironment.from_json(p.read_bytes()) for p in output.glob("_job/workers/*.json")]
+    verdict = Verdict("missing")
+    ran: dict[tuple[str, str], int] = {}
+    reset = False
+    for uuid, (host, records) in history.items():
+        for boot, records_of_boot in enumerate(_split(records, boards.REBOOT)):
+            found = _ran(uuid, records_of_boot, workers, names, verdict.problems)
+            if found is not None:
+                ran[f"boot-{host}-{boot}", f"gpu:{uuid}"] = found
+        reset = reset or any(r.kind in (boards.RESET, boards.REBOOT) for r in records[1:])
+    verdict.ran_mj = sum(ran.values())
+    energy = stats["energy"]
+    verdict.total_mj = energy["total_mj"]
+    verdict.reasons = [f"{u['worker_id']}: {u['reason']}" for u in energy["unclosed"]]
+    says = {
+        "complete": energy["complete"],
+        "total_mj": energy["total_mj"] is not None,
+        "full_mj_per_image": stats["full_mj_per_image"] is not None or not stats["images_ok"],
+        "C1": stats["closure"]["C1"] is True,
+    }
+    if stats["evidence_class"] != "E0" and not all(says.values()):
+        verdict.problems.append(f"{stats['evidence_class']} though {says}")
+    if energy["complete"] != (energy["total_mj"] is not None):
+        verdict.problems.append(f"complete and total disagree: {says}")
+    if any((energy["complete"], energy["total_mj"] is not None, stats["full_mj_per_image"] is not None)):
+        verdict.outcome = "certified"
+        if energy["total_mj"] != verdict.ran_mj:
+            verdict.problems.append(
+                f"certified {energy['total_mj']} mJ, the counters ran {verdict.ran_mj} mJ"
+            )
+    elif not energy["unclosed"] and not reset:
+        verdict.problems.append("energy is missing, and nothing says whose")
+    for key, total_mj in _device_totals(output).items():
+        if total_mj is not None and total_mj != ran.get(key, 0):
+            verdict.problems.append(f"{key}: certified {total_mj} mJ, the counter ran {ran.get(key, 0)} mJ")
+    return verdict
+
+
+def _split(records: Sequence[boards.Record], kind: int) -> Iterator[list[boards.Record]]:
+    part: list[boards.Record] = []
+    for record in records:
+        if record.kind == kind and part:
+            yield part
+            part = []
+        part.append(record)
+    yield part
+
+
+def _ran(
+    uuid: str,
+    records: Sequence[boards.Record],
+    workers: Sequence[WorkerEnvironment],
+    names: Mapping[int, str],
+    problems: list[str],
+) -> int | None:
+    """What the job ran on a board during one boot; None where it had no worker there."""
+    opened_by = {w.worker_id for w in workers}
+    holders = {pid for pid, name in names.items() if name in opened_by}
+    readers = {pid for pid, name in names.items() if name.startswith("r")}
+    opened = [
+        (w.opened.energy_mj[f"gpu:{uuid}"], w.opened.t_mono_ns)
+        for w in workers
+        if w.opened is not None and f"gpu:{uuid}" in w.opened.energy_mj
+    ]
+    opened_ns = {w.worker_id: w.opened.t_mono_ns for w in workers if w.opened is not None}
+    total: int | None = None
+    for part in _split(records, boards.RESET):
+        first = min(
+            (
+                i
+                for value, t_ns in opened
+                for i, r in enumerate(part)
+                if r.kind == boards.READ and r.value_mj == value and r.t_mono_ns <= t_ns
+            ),
+            default=None,
+        )
+        here = {names[r.pid] for r in part if r.pid in holders}
+        if any(opened_ns.get(name, part[0].t_mono_ns) < part[0].t_mono_ns for name in here):
+            first = 0  # an account was open over the reset
+        spent = [i for i, r in enumerate(part) if r.kind == boards.SPEND]
+        if spent and (first is None or spent[0] < first):
+            problems.append(f"{uuid}: energy was spent before an account was open")
+        last = max((i for i, r in enumerate(part) if r.pid in holders | readers), default=None)
+        if first is not None and last is not None:
+            total = (total or 0) + max(0, part[last].value_mj - part[first].value_mj)
+    return total
+
+
+def _device_totals(output: Path) -> dict[tuple[str, str], int | None]:
+    """From the finished `segment` table: what each device used while the job ran; None where a part is missing."""
+    totals: dict[tuple[str, str], int | None] = {}
+    for part in output.glob("energy/segment/run_id=*/date=*/part-*.parquet"):
+        for row in pq.ParquetFile(part).read().to_pylist():
+            if row["segment_class"] == "off" or row["domain"] is None:
+                continue
+            key = row["boot_id"], row["domain"]
+            so_far, mj = totals.get(key, 0), row["energy_mj"]
+            totals[key] = None if so_far is None or mj is None else so_far + mj
+    return totals
