@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 if TYPE_CHECKING:
     from millijoule.pipeline.coordinator import Coordinator
     from millijoule.pipeline.pool import PoolOptions
@@ -37,8 +35,8 @@ PLACE_ANSWER_S = 1.0
 class Demand:
     """Watches one pool. Its owner calls `look`, then asks `wanted` and `withdrawable`.
 
-    A worker, for it, has `worker_id`, `actor`, `spawned` (monotonic seconds), `ready` (None before) and `stopping`; they come in
-    the order they were asked for.
+    A worker, for it, has `worker_id`, `spawned` (monotonic seconds), `place` (None while it has not said where it is), `ready`
+    (None before) and `stopping`; they come in the order they were asked for.
     """
 
     def __init__(self, options: PoolOptions) -> None:
@@ -51,7 +49,6 @@ class Demand:
         self._busy_s = 0.0  # worker-seconds spent on leases
         self._starts: deque[float] = deque(maxlen=256)
         self._started: set[str] = set()
-        self._places: dict[str, tuple[Any, float]] = {}  # of workers that were asked where they are, and when
 
     def look(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
         """Take note of what is done, at work and left."""
@@ -89,18 +86,8 @@ class Demand:
         """Workers to take back: asked for in excess of what is wanted, or of anything when draining, and without a node."""
         staying = sum(not w.stopping for w in workers)
         excess = staying - (0 if draining else self.wanted(HYSTERESIS))
-        waiting = [w for w in workers if w.ready is None and not w.stopping]
-        self._places = {w.worker_id: p for w in waiting if (p := self._places.get(w.worker_id))}
-        if excess <= 0 or not waiting:
+        if excess <= 0:
             return []
-        for worker in waiting:
-            if worker.worker_id not in self._places:
-                self._places[worker.worker_id] = (worker.actor.place.remote(), now)
-        answers = [future for future, _ in self._places.values()]
-        placed = set(ray.wait(answers, num_returns=len(answers), timeout=0, fetch_local=False)[0])
-        without = [
-            w
-            for w in reversed(waiting)
-            if (place := self._places[w.worker_id])[0] not in placed and now - place[1] >= PLACE_ANSWER_S
-        ]
+        waiting = [w for w in workers if w.ready is None and not w.stopping]
+        without = [w for w in reversed(waiting) if w.place is None and now - w.spawned >= PLACE_ANSWER_S]
         return without[:excess]

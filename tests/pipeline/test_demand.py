@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millijoule.pipeline import demand as demand_module
 from millijoule.pipeline import pool as pool_module
 from millijoule.pipeline.coordinator import Coordinator
 from millijoule.pipeline.demand import FIRST_WORKERS, LEAST_START_S, PLACE_ANSWER_S, Demand
@@ -19,21 +18,14 @@ from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.shard_rows import Shard
 
 
-class Call:
-    """A call of an actor: answered at once where the actor has a node."""
-
-    def __init__(self, actor: FakeActor) -> None:
-        self.actor = actor
-
-
 class FakeActor:
-    """An actor handle. Methods are called as in Ray; nothing answers before `has_node`."""
+    """An actor handle. Methods are called as in Ray; nothing ever answers."""
 
     def __init__(self) -> None:
-        self.has_node = self.killed = False
+        self.killed = False
 
     def __getattr__(self, method: str):
-        return SimpleNamespace(remote=lambda *arguments: Call(self))
+        return SimpleNamespace(remote=lambda *arguments: object())
 
 
 class FakeActorClass:
@@ -50,18 +42,12 @@ class FakeActorClass:
 
 @pytest.fixture(autouse=True)
 def ray(monkeypatch):
-    """Ray as far as `demand` and `WorkerPool._resize` see it."""
-
-    def wait(calls, *, num_returns, timeout, fetch_local):
-        ready = [c for c in calls if c.actor.has_node]
-        return ready, [c for c in calls if not c.actor.has_node]
+    """Ray as far as `WorkerPool._resize` sees it."""
 
     def kill(actor):
         actor.killed = True
 
-    fake = SimpleNamespace(wait=wait, kill=kill)
-    monkeypatch.setattr(demand_module, "ray", fake)
-    monkeypatch.setattr(pool_module, "ray", fake)
+    monkeypatch.setattr(pool_module, "ray", SimpleNamespace(kill=kill))
 
 
 @dataclass
@@ -70,7 +56,7 @@ class Worker:
     spawned: float = 0.0
     ready: object = None
     stopping: bool = False
-    actor: FakeActor = field(default_factory=FakeActor)
+    place: object = None
 
 
 @dataclass
@@ -165,7 +151,7 @@ def test_the_newest_requests_are_taken_back_first_and_only_what_is_too_much():
     workers = waiting(60)
     d = Demand(options(60, at_once=None))
     d.look(Work(3), workers, 0.0)
-    assert d.withdrawable(workers, 0.0, draining=False) == []  # nobody has been asked where it is yet
+    assert d.withdrawable(workers, 0.0, draining=False) == []  # they may be starting
     back = d.withdrawable(workers, PLACE_ANSWER_S, draining=False)
     assert ids(back) == [f"w{i}" for i in range(59, 2, -1)]
 
@@ -173,7 +159,7 @@ def test_the_newest_requests_are_taken_back_first_and_only_what_is_too_much():
 def test_a_worker_that_has_a_node_is_paid_for():
     workers = waiting(10)
     for w in workers[4:]:
-        w.actor.has_node = True
+        w.place = "there"
     workers[0].ready, workers[1].stopping = "yes", True
     d = Demand(options(10, at_once=None))
     d.look(Work(1), workers, 0.0)
@@ -183,7 +169,7 @@ def test_a_worker_that_has_a_node_is_paid_for():
 
 def test_a_draining_job_waits_for_no_node():
     workers = waiting(4)
-    workers[0].actor.has_node = True
+    workers[0].place = "there"
     d = Demand(options(4, least=4, at_once=None))
     d.look(Work(100), workers, 0.0)
     d.withdrawable(workers, 0.0, draining=True)
