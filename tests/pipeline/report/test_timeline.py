@@ -11,6 +11,8 @@ from support.ledgers import JOB, SECOND, chain, commit, image_rows, read, segmen
 
 from millijoule.pipeline.apportionment import MAX_GAP_NS
 from millijoule.pipeline.carbon import Rate
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.energy_rows import RowTables
 from millijoule.pipeline.energy_tables import write_energy_tables
 from millijoule.pipeline.ledger import build_ledger
 from millijoule.pipeline.report.devices import place_workers
@@ -34,7 +36,9 @@ def timeline(tmp_path):
 
     def build(segments, commits=()):
         store = open_store(str(tmp_path / "out"))
-        write_energy_tables(store, JOB, build_ledger(segments), lambda: commits, image_rows)
+        write_energy_tables(
+            store, JOB, build_ledger(segments), CommitTable.of(commits), RowTables(image_rows)
+        )
         tables = {t: read_energy_table(store, t) for t in ("segment", "attempt", "counter", "power")}
         work = read_work(tables["segment"])
         places = place_workers(work, tables["attempt"])
