@@ -52,7 +52,7 @@ CLOCK_TOLERANCE_NS = 50_000_000
 
 
 #: Entries whose domains are looked at together: some megabytes.
-ENTRIES_AT_ONCE = 1 << 14
+ENTRIES_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from millijoule.workers.contact_sheet import draw_contact_sheet
 from millijoule.workers.errors import InputError
 from millijoule.workers.readers import read_images
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
-from millijoule.workers.storage import Store
+from millijoule.workers.storage import Store, is_s3_url
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,9 @@ MAX_ERROR_KINDS = 50
 
 #: Row tables that one thread reads in one go: of one image each, they take less time than being asked for.
 _TABLES_PER_CALL = 16
+
+#: Threads that read row tables from a disk.
+_DISK_THREADS = 2
 
 #: Rows of the manifest that are looked at together.
 MANIFEST_BATCH_ROWS = 16_384
@@ -237,7 +240,9 @@ def manifest_tables(
     def read(numbers: range) -> list[pa.Table]:
         return [shards.keep_last_round(int(shard_ids[n]), read_rows(store, commits[n])) for n in numbers]
 
-    with ThreadPoolExecutor(READ_THREADS) as threads:
+    # from a disk two threads read as fast as many, which would only wait for each other; a distant store keeps many busy
+    n_threads = READ_THREADS if is_s3_url(store.url) else _DISK_THREADS
+    with ThreadPoolExecutor(n_threads) as threads:
         for block in commit_blocks(commits):
             parts = [block[i : i + _TABLES_PER_CALL] for i in range(0, len(block), _TABLES_PER_CALL)]
             tables = [table for part in threads.map(read, parts) for table in part]

@@ -411,7 +411,7 @@ class Entries(Sequence[LedgerEntry]):
 
     def epoch_of(self, reads: np.ndarray, domain_codes: np.ndarray) -> np.ndarray:
         """`CounterRead.epoch_of` of each read and domain."""
-        wrapping = np.array([wraps(d) for d in self.domain_names], bool)
+        wrapping = np.array([wraps(d) for d in self.domain_names] or [False], bool)
         return np.where(wrapping[domain_codes], self._epochs[True][reads], self._epochs[False][reads])
 
     def estimates(self) -> np.ndarray:

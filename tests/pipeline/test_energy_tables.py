@@ -10,6 +10,7 @@ import pytest
 from support.ledgers import JOB, SECOND, chain, commit, image_rows, read, segment
 
 from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.energy_rows import RowTables
 from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS
 from millijoule.pipeline.energy_tables import parse_part_key, write_energy_tables
 from millijoule.pipeline.ledger import build_ledger
