@@ -297,6 +297,8 @@ def _column(numbers: array[int]) -> np.ndarray:
 
 
 def _require_keys(raw: dict[str, Any], needed: set[str], allowed: set[str]) -> None:
+    if not isinstance(raw, dict):
+        raise TypeError(f"{raw!r} for a segment or a read")
     keys = raw.keys()
     if not needed <= keys or keys - needed - allowed:
         raise ValueError(f"has {', '.join(sorted(map(str, keys)))} for a segment or a read")

@@ -84,7 +84,7 @@ def test_power_is_not_known_across_a_reset_or_a_night(timeline):
     reads = [read(0, 10**9), read(20, 10**9 + 2_000_000)]
     after_reset = [read(40, 5, epoch=1), read(60, 2_000_005, epoch=1)]
     next_day = [read(night, 9_000_005, epoch=1), read(night + 60, 12_000_005, epoch=1)]
-    parts = [*chain(reads, ["shard"]), *chain(after_reset, ["load"]), *chain(next_day, ["load"])]
+    parts = [*chain(reads, ["shard"]), *chain(after_reset, ["load"]), *chain(next_day, ["load"], "w2")]
     made, _ = timeline(parts)
     (lane,) = made.power
     assert lane.watts[0] == pytest.approx(100, rel=0.5)
