@@ -1,9 +1,10 @@
-"""`millijoule bench finish [RESULT.json]`: seconds and memory of closing the books of a job of many shards.
+"""`millijoule bench finish [RESULT.json]`: seconds and memory of closing the books of a job of many shards, and of `check`.
 
 The job is made up to have as little as possible per shard but its records: one image, two segments with five counters,
 a commit and a row table; on a local disk, of sixteen workers on two nodes. `finish_job` is the product's own: ledger,
-manifest, seven energy tables, closure checks, `stats.json`. Each run is in a process of its own; the peak is what that
-process held at most above what it held before.
+manifest, seven energy tables, closure checks, `stats.json`. `check` compares the output with its commits afterwards, without
+images, because there are none. Each run is in a process of its own; the peak is what that process held at most above what it
+held before.
 """
 
 from __future__ import annotations
@@ -42,14 +43,19 @@ class BenchOptions:
     repeats: int = 3
     """Of the whole, and of a job of a tenth of the shards."""
 
+    check: bool = True
+    """Measure `check` as well, once per size."""
+
 
 def run(options: BenchOptions) -> int:
-    rows = []
+    rows, checks = [], []
     for shards in (options.shards // 10, options.shards):
         with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as folder:
             probe("make", folder, shards)
             rows += [probe("finish", folder, shards) for _ in range(options.repeats)]
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            checks += [probe("check", folder, shards)] if options.check else []
+            print(json.dumps(checks[-1:]), file=sys.stderr, flush=True)
     small, large = rows[: options.repeats], rows[options.repeats :]
     peaks = [min(r["peak_added_mb"] for r in part) for part in (small, large)]
     result = {
@@ -60,6 +66,7 @@ def run(options: BenchOptions) -> int:
         "peak_added_mb": peaks[1],
         "mb_per_100_000_shards": (peaks[1] - peaks[0]) / (options.shards - options.shards // 10) * 100_000,
         "rows": rows,
+        "check": checks,
         "environment": environment(),
     }
     write_result(result, options.result)
@@ -86,6 +93,7 @@ def make(folder: str, n: int) -> dict[str, Any]:
     from millijoule.workers.lease import commit_key
     from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, ImageRequest, ImageRow
     from millijoule.workers.storage import expand_inputs, open_store
+    from millijoule.workers.writers import row_table_options
 
     prompts = Path(folder, "prompts.txt")
     with prompts.open("w") as file:
@@ -104,7 +112,8 @@ def make(folder: str, n: int) -> dict[str, Any]:
         rows = pa.Table.from_pylist([row.as_record()], schema=IMAGE_ROW_SCHEMA)
         path = Path(folder, "out", f"data/{i}.rows.parquet")
         path.parent.mkdir(exist_ok=True)
-        pq.write_table(rows, path, compression="zstd")
+        with pq.ParquetWriter(path, rows.schema, **row_table_options(rows.schema, 1)) as writer:
+            writer.write_table(rows)
     compactor = CommitCompactor(store, 1)
     for shard_id in range(n):
         body = made_up_commit(shard_id, made.fingerprint)
@@ -161,7 +170,7 @@ def finish(folder: str, n: int) -> dict[str, Any]:
     assert job is not None
     shards = load_job_shards(store, job)
     assert len(shards) == n
-    before, began = memory_mb()["private"], time.monotonic()
+    before, began, cpu = memory_mb()["private"], time.monotonic(), time.process_time()
     peak_before = peak_mb()
     stats = product.finish_job(store, job, shards)
     seconds = time.monotonic() - began
@@ -169,9 +178,28 @@ def finish(folder: str, n: int) -> dict[str, Any]:
     return {
         "shards": n,
         "seconds": seconds,
+        "cpu_seconds": time.process_time() - cpu,
         "private_before_mb": before,
         "peak_added_mb": peak_mb() - peak_before,
         "segments": stats["energy"]["segments"],
+    }
+
+
+def check(folder: str, n: int) -> dict[str, Any]:
+    """Check the finished job in `folder`: seconds, and memory above what it took to load the program."""
+    from millijoule.pipeline import check as product
+    from millijoule.workers.storage import open_store
+
+    store = open_store(f"{folder}/out")
+    began, cpu, peak_before = time.monotonic(), time.process_time(), peak_mb()
+    # commits share row tables, so that rows are not those of the plan; what is compared afterwards must agree
+    wrong = [p for p in product.check_output(store, images=False) if not p.startswith("shard ")]
+    assert not wrong, wrong[:3]
+    return {
+        "shards": n,
+        "seconds": time.monotonic() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_added_mb": peak_mb() - peak_before,
     }
 
 
@@ -179,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["--probe"]:
         what, folder, shards = arguments[1:]
-        print(json.dumps({"make": make, "finish": finish}[what](folder, int(shards))))
+        print(json.dumps({"make": make, "finish": finish, "check": check}[what](folder, int(shards))))
         return COMPLETE
     return run_command("bench finish", BenchOptions, run, argv)
 

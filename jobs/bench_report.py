@@ -29,6 +29,8 @@ from PIL import Image
 from millijoule.jobs.bench_result import write_result
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.energy_rows import RowTables
 from millijoule.pipeline.energy_tables import write_energy_tables
 from millijoule.pipeline.finish import MANIFEST_SCHEMA, Totals, summarise
 from millijoule.pipeline.job import JobSpec, publish_job
@@ -106,7 +108,7 @@ def write_output(store: Store, images: int) -> None:
         key=lambda c: c.shard_id,
     )
     ledger = build_ledger(s for c in commits for s in c.segments)
-    energy = write_energy_tables(store, job, ledger, lambda: commits, image_rows)
+    energy = write_energy_tables(store, job, ledger, CommitTable.of(commits), RowTables(image_rows))
     totals = Totals(
         shards=shards,
         images_ok=images,

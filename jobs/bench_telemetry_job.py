@@ -97,7 +97,7 @@ def main() -> int:
         cpu.wrap(LiveMetrics, method, "metrics")
     cpu.wrap(Spending, "add", "running totals")
     cpu.wrap(job_run, "parse_commit", "commit JSON")
-    cpu.wrap(finish, "load_ledger", "ledger at the end", all_threads=True)
+    cpu.wrap(finish, "load_records", "ledger at the end", all_threads=True)
     cpu.wrap(finish, "write_energy_tables", "tables at the end", all_threads=True)
     memory: dict[str, float] = {}
 

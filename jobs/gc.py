@@ -29,19 +29,20 @@ def run(options: GcOptions) -> int:
     from millijoule.workers.visible_text import visible
 
     store = open_store(options.output)
-    orphans = list(find_orphans(store))
-    for orphan in orphans:
+    removable, size = 0, 0
+    orphans = find_orphans(store)
+    for orphan in remove(store, orphans) if options.delete else orphans:
         mark = "remove" if orphan.removable else "keep  "
+        removable += orphan.removable
+        size += orphan.size_bytes if orphan.removable else 0
         print(visible(f"{mark} {orphan.size_bytes:>12} {orphan.key}  ({orphan.reason})"))
     temporaries = stale_temporaries(store)
     for leftover in temporaries:
         print(visible(f"remove {'':>12} {leftover.key}  (an interrupted write, over a day old)"))
-    removable = len(temporaries) + sum(o.removable for o in orphans)
-    size = sum(o.size_bytes for o in orphans if o.removable)
+    removable += len(temporaries)
     if options.delete:
-        freed = remove(store, orphans)
         store.delete_temporary(temporaries)
-        print(f"removed {removable} files, {freed} bytes")
+        print(f"removed {removable} files, {size} bytes")
     else:
         print(f"{removable} removable files, {size} bytes" + ("; --delete removes them" if removable else ""))
     return COMPLETE

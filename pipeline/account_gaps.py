@@ -9,7 +9,7 @@ ends in a gap of unknown energy: missing, never absent. Nothing here does I/O.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -63,49 +63,46 @@ class AccountGap:
 
 
 @dataclass
-class _Chain:
-    """What one worker recorded."""
+class Chain:
+    """What one worker recorded: its first and last read, the domains it ever read, and stretches without a record."""
 
     first: CounterRead
     last: CounterRead
     domains: set[str] = field(default_factory=set)
     holes: list[tuple[CounterRead, CounterRead]] = field(default_factory=list)
 
+    def add(self, segment: Segment) -> None:
+        """The next segment in order of time."""
+        if is_before(self.last, segment.open):
+            self.holes.append((self.last, segment.open))
+        if not is_before(segment.close, self.last):
+            self.last = segment.close
+        self.domains.update(segment.open.energy_mj, segment.close.energy_mj)
+
 
 def account_gaps(
-    segments: Iterable[Segment],
+    chains: dict[str, Chain],
     environments: Mapping[str, WorkerEnvironment],
     closings: Mapping[str, WorkerClosing],
 ) -> tuple[list[AccountGap], tuple[Unclosed, ...]]:
     """What is missing between the segments of each worker, before and after them.
 
     Args:
-        segments: in order of time.
+        chains: what each worker recorded, by worker id; taken over.
         environments: of the workers; one that states no opening read owes no account beyond what it recorded.
         closings: by worker id.
 
     Returns:
         The gaps, of each worker in order of time, and the accounts that nobody closed.
     """
-    chains: dict[str, _Chain] = {}
-    for s in segments:
-        chain = chains.get(s.worker_id)
-        if chain is None:
-            chain = chains[s.worker_id] = _Chain(s.open, s.close)
-        elif _is_before(chain.last, s.open):
-            chain.holes.append((chain.last, s.open))
-        if not _is_before(s.close, chain.last):
-            chain.last = s.close
-        chain.domains.update(s.open.energy_mj, s.close.energy_mj)
-
     gaps: list[AccountGap] = []
     unclosed: list[Unclosed] = []
     for worker_id in sorted(chains.keys() | environments.keys()):
         own, chain = environments.get(worker_id), chains.get(worker_id)
         if own is not None and own.opened is not None:
             if chain is None:
-                chain = _Chain(own.opened, own.opened)
-            elif _is_before(own.opened, chain.first):
+                chain = Chain(own.opened, own.opened)
+            elif is_before(own.opened, chain.first):
                 chain.holes.insert(0, (own.opened, chain.first))
             chain.domains.update(own.opened.energy_mj)
         if chain is None:
@@ -118,12 +115,13 @@ def account_gaps(
     return gaps, tuple(unclosed)
 
 
-def _is_before(read: CounterRead, other: CounterRead) -> bool:
+def is_before(read: CounterRead, other: CounterRead) -> bool:
+    """Whether `read` is the earlier one; False where that cannot be known."""
     return read.boot_id == other.boot_id and read.t_mono_ns < other.t_mono_ns
 
 
 def _end_of(
-    own: WorkerEnvironment, chain: _Chain, closing: WorkerClosing | None
+    own: WorkerEnvironment, chain: Chain, closing: WorkerClosing | None
 ) -> tuple[AccountGap | None, list[Unclosed]]:
     """What follows the last read of a worker's own records, and for which of its domains it has no end."""
     last, domains = chain.last, sorted(chain.domains)
@@ -141,7 +139,7 @@ def _end_of(
         kept = {d: mj for d, mj in read.energy_mj.items() if d in chain.domains}
         estimate = read.estimate_mj if closing is not None and closing.by == own.worker_id else None
         end = Segment(own.worker_id, "gap", last, replace(read, energy_mj=kept, estimate_mj=estimate))
-        if not unknown and not _is_before(last, read) and kept.keys() <= last.energy_mj.keys():
+        if not unknown and not is_before(last, read) and kept.keys() <= last.energy_mj.keys():
             # nothing to add; but a worker that recorded nothing was there all the same
             return (AccountGap(replace(moment, close=last)) if chain.first is last else None), []
     by_reason: dict[str, list[str]] = defaultdict(list)

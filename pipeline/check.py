@@ -8,26 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.account_gaps import utc_text
-from millijoule.pipeline.commits import READ_THREADS, list_committed, read_commits
+from millijoule.pipeline.commits import READ_THREADS, list_committed, parse_commit, read_bodies
 from millijoule.pipeline.energy_tables import compare_energy_tables
-from millijoule.pipeline.finish import MANIFEST_SCHEMA, load_ledger, manifest_tables
+from millijoule.pipeline.finish import (
+    MANIFEST_BATCH_ROWS,
+    MANIFEST_SCHEMA,
+    JobRecords,
+    ManifestRows,
+    RecordReader,
+    manifest_tables,
+)
 from millijoule.pipeline.job import JobSpec, require_job
 from millijoule.pipeline.layout import MANIFEST_KEY, SUCCESS_KEY
-from millijoule.pipeline.ledger import Ledger
 from millijoule.pipeline.retry import JobShards, load_job_shards
-from millijoule.pipeline.uncommitted import read_uncommitted
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.readers import read_images
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
 from millijoule.workers.shard_rows import Shard, read_shard_rows, shard_requests
 from millijoule.workers.storage import Store
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 #: Columns that must equal between plan and row table.
 _KEY = ("prompt_id", "image_index", "prompt", "seed")
@@ -55,24 +66,51 @@ def check_output(
     done = list_committed(store, len(index))
     for shard_id in (~done).nonzero()[0].tolist():
         yield f"shard {shard_id}: not committed"
-    with ThreadPoolExecutor(READ_THREADS) as threads:
+    reader = RecordReader(store)
 
-        def one(commit: Commit) -> list[str]:
-            return list(_check_shard(store, job, index[commit.shard_id], commit, images=images))
+    def one(commit: tuple[int, bytes]) -> tuple[int, bytes, list[str]]:
+        shard_id, body = commit
+        parsed = parse_commit(store, shard_id, body)
+        return shard_id, body, list(_check_shard(store, job, index[shard_id], parsed, images=images))
 
-        commits = read_commits(store, len(index), use_compacted=False)
-        for checked, problems in enumerate(threads.map(one, commits), 1):
-            on_shard(checked, len(index))
-            yield from problems
+    bodies = read_bodies(store, len(index), use_compacted=False)
+    for checked, (shard_id, body, problems) in enumerate(in_threads(one, bodies), 1):
+        on_shard(checked, len(index))
+        yield from problems
+        reader.add(shard_id, body)
     if done.all():
-        uncommitted = read_uncommitted(store)
-        ledger = load_ledger(store, len(index), uncommitted)
-        for account in ledger.unclosed:
-            on_note(f"energy is missing from {utc_text(account.since_wall_ns)} on: {account}")
-        yield from _check_manifest(store, job, index, ledger)
+        yield from _check_finished(store, job, index, reader.records(), on_note)
+
+
+def _check_finished(
+    store: Store, job: JobSpec, index: JobShards, records: JobRecords, on_note: Callable[[str], None]
+) -> Iterator[str]:
+    """What must be there once all shards are committed."""
+    for account in records.ledger.unclosed:
+        on_note(f"energy is missing from {utc_text(account.since_wall_ns)} on: {account}")
+    differences = 0
+    for problem in _check_manifest(store, job, index, records):
+        differences += 1
+        yield problem
+    with ExitStack() as stack:
+        images = None  # a manifest that says what the row tables say saves opening them again
+        if not differences:
+            images = ManifestRows(pq.ParquetFile(stack.enter_context(store.open_input(MANIFEST_KEY))))
         yield from compare_energy_tables(
-            store, job, ledger, lambda: read_commits(store, len(index)), uncommitted
+            store, job, records.ledger, records.commits, records.uncommitted, images
         )
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`function` of each item, in order, by `READ_THREADS` threads; only few items are taken ahead."""
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        for item in items:
+            waiting.append(threads.submit(function, item))
+            if len(waiting) >= 4 * READ_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _check_shard(store: Store, job: JobSpec, shard: Shard, commit: Commit, *, images: bool) -> Iterator[str]:
@@ -119,7 +157,7 @@ def _check_shard(store: Store, job: JobSpec, shard: Shard, commit: Commit, *, im
             yield f"{where}: its images cannot be read: {error}"
 
 
-def _check_manifest(store: Store, job: JobSpec, shards: JobShards, ledger: Ledger) -> Iterator[str]:
+def _check_manifest(store: Store, job: JobSpec, shards: JobShards, records: JobRecords) -> Iterator[str]:
     """Once all shards are committed there must be a manifest, and it must say what the commits say."""
     try:
         success = json.loads(store.get(SUCCESS_KEY))
@@ -133,27 +171,49 @@ def _check_manifest(store: Store, job: JobSpec, shards: JobShards, ledger: Ledge
         yield f"{SUCCESS_KEY}: belongs to another state of the job; run the job again to finish it"
     try:
         with store.open_input(MANIFEST_KEY) as source:
-            manifest = pq.ParquetFile(source).read()
+            yield from _compare_manifest(store, shards, records, pq.ParquetFile(source))
     except NotFoundError:
         yield f"{MANIFEST_KEY}: missing"
-        return
     except (pa.ArrowException, OSError) as error:
         yield f"{MANIFEST_KEY}: cannot be read as Parquet: {error}"
+
+
+def _compare_manifest(
+    store: Store, shards: JobShards, records: JobRecords, manifest: pq.ParquetFile
+) -> Iterator[str]:
+    if manifest.schema_arrow.names != MANIFEST_SCHEMA.names:
+        yield f"{MANIFEST_KEY}: has columns {manifest.schema_arrow.names}"
         return
-    if manifest.schema.names != MANIFEST_SCHEMA.names:
-        yield f"{MANIFEST_KEY}: has columns {manifest.schema.names}"
-        return
-    at = 0
-    try:
-        for table in manifest_tables(store, shards, ledger):
-            part = manifest.slice(at, table.num_rows)
-            at += table.num_rows
-            for name in MANIFEST_SCHEMA.names:
-                if part[name].combine_chunks() != table[name].combine_chunks():
-                    rows = f"rows {at - table.num_rows} to {at - 1}"
-                    yield f"{MANIFEST_KEY}: {rows}: column {name} is not what the commits say"
-    except (pa.ArrowException, OSError, NotFoundError) as error:
-        yield f"{MANIFEST_KEY}: cannot be compared, a row table cannot be read: {error}"
-        return
-    if at != manifest.num_rows:
-        yield f"{MANIFEST_KEY}: {manifest.num_rows} rows, the commits make {at}"
+    stored, at = _Rows(manifest), 0
+    tables = manifest_tables(store, shards, records)
+    while True:
+        try:
+            table = next(tables, None)
+        except (pa.ArrowException, OSError, NotFoundError) as error:
+            yield f"{MANIFEST_KEY}: cannot be compared, a row table cannot be read: {error}"
+            return
+        if table is None:
+            break
+        part = stored.take(table.num_rows)
+        at += table.num_rows
+        for name in MANIFEST_SCHEMA.names:
+            if not part[name].equals(table[name]):
+                rows = f"rows {at - table.num_rows} to {at - 1}"
+                yield f"{MANIFEST_KEY}: {rows}: column {name} is not what the commits say"
+    if at != manifest.metadata.num_rows:
+        yield f"{MANIFEST_KEY}: {manifest.metadata.num_rows} rows, the commits make {at}"
+
+
+class _Rows:
+    """The rows of a Parquet file in order, as many at a time as are asked for."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._batches = file.iter_batches(MANIFEST_BATCH_ROWS)
+        self._held = file.schema_arrow.empty_table()
+
+    def take(self, n: int) -> pa.Table:
+        """The next `n` rows; fewer at the end."""
+        while self._held.num_rows < n and (batch := next(self._batches, None)) is not None:
+            self._held = pa.concat_tables([self._held, pa.Table.from_batches([batch])])
+        part, self._held = self._held.slice(0, n), self._held.slice(n)
+        return part

@@ -18,12 +18,15 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import inf
 
+import numpy as np
+
 from millijoule.pipeline import evidence
-from millijoule.pipeline.apportionment import sum_or_none
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.counter_split import MISSING
 from millijoule.pipeline.ledger import Ledger
 from millijoule.workers.own_devices import unread_domains
 from millijoule.workers.schemas import Commit
@@ -46,6 +49,10 @@ MAX_EDGE_NS = 2_000_000_000
 MIN_POWER_COVERAGE_SHARE = 0.90
 #: C6: a shard of a second needs its times to about 50 ms.
 CLOCK_TOLERANCE_NS = 50_000_000
+
+
+#: Entries whose domains are looked at together: some megabytes.
+ENTRIES_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -92,29 +99,32 @@ PowerSeries = dict[tuple[str, str], tuple["array[int]", "array[int]"]]
 
 @dataclass
 class ImageTotals:
-    """What the image table holds, gathered while it is written."""
+    """What the image table holds, gathered while it is written. Per commit: its images, and whether they have energy."""
 
-    images: Counter[tuple[int, str]] = field(default_factory=Counter)  # per shard and attempt
-    charged: set[tuple[int, str]] = field(default_factory=set)  # attempts whose images have direct energy
+    images: np.ndarray
+    charged: np.ndarray
     direct_mj: int = 0
     full_mj: int | None = 0  # None once an image has none
 
-    def add(
-        self, shard_id: int, attempt_id: str, direct: Sequence[int | None], full: Sequence[int | None]
-    ) -> None:
-        self.images[shard_id, attempt_id] += len(direct)
-        known = sum_or_none(direct)
-        if known is not None:
-            self.direct_mj += known
-            self.charged.add((shard_id, attempt_id))
-        if direct:
-            whole = sum_or_none(full)
+    @staticmethod
+    def of(commits: CommitTable) -> ImageTotals:
+        """No images of `commits` yet."""
+        return ImageTotals(np.zeros(len(commits), np.int64), np.zeros(len(commits), bool))
+
+    def add(self, commit: np.ndarray, direct_mj: np.ndarray, full_mj: np.ndarray | None) -> None:
+        """Add images: the number of each one's commit, and its energies (`MISSING`: not known; None: of none of them)."""
+        np.add.at(self.images, commit, 1)
+        known = direct_mj != MISSING
+        self.charged[commit[known]] = True
+        self.direct_mj += int(direct_mj[known].sum())
+        if len(commit):
+            whole = None if full_mj is None or (full_mj == MISSING).any() else int(full_mj.sum())
             self.full_mj = None if whole is None or self.full_mj is None else self.full_mj + whole
 
 
 def close_ledger(
     ledger: Ledger,
-    commits: Sequence[Commit],
+    commits: CommitTable,
     images: ImageTotals,
     power: PowerSeries,
     nodes: Sequence[ClosureRow],
@@ -123,14 +133,14 @@ def close_ledger(
 
     Args:
         ledger: over the segments of all commits and drivers.
-        commits: each committed shard once; bodies may be stripped of segments and files.
+        commits: each committed shard once.
         images: of the image table.
         power: samples of every device's power.
         nodes: the rows of C3, see `pipeline.node_closure`.
     """
     return [
         *_counters(ledger),
-        *_images(ledger, images),
+        *_images(ledger, commits, images),
         *nodes,
         *_power(ledger, power),
         _attempts(ledger, commits, images),
@@ -140,7 +150,7 @@ def close_ledger(
 
 def evidence_class(
     closure: Iterable[ClosureRow],
-    commits: Sequence[Commit],
+    commits: Iterable[Commit],
     devices: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """What a job's energy figures rest on, see `pipeline.evidence`.
@@ -150,7 +160,7 @@ def evidence_class(
 
     Args:
         closure: all checks of the job.
-        commits: of all its shards.
+        commits: of all its shards, or one for each worker, device and set of domains.
         devices: what each worker held, by worker id; of a worker not in it, the device its commits name.
     """
     passed: dict[str, set[bool | None]] = defaultdict(set)
@@ -179,15 +189,11 @@ def _exact(check: str, scope: str, expected_mj: int | None, found_mj: int | None
 def _counters(ledger: Ledger) -> list[ClosureRow]:
     grown: Counter[tuple[str, int, str]] = Counter()
     stretches: Counter[tuple[str, int, str]] = Counter()
-    held: Counter[tuple[str, int, str]] = Counter()
     for run in ledger.runs:
         key = (run.boot_id, run.epoch, run.domain)
         grown[key] += run.run.energy_mj
         stretches[key] += 1
-    for entry in ledger.entries:
-        for domain, mj in entry.energy_mj.items():
-            read = entry.segment.open
-            held[read.boot_id, read.epoch_of(domain), domain] += mj or 0
+    held = _held(ledger)
     for gap in ledger.gaps:
         held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
     open_ends = [
@@ -208,15 +214,35 @@ def _counters(ledger: Ledger) -> list[ClosureRow]:
     ]
 
 
-def _images(ledger: Ledger, images: ImageTotals) -> list[ClosureRow]:
-    measured = sum(e.known_mj for e in ledger.entries) + sum(g.energy_mj for g in ledger.gaps)
-    overhead = sum(g.energy_mj for g in ledger.gaps)
-    for entry in ledger.entries:
-        key = (entry.segment.shard_id, entry.segment.attempt_id)
-        if entry.segment_class != "shard" or key not in images.charged:
-            overhead += entry.known_mj
+def _held(ledger: Ledger) -> Counter[tuple[str, int, str]]:
+    """What the entries have of each counter (boot, epoch, domain)."""
+    entries, held = ledger.entries, Counter[tuple[str, int, str]]()
+    for begin in range(0, len(entries), ENTRIES_AT_ONCE):
+        end = min(begin + ENTRIES_AT_ONCE, len(entries))
+        domain = entries.domain_codes(begin, end)
+        reads = np.repeat(entries.open[begin:end], np.diff(entries.first[begin : end + 1]))
+        shares = entries.shares[entries.first[begin] : entries.first[end]]
+        key = np.stack([entries.columns.boot[reads], domain, entries.epoch_of(reads, domain)], axis=1)
+        order = np.lexsort(key.T)
+        begins = np.flatnonzero(np.any(np.diff(key[order], axis=0, prepend=-1), axis=1)) if len(key) else ()
+        mj = np.where(shares == MISSING, 0, shares)[order]
+        for (boot, code, epoch), total in zip(
+            key[order][begins].tolist(), np.add.reduceat(mj, begins).tolist() if len(key) else (), strict=True
+        ):
+            held[entries.names[boot], epoch, entries.domain_names[code]] += total
+    return held
+
+
+def _images(ledger: Ledger, commits: CommitTable, images: ImageTotals) -> list[ClosureRow]:
+    entries = ledger.entries
+    gaps = sum(g.energy_mj for g in ledger.gaps)
+    measured = int(entries.known_mj.sum()) + gaps
+    shards = entries.of_class("shard")
+    commit = commits.index().find(entries.shard[shards], entries.attempts(shards))
+    of_images = shards[(commit >= 0) & np.concatenate([images.charged, [False]])[commit]]
+    overhead = measured - int(entries.known_mj[of_images].sum())
     off = sum(g.energy_mj for g in ledger.gaps if g.segment_class == "off")
-    n = images.images.total()
+    n = int(images.images.sum())
     anything = bool(ledger.runs)
     return [
         _exact(
@@ -239,25 +265,32 @@ def _images(ledger: Ledger, images: ImageTotals) -> list[ClosureRow]:
     ]
 
 
-def _attempts(ledger: Ledger, commits: Sequence[Commit], images: ImageTotals) -> ClosureRow:
-    committed = Counter((c.shard_id, c.attempt_id) for c in commits)
-    shards = Counter(c.shard_id for c in commits)
-    segments = Counter(
-        (e.segment.shard_id, e.segment.attempt_id) for e in ledger.entries if e.segment_class == "shard"
-    )
-    problems = [f"shard {s} is committed {n} times" for s, n in shards.items() if n != 1]
-    problems += [
-        f"shard {s}: {segments[s, a]} segments of attempt {a}" for s, a in committed if segments[s, a] != 1
+def _attempts(ledger: Ledger, commits: CommitTable, images: ImageTotals) -> ClosureRow:
+    entries = ledger.entries
+    shard_ids, times = np.unique(commits.number("shard_id"), return_counts=True)
+    problems = [
+        f"shard {shard_ids[i]} is committed {times[i]} times" for i in np.flatnonzero(times != 1).tolist()
     ]
+    at = entries.of_class("shard")
+    commit = commits.index().find(entries.shard[at], entries.attempts(at))
+    segments = np.bincount(commit[commit >= 0], minlength=len(commits))
+    first = commits.index().find(
+        commits.number("shard_id"), commits.text("attempt_id")
+    )  # of one that stands twice
+    for i in np.flatnonzero((segments != 1) & (first == np.arange(len(commits)))).tolist():
+        c = commits[i]
+        problems.append(f"shard {c.shard_id}: {segments[i]} segments of attempt {c.attempt_id}")
+    uncommitted = (entries[int(n)].segment for n in at[commit < 0])
     problems += [
-        f"shard {s}: attempt {a} is charged but not committed" for s, a in segments if (s, a) not in committed
+        f"shard {shard}: attempt {attempt} is charged but not committed"
+        for shard, attempt in dict.fromkeys((s.shard_id, s.attempt_id) for s in uncommitted)
     ]
-    problems += [
-        f"shard {c.shard_id}: {images.images[c.shard_id, c.attempt_id]} images, the commit says {c.images_ok}"
-        for c in commits
-        if images.images[c.shard_id, c.attempt_id] != c.images_ok
-    ]
-    note = f"shards: {len(shards)}, images: {images.images.total()}, violations: {len(problems)}"
+    made = images.images[first] if len(commits) else images.images
+    for i in np.flatnonzero(made != commits.number("images_ok")).tolist():
+        problems.append(
+            f"shard {commits[i].shard_id}: {made[i]} images, the commit says {commits[i].images_ok}"
+        )
+    note = f"shards: {len(shard_ids)}, images: {int(images.images.sum())}, violations: {len(problems)}"
     return ClosureRow(
         "C5", "job", None, None, 0.0, not problems, "; ".join([note, *problems[:3]]) if problems else note
     )
@@ -268,9 +301,8 @@ def _power(ledger: Ledger, power: PowerSeries) -> list[ClosureRow]:
         return [_unknown_power("device", "power was not sampled")]
     rows = []
     for key, stretches in sorted(_readings(ledger).items()):
-        if key[1].startswith("gpu:"):
-            samples = sorted(set(zip(*power.get(key, ((), ())), strict=True)))
-            rows.append(_power_of(f"{key[1]} boot {key[0]}", stretches, samples))
+        samples = sorted(set(zip(*power.get(key, ((), ())), strict=True)))
+        rows.append(_power_of(f"{key[1]} boot {key[0]}", stretches, samples))
     return rows or [_unknown_power("device", "no GPU counter was read")]
 
 
@@ -279,16 +311,18 @@ def _unknown_power(scope: str, note: str) -> ClosureRow:
 
 
 def _readings(ledger: Ledger) -> Mapping[tuple[str, str], list[list[tuple[int, int]]]]:
-    """Per boot and domain the (time ns, counter mJ) readings of each stretch without a reset."""
-    seen: dict[tuple[str, int, str], set[tuple[int, int]]] = defaultdict(set)
-    for entry in ledger.entries:
-        for read in (entry.segment.open, entry.segment.close):
-            for domain, mj in read.energy_mj.items():
-                seen[read.boot_id, read.epoch_of(domain), domain].add((read.t_mono_ns, mj))
+    """Per boot and GPU's domain the (time ns, counter mJ) readings of each stretch without a reset."""
+    entries = ledger.entries
     stretches: dict[tuple[str, str], list[list[tuple[int, int]]]] = defaultdict(list)
+    seen: tuple[tuple[str, int, str], list[tuple[int, int]]] | None = None
     for run in ledger.runs:
+        if not run.domain.startswith("gpu:"):
+            continue
+        key = (run.boot_id, run.epoch, run.domain)
+        if seen is None or seen[0] != key:  # runs of one counter follow each other
+            seen = key, entries.readings(key[:2], run.domain)
         first, last = tuple(run.run.first), tuple(run.run.last)
-        inside = [r for r in sorted(seen[run.boot_id, run.epoch, run.domain]) if first <= r <= last]
+        inside = seen[1][bisect_left(seen[1], first) : bisect_right(seen[1], last)]
         stretches[run.boot_id, run.domain].append(inside)
     return stretches
 
@@ -375,18 +409,20 @@ class _PowerCurve:
 
 
 def _clocks(ledger: Ledger) -> list[ClosureRow]:
-    offsets: dict[str, tuple[int, int]] = {}
-    for entry in ledger.entries:
-        for read in (entry.segment.open, entry.segment.close):
-            offset = read.t_wall_ns - read.t_mono_ns
-            low, high = offsets.get(read.boot_id, (offset, offset))
-            offsets[read.boot_id] = min(low, offset), max(high, offset)
+    columns, entries = ledger.entries.columns, ledger.entries
+    reads = np.unique(np.concatenate([entries.open, entries.close]))
+    offset = (columns.t_wall_ns - columns.t_mono_ns)[reads]
+    boot, place = np.unique(columns.boot[reads], return_inverse=True)
+    low, high = np.full(len(boot), np.iinfo(np.int64).max), np.full(len(boot), np.iinfo(np.int64).min)
+    np.minimum.at(low, place, offset)
+    np.maximum.at(high, place, offset)
+    moved = {columns.names[b]: int(h - lo) for b, lo, h in zip(boot.tolist(), low, high, strict=True)}
     return [
         ClosureRow(
-            *("C6", f"boot {boot_id}", None, None, None, high - low <= CLOCK_TOLERANCE_NS),
-            f"wall clock moved {(high - low) / 1e6:.3f} ms; between hosts it is not known",
-            residual_ns=high - low,
+            *("C6", f"boot {boot_id}", None, None, None, moved_ns <= CLOCK_TOLERANCE_NS),
+            f"wall clock moved {moved_ns / 1e6:.3f} ms; between hosts it is not known",
+            residual_ns=moved_ns,
             tolerance_ns=CLOCK_TOLERANCE_NS,
         )
-        for boot_id, (low, high) in sorted(offsets.items())
+        for boot_id, moved_ns in sorted(moved.items())
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,9 @@ from millijoule.workers.storage import Store
 
 #: Commits per compacted part: about a minute of a thousand GPUs, or 10 MB.
 COMPACT_EVERY = 4096
+
+#: Parts that are held at the same time: retried shards and several drivers leave a shard's neighbours in several.
+MAX_PARTS = 8
 
 #: Concurrent requests when commits are read one by one.
 READ_THREADS = 16
@@ -48,16 +52,27 @@ def list_committed(store: Store, n_shards: int) -> np.ndarray:
     return done
 
 
+def not_a_commit(store: Store, shard_id: int, error: Exception) -> DamagedError:
+    """The error of a commit object that is none."""
+    return DamagedError(f"{store.url}/{commit_key(shard_id)}: not a commit: {error}")
+
+
 def parse_commit(store: Store, shard_id: int, body: bytes) -> Commit:
     """Parse a commit's body; raises DamagedError naming the object where it is not one."""
     try:
         return Commit.from_json(body)
     except (ValueError, TypeError, KeyError) as error:
-        raise DamagedError(f"{store.url}/{commit_key(shard_id)}: not a commit: {error}") from error
+        raise not_a_commit(store, shard_id, error) from error
 
 
 def read_commits(store: Store, n_shards: int, *, use_compacted: bool = True) -> Iterator[Commit]:
-    """Every commit, in shard order, without holding them all.
+    """Every commit, in shard order, without holding them all; see `read_bodies`."""
+    for shard_id, body in read_bodies(store, n_shards, use_compacted=use_compacted):
+        yield parse_commit(store, shard_id, body)
+
+
+def read_bodies(store: Store, n_shards: int, *, use_compacted: bool = True) -> Iterator[tuple[int, bytes]]:
+    """Every commit's shard and JSON, in shard order, without holding them all.
 
     With `use_compacted` False each body is read from the commit object itself (what an auditor wants).
     """
@@ -76,7 +91,7 @@ def read_commits(store: Store, n_shards: int, *, use_compacted: bool = True) -> 
                 if body is None:
                     assert compacted is not None
                     body = compacted.pop(shard_id)
-                yield parse_commit(store, shard_id, body)
+                yield shard_id, body
 
 
 class CommitCompactor:
@@ -107,6 +122,22 @@ class CommitCompactor:
         self._bodies.clear()
 
 
+class CommitBodies:
+    """The JSON of single commits, asked for in about the order of shards: from compacted parts, else from the objects."""
+
+    def __init__(self, store: Store, n_shards: int) -> None:
+        self.store = store
+        self._compacted = _Compacted(store, n_shards)
+        self._lock = Lock()
+
+    def get(self, shard_id: int) -> bytes:
+        """The body of a shard's commit; raises NotFoundError where it has none. From any thread."""
+        if shard_id in self._compacted:
+            with self._lock:
+                return self._compacted.get(shard_id)
+        return self.store.get(commit_key(shard_id))
+
+
 class _Compacted:
     """Bodies from compacted parts; asked about in order of shards, each once, it holds few parts at a time."""
 
@@ -127,14 +158,23 @@ class _Compacted:
     def __contains__(self, shard_id: int) -> bool:
         return bool(self._part[shard_id] >= 0)
 
-    def pop(self, shard_id: int) -> bytes:
-        """The body of a shard that is in a part; raises StoreError."""
+    def get(self, shard_id: int) -> bytes:
+        """The body of a shard that is in a part; raises StoreError. The last `MAX_PARTS` parts are held."""
         number = int(self._part[shard_id])
         if number not in self._bodies:
             with self.store.open_input(self._keys[number]) as source:
-                self._bodies[number] = pq.ParquetFile(source).read(columns=["commit"])["commit"]
+                commits = pq.ParquetFile(source).read(columns=["commit"])["commit"].combine_chunks()
+            self._bodies[number] = commits
+            if len(self._bodies) > MAX_PARTS:
+                del self._bodies[next(iter(self._bodies))]
         body: bytes = self._bodies[number][int(self._row[shard_id])].as_py()
+        return body
+
+    def pop(self, shard_id: int) -> bytes:
+        """The body of a shard that is in a part and is not asked for again; raises StoreError."""
+        body = self.get(shard_id)
+        number = int(self._part[shard_id])
         self._left[number] -= 1
         if not self._left[number]:
-            del self._bodies[number]
+            self._bodies.pop(number, None)
         return body

@@ -1,28 +1,39 @@
 """A job's ledger and commits as the rows of the energy tables, in blocks that share a UTC day.
 
 Everything is a function of commits, the drivers' segments and `job.json`: whoever builds the tables builds the same
-ones. At most one row group per table and day, and a description of each commit, are held.
+ones. Rows are made as columns, some thousand at a time.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from millijoule.pipeline.apportionment import image_energy, sum_or_none
-from millijoule.pipeline.closure import ClosureRow, ImageTotals, PowerSeries, close_ledger, evidence_class
+from millijoule.pipeline.apportionment import sum_or_none
+from millijoule.pipeline.closure import (
+    ENTRIES_AT_ONCE,
+    ClosureRow,
+    ImageTotals,
+    PowerSeries,
+    close_ledger,
+    evidence_class,
+)
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.counter_split import MISSING
 from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS, table_of
 from millijoule.pipeline.job import JobSpec
-from millijoule.pipeline.ledger import Ledger, LedgerEntry
+from millijoule.pipeline.ledger import Ledger
 from millijoule.pipeline.node_closure import NodeBooks, close_nodes
+from millijoule.pipeline.packed_segments import NONE
 from millijoule.pipeline.uncommitted import NOTHING, Uncommitted, held_devices
 from millijoule.workers.schemas import Commit, CounterRead, PowerTrace, WorkerEnvironment
 from millijoule.workers.storage import Store
@@ -47,24 +58,65 @@ DayBlock = tuple[int, pa.Table]
 _Row = tuple[int, tuple]  # its time (ns since 1970), its values
 
 
-_ROW_COLUMNS = ["prompt_id", "image_index", "status", "sha256"]
+#: What the image table takes over from the rows of a shard.
+ROW_COLUMNS = ("prompt_id", "image_index", "status", "sha256")
 
 #: Rows that wait as tuples to become a table: these take ten times the memory of its columns.
 BLOCK_ROWS = 8_192
 
-#: The image table is made of blocks of at least so many rows: shards can be as small as one image.
-_IMAGE_BLOCK_ROWS = 4_096
+#: Commits, and images in them, whose row tables are looked at together: shards can be as small as one image.
+_COMMITS_AT_ONCE, _IMAGES_AT_ONCE = 1_024, 8_192
+
+_QUALITIES = ("measured", "short", "missing")
+
+
+class ImageSource(Protocol):
+    """Where the image table has its rows from."""
+
+    def blocks(self, commits: CommitTable) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """All rows in the order of commits, those of one commit never in two blocks.
+
+        Yields:
+            The number of each row's commit, int64 `[n]`, and the rows with at least `ROW_COLUMNS`.
+        """
+        ...
 
 
 @dataclass(frozen=True)
-class RowReader:
-    """Reads what the image table needs of a commit's row table."""
+class RowTables:
+    """Rows from the row table of each commit; `read_rows` is called from several threads."""
 
-    store: Store
+    read_rows: Callable[[Commit], pa.Table]
 
-    def __call__(self, commit: Commit) -> pa.Table:
-        with self.store.open_input(commit.rows_path) as source:
-            return pq.ParquetFile(source).read(columns=_ROW_COLUMNS, use_threads=False)
+    def blocks(self, commits: CommitTable) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        def read(number: int) -> pa.Table:
+            return self.read_rows(commits[number]).select(ROW_COLUMNS)
+
+        with ThreadPoolExecutor(_READ_THREADS) as threads:
+            for numbers in commit_blocks(commits):
+                tables = list(threads.map(read, numbers))
+                yield np.repeat(numbers, [t.num_rows for t in tables]), pa.concat_tables(tables)
+
+
+def commit_blocks(commits: CommitTable) -> Iterator[range]:
+    """Numbers of commits in order, few enough together that their row tables can be held."""
+    rows = np.cumsum(commits.number("images_ok") + commits.number("images_quarantined"))
+    begin = 0
+    while begin < len(commits):
+        most = (rows[begin - 1] if begin else 0) + _IMAGES_AT_ONCE
+        end = max(begin + 1, min(begin + _COMMITS_AT_ONCE, int(np.searchsorted(rows, most, "right"))))
+        yield range(begin, end)
+        begin = end
+
+
+def row_tables(store: Store) -> RowTables:
+    """The rows of a store's commits, at the `rows_path` of each."""
+
+    def read(commit: Commit) -> pa.Table:
+        with store.open_input(commit.rows_path) as source:
+            return pq.ParquetFile(source).read(columns=list(ROW_COLUMNS), use_threads=False)
+
+    return RowTables(read)
 
 
 class EnergyRows:
@@ -72,8 +124,8 @@ class EnergyRows:
 
     Args:
         ledger: over the segments of all commits and drivers.
-        commits: gives each committed shard once; bodies are not held, so called again for their power.
-        read_rows: gives the `IMAGE_ROW_SCHEMA` rows of a commit. Called from several threads.
+        commits: each committed shard once.
+        images: the rows of the commits.
         uncommitted: power samples, environments and readings of node meters, which no commit carries.
     """
 
@@ -81,8 +133,8 @@ class EnergyRows:
         self,
         job: JobSpec,
         ledger: Ledger,
-        commits: Callable[[], Iterable[Commit]],
-        read_rows: Callable[[Commit], pa.Table],
+        commits: CommitTable,
+        images: ImageSource,
         uncommitted: Uncommitted = NOTHING,
     ) -> None:
         self.job = job
@@ -91,151 +143,268 @@ class EnergyRows:
         self.evidence_class = "E0"
         self.job_day = int(job.created_unix * 1e9) // DAY_NS  # of rows without a time, and of empty tables
         self._commits = commits
-        self._read_rows = read_rows
+        self._source = images
         self._uncommitted = uncommitted
-        self._shards: list[Commit] = []
-        self._images = ImageTotals()
-        self._any_power = False
+        self._images = ImageTotals.of(commits)
         self._power: PowerSeries = {}
 
     def tables(self) -> Iterator[tuple[str, Iterator[DayBlock]]]:
         """Each table's name and blocks, `closure` last. A block is of any size up to some row groups."""
-        yield "counter", blocks("counter", counter_rows(self.ledger.entries))
-        yield "segment", blocks("segment", self._segments())
-        yield "attempt", blocks("attempt", self._attempts())
+        yield "counter", self._counters()
+        yield "segment", self._segments()
+        yield "attempt", self._attempts()
         yield "image", self._image_blocks()
-        yield "power", blocks("power", self._power_samples())
+        yield "power", self._power_samples()
         yield "env", blocks("env", self._environments())
         nodes = self._nodes()
         yield "node_reading", reading_blocks(self._uncommitted.nodes)
         yield "node_energy", blocks("node_energy", node_energy_rows(nodes))
-        self.closure = close_ledger(self.ledger, self._shards, self._images, self._power, nodes.closure)
-        self.evidence_class = evidence_class(self.closure, self._shards, self._devices())
+        self.closure = close_ledger(self.ledger, self._commits, self._images, self._power, nodes.closure)
+        one_of_each = self._commits.first_of_each("worker_id", "device", "energy_domains")
+        self.evidence_class = evidence_class(self.closure, one_of_each, self._devices())
         yield "closure", iter([(self.job_day, table_of("closure", [row.as_tuple() for row in self.closure]))])
 
-    def _segments(self) -> Iterator[_Row]:
-        wall_minus_mono: dict[str, int] = {}
-        for segment_id, entry in enumerate(self.ledger.entries):
-            s = entry.segment
-            wall_minus_mono.setdefault(s.open.boot_id, s.open.t_wall_ns - s.open.t_mono_ns)
-            who = (segment_id, s.worker_id, entry.segment_class, s.shard_id, s.attempt_id)
-            when = (s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
-            duration_ns = s.close.t_mono_ns - s.open.t_mono_ns
-            estimate_mj = segment_estimate_mj(s)
-            for domain, energy_mj in entry.energy_mj.items() or ((None, None),):
-                quality = _quality(domain, energy_mj, duration_ns)
-                scale = (s.open.boot_id, s.open.epoch_of(domain) if domain else s.open.epoch)
-                yield s.open.t_wall_ns, (*who, *scale, *when, domain, energy_mj, quality, estimate_mj)
-                estimate_mj = None
+    def _counters(self) -> Iterator[DayBlock]:
+        """Each read of the entries once: a worker's close read opens its next segment."""
+        entries, c = self.ledger.entries, self.ledger.entries.columns
+        reads = np.stack([entries.open, entries.close], axis=1).ravel()
+        workers = np.repeat(entries.worker, 2)
+        by_worker = np.argsort(
+            workers, kind="stable"
+        )  # in order of time, so that a repeated read follows at once
+        is_new = np.ones(len(reads), bool)
+        before, after = by_worker[:-1], by_worker[1:]
+        is_new[after] = (
+            (workers[before] != workers[after])
+            | (c.boot[reads[before]] != c.boot[reads[after]])
+            | (c.t_mono_ns[reads[before]] != c.t_mono_ns[reads[after]])
+        )
+        reads, workers = reads[is_new], workers[is_new]
+        # of each set of domains, in order of their names: the domain, and where its counter stands
+        order = [sorted(range(len(names)), key=names.__getitem__) for names in c.domain_sets]
+        codes = {domain: code for code, domain in enumerate(entries.domain_names)}
+        domains = _padded(
+            [[codes.get(names[i], -1) for i in o] for names, o in zip(c.domain_sets, order, strict=True)]
+        )
+        places = _padded(order)
+        for begin in range(0, len(reads), ENTRIES_AT_ONCE):
+            at, worker = reads[begin : begin + ENTRIES_AT_ONCE], workers[begin : begin + ENTRIES_AT_ONCE]
+            domain, place = domains[c.domain_set[at]], places[c.domain_set[at]]
+            there = domain >= 0
+            read = np.broadcast_to(np.arange(len(at))[:, None], domain.shape)[there]
+            domain, place = domain[there], place[there]
+            r = at[read]
+            table = _table(
+                "counter",
+                self._names(worker[read]),
+                self._names(c.boot[r]),
+                entries.epoch_of(r, domain),
+                self._domain_names(domain),
+                c.t_mono_ns[r],
+                c.t_wall_ns[r] // WALL_STEP_NS * WALL_STEP_NS,
+                -(-c.latency_ns[r] // LATENCY_STEP_NS) * LATENCY_STEP_NS,
+                c.energy_mj[c.first[r] + place],
+            )
+            yield from _by_day(c.t_wall_ns[r], table)
+
+    def _names(self, codes: np.ndarray) -> pa.Array:
+        return pa.array(list(self.ledger.entries.names), pa.string()).take(pa.array(codes))
+
+    def _domain_names(self, codes: np.ndarray) -> pa.Array:
+        """The domains' names; null where the code is negative."""
+        return pa.array(self.ledger.entries.domain_names, pa.string()).take(pa.array(codes, mask=codes < 0))
+
+    def _segments(self) -> Iterator[DayBlock]:
+        entries, c = self.ledger.entries, self.ledger.entries.columns
+        estimates = entries.estimates()
+        is_gpu = np.array([d.startswith("gpu:") for d in entries.domain_names] or [False], bool)
+        for begin in range(0, len(entries), ENTRIES_AT_ONCE):
+            end = min(begin + ENTRIES_AT_ONCE, len(entries))
+            widths = np.diff(entries.first[begin : end + 1])
+            rows = np.maximum(widths, 1)  # one without any domain has a row, too
+            number = np.repeat(np.arange(begin, end), rows)
+            firsts = np.cumsum(rows) - rows
+            has_domain = np.repeat(widths > 0, rows)
+            domain = np.full(len(number), -1, np.int64)
+            domain[has_domain] = entries.domain_codes(begin, end)
+            energy = np.full(len(number), MISSING, np.int64)
+            energy[has_domain] = entries.shares[entries.first[begin] : entries.first[end]]
+            opened, closed = entries.open[number], entries.close[number]
+            lasted = c.t_mono_ns[closed] - c.t_mono_ns[opened]
+            is_short = lasted < np.where(is_gpu[domain], SHORT_GPU_NS, SHORT_CPU_NS)
+            quality = np.where(energy == MISSING, 2, is_short)
+            estimate = np.full(len(number), NONE, np.int64)
+            estimate[firsts] = estimates[begin:end]
+            epoch = np.where(has_domain, entries.epoch_of(opened, np.maximum(domain, 0)), c.epoch[opened])
+            table = _table(
+                "segment",
+                number,
+                self._names(entries.worker[number]),
+                pa.array(entries.class_names, pa.string()).take(pa.array(entries.segment_class[number])),
+                _nullable(entries.shard[number], NONE),
+                entries.attempts(number),
+                self._names(c.boot[opened]),
+                epoch,
+                c.t_mono_ns[opened],
+                c.t_mono_ns[closed],
+                c.t_wall_ns[opened],
+                self._domain_names(domain),
+                _nullable(energy, MISSING),
+                pa.array(_QUALITIES, pa.string()).take(pa.array(quality)),
+                _nullable(estimate, NONE),
+            )
+            yield from _by_day(c.t_wall_ns[opened], table)
+        yield from blocks("segment", self._gaps())
+
+    def _gaps(self) -> Iterator[_Row]:
+        entries, c = self.ledger.entries, self.ledger.entries.columns
+        boots, first = np.unique(c.boot[entries.open], return_index=True)
+        opened = entries.open[first]
+        offsets = (c.t_wall_ns - c.t_mono_ns)[opened].tolist()
+        wall_minus_mono = {c.names[b]: offset for b, offset in zip(boots.tolist(), offsets, strict=True)}
         for gap in self.ledger.gaps:
-            quality = _quality(gap.domain, gap.energy_mj, gap.t_close_ns - gap.t_open_ns)
+            shortest = SHORT_GPU_NS if gap.domain.startswith("gpu:") else SHORT_CPU_NS
+            quality = "short" if gap.t_close_ns - gap.t_open_ns < shortest else "measured"
             t_wall_ns = gap.t_open_ns + wall_minus_mono.get(gap.boot_id, 0)
             where = (gap.boot_id, gap.epoch, gap.t_open_ns, gap.t_close_ns, t_wall_ns)
             what = (gap.domain, gap.energy_mj, quality, None)
             yield t_wall_ns, (None, None, gap.segment_class, None, None, *where, *what)
 
-    def _attempts(self) -> Iterator[_Row]:
-        """Fills `_shards` on the way, because commits are read once."""
-        committed: set[tuple[int, str]] = set()
-        for c in self._commits():
-            self._any_power = self._any_power or bool(c.power)
-            self._shards.append(replace(c, segments=(), files=(), errors={}, power=()))  # the rest is small
-            committed.add((c.shard_id, c.attempt_id))
-            energy_mj = self.ledger.shard_energy_mj(c.shard_id, c.attempt_id)
-            yield c.t_start_wall_ns, committed_attempt(c, energy_mj)
-        others: dict[tuple[int, str], list[LedgerEntry]] = defaultdict(list)
-        for entry in self.ledger.entries:
-            s = entry.segment
-            if s.shard_id is None or s.attempt_id is None or (s.shard_id, s.attempt_id) in committed:
-                continue
-            others[s.shard_id, s.attempt_id].append(entry)
-        for (shard_id, attempt_id), entries in sorted(others.items()):
-            first, last = entries[0].segment, entries[-1].segment
+    def _attempts(self) -> Iterator[DayBlock]:
+        commits = self._commits
+        shard_ids, attempts, began = (
+            commits.number("shard_id"),
+            commits.text("attempt_id"),
+            commits.number("t_start_wall_ns"),
+        )
+        energy = self.ledger.entries.shard_energies(shard_ids, attempts)
+        names = pa.array(commits.names, pa.string())
+
+        def named(name: str, part: slice) -> pa.Array:
+            return names.take(pa.array(commits.name_codes(name)[part]))
+
+        for begin in range(0, len(commits), ENTRIES_AT_ONCE):
+            part = slice(begin, begin + ENTRIES_AT_ONCE)
+            n = len(shard_ids[part])
+            table = _table(
+                "attempt",
+                shard_ids[part],
+                attempts[part],
+                pa.array(["committed"], pa.string()).take(pa.array(np.zeros(n, np.int64))),
+                *(named(name, part) for name in ("worker_id", "node_id", "host", "device")),
+                commits.number("driver_epoch")[part],
+                began[part],
+                commits.number("t_end_wall_ns")[part],
+                commits.number("images_ok")[part],
+                commits.number("images_quarantined")[part],
+                _nullable(energy[part], MISSING),
+                _nullable(commits.number("energy_estimate_mj")[part], NONE),
+                named("energy_method", part),
+                named("energy_domains", part),
+            )
+            yield from _by_day(began[part], table)
+        yield from blocks("attempt", self._uncommitted_attempts())
+
+    def _uncommitted_attempts(self) -> Iterator[_Row]:
+        entries = self.ledger.entries
+        at = np.flatnonzero(
+            (entries.shard != NONE)
+            & entries.attempts(np.arange(len(entries))).is_valid().to_numpy(zero_copy_only=False)
+        )
+        at = at[self._commits.index().find(entries.shard[at], entries.attempts(at)) < 0]
+        others: dict[tuple[int, str], list[int]] = defaultdict(list)
+        for n, shard_id, attempt in zip(
+            at.tolist(), entries.shard[at].tolist(), entries.attempts(at).to_pylist(), strict=True
+        ):
+            others[shard_id, attempt].append(n)
+        for (shard_id, attempt_id), numbers in sorted(others.items()):
+            mine = [entries[n] for n in numbers]
+            first, last = mine[0].segment, mine[-1].segment
             outcome = "retry" if last.segment_class == "retry" else "loser"
-            domains = ",".join(sorted({d for e in entries for d in self.ledger.read_domains(e)}))
+            domains = ",".join(
+                sorted({d for e in mine for d in self.ledger.read_domains(e.segment.worker_id)})
+            )
             yield (
                 first.open.t_wall_ns,
                 (
                     *(shard_id, attempt_id, outcome, first.worker_id),
                     *(None, None, None, None, first.open.t_wall_ns, last.close.t_wall_ns, None, None),
-                    sum_or_none(e.total_mj for e in entries),
-                    sum_or_none(segment_estimate_mj(e.segment) for e in entries),
+                    sum_or_none(e.total_mj for e in mine),
+                    sum_or_none(segment_estimate_mj(e.segment) for e in mine),
                     *(None, domains),
                 ),
             )
 
     def _image_blocks(self) -> Iterator[DayBlock]:
-        shards, begin = self._shards, 0
-        n_images = sum(s.images_ok for s in shards)
-        overhead = self._overhead_shares(n_images)
+        commits, made = self._commits, 0
+        shard_ids, attempts, ended = (
+            commits.number("shard_id"),
+            commits.text("attempt_id"),
+            commits.number("t_end_wall_ns"),
+        )
+        energy = self.ledger.entries.shard_energies(shard_ids, attempts)
+        estimate = commits.number("energy_estimate_mj")
+        overhead = self._overhead_shares(energy)
+        for commit, rows in self._source.blocks(commits):
+            ok = pc.equal(rows["status"], "ok").combine_chunks().to_numpy(zero_copy_only=False)
+            if not ok.all():
+                commit, rows = commit[ok], rows.filter(pa.array(ok))
+            direct = equal_shares(energy, commit)
+            full = None
+            if overhead is not None:
+                extra = np.arange(made, made + len(commit)) < overhead[1]
+                full = np.where(direct == MISSING, MISSING, direct + overhead[0] + extra)
+            made += len(commit)
+            self._images.add(commit, direct, full)
+            table = _table(
+                "image",
+                rows["prompt_id"],
+                rows["image_index"],
+                shard_ids[commit],
+                attempts.take(pa.array(commit)),
+                rows["sha256"],
+                _nullable(direct, MISSING),
+                pa.nulls(len(commit), pa.int64()) if full is None else _nullable(full, MISSING),
+                _nullable(equal_shares(estimate, commit), NONE),
+            )
+            yield from _by_day(ended[commit], table)
 
-        def load(shard: Commit) -> tuple[Commit, pa.Table]:
-            return shard, self._read_rows(shard)
-
-        def images() -> Iterator[tuple[int, _Images]]:
-            nonlocal begin
-            with ThreadPoolExecutor(_READ_THREADS) as threads:
-                for start in range(0, len(shards), 4 * _READ_THREADS):
-                    for commit, rows in threads.map(load, shards[start : start + 4 * _READ_THREADS]):
-                        made = rows.select(_ROW_COLUMNS)
-                        if commit.images_quarantined or set(made["status"].to_pylist()) != {"ok"}:
-                            made = made.filter(pc.equal(made["status"], "ok"))
-                        n = made.num_rows
-                        direct = image_energy(
-                            self.ledger.shard_energy_mj(commit.shard_id, commit.attempt_id), n
-                        )
-                        full = [
-                            None
-                            if mj is None or overhead is None
-                            else mj + overhead[0] + (begin + i < overhead[1])
-                            for i, mj in enumerate(direct)
-                        ]
-                        begin += n
-                        self._images.add(commit.shard_id, commit.attempt_id, direct, full)
-                        estimate = image_energy(commit.energy_estimate_mj, n)
-                        day = commit.t_end_wall_ns // DAY_NS
-                        yield day, _Images(commit.shard_id, commit.attempt_id, made, direct, full, estimate)
-
-        held: dict[int, list[_Images]] = defaultdict(list)
-        counts: dict[int, int] = defaultdict(int)
-        for day, part in images():
-            held[day].append(part)
-            counts[day] += part.rows.num_rows
-            if counts[day] >= _IMAGE_BLOCK_ROWS:
-                yield day, _image_table(held.pop(day))
-                del counts[day]
-        for day in sorted(held):
-            yield day, _image_table(held[day])
-
-    def _overhead_shares(self, n_images: int) -> tuple[int, int] | None:
+    def _overhead_shares(self, energy: np.ndarray) -> tuple[int, int] | None:
         """Each image's share of all that no image used directly, and how many of the first get 1 mJ more."""
-        total_mj = self.ledger.summary()["total_mj"]
-        direct = [self.ledger.shard_energy_mj(s.shard_id, s.attempt_id) for s in self._shards if s.images_ok]
-        direct_mj = sum_or_none(direct)
-        if total_mj is None or direct_mj is None or not n_images:
+        images = self._commits.number("images_ok")
+        total_mj, direct = self.ledger.summary()["total_mj"], energy[images > 0]
+        if total_mj is None or not len(direct) or (direct == MISSING).any():
             return None
-        return divmod(total_mj - direct_mj, n_images)
+        return divmod(total_mj - int(direct.sum()), int(images.sum()))
 
-    def _power_samples(self) -> Iterator[_Row]:
-        for c in self._commits() if self._any_power else ():
-            for trace in c.power:
-                yield from self._trace_rows(trace, c)
-        committed = {c.worker_id: c for c in self._shards}
+    def _power_samples(self) -> Iterator[DayBlock]:
+        """Fills `_power` on the way."""
+        spool = self._commits.power
+        committed = {c.worker_id: c for c in self._commits.last_of_each_worker()}
         for worker_id, trace in self._uncommitted.power:
             place = self._uncommitted.workers.get(worker_id) or committed.get(worker_id)
-            yield from self._trace_rows(trace, place)
+            spool.add(trace, place.node_id if place else None, place.host if place else None)
+        for samples in spool.tables():
+            self._add_power(samples)
+            yield from _by_day(
+                samples["t_wall_ns"].to_numpy(),
+                _table("power", *(samples[f.name] for f in ENERGY_SCHEMAS["power"])),
+            )
 
-    def _trace_rows(self, trace: PowerTrace, place: Commit | WorkerEnvironment | None) -> Iterator[_Row]:
-        """Fills `_power` on the way."""
-        series = self._power.setdefault((trace.boot_id, f"gpu:{trace.device}"), (array("q"), array("q")))
-        for sample in trace.samples:
-            if sample.power_instant_mw is not None:
-                series[0].append(sample.t_mono_ns)
-                series[1].append(sample.power_instant_mw)
-        yield from power_rows(trace, *((place.node_id, place.host) if place else (None, None)))
+    def _add_power(self, samples: pa.Table) -> None:
+        known = samples.filter(pc.is_valid(samples["power_instant_mw"]))
+        for boot_id, device in {*zip(known["boot_id"].to_pylist(), known["device"].to_pylist(), strict=True)}:
+            series = self._power.setdefault((boot_id, f"gpu:{device}"), (array("q"), array("q")))
+            mine = known.filter(
+                pc.and_(pc.equal(known["boot_id"], boot_id), pc.equal(known["device"], device))
+            )
+            for column, name in zip(series, ("t_mono_ns", "power_instant_mw"), strict=True):
+                column.frombytes(mine[name].to_numpy().tobytes())
 
     def _nodes(self) -> NodeBooks:
-        places: dict[str, Commit | WorkerEnvironment] = {c.worker_id: c for c in self._shards}
+        places: dict[str, Commit | WorkerEnvironment] = {
+            c.worker_id: c for c in self._commits.last_of_each_worker()
+        }
         places |= self._uncommitted.workers
         devices = {
             worker_id: [f"gpu:{uuid}" for uuid in held if uuid != "cpu"]
@@ -245,21 +414,20 @@ class EnergyRows:
         return close_nodes(self.ledger, hosts, devices, self._uncommitted.nodes)
 
     def _devices(self) -> dict[str, tuple[str, ...]]:
-        return held_devices(self._uncommitted.workers, self._shards)
+        return held_devices(self._uncommitted.workers, self._commits.first_of_each("worker_id"))
 
     def _environments(self) -> Iterator[_Row]:
-        first: dict[str, CounterRead] = {}
-        domains: dict[str, set[str]] = defaultdict(set)
-        for entry in self.ledger.entries:
-            first.setdefault(entry.segment.worker_id, entry.segment.open)
-            domains[entry.segment.worker_id].update(self.ledger.read_domains(entry))
-        commits: dict[str, Commit] = {}
-        for commit in self._shards:
-            commits.setdefault(commit.worker_id, commit)
+        entries = self.ledger.entries
+        codes, first = np.unique(entries.worker, return_index=True)
+        firsts = {
+            entries.names[code]: entries[n].segment.open
+            for code, n in zip(codes.tolist(), first.tolist(), strict=True)
+        }
+        commits = {commit.worker_id: commit for commit in self._commits.first_of_each("worker_id")}
         job = self.job
         model = (job.model_name, job.model_sha256, job.fingerprint, job.millijoule_version)
-        for worker_id in sorted(first.keys() | commits.keys()):
-            c, read = commits.get(worker_id), first.get(worker_id)
+        for worker_id in sorted(firsts.keys() | commits.keys()):
+            c, read = commits.get(worker_id), firsts.get(worker_id)
             own = self._uncommitted.workers.get(worker_id)
             t_wall_ns = read.t_wall_ns if read else c.t_start_wall_ns if c else 0
             stated = own or c  # of a worker whose environment is lost, what its commits say
@@ -270,8 +438,51 @@ class EnergyRows:
             )
             software = (own.python_version, own.torch_version, own.driver_version) if own else (None,) * 3
             who = (worker_id, read.boot_id if read else None)
-            read_domains = ",".join(sorted(domains[worker_id]))
+            read_domains = ",".join(sorted(self.ledger.read_domains(worker_id))) if read else ""
             yield t_wall_ns, (*who, *where, *gpus, *method, read_domains, *model, *software)
+
+
+def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
+    """Equal shares of the energies of commits for images, which cost the same; the first have 1 mJ more.
+
+    Args:
+        energy_mj: of each commit; negative: missing.
+        commit: number of each image's commit, all those of one commit together.
+    """
+    lengths = np.diff(np.flatnonzero(np.diff(commit, prepend=-1, append=-1)))
+    of_commit = np.repeat(lengths, lengths)
+    turn = np.arange(len(commit)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    mine = energy_mj[commit]
+    base, rest = np.divmod(mine, np.maximum(of_commit, 1))
+    return np.where(mine < 0, mine, base + (turn < rest))
+
+
+def _padded(lists: Sequence[Sequence[int]]) -> np.ndarray:
+    """Lists of different lengths as rows, filled up with -1."""
+    table = np.full((len(lists), max(map(len, lists), default=0)), -1, np.int64)
+    for row, values in zip(table, lists, strict=True):
+        row[: len(values)] = values
+    return table
+
+
+def _table(name: str, *columns: Any) -> pa.Table:
+    """Columns (Arrow or numpy) in the order of a table's schema."""
+    schema = ENERGY_SCHEMAS[name]
+    made = [
+        pa.array(c, f.type) if isinstance(c, np.ndarray) else c for c, f in zip(columns, schema, strict=True)
+    ]
+    return pa.table(made, schema=schema)
+
+
+def _nullable(numbers: np.ndarray, missing: int) -> pa.Array:
+    return pa.array(numbers, pa.int64(), mask=numbers == missing)
+
+
+def _by_day(t_wall_ns: np.ndarray, rows: pa.Table) -> Iterator[DayBlock]:
+    days = t_wall_ns // DAY_NS
+    every = np.unique(days).tolist()
+    for day in every:
+        yield day, rows if len(every) == 1 else rows.filter(pa.array(days == day))
 
 
 def reading_blocks(readings: pa.Table) -> Iterator[DayBlock]:
@@ -285,43 +496,6 @@ def node_energy_rows(nodes: NodeBooks) -> Iterator[_Row]:
     """The `node_energy` table: what each C3 row is the sum of."""
     for part in nodes.parts:
         yield part.stretch[0] + part.wall_minus_mono_ns, part.as_tuple()
-
-
-class _Images(NamedTuple):
-    """The images of a shard: their rows, and energies in the same order."""
-
-    shard_id: int
-    attempt_id: str
-    rows: pa.Table
-    direct: list[int | None]
-    full: list[int | None]
-    estimate: list[int | None]
-
-
-def _image_table(parts: list[_Images]) -> pa.Table:
-    rows = pa.concat_tables(p.rows for p in parts).combine_chunks()
-    columns = [
-        rows["prompt_id"],
-        rows["image_index"],
-        pa.array([p.shard_id for p in parts for _ in p.direct], pa.int64()),
-        pa.array([p.attempt_id for p in parts for _ in p.direct], pa.string()),
-        rows["sha256"],
-        pa.array([mj for p in parts for mj in p.direct], pa.int64()),
-        pa.array([mj for p in parts for mj in p.full], pa.int64()),
-        pa.array([mj for p in parts for mj in p.estimate], pa.int64()),
-    ]
-    return pa.table(columns, schema=ENERGY_SCHEMAS["image"])
-
-
-def counter_rows(entries: Iterable[LedgerEntry]) -> Iterator[_Row]:
-    """The reads of `entries`, each once: a worker's close read opens its next segment."""
-    latest: dict[str, tuple[str, int]] = {}  # entries are in order of time: a repeated read follows at once
-    for entry in entries:
-        for read in (entry.segment.open, entry.segment.close):
-            at = (read.boot_id, read.t_mono_ns)
-            if latest.get(entry.segment.worker_id) != at:
-                latest[entry.segment.worker_id] = at
-                yield from read_rows(entry.segment.worker_id, read)
 
 
 def power_rows(trace: PowerTrace, node_id: str | None, host: str | None) -> Iterator[_Row]:
@@ -358,10 +532,3 @@ def blocks(name: str, rows: Iterable[_Row]) -> Iterator[DayBlock]:
             yield day, table_of(name, held.pop(day))
     for day in sorted(held):
         yield day, table_of(name, held[day])
-
-
-def _quality(domain: str | None, energy_mj: int | None, duration_ns: int) -> str:
-    if domain is None or energy_mj is None:
-        return "missing"
-    shortest = SHORT_GPU_NS if domain.startswith("gpu:") else SHORT_CPU_NS
-    return "short" if duration_ns < shortest else "measured"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.closure import ClosureRow
-from millijoule.pipeline.energy_rows import DayBlock, EnergyRows, RowReader
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.energy_rows import DayBlock, EnergyRows, ImageSource, row_tables
 from millijoule.pipeline.energy_schemas import (
     ENERGY_SCHEMA_VERSION,
     ENERGY_SCHEMAS,
@@ -32,7 +33,6 @@ from millijoule.pipeline.layout import ENERGY_PREFIX
 from millijoule.pipeline.ledger import Ledger
 from millijoule.pipeline.uncommitted import NOTHING, Uncommitted
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.schemas import Commit
 from millijoule.workers.storage import Store
 
 #: Row groups per `part-*.parquet`.
@@ -142,8 +142,8 @@ def write_energy_tables(
     store: Store,
     job: JobSpec,
     ledger: Ledger,
-    commits: Callable[[], Iterable[Commit]],
-    read_rows: Callable[[Commit], pa.Table] | None = None,
+    commits: CommitTable,
+    images: ImageSource | None = None,
     uncommitted: Uncommitted = NOTHING,
 ) -> EnergyResult:
     """Write all energy tables of a job whose shards are committed, then remove parts they replace.
@@ -152,15 +152,14 @@ def write_energy_tables(
         store: the job's output.
         job: names the tables' run and model.
         ledger: over the segments of all commits and drivers.
-        commits: gives each committed shard once; bodies are not held, so called again for their power.
-        read_rows: gives the `IMAGE_ROW_SCHEMA` rows of a commit; default: its `rows_path` in `store`. Called from
-            several threads.
+        commits: each committed shard once.
+        images: the rows of the commits; default: at the `rows_path` of each in `store`.
         uncommitted: power samples and environments that no commit carries.
 
     Raises:
         StoreError: storage failed. Writing again replaces the same parts.
     """
-    rows = EnergyRows(job, ledger, commits, read_rows or RowReader(store), uncommitted)
+    rows = EnergyRows(job, ledger, commits, images or row_tables(store), uncommitted)
     before = {item.key for item in store.list(ENERGY_PREFIX)}
     written = write_row_groups(store, row_groups(rows))
     store.delete(k for k in before - written if k.startswith(LIVE_PREFIX) or _PART.fullmatch(k))
@@ -222,11 +221,12 @@ def compare_energy_tables(
     store: Store,
     job: JobSpec,
     ledger: Ledger,
-    commits: Callable[[], Iterable[Commit]],
+    commits: CommitTable,
     uncommitted: Uncommitted,
+    images: ImageSource | None = None,
 ) -> Iterator[str]:
     """Every difference between the stored energy tables and what commits say, and every exact check that fails."""
-    rows = EnergyRows(job, ledger, commits, RowReader(store), uncommitted)
+    rows = EnergyRows(job, ledger, commits, images or row_tables(store), uncommitted)
     stored = {item.key for item in store.list(ENERGY_PREFIX) if _PART.fullmatch(item.key)}
     expected: dict[str, int] = {}  # row groups
     try:

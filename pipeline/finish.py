@@ -10,10 +10,8 @@ import io
 import json
 import logging
 import tempfile
-import threading
-from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +19,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from millijoule.pipeline.apportionment import apportion
 from millijoule.pipeline.closure import CHECKS
-from millijoule.pipeline.commits import READ_THREADS, read_commits
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.commits import READ_THREADS, not_a_commit, read_bodies
+from millijoule.pipeline.counter_split import MISSING
+from millijoule.pipeline.energy_rows import ROW_COLUMNS, ImageSource, commit_blocks, equal_shares
 from millijoule.pipeline.energy_tables import EnergyResult, write_energy_tables
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.layout import (
@@ -35,16 +36,15 @@ from millijoule.pipeline.layout import (
     STATS_KEY,
     SUCCESS_KEY,
 )
-from millijoule.pipeline.ledger import Ledger, build_ledger
+from millijoule.pipeline.ledger import Ledger, Winners, build_ledger
 from millijoule.pipeline.packed_segments import PackedSegments
 from millijoule.pipeline.retry import JobShards
 from millijoule.pipeline.uncommitted import Uncommitted, held_devices, read_uncommitted
 from millijoule.workers.contact_sheet import draw_contact_sheet
-from millijoule.workers.errors import InputError, StoreError
-from millijoule.workers.lease import commit_key
+from millijoule.workers.errors import InputError
 from millijoule.workers.readers import read_images
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
-from millijoule.workers.storage import Store
+from millijoule.workers.storage import Store, is_s3_url
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +63,14 @@ MANIFEST_SCHEMA = pa.schema(
 #: How many kinds of error `stats.json` lists.
 MAX_ERROR_KINDS = 50
 
-#: Rows that are given their energy at a time: several small shards, each of which costs as much as many rows, but few
-#: of their tables, which take 15 kB each however short they are.
-MANIFEST_BLOCK_ROWS = 512
+#: Row tables that one thread reads in one go: of one image each, they take less time than being asked for.
+_TABLES_PER_CALL = 16
+
+#: Threads that read row tables from a disk.
+_DISK_THREADS = 2
+
+#: Rows of the manifest that are looked at together.
+MANIFEST_BATCH_ROWS = 16_384
 
 #: How many images `preview.png` shows.
 PREVIEW_IMAGES = 32
@@ -86,18 +91,78 @@ class Totals:
     first_start_ns: int | None = None
     last_end_ns: int | None = None
 
-    def add(self, commit: Commit, rows: pa.Table) -> None:
-        self.shards += 1
-        status = Counter(rows["status"].to_pylist())
-        self.images_ok += status["ok"]
-        self.images_quarantined += status["quarantined"]
-        self.encoded_bytes += sum(v or 0 for v in rows["size_bytes"].to_pylist())
-        self.errors.update(e for e in rows["error"].to_pylist() if e)
-        self.warnings.update(w for words in rows["warnings"].to_pylist() for w in words or ())
-        self.per_node[f"{commit.host}/{commit.device}"] += status["ok"]
-        self.energy_methods[commit.energy_method] += status["ok"]
-        self.first_start_ns = min(self.first_start_ns or commit.t_start_wall_ns, commit.t_start_wall_ns)
-        self.last_end_ns = max(self.last_end_ns or 0, commit.t_end_wall_ns)
+    def add(self, commits: CommitTable, numbers: range, commit: np.ndarray, rows: pa.Table) -> None:
+        """Add the rows of the commits `numbers`; `commit` is the number of each row's commit."""
+        part = slice(numbers.start, numbers.stop)
+        status = rows["status"].combine_chunks()
+        ok = pc.equal(status, "ok").to_numpy(zero_copy_only=False)
+        made = np.bincount(commit[ok] - numbers.start, minlength=len(numbers))
+        self.shards += len(numbers)
+        self.images_ok += int(ok.sum())
+        self.images_quarantined += pc.sum(pc.equal(status, "quarantined")).as_py() or 0
+        self.encoded_bytes += pc.sum(rows["size_bytes"]).as_py() or 0
+        self.errors.update(e for e in rows["error"].drop_null().to_pylist() if e)
+        self.warnings.update(pc.list_flatten(rows["warnings"]).to_pylist())
+        where = [commits.name_codes(name)[part] for name in ("host", "device", "energy_method")]
+        places, first, place = np.unique(
+            np.stack(where, axis=1), axis=0, return_index=True, return_inverse=True
+        )
+        images = np.bincount(place.ravel(), weights=made, minlength=len(places)).astype(int)
+        for i in np.argsort(first).tolist():
+            host, device, method = (commits.names[code] for code in places[i])
+            self.per_node[f"{host}/{device}"] += int(images[i])
+            self.energy_methods[method] += int(images[i])
+        started = int(commits.number("t_start_wall_ns")[part].min())
+        self.first_start_ns = min(self.first_start_ns or started, started)
+        self.last_end_ns = max(self.last_end_ns or 0, int(commits.number("t_end_wall_ns")[part].max()))
+
+
+@dataclass(frozen=True)
+class JobRecords:
+    """All that a job recorded, read and parsed once: its commits in shard order, and the ledger over all segments."""
+
+    commits: CommitTable
+    ledger: Ledger
+    uncommitted: Uncommitted
+
+
+class RecordReader:
+    """Takes commits one by one, as their JSON, and makes `JobRecords` of them."""
+
+    def __init__(self, store: Store, uncommitted: Uncommitted | None = None) -> None:
+        self.store = store
+        self.uncommitted = uncommitted or read_uncommitted(store)
+        self.commits = CommitTable()
+        self._segments = PackedSegments(self.uncommitted.segments)
+
+    def add(self, shard_id: int, body: bytes) -> None:
+        """Take the commit of a shard, in shard order.
+
+        Raises:
+            StoreError: it is none; the message names the object.
+        """
+        try:
+            raw = json.loads(body)
+            self._segments.extend_raw(raw["segments"])
+            self.commits.add_raw(raw)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise not_a_commit(self.store, shard_id, error) from error
+
+    def records(self) -> JobRecords:
+        """Of all commits: no more can be added."""
+        uncommitted, commits = self.uncommitted, self.commits
+        winners = Winners(commits.number("shard_id").copy(), commits.text("attempt_id"))
+        devices = held_devices(uncommitted.workers, commits.first_of_each("worker_id"))
+        ledger = build_ledger(self._segments, winners, devices, uncommitted.workers, uncommitted.closings)
+        return JobRecords(commits, ledger, uncommitted)
+
+
+def load_records(store: Store, n_shards: int, uncommitted: Uncommitted | None = None) -> JobRecords:
+    """Read what commits, drivers and workers recorded; `uncommitted` where it was read."""
+    reader = RecordReader(store, uncommitted)
+    for shard_id, body in read_bodies(store, n_shards):
+        reader.add(shard_id, body)
+    return reader.records()
 
 
 def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
@@ -106,21 +171,19 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
     Returns:
         The content of `stats.json`.
     """
-    n_shards = len(shards)
-    uncommitted = read_uncommitted(store)
-    ledger = load_ledger(store, n_shards, uncommitted)
-    totals = Totals()
+    records = load_records(store, len(shards))
+    ledger, totals = records.ledger, Totals()
     with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
         path = Path(scratch, "manifest.parquet")
         with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
-            for table in merged(manifest_tables(store, shards, ledger, totals)):
+            for table in merged(manifest_tables(store, shards, records, totals)):
                 writer.write_table(table, row_group_size=max(1, table.num_rows))
         store.put_file(MANIFEST_KEY, path)
-        energy = _write_energy(store, job, n_shards, ledger, uncommitted, ManifestRows(path))
-    write_preview(store, shards)
+        energy = _write_energy(store, job, records, ManifestRows(pq.ParquetFile(path)))
+        write_preview(store, pq.ParquetFile(path))
     stats = summarise(job, totals, ledger, energy)
     _put_stats(store, stats)
-    success = {"fingerprint": job.fingerprint, "shards": n_shards, "images_ok": totals.images_ok}
+    success = {"fingerprint": job.fingerprint, "shards": len(shards), "images_ok": totals.images_ok}
     store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
     return stats
 
@@ -135,24 +198,16 @@ def require_finished(store: Store) -> None:
 
 def close_again(store: Store, job: JobSpec, shards: JobShards) -> EnergyResult:
     """Write `energy/` of a finished job anew, and its verdicts into `stats.json`: readings of node meters came late."""
-    uncommitted = read_uncommitted(store)
-    ledger = load_ledger(store, len(shards), uncommitted)
-    energy = _write_energy(store, job, len(shards), ledger, uncommitted)
+    energy = _write_energy(store, job, load_records(store, len(shards)))
     _put_stats(store, {**json.loads(store.get(STATS_KEY)), **_verdicts(energy)})
     return energy
 
 
 def _write_energy(
-    store: Store,
-    job: JobSpec,
-    n_shards: int,
-    ledger: Ledger,
-    uncommitted: Uncommitted,
-    read_rows: Callable[[Commit], pa.Table] | None = None,
+    store: Store, job: JobSpec, records: JobRecords, images: ImageSource | None = None
 ) -> EnergyResult:
-    energy = write_energy_tables(
-        store, job, ledger, lambda: read_commits(store, n_shards), read_rows, uncommitted=uncommitted
-    )
+    ledger = records.ledger
+    energy = write_energy_tables(store, job, ledger, records.commits, images, records.uncommitted)
     for row in energy.closure:
         if row.passed is False:
             log.warning("energy ledger: %s", row)
@@ -174,36 +229,43 @@ def _verdicts(energy: EnergyResult) -> dict[str, Any]:
 
 
 def manifest_tables(
-    store: Store, shards: JobShards, ledger: Ledger, totals: Totals | None = None
+    store: Store, shards: JobShards, records: JobRecords, totals: Totals | None = None
 ) -> Iterator[pa.Table]:
     """The manifest in shard order, some shards at a time: `IMAGE_ROW_SCHEMA` plus energy, as `MANIFEST_SCHEMA`."""
+    commits = records.commits
+    shard_ids, attempt_ids = commits.number("shard_id"), commits.text("attempt_id")
+    measured = records.ledger.entries.shard_energies(shard_ids, attempt_ids)
+    estimated = commits.number("energy_estimate_mj")
 
-    def load(commit: Commit) -> tuple[Commit, pa.Table]:
-        return commit, read_rows(store, commit)
+    def read(numbers: range) -> list[pa.Table]:
+        return [shards.keep_last_round(int(shard_ids[n]), read_rows(store, commits[n])) for n in numbers]
 
-    held: list[tuple[Commit, pa.Table]] = []
-    held_rows = 0
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        for block in _blocks(read_commits(store, len(shards)), 4 * READ_THREADS):
-            for commit, rows in threads.map(load, block):
-                rows = shards.keep_last_round(commit.shard_id, rows)
-                if totals is not None:
-                    totals.add(commit, rows)
-                held.append((commit, rows))
-                held_rows += rows.num_rows
-                if held_rows >= MANIFEST_BLOCK_ROWS:
-                    yield _with_energy(held, ledger)
-                    held, held_rows = [], 0
-    if held:
-        yield _with_energy(held, ledger)
+    # from a disk two threads read as fast as many, which would only wait for each other; a distant store keeps many busy
+    n_threads = READ_THREADS if is_s3_url(store.url) else _DISK_THREADS
+    with ThreadPoolExecutor(n_threads) as threads:
+        for block in commit_blocks(commits):
+            parts = [block[i : i + _TABLES_PER_CALL] for i in range(0, len(block), _TABLES_PER_CALL)]
+            tables = [table for part in threads.map(read, parts) for table in part]
+            commit = np.repeat(np.asarray(block), [t.num_rows for t in tables])
+            rows = pa.concat_tables(tables).combine_chunks()
+            if totals is not None:
+                totals.add(commits, block, commit, rows)
+            ok = pc.equal(rows["status"], "ok").combine_chunks().to_numpy(zero_copy_only=False)
+            columns = [
+                *rows.columns,
+                pa.array(shard_ids[commit]),
+                attempt_ids.take(pa.array(commit)),
+                _spread(measured, commit, ok),
+                _spread(estimated, commit, ok),
+            ]
+            yield pa.table(columns, schema=MANIFEST_SCHEMA)
 
 
-def write_preview(store: Store, shards: JobShards) -> None:
+def write_preview(store: Store, manifest: pq.ParquetFile) -> None:
     """Write `preview.png`: the first images of the job with their prompts."""
     shown: list[tuple[Image.Image, str]] = []
-    for commit in read_commits(store, len(shards)):
-        rows = shards.keep_last_round(commit.shard_id, read_rows(store, commit)).to_pylist()
-        ok = [row for row in rows if row["status"] == "ok"][: PREVIEW_IMAGES - len(shown)]
+    for batch in manifest.iter_batches(PREVIEW_IMAGES, columns=IMAGE_ROW_SCHEMA.names):
+        ok = [row for row in batch.to_pylist() if row["status"] == "ok"][: PREVIEW_IMAGES - len(shown)]
         for row, data in read_images(store, ok):
             if data is not None:
                 shown.append((Image.open(io.BytesIO(data)), row["prompt"]))
@@ -217,10 +279,14 @@ def write_preview(store: Store, shards: JobShards) -> None:
 def read_rows(store: Store, commit: Commit) -> pa.Table:
     """The row table of a committed shard, `IMAGE_ROW_SCHEMA`."""
     with store.open_input(commit.rows_path) as source:
-        # one thread: tables are small, and several of them are read at the same time
-        rows = pq.ParquetFile(source).read(columns=IMAGE_ROW_SCHEMA.names, use_threads=False)
+        # one thread: tables are small, and several of them are read at the same time; looking up columns by name takes
+        # as long as reading a short table, and so does a cast that changes nothing
+        file = pq.ParquetFile(source)
+        plain = file.metadata.num_columns == len(IMAGE_ROW_SCHEMA)
+        rows = file.read(columns=None if plain else IMAGE_ROW_SCHEMA.names, use_threads=False)
+    if rows.schema.equals(IMAGE_ROW_SCHEMA):
+        return rows
     rows = rows.select(IMAGE_ROW_SCHEMA.names)
-    # a cast that changes nothing takes longer than reading a short table
     return rows if rows.schema.equals(IMAGE_ROW_SCHEMA) else rows.cast(IMAGE_ROW_SCHEMA)
 
 
@@ -240,19 +306,7 @@ def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]
 
 def load_ledger(store: Store, n_shards: int, uncommitted: Uncommitted | None = None) -> Ledger:
     """The energy ledger over all that commits, drivers and workers recorded; `uncommitted` where it was read."""
-    uncommitted = uncommitted or read_uncommitted(store)
-    segments = PackedSegments(uncommitted.segments)
-    devices = held_devices(uncommitted.workers, ())
-    winners: dict[int, str] = {}
-    for commit in read_commits(store, n_shards):
-        try:
-            segments.extend(commit.segments)
-        except (OverflowError, TypeError) as error:
-            key = commit_key(commit.shard_id)
-            raise StoreError(f"{store.url}/{key}: a segment has a number that is none: {error}") from error
-        winners[commit.shard_id] = commit.attempt_id
-        devices.setdefault(commit.worker_id, (commit.device,))
-    return build_ledger(segments, winners, devices, uncommitted.workers, uncommitted.closings)
+    return load_records(store, n_shards, uncommitted).ledger
 
 
 def summarise(job: JobSpec, totals: Totals, ledger: Ledger, tables: EnergyResult) -> dict[str, Any]:
@@ -292,87 +346,35 @@ def _per_image(total_mj: int | None, images: int) -> float | None:
     return total_mj / images if total_mj is not None and images else None
 
 
-def _with_energy(parts: Sequence[tuple[Commit, pa.Table]], ledger: Ledger) -> pa.Table:
-    shard_ids: list[int] = []
-    attempt_ids: list[str] = []
-    measured: list[int | None] = []
-    estimated: list[int | None] = []
-    for commit, rows in parts:
-        ok = [s == "ok" for s in rows["status"].to_pylist()]
-        shard_ids += [commit.shard_id] * len(ok)
-        attempt_ids += [commit.attempt_id] * len(ok)
-        measured += _spread(ledger.shard_energy_mj(commit.shard_id, commit.attempt_id), ok)
-        estimated += _spread(commit.energy_estimate_mj, ok)
-    columns = [
-        *pa.concat_tables(rows for _, rows in parts).combine_chunks().columns,
-        pa.array(shard_ids, pa.int64()),
-        pa.array(attempt_ids, pa.string()),
-        pa.array(measured, pa.int64()),
-        pa.array(estimated, pa.int64()),
-    ]
-    return pa.table(columns, schema=MANIFEST_SCHEMA)
-
-
 class ManifestRows:
-    """Gives the image table its rows from a manifest just written, so that no row table is opened twice.
+    """Gives the image table its rows from a manifest, so that no row table is opened twice.
 
     The manifest lacks images that a later round makes anew; those have no energy to be told of.
 
     Args:
-        path: of the manifest, in shard order.
+        file: the manifest, in shard order.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = pq.ParquetFile(path)
-        self._first_shard: list[int] = []  # of each row group that is not empty
-        self._number: list[int] = []
-        for number in range(self._file.num_row_groups):
-            shard_ids = self._file.read_row_group(number, columns=["shard_id"])["shard_id"]
-            if len(shard_ids):
-                self._first_shard.append(shard_ids[0].as_py())
-                self._number.append(number)
-        self._groups: dict[int, tuple[pa.Table, np.ndarray]] = {}
-        self._lock = threading.Lock()
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._file = file
 
-    def __call__(self, commit: Commit) -> pa.Table:
-        """The rows of a commit; callers ask in about the order of shards."""
-        first = bisect_left(self._first_shard, commit.shard_id)
-        last = bisect_right(self._first_shard, commit.shard_id)
-        parts = []
-        for number in self._number[max(first - 1, 0) : last]:
-            rows, shard_ids = self._group(number)
-            begin, end = np.searchsorted(shard_ids, (commit.shard_id, commit.shard_id + 1))
-            parts.append(rows.slice(begin, end - begin))
-        if not parts:
-            return MANIFEST_SCHEMA.empty_table()
-        return pa.concat_tables(parts)
-
-    def _group(self, number: int) -> tuple[pa.Table, np.ndarray]:
-        with self._lock:
-            if number not in self._groups:
-                rows = self._file.read_row_group(
-                    number, columns=["shard_id", "prompt_id", "image_index", "status", "sha256"]
-                )
-                self._groups[number] = rows, rows["shard_id"].to_numpy()
-                for old in [n for n in self._groups if n < number - 1]:  # few callers are that far behind
-                    del self._groups[old]
-            return self._groups[number]
+    def blocks(self, commits: CommitTable) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """See `ImageSource`; `commits` are in shard order."""
+        shard_ids = commits.number("shard_id")
+        held = MANIFEST_SCHEMA.empty_table().select(["shard_id", *ROW_COLUMNS])
+        for batch in self._file.iter_batches(MANIFEST_BATCH_ROWS, columns=held.column_names):
+            rows = pa.concat_tables([held, pa.Table.from_batches([batch]).select(held.column_names)])
+            shard_id = rows["shard_id"].to_numpy()
+            whole = int(np.searchsorted(shard_id, shard_id[-1]))  # the last shard may go on
+            held = rows.slice(whole)
+            if whole:
+                yield np.searchsorted(shard_ids, shard_id[:whole]), rows.slice(0, whole)
+        if held.num_rows:
+            yield np.searchsorted(shard_ids, held["shard_id"].to_numpy()), held
 
 
-def _spread(total_mj: int | None, ok: list[bool]) -> list[int | None]:
-    """Equal shares for the images of a shard; they cost the same, so equal is also the Shapley value."""
-    if total_mj is None or not any(ok):
-        return [None] * len(ok)
-    shares = iter(apportion(total_mj, [1] * sum(ok)))
-    return [next(shares) if good else None for good in ok]
-
-
-def _blocks(items: Iterator[Commit], size: int) -> Iterator[list[Commit]]:
-    block: list[Commit] = []
-    for item in items:
-        block.append(item)
-        if len(block) == size:
-            yield block
-            block = []
-    if block:
-        yield block
+def _spread(energy_mj: np.ndarray, commit: np.ndarray, ok: np.ndarray) -> pa.Array:
+    """Equal shares of each commit's energy for its images that are `ok`; equal is also the Shapley value."""
+    mj = np.full(len(commit), MISSING, np.int64)
+    mj[ok] = equal_shares(energy_mj, commit[ok])
+    return pa.array(mj, mask=mj == MISSING)

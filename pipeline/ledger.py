@@ -15,36 +15,30 @@ Nothing here reads a counter or a clock.
 
 from __future__ import annotations
 
-from array import array
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import dataclass, field
 from typing import Any, overload
 
-from millijoule.pipeline.account_gaps import Unclosed, account_gaps
-from millijoule.pipeline.apportionment import (
-    Claim,
-    Reading,
-    Run,
-    split_counter,
-    sum_or_none,
-)
-from millijoule.pipeline.packed_segments import PackedSegments, SegmentSelection
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millijoule.pipeline.account_gaps import Chain, Unclosed, account_gaps
+from millijoule.pipeline.apportionment import Run, sum_or_none
+from millijoule.pipeline.counter_split import MISSING, Claims, split_counter
+from millijoule.pipeline.packed_segments import NONE, PackedSegments
 from millijoule.workers.own_devices import unread_domains
 from millijoule.workers.schemas import (
     BOOK_EPOCHS,
+    BOOK_NUMBERS,
     SEGMENT_CLASSES,
-    CounterRead,
     Segment,
     WorkerClosing,
     WorkerEnvironment,
     wraps,
 )
-from millijoule.workers.timeline import segment_estimate_mj
-
-#: Stands for None where shares are kept as numbers; no share is negative.
-_MISSING = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,26 +97,26 @@ class Ledger:
     workers whose accounts have no end.
     """
 
-    entries: Sequence[LedgerEntry]
+    entries: Entries
     gaps: tuple[LedgerGap, ...]
     runs: tuple[LedgerRun, ...]
     unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unclosed: tuple[Unclosed, ...] = ()
-    _shards: Mapping[tuple[int | None, str | None], int | None] = field(repr=False, default_factory=dict)
 
     @property
     def complete(self) -> bool:
         """Whether something was measured and nothing is missing: only then does a total mean what it says."""
-        return bool(self.entries) and not self.unclosed and not any(e.lost for e in self.entries)
+        return bool(self.entries) and not self.unclosed and not self.entries.lost.any()
 
-    def read_domains(self, entry: LedgerEntry) -> list[str]:
-        """Every domain that the worker of `entry` ever read."""
-        unread = self.unread.get(entry.segment.worker_id, ())
-        return [d for d in entry.energy_mj if d not in unread]
+    def read_domains(self, worker_id: str) -> tuple[str, ...]:
+        """Every domain that a worker ever read."""
+        unread = self.unread.get(worker_id, ())
+        return tuple(d for d in self.entries.domains_of[worker_id] if d not in unread)
 
     def shard_energy_mj(self, shard_id: int, attempt_id: str) -> int | None:
         """Direct energy of one attempt's shard, all domains; None where it was not measured in full."""
-        return self._shards.get((shard_id, attempt_id))
+        found = self.entries.shard_energies(np.array([shard_id], np.int64), pa.array([attempt_id]))
+        return None if found[0] == MISSING else int(found[0])
 
     def summary(self) -> dict[str, Any]:
         """Totals in millijoules, for `stats.json`.
@@ -131,16 +125,16 @@ class Ledger:
         two runs ("off"); None unless `complete`. `shard_mj` is None unless every shard was measured.
         `measured_mj` has what was measured per class, complete or not; with "off" it adds up to the counters' growth.
         """
+        entries, estimate_mj = self.entries, self.entries.estimates()
         measured: Counter[str] = Counter()
         estimates: dict[str, int | None] = {}
-        for entry in self.entries:
-            measured[entry.segment_class] += entry.known_mj
-            estimate, so_far = segment_estimate_mj(entry.segment), estimates.get(entry.segment_class, 0)
-            estimates[entry.segment_class] = None if None in (estimate, so_far) else so_far + estimate  # type: ignore[operator]
+        for code in np.unique(entries.segment_class).tolist():
+            mine, name = entries.segment_class == code, entries.class_names[code]
+            measured[name] = int(entries.known_mj[mine].sum())
+            estimates[name] = _sum_or_none(estimate_mj[mine])
         for gap in self.gaps:
             measured[gap.segment_class] += gap.energy_mj
-        shards = [e.total_mj for e in self.entries if e.segment_class == "shard"]
-        shard_mj = sum_or_none(shards)
+        shard_mj = _sum_or_none(entries.total_mj[entries.segment_class == entries.class_names.index("shard")])
         total_mj = measured.total() - measured["off"] if self.complete else None
         return {
             "complete": self.complete,
@@ -150,8 +144,8 @@ class Ledger:
             "shard_mj": shard_mj,
             "overhead_mj": None if total_mj is None or shard_mj is None else total_mj - shard_mj,
             "measured_mj": {c: measured[c] for c in (*SEGMENT_CLASSES, "off") if self.runs and c in measured},
-            "segments": len(self.entries),
-            "segments_not_measured": sum(e.total_mj is None for e in self.entries),
+            "segments": len(entries),
+            "segments_not_measured": int((entries.total_mj == MISSING).sum()),
             "counter_resets": len(self.runs)
             - len({(r.boot_id, r.domain, r.epoch // BOOK_EPOCHS) for r in self.runs}),
             "estimate_total_mj": sum_or_none(estimates.values()),
@@ -159,9 +153,14 @@ class Ledger:
         }
 
 
+def _sum_or_none(mj: np.ndarray) -> int | None:
+    """The sum, or None where a part is missing or there are none."""
+    return int(mj.sum()) if len(mj) and (mj != MISSING).all() else None
+
+
 def build_ledger(
     segments: Iterable[Segment],
-    winners: Mapping[int, str] | None = None,
+    winners: Mapping[int, str] | Winners | None = None,
     devices: Mapping[str, Sequence[str]] | None = None,
     environments: Mapping[str, WorkerEnvironment] | None = None,
     closings: Mapping[str, WorkerClosing] | None = None,
@@ -184,95 +183,253 @@ def build_ledger(
     """
     packed = segments if isinstance(segments, PackedSegments) else PackedSegments(segments)
     recorded = _deduplicate(packed)
-    account, unclosed = account_gaps(SegmentSelection(packed, recorded), environments or {}, closings or {})
-    unknown = {len(packed) + i: gap.unknown for i, gap in enumerate(account) if gap.unknown}
+    account, unclosed = account_gaps(_chains(packed, recorded), environments or {}, closings or {})
     packed.extend(gap.segment for gap in account)
-    numbers = packed.in_order([*recorded, *range(len(packed) - len(account), len(packed))])
-    unique: Sequence[Segment] = SegmentSelection(packed, numbers)
-    unknown = {place: unknown[n] for place, n in enumerate(numbers.tolist()) if n in unknown}
-    found: dict[str, set[str]] = defaultdict(set)
-    spans: dict[_Book, _Span] = {}
-    for s in unique:
-        found[s.worker_id].update(s.open.energy_mj, s.close.energy_mj)
-        for read in (s.open, s.close):
-            _extend_span(spans, read)
-    unread = {
-        worker_id: missing
-        for worker_id, names in found.items()
-        if names and (missing := unread_domains((devices or {}).get(worker_id, ()), names))
-    }
-    domains = {
-        worker_id: tuple(sorted({*names, *unread.get(worker_id, ())})) for worker_id, names in found.items()
-    }
+    order = packed.in_order(np.concatenate([recorded, np.arange(len(packed) - len(account), len(packed))]))
+    domains = _domains(packed, order, devices or {})
+    _drop_refused_books(packed, order)
+    place = np.empty(len(packed), np.int64)
+    place[order] = np.arange(len(order))
+    unknown: dict[str, list[int]] = defaultdict(list)  # by domain: entries of which it cannot be known
+    for number, gap in enumerate(account, len(packed) - len(account)):
+        for domain in gap.unknown:
+            unknown[domain].append(int(place[number]))
 
-    if refused := _refused_books(spans):
-        unique = _WithoutBooks(unique, refused)
-
-    entries = _Entries(unique, domains, winners)
+    entries = Entries(packed, order, domains, winners)
     gaps: list[LedgerGap] = []
     runs: list[LedgerRun] = []
-    for scale, wrapping, at in _by_scale(unique):
-        for domain in sorted({d for n in at for d in entries.domains_of[n] if wraps(d) == wrapping}):
-            claims = [
-                (n, _claim(unique[n], scale, domain, domain in unknown.get(n, ())))
-                for n in at
-                if domain in entries.domains_of[n]
-            ]
-            split = split_counter([claim for _, claim in claims])
-            gaps.extend(
-                LedgerGap(*scale, domain, u.t_open_ns, u.t_close_ns, u.segment_class, u.energy_mj)
-                for u in split.unclaimed
-            )
-            runs.extend(LedgerRun(*scale, domain, run) for run in split.runs)
-            for (n, claim), share in zip(claims, split.shares, strict=True):
-                entries.set_share(n, domain, share)
-                known = split.covers(claim.t_open_ns, claim.t_close_ns) and _on_one_scale(unique[n], domain)
-                if domain in unknown.get(n, ()) or (share is None and not known):
-                    entries.lost[n] = True
-
-    parts: dict[tuple[int | None, str | None], int | None] = {}
-    for entry in entries:
-        if entry.segment.segment_class == "shard":
-            key = entry.segment.shard_id, entry.segment.attempt_id
-            parts[key] = sum_or_none((parts[key], entry.total_mj)) if key in parts else entry.total_mj
-    return Ledger(entries, tuple(gaps), tuple(runs), unread, unclosed, parts)
+    for scale, domain, at in entries.counters():
+        claims = entries.claims(at, scale, domain)
+        claims.closed[np.isin(at, unknown.get(domain, ()))] = False
+        split = split_counter(claims)
+        gaps.extend(
+            LedgerGap(*scale, domain, u.t_open_ns, u.t_close_ns, u.segment_class, u.energy_mj)
+            for u in split.unclaimed
+        )
+        runs.extend(LedgerRun(*scale, domain, run) for run in split.runs)
+        entries.set_shares(at, domain, split.shares)
+        covered = split.covers(claims.t_open_ns, claims.t_close_ns) & entries.on_one_scale(at, domain)
+        entries.lost[at[(split.shares == MISSING) & ~covered]] = True
+    for places in unknown.values():
+        entries.lost[places] = True
+    entries.close_shares()
+    unread = {w: names for w, names in entries.unread.items() if names}
+    return Ledger(entries, tuple(gaps), tuple(runs), unread, unclosed)
 
 
-class _Entries(Sequence[LedgerEntry]):
-    """Entries made when they are looked at: of 100,000 shards their dictionaries would be a hundred megabytes.
+class Entries(Sequence[LedgerEntry]):
+    """The entries of a ledger as columns; `LedgerEntry` objects are made when they are looked at.
+
+    Of n entries: `number` is the segment's in `segments`; `worker`, `segment_class` are places in `names` and
+    `class_names`; `open` and `close` are numbers of reads in `columns`; the domains of entry i have their shares in
+    `shares[first[i] : first[i + 1]]`, `MISSING` where they cannot be known. `total_mj` is `MISSING` unless all are known.
 
     Args:
-        segments: in order of time.
-        domains: that each worker ever measured, in order.
+        segments: those of the ledger, and maybe others.
+        number: which, in order of time.
+        domains: per worker what it ever read, and what of its own devices it never did.
         winners: as in `build_ledger`.
     """
 
     def __init__(
         self,
-        segments: Sequence[Segment],
-        domains: Mapping[str, tuple[str, ...]],
-        winners: Mapping[int, str] | None,
+        segments: PackedSegments,
+        number: np.ndarray,
+        domains: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]],
+        winners: Mapping[int, str] | Winners | None,
     ) -> None:
-        self.segments = segments
-        self.winners = winners
-        self.domains_of = [domains[s.worker_id] for s in segments]
-        self.lost = bytearray(not names for names in self.domains_of)
-        # place of each segment's first domain in `_shares`
-        self._first = array("q", accumulate(map(len, self.domains_of), initial=0))
-        self._shares = array("q", [_MISSING]) * self._first[-1]
+        self.segments, self.number = segments, number
+        self.columns = columns = segments.columns()
+        self.names = columns.names
+        self.worker, self.shard = columns.worker[number], columns.shard[number]
+        self.open, self.close = columns.open[number], columns.close[number]
+        self.class_names, self.segment_class = self._classes(winners)
+        self.unread = {worker: unread for worker, (_, unread) in domains.items()}
+        self.domains_of = {
+            worker: tuple(sorted({*read, *unread})) for worker, (read, unread) in domains.items()
+        }
+        self.domain_names = sorted({d for names in self.domains_of.values() for d in names})
+        self._epochs = {True: columns.epochs_of_wrapping(), False: columns.epoch}
+        self._domain_table = self._domains_by_worker()
+        widths = (self._domain_table >= 0).sum(axis=1)[self.worker] if len(number) else np.zeros(0, np.int64)
+        self.first = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+        self.shares = np.full(self.first[-1], MISSING, np.int64)
+        self.lost = widths == 0
+        self.total_mj = self.known_mj = self._by_shard = np.zeros(0, np.int64)
 
-    def set_share(self, number: int, domain: str, energy_mj: int | None) -> None:
-        """What segment `number` used of `domain`."""
-        place = self._first[number] + self.domains_of[number].index(domain)
-        self._shares[place] = _MISSING if energy_mj is None else energy_mj
+    def _classes(self, winners: Mapping[int, str] | Winners | None) -> tuple[list[str], np.ndarray]:
+        recorded = self.columns.segment_class[self.number]
+        names = [*SEGMENT_CLASSES]
+        codes = np.zeros(len(self.names), np.int8)
+        for code in np.unique(recorded).tolist():
+            if self.names[code] not in names:
+                names.append(self.names[code])
+            codes[code] = names.index(self.names[code])
+        classes = codes[recorded] if len(recorded) else np.zeros(0, np.int8)
+        if winners is not None:
+            shards = np.flatnonzero(classes == names.index("shard"))
+            won = Winners.of(winners).are(self.shard[shards], self.attempts(shards))
+            classes[shards[~won]] = names.index("loser")
+        return names, classes
+
+    def _domains_by_worker(self) -> np.ndarray:
+        """Places in `domain_names` of each worker's domains, by its place in `names`; filled up with -1."""
+        most = max(map(len, self.domains_of.values()), default=0)
+        table = np.full((len(self.names), most), -1, np.int32)
+        places = {domain: place for place, domain in enumerate(self.domain_names)}
+        numbers = {name: number for number, name in enumerate(self.names)}
+        for worker, names in self.domains_of.items():
+            table[numbers[worker], : len(names)] = [places[d] for d in names]
+        return table
+
+    # -- one counter at a time ---------------------------------------------------------------------------------------
+
+    def counters(self) -> Iterator[tuple[tuple[str, int], str, np.ndarray]]:
+        """Each scale (boot, epoch) and domain, in order, with the entries that begin or end there."""
+        scales: list[tuple[str, int, bool, np.ndarray]] = []
+        for wrapping, epoch in self._epochs.items():
+            epochs, epoch_code = np.unique(epoch, return_inverse=True)
+            code = self.columns.boot.astype(np.int64) * max(len(epochs), 1) + epoch_code
+            opened, closed = code[self.open], code[self.close]
+            moved = np.flatnonzero(opened != closed)
+            codes = np.concatenate([opened, closed[moved]])
+            places = np.concatenate([np.arange(len(opened)), moved])
+            order = np.lexsort((places, codes))
+            codes, places = codes[order], places[order]
+            begins = np.flatnonzero(np.diff(codes, prepend=-1))
+            for c, at in zip(codes[begins].tolist(), np.split(places, begins[1:]), strict=False):
+                boot, epoch_number = divmod(c, len(epochs))
+                scales.append((self.names[boot], int(epochs[epoch_number]), not wrapping, at))
+        for boot_id, epoch_value, plain, at in sorted(scales, key=lambda scale: scale[:3]):
+            places = np.unique(self._domain_table[np.unique(self.worker[at])])
+            for place in places[places >= 0].tolist():
+                domain = self.domain_names[place]
+                if wraps(domain) != plain:
+                    yield (boot_id, epoch_value), domain, at[self._position(at, domain) >= 0]
+
+    def _position(self, at: np.ndarray, domain: str) -> np.ndarray:
+        """Where `domain` stands among the domains of each entry's worker; -1: it is none of them."""
+        place = bisect_left(self.domain_names, domain)
+        matches = self._domain_table == place
+        position = np.where(matches.any(axis=1), matches.argmax(axis=1), -1)
+        return position[self.worker[at]]
+
+    def claims(self, at: np.ndarray, scale: tuple[str, int], domain: str) -> Claims:
+        """What the entries `at` claim of a counter on a scale they begin or end on; blind on either side of a reset."""
+        columns, opened, closed = self.columns, self.open[at], self.close[at]
+        boot, t_ns, epoch = columns.boot, columns.t_mono_ns, self._epochs[wraps(domain)]
+        same = self.on_one_scale(at, domain)
+        is_boot = np.array([name == scale[0] for name in self.names], bool)
+        opens = is_boot[boot[opened]] & (epoch[opened] == scale[1])
+        elsewhere = boot[opened] != boot[closed]
+        t_open, t_close = t_ns[opened], t_ns[closed]
+        open_mj, opened_at_all = self._readings(opened, domain)
+        close_mj, closed_at_all = self._readings(closed, domain)
+        return Claims(
+            self.worker[at],
+            np.where(elsewhere & ~opens, t_close, t_open),
+            np.where(elsewhere & opens, t_open, t_close),
+            open_mj,
+            close_mj,
+            opened_at_all & opens,
+            closed_at_all & (same | ~opens),
+        )
+
+    def on_one_scale(self, at: np.ndarray, domain: str) -> np.ndarray:
+        """Whether the reads of the entries `at` may be subtracted: bool, as `at`."""
+        boot, epoch = self.columns.boot, self._epochs[wraps(domain)]
+        opened, closed = self.open[at], self.close[at]
+        return (boot[opened] == boot[closed]) & (epoch[opened] == epoch[closed])
+
+    def _readings(self, reads: np.ndarray, domain: str) -> tuple[np.ndarray, np.ndarray]:
+        """The counter of `domain` at `reads`, and where it was read at all."""
+        columns = self.columns
+        places = [names.index(domain) if domain in names else -1 for names in columns.domain_sets]
+        place = np.array(places, np.int64)[columns.domain_set[reads]]
+        was_read = place >= 0
+        mj = np.zeros(len(reads), np.int64)
+        mj[was_read] = columns.energy_mj[columns.first[reads[was_read]] + place[was_read]]
+        return mj, was_read
+
+    def set_shares(self, at: np.ndarray, domain: str, shares: np.ndarray) -> None:
+        """What the entries `at` used of `domain`."""
+        self.shares[self.first[at] + self._position(at, domain)] = shares
+
+    def close_shares(self) -> None:
+        """All shares are set: add them up."""
+        known = self.shares != MISSING
+        up_to = np.concatenate([[0], np.cumsum(np.where(known, self.shares, 0))])
+        unknown = np.concatenate([[0], np.cumsum(~known)])
+        self.known_mj = up_to[self.first[1:]] - up_to[self.first[:-1]]
+        whole = (unknown[self.first[1:]] == unknown[self.first[:-1]]) & (self.first[1:] > self.first[:-1])
+        self.total_mj = np.where(whole, self.known_mj, MISSING)
+        shards = self.of_class("shard")
+        shards = shards[self.shard[shards] != NONE]
+        self._by_shard = shards[np.argsort(self.shard[shards], kind="stable")]
+
+    def readings(self, scale: tuple[str, int], domain: str) -> list[tuple[int, int]]:
+        """The (time ns, counter mJ) readings of a counter on a scale (boot, epoch), in order, each once."""
+        reads = np.unique(np.concatenate([self.open, self.close]))
+        boot, epoch = self.columns.boot[reads], self._epochs[wraps(domain)][reads]
+        is_boot = np.array([name == scale[0] for name in self.names], bool)
+        reads = reads[is_boot[boot] & (epoch == scale[1])]
+        mj, was_read = self._readings(reads, domain)
+        t_ns = self.columns.t_mono_ns[reads[was_read]]
+        return sorted(set(zip(t_ns.tolist(), mj[was_read].tolist(), strict=True)))
+
+    # -- what readers of a whole ledger need -------------------------------------------------------------------------
+
+    def attempts(self, at: np.ndarray) -> pa.Array:
+        """The attempt ids of the entries `at`."""
+        return self.columns.attempt.take(pa.array(self.number[at]))
+
+    def shard_energies(self, shard_ids: np.ndarray, attempt_ids: pa.Array) -> np.ndarray:
+        """Direct energy of each attempt's shard; `MISSING` where it was not measured in full."""
+        shards = self.shard[self._by_shard]
+        begin, end = (np.searchsorted(shards, shard_ids, side) for side in ("left", "right"))
+        found = np.full(len(shard_ids), MISSING, np.int64)
+        one = np.flatnonzero(end - begin == 1)
+        entry = self._by_shard[begin[one]]
+        same = pc.equal(self.attempts(entry), attempt_ids.take(pa.array(one))).fill_null(False)
+        found[one] = np.where(same.to_numpy(zero_copy_only=False), self.total_mj[entry], MISSING)
+        for i in np.flatnonzero(end - begin > 1).tolist():
+            entries = self._by_shard[begin[i] : end[i]]
+            mine = self.total_mj[
+                entries[[a == attempt_ids[i].as_py() for a in self.attempts(entries).to_pylist()]]
+            ]
+            found[i] = mine.sum() if len(mine) and (mine != MISSING).all() else MISSING
+        return found
+
+    def of_class(self, name: str) -> np.ndarray:
+        """Numbers of the entries of a class."""
+        return np.flatnonzero(self.segment_class == self.class_names.index(name))
+
+    def domain_codes(self, begin: int, end: int) -> np.ndarray:
+        """Places in `domain_names` of the domains of the entries from `begin` to `end`, one after the other."""
+        codes = self._domain_table[self.worker[begin:end]].ravel()
+        return codes[codes >= 0]
+
+    def epoch_of(self, reads: np.ndarray, domain_codes: np.ndarray) -> np.ndarray:
+        """`CounterRead.epoch_of` of each read and domain."""
+        wrapping = np.array([wraps(d) for d in self.domain_names] or [False], bool)
+        return np.where(wrapping[domain_codes], self._epochs[True][reads], self._epochs[False][reads])
+
+    def estimates(self) -> np.ndarray:
+        """`segment_estimate_mj` of each entry; `NONE` where there is none."""
+        columns = self.columns
+        before, after = columns.estimate_mj[self.open], columns.estimate_mj[self.close]
+        known = (before != NONE) & (after >= before) & (columns.boot[self.open] == columns.boot[self.close])
+        return np.where(known, after - before, NONE)
+
+    # -- one entry at a time -----------------------------------------------------------------------------------------
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Entries) and list(self) == list(other)
+        return isinstance(other, Entries) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
 
     def __len__(self) -> int:
-        return len(self.segments)
+        return len(self.number)
 
     @overload
     def __getitem__(self, number: int) -> LedgerEntry: ...
@@ -282,16 +439,40 @@ class _Entries(Sequence[LedgerEntry]):
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
         number = range(len(self))[number]
-        segment = self.segments[number]
-        shares = self._shares[self._first[number] : self._first[number + 1]]
-        energy_mj = {
-            domain: None if mj == _MISSING else mj
-            for domain, mj in zip(self.domains_of[number], shares, strict=True)
-        }
-        return LedgerEntry(segment, _class_of(segment, self.winners), energy_mj, bool(self.lost[number]))
+        shares = self.shares[self.first[number] : self.first[number + 1]].tolist()
+        domains = self.domains_of[self.names[self.worker[number]]]
+        return LedgerEntry(
+            self.segments[int(self.number[number])],
+            self.class_names[self.segment_class[number]],
+            {d: None if mj == MISSING else mj for d, mj in zip(domains, shares, strict=True)},
+            bool(self.lost[number]),
+        )
 
 
-def _deduplicate(packed: PackedSegments) -> list[int]:
+@dataclass(frozen=True)
+class Winners:
+    """The committed attempt of each shard: `shard_ids` in order, `attempt_ids` beside them."""
+
+    shard_ids: np.ndarray
+    attempt_ids: pa.Array
+
+    @staticmethod
+    def of(winners: Mapping[int, str] | Winners) -> Winners:
+        if isinstance(winners, Winners):
+            return winners
+        ids = sorted(winners)
+        return Winners(np.array(ids, np.int64), pa.array([winners[i] for i in ids], pa.string()))
+
+    def are(self, shard_ids: np.ndarray, attempt_ids: pa.Array) -> np.ndarray:
+        """Whether each is the committed attempt of its shard: bool, as `shard_ids`."""
+        if not len(self.shard_ids):
+            return np.zeros(len(shard_ids), bool)
+        at = np.minimum(np.searchsorted(self.shard_ids, shard_ids), len(self.shard_ids) - 1)
+        same = pc.equal(attempt_ids, self.attempt_ids.take(pa.array(at))).fill_null(False)
+        return (self.shard_ids[at] == shard_ids) & same.to_numpy(zero_copy_only=False)
+
+
+def _deduplicate(packed: PackedSegments) -> np.ndarray:
     """Numbers of one segment per worker and stretch of time, in order of time.
 
     A stretch that was first part of a shard and then reported again as waste stays with the shard: it is reported
@@ -303,125 +484,104 @@ def _deduplicate(packed: PackedSegments) -> list[int]:
         s = packed[number]
         return preference[s.segment_class], -1 if s.shard_id is None else s.shard_id, s.attempt_id or ""
 
-    return [same[0] if len(same) == 1 else min(same, key=rank) for same in packed.stretches()]
+    order, begins = packed.stretches()
+    chosen = order[begins]
+    lengths = np.diff(begins, append=len(order))
+    for stretch in np.flatnonzero(lengths > 1).tolist():
+        same = order[begins[stretch] : begins[stretch] + lengths[stretch]].tolist()
+        chosen[stretch] = min(same, key=rank)
+    return chosen
 
 
-@dataclass
+def _chains(packed: PackedSegments, numbers: np.ndarray) -> dict[str, Chain]:
+    """What each worker recorded; `numbers` are of segments in order of time."""
+    columns = packed.columns()
+    worker, opened, closed = (c[numbers] for c in (columns.worker, columns.open, columns.close))
+    by_worker = np.argsort(worker, kind="stable")
+    chains: dict[str, Chain] = {}
+    for mine in np.split(by_worker, np.flatnonzero(np.diff(worker[by_worker])) + 1) if len(numbers) else ():
+        reads = np.concatenate([opened[mine], closed[mine]])
+        begin_ns, end_ns = columns.t_mono_ns[opened[mine]], columns.t_mono_ns[closed[mine]]
+        first = packed[int(numbers[mine[0]])]
+        chain = chains[first.worker_id] = Chain(first.open, first.close)
+        for domain_set in np.unique(columns.domain_set[reads]).tolist():
+            chain.domains.update(columns.domain_sets[domain_set])
+        if (
+            len(np.unique(columns.boot[reads])) > 1
+        ):  # nothing a worker can do; but whatever stands there is read
+            for n in mine[1:].tolist():
+                chain.add(packed[int(numbers[n])])
+            continue
+        reach = np.maximum.accumulate(end_ns)
+        latest = np.maximum.accumulate(np.where(end_ns == reach, np.arange(len(mine)), 0))
+        for n in (np.flatnonzero(begin_ns[1:] > reach[:-1]) + 1).tolist():
+            before, after = closed[mine[latest[n - 1]]], opened[mine[n]]
+            chain.holes.append((packed.read(int(before)), packed.read(int(after))))
+        chain.last = packed.read(int(closed[mine[latest[-1]]]))
+    return chains
+
+
+@dataclass(frozen=True)
 class _Span:
     """From when to when a book followed wrapping counters of a boot (CLOCK_MONOTONIC), and its first `wrap_epoch`."""
 
+    boot_id: str
     first_ns: int
     last_ns: int
-    wrap_epoch: int | None
+    wrap_epoch: int
 
     def overlaps(self, other: _Span) -> bool:
         return self.first_ns <= other.last_ns and other.first_ns <= self.last_ns
 
 
-#: A book: its boot and number, None where reads do not state it.
-_Book = tuple[str, int | None]
+def _drop_refused_books(packed: PackedSegments, numbers: np.ndarray) -> None:
+    """Take the wrapping counters out of reads of a book that a longer book of the same boot followed at the same time.
+
+    Both together would count a package twice. It is then as if their workers could not read them.
+    """
+    columns = packed.columns()
+    reads = np.unique(np.concatenate([columns.open[numbers], columns.close[numbers]]))
+    wrapping = np.array([any(map(wraps, names)) for names in columns.domain_sets], bool)
+    book = np.where(columns.wrap_epoch == NONE, NONE, columns.wrap_epoch // BOOK_EPOCHS)[reads]
+    key = columns.boot[reads].astype(np.int64) * (BOOK_NUMBERS + 2) + book + 1
+    spans: dict[int, _Span] = {}
+    for k in np.unique(key[wrapping[columns.domain_set[reads]]]).tolist() if len(reads) else ():
+        mine = reads[(key == k) & wrapping[columns.domain_set[reads]]]
+        t_ns = columns.t_mono_ns[mine]
+        first = columns.wrap_epoch[mine[np.argmin(t_ns)]]
+        boot = columns.names[columns.boot[mine[0]]]
+        spans[k] = _Span(boot, int(t_ns.min()), int(t_ns.max()), int(first))
+    for k, wrap_epoch in _refused_books(spans).items():
+        packed.drop_wrapping_counters(reads[key == k].tolist(), wrap_epoch)
 
 
-def _book_of(read: CounterRead) -> _Book:
-    return read.boot_id, None if read.wrap_epoch is None else read.wrap_epoch // BOOK_EPOCHS
-
-
-def _extend_span(spans: dict[_Book, _Span], read: CounterRead) -> None:
-    if any(map(wraps, read.energy_mj)):
-        span = spans.setdefault(_book_of(read), _Span(read.t_mono_ns, read.t_mono_ns, read.wrap_epoch))
-        span.first_ns, span.last_ns = min(span.first_ns, read.t_mono_ns), max(span.last_ns, read.t_mono_ns)
-
-
-def _refused_books(spans: Mapping[_Book, _Span]) -> dict[_Book, int | None]:
-    """Books whose wrapping counters a longer book of the same boot followed at the same time, with its `wrap_epoch`."""
+def _refused_books(spans: Mapping[int, _Span]) -> dict[int, int]:
+    """Books that a longer book of the same boot followed at the same time, with its `wrap_epoch`."""
     kept: dict[str, list[_Span]] = defaultdict(list)
-    refused: dict[_Book, int | None] = {}
-    for book in sorted(spans, key=lambda b: (spans[b].first_ns - spans[b].last_ns, b[0], b[1] or 0)):
-        longer = next((span for span in kept[book[0]] if span.overlaps(spans[book])), None)
+    refused: dict[int, int] = {}
+    for book, span in sorted(spans.items(), key=lambda s: (s[1].first_ns - s[1].last_ns, s[1].boot_id, s[0])):
+        longer = next((other for other in kept[span.boot_id] if other.overlaps(span)), None)
         if longer is None:
-            kept[book[0]].append(spans[book])
+            kept[span.boot_id].append(span)
         else:
             refused[book] = longer.wrap_epoch
     return refused
 
 
-class _WithoutBooks(Sequence[Segment]):
-    """Segments whose reads lack the wrapping counters of some books: as of workers that could not read them."""
-
-    def __init__(self, segments: Sequence[Segment], refused: Mapping[_Book, int | None]) -> None:
-        self._segments = segments
-        self._refused = refused
-
-    def __len__(self) -> int:
-        return len(self._segments)
-
-    @overload
-    def __getitem__(self, number: int) -> Segment: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Segment]: ...
-    def __getitem__(self, number: int | slice) -> Segment | list[Segment]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(*number.indices(len(self)))]
-        segment = self._segments[number]
-        return replace(segment, open=self._stripped(segment.open), close=self._stripped(segment.close))
-
-    def _stripped(self, read: CounterRead) -> CounterRead:
-        book = _book_of(read)
-        if book not in self._refused:
-            return read
-        energy_mj = {domain: mj for domain, mj in read.energy_mj.items() if not wraps(domain)}
-        return replace(read, energy_mj=energy_mj, wrap_epoch=self._refused[book])
-
-
-def _by_scale(segments: Sequence[Segment]) -> Iterator[tuple[tuple[str, int], bool, array[int]]]:
-    """The numbers of the segments that begin or end on each scale, of wrapping counters or of others, scales in order."""
-    numbers: dict[tuple[str, int, bool], array[int]] = defaultdict(lambda: array("q"))
-    for n, s in enumerate(segments):
-        for boot_id, epoch, plain in {key for read in (s.open, s.close) for key in _scale_keys(read)}:
-            numbers[boot_id, epoch, plain].append(n)
-    for boot_id, epoch, plain in sorted(numbers):
-        yield (boot_id, epoch), not plain, numbers[boot_id, epoch, plain]
-
-
-def _scale_keys(read: CounterRead) -> tuple[tuple[str, int, bool], tuple[str, int, bool]]:
-    """Scales of a read, of wrapping counters and of those that do not."""
-    wrap_epoch = read.epoch if read.wrap_epoch is None else read.wrap_epoch
-    return (read.boot_id, wrap_epoch, False), (read.boot_id, read.epoch, True)
-
-
-def _class_of(segment: Segment, winners: Mapping[int, str] | None) -> str:
-    if segment.segment_class == "shard" and winners is not None:
-        won = segment.shard_id is not None and winners.get(segment.shard_id) == segment.attempt_id
-        return "shard" if won else "loser"
-    return segment.segment_class
-
-
-def _counter_scale(read: CounterRead, domain: str) -> tuple[str, int]:
-    """Readings of a counter may be subtracted within one boot and epoch only."""
-    return read.boot_id, read.epoch_of(domain)
-
-
-def _on_one_scale(segment: Segment, domain: str) -> bool:
-    return _counter_scale(segment.open, domain) == _counter_scale(segment.close, domain)
-
-
-def _claim(segment: Segment, scale: tuple[str, int], domain: str, is_unknown: bool) -> Claim:
-    """The segment's claim on `domain` on a scale it begins or ends on; blind on either side of a reset.
-
-    `is_unknown`: its end says nothing of the domain.
-    """
-    before, after = segment.open, segment.close
-    if _on_one_scale(segment, domain):
-        readings = (_reading(before, domain), None if is_unknown else _reading(after, domain))
-        return Claim(segment.worker_id, before.t_mono_ns, after.t_mono_ns, *readings)
-    opens = _counter_scale(before, domain) == scale
-    read = before if opens else after
-    reading = _reading(read, domain)
-    same_clock = before.boot_id == after.boot_id
-    span = (before.t_mono_ns, after.t_mono_ns) if same_clock else (read.t_mono_ns, read.t_mono_ns)
-    return Claim(segment.worker_id, *span, *((reading, None) if opens else (None, reading)))
-
-
-def _reading(read: CounterRead, domain: str) -> Reading | None:
-    energy_mj = read.energy_mj.get(domain)
-    return None if energy_mj is None else Reading(read.t_mono_ns, energy_mj)
+def _domains(
+    packed: PackedSegments, numbers: np.ndarray, devices: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Per worker what it ever read, and what of its own devices it never read though it read others."""
+    columns = packed.columns()
+    found: dict[str, set[str]] = defaultdict(set)
+    for reads in (columns.open, columns.close):
+        key = (
+            columns.worker[numbers].astype(np.int64) * len(columns.domain_sets)
+            + columns.domain_set[reads[numbers]]
+        )
+        for worker, domain_set in (divmod(k, len(columns.domain_sets)) for k in np.unique(key).tolist()):
+            found[columns.names[worker]].update(columns.domain_sets[domain_set])
+    return {
+        worker: (tuple(names), unread_domains(devices.get(worker, ()), names) if names else ())
+        for worker, names in found.items()
+    }

@@ -20,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from millijoule.pipeline.energy_rows import EnergyRows, committed_attempt, power_rows, read_rows
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.energy_rows import EnergyRows, RowTables, committed_attempt, power_rows, read_rows
 from millijoule.pipeline.energy_schemas import open_parquet_writer, run_id_of, table_of
 from millijoule.pipeline.energy_tables import LIVE_PREFIX
 from millijoule.pipeline.job import JobSpec
@@ -232,7 +233,11 @@ def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
     devices = held_devices(uncommitted.workers, commits)
     ledger = build_ledger(read_live_segments(store), winners, devices)
     rows = EnergyRows(
-        job, ledger, lambda: commits, lambda commit: IMAGE_ROW_SCHEMA.empty_table(), uncommitted
+        job,
+        ledger,
+        CommitTable.of(commits),
+        RowTables(lambda commit: IMAGE_ROW_SCHEMA.empty_table()),
+        uncommitted,
     )
     tables = {
         name: pa.concat_tables([table_of(name, []), *(block for _, block in blocks)])

@@ -31,6 +31,10 @@ from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, DataFile, ImageRow
 
 FORMATS = ("parquet", "webdataset", "files")
 
+#: For fewer rows a decompressor and dictionaries take longer to set up than the rows to read: the end of a job reads the
+#: row table of every shard.
+SHORT_TABLE_ROWS = 16
+
 #: Encoded image bytes per row group: what a reader must hold to stream, and what a writer holds to write.
 ROW_GROUP_BYTES = 16 << 20
 #: Rows per row group, whatever their size: DuckDB works on row groups in parallel and likes about this many.
@@ -276,16 +280,7 @@ class _RowsFile:
         self._row_group_bytes = row_group_bytes
         self._pending: list[dict[str, Any]] = []
         self._pending_bytes = 0
-        columns = list(_leaf_columns(schema))
-        described = [c for c in columns if c != "image"]
-        self._writer = pq.ParquetWriter(
-            path,
-            schema,
-            # image bytes are compressed already, and statistics or dictionaries of them would be copies
-            compression={c: "NONE" if c == "image" else "ZSTD" for c in columns},
-            use_dictionary=[c for c in described if c not in ("prompt_id", "seed", "sha256")],
-            write_statistics=described,
-        )
+        self._writer: pq.ParquetWriter | None = None  # once it is known how many rows there are
 
     def add(self, row: ImageRow, encoded: bytes | None) -> None:
         record = row.as_record()
@@ -298,7 +293,8 @@ class _RowsFile:
             self._flush()
 
     def finish(self) -> ShardFile:
-        self._flush()
+        self._flush(is_all=self._writer is None)
+        assert self._writer is not None
         self._writer.close()
         with self.path.open("rb") as file:
             digest = hashlib.file_digest(
@@ -306,11 +302,29 @@ class _RowsFile:
             ).hexdigest()  # the pages were just written: no disk read
         return ShardFile(self.path, self.key, self.path.stat().st_size, digest, len(self.rows))
 
-    def _flush(self) -> None:
+    def _flush(self, *, is_all: bool = False) -> None:
+        if self._writer is None:
+            options = row_table_options(self._schema, len(self._pending) if is_all else ROW_GROUP_ROWS)
+            self._writer = pq.ParquetWriter(self.path, self._schema, **options)
         if self._pending:
             self._writer.write_table(pa.Table.from_pylist(self._pending, schema=self._schema))
         self._pending.clear()
         self._pending_bytes = 0
+
+
+def row_table_options(schema: pa.Schema, rows: int) -> dict[str, Any]:
+    """How a table of image rows is encoded: what `ParquetWriter` takes."""
+    columns = list(_leaf_columns(schema))
+    described = [c for c in columns if c != "image"]
+    is_short = rows < SHORT_TABLE_ROWS
+    # image bytes are compressed already, and statistics or dictionaries of them would be copies
+    return {
+        "compression": {c: "NONE" if c == "image" or is_short else "ZSTD" for c in columns},
+        "use_dictionary": []
+        if is_short
+        else [c for c in described if c not in ("prompt_id", "seed", "sha256")],
+        "write_statistics": described,
+    }
 
 
 def _describe(row: ImageRow, encoded: bytes | None, path: str) -> ImageRow:

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from millijoule.pipeline.apportionment import MAX_GAP_NS
 from millijoule.pipeline.carbon import Rates
 from millijoule.pipeline.check import check_output
 from millijoule.pipeline.closure import ImageTotals, close_ledger, evidence_class
+from millijoule.pipeline.commit_table import CommitTable
 from millijoule.pipeline.finish import finish_job, load_ledger
 from millijoule.pipeline.job import require_job
 from millijoule.pipeline.layout import closing_key
@@ -379,16 +381,17 @@ def test_estimates_of_two_processes_are_not_subtracted():
 def test_an_open_account_fails_the_evidence_but_is_no_damage():
     ledger = account({})
     commits = [commit(1, "a1", 1)]
-    images = ImageTotals()
-    images.add(1, "a1", [400], [None])
-    rows = close_ledger(ledger, commits, images, {}, ())
+    table = CommitTable.of(commits)
+    images = ImageTotals.of(table)
+    images.add(np.array([0]), np.array([400]), None)
+    rows = close_ledger(ledger, table, images, {}, ())
     opened = [row for row in rows if row.check == "C1" and row.passed is None]
     assert [(row.scope, row.note) for row in opened] == [(f"w1 {GPU}", f"account not closed: {NEVER_CLOSED}")]
     assert evidence_class(rows, commits) == "E0"
     assert not [row for row in rows if row.passed is False]
     sound = account(closed(read(20, 700), by="w1"))
     images.full_mj = 600
-    assert evidence_class(close_ledger(sound, commits, images, {}, ()), commits) == "E1"
+    assert evidence_class(close_ledger(sound, table, images, {}, ()), commits) == "E1"
 
 
 @pytest.mark.parametrize("damage", [{"t_mono_ns": "1"}, {"energy_mj": {GPU: 1.5}}, {"epoch": 2**70}])

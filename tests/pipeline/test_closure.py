@@ -10,7 +10,8 @@ from support.histories import histories
 from support.ledgers import JOB, SECOND, chain, commit, image_rows, read, segment
 
 from millijoule.pipeline.closure import EXACT_CHECKS, ClosureRow, evidence_class
-from millijoule.pipeline.energy_rows import EnergyRows
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.energy_rows import EnergyRows, RowTables
 from millijoule.pipeline.energy_schemas import table_of
 from millijoule.pipeline.ledger import build_ledger
 from millijoule.pipeline.query import CLOSURE_QUERIES, connect, run_query
@@ -22,7 +23,7 @@ FEW = settings(max_examples=60, deadline=None)  # each opens DuckDB
 def build(segments, commits, devices=None):
     """All tables of a job, and the closure rows."""
     ledger = build_ledger(segments, {c.shard_id: c.attempt_id for c in commits}, devices)
-    rows = EnergyRows(JOB, ledger, lambda: commits, image_rows)
+    rows = EnergyRows(JOB, ledger, CommitTable.of(commits), RowTables(image_rows))
     tables = {
         name: pa.concat_tables([table_of(name, []), *(t for _, t in blocks)])
         for name, blocks in rows.tables()
@@ -153,7 +154,7 @@ def test_a_changed_image_is_found(history, data):
 
 def closed(segments, commits, images=image_rows):
     ledger = build_ledger(segments)
-    rows = EnergyRows(JOB, ledger, lambda: commits, images)
+    rows = EnergyRows(JOB, ledger, CommitTable.of(commits), RowTables(images))
     for _, blocks in rows.tables():
         for _ in blocks:
             pass

@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from support.ledgers import JOB, SECOND, chain, commit, image_rows, read, segment
 
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.energy_rows import RowTables
 from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS
 from millijoule.pipeline.energy_tables import parse_part_key, write_energy_tables
 from millijoule.pipeline.ledger import build_ledger
@@ -24,7 +26,7 @@ def output(tmp_path):
 
 
 def write(store, ledger, commits=()):
-    return write_energy_tables(store, JOB, ledger, lambda: commits, image_rows)
+    return write_energy_tables(store, JOB, ledger, CommitTable.of(commits), RowTables(image_rows))
 
 
 def load(tmp_path, name):

@@ -1,11 +1,14 @@
 """What the end of a job reads again it reads once, and little at a time."""
 
 import json
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from support.ledgers import commit
 
+from millijoule.pipeline import finish
+from millijoule.pipeline.commit_table import CommitTable
 from millijoule.pipeline.commits import CommitCompactor, read_commits
 from millijoule.pipeline.finish import MANIFEST_SCHEMA, ManifestRows, merged
 from millijoule.workers.lease import commit_key
@@ -30,23 +33,29 @@ def manifest(shard_ids):
     return pa.table(arrays, schema=MANIFEST_SCHEMA)
 
 
-def test_each_shard_finds_its_rows_in_the_manifest_wherever_row_groups_end(tmp_path):
+def test_each_shard_finds_its_rows_in_the_manifest_wherever_row_groups_end(tmp_path, monkeypatch):
     shard_ids = [0, 0, 1, 1, 1, 1, 1, 3, 4, 4, 7]  # 2, 5 and 6 have none left: a later round makes them anew
     pq.write_table(manifest(shard_ids), tmp_path / "m.parquet", row_group_size=2)
-    rows = ManifestRows(tmp_path / "m.parquet")
-    for asked in (0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 0):
-        found = rows(commit(asked, "a", 1))["prompt_id"].to_pylist()
-        assert found == [f"p{i}" for i, shard in enumerate(shard_ids) if shard == asked]
+    commits = CommitTable.of(commit(n, "a", 1) for n in range(9))
+    for batch in (1, 2, 3, 100):
+        monkeypatch.setattr(finish, "MANIFEST_BATCH_ROWS", batch)
+        found = list(ManifestRows(pq.ParquetFile(tmp_path / "m.parquet")).blocks(commits))
+        assert [n for numbers, _ in found for n in numbers.tolist()] == shard_ids
+        prompts = [p for _, rows in found for p in rows["prompt_id"].to_pylist()]
+        assert prompts == [f"p{i}" for i in range(len(shard_ids))]
+        assert all(a[-1] < b[0] for (a, _), (b, _) in pairwise(found))  # no shard in two blocks
 
 
 def test_an_empty_manifest_has_no_rows(tmp_path):
     with pq.ParquetWriter(tmp_path / "m.parquet", MANIFEST_SCHEMA) as writer:
         writer.write_table(MANIFEST_SCHEMA.empty_table())
-    assert ManifestRows(tmp_path / "m.parquet")(commit(0, "a", 1)).num_rows == 0
+    commits = CommitTable.of(commit(n, "a", 1) for n in range(9))
+    assert list(ManifestRows(pq.ParquetFile(tmp_path / "m.parquet")).blocks(commits)) == []
     with pq.ParquetWriter(tmp_path / "m.parquet", MANIFEST_SCHEMA) as writer:
         for part in (manifest([]), manifest([4]), manifest([])):
             writer.write_table(part, row_group_size=max(1, part.num_rows))
-    assert [ManifestRows(tmp_path / "m.parquet")(commit(n, "a", 1)).num_rows for n in (3, 4, 5)] == [0, 1, 0]
+    ((numbers, rows),) = ManifestRows(pq.ParquetFile(tmp_path / "m.parquet")).blocks(commits)
+    assert (numbers.tolist(), rows.num_rows) == ([4], 1)
 
 
 def test_small_tables_are_merged_into_row_groups_without_looking_at_each_again():

@@ -10,7 +10,8 @@ from support.histories import histories
 from support.ledgers import JOB, SECOND, chain, commit, image_rows, read
 
 from millijoule.pipeline.closure import evidence_class
-from millijoule.pipeline.energy_rows import EnergyRows
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.energy_rows import EnergyRows, RowTables
 from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS, table_of
 from millijoule.pipeline.ledger import build_ledger
 from millijoule.pipeline.node_closure import MAX_TOLERANCE_SHARE, round_ns
@@ -58,7 +59,9 @@ def build(segments, commits, rows):
     """All tables, the closure rows and the evidence class."""
     ledger = build_ledger(segments, {c.shard_id: c.attempt_id for c in commits})
     readings = table_of("node_reading", rows)
-    made = EnergyRows(JOB, ledger, lambda: commits, image_rows, Uncommitted(nodes=readings))
+    made = EnergyRows(
+        JOB, ledger, CommitTable.of(commits), RowTables(image_rows), Uncommitted(nodes=readings)
+    )
     tables = {
         name: pa.concat_tables([table_of(name, []), *(t for _, t in blocks)])
         for name, blocks in made.tables()

@@ -10,6 +10,8 @@ import pytest
 from support.ledgers import JOB, chain, commit, image_rows, read, segment
 
 from millijoule.jobs.query import main
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.energy_rows import RowTables
 from millijoule.pipeline.energy_tables import write_energy_tables
 from millijoule.pipeline.ledger import build_ledger
 from millijoule.pipeline.live_tables import LiveTables
@@ -43,7 +45,7 @@ def written(folder, reads, *others, job=JOB, estimate=None, environments=None):
     ]
     ledger = build_ledger([*parts, *others], {1: "a1", 3: "a1"})
     uncommitted = Uncommitted(workers={e.worker_id: e for e in environments or ()})
-    write_energy_tables(store, job, ledger, lambda: commits, image_rows, uncommitted)
+    write_energy_tables(store, job, ledger, CommitTable.of(commits), RowTables(image_rows), uncommitted)
     return store
 
 

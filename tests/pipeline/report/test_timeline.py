@@ -11,6 +11,8 @@ from support.ledgers import JOB, SECOND, chain, commit, image_rows, read, segmen
 
 from millijoule.pipeline.apportionment import MAX_GAP_NS
 from millijoule.pipeline.carbon import Rate
+from millijoule.pipeline.commit_table import CommitTable
+from millijoule.pipeline.energy_rows import RowTables
 from millijoule.pipeline.energy_tables import write_energy_tables
 from millijoule.pipeline.ledger import build_ledger
 from millijoule.pipeline.report.devices import place_workers
@@ -34,7 +36,9 @@ def timeline(tmp_path):
 
     def build(segments, commits=()):
         store = open_store(str(tmp_path / "out"))
-        write_energy_tables(store, JOB, build_ledger(segments), lambda: commits, image_rows)
+        write_energy_tables(
+            store, JOB, build_ledger(segments), CommitTable.of(commits), RowTables(image_rows)
+        )
         tables = {t: read_energy_table(store, t) for t in ("segment", "attempt", "counter", "power")}
         work = read_work(tables["segment"])
         places = place_workers(work, tables["attempt"])
@@ -80,7 +84,7 @@ def test_power_is_not_known_across_a_reset_or_a_night(timeline):
     reads = [read(0, 10**9), read(20, 10**9 + 2_000_000)]
     after_reset = [read(40, 5, epoch=1), read(60, 2_000_005, epoch=1)]
     next_day = [read(night, 9_000_005, epoch=1), read(night + 60, 12_000_005, epoch=1)]
-    parts = [*chain(reads, ["shard"]), *chain(after_reset, ["load"]), *chain(next_day, ["load"])]
+    parts = [*chain(reads, ["shard"]), *chain(after_reset, ["load"]), *chain(next_day, ["load"], "w2")]
     made, _ = timeline(parts)
     (lane,) = made.power
     assert lane.watts[0] == pytest.approx(100, rel=0.5)

@@ -1,0 +1,52 @@
+"""Rows of the energy tables made one by one from ledger entries and commits: what the columns are compared with."""
+
+from __future__ import annotations
+
+from millijoule.pipeline.apportionment import image_energy
+from millijoule.pipeline.energy_rows import SHORT_CPU_NS, SHORT_GPU_NS, committed_attempt, read_rows
+from millijoule.workers.timeline import segment_estimate_mj
+
+
+def counter_rows(ledger):
+    """The reads of all entries, each once: a worker's close read opens its next segment."""
+    latest = {}
+    for entry in ledger.entries:
+        for read in (entry.segment.open, entry.segment.close):
+            at = (read.boot_id, read.t_mono_ns)
+            if latest.get(entry.segment.worker_id) != at:
+                latest[entry.segment.worker_id] = at
+                yield from (row for _, row in read_rows(entry.segment.worker_id, read))
+
+
+def segment_rows(ledger):
+    """One row per entry and domain; without the gaps that are nobody's."""
+    for segment_id, entry in enumerate(ledger.entries):
+        s = entry.segment
+        who = (segment_id, s.worker_id, entry.segment_class, s.shard_id, s.attempt_id)
+        when = (s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
+        estimate_mj = segment_estimate_mj(s)
+        for domain, energy_mj in entry.energy_mj.items() or ((None, None),):
+            quality = "missing"
+            if energy_mj is not None:
+                shortest = SHORT_GPU_NS if domain.startswith("gpu:") else SHORT_CPU_NS
+                quality = "short" if s.close.t_mono_ns - s.open.t_mono_ns < shortest else "measured"
+            scale = (s.open.boot_id, s.open.epoch_of(domain) if domain else s.open.epoch)
+            yield (*who, *scale, *when, domain, energy_mj, quality, estimate_mj)
+            estimate_mj = None
+
+
+def attempt_rows(ledger, commits):
+    """The committed attempts."""
+    for c in commits:
+        yield committed_attempt(c, ledger.shard_energy_mj(c.shard_id, c.attempt_id))
+
+
+def image_rows_of(ledger, commits, read):
+    """The images of all commits with their direct energy and estimate; full energies are not divided here."""
+    for c in commits:
+        ok = [row for row in read(c).to_pylist() if row["status"] == "ok"]
+        direct = image_energy(ledger.shard_energy_mj(c.shard_id, c.attempt_id), len(ok))
+        estimates = image_energy(c.energy_estimate_mj, len(ok))
+        for row, mj, estimate in zip(ok, direct, estimates, strict=True):
+            name = (row["prompt_id"], row["image_index"], c.shard_id, c.attempt_id, row["sha256"])
+            yield (*name, mj, estimate)
