@@ -33,13 +33,13 @@ class Verdict:
 
 def judge(
     output: Path,
-    history: Mapping[str, tuple[str, list[boards.Record]]],
+    history: Mapping[str, tuple[Sequence[str], list[boards.Record]]],
     names: Mapping[int, str],
 ) -> Verdict:
     """Hold what a job in `output` says against what its boards ran.
 
     Args:
-        history: host's number in words and records, by the board's UUID.
+        history: by the board's UUID, the ids of its host's boots, and its records over all of them.
         names: of the job's processes, by pid: "w..." workers, "r..." readers.
     """
     if not (output / STATS_KEY).exists():
@@ -49,11 +49,11 @@ def judge(
     verdict = Verdict("missing")
     ran: dict[tuple[str, str], int] = {}
     reset = False
-    for uuid, (host, records) in history.items():
-        for boot, records_of_boot in enumerate(_split(records, boards.REBOOT)):
+    for uuid, (boots, records) in history.items():
+        for boot_id, records_of_boot in zip(boots, _split(records, boards.REBOOT), strict=True):
             found = _ran(uuid, records_of_boot, workers, names, verdict.problems)
             if found is not None:
-                ran[f"boot-{host}-{boot}", f"gpu:{uuid}"] = found
+                ran[boot_id, f"gpu:{uuid}"] = found
         reset = reset or any(r.kind in (boards.RESET, boards.REBOOT) for r in records[1:])
     verdict.ran_mj = sum(ran.values())
     energy = stats["energy"]
@@ -101,29 +101,25 @@ def _ran(
     problems: list[str],
 ) -> int | None:
     """What the job ran on a board during one boot; None where it had no worker there."""
-    opened_by = {w.worker_id for w in workers}
-    holders = {pid for pid, name in names.items() if name in opened_by}
-    readers = {pid for pid, name in names.items() if name.startswith("r")}
-    opened = [
-        (w.opened.energy_mj[f"gpu:{uuid}"], w.opened.t_mono_ns)
+    opened = {
+        w.worker_id: (w.opened.energy_mj[f"gpu:{uuid}"], w.opened.t_mono_ns)
         for w in workers
         if w.opened is not None and f"gpu:{uuid}" in w.opened.energy_mj
-    ]
-    opened_ns = {w.worker_id: w.opened.t_mono_ns for w in workers if w.opened is not None}
+    }
+    holders = {pid for pid, name in names.items() if name in {w.worker_id for w in workers}}
+    readers = {pid for pid, name in names.items() if name.startswith("r")}
     total: int | None = None
+    open_before: set[str] = set()  # whose accounts were open at the last reset
     for part in _split(records, boards.RESET):
-        first = min(
-            (
-                i
-                for value, t_ns in opened
-                for i, r in enumerate(part)
-                if r.kind == boards.READ and r.value_mj == value and r.t_mono_ns <= t_ns
-            ),
-            default=None,
-        )
+        readings = {r.value_mj: (i, r.t_mono_ns) for i, r in enumerate(part) if r.kind == boards.READ}
+        began = {
+            name: readings[value][0]
+            for name, (value, t_ns) in opened.items()
+            if value in readings and readings[value][1] <= t_ns
+        }
         here = {names[r.pid] for r in part if r.pid in holders}
-        if any(opened_ns.get(name, part[0].t_mono_ns) < part[0].t_mono_ns for name in here):
-            first = 0  # an account was open over the reset
+        first = 0 if here & open_before else min(began.values(), default=None)
+        open_before |= began.keys()
         spent = [i for i, r in enumerate(part) if r.kind == boards.SPEND]
         if spent and (first is None or spent[0] < first):
             problems.append(f"{uuid}: energy was spent before an account was open")
