@@ -7,6 +7,8 @@ import sys
 
 BENCHES = {
     "pipeline": "a job against a bare loop, planning, resume and leases",
+    "counters": "a board's energy counter and power readings: period, read rates, square waves, idle states",
+    "cpu-products": "the generator on this CPU with each form of its int8 products, in turn",
     "energy-tables": "size of the energy tables and speed of SQL over them",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import tyro
 
 from millijoule.jobs.bench_result import write_result
+from millijoule.jobs.bench_stand_ins import StandInNvml, board_uuid
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
 from millijoule.workers.errors import InputError
@@ -51,6 +53,9 @@ class BenchOptions:
     device: int = 0
     """The GPU's index."""
 
+    stand_in: bool = False
+    """Draw on the CPU, with a made-up counter: a rehearsal, whose figures mean nothing."""
+
 
 def run(options: BenchOptions) -> int:
     import torch
@@ -58,29 +63,39 @@ def run(options: BenchOptions) -> int:
     from millijoule.workers.generator import load_generator
     from millijoule.workers.meter import open_meter
 
-    if not torch.cuda.is_available():
-        raise InputError("bench gpu: PyTorch finds no GPU here")
-    torch.cuda.set_device(options.device)
-    uuid = str(torch.cuda.get_device_properties(options.device).uuid)
-    meter = open_meter([f"GPU-{uuid}"])
+    synchronize: Callable[[], None]
+    if options.stand_in:
+        uuid, name, device, synchronize = board_uuid(0).removeprefix("GPU-"), "stand-in", "cpu", lambda: None
+        meter = open_meter([f"GPU-{uuid}"], nvml=StandInNvml(1))
+    else:
+        if not torch.cuda.is_available():
+            raise InputError("bench gpu: PyTorch finds no GPU here")
+        torch.cuda.set_device(options.device)
+        uuid = str(torch.cuda.get_device_properties(options.device).uuid)
+        name, device, synchronize = (
+            torch.cuda.get_device_name(options.device),
+            "cuda",
+            torch.cuda.synchronize,
+        )
+        meter = open_meter([f"GPU-{uuid}"])
     domain = next((d for d in meter.domains if uuid in d), None)
     if domain is None:
         raise InputError(f"bench gpu: the energy counter of GPU-{uuid} cannot be read")
-    models = {arm: load_generator(getattr(options, arm), device="cuda") for arm in "ab"}
+    models = {arm: load_generator(getattr(options, arm), device=device) for arm in "ab"}
     prompts = _prompts(4096)
     for generator in models.values():
         _draw(generator, prompts, 0, time.monotonic())  # one batch: kernels are loaded and chosen
 
     def measure(arm: str | None) -> dict[str, Any]:
         time.sleep(options.pause)
-        torch.cuda.synchronize()
+        synchronize()
         before, began = meter.read(), time.monotonic()
         images = 0
         if arm is None:
             time.sleep(options.seconds)
         else:
             images = _draw(models[arm], prompts, 0, began + options.seconds)
-        torch.cuda.synchronize()
+        synchronize()
         seconds, after = time.monotonic() - began, meter.read()
         read = domain in before.energy_mj and domain in after.energy_mj
         if not read or before.epoch_of(domain) != after.epoch_of(domain):
@@ -114,7 +129,8 @@ def run(options: BenchOptions) -> int:
     result = {
         "what": "joules of one board, by its counter, per image; the CPU's are not in it",
         "options": {k: v for k, v in asdict(options).items() if k != "result"},
-        "device": torch.cuda.get_device_name(options.device),
+        "stand_in": options.stand_in,
+        "device": name,
         "driver": meter.driver_version,
         "environment": environment(),
         "idle": idle,

@@ -18,14 +18,15 @@ class RayHead:
         self.cpus = cpus
 
     def __enter__(self) -> str:
-        ray = str(Path(sys.executable).parent / "ray")
+        # not the script `ray`: packages in a folder on PYTHONPATH have theirs elsewhere
+        ray = (sys.executable, "-m", "ray.scripts.scripts")
         log = self.folder / "head.log"
         env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         os.environ["RAY_AUTH_MODE"] = "disabled"  # the jobs started below must agree with the head
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [
-                    *(ray, "start", "--head", "--block", "--port=0", f"--num-cpus={self.cpus}"),
+                    *(*ray, "start", "--head", "--block", "--port=0", f"--num-cpus={self.cpus}"),
                     *("--include-dashboard=false", f"--temp-dir={self.folder}"),
                     *("--object-store-memory=100000000", "--disable-usage-stats"),
                 ],

@@ -29,6 +29,7 @@ class CheckOptions:
 def run(options: CheckOptions) -> int:
     from millijoule.pipeline.check import check_output
     from millijoule.workers.storage import open_store
+    from millijoule.workers.visible_text import visible
 
     checked = [0, 0]
 
@@ -43,7 +44,7 @@ def run(options: CheckOptions) -> int:
     for problem in check_output(store, images=not options.quick, on_shard=progress, on_note=note):
         problems += 1
         if problems <= MAX_PRINTED:
-            print(problem)
+            print(visible(problem))
     if problems > MAX_PRINTED:
         print(f"... and {problems - MAX_PRINTED} more")
     print(f"{options.output}: {checked[0]} shards checked, {problems} differences")

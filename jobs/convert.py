@@ -17,8 +17,9 @@ from millijoule.workers.errors import InputError
 class ConvertOptions:
     """Convert a published Un-0 checkpoint (a .pt file) to safetensors, for `millijoule generate --model`.
 
-    The checkpoint is read with a restricted unpickler: a file that holds more than tensors and plain values is
-    refused, and none of its code runs. Tensor names, values and the training config are kept as published.
+    The checkpoint is read as data: a file that holds more than tensors and plain values is refused, and none of its
+    code runs. Tensor names, values and the training config are kept as published. What is written has been loaded and
+    has drawn images; a model that cannot is refused.
     """
 
     checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT.pt")]
@@ -42,6 +43,7 @@ class ConvertOptions:
 
 
 def run(options: ConvertOptions) -> int:
+    from millijoule.workers.un0 import Un0Generator, check_images
     from millijoule.workers.un0_checkpoint import (
         CIFAR10_CLASSES,
         read_checkpoint,
@@ -65,12 +67,21 @@ def run(options: ConvertOptions) -> int:
             )
     elif (model.classes, model.image_size) == (len(CIFAR10_CLASSES), 32):
         class_names = CIFAR10_CLASSES
+
+    def check(file: Path) -> None:
+        try:
+            check_images(Un0Generator.load(file))
+        except (InputError, ValueError, RuntimeError) as error:
+            words = str(error).removeprefix(f"{file}: ")
+            raise InputError(f"{source}: its model cannot be used: {words}") from error
+
     write_safetensors(
         checkpoint,
         target,
         name=options.name or target.stem,
         class_names=class_names,
         overwrite=options.force,
+        check=check,
     )
     print(
         f"{target}: {model.oscillators} oscillators, {model.classes} classes, {model.image_size}x{model.image_size} "

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from typing import TYPE_CHECKING
 
 import ray
 
+from millijoule.jobs.autoscaling import words
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.node_meter_options import parse_node_meters
 from millijoule.pipeline.carbon import MJ_PER_KWH
 from millijoule.pipeline.node_recorders import look_once
 from millijoule.pipeline.plan import compute_fingerprint, load_shard_index, plan_job
+from millijoule.pipeline.pool import CAPACITY_NOTICE_S, PoolOptions
 from millijoule.pipeline.progress import clock, joules
 from millijoule.workers.actor import remote_worker_class
 from millijoule.workers.generator import ModelIdentity, describe_model
@@ -21,9 +24,12 @@ from millijoule.workers.node_meter import MW_PER_W
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.shard_rows import read_shard_rows, shard_requests
 from millijoule.workers.storage import Store, expand_inputs, open_store
+from millijoule.workers.visible_text import visible_lines
 
 if TYPE_CHECKING:
     from millijoule.jobs.generate import GenerateOptions
+
+log = logging.getLogger(__name__)
 
 #: Enough images to see past start-up, few enough to wait for.
 CALIBRATION_IMAGES = 64
@@ -37,7 +43,7 @@ PLANNING_SHARD_SIZE = 256
 
 def dry_run(options: GenerateOptions, store: Store) -> int:
     """Print what the job would be and take. Writes nothing to the output; returns the exit code."""
-    from millijoule.jobs.job_set_up import parse_shard_size, plan_options, pool_options
+    from millijoule.jobs.job_set_up import WorkerRequest, parse_shard_size, plan_options
 
     images_per_shard, seconds_per_shard = parse_shard_size(options.shard_size)
     identity = describe_model(options.model)
@@ -52,8 +58,9 @@ def dry_run(options: GenerateOptions, store: Store) -> int:
             requests += shard_requests(read_shard_rows(plan_store, shard), options.seed)
             if len(requests) >= CALIBRATION_IMAGES:
                 break
-    result = run_calibration(options, identity, requests[:CALIBRATION_IMAGES])
-    pool = pool_options(options)
+    request = WorkerRequest(options)
+    pool = request.decide()
+    result = run_calibration(options, identity, requests[:CALIBRATION_IMAGES], pool)
     workers = max(1, min(pool.max_workers, plan.n_shards))
     per_image = result.seconds / max(1, result.images)
     total_s = plan.n_images * per_image / workers
@@ -61,6 +68,7 @@ def dry_run(options: GenerateOptions, store: Store) -> int:
         f"prompts     {plan.n_rows} usable, {plan.n_bad_rows} rejected",
         f"images      {plan.n_images} in {plan.n_shards} shards",
         f"model       {identity.name} ({identity.sha256[:12]})",
+        f"device      {request.device}",
         f"calibrated  {result.images} images in {result.seconds:.2f} s on one worker",
         f"time        about {clock(total_s)} on {workers} workers, start-up not counted",
         f"bytes       about {plan.n_images * result.encoded_bytes // max(1, result.images)} of images in {store.url}",
@@ -69,7 +77,7 @@ def dry_run(options: GenerateOptions, store: Store) -> int:
     ]
     if seconds_per_shard is not None:
         lines.append(f"shard size  about {max(1, round(seconds_per_shard / per_image))} images")
-    print("\n".join(lines))
+    print(visible_lines("\n".join(lines)))
     return COMPLETE
 
 
@@ -113,23 +121,20 @@ def _node_meter_lines(options: GenerateOptions) -> list[str]:
     return lines
 
 
-def calibrate(options: GenerateOptions, identity: ModelIdentity) -> Calibration:
+def calibrate(options: GenerateOptions, identity: ModelIdentity, pool: PoolOptions) -> Calibration:
     """A calibration on requests made up for it, for callers that have no plan yet."""
     requests = [ImageRequest(f"calibration-{i}", 0, "", seed=i) for i in range(CALIBRATION_IMAGES)]
-    return run_calibration(options, identity, requests)
+    return run_calibration(options, identity, requests, pool)
 
 
 def run_calibration(
-    options: GenerateOptions, identity: ModelIdentity, requests: list[ImageRequest]
+    options: GenerateOptions, identity: ModelIdentity, requests: list[ImageRequest], pool: PoolOptions
 ) -> Calibration:
-    """Start one worker as the job would, draw `requests`, end it.
+    """Start one worker as the job would, with what `pool` says one asks for, draw `requests`, end it.
 
     Raises:
         InputError: the model cannot be loaded on the worker's node.
     """
-    from millijoule.jobs.job_set_up import pool_options
-
-    pool = pool_options(options)
     config = WorkerConfig(
         output_url="",
         fingerprint="",
@@ -150,7 +155,11 @@ def run_calibration(
         .remote("calibration", config)
     )
     try:
-        ray.get(actor.start.remote())
+        started = actor.start.remote()
+        asked = {"CPU": pool.cpus_per_worker, "GPU": pool.gpus_per_worker, **pool.resources}
+        while not ray.wait([started], timeout=CAPACITY_NOTICE_S)[0]:
+            log.warning("waiting for a worker to draw a few images on: it asks for %s", words(asked))
+        ray.get(started)
         return ray.get(actor.calibrate.remote(requests))
     except ray.exceptions.RayTaskError as error:
         raise error.cause if error.cause is not None else error from error

@@ -10,6 +10,7 @@ from typing import TypeVar
 import tyro
 
 from millijoule.workers.errors import MillijouleError
+from millijoule.workers.visible_text import log_to_stderr, visible_lines
 
 COMPLETE = 0
 ERROR = 1
@@ -33,7 +34,7 @@ def run_command(
         What `run` returns; 2 for options that cannot be parsed; 1 after a `MillijouleError`, whose message is
         printed; 5 after Ctrl-C outside the parts that handle it.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr("%(message)s")
     for noisy in ("botocore", "aiobotocore", "s3fs", "ray", "asyncio", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -45,7 +46,7 @@ def run_command(
     try:
         return run(options)
     except MillijouleError as error:
-        print(f"millijoule {name}: {error}", file=sys.stderr)
+        print(visible_lines(f"millijoule {name}: {error}"), file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
         print(f"millijoule {name}: interrupted", file=sys.stderr)

@@ -17,6 +17,7 @@ import numpy as np
 
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
+from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.scenes import FAMILIES, IMAGE_SIZE, Scene, complete, sample_scene
 
@@ -70,7 +71,7 @@ class EvaluateOptions:
     """Guidance, in place of the model's default."""
 
     device: str = "auto"
-    """cpu, cuda, or auto: CUDA where there is one."""
+    """gpu (or one of several: cuda:1), cpu, or auto: a GPU where there is one."""
 
     threads: int | None = None
     """CPU threads; PyTorch's default if not given."""
@@ -102,9 +103,7 @@ def run(options: EvaluateOptions) -> int:
         )
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device(options.device)
     items = list_items(options)
     began = time.monotonic()
     if options.model == RENDERS:

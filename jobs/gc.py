@@ -26,15 +26,16 @@ class GcOptions:
 def run(options: GcOptions) -> int:
     from millijoule.pipeline.garbage import find_orphans, remove, stale_temporaries
     from millijoule.workers.storage import open_store
+    from millijoule.workers.visible_text import visible
 
     store = open_store(options.output)
     orphans = list(find_orphans(store))
     for orphan in orphans:
         mark = "remove" if orphan.removable else "keep  "
-        print(f"{mark} {orphan.size_bytes:>12} {orphan.key}  ({orphan.reason})")
+        print(visible(f"{mark} {orphan.size_bytes:>12} {orphan.key}  ({orphan.reason})"))
     temporaries = stale_temporaries(store)
     for leftover in temporaries:
-        print(f"remove {'':>12} {leftover.key}  (an interrupted write, over a day old)")
+        print(visible(f"remove {'':>12} {leftover.key}  (an interrupted write, over a day old)"))
     removable = len(temporaries) + sum(o.removable for o in orphans)
     size = sum(o.size_bytes for o in orphans if o.removable)
     if options.delete:

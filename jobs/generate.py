@@ -17,6 +17,7 @@ from millijoule.jobs.entry import CAP_REACHED, COMPLETE, ERROR, INTERRUPTED, QUA
 from millijoule.jobs.rate_options import RateOptions
 
 Format = Literal["parquet", "webdataset", "files"]
+Device = Literal["auto", "gpu", "cpu"]
 DuplicatePolicy = Literal["error", "keep-first", "suffix"]
 
 
@@ -27,16 +28,17 @@ class GenerateOptions:
     Run the same command again to resume: finished shards are kept, whatever was killed. Inside `ray job submit` (or
     with --ray-address) the job runs on that cluster; otherwise Ray starts on this machine for the length of the job.
 
-    Prompt files may have these columns (aliases in brackets): prompt [text, caption, TEXT], prompt_id [id,
-    custom_id], negative_prompt, seed, num_images [n], width, height, num_inference_steps [steps], guidance_scale
-    [cfg_scale]. Other columns are passed through. In a .txt file each line is a prompt.
+    Prompt files may have these columns (aliases in brackets): prompt [prompts, text, caption], prompt_id [id,
+    custom_id], negative_prompt, seed (-1: none), num_images [n], width, height, size (1024x768), num_inference_steps
+    [steps, step], guidance_scale [cfg_scale, cfg, cfgs]; case, spaces, _ and - do not matter. Other columns are passed
+    through. In a .txt file each line is a prompt. docs/prompt-files.md has the details.
 
     Exit codes: 0 complete; 1 error; 2 usage; 3 complete, but some rows were quarantined; 4 a cap was reached;
     5 interrupted, resumable.
     """
 
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH|URL ...")]
-    """Prompt files: txt, csv, tsv, jsonl, parquet (also .gz); paths, globs, s3:// URLs."""
+    """Prompt files: txt, csv, tsv, json, jsonl (also .gz), parquet; paths, folders, globs, s3:// URLs and prefixes."""
 
     output: Annotated[str, tyro.conf.arg(metavar="DIR|URL")]
     """Output folder, or s3://bucket/prefix. All nodes must see it."""
@@ -58,10 +60,17 @@ class GenerateOptions:
     """Images per shard, or a target duration such as 60s (a short calibration then sets the number)."""
 
     workers: Annotated[str, tyro.conf.arg(metavar="N|MIN:MAX")] = "auto"
-    """Number of workers, or a range for autoscaling (0:8 holds nothing while nothing waits). auto: one per device."""
+    """Number of workers, or a range for autoscaling: 0:8 holds nothing while nothing waits, and asks for nodes only as
+    far as there is work for them. auto: one per device; where all devices are yet to come, one for each that the cluster
+    says may come, or 0:8 if it does not say."""
+
+    device: Device = "auto"
+    """What workers run on. auto: GPUs where the cluster has some, or where its autoscaler can start a node with one
+    (asked when there is work to do); else CPUs, except for a diffusers pipeline too heavy for them. The log says what was
+    decided and why. gpu: GPUs, or an error where none can come. cpu: never a GPU."""
 
     gpus_per_worker: float | None = None
-    """GPUs each worker asks for, may be fractional. Default: 1 where the cluster has GPUs, else 0."""
+    """GPUs each worker asks for, may be fractional. Default: 1, or 0 on CPUs."""
 
     cpus_per_worker: float = 1.0
     """CPUs each worker asks for, and threads it computes with."""
@@ -80,7 +89,10 @@ class GenerateOptions:
     """Do not let idle workers race stragglers at the end of the job."""
 
     prompt_column: str | None = None
-    """Name of the prompt column where it is none of the known ones."""
+    """Exact name of the prompt column where it is none of the known ones, or one of several."""
+
+    delimiter: Annotated[str | None, tyro.conf.arg(metavar="CHAR|comma|semicolon|pipe|tab")] = None
+    """What stands between the fields of csv and tsv files. Default: what the header shows."""
 
     duplicate_ids: DuplicatePolicy = "error"
     """What to do with a prompt id that stands twice: refuse, keep the first row, or add ~2, ~3 to the later ones."""
@@ -132,7 +144,7 @@ class GenerateOptions:
 def run(options: GenerateOptions, worker_class: Any = None) -> int:
     """The whole job; returns the exit code. `worker_class`: the Ray actor class, default the product's own."""
     from millijoule.jobs import ray_cluster
-    from millijoule.jobs.job_set_up import caps, open_or_plan, pool_options, validate
+    from millijoule.jobs.job_set_up import WorkerRequest, caps, has_work, open_or_plan, validate
     from millijoule.jobs.node_meter_options import parse_node_meters
     from millijoule.pipeline.finish import finish_job
     from millijoule.pipeline.head_watch import HeadWatch
@@ -142,6 +154,7 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
     from millijoule.pipeline.spending import Spending
     from millijoule.workers.actor import remote_worker_class
     from millijoule.workers.storage import open_store
+    from millijoule.workers.visible_text import visible
 
     validate(options)
     store = open_store(options.output)
@@ -150,12 +163,13 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
             from millijoule.jobs.dry_run import dry_run
 
             return dry_run(options, store)
-        planned = open_or_plan(options, store)
+        request = WorkerRequest(options)
+        planned = open_or_plan(options, store, request)
         store = open_store(options.output, patient=True)  # a job at work waits for storage
         job_run = JobRun(
             store,
             planned,
-            pool_options(options),
+            request.decide(lambda: has_work(store, planned)),
             worker_class or remote_worker_class(),
             lease_s=options.lease_seconds,
             speculate=options.speculate,
@@ -185,7 +199,7 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
             metrics.publish()
     if job_run.given_up:
         for shard_id, error in sorted(job_run.given_up.items())[:20]:
-            print(f"shard {shard_id} could not be made: {error}", file=sys.stderr)
+            print(visible(f"shard {shard_id} could not be made: {error}"), file=sys.stderr)
         print(
             f"{len(job_run.given_up)} of {len(planned.shards)} shards could not be made; run the same command again "
             "once the cause is mended",

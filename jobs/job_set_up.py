@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from millijoule.jobs import ray_cluster
 from millijoule.jobs.node_meter_options import parse_node_meters
+from millijoule.jobs.worker_device import WorkerDevice, check_device_options, choose_device
+from millijoule.pipeline.commits import list_committed
 from millijoule.pipeline.job import (
     JobSpec,
     check_same_job,
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Words for delimiters that are hard to type.
+DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\t": "\t"}
+
 #: A calibrated shard holds at least and at most this many images.
 MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 16, 100_000
 
@@ -45,10 +51,11 @@ def validate(options: GenerateOptions) -> None:
         raise InputError(f"--images-per-prompt {options.images_per_prompt}: at least 1")
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed}: from 0 to 2**63 - 1")
-    if options.cpus_per_worker <= 0 and not options.gpus_per_worker:
+    check_device_options(options)
+    if options.cpus_per_worker < 0:
+        raise InputError(f"--cpus-per-worker {options.cpus_per_worker:g}: 0 or more")
+    if options.cpus_per_worker == 0 and not options.gpus_per_worker and options.device != "gpu":
         raise InputError("--cpus-per-worker 0: a worker needs a CPU or a GPU")
-    if options.gpus_per_worker is not None and options.gpus_per_worker < 0:
-        raise InputError(f"--gpus-per-worker {options.gpus_per_worker}: 0 or more")
     if options.lease_seconds < 1:
         raise InputError(f"--lease-seconds {options.lease_seconds}: at least 1")
     if options.batch_size is not None and options.batch_size < 1:
@@ -56,7 +63,8 @@ def validate(options: GenerateOptions) -> None:
     if options.node_meter is not None and not options.telemetry:
         raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
     caps(options)
-    parse_shard_size(options.shard_size)
+    images, _ = parse_shard_size(options.shard_size)
+    plan_options(options, images or MIN_SHARD_IMAGES)
     parse_workers(options.workers)
     parse_resources(options.resources)
     parse_node_meters(options.node_meter, options.node_rest)
@@ -118,20 +126,66 @@ def parse_resources(pairs: tuple[str, ...]) -> dict[str, float]:
             resources[name] = float(amount)
         except ValueError:
             resources[name] = 0.0
+        if name in ("CPU", "GPU"):
+            raise InputError(f"--resources {pair}: give --{name.lower()}s-per-worker instead")
         if not name or resources[name] <= 0:
             raise InputError(f"--resources {pair}: NAME=AMOUNT with an amount over 0, such as spot=1")
     return resources
 
 
-def pool_options(options: GenerateOptions) -> PoolOptions:
-    """How many workers and what each asks for, given the cluster this process is connected to."""
-    gpus = options.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if ray_cluster.has_gpus() else 0.0
-    bounds = parse_workers(options.workers)
-    if bounds is None:
-        bounds = (0, ray_cluster.devices(options.cpus_per_worker, gpus))
-    return PoolOptions(*bounds, options.cpus_per_worker, gpus, parse_resources(options.resources))
+class WorkerRequest:
+    """What workers ask the cluster for. Decided once, so that a calibration and its job run on the same kind of device.
+
+    `device` is None until it is decided.
+    """
+
+    def __init__(self, options: GenerateOptions) -> None:
+        self.options = options
+        self.device: WorkerDevice | None = None
+        self.resources = parse_resources(options.resources)
+
+    def decide(self, has_work: Callable[[], bool] = lambda: True) -> PoolOptions:
+        """How many workers and what each asks for, given the cluster this process is connected to.
+
+        Args:
+            has_work: whether a node that the question starts (`autoscaling.prospect`) would have something to do; without
+                work what cannot be known unasked stays undecided, and no worker will ask for anything.
+
+        Raises:
+            InputError: see `choose_device`.
+        """
+        options = self.options
+        cpus = {"CPU": options.cpus_per_worker}
+        if self.device is None:
+            self.device = choose_device(options, {**cpus, **self.resources}, has_work=has_work)
+            if self.device is None:
+                return PoolOptions(0, 1, options.cpus_per_worker, 0.0, self.resources)
+            log.info("device: %s", self.device)
+        gpus = self.device.gpus
+        room = ray_cluster.room({**cpus, **self.resources, "GPU": gpus})
+        bounds = parse_workers(options.workers)
+        if bounds is None:
+            bounds = (0, self.device.to_come or max(1, room))
+            if self.device.to_come:
+                log.info(
+                    "workers: up to %d on nodes to come, as far as there is work; --workers 0:N sets another bound",
+                    bounds[1],
+                )
+        return PoolOptions(*bounds, options.cpus_per_worker, gpus, self.resources, at_once=room)
+
+
+def has_work(store: Store, planned: PlannedJob) -> bool:
+    """Whether shards of the job are left to do."""
+    return not list_committed(store, len(planned.shards)).all()
+
+
+def parse_delimiter(text: str | None) -> str | None:
+    """`"semicolon"` or `";"` -> ";"; raises InputError."""
+    if text is None or len(text) == 1:
+        return text
+    if text.lower() in DELIMITER_WORDS:
+        return DELIMITER_WORDS[text.lower()]
+    raise InputError(f"--delimiter {text}: one character, or {', '.join(DELIMITER_WORDS)}")
 
 
 def plan_options(options: GenerateOptions, shard_size: int) -> PlanOptions:
@@ -140,12 +194,13 @@ def plan_options(options: GenerateOptions, shard_size: int) -> PlanOptions:
         images_per_prompt=options.images_per_prompt,
         duplicate_ids=options.duplicate_ids,
         prompt_column=options.prompt_column,
+        delimiter=parse_delimiter(options.delimiter),
         max_prompt_chars=options.max_prompt_chars,
     )
 
 
-def open_or_plan(options: GenerateOptions, store: Store) -> PlannedJob:
-    """The job in `store`: the one that is there if it is the same, else a newly planned one.
+def open_or_plan(options: GenerateOptions, store: Store, request: WorkerRequest) -> PlannedJob:
+    """The job in `store`: the one that is there if it is the same, else a newly planned one. `request` is for a calibration.
 
     Raises:
         InputError: the inputs or the model cannot be used, or the output holds another job.
@@ -158,7 +213,7 @@ def open_or_plan(options: GenerateOptions, store: Store) -> PlannedJob:
     if images is None and existing is not None:
         images = existing.shard_size  # a calibration would not repeat; the first one counts
     if images is None:
-        images = calibrated_shard_size(options, info, seconds or 0.0)
+        images = calibrated_shard_size(options, info, seconds or 0.0, request)
     wanted = plan_options(options, images)
     extra = {
         "model_sha256": info.sha256,
@@ -223,11 +278,13 @@ def open_or_plan(options: GenerateOptions, store: Store) -> PlannedJob:
     return PlannedJob(job, shards, exclusive)
 
 
-def calibrated_shard_size(options: GenerateOptions, info: ModelIdentity, seconds: float) -> int:
+def calibrated_shard_size(
+    options: GenerateOptions, info: ModelIdentity, seconds: float, request: WorkerRequest
+) -> int:
     """Images that take about `seconds` on one worker, by a short run on a worker of this cluster."""
     from millijoule.jobs.dry_run import calibrate
 
-    result = calibrate(options, info)
+    result = calibrate(options, info, request.decide())
     per_image = result.seconds / max(1, result.images)
     return max(MIN_SHARD_IMAGES, min(MAX_SHARD_IMAGES, round(seconds / per_image)))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from millijoule.jobs.entry import COMPLETE, run_command
+from millijoule.workers.visible_text import visible
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -130,9 +131,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
-    )  # prompts are untrusted
+    return visible(text)  # prompts are untrusted
 
 
 def main(argv: list[str] | None = None) -> int:

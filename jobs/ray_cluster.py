@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 
+from millijoule.jobs.autoscaling import how_many
 from millijoule.workers.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,12 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def place(address: str | None) -> str:
+    """What `cluster(address)` connects to, in words."""
+    where = address or os.environ.get("RAY_ADDRESS")
+    return f"the cluster at {where}" if where else "this machine"
+
+
 def _check_reachable(address: str) -> None:
     """Ray itself tries for minutes before it gives up on an address where nobody listens."""
     host, colon, port = address.rpartition(":")
@@ -76,17 +83,11 @@ def head_address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-def devices(cpus_per_worker: float, gpus_per_worker: float) -> int:
-    """How many workers fit the cluster as it is now: at least 1."""
-    have = ray.cluster_resources()
-    fits = []
-    if gpus_per_worker:
-        fits.append(have.get("GPU", 0) / gpus_per_worker)
-    if cpus_per_worker:
-        fits.append(have.get("CPU", 0) / cpus_per_worker)
-    return max(1, int(min(fits))) if fits else 1
+def room(resources: Mapping[str, float]) -> int:
+    """How many workers that ask for `resources` the nodes have room for as they are now, others' work aside."""
+    return sum(how_many(node["Resources"], resources) for node in ray.nodes() if node["Alive"])
 
 
-def has_gpus() -> bool:
-    """Whether any node of the cluster offers a GPU."""
-    return ray.cluster_resources().get("GPU", 0) > 0
+def gpus() -> float:
+    """GPUs that the nodes of the cluster have now."""
+    return ray.cluster_resources().get("GPU", 0.0)

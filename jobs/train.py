@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.recipe import Recipe, load_recipe
+from millijoule.jobs.torch_device import torch_device
 
 if TYPE_CHECKING:
     from millijoule.workers.training_loop import Trainer
@@ -50,7 +51,7 @@ class TrainOptions:
     directory, of which the autoencoder is taken, and all else too if the recipe sets text_steps = 0."""
 
     device: str = "auto"
-    """cpu, cuda, or auto: CUDA where there is one."""
+    """gpu (or one of several: cuda:1), cpu, or auto: a GPU where there is one."""
 
     threads: int | None = None
     """CPU threads; PyTorch's default if not given."""
@@ -74,9 +75,7 @@ def run(options: TrainOptions) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device(options.device)
     overrides = {k: v for k in ("steps", "seed") if (v := getattr(options, k)) is not None}
     recipe = load_recipe(options.recipe, overrides)
     if recipe.kind == "verifier":

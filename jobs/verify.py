@@ -15,8 +15,10 @@ import tyro
 
 from millijoule.jobs.entry import COMPLETE, ERROR, run_command
 from millijoule.jobs.node_meter_options import parse_rest
+from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.image_judge import ICON_JUDGE, ImageJudge, ImageMetric, load_judge, load_metric
+from millijoule.workers.visible_text import visible
 
 if TYPE_CHECKING:
     from millijoule.pipeline.comparison.registration import Arm, Registration, Request
@@ -135,8 +137,8 @@ class VerifyOptions:
     omit_images: bool = False
     """Leave the images out of the bundle; their hashes stay."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where both generators run; auto: CUDA where there is one."""
+    device: Literal["auto", "gpu", "cpu", "cuda"] = "auto"
+    """Where both generators run; gpu is cuda, auto a GPU where there is one."""
 
     threads: int | None = None
     """CPU threads; PyTorch's default if not given."""
@@ -317,7 +319,7 @@ def check(options: VerifyOptions) -> int:
     key = load_public_key(_read(options.public_key), place=options.public_key) if options.public_key else None
     report = check_bundle(folder, key, rejudge=reread_images if options.rejudge else None)
     for mismatch in report.mismatches[:MAX_PRINTED]:
-        print(mismatch)
+        print(visible(mismatch))
     if len(report.mismatches) > MAX_PRINTED:
         print(f"... and {len(report.mismatches) - MAX_PRINTED} more")
     if report.mismatches:
@@ -326,7 +328,7 @@ def check(options: VerifyOptions) -> int:
     if report.result is not None:
         print_verdict(report.result)
     for note in report.notes:
-        print(f"note: {note}")
+        print(visible(f"note: {note}"))
     print(
         f"registration {hash_file(folder / REGISTRATION)}: compare it with what was published before the run"
     )
@@ -347,7 +349,7 @@ def print_result(result: dict[str, Any]) -> None:
             f"{'no energy' if millijoules is None else f'{millijoules / 1000:.4g} J'} per accepted image"
         )
     for failure in result["gate"]["failures"]:
-        print(f"gate failed: {failure}")
+        print(visible(f"gate failed: {failure}"))
     print_verdict(result)
 
 
@@ -403,7 +405,7 @@ def _find_device(options: VerifyOptions) -> tuple[str, list[str] | None]:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available()):
+    if torch_device(options.device) == "cpu":
         return "cpu", None
     return "cuda", [f"GPU-{torch.cuda.get_device_properties(0).uuid}"]
 

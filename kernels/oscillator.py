@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from millijoule.kernels.int8_product import Int8Matrix
 from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos
 
 #: Fraction bits of the multipliers.
@@ -79,6 +81,11 @@ class Coupling:
     @property
     def grid(self) -> int:
         return math.isqrt(self.n // self.channels)
+
+    @cached_property
+    def products(self) -> tuple[Int8Matrix, Int8Matrix, Int8Matrix]:
+        """L^T `[5 C, C]`, V `[n, r]` and U^T `[r, n]`, to multiply by."""
+        return Int8Matrix(self.local.t()), Int8Matrix(self.gather), Int8Matrix(self.spread.t())
 
     def to(self, device: str) -> Coupling:
         return Coupling(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
@@ -191,8 +198,7 @@ def relax(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tenso
     """`relax_reference`, fast: the sums are int8 matrix products. Same arguments, same bits."""
     batch, n = phases.shape
     grid, channels = coupling.grid, coupling.channels
-    local = coupling.local.t().contiguous()  # [5 C, C]
-    gather, spread = coupling.gather, coupling.spread.t().contiguous()
+    local, gather, spread = coupling.products
     z_multipliers = gather_multipliers(coupling)
     half, half_pull = 1 << (MULTIPLIER_BITS - 1), 1 << (PULL_BITS - 1)
     gain = drive.gain.to(torch.int16).repeat(2, 1)
@@ -203,10 +209,10 @@ def relax(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tenso
     for _ in range(steps):
         s, c = sin_cos(theta)  # [batch, n] int8
         source = (torch.cat([s, c]) * gain).add_(128).bitwise_right_shift_(8).to(torch.int8)
-        near = int8_product(neighbours(source, grid, channels), local).view(2 * batch, n)
-        z = int8_product(source, gather).to(torch.int64).mul_(z_multipliers).add_(half)
+        near = local.product(neighbours(source, grid, channels)).view(2 * batch, n)
+        z = gather.product(source).to(torch.int64).mul_(z_multipliers).add_(half)
         z = z.bitwise_right_shift_(MULTIPLIER_BITS).clamp_(-AMPLITUDE, AMPLITUDE).to(torch.int8)
-        far = int8_product(z, spread)
+        far = spread.product(z)
         total = (near * local_multiplier).add_(far * spread_multiplier).add_(half)
         u, w = total.bitwise_right_shift_(MULTIPLIER_BITS).to(torch.int32).add_(bias).split(batch)
         pull = (c.to(torch.int32) * u).sub_(s.to(torch.int32) * w).add_(half_pull)
@@ -220,18 +226,3 @@ def neighbours(source: Tensor, grid: int, channels: int) -> Tensor:
     padded = F.pad(source.view(rows, grid, grid, channels), (0, 0, 1, 1, 1, 1))
     views = [padded[:, 1 + y : 1 + y + grid, 1 + x : 1 + x + grid] for y, x in STENCIL]
     return torch.cat(views, -1).view(rows * grid * grid, len(STENCIL) * channels)
-
-
-def int8_product(left: Tensor, right: Tensor) -> Tensor:
-    """int8 `[m, k]` @ int8 `[k, n]` -> int32 `[m, n]`, exact."""
-    m = left.shape[0]
-    if (
-        1 in right.shape
-    ):  # a transposed column counts as contiguous, and _int_mm then reads it by the wrong stride
-        right = torch.empty(right.shape, dtype=right.dtype, device=right.device).copy_(right)
-    if (
-        left.is_cuda
-    ):  # cuBLAS takes any number of rows that is a multiple of 32, and the right operand by columns
-        left = F.pad(left, (0, 0, 0, -m % 32))
-        right = right.t().contiguous().t()
-    return torch._int_mm(left, right)[:m]

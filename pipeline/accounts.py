@@ -129,9 +129,8 @@ class Accounts:
                 answer: AccountRead = ray.get(call)
             except RayError as error:
                 account.reason = f"nobody could read its devices: {' '.join(str(error).split())[:200]}"
-                if (
-                    self._readers.get(node_id) is reader
-                ):  # not the one that another account's next try has started
+                # unless it is the one that another account's next try has started
+                if self._readers.get(node_id) is reader:
                     self._end_reader(node_id)
                 self._try(account)
             else:

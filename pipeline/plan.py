@@ -22,17 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from millijoule.pipeline.column_names import Remarks
 from millijoule.pipeline.duplicate_ids import DuplicateFinder, Duplicates
-from millijoule.pipeline.prompt_files import BadRow, file_format, shown
-from millijoule.pipeline.prompts import (
-    BAD_ROW_SCHEMA,
-    GUIDANCE_LIMITS,
-    INTEGER_LIMITS,
-    PromptChunk,
-    PromptOptions,
-    read_prompts,
-)
+from millijoule.pipeline.prompt_values import GUIDANCE_LIMITS, INTEGER_LIMITS
+from millijoule.pipeline.prompts import BAD_ROW_SCHEMA, PromptChunk, PromptOptions, read_prompts
+from millijoule.pipeline.raw_chunks import BadRow, shown
 from millijoule.workers.errors import InputError, StoreError
+from millijoule.workers.prompt_file_names import file_format
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA, SCHEMA_VERSION
 from millijoule.workers.shard_rows import Shard, digest_inputs
 from millijoule.workers.storage import InputFile, Store, open_input_file
@@ -85,6 +81,7 @@ class PlanOptions(PromptOptions):
     negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.shard_size < 1:
             raise InputError(f"shard size {self.shard_size}: must be at least 1 image")
         if self.duplicate_ids not in ("error", "keep-first", "suffix"):
@@ -189,14 +186,17 @@ def compute_fingerprint(
 
     That is the content of each file in order (on S3 its size and ETag), its format, all options,
     `fingerprint_extra` (JSON values: model hash, job seed, output format ...) and the schema version. Names of files
-    do not count.
+    do not count, but for the columns in the names of their folders.
 
     Raises:
         StoreError: a file cannot be read.
     """
+    said = asdict(options)
+    if options.delimiter is None:
+        del said["delimiter"]  # a job from before there was the option goes on
     content = {
         "files": [_file_identity(file) for file in files],
-        "options": asdict(options),
+        "options": said,
         "extra": dict(fingerprint_extra),
         "schema_version": SCHEMA_VERSION,
     }
@@ -206,6 +206,8 @@ def compute_fingerprint(
 
 def _file_identity(file: InputFile) -> dict[str, Any]:
     identity: dict[str, Any] = {"format": file_format(file.url)}
+    if file.columns:
+        identity["columns"] = file.columns
     if file.etag is not None:
         return identity | {"etag": file.etag, "size_bytes": file.size_bytes}
     digest = hashlib.sha256()
@@ -237,14 +239,14 @@ def plan_job(
     """
     fingerprint = fingerprint or compute_fingerprint(files, options, fingerprint_extra)
     with tempfile.TemporaryDirectory(prefix="millijoule-plan-") as scratch:
-        draft = _Draft(files, options, Path(scratch) / "draft")
+        draft = _Draft(files, options, Path(scratch) / "draft", Remarks())
         draft.write()
         if draft.duplicates:
             if options.duplicate_ids == "error":
                 raise InputError(_duplicates_message(draft))
             log.info("%d rows repeat a prompt id; reading the input again", len(draft.duplicates))
             draft.delete()
-            draft = _Draft(files, options, Path(scratch) / "again", draft.duplicates)
+            draft = _Draft(files, options, Path(scratch) / "again", draft.remarks, draft.duplicates)
             draft.write()
             if draft.duplicates:
                 raise InputError(
@@ -286,6 +288,7 @@ class _Draft:
     """One pass over the input, written to a local folder.
 
     Args:
+        remarks: what was said about the input already.
         known: the duplicates an earlier pass found; their rows are dropped or renamed as the options say.
     """
 
@@ -294,10 +297,12 @@ class _Draft:
         files: Sequence[InputFile],
         options: PlanOptions,
         folder: Path,
+        remarks: Remarks,
         known: Duplicates | None = None,
     ) -> None:
         self.files = files
         self.options = options
+        self.remarks = remarks
         self.known = known
         self.folder = folder
         self.first_ordinal: list[int] = []  # of each file
@@ -341,7 +346,7 @@ class _Draft:
     def ids(self, ordinals: Sequence[int]) -> dict[int, str]:
         """The prompt ids of a few rows, read from the input again."""
         found: dict[int, str] = {}
-        again = _Draft(self.files, self.options, self.folder, self.known)
+        again = _Draft(self.files, self.options, self.folder, self.remarks, self.known)
         for chunk_ordinals, rows, _ in again._chunks():
             for ordinal in set(ordinals) - found.keys():
                 i = int(np.searchsorted(chunk_ordinals, ordinal))
@@ -397,7 +402,7 @@ class _Draft:
         """(ordinals, rows of the plan, bad rows) of each chunk of the input, known duplicates dealt with."""
         self.first_ordinal = []
         self._next_ordinal = 0
-        for chunk in read_prompts(self.files, self.options):
+        for chunk in read_prompts(self.files, self.options, self.remarks):
             while len(self.first_ordinal) <= chunk.file_index:
                 self.first_ordinal.append(self._next_ordinal)
             start = self.first_ordinal[chunk.file_index]

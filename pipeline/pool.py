@@ -19,6 +19,7 @@ from ray._private import state as ray_state
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from millijoule.pipeline.coordinator import Coordinator
+from millijoule.pipeline.demand import Demand
 from millijoule.pipeline.node_health import NodeHealth
 from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
 from millijoule.workers.lease import (
@@ -67,8 +68,8 @@ NODE_ID_LABEL = "ray.io/node-id"
 class PoolOptions:
     """How many workers, and what each asks Ray for.
 
-    `min_workers` may be 0: then nothing runs while nothing waits. `max_workers` None: one per `resources` that the
-    cluster has now, at least one.
+    `min_workers` may be 0: then nothing runs while nothing waits. `at_once` workers fit the nodes that are there: beyond
+    them nodes are asked for as far as the work is worth it. None: one for each shard is asked for at once.
     """
 
     min_workers: int
@@ -76,6 +77,7 @@ class PoolOptions:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     resources: dict[str, float] = field(default_factory=dict)
+    at_once: int | None = None
 
 
 class JobEvents(Protocol):
@@ -158,6 +160,7 @@ class WorkerPool:
         self._candidates_until = 0.0
         self._store_failures = 0
         self._waiting_since: float | None = None
+        self._demand = Demand(options)
 
     def run(self) -> None:
         """Work until the coordinator is done, or until drained after `drain`; then collect every worker's last words.
@@ -227,16 +230,20 @@ class WorkerPool:
         return ready
 
     def _resize(self, now: float) -> None:
-        if self.draining:
-            return
+        """Ask for the workers the work is worth, and take back requests it no longer is worth."""
+        demand, workers, draining = self._demand, self.workers.values(), self.draining is not None
+        demand.look(self.coordinator, workers, now)
         shunned = self._shunned(now)
-        if shunned is None:
-            return
-        for worker in [w for w in self.workers.values() if w.place is None and w.away - shunned]:
-            self._remove(worker)  # it waits for other nodes, and may have this one now
-        want = min(self.options.max_workers, max(self.options.min_workers, self.coordinator.useful_workers))
-        while len(self.workers) < want and now >= self._spawn_not_before:
-            self._spawn(now, shunned)
+        if shunned is not None:
+            for worker in [w for w in workers if w.place is None and w.away - shunned]:
+                self._remove(worker)  # it waits for other nodes, and may have this one now
+            while not draining and len(workers) < demand.wanted() and now >= self._spawn_not_before:
+                self._spawn(now, shunned)
+        surplus = demand.withdrawable(workers, now, draining=draining)
+        for worker in surplus:
+            self._remove(worker)
+        if surplus:
+            log.info("workers still waiting for a node and no longer needed: %d taken back", len(surplus))
 
     def _shunned(self, now: float) -> set[str] | None:
         """Nodes to keep new workers away from; None while there is no other node.
@@ -490,7 +497,10 @@ class WorkerPool:
         if place.node_id:
             if self.coordinator.progress > progress:  # a search was narrowed
                 self.nodes.worked(place.node_id)
-            self.nodes.death(place.node_id, place.host, reason, now)
+            if worker.ready is None:  # no row can have done that
+                self.nodes.fault(place.node_id, place.host, reason, now)
+            else:
+                self.nodes.death(place.node_id, place.host, reason, now)
             return
         self._unplaced_deaths += 1
         pause = min(UNPLACED_PAUSE_MOST_S, 0.5 * 2 ** (self._unplaced_deaths - 1))

@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.run import JobRun
+from millijoule.workers.visible_text import visible
 
 #: Between two lines where there is no terminal.
 LINE_PERIOD_S = 10.0
@@ -133,7 +134,7 @@ class Progress:
                 "look at preview.png; manifest.parquet lists every image, energy/ is the ledger, stats.json the totals"
             )
         for line in lines:
-            print(line, file=sys.stderr)
+            print(visible(line), file=sys.stderr)
 
 
 def energy_words(energy_mj: int | None, estimate_mj: int, images: int) -> str:

@@ -9,6 +9,10 @@ import pytest
 from s3_servers import CephGateway, FaultProxy, MotoServer, RcloneS3, S3Endpoint
 from support.cluster import RayCluster
 
+#: Before PyTorch is imported. The tests' tensors are small: beside other processes, a second thread mostly waits for the first,
+#: and a training step takes six times the processor time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def _skip_or_fail(missing: str | None) -> None:
     """Skip where a server is not installed; on CI everything must be there, or nothing would ever test it."""

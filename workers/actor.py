@@ -42,6 +42,7 @@ from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
 from millijoule.workers.storage import Store, open_store
 from millijoule.workers.store_trouble import waits_for_store
 from millijoule.workers.timeline import SegmentTimeline
+from millijoule.workers.visible_text import log_to_stderr
 
 JOB_KEY = "_job/job.json"
 
@@ -55,7 +56,7 @@ class ShardWorker:
     """One worker. Construct through `ray.remote(ShardWorker).options(...)`."""
 
     def __init__(self, worker_id: str, config: WorkerConfig) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        log_to_stderr("%(levelname)s %(name)s: %(message)s")
         self.worker_id = worker_id
         self.config = config
         self._attempt_id: str | None = None

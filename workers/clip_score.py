@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.file_hashes import file_sha256
 
 _BATCH = 64
 
@@ -43,8 +43,7 @@ class ClipScore:
             self._processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"--metric clip:{folder}: not a CLIP model: {error}") from error
-        with weights.open("rb") as file:
-            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.sha256 = file_sha256(weights)
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> list[float]:
         import torch

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from millijoule.workers.visible_text import visible
+
 #: Images are shown about this large, in pixels: small ones are enlarged by a whole factor, large ones reduced.
 SHOWN_PIXELS = 128
 CAPTION_LINES = 3
@@ -29,7 +31,7 @@ def draw_contact_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = (i % columns) * cell_width + _MARGIN, (i // columns) * cell_height + _MARGIN
         sheet.paste(_fitted(image.convert("RGB")), (x, y))
-        lines = textwrap.wrap(caption, _CAPTION_CHARS, max_lines=CAPTION_LINES, placeholder=" ...")
+        lines = textwrap.wrap(visible(caption), _CAPTION_CHARS, max_lines=CAPTION_LINES, placeholder=" ...")
         for k, line in enumerate(lines):
             draw.text((x, y + SHOWN_PIXELS + 2 + k * _LINE_PIXELS), line, fill=(0, 0, 0), font=font)
     buffer = io.BytesIO()

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from millijoule.workers.errors import InputError, RowError
+from millijoule.workers.file_hashes import file_sha256
 from millijoule.workers.generator import (
     GeneratedBatch,
     GeneratorInfo,
     ModelIdentity,
     read_safetensors_header,
+    refuse_lfs_pointer,
 )
 from millijoule.workers.processor import multiplies_bfloat16
 from millijoule.workers.scene_prompts import parse_prompt, write_caption
@@ -151,8 +153,9 @@ class DiffusersGenerator:
         """Load the pipeline in directory `path`. Nothing is downloaded.
 
         On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
-        may be out of float16's range, and run in bfloat16. On a CPU it runs in float32, and matrices and convolutions of
-        a denoiser that is stored in float16 are multiplied in bfloat16 where the processor does that (half the time).
+        may be out of float16's range, and run in bfloat16, or in float32 where the GPU only emulates bfloat16. On a CPU it runs
+        in float32, and matrices and convolutions of a denoiser that is stored in float16 are multiplied in bfloat16 where
+        the processor does that (half the time).
 
         Raises:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
@@ -165,7 +168,8 @@ class DiffusersGenerator:
         _check_classes(folder, diffusers, transformers)
         dtype = torch.float32
         if device.startswith("cuda"):
-            dtype = torch.float16 if _is_stored_in_float16(folder) else torch.bfloat16
+            wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+            dtype = torch.float16 if _is_stored_in_float16(folder) else wide
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         try:
@@ -409,6 +413,9 @@ def _check_component(folder: Path) -> list[Path]:
     if config.is_file() and not weights:
         raise InputError(f"{folder}: has no .safetensors file")
     for file in files:
+        if file not in pickled:
+            with file.open("rb") as opened:
+                refuse_lfs_pointer(file, opened.read(64))
         if file.suffix == ".json":
             content = _read_json(file)
             if file.name.endswith(".safetensors.index.json"):
@@ -432,9 +439,11 @@ def _check_shards(file: Path, content: dict[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    text = path.read_bytes()
+    refuse_lfs_pointer(path, text)
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object")
@@ -444,9 +453,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _hash(folder: PipelineFolder) -> str:
     whole = hashlib.sha256()
     for name, file in sorted((f.relative_to(folder.path).as_posix(), f) for f in folder.files):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        whole.update(f"{name}\0{digest}\n".encode())
+        whole.update(f"{name}\0{file_sha256(file)}\n".encode())
     return whole.hexdigest()
 
 

@@ -58,6 +58,9 @@ EMBEDDING_SCALE = 40.0
 #: Where the decoder's input is still nearly linear.
 LATENT_REACH = 2.0
 
+#: Renders whose patches the encoder's principal components are found from.
+PRINCIPAL_IMAGES = 2048
+
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 
 #: Token of each word.
@@ -175,7 +178,7 @@ class DiffusionTrainer:
             num_decoder_blocks=config.decoder_blocks,
             latent_channels=config.latent_channels,
         )
-        set_principal_encoder(self.autoencoder, draw_images(2048, config.seed))
+        set_principal_encoder(self.autoencoder, draw_images(PRINCIPAL_IMAGES, config.seed))
         text = transformers.CLIPTextModel(
             transformers.CLIPTextConfig(
                 vocab_size=len(self.tokenizer),
@@ -402,7 +405,7 @@ class DiffusionTrainer:
         graph. On a CPU, attention as plain products, whose gradients take a fraction of the time of the fused kernel's at
         64 positions."""
         on_cpu = not self.device.startswith("cuda")
-        narrow = not on_cpu or multiplies_bfloat16()
+        narrow = multiplies_bfloat16(self.device)
         stack = ExitStack()
         stack.enter_context(
             torch.autocast("cpu" if on_cpu else "cuda", torch.bfloat16, enabled=narrow, cache_enabled=on_cpu)
@@ -447,9 +450,9 @@ def set_principal_encoder(autoencoder: Any, images: Tensor) -> None:
             block = torch.arange(channels)
             layer.weight[k * channels + block, block, 1 + k // 2, 1 + k % 2] = 1.0
         channels *= 4
-    x = images.add(1).div(2)
-    for layer in (first, *gathering):
-        x = layer(x)
+    x = images
+    for _ in gathering:  # what those layers do, without their sums of which all but one term are zero
+        x = F.pixel_unshuffle(x, 2).unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
     values = x.transpose(0, 1).flatten(1).double()
     mean = values.mean(1)
     _, components = torch.linalg.eigh(torch.cov(values))

@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.file_hashes import file_sha256
 from millijoule.workers.schemas import ImageRequest
 
 DEFAULT_MODEL = "default"
@@ -24,8 +25,15 @@ PACKAGED = {
 }
 FACTORY_PREFIX = "python:"
 
+#: A diffusers directory of more bytes than this is not run on CPUs unless somebody says so. The packaged baseline has 19 MB;
+#: those that are published for real use have a gigabyte and more, and would take minutes for an image.
+CPU_WEIGHTS_BYTES = 256 * 2**20
+
 #: Larger headers than this are not a model of ours, and would be read into memory whole.
 MAX_HEADER_BYTES = 16 * 2**20
+
+#: How a file begins that was cloned without Git LFS.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class ModelIdentity:
 
 
 def describe_model(model: str) -> ModelIdentity:
-    """Identify `model` (see `load_generator`) by reading its file, cheaply and without torch.
+    """Identify `model` (see `load_generator`) by its files, without torch; their hashes are found once per host (`file_hashes`).
 
     Raises:
         InputError: a file is missing or is not safetensors, or the factory's name is malformed.
@@ -96,9 +104,7 @@ def describe_model(model: str) -> ModelIdentity:
 
         return describe_pipeline(path)
     header = read_safetensors_header(path)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return ModelIdentity(header.get("__metadata__", {}).get("name", path.stem), sha256)
+    return ModelIdentity(header.get("__metadata__", {}).get("name", path.stem), file_sha256(path))
 
 
 def load_generator(model: str, *, device: str = "cpu") -> Generator:
@@ -142,6 +148,18 @@ def model_path(model: str) -> Path:
     return path
 
 
+def needs_gpu(model: str) -> bool:
+    """Whether `model` is a diffusers directory of more than `CPU_WEIGHTS_BYTES`. Raises InputError as `describe_model`."""
+    if model.startswith(FACTORY_PREFIX):
+        return False
+    path = model_path(model)
+    if not path.is_dir():
+        return False
+    from millijoule.workers.diffusers_model import read_pipeline
+
+    return sum(file.stat().st_size for file in read_pipeline(path).files) > CPU_WEIGHTS_BYTES
+
+
 def read_safetensors_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file: tensor names to dtype, shape and offsets, and `__metadata__`.
 
@@ -150,22 +168,69 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
+        start = file.read(64)
+        refuse_lfs_pointer(path, start)
+        length = int.from_bytes(start[:8], "little")
         if start[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"):
             raise InputError(
                 f"{path}: a pickled checkpoint; loading one can run any code, so it is not read. Save the weights "
                 "with safetensors (`millijoule convert` does it for Un-0 checkpoints) and give that file"
             )
-        if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        if len(start) < 8 or not 2 <= length <= size - 8 or start[8:9] != b"{":
             raise InputError(f"{path}: not a safetensors file")
+        if length > MAX_HEADER_BYTES:
+            raise InputError(
+                f"{path}: its header has {length} bytes, at most {MAX_HEADER_BYTES} are read: not a model of ours"
+            )
+        file.seek(8)
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a safetensors file: {error}") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: not a safetensors file")
+    try:
+        _check_header(header, size - 8 - length)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged model file: {error}") from error
     return header
+
+
+def refuse_lfs_pointer(path: Path, start: bytes) -> None:
+    """Raise InputError if the file that begins with `start` is only Git LFS's note of where the real one is."""
+    if start.startswith(LFS_POINTER):
+        raise InputError(
+            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned, or download the file"
+        )
+
+
+def _check_header(header: dict[str, Any], size: int) -> None:
+    """Raise ValueError unless `header` gives every tensor bytes of its own among the `size` that follow it."""
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ is not words by name")
+    places = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        short = repr(name[:100])
+        if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+            raise ValueError(f"its header has no type for tensor {short}")
+        shape, place = entry.get("shape"), entry.get("data_offsets")
+        if not _are_counts(shape) or not _are_counts(place) or len(place) != 2:
+            raise ValueError(f"its header has no shape or no place for tensor {short}")
+        if not place[0] <= place[1] <= size:
+            raise ValueError(
+                f"tensor {short} is at bytes {place[0]} to {place[1]} of {size}; the file may have been cut off"
+            )
+        places.append((place[0], place[1], short))
+    end, before = 0, ""
+    for first, last, short in sorted(places):
+        if first < end:
+            raise ValueError(f"tensors {before} and {short} overlap at byte {first}")
+        end, before = last, short
+
+
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _split_factory(model: str) -> tuple[str, str]:

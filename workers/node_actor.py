@@ -6,7 +6,6 @@ opened or read is a reason that comes back with the readings, never an error.
 
 from __future__ import annotations
 
-import logging
 import socket
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from millijoule.workers.node_meter import NodeFailure, NodeReading, NodeRecorder
 from millijoule.workers.node_meter_config import NodeMeterConfig
 from millijoule.workers.nvml import installed_gpus
 from millijoule.workers.orphan import exit_with_parent
+from millijoule.workers.visible_text import log_to_stderr
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class NodeMeterActor:
     """One node's recorder. Construct through `remote_node_recorder`."""
 
     def __init__(self, config: NodeMeterConfig) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        log_to_stderr("%(levelname)s %(name)s: %(message)s")
         exit_with_parent()
         self.config = config
         self._recorder: NodeRecorder | None = None

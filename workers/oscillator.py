@@ -10,7 +10,6 @@ with, and is also the only form of a control model without oscillators.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -29,6 +28,7 @@ from torch import Tensor
 from millijoule.kernels.oscillator import Coupling, quantize_coupling, quantize_drive, relax
 from millijoule.kernels.phase import AMPLITUDE, TURN, random_phases, sin_cos
 from millijoule.workers.errors import InputError, RowError
+from millijoule.workers.file_hashes import file_sha256
 from millijoule.workers.generator import GeneratedBatch, GeneratorInfo, read_safetensors_header
 from millijoule.workers.oscillator_model import (
     COUPLINGS,
@@ -116,8 +116,8 @@ class OscillatorGenerator:
             tensors = load_file(path)
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path}: damaged model file: {error}") from error
-        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-            raise InputError(f"{path}: has weights that are not finite numbers")
+        if not all(bool(torch.isfinite(t.float()).all()) for t in tensors.values()):
+            raise InputError(f"{path}: has weights that are not finite float32 numbers")
         coupling = _take_coupling(path, tensors, config) if integer else None
         model = OscillatorModel(
             config, tables=integer
@@ -130,9 +130,8 @@ class OscillatorGenerator:
             raise InputError(
                 f"{path}: its tensors are not those of its config: {str(error).splitlines()[-1].strip()}"
             ) from error
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return OscillatorGenerator(model, coupling, metadata.get("name", path.stem), sha256, device)
+        name = metadata.get("name", path.stem)
+        return OscillatorGenerator(model, coupling, name, file_sha256(path), device)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """Draw one image per request, all of one size and step count.

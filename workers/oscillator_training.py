@@ -22,6 +22,7 @@ from millijoule.workers.graphed_step import GraphedStep
 from millijoule.workers.losses import drifting_loss, energy_distance
 from millijoule.workers.optimizer import adamw, clip_and_step, load_optimizer, set_learning_rate
 from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel, random_noise, start_phases
+from millijoule.workers.processor import multiplies_bfloat16
 from millijoule.workers.scene_prompts import write_prompt
 from millijoule.workers.scene_renderer import SceneRenderer, draw_variation
 from millijoule.workers.scenes import FAMILIES, sample_scene, sample_training_scenes, scene_tokens
@@ -111,6 +112,7 @@ class OscillatorTrainer:
             weight_decay=config.weight_decay,
         )
         on_gpu = device.startswith("cuda")
+        self.narrow = multiplies_bfloat16(device)
         self.renderer = DeviceRenderer(device) if on_gpu else None
         self.data = StepData(OscillatorData(config, variation=on_gpu), device, data_processes)
         self.compare = self._compare
@@ -169,9 +171,11 @@ class OscillatorTrainer:
         true = renders.float() / 127.5 - 1
         phases = start_phases(noise, tokens.repeat_interleave(config.samples, 0), config.model)
         # without its cache of cast weights, which would outlive the capture of a graph
-        with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, cache_enabled=False):
+        kind = self.device.split(":")[0]
+        operands = torch.bfloat16 if self.narrow else torch.float32
+        with torch.autocast(kind, torch.bfloat16, enabled=self.narrow, cache_enabled=False):
             images = self.model(
-                tokens, phases, quantized=True, operands=torch.bfloat16, samples=config.samples
+                tokens, phases, quantized=True, operands=operands, samples=config.samples
             ).float()
         logged = self.compare(images.unflatten(0, (config.scenes, config.samples)), true, offset)
         self.optimizer.zero_grad(set_to_none=True)

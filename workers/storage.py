@@ -25,6 +25,12 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError, StoreError
+from millijoule.workers.prompt_file_names import (
+    data_files,
+    is_marker,
+    literal_folder,
+    partition_columns,
+)
 
 if TYPE_CHECKING:
     from millijoule.workers.s3_storage import S3Settings
@@ -75,11 +81,15 @@ class TemporaryObject:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A prompt file: absolute path or s3:// URL, size in bytes, and on S3 the server's ETag."""
+    """A prompt file: absolute path or s3:// URL, size in bytes, and on S3 the server's ETag.
+
+    `columns` are those that its folders add (`lang=de/`), text or None.
+    """
 
     url: str
     size_bytes: int
     etag: str | None = None
+    columns: tuple[tuple[str, str | None], ...] = ()
 
 
 class Store(Protocol):
@@ -566,12 +576,14 @@ def _local_path(url: str) -> Path:
 
 
 def expand_inputs(patterns: Iterable[str], s3: S3Settings | None = None) -> list[InputFile]:
-    """The prompt files that paths, globs and s3:// URLs or globs name: each once, sorted by URL.
+    """The prompt files that paths, folders, globs and s3:// URLs, prefixes or globs name: each once, sorted by URL.
 
-    `*`, `?` and `[...]` match within one path segment, `**` across segments.
+    `*`, `?` and `[...]` match within one path segment, `**` across segments. A folder or prefix stands for the data
+    files below it (`data_files`); globs pass markers such as `_SUCCESS` over, too. Folders named `key=value` below the
+    folder given, or below a glob's first wildcard, add a column.
 
     Raises:
-        InputError: a pattern matches nothing or names a folder.
+        InputError: a pattern matches nothing, or a folder is not one of prompt files of one format.
         StoreError: S3 refused or failed.
     """
     found: dict[str, InputFile] = {}
@@ -601,12 +613,14 @@ def open_input_file(url: str, s3: S3Settings | None = None) -> BinaryIO:
 
 
 def _expand_local(pattern: str) -> list[InputFile]:
-    path = _local_path(pattern)
-    names = [str(path)]
-    if not path.exists() and glob.has_magic(str(path)):
-        names = glob.glob(str(path), recursive=True)
+    path = str(_local_path(pattern))
+    if os.path.isdir(path):
+        return _local_folder(pattern, path)
+    names, root = [path], ""
+    if not os.path.exists(path) and glob.has_magic(path):
+        names, root = glob.glob(path, recursive=True), literal_folder(path)
     files, folders = [], []
-    for name in names:
+    for name in _without_markers(names, path, root):
         with _local_errors("read", Path(name)):
             try:
                 status = os.stat(name)
@@ -615,10 +629,34 @@ def _expand_local(pattern: str) -> list[InputFile]:
         if stat.S_ISDIR(status.st_mode):
             folders.append(name)
         else:
-            files.append(InputFile(os.path.abspath(name), status.st_size))
+            columns = partition_columns(name.removeprefix(root)) if root else ()
+            files.append(InputFile(os.path.abspath(name), status.st_size, columns=columns))
     if folders and not files:
-        raise _is_a_folder(pattern, os.path.join(folders[0], "*.parquet"))
+        raise InputError(
+            f"{pattern!r} matches folders only; name one of them, or files in them such as "
+            f"{os.path.join(folders[0], '*.parquet')!r}"
+        )
     return files
+
+
+def _local_folder(pattern: str, path: str) -> list[InputFile]:
+    sizes: dict[str, int] = {}
+    with _local_errors("list", Path(path)):
+        for folder, _, names in os.walk(path, onerror=_raise):
+            for name in names:
+                file = os.path.join(folder, name)
+                relative = os.path.relpath(file, path).replace(os.sep, "/")
+                # A link to nowhere beside the data is no reason to stop, unless it would be read.
+                sizes[relative] = 0 if is_marker(relative) else os.stat(file).st_size
+    root = os.path.abspath(path)
+    return [
+        InputFile(os.path.join(root, name), sizes[name], columns=partition_columns(name))
+        for name in data_files(pattern, sizes)
+    ]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _expand_s3(pattern: str, s3: S3Settings | None) -> list[InputFile]:
@@ -628,25 +666,40 @@ def _expand_s3(pattern: str, s3: S3Settings | None) -> list[InputFile]:
 
     name, key = split_s3_url(pattern)
     bucket = shared_bucket(name, s3 or S3Settings.from_environment())
-    found: Iterable[dict[str, Any]]
+    objects: dict[str, dict[str, Any]]
+    root = ""
     if not glob.has_magic(key):
         try:
-            head = bucket.head(key) if key else {}
+            head = bucket.head(key) if key and not pattern.endswith("/") else {}
         except NotFoundError:
             head = {}
-        if not head and next(bucket.list_objects(f"{key}/" if key else ""), None):
-            raise _is_a_folder(pattern, f"{pattern.rstrip('/')}/*.parquet")
-        found = [{"Key": key, "Size": head["ContentLength"], **head}] if head else []
+        if head:
+            objects = {key: {"Size": head["ContentLength"], **head}}
+        else:
+            root = f"{key}/" if key else ""
+            objects = {o["Key"]: o for o in bucket.list_objects(root)}
+            if objects:
+                sizes = {k.removeprefix(root): o["Size"] for k, o in objects.items()}
+                objects = {root + n: objects[root + n] for n in data_files(pattern, sizes)}
     else:
         matches = re.compile(glob_translate(key)).match
+        root = literal_folder(key)
         literal = re.split(r"[*?\[]", key, maxsplit=1)[0]
-        found = (o for o in bucket.list_objects(literal) if matches(o["Key"]) or o["Key"] == key)
+        found = {o["Key"]: o for o in bucket.list_objects(literal) if matches(o["Key"]) or o["Key"] == key}
+        objects = {k: found[k] for k in _without_markers(found, key, root)}
     return [
-        InputFile(f"s3://{name}/{o['Key']}", o["Size"], o["ETag"].strip('"'))
-        for o in found
-        if not o["Key"].endswith("/")
+        InputFile(
+            f"s3://{name}/{k}",
+            o["Size"],
+            o["ETag"].strip('"'),
+            partition_columns(k.removeprefix(root)) if root or k != key else (),
+        )
+        for k, o in objects.items()
     ]
 
 
-def _is_a_folder(pattern: str, example: str) -> InputError:
-    return InputError(f"{pattern!r} is a folder; name its files, for example {example!r}")
+def _without_markers(names: Iterable[str], pattern: str, root: str) -> list[str]:
+    """What a glob matched without markers, unless it asks for them itself (`_*.csv`); a plain path as it is."""
+    if not glob.has_magic(pattern) or is_marker(pattern.removeprefix(root)):
+        return list(names)
+    return [name for name in names if name == pattern or not is_marker(name.removeprefix(root))]

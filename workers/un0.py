@@ -15,7 +15,6 @@ of the sources: the field the oscillator sits in.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -32,7 +31,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from millijoule.kernels.phase import TURN, random_phases
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, RowError
+from millijoule.workers.file_hashes import file_sha256
 from millijoule.workers.generator import GeneratedBatch, GeneratorInfo, read_safetensors_header
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.un0_checkpoint import (
@@ -42,8 +42,8 @@ from millijoule.workers.un0_checkpoint import (
     STEM,
     Un0Architecture,
     canonical,
-    check_finite,
     check_shapes,
+    check_values,
 )
 
 #: Rows the model always sees, the rest being padding. A GPU needs more of them to be busy.
@@ -55,6 +55,9 @@ FIELD_TYPE = {"cpu": torch.float64, "cuda": torch.float32}
 
 #: Images per call that the worker sends.
 BATCH_SIZE = 64
+
+#: Enough to see whether a model draws anything.
+TRIAL_STEPS = 10
 
 #: Slope of the decoder's activation below zero.
 LEAK = 0.2
@@ -107,7 +110,7 @@ class Un0Generator:
         """Load a file written by `millijoule convert`.
 
         Raises:
-            InputError: the file is not safetensors, or not a model this version knows.
+            InputError: the file is not safetensors, or not a model this version knows, or its numbers would overflow.
         """
         path = Path(path)
         header = read_safetensors_header(path)
@@ -125,25 +128,23 @@ class Un0Generator:
             class_names = json.loads(metadata.get("class_names", "[]"))
             check_shapes(architecture, {name: tuple(t["shape"]) for name, t in header.items()})
             tensors = load_file(path)
-            check_finite(tensors)
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            check_values(architecture, tensors)
             return Un0Generator(
                 architecture,
                 canonical(tensors),
                 class_names,
                 metadata.get("name", path.stem),
-                sha256,
+                file_sha256(path),
                 device,
             )
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: damaged model file: {error}") from error
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """Draw one image per request, all of one size and step count.
 
         Raises:
-            InputError: a prompt that is no class of this model, or a size or step count it cannot make.
+            RowError: a prompt that is no class of this model, or a size or step count it cannot make.
         """
         self._check(requests)
         classes = [self._classes.find(r.prompt) for r in requests]
@@ -195,7 +196,10 @@ class Un0Generator:
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
                 for place in (1, 3):
                     x = F.leaky_relu(self._convolve(x, f"decoder.cascade.{block}.net.{place}"), LEAK)
-            x = torch.tanh(self._convolve(x, "decoder.to_output"))
+            x = self._convolve(x, "decoder.to_output")
+            if not bool(torch.isfinite(x).all()):  # `check_values` rules it out, so it is not the prompt
+                raise RuntimeError("the model made pixels that are not finite numbers")
+            x = torch.tanh(x)
             pixels = torch.round((x[:count] + 1) * 127.5).clamp_(0, 255).to(torch.uint8)
             images.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(images)
@@ -207,13 +211,30 @@ class Un0Generator:
         size = self.architecture.image_size
         for r in requests:
             if (r.width or size, r.height or size) != (size, size):
-                raise InputError(
-                    f"{r.width or size}x{r.height or size}: this model makes {size}x{size} pixels"
-                )
+                raise RowError(f"{r.width or size}x{r.height or size}: this model makes {size}x{size} pixels")
             if not 1 <= (r.num_inference_steps or self.architecture.steps) <= MAX_STEPS:
-                raise InputError(
+                raise RowError(
                     f"num_inference_steps {r.num_inference_steps}: this model takes 1 to {MAX_STEPS}"
                 )
+
+
+def check_images(generator: Un0Generator) -> None:
+    """Draw a few images to see that there is something on them.
+
+    Raises:
+        ValueError: they are all of one flat colour, or all the same.
+    """
+    classes, count = generator.architecture.classes, FLOAT_BATCH["cpu"]
+    steps = min(generator.architecture.steps, TRIAL_STEPS)
+    requests = [
+        ImageRequest("trial", i, str(i * classes // count), seed=i, num_inference_steps=steps)
+        for i in range(count)
+    ]
+    images = generator.generate(requests).images
+    if (images == images[:, :1, :1]).all():
+        raise ValueError("it draws flat colour only: its decoder's weights are far too small or too large")
+    if (images == images[:1]).all():
+        raise ValueError("it draws the same image for every seed and class")
 
 
 class ClassIndex:
@@ -236,7 +257,7 @@ class ClassIndex:
         """The class's number, `NO_CLASS` for an empty prompt.
 
         Raises:
-            InputError: the prompt is no class of this model, or a name that several classes share.
+            RowError: the prompt is no class of this model, or a name that several classes share.
         """
         word = _simplified(prompt)
         if not word:
@@ -244,17 +265,17 @@ class ClassIndex:
         if number := _CLASS_NUMBER.fullmatch(word):
             if int(number[1]) < self.classes:
                 return int(number[1])
-            raise InputError(f"{prompt!r}: this model has classes 0 to {self.classes - 1}")
+            raise RowError(f"{prompt!r}: this model has classes 0 to {self.classes - 1}")
         found = sorted(self._numbers.get(word, ()))
         if len(found) == 1:
             return found[0]
         if found:
-            raise InputError(
+            raise RowError(
                 f"{prompt!r} names classes {', '.join(map(str, found))}: write the number of the one you mean"
             )
         known = f"one of {', '.join(self.names[:10])}" if self.names else f"0 to {self.classes - 1}"
         more = f" ({len(self.names)} in all)" if len(self.names) > 10 else ""
-        raise InputError(f"{prompt[:100]!r} is no class of this model; a prompt is {known}{more}")
+        raise RowError(f"{prompt[:100]!r} is no class of this model; a prompt is {known}{more}")
 
 
 def start_angles(seeds: Sequence[int], n: int) -> Tensor:

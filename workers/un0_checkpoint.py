@@ -2,7 +2,7 @@
 
 In goes a `.pt` file as Un-0's training and its releases write it, out comes a safetensors file that says which model it
 is. Tensor names, values and the training config are kept as published. Nothing here runs the model, and no pickle is
-ever opened with anything but torch's restricted unpickler, which can make tensors and plain values and nothing else.
+ever loaded: `saved_checkpoint` reads it as data.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
-import re
+import reprlib
 import uuid
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.saved_checkpoint import SavedCheckpoint, StoredTensor, Unread, read_saved
 
 FORMAT = "un0"
 FORMAT_VERSION = "1"
@@ -45,8 +45,11 @@ MIN_CHANNELS = 32
 #: Sizes beyond these are not a model anyone has published, and would only exhaust memory.
 MAX_OSCILLATORS, MAX_DRIVERS, MAX_CLASSES, MAX_STEPS = 65536, 4096, 1_000_000, 1000
 
-#: The pickled part of a checkpoint holds names and settings; the numbers stand beside it.
-MAX_PICKLE_BYTES = 64 * 2**20
+#: A training config has some dozens of settings. What is carried along must fit into the output's header.
+MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 4 * 2**20, 32
+
+#: Bounds on what a model can compute must stay this far below what float32 holds: sums in parts may pass the whole sum.
+LARGEST = torch.finfo(torch.float32).max / 2**20
 
 #: What torch.compile puts into the names of a module's tensors; a checkpoint may have it or not.
 COMPILED = "_orig_mod."
@@ -84,7 +87,7 @@ class Un0Architecture:
         ):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"{name} {value!r} is not an integer from {low} to {high}")
+                raise ValueError(f"{name} {short(value)} is not an integer from {low} to {high}")
         for name, known in (
             ("parameterization", PARAMETERIZATIONS),
             ("relativization", RELATIVIZATIONS),
@@ -92,9 +95,9 @@ class Un0Architecture:
             ("solver", SOLVERS),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+                raise ValueError(f"{name} {short(getattr(self, name))} is none of {', '.join(known)}")
         if type(self.horizon) is not float or not 0 < self.horizon < math.inf:
-            raise ValueError(f"horizon {self.horizon!r} is not a positive number")
+            raise ValueError(f"horizon {short(self.horizon)} is not a positive number")
         if self.features % STEM**2:
             raise ValueError(f"{self.features} readout features do not fill a {STEM}x{STEM} grid")
 
@@ -178,27 +181,30 @@ def read_checkpoint(path: Path, *, parameterization: Parameterization | None = N
         InputError: the file cannot be read, holds objects other than tensors and plain values, or is not a model
             this version knows; the message names the tensor or setting at fault.
     """
-    saved = _load_restricted(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+    saved = read_saved(path)
+    content = saved.content
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise InputError(f'{path}: not an Un-0 checkpoint: it has no "model" with named tensors')
-    config = _plain_config(path, saved.get("config"))
-    tensors = saved["model"]
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(f"{path}: model entry {name!r} is a {type(tensor).__name__}, not a tensor")
-        if tensor.layout != torch.strided or tensor.dtype not in _FLOATS:
-            raise InputError(f"{path}: {name} is {tensor.dtype}, {tensor.layout}: not plain floating point")
-    _check_bytes(path, tensors)
+    config = _plain_config(path, content.get("config"))
+    stored = content["model"]
+    for name, tensor in stored.items():
+        what = f"{path}: model entry {short(name)}"
+        if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
+            raise InputError(f"{what} is a {_kind(tensor)}, not a tensor of numbers")
+        if tensor.dtype not in _FLOATS:
+            raise InputError(f"{what} is {tensor.dtype}: not plain floating point")
     if parameterization is not None:
         config = {**config, "parameterization": parameterization}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     try:
         architecture = infer_architecture(config, shapes)
         check_shapes(architecture, shapes)
-        check_finite(tensors)
+        _check_places(saved, stored)
+        tensors = {name: saved.tensor(tensor) for name, tensor in stored.items()}
+        check_values(architecture, tensors)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
-    return Un0Checkpoint(architecture, {name: t.detach() for name, t in tensors.items()}, config)
+    return Un0Checkpoint(architecture, tensors, config)
 
 
 def write_safetensors(
@@ -208,8 +214,12 @@ def write_safetensors(
     name: str,
     class_names: tuple[str, ...] = (),
     overwrite: bool = False,
+    check: Callable[[Path], None] = lambda file: None,
 ) -> None:
     """Write `checkpoint` where `load_generator` can read it; all of the file appears at once or none.
+
+    Args:
+        check: called with the complete file before it gets its name; what it raises is raised, and nothing is written.
 
     Raises:
         InputError: the file exists and `overwrite` is False, or it cannot be written.
@@ -229,14 +239,15 @@ def write_safetensors(
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # save_file would leave it readable to its owner only
-        save_file({k: t.contiguous() for k, t in checkpoint.tensors.items()}, temporary, metadata)
+        save_file(checkpoint.tensors, temporary, metadata)
         temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        check(temporary)
         if path.exists() and not overwrite:
             raise InputError(f"{path}: was created by someone else meanwhile; it is left as it is")
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, UnicodeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -255,7 +266,7 @@ def infer_architecture(
         ValueError: tensors are missing, or the two disagree, or the model is of a kind this version does not run.
     """
     if config.get("dynamics", "standard") != "standard":
-        raise ValueError(f"dynamics {config['dynamics']!r}: only the standard dynamics are supported")
+        raise ValueError(f"dynamics {short(config['dynamics'])}: only the standard dynamics are supported")
     shapes = canonical(published_shapes)
     for name, ndim in (("dynamics.K", 2), ("dynamics.K_drive", 3)):
         if name not in shapes:
@@ -292,7 +303,7 @@ def infer_architecture(
     ):
         stated = config.get(setting)
         if stated is not None and stated != found:
-            raise ValueError(f"its config says {setting} {stated!r}, its tensors say {found}")
+            raise ValueError(f"its config says {setting} {short(stated)}, its tensors say {found}")
     return architecture
 
 
@@ -305,14 +316,50 @@ def check_shapes(architecture: Un0Architecture, published_shapes: Mapping[str, t
         if found[name] != shape:
             raise ValueError(f"{name} has shape {list(found[name])}, expected {list(shape)}")
     if unknown := sorted(set(found) - set(expected)):
-        raise ValueError(f"has tensors that are not of this model: {', '.join(unknown[:5])}")
+        raise ValueError(f"has tensors that are not of this model: {', '.join(map(short, unknown[:5]))}")
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming the tensor, where a value is not a finite number."""
+def check_values(architecture: Un0Architecture, published: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the tensor, unless the model's numbers stay finite in float32 for every class and seed.
+
+    Bounds instead of a trial: a sum is at most the sum of its terms' magnitudes, sines and cosines are at most one.
+    """
+    tensors = canonical(published)
     for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name} is {tensor.dtype}: not plain floating point")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} has values that are not finite numbers")
+        if not bool(torch.isfinite(tensor.to(torch.float32)).all()):
+            raise ValueError(
+                f"{name} has values up to {tensor.abs().max():.3g}, which float32 cannot hold; models run in float32"
+            )
+    speed = {
+        "dynamics.K": architecture.coupling_scale * _rows(tensors["dynamics.K"]),
+        "dynamics.K_drive": architecture.driver_scale * _rows(tensors["dynamics.K_drive"]),
+        "dynamics.K_cond": architecture.driver_scale * _rows(tensors["dynamics.K_cond"]),
+        "dynamics.omega": float(tensors["dynamics.omega"].abs().max()),
+        "dynamics.omega_cond": float(tensors["dynamics.omega_cond"].abs().max()),
+    }
+    # cos S - sin C has two sums; a Runge-Kutta step adds up eight velocities; a mean first adds up all phases
+    phase = math.pi + 16 * max(architecture.horizon, 1.0) * sum(speed.values())
+    if not phase * architecture.oscillators < LARGEST:
+        worst = max(speed, key=lambda name: speed[name])
+        raise ValueError(f"{worst} is too strong: phases of up to {phase:.3g} may not stay finite in float32")
+    bound = 2 * phase if architecture.encoding == "raw" else 1.0
+    for name in architecture.shapes():
+        if name.startswith("decoder.") and name.endswith(".weight"):
+            bias = tensors[name.replace(".weight", ".bias")]
+            bound = bound * _rows(tensors[name].flatten(1)) + float(bias.abs().max())
+            if not bound < LARGEST:
+                raise ValueError(
+                    f"{name} is too strong: values of up to {bound:.3g} may not stay finite in float32"
+                )
+
+
+def _rows(matrix: Tensor) -> float:
+    """The largest sum of magnitudes along the last dimension."""
+    return float(matrix.abs().sum(-1, dtype=torch.float64).max())
 
 
 def canonical(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,73 +379,100 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8")
         names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--class-names {path}: {error}") from error
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            raise InputError(f"--class-names {path}: class {number} has no name: {name!r}")
+            raise InputError(f"--class-names {path}: class {number} has no name: {short(name)}")
     return tuple(name.strip() for name in names)
 
 
-def _load_restricted(path: Path) -> Any:
-    """Unpickle with torch's restricted unpickler, numbers left on disk where the format allows."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        in_zip = zipfile.is_zipfile(path)
-        if in_zip:
-            _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL (\S+)", str(error))
-        raise InputError(
-            f"{path}: holds {what[1] if what else 'something'} besides tensors and plain values, so it is not "
-            "loaded: that could run any code. Save a file with only its model and config and convert that"
-        ) from error
-    except Exception as error:  # a damaged file makes torch raise nearly anything
-        raise InputError(f"{path}: not a checkpoint torch can read: {_first_line(error)}") from error
+def short(value: Any) -> str:
+    """`value` for a message: its representation, however large or strange it is."""
+    return _SHORT.repr(value)
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse archives that would unpack to more than they are."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise InputError(f"{path}: {entry.filename} is compressed, which torch.save never does")
-            if entry.filename.endswith(".pkl") and entry.file_size > MAX_PICKLE_BYTES:
-                raise InputError(f"{path}: {entry.filename} is {entry.file_size} bytes: not a checkpoint")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
-def _check_bytes(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Tensors can be views that repeat a few stored numbers without end; real weights are as large as their file."""
-    claimed = sum(t.numel() * t.element_size() for t in tensors.values())
-    if claimed > path.stat().st_size:
-        raise InputError(f"{path}: its tensors claim {claimed} bytes, more than the file has")
+def _check_places(saved: SavedCheckpoint, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError unless every tensor has numbers of its own in the file, as real weights do.
+
+    A tensor can be a view that repeats a few numbers without end, and two can be views of the same ones.
+    """
+    save = "save copies, {name: tensor.clone() for name, tensor in state_dict.items()}, and convert that"
+    places = []
+    for name, tensor in tensors.items():
+        try:
+            place = saved.place(tensor)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; the file is damaged") from error
+        if tensor.repeats:
+            raise ValueError(
+                f"{name}: its {math.prod(tensor.shape)} elements repeat {tensor.span} stored numbers; {save}"
+            )
+        places.append((place.start, place.stop, name))
+    places.sort()
+    for (_, end, name), (start, _, other) in pairwise(places):
+        if start < end:
+            raise ValueError(f"{name} and {other} are views of the same stored numbers; {save}")
 
 
 def _plain_config(path: Path, config: Any) -> dict[str, Any]:
+    """The config, with only plain values in it, none deep, all of it no larger than can be carried along."""
     if config is None:
         return {}
     if not isinstance(config, dict):
-        raise InputError(f"{path}: its config is a {type(config).__name__}, not a dictionary")
+        raise InputError(f"{path}: its config is a {_kind(config)}, not a dictionary")
+    budget = MAX_CONFIG_BYTES
     for name, value in config.items():
-        if not isinstance(name, str) or not _is_plain(value):
+        what = f"{path}: config entry {short(name)}"
+        if not isinstance(name, str):
             raise InputError(
-                f"{path}: config entry {name!r} is a {type(value).__name__}; only numbers, words, and lists of them "
-                "can be kept. Save the checkpoint without it and convert that"
+                f"{what} has a name that is no word; save the checkpoint without it and convert that"
             )
+        try:
+            budget = _spend(value, budget - len(name), MAX_CONFIG_DEPTH)
+        except ValueError as error:
+            raise InputError(f"{what} {error}. Save the checkpoint without it and convert that") from error
+    size = len(json.dumps(json.dumps(config)))  # as it stands in the header, which is JSON itself
+    if size > MAX_CONFIG_BYTES:
+        largest = max(config, key=lambda name: len(json.dumps(config[name])))
+        raise InputError(
+            f"{path}: its config takes {size} bytes, {MAX_CONFIG_BYTES} can be kept; the largest entry is "
+            f"{short(largest)}. Save the checkpoint without it and convert that"
+        )
     return dict(config)
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(v) for v in value)
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
-    return value is None or type(value) in (bool, int, float, str)
+def _spend(value: Any, budget: int, depth: int) -> int:
+    """What is left of `budget` after `value`, a value that occurs many times counted each time.
+
+    Raises:
+        ValueError: nothing is left, or `value` is no plain value or deeper than `depth`; the message goes after "it".
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        budget -= 1 + (len(value) if isinstance(value, str) else 0)
+    elif type(value) in (list, tuple, dict):
+        if depth == 0:
+            raise ValueError(f"has lists in lists {MAX_CONFIG_DEPTH} deep, or one that contains itself")
+        budget -= 2
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                raise ValueError("has names that are no words")
+            budget -= sum(map(len, value))
+            value = value.values()
+        for item in value:
+            budget = _spend(item, budget, depth - 1)
+    else:
+        raise ValueError(f"is a {_kind(value)}; only numbers, words, and lists of them can be kept")
+    if budget < 0:
+        raise ValueError(f"is larger than the {MAX_CONFIG_BYTES} bytes of config that can be kept")
+    return budget
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _kind(value: Any) -> str:
+    if isinstance(value, Unread):
+        return value.kind
+    return "tensor" if isinstance(value, StoredTensor) else type(value).__name__

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from millijoule.workers.processor import multiplies_bfloat16
 from millijoule.workers.scene_renderer import SceneRenderer
 from millijoule.workers.scenes import (
     BACKGROUNDS,
@@ -380,7 +381,7 @@ class VerifierTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(self.step, config.steps, config.warm_up)
         self.net.train()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
             outputs = self.net(pixels)
         loss, log = verifier_loss(outputs.cells, outputs.overall, make_targets(made))
         self.optimizer.zero_grad(set_to_none=True)

@@ -2,7 +2,8 @@
 
 Prompts, model names, hosts and messages are untrusted text. They reach the page only through `html.escape` or as
 JSON in which no markup can end the block, and the page's content security policy runs exactly the two scripts whose
-hashes it names: whatever slipped through would not run, and nothing can be sent anywhere.
+hashes it names: whatever slipped through would not run, and nothing can be sent anywhere. Characters that would turn or hide
+the words around them are made visible.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ from bokeh.resources import Resources
 from millijoule.pipeline.report.charts import Chart, job_charts
 from millijoule.pipeline.report.data import Report
 from millijoule.pipeline.report.sections import comparison_section, job_section
-
-#: Control characters have no meaning on a page and end some programs' reading of it.
-_CONTROLS = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if c not in (9, 10, 13)}
+from millijoule.workers.visible_text import visible, visible_lines
 
 
 def render_page(report: Report) -> bytes:
@@ -40,9 +39,9 @@ def render_page(report: Report) -> bytes:
     names = dict.fromkeys(job.model for job in report.jobs)
     page = Template(_resource("html")).substitute(
         policy=escape(_policy(library, script)),
-        title=escape("Energy report: " + ", ".join(names)).translate(_CONTROLS),
+        title=visible(escape("Energy report: " + ", ".join(names))),
         style=_resource("css"),
-        body="\n".join(sections).translate(_CONTROLS),
+        body=visible_lines("\n".join(sections)),
         footer="Made by <code>millijoule report</code> from the output's own files. Nothing is loaded from elsewhere.",
         charts=_json_block(_chart_specs(charts)),
         library=library,
@@ -72,8 +71,19 @@ def _policy(*scripts: str) -> str:
 
 def _json_block(value: Any) -> str:
     """JSON that no HTML parser can leave: every < > & is an escape inside a string."""
-    text = json.dumps(value, separators=(",", ":"))
+    text = json.dumps(_with_visible_texts(value), separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _with_visible_texts(value: Any) -> Any:
+    """A JSON value with every text as the page shows it, so that the filters find the charts' names, too."""
+    if isinstance(value, str):
+        return visible_lines(value)
+    if isinstance(value, dict):
+        return {_with_visible_texts(k): _with_visible_texts(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_visible_texts(v) for v in value]
+    return value
 
 
 def _chart_specs(charts: Sequence[Sequence[Chart]]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The report as tables on a terminal: the page's figures without its charts and pictures.
 
-Names and messages come from the job and are untrusted: they are shown as plain text, control characters replaced, so
-that nothing in them can colour, move or clear the terminal.
+Names and messages come from the job and are untrusted: they are shown as plain text, control characters made visible,
+so that nothing in them can colour, move or clear the terminal.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from millijoule.pipeline import evidence
 from millijoule.pipeline.report import words
 from millijoule.pipeline.report.data import JobReport, Report, some_of_each_check
 from millijoule.pipeline.report.devices import DeviceRow
+from millijoule.workers.visible_text import visible
 
 #: Rows of a table before the rest is left to the page.
 MAX_ROWS = 12
@@ -240,4 +241,4 @@ def _table(*heads: str, numbers: int, number_width: tuple[int, int] | None = Non
 
 
 def _plain(text: str, style: str = "") -> Text:
-    return Text(words.printable(text), style=style)
+    return Text(visible(text), style=style)

@@ -183,11 +183,6 @@ def shortened(text: str, chars: int) -> str:
     return text if len(text) <= chars else text[:chars] + " ..."
 
 
-def printable(text: str) -> str:
-    """`text` without control characters, which a terminal would obey; on one line."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def _scaled(value: float, units: tuple[tuple, ...]) -> str:
     """`value` in the first unit it reaches: (from, name) or (from, name, size); the last one takes the rest."""
     for begin, name, *size in units:

@@ -1,6 +1,7 @@
 """On an NVIDIA GPU: the same bits as on a CPU where integers decide, the same training, a counter that counts.
 
-Skipped where there is none. `make accelerator` runs them; they need no cluster.
+Skipped where there is none. `make accelerator` runs them; they need no cluster. `make gpu-rehearsal` takes the CPU in the GPU's
+place.
 """
 
 import time
@@ -9,12 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.accelerator import DEVICE, MISSING, REHEARSAL
 
 from millijoule.kernels.oscillator import quantize_coupling, quantize_drive, relax, relax_reference
 from millijoule.kernels.phase import random_phases
 from millijoule.workers.device_renderer import DeviceRenderer
 from millijoule.workers.generator import load_generator
 from millijoule.workers.meter import open_meter
+from millijoule.workers.nvml_library import NvmlLibrary
 from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel
 from millijoule.workers.oscillator_training import OscillatorTrainer, OscillatorTrainingConfig
 from millijoule.workers.scene_prompts import parse_prompt, write_prompt
@@ -23,7 +26,9 @@ from millijoule.workers.scenes import FAMILIES, complete, sample_scene, sample_t
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.training_loop import load_checkpoint, save_checkpoint
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.skipif(MISSING, reason="no CUDA device")
+
+on_a_board = pytest.mark.skipif(REHEARSAL, reason="a rehearsal: there is no board to read")
 
 SMALL = OscillatorTrainingConfig(
     steps=40,
@@ -61,13 +66,13 @@ def test_the_core_gives_the_same_bits_as_the_reference(batch):
     gains = [1 + 0.5 * torch.tanh(normal(batch, n)) for _ in range(2)]
     drive = quantize_drive(4 * normal(batch, 3, n), *gains, coupling, 0.1)
     phases = random_phases(np.arange(batch, dtype=np.uint64), n)
-    on_gpu = type(drive)(*(getattr(drive, name).cuda() for name in drive.__dataclass_fields__))
-    found = relax(phases.cuda(), coupling.to("cuda"), on_gpu, 10)
+    on_gpu = type(drive)(*(getattr(drive, name).to(DEVICE) for name in drive.__dataclass_fields__))
+    found = relax(phases.to(DEVICE), coupling.to(DEVICE), on_gpu, 10)
     assert torch.equal(found.cpu(), relax_reference(phases, coupling, drive, 10))
 
 
 def test_the_default_model_draws_what_it_draws_on_a_cpu():
-    here, there = load_generator("default", device="cpu"), load_generator("default", device="cuda")
+    here, there = load_generator("default", device="cpu"), load_generator("default", device=DEVICE)
     wanted = requests(64)
     tokens = scene_tokens([complete(parse_prompt(r.prompt)[0], r.seed) for r in wanted])
     assert torch.equal(here.relax(tokens, wanted), there.relax(tokens, wanted).cpu())
@@ -78,7 +83,7 @@ def test_the_default_model_draws_what_it_draws_on_a_cpu():
 
 def test_the_baseline_s_images_do_not_depend_on_their_batch():
     pytest.importorskip("diffusers")
-    generator = load_generator("baseline", device="cuda")
+    generator = load_generator("baseline", device=DEVICE)
     wanted = [replace(r, num_inference_steps=4) for r in requests(5)]
     images = generator.generate(wanted).images
     assert np.array_equal(generator.generate(wanted[2:4]).images, images[2:4])
@@ -90,20 +95,20 @@ def test_the_baseline_s_images_do_not_depend_on_their_batch():
 def test_renders_are_those_of_the_cpu():
     chosen = scenes(200)
     shade, jitter = draw_variation(200, 3, 7)
-    on_gpu = (torch.from_numpy(x).cuda() for x in (scene_tokens(chosen), shade, jitter))
-    found = DeviceRenderer("cuda").render(*on_gpu).permute(0, 1, 3, 4, 2).cpu().numpy()
+    on_gpu = (torch.from_numpy(x).to(DEVICE) for x in (scene_tokens(chosen), shade, jitter))
+    found = DeviceRenderer(DEVICE).render(*on_gpu).permute(0, 1, 3, 4, 2).cpu().numpy()
     assert np.array_equal(found, SceneRenderer().render(chosen, 3, 7))
 
 
 def test_drives_and_their_gradients_are_the_same_whichever_way_they_are_laid():
     torch.manual_seed(0)
-    encoder = OscillatorModel(OscillatorConfig()).encoder.cuda()
-    tokens = torch.from_numpy(scene_tokens(scenes(100))).cuda()
+    encoder = OscillatorModel(OscillatorConfig()).encoder.to(DEVICE)
+    tokens = torch.from_numpy(scene_tokens(scenes(100))).to(DEVICE)
     gradients = []
     for static in (False, True):
         prompt = encoder(tokens, static=static)
         weighed = [
-            x * torch.linspace(-1, 1, x.shape[-1], device="cuda") for x in (prompt.drive, prompt.row_gain)
+            x * torch.linspace(-1, 1, x.shape[-1], device=DEVICE) for x in (prompt.drive, prompt.row_gain)
         ]
         encoder.zero_grad()
         sum(x.sum() for x in weighed).backward()
@@ -117,7 +122,7 @@ def test_drives_and_their_gradients_are_the_same_whichever_way_they_are_laid():
 def test_oscillators_train_as_on_a_cpu(loss, coupling):
     """Twelve steps, of which nine are replays of the captured graph: the same losses as the CPU's."""
     config = replace(SMALL, loss=loss, model=replace(SMALL.model, coupling=coupling))
-    here, there = OscillatorTrainer(config), OscillatorTrainer(config, device="cuda", data_processes=2)
+    here, there = OscillatorTrainer(config), OscillatorTrainer(config, device=DEVICE, data_processes=2)
     rows = [(float(here.train_step()["loss"]), float(there.train_step()["loss"])) for _ in range(12)]
     ours, theirs = np.array(rows).T
     np.testing.assert_allclose(ours, theirs, rtol=0.02)
@@ -127,11 +132,11 @@ def test_oscillators_train_as_on_a_cpu(loss, coupling):
 
 
 def test_a_run_continues_on_the_other_kind_of_device(tmp_path):
-    here = OscillatorTrainer(SMALL, device="cuda")
+    here = OscillatorTrainer(SMALL, device=DEVICE)
     for _ in range(6):
         here.train_step()
     save_checkpoint(here, tmp_path)
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE):
         resumed = OscillatorTrainer(SMALL, device=device)
         load_checkpoint(resumed, tmp_path)
         for a, b in zip(here.model.parameters(), resumed.model.parameters(), strict=True):
@@ -148,7 +153,7 @@ def test_the_baseline_trains_as_on_a_cpu():
         steps=14, text_steps=3, autoencoder_steps=3, text_batch=16, batch=16, autoencoder_batch=4, warm_up=2,
         decoder_width=16, unet_widths=(32, 64), attention_levels=(False, True), head_width=16, text_width=32,
     )  # fmt: skip
-    here, there = DiffusionTrainer(config), DiffusionTrainer(config, device="cuda", data_processes=2)
+    here, there = DiffusionTrainer(config), DiffusionTrainer(config, device=DEVICE, data_processes=2)
     rows = [(float(here.train_step()["loss"]), float(there.train_step()["loss"])) for _ in range(14)]
     ours, theirs = np.array(rows).T
     deterministic = [0, 1, 2, 3, 4, 5]  # the denoiser's noise is drawn on the device
@@ -157,6 +162,7 @@ def test_the_baseline_trains_as_on_a_cpu():
     assert len(set(theirs)) == 14
 
 
+@on_a_board
 def test_the_board_s_counter_counts(tmp_path):
     index = torch.cuda.current_device()
     meter = open_meter([str(index)], book_directory=tmp_path)
@@ -164,7 +170,7 @@ def test_the_board_s_counter_counts(tmp_path):
     uuid = str(torch.cuda.get_device_properties(index).uuid)
     assert any(uuid in domain for domain in meter.domains)
     before = meter.read()
-    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
     began = time.monotonic()
     while time.monotonic() - began < 2:
         for _ in range(20):
@@ -176,3 +182,28 @@ def test_the_board_s_counter_counts(tmp_path):
     assert 40 < watts < 1200
     assert meter.watch()
     meter.close()
+
+
+@on_a_board
+def test_our_binding_of_nvml_says_what_pynvml_says():
+    pynvml = pytest.importorskip("pynvml")
+    ours = NvmlLibrary()
+    for library in (ours, pynvml):
+        library.nvmlInit()
+    assert ours.nvmlSystemGetDriverVersion() == pynvml.nvmlSystemGetDriverVersion()
+    assert ours.nvmlDeviceGetCount() == pynvml.nvmlDeviceGetCount()
+    for index in range(ours.nvmlDeviceGetCount()):
+        a, b = ours.nvmlDeviceGetHandleByIndex(index), pynvml.nvmlDeviceGetHandleByIndex(index)
+        assert ours.nvmlDeviceGetUUID(a) == pynvml.nvmlDeviceGetUUID(b)
+        assert ours.nvmlDeviceGetName(a) == pynvml.nvmlDeviceGetName(b)
+        first = ours.nvmlDeviceGetTotalEnergyConsumption(a)
+        time.sleep(0.5)
+        second = pynvml.nvmlDeviceGetTotalEnergyConsumption(b)
+        assert 0 < second - first < 5_000_000
+        fields = [83, (ours.NVML_FI_DEV_POWER_AVERAGE, 0), (ours.NVML_FI_DEV_POWER_INSTANT, 0)]
+        for mine, theirs in zip(
+            ours.nvmlDeviceGetFieldValues(a, fields), pynvml.nvmlDeviceGetFieldValues(b, fields), strict=True
+        ):
+            assert (mine.fieldId, mine.scopeId) == (theirs.fieldId, theirs.scopeId)
+            assert (mine.nvmlReturn, mine.valueType) == (theirs.nvmlReturn, theirs.valueType)
+            assert abs(mine.timestamp - theirs.timestamp) < 5_000_000

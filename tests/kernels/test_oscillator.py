@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millijoule.kernels.int8_product import FORMS, only
 from millijoule.kernels.oscillator import (
     STENCIL,
     Coupling,
@@ -44,6 +45,7 @@ def quantized(weights, drive):
     return coupling, quantize_drive(*drive, coupling, DT)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @given(
     grid=st.integers(1, 5),
     channels=st.sampled_from([4, 8, 12]),
@@ -55,13 +57,16 @@ def quantized(weights, drive):
     pull=st.floats(0, 300),
 )
 @settings(max_examples=60, deadline=None)
-def test_fast_equals_reference(grid, channels, rank, batch, steps, seed, gain, pull):
+def test_fast_equals_reference(form, grid, channels, rank, batch, steps, seed, gain, pull):
     weights, drive, phases = problem(grid, channels, rank, batch, seed, gain=gain, pull=pull)
     coupling, drive = quantized(weights, drive)
-    assert torch.equal(relax(phases, coupling, drive, steps), relax_reference(phases, coupling, drive, steps))
+    with only(form):
+        fast = relax(phases, coupling, drive, steps)
+    assert torch.equal(fast, relax_reference(phases, coupling, drive, steps))
 
 
-def test_the_largest_sums_do_not_overflow():
+@pytest.mark.parametrize("form", FORMS)
+def test_the_largest_sums_do_not_overflow(form):
     """Every weight, gain and sine at its extreme, at a size beyond the shipped model's."""
     channels, grid, rank = 64, 8, 64
     n = grid * grid * channels
@@ -78,7 +83,9 @@ def test_the_largest_sums_do_not_overflow():
     gain = torch.full((2, n), 1.5, dtype=torch.float64)
     drive = quantize_drive(torch.zeros(2, 3, n, dtype=torch.float64), gain, gain, coupling, DT)
     phases = torch.full((2, n), TURN // 4, dtype=torch.int32)
-    assert torch.equal(relax(phases, coupling, drive, 3), relax_reference(phases, coupling, drive, 3))
+    with only(form):
+        fast = relax(phases, coupling, drive, 3)
+    assert torch.equal(fast, relax_reference(phases, coupling, drive, 3))
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millijoule.pipeline import duplicate_ids, plan, prompt_files
+from millijoule.pipeline import duplicate_ids, plan, raw_chunks
 from millijoule.pipeline.plan import (
     PlanOptions,
     compute_fingerprint,
@@ -165,7 +165,7 @@ def test_impossible_options_are_refused(options):
 
 def test_too_many_waiting_rows_cut_the_fullest_bucket_early(world, monkeypatch):
     monkeypatch.setattr(plan, "MAX_WAITING_ROWS", 10)
-    monkeypatch.setattr(prompt_files, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(raw_chunks, "CHUNK_ROWS", 7)
     records = [{"prompt": str(i), "width": 8 * (1 + i % 5), "id": str(i)} for i in range(100)]
     world.file("p.jsonl", records).plan(shard_size=50)
     assert len(world.index) > 5
@@ -349,7 +349,7 @@ def test_every_row_ends_once_in_a_shard_or_in_quarantine(
     for i, records in enumerate(files):
         world.file(f"{i}.jsonl", [{"prompt": "always fine"}, *records])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt_files, "CHUNK_ROWS", chunk_rows)
+        patch.setattr(raw_chunks, "CHUNK_ROWS", chunk_rows)
         try:
             world.plan(shard_size=shard_size, duplicate_ids=duplicate_ids)
         except InputError as error:
@@ -457,12 +457,35 @@ def test_the_fingerprint_follows_content_and_options_and_not_names(tmp_path):
         fingerprint([a], shard_size=8),
         fingerprint([a], images_per_prompt=2),
         fingerprint([a], max_prompt_chars=99),
+        fingerprint([a], delimiter=";"),
         fingerprint([a], extra={**EXTRA, "job_seed": 1}),
     ]
     assert len({base, *others}) == len(others) + 1
     assert fingerprint([a, b]) != compute_fingerprint(
         [*expand_inputs([str(b)]), *expand_inputs([str(a)])], PlanOptions(), EXTRA
     )
+
+
+def test_the_columns_of_folders_count(tmp_path):
+    for folder in ("x/tag=1", "x2/tag=1", "y/tag=2", "z/1"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "p.csv").write_text("prompt\na\n")
+    found = [
+        compute_fingerprint(expand_inputs([str(tmp_path / folder)]), PlanOptions(), EXTRA)
+        for folder in ("x", "x2", "y", "z", "x/tag=1")
+    ]
+    assert found[0] == found[1]
+    assert found[3] == found[4]
+    assert len(set(found)) == 3
+
+
+def test_a_second_pass_says_nothing_twice(world, caplog):
+    with caplog.at_level("INFO"):
+        world.file("p.csv", "Prompt;id;sampler\na;1;x\nb;1;x\n").plan(duplicate_ids="suffix")
+    said = [record.getMessage() for record in caplog.records]
+    assert [r.prompt_id for r in world.rows()] == ["1", "1~2"]
+    for words in ("separated by semicolons", "'Prompt' is read as prompt", "not used: sampler"):
+        assert len([text for text in said if words in text]) == 1
 
 
 def test_an_s3_file_counts_by_size_and_etag():

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from millijoule.pipeline import prompt_files
+from millijoule.pipeline import prompt_text, raw_chunks
 from millijoule.pipeline.prompts import PROMPT_ROW_SCHEMA, PromptOptions, read_prompts
 from millijoule.workers.errors import InputError
 from millijoule.workers.storage import expand_inputs
@@ -108,10 +108,10 @@ def test_chunks_do_not_change_rows_or_numbers(read, monkeypatch):
     whole = read("p.txt", "\n".join(lines))
     table = pa.table({"prompt": lines})
     whole_table = read("p.parquet", table)
-    monkeypatch.setattr(prompt_files, "CHUNK_ROWS", 9)
+    monkeypatch.setattr(raw_chunks, "CHUNK_ROWS", 9)
     assert read("p.txt", "\n".join(lines)) == whole
     assert read("p.parquet", table) == whole_table
-    monkeypatch.setattr(prompt_files, "CHUNK_CHARS", 20)
+    monkeypatch.setattr(raw_chunks, "CHUNK_CHARS", 20)
     assert read("p.txt", "\n".join(lines)) == whole
     assert read("p.parquet", table) == whole_table
 
@@ -216,7 +216,7 @@ def test_a_prompt_of_100000_characters_is_quarantined_with_its_length(read):
     assert row.prompt == "x" * 197 + "..."
 
 
-@pytest.mark.parametrize("character", ["\0", "\x07", "\x1b", "\x0b", "\r"])
+@pytest.mark.parametrize("character", ["\0", "\x07", "\x1b", "\x0b"])
 def test_control_characters_in_a_prompt_are_bad_rows(read, character):
     rows, bad = read("p.jsonl", jsonl({"prompt": f"a{character}b"}, {"prompt": "line\n\tok"}))
     assert [r["prompt"] for r in rows] == ["line\n\tok"]
@@ -227,7 +227,6 @@ def test_control_characters_in_a_prompt_are_bad_rows(read, character):
     ("value", "reason"),
     [
         ("", "blank"),
-        (None, "empty"),
         ("x" * 513, "513 characters"),
         ("a\0b", "control character"),
         ("a\nb", "control character"),
@@ -253,7 +252,7 @@ LIMITS = [
 @pytest.mark.parametrize(("column", "low", "high"), LIMITS)
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_integers_within_limits(read, column, low, high, kind):
-    values = [low, high, low - 1, high + 1]
+    values = [low, high, -2 if column == "seed" else low - 1, high + 1]
     if kind == "csv":
         content = f"prompt,{column}\n" + "".join(f"p,{v}\n" for v in [*values, "", "4x", "nan"])
     elif kind == "jsonl":
@@ -306,9 +305,7 @@ def test_parquet_decimals_and_booleans(read):
     assert rows[0]["seed"] == 42
 
 
-@pytest.mark.parametrize(
-    "value", [-0.1, 100.5, float("nan"), float("inf"), "nan", "inf", "high", True, "1_0"]
-)
+@pytest.mark.parametrize("value", [-0.1, 100.5, float("inf"), "nan", "inf", "high", True, "1_0", "7,5"])
 def test_guidance_scale_is_finite_and_within_limits(read, value):
     rows, bad = read("p.jsonl", jsonl({"prompt": "p", "cfg_scale": 7.5}, {"prompt": "p", "cfg_scale": value}))
     assert [r["guidance_scale"] for r in rows] == [7.5]
@@ -316,7 +313,8 @@ def test_guidance_scale_is_finite_and_within_limits(read, value):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(0, 0.0), ("7.5", 7.5), (100, 100.0), ("1e1", 10.0), ("", None)]
+    ("value", "expected"),
+    [(0, 0.0), ("7.5", 7.5), (100, 100.0), ("1e1", 10.0), ("", None), (float("nan"), None)],
 )
 def test_guidance_scale_forms(read, value, expected):
     (row,), _ = read("p.jsonl", jsonl({"prompt": "p", "guidance_scale": value}))
@@ -395,7 +393,7 @@ def test_malformed_jsonl_lines_are_bad_rows_and_reading_goes_on(read, line):
 
 
 def test_an_overlong_line_is_a_bad_row(read, monkeypatch):
-    monkeypatch.setattr(prompt_files, "MAX_LINE_CHARS", 100)
+    monkeypatch.setattr(prompt_text, "MAX_LINE_CHARS", 100)
     rows, bad = read("p.txt", "a\n" + "x" * 1000 + "\nb\n")
     assert [(r["prompt"], r["source"][-2:]) for r in rows] == [("a", ":1"), ("b", ":3")]
     the_only(bad, "p.txt:2", "longer than 100")

@@ -73,6 +73,10 @@ class RayNode:
     def raylet(self) -> psutil.Process:
         return next(p for p in self.processes() if p.name() == "raylet")
 
+    def head_service(self) -> psutil.Process:
+        """The control service of a head."""
+        return next(p for p in self.processes() if p.name() == "gcs_server")
+
     def workers(self) -> list[psutil.Process]:
         """The node's actor processes that run leases."""
         found = []
@@ -152,7 +156,10 @@ class RayCluster:
     def dashboard(self) -> str:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
-    def add_node(self, cpus: int, gpus: int = 0, **resources: float) -> RayNode:
+    def add_node(
+        self, cpus: int, gpus: int = 0, *, env: dict[str, str] | None = None, **resources: float
+    ) -> RayNode:
+        """A further node; `env` is what its processes have besides the cluster's."""
         arguments = [
             f"--address={self.address}",
             f"--num-cpus={cpus}",
@@ -161,7 +168,7 @@ class RayCluster:
             "--object-store-memory=80000000",
             f"--dashboard-agent-listen-port={free_port()}",
         ]
-        node = RayNode(arguments, self.env, self.folder / f"node{len(self.nodes)}.log")
+        node = RayNode(arguments, {**self.env, **(env or {})}, self.folder / f"node{len(self.nodes)}.log")
         node.wait()
         self.nodes.append(node)
         return node

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,62 @@ def raises_on_poison(device: str) -> Plain:
 
 def dies_on_poison(device: str) -> Plain:
     return _Poison(device, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def dies_after_poison(device: str) -> Plain:
+    """Killed a moment after the request came back, as by the host's out-of-memory killer."""
+
+    def act() -> None:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    return _Poison(device, act, seconds=0.2)
+
+
+def returns_nonsense_on_poison(device: str) -> Plain:
+    """One image too few for a batch with poison in it, and floats for poison alone."""
+
+    class Nonsense(Plain):
+        def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
+            out = super().generate(requests)
+            if not any("poison" in r.prompt for r in requests):
+                return out
+            return GeneratedBatch(out.images[:-1] if len(requests) > 1 else out.images / np.float32("nan"))
+
+    return Nonsense(device)
+
+
+def _here_is_bad() -> bool:
+    return os.environ.get("MILLIJOULE_TEST_NODE") == "bad"
+
+
+class OnBadNode(Plain):
+    """Meets the fault that MILLIJOULE_TEST_FAULT names, on a node that has MILLIJOULE_TEST_NODE=bad.
+
+    Elsewhere it takes its time, so that the bad node's share of the work is not gone before it fails.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.fault = os.environ["MILLIJOULE_TEST_FAULT"] if _here_is_bad() else ""
+        if self.fault == "has no model":
+            raise FileNotFoundError("model.safetensors: no such file")
+        if self.fault == "dies at start":
+            os._exit(1)
+        super().__init__(device, seconds=0.0 if self.fault else 0.05)
+        self.calls = 0
+
+    def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
+        self.calls += 1
+        if self.fault == "has a broken driver":
+            raise RuntimeError("CUDA error: no device")
+        if self.fault == "is sick after its third call" and self.calls > 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if self.fault == "has memory for one image only" and requests[0].prompt_id != "warm-up":
+            raise MemoryError("out of memory")
+        return super().generate(requests)
+
+
+def on_bad_node(device: str) -> Plain:
+    return OnBadNode(device)
 
 
 def hangs_on_poison(device: str) -> Plain:

@@ -101,7 +101,7 @@ def measured_output(folder: Path, prompts: Sequence[str]) -> Store:
         for i, gpu in enumerate(GPUS):
             host = "host-a" if i < 2 else "host-b"
             meter = WattMeter(f"boot-{host}", {f"gpu:{gpu}": 100.0 * (i + 1), "cpu:package-0": 50.0})
-            made.append(worker(store, job, epoch, f"w{i}", host, gpu, meter, (0.002, 0.002, 0.008)[i]))
+            made.append(worker(store, job, epoch, f"w{i}", host, gpu, meter, (0.002, 0.002, 0.03)[i]))
         return made
 
     return finished(folder, prompts, workers)

@@ -192,7 +192,18 @@ def add_code(folder):
     set_index(folder, unet=["mine", "Net"])
 
 
+def pointer(name):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 132735\n"
+    return lambda folder: (folder / name).write_text(text)
+
+
 BROKEN = {
+    "weights left in Git LFS": (pointer(WEIGHTS), r"unet/.*\.safetensors: a Git LFS pointer.*git lfs pull"),
+    "vocabulary left in Git LFS": (
+        pointer("tokenizer/vocab.txt"),
+        r"tokenizer/vocab\.txt: a Git LFS pointer",
+    ),
+    "index left in Git LFS": (pointer("model_index.json"), r"model_index\.json: a Git LFS pointer"),
     "pickled": (pickle_unet, r"unet/diffusion_pytorch_model\.bin: a pickled file"),
     "renamed pickle": (
         lambda f: torch.save({}, f / WEIGHTS),
@@ -340,7 +351,7 @@ def hand_count(model, run):
 def test_float16_weights_are_multiplied_in_bfloat16_where_the_processor_does(monkeypatch):
     """The shipped baseline: nearly the images of float32, and still none depends on its batch."""
     narrow = load_generator("baseline")
-    monkeypatch.setattr("millijoule.workers.diffusers_model.multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("millijoule.workers.diffusers_model.multiplies_bfloat16", lambda device="cpu": False)
     exact = load_generator("baseline")
     assert not exact.mixed_precision
     wanted = [

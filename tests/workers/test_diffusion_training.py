@@ -40,6 +40,13 @@ SMALL = DiffusionConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def _few_patches(request, monkeypatch):
+    """Components of 128 images tell a denoiser's test as much as those of 2,048, which take seconds in every trainer."""
+    if request.function is not test_the_encoder_keeps_what_a_projection_of_patches_keeps:
+        monkeypatch.setattr("millijoule.workers.diffusion_training.PRINCIPAL_IMAGES", 128)
+
+
 def test_the_text_encoder_learns_to_read_captions():
     config = replace(SMALL, text_steps=100, text_batch=16, text_learning_rate=4e-3, text_width=64)
     trainer = DiffusionTrainer(config)

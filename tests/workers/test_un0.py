@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.un0_checkpoints import CIFAR, FLAVOURS, publish, random_model
 
 from millijoule.jobs import convert
 from millijoule.jobs.entry import COMPLETE, ERROR
@@ -30,77 +32,6 @@ from millijoule.workers.un0_checkpoint import (
     infer_architecture,
     read_checkpoint,
 )
-
-#: What the two training programs leave in a checkpoint's config, as far as it matters here, and things that do not.
-CIFAR = {
-    "n_oscillators": 48,
-    "n_conditional_oscillators": 8,
-    "class_dropout_prob": 0.1,
-    "num_steps": 10,
-    "decoder_in_channels": None,
-    "parameterization": "standard",
-    "relativization": "mean_relative",
-    "encoding": "sin_cos",
-    "solver": "euler",
-    "batch_size": 2048,
-    "lr": 0.0027,
-    "resume": None,
-    "freeze_dynamics": False,
-}
-IMAGENET = {"integration_method": "euler", "data_root": "/data", "epochs": 3600}
-
-FLAVOURS = {
-    "cifar10": (CIFAR, 10, 3),
-    "cifar10 rk4": ({**CIFAR, "solver": "rk4", "num_steps": 25, "relativization": "ref_oscillator"}, 10, 3),
-    "cifar10 mup absolute": ({**CIFAR, "parameterization": "mup", "relativization": "absolute"}, 10, 3),
-    "cifar10 raw": ({**CIFAR, "encoding": "raw"}, 10, 3),
-    "cifar10 sin": ({**CIFAR, "encoding": "sin"}, 10, 3),
-    "imagenet64": (IMAGENET, 1000, 4),
-}
-
-
-def random_model(config, classes, blocks, *, seed=0, compiled="_orig_mod."):
-    """A state dict as published, weights as strong as trained ones are."""
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape, std):
-        return torch.randn(shape, generator=random) * std
-
-    n = config.get("n_oscillators", 32)
-    m = config.get("n_conditional_oscillators", 1)
-    mup = config.get("parameterization", "mup") == "mup"
-    channels = (2 if config.get("encoding", "sin_cos") == "sin_cos" else 1) * n // 16
-    model = {
-        "dynamics.omega": normal(1, n, std=1.0),
-        "dynamics.K": normal(n, n, std=1.5 if mup else 1.5 * n**-0.5),
-        "dynamics.omega_cond": normal(1, m, std=1.0),
-        "dynamics.K_cond": normal(m, m, std=1.0 if mup else m**-0.5),
-        "dynamics.K_drive": normal(classes, n, m, std=1.0 if mup else m**-0.5),
-    }
-    for block in range(blocks):
-        wide, channels = channels, max(channels // 2, 32)
-        for place, taken in ((1, wide), (3, channels)):
-            name = f"decoder.cascade.{block}.net.{place}"
-            model[f"{name}.weight"] = normal(channels, taken, 3, 3, std=math.sqrt(2 / (9 * taken)))
-            model[f"{name}.bias"] = normal(channels, std=0.1)
-    model["decoder.to_output.weight"] = normal(3, channels, 3, 3, std=0.05)
-    model["decoder.to_output.bias"] = normal(3, std=0.1)
-    return {k.replace(".", f".{compiled}", 1): v for k, v in model.items()}
-
-
-def publish(path, flavour="cifar10", *, model=None, **more):
-    """A training run's checkpoint: the model, and what else such a file holds."""
-    config, classes, blocks = FLAVOURS[flavour]
-    saved = {
-        "model": random_model(config, classes, blocks) if model is None else model,
-        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"betas": (0.9, 0.95)}]},
-        "scheduler": {"last_epoch": 7, "lr_lambdas": [None]},
-        "epoch": 99,
-        "config": config,
-        **more,
-    }
-    torch.save(saved, path)
-    return path
 
 
 @pytest.fixture(scope="module", params=FLAVOURS)
@@ -442,11 +373,11 @@ K, BIAS = "dynamics._orig_mod.K", "decoder._orig_mod.to_output.bias"
         (put(K, torch.zeros(48)), r"dynamics.K has shape \[48\]"),
         (put(BIAS, torch.tensor([0.0, math.nan, 0.0])), "to_output.bias has values that are not finite"),
         (put(K, torch.full((48, 48), math.inf)), "K has values that are not finite"),
-        (put(BIAS, torch.zeros(3, dtype=torch.int64)), "to_output.bias is torch.int64"),
+        (put(BIAS, torch.zeros(3, dtype=torch.int64)), "to_output.bias' is torch.int64"),
         (put(BIAS, [0.0, 0.0, 0.0]), "to_output.bias' is a list"),
-        (put("dynamics._orig_mod.x_persist", torch.zeros(3)), "not of this model: dynamics.x_persist"),
+        (put("dynamics._orig_mod.x_persist", torch.zeros(3)), "not of this model: 'dynamics.x_persist'"),
         (put("dynamics.K", torch.zeros(48, 48)), "twice"),
-        (put(K, torch.zeros(1).expand(60_000, 60_000)), "claim"),
+        (put(K, torch.zeros(1).expand(48, 48)), "2304 elements repeat 1 stored numbers; save copies"),
     ],
 )
 def test_tensors_that_are_not_the_model_s_are_refused_by_name(tmp_path, change, words):
@@ -480,6 +411,196 @@ def test_a_config_without_parameterization_needs_to_be_told(tmp_path):
     with pytest.raises(InputError, match="--parameterization"):
         read_checkpoint(path)
     assert read_checkpoint(path, parameterization="mup").architecture.parameterization == "mup"
+
+
+NARROW = "decoder._orig_mod.cascade.0.net.1.bias"
+DRIVE = "dynamics._orig_mod.K_drive"
+
+
+def test_a_tensor_saved_as_the_negative_of_another_keeps_its_sign(tmp_path):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    lazy = {**model, K: torch._neg_view(-model[K])}
+    assert lazy[K].is_neg()
+    assert torch.equal(lazy[K], model[K])
+    kept = read_checkpoint(publish(tmp_path / "p.pt", model=lazy)).tensors
+    assert all(torch.equal(kept[name].resolve_neg(), model[name]) for name in model)
+    assert convert.main([str(tmp_path / "p.pt"), str(tmp_path / "m.safetensors")]) == COMPLETE
+    assert torch.equal(load_file(tmp_path / "m.safetensors")[K], model[K])
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
+def test_views_parameters_and_other_floats_are_read_as_torch_reads_them(tmp_path, old):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    store = torch.cat([model[BIAS], model[NARROW]])
+    model[BIAS], model[NARROW] = store[:3], store[3:]
+    model[K] = model[K].T
+    model[DRIVE] = torch.nn.Parameter(model[DRIVE].double()).requires_grad_()
+    model["dynamics._orig_mod.omega"] = model["dynamics._orig_mod.omega"].bfloat16()
+    model["dynamics._orig_mod.K_cond"] = model["dynamics._orig_mod.K_cond"].half()[:, ::1]
+    model[NARROW].note = "an attribute"
+    saved = {"model": model, "config": config}
+    torch.save(saved, tmp_path / "p.pt", _use_new_zipfile_serialization=not old)
+    kept = read_checkpoint(tmp_path / "p.pt").tensors
+    expected = torch.load(tmp_path / "p.pt", weights_only=True)["model"]
+    assert set(kept) == set(expected)
+    for name in expected:
+        assert kept[name].dtype == expected[name].dtype
+        assert torch.equal(kept[name], expected[name])
+
+
+def test_a_state_dict_of_a_module_is_read(tmp_path):
+    """torch gives it attributes, of a kind of dictionary of its own."""
+    config, classes, blocks = FLAVOURS["cifar10"]
+    module = torch.nn.Module()
+    for name, tensor in random_model(config, classes, blocks).items():
+        *path, last = name.split(".")
+        inner = module
+        for step in path:
+            if not hasattr(inner, step):
+                inner.add_module(step, torch.nn.Module())
+            inner = getattr(inner, step)
+        inner.register_parameter(last, torch.nn.Parameter(tensor))
+    state = module.state_dict()
+    kept = read_checkpoint(publish(tmp_path / "p.pt", model=state)).tensors
+    assert all(torch.equal(kept[name], state[name]) for name in state)
+
+
+def full(key, value, dtype=torch.float32):
+    return lambda model: model.__setitem__(key, torch.full_like(model[key], value, dtype=dtype))
+
+
+def loud_decoder(model):
+    for name in model:
+        if name.startswith("decoder") and name.endswith("weight"):
+            model[name] *= 1e6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            full(BIAS, 1e300, torch.float64),
+            r"to_output.bias has values up to 1e\+300, which float32 cannot hold",
+        ),
+        (full(K, -1e39, torch.float64), r"dynamics.K has values up to 1e\+39"),
+        (full(K, 3e38), "dynamics.K is too strong"),
+        (lambda model: model[DRIVE][7].fill_(1e38), "dynamics.K_drive is too strong"),
+        (full("dynamics._orig_mod.omega_cond", 1e38, torch.bfloat16), "dynamics.omega_cond is too strong"),
+        (loud_decoder, "decoder.*weight is too strong"),
+        (full(BIAS, 3e4, torch.float16), "flat colour only"),
+    ],
+)
+def test_a_model_whose_numbers_overflow_is_refused_and_not_drawn_black(
+    tmp_path, capsys, small, change, words
+):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    change(model)
+    source, target = publish(tmp_path / "p.pt", model=model), tmp_path / "m.safetensors"
+    assert convert.main([str(source), str(target)]) == ERROR
+    message = capsys.readouterr().err
+    assert re.search(words, message)
+    assert str(source) in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.pt"]
+    if "flat" not in words:
+        with pytest.raises(InputError, match=words):
+            load_generator(str(rewrite(small, tmp_path / "other.safetensors", more=model)))
+
+
+def test_strong_models_that_stay_finite_are_drawn(tmp_path):
+    config, classes, blocks = FLAVOURS["cifar10 raw"]
+    model = random_model(config, classes, blocks)
+    model[K] *= 1e4
+    model["decoder._orig_mod.cascade.0.net.1.weight"] *= 1e12
+    model["decoder._orig_mod.cascade.0.net.3.weight"] *= 1e-12
+    source, target = publish(tmp_path / "p.pt", "cifar10 raw", model=model), tmp_path / "m.safetensors"
+    assert convert.main([str(source), str(target)]) == COMPLETE
+    images = load_generator(str(target)).generate([request("3", i) for i in range(4)]).images
+    assert images.std(axis=(1, 2)).min() > 0
+
+
+def test_a_model_that_draws_one_image_only_is_refused(tmp_path, capsys):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    model["decoder._orig_mod.cascade.0.net.1.weight"].zero_()
+    assert (
+        convert.main([str(publish(tmp_path / "p.pt", model=model)), str(tmp_path / "m.safetensors")]) == ERROR
+    )
+    assert "the same image" in capsys.readouterr().err
+
+
+def test_tensors_that_share_numbers_are_named(tmp_path):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    store = torch.arange(40.0)
+    model[NARROW], model[BIAS] = store[:32], store[30:33]
+    with pytest.raises(InputError, match="views of the same stored numbers; save copies") as refused:
+        read_checkpoint(publish(tmp_path / "p.pt", model=model))
+    assert NARROW in str(refused.value)
+    assert BIAS in str(refused.value)
+
+
+def test_a_tensor_that_its_array_does_not_hold_is_named(tmp_path):
+    config, classes, blocks = FLAVOURS["cifar10"]
+    model = random_model(config, classes, blocks)
+    path = publish(tmp_path / "p.pt", model=model)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "cut.pt", "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            new.writestr(entry.filename, data[:100] if entry.filename.endswith("data/1") else data)
+    with pytest.raises(InputError, match=r"dynamics._orig_mod.K: it needs 9216 bytes.* has 100"):
+        read_checkpoint(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"note": "x" * 17 * 2**20}, "'note' is larger than the 4194304 bytes"),
+        ({"notes": ["\N{SNOWMAN}" * 1000] * 1000}, "takes .* the largest entry is 'notes'"),
+        ({f"note {i}": "x" * 2**20 for i in range(5)}, "'note 3' is larger"),
+    ],
+)
+def test_a_config_that_the_output_cannot_carry_is_refused(tmp_path, config, words):
+    with pytest.raises(InputError, match=words):
+        read_checkpoint(publish(tmp_path / "p.pt", config={**CIFAR, **config}))
+
+
+def test_a_large_config_is_carried(tmp_path):
+    config = {**CIFAR, "log": ["\N{SNOWMAN}", 1.5, None, {"a": [1, 2]}] * 40_000}
+    assert (
+        convert.main([str(publish(tmp_path / "p.pt", config=config)), str(tmp_path / "m.safetensors")])
+        == COMPLETE
+    )
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"]) == config
+    assert load_generator(str(tmp_path / "m.safetensors")).info.width == 32
+
+
+def test_no_name_of_a_class_or_model_makes_a_file_that_is_not_read(tmp_path, capsys):
+    source, target = publish(tmp_path / "p.pt"), tmp_path / "m.safetensors"
+    (tmp_path / "names").write_text(json.dumps([f"{i}" + "x" * 2**21 for i in range(10)]))
+    assert convert.main([str(source), str(target), "--class-names", str(tmp_path / "names")]) == ERROR
+    assert "header has" in capsys.readouterr().err
+    assert convert.main([str(source), str(target), "--name", "a\udcffb"]) == ERROR
+    assert "surrogates" in capsys.readouterr().err
+    (tmp_path / "names").write_text("[" * 100_000)
+    assert convert.main([str(source), str(target), "--class-names", str(tmp_path / "names")]) == ERROR
+    assert not target.exists()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 132735\n"
+
+
+def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path):
+    for name in ("p.pt", "m.safetensors"):
+        (tmp_path / name).write_text(POINTER)
+    with pytest.raises(InputError, match=r"p\.pt: a Git LFS pointer.*git lfs pull"):
+        read_checkpoint(tmp_path / "p.pt")
+    for read in (load_generator, describe_model):
+        with pytest.raises(InputError, match=r"m\.safetensors: a Git LFS pointer.*git lfs pull"):
+            read(str(tmp_path / "m.safetensors"))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and no more"])
@@ -566,6 +687,7 @@ def rewrite(source, path, metadata=None, drop=(), more=None):
         ({"drop": (K,)}, "no tensor dynamics.K"),
         ({"more": {BIAS: torch.zeros(4)}}, r"to_output.bias has shape \[4\]"),
         ({"more": {BIAS: torch.full((3,), math.nan)}}, "not finite"),
+        ({"more": {BIAS: torch.zeros(3, dtype=torch.bool)}}, "to_output.bias is torch.bool"),
     ],
 )
 def test_converted_files_are_checked_again_when_loaded(tmp_path, small, how, words):
@@ -573,6 +695,49 @@ def test_converted_files_are_checked_again_when_loaded(tmp_path, small, how, wor
     with pytest.raises(InputError, match=words) as refused:
         load_generator(str(path))
     assert str(path) in str(refused.value)
+
+
+def header_of(path):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(path, header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h: h[BIAS].update(data_offsets=h[NARROW]["data_offsets"]), "overlap at byte"),
+        (lambda h: h[BIAS].update(data_offsets=[0, 2**40]), "cut off"),
+        (lambda h: h[BIAS].update(shape="three"), "no shape"),
+        (lambda h: h[BIAS].pop("shape"), "no shape"),
+        (lambda h: h[BIAS].pop("dtype"), "no type"),
+        (lambda h: h.update({BIAS: 3}), "no type"),
+        (lambda h: h.update(__metadata__=[1]), "__metadata__"),
+        (lambda h: h["__metadata__"].update(name=7), "__metadata__"),
+        (lambda h: h["__metadata__"].update(architecture="[" * 100_000), "recursion"),
+        (lambda h: h["__metadata__"].update(class_names="7"), "damaged"),
+    ],
+)
+def test_a_damaged_header_is_refused_in_words(tmp_path, small, change, words):
+    header, data = header_of(small)
+    change(header)
+    path = with_header(tmp_path / "m.safetensors", header, data)
+    with pytest.raises(InputError, match=words) as refused:
+        load_generator(str(path))
+    assert str(path) in str(refused.value)
+
+
+def test_a_header_of_brackets_is_refused(tmp_path):
+    path = with_header(tmp_path / "m.safetensors", b'{"a":' + b"[" * 200_000, b"")
+    for read in (load_generator, describe_model):
+        with pytest.raises(InputError, match="not a safetensors file"):
+            read(str(path))
 
 
 def test_an_architecture_survives_json_and_sizes_out_of_range_do_not():

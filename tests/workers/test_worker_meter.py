@@ -20,16 +20,17 @@ from millijoule.pipeline.commits import read_commits
 from millijoule.pipeline.coordinator import Coordinator
 from millijoule.pipeline.finish import finish_job
 from millijoule.pipeline.job import open_epoch
+from millijoule.pipeline.layout import closing_key
 from millijoule.pipeline.pool import PoolOptions
 from millijoule.pipeline.report.data import collect_report
 from millijoule.pipeline.retry import load_job_shards
 from millijoule.pipeline.run import JobRun, PlannedJob
-from millijoule.pipeline.uncommitted import read_uncommitted
+from millijoule.pipeline.uncommitted import UncommittedWriter, read_uncommitted
 from millijoule.workers import actor
 from millijoule.workers.generator import describe_model
 from millijoule.workers.lease import WorkerConfig, worker_key
 from millijoule.workers.meter import MIN_READ_SPACING_NS, open_meter
-from millijoule.workers.schemas import ImageRequest, PowerSample
+from millijoule.workers.schemas import ImageRequest, PowerSample, WorkerClosing
 
 MODEL = "python:support.models:plain"
 
@@ -69,6 +70,16 @@ def worker(tmp_path, monkeypatch):
     made = actor.ShardWorker("w1", config)
     made.nvml = nvml
     return made, store, job
+
+
+def close_books(made, store):
+    """Stop a worker and keep its last words, as a driver does."""
+    stopped = made.stop()
+    writer = UncommittedWriter(store, made.config.driver_epoch)
+    writer.add(stopped.worker_id, stopped.segments, stopped.power)
+    writer.flush()
+    closing = WorkerClosing("w1", made.config.driver_epoch, "w1", stopped.segments[-1].close)
+    store.put(closing_key("w1"), closing.to_json())
 
 
 def read_table(store, name):
@@ -189,7 +200,7 @@ def test_a_board_without_a_counter_is_not_made_up_for_by_the_processor(worker, t
     lease = Coordinator(load_job_shards(store, job), np.zeros(1, bool), 60.0, 1).next_lease("w1", 0.0)
     made.run(lease)
     assert made.calibrate([ImageRequest("a", 0, "a", 1)]).energy_mj is None
-    made.stop()
+    close_books(made, store)
     (commit,) = read_commits(store, 1)
     assert (commit.energy_mj, commit.energy_domains) == (None, (PACKAGE, DRAM))
     stats = finish_job(store, job, load_job_shards(store, job))
@@ -229,7 +240,7 @@ def test_a_worker_with_two_boards_of_which_one_is_partitioned_names_both(worker,
     lease = Coordinator(load_job_shards(store, job), np.zeros(1, bool), 60.0, 1).next_lease("w1", 0.0)
     time.sleep(MIN_READ_SPACING_NS / SECOND)
     made.run(lease)
-    made.stop()
+    close_books(made, store)
     stats = finish_job(store, job, load_job_shards(store, job))
     assert (stats["energy"]["domains"], stats["energy"]["total_mj"]) == ([GPU0], None)
     assert stats["evidence_class"] == "E0"

@@ -39,9 +39,13 @@ def scripts(page):
     return re.findall(r"<script\b([^>]*)>(.*?)</script", page, re.DOTALL | re.IGNORECASE)
 
 
+#: Every control of direction, a separator of lines and a blank without width.
+TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u200b"
+
+
 def hostile(report):
     """`report` with markup and terminal codes in every text that comes from outside."""
-    evil = HOSTILE[0] + HOSTILE[2] + "\x1b[2J"
+    evil = HOSTILE[0] + HOSTILE[2] + "\x1b[2J" + TURNING
     (job,) = report.jobs
     device = replace(job.devices[0], host=evil, device=evil, model=evil)
     timeline = replace(
@@ -116,6 +120,10 @@ def test_text_from_outside_is_never_markup(measured):
     for text in (outside, charts):
         assert "owned" in text  # it is there, as text
         assert not re.search(r"<script|<svg|<img src=x|[\x00-\x08\x0b\x0c\x0e-\x1f]", text)
+        for character in TURNING:
+            assert character not in text
+            assert f"\\u{ord(character):04x}" not in text.lower()
+            assert f"[U+{ord(character):04X}]" in text
     assert "<" not in charts
     assert html.escape(HOSTILE[0]) in outside
 

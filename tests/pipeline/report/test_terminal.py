@@ -12,6 +12,7 @@ from millijoule.pipeline.report.data import MAX_CLOSURE_ROWS, Report, collect_re
 from millijoule.pipeline.report.devices import Straggler
 from millijoule.pipeline.report.energy import Rates
 from millijoule.pipeline.report.terminal import MAX_PROMPTS, MAX_ROWS, print_report
+from millijoule.workers.visible_text import visible
 
 PROMPTS = [*HOSTILE, *(f"prompt {i}" for i in range(12))]
 
@@ -192,6 +193,7 @@ def test_first_prompts_are_shown_once_each_as_they_are_written(measured):
         "\x9b2J\x90q\x9c",  # the same codes in one byte
         "a\rb\bc\nd\x00e\x7ff",
         "\u202eright to left\u202c\u2066\u200b",
+        "\u061c\u200e\u200f\u202a\u202b\u202d\u2067\u2068\u2069\u2028\u2029\ufeff\u00ad\U000e0041 tags",
         "[bold red]x[/bold red] [link=http://evil]y[/link] [/nothing] [@click=f()]z :warning:",
         "\ud800",
     ],
@@ -216,7 +218,7 @@ def test_a_prompt_is_never_obeyed(measured, prompt):
     )
     text = printed(everywhere, 400)
     assert {c for c in text if not c.isprintable()} == {"\n"}
-    assert text.count(words.printable(prompt)) >= 6 + len(job.closure.rows)
+    assert text.count(visible(prompt)) >= 6 + len(job.closure.rows)
     if prompt.startswith("["):
         assert prompt in text.partition("first prompts")[2]
 

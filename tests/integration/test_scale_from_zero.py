@@ -1,0 +1,121 @@
+"""Ray's own autoscaler with fake GPU nodes: from zero up as far as the work needs, and back to zero.
+
+Nodes are counted by a process that asks the cluster's head (`NodeWatch`), commits in the output's folder: no count of the
+pool's own is believed.
+"""
+
+import time
+
+import pytest
+from support.jobs import assert_exactly_once, generate, write_prompts
+from support.node_watch import NodeWatch
+from support.scaling_cluster import ScalingCluster
+
+QUICK = ("--model", "python:support.models:plain")
+SLOW = ("--model", "python:support.models:slow")  # 0.05 s per image
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    types = {
+        "gpu-worker": ({"CPU": 2, "GPU": 1}, 6),
+        "gpu-few": ({"CPU": 2, "GPU": 1, "few": 1}, 2),
+        "cpu-worker": ({"CPU": 2}, 2),
+    }
+    with ScalingCluster(types) as cluster:
+        yield cluster
+
+
+def no_workers_left(cluster: ScalingCluster) -> bool:
+    """No process of a worker is there for long after the driver has gone."""
+    deadline = time.monotonic() + 30
+    while cluster.workers() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not cluster.workers()
+
+
+def bought(watch: NodeWatch) -> int:
+    """Every GPU node there ever was; a node that comes again has another id."""
+    return len(frozenset().union(*(s.nodes for s in watch.samples)))
+
+
+def test_nodes_come_as_far_as_there_is_work_and_go(scaling, tmp_path):
+    """Two dozen shards of no time, eight nodes at hand: the few asked for before anybody knew are the most that may come."""
+    shards = 24
+    prompts, output = write_prompts(tmp_path / "prompts.txt", 4 * shards), tmp_path / "out"
+    arguments = ("--prompts", prompts, *QUICK, "--shard-size", 4, "--workers", "0:12", "--output", output)
+    with NodeWatch(scaling.address, output, tmp_path / "nodes.jsonl") as watch:
+        watch.wait_for_none()
+        done = generate(tmp_path, *arguments, ray=scaling.address)
+        assert done.returncode == 0, done.stderr
+        assert no_workers_left(scaling)
+        watch.wait_for_none()
+        again = generate(tmp_path, *arguments, ray=scaling.address)  # finished: no reason to start a node
+        assert again.returncode == 0, again.stderr
+        watch.wait_for_none()
+    assert_exactly_once(output, 4 * shards)
+    assert "device: gpu, because node type gpu-worker " in done.stderr
+    assert "device:" not in again.stderr
+    samples = watch.samples
+    print(f"nodes bought: {bought(watch)}")
+    assert 1 <= bought(watch) <= 4
+    assert (samples[0].nodes, samples[-1].nodes) == (frozenset(), frozenset())
+    assert samples[-1].waiting == 0
+
+
+def test_requests_shrink_with_the_work(scaling, tmp_path):
+    """Two nodes at most for some ten shards: what waits beyond the shards that are left is taken back, not left to be bought."""
+    images = 600
+    prompts, output = write_prompts(tmp_path / "prompts.txt", images), tmp_path / "out"
+    with NodeWatch(scaling.address, output, tmp_path / "nodes.jsonl") as watch:
+        watch.wait_for_none()
+        done = generate(
+            tmp_path,
+            *("--prompts", prompts, *SLOW, "--shard-size", "3s", "--output", output),
+            *("--workers", "0:10", "--resources", "few=1"),
+            ray=scaling.address,
+        )
+        assert done.returncode == 0, done.stderr
+        assert no_workers_left(scaling)
+        watch.wait_for_none()
+    assert_exactly_once(output, images)
+    said = [line for line in done.stderr.splitlines() if line.startswith("device: ")]
+    assert len(said) == 1, done.stderr  # a calibration and its job share one decision
+    assert said[0].startswith("device: gpu, because node type gpu-few "), said
+    samples = watch.samples
+    shards = samples[-1].commits
+    late = [s.waiting for s in samples if s.commits in (shards - 1, shards - 2)]
+    print(f"{shards} shards; waiting at most {max(s.waiting for s in samples)}, in the end {late}")
+    assert max(s.waiting for s in samples) >= 2, "nothing ever waited: this test shows nothing"
+    assert min(late) == 0
+    assert max(len(s.nodes) for s in samples) == 2
+    assert (samples[0].nodes, samples[-1].nodes) == (frozenset(), frozenset())
+    assert samples[-1].waiting == 0
+
+
+def test_gpus_that_no_node_type_has_are_refused(scaling, tmp_path):
+    """Asked of the real autoscaler, which says that it cannot; no node comes for the question."""
+    prompts, output = write_prompts(tmp_path / "prompts.txt", 4), tmp_path / "out"
+    with NodeWatch(scaling.address, output, tmp_path / "nodes.jsonl") as watch:
+        watch.wait_for_none()
+        done = generate(
+            tmp_path,
+            *("--prompts", prompts, *SLOW, "--output", output, "--gpus-per-worker", 4),
+            ray=scaling.address,
+        )
+        watch.wait_for_none()
+    assert done.returncode == 1
+    assert "--gpus-per-worker 4: the cluster at" in done.stderr
+    assert "cannot start a node with 1 CPU and 4 GPU" in done.stderr
+    assert not any(s.nodes for s in watch.samples)
+
+
+def test_a_cluster_without_gpus_or_autoscaler_says_so(ray_address, tmp_path):
+    arguments = ("--prompts", write_prompts(tmp_path / "prompts.txt", 4), *SLOW, "--output", tmp_path / "out")
+    refused = generate(tmp_path, *arguments, "--device", "gpu", ray=ray_address)
+    assert refused.returncode == 1
+    assert "--device gpu: the cluster at" in refused.stderr
+    assert "no autoscaler" in refused.stderr
+    done = generate(tmp_path, *arguments, ray=ray_address)
+    assert done.returncode == 0, done.stderr
+    assert "device: cpu, because the cluster at" in done.stderr

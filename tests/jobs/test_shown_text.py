@@ -1,0 +1,79 @@
+"""What commands print: text from prompts, keys and messages is shown and never obeyed."""
+
+import logging
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from millijoule.jobs import check, entry, gc, query
+from millijoule.jobs.entry import run_command
+from millijoule.pipeline.garbage import Orphan
+from millijoule.pipeline.progress import Progress
+from millijoule.workers.errors import InputError
+
+EVIL = "\u202egnp.\u202c\x1b[2J\u2067"
+SHOWN = "[U+202E]gnp.[U+202C][U+001B][2J[U+2067]"
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Nothing."""
+
+
+def safe(text):
+    assert "\u202e" not in text
+    assert "\x1b" not in text
+    assert SHOWN in text
+    return text
+
+
+def test_errors_and_log_lines(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a new process
+
+    def run(options):
+        logging.getLogger("millijoule.anything").warning("about %s", EVIL)
+        raise InputError(f"bad: {EVIL}")
+
+    assert run_command("x", NoOptions, run, []) == entry.ERROR
+    error = safe(capsys.readouterr().err)
+    assert error.splitlines() == [f"about {SHOWN}", f"millijoule x: bad: {SHOWN}"]
+
+
+def test_check(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("millijoule.pipeline.check.check_output", lambda *a, **k: iter([f"shard 1: {EVIL}"]))
+    assert check.run(check.CheckOptions(str(tmp_path))) == entry.ERROR
+    safe(capsys.readouterr().out)
+
+
+def test_gc(capsys, monkeypatch, tmp_path):
+    orphans = [Orphan(f"files/{EVIL}", 1, False, "because")]
+    monkeypatch.setattr("millijoule.pipeline.garbage.find_orphans", lambda store: iter(orphans))
+    assert gc.run(gc.GcOptions(str(tmp_path))) == entry.COMPLETE
+    safe(capsys.readouterr().out)
+
+
+def test_the_closing_lines_of_a_job(capsys):
+    stats = dict.fromkeys(
+        ("images_ok", "images_per_second", "direct_mj_per_image", "direct_estimate_mj_per_image"), 0
+    )
+    stats |= {"direct_mj_per_image": None, "direct_estimate_mj_per_image": None}
+    stats |= {"images_quarantined": 0, "input_rows_rejected": 0, "warnings": {f"unknown word {EVIL}": 3}}
+    run = SimpleNamespace(store=SimpleNamespace(url="out"))
+    Progress(SimpleNamespace(images=1), run, quiet=True).result(stats, finish_seconds=0.0)
+    safe(capsys.readouterr().err)
+
+
+def test_rows_of_a_query():
+    import pyarrow as pa
+
+    safe(query.as_text(pa.table({"prompt": [EVIL]})))
+
+
+def test_the_words_of_delimiters():
+    from millijoule.jobs.job_set_up import parse_delimiter
+
+    found = [parse_delimiter(t) for t in (None, ";", "semicolon", "Tab", "\\t", "pipe", "comma", "\t")]
+    assert found == [None, ";", ";", "\t", "\t", "|", ",", "\t"]
+    with pytest.raises(InputError, match="--delimiter dot: one character, or comma"):
+        parse_delimiter("dot")
