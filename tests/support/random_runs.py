@@ -289,7 +289,7 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
         model=MODEL,
         shard_size=str(plan.shard_size),
     )
-    planned = job_set_up.open_or_plan(options, open_store(options.output))
+    planned = job_set_up.open_or_plan(options, open_store(options.output), job_set_up.WorkerRequest(options))
     store = open_store(options.output, patient=True)
     all_boards = sum(plan.hosts) * round(1 / plan.gpus_per_worker)
     job_run = run.JobRun(
