@@ -234,8 +234,8 @@ class Accounts:
         key, body = closing_key(closing.worker_id), closing.to_json()
 
         def write() -> None:
-            # who gives up must not undo what another driver, that works on this output too, has read
-            if closing.read is not None or not self._is_closed(key):
+            # another driver that works on this output may have closed it, and a first read is as good as a later one
+            if closing.by == closing.worker_id or not self._is_closed(key):
                 self.store.put(key, body)
 
         self.writer.submit(f"closing the account of {closing.worker_id}", write)

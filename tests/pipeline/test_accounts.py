@@ -201,9 +201,10 @@ def test_an_answer_of_storage_after_the_end_starts_no_reader(store, writer, acco
     assert readers.started == []
 
 
-def test_who_gives_up_does_not_undo_what_another_driver_has_read(store, writer, accounts, readers):
+@pytest.mark.parametrize("alive", [{}, {"node-a": "host-a"}])
+def test_what_another_driver_has_read_stands(store, writer, accounts, readers, alive):
     opened(store, "w0002-0001")
-    readers.alive = {}
+    readers.alive = alive
     accounts.gone("w0002-0001", of_this_run=False)
     settle(writer)
     store.put(closing_key("w0002-0001"), WorkerClosing("w0002-0001", 2, "w0002-0001", read(90)).to_json())

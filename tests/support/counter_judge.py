@@ -1,9 +1,10 @@
 """Holds what a job says that it used against what its stand-in boards ran (`support.boards`), to the millijoule.
 
-What the job certifies must be the growth of its boards' counters from the first reading that opened an account to the last one
-of a process of the job; or it must be missing, with the workers named whose energy nobody knows. The job's own record
-is asked one thing only: which readings opened accounts; the history shows that they were made, and that nothing was
-spent before them.
+What the job certifies must be the growth of its boards' counters from the first reading that opened an account to a reading
+after all that its workers ever spent and read; or it must be missing, with the workers named whose energy nobody knows.
+Readers may read a board more often than was needed, so several such readings may stand at the end, a millijoule apart.
+The job's own record is asked one thing only: which readings opened accounts; the history shows that they were made, and that
+nothing was spent before them.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def judge(
     stats = json.loads((output / STATS_KEY).read_text())
     workers = [WorkerEnvironment.from_json(p.read_bytes()) for p in output.glob("_job/workers/*.json")]
     verdict = Verdict("missing")
-    ran: dict[tuple[str, str], int] = {}
+    ran: dict[tuple[str, str], set[int]] = {}
     reset = False
     for uuid, (boots, records) in history.items():
         for boot_id, records_of_boot in zip(boots, _split(records, boards.REBOOT), strict=True):
@@ -55,7 +56,10 @@ def judge(
             if found is not None:
                 ran[boot_id, f"gpu:{uuid}"] = found
         reset = reset or any(r.kind in (boards.RESET, boards.REBOOT) for r in records[1:])
-    verdict.ran_mj = sum(ran.values())
+    totals = {0}
+    for ends in ran.values():
+        totals = _sums(totals, ends)
+    verdict.ran_mj = max(totals)
     energy = stats["energy"]
     verdict.total_mj = energy["total_mj"]
     verdict.reasons = [f"{u['worker_id']}: {u['reason']}" for u in energy["unclosed"]]
@@ -71,16 +75,20 @@ def judge(
         verdict.problems.append(f"complete and total disagree: {says}")
     if any((energy["complete"], energy["total_mj"] is not None, stats["full_mj_per_image"] is not None)):
         verdict.outcome = "certified"
-        if energy["total_mj"] != verdict.ran_mj:
+        if energy["total_mj"] not in totals:
             verdict.problems.append(
-                f"certified {energy['total_mj']} mJ, the counters ran {verdict.ran_mj} mJ"
+                f"certified {energy['total_mj']} mJ, the counters ran {sorted(totals)} mJ"
             )
     elif not energy["unclosed"] and not reset:
         verdict.problems.append("energy is missing, and nothing says whose")
     for key, total_mj in _device_totals(output).items():
-        if total_mj is not None and total_mj != ran.get(key, 0):
-            verdict.problems.append(f"{key}: certified {total_mj} mJ, the counter ran {ran.get(key, 0)} mJ")
+        if total_mj is not None and total_mj not in ran.get(key, {0}):
+            verdict.problems.append(f"{key}: certified {total_mj} mJ, the counter ran {sorted(ran[key])} mJ")
     return verdict
+
+
+def _sums(some: set[int], others: set[int]) -> set[int]:
+    return {a + b for a in some for b in others}
 
 
 def _split(records: Sequence[boards.Record], kind: int) -> Iterator[list[boards.Record]]:
@@ -99,8 +107,8 @@ def _ran(
     workers: Sequence[WorkerEnvironment],
     names: Mapping[int, str],
     problems: list[str],
-) -> int | None:
-    """What the job ran on a board during one boot; None where it had no worker there."""
+) -> set[int] | None:
+    """What the job may say that it ran on a board during one boot; None where it had no worker there."""
     opened = {
         w.worker_id: (w.opened.energy_mj[f"gpu:{uuid}"], w.opened.t_mono_ns)
         for w in workers
@@ -108,7 +116,7 @@ def _ran(
     }
     holders = {pid for pid, name in names.items() if name in {w.worker_id for w in workers}}
     readers = {pid for pid, name in names.items() if name.startswith("r")}
-    total: int | None = None
+    totals: set[int] | None = None
     open_before: set[str] = set()  # whose accounts were open at the last reset
     for part in _split(records, boards.RESET):
         readings = {r.value_mj: (i, r.t_mono_ns) for i, r in enumerate(part) if r.kind == boards.READ}
@@ -123,10 +131,13 @@ def _ran(
         spent = [i for i, r in enumerate(part) if r.kind == boards.SPEND]
         if spent and (first is None or spent[0] < first):
             problems.append(f"{uuid}: energy was spent before an account was open")
-        last = max((i for i, r in enumerate(part) if r.pid in holders | readers), default=None)
-        if first is not None and last is not None:
-            total = (total or 0) + max(0, part[last].value_mj - part[first].value_mj)
-    return total
+        last = max((i for i, r in enumerate(part) if r.pid in holders), default=None)
+        if first is None or last is None:
+            continue
+        ends = {part[max(first, last)].value_mj}
+        ends |= {r.value_mj for r in part[last:] if r.kind == boards.READ and r.pid in readers}
+        totals = _sums(totals or {0}, {end - part[first].value_mj for end in ends})
+    return totals
 
 
 def _device_totals(output: Path) -> dict[tuple[str, str], int | None]:

@@ -153,14 +153,18 @@ class World:
             how, at_s = plan.end
             signum = {"kill": signal.SIGKILL, "term": signal.SIGTERM}.get(how, signal.SIGINT)
 
+            def signal_driver() -> None:
+                if driver.returncode is None:  # a twin may still be at work when it is not
+                    os.kill(driver.pid, signum)
+
             def end() -> None:
                 commits = len(list(self.folder.glob("out/_job/commits/*/*.json")))
                 if commits < (plan.end_at_commits or 0):
                     cluster.at(0.01, if_running(end))
                     return
-                os.kill(driver.pid, signum)
+                signal_driver()
                 if how == "int-int":
-                    cluster.at(0.1, if_running(lambda: os.kill(driver.pid, signum)))
+                    cluster.at(0.1, if_running(signal_driver))
 
             cluster.at(at_s, if_running(end))
         for one in chain([driver], twins):  # a twin may come while the first is waited for
@@ -390,7 +394,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "nodes_drivers_and_counters_too": {"runs": len(others), **outcomes(others)},
         "processes": sum(r.get("processes", 0) for r in results),
         "drivers_that_died": sum(c < 0 for r in results for c in r.get("codes", ())),
-        "certified_mj": sum(r["total_mj"] for r in results if r["outcome"] == "certified"),
+        "certified_mj": sum(r["total_mj"] or 0 for r in results if r["outcome"] == "certified"),
         "why_missing": dict(Counter(_kind(w) for r in results for w in r.get("reasons", ())).most_common()),
     }
 
