@@ -2,7 +2,7 @@
 
 What the job certifies must be the growth of its boards' counters from the first reading that opened an account to a reading
 after all that its workers ever spent and read; or it must be missing, with the workers named whose energy nobody knows.
-Readers may read a board more often than was needed, so several such readings may stand at the end, a millijoule apart.
+Several such readings may stand at the end, a millijoule apart: of readers, and of workers that ended before they had an account.
 The job's own record is asked one thing only: which readings opened accounts; the history shows that they were made, and that
 nothing was spent before them.
 """
@@ -41,7 +41,7 @@ def judge(
 
     Args:
         history: by the board's UUID, the ids of its host's boots, and its records over all of them.
-        names: of the job's processes, by pid: "w..." workers, "r..." readers.
+        names: of the job's processes, by pid.
     """
     if not (output / STATS_KEY).exists():
         return Verdict("unfinished")
@@ -115,7 +115,6 @@ def _ran(
         if w.opened is not None and f"gpu:{uuid}" in w.opened.energy_mj
     }
     holders = {pid for pid, name in names.items() if name in {w.worker_id for w in workers}}
-    readers = {pid for pid, name in names.items() if name.startswith("r")}
     totals: set[int] | None = None
     open_before: set[str] = set()  # whose accounts were open at the last reset
     for part in _split(records, boards.RESET):
@@ -135,7 +134,7 @@ def _ran(
         if first is None or last is None:
             continue
         ends = {part[max(first, last)].value_mj}
-        ends |= {r.value_mj for r in part[last:] if r.kind == boards.READ and r.pid in readers}
+        ends |= {r.value_mj for r in part[last:] if r.kind == boards.READ}
         totals = _sums(totals or {0}, {end - part[first].value_mj for end in ends})
     return totals
 

@@ -87,7 +87,8 @@ class World:
                 plans.append(DriverPlan())
             if self.codes[-1] in (0, 3):
                 break
-        if self.plan.again:
+        if self.plan.again or any(d.twin_after_s is not None for d in self.plan.drivers):
+            # of two drivers the one that does not finish the job may have records to write after the other has
             self._run_driver(DriverPlan())
         until = time.monotonic() + 2 * self.cluster.owner_most_s
         while self.cluster.actors and time.monotonic() < until:
