@@ -129,9 +129,8 @@ class Accounts:
                 answer: AccountRead = ray.get(call)
             except RayError as error:
                 account.reason = f"nobody could read its devices: {' '.join(str(error).split())[:200]}"
-                if (
-                    self._readers.get(node_id) is reader
-                ):  # not the one that another account's next try has started
+                # unless it is the one that another account's next try has started
+                if self._readers.get(node_id) is reader:
                     self._end_reader(node_id)
                 self._try(account)
             else:
@@ -150,7 +149,7 @@ class Accounts:
             self._look_again()
         for account in self._open.values():
             if account.environment is not None and not account.reading:
-                self._try(account)  # a node of its host may have come back
+                self._try(account)  # a node of its host may have come back, its process may have ended
         self._wait(lambda: not self._calls and not self._unknown, deadline)
         self._closed = True
         for node_id in list(self._readers):
@@ -212,8 +211,7 @@ class Accounts:
 
     def _answered(self, account: _Open, answer: AccountRead, node_id: str) -> None:
         if answer.read is None:
-            account.reason = answer.reason
-            self._try(account)
+            account.reason = answer.reason  # may have changed when the run ends
             return
         del self._open[account.worker_id]
         self._close(WorkerClosing(account.worker_id, self.epoch, f"a reader on {node_id[:8]}", answer.read))
@@ -234,7 +232,19 @@ class Accounts:
 
     def _close(self, closing: WorkerClosing) -> None:
         key, body = closing_key(closing.worker_id), closing.to_json()
-        self.writer.submit(f"closing the account of {closing.worker_id}", lambda: self.store.put(key, body))
+
+        def write() -> None:
+            # another driver that works on this output may have closed it, and a first read is as good as a later one
+            if closing.by == closing.worker_id or not self._is_closed(key):
+                self.store.put(key, body)
+
+        self.writer.submit(f"closing the account of {closing.worker_id}", write)
+
+    def _is_closed(self, key: str) -> bool:
+        try:
+            return WorkerClosing.from_json(self.store.get(key)).read is not None
+        except NotFoundError:
+            return False
 
     def _end_reader(self, node_id: str) -> None:
         reader = self._readers.pop(node_id, None)

@@ -32,6 +32,7 @@ class Readers:
     def __init__(self):
         self.alive = {"node-a": "host-a"}
         self.dying = 0
+        self.still_runs = False
         self.started = []  # node id of each
         self.killed = set()
         self.dead = set()
@@ -64,6 +65,8 @@ class Readers:
         number, worker = self.calls[call]
         if number in self.dead or number in self.killed:
             raise RayActorError(error_msg=f"reader {number} is dead")
+        if self.still_runs:
+            return AccountRead(worker.worker_id, None, "its process still runs")
         return AccountRead(worker.worker_id, read(100))
 
     def kill(self, reader):
@@ -196,3 +199,25 @@ def test_an_answer_of_storage_after_the_end_starts_no_reader(store, writer, acco
     end = json.loads(slow_get(closing_key("w0001-0001")))
     assert "storage" in end["reason"]
     assert readers.started == []
+
+
+@pytest.mark.parametrize("alive", [{}, {"node-a": "host-a"}])
+def test_what_another_driver_has_read_stands(store, writer, accounts, readers, alive):
+    opened(store, "w0002-0001")
+    readers.alive = alive
+    accounts.gone("w0002-0001", of_this_run=False)
+    settle(writer)
+    store.put(closing_key("w0002-0001"), WorkerClosing("w0002-0001", 2, "w0002-0001", read(90)).to_json())
+    accounts.close()
+    assert closing(store, writer, "w0002-0001").read == read(90)
+
+
+def test_a_process_that_ran_on_is_asked_for_once_more_at_the_end(store, writer, accounts, readers):
+    opened(store, "w0001-0001")
+    readers.still_runs = True
+    accounts.gone("w0001-0001")
+    settle(writer)
+    accounts.tick()
+    readers.still_runs = False
+    accounts.close()
+    assert closing(store, writer, "w0001-0001").read == read(100)

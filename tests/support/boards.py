@@ -19,13 +19,18 @@ from typing import NamedTuple
 from millijoule.workers import life, meter
 from millijoule.workers.nvml_library import FieldValue, NVMLError
 
+SITE = Path(__file__).parent / "fake_boards"
+TESTS = Path(__file__).parents[1]
+
 READ, SPEND, RESET, REBOOT = range(4)
 
 _RECORD = struct.Struct("<QQQQ")
 _NOT_SUPPORTED = 3
 
-#: Far above what any test spends: a counter that was reset is behind its last reading for certain.
+#: A counter starts here and falls by so much with each reset, far more than any test spends: it is behind its last reading
+#: for certain. One that is near 0 when it is reset may be past it again before anybody looks, and then nobody can know.
 START_MJ = 10**12
+RESET_MJ = 10**11
 
 
 class Record(NamedTuple):
@@ -56,8 +61,9 @@ class Board:
         return self._append(READ, lambda value: value + 1)
 
     def reset(self, *, reboot: bool = False) -> None:
-        """The driver is loaded again, or the host started anew: the counter begins near 0."""
-        self._append(REBOOT if reboot else RESET, lambda value: 1)
+        """The driver is loaded again, or the host started anew: the counter begins afresh, `RESET_MJ` below its last beginning."""
+        began = next(r.value_mj for r in reversed(self.records()) if r.kind in (RESET, REBOOT))
+        self._append(REBOOT if reboot else RESET, lambda value: began - RESET_MJ)
 
     def records(self) -> list[Record]:
         """The history so far."""

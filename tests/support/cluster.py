@@ -156,11 +156,14 @@ class RayCluster:
     def dashboard(self) -> str:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
-    def add_node(self, cpus: int, *, env: dict[str, str] | None = None, **resources: float) -> RayNode:
+    def add_node(
+        self, cpus: int, gpus: int = 0, *, env: dict[str, str] | None = None, **resources: float
+    ) -> RayNode:
         """A further node; `env` is what its processes have besides the cluster's."""
         arguments = [
             f"--address={self.address}",
             f"--num-cpus={cpus}",
+            f"--num-gpus={gpus}",
             f"--resources={json.dumps(resources)}",
             "--object-store-memory=80000000",
             f"--dashboard-agent-listen-port={free_port()}",

@@ -1,9 +1,10 @@
 """Holds what a job says that it used against what its stand-in boards ran (`support.boards`), to the millijoule.
 
-What the job certifies must be the growth of its boards' counters from the first reading that opened an account to the last one
-of a process of the job; or it must be missing, with the workers named whose energy nobody knows. The job's own record
-is asked one thing only: which readings opened accounts; the history shows that they were made, and that nothing was
-spent before them.
+What the job certifies must be the growth of its boards' counters from the first reading that opened an account to a reading
+after all that its workers ever spent and read; or it must be missing, with the workers named whose energy nobody knows.
+Several such readings may stand at the end, a millijoule apart: of readers, and of workers that ended before they had an account.
+The job's own record is asked one thing only: which readings opened accounts; the history shows that they were made, and that
+nothing was spent before them.
 """
 
 from __future__ import annotations
@@ -33,29 +34,32 @@ class Verdict:
 
 def judge(
     output: Path,
-    history: Mapping[str, tuple[str, list[boards.Record]]],
+    history: Mapping[str, tuple[Sequence[str], list[boards.Record]]],
     names: Mapping[int, str],
 ) -> Verdict:
     """Hold what a job in `output` says against what its boards ran.
 
     Args:
-        history: host's number in words and records, by the board's UUID.
-        names: of the job's processes, by pid: "w..." workers, "r..." readers.
+        history: by the board's UUID, the ids of its host's boots, and its records over all of them.
+        names: of the job's processes, by pid.
     """
     if not (output / STATS_KEY).exists():
         return Verdict("unfinished")
     stats = json.loads((output / STATS_KEY).read_text())
     workers = [WorkerEnvironment.from_json(p.read_bytes()) for p in output.glob("_job/workers/*.json")]
     verdict = Verdict("missing")
-    ran: dict[tuple[str, str], int] = {}
+    ran: dict[tuple[str, str], set[int]] = {}
     reset = False
-    for uuid, (host, records) in history.items():
-        for boot, records_of_boot in enumerate(_split(records, boards.REBOOT)):
+    for uuid, (boots, records) in history.items():
+        for boot_id, records_of_boot in zip(boots, _split(records, boards.REBOOT), strict=True):
             found = _ran(uuid, records_of_boot, workers, names, verdict.problems)
             if found is not None:
-                ran[f"boot-{host}-{boot}", f"gpu:{uuid}"] = found
+                ran[boot_id, f"gpu:{uuid}"] = found
         reset = reset or any(r.kind in (boards.RESET, boards.REBOOT) for r in records[1:])
-    verdict.ran_mj = sum(ran.values())
+    totals = {0}
+    for ends in ran.values():
+        totals = _sums(totals, ends)
+    verdict.ran_mj = max(totals)
     energy = stats["energy"]
     verdict.total_mj = energy["total_mj"]
     verdict.reasons = [f"{u['worker_id']}: {u['reason']}" for u in energy["unclosed"]]
@@ -71,16 +75,20 @@ def judge(
         verdict.problems.append(f"complete and total disagree: {says}")
     if any((energy["complete"], energy["total_mj"] is not None, stats["full_mj_per_image"] is not None)):
         verdict.outcome = "certified"
-        if energy["total_mj"] != verdict.ran_mj:
+        if energy["total_mj"] not in totals:
             verdict.problems.append(
-                f"certified {energy['total_mj']} mJ, the counters ran {verdict.ran_mj} mJ"
+                f"certified {energy['total_mj']} mJ, the counters ran {sorted(totals)} mJ"
             )
     elif not energy["unclosed"] and not reset:
         verdict.problems.append("energy is missing, and nothing says whose")
     for key, total_mj in _device_totals(output).items():
-        if total_mj is not None and total_mj != ran.get(key, 0):
-            verdict.problems.append(f"{key}: certified {total_mj} mJ, the counter ran {ran.get(key, 0)} mJ")
+        if total_mj is not None and total_mj not in ran.get(key, {0}):
+            verdict.problems.append(f"{key}: certified {total_mj} mJ, the counter ran {sorted(ran[key])} mJ")
     return verdict
+
+
+def _sums(some: set[int], others: set[int]) -> set[int]:
+    return {a + b for a in some for b in others}
 
 
 def _split(records: Sequence[boards.Record], kind: int) -> Iterator[list[boards.Record]]:
@@ -99,38 +107,36 @@ def _ran(
     workers: Sequence[WorkerEnvironment],
     names: Mapping[int, str],
     problems: list[str],
-) -> int | None:
-    """What the job ran on a board during one boot; None where it had no worker there."""
-    opened_by = {w.worker_id for w in workers}
-    holders = {pid for pid, name in names.items() if name in opened_by}
-    readers = {pid for pid, name in names.items() if name.startswith("r")}
-    opened = [
-        (w.opened.energy_mj[f"gpu:{uuid}"], w.opened.t_mono_ns)
+) -> set[int] | None:
+    """What the job may say that it ran on a board during one boot; None where it had no worker there."""
+    opened = {
+        w.worker_id: (w.opened.energy_mj[f"gpu:{uuid}"], w.opened.t_mono_ns)
         for w in workers
         if w.opened is not None and f"gpu:{uuid}" in w.opened.energy_mj
-    ]
-    opened_ns = {w.worker_id: w.opened.t_mono_ns for w in workers if w.opened is not None}
-    total: int | None = None
+    }
+    holders = {pid for pid, name in names.items() if name in {w.worker_id for w in workers}}
+    totals: set[int] | None = None
+    open_before: set[str] = set()  # whose accounts were open at the last reset
     for part in _split(records, boards.RESET):
-        first = min(
-            (
-                i
-                for value, t_ns in opened
-                for i, r in enumerate(part)
-                if r.kind == boards.READ and r.value_mj == value and r.t_mono_ns <= t_ns
-            ),
-            default=None,
-        )
+        readings = {r.value_mj: (i, r.t_mono_ns) for i, r in enumerate(part) if r.kind == boards.READ}
+        began = {
+            name: readings[value][0]
+            for name, (value, t_ns) in opened.items()
+            if value in readings and readings[value][1] <= t_ns
+        }
         here = {names[r.pid] for r in part if r.pid in holders}
-        if any(opened_ns.get(name, part[0].t_mono_ns) < part[0].t_mono_ns for name in here):
-            first = 0  # an account was open over the reset
+        first = 0 if here & open_before else min(began.values(), default=None)
+        open_before |= began.keys()
         spent = [i for i, r in enumerate(part) if r.kind == boards.SPEND]
         if spent and (first is None or spent[0] < first):
             problems.append(f"{uuid}: energy was spent before an account was open")
-        last = max((i for i, r in enumerate(part) if r.pid in holders | readers), default=None)
-        if first is not None and last is not None:
-            total = (total or 0) + max(0, part[last].value_mj - part[first].value_mj)
-    return total
+        last = max((i for i, r in enumerate(part) if r.pid in holders), default=None)
+        if first is None or last is None:
+            continue
+        ends = {part[max(first, last)].value_mj}
+        ends |= {r.value_mj for r in part[last:] if r.kind == boards.READ}
+        totals = _sums(totals or {0}, {end - part[first].value_mj for end in ends})
+    return totals
 
 
 def _device_totals(output: Path) -> dict[tuple[str, str], int | None]:

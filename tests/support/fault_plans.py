@@ -31,6 +31,7 @@ class DriverPlan:
         reboot: hosts that are started anew before the run.
         away: hosts that are not there in this run.
         max_workers: None: one per board, or share of a board.
+        twin_after_s: a second driver is started so much later, and works beside it.
     """
 
     end: tuple[str, float] | None = None
@@ -42,6 +43,7 @@ class DriverPlan:
     reboot: tuple[int, ...] = ()
     away: tuple[int, ...] = ()
     max_workers: int | None = None
+    twin_after_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def _driver_plan(rng: random.Random, hosts: int) -> DriverPlan:
         resets=_moments(rng, int(rng.random() < 0.12)),
         reboot=tuple(h for h in range(hosts) if rng.random() < 0.06),
         away=tuple(h for h in range(1, hosts) if rng.random() < 0.2),
+        twin_after_s=rng.uniform(0.0, 1.0) if rng.random() < 0.12 else None,
     )
 
 

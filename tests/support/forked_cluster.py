@@ -101,6 +101,7 @@ class Cluster:
         self.actors: dict[str, Actor] = {}
         self.drivers: list[Driver] = []
         self.names: dict[int, str] = {}  # of every actor there ever was, by pid
+        self._hosts: dict[int, Path] = {}
         self._lost: list[Connection | None] = []
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._counter = 0
@@ -128,6 +129,16 @@ class Cluster:
             actor.conn = None
             self._forget(actor, "The node of the actor is gone", preempted=node.preempted)
             self.at(linger_s, lambda pid=actor.pid: _kill(pid))
+
+    def end_processes(self, folder: Path) -> None:
+        """Nothing on the host of `folder` runs any more."""
+        for pid in [pid for pid, on in self._hosts.items() if on == folder]:
+            try:
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    _kill(pid)
+                    os.waitpid(pid, 0)
+            except ChildProcessError:
+                pass  # it had ended before
 
     def kill_worker(self, node: Node | None = None) -> None:
         """SIGKILL to any worker's process."""
@@ -310,6 +321,7 @@ class Cluster:
         theirs.close()
         actor.pid, actor.conn = pid, ours
         self.names[pid] = actor.name
+        self._hosts[pid] = actor.node.folder
         for call in actor.waiting:
             self._send(ours, call)
         actor.waiting = []

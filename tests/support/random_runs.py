@@ -23,13 +23,15 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from support import boards, spending_model
 from support.counter_judge import judge
 from support.fault_plans import KNOWN, DriverPlan, Plan, make_plan
-from support.forked_cluster import ActorContext, Cluster, ForkedRay, Node
+from support.forked_cluster import ActorContext, Cluster, Driver, ForkedRay, Node
 
 from millijoule.jobs import generate, job_set_up
 from millijoule.jobs.bench_result import write_result
@@ -85,12 +87,25 @@ class World:
                 plans.append(DriverPlan())
             if self.codes[-1] in (0, 3):
                 break
-        if self.plan.again:
+        if self.plan.again or any(d.twin_after_s is not None for d in self.plan.drivers):
+            # of two drivers the one that does not finish the job may have records to write after the other has
             self._run_driver(DriverPlan())
         until = time.monotonic() + 2 * self.cluster.owner_most_s
         while self.cluster.actors and time.monotonic() < until:
             self.cluster.turn()
         self.cluster.close()
+
+    def check(self) -> list[str]:
+        """What `check` finds, in a process of its own: it starts threads."""
+        found = self.folder / "check.json"
+        pid = os.fork()
+        if pid == 0:
+            try:
+                found.write_text(json.dumps(list(check_output(open_store(str(self.folder / "out"))))))
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        return json.loads(found.read_text())
 
     def _host(self, i: int) -> Path:
         return self.folder / "hosts" / str(i)
@@ -98,7 +113,7 @@ class World:
     def _join(self, i: int) -> None:
         folder = self._host(i)
         names = tuple(b.uuid for b in boards.boards_of(folder))
-        self.cluster.add_node(Node(f"host-{i}", folder, f"boot-{i}-{self.boots[i]}", names, cpus=8.0))
+        self.cluster.add_node(Node(f"host-{i}", folder, _boot_id(i, self.boots[i]), names, cpus=8.0))
 
     def _run_driver(self, plan: DriverPlan) -> None:
         cluster = self.cluster
@@ -109,6 +124,7 @@ class World:
                     cluster.lose_node(node)
                 cluster.turn()
             if i in plan.reboot:
+                cluster.end_processes(self._host(i))
                 self.boots[i] += 1
                 for board in boards.boards_of(self._host(i)):
                     board.reset(reboot=True)
@@ -116,7 +132,9 @@ class World:
                     name.unlink()
             if i not in plan.away and (i in plan.reboot or not alive):
                 self._join(i)
-        driver = cluster.start_driver(lambda ray: drive(self.plan, plan, self.folder, ray))
+        main = partial(drive, self.plan, plan, self.folder)
+        driver = cluster.start_driver(main)
+        twins: list[Driver] = []
         begun = len(self.codes)
 
         def if_running(act):
@@ -130,23 +148,30 @@ class World:
             cluster.at(at_s, if_running(lambda: self._join(self.rng.randrange(len(self.plan.hosts)))))
         for at_s in plan.resets:
             cluster.at(at_s, if_running(lambda: self.rng.choice(self.boards()).reset()))
+        if plan.twin_after_s is not None:
+            cluster.at(plan.twin_after_s, if_running(lambda: twins.append(cluster.start_driver(main))))
         if plan.end is not None:
             how, at_s = plan.end
             signum = {"kill": signal.SIGKILL, "term": signal.SIGTERM}.get(how, signal.SIGINT)
+
+            def signal_driver() -> None:
+                if driver.returncode is None:  # a twin may still be at work when it is not
+                    os.kill(driver.pid, signum)
 
             def end() -> None:
                 commits = len(list(self.folder.glob("out/_job/commits/*/*.json")))
                 if commits < (plan.end_at_commits or 0):
                     cluster.at(0.01, if_running(end))
                     return
-                os.kill(driver.pid, signum)
+                signal_driver()
                 if how == "int-int":
-                    cluster.at(0.1, if_running(lambda: os.kill(driver.pid, signum)))
+                    cluster.at(0.1, if_running(signal_driver))
 
             cluster.at(at_s, if_running(end))
-        if not cluster.run(driver, DRIVER_TIMEOUT_S):
-            self.hung = True
-        self.codes.append(driver.returncode)
+        for one in chain([driver], twins):  # a twin may come while the first is waited for
+            if not cluster.run(one, DRIVER_TIMEOUT_S):
+                self.hung = True
+        self.codes.append(twins[0].returncode if twins else driver.returncode)
         pause = time.monotonic() + self.rng.choice((0.0, 0.0, 0.2, 0.7))
         while time.monotonic() < pause:
             cluster.turn()
@@ -165,6 +190,10 @@ class World:
         if len(alive) == 1:  # or nothing could ever go on
             self.cluster.at(0.3, lambda: self._join(self.rng.randrange(len(self.plan.hosts))))
 
+    def boots_of(self, board: boards.Board) -> list[str]:
+        host = int(board.path.parents[1].name)
+        return [_boot_id(host, boot) for boot in range(self.boots[host] + 1)]
+
     def boards(self) -> list[boards.Board]:
         return [b for i in range(len(self.plan.hosts)) for b in boards.boards_of(self._host(i))]
 
@@ -172,6 +201,10 @@ class World:
         enter_host(context.node, self.plan, self.folder)
         actor_module.ray = context
         return _Worker(*arguments)
+
+
+def _boot_id(host: int, boot: int) -> str:
+    return f"boot-{host}-{boot}"
 
 
 def enter_host(node: Node | None, plan: Plan, folder: Path) -> None:
@@ -261,7 +294,7 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
         model=MODEL,
         shard_size=str(plan.shard_size),
     )
-    planned = job_set_up.open_or_plan(options, open_store(options.output))
+    planned = job_set_up.open_or_plan(options, open_store(options.output), job_set_up.WorkerRequest(options))
     store = open_store(options.output, patient=True)
     all_boards = sum(plan.hosts) * round(1 / plan.gpus_per_worker)
     job_run = run.JobRun(
@@ -280,8 +313,6 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
     if not job_run.complete:
         return 5
     stats = finish_job(store, planned.job, planned.shards)
-    problems = list(check_output(store))
-    (folder / "check.json").write_text(json.dumps(problems))
     return 3 if stats["images_quarantined"] else 0
 
 
@@ -293,12 +324,12 @@ def run_one(name: str, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     world = World(KNOWN[name] if name in KNOWN else make_plan(int(name)), folder)
     world.run()
-    history = {b.uuid: (b.path.parents[1].name, b.records()) for b in world.boards()}
+    history = {b.uuid: (world.boots_of(b), b.records()) for b in world.boards()}
     verdict = judge(folder / "out", history, world.cluster.names)
     if world.hung:
         verdict.problems.append("a driver hung")
-    if (folder / "check.json").exists():
-        verdict.problems += json.loads((folder / "check.json").read_text())
+    if verdict.outcome != "unfinished":
+        verdict.problems += world.check()
     return {
         "run": name,
         "benign": world.plan.benign,
@@ -364,7 +395,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "nodes_drivers_and_counters_too": {"runs": len(others), **outcomes(others)},
         "processes": sum(r.get("processes", 0) for r in results),
         "drivers_that_died": sum(c < 0 for r in results for c in r.get("codes", ())),
-        "certified_mj": sum(r["total_mj"] for r in results if r["outcome"] == "certified"),
+        "certified_mj": sum(r["total_mj"] or 0 for r in results if r["outcome"] == "certified"),
         "why_missing": dict(Counter(_kind(w) for r in results for w in r.get("reasons", ())).most_common()),
     }
 
