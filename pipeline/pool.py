@@ -524,7 +524,11 @@ class WorkerPool:
                 continue
             worker.late += 1
             where = worker.ready.host if worker.ready else "?"
-            if worker.late == 1 and entry.lease.writes and not self._closing:
+            if worker.late == 1 and entry.lease.writes:
+                if (
+                    self._closing
+                ):  # nobody needs the shard any more, but what it has in hand may end by itself
+                    continue
                 log.warning(
                     "worker %s on %s made no progress on shard %d for %.0f s; leasing the shard again",
                     worker.worker_id,
