@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -24,6 +24,9 @@ from millijoule.jobs.bench_process import memory_mb, peak_mb
 from millijoule.jobs.bench_result import write_result
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
+
+if TYPE_CHECKING:
+    from millijoule.workers.schemas import ImageRow
 
 SECOND_NS = 1_000_000_000
 NODES, WORKERS, SHARD_S, IDLE_S = 2, 16, 30, 1
@@ -91,7 +94,7 @@ def make(folder: str, n: int) -> dict[str, Any]:
     from millijoule.pipeline.job import JobSpec, publish_job
     from millijoule.pipeline.plan import PlanOptions, plan_job
     from millijoule.workers.lease import commit_key
-    from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, ImageRequest, ImageRow
+    from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
     from millijoule.workers.storage import expand_inputs, open_store
     from millijoule.workers.writers import row_table_options
 
@@ -106,9 +109,7 @@ def make(folder: str, n: int) -> dict[str, Any]:
     )
     publish_job(store, spec)
     for i in range(ROW_TABLES):
-        row = ImageRow(
-            ImageRequest(f"p{i}", 0, f"prompt {i}", i), "ok", 64, 64, 10, f"data/{i}.png", f"{i:064x}", 1
-        )
+        row = made_up_row(i)
         rows = pa.Table.from_pylist([row.as_record()], schema=IMAGE_ROW_SCHEMA)
         path = Path(folder, "out", f"data/{i}.rows.parquet")
         path.parent.mkdir(exist_ok=True)
@@ -125,9 +126,20 @@ def make(folder: str, n: int) -> dict[str, Any]:
     return {"shards": n}
 
 
-def made_up_commit(shard_id: int, fingerprint: str) -> bytes:
-    """The commit of a one-image shard: each worker makes every sixteenth, a second after the one before."""
-    from millijoule.workers.schemas import Commit, CounterRead, Segment
+def made_up_row(number: int) -> ImageRow:
+    """The one row of row table `number`."""
+    from millijoule.workers.schemas import ImageRequest, ImageRow
+
+    request = ImageRequest(f"p{number}", 0, f"prompt {number}", number)
+    return ImageRow(request, "ok", 64, 64, 10, f"data/{number}.png", f"{number:064x}", 1)
+
+
+def made_up_commit(shard_id: int, fingerprint: str, *, carries_rows: bool = True) -> bytes:
+    """The commit of a one-image shard: each worker makes every sixteenth, a second after the one before.
+
+    `carries_rows` False: as versions wrote it whose finish read every row table.
+    """
+    from millijoule.workers.schemas import Commit, CounterRead, Segment, carried_rows
 
     number = shard_id % WORKERS
     start_s = shard_id // WORKERS * (SHARD_S + IDLE_S)
@@ -153,6 +165,7 @@ def made_up_commit(shard_id: int, fingerprint: str) -> bytes:
             Segment(name, "idle", reads[0], reads[1]),
             Segment(name, "shard", reads[1], reads[2], shard_id, attempt),
         ),
+        rows=carried_rows([made_up_row(shard_id % ROW_TABLES)]) if carries_rows else None,
     ).to_json()
 
 
