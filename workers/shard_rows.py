@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import islice
 from threading import Lock
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ from millijoule.workers.storage import Store
 SEED_RANGE = 2**64
 
 #: Parts of the plan that a `ShardRowReader` holds, and how long their rows may be: shards of one row are read together.
-MAX_HELD_PARTS, MAX_HELD_BYTES = 4, 8 << 20
+MAX_HELD_PARTS, MAX_HELD_BYTES = 4, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +98,17 @@ class ShardRowReader:
                 part = self._parts[shard.key] = _open_part(self.store, shard)
                 if len(self._parts) > MAX_HELD_PARTS:
                     del self._parts[next(iter(self._parts))]
-        if part.rows is None or shard.row_group >= part.footer.num_row_groups:
+        if part.shards is None or shard.row_group >= len(part.shards):
             return _plan_rows(self.store, shard, _read_row_group(self.store, shard, part.footer))
-        begin, end = part.first_row[shard.row_group : shard.row_group + 2]
-        return _plan_rows(self.store, shard, part.rows.slice(begin, end - begin))
+        return _require_planned(self.store, shard, part.shards[shard.row_group])
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A plan part; `rows` are all of its rows, None where they are many, row group i from `first_row[i]` on."""
+    """A plan part; `shards` has the rows of each row group, None where these are many."""
 
     footer: pq.FileMetaData
-    rows: pa.Table | None
-    first_row: list[int]
+    shards: list[list[PlanRow]] | None
 
 
 def _open_part(store: Store, shard: Shard) -> _Part:
@@ -118,13 +116,13 @@ def _open_part(store: Store, shard: Shard) -> _Part:
         file = pq.ParquetFile(source)
         footer = file.metadata
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-        first_row = list(accumulate((g.num_rows for g in groups), initial=0))
         if sum(g.total_byte_size for g in groups) > MAX_HELD_BYTES:
-            return _Part(footer, None, first_row)
+            return _Part(footer, None)
         try:
-            return _Part(footer, file.read(use_threads=False).combine_chunks(), first_row)
+            rows = iter(_as_plan_rows(file.read(use_threads=False)))
         except (pa.ArrowException, OSError):  # whose row group is damaged is said when that is asked for
-            return _Part(footer, None, first_row)
+            return _Part(footer, None)
+        return _Part(footer, [list(islice(rows, g.num_rows)) for g in groups])
 
 
 def _read_row_group(store: Store, shard: Shard, footer: pq.FileMetaData | None) -> pa.Table:
@@ -144,14 +142,24 @@ def _damaged_plan(store: Store, shard: Shard) -> Iterator[None]:
 
 
 def _plan_rows(store: Store, shard: Shard, table: pa.Table) -> list[PlanRow]:
+    return _require_planned(store, shard, _as_plan_rows(table))
+
+
+def _as_plan_rows(table: pa.Table) -> list[PlanRow]:
     names = [*PLAN_ROW_SCHEMA.names, *({"first_image_index"} & set(table.column_names))]
     columns = [table[name].to_pylist() for name in names]
-    if rows_digest(table["prompt_id"], table["num_images"]) != shard.rows_sha256:
+    return [PlanRow(*values) for values in zip(*columns, strict=True)]
+
+
+def _require_planned(store: Store, shard: Shard, rows: list[PlanRow]) -> list[PlanRow]:
+    """`rows`, which must be those that the plan's index says; see `rows_digest`."""
+    text = "".join(f"{row.prompt_id}\0{row.num_images}\0" for row in rows)
+    if hashlib.sha256(text.encode()).hexdigest() != shard.rows_sha256:
         raise DamagedError(
             f"{_place(store, shard)}: other rows than the plan's index says for shard {shard.shard_id}; the plan was "
             "overwritten or is damaged"
         )
-    return [PlanRow(*values) for values in zip(*columns, strict=True)]
+    return rows
 
 
 def _place(store: Store, shard: Shard) -> str:
