@@ -3,7 +3,8 @@
 The job is made up to have as little as possible per shard but its records: one image, two segments with five counters,
 a commit and a row table; on a local disk, of sixteen workers on two nodes. `finish_job` is the product's own: ledger,
 manifest, seven energy tables, closure checks, `stats.json`. `check` compares the output with its commits afterwards, without
-images, because there are none. Each run is in a process of its own; the peak is what that process held at most, and above what it held before (`peak_added_mb`).
+images, because there are none. Each run is in a process of its own; `peak_mb` is what it held at
+most, `peak_added_mb` that above what it held before.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.account_gaps import utc_text
+from millijoule.pipeline.arrow_memory import lean_arrow
 from millijoule.pipeline.commits import READ_THREADS, list_committed, not_a_commit, read_bodies
 from millijoule.pipeline.energy_tables import compare_energy_tables
 from millijoule.pipeline.finish import (
@@ -70,6 +71,13 @@ def check_output(
     Raises:
         InputError: there is no job in this output.
     """
+    with lean_arrow():
+        yield from _check_output(store, images, on_shard, on_note)
+
+
+def _check_output(
+    store: Store, images: bool, on_shard: Callable[[int, int], None], on_note: Callable[[str], None]
+) -> Iterator[str]:
     job = require_job(store)
     index = load_job_shards(store, job)
     done = list_committed(store, len(index))

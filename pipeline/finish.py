@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from millijoule.pipeline.arrow_memory import lean_arrow
 from millijoule.pipeline.closure import CHECKS
 from millijoule.pipeline.commit_table import CommitTable
 from millijoule.pipeline.commits import not_a_commit, read_bodies
@@ -170,6 +171,7 @@ def load_records(store: Store, n_shards: int, uncommitted: Uncommitted | None = 
     return reader.records()
 
 
+@lean_arrow()
 def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
     """Write manifest, `energy/`, `stats.json` and `_SUCCESS` of a job whose shards are all committed.
 
