@@ -3,8 +3,8 @@
 The job is made up to have as little as possible per shard but its records: one image, two segments with five counters,
 a commit and a row table; on a local disk, of sixteen workers on two nodes. `finish_job` is the product's own: ledger,
 manifest, seven energy tables, closure checks, `stats.json`. `check` compares the output with its commits afterwards, without
-images, because there are none. Each run is in a process of its own; the peak is what that process held at most above what it
-held before.
+images, because there are none. Each run is in a process of its own; `peak_mb` is what it held at
+most, `peak_added_mb` that above what it held before.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -25,10 +26,15 @@ from millijoule.jobs.bench_result import write_result
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
 
+if TYPE_CHECKING:
+    from millijoule.workers.schemas import ImageRow
+
 SECOND_NS = 1_000_000_000
 NODES, WORKERS, SHARD_S, IDLE_S = 2, 16, 30, 1
 #: Row tables that differ; the commits take turns, because a hundred thousand files would only measure the disk.
 ROW_TABLES = 256
+#: Stands beside a job once all of it is made.
+MADE = "made"
 
 
 @dataclass(frozen=True)
@@ -46,16 +52,24 @@ class BenchOptions:
     check: bool = True
     """Measure `check` as well, once per size."""
 
+    folder: str | None = None
+    """Where the jobs are made and stay, to be measured again; default: a temporary folder."""
+
 
 def run(options: BenchOptions) -> int:
     rows, checks = [], []
-    for shards in (options.shards // 10, options.shards):
-        with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as folder:
-            probe("make", folder, shards)
-            rows += [probe("finish", folder, shards) for _ in range(options.repeats)]
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-            checks += [probe("check", folder, shards)] if options.check else []
-            print(json.dumps(checks[-1:]), file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch:
+        for shards in (options.shards // 10, options.shards):
+            folder = Path(options.folder or scratch, str(shards))
+            if not (folder / MADE).exists():
+                folder.mkdir(parents=True)
+                probe("make", str(folder), shards)
+            for _ in range(options.repeats):
+                rows.append(probe("finish", str(folder), shards))
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            if options.check:
+                checks.append(probe("check", str(folder), shards))
+                print(json.dumps(checks[-1]), file=sys.stderr, flush=True)
     small, large = rows[: options.repeats], rows[options.repeats :]
     peaks = [min(r["peak_added_mb"] for r in part) for part in (small, large)]
     result = {
@@ -63,6 +77,7 @@ def run(options: BenchOptions) -> int:
         "options": asdict(options),
         "shards": options.shards,
         "seconds": sorted(r["seconds"] for r in large)[len(large) // 2],
+        "cpu_seconds": sorted(r["cpu_seconds"] for r in large)[len(large) // 2],
         "peak_added_mb": peaks[1],
         "mb_per_100_000_shards": (peaks[1] - peaks[0]) / (options.shards - options.shards // 10) * 100_000,
         "rows": rows,
@@ -91,7 +106,7 @@ def make(folder: str, n: int) -> dict[str, Any]:
     from millijoule.pipeline.job import JobSpec, publish_job
     from millijoule.pipeline.plan import PlanOptions, plan_job
     from millijoule.workers.lease import commit_key
-    from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, ImageRequest, ImageRow
+    from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
     from millijoule.workers.storage import expand_inputs, open_store
     from millijoule.workers.writers import row_table_options
 
@@ -106,9 +121,7 @@ def make(folder: str, n: int) -> dict[str, Any]:
     )
     publish_job(store, spec)
     for i in range(ROW_TABLES):
-        row = ImageRow(
-            ImageRequest(f"p{i}", 0, f"prompt {i}", i), "ok", 64, 64, 10, f"data/{i}.png", f"{i:064x}", 1
-        )
+        row = made_up_row(i)
         rows = pa.Table.from_pylist([row.as_record()], schema=IMAGE_ROW_SCHEMA)
         path = Path(folder, "out", f"data/{i}.rows.parquet")
         path.parent.mkdir(exist_ok=True)
@@ -122,12 +135,22 @@ def make(folder: str, n: int) -> dict[str, Any]:
         path.write_bytes(body)
         compactor.add(shard_id, body)
     compactor.flush()
+    Path(folder, MADE).touch()
     return {"shards": n}
+
+
+@cache
+def made_up_row(number: int) -> ImageRow:
+    """The one row of row table `number`."""
+    from millijoule.workers.schemas import ImageRequest, ImageRow
+
+    request = ImageRequest(f"p{number}", 0, f"prompt {number}", number)
+    return ImageRow(request, "ok", 64, 64, 10, f"data/{number}.png", f"{number:064x}", 1)
 
 
 def made_up_commit(shard_id: int, fingerprint: str) -> bytes:
     """The commit of a one-image shard: each worker makes every sixteenth, a second after the one before."""
-    from millijoule.workers.schemas import Commit, CounterRead, Segment
+    from millijoule.workers.schemas import Commit, CounterRead, Segment, carried_rows
 
     number = shard_id % WORKERS
     start_s = shard_id // WORKERS * (SHARD_S + IDLE_S)
@@ -153,6 +176,7 @@ def made_up_commit(shard_id: int, fingerprint: str) -> bytes:
             Segment(name, "idle", reads[0], reads[1]),
             Segment(name, "shard", reads[1], reads[2], shard_id, attempt),
         ),
+        rows=carried_rows([made_up_row(shard_id % ROW_TABLES)]),
     ).to_json()
 
 
@@ -181,6 +205,7 @@ def finish(folder: str, n: int) -> dict[str, Any]:
         "cpu_seconds": time.process_time() - cpu,
         "private_before_mb": before,
         "peak_added_mb": peak_mb() - peak_before,
+        "peak_mb": peak_mb(),
         "segments": stats["energy"]["segments"],
     }
 
@@ -200,6 +225,7 @@ def check(folder: str, n: int) -> dict[str, Any]:
         "seconds": time.monotonic() - began,
         "cpu_seconds": time.process_time() - cpu,
         "peak_added_mb": peak_mb() - peak_before,
+        "peak_mb": peak_mb(),
     }
 
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import TypeVar
+from itertools import chain, islice
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.account_gaps import utc_text
-from millijoule.pipeline.commits import READ_THREADS, list_committed, parse_commit, read_bodies
+from millijoule.pipeline.arrow_memory import lean_arrow
+from millijoule.pipeline.commits import READ_THREADS, list_committed, not_a_commit, read_bodies
 from millijoule.pipeline.energy_tables import compare_energy_tables
 from millijoule.pipeline.finish import (
     MANIFEST_BATCH_ROWS,
@@ -28,17 +31,24 @@ from millijoule.pipeline.finish import (
     RecordReader,
     manifest_tables,
 )
+from millijoule.pipeline.image_rows import RowReader, read_row_table
 from millijoule.pipeline.job import JobSpec, require_job
 from millijoule.pipeline.layout import MANIFEST_KEY, SUCCESS_KEY
 from millijoule.pipeline.retry import JobShards, load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.readers import read_images
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
-from millijoule.workers.shard_rows import Shard, read_shard_rows, shard_requests
-from millijoule.workers.storage import Store
+from millijoule.workers.schemas import Commit
+from millijoule.workers.shard_rows import Shard, ShardRowReader, shard_requests
+from millijoule.workers.storage import Store, is_s3_url
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+#: Shards that a thread checks in one go: of one image each, they take less time than being handed over.
+_SHARDS_PER_CALL = 16
+
+#: A row table of at most so many bytes is not read a second time after its hash was taken.
+_SMALL_TABLE_BYTES = 1 << 20
 
 #: Columns that must equal between plan and row table.
 _KEY = ("prompt_id", "image_index", "prompt", "seed")
@@ -61,25 +71,36 @@ def check_output(
     Raises:
         InputError: there is no job in this output.
     """
+    with lean_arrow():
+        yield from _check_output(store, images, on_shard, on_note)
+
+
+def _check_output(
+    store: Store, images: bool, on_shard: Callable[[int, int], None], on_note: Callable[[str], None]
+) -> Iterator[str]:
     job = require_job(store)
     index = load_job_shards(store, job)
     done = list_committed(store, len(index))
     for shard_id in (~done).nonzero()[0].tolist():
         yield f"shard {shard_id}: not committed"
-    reader = RecordReader(store)
+    records, plan = RecordReader(store), ShardRowReader(store)
 
-    def one(commit: tuple[int, bytes]) -> tuple[int, bytes, list[str]]:
-        shard_id, body = commit
-        parsed = parse_commit(store, shard_id, body)
-        return shard_id, body, list(_check_shard(store, job, index[shard_id], parsed, images=images))
+    def some(bodies: Sequence[tuple[int, bytes]]) -> list[tuple[int, dict[str, Any], list[str]]]:
+        checked = []
+        for shard_id, body in bodies:
+            raw, commit = _parse(store, shard_id, body)
+            problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
+            checked.append((shard_id, raw, list(problems)))
+        return checked
 
     bodies = read_bodies(store, len(index), use_compacted=False)
-    for checked, (shard_id, body, problems) in enumerate(in_threads(one, bodies), 1):
-        on_shard(checked, len(index))
+    checked = chain.from_iterable(in_threads(some, batched(bodies, _SHARDS_PER_CALL), _threads(store)))
+    for n, (shard_id, raw, problems) in enumerate(checked, 1):
+        on_shard(n, len(index))
         yield from problems
-        reader.add(shard_id, body)
+        records.add_raw(shard_id, raw)
     if done.all():
-        yield from _check_finished(store, job, index, reader.records(), on_note)
+        yield from _check_finished(store, job, index, records.records(), on_note)
 
 
 def _check_finished(
@@ -101,42 +122,70 @@ def _check_finished(
         )
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`function` of each item, in order, by `READ_THREADS` threads; only few items are taken ahead."""
+def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iterator[R]:
+    """`function` of each item, in order, by some threads; only few items are taken ahead."""
     waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(READ_THREADS) as threads:
+    with ThreadPoolExecutor(n_threads) as threads:
         for item in items:
             waiting.append(threads.submit(function, item))
-            if len(waiting) >= 4 * READ_THREADS:
+            if len(waiting) >= 2 * n_threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _check_shard(store: Store, job: JobSpec, shard: Shard, commit: Commit, *, images: bool) -> Iterator[str]:
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Consecutive lists of at most `size` items."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _threads(store: Store) -> int:
+    """A distant store keeps many threads waiting; from a disk more threads than cores only wait for each other."""
+    return READ_THREADS if is_s3_url(store.url) else min(READ_THREADS, os.cpu_count() or 1)
+
+
+def _parse(store: Store, shard_id: int, body: bytes) -> tuple[dict[str, Any], Commit]:
+    """A commit's JSON, and the commit without segments and power samples: those go into the books, which parse them."""
+    try:
+        raw = json.loads(body)
+        return raw, Commit.from_dict({**raw, "segments": (), "power": ()})
+    except (ValueError, TypeError, KeyError) as error:
+        raise not_a_commit(store, shard_id, error) from error
+
+
+def _check_shard(
+    store: Store, job: JobSpec, shard: Shard, commit: Commit, plan: ShardRowReader, *, images: bool
+) -> Iterator[str]:
     where = f"shard {shard.shard_id} (attempt {commit.attempt_id})"
     if commit.plan_fingerprint != job.fingerprint:
         yield f"{where}: committed for another plan, {commit.plan_fingerprint[:12]}"
     if commit.model_sha256 != job.model_sha256:
         yield f"{where}: made by another model, {commit.model_sha256[:12]}"
+    table_bytes: bytes | None = None
     for file in commit.files:
         try:
-            if (size := store.size(file.path)) != file.size_bytes:
-                yield f"{file.path}: {size} bytes, the commit says {file.size_bytes}"
-            elif images and hashlib.sha256(store.get(file.path)).hexdigest() != file.sha256:
-                yield f"{file.path}: its SHA-256 is not the commit's"
+            data = store.get(file.path) if images else None
+            size = store.size(file.path) if data is None else len(data)
         except NotFoundError:
             yield f"{file.path}: named by the commit of shard {shard.shard_id}, but missing"
             return
+        if size != file.size_bytes:
+            yield f"{file.path}: {size} bytes, the commit says {file.size_bytes}"
+        elif data is not None and hashlib.sha256(data).hexdigest() != file.sha256:
+            yield f"{file.path}: its SHA-256 is not the commit's"
+        if file.path == commit.rows_path and size <= _SMALL_TABLE_BYTES:
+            table_bytes = data
     try:
-        with store.open_input(commit.rows_path) as source:
-            rows = pq.ParquetFile(source).read(columns=IMAGE_ROW_SCHEMA.names).to_pylist()
+        rows = read_row_table(store, commit, table_bytes).to_pylist()
     except (pa.ArrowException, OSError) as error:
         yield f"{commit.rows_path}: cannot be read as Parquet: {error}"
         return
+    if commit.rows is not None and commit.rows != tuple(tuple(row.values()) for row in rows):
+        yield f"{where}: the rows in its commit are not those of {commit.rows_path}"
     planned = {
-        (r.prompt_id, r.image_index, r.prompt, r.seed)
-        for r in shard_requests(read_shard_rows(store, shard), job.job_seed)
+        (r.prompt_id, r.image_index, r.prompt, r.seed) for r in shard_requests(plan.read(shard), job.job_seed)
     }
     found = [tuple(row[k] for k in _KEY) for row in rows]
     for key in planned.difference(found):
@@ -184,7 +233,8 @@ def _compare_manifest(
     if manifest.schema_arrow.names != MANIFEST_SCHEMA.names:
         yield f"{MANIFEST_KEY}: has columns {manifest.schema_arrow.names}"
         return
-    stored, at = _Rows(manifest), 0
+    batches = manifest.iter_batches(MANIFEST_BATCH_ROWS)
+    stored, at = RowReader((pa.Table.from_batches([b]) for b in batches), manifest.schema_arrow), 0
     tables = manifest_tables(store, shards, records)
     while True:
         try:
@@ -202,18 +252,3 @@ def _compare_manifest(
                 yield f"{MANIFEST_KEY}: {rows}: column {name} is not what the commits say"
     if at != manifest.metadata.num_rows:
         yield f"{MANIFEST_KEY}: {manifest.metadata.num_rows} rows, the commits make {at}"
-
-
-class _Rows:
-    """The rows of a Parquet file in order, as many at a time as are asked for."""
-
-    def __init__(self, file: pq.ParquetFile) -> None:
-        self._batches = file.iter_batches(MANIFEST_BATCH_ROWS)
-        self._held = file.schema_arrow.empty_table()
-
-    def take(self, n: int) -> pa.Table:
-        """The next `n` rows; fewer at the end."""
-        while self._held.num_rows < n and (batch := next(self._batches, None)) is not None:
-            self._held = pa.concat_tables([self._held, pa.Table.from_batches([batch])])
-        part, self._held = self._held.slice(0, n), self._held.slice(n)
-        return part

@@ -1,7 +1,7 @@
 """Many commits in little memory: what the end of a job needs of each, as columns; parsed once.
 
 A commit's segments go to `PackedSegments` and its power samples to a file, both while it is parsed; here remain the
-numbers and names that manifest, energy tables and closure checks look at again.
+numbers and names that manifest, energy tables and closure checks look at again. Image rows that it carries go to a file, too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from millijoule.pipeline.image_rows import RowSpool
 from millijoule.pipeline.packed_segments import NONE
-from millijoule.workers.schemas import Commit, PowerTrace
+from millijoule.workers.schemas import Commit, PowerTrace, parse_carried_rows
 
 _NEEDED = {f.name for f in fields(Commit) if f.default is NO_DEFAULT}
 _ALLOWED = {f.name for f in fields(Commit)}
@@ -57,7 +58,7 @@ class AttemptIndex:
 
 
 class CommitTable(Sequence[Commit]):
-    """Commits in the order in which they were added; what comes out has no segments, files, errors or power.
+    """Commits in the order in which they were added; what comes out has no segments, files, errors, power or rows.
 
     Raises:
         OverflowError, TypeError, ValueError: what was added is no commit.
@@ -65,6 +66,7 @@ class CommitTable(Sequence[Commit]):
 
     def __init__(self) -> None:
         self.power = PowerSpool()
+        self.rows = RowSpool()
         self.names: list[str] = []
         self._name_numbers: dict[str, int] = {}
         self._named = {name: array("i") for name in (*_NAMES, "energy_domains")}
@@ -82,6 +84,7 @@ class CommitTable(Sequence[Commit]):
     def add(self, commit: Commit) -> None:
         """Append a commit."""
         self._append({name: getattr(commit, name) for name in _ALLOWED})
+        self.rows.add(commit.rows)
         for trace in commit.power:
             self.power.add(trace, commit.node_id, commit.host)
 
@@ -90,7 +93,10 @@ class CommitTable(Sequence[Commit]):
         keys = raw.keys()
         if not keys >= _NEEDED or keys - _ALLOWED:
             raise ValueError(f"has {', '.join(sorted(map(str, keys)))}")
+        rows = raw.get("rows")
+        carried = None if rows is None else parse_carried_rows(rows)
         self._append(raw)
+        self.rows.add(carried)
         for trace in raw.get("power", ()):
             self.power.add(PowerTrace.from_dict(trace), raw["node_id"], raw["host"])
 

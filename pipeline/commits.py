@@ -78,10 +78,10 @@ def read_bodies(store: Store, n_shards: int, *, use_compacted: bool = True) -> I
     """
     done = list_committed(store, n_shards)
     compacted = _Compacted(store, n_shards) if use_compacted else None
-    wanted = np.flatnonzero(done).tolist()
+    wanted = np.flatnonzero(done)
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for start in range(0, len(wanted), 1024):
-            block = wanted[start : start + 1024]
+            block = wanted[start : start + 1024].tolist()
             missing = [s for s in block if compacted is None or s not in compacted]
             fetched = dict(
                 zip(missing, threads.map(lambda s: store.get(commit_key(s)), missing), strict=True)

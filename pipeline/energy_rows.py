@@ -11,12 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from millijoule.pipeline.apportionment import sum_or_none
 from millijoule.pipeline.closure import (
@@ -30,16 +30,27 @@ from millijoule.pipeline.closure import (
 from millijoule.pipeline.commit_table import CommitTable
 from millijoule.pipeline.counter_split import MISSING
 from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS, table_of
+from millijoule.pipeline.image_rows import NOT_CARRIED, RowReader, read_row_table
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.ledger import Ledger
 from millijoule.pipeline.node_closure import NodeBooks, close_nodes
 from millijoule.pipeline.packed_segments import NONE
 from millijoule.pipeline.uncommitted import NOTHING, Uncommitted, held_devices
-from millijoule.workers.schemas import Commit, CounterRead, PowerTrace, WorkerEnvironment
-from millijoule.workers.storage import Store
+from millijoule.workers.schemas import (
+    IMAGE_ROW_SCHEMA,
+    Commit,
+    CounterRead,
+    PowerTrace,
+    WorkerEnvironment,
+)
+from millijoule.workers.storage import Store, is_s3_url
 from millijoule.workers.timeline import segment_estimate_mj
 
-_READ_THREADS = 16
+#: Threads that read row tables from a distant store, and from a disk.
+_READ_THREADS, _DISK_THREADS = 16, 2
+
+#: Row tables that one thread reads in one go: of one image each, they take less time than being asked for.
+_TABLES_PER_CALL = 16
 
 DAY_NS = 86_400_000_000_000
 
@@ -84,18 +95,38 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class RowTables:
-    """Rows from the row table of each commit; `read_rows` is called from several threads."""
+    """The rows that commits carry, and of those that carry none the row tables, `IMAGE_ROW_SCHEMA`.
+
+    Attributes:
+        read_rows: the row table of a commit; called from several threads.
+    """
 
     read_rows: Callable[[Commit], pa.Table]
+    threads: int = _READ_THREADS
 
     def blocks(self, commits: CommitTable) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        def read(number: int) -> pa.Table:
-            return self.read_rows(commits[number]).select(ROW_COLUMNS)
+        """See `ImageSource`; one for each of `commit_blocks`, all columns, each in one piece."""
 
-        with ThreadPoolExecutor(_READ_THREADS) as threads:
-            for numbers in commit_blocks(commits):
-                tables = list(threads.map(read, numbers))
-                yield np.repeat(numbers, [t.num_rows for t in tables]), pa.concat_tables(tables)
+        def read(numbers: Sequence[int]) -> list[pa.Table]:
+            return [self.read_rows(commits[n]) for n in numbers]
+
+        carried, counts = RowReader(commits.rows.tables(), IMAGE_ROW_SCHEMA), commits.rows.counts()
+        with ThreadPoolExecutor(self.threads) as threads:
+            for block in commit_blocks(commits):
+                numbers, of_each = np.asarray(block), counts[block.start : block.stop]
+                others = numbers[of_each == NOT_CARRIED].tolist()
+                parts = [others[i : i + _TABLES_PER_CALL] for i in range(0, len(others), _TABLES_PER_CALL)]
+                tables = [table for part in threads.map(read, parts) for table in part]
+                of_each = np.maximum(of_each, 0)
+                rows = [carried.take(int(of_each.sum())), *tables] if of_each.any() else tables
+                commit = np.concatenate(
+                    [np.repeat(numbers, of_each), np.repeat(others, [t.num_rows for t in tables])]
+                ).astype(np.int64)
+                table = pa.concat_tables(rows or [carried.take(0)]).combine_chunks()
+                if tables and len(others) < len(block):
+                    order = np.argsort(commit, kind="stable")
+                    commit, table = commit[order], table.take(pa.array(order))
+                yield commit, table
 
 
 def commit_blocks(commits: CommitTable) -> Iterator[range]:
@@ -110,13 +141,9 @@ def commit_blocks(commits: CommitTable) -> Iterator[range]:
 
 
 def row_tables(store: Store) -> RowTables:
-    """The rows of a store's commits, at the `rows_path` of each."""
-
-    def read(commit: Commit) -> pa.Table:
-        with store.open_input(commit.rows_path) as source:
-            return pq.ParquetFile(source).read(columns=list(ROW_COLUMNS), use_threads=False)
-
-    return RowTables(read)
+    """The rows of a store's commits: carried, or in the Parquet file at the `rows_path` of each."""
+    # from a disk two threads read as fast as many, which would only wait for each other; a distant store keeps many busy
+    return RowTables(partial(read_row_table, store), _READ_THREADS if is_s3_url(store.url) else _DISK_THREADS)
 
 
 class EnergyRows:

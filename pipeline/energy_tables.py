@@ -256,7 +256,7 @@ def _compare(store: Store, group: RowGroup) -> str | None:
                 return f"{group.key}: has schema version {version}; run the job again to write it anew"
             if group.number >= file.num_row_groups:
                 return f"{group.key}: has no row group {group.number}"
-            found = file.read_row_group(group.number)
+            found = file.read_row_group(group.number, use_threads=False)  # each thread would keep a heap
     except NotFoundError:
         return f"{group.key}: missing; run the job again to write it"
     except (pa.ArrowException, OSError) as error:

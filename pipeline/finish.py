@@ -12,7 +12,6 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from millijoule.pipeline.arrow_memory import lean_arrow
 from millijoule.pipeline.closure import CHECKS
 from millijoule.pipeline.commit_table import CommitTable
-from millijoule.pipeline.commits import READ_THREADS, not_a_commit, read_bodies
+from millijoule.pipeline.commits import not_a_commit, read_bodies
 from millijoule.pipeline.counter_split import MISSING
-from millijoule.pipeline.energy_rows import ROW_COLUMNS, ImageSource, commit_blocks, equal_shares
+from millijoule.pipeline.energy_rows import (
+    ROW_COLUMNS,
+    ImageSource,
+    commit_blocks,
+    equal_shares,
+    row_tables,
+)
 from millijoule.pipeline.energy_tables import EnergyResult, write_energy_tables
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.layout import (
@@ -43,8 +49,8 @@ from millijoule.pipeline.uncommitted import Uncommitted, held_devices, read_unco
 from millijoule.workers.contact_sheet import draw_contact_sheet
 from millijoule.workers.errors import InputError
 from millijoule.workers.readers import read_images
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
-from millijoule.workers.storage import Store, is_s3_url
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
+from millijoule.workers.storage import Store
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +68,6 @@ MANIFEST_SCHEMA = pa.schema(
 
 #: How many kinds of error `stats.json` lists.
 MAX_ERROR_KINDS = 50
-
-#: Row tables that one thread reads in one go: of one image each, they take less time than being asked for.
-_TABLES_PER_CALL = 16
-
-#: Threads that read row tables from a disk.
-_DISK_THREADS = 2
 
 #: Rows of the manifest that are looked at together.
 MANIFEST_BATCH_ROWS = 16_384
@@ -142,7 +142,13 @@ class RecordReader:
             StoreError: it is none; the message names the object.
         """
         try:
-            raw = json.loads(body)
+            self.add_raw(shard_id, json.loads(body))
+        except ValueError as error:
+            raise not_a_commit(self.store, shard_id, error) from error
+
+    def add_raw(self, shard_id: int, raw: Any) -> None:
+        """Take a commit as its JSON says it; see `add`."""
+        try:
             self._segments.extend_raw(raw["segments"])
             self.commits.add_raw(raw)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
@@ -165,6 +171,7 @@ def load_records(store: Store, n_shards: int, uncommitted: Uncommitted | None = 
     return reader.records()
 
 
+@lean_arrow()
 def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
     """Write manifest, `energy/`, `stats.json` and `_SUCCESS` of a job whose shards are all committed.
 
@@ -237,28 +244,21 @@ def manifest_tables(
     measured = records.ledger.entries.shard_energies(shard_ids, attempt_ids)
     estimated = commits.number("energy_estimate_mj")
 
-    def read(numbers: range) -> list[pa.Table]:
-        return [shards.keep_last_round(int(shard_ids[n]), read_rows(store, commits[n])) for n in numbers]
-
-    # from a disk two threads read as fast as many, which would only wait for each other; a distant store keeps many busy
-    n_threads = READ_THREADS if is_s3_url(store.url) else _DISK_THREADS
-    with ThreadPoolExecutor(n_threads) as threads:
-        for block in commit_blocks(commits):
-            parts = [block[i : i + _TABLES_PER_CALL] for i in range(0, len(block), _TABLES_PER_CALL)]
-            tables = [table for part in threads.map(read, parts) for table in part]
-            commit = np.repeat(np.asarray(block), [t.num_rows for t in tables])
-            rows = pa.concat_tables(tables).combine_chunks()
-            if totals is not None:
-                totals.add(commits, block, commit, rows)
-            ok = pc.equal(rows["status"], "ok").combine_chunks().to_numpy(zero_copy_only=False)
-            columns = [
-                *rows.columns,
-                pa.array(shard_ids[commit]),
-                attempt_ids.take(pa.array(commit)),
-                _spread(measured, commit, ok),
-                _spread(estimated, commit, ok),
-            ]
-            yield pa.table(columns, schema=MANIFEST_SCHEMA)
+    for block, (commit, rows) in zip(commit_blocks(commits), row_tables(store).blocks(commits), strict=True):
+        if shards.rounds:
+            last = shards.is_last_round(shard_ids[commit], rows)
+            commit, rows = commit[last], rows.filter(pa.array(last)).combine_chunks()
+        if totals is not None:
+            totals.add(commits, block, commit, rows)
+        ok = pc.equal(rows["status"], "ok").combine_chunks().to_numpy(zero_copy_only=False)
+        columns = [
+            *rows.columns,
+            pa.array(shard_ids[commit]),
+            attempt_ids.take(pa.array(commit)),
+            _spread(measured, commit, ok),
+            _spread(estimated, commit, ok),
+        ]
+        yield pa.table(columns, schema=MANIFEST_SCHEMA)
 
 
 def write_preview(store: Store, manifest: pq.ParquetFile) -> None:
@@ -274,20 +274,6 @@ def write_preview(store: Store, manifest: pq.ParquetFile) -> None:
     if shown:
         images, prompts = zip(*shown, strict=True)
         store.put(PREVIEW_KEY, draw_contact_sheet(images, prompts))
-
-
-def read_rows(store: Store, commit: Commit) -> pa.Table:
-    """The row table of a committed shard, `IMAGE_ROW_SCHEMA`."""
-    with store.open_input(commit.rows_path) as source:
-        # one thread: tables are small, and several of them are read at the same time; looking up columns by name takes
-        # as long as reading a short table, and so does a cast that changes nothing
-        file = pq.ParquetFile(source)
-        plain = file.metadata.num_columns == len(IMAGE_ROW_SCHEMA)
-        rows = file.read(columns=None if plain else IMAGE_ROW_SCHEMA.names, use_threads=False)
-    if rows.schema.equals(IMAGE_ROW_SCHEMA):
-        return rows
-    rows = rows.select(IMAGE_ROW_SCHEMA.names)
-    return rows if rows.schema.equals(IMAGE_ROW_SCHEMA) else rows.cast(IMAGE_ROW_SCHEMA)
 
 
 def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]:

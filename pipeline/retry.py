@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.commits import list_committed, read_commits
+from millijoule.pipeline.image_rows import read_row_table, rows_table
 from millijoule.pipeline.job import JobSpec
 from millijoule.pipeline.plan import SHARD_INDEX_SCHEMA, ShardIndex, load_shard_index
 from millijoule.workers.errors import AlreadyExistsError, InputError, StoreError
@@ -58,6 +59,7 @@ class JobShards:
         self.starts = [len(plan)]  # first shard id of each round, and the end
         for r in rounds:
             self.starts.append(self.starts[-1] + r.table.num_rows)
+        self._last_round = {image: i for i, r in enumerate(rounds, 1) for image in r.images}
         self.n_images = np.concatenate([plan.n_images, *(r.table["n_images"].to_numpy() for r in rounds)])
 
     def __len__(self) -> int:
@@ -82,14 +84,13 @@ class JobShards:
         """Planned images in the shards a bool mask `[n_shards]` selects."""
         return int(self.n_images[shards].sum())
 
-    def keep_last_round(self, shard_id: int, rows: pa.Table) -> pa.Table:
-        """`rows` (IMAGE_ROW_SCHEMA) of a shard without the images that a later round makes anew."""
-        later = [r.images for r in self.rounds[self.round_of(shard_id) :]]
-        if not later:
-            return rows
-        again = frozenset().union(*later)
+    def is_last_round(self, shard_ids: np.ndarray, rows: pa.Table) -> np.ndarray:
+        """Which of `rows` (IMAGE_ROW_SCHEMA) of shards `shard_ids` no later round makes anew: bool `[n]`."""
+        if not self._last_round:
+            return np.ones(rows.num_rows, bool)
         keys = zip(rows["prompt_id"].to_pylist(), rows["image_index"].to_pylist(), strict=True)
-        return rows.filter(pa.array([key not in again for key in keys], pa.bool_()))
+        last = np.fromiter((self._last_round.get(key, 0) for key in keys), np.int64, rows.num_rows)
+        return last <= np.searchsorted(self.starts, shard_ids, "right")
 
 
 def load_job_shards(store: Store, job: JobSpec) -> JobShards:
@@ -138,10 +139,9 @@ def _quarantined(store: Store, shards: JobShards) -> pa.Table:
     for commit in read_commits(store, len(shards)):
         if not commit.images_quarantined:
             continue
-        with store.open_input(commit.rows_path) as source:
-            rows = pq.ParquetFile(source).read(columns=["prompt_id", "image_index", "status"])
-        rows = shards.keep_last_round(commit.shard_id, rows)
-        rows = rows.filter(pc.equal(rows["status"], "quarantined"))
+        rows = read_row_table(store, commit) if commit.rows is None else rows_table(commit.rows)
+        last = shards.is_last_round(np.full(rows.num_rows, commit.shard_id), rows)
+        rows = rows.filter(pc.and_(pc.equal(rows["status"], "quarantined"), pa.array(last)))
         planned = {row.prompt_id: row for row in read_shard_rows(store, shards[commit.shard_id])}
         for prompt_id, k in zip(rows["prompt_id"].to_pylist(), rows["image_index"].to_pylist(), strict=True):
             row = planned[prompt_id]

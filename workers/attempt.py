@@ -38,7 +38,7 @@ from millijoule.workers.lease import (
 from millijoule.workers.meter import EnergyMeter
 from millijoule.workers.own_devices import unread_domains
 from millijoule.workers.power_samples import PowerSampler
-from millijoule.workers.schemas import Commit, ImageRequest, ImageRow, Segment
+from millijoule.workers.schemas import Commit, ImageRequest, ImageRow, Segment, carried_rows
 from millijoule.workers.shard_rows import PlanRow, read_shard_rows, shard_requests
 from millijoule.workers.storage import Store
 from millijoule.workers.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
@@ -244,6 +244,7 @@ class AttemptRunner:
             energy_method=self.meter.method,
             segments=carried,
             power=self.power.take() if self.power else (),
+            rows=carried_rows(written.rows),
             worker_id=self.where.worker_id,
             node_id=self.where.node_id,
             host=self.where.host,

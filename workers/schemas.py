@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -117,6 +117,73 @@ class ImageRow:
             "size_bytes": self.size_bytes,
             "extra": r.extra,
         }
+
+
+#: An image row in a commit: the values of `IMAGE_ROW_SCHEMA`'s columns in order, `warnings` a list.
+CarriedRow = tuple[Any, ...]
+
+#: A commit carries the rows of its shard where they are few and short: opening a file for each takes longer than the row
+#: itself, at the end of a job; and commits stay small.
+MAX_CARRIED_ROWS = 16
+MAX_CARRIED_BYTES = 8192
+
+STATUSES = ("ok", "quarantined")
+
+#: What JSON has for a column's type, and the numbers that fit it.
+_JSON_TYPES = {
+    pa.string(): str,
+    pa.float64(): float,
+    pa.list_(pa.string()): list,
+    **dict.fromkeys((pa.int32(), pa.int64(), pa.uint64()), int),
+}
+_CARRIED_TYPES = tuple(
+    (_JSON_TYPES[f.type],) if not f.nullable else (_JSON_TYPES[f.type], type(None)) for f in IMAGE_ROW_SCHEMA
+)
+_CARRIED_RANGES = tuple(
+    (i, -(2 ** (f.type.bit_width - 1)), 2 ** (f.type.bit_width - 1))
+    if pa.types.is_signed_integer(f.type)
+    else (i, 0, 2**64)
+    for i, f in enumerate(IMAGE_ROW_SCHEMA)
+    if pa.types.is_integer(f.type)
+)
+_CARRIED_WARNINGS = IMAGE_ROW_SCHEMA.get_field_index("warnings")
+_CARRIED_STATUS = IMAGE_ROW_SCHEMA.get_field_index("status")
+
+
+def carried_rows(rows: Sequence[ImageRow]) -> tuple[CarriedRow, ...] | None:
+    """What a commit carries of its shard's rows: all of them, or None where they are many or long."""
+    if len(rows) > MAX_CARRIED_ROWS:
+        return None
+    table = pa.Table.from_pylist([row.as_record() for row in rows], schema=IMAGE_ROW_SCHEMA)
+    carried = tuple(tuple(row.values()) for row in table.to_pylist())  # the very values that the file holds
+    return carried if len(json.dumps(carried, separators=(",", ":"))) <= MAX_CARRIED_BYTES else None
+
+
+def parse_carried_rows(raw: Any) -> tuple[CarriedRow, ...]:
+    """The rows that a commit's JSON carries; raises ValueError where they do not fit `IMAGE_ROW_SCHEMA`."""
+    if type(raw) is not list:
+        raise ValueError(f"its rows are {raw!r:.100}")
+    return tuple(_parse_carried_row(row) for row in raw)
+
+
+def _parse_carried_row(row: Any) -> CarriedRow:
+    if type(row) is not list or len(row) != len(_CARRIED_TYPES):
+        raise ValueError(f"a row is {row!r:.100}, not {len(_CARRIED_TYPES)} values")
+    for i, (value, types) in enumerate(zip(row, _CARRIED_TYPES, strict=True)):
+        if type(value) not in types:
+            raise ValueError(f"a row has {value!r:.100} for {IMAGE_ROW_SCHEMA[i].name}")
+        if type(value) is str:
+            value.encode()  # half of a surrogate pair is no text
+    for i, low, end in _CARRIED_RANGES:
+        if row[i] is not None and not low <= row[i] < end:
+            raise ValueError(f"a row has {row[i]} for {IMAGE_ROW_SCHEMA[i].name}")
+    for warning in row[_CARRIED_WARNINGS] or ():
+        if type(warning) is not str:
+            raise ValueError(f"a row has {warning!r:.100} for a warning")
+        warning.encode()
+    if row[_CARRIED_STATUS] not in STATUSES:
+        raise ValueError(f"a row has status {row[_CARRIED_STATUS]!r:.100}")
+    return tuple(row)
 
 
 #: A counter book has so many epochs of its own in `wrap_epoch`, and books on a boot differ in a number below the other.
@@ -335,18 +402,29 @@ class Commit:
         Segment, ...
     ]  # everything this worker closed since its previous commit, this shard's included
     power: tuple[PowerTrace, ...] = ()  # what this worker sampled since its previous commit
+    rows: tuple[CarriedRow, ...] | None = None  # what the file at rows_path says, see `carried_rows`
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        raw = asdict(self)
+        if self.rows is None:
+            del raw["rows"]
+        return json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()
 
     @staticmethod
     def from_json(data: bytes) -> Commit:
         """Parse a commit object; raises ValueError or TypeError where it is not one."""
-        raw = json.loads(data)
+        return Commit.from_dict(json.loads(data))
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> Commit:
+        """The commit whose JSON says `raw`; raises as `from_json`."""
+        raw = dict(raw)
         raw["files"] = tuple(DataFile(**f) for f in raw["files"])
         raw["energy_domains"] = tuple(map(sys.intern, raw["energy_domains"]))
         raw["segments"] = tuple(segments_from_dicts(raw["segments"]))
         raw["power"] = tuple(PowerTrace.from_dict(t) for t in raw.get("power", ()))
+        if raw.get("rows") is not None:
+            raw["rows"] = parse_carried_rows(raw["rows"])
         names = {name: sys.intern(raw[name]) for name in _REPEATED}
         return Commit(**{**raw, **names})

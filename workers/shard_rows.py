@@ -7,8 +7,11 @@ requests with their final seeds. Nothing here decides what belongs to a shard; t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from threading import Lock
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +23,9 @@ from millijoule.workers.storage import Store
 
 #: Seeds are unsigned 64-bit; a row's seed counts up by image index and wraps here.
 SEED_RANGE = 2**64
+
+#: Parts of the plan that a `ShardRowReader` holds, and how long their rows may be: shards of one row are read together.
+MAX_HELD_PARTS, MAX_HELD_BYTES = 4, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +76,94 @@ def read_shard_rows(store: Store, shard: Shard) -> list[PlanRow]:
         NotFoundError: the plan part is gone.
         DamagedError: the part cannot be read, or holds other rows than the plan's index says.
     """
-    where = f"{store.url}/{shard.key}, row group {shard.row_group}"
-    with store.open_input(shard.key) as file:
+    return _plan_rows(store, shard, _read_row_group(store, shard, None))
+
+
+class ShardRowReader:
+    """Reads the rows of many shards, neighbours about together: a part of the plan is opened once. From any thread.
+
+    It holds the footers of the last `MAX_HELD_PARTS` parts, and their rows where these are few.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._parts: dict[str, _Part] = {}
+        self._lock = Lock()
+
+    def read(self, shard: Shard) -> list[PlanRow]:
+        """See `read_shard_rows`."""
+        with self._lock:
+            part = self._parts.get(shard.key)
+            if part is None:
+                part = self._parts[shard.key] = _open_part(self.store, shard)
+                if len(self._parts) > MAX_HELD_PARTS:
+                    del self._parts[next(iter(self._parts))]
+        if part.shards is None or shard.row_group >= len(part.shards):
+            return _plan_rows(self.store, shard, _read_row_group(self.store, shard, part.footer))
+        return _require_planned(self.store, shard, part.shards[shard.row_group])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A plan part; `shards` has the rows of each row group, None where these are many."""
+
+    footer: pq.FileMetaData
+    shards: list[list[PlanRow]] | None
+
+
+def _open_part(store: Store, shard: Shard) -> _Part:
+    with store.open_input(shard.key) as source, _damaged_plan(store, shard):
+        file = pq.ParquetFile(source)
+        footer = file.metadata
+        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+        if sum(g.total_byte_size for g in groups) > MAX_HELD_BYTES:
+            return _Part(footer, None)
         try:
-            table = pq.ParquetFile(file).read_row_group(shard.row_group, use_threads=False)
-        except (pa.ArrowException, IndexError, OSError) as error:
-            raise DamagedError(
-                f"{where}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
-                "delete this output's _job folder and start again"
-            ) from error
+            rows = iter(_as_plan_rows(file.read(use_threads=False)))
+        except (pa.ArrowException, OSError):  # whose row group is damaged is said when that is asked for
+            return _Part(footer, None)
+        return _Part(footer, [list(islice(rows, g.num_rows)) for g in groups])
+
+
+def _read_row_group(store: Store, shard: Shard, footer: pq.FileMetaData | None) -> pa.Table:
+    with store.open_input(shard.key) as source, _damaged_plan(store, shard):
+        return pq.ParquetFile(source, metadata=footer).read_row_group(shard.row_group, use_threads=False)
+
+
+@contextmanager
+def _damaged_plan(store: Store, shard: Shard) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, IndexError, OSError) as error:
+        raise DamagedError(
+            f"{_place(store, shard)}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
+            "delete this output's _job folder and start again"
+        ) from error
+
+
+def _plan_rows(store: Store, shard: Shard, table: pa.Table) -> list[PlanRow]:
+    return _require_planned(store, shard, _as_plan_rows(table))
+
+
+def _as_plan_rows(table: pa.Table) -> list[PlanRow]:
     names = [*PLAN_ROW_SCHEMA.names, *({"first_image_index"} & set(table.column_names))]
     columns = [table[name].to_pylist() for name in names]
-    if rows_digest(table["prompt_id"], table["num_images"]) != shard.rows_sha256:
-        raise DamagedError(
-            f"{where}: other rows than the plan's index says for shard {shard.shard_id}; the plan was overwritten or "
-            "is damaged"
-        )
     return [PlanRow(*values) for values in zip(*columns, strict=True)]
+
+
+def _require_planned(store: Store, shard: Shard, rows: list[PlanRow]) -> list[PlanRow]:
+    """`rows`, which must be those that the plan's index says; see `rows_digest`."""
+    text = "".join(f"{row.prompt_id}\0{row.num_images}\0" for row in rows)
+    if hashlib.sha256(text.encode()).hexdigest() != shard.rows_sha256:
+        raise DamagedError(
+            f"{_place(store, shard)}: other rows than the plan's index says for shard {shard.shard_id}; the plan was "
+            "overwritten or is damaged"
+        )
+    return rows
+
+
+def _place(store: Store, shard: Shard) -> str:
+    return f"{store.url}/{shard.key}, row group {shard.row_group}"
 
 
 def shard_requests(rows: Iterable[PlanRow], job_seed: int) -> list[ImageRequest]:

@@ -5,12 +5,17 @@ from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from support.ledgers import commit
+from support.local_job import plan, work
+from support.models import Plain
 
-from millijoule.pipeline import finish
+from millijoule.pipeline import energy_rows, finish, image_rows
 from millijoule.pipeline.commit_table import CommitTable
 from millijoule.pipeline.commits import CommitCompactor, read_commits
 from millijoule.pipeline.finish import MANIFEST_SCHEMA, ManifestRows, merged
+from millijoule.pipeline.retry import plan_retry
+from millijoule.workers.errors import DamagedError, NotFoundError, RowError
 from millijoule.workers.lease import commit_key
 from millijoule.workers.storage import open_store
 
@@ -80,3 +85,81 @@ def test_commits_come_in_order_of_shards_from_parts_in_any_order_and_from_object
     second.flush()
     for _ in range(2):
         assert [c.attempt_id for c in read_commits(store, 9)] == [f"a{n}" for n in range(9)]
+
+
+class _Fussy(Plain):
+    """Refuses some prompts for good."""
+
+    def draw(self, request):
+        if "bad" in request.prompt:
+            raise RowError("no such picture")
+        return super().draw(request)
+
+
+PRODUCTS = ("manifest.parquet", "stats.json", "_SUCCESS", "preview.png", "energy/")
+
+
+def products(store):
+    return {item.key: store.get(item.key) for item in store.list() if item.key.startswith(PRODUCTS)}
+
+
+def drop_carried_rows(store, shard_ids):
+    for shard_id in shard_ids:
+        raw = json.loads(store.get(commit_key(shard_id)))
+        del raw["rows"]
+        store.put(commit_key(shard_id), json.dumps(raw).encode())
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "webdataset", "files"])
+def test_rows_from_commits_and_from_row_tables_make_the_same_files(tmp_path, output_format, monkeypatch):
+    monkeypatch.setattr(image_rows, "_SPOOL_ROWS", 7)
+    monkeypatch.setattr(energy_rows, "_IMAGES_AT_ONCE", 11)
+    prompts = [f"{'bad' if i % 9 == 4 else 'good'} prompt {i} \u2603" for i in range(60)]
+    store, job = plan(tmp_path, prompts, shard_size=4, output_format=output_format)
+    work(store, job, _Fussy("cpu"))
+    assert plan_retry(store, job) == 7
+    shards = work(store, job, Plain("cpu"))  # a second round makes the refused ones
+    true = products(store)
+    assert len(true) > 10
+    for some in (range(0, len(shards), 2), range(1, len(shards), 2)):  # every other, then all
+        drop_carried_rows(store, some)
+        for key in true:
+            store.delete([key])
+        finish.finish_job(store, job, shards)
+        assert products(store) == true
+
+
+def test_the_end_of_a_job_opens_no_row_table_of_a_shard_whose_commit_carries_its_rows(tmp_path):
+    store, job = plan(tmp_path, [f"p{i}" for i in range(36)], shard_size=16, output_format="files")
+    shards = work(store, job)
+    true = products(store)
+    store.delete([item.key for item in store.list("data/") if item.key.endswith("rows.parquet")])
+    finish.finish_job(store, job, shards)
+    assert products(store) == true
+    drop_carried_rows(store, [1])
+    with pytest.raises(NotFoundError, match=r"rows\.parquet"):
+        finish.finish_job(store, job, shards)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda row: row.pop(),
+        lambda row: row.__setitem__(1, True),
+        lambda row: row.__setitem__(1, 2**31),
+        lambda row: row.__setitem__(4, -1),
+        lambda row: row.__setitem__(2, None),
+        lambda row: row.__setitem__(2, "half \ud800"),
+        lambda row: row.__setitem__(9, "fine"),
+        lambda row: row.__setitem__(11, [1]),
+    ],
+)
+def test_a_carried_row_that_is_none_is_refused_by_the_name_of_its_commit(tmp_path, damage):
+    store, job = plan(tmp_path, ["a", "b"], shard_size=1)
+    shards = work(store, job)
+    raw = json.loads(store.get(commit_key(1)))
+    damage(raw["rows"][0])
+    store.put(commit_key(1), json.dumps(raw).encode())
+    for read in (finish.load_records, lambda store, n: list(read_commits(store, n))):
+        with pytest.raises(DamagedError, match=r"00000001\.json: not a commit"):
+            read(store, len(shards))

@@ -1,20 +1,28 @@
 """One attempt: its commit, its losses, and requests that fail."""
 
 import itertools
+import json
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.ledgers import commit
 from support.local_job import plan, runner, work
 from support.models import Plain
 
 from millijoule.pipeline.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.coordinator import Coordinator
+from millijoule.pipeline.image_rows import rows_table
 from millijoule.pipeline.job import open_epoch
 from millijoule.pipeline.retry import load_job_shards
 from millijoule.workers.attempt import SickWorkerError, isolate
 from millijoule.workers.errors import StoreError
 from millijoule.workers.lease import commit_key
-from millijoule.workers.schemas import Commit, ImageRequest
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, ImageRequest, ImageRow, carried_rows
 
 
 def leases(store, job, n):
@@ -133,3 +141,87 @@ def test_a_device_that_no_longer_works_blames_no_prompt(tmp_path):
     with pytest.raises(SickWorkerError):
         attempt.run(leases(store, job, 1).next_lease("w1", 0.0))
     assert not store.exists(commit_key(0))
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "webdataset", "files"])
+def test_a_small_shards_commit_carries_the_rows_of_its_row_table(tmp_path, output_format):
+    prompts = [f"p{i} \u2603" for i in range(16 + 16 + 3)]
+    store, job = plan(tmp_path, prompts, shard_size=16, output_format=output_format)
+    shards = work(store, job)
+    for c in read_commits(store, len(shards)):
+        with store.open_input(c.rows_path) as file:
+            table = pq.read_table(file, columns=IMAGE_ROW_SCHEMA.names).to_pylist()
+        assert [dict(zip(IMAGE_ROW_SCHEMA.names, row, strict=True)) for row in c.rows] == table
+
+
+@pytest.mark.parametrize("prompts", [["p"] * 17, ["p" * 9000]], ids=["many", "long"])
+def test_rows_that_are_many_or_long_stay_out_of_the_commit(tmp_path, prompts):
+    store, job = plan(tmp_path, prompts, shard_size=64)
+    shards = work(store, job)
+    (c,) = read_commits(store, len(shards))
+    assert c.rows is None
+    assert "rows" not in json.loads(store.get(commit_key(0)))
+
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
+INT32 = st.integers(0, 2**31 - 1)
+REQUESTS = st.builds(
+    ImageRequest,
+    prompt_id=TEXT,
+    image_index=INT32,
+    prompt=TEXT,
+    seed=st.integers(0, 2**64 - 1),
+    negative_prompt=st.none() | TEXT,
+    guidance_scale=st.none() | st.floats(allow_nan=False),
+    extra=st.none() | TEXT,
+)
+ROWS = st.builds(
+    ImageRow,
+    request=REQUESTS,
+    status=st.sampled_from(["ok", "quarantined"]),
+    width=st.none() | INT32,
+    size_bytes=st.none() | st.integers(0, 2**63 - 1),
+    path=st.none() | TEXT,
+    error=st.none() | TEXT,
+    warnings=st.lists(TEXT, max_size=2).map(tuple),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(ROWS, max_size=16))
+def test_carried_rows_survive_their_json_and_are_the_row_tables(rows):
+    true = pa.Table.from_pylist([row.as_record() for row in rows], schema=IMAGE_ROW_SCHEMA)
+    body = replace(commit(1, "a", 1), rows=carried_rows(rows)).to_json()
+    read = Commit.from_json(body)
+    assert read.to_json() == body
+    assert rows_table(read.rows).equals(true)
+    bare = replace(read, rows=None).to_json()
+    assert "rows" not in json.loads(bare)
+    assert Commit.from_json(bare).rows is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(ROWS, st.integers(0, len(IMAGE_ROW_SCHEMA) - 1), JSON)
+def test_whatever_stands_in_a_carried_row_is_either_refused_or_fits_the_table(row, at, value):
+    raw = json.loads(replace(commit(1, "a", 1), rows=carried_rows([row])).to_json())
+    raw["rows"][0][at] = value
+    try:
+        read = Commit.from_json(json.dumps(raw).encode())
+    except (ValueError, TypeError):
+        return
+    assert rows_table(read.rows)[at].type == IMAGE_ROW_SCHEMA[at].type
+    assert IMAGE_ROW_SCHEMA[at].nullable or value is not None
+
+
+@pytest.mark.parametrize("rows", [5, "x", {}, [None], [{}], ["x" * 16]])
+def test_rows_that_are_no_rows_are_refused(rows):
+    raw = json.loads(commit(1, "a", 1).to_json())
+    with pytest.raises(ValueError):
+        Commit.from_json(json.dumps(raw | {"rows": rows}).encode())
