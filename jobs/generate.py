@@ -33,7 +33,7 @@ class GenerateOptions:
     [steps, step], guidance_scale [cfg_scale, cfg, cfgs]; case, spaces, _ and - do not matter. Other columns are passed
     through. In a .txt file each line is a prompt. docs/prompt-files.md has the details.
 
-    Exit codes: 0 complete; 1 error; 2 usage; 3 complete, but some rows were quarantined; 4 a cap was reached;
+    Exit codes: 0 complete; 1 error; 2 a command line that does not parse; 3 complete, but some rows were quarantined; 4 a cap was reached;
     5 interrupted, resumable.
     """
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from millijoule.jobs import ray_cluster
+from millijoule.jobs.autoscaling import words
 from millijoule.jobs.node_meter_options import parse_node_meters
 from millijoule.jobs.worker_device import WorkerDevice, check_device_options, choose_device
 from millijoule.pipeline.commits import list_committed
@@ -163,6 +164,12 @@ class WorkerRequest:
             log.info("device: %s", self.device)
         gpus = self.device.gpus
         room = ray_cluster.room({**cpus, **self.resources, "GPU": gpus})
+        if not room and ray_cluster.is_own(options.ray_address):
+            asked = {**cpus, **self.resources, "GPU": gpus}
+            raise InputError(
+                f"this machine has no room for a worker that asks for {words(asked)}; lower --cpus-per-worker, "
+                "--gpus-per-worker or --resources, or give --ray-address of a larger cluster"
+            )
         bounds = parse_workers(options.workers)
         if bounds is None:
             bounds = (0, self.device.to_come or max(1, room))
@@ -223,6 +230,7 @@ def open_or_plan(options: GenerateOptions, store: Store, request: WorkerRequest)
     fingerprint = compute_fingerprint(files, wanted, extra)
     asked = {
         **extra,
+        "model": options.model,
         "images_per_prompt": options.images_per_prompt,
         "shard_size": images,
         "duplicate_ids": options.duplicate_ids,

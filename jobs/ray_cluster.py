@@ -36,7 +36,7 @@ def cluster(address: str | None) -> Iterator[None]:
     Raises:
         InputError: no cluster answers at the address.
     """
-    if address is None and "RAY_ADDRESS" not in os.environ:
+    if is_own(address):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
         ray.init(
@@ -76,6 +76,11 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise InputError(f"--ray-address {address}: no Ray cluster answers there ({error})") from error
+
+
+def is_own(address: str | None) -> bool:
+    """Whether `cluster(address)` starts a Ray of its own: no node will ever join that."""
+    return address is None and "RAY_ADDRESS" not in os.environ
 
 
 def head_address() -> str:

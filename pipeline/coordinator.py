@@ -44,6 +44,7 @@ SPECULATION_MIN_S = 5.0
 
 #: Why a row that killed its workers stands quarantined.
 POISON_REASON = "every worker that generated this row died"
+HANG_REASON = "every worker that generated this row stood still, longer than --lease-seconds, and was ended"
 
 
 class Shards(Protocol):
@@ -72,6 +73,7 @@ class _Trouble:
     node_deaths: int = 0
     bisections: int = 0
     bisection: Bisection | None = None
+    stood_still: bool = False  # so the last one ended
     quarantine: dict[int, str] = field(default_factory=dict)  # reasons by row
     empty_attempts: int = 0
 
@@ -303,11 +305,12 @@ class Coordinator:
         else:
             self.crashed(attempt_id, error)
 
-    def crashed(self, attempt_id: str, error: str) -> None:
+    def crashed(self, attempt_id: str, error: str, *, stood_still: bool = False) -> None:
         """The worker died, or was killed because it stood still, with this lease in hand."""
         entry = self.active.get(attempt_id)
         if entry is None:
             return
+        self._trouble.setdefault(entry.lease.shard.shard_id, _Trouble()).stood_still = stood_still
         if entry.lease.probe_rows is not None:
             self._end_probe(attempt_id, survived=False)
             return
@@ -430,7 +433,8 @@ class Coordinator:
         if not trouble.bisection.done:
             self._probing.append(shard_id)
             return
-        trouble.quarantine.update(dict.fromkeys(trouble.bisection.poison, POISON_REASON))
+        reason = HANG_REASON if trouble.stood_still else POISON_REASON
+        trouble.quarantine.update(dict.fromkeys(trouble.bisection.poison, reason))
         trouble.bisection = None
         trouble.crashes = CRASHES_BEFORE_BISECTION - 1  # one more death starts the next search
         self._lease_again_soon(shard_id)

@@ -101,6 +101,10 @@ def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], u
         for name, option in _IDENTITY.items()
         if name in asked and getattr(existing, name) != asked[name]
     ]
+    if existing.model_sha256 != asked.get(
+        "model_sha256", existing.model_sha256
+    ) and existing.model != asked.get("model", existing.model):
+        changed[0] = f"--model was {existing.model}, now {asked['model']}"
     what = "; ".join(changed) or "the prompt files' content or column options changed"
     raise InputError(
         f"{url}: this folder holds another job ({what}). Give the same inputs and options to continue it, "

@@ -41,8 +41,16 @@ class NodeRecord:
     out: bool = False
     reasons: list[str] = field(default_factory=list)
 
+    @property
+    def state(self) -> str:
+        """What follows for the node, in words."""
+        if self.out:
+            return "the node is left out for this run"
+        return f"fault {self.faults_in_a_row} in a row; after {FAULTS_BEFORE_OUT} the node is left out"
+
     def __str__(self) -> str:
-        state = "left out for this run" if self.out else f"faults: {self.faults}"
+        times = "once" if self.faults == 1 else f"{self.faults} times"
+        state = "left out for this run" if self.out else f"could not work {times}"
         return f"node {self.host} ({self.node_id[:8]}): {state}: {'; '.join(self.reasons)}"
 
 

@@ -407,16 +407,13 @@ class WorkerPool:
         accusation = self.coordinator.contradicted(result.lease.attempt_id)
         if accusation is None:
             return
-        if accusation.worker_id == witness.worker_id:
-            said = "it drew on a second try"
-        else:
-            said = f"{witness.ready.host} ({witness.worker_id}) drew"
         (suspect,) = result.suspects
-        reason = f"{said} what failed here: {suspect.reason}"
+        second = "itself, on a second try," if accusation.worker_id == witness.worker_id else "another worker"
+        reason = f"failed on what {second} drew: {suspect.reason}"
         accuser = self.workers.get(accusation.worker_id)
         host = accuser.ready.host if accuser is not None and accuser.ready is not None else "?"
         record = self.nodes.fault(accusation.node_id, host, reason, now)
-        log.warning("worker %s: %s", accusation.worker_id, record)
+        log.warning("worker %s on %s %s (%s)", accusation.worker_id, host, reason, record.state)
         if accuser is not None and not accuser.stopping:
             if accuser.lease is not None:
                 self.coordinator.released(accuser.lease.attempt_id)
@@ -470,7 +467,9 @@ class WorkerPool:
                 self.coordinator.crashed(lease.attempt_id, reason)
         place = worker.place or _place_of(worker)
         record = self.nodes.fault(place.node_id, place.host, reason, now)
-        log.warning("worker %s cannot work: %s", worker.worker_id, record)
+        log.warning(
+            "worker %s on %s cannot work: %s (%s)", worker.worker_id, place.host, reason, record.state
+        )
         self._stop(worker, now)
 
     def _bury(self, worker: _Worker, error: Exception, now: float) -> None:
@@ -489,7 +488,8 @@ class WorkerPool:
             elif lost_node:
                 self.coordinator.node_died(lease.attempt_id, reason)
             else:
-                self.coordinator.crashed(lease.attempt_id, reason)
+                stood_still = isinstance(error, TimeoutError)
+                self.coordinator.crashed(lease.attempt_id, reason, stood_still=stood_still)
         shard = f" with shard {lease.shard.shard_id} in hand" if lease else ""
         log.warning("worker %s on %s is gone%s: %s", worker.worker_id, place.host, shard, reason)
         if lost_node and place.node_id:

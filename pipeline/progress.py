@@ -18,6 +18,9 @@ from millijoule.workers.visible_text import visible
 #: Between two lines where there is no terminal.
 LINE_PERIOD_S = 10.0
 
+#: Longest reason or warning that is printed; the manifest has them whole.
+MAX_WORDS = 200
+
 #: Between two redraws of the bar.
 BAR_PERIOD_S = 0.25
 
@@ -66,7 +69,7 @@ class Progress:
             self._draw()
         else:
             self._next = now + LINE_PERIOD_S
-            done = self.run.counts.images_done + self.run.images_at_work()
+            done = min(self.job.images, self.run.counts.images_done + self.run.images_at_work())
             print(f"{done}/{self.job.images} images, {self._detail()}", file=sys.stderr, flush=True)
 
     def _draw(self) -> None:
@@ -122,19 +125,26 @@ class Progress:
             )
         if stats["images_quarantined"]:
             lines.append(
-                f"{stats['images_quarantined']} images quarantined, see status and error in manifest.parquet; "
+                f"images quarantined: {stats['images_quarantined']}; manifest.parquet has status and error of each, "
                 "--retry-failed tries them again"
             )
+            lines += [f"  {n} x {cut(reason)}" for reason, n in list(stats["errors"].items())[:3]]
         if stats["input_rows_rejected"]:
             lines.append(f"{stats['input_rows_rejected']} input rows rejected, see bad_rows.parquet")
         for words, n in list(stats["warnings"].items())[:5]:
-            lines.append(f"{n} x {words}")
+            lines.append(f"{n} x {cut(words)}")
         if not self.quiet:
+            look = "look at preview.png; " if stats["images_ok"] else ""
             lines.append(
-                "look at preview.png; manifest.parquet lists every image, energy/ is the ledger, stats.json the totals"
+                f"{look}manifest.parquet lists every image, energy/ is the ledger, stats.json the totals"
             )
         for line in lines:
             print(visible(line), file=sys.stderr)
+
+
+def cut(text: str) -> str:
+    """As much of a reason or warning as a line has room for."""
+    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
 
 
 def energy_words(energy_mj: int | None, estimate_mj: int, images: int) -> str:

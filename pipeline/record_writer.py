@@ -127,7 +127,10 @@ class RecordWriter:
         self.settle()
         if self._works:
             reason = f": {self._failing[2]}" if self._failing else ""
-            raise StoreError(f"{len(self._works)} records of the job could not be written{reason}")
+            raise StoreError(
+                f"{len(self._works)} records of this run could not be written{reason}. What is committed is safe: mend the "
+                "cause and run the same command again to go on"
+            )
 
     def _run(self) -> None:
         while True:

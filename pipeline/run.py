@@ -207,8 +207,13 @@ class JobRun:
         return sum(n for _, n in list(self._arrivals)[1:]) / span if span > 0 else None
 
     def images_at_work(self) -> int:
-        """Images done in attempts that are not committed yet."""
-        return sum(e.images_done for e in self.coordinator.active.values() if e.lease.probe_rows is None)
+        """Images done in attempts that are not committed yet; of several at one shard, those of the furthest."""
+        furthest: dict[int, int] = {}
+        for entry in self.coordinator.active.values():
+            if entry.lease.writes:
+                shard_id = entry.lease.shard.shard_id
+                furthest[shard_id] = max(furthest.get(shard_id, 0), entry.images_done)
+        return sum(furthest.values())
 
     # -- what the pool tells us ----------------------------------------------------------------------------------
 

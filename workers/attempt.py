@@ -385,17 +385,34 @@ def draw(generator: Generator, requests: Sequence[ImageRequest]) -> Images:
         ValueError: the generator returned something else.
         Exception: what the generator raises.
     """
-    out = generator.generate(requests)
+    try:
+        out = generator.generate(requests)
+    except (
+        KeyboardInterrupt,
+        SystemExit,
+    ) as error:  # of the model's own making: nothing here ends because of it
+        raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error
+    if not isinstance(getattr(out, "images", None), np.ndarray):
+        raise ValueError(
+            f"the generator returned {type(out).__name__}, not a GeneratedBatch of an array of uint8"
+        )
     images, n = out.images, len(requests)
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-        kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
-        raise ValueError(f"the generator returned images as {kind}, not as an array of uint8")
+    if images.dtype != np.uint8:
+        raise ValueError(f"the generator returned images as {images.dtype}, not as uint8")
     if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
         raise ValueError(
             f"the generator returned images of shape {images.shape}, not [{n}, height, width, 3]"
         )
     if len(images) != n:
         raise ValueError(f"the generator returned {len(images)} images for {n} requests")
+    info = generator.info
+    for request in requests:
+        asked = (request.height or info.height, request.width or info.width)
+        if images.shape[1:3] != asked:
+            got = f"{images.shape[2]}x{images.shape[1]}"
+            raise ValueError(
+                f"the generator returned images of {got} pixels where {asked[1]}x{asked[0]} were asked for"
+            )
     warnings = out.warnings or tuple(() for _ in requests)
     if len(warnings) != n:
         raise ValueError(f"the generator returned warnings for {len(warnings)} images of {n}")

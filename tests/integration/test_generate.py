@@ -302,3 +302,11 @@ def test_caps_that_cannot_work_are_refused(tmp_path, run):
         assert refused.returncode == 1
         assert words in refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_this_machine_can_never_hold_is_refused_instead_of_waited_for(tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.txt", 1)
+    arguments = ("--prompts", prompts, "--output", tmp_path / "out", "--cpus-per-worker", 4096)
+    done = generate(tmp_path, *arguments, "--model", "python:support.models:plain")
+    assert done.returncode == 1
+    assert "no room for a worker that asks for 4096 CPU; lower --cpus-per-worker" in done.stderr

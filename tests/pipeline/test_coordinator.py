@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millijoule.pipeline.coordinator import (
+    HANG_REASON,
     MAX_EMPTY_ATTEMPTS,
     NODE_DEATHS_BEFORE_BLAME,
     POISON_REASON,
@@ -104,6 +105,17 @@ def test_a_row_that_kills_workers_ends_in_quarantine():
             break
     assert c.done
     assert leases <= 12
+
+
+def test_a_row_that_hangs_is_quarantined_with_that_reason():
+    c = coordinator(1, rows=2)
+    while not (lease := c.next_lease("w", 0.0)).quarantine:
+        rows = range(*lease.probe_rows) if lease.probe_rows else range(2)
+        if 1 in rows:
+            c.crashed(lease.attempt_id, "stood still; killed", stood_still=True)
+        else:
+            c.probed(lease.attempt_id)
+    assert lease.quarantine == ((1, HANG_REASON),)
 
 
 def test_where_no_single_row_kills_all_rows_are_quarantined_with_that_reason():

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +21,9 @@ from millijoule.pipeline.coordinator import Coordinator
 from millijoule.pipeline.image_rows import rows_table
 from millijoule.pipeline.job import open_epoch
 from millijoule.pipeline.retry import load_job_shards
-from millijoule.workers.attempt import SickWorkerError, isolate
-from millijoule.workers.errors import StoreError
+from millijoule.workers.attempt import AttemptCancelled, SickWorkerError, isolate
+from millijoule.workers.errors import NodeError, RowError, StoreError
+from millijoule.workers.generator import GeneratedBatch
 from millijoule.workers.lease import commit_key
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, ImageRequest, ImageRow, carried_rows
 
@@ -225,3 +228,83 @@ def test_rows_that_are_no_rows_are_refused(rows):
     raw = json.loads(commit(1, "a", 1).to_json())
     with pytest.raises(ValueError):
         Commit.from_json(json.dumps(raw | {"rows": rows}).encode())
+
+
+class Returning(Plain):
+    """Returns what it is told to for a request whose prompt is "odd", alone or among others."""
+
+    def __init__(self, answer):
+        super().__init__("cpu")
+        self.answer = answer
+
+    def generate(self, requests):
+        out = super().generate(requests)
+        return self.answer(out) if any(r.prompt == "odd" for r in requests) else out
+
+
+def _interrupted(out):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda out: None, "returned NoneType, not a GeneratedBatch"),
+        (lambda out: GeneratedBatch(out.images.tolist()), "not a GeneratedBatch of an array"),
+        (lambda out: GeneratedBatch(out.images * np.float32("nan")), "images as float32, not as uint8"),
+        (lambda out: GeneratedBatch(out.images[..., 0]), r"images of shape \(1, 8, 8\)"),
+        (lambda out: GeneratedBatch(out.images[:0]), "0 images for 1 requests"),
+        (lambda out: GeneratedBatch(out.images[:, :4]), "images of 8x4 pixels where 8x8 were asked for"),
+        (lambda out: GeneratedBatch(out.images, ((),) * 5), "warnings for 5 images of 1"),
+        (_interrupted, "RuntimeError: KeyboardInterrupt"),
+    ],
+)
+def test_what_is_not_an_image_per_request_is_suspected_like_an_exception_and_the_reason_kept(
+    tmp_path, answer, reason
+):
+    store, job = plan(tmp_path, ["a", "odd", "b", "c"])
+    result = runner(store, job, 1, Returning(answer)).run(leases(store, job, 1).next_lease("w1", 0.0))
+    assert (result.outcome, result.healthy) == ("suspect", (0, 0))
+    (suspect,) = result.suspects
+    assert (suspect.row, suspect.image_index) == (1, 0)
+    assert re.search(reason, suspect.reason)
+    assert not store.exists(commit_key(0))
+    commit = parse_commit(store, 0, result.commit_json)
+    assert (commit.images_ok, commit.images_quarantined) == (3, 1)
+
+
+def test_a_request_the_model_draws_nowhere_is_quarantined_without_a_second_opinion(tmp_path):
+    class Refusing(Plain):
+        def generate(self, requests):
+            if any(r.prompt == "odd" for r in requests):
+                raise RowError("no such class")
+            return super().generate(requests)
+
+    store, job = plan(tmp_path, ["a", "odd"])
+    result = runner(store, job, 1, Refusing("cpu")).run(leases(store, job, 1).next_lease("w1", 0.0))
+    assert result.outcome == "committed"
+    assert parse_commit(store, 0, result.commit_json).errors == {"RowError: no such class": 1}
+
+
+def test_no_scratch_space_is_the_node_s_fault(tmp_path, monkeypatch):
+    store, job = plan(tmp_path, ["a"])
+    attempt = runner(store, job, 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(NodeError, match=r"scratch folder .*gone.*; free space there, or set TMPDIR"):
+        attempt.run(leases(store, job, 1).next_lease("w1", 0.0))
+
+
+def test_a_cancelled_attempt_ends_between_two_steps_of_a_batch(tmp_path):
+    store, job = plan(tmp_path, ["a", "b"])
+    attempt = runner(store, job, 1, Stepping())
+    steps = []
+
+    def cancelled():
+        steps.append(1)
+        if len(steps) == 2:
+            raise AttemptCancelled
+
+    attempt.check_cancelled = cancelled
+    assert attempt.run(leases(store, job, 1).next_lease("w1", 0.0)).outcome == "cancelled"
+    assert len(steps) == 2
+    assert [s.segment_class for s in attempt.timeline.take()] == ["idle", "loser"]
