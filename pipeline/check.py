@@ -122,7 +122,7 @@ def _check_finished(
         )
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iterator[R]:
+def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int = READ_THREADS) -> Iterator[R]:
     """`function` of each item, in order, by some threads; only few items are taken ahead."""
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(n_threads) as threads:

@@ -11,9 +11,16 @@ from millijoule.pipeline.lean_memory import lean_memory
 
 def test_arrows_allocator_comes_back_whatever_happens():
     before = pa.default_memory_pool().backend_name
-    with pytest.raises(RuntimeError), lean_memory():
-        assert pa.default_memory_pool().backend_name == "system"
+    within = []
+
+    @lean_memory()
+    def fails():
+        within.append(pa.default_memory_pool().backend_name)
         raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert within == ["system"]
     assert pa.default_memory_pool().backend_name == before
 
 
