@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.account_gaps import utc_text
-from millijoule.pipeline.arrow_memory import lean_arrow
 from millijoule.pipeline.commits import READ_THREADS, list_committed, not_a_commit, read_bodies
 from millijoule.pipeline.energy_tables import compare_energy_tables
 from millijoule.pipeline.finish import (
@@ -34,6 +33,7 @@ from millijoule.pipeline.finish import (
 from millijoule.pipeline.image_rows import RowReader, read_row_table
 from millijoule.pipeline.job import JobSpec, require_job
 from millijoule.pipeline.layout import MANIFEST_KEY, SUCCESS_KEY
+from millijoule.pipeline.lean_memory import lean_memory
 from millijoule.pipeline.retry import JobShards, load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.readers import read_images
@@ -71,7 +71,7 @@ def check_output(
     Raises:
         InputError: there is no job in this output.
     """
-    with lean_arrow():
+    with lean_memory():
         yield from _check_output(store, images, on_shard, on_note)
 
 
@@ -122,7 +122,7 @@ def _check_finished(
         )
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iterator[R]:
+def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int = READ_THREADS) -> Iterator[R]:
     """`function` of each item, in order, by some threads; only few items are taken ahead."""
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(n_threads) as threads:

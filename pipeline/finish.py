@@ -22,7 +22,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from millijoule.pipeline.arrow_memory import lean_arrow
 from millijoule.pipeline.closure import CHECKS
 from millijoule.pipeline.commit_table import CommitTable
 from millijoule.pipeline.commits import not_a_commit, read_bodies
@@ -42,6 +41,7 @@ from millijoule.pipeline.layout import (
     STATS_KEY,
     SUCCESS_KEY,
 )
+from millijoule.pipeline.lean_memory import lean_memory
 from millijoule.pipeline.ledger import Ledger, Winners, build_ledger
 from millijoule.pipeline.packed_segments import PackedSegments
 from millijoule.pipeline.retry import JobShards
@@ -171,7 +171,7 @@ def load_records(store: Store, n_shards: int, uncommitted: Uncommitted | None = 
     return reader.records()
 
 
-@lean_arrow()
+@lean_memory()
 def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
     """Write manifest, `energy/`, `stats.json` and `_SUCCESS` of a job whose shards are all committed.
 
