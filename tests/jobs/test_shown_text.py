@@ -59,6 +59,8 @@ def test_the_closing_lines_of_a_job(capsys):
     )
     stats |= {"direct_mj_per_image": None, "direct_estimate_mj_per_image": None}
     stats |= {"images_quarantined": 0, "input_rows_rejected": 0, "warnings": {f"unknown word {EVIL}": 3}}
+    stats |= {"images_quarantined": 1, "errors": {f"cannot draw {EVIL}": 1}}
+    stats |= {"energy": {"unclosed": [{"worker_id": "w1", "host": EVIL, "devices": ["cpu"], "reason": EVIL}]}}
     run = SimpleNamespace(store=SimpleNamespace(url="out"))
     Progress(SimpleNamespace(images=1), run, quiet=True).result(stats, finish_seconds=0.0)
     safe(capsys.readouterr().err)

@@ -1,5 +1,6 @@
 """Readings of node meters are in storage at every flush, beside the live tables, and come back as they were."""
 
+import time
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -116,18 +117,28 @@ def test_an_object_that_is_none_is_named(store):
         read_node_readings(store)
 
 
+def flush(driver):
+    """Flush, and wait until the driver's writer has written."""
+    driver._flush()
+    deadline = time.monotonic() + 60
+    while not driver._writer.idle:
+        assert time.monotonic() < deadline
+        driver._writer.settle()
+        time.sleep(0.01)
+
+
 def test_a_driver_flushes_readings_and_live_rows_together(tmp_path):
     """What is there when a driver is killed: everything up to its last flush, twice the same."""
     store, job = plan(tmp_path, ["a", "b"])
     planned = run.PlannedJob(job, load_job_shards(store, job), exclusive=True)
     driver = run.JobRun(store, planned, PoolOptions(1, 1, 1.0, 0.0, {}), None, lease_s=60.0, speculate=False)
     driver._node_was_read(r for r in [row(1), row(2)])
-    driver._flush()
+    flush(driver)
     driver._node_was_read([row(3)])
     kept, live = read_node_readings(store), read_live_table(store, "node_reading")
     assert times(kept) == times(live) == [1, 2]
     assert kept.to_pylist() == live.to_pylist()
-    driver._flush()
+    flush(driver)
     assert times(read_node_readings(store)) == times(read_live_table(store, "node_reading")) == [1, 2, 3]
     (part,) = (tmp_path / "out/energy/_live/node_reading").rglob("*.parquet")
     assert pq.ParquetFile(part).schema_arrow.metadata[b"millijoule.table"] == b"node_reading"

@@ -93,8 +93,8 @@ def test_a_gpu_that_emulates_it_does_not_count(monkeypatch, emulated):
     assert multiplies_bfloat16("cuda:1") != emulated
 
 
-#: Lists types of files that it reads, and computes in none of them.
-READS_FILES = "un0_checkpoint.py"
+#: They list types of files that they read, and compute in none of them; the last runs on GPUs only.
+NO_DECISION = {"un0_checkpoint.py", "saved_checkpoint.py", "bench_board.py"}
 
 
 def test_no_module_decides_for_itself():
@@ -102,7 +102,7 @@ def test_no_module_decides_for_itself():
         p for p in Path(millijoule.workers.__path__[0]).parent.glob("*/*.py") if "tests" not in p.parts
     ]
     assert len(modules) > 50
-    deciding = {p.name for p in modules if "torch.bfloat16" in p.read_text()} - {READS_FILES}
+    deciding = {p.name for p in modules if "torch.bfloat16" in p.read_text()} - NO_DECISION
     assert {"oscillator_training.py", "diffusers_model.py"} <= deciding
     assert {
         p.name for p in modules if p.name in deciding and "multiplies_bfloat16" not in p.read_text()
