@@ -74,7 +74,7 @@ def run(options: BenchOptions) -> int:
     peaks = [min(r["peak_added_mb"] for r in part) for part in (small, large)]
     result = {
         "what": "finish",
-        "options": asdict(options),
+        "options": {k: v for k, v in asdict(options).items() if k not in ("result", "folder")},  # no paths
         "shards": options.shards,
         "seconds": sorted(r["seconds"] for r in large)[len(large) // 2],
         "cpu_seconds": sorted(r["cpu_seconds"] for r in large)[len(large) // 2],
