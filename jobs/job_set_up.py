@@ -26,7 +26,7 @@ from millijoule.pipeline.pool import PoolOptions
 from millijoule.pipeline.retry import load_job_shards, plan_retry
 from millijoule.pipeline.run import PlannedJob
 from millijoule.pipeline.spending import Caps, parse_deadline
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, StoreError
 from millijoule.workers.generator import ModelIdentity, describe_model
 from millijoule.workers.storage import Store, expand_inputs
 
@@ -298,7 +298,12 @@ def calibrated_shard_size(
 
 
 def _probe(store: Store) -> bool:
-    exclusive = store.probe_exclusive_create()
+    try:
+        exclusive = store.probe_exclusive_create()
+    except StoreError as error:
+        if error.transient:
+            raise
+        raise InputError(f"--output {store.url}: nothing can be written there: {error}") from error
     if not exclusive:
         log.warning(
             "%s: this store has no exclusive create, so only the driver commits. Results stay exactly-once as long "
