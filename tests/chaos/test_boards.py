@@ -76,12 +76,14 @@ def test_workers_that_die_in_their_batches(job):
     job.assert_certified()
 
 
+@pytest.mark.slow
 def test_a_straggler_whose_race_is_lost_ends_its_batch_at_the_end(job):
     job.prompts("slow", *[""] * 31)
     job.generate()
     job.assert_certified()
 
 
+@pytest.mark.slow
 def test_a_worker_and_the_driver_die_and_one_worker_goes_on(job):
     job.prompts(*[""] * 48)
     driver = job.start()

@@ -45,7 +45,13 @@ def with_fault(fault):
     return {"PYTHONPATH": f"{BAD_NODE}:{TESTS}", "MILLIJOULE_TEST_FAULT": fault}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+#: One of each kind in every run: at a node's start, in its files, in its model; the others with the slow tests.
+QUICK = ("has no model", "no scratch space", "has memory for one image only")
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAULTS]
+)
 def test_one_bad_node_of_three_blames_no_row_and_is_named(tmp_path, three_nodes, fault):
     out = tmp_path / "out"
     prompts = write_prompts(tmp_path / "prompts.txt", PROMPTS)
@@ -58,6 +64,7 @@ def test_one_bad_node_of_three_blames_no_row_and_is_named(tmp_path, three_nodes,
     assert FAULTS[fault] in named[0]
 
 
+@pytest.mark.slow
 def test_where_no_node_can_work_the_job_ends_and_says_so_for_each(tmp_path):
     out = tmp_path / "out"
     prompts = write_prompts(tmp_path / "prompts.txt", 8)
@@ -99,7 +106,9 @@ def test_a_row_that_cannot_be_drawn_costs_that_row_alone_and_nobody_dies_for_it(
     assert not [line for line in done.stderr.splitlines() if line.startswith("node ")]
 
 
-@pytest.mark.parametrize("model", ["dies_on_poison", "dies_after_poison"])
+@pytest.mark.parametrize(
+    "model", [pytest.param("dies_on_poison", marks=pytest.mark.slow), "dies_after_poison"]
+)
 def test_a_row_that_kills_is_found_even_if_it_kills_a_moment_later(tmp_path, ray_address, model):
     out = tmp_path / "out"
     prompts = tmp_path / "prompts.txt"

@@ -63,6 +63,7 @@ def test_nodes_come_as_far_as_there_is_work_and_go(scaling, tmp_path):
     assert samples[-1].waiting == 0
 
 
+@pytest.mark.slow
 def test_requests_shrink_with_the_work(scaling, tmp_path):
     """Two nodes at most for some ten shards: what waits beyond the shards that are left is taken back, not left to be bought."""
     images = 600
