@@ -189,11 +189,13 @@ class Cluster:
             self._receive(conns[conn])
 
     def close(self) -> None:
-        for actor in list(self.actors.values()):
-            _kill(actor.pid)
-        for driver in self.drivers:
-            if driver.returncode is None:
-                _kill(driver.pid)
+        """End every process that was started here, also one whose end was still to come, and take leave of it."""
+        for pid in [*self.names, *(d.pid for d in self.drivers)]:
+            try:
+                if os.waitpid(pid, os.WNOHANG)[0] == 0:  # ours, and not ended: no other process can have its id
+                    _kill(pid)
+            except ChildProcessError:
+                pass
         try:
             while True:
                 os.waitpid(-1, 0)
