@@ -147,7 +147,6 @@ class WorkerPool:
         self.events = events
         self.workers: dict[str, _Worker] = {}
         self.nodes = NodeHealth()
-        self.images_running = 0
         self.draining: str | None = None  # why no more leases are given
         self.deaths = 0
         self._futures: dict[Any, tuple[_Worker, str]] = {}

@@ -192,7 +192,9 @@ class Cluster:
         """End every process that was started here, also one whose end was still to come, and take leave of it."""
         for pid in [*self.names, *(d.pid for d in self.drivers)]:
             try:
-                if os.waitpid(pid, os.WNOHANG)[0] == 0:  # ours, and not ended: no other process can have its id
+                if (
+                    os.waitpid(pid, os.WNOHANG)[0] == 0
+                ):  # ours, and not ended: no other process can have its id
                     _kill(pid)
             except ChildProcessError:
                 pass
