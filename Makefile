@@ -9,7 +9,7 @@ DEMO_OUT ?= out/demo
 GPU_PYTHON ?= python3
 BUDGET ?= 540
 GPU_OUT ?= benchmarks/gpu
-GPU_QUEUE = PYTHONPATH=infra/typing$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m millijoule.jobs.gpu_queue
+GPU_QUEUE = PYTHONPATH=infra/typing$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m millijoule.jobs.gpu.queue
 GPU_PLATFORMS := $(foreach n,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014,--platform $(n)_x86_64)
 export RAY_USAGE_STATS_ENABLED := 0
 
@@ -66,7 +66,7 @@ gpu-list:
 	$(GPU_QUEUE) --list --out $(GPU_OUT)
 
 gpu-rehearsal: $(VENV)/installed-test
-	$(BIN)/python -m millijoule.jobs.gpu_queue --rehearse --budget $(BUDGET) $(if $(STEPS),--steps $(STEPS))
+	$(BIN)/python -m millijoule.jobs.gpu.queue --rehearse --budget $(BUDGET) $(if $(STEPS),--steps $(STEPS))
 
 # for a machine with Python 3.12 and no network; see benchmarks/gpu-queue.md
 gpu-wheels: $(VENV)/installed-run

@@ -27,8 +27,8 @@ class CheckOptions:
 
 
 def run(options: CheckOptions) -> int:
-    from millijoule.pipeline.check import check_output
-    from millijoule.workers.storage import open_store
+    from millijoule.pipeline.closing.check import check_output
+    from millijoule.workers.storage.store import open_store
     from millijoule.workers.visible_text import visible
 
     checked = [0, 0]

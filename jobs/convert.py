@@ -43,8 +43,8 @@ class ConvertOptions:
 
 
 def run(options: ConvertOptions) -> int:
-    from millijoule.workers.un0 import Un0Generator, check_images
-    from millijoule.workers.un0_checkpoint import (
+    from millijoule.workers.generators.un0 import Un0Generator, check_images
+    from millijoule.workers.generators.un0_checkpoint import (
         CIFAR10_CLASSES,
         read_checkpoint,
         read_class_names,

@@ -19,10 +19,10 @@ from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
-from millijoule.workers.scenes import FAMILIES, IMAGE_SIZE, Scene, complete, sample_scene
+from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, complete, sample_scene
 
 if TYPE_CHECKING:
-    from millijoule.workers.generator import Generator
+    from millijoule.workers.generators.protocol import Generator
     from millijoule.workers.schemas import ImageRequest
 
 RENDERS = "renders"
@@ -93,7 +93,7 @@ class Item:
 def run(options: EvaluateOptions) -> int:
     import torch
 
-    from millijoule.workers.verifier import Verifier
+    from millijoule.workers.judging.verifier import Verifier
 
     if options.prompts_per_family < 1 or options.images_per_prompt < 1:
         raise InputError("--prompts-per-family and --images-per-prompt must be at least 1")
@@ -138,7 +138,7 @@ def list_items(options: EvaluateOptions) -> list[Item]:
 
     The first k prompts of each family are the same for any larger number of prompts.
     """
-    from millijoule.workers.scene_prompts import write_prompt
+    from millijoule.workers.scenes.prompts import write_prompt
 
     held_out = options.split == "held-out"
     items = []
@@ -157,7 +157,7 @@ def _generate(items: list[Item], options: EvaluateOptions, device: str) -> tuple
     from rich.console import Console
     from rich.progress import track
 
-    from millijoule.workers.generator import load_generator
+    from millijoule.workers.generators.protocol import load_generator
     from millijoule.workers.schemas import ImageRequest
 
     generator = load_generator(options.model, device=device)
@@ -215,7 +215,7 @@ def _load_in_process(model: str, device: str) -> None:
     global _generator
     import torch
 
-    from millijoule.workers.generator import load_generator
+    from millijoule.workers.generators.protocol import load_generator
 
     torch.set_num_threads(1)
     _generator = load_generator(model, device=device)
@@ -227,7 +227,7 @@ def _draw_in_process(batch: list[ImageRequest]) -> np.ndarray:
 
 def _render(items: list[Item], seed: int) -> np.ndarray:
     """One true render of each item's prompt; what it leaves open is settled by a seed of its own."""
-    from millijoule.workers.scene_renderer import SceneRenderer
+    from millijoule.workers.scenes.renderer import SceneRenderer
 
     renderer = SceneRenderer()
     rng = np.random.default_rng((seed, 77))
@@ -241,7 +241,7 @@ def _render(items: list[Item], seed: int) -> np.ndarray:
 
 def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:
     """Everything that is reported of the images `[n, 64, 64, 3]`, against true renders of the same prompts."""
-    from millijoule.workers.quality import (
+    from millijoule.workers.judging.quality import (
         duplicate_rates,
         family_means,
         frechet_distance,
@@ -294,7 +294,7 @@ def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
 def _draw_sheet(items: list[Item], images: np.ndarray, path: Path) -> None:
     from PIL import Image
 
-    from millijoule.workers.contact_sheet import draw_contact_sheet
+    from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 
     first: dict[str, int] = {}
     for i, item in enumerate(items):

@@ -143,24 +143,24 @@ class GenerateOptions:
 
 def run(options: GenerateOptions, worker_class: Any = None) -> int:
     """The whole job; returns the exit code. `worker_class`: the Ray actor class, default the product's own."""
-    from millijoule.jobs import ray_cluster
-    from millijoule.jobs.job_set_up import WorkerRequest, caps, has_work, open_or_plan, validate
     from millijoule.jobs.node_meter_options import parse_node_meters
-    from millijoule.pipeline.finish import finish_job
-    from millijoule.pipeline.head_watch import HeadWatch
-    from millijoule.pipeline.live_metrics import LiveMetrics
-    from millijoule.pipeline.progress import Progress
-    from millijoule.pipeline.run import JobRun
-    from millijoule.pipeline.spending import Spending
+    from millijoule.jobs.set_up import ray_cluster
+    from millijoule.jobs.set_up.job import WorkerRequest, caps, has_work, open_or_plan, validate
+    from millijoule.pipeline.closing.finish import finish_job
+    from millijoule.pipeline.running.head_watch import HeadWatch
+    from millijoule.pipeline.running.live_metrics import LiveMetrics
+    from millijoule.pipeline.running.progress import Progress
+    from millijoule.pipeline.running.run import JobRun
+    from millijoule.pipeline.running.spending import Spending
     from millijoule.workers.actor import remote_worker_class
-    from millijoule.workers.storage import open_store
+    from millijoule.workers.storage.store import open_store
     from millijoule.workers.visible_text import visible
 
     validate(options)
     store = open_store(options.output)
     with ray_cluster.cluster(options.ray_address):
         if options.dry_run:
-            from millijoule.jobs.dry_run import dry_run
+            from millijoule.jobs.set_up.dry_run import dry_run
 
             return dry_run(options, store)
         request = WorkerRequest(options)

@@ -13,7 +13,7 @@ import tyro
 from millijoule.jobs.entry import COMPLETE, ERROR, run_command
 
 if TYPE_CHECKING:
-    from millijoule.workers.node_meter import NodeSeries
+    from millijoule.workers.node_meters.meter import NodeSeries
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class NodeEnergyOptions:
 
 def run(options: NodeEnergyOptions) -> int:
     from millijoule.jobs.node_meter_options import parse_rest
-    from millijoule.pipeline.job import require_job
-    from millijoule.pipeline.node_import import import_readings
-    from millijoule.pipeline.retry import load_job_shards
+    from millijoule.pipeline.closing.node_import import import_readings
+    from millijoule.pipeline.output.job import require_job
+    from millijoule.pipeline.planning.retry import load_job_shards
     from millijoule.workers.errors import InputError
-    from millijoule.workers.node_meter_config import check_accuracy, declared_rest
-    from millijoule.workers.storage import open_store
+    from millijoule.workers.node_meters.config import check_accuracy, declared_rest
+    from millijoule.workers.storage.store import open_store
 
     check_accuracy(options.accuracy, "--accuracy")
     if not 0 <= options.clock_error < 3600:
@@ -83,10 +83,10 @@ def run(options: NodeEnergyOptions) -> int:
 
 def read_feeds(options: NodeEnergyOptions) -> dict[str, Sequence[NodeSeries]]:
     """The series of each outlet; raises InputError."""
-    from millijoule.pipeline.node_readings import WHOLE_NODE
+    from millijoule.pipeline.energy.node_readings import WHOLE_NODE
     from millijoule.workers.errors import InputError
-    from millijoule.workers.node_meter import join_series
-    from millijoule.workers.node_pdu import read_pdu_csv
+    from millijoule.workers.node_meters.meter import join_series
+    from millijoule.workers.node_meters.pdu import read_pdu_csv
 
     if not options.pdu:
         raise InputError("--pdu: name at least one file")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.node_meter_config import NodeMeterConfig, declared_rest
+from millijoule.workers.node_meters.config import NodeMeterConfig, declared_rest
 
 _REST = re.compile(r"(?P<watts>[0-9]+(?:\.[0-9]+)?)(?:\+-|±)(?P<tolerance>[0-9]+(?:\.[0-9]+)?)")
 

@@ -46,9 +46,9 @@ class QueryOptions:
 
 
 def run(options: QueryOptions) -> int:
-    from millijoule.pipeline.query import named_queries, open_tables, run_query
+    from millijoule.pipeline.sql.query import named_queries, open_tables, run_query
     from millijoule.workers.errors import InputError
-    from millijoule.workers.storage import open_store
+    from millijoule.workers.storage.store import open_store
 
     if options.list:
         for query in named_queries().values():

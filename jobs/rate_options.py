@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 if TYPE_CHECKING:
-    from millijoule.pipeline.carbon import Rates
+    from millijoule.pipeline.energy.carbon import Rates
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RateOptions:
         Raises:
             InputError: a value means nothing, or a file cannot be used; the message names the option.
         """
-        from millijoule.pipeline.carbon import Rates, check_pue, read_rate
+        from millijoule.pipeline.energy.carbon import Rates, check_pue, read_rate
 
         price, carbon = self.price_per_kwh, self.gco2_per_kwh
         return Rates(

@@ -15,9 +15,9 @@ FOLDER = Path(__file__).parent / "recipes"
 
 #: kind of model -> module and name of the config class its `[training]` table fills
 KINDS = {
-    "oscillator": ("millijoule.workers.oscillator_training", "OscillatorTrainingConfig"),
-    "diffusion": ("millijoule.workers.diffusion_training", "DiffusionConfig"),
-    "verifier": ("millijoule.workers.verifier_training", "VerifierConfig"),
+    "oscillator": ("millijoule.workers.training.oscillator", "OscillatorTrainingConfig"),
+    "diffusion": ("millijoule.workers.training.diffusion", "DiffusionConfig"),
+    "verifier": ("millijoule.workers.training.verifier", "VerifierConfig"),
 }
 
 

@@ -13,7 +13,7 @@ from millijoule.jobs.recipe import Recipe, load_recipe
 from millijoule.jobs.torch_device import torch_device
 
 if TYPE_CHECKING:
-    from millijoule.workers.training_loop import Trainer
+    from millijoule.workers.training.loop import Trainer
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run(options: TrainOptions) -> int:
     import torch
 
     from millijoule.workers.errors import InputError
-    from millijoule.workers.training_loop import run_training
+    from millijoule.workers.training.loop import run_training
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -106,7 +106,7 @@ def run(options: TrainOptions) -> int:
 
 def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Trainer:
     if recipe.kind == "verifier":
-        from millijoule.workers.verifier_training import VerifierTrainer
+        from millijoule.workers.training.verifier import VerifierTrainer
 
         return VerifierTrainer(recipe.training)
     processes = options.data_processes
@@ -114,9 +114,9 @@ def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Trainer:
         processes = min(16, len(os.sched_getaffinity(0)) - 1) if device.startswith("cuda") else 0
     trainer_class: Any
     if recipe.kind == "diffusion":
-        from millijoule.workers.diffusion_training import DiffusionTrainer as trainer_class
+        from millijoule.workers.training.diffusion import DiffusionTrainer as trainer_class
     else:
-        from millijoule.workers.oscillator_training import OscillatorTrainer as trainer_class
+        from millijoule.workers.training.oscillator import OscillatorTrainer as trainer_class
     trainer = trainer_class(
         recipe.training, device=device, compiled=options.compile, data_processes=processes
     )
@@ -128,12 +128,12 @@ def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Trainer:
 def _export(recipe: Recipe, trainer: Any, folder: Path) -> Path:
     """Write the weights in the form `--model` takes; returns where."""
     if recipe.kind == "verifier":
-        from millijoule.workers.verifier_training import export as export_verifier
+        from millijoule.workers.training.verifier import export as export_verifier
 
         export_verifier(trainer, folder / "verifier.safetensors")
         return folder / "verifier.safetensors"
     if recipe.kind == "diffusion":
-        from millijoule.workers.diffusion_training import export as export_diffusion
+        from millijoule.workers.training.diffusion import export as export_diffusion
 
         export_diffusion(trainer, folder / "model")
         return folder / "model"
@@ -142,8 +142,8 @@ def _export(recipe: Recipe, trainer: Any, folder: Path) -> Path:
 
 def _write_oscillator(recipe: Recipe, trainer: Any, folder: Path, sheet: str) -> Path:
     """The float form always, the integer form where the model has one, and a sample sheet of the form that is used."""
-    from millijoule.workers.oscillator import save_weights
-    from millijoule.workers.oscillator_training import write_sample_sheet
+    from millijoule.workers.generators.oscillator import save_weights
+    from millijoule.workers.training.oscillator import write_sample_sheet
 
     config = trainer.config
     made = {"steps": str(trainer.step), "planned_steps": str(config.steps), "seed": str(config.seed)}

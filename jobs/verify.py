@@ -17,12 +17,18 @@ from millijoule.jobs.entry import COMPLETE, ERROR, run_command
 from millijoule.jobs.node_meter_options import parse_rest
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
-from millijoule.workers.image_judge import ICON_JUDGE, ImageJudge, ImageMetric, load_judge, load_metric
+from millijoule.workers.judging.image_judge import (
+    ICON_JUDGE,
+    ImageJudge,
+    ImageMetric,
+    load_judge,
+    load_metric,
+)
 from millijoule.workers.visible_text import visible
 
 if TYPE_CHECKING:
     from millijoule.pipeline.comparison.registration import Arm, Registration, Request
-    from millijoule.workers.generator import Generator
+    from millijoule.workers.generators.protocol import Generator
 
 #: Exit code of a comparison that was run to its end and does not show what was to be shown.
 NOT_SHOWN = 6
@@ -154,16 +160,16 @@ def run(options: VerifyOptions) -> int:
 
 def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int:
     """Register, run, judge, write the bundle."""
-    from millijoule.jobs.comparison_environment import describe_environment
-    from millijoule.jobs.comparison_run import ComparisonRun, judge_images
+    from millijoule.jobs.comparing.environment import describe_environment
+    from millijoule.jobs.comparing.run import ComparisonRun, judge_images
     from millijoule.pipeline.comparison.attestation import load_private_key
     from millijoule.pipeline.comparison.bundle import write_bundle
     from millijoule.pipeline.comparison.parts import PartStore
     from millijoule.pipeline.comparison.protocol_floor import find_loosened
     from millijoule.pipeline.comparison.second_meter import read_second_meter
-    from millijoule.workers.comparison_blocks import open_sampler
-    from millijoule.workers.generator import load_generator
-    from millijoule.workers.meter import open_meter
+    from millijoule.workers.generators.protocol import load_generator
+    from millijoule.workers.judging.comparison_blocks import open_sampler
+    from millijoule.workers.meters.meter import open_meter
 
     key = load_private_key(_read(options.key), place=options.key) if options.key else None
     bundle = output / "bundle"
@@ -310,7 +316,7 @@ def list_requests(options: VerifyOptions) -> tuple[Request, ...]:
 
 def check(options: VerifyOptions) -> int:
     """Recompute a bundle and print every mismatch."""
-    from millijoule.jobs.reread import reread_images
+    from millijoule.jobs.comparing.reread import reread_images
     from millijoule.pipeline.comparison.attestation import load_public_key
     from millijoule.pipeline.comparison.bundle import REGISTRATION, hash_file
     from millijoule.pipeline.comparison.bundle_check import check_bundle
@@ -373,7 +379,7 @@ def _percent(log_ratio: float | None) -> str:
 
 def _describe_arm(options: VerifyOptions, arm: str, model: str, generator: Generator) -> Arm:
     from millijoule.pipeline.comparison.registration import Arm
-    from millijoule.workers.generator import FACTORY_PREFIX, describe_model
+    from millijoule.workers.generators.protocol import FACTORY_PREFIX, describe_model
 
     identity = describe_model(model)
     return Arm(

@@ -21,7 +21,7 @@ import ray
 from millijoule.workers.attempt import AttemptCancelled, AttemptRunner, Where
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
-from millijoule.workers.generator import describe_model, load_generator
+from millijoule.workers.generators.protocol import describe_model, load_generator
 from millijoule.workers.lease import (
     AccountRead,
     AttemptResult,
@@ -35,13 +35,13 @@ from millijoule.workers.lease import (
     worker_key,
 )
 from millijoule.workers.life import LifeLock, is_gone, life_path
-from millijoule.workers.meter import CounterMeter, no_meter, open_meter
+from millijoule.workers.meters.meter import CounterMeter, no_meter, open_meter
+from millijoule.workers.meters.power_samples import PowerSampler
+from millijoule.workers.meters.timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
-from millijoule.workers.power_samples import PowerSampler
 from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
-from millijoule.workers.storage import Store, open_store
-from millijoule.workers.store_trouble import waits_for_store
-from millijoule.workers.timeline import SegmentTimeline
+from millijoule.workers.storage.store import Store, open_store
+from millijoule.workers.storage.trouble import waits_for_store
 from millijoule.workers.visible_text import log_to_stderr
 
 JOB_KEY = "_job/job.json"

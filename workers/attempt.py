@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from millijoule.workers.encode import encode_png
 from millijoule.workers.errors import (
     AlreadyExistsError,
     MillijouleError,
@@ -25,7 +24,9 @@ from millijoule.workers.errors import (
     RowError,
     SickWorkerError,
 )
-from millijoule.workers.generator import Generator, ReportsSteps
+from millijoule.workers.generators.protocol import Generator, ReportsSteps
+from millijoule.workers.images.encode import encode_png
+from millijoule.workers.images.writers import open_writer
 from millijoule.workers.lease import (
     AttemptResult,
     Calibration,
@@ -35,14 +36,13 @@ from millijoule.workers.lease import (
     commit_key,
     data_prefix,
 )
-from millijoule.workers.meter import EnergyMeter
-from millijoule.workers.own_devices import unread_domains
-from millijoule.workers.power_samples import PowerSampler
+from millijoule.workers.meters.meter import EnergyMeter
+from millijoule.workers.meters.own_devices import unread_domains
+from millijoule.workers.meters.power_samples import PowerSampler
+from millijoule.workers.meters.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import Commit, ImageRequest, ImageRow, Segment, carried_rows
 from millijoule.workers.shard_rows import PlanRow, read_shard_rows, shard_requests
-from millijoule.workers.storage import Store
-from millijoule.workers.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
-from millijoule.workers.writers import open_writer
+from millijoule.workers.storage.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from millijoule.workers.attempt import Where
-from millijoule.workers.meter import CounterMeter
+from millijoule.workers.meters.meter import CounterMeter
 from millijoule.workers.schemas import CounterRead, WorkerEnvironment
 
 CPUINFO = Path("/proc/cpuinfo")

@@ -16,7 +16,7 @@ import os
 import time
 from pathlib import Path
 
-from millijoule.workers.counter_book import shared_folder
+from millijoule.workers.meters.counter_book import shared_folder
 
 #: Nobody resumes a job so much later and still reads the counters of its dead workers (`apportionment.MAX_GAP_NS` is less).
 KEEP_S = 86_400.0

@@ -202,10 +202,10 @@ class CounterRead:
 
     `energy_mj` maps a domain ("gpu:GPU-<uuid>", "cpu:package-0", "dram:package-0") to its cumulative counter in
     millijoules since the counter's own zero, already unwrapped; a domain that could not be read is absent.
-    `estimate_mj` is a modelled figure on a scale of its own (see `workers.meter`), never mixed with `energy_mj`.
+    `estimate_mj` is a modelled figure on a scale of its own (see `workers.meters.meter`), never mixed with `energy_mj`.
     `t_mono_ns` is CLOCK_MONOTONIC of host boot `boot_id`, comparable between processes of one boot only.
     `epoch` grows when a counter was reset. `wrap_epoch` names the book, too, in which wrapping counters were unwrapped
-    (`workers.counter_book`); None: not stated.
+    (`workers.meters.counter_book`); None: not stated.
     """
 
     boot_id: str

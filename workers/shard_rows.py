@@ -1,7 +1,7 @@
 """One shard of the plan: where its rows lie, how a worker reads them, and which images they ask for.
 
 A `Shard` names one Parquet row group of a plan part. In go a shard and the store, out come its rows and the image
-requests with their final seeds. Nothing here decides what belongs to a shard; that is `pipeline.plan`.
+requests with their final seeds. Nothing here decides what belongs to a shard; that is `pipeline.planning.plan`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from millijoule.workers.errors import DamagedError
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA, ImageRequest
-from millijoule.workers.storage import Store
+from millijoule.workers.storage.store import Store
 
 #: Seeds are unsigned 64-bit; a row's seed counts up by image index and wraps here.
 SEED_RANGE = 2**64

@@ -1,6 +1,6 @@
 """Which images count: the rule by which a reading of an image is accepted, and what a blank or repeated image is.
 
-The rule for icon scenes is written here a second time, from what `workers.quality.judge` says, over plain rows: a
+The rule for icon scenes is written here a second time, from what `workers.judging.quality.judge` says, over plain rows: a
 bundle is checked without PyTorch and without the code that measured it. A test holds the two together.
 """
 
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from millijoule.workers.scene_prompts import parse_prompt
-from millijoule.workers.scenes import FAMILIES, Group
+from millijoule.workers.scenes.prompts import parse_prompt
+from millijoule.workers.scenes.scenes import FAMILIES, Group
 
 #: Pixels of one image that differ by no more than this many levels of 255 in every channel show nothing.
 BLANK_LEVELS = 2
-#: As `workers.quality.RELATION_MARGIN`, pixels.
+#: As `workers.judging.quality.RELATION_MARGIN`, pixels.
 RELATION_MARGIN = 4.0
 #: Longer readings are not of an image of 64x64 pixels.
 MAX_ICONS = 256

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from millijoule.pipeline.apportionment import sum_or_none
 from millijoule.pipeline.comparison.acceptance import find_repeats
 from millijoule.pipeline.comparison.protocol_floor import state_protocol
 from millijoule.pipeline.comparison.quality_gate import ArmImages, accepted_spread, judge_gate
@@ -31,9 +30,10 @@ from millijoule.pipeline.comparison.statistics import (
     total,
     verdict_line,
 )
-from millijoule.pipeline.evidence import evidence_class
+from millijoule.pipeline.energy.apportionment import sum_or_none
+from millijoule.pipeline.energy.evidence import evidence_class
+from millijoule.workers.meters.timeline import segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import CounterRead, Segment
-from millijoule.workers.timeline import segment_energy_mj, segment_estimate_mj
 
 FORMAT = "millijoule-energy-comparison-result/1"
 

@@ -24,7 +24,7 @@ from statistics import NormalDist
 import numpy as np
 
 from millijoule.pipeline.comparison.registration import Statistics, Systematics
-from millijoule.pipeline.evidence import MEANINGS
+from millijoule.pipeline.energy.evidence import MEANINGS
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from millijoule.pipeline.carbon import Rates
-from millijoule.pipeline.job import require_job
-from millijoule.pipeline.layout import STATS_KEY
+from millijoule.pipeline.energy.carbon import Rates
+from millijoule.pipeline.output.job import require_job
 from millijoule.pipeline.report.devices import (
     DeviceRow,
     Speed,
@@ -45,7 +44,8 @@ from millijoule.pipeline.report.node_meters import NodeMeterRow, node_meter_rows
 from millijoule.pipeline.report.tables import labels, read_energy_table
 from millijoule.pipeline.report.timeline import Timeline, build_timeline, read_work
 from millijoule.workers.errors import InputError, NotFoundError
-from millijoule.workers.storage import Store
+from millijoule.workers.layout import STATS_KEY
+from millijoule.workers.storage.store import Store
 
 REPORT_SCHEMA_VERSION = 1
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.tables import floats, labels
 from millijoule.pipeline.report.timeline import Place, Work, hosts_of_boots, unknown_host
-from millijoule.workers.own_devices import unread_domains
+from millijoule.workers.meters.own_devices import unread_domains
 
 #: A shard this much slower per image than the job's median is a straggler.
 STRAGGLER_FACTOR = 1.5

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from millijoule.pipeline.carbon import MJ_PER_KWH, Rate, RateMean, Rates, mean_rate
+from millijoule.pipeline.energy.carbon import MJ_PER_KWH, Rate, RateMean, Rates, mean_rate
 from millijoule.pipeline.report.timeline import Work
-from millijoule.workers.meter import ESTIMATE_METHOD
+from millijoule.workers.meters.meter import ESTIMATE_METHOD
 from millijoule.workers.schemas import SEGMENT_CLASSES
 
 #: How modelled figures are labelled, so that nobody takes them for measurements.

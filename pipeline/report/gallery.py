@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from millijoule.pipeline.layout import MANIFEST_KEY
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.readers import read_images
-from millijoule.workers.storage import Store
+from millijoule.workers.images.readers import read_images
+from millijoule.workers.layout import MANIFEST_KEY
+from millijoule.workers.storage.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from millijoule.pipeline import evidence
+from millijoule.pipeline.energy import evidence
 from millijoule.pipeline.report import words
 from millijoule.pipeline.report.charts import CLASS_COLOURS, Chart
 from millijoule.pipeline.report.data import JobReport

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from millijoule.pipeline.energy_schemas import ENERGY_SCHEMAS
-from millijoule.pipeline.layout import ENERGY_PREFIX
+from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS
 from millijoule.workers.errors import StoreError
-from millijoule.workers.storage import Store
+from millijoule.workers.layout import ENERGY_PREFIX
+from millijoule.workers.storage.store import Store
 
 READ_THREADS = 16
 

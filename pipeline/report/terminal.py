@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from millijoule.pipeline import evidence
+from millijoule.pipeline.energy import evidence
 from millijoule.pipeline.report import words
 from millijoule.pipeline.report.data import JobReport, Report, some_of_each_check
 from millijoule.pipeline.report.devices import DeviceRow

@@ -14,17 +14,23 @@ from support.accelerator import DEVICE, MISSING, REHEARSAL
 
 from millijoule.kernels.oscillator import quantize_coupling, quantize_drive, relax, relax_reference
 from millijoule.kernels.phase import random_phases
-from millijoule.workers.device_renderer import DeviceRenderer
-from millijoule.workers.generator import load_generator
-from millijoule.workers.meter import open_meter
-from millijoule.workers.nvml_library import NvmlLibrary
-from millijoule.workers.oscillator_model import OscillatorConfig, OscillatorModel
-from millijoule.workers.oscillator_training import OscillatorTrainer, OscillatorTrainingConfig
-from millijoule.workers.scene_prompts import parse_prompt, write_prompt
-from millijoule.workers.scene_renderer import SceneRenderer, draw_variation
-from millijoule.workers.scenes import FAMILIES, complete, sample_scene, sample_training_scenes, scene_tokens
+from millijoule.workers.generators.oscillator_model import OscillatorConfig, OscillatorModel
+from millijoule.workers.generators.protocol import load_generator
+from millijoule.workers.meters.meter import open_meter
+from millijoule.workers.meters.nvml_library import NvmlLibrary
+from millijoule.workers.scenes.device_renderer import DeviceRenderer
+from millijoule.workers.scenes.prompts import parse_prompt, write_prompt
+from millijoule.workers.scenes.renderer import SceneRenderer, draw_variation
+from millijoule.workers.scenes.scenes import (
+    FAMILIES,
+    complete,
+    sample_scene,
+    sample_training_scenes,
+    scene_tokens,
+)
 from millijoule.workers.schemas import ImageRequest
-from millijoule.workers.training_loop import load_checkpoint, save_checkpoint
+from millijoule.workers.training.loop import load_checkpoint, save_checkpoint
+from millijoule.workers.training.oscillator import OscillatorTrainer, OscillatorTrainingConfig
 
 pytestmark = pytest.mark.skipif(MISSING, reason="no CUDA device")
 
@@ -147,7 +153,7 @@ def test_a_run_continues_on_the_other_kind_of_device(tmp_path):
 
 def test_the_baseline_trains_as_on_a_cpu():
     pytest.importorskip("diffusers")
-    from millijoule.workers.diffusion_training import DiffusionConfig, DiffusionTrainer
+    from millijoule.workers.training.diffusion import DiffusionConfig, DiffusionTrainer
 
     config = DiffusionConfig(
         steps=14, text_steps=3, autoencoder_steps=3, text_batch=16, batch=16, autoencoder_batch=4, warm_up=2,

@@ -9,7 +9,7 @@ from support.cluster import RayCluster
 from support.counter_judge import judge
 from support.jobs import assert_exactly_once, generate, start, wait_for_commits, wait_for_log
 
-from millijoule.workers.meter import read_boot_id
+from millijoule.workers.meters.meter import read_boot_id
 
 SLOW_S = 3.0
 

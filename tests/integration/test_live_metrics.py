@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from millijoule.pipeline.carbon import Rate
-from millijoule.pipeline.live_metrics import COUNTERS, GAUGES, LiveMetrics
-from millijoule.pipeline.run import Counts
-from millijoule.pipeline.spending import Caps, Spending
+from millijoule.pipeline.energy.carbon import Rate
+from millijoule.pipeline.running.live_metrics import COUNTERS, GAUGES, LiveMetrics
+from millijoule.pipeline.running.run import Counts
+from millijoule.pipeline.running.spending import Caps, Spending
 from millijoule.workers.schemas import CounterRead, Segment
 
 FINGERPRINT = "f" * 64

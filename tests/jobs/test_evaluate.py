@@ -9,10 +9,10 @@ import pytest
 
 from millijoule.jobs import evaluate
 from millijoule.jobs.evaluate import EvaluateOptions, list_items
-from millijoule.workers.generator import GeneratedBatch, GeneratorInfo
-from millijoule.workers.scene_prompts import parse_prompt
-from millijoule.workers.scene_renderer import SceneRenderer
-from millijoule.workers.scenes import FAMILIES, complete, is_held_out
+from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
+from millijoule.workers.scenes.prompts import parse_prompt
+from millijoule.workers.scenes.renderer import SceneRenderer
+from millijoule.workers.scenes.scenes import FAMILIES, complete, is_held_out
 
 
 class Artist:

@@ -12,12 +12,12 @@ from support.report_outputs import measured_output
 
 from millijoule.jobs.cli import main as millijoule
 from millijoule.jobs.node_energy import main
-from millijoule.pipeline.check import check_output
-from millijoule.pipeline.job import require_job
-from millijoule.pipeline.node_import import node_times
-from millijoule.pipeline.query import open_tables, run_query
-from millijoule.pipeline.retry import load_job_shards
-from millijoule.workers.storage import open_store
+from millijoule.pipeline.closing.check import check_output
+from millijoule.pipeline.closing.node_import import node_times
+from millijoule.pipeline.output.job import require_job
+from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.sql.query import open_tables, run_query
+from millijoule.workers.storage.store import open_store
 
 HOST_B_W = 300 + 50  # its GPU and its package
 STEP_NS = 5_000_000

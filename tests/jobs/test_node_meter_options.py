@@ -4,9 +4,9 @@ import pytest
 
 from millijoule.jobs.node_meter_options import parse_node_meters
 from millijoule.workers.errors import InputError
-from millijoule.workers.node_ipmi import IpmiMeter
-from millijoule.workers.node_meter_config import DeclaredRest, find_node_meter
-from millijoule.workers.node_redfish import RedfishMeter
+from millijoule.workers.node_meters.config import DeclaredRest, find_node_meter
+from millijoule.workers.node_meters.ipmi import IpmiMeter
+from millijoule.workers.node_meters.redfish import RedfishMeter
 
 CHASSIS = "https://bmc-{host}/redfish/v1/Chassis/1"
 

@@ -8,8 +8,8 @@ import pytest
 
 from millijoule.jobs import check, entry, gc, query
 from millijoule.jobs.entry import run_command
-from millijoule.pipeline.garbage import Orphan
-from millijoule.pipeline.progress import Progress
+from millijoule.pipeline.closing.garbage import Orphan
+from millijoule.pipeline.running.progress import Progress
 from millijoule.workers.errors import InputError
 
 EVIL = "\u202egnp.\u202c\x1b[2J\u2067"
@@ -41,14 +41,16 @@ def test_errors_and_log_lines(capsys, monkeypatch):
 
 
 def test_check(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("millijoule.pipeline.check.check_output", lambda *a, **k: iter([f"shard 1: {EVIL}"]))
+    monkeypatch.setattr(
+        "millijoule.pipeline.closing.check.check_output", lambda *a, **k: iter([f"shard 1: {EVIL}"])
+    )
     assert check.run(check.CheckOptions(str(tmp_path))) == entry.ERROR
     safe(capsys.readouterr().out)
 
 
 def test_gc(capsys, monkeypatch, tmp_path):
     orphans = [Orphan(f"files/{EVIL}", 1, False, "because")]
-    monkeypatch.setattr("millijoule.pipeline.garbage.find_orphans", lambda store: iter(orphans))
+    monkeypatch.setattr("millijoule.pipeline.closing.garbage.find_orphans", lambda store: iter(orphans))
     assert gc.run(gc.GcOptions(str(tmp_path))) == entry.COMPLETE
     safe(capsys.readouterr().out)
 
@@ -73,7 +75,7 @@ def test_rows_of_a_query():
 
 
 def test_the_words_of_delimiters():
-    from millijoule.jobs.job_set_up import parse_delimiter
+    from millijoule.jobs.set_up.job import parse_delimiter
 
     found = [parse_delimiter(t) for t in (None, ";", "semicolon", "Tab", "\\t", "pipe", "comma", "\t")]
     assert found == [None, ";", ";", "\t", "\t", "|", ",", "\t"]

@@ -7,7 +7,7 @@ import pytest
 from millijoule.jobs import train
 from millijoule.jobs.recipe import load_recipe, recipe_names
 from millijoule.workers.errors import InputError
-from millijoule.workers.generator import load_generator
+from millijoule.workers.generators.protocol import load_generator
 from millijoule.workers.schemas import ImageRequest
 
 TINY = """

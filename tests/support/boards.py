@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from millijoule.workers import life, meter
-from millijoule.workers.nvml_library import FieldValue, NVMLError
+from millijoule.workers import life
+from millijoule.workers.meters import meter
+from millijoule.workers.meters.nvml_library import FieldValue, NVMLError
 
 SITE = Path(__file__).parent / "fake_boards"
 TESTS = Path(__file__).parents[1]
@@ -105,7 +106,7 @@ def assigned_board(folder: Path) -> Board:
 
 
 class FileNvml:
-    """NVML of a host with stand-in boards, by the names `workers.nvml` uses. They have no power reading and no MIG."""
+    """NVML of a host with stand-in boards, by the names `workers.meters.nvml` uses. They have no power reading and no MIG."""
 
     NVMLError = NVMLError
     NVML_SUCCESS = 0

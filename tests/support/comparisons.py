@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from support.counters import SECOND, FakeNvml
 
-from millijoule.jobs.comparison_run import ComparisonRun, judge_images
+from millijoule.jobs.comparing.run import ComparisonRun, judge_images
 from millijoule.pipeline.comparison.parts import PartStore
 from millijoule.pipeline.comparison.registration import (
     Arm,
@@ -28,13 +28,13 @@ from millijoule.pipeline.comparison.registration import (
     Request,
 )
 from millijoule.pipeline.comparison.rows import Rows
-from millijoule.workers.comparison_blocks import MAX_BLOCK_SAMPLES
 from millijoule.workers.errors import InputError
-from millijoule.workers.generator import GeneratedBatch, GeneratorInfo
-from millijoule.workers.image_judge import Judgement
-from millijoule.workers.meter import open_meter
-from millijoule.workers.power_samples import PowerSampler
-from millijoule.workers.scene_prompts import parse_prompt
+from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
+from millijoule.workers.judging.comparison_blocks import MAX_BLOCK_SAMPLES
+from millijoule.workers.judging.image_judge import Judgement
+from millijoule.workers.meters.meter import open_meter
+from millijoule.workers.meters.power_samples import PowerSampler
+from millijoule.workers.scenes.prompts import parse_prompt
 from millijoule.workers.schemas import CounterRead
 
 SIZE = 8

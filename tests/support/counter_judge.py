@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from support import boards
 
-from millijoule.pipeline.layout import STATS_KEY
+from millijoule.workers.layout import STATS_KEY
 from millijoule.workers.schemas import WorkerEnvironment
 
 

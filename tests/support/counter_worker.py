@@ -14,9 +14,9 @@ from pathlib import Path
 
 from support.counters import FakeNvml
 
-from millijoule.workers.meter import CounterMeter, open_meter
+from millijoule.workers.meters.meter import CounterMeter, open_meter
+from millijoule.workers.meters.timeline import SegmentTimeline
 from millijoule.workers.schemas import CounterRead, Segment
-from millijoule.workers.timeline import SegmentTimeline
 
 SEGMENT_S = 0.15
 

@@ -13,12 +13,12 @@ import time
 
 from support.local_job import runner
 
-from millijoule.pipeline import run
-from millijoule.pipeline.job import require_job
-from millijoule.pipeline.pool import PoolOptions
-from millijoule.pipeline.retry import load_job_shards
+from millijoule.pipeline.output.job import require_job
+from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.running import run
+from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.workers.schemas import CounterRead
-from millijoule.workers.storage import open_store
+from millijoule.workers.storage.store import open_store
 
 
 class SteadyMeter:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pyarrow as pa
 
-from millijoule.pipeline.job import JobSpec
+from millijoule.pipeline.output.job import JobSpec
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, ImageRequest, ImageRow, Segment
 
 SECOND = 1_000_000_000

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from support.models import Plain
 
-from millijoule.pipeline.commits import list_committed
-from millijoule.pipeline.coordinator import Coordinator
-from millijoule.pipeline.finish import finish_job
-from millijoule.pipeline.job import JobSpec, open_epoch, publish_job
-from millijoule.pipeline.plan import PlanOptions, plan_job
-from millijoule.pipeline.retry import JobShards, load_job_shards
+from millijoule.pipeline.closing.finish import finish_job
+from millijoule.pipeline.output.commits import list_committed
+from millijoule.pipeline.output.job import JobSpec, open_epoch, publish_job
+from millijoule.pipeline.planning.plan import PlanOptions, plan_job
+from millijoule.pipeline.planning.retry import JobShards, load_job_shards
+from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempt import AttemptRunner, Where
-from millijoule.workers.generator import Generator
+from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.lease import WorkerConfig
-from millijoule.workers.meter import EnergyMeter, open_meter
-from millijoule.workers.storage import Store, expand_inputs, open_store
-from millijoule.workers.timeline import SegmentTimeline
+from millijoule.workers.meters.meter import EnergyMeter, open_meter
+from millijoule.workers.meters.timeline import SegmentTimeline
+from millijoule.workers.storage.store import Store, expand_inputs, open_store
 
 MODEL_SHA256 = "a" * 64
 

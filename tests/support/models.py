@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from millijoule.workers.generator import GeneratedBatch, GeneratorInfo
+from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.schemas import ImageRequest
-from millijoule.workers.storage import LocalStore
+from millijoule.workers.storage.store import LocalStore
 
 SIZE = 8
 

@@ -1,4 +1,4 @@
-"""The division of a counter in plain Python, object by object: what `pipeline.counter_split` is compared with."""
+"""The division of a counter in plain Python, object by object: what `pipeline.energy.counter_split` is compared with."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from millijoule.pipeline.apportionment import MAX_GAP_NS, Reading, Run, Unclaimed, apportion
-from millijoule.workers.counter_book import is_plausible
+from millijoule.pipeline.energy.apportionment import MAX_GAP_NS, Reading, Run, Unclaimed, apportion
+from millijoule.workers.meters.counter_book import is_plausible
 
 
 class Claim(NamedTuple):

@@ -33,17 +33,19 @@ from support.counter_judge import judge
 from support.fault_plans import KNOWN, DriverPlan, Plan, make_plan
 from support.forked_cluster import ActorContext, Cluster, Driver, ForkedRay, Node
 
-from millijoule.jobs import generate, job_set_up
-from millijoule.jobs.bench_result import write_result
+from millijoule.jobs import generate
+from millijoule.jobs.bench.result import write_result
 from millijoule.jobs.environment import environment
-from millijoule.pipeline import accounts, coordinator, node_health, node_recorders, pool, run
-from millijoule.pipeline.check import check_output
-from millijoule.pipeline.finish import finish_job
-from millijoule.pipeline.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
+from millijoule.jobs.set_up import job as job_set_up
+from millijoule.pipeline.closing.check import check_output
+from millijoule.pipeline.closing.finish import finish_job
+from millijoule.pipeline.running import accounts, coordinator, node_health, node_recorders, pool, run
 from millijoule.workers import actor as actor_module
-from millijoule.workers import attempt, nvml, orphan
+from millijoule.workers import attempt, orphan
 from millijoule.workers.actor import ShardWorker
-from millijoule.workers.storage import LocalStore, open_store
+from millijoule.workers.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
+from millijoule.workers.meters import nvml
+from millijoule.workers.storage.store import LocalStore, open_store
 
 MODEL = "python:support.spending_model:load"
 

@@ -12,16 +12,16 @@ from typing import Any
 from support.local_job import MODEL_SHA256, plan
 from support.models import Plain
 
-from millijoule.pipeline.commits import list_committed
-from millijoule.pipeline.coordinator import Coordinator
-from millijoule.pipeline.finish import finish_job
-from millijoule.pipeline.job import JobSpec, open_epoch
-from millijoule.pipeline.retry import load_job_shards
+from millijoule.pipeline.closing.finish import finish_job
+from millijoule.pipeline.output.commits import list_committed
+from millijoule.pipeline.output.job import JobSpec, open_epoch
+from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempt import AttemptRunner, Where
 from millijoule.workers.lease import WorkerConfig
+from millijoule.workers.meters.timeline import SegmentTimeline
 from millijoule.workers.schemas import CounterRead
-from millijoule.workers.storage import Store
-from millijoule.workers.timeline import SegmentTimeline
+from millijoule.workers.storage.store import Store
 
 #: What a careless page would run or show as markup.
 HOSTILE = (

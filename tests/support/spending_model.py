@@ -17,7 +17,7 @@ from pathlib import Path
 from support.boards import Board, assigned_board
 from support.models import Plain, first_time
 
-from millijoule.workers.generator import GeneratedBatch
+from millijoule.workers.generators.protocol import GeneratedBatch
 from millijoule.workers.schemas import ImageRequest
 
 #: An image's energy is spent in so many parts, so that a process that dies has often spent some.

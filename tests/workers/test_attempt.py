@@ -16,14 +16,14 @@ from support.ledgers import commit
 from support.local_job import plan, runner, work
 from support.models import Plain
 
-from millijoule.pipeline.commits import CommitCompactor, list_committed, parse_commit, read_commits
-from millijoule.pipeline.coordinator import Coordinator
-from millijoule.pipeline.image_rows import rows_table
-from millijoule.pipeline.job import open_epoch
-from millijoule.pipeline.retry import load_job_shards
+from millijoule.pipeline.output.commits import CommitCompactor, list_committed, parse_commit, read_commits
+from millijoule.pipeline.output.image_rows import rows_table
+from millijoule.pipeline.output.job import open_epoch
+from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempt import AttemptCancelled, SickWorkerError, isolate
 from millijoule.workers.errors import NodeError, RowError, StoreError
-from millijoule.workers.generator import GeneratedBatch
+from millijoule.workers.generators.protocol import GeneratedBatch
 from millijoule.workers.lease import commit_key
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, ImageRequest, ImageRow, carried_rows
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.local_job import plan, runner, work
 
-from millijoule.pipeline.check import check_output
-from millijoule.pipeline.commits import list_committed
-from millijoule.pipeline.coordinator import Coordinator
-from millijoule.pipeline.finish import load_ledger
-from millijoule.pipeline.job import open_epoch
-from millijoule.pipeline.retry import load_job_shards
+from millijoule.pipeline.closing.check import check_output
+from millijoule.pipeline.closing.finish import load_ledger
+from millijoule.pipeline.output.commits import list_committed
+from millijoule.pipeline.output.job import open_epoch
+from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.errors import StoreError
 
 

@@ -6,7 +6,7 @@ import logging
 import pytest
 from PIL import Image
 
-from millijoule.workers.contact_sheet import draw_contact_sheet
+from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.visible_text import VisibleFormatter, visible, visible_lines
 
 #: Unicode's controls of direction (UAX 9, section 2) and its marks.

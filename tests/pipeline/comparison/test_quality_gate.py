@@ -8,7 +8,7 @@ import pytest
 from millijoule.pipeline.comparison.acceptance import find_repeats, is_blank, parse_icons, shows_scene
 from millijoule.pipeline.comparison.quality_gate import ArmImages, accepted_spread, judge_gate
 from millijoule.pipeline.comparison.registration import Gate, Metric, Request
-from millijoule.workers.scenes import FAMILIES
+from millijoule.workers.scenes.scenes import FAMILIES
 
 GATE = Gate(
     "judge",
@@ -181,10 +181,10 @@ def test_prompts_without_a_scene_are_refused():
 
 def test_the_rule_agrees_with_the_judge():
     """On scenes as drawn, and with icons moved, recoloured, dropped and doubled."""
-    from millijoule.workers.quality import judge
-    from millijoule.workers.scene_prompts import parse_prompt, write_prompt
-    from millijoule.workers.scenes import COLOURS, sample_scene
-    from millijoule.workers.verifier import IconReading, SceneReading
+    from millijoule.workers.judging.quality import judge
+    from millijoule.workers.judging.verifier import IconReading, SceneReading
+    from millijoule.workers.scenes.prompts import parse_prompt, write_prompt
+    from millijoule.workers.scenes.scenes import COLOURS, sample_scene
 
     outcomes = {family: set() for family in FAMILIES}
     for trial in range(1200):

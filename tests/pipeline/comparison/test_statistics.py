@@ -20,7 +20,7 @@ from millijoule.pipeline.comparison.statistics import (
     total,
     verdict_line,
 )
-from millijoule.pipeline.evidence import evidence_class
+from millijoule.pipeline.energy.evidence import evidence_class
 
 FAST = Statistics(resamples=1000)
 

@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 from rich.console import Console
 from support.report_outputs import GPUS, measured_output, unmeasured_output
 
-from millijoule.pipeline.carbon import Rate, Rates
-from millijoule.pipeline.finish import finish_job
-from millijoule.pipeline.job import require_job
+from millijoule.pipeline.closing.finish import finish_job
+from millijoule.pipeline.energy.carbon import Rate, Rates
+from millijoule.pipeline.output.job import require_job
+from millijoule.pipeline.planning.retry import load_job_shards
 from millijoule.pipeline.report.data import collect_job, collect_report
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.gpu_time import GpuPrices, measure_gpu_time, parse_gpu_prices
 from millijoule.pipeline.report.page import render_page
 from millijoule.pipeline.report.terminal import print_report
 from millijoule.pipeline.report.timeline import Place, Work
-from millijoule.pipeline.retry import load_job_shards
 from millijoule.workers.errors import InputError
 from millijoule.workers.lease import worker_key
 from millijoule.workers.schemas import WorkerEnvironment
-from millijoule.workers.storage import open_store
+from millijoule.workers.storage.store import open_store
 
 CLASSES = tuple(GROUPS)
 ORDER = ("images", "load", "waste", "idle")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from millijoule.jobs.bench_report import (
+from millijoule.jobs.bench.report import (
     GPUS_PER_NODE,
     IMAGES_PER_SHARD,
     MAX_PAGE_BYTES,
@@ -13,7 +13,7 @@ from millijoule.jobs.bench_report import (
     is_slow,
     write_output,
 )
-from millijoule.workers.storage import open_store
+from millijoule.workers.storage.store import open_store
 
 
 @pytest.mark.parametrize("images", [4_000, pytest.param(100_000, marks=pytest.mark.slow)])

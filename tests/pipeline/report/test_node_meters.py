@@ -7,15 +7,15 @@ import pytest
 from rich.console import Console
 from support.report_outputs import measured_output
 
-from millijoule.pipeline.job import require_job
-from millijoule.pipeline.node_import import import_readings, node_times
+from millijoule.pipeline.closing.node_import import import_readings, node_times
+from millijoule.pipeline.output.job import require_job
+from millijoule.pipeline.planning.retry import load_job_shards
 from millijoule.pipeline.report.data import collect_report
 from millijoule.pipeline.report.energy import Rates
 from millijoule.pipeline.report.page import render_page
 from millijoule.pipeline.report.terminal import print_report
-from millijoule.pipeline.retry import load_job_shards
-from millijoule.workers.node_meter import NodeSeries
-from millijoule.workers.node_meter_config import DeclaredRest
+from millijoule.workers.node_meters.config import DeclaredRest
+from millijoule.workers.node_meters.meter import NodeSeries
 
 DEVICES_W, REST_W = 350, 30
 STEP_NS = 5_000_000

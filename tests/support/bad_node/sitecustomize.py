@@ -9,8 +9,8 @@ if os.environ.get("MILLIJOULE_TEST_NODE") == "bad" and (fault := os.environ.get(
     import errno
     import tempfile
 
-    from millijoule.workers import storage
     from millijoule.workers.errors import NotFoundError, StoreError
+    from millijoule.workers.storage import store as storage
 
     if fault == "sees no output":
         get = storage.LocalStore.get

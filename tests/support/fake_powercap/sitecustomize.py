@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 if root := os.environ.get("MILLIJOULE_TEST_POWERCAP"):
-    from millijoule.workers import counter_book, rapl
+    from millijoule.workers.meters import counter_book, rapl
 
     rapl.POWERCAP_ROOT = Path(root)
     counter_book.CounterBook.__init__.__defaults__ = (Path(root).parent,)

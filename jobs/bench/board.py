@@ -1,0 +1,262 @@
+"""The board that `bench counters` measures: a real one, or a made-up one whose truth is known.
+
+Both have a clock, an NVML binding that shows one board, a load to switch on and off, and stages of starting up. The made-up one
+keeps a clock of its own that only waiting and reading move: a measurement of minutes takes none, and what must come out follows
+from its settings. Its watts mean nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from millijoule.jobs.bench.stand_ins import StandInNvml, board_uuid
+from millijoule.workers.errors import InputError
+from millijoule.workers.meters.nvml import open_gpus
+from millijoule.workers.meters.nvml_library import FieldValue, NvmlLibrary
+
+MATRIX = 4096
+
+
+class CudaBoard:
+    """One NVIDIA board, with matrix products as its load.
+
+    Args:
+        gpu: as `CUDA_VISIBLE_DEVICES` names it.
+
+    Raises:
+        InputError: its counter cannot be read.
+    """
+
+    stand_in = False
+
+    def __init__(self, gpu: str) -> None:
+        self.nvml: Any = None
+        try:
+            self.nvml = NvmlLibrary()
+        except OSError as error:
+            raise InputError(f"bench counters: NVML is not here ({error})") from error
+        boards = open_gpus([gpu], self.nvml)
+        if not boards.uuids:
+            raise InputError(f"bench counters: NVML finds no board {gpu}, or only a part of one")
+        self.uuid, self.name = boards.uuids[0], boards.names[0]
+        self.driver_version = boards.driver_version
+        self._matrix: Any = None
+
+    now_ns = staticmethod(time.monotonic_ns)
+
+    def wait_until(self, t_ns: int) -> None:
+        """Sleep to `t_ns`; a time in the past is now."""
+        time.sleep(max(0, t_ns - self.now_ns()) / 1e9)
+
+    def stages(self) -> Sequence[tuple[str, Callable[[], None]]]:
+        """What a worker does before its first image, to be run in order, once."""
+        held: dict[str, Any] = {}
+
+        def import_torch() -> None:
+            import torch
+
+            held["torch"] = torch
+
+        def make_context() -> None:
+            self._check_first_device()
+            held["torch"].zeros(1, device="cuda")
+            held["torch"].cuda.synchronize()
+
+        def load_model() -> None:
+            from millijoule.workers.generators.protocol import load_generator
+
+            held["model"] = load_generator("default", device="cuda")
+            held["torch"].cuda.synchronize()
+
+        def draw_first_batch() -> None:
+            from millijoule.workers.schemas import ImageRequest
+
+            model = held["model"]
+            model.generate(
+                [ImageRequest(str(i), 0, "a red cat", seed=i) for i in range(model.info.batch_size)]
+            )
+            held["torch"].cuda.synchronize()
+
+        return (
+            ("import torch", import_torch),
+            ("CUDA context", make_context),
+            ("load default model", load_model),
+            ("first batch", draw_first_batch),
+        )
+
+    def _check_first_device(self) -> None:
+        """Work must go to the board that is read."""
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("bench counters: PyTorch finds no GPU here")
+        if str(torch.cuda.get_device_properties(0).uuid) not in self.uuid:
+            raise InputError(
+                f"bench counters: CUDA's first device is not {self.uuid}; set CUDA_VISIBLE_DEVICES to its UUID"
+            )
+
+    @contextmanager
+    def load(self, period_s: float | None) -> Iterator[None]:
+        """Work for the length of a block: all the time, or the first half of every `period_s` seconds."""
+        import torch
+
+        stop = threading.Event()
+        if self._matrix is None:
+            self._check_first_device()
+            self._matrix = torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16)
+
+        def work() -> None:
+            x, began = self._matrix, time.monotonic()
+            while not stop.is_set():
+                if period_s is not None:
+                    phase = (time.monotonic() - began) % period_s
+                    if phase >= period_s / 2:
+                        time.sleep(period_s - phase)
+                        continue
+                # a few tenths of a millisecond of work per wait: the wave's edges are as sharp
+                for _ in range(2 if period_s is not None else 50):
+                    x = (x @ x).clamp_(-1, 1)
+                torch.cuda.synchronize()
+
+        thread = threading.Thread(target=work, name="load", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+class StandInBoard:
+    """A board that draws what it is told and counts it as NVML does, by a clock of its own.
+
+    Args:
+        idle_watts, context_watts, loaded_watts: what it draws before and after its context is made, and under load.
+        period_ms: its counter and field 186 move this often.
+        quantum_mj: step of its counter.
+        lost_mj_per_read: what the counter falls behind at every read of it.
+        read_us: what a read takes.
+    """
+
+    stand_in = True
+    name = "stand-in"
+    driver_version = "stand-in"
+    uuid = board_uuid(0)
+
+    def __init__(
+        self,
+        *,
+        idle_watts: float = 70,
+        context_watts: float = 110,
+        loaded_watts: float = 600,
+        period_ms: float = 100,
+        quantum_mj: int = 1,
+        lost_mj_per_read: float = 0,
+        read_us: float = 500,
+    ) -> None:
+        self.loaded_watts, self.context_watts = loaded_watts, context_watts
+        self.period_ns, self.quantum_mj = round(period_ms * 1e6), quantum_mj
+        self.lost_mj_per_read, self.read_ns = lost_mj_per_read, round(read_us * 1000)
+        self._now_ns = 1_000_000_000_000
+        self._lost_mj = 0.0
+        # stretches of constant course: begin, low and high watts, period in ns (0: low alone)
+        self._course: list[tuple[int, float, float, int]] = [(0, idle_watts, idle_watts, 0)]
+        self._energy_mj = [0.0]  # at the beginning of each stretch
+        self.nvml = _BoardNvml(self)
+
+    def now_ns(self) -> int:
+        return self._now_ns
+
+    def wait_until(self, t_ns: int) -> None:
+        self._now_ns = max(self._now_ns, t_ns)
+
+    def draw(self, low: float, high: float | None = None, period_s: float = 0.0) -> None:
+        """From now on: `low` watts, or `high` in the first half of each `period_s`."""
+        self._energy_mj.append(self.energy_mj(self._now_ns))
+        self._course.append((self._now_ns, low, low if high is None else high, round(period_s * 1e9)))
+
+    def energy_mj(self, t_ns: int) -> float:
+        """What it has really used by `t_ns`."""
+        number = max(i for i, (begin, *_) in enumerate(self._course) if begin <= t_ns)
+        begin, low, high, period_ns = self._course[number]
+        passed_ns = t_ns - begin
+        on_ns = 0.0
+        if period_ns:
+            whole, rest = divmod(passed_ns, period_ns)
+            on_ns = whole * period_ns / 2 + min(rest, period_ns / 2)
+        return self._energy_mj[number] + (low * passed_ns + (high - low) * on_ns) / 1e6
+
+    def counter_mj(self) -> int:
+        self._now_ns += self.read_ns
+        tick_ns = self._now_ns // self.period_ns * self.period_ns
+        self._lost_mj += self.lost_mj_per_read
+        return int((self.energy_mj(tick_ns) - self._lost_mj) // self.quantum_mj * self.quantum_mj)
+
+    def power_mw(self) -> tuple[int, int]:
+        """Fields 185 (the last second) and 186 (25 ms before the last tick)."""
+        self._now_ns += self.read_ns
+        tick_ns = self._now_ns // self.period_ns * self.period_ns
+        second, window = 1_000_000_000, 25_000_000
+        averages = (
+            (self.energy_mj(self._now_ns) - self.energy_mj(self._now_ns - second)) / second,
+            (self.energy_mj(tick_ns) - self.energy_mj(tick_ns - window)) / window,
+        )
+        return tuple(round(mj_per_ns * 1e9) for mj_per_ns in averages)  # type: ignore[return-value]
+
+    def stages(self) -> Sequence[tuple[str, Callable[[], None]]]:
+        """A second each; the second one makes the context."""
+
+        def stage(watts: float) -> Callable[[], None]:
+            def run() -> None:
+                self.draw(watts)
+                self.wait_until(self._now_ns + 1_000_000_000)
+
+            return run
+
+        names = ("import torch", "CUDA context", "load default model", "first batch")
+        watts = (self._course[0][1], *[self.context_watts] * 3)
+        return tuple((name, stage(w)) for name, w in zip(names, watts, strict=True))
+
+    @contextmanager
+    def load(self, period_s: float | None) -> Iterator[None]:
+        """See `CudaBoard.load`."""
+        if period_s is None:
+            self.draw(self.loaded_watts)
+        else:
+            self.draw(self.context_watts, self.loaded_watts, period_s)
+        try:
+            yield
+        finally:
+            self.draw(self.context_watts)
+
+
+class _BoardNvml(StandInNvml):
+    """NVML of a host whose only board is `board`."""
+
+    def __init__(self, board: StandInBoard) -> None:
+        super().__init__(1)
+        self._board = board
+
+    def nvmlDeviceGetFieldValues(self, handle: Any, fields: Sequence[int | tuple[int, int]]) -> Any:
+        values = (FieldValue * len(fields))()
+        if fields[0] == self.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION:
+            numbers: tuple[int, ...] = (self._board.counter_mj(),)
+        else:
+            numbers = self._board.power_mw()
+        for value, number in zip(values, numbers, strict=True):
+            value.nvmlReturn, value.valueType = self.NVML_SUCCESS, self.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
+            value.value.ullVal = number
+        return values
+
+
+def open_board(stand_in: bool) -> CudaBoard | StandInBoard:
+    """The first board that CUDA would take, or the made-up one."""
+    if stand_in:
+        return StandInBoard()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    return CudaBoard(visible or "0")

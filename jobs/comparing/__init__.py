@@ -1,0 +1,1 @@
+"""`millijoule verify`: the run of a registered comparison, and reading its images again."""

@@ -1,0 +1,1 @@
+"""`make gpu`: what waits for a GPU, in order of worth."""

@@ -1,0 +1,1 @@
+"""What follows the last shard: manifest and books, the check of an output, its garbage, later readings."""

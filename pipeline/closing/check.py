@@ -1,0 +1,254 @@
+"""`check`: does an output hold exactly what its plan says, and nothing that its hashes do not vouch for?
+
+It trusts neither the manifest nor the compacted ledger: it reads plan, commit objects, row tables and image bytes, and
+reports each difference as one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from millijoule.pipeline.closing.finish import (
+    MANIFEST_BATCH_ROWS,
+    MANIFEST_SCHEMA,
+    JobRecords,
+    ManifestRows,
+    RecordReader,
+    manifest_tables,
+)
+from millijoule.pipeline.energy.account_gaps import utc_text
+from millijoule.pipeline.energy.lean_memory import lean_memory
+from millijoule.pipeline.energy.tables import compare_energy_tables
+from millijoule.pipeline.output.commits import READ_THREADS, list_committed, not_a_commit, read_bodies
+from millijoule.pipeline.output.image_rows import RowReader, read_row_table
+from millijoule.pipeline.output.job import JobSpec, require_job
+from millijoule.pipeline.planning.retry import JobShards, load_job_shards
+from millijoule.workers.errors import NotFoundError
+from millijoule.workers.images.readers import read_images
+from millijoule.workers.layout import MANIFEST_KEY, SUCCESS_KEY
+from millijoule.workers.schemas import Commit
+from millijoule.workers.shard_rows import Shard, ShardRowReader, shard_requests
+from millijoule.workers.storage.store import Store, is_s3_url
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: Shards that a thread checks in one go: of one image each, they take less time than being handed over.
+_SHARDS_PER_CALL = 16
+
+#: A row table of at most so many bytes is not read a second time after its hash was taken.
+_SMALL_TABLE_BYTES = 1 << 20
+
+#: Columns that must equal between plan and row table.
+_KEY = ("prompt_id", "image_index", "prompt", "seed")
+
+
+def check_output(
+    store: Store,
+    *,
+    images: bool = True,
+    on_shard: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Iterator[str]:
+    """Every difference between an output and its plan, as a message; none at all for a sound, complete output.
+
+    Args:
+        images: also re-read every data file and image and compare hashes; False trusts sizes.
+        on_shard: called with (checked, total) for progress.
+        on_note: called with what is no difference but must be known: whose energy nobody read to the end.
+
+    Raises:
+        InputError: there is no job in this output.
+    """
+    with lean_memory():
+        yield from _check_output(store, images, on_shard, on_note)
+
+
+def _check_output(
+    store: Store, images: bool, on_shard: Callable[[int, int], None], on_note: Callable[[str], None]
+) -> Iterator[str]:
+    job = require_job(store)
+    index = load_job_shards(store, job)
+    done = list_committed(store, len(index))
+    for shard_id in (~done).nonzero()[0].tolist():
+        yield f"shard {shard_id}: not committed"
+    records, plan = RecordReader(store), ShardRowReader(store)
+
+    def some(bodies: Sequence[tuple[int, bytes]]) -> list[tuple[int, dict[str, Any], list[str]]]:
+        checked = []
+        for shard_id, body in bodies:
+            raw, commit = _parse(store, shard_id, body)
+            problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
+            checked.append((shard_id, raw, list(problems)))
+        return checked
+
+    bodies = read_bodies(store, len(index), use_compacted=False)
+    checked = chain.from_iterable(in_threads(some, batched(bodies, _SHARDS_PER_CALL), _threads(store)))
+    for n, (shard_id, raw, problems) in enumerate(checked, 1):
+        on_shard(n, len(index))
+        yield from problems
+        records.add_raw(shard_id, raw)
+    if done.all():
+        yield from _check_finished(store, job, index, records.records(), on_note)
+
+
+def _check_finished(
+    store: Store, job: JobSpec, index: JobShards, records: JobRecords, on_note: Callable[[str], None]
+) -> Iterator[str]:
+    """What must be there once all shards are committed."""
+    for account in records.ledger.unclosed:
+        on_note(f"energy is missing from {utc_text(account.since_wall_ns)} on: {account}")
+    differences = 0
+    for problem in _check_manifest(store, job, index, records):
+        differences += 1
+        yield problem
+    with ExitStack() as stack:
+        images = None  # a manifest that says what the row tables say saves opening them again
+        if not differences:
+            images = ManifestRows(pq.ParquetFile(stack.enter_context(store.open_input(MANIFEST_KEY))))
+        yield from compare_energy_tables(
+            store, job, records.ledger, records.commits, records.uncommitted, images
+        )
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int = READ_THREADS) -> Iterator[R]:
+    """`function` of each item, in order, by some threads; only few items are taken ahead."""
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(n_threads) as threads:
+        for item in items:
+            waiting.append(threads.submit(function, item))
+            if len(waiting) >= 2 * n_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Consecutive lists of at most `size` items."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _threads(store: Store) -> int:
+    """A distant store keeps many threads waiting; from a disk more threads than cores only wait for each other."""
+    return READ_THREADS if is_s3_url(store.url) else min(READ_THREADS, os.cpu_count() or 1)
+
+
+def _parse(store: Store, shard_id: int, body: bytes) -> tuple[dict[str, Any], Commit]:
+    """A commit's JSON, and the commit without segments and power samples: those go into the books, which parse them."""
+    try:
+        raw = json.loads(body)
+        return raw, Commit.from_dict({**raw, "segments": (), "power": ()})
+    except (ValueError, TypeError, KeyError) as error:
+        raise not_a_commit(store, shard_id, error) from error
+
+
+def _check_shard(
+    store: Store, job: JobSpec, shard: Shard, commit: Commit, plan: ShardRowReader, *, images: bool
+) -> Iterator[str]:
+    where = f"shard {shard.shard_id} (attempt {commit.attempt_id})"
+    if commit.plan_fingerprint != job.fingerprint:
+        yield f"{where}: committed for another plan, {commit.plan_fingerprint[:12]}"
+    if commit.model_sha256 != job.model_sha256:
+        yield f"{where}: made by another model, {commit.model_sha256[:12]}"
+    table_bytes: bytes | None = None
+    for file in commit.files:
+        try:
+            data = store.get(file.path) if images else None
+            size = store.size(file.path) if data is None else len(data)
+        except NotFoundError:
+            yield f"{file.path}: named by the commit of shard {shard.shard_id}, but missing"
+            return
+        if size != file.size_bytes:
+            yield f"{file.path}: {size} bytes, the commit says {file.size_bytes}"
+        elif data is not None and hashlib.sha256(data).hexdigest() != file.sha256:
+            yield f"{file.path}: its SHA-256 is not the commit's"
+        if file.path == commit.rows_path and size <= _SMALL_TABLE_BYTES:
+            table_bytes = data
+    try:
+        rows = read_row_table(store, commit, table_bytes).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        yield f"{commit.rows_path}: cannot be read as Parquet: {error}"
+        return
+    if commit.rows is not None and commit.rows != tuple(tuple(row.values()) for row in rows):
+        yield f"{where}: the rows in its commit are not those of {commit.rows_path}"
+    planned = {
+        (r.prompt_id, r.image_index, r.prompt, r.seed) for r in shard_requests(plan.read(shard), job.job_seed)
+    }
+    found = [tuple(row[k] for k in _KEY) for row in rows]
+    for key in planned.difference(found):
+        yield f"{where}: image {key[1]} of prompt {key[0]!r} is planned but has no row"
+    for key in set(found).difference(planned):
+        yield f"{where}: a row for image {key[1]} of prompt {key[0]!r} that the plan does not have"
+    if len(found) != len(set(found)):
+        yield f"{where}: {len(found) - len(set(found))} rows stand twice"
+    ok = [row for row in rows if row["status"] == "ok"]
+    if (len(ok), len(rows) - len(ok)) != (commit.images_ok, commit.images_quarantined):
+        yield f"{where}: rows say {len(ok)} ok of {len(rows)}, the commit says {commit.images_ok}"
+    if images:
+        try:
+            for row, data in read_images(store, ok):
+                if data is None or hashlib.sha256(data).hexdigest() != row["sha256"]:
+                    yield f"{row['path']}: image {row['image_index']} of prompt {row['prompt_id']!r} is not what was made"
+        except (pa.ArrowException, OSError, ValueError) as error:
+            yield f"{where}: its images cannot be read: {error}"
+
+
+def _check_manifest(store: Store, job: JobSpec, shards: JobShards, records: JobRecords) -> Iterator[str]:
+    """Once all shards are committed there must be a manifest, and it must say what the commits say."""
+    try:
+        success = json.loads(store.get(SUCCESS_KEY))
+    except NotFoundError:
+        yield f"{SUCCESS_KEY}: missing though every shard is committed; run the job again to finish it"
+        return
+    except ValueError as error:
+        yield f"{SUCCESS_KEY}: {error}"
+        return
+    if success.get("fingerprint") != job.fingerprint or success.get("shards") != len(shards):
+        yield f"{SUCCESS_KEY}: belongs to another state of the job; run the job again to finish it"
+    try:
+        with store.open_input(MANIFEST_KEY) as source:
+            yield from _compare_manifest(store, shards, records, pq.ParquetFile(source))
+    except NotFoundError:
+        yield f"{MANIFEST_KEY}: missing"
+    except (pa.ArrowException, OSError) as error:
+        yield f"{MANIFEST_KEY}: cannot be read as Parquet: {error}"
+
+
+def _compare_manifest(
+    store: Store, shards: JobShards, records: JobRecords, manifest: pq.ParquetFile
+) -> Iterator[str]:
+    if manifest.schema_arrow.names != MANIFEST_SCHEMA.names:
+        yield f"{MANIFEST_KEY}: has columns {manifest.schema_arrow.names}"
+        return
+    batches = manifest.iter_batches(MANIFEST_BATCH_ROWS)
+    stored, at = RowReader((pa.Table.from_batches([b]) for b in batches), manifest.schema_arrow), 0
+    tables = manifest_tables(store, shards, records)
+    while True:
+        try:
+            table = next(tables, None)
+        except (pa.ArrowException, OSError, NotFoundError) as error:
+            yield f"{MANIFEST_KEY}: cannot be compared, a row table cannot be read: {error}"
+            return
+        if table is None:
+            break
+        part = stored.take(table.num_rows)
+        at += table.num_rows
+        for name in MANIFEST_SCHEMA.names:
+            if not part[name].equals(table[name]):
+                rows = f"rows {at - table.num_rows} to {at - 1}"
+                yield f"{MANIFEST_KEY}: {rows}: column {name} is not what the commits say"
+    if at != manifest.metadata.num_rows:
+        yield f"{MANIFEST_KEY}: {manifest.metadata.num_rows} rows, the commits make {at}"

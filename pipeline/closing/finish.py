@@ -1,0 +1,366 @@
+"""What a finished job leaves for its readers: manifest, energy tables, stats, and `_SUCCESS` last.
+
+Everything is computed from commits alone, so any driver that finds all shards committed writes the same content, and
+a crash in the middle is mended by running again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from millijoule.pipeline.energy.closure import CHECKS
+from millijoule.pipeline.energy.commit_table import CommitTable
+from millijoule.pipeline.energy.counter_split import MISSING
+from millijoule.pipeline.energy.lean_memory import lean_memory
+from millijoule.pipeline.energy.ledger import Ledger, Winners, build_ledger
+from millijoule.pipeline.energy.packed_segments import PackedSegments
+from millijoule.pipeline.energy.rows import (
+    ROW_COLUMNS,
+    ImageSource,
+    commit_blocks,
+    equal_shares,
+    row_tables,
+)
+from millijoule.pipeline.energy.tables import EnergyResult, write_energy_tables
+from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_uncommitted
+from millijoule.pipeline.output.commits import not_a_commit, read_bodies
+from millijoule.pipeline.output.job import JobSpec
+from millijoule.pipeline.planning.retry import JobShards
+from millijoule.workers.errors import InputError
+from millijoule.workers.images.readers import read_images
+from millijoule.workers.judging.contact_sheet import draw_contact_sheet
+from millijoule.workers.layout import (
+    MANIFEST_KEY,
+    PREVIEW_KEY,
+    STATS_KEY,
+    SUCCESS_KEY,
+)
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
+from millijoule.workers.storage.store import Store
+
+log = logging.getLogger(__name__)
+
+#: One row per (prompt id, image index): what became of it and what it cost.
+MANIFEST_SCHEMA = pa.schema(
+    [
+        *IMAGE_ROW_SCHEMA,
+        pa.field("shard_id", pa.int64(), nullable=False),
+        pa.field("attempt_id", pa.string(), nullable=False),
+        pa.field("energy_mj", pa.int64(), metadata={b"unit": b"mJ", b"method": b"measured, direct"}),
+        pa.field("energy_estimate_mj", pa.int64(), metadata={b"unit": b"mJ", b"method": b"modelled"}),
+    ],
+    metadata={b"millijoule.schema_version": b"1"},
+)
+
+#: How many kinds of error `stats.json` lists.
+MAX_ERROR_KINDS = 50
+
+#: Rows of the manifest that are looked at together.
+MANIFEST_BATCH_ROWS = 16_384
+
+#: How many images `preview.png` shows.
+PREVIEW_IMAGES = 32
+
+
+@dataclass
+class Totals:
+    """Sums over all commits, for `stats.json` and the last line on the terminal."""
+
+    shards: int = 0
+    images_ok: int = 0
+    images_quarantined: int = 0
+    encoded_bytes: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
+    per_node: Counter[str] = field(default_factory=Counter)
+    energy_methods: Counter[str] = field(default_factory=Counter)
+    first_start_ns: int | None = None
+    last_end_ns: int | None = None
+
+    def add(self, commits: CommitTable, numbers: range, commit: np.ndarray, rows: pa.Table) -> None:
+        """Add the rows of the commits `numbers`; `commit` is the number of each row's commit."""
+        part = slice(numbers.start, numbers.stop)
+        status = rows["status"].combine_chunks()
+        ok = pc.equal(status, "ok").to_numpy(zero_copy_only=False)
+        made = np.bincount(commit[ok] - numbers.start, minlength=len(numbers))
+        self.shards += len(numbers)
+        self.images_ok += int(ok.sum())
+        self.images_quarantined += pc.sum(pc.equal(status, "quarantined")).as_py() or 0
+        self.encoded_bytes += pc.sum(rows["size_bytes"]).as_py() or 0
+        self.errors.update(e for e in rows["error"].drop_null().to_pylist() if e)
+        self.warnings.update(pc.list_flatten(rows["warnings"]).to_pylist())
+        where = [commits.name_codes(name)[part] for name in ("host", "device", "energy_method")]
+        places, first, place = np.unique(
+            np.stack(where, axis=1), axis=0, return_index=True, return_inverse=True
+        )
+        images = np.bincount(place.ravel(), weights=made, minlength=len(places)).astype(int)
+        for i in np.argsort(first).tolist():
+            host, device, method = (commits.names[code] for code in places[i])
+            self.per_node[f"{host}/{device}"] += int(images[i])
+            self.energy_methods[method] += int(images[i])
+        started = int(commits.number("t_start_wall_ns")[part].min())
+        self.first_start_ns = min(self.first_start_ns or started, started)
+        self.last_end_ns = max(self.last_end_ns or 0, int(commits.number("t_end_wall_ns")[part].max()))
+
+
+@dataclass(frozen=True)
+class JobRecords:
+    """All that a job recorded, read and parsed once: its commits in shard order, and the ledger over all segments."""
+
+    commits: CommitTable
+    ledger: Ledger
+    uncommitted: Uncommitted
+
+
+class RecordReader:
+    """Takes commits one by one, as their JSON, and makes `JobRecords` of them."""
+
+    def __init__(self, store: Store, uncommitted: Uncommitted | None = None) -> None:
+        self.store = store
+        self.uncommitted = uncommitted or read_uncommitted(store)
+        self.commits = CommitTable()
+        self._segments = PackedSegments(self.uncommitted.segments)
+
+    def add(self, shard_id: int, body: bytes) -> None:
+        """Take the commit of a shard, in shard order.
+
+        Raises:
+            StoreError: it is none; the message names the object.
+        """
+        try:
+            self.add_raw(shard_id, json.loads(body))
+        except ValueError as error:
+            raise not_a_commit(self.store, shard_id, error) from error
+
+    def add_raw(self, shard_id: int, raw: Any) -> None:
+        """Take a commit as its JSON says it; see `add`."""
+        try:
+            self._segments.extend_raw(raw["segments"])
+            self.commits.add_raw(raw)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise not_a_commit(self.store, shard_id, error) from error
+
+    def records(self) -> JobRecords:
+        """Of all commits: no more can be added."""
+        uncommitted, commits = self.uncommitted, self.commits
+        winners = Winners(commits.number("shard_id").copy(), commits.text("attempt_id"))
+        devices = held_devices(uncommitted.workers, commits.first_of_each("worker_id"))
+        ledger = build_ledger(self._segments, winners, devices, uncommitted.workers, uncommitted.closings)
+        return JobRecords(commits, ledger, uncommitted)
+
+
+def load_records(store: Store, n_shards: int, uncommitted: Uncommitted | None = None) -> JobRecords:
+    """Read what commits, drivers and workers recorded; `uncommitted` where it was read."""
+    reader = RecordReader(store, uncommitted)
+    for shard_id, body in read_bodies(store, n_shards):
+        reader.add(shard_id, body)
+    return reader.records()
+
+
+@lean_memory()
+def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
+    """Write manifest, `energy/`, `stats.json` and `_SUCCESS` of a job whose shards are all committed.
+
+    Returns:
+        The content of `stats.json`.
+    """
+    records = load_records(store, len(shards))
+    ledger, totals = records.ledger, Totals()
+    with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
+        path = Path(scratch, "manifest.parquet")
+        with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
+            for table in merged(manifest_tables(store, shards, records, totals)):
+                writer.write_table(table, row_group_size=max(1, table.num_rows))
+        store.put_file(MANIFEST_KEY, path)
+        energy = _write_energy(store, job, records, ManifestRows(pq.ParquetFile(path)))
+        write_preview(store, pq.ParquetFile(path))
+    stats = summarise(job, totals, ledger, energy)
+    _put_stats(store, stats)
+    success = {"fingerprint": job.fingerprint, "shards": len(shards), "images_ok": totals.images_ok}
+    store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
+    return stats
+
+
+def require_finished(store: Store) -> None:
+    """Raise InputError where the job in `store` has not finished."""
+    if not store.exists(SUCCESS_KEY) or not store.exists(STATS_KEY):
+        raise InputError(
+            f"{store.url}: the job has not finished; run the same `millijoule generate` again first"
+        )
+
+
+def close_again(store: Store, job: JobSpec, shards: JobShards) -> EnergyResult:
+    """Write `energy/` of a finished job anew, and its verdicts into `stats.json`: readings of node meters came late."""
+    energy = _write_energy(store, job, load_records(store, len(shards)))
+    _put_stats(store, {**json.loads(store.get(STATS_KEY)), **_verdicts(energy)})
+    return energy
+
+
+def _write_energy(
+    store: Store, job: JobSpec, records: JobRecords, images: ImageSource | None = None
+) -> EnergyResult:
+    ledger = records.ledger
+    energy = write_energy_tables(store, job, ledger, records.commits, images, records.uncommitted)
+    for row in energy.closure:
+        if row.passed is False:
+            log.warning("energy ledger: %s", row)
+    for account in ledger.unclosed:
+        log.warning("energy ledger: missing from then on: %s", account)
+    return energy
+
+
+def _put_stats(store: Store, stats: dict[str, Any]) -> None:
+    store.put(STATS_KEY, json.dumps(stats, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def _verdicts(energy: EnergyResult) -> dict[str, Any]:
+    """What `stats.json` says of the closure."""
+    return {
+        "evidence_class": energy.evidence_class,
+        "closure": {check: energy.passed(check) for check in CHECKS},
+    }
+
+
+def manifest_tables(
+    store: Store, shards: JobShards, records: JobRecords, totals: Totals | None = None
+) -> Iterator[pa.Table]:
+    """The manifest in shard order, some shards at a time: `IMAGE_ROW_SCHEMA` plus energy, as `MANIFEST_SCHEMA`."""
+    commits = records.commits
+    shard_ids, attempt_ids = commits.number("shard_id"), commits.text("attempt_id")
+    measured = records.ledger.entries.shard_energies(shard_ids, attempt_ids)
+    estimated = commits.number("energy_estimate_mj")
+
+    for block, (commit, rows) in zip(commit_blocks(commits), row_tables(store).blocks(commits), strict=True):
+        if shards.rounds:
+            last = shards.is_last_round(shard_ids[commit], rows)
+            commit, rows = commit[last], rows.filter(pa.array(last)).combine_chunks()
+        if totals is not None:
+            totals.add(commits, block, commit, rows)
+        ok = pc.equal(rows["status"], "ok").combine_chunks().to_numpy(zero_copy_only=False)
+        columns = [
+            *rows.columns,
+            pa.array(shard_ids[commit]),
+            attempt_ids.take(pa.array(commit)),
+            _spread(measured, commit, ok),
+            _spread(estimated, commit, ok),
+        ]
+        yield pa.table(columns, schema=MANIFEST_SCHEMA)
+
+
+def write_preview(store: Store, manifest: pq.ParquetFile) -> None:
+    """Write `preview.png`: the first images of the job with their prompts."""
+    shown: list[tuple[Image.Image, str]] = []
+    for batch in manifest.iter_batches(PREVIEW_IMAGES, columns=IMAGE_ROW_SCHEMA.names):
+        ok = [row for row in batch.to_pylist() if row["status"] == "ok"][: PREVIEW_IMAGES - len(shown)]
+        for row, data in read_images(store, ok):
+            if data is not None:
+                shown.append((Image.open(io.BytesIO(data)), row["prompt"]))
+        if len(shown) >= PREVIEW_IMAGES:
+            break
+    if shown:
+        images, prompts = zip(*shown, strict=True)
+        store.put(PREVIEW_KEY, draw_contact_sheet(images, prompts))
+
+
+def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]:
+    """Concatenate small tables into ones of about `rows` rows, the row groups of the manifest."""
+    held: list[pa.Table] = []
+    held_rows = 0
+    for table in tables:
+        held.append(table)
+        held_rows += table.num_rows
+        if held_rows >= rows:
+            yield pa.concat_tables(held)
+            held, held_rows = [], 0
+    if held:
+        yield pa.concat_tables(held)
+
+
+def load_ledger(store: Store, n_shards: int, uncommitted: Uncommitted | None = None) -> Ledger:
+    """The energy ledger over all that commits, drivers and workers recorded; `uncommitted` where it was read."""
+    return load_records(store, n_shards, uncommitted).ledger
+
+
+def summarise(job: JobSpec, totals: Totals, ledger: Ledger, tables: EnergyResult) -> dict[str, Any]:
+    """The content of `stats.json`: counts, speed, and energy with its method; null where nothing was measured."""
+    seconds = None
+    if totals.first_start_ns is not None and totals.last_end_ns is not None:
+        seconds = (totals.last_end_ns - totals.first_start_ns) / 1e9
+    energy = ledger.summary()
+    ok = totals.images_ok
+    return {
+        "fingerprint": job.fingerprint,
+        "model": job.model_name,
+        "model_sha256": job.model_sha256,
+        "format": job.output_format,
+        "shards": totals.shards,
+        "images_ok": ok,
+        "images_quarantined": totals.images_quarantined,
+        "input_rows_rejected": job.bad_rows,
+        "encoded_bytes": totals.encoded_bytes,
+        "seconds_first_to_last_commit": seconds,
+        "images_per_second": ok / seconds if seconds else None,
+        "errors": dict(totals.errors.most_common(MAX_ERROR_KINDS)),
+        "warnings": dict(totals.warnings.most_common(MAX_ERROR_KINDS)),
+        "images_per_node": dict(sorted(totals.per_node.items())),
+        "energy_methods": dict(sorted(totals.energy_methods.items())),
+        "energy": energy,
+        **_verdicts(tables),
+        "direct_mj_per_image": _per_image(energy.get("shard_mj"), ok),
+        "full_mj_per_image": _per_image(energy.get("total_mj"), ok),
+        "direct_estimate_mj_per_image": _per_image(energy["estimate_mj"].get("shard"), ok),
+        "full_estimate_mj_per_image": _per_image(energy.get("estimate_total_mj"), ok),
+        "millijoule_version": job.millijoule_version,
+    }
+
+
+def _per_image(total_mj: int | None, images: int) -> float | None:
+    return total_mj / images if total_mj is not None and images else None
+
+
+class ManifestRows:
+    """Gives the image table its rows from a manifest, so that no row table is opened twice.
+
+    The manifest lacks images that a later round makes anew; those have no energy to be told of.
+
+    Args:
+        file: the manifest, in shard order.
+    """
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._file = file
+
+    def blocks(self, commits: CommitTable) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """See `ImageSource`; `commits` are in shard order."""
+        shard_ids = commits.number("shard_id")
+        held = MANIFEST_SCHEMA.empty_table().select(["shard_id", *ROW_COLUMNS])
+        for batch in self._file.iter_batches(MANIFEST_BATCH_ROWS, columns=held.column_names):
+            rows = pa.concat_tables([held, pa.Table.from_batches([batch]).select(held.column_names)])
+            shard_id = rows["shard_id"].to_numpy()
+            whole = int(np.searchsorted(shard_id, shard_id[-1]))  # the last shard may go on
+            held = rows.slice(whole)
+            if whole:
+                yield np.searchsorted(shard_ids, shard_id[:whole]), rows.slice(0, whole)
+        if held.num_rows:
+            yield np.searchsorted(shard_ids, held["shard_id"].to_numpy()), held
+
+
+def _spread(energy_mj: np.ndarray, commit: np.ndarray, ok: np.ndarray) -> pa.Array:
+    """Equal shares of each commit's energy for its images that are `ok`; equal is also the Shapley value."""
+    mj = np.full(len(commit), MISSING, np.int64)
+    mj[ok] = equal_shares(energy_mj, commit[ok])
+    return pa.array(mj, mask=mj == MISSING)

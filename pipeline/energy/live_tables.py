@@ -1,0 +1,261 @@
+"""Energy tables of a job that is still running: what its commits and drivers reported, flush by flush.
+
+The driver writes the rows of `LIVE_TABLES` under `energy/_live/`, at every flush of its other records, so a crash loses at
+most one flush interval of them; nothing depends on them, commits stay the truth. A file grows until it is worth one,
+then the next begins, so each table costs at most one write per flush. Workers that share a counter cannot be told apart before all of them have
+reported: these segments carry their worker's own difference (`quality` "undivided"), and `read_live_segments` gives
+them back as segments for the ledger to divide. The finished tables replace all of it.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from millijoule.pipeline.energy.commit_table import CommitTable
+from millijoule.pipeline.energy.ledger import build_ledger
+from millijoule.pipeline.energy.rows import EnergyRows, RowTables, committed_attempt, power_rows, read_rows
+from millijoule.pipeline.energy.schemas import open_parquet_writer, run_id_of, table_of
+from millijoule.pipeline.energy.tables import LIVE_PREFIX
+from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_workers
+from millijoule.pipeline.output.job import JobSpec
+from millijoule.workers.meters.timeline import segment_estimate_mj
+from millijoule.workers.schemas import (
+    BOOK_EPOCHS,
+    IMAGE_ROW_SCHEMA,
+    Commit,
+    CounterRead,
+    PowerTrace,
+    Segment,
+    wraps,
+)
+from millijoule.workers.storage.store import Store
+
+#: A file is written anew at each flush until it has been written this often, or a table has so many rows. Until then
+#: the rows stay in memory, some hundred bytes each.
+LIVE_PART_FLUSHES = 60
+LIVE_PART_ROWS = 4_096
+
+#: Tables whose files begin and end together: power has a row per device and second, and would cut the others short.
+_TABLE_GROUPS = (("counter", "segment", "attempt", "node_reading"), ("power",))
+
+LIVE_TABLES = tuple(name for group in _TABLE_GROUPS for name in group)
+
+_LIVE_PART = re.compile(rf"{LIVE_PREFIX}(?P<table>\w+)/run_id=(?P<run>[^/]+)/\d+-\d+\.parquet")
+
+
+@dataclass
+class _Files:
+    """The current files of a group of tables, and the rows they will have."""
+
+    rows: dict[str, list[tuple]]
+    number: int = 0
+    flushes: int = 0
+    changed: bool = False
+
+    @property
+    def full(self) -> bool:
+        return self.flushes == LIVE_PART_FLUSHES or max(map(len, self.rows.values())) >= LIVE_PART_ROWS
+
+    def begin_next(self) -> None:
+        self.rows = {name: [] for name in self.rows}
+        self.number += 1
+        self.flushes = 0
+
+
+class LiveTables:
+    """What one driver writes while it runs. Rows wait in memory until `flush`, which may be repeated when it fails.
+
+    Args:
+        epoch: of the driver; two drivers never write the same file.
+    """
+
+    def __init__(self, store: Store, fingerprint: str, epoch: int) -> None:
+        self.store = store
+        self.run_id = run_id_of(fingerprint)
+        self.epoch = epoch
+        self._files = [_Files({name: [] for name in group}) for group in _TABLE_GROUPS]
+        self._of_table = {name: files for files in self._files for name in files.rows}
+        self._last_read: dict[str, tuple[str, int]] = {}
+        self._places: dict[str, tuple[str, str]] = {}  # node and host of each worker that committed
+        self._segments = 0
+
+    def add_commit(self, commit: Commit) -> None:
+        """A commit that now stands, with the segments and power samples it carries."""
+        self._add("attempt", [committed_attempt(commit, commit.energy_mj)])
+        self._places[commit.worker_id] = commit.node_id, commit.host
+        self.add_segments(commit.segments)
+        self.add_power(commit.worker_id, commit.power)
+
+    def add_segments(self, segments: Iterable[Segment]) -> None:
+        """Segments as their worker reported them, oldest first."""
+        for s in segments:
+            for read in (s.open, s.close):
+                at = (read.boot_id, read.t_mono_ns)
+                if self._last_read.get(s.worker_id) != at:
+                    self._last_read[s.worker_id] = at
+                    self._add("counter", (row for _, row in read_rows(s.worker_id, read)))
+            segment_id = self.epoch << 32 | self._segments
+            self._segments += 1
+            self._add("segment", _segment_rows(segment_id, s))
+
+    def add_power(self, worker_id: str, traces: Iterable[PowerTrace]) -> None:
+        """Samples that worker `worker_id` took; node and host are null where it has not committed anything yet."""
+        for trace in traces:
+            self._add(
+                "power", (row for _, row in power_rows(trace, *self._places.get(worker_id, (None, None))))
+            )
+
+    def add_node_readings(self, rows: Iterable[tuple]) -> None:
+        """Rows of the `node_reading` table."""
+        self._add("node_reading", rows)
+
+    def _add(self, name: str, rows: Iterable[tuple]) -> None:
+        files = self._of_table[name]
+        before = len(files.rows[name])
+        files.rows[name].extend(rows)
+        files.changed = files.changed or len(files.rows[name]) > before
+
+    def flush(self) -> None:
+        """Store all that has been added since the current files began.
+
+        Raises:
+            StoreError: storage failed; nothing is lost yet, flush again.
+        """
+        for files in self._files:
+            if not files.changed:
+                continue
+            self._write(files)
+            files.changed = False
+            files.flushes += 1
+            if files.full:
+                files.begin_next()
+                if "counter" in files.rows:
+                    self._last_read.clear()  # a file holds both reads of each of its segments
+
+    def _write(self, files: _Files) -> None:
+        with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
+            for name, rows in files.rows.items():
+                if not rows:
+                    continue
+                path = Path(scratch, name)
+                with open_parquet_writer(path, name) as writer:
+                    writer.write_table(table_of(name, rows))
+                key = f"{LIVE_PREFIX}{name}/run_id={self.run_id}/{self.epoch:06d}-{files.number:06d}.parquet"
+                self.store.put_file(key, path)
+
+
+def _segment_rows(segment_id: int, s: Segment) -> Iterator[tuple]:
+    who = (segment_id, s.worker_id, s.segment_class, s.shard_id, s.attempt_id)
+    when = (s.open.t_mono_ns, s.close.t_mono_ns, s.open.t_wall_ns)
+    estimate_mj = segment_estimate_mj(s)
+    for domain in sorted(s.open.energy_mj.keys() | s.close.energy_mj.keys()) or (None,):
+        before, after = s.open.energy_mj.get(domain or ""), s.close.energy_mj.get(domain or "")
+        scale = (s.open.boot_id, s.open.epoch_of(domain) if domain else s.open.epoch)
+        same_scale = domain and scale == (s.close.boot_id, s.close.epoch_of(domain))
+        known = same_scale and before is not None and after is not None and after >= before
+        energy_mj = after - before if known else None  # type: ignore[operator]
+        yield (*who, *scale, *when, domain, energy_mj, "undivided" if known else "missing", estimate_mj)
+        estimate_mj = None
+
+
+def live_parts(store: Store) -> dict[str, list[str]]:
+    """Keys of the live files by table, in order; empty where no job is running or crashed."""
+    parts: dict[str, list[str]] = defaultdict(list)
+    for item in store.list(LIVE_PREFIX):
+        if match := _LIVE_PART.fullmatch(item.key):
+            parts[match["table"]].append(item.key)
+    return {table: sorted(keys) for table, keys in parts.items()}
+
+
+def read_live_table(store: Store, name: str) -> pa.Table:
+    """All rows of a live table."""
+    tables = [table_of(name, [])]
+    for key in live_parts(store).get(name, ()):
+        with store.open_input(key) as source:
+            tables.append(pq.ParquetFile(source).read())
+    return pa.concat_tables(tables)
+
+
+def read_live_segments(store: Store) -> list[Segment]:
+    """The segments that live rows describe, for `build_ledger`. Estimates keep their differences, not their zero."""
+    reads: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)  # rows of each
+    for row in read_live_table(store, "counter").to_pylist():
+        reads[row["worker_id"], row["boot_id"], row["t_mono_ns"]].append(row)
+    parts: dict[int, list[dict[str, Any]]] = defaultdict(list)  # of each segment, one row per domain
+    for row in read_live_table(store, "segment").to_pylist():
+        parts[row["segment_id"]].append(row)
+    segments = []
+    for rows in parts.values():
+        first = rows[0]
+        ends = []
+        for t_ns, estimate in (
+            (first["t_open_mono_ns"], 0),
+            (first["t_close_mono_ns"], first["energy_estimate_mj"]),
+        ):
+            read = reads.get((first["worker_id"], first["boot_id"], t_ns), [])
+            t_wall_ns = first["t_open_wall_ns"] + t_ns - first["t_open_mono_ns"]
+            energy_mj = {row["domain"]: row["energy_mj"] for row in read}
+            epochs = _epochs(read or rows)
+            ends.append(CounterRead(first["boot_id"], t_ns, t_wall_ns, 0, energy_mj, estimate, *epochs))
+        segments.append(
+            Segment(
+                *(first["worker_id"], first["segment_class"], *ends, first["shard_id"], first["attempt_id"])
+            )
+        )
+    return segments
+
+
+def _epochs(rows: Sequence[dict[str, Any]]) -> tuple[int, int | None]:
+    """`epoch` and `wrap_epoch` of a read, from rows of its domains."""
+    wrapping = [row["epoch"] for row in rows if row["domain"] and wraps(row["domain"])]
+    others = [row["epoch"] for row in rows if not row["domain"] or not wraps(row["domain"])]
+    wrap_epoch = wrapping[0] if wrapping else None
+    return (others[0] if others else wrapping[0] % BOOK_EPOCHS), wrap_epoch
+
+
+def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
+    """What can be said of a job before it ends: its tables as of the last flush, counters divided among workers.
+
+    The `image` and `closure` tables are empty: images get their share when all is known.
+    """
+    commits = [_as_commit(row, job) for row in read_live_table(store, "attempt").to_pylist()]
+    uncommitted = Uncommitted(workers=read_workers(store), nodes=read_live_table(store, "node_reading"))
+    winners = {c.shard_id: c.attempt_id for c in commits}
+    devices = held_devices(uncommitted.workers, commits)
+    ledger = build_ledger(read_live_segments(store), winners, devices)
+    rows = EnergyRows(
+        job,
+        ledger,
+        CommitTable.of(commits),
+        RowTables(lambda commit: IMAGE_ROW_SCHEMA.empty_table()),
+        uncommitted,
+    )
+    tables = {
+        name: pa.concat_tables([table_of(name, []), *(block for _, block in blocks)])
+        for name, blocks in rows.tables()
+    }
+    return {**tables, "power": read_live_table(store, "power"), "closure": table_of("closure", [])}
+
+
+def _as_commit(row: dict[str, Any], job: JobSpec) -> Commit:
+    """What an attempt row says of its commit."""
+    known = {f.name: row[f.name] for f in fields(Commit) if f.name in row}
+    known["energy_domains"] = tuple(d for d in row["energy_domains"].split(",") if d)
+    return Commit(
+        **known,
+        plan_fingerprint=job.fingerprint,
+        model_sha256=job.model_sha256,
+        files=(),
+        rows_path="",
+        errors={},
+        segments=(),
+    )

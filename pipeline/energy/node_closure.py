@@ -1,0 +1,502 @@
+"""C3: do a node's devices and its declared rest add up to the node's own meter?
+
+    devices (GPU, package and DRAM counters) + declared rest - node = residual,   |residual| <= tolerance
+
+over the stretches of time in which all of them are known. A device's counter is read at its own workers' boundaries,
+the meter when it answers: at the ends of a stretch both are interpolated between the readings around, which bound the
+error. The tolerance is the sum of all error bounds: of the counters (`COUNTER_TOLERANCE_SHARE` and how they were
+read), of the node's meter, of the declaration. The residual is stated, never spread or forced to 0.
+
+Nothing here does I/O. The parts become rows of `node_energy`, from which the check is a sum.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millijoule.pipeline.energy.closure import ClosureRow
+from millijoule.pipeline.energy.ledger import Ledger
+from millijoule.workers.node_meters.meter import MAX_NODE_WATTS, NodeEnergy, NodeSeries, Quantity, best_energy
+
+#: How far a device's own counter may be off, as makers of boards state it.
+COUNTER_TOLERANCE_SHARE = 0.05
+#: Error bounds that add up to more than this part of the node's energy would let anything pass.
+MAX_TOLERANCE_SHARE = 0.10
+#: What was not watched for more than a tenth of the job says little about the job.
+MIN_COVERAGE_SHARE = 0.90
+
+#: A stretch is shortened by at most this part at either end, to where its counters are known best.
+MAX_SNAP_SHARE = 0.02
+
+#: From and to (ns), the one before the other.
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class NodePart:
+    """Energy of one part of a node over one stretch; a row of the `node_energy` table.
+
+    `part` is "node" (its meter; `name` is the feed), "device" (`name` is the counter's domain) or "rest". The true
+    energy is within `tolerance_mj`, so far as the sources can know.
+    """
+
+    host: str
+    boot_id: str
+    meter: str
+    stretch: Interval  # CLOCK_MONOTONIC of the boot
+    wall_minus_mono_ns: int
+    part: str
+    name: str
+    source: str
+    energy_mj: int
+    tolerance_mj: int
+
+    def as_tuple(self) -> tuple:
+        """Values in the order of the table's columns."""
+        wall = tuple(t + self.wall_minus_mono_ns for t in self.stretch)
+        return (
+            *(self.host, self.boot_id, self.meter, *self.stretch, *wall),
+            *(self.part, self.name, self.source, self.energy_mj, self.tolerance_mj),
+        )
+
+
+@dataclass(frozen=True)
+class NodeBooks:
+    """The parts of all nodes, and one closure row per node and boot (more where several meters can tell)."""
+
+    parts: tuple[NodePart, ...]
+    closure: tuple[ClosureRow, ...]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A series, and how far each of its times may be off."""
+
+    series: NodeSeries
+    t_error_ns: Sequence[int]
+
+    def around(self, begin_ns: int, end_ns: int) -> NodeSeries:
+        """The series with the clock's error where it matters: of the readings around both ends."""
+        times = self.series.t_wall_ns
+        near = {
+            i
+            for t in (begin_ns, end_ns)
+            for i in (bisect_right(times, t) - 1, bisect_left(times, t))
+            if 0 <= i < len(times)
+        }
+        error_ns = max((self.t_error_ns[i] for i in near), default=0)
+        return replace(self.series, clock_error_ns=self.series.clock_error_ns + error_ns)
+
+
+@dataclass
+class _Boot:
+    """One boot of one host, as the ledger knows it; times are CLOCK_MONOTONIC."""
+
+    boot_id: str
+    wall_minus_mono_ns: int = 0
+    clock_moved_ns: int = 0
+    host: str = ""
+    busy: list[Interval] = field(default_factory=list)  # merged: when any worker was there
+    expected: set[str] = field(default_factory=set)  # domains
+    unclosed: set[str] = field(default_factory=set)  # workers whose accounts have no end
+    series: dict[str, list[_Timed]] = field(default_factory=lambda: defaultdict(list))  # by domain; wall time
+    known: dict[str, list[Interval]] = field(default_factory=lambda: defaultdict(list))  # by domain
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    row: ClosureRow
+    parts: list[NodePart]
+    covered_ns: int
+
+
+def close_nodes(
+    ledger: Ledger,
+    hosts: Mapping[str, str],
+    devices: Mapping[str, Iterable[str]],
+    readings: pa.Table,
+) -> NodeBooks:
+    """C3 of every node that has a worker.
+
+    Args:
+        ledger: over the segments of all commits and drivers.
+        hosts: host name by worker id, as far as known.
+        devices: domains that a worker's devices should have, by worker id.
+        readings: of the `node_reading` table.
+    """
+    if not readings.num_rows or not ledger.entries:
+        return NodeBooks((), (ClosureRow("C3", "node", None, None, None, None, "no node meter was read"),))
+    parts: list[NodePart] = []
+    closure: list[ClosureRow] = []
+    boots = _boots(ledger, hosts, devices)
+    for boot in sorted(boots.values(), key=lambda b: (b.host, b.boot_id)):
+        verdicts = [_close(boot, meter, rows) for meter, rows in _meters_of(boot, readings)]
+        # a meter that cannot tell does not stand in the way of one that can
+        told = [v for v in verdicts if v.row.passed is not None]
+        told = told or sorted(verdicts, key=lambda v: -v.covered_ns)[:1]
+        parts.extend(p for v in verdicts for p in v.parts)
+        closure.extend(v.row for v in told)
+        if not told:
+            closure.append(_unknown(f"{boot.host} boot {boot.boot_id}", "no meter of this node was read"))
+    return NodeBooks(tuple(parts), tuple(closure))
+
+
+def scope_of(host: str, boot_id: str, meter: str) -> str:
+    """How a closure row names a node's boot and the meter it was compared with."""
+    return f"{host} boot {boot_id} by {meter}"
+
+
+def _unknown(scope: str, note: str, expected_mj: int | None = None) -> ClosureRow:
+    return ClosureRow("C3", scope, expected_mj, None, None, None, note)
+
+
+# -- what the ledger knows -----------------------------------------------------------------------------------------
+
+
+def _boots(
+    ledger: Ledger, hosts: Mapping[str, str], devices: Mapping[str, Iterable[str]]
+) -> dict[str, _Boot]:
+    boots: dict[str, _Boot] = {}
+    busy: dict[str, list[Interval]] = defaultdict(list)
+    offsets: dict[str, Interval] = {}
+    reads: dict[tuple[str, int, str], dict[int, tuple[int, int]]] = defaultdict(dict)
+    unclosed = {u.worker_id for u in ledger.unclosed}
+    for entry in ledger.entries:
+        s = entry.segment
+        for read in (s.open, s.close):
+            offset = read.t_wall_ns - read.t_mono_ns
+            boot = boots.setdefault(read.boot_id, _Boot(read.boot_id, offset))
+            low, high = offsets.get(read.boot_id, (offset, offset))
+            offsets[read.boot_id] = min(low, offset), max(high, offset)
+            boot.host = boot.host or hosts.get(s.worker_id, "")
+            boot.expected.update(entry.energy_mj, devices.get(s.worker_id, ()))
+            boot.unclosed.update({s.worker_id} & unclosed)
+            for domain, mj in read.energy_mj.items():
+                reads[read.boot_id, read.epoch_of(domain), domain][read.t_mono_ns] = mj, read.latency_ns
+        if s.open.boot_id == s.close.boot_id:
+            busy[s.open.boot_id].append((s.open.t_mono_ns, s.close.t_mono_ns))
+    for boot_id, boot in boots.items():
+        boot.host = boot.host or f"boot {boot_id}"
+        boot.busy = _merged(busy[boot_id])
+        low, high = offsets[boot_id]
+        boot.clock_moved_ns = high - low
+    off: dict[tuple[str, str], list[Interval]] = defaultdict(list)
+    for gap in ledger.gaps:
+        if gap.segment_class == "off":
+            off[gap.boot_id, gap.domain].append((gap.t_open_ns, gap.t_close_ns))
+    for run in ledger.runs:
+        begin, end = run.run.first.t_ns, run.run.last.t_ns
+        if begin >= end:
+            continue
+        boot = boots[run.boot_id]
+        inside = sorted(
+            (t, *r) for t, r in reads[run.boot_id, run.epoch, run.domain].items() if begin <= t <= end
+        )
+        boot.series[run.domain].append(_counter_series(boot, run.domain, inside))
+        boot.known[run.domain] += _without([(begin, end)], off[run.boot_id, run.domain])
+    return boots
+
+
+def _counter_series(boot: _Boot, domain: str, reads: Sequence[tuple[int, int, int]]) -> _Timed:
+    """A counter without a reset as a series; `reads` are (ns, mJ, latency ns)."""
+    series = NodeSeries(
+        *(boot.host, domain, "energy"),
+        array("q", (t + boot.wall_minus_mono_ns for t, _, _ in reads)),
+        array("q", (mj for _, mj, _ in reads)),
+        quantum=1,
+        max_gap_ns=0,
+        accuracy_share=COUNTER_TOLERANCE_SHARE,
+    )
+    return _Timed(series, [latency for _, _, latency in reads])  # a value may have stood that long
+
+
+# -- what the meters know ------------------------------------------------------------------------------------------
+
+
+def _meters_of(boot: _Boot, readings: pa.Table) -> list[tuple[str, pa.Table]]:
+    """The meters of a boot: recorders know which boot they read, an import only the host."""
+    imported = pc.and_(pc.is_null(readings["boot_id"]), pc.equal(readings["host"], boot.host))
+    recorded = pc.fill_null(pc.equal(readings["boot_id"], boot.boot_id), False)
+    mine = readings.filter(pc.or_(imported, recorded))
+    names = sorted(pc.unique(mine["meter"]).to_pylist())
+    return [(meter, mine.filter(pc.equal(mine["meter"], meter))) for meter in names]
+
+
+def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
+    """The series of each feed."""
+    feeds: dict[str, list[_Timed]] = {}
+    for feed in sorted(pc.unique(rows["feed"]).to_pylist()):
+        of_feed = rows.filter(pc.equal(rows["feed"], feed))
+        feeds[feed] = []
+        for source in sorted(pc.unique(of_feed["source"].drop_null()).to_pylist()):
+            found = of_feed.filter(pc.equal(of_feed["source"], source))
+            quantity: Quantity = "power" if found["energy_mj"].null_count else "energy"
+            value, quantum = (
+                ("energy_mj", "quantum_mj") if quantity == "energy" else ("power_mw", "quantum_mw")
+            )
+            found = found.sort_by([("t_wall_ns", "ascending"), (value, "ascending")])
+            last = found.slice(found.num_rows - 1).to_pylist()[0]
+            times, values, errors = _increasing(found.select(["t_wall_ns", value, "t_error_ns"]))
+            series = NodeSeries(
+                *(boot.host, source, quantity, times, values),
+                quantum=pc.min(found[quantum]).as_py(),
+                max_gap_ns=last["max_gap_ns"],
+                clock_error_ns=boot.clock_moved_ns,
+                accuracy_share=last["accuracy_share"],
+            )
+            feeds[feed].append(_Timed(series, errors))
+    return feeds
+
+
+def _increasing(readings: pa.Table) -> tuple[array, ...]:
+    """The columns, time first, in strict order of time: of two at one time (two drivers) the first."""
+    kept = tuple(array("q") for _ in readings.columns)
+    for row in zip(*(c.to_pylist() for c in readings.columns), strict=True):
+        if not kept[0] or row[0] > kept[0][-1]:
+            for column, value in zip(kept, row, strict=True):
+                column.append(value or 0)
+    return kept
+
+
+def _usable(series: NodeSeries) -> Iterator[Interval]:
+    """Wall times between which the series has no reset, leap or silence."""
+    times, values = series.t_wall_ns, series.values
+    begin = 0
+    for i in range(1, len(times) + 1):
+        if i < len(times):
+            elapsed_ns, grown = times[i] - times[i - 1], values[i] - values[i - 1]
+            if series.quantity == "power":
+                broken = elapsed_ns > series.max_gap_ns
+            else:
+                broken = grown < 0 or (grown - series.quantum) * 1_000_000 > MAX_NODE_WATTS * elapsed_ns
+            if not broken:
+                continue
+        if times[begin] < times[i - 1]:
+            yield times[begin], times[i - 1]
+        begin = i
+
+
+# -- the check -----------------------------------------------------------------------------------------------------
+
+
+def _close(boot: _Boot, meter: str, rows: pa.Table) -> _Verdict:
+    """C3 of one boot of a node by one meter."""
+    scope = scope_of(boot.host, boot.boot_id, meter)
+    said = {d for text in pc.unique(rows["domains"]).to_pylist() if text for d in text.split(",")}
+    uncounted = sorted((boot.expected | said) - boot.known.keys())
+    if not any(d.startswith("cpu:") for d in boot.expected | said):
+        uncounted.insert(0, "the processor")
+    feeds = _feeds(boot, rows)
+    windows = [i for i in boot.busy if i[0] < i[1]]
+    for known in boot.known.values():
+        windows = _common(windows, sorted(known))
+    on_devices = windows
+    for series in feeds.values():
+        usable = _merged([i for s in series for i in _usable(s.series)])
+        windows = _common(
+            windows, [(a - boot.wall_minus_mono_ns, b - boot.wall_minus_mono_ns) for a, b in usable]
+        )
+    rest = _declared(rows)
+    parts: list[NodePart] = []
+    covered_ns, reasons = 0, []
+    for window in windows:
+        window = _snapped(boot, window)
+        found = _parts(boot, meter, window, feeds, rest)
+        if isinstance(found, str):
+            reasons.append(found)
+            continue
+        parts += found
+        covered_ns += window[1] - window[0]
+    busy_ns = sum(b - a for a, b in boot.busy)
+    coverage = covered_ns / busy_ns if busy_ns else 0.0
+    node, devices = _sum(parts, "node"), _sum(parts, "device")
+    if boot.unclosed:
+        note = f"until when {_listed(sorted(boot.unclosed))} used the node is not known: nobody read its counters then"
+    elif uncounted:
+        note = f"no counter for {_listed(uncounted)}"
+    elif not parts:
+        note = reasons[0] if reasons else _silence(rows, bool(on_devices))
+    elif rest is None:
+        note = f"the rest of the node is not declared; its devices used {devices[0]} mJ"
+    else:
+        silence = _silence(rows, bool(on_devices)) if coverage < MIN_COVERAGE_SHARE else ""
+        return _Verdict(_judged(scope, parts, coverage, silence), parts, covered_ns)
+    return _Verdict(_unknown(scope, note, node[0] if parts else None), parts, covered_ns)
+
+
+def _judged(scope: str, parts: Sequence[NodePart], coverage: float, silence: str) -> ClosureRow:
+    """The row of a node all of whose parts are known for `coverage` of its time; `silence` says why not for more."""
+    node, devices, declared = (_sum(parts, part) for part in ("node", "device", "rest"))
+    tolerance_mj = node[1] + devices[1] + declared[1]
+    found_mj = devices[0] + declared[0]
+    kinds = sorted({p.name.partition(":")[0] for p in parts if p.part == "device"})
+    shares = [bound / node[0] if node[0] else 0.0 for bound in (node[1], declared[1], devices[1])]
+    note = (
+        f"{', '.join(kinds)} counters and declared rest ({declared[0]} mJ) against "
+        f"{', '.join(sorted({p.source for p in parts if p.part == 'node'}))}; known for {coverage:.1%} of the time its "
+        f"workers were there, stretches: {len({p.stretch for p in parts})}; error bounds: "
+        f"meter {shares[0]:.1%}, rest {shares[1]:.1%}, counters {shares[2]:.1%}"
+    )
+    passed = abs(found_mj - node[0]) <= tolerance_mj
+    obstacles = []
+    if coverage < MIN_COVERAGE_SHARE:
+        obstacles.append(f"known for too little of the time: {silence}")
+    if tolerance_mj > MAX_TOLERANCE_SHARE * node[0]:
+        obstacles.append(f"the error bounds are wider than {MAX_TOLERANCE_SHARE:.0%}")
+    return ClosureRow(
+        *("C3", scope, node[0], found_mj, tolerance_mj / node[0] if node[0] else None),
+        *(None if obstacles else passed, "; ".join([*obstacles, note])),
+        tolerance_mj=tolerance_mj,
+    )
+
+
+def _snapped(boot: _Boot, window: Interval) -> Interval:
+    """`window` with its ends moved inwards, by a part of it, to where the counters are known best.
+
+    A counter grows between two reads one cannot say when, so the best place is at a read of the counters that grow
+    most. Meters are read far more often than shards begin and end.
+    """
+    begin, end = window
+    most = (end - begin) * MAX_SNAP_SHARE
+    times = sorted(
+        {
+            t - boot.wall_minus_mono_ns
+            for stretches in boot.series.values()
+            for one in stretches
+            for t in one.series.t_wall_ns
+        }
+    )
+    first = times[bisect_left(times, begin) : bisect_right(times, begin + most)]
+    last = times[bisect_left(times, end - most) : bisect_right(times, end)]
+    return (
+        min([begin, *first], key=lambda t: (_doubt_mj(boot, t), t)),
+        min([end, *last], key=lambda t: (_doubt_mj(boot, t), -t)),
+    )
+
+
+def _doubt_mj(boot: _Boot, t_mono_ns: int) -> int:
+    """How much all counters grew between the reads around a time: 0 where all were read."""
+    t, doubt = t_mono_ns + boot.wall_minus_mono_ns, 0
+    for stretches in boot.series.values():
+        for s in (one.series for one in stretches):
+            if s.t_wall_ns[0] <= t <= s.t_wall_ns[-1]:
+                before, after = bisect_right(s.t_wall_ns, t) - 1, bisect_left(s.t_wall_ns, t)
+                doubt += s.values[after] - s.values[before]
+                break
+    return doubt
+
+
+def _parts(
+    boot: _Boot,
+    meter: str,
+    window: Interval,
+    feeds: Mapping[str, Sequence[_Timed]],
+    rest: tuple[int, int] | None,
+) -> list[NodePart] | str:
+    """All parts over one stretch, or why one of them is not known."""
+    begin, end = (t + boot.wall_minus_mono_ns for t in window)
+
+    def part(kind: str, name: str, source: str, energy_mj: int, tolerance_mj: int) -> NodePart:
+        offset = boot.wall_minus_mono_ns
+        return NodePart(
+            *(boot.host, boot.boot_id, meter, window, offset, kind, name, source, energy_mj, tolerance_mj)
+        )
+
+    parts = []
+    for feed, series in feeds.items():
+        known = best_energy([s.around(begin, end) for s in series], begin, end)
+        if known is None or known.energy_mj is None or known.tolerance_mj is None:
+            return f"{meter}: {known.note if known else 'it was not read'}"
+        parts.append(part("node", feed, known.source, known.energy_mj, known.tolerance_mj))
+    for domain, stretches in sorted(boot.series.items()):
+        inside = [s for s in stretches if s.series.t_wall_ns[0] <= begin and end <= s.series.t_wall_ns[-1]]
+        counted: NodeEnergy | None = (
+            inside[0].around(begin, end).energy_between(begin, end) if inside else None
+        )
+        if counted is None or counted.energy_mj is None or counted.tolerance_mj is None:
+            return f"{domain}: {counted.note if counted else 'it was not read'}"
+        parts.append(part("device", domain, "counter", counted.energy_mj, counted.tolerance_mj))
+    if rest is not None:
+        energy_mj, tolerance_mj = (mw * (end - begin) for mw in rest)
+        parts.append(
+            part("rest", "declared", "declared", round_ns(energy_mj), -(-tolerance_mj // 1_000_000_000))
+        )
+    return parts
+
+
+def round_ns(mw_ns: int) -> int:
+    """Milliwatt nanoseconds as whole millijoules, half up."""
+    return (mw_ns + 500_000_000) // 1_000_000_000
+
+
+def _declared(rows: pa.Table) -> tuple[int, int] | None:
+    """(milliwatts, tolerance) of the rest, as last declared."""
+    last = rows.sort_by("t_wall_ns").slice(rows.num_rows - 1).to_pylist()[0]
+    if last["rest_mw"] is None or last["rest_tolerance_mw"] is None:
+        return None
+    return last["rest_mw"], last["rest_tolerance_mw"]
+
+
+def _sum(parts: Sequence[NodePart], part: str) -> tuple[int, int]:
+    mine = [p for p in parts if p.part == part]
+    return sum(p.energy_mj for p in mine), sum(p.tolerance_mj for p in mine)
+
+
+def _silence(rows: pa.Table, devices_known: bool) -> str:
+    """Why there is nothing, or little, to compare: the meter's own words, if it had any."""
+    if not devices_known:
+        return "the node's counters were never all known at once"
+    said = rows.filter(pc.is_valid(rows["note"])).sort_by("t_wall_ns")
+    if said.num_rows:
+        return f"the meter could not be read: {said['note'][said.num_rows - 1].as_py()}"
+    return "the meter, or a counter, was not read while workers were there"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# -- intervals -----------------------------------------------------------------------------------------------------
+
+
+def _merged(intervals: Iterable[Interval]) -> list[Interval]:
+    merged: list[Interval] = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _common(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
+    """All stretches inside one interval of each; both in order of time and disjoint (touching ones stay apart)."""
+    found = []
+    ends = [end for _, end in b]
+    for begin, end in a:
+        i = bisect_left(ends, begin)
+        while i < len(b) and b[i][0] < end:
+            low, high = max(begin, b[i][0]), min(end, b[i][1])
+            if low < high:
+                found.append((low, high))
+            i += 1
+    return found
+
+
+def _without(intervals: Sequence[Interval], holes: Iterable[Interval]) -> list[Interval]:
+    left = list(intervals)
+    for low, high in holes:
+        left = [
+            piece
+            for begin, end in left
+            for piece in ((begin, min(end, low)), (max(begin, high), end))
+            if piece[0] < piece[1]
+        ]
+    return left

@@ -1,0 +1,152 @@
+"""What nodes' own meters said, as rows: of a running job's recorders, and of files imported afterwards.
+
+They lie in `_job/node_meters/`, beside the commits, and with those are what the energy tables are made from: a driver
+writes its recorders' readings at every flush, so that a crash costs at most one flush interval of them; an import is
+one object per node and meter, and importing again replaces it. A row holds a reading and all that bounds its error,
+so that closure check C3 can be recomputed from rows alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, ROW_GROUP_ROWS, open_parquet_writer, table_of
+from millijoule.pipeline.output.commits import READ_THREADS
+from millijoule.workers.errors import StoreError
+from millijoule.workers.layout import NODE_METERS_PREFIX
+from millijoule.workers.node_meters.config import DeclaredRest
+from millijoule.workers.node_meters.meter import NodeFailure, NodeReading, NodeSeries
+from millijoule.workers.storage.store import Store
+
+TABLE = "node_reading"
+
+#: A driver's object is written anew at each flush until it has been written this often (or fills a row group).
+PART_FLUSHES = 60
+
+#: The feed of a meter that measures the whole node.
+WHOLE_NODE = "node"
+
+NO_READINGS = ENERGY_SCHEMAS[TABLE].empty_table()
+
+
+@dataclass(frozen=True)
+class MeteredNode:
+    """What the readings of one feed of a node's meter have in common.
+
+    Attributes:
+        node_id, boot_id: None for an import, which does not know them.
+        meter: meters of a node are alternatives, each measures all of it.
+        feed: the feeds of a meter, such as the outlets of two power supplies, add up.
+        max_gap_ns, accuracy_share: see `NodeSeries`.
+        domains: the counters the node should have, see `NodeRecorderReady`; None: not known.
+    """
+
+    host: str
+    meter: str
+    max_gap_ns: int
+    accuracy_share: float | None
+    rest: DeclaredRest | None
+    node_id: str | None = None
+    boot_id: str | None = None
+    feed: str = WHOLE_NODE
+    domains: tuple[str, ...] | None = None
+
+    def row(self, said: NodeReading | NodeFailure) -> tuple:
+        """Values in the order of the table's columns."""
+        value: tuple[str | int | None, ...]
+        if isinstance(said, NodeFailure):
+            value = (None, said.t_wall_ns, None, None, None, None, None)
+        elif said.quantity == "energy":
+            value = (said.source, said.t_wall_ns, said.t_error_ns, said.value, None, said.quantum, None)
+        else:
+            value = (said.source, said.t_wall_ns, said.t_error_ns, None, said.value, None, said.quantum)
+        return (
+            *(self.host, self.node_id, self.boot_id, self.meter, self.feed, *value),
+            *(self.max_gap_ns, self.accuracy_share),
+            *((self.rest.power_mw, self.rest.tolerance_mw) if self.rest else (None, None)),
+            None if self.domains is None else ",".join(self.domains),
+            said.reason if isinstance(said, NodeFailure) else None,
+        )
+
+    def rows_of(self, series: NodeSeries) -> list[tuple]:
+        """All readings of a series."""
+        return [
+            self.row(NodeReading(series.source, series.quantity, t, v, series.quantum, series.clock_error_ns))
+            for t, v in zip(series.t_wall_ns, series.values, strict=True)
+        ]
+
+
+class NodeReadingsWriter:
+    """Collects the readings one driver has to write; two drivers never write the same object."""
+
+    def __init__(self, store: Store, epoch: int) -> None:
+        self.store = store
+        self.epoch = epoch
+        self._rows: list[tuple] = []
+        self._part = 0
+        self._flushes = 0
+        self._changed = False
+
+    def add(self, rows: Iterable[tuple]) -> None:
+        before = len(self._rows)
+        self._rows.extend(rows)
+        self._changed = self._changed or len(self._rows) > before
+
+    def flush(self) -> None:
+        """Store all that was added since the current object began.
+
+        Raises:
+            StoreError: storage failed; nothing is lost yet, flush again.
+        """
+        if not self._changed:
+            return
+        _put(self.store, f"{NODE_METERS_PREFIX}{self.epoch:06d}-{self._part:06d}.parquet", self._rows)
+        self._changed = False
+        self._flushes += 1
+        if self._flushes == PART_FLUSHES or len(self._rows) >= ROW_GROUP_ROWS:
+            self._rows, self._flushes = [], 0
+            self._part += 1
+
+
+def store_import(store: Store, host: str, meter: str, rows: Sequence[tuple]) -> str:
+    """Put the imported readings of `meter` at `host` in place of an earlier import of it; the object's key."""
+    name = hashlib.sha256(f"{host}\0{meter}".encode()).hexdigest()[:16]
+    key = f"{NODE_METERS_PREFIX}import-{name}.parquet"
+    _put(store, key, rows)
+    return key
+
+
+def read_node_readings(store: Store) -> pa.Table:
+    """All rows of a job, in order of node, meter, feed, source and time.
+
+    Raises:
+        StoreError: storage failed, or an object is not what it should be; the message names it.
+    """
+    wanted = ENERGY_SCHEMAS[TABLE]
+
+    def read(key: str) -> pa.Table:
+        try:
+            found = pq.read_table(pa.BufferReader(store.get(key)))
+            return found.select(wanted.names).cast(wanted)
+        except (pa.ArrowException, KeyError) as error:
+            raise StoreError(f"{store.url}/{key}: not readings of a node meter: {error}") from error
+
+    keys = sorted(item.key for item in store.list(NODE_METERS_PREFIX))
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        tables = list(threads.map(read, keys))
+    order = [(name, "ascending") for name in ("host", "boot_id", "meter", "feed", "source", "t_wall_ns")]
+    return pa.concat_tables([NO_READINGS, *tables]).sort_by(order)
+
+
+def _put(store: Store, key: str, rows: Sequence[tuple]) -> None:
+    sink = io.BytesIO()
+    with open_parquet_writer(sink, TABLE) as writer:
+        writer.write_table(table_of(TABLE, list(rows)))
+    store.put(key, sink.getvalue())

@@ -1,0 +1,561 @@
+"""A job's ledger and commits as the rows of the energy tables, in blocks that share a UTC day.
+
+Everything is a function of commits, the drivers' segments and `job.json`: whoever builds the tables builds the same
+ones. Rows are made as columns, some thousand at a time.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millijoule.pipeline.energy.apportionment import sum_or_none
+from millijoule.pipeline.energy.closure import (
+    ENTRIES_AT_ONCE,
+    ClosureRow,
+    ImageTotals,
+    PowerSeries,
+    close_ledger,
+    evidence_class,
+)
+from millijoule.pipeline.energy.commit_table import CommitTable
+from millijoule.pipeline.energy.counter_split import MISSING
+from millijoule.pipeline.energy.ledger import Ledger
+from millijoule.pipeline.energy.node_closure import NodeBooks, close_nodes
+from millijoule.pipeline.energy.packed_segments import NONE
+from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
+from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted, held_devices
+from millijoule.pipeline.output.image_rows import NOT_CARRIED, RowReader, read_row_table
+from millijoule.pipeline.output.job import JobSpec
+from millijoule.workers.meters.timeline import segment_estimate_mj
+from millijoule.workers.schemas import (
+    IMAGE_ROW_SCHEMA,
+    Commit,
+    CounterRead,
+    PowerTrace,
+    WorkerEnvironment,
+)
+from millijoule.workers.storage.store import Store, is_s3_url
+
+#: Threads that read row tables from a distant store, and from a disk.
+_READ_THREADS, _DISK_THREADS = 16, 2
+
+#: Row tables that one thread reads in one go: of one image each, they take less time than being asked for.
+_TABLES_PER_CALL = 16
+
+DAY_NS = 86_400_000_000_000
+
+#: Measured stretches shorter than this are labelled "short": 100 times the counter's own update period (NVML moves
+#: about every 100 ms, RAPL every 1 ms), which keeps the error of one stretch near half a percent.
+SHORT_GPU_NS = 10_000_000_000
+SHORT_CPU_NS = 100_000_000
+
+#: Counter rows state wall time rounded down and latency rounded up to these: clocks of hosts agree no better, and
+#: noise beyond it would be half of a file. The monotonic time stays exact.
+WALL_STEP_NS = 1_000_000
+LATENCY_STEP_NS = 100_000
+
+#: A table's rows of one UTC day (days since 1970).
+DayBlock = tuple[int, pa.Table]
+_Row = tuple[int, tuple]  # its time (ns since 1970), its values
+
+
+#: What the image table takes over from the rows of a shard.
+ROW_COLUMNS = ("prompt_id", "image_index", "status", "sha256")
+
+#: Rows that wait as tuples to become a table: these take ten times the memory of its columns.
+BLOCK_ROWS = 8_192
+
+#: Commits, and images in them, whose row tables are looked at together: shards can be as small as one image.
+_COMMITS_AT_ONCE, _IMAGES_AT_ONCE = 1_024, 8_192
+
+_QUALITIES = ("measured", "short", "missing")
+
+
+class ImageSource(Protocol):
+    """Where the image table has its rows from."""
+
+    def blocks(self, commits: CommitTable) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """All rows in the order of commits, those of one commit never in two blocks.
+
+        Yields:
+            The number of each row's commit, int64 `[n]`, and the rows with at least `ROW_COLUMNS`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RowTables:
+    """The rows that commits carry, and of those that carry none the row tables, `IMAGE_ROW_SCHEMA`.
+
+    Attributes:
+        read_rows: the row table of a commit; called from several threads.
+    """
+
+    read_rows: Callable[[Commit], pa.Table]
+    threads: int = _READ_THREADS
+
+    def blocks(self, commits: CommitTable) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """See `ImageSource`; one for each of `commit_blocks`, all columns, each in one piece."""
+
+        def read(numbers: Sequence[int]) -> list[pa.Table]:
+            return [self.read_rows(commits[n]) for n in numbers]
+
+        carried, counts = RowReader(commits.rows.tables(), IMAGE_ROW_SCHEMA), commits.rows.counts()
+        with ThreadPoolExecutor(self.threads) as threads:
+            for block in commit_blocks(commits):
+                numbers, of_each = np.asarray(block), counts[block.start : block.stop]
+                others = numbers[of_each == NOT_CARRIED].tolist()
+                parts = [others[i : i + _TABLES_PER_CALL] for i in range(0, len(others), _TABLES_PER_CALL)]
+                tables = [table for part in threads.map(read, parts) for table in part]
+                of_each = np.maximum(of_each, 0)
+                rows = [carried.take(int(of_each.sum())), *tables] if of_each.any() else tables
+                commit = np.concatenate(
+                    [np.repeat(numbers, of_each), np.repeat(others, [t.num_rows for t in tables])]
+                ).astype(np.int64)
+                table = pa.concat_tables(rows or [carried.take(0)]).combine_chunks()
+                if tables and len(others) < len(block):
+                    order = np.argsort(commit, kind="stable")
+                    commit, table = commit[order], table.take(pa.array(order))
+                yield commit, table
+
+
+def commit_blocks(commits: CommitTable) -> Iterator[range]:
+    """Numbers of commits in order, few enough together that their row tables can be held."""
+    rows = np.cumsum(commits.number("images_ok") + commits.number("images_quarantined"))
+    begin = 0
+    while begin < len(commits):
+        most = (rows[begin - 1] if begin else 0) + _IMAGES_AT_ONCE
+        end = max(begin + 1, min(begin + _COMMITS_AT_ONCE, int(np.searchsorted(rows, most, "right"))))
+        yield range(begin, end)
+        begin = end
+
+
+def row_tables(store: Store) -> RowTables:
+    """The rows of a store's commits: carried, or in the Parquet file at the `rows_path` of each."""
+    # from a disk two threads read as fast as many, which would only wait for each other; a distant store keeps many busy
+    return RowTables(partial(read_row_table, store), _READ_THREADS if is_s3_url(store.url) else _DISK_THREADS)
+
+
+class EnergyRows:
+    """The rows of all energy tables of one job; iterate `tables` to its end once, then `closure` is there.
+
+    Args:
+        ledger: over the segments of all commits and drivers.
+        commits: each committed shard once.
+        images: the rows of the commits.
+        uncommitted: power samples, environments and readings of node meters, which no commit carries.
+    """
+
+    def __init__(
+        self,
+        job: JobSpec,
+        ledger: Ledger,
+        commits: CommitTable,
+        images: ImageSource,
+        uncommitted: Uncommitted = NOTHING,
+    ) -> None:
+        self.job = job
+        self.ledger = ledger
+        self.closure: list[ClosureRow] = []
+        self.evidence_class = "E0"
+        self.job_day = int(job.created_unix * 1e9) // DAY_NS  # of rows without a time, and of empty tables
+        self._commits = commits
+        self._source = images
+        self._uncommitted = uncommitted
+        self._images = ImageTotals.of(commits)
+        self._power: PowerSeries = {}
+
+    def tables(self) -> Iterator[tuple[str, Iterator[DayBlock]]]:
+        """Each table's name and blocks, `closure` last. A block is of any size up to some row groups."""
+        yield "counter", self._counters()
+        yield "segment", self._segments()
+        yield "attempt", self._attempts()
+        yield "image", self._image_blocks()
+        yield "power", self._power_samples()
+        yield "env", blocks("env", self._environments())
+        nodes = self._nodes()
+        yield "node_reading", reading_blocks(self._uncommitted.nodes)
+        yield "node_energy", blocks("node_energy", node_energy_rows(nodes))
+        self.closure = close_ledger(self.ledger, self._commits, self._images, self._power, nodes.closure)
+        one_of_each = self._commits.first_of_each("worker_id", "device", "energy_domains")
+        self.evidence_class = evidence_class(self.closure, one_of_each, self._devices())
+        yield "closure", iter([(self.job_day, table_of("closure", [row.as_tuple() for row in self.closure]))])
+
+    def _counters(self) -> Iterator[DayBlock]:
+        """Each read of the entries once: a worker's close read opens its next segment."""
+        entries, c = self.ledger.entries, self.ledger.entries.columns
+        reads = np.stack([entries.open, entries.close], axis=1).ravel()
+        workers = np.repeat(entries.worker, 2)
+        by_worker = np.argsort(
+            workers, kind="stable"
+        )  # in order of time, so that a repeated read follows at once
+        is_new = np.ones(len(reads), bool)
+        before, after = by_worker[:-1], by_worker[1:]
+        is_new[after] = (
+            (workers[before] != workers[after])
+            | (c.boot[reads[before]] != c.boot[reads[after]])
+            | (c.t_mono_ns[reads[before]] != c.t_mono_ns[reads[after]])
+        )
+        reads, workers = reads[is_new], workers[is_new]
+        # of each set of domains, in order of their names: the domain, and where its counter stands
+        order = [sorted(range(len(names)), key=names.__getitem__) for names in c.domain_sets]
+        codes = {domain: code for code, domain in enumerate(entries.domain_names)}
+        domains = _padded(
+            [[codes.get(names[i], -1) for i in o] for names, o in zip(c.domain_sets, order, strict=True)]
+        )
+        places = _padded(order)
+        for begin in range(0, len(reads), ENTRIES_AT_ONCE):
+            at, worker = reads[begin : begin + ENTRIES_AT_ONCE], workers[begin : begin + ENTRIES_AT_ONCE]
+            domain, place = domains[c.domain_set[at]], places[c.domain_set[at]]
+            there = domain >= 0
+            read = np.broadcast_to(np.arange(len(at))[:, None], domain.shape)[there]
+            domain, place = domain[there], place[there]
+            r = at[read]
+            table = _table(
+                "counter",
+                self._names(worker[read]),
+                self._names(c.boot[r]),
+                entries.epoch_of(r, domain),
+                self._domain_names(domain),
+                c.t_mono_ns[r],
+                c.t_wall_ns[r] // WALL_STEP_NS * WALL_STEP_NS,
+                -(-c.latency_ns[r] // LATENCY_STEP_NS) * LATENCY_STEP_NS,
+                c.energy_mj[c.first[r] + place],
+            )
+            yield from _by_day(c.t_wall_ns[r], table)
+
+    def _names(self, codes: np.ndarray) -> pa.Array:
+        return pa.array(list(self.ledger.entries.names), pa.string()).take(pa.array(codes))
+
+    def _domain_names(self, codes: np.ndarray) -> pa.Array:
+        """The domains' names; null where the code is negative."""
+        return pa.array(self.ledger.entries.domain_names, pa.string()).take(pa.array(codes, mask=codes < 0))
+
+    def _segments(self) -> Iterator[DayBlock]:
+        entries, c = self.ledger.entries, self.ledger.entries.columns
+        estimates = entries.estimates()
+        is_gpu = np.array([d.startswith("gpu:") for d in entries.domain_names] or [False], bool)
+        for begin in range(0, len(entries), ENTRIES_AT_ONCE):
+            end = min(begin + ENTRIES_AT_ONCE, len(entries))
+            widths = np.diff(entries.first[begin : end + 1])
+            rows = np.maximum(widths, 1)  # one without any domain has a row, too
+            number = np.repeat(np.arange(begin, end), rows)
+            firsts = np.cumsum(rows) - rows
+            has_domain = np.repeat(widths > 0, rows)
+            domain = np.full(len(number), -1, np.int64)
+            domain[has_domain] = entries.domain_codes(begin, end)
+            energy = np.full(len(number), MISSING, np.int64)
+            energy[has_domain] = entries.shares[entries.first[begin] : entries.first[end]]
+            opened, closed = entries.open[number], entries.close[number]
+            lasted = c.t_mono_ns[closed] - c.t_mono_ns[opened]
+            is_short = lasted < np.where(is_gpu[domain], SHORT_GPU_NS, SHORT_CPU_NS)
+            quality = np.where(energy == MISSING, 2, is_short)
+            estimate = np.full(len(number), NONE, np.int64)
+            estimate[firsts] = estimates[begin:end]
+            epoch = np.where(has_domain, entries.epoch_of(opened, np.maximum(domain, 0)), c.epoch[opened])
+            table = _table(
+                "segment",
+                number,
+                self._names(entries.worker[number]),
+                pa.array(entries.class_names, pa.string()).take(pa.array(entries.segment_class[number])),
+                _nullable(entries.shard[number], NONE),
+                entries.attempts(number),
+                self._names(c.boot[opened]),
+                epoch,
+                c.t_mono_ns[opened],
+                c.t_mono_ns[closed],
+                c.t_wall_ns[opened],
+                self._domain_names(domain),
+                _nullable(energy, MISSING),
+                pa.array(_QUALITIES, pa.string()).take(pa.array(quality)),
+                _nullable(estimate, NONE),
+            )
+            yield from _by_day(c.t_wall_ns[opened], table)
+        yield from blocks("segment", self._gaps())
+
+    def _gaps(self) -> Iterator[_Row]:
+        entries, c = self.ledger.entries, self.ledger.entries.columns
+        boots, first = np.unique(c.boot[entries.open], return_index=True)
+        opened = entries.open[first]
+        offsets = (c.t_wall_ns - c.t_mono_ns)[opened].tolist()
+        wall_minus_mono = {c.names[b]: offset for b, offset in zip(boots.tolist(), offsets, strict=True)}
+        for gap in self.ledger.gaps:
+            shortest = SHORT_GPU_NS if gap.domain.startswith("gpu:") else SHORT_CPU_NS
+            quality = "short" if gap.t_close_ns - gap.t_open_ns < shortest else "measured"
+            t_wall_ns = gap.t_open_ns + wall_minus_mono.get(gap.boot_id, 0)
+            where = (gap.boot_id, gap.epoch, gap.t_open_ns, gap.t_close_ns, t_wall_ns)
+            what = (gap.domain, gap.energy_mj, quality, None)
+            yield t_wall_ns, (None, None, gap.segment_class, None, None, *where, *what)
+
+    def _attempts(self) -> Iterator[DayBlock]:
+        commits = self._commits
+        shard_ids, attempts, began = (
+            commits.number("shard_id"),
+            commits.text("attempt_id"),
+            commits.number("t_start_wall_ns"),
+        )
+        energy = self.ledger.entries.shard_energies(shard_ids, attempts)
+        names = pa.array(commits.names, pa.string())
+
+        def named(name: str, part: slice) -> pa.Array:
+            return names.take(pa.array(commits.name_codes(name)[part]))
+
+        for begin in range(0, len(commits), ENTRIES_AT_ONCE):
+            part = slice(begin, begin + ENTRIES_AT_ONCE)
+            n = len(shard_ids[part])
+            table = _table(
+                "attempt",
+                shard_ids[part],
+                attempts[part],
+                pa.array(["committed"], pa.string()).take(pa.array(np.zeros(n, np.int64))),
+                *(named(name, part) for name in ("worker_id", "node_id", "host", "device")),
+                commits.number("driver_epoch")[part],
+                began[part],
+                commits.number("t_end_wall_ns")[part],
+                commits.number("images_ok")[part],
+                commits.number("images_quarantined")[part],
+                _nullable(energy[part], MISSING),
+                _nullable(commits.number("energy_estimate_mj")[part], NONE),
+                named("energy_method", part),
+                named("energy_domains", part),
+            )
+            yield from _by_day(began[part], table)
+        yield from blocks("attempt", self._uncommitted_attempts())
+
+    def _uncommitted_attempts(self) -> Iterator[_Row]:
+        entries = self.ledger.entries
+        at = np.flatnonzero(
+            (entries.shard != NONE)
+            & entries.attempts(np.arange(len(entries))).is_valid().to_numpy(zero_copy_only=False)
+        )
+        at = at[self._commits.index().find(entries.shard[at], entries.attempts(at)) < 0]
+        others: dict[tuple[int, str], list[int]] = defaultdict(list)
+        for n, shard_id, attempt in zip(
+            at.tolist(), entries.shard[at].tolist(), entries.attempts(at).to_pylist(), strict=True
+        ):
+            others[shard_id, attempt].append(n)
+        for (shard_id, attempt_id), numbers in sorted(others.items()):
+            mine = [entries[n] for n in numbers]
+            first, last = mine[0].segment, mine[-1].segment
+            outcome = "retry" if last.segment_class == "retry" else "loser"
+            domains = ",".join(
+                sorted({d for e in mine for d in self.ledger.read_domains(e.segment.worker_id)})
+            )
+            yield (
+                first.open.t_wall_ns,
+                (
+                    *(shard_id, attempt_id, outcome, first.worker_id),
+                    *(None, None, None, None, first.open.t_wall_ns, last.close.t_wall_ns, None, None),
+                    sum_or_none(e.total_mj for e in mine),
+                    sum_or_none(segment_estimate_mj(e.segment) for e in mine),
+                    *(None, domains),
+                ),
+            )
+
+    def _image_blocks(self) -> Iterator[DayBlock]:
+        commits, made = self._commits, 0
+        shard_ids, attempts, ended = (
+            commits.number("shard_id"),
+            commits.text("attempt_id"),
+            commits.number("t_end_wall_ns"),
+        )
+        energy = self.ledger.entries.shard_energies(shard_ids, attempts)
+        estimate = commits.number("energy_estimate_mj")
+        overhead = self._overhead_shares(energy)
+        for commit, rows in self._source.blocks(commits):
+            ok = pc.equal(rows["status"], "ok").combine_chunks().to_numpy(zero_copy_only=False)
+            if not ok.all():
+                commit, rows = commit[ok], rows.filter(pa.array(ok))
+            direct = equal_shares(energy, commit)
+            full = None
+            if overhead is not None:
+                extra = np.arange(made, made + len(commit)) < overhead[1]
+                full = np.where(direct == MISSING, MISSING, direct + overhead[0] + extra)
+            made += len(commit)
+            self._images.add(commit, direct, full)
+            table = _table(
+                "image",
+                rows["prompt_id"],
+                rows["image_index"],
+                shard_ids[commit],
+                attempts.take(pa.array(commit)),
+                rows["sha256"],
+                _nullable(direct, MISSING),
+                pa.nulls(len(commit), pa.int64()) if full is None else _nullable(full, MISSING),
+                _nullable(equal_shares(estimate, commit), NONE),
+            )
+            yield from _by_day(ended[commit], table)
+
+    def _overhead_shares(self, energy: np.ndarray) -> tuple[int, int] | None:
+        """Each image's share of all that no image used directly, and how many of the first get 1 mJ more."""
+        images = self._commits.number("images_ok")
+        total_mj, direct = self.ledger.summary()["total_mj"], energy[images > 0]
+        if total_mj is None or not len(direct) or (direct == MISSING).any():
+            return None
+        return divmod(total_mj - int(direct.sum()), int(images.sum()))
+
+    def _power_samples(self) -> Iterator[DayBlock]:
+        """Fills `_power` on the way."""
+        spool = self._commits.power
+        committed = {c.worker_id: c for c in self._commits.last_of_each_worker()}
+        for worker_id, trace in self._uncommitted.power:
+            place = self._uncommitted.workers.get(worker_id) or committed.get(worker_id)
+            spool.add(trace, place.node_id if place else None, place.host if place else None)
+        for samples in spool.tables():
+            self._add_power(samples)
+            yield from _by_day(
+                samples["t_wall_ns"].to_numpy(),
+                _table("power", *(samples[f.name] for f in ENERGY_SCHEMAS["power"])),
+            )
+
+    def _add_power(self, samples: pa.Table) -> None:
+        known = samples.filter(pc.is_valid(samples["power_instant_mw"]))
+        for boot_id, device in {*zip(known["boot_id"].to_pylist(), known["device"].to_pylist(), strict=True)}:
+            series = self._power.setdefault((boot_id, f"gpu:{device}"), (array("q"), array("q")))
+            mine = known.filter(
+                pc.and_(pc.equal(known["boot_id"], boot_id), pc.equal(known["device"], device))
+            )
+            for column, name in zip(series, ("t_mono_ns", "power_instant_mw"), strict=True):
+                column.frombytes(mine[name].to_numpy().tobytes())
+
+    def _nodes(self) -> NodeBooks:
+        places: dict[str, Commit | WorkerEnvironment] = {
+            c.worker_id: c for c in self._commits.last_of_each_worker()
+        }
+        places |= self._uncommitted.workers
+        devices = {
+            worker_id: [f"gpu:{uuid}" for uuid in held if uuid != "cpu"]
+            for worker_id, held in self._devices().items()
+        }
+        hosts = {worker_id: place.host for worker_id, place in places.items()}
+        return close_nodes(self.ledger, hosts, devices, self._uncommitted.nodes)
+
+    def _devices(self) -> dict[str, tuple[str, ...]]:
+        return held_devices(self._uncommitted.workers, self._commits.first_of_each("worker_id"))
+
+    def _environments(self) -> Iterator[_Row]:
+        entries = self.ledger.entries
+        codes, first = np.unique(entries.worker, return_index=True)
+        firsts = {
+            entries.names[code]: entries[n].segment.open
+            for code, n in zip(codes.tolist(), first.tolist(), strict=True)
+        }
+        commits = {commit.worker_id: commit for commit in self._commits.first_of_each("worker_id")}
+        job = self.job
+        model = (job.model_name, job.model_sha256, job.fingerprint, job.millijoule_version)
+        for worker_id in sorted(firsts.keys() | commits.keys()):
+            c, read = commits.get(worker_id), firsts.get(worker_id)
+            own = self._uncommitted.workers.get(worker_id)
+            t_wall_ns = read.t_wall_ns if read else c.t_start_wall_ns if c else 0
+            stated = own or c  # of a worker whose environment is lost, what its commits say
+            where = (stated.node_id, stated.host, stated.device) if stated else (None,) * 3
+            gpus = (",".join(own.gpus), own.device_name) if own else (None, None)
+            method = (
+                (stated.driver_epoch, t_wall_ns, stated.energy_method) if stated else (None, t_wall_ns, None)
+            )
+            software = (own.python_version, own.torch_version, own.driver_version) if own else (None,) * 3
+            who = (worker_id, read.boot_id if read else None)
+            read_domains = ",".join(sorted(self.ledger.read_domains(worker_id))) if read else ""
+            yield t_wall_ns, (*who, *where, *gpus, *method, read_domains, *model, *software)
+
+
+def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
+    """Equal shares of the energies of commits for images, which cost the same; the first have 1 mJ more.
+
+    Args:
+        energy_mj: of each commit; negative: missing.
+        commit: number of each image's commit, all those of one commit together.
+    """
+    lengths = np.diff(np.flatnonzero(np.diff(commit, prepend=-1, append=-1)))
+    of_commit = np.repeat(lengths, lengths)
+    turn = np.arange(len(commit)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    mine = energy_mj[commit]
+    base, rest = np.divmod(mine, np.maximum(of_commit, 1))
+    return np.where(mine < 0, mine, base + (turn < rest))
+
+
+def _padded(lists: Sequence[Sequence[int]]) -> np.ndarray:
+    """Lists of different lengths as rows, filled up with -1."""
+    table = np.full((len(lists), max(map(len, lists), default=0)), -1, np.int64)
+    for row, values in zip(table, lists, strict=True):
+        row[: len(values)] = values
+    return table
+
+
+def _table(name: str, *columns: Any) -> pa.Table:
+    """Columns (Arrow or numpy) in the order of a table's schema."""
+    schema = ENERGY_SCHEMAS[name]
+    made = [
+        pa.array(c, f.type) if isinstance(c, np.ndarray) else c for c, f in zip(columns, schema, strict=True)
+    ]
+    return pa.table(made, schema=schema)
+
+
+def _nullable(numbers: np.ndarray, missing: int) -> pa.Array:
+    return pa.array(numbers, pa.int64(), mask=numbers == missing)
+
+
+def _by_day(t_wall_ns: np.ndarray, rows: pa.Table) -> Iterator[DayBlock]:
+    days = t_wall_ns // DAY_NS
+    every = np.unique(days).tolist()
+    for day in every:
+        yield day, rows if len(every) == 1 else rows.filter(pa.array(days == day))
+
+
+def reading_blocks(readings: pa.Table) -> Iterator[DayBlock]:
+    """The `node_reading` table by day."""
+    days = pc.divide(readings["t_wall_ns"], DAY_NS)
+    for day in sorted(pc.unique(days).to_pylist()):
+        yield day, readings.filter(pc.equal(days, day))
+
+
+def node_energy_rows(nodes: NodeBooks) -> Iterator[_Row]:
+    """The `node_energy` table: what each C3 row is the sum of."""
+    for part in nodes.parts:
+        yield part.stretch[0] + part.wall_minus_mono_ns, part.as_tuple()
+
+
+def power_rows(trace: PowerTrace, node_id: str | None, host: str | None) -> Iterator[_Row]:
+    """The samples of one device as rows of the power table."""
+    for sample in trace.samples:
+        yield sample.t_wall_ns, (trace.boot_id, node_id, host, trace.device, *sample, trace.source)
+
+
+def read_rows(worker_id: str, read: CounterRead) -> Iterator[_Row]:
+    """One counter row per domain of `read`."""
+    t_wall_ns = read.t_wall_ns // WALL_STEP_NS * WALL_STEP_NS
+    latency_ns = -(-read.latency_ns // LATENCY_STEP_NS) * LATENCY_STEP_NS
+    for domain, energy_mj in sorted(read.energy_mj.items()):
+        where = (worker_id, read.boot_id, read.epoch_of(domain), domain)
+        yield read.t_wall_ns, (*where, read.t_mono_ns, t_wall_ns, latency_ns, energy_mj)
+
+
+def committed_attempt(c: Commit, energy_mj: int | None) -> tuple:
+    """The attempt row of a commit."""
+    return (
+        *(c.shard_id, c.attempt_id, "committed", c.worker_id, c.node_id, c.host, c.device, c.driver_epoch),
+        *(c.t_start_wall_ns, c.t_end_wall_ns, c.images_ok, c.images_quarantined, energy_mj),
+        *(c.energy_estimate_mj, c.energy_method, ",".join(c.energy_domains)),
+    )
+
+
+def blocks(name: str, rows: Iterable[_Row]) -> Iterator[DayBlock]:
+    """`rows` as tables of one day and at most `BLOCK_ROWS` each."""
+    held: dict[int, list[tuple]] = defaultdict(list)
+    for t_wall_ns, row in rows:
+        day = t_wall_ns // DAY_NS
+        held[day].append(row)
+        if len(held[day]) == BLOCK_ROWS:
+            yield day, table_of(name, held.pop(day))
+    for day in sorted(held):
+        yield day, table_of(name, held[day])

@@ -1,0 +1,101 @@
+"""The rows of committed shards, in the order of commits: those that commits carry, and else those of row tables.
+
+Carried rows wait in a temporary file, as columns, from when their commit is parsed until they are asked for: nothing here
+grows with the job in memory, and no table is made for a single shard that carries its rows.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, CarriedRow, Commit
+from millijoule.workers.storage.store import Store
+
+#: Stands for a commit that carries no rows.
+NOT_CARRIED = -1
+
+#: Rows that wait as tuples to become a table.
+_SPOOL_ROWS = 2048
+
+
+class RowSpool:
+    """Rows that commits carry, in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._counts = array("i")
+        self._held: list[CarriedRow] = []
+        self._file: IO[bytes] | None = None
+        self._writer: pa.RecordBatchStreamWriter | None = None
+
+    def add(self, rows: Iterable[CarriedRow] | None) -> None:
+        """Append the rows of the next commit, as `parse_carried_rows` makes them; None: it carries none."""
+        before = len(self._held)
+        self._held += rows or ()
+        self._counts.append(NOT_CARRIED if rows is None else len(self._held) - before)
+        if len(self._held) >= _SPOOL_ROWS:
+            if self._writer is None:
+                self._file = tempfile.NamedTemporaryFile(prefix="millijoule-")  # noqa: SIM115
+                options = pa.ipc.IpcWriteOptions(compression="zstd")
+                self._writer = pa.ipc.new_stream(
+                    pa.PythonFile(self._file, "w"), IMAGE_ROW_SCHEMA, options=options
+                )
+            self._writer.write_table(rows_table(self._held))
+            self._held = []
+
+    def counts(self) -> np.ndarray:
+        """How many rows each commit carries, int32 `[n]`; `NOT_CARRIED` where none. A copy."""
+        return np.array(self._counts, np.int32)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All rows, some thousand at a time, `IMAGE_ROW_SCHEMA`. Nothing can be added any more."""
+        if self._writer is not None and self._file is not None:
+            self._writer.close()
+            self._file.flush()
+            with pa.OSFile(self._file.name) as file, pa.ipc.open_stream(file) as stream:
+                for batch in stream:
+                    yield pa.Table.from_batches([batch])
+        if self._held:
+            yield rows_table(self._held)
+
+
+def rows_table(rows: Iterable[CarriedRow]) -> pa.Table:
+    """Carried rows as a table, `IMAGE_ROW_SCHEMA`."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(IMAGE_ROW_SCHEMA)
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, IMAGE_ROW_SCHEMA, strict=True)]
+    return pa.table(arrays, schema=IMAGE_ROW_SCHEMA)
+
+
+def read_row_table(store: Store, commit: Commit, data: bytes | None = None) -> pa.Table:
+    """The row table of a committed shard, `IMAGE_ROW_SCHEMA`; `data` is the file, where it was read."""
+    with store.open_input(commit.rows_path) if data is None else pa.BufferReader(data) as source:
+        # one thread: tables are small, and several of them are read at the same time; looking up columns by name takes
+        # as long as reading a short table, and so does a cast that changes nothing
+        file = pq.ParquetFile(source)
+        plain = file.metadata.num_columns == len(IMAGE_ROW_SCHEMA)
+        rows = file.read(columns=None if plain else IMAGE_ROW_SCHEMA.names, use_threads=False)
+    if rows.schema.equals(IMAGE_ROW_SCHEMA):
+        return rows
+    rows = rows.select(IMAGE_ROW_SCHEMA.names)
+    return rows if rows.schema.equals(IMAGE_ROW_SCHEMA) else rows.cast(IMAGE_ROW_SCHEMA)
+
+
+class RowReader:
+    """The rows of tables in order, as many at a time as are asked for."""
+
+    def __init__(self, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+        self._tables = iter(tables)
+        self._held = schema.empty_table()
+
+    def take(self, n: int) -> pa.Table:
+        """The next `n` rows; fewer at the end."""
+        while self._held.num_rows < n and (table := next(self._tables, None)) is not None:
+            self._held = pa.concat_tables([self._held, table])
+        part, self._held = self._held.slice(0, n), self._held.slice(n)
+        return part

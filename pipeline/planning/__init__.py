@@ -1,0 +1,1 @@
+"""From prompt files to a plan of shards."""

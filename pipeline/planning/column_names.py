@@ -1,0 +1,178 @@
+"""What the columns of a prompt file mean, going by their names.
+
+Names are people's: `CFG Scale`, `negative-prompt` and `Seed` are what they look like. A name is settled once per file, and
+two columns of one meaning are refused rather than chosen from.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import shlex
+from collections.abc import Collection, Iterable, Iterator
+
+from millijoule.pipeline.planning.raw_chunks import RawChunk
+from millijoule.workers.errors import InputError
+
+log = logging.getLogger(__name__)
+
+#: The names a column may have in a file, ours first, as they are documented; `folded` says what else is the same name.
+COLUMN_NAMES = {
+    "prompt": ("prompt", "prompts", "text", "caption"),
+    "prompt_id": ("prompt_id", "id", "custom_id"),
+    "negative_prompt": ("negative_prompt",),
+    "seed": ("seed",),
+    "num_images": ("num_images", "n"),
+    "width": ("width",),
+    "height": ("height",),
+    "size": ("size", "image_size"),
+    "num_inference_steps": ("num_inference_steps", "steps", "step"),
+    "guidance_scale": ("guidance_scale", "cfg_scale", "cfg", "cfgs"),
+}
+
+#: What other programs let a row ask for and a job here cannot give it. Passed through, and said.
+NOT_USED = (
+    *("sampler", "sampler_name", "sampling_method", "scheduler", "schedule_type", "eta"),
+    *("model", "model_name", "model_id", "model_hash", "checkpoint", "vae", "refiner"),
+    *("lora", "loras", "lora_scale", "embeddings", "hypernetwork", "controlnet", "ip_adapter"),
+    *("clip_skip", "subseed", "subseed_strength", "batch_size", "batch_count", "n_iter", "aspect_ratio"),
+    *("init_image", "mask", "strength", "denoising_strength", "hires_fix", "hires_upscale", "restore_faces"),
+    *("styles", "style", "quality", "output_format", "response_format"),
+)
+
+#: Columns that a message lists.
+_SHOWN_NAMES = 30
+
+#: Names whose meaning is kept at hand; JSON can have new ones in every record.
+_MAX_NAMES = 4096
+
+_SEPARATORS = re.compile(r"[\s_\-]+")
+
+
+def folded(name: str) -> str:
+    """`name` without regard to case, spaces, `_` and `-`. A leading `_` stays: it marks a column as a program's own."""
+    start = "_" if name.startswith("_") else ""
+    return start + _SEPARATORS.sub("", name).casefold()
+
+
+_MEANINGS = {folded(name): ours for ours, names in COLUMN_NAMES.items() for name in names}
+_NOT_USED = frozenset(map(folded, NOT_USED))
+
+
+class Remarks:
+    """What a person should know about how files are read, logged when it is met and once only.
+
+    A hundred part files with a column `Prompt`, or a second pass over them, are one remark.
+    """
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def add(self, file: str, text: str, *, key: str | None = None, level: int = logging.INFO) -> None:
+        """Say `text` about `file`, unless something with the same `key`, by default the text, was said before."""
+        if self.is_new(key or text):
+            log.log(level, "%s: %s", file, text)
+
+    def is_new(self, key: str) -> bool:
+        """Whether this is the first time that `key` is asked about."""
+        if key in self._said:
+            return False
+        self._said.add(key)
+        return True
+
+
+class KnownNames:
+    """The meaning of names, given the column that holds the prompt by exact name, if the user named one."""
+
+    def __init__(self, prompt_column: str | None = None) -> None:
+        self.prompt_column = prompt_column
+        self._met: dict[str, str | None] = {}
+
+    def meaning(self, name: str) -> str | None:
+        """Our name of the column, None for one to pass through."""
+        if name not in self._met:
+            if len(self._met) >= _MAX_NAMES:
+                self._met.clear()
+            ours = _MEANINGS.get(folded(name))
+            if self.prompt_column is not None:
+                ours = "prompt" if name == self.prompt_column else None if ours == "prompt" else ours
+            self._met[name] = ours
+        return self._met[name]
+
+    def hold_prompt(self, names: Iterable[str]) -> bool:
+        """Whether one of `names` is the prompt's."""
+        return any(self.meaning(name) == "prompt" for name in names)
+
+    @property
+    def prompt_name(self) -> str:
+        """The name for prompts that come without one."""
+        return self.prompt_column or "prompt"
+
+    @property
+    def expected(self) -> str:
+        """The names that a column of prompts may have, in words."""
+        return self.prompt_column or ", ".join(COLUMN_NAMES["prompt"])
+
+
+class FileColumns:
+    """Which column of one file has which meaning; `names` maps our names to the file's."""
+
+    def __init__(self, file: str, known: KnownNames, remarks: Remarks) -> None:
+        self.file = file
+        self.names: dict[str, str] = {}
+        self._known = known
+        self._remarks = remarks
+
+    def meet(self, chunk: RawChunk) -> None:
+        """Take note of the chunk's columns; raises InputError where they are contradictory or hold no prompt."""
+        new: list[str] = []  # our names of columns not met before
+        idle: list[str] = []
+        for name in chunk.names:
+            ours = self._known.meaning(name)
+            if ours is None:
+                if folded(name) in _NOT_USED and self._remarks.is_new(f"not used {name}"):
+                    idle.append(name)
+                continue
+            if ours not in self.names:
+                new.append(ours)
+            before = self.names.setdefault(ours, name)
+            if before != name:
+                hint = (
+                    f"--prompt-column {shlex.quote(before)}"
+                    if ours == "prompt"
+                    else "remove or rename one of them"
+                )
+                raise InputError(
+                    f"{self.file}: columns {before!r} and {name!r} both mean {ours!r}; say which one counts: {hint}"
+                )
+        if "prompt" not in self.names and (chunk.names or not chunk.bad):
+            raise InputError(
+                f"{self.file}: no prompt column (looked for {self._known.expected}); the file has "
+                f"{_some(chunk.names)}. Name the right one with --prompt-column"
+            )
+        self._remark(new, idle)
+
+    def passed_through(self, names: Iterable[str]) -> Iterator[str]:
+        """Those of `names` that a row keeps under their own name. A size does, too: it may say more than pixels."""
+        used = self.used
+        return (name for name in names if name not in used)
+
+    @property
+    def used(self) -> Collection[str]:
+        """The file's names of columns that are not passed through."""
+        return [name for ours, name in self.names.items() if ours != "size"]
+
+    def _remark(self, new: list[str], idle: list[str]) -> None:
+        read = [f"column {name!r} is read as {ours}" for ours in new if (name := self.names[ours]) != ours]
+        if read:
+            self._remarks.add(self.file, ", ".join(read))
+        if idle:
+            self._remarks.add(
+                self.file, f"not used: {', '.join(idle)} (passed through)", level=logging.WARNING
+            )
+
+
+def _some(names: Collection[str]) -> str:
+    rest = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(itertools.islice(names, _SHOWN_NAMES)) + rest if names else "no columns"

@@ -1,0 +1,156 @@
+"""Delimited text as rows: csv and tsv, whatever stands between their fields."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from millijoule.pipeline.planning.column_names import KnownNames, Remarks
+from millijoule.pipeline.planning.prompt_text import TextFile, too_long
+from millijoule.pipeline.planning.raw_chunks import (
+    BadRow,
+    ColumnChunk,
+    gathered,
+    has_surrogates,
+    refuse_repeated_names,
+)
+from millijoule.workers.errors import InputError
+
+#: What may stand between fields, with words for messages.
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "pipes"}
+
+#: What a line of empty fields is made of.
+_EMPTY = "".join(DELIMITERS) + ' "\n'
+
+_NO_ROWS = np.empty(0, np.int64)
+
+#: Excel's first line that says what stands between fields.
+_SEP_LINE = re.compile(r'"?sep=([^\n])"?\s*', re.IGNORECASE)
+
+
+def read_csv(
+    text: TextFile, usual: str, forced: str | None, known: KnownNames, remarks: Remarks
+) -> Iterator[ColumnChunk]:
+    """Rows of delimited text with a header.
+
+    Args:
+        usual: what stands between the fields of a file of this name.
+        forced: what stands there for sure, None to find out from the header.
+
+    Raises:
+        InputError: the header or the whole file cannot be read.
+    """
+    lines = _whole_lines(text)
+    first = list(_first_lines(lines))
+    if not first:
+        return
+    said = _SEP_LINE.fullmatch(first[-1])
+    if said:
+        first = list(_first_lines(lines))
+    delimiter = forced or (said[1] if said else _recognised(first, usual, known))
+    if delimiter != usual and forced is None:
+        words = DELIMITERS.get(delimiter, repr(delimiter))
+        remarks.add(text.url, f"fields are separated by {words}; --delimiter forces another")
+    reader = csv.reader(itertools.chain(first, lines), delimiter=delimiter, strict=True)
+    header = _header(reader, text.url)
+    if header is None:
+        return
+    row = 0
+    for rows, bad, row, records in gathered(_records(reader, text, header)):
+        yield ColumnChunk(rows, bad, row, _columns(header, records), True, delimiter != ",")
+    if not row:  # a header alone still says which columns there are, so that a missing prompt column is found
+        yield ColumnChunk(_NO_ROWS, [], 0, _columns(header, []), True)
+
+
+def _whole_lines(text: TextFile) -> Iterator[str]:
+    for line in text.lines():
+        if line is None:
+            reason = too_long(text.url, text.number).reason.replace("the line", f"line {text.number}")
+            raise InputError(f"{text.url}: {reason}; this is no table of prompts")
+        yield line
+
+
+def _first_lines(lines: Iterator[str]) -> Iterator[str]:
+    """Lines up to the first that has more than empty fields."""
+    for line in lines:
+        yield line
+        if line.strip(_EMPTY):
+            return
+
+
+def _recognised(lines: list[str], usual: str, known: KnownNames) -> str:
+    """The delimiter with which the header has a prompt column; the usual one where that does not settle it."""
+    candidates = [usual, *(d for d in DELIMITERS if d != usual)]
+    header = lines[-1] if lines else ""
+    fitting = [d for d in candidates if known.hold_prompt(_split(header, d))]
+    return fitting[0] if fitting and (fitting[0] == usual or len(fitting) == 1) else usual
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    try:
+        return [name.strip() for fields in csv.reader([line], delimiter=delimiter) for name in fields]
+    except csv.Error:  # reading it as a header will say so
+        return []
+
+
+def _header(reader: Iterator[list[str]], url: str) -> list[str] | None:
+    try:
+        header = next((fields for fields in reader if _has_content(fields)), None)
+    except csv.Error as error:
+        raise InputError(f"{url}: malformed header: {error}") from error
+    if header is None:
+        return None
+    header = [name.strip() for name in header]
+    if any(has_surrogates(name) for name in header):
+        raise InputError(f"{url}: the header is not UTF-8; save the file as UTF-8")
+    while len(header) > 1 and not header[-1]:  # empty columns at the right edge of a sheet
+        header.pop()
+    header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
+    refuse_repeated_names(header, url)
+    return header
+
+
+def _records(
+    reader: Iterator[list[str]], text: TextFile, header: list[str]
+) -> Iterator[tuple[int, list[str] | BadRow, int]]:
+    row, line, n = 0, text.number, len(header)
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row += 1
+            where = _span(line + 1, text.number)
+            yield row, BadRow(text.url, row, None, f"{where}: malformed: {error}"), 0
+        else:
+            if (fields and fields[0].strip()) or _has_content(fields) or fields == [""]:
+                row += 1
+                if len(fields) > n and not _has_content(fields[n:]):
+                    del fields[n:]
+                if len(fields) == n:
+                    yield row, fields, sum(map(len, fields))
+                else:
+                    reason = f"{_span(line + 1, text.number)}: {len(fields)} fields, but the header has {n}"
+                    yield row, BadRow(text.url, row, None, reason), 0
+        line = text.number
+
+
+def _has_content(fields: list[str]) -> bool:
+    """Whether a record says anything; sheets are exported with the empty rows and columns at their edges."""
+    return any(not field.isspace() for field in fields if field)
+
+
+def _columns(header: list[str], records: list[list[str]]) -> dict[str, pa.Array | list[Any]]:
+    columns = zip(*records, strict=True) if records else ([] for _ in header)
+    return {name: list(values) for name, values in zip(header, columns, strict=True)}
+
+
+def _span(first: int, last: int) -> str:
+    return f"line {first}" if first >= last else f"lines {first}-{last}"

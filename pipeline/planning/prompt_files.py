@@ -1,0 +1,129 @@
+"""Prompt files of every format as chunks of raw rows: columns as the file has them, and the rows that cannot be read.
+
+In go files, out come chunks bounded in rows and characters, so memory stays the same whatever the file size. What a
+column means matters here only to find the header's delimiter and the list of records in a JSON file; the rest is
+`pipeline.planning.prompts`' to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from millijoule.pipeline.planning import raw_chunks
+from millijoule.pipeline.planning.column_names import KnownNames, Remarks
+from millijoule.pipeline.planning.prompt_csv import read_csv
+from millijoule.pipeline.planning.prompt_json import read_json, read_jsonl
+from millijoule.pipeline.planning.prompt_text import TextFile, too_long
+from millijoule.pipeline.planning.raw_chunks import (
+    BadRow,
+    ColumnChunk,
+    RawChunk,
+    gathered,
+    refuse_repeated_names,
+    shown,
+)
+from millijoule.workers.errors import InputError
+from millijoule.workers.storage.prompt_file_names import file_format
+from millijoule.workers.storage.store import InputFile, open_input_file
+
+#: What stands between the fields of a file with this ending.
+USUAL_DELIMITERS = {"csv": ",", "tsv": "\t"}
+
+
+def read_chunks(
+    file: InputFile, known: KnownNames, remarks: Remarks, delimiter: str | None = None
+) -> Iterator[RawChunk]:
+    """All rows of one file, chunk by chunk in file order; nothing for a file without rows.
+
+    Args:
+        delimiter: between the fields of csv and tsv; None finds out.
+
+    Raises:
+        InputError: the file cannot be read any further; the message names the file and how far it went.
+        StoreError: storage failed.
+    """
+    constants = dict(file.columns)
+    for chunk in _read(file.url, known, remarks, delimiter):
+        if constants:
+            if twice := sorted(constants.keys() & set(chunk.names)):
+                raise InputError(
+                    f"{file.url}: {', '.join(map(repr, twice))} is both a column and in the name of a folder; rename one"
+                )
+            chunk.add_columns(constants)
+        yield chunk
+
+
+def _read(url: str, known: KnownNames, remarks: Remarks, delimiter: str | None) -> Iterator[RawChunk]:
+    kind, compressed = file_format(url)
+    if kind == "parquet":
+        yield from _read_parquet(url)
+        return
+    with open_input_file(url) as raw:
+        text = TextFile(url, raw, compressed)
+        if kind == "txt":
+            yield from _read_txt(text, known)
+        elif kind == "jsonl":
+            yield from read_jsonl(text, known)
+        elif kind == "json":
+            yield from read_json(text, known, remarks)
+        else:
+            yield from read_csv(text, USUAL_DELIMITERS[kind], delimiter, known, remarks)
+
+
+def _read_txt(text: TextFile, known: KnownNames) -> Iterator[ColumnChunk]:
+    def items() -> Iterator[tuple[int, str | BadRow, int]]:
+        for row, line in enumerate(text.lines(), start=1):
+            if line is None:
+                yield row, too_long(text.url, row), 0
+            elif line.startswith("--prompt "):  # A1111's script for prompts from a file
+                reason = (
+                    "this is a command line, not a prompt; make a csv with a column for each of its options"
+                )
+                yield row, BadRow(text.url, row, None, reason, None, shown(line.rstrip())), 0
+            elif prompt := line.rstrip():
+                yield row, prompt, len(line)
+
+    for rows, bad, last, prompts in gathered(items()):
+        yield ColumnChunk(rows, bad, last, {known.prompt_name: prompts})
+
+
+def _read_parquet(url: str) -> Iterator[ColumnChunk]:
+    row = 0
+    with open_input_file(url) as raw:
+        try:
+            file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
+            refuse_repeated_names(file.schema_arrow.names, url)
+            batches = file.iter_batches(_parquet_chunk_rows(file.metadata), use_threads=False)
+            if not file.metadata.num_rows:
+                empty = file.schema_arrow.empty_table()
+                yield ColumnChunk(
+                    np.empty(0, np.int64), [], 0, {n: empty[n].combine_chunks() for n in empty.column_names}
+                )
+            for batch in batches:
+                rows = np.arange(row + 1, row + 1 + len(batch), dtype=np.int64)
+                row += len(batch)
+                yield ColumnChunk(
+                    rows, [], row, dict(zip(batch.schema.names, map(_plain, batch.columns), strict=True))
+                )
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{url}: unreadable Parquet after row {row}: {error}") from error
+
+
+def _parquet_chunk_rows(metadata: pq.FileMetaData) -> int:
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    bytes_per_row = max((g.total_byte_size / g.num_rows for g in groups if g.num_rows), default=1)
+    wanted = int(raw_chunks.CHUNK_CHARS / max(bytes_per_row, 1))
+    return max(1, min(raw_chunks.CHUNK_ROWS, wanted))
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """The column without dictionary encoding or extension type."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column

@@ -1,0 +1,202 @@
+"""Prompt files as checked rows: every row of every file either becomes a row of the plan or a bad row with a reason.
+
+In go input files and the few options that say how to read them; out come chunks of normalised rows and bad rows, in
+input order, at bounded memory. Nothing here assigns ids, applies job defaults or knows about shards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millijoule.pipeline.planning.column_names import FileColumns, KnownNames, Remarks
+from millijoule.pipeline.planning.prompt_files import USUAL_DELIMITERS, read_chunks
+from millijoule.pipeline.planning.prompt_values import (
+    INTEGER_LIMITS,
+    MAX_ID_CHARS,
+    Problems,
+    as_text,
+    check_guidance,
+    check_ids,
+    check_integers,
+    check_size,
+    check_text,
+    mask,
+)
+from millijoule.pipeline.planning.raw_chunks import BadRow, RawChunk, python_values, shown
+from millijoule.workers.errors import InputError
+from millijoule.workers.schemas import PLAN_ROW_SCHEMA
+from millijoule.workers.storage.prompt_file_names import file_format
+from millijoule.workers.storage.store import InputFile
+
+MAX_EXTRA_BYTES = 2**20
+
+#: `PLAN_ROW_SCHEMA` before ids and defaults: `prompt_id` and `num_images` may still be null.
+PROMPT_ROW_SCHEMA = pa.schema(
+    [f.with_nullable(True) if f.name in ("prompt_id", "num_images") else f for f in PLAN_ROW_SCHEMA]
+)
+
+BAD_ROW_SCHEMA = pa.schema(
+    [
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("column", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string()),
+        pa.field("prompt", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How prompt files are read.
+
+    `prompt_column` names the column that holds the prompt where it has none of the usual names, or several;
+    `delimiter` is the character between the fields of csv and tsv, None to find out from the header.
+    """
+
+    prompt_column: str | None = None
+    delimiter: str | None = None
+    max_prompt_chars: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise InputError(f"delimiter {self.delimiter!r}: must be one character, no quote and no line end")
+
+
+@dataclass(frozen=True)
+class PromptChunk:
+    """Some rows of file number `file_index`.
+
+    `rows` has `PROMPT_ROW_SCHEMA`; `row_numbers` is int64 `[len(rows)]`, 1-based; `last_row` the number of the last
+    row read, good or bad. `names` maps our column names to the file's.
+    """
+
+    file_index: int
+    names: Mapping[str, str]
+    rows: pa.RecordBatch
+    row_numbers: np.ndarray
+    bad: list[BadRow]
+    last_row: int
+
+
+def read_prompts(
+    files: Sequence[InputFile], options: PromptOptions, remarks: Remarks | None = None
+) -> Iterator[PromptChunk]:
+    """Read and check all files in order. A file without rows yields no chunk.
+
+    Args:
+        remarks: of an earlier pass over the same files, so that nothing is said twice.
+
+    Raises:
+        InputError: a file cannot be read, lacks a prompt column or has two columns of one meaning; or all files
+            together have no row.
+        StoreError: storage failed.
+    """
+    any_row = False
+    remarks = remarks or Remarks()
+    known = KnownNames(options.prompt_column)
+    if options.delimiter is not None and not any(file_format(f.url)[0] in USUAL_DELIMITERS for f in files):
+        raise InputError(f"--delimiter {options.delimiter!r}: none of the prompt files is csv or tsv")
+    for index, file in enumerate(files):
+        columns = FileColumns(file.url, known, remarks)
+        for raw in read_chunks(file, known, remarks, options.delimiter):
+            columns.meet(raw)
+            if raw.last_row:
+                any_row = True
+                yield _check(index, file.url, raw, columns, options, remarks)
+    if not any_row:
+        names = ", ".join(file.url for file in files[:5]) + (", ..." if len(files) > 5 else "")
+        raise InputError(f"no prompts: no row in {names or 'no file'}")
+
+
+def _check(
+    index: int, file: str, raw: RawChunk, columns: FileColumns, options: PromptOptions, remarks: Remarks
+) -> PromptChunk:
+    """The chunk with every column in its type and the rows that break a rule set aside."""
+    n, names, problems = len(raw.rows), dict(columns.names), Problems()
+    values = {ours: raw.column(name) for ours, name in names.items() if name in raw.names}
+
+    out: dict[str, pa.Array] = {field.name: pa.nulls(n, field.type) for field in PROMPT_ROW_SCHEMA}
+    if "prompt_id" in values:
+        out["prompt_id"] = check_ids(
+            values["prompt_id"], names["prompt_id"], problems, file, from_text=raw.from_text
+        )
+    limit = options.max_prompt_chars
+    prompts = values.get("prompt", [None] * n)
+    out["prompt"] = check_text(
+        prompts, names.get("prompt", "prompt"), problems, file, max_chars=limit, blank=False
+    )
+    if "negative_prompt" in values:
+        out["negative_prompt"] = check_text(
+            values["negative_prompt"], names["negative_prompt"], problems, file, max_chars=limit, blank=True
+        )
+    comma = raw.decimal_comma
+    for ours in (name for name in INTEGER_LIMITS if name in values):
+        out[ours] = check_integers(values[ours], ours, names[ours], problems, decimal_comma=comma)
+    if "size" in values:
+        out["width"], out["height"] = check_size(
+            values["size"],
+            names["size"],
+            out["width"],
+            out["height"],
+            problems,
+            lambda value: _remark_size(remarks, file, names["size"], value),
+        )
+    if "guidance_scale" in values:
+        out["guidance_scale"] = check_guidance(
+            values["guidance_scale"], names["guidance_scale"], problems, decimal_comma=comma
+        )
+    out["extra"] = _check_extra(raw, columns, problems)
+    out["source"] = pc.binary_join_element_wise(file, pc.cast(pa.array(raw.rows), pa.string()), ":")
+
+    rows = pa.RecordBatch.from_arrays(
+        [out[name] for name in PROMPT_ROW_SCHEMA.names], names=PROMPT_ROW_SCHEMA.names
+    )
+    numbers, bad = raw.rows, list(raw.bad)
+    if problems.found:
+        ids = python_values(values["prompt_id"]) if "prompt_id" in values else [None] * n
+        prompts = python_values(prompts)
+        bad += [
+            BadRow(file, int(numbers[i]), column, reason, shown(ids[i], MAX_ID_CHARS), shown(prompts[i]))
+            for i, (column, reason) in problems.found.items()
+        ]
+        good = np.ones(n, bool)
+        good[list(problems.found)] = False
+        rows, numbers = rows.filter(pa.array(good)), numbers[good]
+    bad.sort(key=lambda b: b.row)
+    return PromptChunk(index, names, rows.cast(PROMPT_ROW_SCHEMA), numbers, bad, raw.last_row)
+
+
+def _remark_size(remarks: Remarks, file: str, column: str, value: str) -> None:
+    text = f"column {column!r} holds {value!r}, which is no size in pixels such as 1024x768: not used (passed through)"
+    remarks.add(file, text, key=f"unreadable size {column}", level=logging.WARNING)
+
+
+def _check_extra(raw: RawChunk, columns: FileColumns, problems: Problems) -> pa.Array:
+    n = len(raw.rows)
+    try:
+        extra = raw.extra(columns.used)
+    except (TypeError, ValueError, RecursionError) as error:
+        others = ", ".join(columns.passed_through(raw.names))
+        raise InputError(
+            f"{columns.file}: rows {raw.rows[0]} to {raw.rows[-1]}: a column to pass through has no JSON form "
+            f"({error}); drop it from the file. Columns: {others}"
+        ) from error
+    if extra is None:
+        return pa.nulls(n, pa.string())
+    column = ", ".join(columns.passed_through(raw.names))
+    text = as_text(extra, column, problems, columns.file, "text")
+    size = pc.binary_length(text)
+    problems.add(
+        mask(pc.greater(size, MAX_EXTRA_BYTES)),
+        column,
+        lambda i: f"{size[i].as_py():,} bytes to pass through; at most {MAX_EXTRA_BYTES:,} are allowed",
+    )
+    return text

@@ -1,0 +1,1 @@
+"""One driver's run of a job: workers in, commits out."""

@@ -1,0 +1,440 @@
+"""Who works on what: leases over the shards of a plan. A plain state machine without I/O, clocks or Ray.
+
+State in: which shards are committed (read from storage), and what workers report. State out: leases. All of it can
+be rebuilt from storage, so nothing here is saved; and since commits are exclusive, a wrong lease costs energy, never
+correctness. Times are seconds on any monotonic clock the caller keeps to.
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+import uuid
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from millijoule.pipeline.running.bisection import Bisection
+from millijoule.workers.lease import AttemptResult, Lease, Suspect
+from millijoule.workers.shard_rows import Shard
+
+#: After this many workers died on a shard, its rows are searched for the one that kills them.
+CRASHES_BEFORE_BISECTION = 2
+
+#: Where workers keep dying on a shard although no single row kills one, its rows are quarantined after this many searches.
+MAX_BISECTIONS = 2
+
+#: A node that dies takes its lease along for no fault of the rows, unless this many nodes died with the same shard.
+NODE_DEATHS_BEFORE_BLAME = 3
+
+#: A shard whose rows are all quarantined needs no model; a worker that dies even on that is tried again this often.
+MAX_EMPTY_ATTEMPTS = 5
+
+#: How long a row that failed waits for a second worker before the one that accused it may be asked again.
+SECOND_OPINION_PATIENCE_S = 30.0
+
+#: A second lease is given when the first has run this many times longer than the median shard ...
+SPECULATION_FACTOR = 1.5
+
+#: ... and at least this many seconds: shorter ones are not worth the energy.
+SPECULATION_MIN_S = 5.0
+
+#: Why a row that killed its workers stands quarantined.
+POISON_REASON = "every worker that generated this row died"
+HANG_REASON = "every worker that generated this row stood still, longer than --lease-seconds, and was ended"
+
+
+class Shards(Protocol):
+    """Shards by id, such as `pipeline.planning.retry.JobShards`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, shard_id: int, /) -> Shard: ...
+
+
+@dataclass
+class ActiveLease:
+    """A lease that is out, and when it was last known to be alive."""
+
+    lease: Lease
+    started: float
+    deadline: float
+    images_done: int = 0
+    steps: int = 0
+
+
+@dataclass
+class _Trouble:
+    """What went wrong with one shard so far."""
+
+    crashes: int = 0
+    node_deaths: int = 0
+    bisections: int = 0
+    bisection: Bisection | None = None
+    stood_still: bool = False  # so the last one ended
+    quarantine: dict[int, str] = field(default_factory=dict)  # reasons by row
+    empty_attempts: int = 0
+
+
+@dataclass(frozen=True)
+class Accusation:
+    """A finished attempt whose commit waits for a second opinion on the rows that failed in it."""
+
+    result: AttemptResult
+    node_id: str
+    since: float
+
+    @property
+    def worker_id(self) -> str:
+        return self.result.lease.worker_id
+
+
+@dataclass
+class Coordinator:
+    """Hands out shards until all are committed.
+
+    Args:
+        shards: the plan's shards.
+        committed: bool `[n_shards]`, True where a commit exists.
+        lease_s: a lease without progress for this long is taken back.
+        driver_epoch: becomes part of attempt ids, so that `gc` can tell old attempts from live ones.
+        speculate: give second leases to stragglers when nothing else is left.
+    """
+
+    shards: Shards
+    committed: np.ndarray
+    lease_s: float
+    driver_epoch: int
+    speculate: bool = True
+    active: dict[str, ActiveLease] = field(default_factory=dict)
+    given_up: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._cursor = 0  # every shard before it was leased at least once
+        self._again: dict[int, None] = {}  # shards to lease again, before new ones; each once, in order
+        self._later: list[tuple[float, int]] = []  # heap of (not before, shard)
+        self._probing: deque[int] = deque()  # shards whose bisection waits for a worker
+        self._accused: deque[Accusation] = deque()  # that wait for a second worker
+        self._hearings: dict[str, Accusation] = {}  # by the attempt id of the lease that confirms them
+        self._void: list[Accusation] = []  # whose attempts are to be discarded
+        self._trouble: dict[int, _Trouble] = {}
+        self._by_shard: dict[int, set[str]] = {}
+        self._durations: deque[float] = deque(maxlen=256)
+        self.leases_given = 0
+        self.progress = 0  # grows with every commit and every narrowed search: the respawn budget's clock
+        self.n_committed = int(self.committed.sum())
+
+    @property
+    def done(self) -> bool:
+        """All shards are committed or given up."""
+        return self.n_committed + len(self.given_up) == len(self.shards)
+
+    @property
+    def remaining(self) -> int:
+        """Shards neither committed nor given up."""
+        return len(self.shards) - self.n_committed - len(self.given_up)
+
+    @property
+    def useful_workers(self) -> int:
+        """An upper bound on useful workers: one per shard, and a second one where a row waits for it."""
+        return self.remaining + (1 if self._accused else 0)
+
+    def next_lease(
+        self, worker_id: str, now: float, peers: Mapping[str, str] | None = None, *, alone: bool = False
+    ) -> Lease | None:
+        """The next lease for an idle worker, or None where there is nothing to do for it at present.
+
+        Args:
+            worker_id: the worker that asks.
+            now: seconds.
+            peers: node id of every worker that can be leased to, idle or not, `worker_id` included.
+            alone: no second worker can come: the only one may confirm its own failures at once.
+        """
+        if self._probing:
+            shard_id = self._probing.popleft()
+            bisection = self._trouble[shard_id].bisection
+            assert bisection is not None
+            return self._grant(shard_id, worker_id, now, probe=bisection.next_range())
+        if lease := self._hearing(worker_id, now, peers or {worker_id: ""}, alone=alone):
+            return lease
+        while self._later and self._later[0][0] <= now:
+            self._again[heapq.heappop(self._later)[1]] = None
+        while self._again:
+            shard_id = next(iter(self._again))
+            del self._again[shard_id]
+            if self._open(shard_id):
+                return self._grant(shard_id, worker_id, now)
+        while self._cursor < len(self.shards):
+            shard_id = self._cursor
+            self._cursor += 1
+            if self._open(shard_id):
+                return self._grant(shard_id, worker_id, now)
+        return self._speculative(worker_id, now) if self.speculate else None
+
+    def renew(
+        self, attempt_id: str, images_done: int, steps: int, now: float, *, waits_for_store: bool = False
+    ) -> bool:
+        """A worker answered: its lease lives on if it got further since, by images or by smaller steps, or waits for storage."""
+        entry = self.active.get(attempt_id)
+        if entry is None or (
+            (images_done, steps) <= (entry.images_done, entry.steps) and not waits_for_store
+        ):
+            return False
+        entry.images_done, entry.steps = images_done, steps
+        entry.deadline = now + self.lease_s
+        return True
+
+    def complete(self, attempt_id: str, shard_id: int, now: float) -> bool:
+        """Shard `shard_id` has a commit in storage, by this attempt or another. True where that is news."""
+        entry = self._return(attempt_id)
+        if entry is not None:
+            self._durations.append(now - entry.started)
+        if self.committed[shard_id]:
+            return False
+        self.committed[shard_id] = True
+        self.n_committed += 1
+        self.given_up.pop(shard_id, None)
+        self._again.pop(shard_id, None)
+        self.progress += 1
+        return True
+
+    # -- rows that fail ------------------------------------------------------------------------------------------
+
+    def suspected(self, result: AttemptResult, node_id: str, now: float) -> None:
+        """The attempt is finished but for rows that failed: they are to be tried by another worker, elsewhere if there is one."""
+        self._return(result.lease.attempt_id)
+        if not self.committed[result.lease.shard.shard_id]:
+            self._accused.append(Accusation(result, node_id, now))
+
+    def confirmed(self, attempt_id: str) -> AttemptResult | None:
+        """The suspects failed again: the waiting attempt's commit may stand. None where there is no such question."""
+        self._return(attempt_id)
+        accusation = self._hearings.pop(attempt_id, None)
+        if accusation is None:
+            return None
+        self.progress += 1
+        return accusation.result
+
+    def contradicted(self, attempt_id: str) -> Accusation | None:
+        """A suspect was drawn: the accuser's attempt is void, and its shard is leased again."""
+        self._return(attempt_id)
+        accusation = self._hearings.pop(attempt_id, None)
+        if accusation is not None:
+            self._void.append(accusation)
+            self._lease_again_soon(accusation.result.lease.shard.shard_id)
+        return accusation
+
+    def take_void(self, *, all_waiting: bool = False) -> list[AttemptResult]:
+        """Attempts that will never be committed, each once: contradicted ones, and those whose shard another has committed.
+
+        With `all_waiting` also those that still wait for a second opinion: the run ends.
+        """
+        waiting = [*self._accused, *self._hearings.values()] if all_waiting else list(self._accused)
+        self._accused.clear()
+        if all_waiting:
+            self._hearings.clear()
+        for accusation in waiting:
+            if all_waiting or not self._open(accusation.result.lease.shard.shard_id):
+                self._void.append(accusation)
+            else:
+                self._accused.append(accusation)
+        void, self._void = [a.result for a in self._void], []
+        return void
+
+    def _hearing(self, worker_id: str, now: float, peers: Mapping[str, str], *, alone: bool) -> Lease | None:
+        """A lease to confirm rows that failed elsewhere, if this worker is the best judge there is."""
+        for i, accusation in enumerate(self._accused):
+            accuser, node_id = accusation.worker_id, accusation.node_id
+
+            def rank(peer: str, accuser: str = accuser, node_id: str = node_id) -> int:
+                return 0 if peer == accuser else 1 if peers[peer] == node_id else 2
+
+            mine = rank(worker_id)
+            if mine < max(map(rank, peers)):
+                continue
+            if mine == 0 and not alone and now - accusation.since < SECOND_OPINION_PATIENCE_S:
+                continue
+            del self._accused[i]
+            result = accusation.result
+            lease = self._grant(
+                result.lease.shard.shard_id,
+                worker_id,
+                now,
+                confirm=result.suspects,
+                healthy=result.healthy,
+            )
+            self._hearings[lease.attempt_id] = accusation
+            return lease
+        return None
+
+    # -- leases that come back -----------------------------------------------------------------------------------
+
+    def probed(self, attempt_id: str) -> None:
+        """The rows of a probe survived."""
+        self._end_probe(attempt_id, survived=True)
+
+    def released(self, attempt_id: str, not_before: float | None = None) -> None:
+        """The lease came back for no fault of its rows: preemption, shutdown, a node's or the store's trouble.
+
+        With `not_before` the shard is not leased again until then.
+        """
+        entry = self._return(attempt_id)
+        if entry is None:
+            return
+        shard_id = entry.lease.shard.shard_id
+        if entry.lease.probe_rows is not None:
+            self._probing.append(shard_id)
+        elif accusation := self._hearings.pop(attempt_id, None):
+            self._accused.append(accusation)
+        elif not_before is not None:
+            heapq.heappush(self._later, (not_before, shard_id))
+        else:
+            self._lease_again_soon(shard_id)
+
+    def node_died(self, attempt_id: str, error: str) -> None:
+        """The node died with this lease in hand: its own fault, unless shards make a habit of it."""
+        entry = self.active.get(attempt_id)
+        if entry is None:
+            return
+        trouble = self._trouble.setdefault(entry.lease.shard.shard_id, _Trouble())
+        trouble.node_deaths += 1
+        if trouble.node_deaths < NODE_DEATHS_BEFORE_BLAME:
+            self.released(attempt_id)
+        else:
+            self.crashed(attempt_id, error)
+
+    def crashed(self, attempt_id: str, error: str, *, stood_still: bool = False) -> None:
+        """The worker died, or was killed because it stood still, with this lease in hand."""
+        entry = self.active.get(attempt_id)
+        if entry is None:
+            return
+        self._trouble.setdefault(entry.lease.shard.shard_id, _Trouble()).stood_still = stood_still
+        if entry.lease.probe_rows is not None:
+            self._end_probe(attempt_id, survived=False)
+            return
+        self._return(attempt_id)
+        shard_id = entry.lease.shard.shard_id
+        trouble = self._trouble.setdefault(shard_id, _Trouble())
+        if accusation := self._hearings.pop(attempt_id, None):
+            # rows that made one worker raise kill another: let the search find out which
+            trouble.crashes += 1
+            self._void.append(accusation)
+            self._lease_again_soon(accusation.result.lease.shard.shard_id)
+            return
+        if len(trouble.quarantine) == entry.lease.shard.n_rows:
+            trouble.empty_attempts += 1
+            if trouble.empty_attempts >= MAX_EMPTY_ATTEMPTS:
+                self.given_up[shard_id] = f"workers die even without drawing it: {error}"
+            else:
+                self._lease_again_soon(shard_id)
+            return
+        trouble.crashes += 1
+        if trouble.crashes < CRASHES_BEFORE_BISECTION:
+            self._lease_again_soon(shard_id)
+        elif trouble.bisection is not None:
+            pass  # a straggling second lease died while the search is already on
+        elif trouble.bisections >= MAX_BISECTIONS:
+            reason = f"workers keep dying on this shard, though no single row of it kills one: {error}"
+            for row in range(entry.lease.shard.n_rows):
+                trouble.quarantine.setdefault(row, reason)
+            self._lease_again_soon(shard_id)
+        else:
+            trouble.bisections += 1
+            trouble.bisection = Bisection(entry.lease.shard.n_rows)
+            self._again.pop(shard_id, None)
+            self._probing.append(shard_id)
+
+    def expired(self, now: float) -> list[ActiveLease]:
+        """Leases past their deadline. They stay active until reported; each is returned once per deadline."""
+        late = [e for e in self.active.values() if e.deadline <= now]
+        for entry in late:
+            entry.deadline = now + self.lease_s
+        return late
+
+    def lease_again(self, attempt_id: str) -> None:
+        """Let another worker have the shard too: this lease went quiet. The shard's commit will decide."""
+        entry = self.active.get(attempt_id)
+        if entry is not None and entry.lease.writes:
+            self._again[entry.lease.shard.shard_id] = None
+
+    def _lease_again_soon(self, shard_id: int) -> None:
+        """Queue a shard, once, unless another lease on it is out already."""
+        if not any(self.active[a].lease.writes for a in self._by_shard.get(shard_id, ())):
+            self._again[shard_id] = None
+
+    def _open(self, shard_id: int) -> bool:
+        return not self.committed[shard_id] and shard_id not in self.given_up
+
+    def _grant(
+        self,
+        shard_id: int,
+        worker_id: str,
+        now: float,
+        probe: tuple[int, int] | None = None,
+        confirm: tuple[Suspect, ...] = (),
+        healthy: tuple[int, int] | None = None,
+    ) -> Lease:
+        trouble = self._trouble.get(shard_id)
+        quarantine = sorted(trouble.quarantine.items()) if trouble and probe is None and not confirm else ()
+        lease = Lease(
+            shard=self.shards[shard_id],
+            attempt_id=f"e{self.driver_epoch:04d}-{uuid.uuid4().hex[:12]}",
+            worker_id=worker_id,
+            probe_rows=probe,
+            confirm=confirm,
+            healthy=healthy,
+            quarantine=tuple(quarantine),
+        )
+        self.active[lease.attempt_id] = ActiveLease(lease, now, now + self.lease_s)
+        self._by_shard.setdefault(shard_id, set()).add(lease.attempt_id)
+        self.leases_given += 1
+        return lease
+
+    def _speculative(self, worker_id: str, now: float) -> Lease | None:
+        if not self._durations:
+            return None
+        patience = max(SPECULATION_MIN_S, SPECULATION_FACTOR * statistics.median(self._durations))
+        slow = [
+            e
+            for e in self.active.values()
+            if e.lease.writes
+            and e.lease.worker_id != worker_id
+            and now - e.started > patience
+            and len(self._by_shard[e.lease.shard.shard_id]) == 1
+            and self._open(e.lease.shard.shard_id)
+        ]
+        if not slow:
+            return None
+        oldest = min(slow, key=lambda e: (e.started, e.lease.shard.shard_id))
+        return self._grant(oldest.lease.shard.shard_id, worker_id, now)
+
+    def _return(self, attempt_id: str) -> ActiveLease | None:
+        entry = self.active.pop(attempt_id, None)
+        if entry is not None:
+            shard_id = entry.lease.shard.shard_id
+            attempts = self._by_shard[shard_id]
+            attempts.discard(attempt_id)
+            if not attempts:
+                del self._by_shard[shard_id]
+        return entry
+
+    def _end_probe(self, attempt_id: str, *, survived: bool) -> None:
+        entry = self._return(attempt_id)
+        if entry is None or entry.lease.probe_rows is None:
+            return
+        shard_id = entry.lease.shard.shard_id
+        trouble = self._trouble[shard_id]
+        if trouble.bisection is None:
+            return
+        trouble.bisection.report(entry.lease.probe_rows, survived)
+        self.progress += 1
+        if not trouble.bisection.done:
+            self._probing.append(shard_id)
+            return
+        reason = HANG_REASON if trouble.stood_still else POISON_REASON
+        trouble.quarantine.update(dict.fromkeys(trouble.bisection.poison, reason))
+        trouble.bisection = None
+        trouble.crashes = CRASHES_BEFORE_BISECTION - 1  # one more death starts the next search
+        self._lease_again_soon(shard_id)

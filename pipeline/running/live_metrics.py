@@ -1,0 +1,104 @@
+"""Prometheus metrics of a running job, through Ray's own metrics endpoints; `infra/grafana/millijoule.json` draws them.
+
+The driver publishes them, from what commits and workers tell it: nothing is measured a second time. Labels are few
+(job, host, device, class, status, cap); what belongs to one image stays in the tables. Ray writes `ray_` before the
+names and, for counters, `_total` behind them. A counter starts at 0 with each run of a job. The evidence class is not among
+them: it follows from the closure of complete books, which a running job does not have.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge
+
+from millijoule.pipeline.output.job import JobSpec
+from millijoule.pipeline.running.run import JobRun
+
+#: Between two updates; Prometheus seldom looks more often.
+PERIOD_S = 5.0
+
+#: Name -> labels besides `job`, and what it says.
+COUNTERS = {
+    "millijoule_images": (("status",), "Images of committed shards, by status ok or quarantined."),
+    "millijoule_energy_joules": (
+        ("host", "device"),
+        "Growth of the energy counters, each counted once however many workers share it. Absent without counters.",
+    ),
+    "millijoule_energy_estimate_joules": (
+        (),
+        "Estimate (CPU time at an assumed power) of workers that have no energy counter. Not a measurement.",
+    ),
+    "millijoule_worker_seconds": (("class",), "Worker time by what it went into: shard, idle, load, ..."),
+    "millijoule_lost_attempts": ((), "Attempts that found their shard committed by another."),
+}
+GAUGES = {
+    "millijoule_workers": ((), "Workers that are ready."),
+    "millijoule_shards_remaining": ((), "Shards not committed yet."),
+    "millijoule_energy_unclaimed_joules": (
+        (),
+        "Residual: counted during the job, but in no segment that has arrived yet.",
+    ),
+    "millijoule_cap_used_share": (("cap",), "What was used of a cap, 1 being all of it."),
+}
+
+
+class LiveMetrics:
+    """Publishes a `JobRun` while it works; call `tick` from the run and `publish` at its end."""
+
+    def __init__(self, job: JobSpec, run: JobRun) -> None:
+        self.run = run
+        self._job = job.fingerprint[:12]
+        self._counters: dict[str, Any] = {
+            name: Counter(name, description=text, tag_keys=("job", *labels))
+            for name, (labels, text) in COUNTERS.items()
+        }
+        self._gauges: dict[str, Any] = {
+            name: Gauge(name, description=text, tag_keys=("job", *labels))
+            for name, (labels, text) in GAUGES.items()
+        }
+        self._published: dict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
+        self._at_start = run.spending.estimated_mj, {k: c.total_mj for k, c in run.spending.counters.items()}
+        self._seconds_at_start = dict(run.spending.seconds)
+        self._next = 0.0
+
+    def tick(self) -> None:
+        """Publish, if it is time to."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + PERIOD_S
+            self.publish()
+
+    def publish(self) -> None:
+        run, spending = self.run, self.run.spending
+        estimate_before, counters_before = self._at_start
+        self._count("millijoule_images", run.counts.images_this_run, status="ok")
+        self._count("millijoule_images", run.counts.quarantined_this_run, status="quarantined")
+        self._count("millijoule_lost_attempts", run.counts.lost_attempts)
+        joules: dict[tuple[str, str], float] = defaultdict(float)
+        for key, counter in spending.counters.items():
+            boot_id, _, device = key
+            grown_mj = counter.total_mj - counters_before.get(key, 0)
+            joules[run.hosts.get(boot_id, boot_id), device] += grown_mj / 1000
+        for (host, device), grown in joules.items():
+            self._count("millijoule_energy_joules", grown, host=host, device=device)
+        self._count("millijoule_energy_estimate_joules", (spending.estimated_mj - estimate_before) / 1000)
+        for segment_class, seconds in spending.seconds.items():
+            grown = seconds - self._seconds_at_start.get(segment_class, 0.0)
+            self._count("millijoule_worker_seconds", grown, **{"class": segment_class})
+        self._set("millijoule_workers", run.pool.ready_workers)
+        self._set("millijoule_shards_remaining", run.remaining)
+        self._set("millijoule_energy_unclaimed_joules", spending.unclaimed_mj / 1000)
+        for cap, share in spending.used_shares().items():
+            self._set("millijoule_cap_used_share", share, cap=cap)
+
+    def _count(self, name: str, total: float, **labels: str) -> None:
+        """Bring a counter to `total`; Ray's counters take increments."""
+        key = name, tuple(sorted(labels.items()))
+        if total > self._published[key]:
+            self._counters[name].inc(total - self._published[key], tags={"job": self._job, **labels})
+            self._published[key] = total
+
+    def _set(self, name: str, value: float, **labels: str) -> None:
+        self._gauges[name].set(value, tags={"job": self._job, **labels})

@@ -1,0 +1,325 @@
+"""A recorder of the node's own meter on every node where workers run, for as long as they do.
+
+The driver's loop calls `tick`: it asks new workers where they are, starts a recorder on each node that has a meter,
+takes what the recorders read, and ends those whose node has no worker any more, so that an autoscaler can have it.
+Nothing here waits, and nothing that fails here reaches the job: what cannot be read is missing, with a reason that is
+said once and stands in the table.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from millijoule.pipeline.energy.node_readings import MeteredNode
+from millijoule.workers.lease import NodePlace
+from millijoule.workers.node_meters.actor import NodeRecorderReady, remote_node_recorder
+from millijoule.workers.node_meters.config import NodeMeterConfig, find_node_meter
+from millijoule.workers.node_meters.meter import MAX_MISSED_PERIODS, NodeFailure, NodeReading
+
+log = logging.getLogger(__name__)
+
+#: Between two looks at workers and recorders.
+TICK_S = 0.5
+#: How often a recorder is asked for what it read: well within a flush interval.
+TAKE_PERIOD_S = 5.0
+#: A node without a worker keeps its recorder this long: the next worker may be on its way.
+RELEASE_AFTER_S = 30.0
+#: A recorder that dies is started this often on one node.
+MAX_STARTS = 3
+#: `look_once` waits this long for all nodes: two slow answers of a controller, and the start of the actors.
+LOOK_TIMEOUT_S = 40.0
+#: At the end the recorders have this long for a last reading.
+STOP_TIMEOUT_S = 5.0
+
+
+@dataclass(eq=False)
+class _Recorder:
+    """A node's recorder. Without `actor` nothing is read there: no meter is named, or another reads it."""
+
+    place: NodePlace
+    starts: int = 0
+    config: NodeMeterConfig | None = None
+    actor: Any = None
+    node: MeteredNode | None = None  # known once it is ready
+    calls: int = 0  # that are out
+    next_take: float = 0.0
+    unneeded_since: float | None = None
+    same_machine: str | None = None  # boot id, where another node of the cluster reads this machine's meter
+
+
+@dataclass
+class NodeRecorders:
+    """All recorders of one driver.
+
+    Args:
+        configs: the nodes' meters; without any, nothing is started.
+        record: takes rows of the `node_reading` table.
+    """
+
+    configs: Sequence[NodeMeterConfig]
+    record: Callable[[Iterable[tuple]], None]
+    clock: Callable[[], float] = time.monotonic
+
+    _places: dict[str, NodePlace | None] = field(default_factory=dict)  # by worker; None: asked
+    _asked: dict[Any, str] = field(default_factory=dict)
+    _recorders: dict[str, _Recorder] = field(default_factory=dict)  # by node id
+    _calls: dict[Any, tuple[_Recorder, str]] = field(default_factory=dict)  # with the method
+    _said: set[tuple[str, str]] = field(default_factory=set)
+    _next_tick: float = 0.0
+
+    def start(self, nodes: Iterable[NodePlace]) -> None:
+        """Start on `nodes`, where workers are expected, ahead of them; a node that gets none is released."""
+        if not self.configs:
+            return
+        try:
+            for place in nodes:
+                self._start(self._recorders.setdefault(place.node_id, _Recorder(place)))
+        except RayError as error:
+            self._say("the cluster", f"recorders do not start: {_first_line(error)}")
+
+    def tick(self, workers: Mapping[str, Any]) -> None:
+        """One turn; `workers` are the actors there are now, by worker id."""
+        now = self.clock()
+        if not self.configs or now < self._next_tick:
+            return
+        self._next_tick = now + TICK_S
+        try:
+            self._ask_places(workers)
+            self._settle(0.0)
+            self._start_and_release(now)
+            for recorder in self._recorders.values():
+                if recorder.node is not None and not recorder.calls and now >= recorder.next_take:
+                    recorder.next_take = now + TAKE_PERIOD_S
+                    self._call(recorder, "take")
+        except RayError as error:
+            self._say("the cluster", f"node meters are not looked after: {_first_line(error)}")
+
+    def close(self, *, wait: bool = True) -> None:
+        """Take the last readings, those after the workers' last counter reads, and end all recorders.
+
+        With `wait` False there is no last reading: what the recorders have is taken if it comes at once.
+        """
+        try:
+            for recorder in self._recorders.values():
+                if recorder.node is not None:
+                    self._call(recorder, "take")  # a last reading may hang; what there is already does not
+                    if wait:
+                        self._call(recorder, "stop")
+            if any(r.node is not None for r in self._recorders.values()):
+                self._settle(STOP_TIMEOUT_S if wait else TICK_S)
+            for recorder in self._recorders.values():
+                self._kill(recorder)
+        except RayError as error:
+            log.warning("last readings of node meters were lost: %s", _first_line(error))
+        self._recorders.clear()
+        self._calls.clear()
+
+    # -- where workers are ---------------------------------------------------------------------------------------
+
+    def _ask_places(self, workers: Mapping[str, Any]) -> None:
+        for worker_id in self._places.keys() - workers.keys():
+            del self._places[worker_id]
+        for worker_id, actor in workers.items():
+            if worker_id not in self._places:
+                self._places[worker_id] = None
+                self._asked[actor.place.remote()] = worker_id
+
+    def _start_and_release(self, now: float) -> None:
+        wanted = {place.node_id: place for place in self._places.values() if place is not None}
+        for node_id, place in wanted.items():
+            recorder = self._recorders.setdefault(node_id, _Recorder(place))
+            recorder.unneeded_since = None
+            if recorder.starts == 0:
+                self._start(recorder)
+        for node_id, recorder in list(self._recorders.items()):
+            if node_id in wanted:
+                continue
+            recorder.unneeded_since = recorder.unneeded_since or now
+            if now - recorder.unneeded_since >= RELEASE_AFTER_S and not recorder.calls:
+                if recorder.node is not None:
+                    self._call(recorder, "stop")
+                else:
+                    self._remove(recorder)
+
+    def _start(self, recorder: _Recorder) -> None:
+        recorder.starts += 1
+        place = recorder.place
+        recorder.config = find_node_meter(self.configs, place.host, node_ip(place.node_id))
+        if recorder.config is None:
+            self._say(place.host, "no meter is named for this node")
+            return
+        recorder.actor = remote_node_recorder(place.node_id, recorder.config)
+        self._call(recorder, "start")
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def _call(self, recorder: _Recorder, method: str) -> None:
+        recorder.calls += 1
+        self._calls[getattr(recorder.actor, method).remote()] = recorder, method
+
+    def _settle(self, timeout_s: float) -> None:
+        futures = [*self._asked, *self._calls] if not timeout_s else list(self._calls)
+        if not futures:
+            return
+        ready, _ = ray.wait(futures, num_returns=len(futures), timeout=timeout_s)
+        for future in ready:
+            if future in self._asked:
+                worker_id = self._asked.pop(future)
+                try:
+                    if worker_id in self._places:
+                        self._places[worker_id] = ray.get(future)
+                except RayError:
+                    pass  # the worker is gone; the pool notices
+            elif call := self._calls.pop(future, None):
+                self._answered(*call, future)
+
+    def _answered(self, recorder: _Recorder, method: str, future: Any) -> None:
+        recorder.calls -= 1
+        try:
+            value = ray.get(future)
+        except RayError as error:
+            self._died(recorder, _first_line(error))
+            return
+        if isinstance(value, NodeRecorderReady):
+            self._ready(recorder, value)
+            return
+        self._take(recorder, value)
+        if method == "stop":
+            self._remove(recorder)
+
+    def _ready(self, recorder: _Recorder, ready: NodeRecorderReady) -> None:
+        config, place = recorder.config, recorder.place
+        assert config is not None
+        meter = config.name_on(place.host)
+        others = [r.node for r in self._recorders.values() if r.node is not None]
+        if any(node.boot_id == ready.boot_id for node in others):
+            recorder.same_machine = ready.boot_id  # two nodes of the cluster, one machine, one meter
+            self._kill(recorder)
+            return
+        max_gap_ns = round(config.period_s * MAX_MISSED_PERIODS * 1e9)
+        recorder.node = MeteredNode(
+            *(place.host, meter, max_gap_ns, config.accuracy_share, config.rest, place.node_id),
+            boot_id=ready.boot_id,
+            domains=ready.domains,
+        )
+        failure = ready.failure
+        if twin := next((n for n in others if n.meter == meter and config.meter != "ipmi"), None):
+            failure = f"{meter} is also the meter of {twin.host}: one chassis cannot be two nodes"
+        if failure:
+            self._take(recorder, (NodeFailure(time.time_ns(), failure),))
+            recorder.node = None
+            self._kill(recorder)
+
+    def _take(self, recorder: _Recorder, taken: Sequence[NodeReading | NodeFailure]) -> None:
+        assert recorder.node is not None
+        for said in taken:
+            if isinstance(said, NodeFailure):
+                self._say(recorder.node.host, f"{recorder.node.meter}: {said.reason}")
+        self.record(recorder.node.row(said) for said in taken)
+
+    def _died(self, recorder: _Recorder, reason: str) -> None:
+        if recorder.node is not None:
+            self._take(recorder, (NodeFailure(time.time_ns(), f"its recorder ended: {reason}"),))
+        else:
+            self._say(recorder.place.host, f"the recorder of its meter did not start: {reason}")
+        self._kill(recorder)
+        recorder.node = None
+        if recorder.starts < MAX_STARTS and recorder.unneeded_since is None:
+            self._start(recorder)
+
+    def _remove(self, recorder: _Recorder) -> None:
+        """End a recorder; a node of the same machine, if there is one, gets its own."""
+        self._kill(recorder)
+        self._recorders.pop(recorder.place.node_id, None)
+        boot_id = recorder.node.boot_id if recorder.node else None
+        for node_id, other in list(self._recorders.items()):
+            if boot_id is not None and other.same_machine == boot_id:
+                del self._recorders[node_id]
+
+    def _kill(self, recorder: _Recorder) -> None:
+        for future in [f for f, (r, _) in self._calls.items() if r is recorder]:
+            del self._calls[future]
+        recorder.calls = 0
+        if recorder.actor is not None:
+            ray.kill(recorder.actor)
+            recorder.actor = None
+
+    def _say(self, host: str, reason: str) -> None:
+        if (host, reason) not in self._said:
+            self._said.add((host, reason))
+            log.warning("node %s: %s; its energy is missing", host, reason)
+
+
+def nodes_with(resources: Mapping[str, float], most: int) -> list[NodePlace]:
+    """The nodes that can hold a worker; none where there are more of them than workers.
+
+    Args:
+        resources: what a worker asks for, by Ray's names.
+        most: workers there may be.
+    """
+    found = [
+        NodePlace(n["NodeID"], n["NodeManagerHostname"])
+        for n in ray.nodes()
+        if n["Alive"] and all(n["Resources"].get(name, 0) >= amount for name, amount in resources.items())
+    ]
+    return found if len(found) <= most else []
+
+
+@dataclass(frozen=True)
+class NodeLook:
+    """What the meter of one node said when it was asked once; `failure` says why it said nothing."""
+
+    host: str
+    meter: str
+    readings: tuple[NodeReading, ...]
+    failure: str
+
+
+def look_once(configs: Sequence[NodeMeterConfig]) -> list[NodeLook]:
+    """Read the meter of each node of the cluster as it is now, once: is it there, and what does it say?"""
+    nodes = sorted(
+        (n["NodeManagerHostname"], n["NodeID"], n["NodeManagerAddress"]) for n in ray.nodes() if n["Alive"]
+    )
+    found: dict[Any, tuple[str, str, Any, Any]] = {}
+    looks = []
+    for host, node_id, ip in nodes:
+        config = find_node_meter(configs, host, ip)
+        if config is None:
+            looks.append(NodeLook(host, "", (), "no meter is named for this node"))
+            continue
+        actor = remote_node_recorder(node_id, config)
+        start = actor.start.remote()
+        found[actor.stop.remote()] = host, config.name_on(host), actor, start
+    ready = ray.wait(list(found), num_returns=len(found), timeout=LOOK_TIMEOUT_S)[0] if found else []
+    for call, (host, meter, actor, start) in found.items():
+        try:
+            if call not in ready:
+                taken = (NodeFailure(0, "did not answer in time"),)
+            elif failure := ray.get(start).failure:
+                taken = (NodeFailure(0, failure),)
+            else:
+                taken = ray.get(call)
+        except RayError as error:
+            taken = (NodeFailure(0, _first_line(error)),)
+        ray.kill(actor)
+        readings = tuple(t for t in taken if isinstance(t, NodeReading))
+        failures = [t.reason for t in taken if isinstance(t, NodeFailure)]
+        looks.append(NodeLook(host, meter, readings, "" if readings else (failures or ["said nothing"])[-1]))
+    return sorted(looks, key=lambda look: look.host)
+
+
+def node_ip(node_id: str) -> str:
+    """The address Ray knows a node by; empty where it does not know the node."""
+    return next((n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == node_id), "")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__

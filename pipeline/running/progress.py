@@ -1,0 +1,168 @@
+"""Progress for people: a bar on a terminal, a plain line every ten seconds elsewhere, and the result at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from millijoule.pipeline.output.job import JobSpec
+from millijoule.pipeline.running.run import JobRun
+from millijoule.workers.visible_text import visible
+
+#: Between two lines where there is no terminal.
+LINE_PERIOD_S = 10.0
+
+#: Longest reason or warning that is printed; the manifest has them whole.
+MAX_WORDS = 200
+
+#: Between two redraws of the bar.
+BAR_PERIOD_S = 0.25
+
+
+class Progress:
+    """Shows a `JobRun` while it works. Use as a context manager and call `tick` from the run."""
+
+    def __init__(self, job: JobSpec, run: JobRun, *, quiet: bool = False) -> None:
+        self.job = job
+        self.run = run
+        self.quiet = quiet
+        self.console = Console(stderr=True)
+        self._next = 0.0
+        self._bar: Bar | None = None
+        if not quiet and self.console.is_terminal:
+            self._bar = Bar(
+                SpinnerColumn(),
+                TextColumn("images"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                console=self.console,
+                auto_refresh=False,
+            )
+            self._task = self._bar.add_task("images", total=job.images, detail="starting workers")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._draw()
+            self._bar.stop()
+
+    def tick(self) -> None:
+        """Show the current state, if it is time to."""
+        now = time.monotonic()
+        if self.quiet or now < self._next:
+            return
+        if self._bar is not None:
+            self._next = now + BAR_PERIOD_S
+            self._draw()
+        else:
+            self._next = now + LINE_PERIOD_S
+            done = min(self.job.images, self.run.counts.images_done + self.run.images_at_work())
+            print(f"{done}/{self.job.images} images, {self._detail()}", file=sys.stderr, flush=True)
+
+    def _draw(self) -> None:
+        assert self._bar is not None
+        done = min(self.job.images, self.run.counts.images_done + self.run.images_at_work())
+        self._bar.update(self._task, completed=done, detail=self._detail(), refresh=True)
+
+    def _detail(self) -> str:
+        """ "41 images/s, 0:12 left, 3.1 J/image, 2 workers" as far as it is known."""
+        run, counts = self.run, self.run.counts
+        parts = []
+        rate = run.images_per_second()
+        if rate:
+            left = (self.job.images - counts.images_done) / rate
+            parts.append(f"{rate:.3g} images/s, {clock(left)} left")
+        if counts.images_this_run:
+            parts.append(energy_words(counts.energy_mj, counts.estimate_mj, counts.images_this_run))
+        if counts.quarantined_this_run:
+            parts.append(f"{counts.quarantined_this_run} quarantined")
+        if run.waiting_for_storage:
+            parts.append("waiting for storage")
+        if run.complete:
+            parts.append("done")
+        elif workers := run.pool.ready_workers:
+            parts.append(f"{workers} worker{'' if workers == 1 else 's'}")
+        else:
+            parts.append("starting workers")
+        return ", ".join(parts)
+
+    def result(self, stats: dict[str, Any], *, finish_seconds: float) -> None:
+        """The closing lines: what was made, where it is, what it cost."""
+        lines = [f"{stats['images_ok']} images in {self.run.store.url}"]
+        if stats["images_per_second"]:
+            lines[0] += f", {stats['images_per_second']:.3g} images/s while working"
+        measured, modelled = stats["direct_mj_per_image"], stats["direct_estimate_mj_per_image"]
+        if measured is not None:
+            lines.append(
+                f"energy: {joules(measured)} per image direct, {joules(stats['full_mj_per_image'])} with loading, "
+                f"idling and waste ({', '.join(stats['energy_methods'])})"
+            )
+        else:
+            lines.append("energy: not measured (no readable counter on these nodes)")
+            if modelled is not None:
+                full = joules(stats["full_estimate_mj_per_image"])
+                lines.append(
+                    f"        a model of CPU time says about {joules(modelled)} per image, {full} with loading and idling"
+                )
+        if unclosed := stats["energy"]["unclosed"]:
+            first, more = unclosed[0], len(unclosed) - 1
+            lines.append(
+                f"warning: energy is missing, so there is no total: worker {first['worker_id']} on {first['host']}, "
+                f"{', '.join(first['devices'])}: {first['reason']}" + (f" (and {more} more)" if more else "")
+            )
+        if stats["images_quarantined"]:
+            lines.append(
+                f"images quarantined: {stats['images_quarantined']}; manifest.parquet has status and error of each, "
+                "--retry-failed tries them again"
+            )
+            lines += [f"  {n} x {cut(reason)}" for reason, n in list(stats["errors"].items())[:3]]
+        if stats["input_rows_rejected"]:
+            lines.append(f"{stats['input_rows_rejected']} input rows rejected, see bad_rows.parquet")
+        for words, n in list(stats["warnings"].items())[:5]:
+            lines.append(f"{n} x {cut(words)}")
+        if not self.quiet:
+            look = "look at preview.png; " if stats["images_ok"] else ""
+            lines.append(
+                f"{look}manifest.parquet lists every image, energy/ is the ledger, stats.json the totals"
+            )
+        for line in lines:
+            print(visible(line), file=sys.stderr)
+
+
+def cut(text: str) -> str:
+    """As much of a reason or warning as a line has room for."""
+    return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
+
+
+def energy_words(energy_mj: int | None, estimate_mj: int, images: int) -> str:
+    """Energy per image in words that say whether it was measured."""
+    if energy_mj is not None:
+        return f"{joules(energy_mj / images)}/image"
+    return f"~{joules(estimate_mj / images)}/image (modelled)"
+
+
+def joules(mj: float | None) -> str:
+    """Millijoules in a readable unit."""
+    if mj is None:
+        return "unknown"
+    return f"{mj / 1000:.3g} J" if mj >= 1000 else f"{mj:.3g} mJ"
+
+
+def clock(seconds: float) -> str:
+    """H:MM:SS, or M:SS under an hour."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

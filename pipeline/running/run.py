@@ -1,0 +1,381 @@
+"""One driver's run of a job: epoch, coordinator, pool, and the records a driver keeps beside the commits."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+
+from millijoule.pipeline.energy.live_tables import LiveTables
+from millijoule.pipeline.energy.node_readings import NodeReadingsWriter
+from millijoule.pipeline.energy.uncommitted import UncommittedWriter, read_uncommitted
+from millijoule.pipeline.output.commits import CommitCompactor, list_committed, parse_commit, read_commits
+from millijoule.pipeline.output.job import JobSpec, open_epoch
+from millijoule.pipeline.planning.retry import JobShards
+from millijoule.pipeline.running.accounts import Accounts
+from millijoule.pipeline.running.coordinator import Coordinator
+from millijoule.pipeline.running.node_recorders import NodeRecorders, nodes_with
+from millijoule.pipeline.running.pool import PoolOptions, WorkerPool
+from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
+from millijoule.pipeline.running.spending import Spending
+from millijoule.workers.errors import AlreadyExistsError
+from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped, commit_key
+from millijoule.workers.node_meters.config import NodeMeterConfig
+from millijoule.workers.schemas import Commit, PowerTrace, Segment
+from millijoule.workers.storage.store import Store
+
+log = logging.getLogger(__name__)
+
+#: What no commit carries, compacted commits and live energy tables are written out at least this often.
+FLUSH_PERIOD_S = 30.0
+
+#: A run that is cut off has this long for its last records.
+CUT_OFF_WRITES_S = 5.0
+
+#: Between two looks at what another driver has committed, besides ten times what a look takes.
+LOOK_PERIOD_S = 5.0
+
+#: Throughput is averaged over this window for the progress line.
+RATE_WINDOW_S = 60.0
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job with its plan in place; `exclusive` says that its store has exclusive create."""
+
+    job: JobSpec
+    shards: JobShards
+    exclusive: bool
+
+
+@dataclass
+class Counts:
+    """What this run and earlier ones achieved so far, for display."""
+
+    shards_done: int = 0
+    images_done: int = 0  # of committed shards, earlier runs included
+    images_this_run: int = 0
+    quarantined_this_run: int = 0
+    energy_mj: int | None = 0  # this run's committed shards; None once one was not measured
+    estimate_mj: int = 0
+    lost_attempts: int = 0
+
+
+class JobRun:
+    """Drives a planned job to its end, or as far as it gets.
+
+    Args:
+        worker_class: the Ray actor class.
+        spending: what the job uses, and its caps; without caps on energy, only this run's part of it.
+        node_meters: meters of the nodes themselves, read while workers are there.
+        telemetry: False: workers read no counters and sample no power, and no live tables are written.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        planned: PlannedJob,
+        options: PoolOptions,
+        worker_class: Any,
+        *,
+        lease_s: float,
+        speculate: bool,
+        batch_size: int | None = None,
+        spending: Spending | None = None,
+        node_meters: Sequence[NodeMeterConfig] = (),
+        telemetry: bool = True,
+    ) -> None:
+        job = planned.job
+        self.store = store
+        self.planned = planned
+        self.epoch = open_epoch(store, exclusive=planned.exclusive)
+        committed = list_committed(store, len(planned.shards))
+        self.coordinator = Coordinator(planned.shards, committed, lease_s, self.epoch, speculate)
+        config = WorkerConfig(
+            output_url=store.url,
+            fingerprint=job.fingerprint,
+            job_seed=job.job_seed,
+            output_format=job.output_format,
+            model=job.model,
+            model_sha256=job.model_sha256,
+            driver_epoch=self.epoch,
+            batch_size=batch_size,
+            commits_exclusively=planned.exclusive,
+            cpu_threads=max(1, int(options.cpus_per_worker)),
+            telemetry=telemetry,
+        )
+        self.pool = WorkerPool(worker_class, self.coordinator, config, options, self)
+        self._writer = RecordWriter()
+        self._accounts = Accounts(store, self.epoch, self._writer, worker_class, config)
+        self.counts = Counts(
+            shards_done=self.coordinator.n_committed,
+            images_done=planned.shards.images_of(committed),
+        )
+        self.spending = spending or Spending()
+        self.cap_reached: str | None = None  # in words
+        self.hosts: dict[str, str] = {}  # by boot id
+        if self.spending.caps.on_energy:
+            self._count_earlier_runs()
+        later = cast(Store, QueuedWrites(store, self._writer))  # they only ever write
+        self._compactor = CommitCompactor(later, self.epoch)
+        self._live = LiveTables(later, job.fingerprint, self.epoch) if telemetry else None
+        self._uncommitted = UncommittedWriter(later, self.epoch)
+        self._node_readings = NodeReadingsWriter(later, self.epoch)
+        self._node_recorders = NodeRecorders(node_meters, self._node_was_read)
+        self._next_flush = time.monotonic() + FLUSH_PERIOD_S
+        self._arrivals: deque[tuple[float, int]] = deque()
+        self._stop_now = False
+        self._warned_of_others = False
+        self._looking = False
+        self._look_not_before = 0.0
+        self._on_tick: Callable[[], None] = lambda: None
+
+    def run(self, on_tick: Callable[[], None] = lambda: None) -> None:
+        """Work until every shard is committed or given up, a cap is reached, or the run was drained or stopped.
+
+        Raises:
+            MillijouleError: nothing more can be done before a person acts. What was committed stays.
+        """
+        self._on_tick = on_tick
+        self._accounts.look_for_open()
+        try:
+            if self.complete or not self._check_caps():
+                self._work()
+        finally:
+            self._close()
+
+    def _work(self) -> None:
+        options = self.pool.options
+        if node_meters := self._node_recorders.configs:
+            log.info("node meters: %s", ", ".join(dict.fromkeys(c.meter for c in node_meters)))
+            asked = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker, **options.resources}
+            self._node_recorders.start(nodes_with(asked, options.max_workers))
+        try:
+            self.pool.run()
+        except _StopNow:
+            log.warning("stopped")
+
+    def _close(self) -> None:
+        """Close every account and write what is left; cut off, only what takes seconds."""
+        cut_off = self._stop_now
+        try:
+            self._accounts.close(cut_off=cut_off)
+            self._node_recorders.close(wait=not cut_off)
+        finally:
+            self._flush(everything=True)
+            self._writer.close(CUT_OFF_WRITES_S if cut_off else None)
+
+    def drain(self, reason: str) -> None:
+        """Lease nothing more; `run` returns when the shards at work are done."""
+        self.pool.drain(reason)
+
+    def stop_now(self) -> None:
+        """Make `run` return at its next turn. Safe from a signal handler."""
+        self._stop_now = True
+
+    @property
+    def draining(self) -> bool:
+        return self.pool.draining is not None
+
+    @property
+    def complete(self) -> bool:
+        return self.coordinator.n_committed == len(self.planned.shards)
+
+    @property
+    def remaining(self) -> int:
+        return self.coordinator.remaining
+
+    @property
+    def waiting_for_storage(self) -> str | None:
+        """What this process waits for storage with, in words; None where storage answers."""
+        return self._writer.waiting_for()
+
+    @property
+    def given_up(self) -> dict[int, str]:
+        return self.coordinator.given_up
+
+    def images_per_second(self) -> float | None:
+        """Committed images per second over the last minute; None before the first commits."""
+        if len(self._arrivals) < 2:
+            return None
+        span = time.monotonic() - self._arrivals[0][0]
+        return sum(n for _, n in list(self._arrivals)[1:]) / span if span > 0 else None
+
+    def images_at_work(self) -> int:
+        """Images done in attempts that are not committed yet; of several at one shard, those of the furthest."""
+        furthest: dict[int, int] = {}
+        for entry in self.coordinator.active.values():
+            if entry.lease.writes:
+                shard_id = entry.lease.shard.shard_id
+                furthest[shard_id] = max(furthest.get(shard_id, 0), entry.images_done)
+        return sum(furthest.values())
+
+    # -- what the pool tells us ----------------------------------------------------------------------------------
+
+    def committed(self, result: AttemptResult, *, news: bool) -> None:
+        counts = self.counts
+        if result.commit_json is None:
+            return
+        shard = result.lease.shard
+        commit = parse_commit(self.store, shard.shard_id, result.commit_json)
+        if result.outcome == "exists":
+            counts.lost_attempts += 1
+            if commit.driver_epoch != self.epoch:
+                self._learn_from_others(commit)
+        if not news:
+            return
+        self._compactor.add(shard.shard_id, result.commit_json)
+        if self._live:
+            self._live.add_commit(commit)
+        self.spending.add(commit.segments)
+        self.hosts.update({s.open.boot_id: commit.host for s in commit.segments})
+        counts.shards_done += 1
+        counts.images_done += shard.n_images
+        counts.images_this_run += commit.images_ok
+        counts.quarantined_this_run += commit.images_quarantined
+        counts.estimate_mj += commit.energy_estimate_mj or 0
+        if commit.energy_mj is None:
+            counts.energy_mj = None
+        elif counts.energy_mj is not None:
+            counts.energy_mj += commit.energy_mj
+        now = time.monotonic()
+        self._arrivals.append((now, commit.images_ok))
+        while self._arrivals[0][0] < now - RATE_WINDOW_S and len(self._arrivals) > 2:
+            self._arrivals.popleft()
+
+    def _learn_from_others(self, commit: Commit) -> None:
+        """Another driver works on this output: look up what it has done, instead of doing it again."""
+        if not self._warned_of_others:
+            self._warned_of_others = True
+            log.warning(
+                "another driver (number %d; this is %d) commits to %s too; that wastes energy but does no harm",
+                commit.driver_epoch,
+                self.epoch,
+                self.store.url,
+            )
+        coordinator, now = self.coordinator, time.monotonic()
+        if self._looking or now < self._look_not_before:
+            return
+        self._looking = True
+
+        def learn(committed: np.ndarray) -> None:
+            self._looking = False
+            took = time.monotonic() - now
+            self._look_not_before = time.monotonic() + LOOK_PERIOD_S + 10 * took
+            for shard_id in (committed & ~coordinator.committed).nonzero()[0].tolist():
+                if coordinator.complete("", shard_id, time.monotonic()):
+                    self.counts.shards_done += 1
+                    self.counts.images_done += self.planned.shards[shard_id].n_images
+
+        n_shards = len(self.planned.shards)
+        self._writer.submit("listing commits", lambda: list_committed(self.store, n_shards), learn)
+
+    def prepared(self, result: AttemptResult) -> None:
+        """Write a commit that its worker could not: it waited for a second opinion, or the store has no exclusive create,
+        where only this process commits, one at a time."""
+        shard_id, body = result.lease.shard.shard_id, result.commit_json
+        assert body is not None
+        key, exclusive = commit_key(shard_id), self.planned.exclusive
+
+        def commit() -> bytes:
+            if exclusive:
+                try:
+                    self.store.put_exclusive(key, body)
+                except AlreadyExistsError:
+                    return self.store.get(key)
+                return body
+            if self.store.exists(key):
+                return self.store.get(key)
+            self.store.put(key, body)
+            return body
+
+        def stands(standing: bytes) -> None:
+            ours = parse_commit(self.store, shard_id, body)
+            if parse_commit(self.store, shard_id, standing).attempt_id == ours.attempt_id:
+                standing = body
+            else:
+                self.discarded(result)
+            self.pool.commit_stands(result, standing)
+
+        self._writer.submit(f"committing shard {shard_id}", commit, stands)
+
+    def discarded(self, result: AttemptResult) -> None:
+        """An attempt's prepared commit will never stand: its energy is waste, its files go."""
+        assert result.commit_json is not None
+        lost = parse_commit(self.store, result.lease.shard.shard_id, result.commit_json)
+        segments = tuple(_as_loser(s, lost.attempt_id) for s in lost.segments)
+        self._uncommitted_records(lost.worker_id, segments, lost.power)
+        self.counts.lost_attempts += 1
+        files = [f.path for f in lost.files]
+        self._writer.submit(f"removing files of {lost.attempt_id}", lambda: self.store.delete(files))
+
+    def stopped(self, stopped: WorkerStopped) -> None:
+        """A worker's last words."""
+        self._uncommitted_records(stopped.worker_id, stopped.segments, stopped.power)
+        self._accounts.stopped(stopped)
+
+    def gone(self, worker_id: str) -> None:
+        """A worker ended without last words."""
+        self._accounts.gone(worker_id)
+
+    def _uncommitted_records(
+        self, worker_id: str, segments: tuple[Segment, ...], power: tuple[PowerTrace, ...]
+    ) -> None:
+        self._uncommitted.add(worker_id, segments, power)
+        if self._live:
+            self._live.add_segments(segments)
+            self._live.add_power(worker_id, power)
+        self.spending.add(segments)
+
+    def _node_was_read(self, rows: Iterable[tuple]) -> None:
+        kept = list(rows)
+        self._node_readings.add(kept)
+        if self._live:
+            self._live.add_node_readings(kept)
+
+    def tick(self, pool: WorkerPool) -> None:
+        if self._stop_now:
+            raise _StopNow
+        self._writer.settle()
+        self._accounts.tick()
+        self._node_recorders.tick({w.worker_id: w.actor for w in pool.workers.values()})
+        if time.monotonic() >= self._next_flush:
+            self._flush()
+        if not self.draining and self._check_caps():
+            self.drain(f"reached {self.cap_reached}")
+        self._on_tick()
+
+    def _check_caps(self) -> bool:
+        at_work = sum(
+            e.lease.shard.n_images for e in self.coordinator.active.values() if e.lease.probe_rows is None
+        )
+        self.cap_reached = self.spending.reached(time.time(), at_work / max(1, self.counts.images_done))
+        return self.cap_reached is not None
+
+    def _count_earlier_runs(self) -> None:
+        for commit in read_commits(self.store, len(self.planned.shards)):
+            self.spending.add(commit.segments)
+        self.spending.add(read_uncommitted(self.store).segments)
+
+    def _flush(self, *, everything: bool = False) -> None:
+        self._next_flush = time.monotonic() + FLUSH_PERIOD_S
+        if not self._writer.has_room and not everything:
+            return  # storage is being waited for: records stay here until it takes them
+        self._compactor.flush()
+        self._uncommitted.flush()
+        self._node_readings.flush()
+        if self._live:
+            self._live.flush()
+
+
+class _StopNow(Exception):
+    """Leave the pool's loop at once."""
+
+
+def _as_loser(segment: Segment, attempt_id: str) -> Segment:
+    return replace(segment, segment_class="loser") if segment.attempt_id == attempt_id else segment

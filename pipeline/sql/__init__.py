@@ -1,0 +1,1 @@
+"""SQL over the energy tables: the questions that have a name, and the engine."""

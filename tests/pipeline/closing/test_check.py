@@ -1,0 +1,168 @@
+"""`check` notices every kind of damage, and nothing where there is none."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.local_job import plan, work
+
+from millijoule.pipeline.closing.check import check_output
+from millijoule.pipeline.closing.finish import finish_job
+from millijoule.pipeline.output.job import require_job
+from millijoule.pipeline.planning import plan as plan_module
+from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.workers import shard_rows
+from millijoule.workers.errors import DamagedError, MillijouleError
+
+PROMPTS = [f"prompt {i}" for i in range(20)]
+
+
+@pytest.fixture(params=["parquet", "webdataset", "files"])
+def output(request, tmp_path):
+    store, job = plan(tmp_path, PROMPTS, output_format=request.param)
+    work(store, job)
+    return store, tmp_path / "out"
+
+
+def one(folder: Path, pattern: str) -> Path:
+    return sorted(folder.glob(pattern))[0]
+
+
+def edit_commit(folder: Path, change) -> None:
+    path = one(folder, "_job/commits/*/*.json")
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_text(json.dumps(body))
+
+
+def edit_manifest(folder: Path, change) -> None:
+    path = folder / "manifest.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+
+
+def edit_energy(folder: Path, table: str, change) -> None:
+    path = one(folder, f"energy/{table}/*/*/part-*.parquet")
+    rows = pq.ParquetFile(path).read()
+    edited = rows.to_pylist()
+    change(edited)
+    pq.write_table(pa.Table.from_pylist(edited, rows.schema), path)
+
+
+def copy_part(folder: Path) -> None:
+    path = one(folder, "energy/image/*/*/part-*.parquet")
+    path.with_name("part-00001.parquet").write_bytes(path.read_bytes())
+
+
+def flip_a_byte(folder: Path) -> None:
+    path = max((p for p in (folder / "data").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()  # it may be a hard link
+    path.write_bytes(data)
+
+
+def truncate(folder: Path) -> None:
+    path = next(p for p in sorted((folder / "data").rglob("*")) if p.is_file())
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-1])
+
+
+DAMAGE = {
+    "a flipped byte": flip_a_byte,
+    "a truncated file": truncate,
+    "a missing file": lambda f: next(p for p in sorted((f / "data").rglob("*")) if p.is_file()).unlink(),
+    "a missing commit": lambda f: one(f, "_job/commits/*/*.json").unlink(),
+    "a commit for another plan": lambda f: edit_commit(f, lambda c: c.update(plan_fingerprint="0" * 64)),
+    "a commit by another model": lambda f: edit_commit(f, lambda c: c.update(model_sha256="0" * 64)),
+    "a commit with another count": lambda f: edit_commit(f, lambda c: c.update(images_ok=c["images_ok"] - 1)),
+    "a commit that hides a file": lambda f: edit_commit(f, lambda c: c["files"][0].update(sha256="0" * 64)),
+    "a commit that is not JSON": lambda f: one(f, "_job/commits/*/*.json").write_text("{"),
+    "a carried row changed": lambda f: edit_commit(f, lambda c: c["rows"][2].__setitem__(10, "other")),
+    "a carried row dropped": lambda f: edit_commit(f, lambda c: c["rows"].pop()),
+    "a missing manifest": lambda f: (f / "manifest.parquet").unlink(),
+    "a manifest row dropped": lambda f: edit_manifest(f, lambda rows: rows.pop()),
+    "a manifest row doubled": lambda f: edit_manifest(f, lambda rows: rows.append(rows[0])),
+    "a manifest hash changed": lambda f: edit_manifest(f, lambda rows: rows[3].update(sha256="0" * 64)),
+    "a manifest prompt changed": lambda f: edit_manifest(f, lambda rows: rows[3].update(prompt="other")),
+    "a manifest energy changed": lambda f: edit_manifest(f, lambda rows: rows[3].update(energy_mj=1)),
+    "a manifest that is not Parquet": lambda f: (f / "manifest.parquet").write_bytes(b"x" * 100),
+    "an energy part missing": lambda f: one(f, "energy/segment/*/*/part-*.parquet").unlink(),
+    "an energy part that is not Parquet": lambda f: one(f, "energy/env/*/*/*.parquet").write_bytes(b"x"),
+    "an energy part twice": copy_part,
+    "an energy row dropped": lambda f: edit_energy(f, "image", lambda rows: rows.pop()),
+    "an energy changed": lambda f: edit_energy(f, "attempt", lambda rows: rows[0].update(energy_mj=1)),
+    "a failed check hidden": lambda f: edit_energy(f, "closure", lambda rows: rows[0].update(passed=True)),
+    "a missing _SUCCESS": lambda f: (f / "_SUCCESS").unlink(),
+    "a foreign _SUCCESS": lambda f: (f / "_SUCCESS").write_text("{}"),
+}
+
+
+def test_a_sound_output_has_no_differences(output):
+    assert list(check_output(output[0])) == []
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_noticed(output, damage):
+    store, folder = output
+    DAMAGE[damage](folder)
+    try:
+        problems = list(check_output(store))
+    except (
+        MillijouleError
+    ) as error:  # a plan or commit that cannot be read at all is an error, not a difference
+        problems = [str(error)]
+    assert problems
+
+
+@pytest.mark.parametrize(
+    ("at", "value"), [(0, "other"), (2, "other"), (8, 0.5), (11, ["odd"]), (13, "0" * 64)]
+)
+def test_rows_of_a_commit_that_are_not_those_of_its_row_table_are_named(output, at, value):
+    store, folder = output
+    edit_commit(folder, lambda c: c["rows"][1].__setitem__(at, value))
+    finish_job(store, require_job(store), load_job_shards(store, require_job(store)))  # as those rows say
+    (problem,) = check_output(store)
+    assert "the rows in its commit are not those of data/" in problem
+
+
+def test_commits_without_rows_are_compared_with_row_tables(output):
+    store, folder = output
+    for path in folder.glob("_job/commits/*/*.json"):
+        body = json.loads(path.read_text())
+        del body["rows"]
+        path.write_text(json.dumps(body))
+    assert list(check_output(store)) == []
+    edit_manifest(folder, lambda rows: rows[3].update(width=1))
+    assert list(check_output(store))
+
+
+@pytest.mark.parametrize("held_bytes", [0, shard_rows.MAX_HELD_BYTES])
+def test_a_part_of_the_plan_is_parsed_once_however_many_shards_it_has(tmp_path, monkeypatch, held_bytes):
+    monkeypatch.setattr(shard_rows, "MAX_HELD_BYTES", held_bytes)
+    store, job = plan(tmp_path, [f"p{i}" for i in range(40)], shard_size=2)
+    shards, parsed = load_job_shards(store, job), []
+    open_part = shard_rows._open_part
+    monkeypatch.setattr(shard_rows, "_open_part", lambda *a: parsed.append(a) or open_part(*a))
+    reader = shard_rows.ShardRowReader(store)
+    assert [reader.read(shard) for shard in shards] == [shard_rows.read_shard_rows(store, s) for s in shards]
+    assert len(parsed) == 1
+    other = dataclasses.replace(shards[3], row_group=4)
+    for wrong in (other, dataclasses.replace(other, row_group=400)):
+        with pytest.raises(DamagedError, match=f"row group {wrong.row_group}: .* shard 3"):
+            reader.read(wrong)
+
+
+def test_few_parts_of_the_plan_are_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_module, "SHARDS_PER_PART", 2)
+    store, job = plan(tmp_path, [f"p{i}" for i in range(40)], shard_size=2)
+    reader = shard_rows.ShardRowReader(store)
+    shards = load_job_shards(store, job)
+    assert [reader.read(s)[0].prompt for s in shards] == [f"p{i}" for i in range(0, 40, 2)]
+    assert len(reader._parts) == shard_rows.MAX_HELD_PARTS < len({s.key for s in shards})

@@ -1,0 +1,96 @@
+"""Renders: they show what the scene says, and the same seed gives the same pixels."""
+
+import numpy as np
+import torch
+
+from millijoule.workers.scenes.device_renderer import DeviceRenderer
+from millijoule.workers.scenes.renderer import ICON_PIXELS, SceneRenderer, draw_variation
+from millijoule.workers.scenes.scenes import (
+    COLOURS,
+    IMAGE_SIZE,
+    NOUNS,
+    PALETTE,
+    SIZES,
+    WINDOWS,
+    Group,
+    Scene,
+    complete,
+    icons,
+    sample_training_scenes,
+    scene_tokens,
+)
+
+RENDERER = SceneRenderer()
+
+
+def scenes(count: int, seed: int = 0):
+    return [completed for _, completed in sample_training_scenes(np.random.default_rng(seed), count)]
+
+
+def test_icons_and_background_have_their_colours():
+    chosen = scenes(40)
+    images = RENDERER.render(chosen, 5, seed=1).astype(float)
+    assert images.shape == (40, 5, IMAGE_SIZE, IMAGE_SIZE, 3)
+    for scene, renders in zip(chosen, images, strict=True):
+        cover = RENDERER.cover(scene)
+        bare = cover.sum(0) == 0
+        for axis in (0, 1):  # pixels beside an icon may be covered after jitter
+            bare &= np.roll(bare, 1, axis) & np.roll(bare, -1, axis)
+        assert np.abs(renders[:, bare] - PALETTE[scene.background]).max() <= 15
+        for icon, mask in zip(icons(scene), cover, strict=True):
+            inner = mask == 1
+            for axis in (0, 1):
+                inner &= np.roll(inner, 1, axis) & np.roll(inner, -1, axis)
+            if inner.any():
+                assert np.abs(renders[:, inner] - PALETTE[icon.colour]).max() <= 15
+
+
+def test_icons_are_as_large_as_they_should_be_and_inside_their_windows():
+    for noun in NOUNS:
+        for size in SIZES:
+            for count in (1, 4):
+                scene = Scene((Group(noun, "red", size, count),), None, "white", 0)
+                for icon, mask in zip(icons(scene), RENDERER.cover(scene), strict=True):
+                    x, y, side = WINDOWS[icon.window]
+                    rows, columns = np.nonzero(mask > 0.5)
+                    extent = max(np.ptp(rows), np.ptp(columns)) + 1
+                    assert 0.5 < extent / ICON_PIXELS[side][SIZES.index(size)] <= 1, noun
+                    outside = mask.copy()
+                    outside[8 * y + 1 : 8 * (y + side) - 1, 8 * x + 1 : 8 * (x + side) - 1] = 0
+                    assert outside.sum() == 0  # so that jitter cuts nothing off
+
+
+def test_nouns_differ_even_when_small():
+    masks = np.stack(
+        [RENDERER.cover(Scene((Group(n, "red", "small", 4),), None, "white", 0))[0] for n in NOUNS]
+    )
+    flat = masks.reshape(len(NOUNS), -1)
+    gaps = np.square(flat[:, None] - flat).sum(-1) + 1e9 * np.eye(len(NOUNS))
+    assert gaps.min() > 10  # squared, in pixels; bottle and carrot are the closest
+
+
+def test_the_same_seed_gives_the_same_pixels_whatever_else_is_drawn():
+    chosen = scenes(16)
+    images = RENDERER.render(chosen, 3, seed=7)
+    assert np.array_equal(images, RENDERER.render(chosen, 3, seed=7))
+    assert not np.array_equal(images, RENDERER.render(chosen, 3, seed=8))
+
+
+def test_renders_of_a_scene_differ_in_place_and_shade():
+    scene = complete(Scene((Group("star"),)), 3)
+    renders = RENDERER.render([scene], 30, seed=0)[0]
+    assert len({r.tobytes() for r in renders}) > 25
+
+
+def test_every_colour_is_told_from_every_other():
+    colours = np.array([PALETTE[c] for c in COLOURS], float)
+    gaps = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e9 * np.eye(len(colours))
+    assert gaps.min() > 60  # levels; shades move by at most 14 each
+
+
+def test_the_device_renderer_draws_the_same_pixels():
+    chosen = scenes(300)
+    shade, jitter = draw_variation(300, 3, 7)
+    tokens, shade, jitter = (torch.from_numpy(x) for x in (scene_tokens(chosen), shade, jitter))
+    found = DeviceRenderer("cpu").render(tokens, shade, jitter)
+    assert np.array_equal(found.permute(0, 1, 3, 4, 2).numpy(), RENDERER.render(chosen, 3, seed=7))

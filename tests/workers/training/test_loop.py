@@ -1,0 +1,121 @@
+"""What trainings share: data drawn ahead is the data drawn on demand, and no step follows a gradient that is not finite."""
+
+import json
+import math
+import os
+import signal
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from millijoule.workers.generators.oscillator_model import OscillatorConfig, OscillatorModel
+from millijoule.workers.training.loop import load_checkpoint, newest_share, run_training, update_average
+from millijoule.workers.training.optimizer import adamw, clip_and_step, set_learning_rate
+from millijoule.workers.training.oscillator import OscillatorData, OscillatorTrainer, OscillatorTrainingConfig
+from millijoule.workers.training.step_data import StepData
+
+SMALL = OscillatorTrainingConfig(
+    steps=20,
+    scenes=4,
+    warm_up=2,
+    model=OscillatorConfig(
+        channels=4, driven=4, read=4, noise_channels=4, rank=2, hidden=32, widths=(8, 8, 8)
+    ),
+)
+
+
+def test_data_drawn_by_processes_is_the_data_drawn_on_demand():
+    draw = OscillatorData(SMALL, variation=True)
+    ahead, demand = StepData(draw, "cpu", 2), StepData(draw, "cpu", 0)
+    for step in (0, 1, 2, 7, 8, 3):  # also after a jump, as when a run is resumed
+        ours, theirs = ahead.get(step), demand.get(step)
+        assert ours.keys() == theirs.keys() == {"tokens", "noise", "offset", "shade", "jitter"}
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_processes_change_no_bit_of_a_run():
+    alone, helped = OscillatorTrainer(SMALL), OscillatorTrainer(SMALL, data_processes=1)
+    for _ in range(3):
+        assert alone.train_step()["loss"] == helped.train_step()["loss"]
+    for a, b in zip(alone.average.parameters(), helped.average.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_moves_nothing(bad):
+    layer = torch.nn.Linear(3, 2)
+    optimizer = adamw(layer.parameters(), "cpu", lr=0.1)
+    moved = []
+    for value in (1.0, bad, 1.0):
+        before = layer.weight.detach().clone()
+        layer.weight.grad, layer.bias.grad = torch.full((2, 3), 0.5), torch.full((2,), value)
+        taken = clip_and_step(optimizer, layer.parameters(), 10.0)
+        moved.append(not torch.equal(before, layer.weight))
+        assert bool(taken["skipped"]) == (value != 1.0)
+        assert torch.isfinite(taken["gradient"])
+    assert moved == [True, False, True]
+    assert torch.isfinite(layer.weight).all()
+
+
+def test_the_learning_rate_is_what_is_set():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = adamw([weight], "cpu", lr=1.0)
+    set_learning_rate(optimizer, 0.25)
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == pytest.approx(-0.25)
+
+
+def test_the_average_forgets_as_it_is_told():
+    slow, fast = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.75 * slow.weight.detach() + 0.25 * fast.weight.detach()
+    update_average(slow, fast, torch.tensor(0.25))
+    torch.testing.assert_close(slow.weight.detach(), expected)
+    assert newest_share(0.999, 0) == pytest.approx(0.9)
+    assert newest_share(0.999, 10**6) == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("bad", [1, 5])
+def test_a_run_stops_where_most_losses_are_lost_and_not_for_one(tmp_path, bad):
+    trainer = OscillatorTrainer(replace(SMALL, steps=5))
+    real = trainer.train_step
+    trainer.train_step = lambda: real() | ({"loss": float("nan")} if trainer.step <= bad else {})
+    if bad == 1:
+        run_training(trainer, tmp_path, report_every=5)
+        assert math.isfinite(json.loads((tmp_path / "log.jsonl").read_text())["loss"])
+    else:
+        with pytest.raises(RuntimeError, match="most losses of steps 0 to 5 are not finite"):
+            run_training(trainer, tmp_path, report_every=5)
+        assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_drives_and_gradients_are_the_same_whichever_way_they_are_laid():
+    torch.manual_seed(0)
+    encoder = OscillatorModel(replace(SMALL.model, channels=8, driven=6)).encoder
+    tokens = OscillatorData(replace(SMALL, scenes=60), variation=True)(1)["tokens"]
+    drives, gradients = [], []
+    for static in (False, True):
+        prompt = encoder(tokens, static=static)
+        encoder.zero_grad()
+        (prompt.drive.square().sum() + prompt.row_gain.sum() + prompt.source_gain.square().sum()).backward()
+        drives.append([prompt.drive, prompt.row_gain, prompt.source_gain])
+        gradients.append([p.grad.clone() for p in encoder.parameters()])
+    for a, b in zip(*drives, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()) + 1e-7)
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint_to_continue_from(tmp_path):
+    trainer = OscillatorTrainer(replace(SMALL, steps=10_000))
+    before = signal.getsignal(signal.SIGTERM)
+    asked = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    asked.start()
+    run_training(trainer, tmp_path)
+    assert 0 < trainer.step < 10_000
+    resumed = OscillatorTrainer(trainer.config)
+    load_checkpoint(resumed, tmp_path)
+    assert resumed.step == trainer.step
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,344 @@
+"""Un-0 models, for inference: class to drive, coupled oscillators in floating point, decoder.
+
+In go requests whose prompts are class names or numbers, out come uint8 images. The files are those `millijoule convert`
+writes. Phases and decoder are float32 and run on padded batches of one fixed size, so that an image does not depend on
+what else is in its batch.
+
+The model (Un-0; github.com/unconv-ai/Un-0) is N phases theta and M driver phases phi, all uniform at the start:
+
+    d theta_i / dt = omega_i  + sum_j K_ij sin(theta_j - theta_i) + sum_k D[class]_ik sin(phi_k - theta_i)
+    d phi_k / dt   = omega'_k + sum_l C_kl sin(phi_l - phi_k)
+
+A sum of that form is cos(theta_i) S_i - sin(theta_i) C_i, where S and C are the matrix times the sines and the cosines
+of the sources: the field the oscillator sits in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from millijoule.kernels.phase import TURN, random_phases
+from millijoule.workers.errors import InputError, RowError
+from millijoule.workers.generators.file_hashes import file_sha256
+from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, read_safetensors_header
+from millijoule.workers.generators.un0_checkpoint import (
+    FORMAT,
+    FORMAT_VERSION,
+    MAX_STEPS,
+    STEM,
+    Un0Architecture,
+    canonical,
+    check_shapes,
+    check_values,
+)
+from millijoule.workers.schemas import ImageRequest
+
+#: Rows the model always sees, the rest being padding. A GPU needs more of them to be busy.
+FLOAT_BATCH = {"cpu": 16, "cuda": 64}
+
+#: What the coupling's sums are made in. On a CPU, float32 sums depend on the number of threads; float64 sums do too, but
+#: so little that hardly any phase, being float32, is rounded differently.
+FIELD_TYPE = {"cpu": torch.float64, "cuda": torch.float32}
+
+#: Images per call that the worker sends.
+BATCH_SIZE = 64
+
+#: Enough to see whether a model draws anything.
+TRIAL_STEPS = 10
+
+#: Slope of the decoder's activation below zero.
+LEAK = 0.2
+
+#: What the model draws for an empty prompt: nothing drives the oscillators, as in a tenth of its training.
+NO_CLASS = -1
+
+_CLASS_NUMBER = re.compile(r"(?:class\s*)?([0-9]{1,9})", re.IGNORECASE)
+
+
+class Un0Generator:
+    """A loaded Un-0 model. Build with `load`; see `Generator` for the protocol."""
+
+    def __init__(
+        self,
+        architecture: Un0Architecture,
+        tensors: Mapping[str, Tensor],
+        class_names: Sequence[str],
+        name: str,
+        sha256: str,
+        device: str,
+    ) -> None:
+        self.architecture = architecture
+        self.device = device
+        self._classes = ClassIndex(architecture.classes, class_names)
+        kind = "cuda" if device.startswith("cuda") else "cpu"
+        self._rows = FLOAT_BATCH[kind]
+        weights = {key: value.to(device, torch.float32) for key, value in tensors.items()}
+        self._frequency = weights["dynamics.omega"]  # [1, n]
+        self._driver_frequency = weights["dynamics.omega_cond"]  # [1, m]
+        coupling = _between_others(weights.pop("dynamics.K"), architecture.coupling_scale)
+        self._coupling = coupling.to(FIELD_TYPE[kind])  # [n, n]
+        self._driver_coupling = _between_others(weights.pop("dynamics.K_cond"), architecture.driver_scale)
+        self._drive = weights.pop("dynamics.K_drive")  # [classes, n, m], as stored
+        self._weights = weights
+        size = architecture.image_size
+        self.info = GeneratorInfo(
+            name=name,
+            sha256=sha256,
+            width=size,
+            height=size,
+            num_inference_steps=architecture.steps,
+            batch_size=BATCH_SIZE,
+            max_steps=MAX_STEPS,
+            sizes=((size, size),),
+        )
+
+    @staticmethod
+    def load(path: Path | str, *, device: str = "cpu") -> Un0Generator:
+        """Load a file written by `millijoule convert`.
+
+        Raises:
+            InputError: the file is not safetensors, or not a model this version knows, or its numbers would overflow.
+        """
+        path = Path(path)
+        header = read_safetensors_header(path)
+        metadata = header.pop("__metadata__", {})
+        if metadata.get("format") != FORMAT:
+            raise InputError(
+                f"{path}: safetensors, but not an Un-0 model (its format is {metadata.get('format')!r})"
+            )
+        if metadata.get("version") != FORMAT_VERSION:
+            raise InputError(
+                f"{path}: Un-0 format {metadata.get('version')}, this program reads {FORMAT_VERSION}"
+            )
+        try:
+            architecture = Un0Architecture.from_json(metadata["architecture"])
+            class_names = json.loads(metadata.get("class_names", "[]"))
+            check_shapes(architecture, {name: tuple(t["shape"]) for name, t in header.items()})
+            tensors = load_file(path)
+            check_values(architecture, tensors)
+            return Un0Generator(
+                architecture,
+                canonical(tensors),
+                class_names,
+                metadata.get("name", path.stem),
+                file_sha256(path),
+                device,
+            )
+        except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{path}: damaged model file: {error}") from error
+
+    def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
+        """Draw one image per request, all of one size and step count.
+
+        Raises:
+            RowError: a prompt that is no class of this model, or a size or step count it cannot make.
+        """
+        self._check(requests)
+        classes = [self._classes.find(r.prompt) for r in requests]
+        images = self.decode(self.relax(classes, requests))
+        return GeneratedBatch(images, tuple(_warnings(c, r) for c, r in zip(classes, requests, strict=True)))
+
+    @torch.inference_mode()
+    def relax(self, classes: Sequence[int], requests: Sequence[ImageRequest]) -> Tensor:
+        """Final phases, float32 `[batch, n]` in radians, not wrapped, for the requests' seeds and steps."""
+        a = self.architecture
+        steps = requests[0].num_inference_steps or a.steps
+        advance = _ADVANCE[a.solver]
+        final = []
+        for rows, count in _padded(len(requests), self._rows):
+            start = start_angles([requests[i].seed for i in rows], a.oscillators + a.drivers)
+            state = start.to(self.device)
+            velocity = partial(self._velocity, drive=self._drive_of([classes[i] for i in rows]))
+            for _ in range(steps):
+                state = advance(velocity, state, a.horizon / steps)
+            final.append(state[:count, : a.oscillators])
+        return torch.cat(final)
+
+    def _velocity(self, state: Tensor, drive: Tensor) -> Tensor:
+        """Time derivative of `state`, both `[batch, n + m]`, under `drive` `[batch, n, m]`."""
+        n, batch = self.architecture.oscillators, len(state)
+        sin, cos = torch.sin(state), torch.cos(state)
+        sources = torch.cat([sin, cos])  # [2 batch, n + m]
+        main, drivers = sources[:, :n], sources[:, n:]
+        waves = drivers.view(2, batch, -1).permute(1, 2, 0)  # [batch, m, 2]
+        driven = torch.bmm(drive, waves).permute(2, 0, 1).reshape(2 * batch, n)
+        coupled = (main.to(self._coupling.dtype) @ self._coupling.T).float()
+        field = torch.cat([coupled + driven, drivers @ self._driver_coupling.T], dim=1)
+        frequency = torch.cat([self._frequency, self._driver_frequency], dim=1)
+        return frequency + cos * field[:batch] - sin * field[batch:]
+
+    def _drive_of(self, classes: Sequence[int]) -> Tensor:
+        """`[batch, n, m]`; zero where there is no class."""
+        index = torch.tensor(classes, device=self.device)
+        scale = (index != NO_CLASS).float() * self.architecture.driver_scale
+        return self._drive[index.clamp(min=0)] * scale[:, None, None]
+
+    @torch.inference_mode()
+    def decode(self, phases: Tensor) -> np.ndarray:
+        """uint8 `[batch, size, size, 3]` from final phases `[batch, n]`."""
+        images = []
+        for rows, count in _padded(len(phases), self._rows):
+            x = readout(phases[rows], self.architecture)
+            for block in range(self.architecture.blocks):
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+                for place in (1, 3):
+                    x = F.leaky_relu(self._convolve(x, f"decoder.cascade.{block}.net.{place}"), LEAK)
+            x = self._convolve(x, "decoder.to_output")
+            if not bool(torch.isfinite(x).all()):  # `check_values` rules it out, so it is not the prompt
+                raise RuntimeError("the model made pixels that are not finite numbers")
+            x = torch.tanh(x)
+            pixels = torch.round((x[:count] + 1) * 127.5).clamp_(0, 255).to(torch.uint8)
+            images.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(images)
+
+    def _convolve(self, x: Tensor, name: str) -> Tensor:
+        return F.conv2d(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], padding=1)
+
+    def _check(self, requests: Sequence[ImageRequest]) -> None:
+        size = self.architecture.image_size
+        for r in requests:
+            if (r.width or size, r.height or size) != (size, size):
+                raise RowError(f"{r.width or size}x{r.height or size}: this model makes {size}x{size} pixels")
+            if not 1 <= (r.num_inference_steps or self.architecture.steps) <= MAX_STEPS:
+                raise RowError(
+                    f"num_inference_steps {r.num_inference_steps}: this model takes 1 to {MAX_STEPS}"
+                )
+
+
+def check_images(generator: Un0Generator) -> None:
+    """Draw a few images to see that there is something on them.
+
+    Raises:
+        ValueError: they are all of one flat colour, or all the same.
+    """
+    classes, count = generator.architecture.classes, FLOAT_BATCH["cpu"]
+    steps = min(generator.architecture.steps, TRIAL_STEPS)
+    requests = [
+        ImageRequest("trial", i, str(i * classes // count), seed=i, num_inference_steps=steps)
+        for i in range(count)
+    ]
+    images = generator.generate(requests).images
+    if (images == images[:, :1, :1]).all():
+        raise ValueError("it draws flat colour only: its decoder's weights are far too small or too large")
+    if (images == images[:1]).all():
+        raise ValueError("it draws the same image for every seed and class")
+
+
+class ClassIndex:
+    """Finds the class a prompt means: its number ("7", "class 7") or its name, whatever the case.
+
+    A name with commas, as ImageNet's have ("tench, Tinca tinca"), is found whole and by each of its parts.
+    """
+
+    def __init__(self, classes: int, names: Sequence[str] = ()) -> None:
+        if names and (len(names) != classes or not all(isinstance(n, str) for n in names)):
+            raise ValueError(f"{len(names)} class names for {classes} classes")
+        self.classes = classes
+        self.names = tuple(names)
+        self._numbers: dict[str, set[int]] = defaultdict(set)
+        for number, name in enumerate(names):
+            for form in (name, *name.split(",")):
+                self._numbers[_simplified(form)].add(number)
+
+    def find(self, prompt: str) -> int:
+        """The class's number, `NO_CLASS` for an empty prompt.
+
+        Raises:
+            RowError: the prompt is no class of this model, or a name that several classes share.
+        """
+        word = _simplified(prompt)
+        if not word:
+            return NO_CLASS
+        if number := _CLASS_NUMBER.fullmatch(word):
+            if int(number[1]) < self.classes:
+                return int(number[1])
+            raise RowError(f"{prompt!r}: this model has classes 0 to {self.classes - 1}")
+        found = sorted(self._numbers.get(word, ()))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise RowError(
+                f"{prompt!r} names classes {', '.join(map(str, found))}: write the number of the one you mean"
+            )
+        known = f"one of {', '.join(self.names[:10])}" if self.names else f"0 to {self.classes - 1}"
+        more = f" ({len(self.names)} in all)" if len(self.names) > 10 else ""
+        raise RowError(f"{prompt[:100]!r} is no class of this model; a prompt is {known}{more}")
+
+
+def start_angles(seeds: Sequence[int], n: int) -> Tensor:
+    """Start phases in radians from the images' seeds: float32 `[batch, n]` in [-pi, pi)."""
+    phases = random_phases(np.array(seeds, dtype=np.uint64), n + -n % 4)[:, :n]
+    return (phases - TURN // 2).float() * (2 * math.pi / TURN)
+
+
+def readout(phases: Tensor, architecture: Un0Architecture) -> Tensor:
+    """Decoder features `[batch, channels, 4, 4]` from phases `[batch, n]`."""
+    if architecture.relativization == "mean_relative":
+        phases = phases - phases.mean(dim=1, keepdim=True)
+    elif architecture.relativization == "ref_oscillator":
+        phases = phases - phases[:, :1]
+    if architecture.encoding == "sin_cos":
+        features = torch.cat([torch.sin(phases), torch.cos(phases)], dim=1)
+    else:
+        features = torch.sin(phases) if architecture.encoding == "sin" else phases
+    return features.reshape(len(phases), -1, STEM, STEM)
+
+
+Velocity = Callable[[Tensor], Tensor]
+
+
+def _euler(velocity: Velocity, state: Tensor, dt: float) -> Tensor:
+    return state + dt * velocity(state)
+
+
+def _rk4(velocity: Velocity, state: Tensor, dt: float) -> Tensor:
+    """Kutta's 3/8 rule (1901), which is what torchdiffeq, and so Un-0, means by "rk4"."""
+    a = velocity(state)
+    b = velocity(state + dt / 3 * a)
+    c = velocity(state + dt * (b - a / 3))
+    d = velocity(state + dt * (a - b + c))
+    return state + dt / 8 * (a + 3 * (b + c) + d)
+
+
+_ADVANCE: dict[str, Callable[[Velocity, Tensor, float], Tensor]] = {"euler": _euler, "rk4": _rk4}
+
+
+def _between_others(coupling: Tensor, scale: float) -> Tensor:
+    """The effective coupling: scaled, and no oscillator coupled to itself."""
+    return (coupling * scale).fill_diagonal_(0)
+
+
+def _padded(count: int, size: int) -> Iterator[tuple[list[int], int]]:
+    """Indices of exactly `size` rows at a time, the last filled up with its first, and how many are real."""
+    for start in range(0, count, size):
+        rows = list(range(start, min(start + size, count)))
+        yield rows + [start] * (size - len(rows)), len(rows)
+
+
+def _simplified(text: str) -> str:
+    return " ".join(text.replace("_", " ").casefold().split())
+
+
+def _warnings(number: int, request: ImageRequest) -> tuple[str, ...]:
+    """What the request asked for that this model does not do."""
+    words = []
+    if number == NO_CLASS:
+        words.append("empty prompt: drawn without a class")
+    if request.guidance_scale is not None:
+        words.append("guidance_scale is not used by this model")
+    if request.negative_prompt:
+        words.append("negative_prompt is not used by this model")
+    return tuple(words)

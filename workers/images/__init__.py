@@ -1,0 +1,1 @@
+"""Images as files: encoded, written in the output formats, read back."""

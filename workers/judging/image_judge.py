@@ -1,0 +1,148 @@
+"""Who says whether an image shows its prompt: the protocol, and the judge of icon scenes.
+
+A judge sees images and prompts, never which model drew them. Its readings are stored, so that the rule that turns them
+into "accepted" can be applied again by someone else. A score can be added by `ImageMetric`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from millijoule.workers.errors import InputError
+
+if TYPE_CHECKING:
+    from millijoule.workers.judging.verifier import SceneReading
+
+FACTORY_PREFIX = "python:"
+ICON_JUDGE = "icon-scene"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """`icons` is a JSON list of [noun, colour, size, x, y] under the rule "icon-scene"; `score` is for "threshold"."""
+
+    accepted: bool
+    icons: str | None = None
+    score: float | None = None
+
+
+class ImageJudge(Protocol):
+    """Says of each image whether it shows its prompt.
+
+    Attributes:
+        name: for people.
+        sha256: of its weights and rules.
+        rule: "icon-scene" or "threshold": how `accepted` follows from what is stored.
+    """
+
+    name: str
+    sha256: str
+    rule: str
+
+    def judge(self, images: np.ndarray, prompts: Sequence[str], families: Sequence[str]) -> list[Judgement]:
+        """Judge uint8 `[n, height, width, 3]`."""
+        ...
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """float32 `[n, d]`, for distances between sets of images."""
+        ...
+
+    def reference_features(self, prompts: Sequence[str], seed: int) -> np.ndarray | None:
+        """float32 `[m, d]` of images as they should be, or None where there are none."""
+        ...
+
+
+class ImageMetric(Protocol):
+    """A score per image, higher is better, such as a CLIP score. `name` and `sha256` say which."""
+
+    name: str
+    sha256: str
+
+    def score(self, images: np.ndarray, prompts: Sequence[str]) -> Sequence[float]:
+        """Score uint8 `[n, height, width, 3]`."""
+        ...
+
+
+class IconJudge:
+    """The packaged verifier with the rules of `workers.judging.quality`; true renders are the reference (`train` extra)."""
+
+    name = "icon-scene verifier"
+    rule = ICON_JUDGE
+
+    def __init__(self) -> None:
+        from millijoule.workers.judging.verifier import Verifier
+
+        self.sha256 = icon_judge_sha256()
+        self._verifier = Verifier.load()
+
+    def judge(self, images: np.ndarray, prompts: Sequence[str], families: Sequence[str]) -> list[Judgement]:
+        from millijoule.workers.judging.quality import judge
+        from millijoule.workers.scenes.prompts import parse_prompt
+
+        found = []
+        for prompt, family, raw in zip(prompts, families, self._verifier.read(images), strict=True):
+            reading = _rounded(raw)  # what is stored is what is judged
+            icons = json.dumps([[i.noun, i.colour, i.size, i.x, i.y] for i in reading.icons])
+            found.append(Judgement(judge(parse_prompt(prompt)[0], family, reading).correct, icons))
+        return found
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        return self._verifier.features(images)
+
+    def reference_features(self, prompts: Sequence[str], seed: int) -> np.ndarray | None:
+        from millijoule.workers.scenes.prompts import parse_prompt
+        from millijoule.workers.scenes.renderer import SceneRenderer
+        from millijoule.workers.scenes.scenes import complete
+
+        renderer, rng = SceneRenderer(), np.random.default_rng((seed, 77))
+        scenes = [complete(parse_prompt(p)[0], int(rng.integers(2**63))) for p in prompts]
+        parts = [
+            self.features(renderer.render(scenes[i : i + 500], 1, int(rng.integers(2**62)))[:, 0])
+            for i in range(0, len(scenes), 500)
+        ]
+        return np.concatenate(parts)
+
+
+def icon_judge_sha256() -> str:
+    """SHA-256 of the packaged verifier's weights."""
+    path = Path(__file__).parents[1] / "weights" / "verifier.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_judge(judge: str) -> ImageJudge:
+    """ "icon-scene", or "python:MODULE:FACTORY", a function of yours that returns an `ImageJudge`."""
+    return IconJudge() if judge == ICON_JUDGE else _from_factory("--judge", judge)
+
+
+def load_metric(metric: str) -> ImageMetric:
+    """The `ImageMetric` that "python:MODULE:FACTORY" returns, or "clip:FOLDER" for a CLIP model's score."""
+    if metric.startswith("clip:"):
+        from millijoule.workers.judging.clip_score import ClipScore
+
+        return ClipScore(Path(metric.removeprefix("clip:")))
+    return _from_factory("--metric", metric)
+
+
+def _from_factory(option: str, name: str) -> Any:
+    parts = name.removeprefix(FACTORY_PREFIX).split(":")
+    if not name.startswith(FACTORY_PREFIX) or len(parts) != 2 or not all(parts):
+        raise InputError(f"{option} {name}: write python:MODULE:FACTORY")
+    try:
+        factory = getattr(importlib.import_module(parts[0]), parts[1])
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{option} {name}: {error}") from error
+    return factory()
+
+
+def _rounded(reading: SceneReading) -> SceneReading:
+    from dataclasses import replace
+
+    return replace(reading, icons=tuple(replace(i, x=round(i.x, 2), y=round(i.y, 2)) for i in reading.icons))

@@ -1,0 +1,1 @@
+"""Energy counters and power of a worker's own devices."""

@@ -1,0 +1,1 @@
+"""Meters outside the devices, of a whole node."""

@@ -1,0 +1,220 @@
+"""Read a node's energy or power from its management controller over Redfish.
+
+`EnvironmentMetrics` of the chassis is asked first (`EnergyJoules`, `EnergykWh`, `PowerWatts`), the older `Power`
+(`PowerControl[0].PowerConsumedWatts`) where that has nothing. Source: DMTF DSP2046, EnvironmentMetrics 1.3 and Power
+1.7. The controller is not trusted: sizes are bounded, redirects are not followed, links must stay on it, and the
+password is sent to it alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import logging
+import os
+import ssl
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from millijoule.workers.errors import InputError
+from millijoule.workers.node_meters.meter import (
+    MJ_PER_J,
+    MJ_PER_KWH,
+    MW_PER_W,
+    NodeReading,
+    Quantity,
+    parse_amount,
+)
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 10.0
+#: Metrics are a few kilobytes.
+MAX_ANSWER_BYTES = 1 << 20
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class RedfishConfig:
+    """Where a node's meter is and how to be let in.
+
+    Attributes:
+        chassis_url: "https://bmc-17/redfish/v1/Chassis/1": the chassis that is this node, and no more.
+        user_variable: environment variable with the user's name; None: no login.
+        password_variable: environment variable with the password.
+        ca_file: certificate (PEM) to trust instead of the system's: a controller's own, or a company's authority.
+        check_hostname: False for a controller's own certificate that does not name it; only with `ca_file`.
+    """
+
+    chassis_url: str
+    user_variable: str | None = None
+    password_variable: str | None = None
+    ca_file: Path | None = None
+    check_hostname: bool = True
+    timeout_s: float = TIMEOUT_S
+
+
+class RedfishMeter:
+    """The meter of one chassis.
+
+    Raises:
+        InputError: the configuration cannot work, whatever the controller says.
+    """
+
+    def __init__(self, config: RedfishConfig) -> None:
+        check_chassis_url(config)
+        parts = urlsplit(config.chassis_url)
+        self.name = config.chassis_url
+        self._base = f"{parts.scheme}://{parts.netloc}"
+        self._path = parts.path
+        self._timeout_s = config.timeout_s
+        self._headers = {"Accept": "application/json", **_login(self.name, config)}
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}),  # a proxy would see the password
+            urllib.request.HTTPSHandler(context=_tls(self.name, config)),
+            _NoRedirect(),
+        )
+        self.failure = ""
+
+    def read(self) -> tuple[NodeReading, ...]:
+        """See `NodeMeter.read`."""
+        try:
+            chassis, _, _ = self._get(self._path)
+            for name, parse in (("EnvironmentMetrics", _environment), ("Power", _power)):
+                path = _link(chassis, name)
+                if path is None:
+                    continue
+                answer, at_ns, error_ns = self._get(path)
+                readings = tuple(
+                    NodeReading(f"redfish-{quantity}", quantity, at_ns, value, quantum, error_ns)
+                    for quantity, value, quantum in parse(answer)
+                )
+                if readings:
+                    self.failure = ""
+                    return readings
+            raise ValueError("no energy or power in EnvironmentMetrics or Power of this chassis")
+        except urllib.error.HTTPError as error:
+            error.close()
+            self._report(f"HTTP {error.code}")
+        except (OSError, ValueError, ArithmeticError, RecursionError, http.client.HTTPException) as error:
+            self._report(f"{type(error).__name__}: {str(error)[:200]}")
+        return ()
+
+    def _report(self, failure: str) -> None:
+        if failure != self.failure:
+            log.warning("%s: %s; the node's energy is missing", self.name, failure)
+            self.failure = failure
+
+    def _get(self, path: str) -> tuple[dict[str, Any], int, int]:
+        """The JSON object at `path`, the middle of the request (wall ns) and half its length."""
+        request = urllib.request.Request(self._base + path, headers=self._headers)
+        began_ns = time.time_ns()
+        with self._opener.open(request, timeout=self._timeout_s) as response:
+            body = response.read(MAX_ANSWER_BYTES + 1)
+        half_ns = max(time.time_ns() - began_ns, 0) // 2
+        if len(body) > MAX_ANSWER_BYTES:
+            raise ValueError(f"{path}: longer than {MAX_ANSWER_BYTES} bytes")
+        answer = json.loads(body, parse_float=Decimal, parse_constant=_refuse)
+        if not isinstance(answer, dict):
+            raise ValueError(f"{path}: not a JSON object")
+        return answer, began_ns + half_ns, half_ns
+
+
+def check_chassis_url(config: RedfishConfig) -> None:
+    """Raise InputError where `config` cannot work, whatever the machine it is used on."""
+    name = config.chassis_url
+    try:
+        parts = urlsplit(name)
+        host = parts.hostname
+    except ValueError as error:
+        raise InputError(f"a Redfish URL cannot be read: {error}") from error
+    if parts.username or parts.password:
+        raise InputError("a Redfish URL holds a user or password: name environment variables for them")
+    if parts.scheme not in ("https", "http") or not host or not parts.path.startswith("/redfish/"):
+        raise InputError(f"{name}: not a chassis, expected https://HOST/redfish/v1/Chassis/ID")
+    if parts.scheme == "http" and config.user_variable and host not in _LOOPBACK:
+        raise InputError(f"{name}: would send the password in the clear, use https")
+    if not config.check_hostname and config.ca_file is None:
+        raise InputError(f"{name}: without a check of the host's name, name its certificate (ca_file)")
+    if bool(config.user_variable) != bool(config.password_variable):
+        raise InputError(f"{name}: environment variable for user or password is not named: both or neither")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+def _login(name: str, config: RedfishConfig) -> dict[str, str]:
+    if not config.user_variable and not config.password_variable:
+        return {}
+    secrets = []
+    for variable in (config.user_variable, config.password_variable):
+        if not variable or not os.environ.get(variable):
+            raise InputError(f"{name}: environment variable {variable or 'for user or password'} is not set")
+        secrets.append(os.environ[variable])
+    return {"Authorization": "Basic " + base64.b64encode(":".join(secrets).encode()).decode()}
+
+
+def _tls(name: str, config: RedfishConfig) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=str(config.ca_file) if config.ca_file else None)
+    except OSError as error:  # ssl.SSLError is one
+        raise InputError(f"{config.ca_file}: cannot be used as certificate for {name}: {error}") from error
+    context.check_hostname = config.check_hostname
+    return context
+
+
+def _link(chassis: dict[str, Any], name: str) -> str | None:
+    """The path of the chassis' resource `name`; None where it has none, or one somewhere else."""
+    linked = chassis.get(name)
+    path = linked.get("@odata.id") if isinstance(linked, dict) else None
+    return path if isinstance(path, str) and path.startswith("/redfish/") and path.isprintable() else None
+
+
+def _environment(answer: dict[str, Any]) -> list[tuple[Quantity, int, int]]:
+    """(quantity, value, quantum) of what `EnvironmentMetrics` has; joules before kilowatt-hours, which are coarse."""
+    found: list[tuple[Quantity, int, int]] = []
+    for name, units in (("EnergyJoules", MJ_PER_J), ("EnergykWh", MJ_PER_KWH)):
+        # LifetimeReading, where there is one, is not set back by ResetMetrics
+        amount = _amount(answer.get(name), ("LifetimeReading", "Reading"), units)
+        if amount is not None:
+            found.append(("energy", *amount))
+            break
+    watts = _amount(answer.get("PowerWatts"), ("Reading",), MW_PER_W)
+    return [*found, ("power", *watts)] if watts else found
+
+
+def _power(answer: dict[str, Any]) -> list[tuple[Quantity, int, int]]:
+    controls = answer.get("PowerControl")
+    watts = (
+        _amount(controls[0], ("PowerConsumedWatts",), MW_PER_W)
+        if isinstance(controls, list) and controls
+        else None
+    )
+    return [("power", *watts)] if watts else []
+
+
+def _amount(excerpt: Any, names: tuple[str, ...], units: int) -> tuple[int, int] | None:
+    """The first of `names` that is a number above 0: a node that answers has used something."""
+    if not isinstance(excerpt, dict):
+        return None
+    for name in names:
+        number = excerpt.get(name)
+        if isinstance(number, (int, Decimal)) and not isinstance(number, bool):
+            value, quantum = parse_amount(number, units)
+            if value > 0:
+                return value, quantum
+    return None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")

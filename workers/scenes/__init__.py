@@ -1,0 +1,1 @@
+"""The icon domain: scenes, their prompts, and true images of them."""

@@ -1,0 +1,1 @@
+"""Training: the loop that all trainings share, and one file per model."""

@@ -1,0 +1,422 @@
+"""Training of the verifier on true renders: scenes in every combination, freely placed icons, blobs, imperfect pixels.
+
+Half of each batch are renders of scenes as `scenes` lays them out, with all nouns, colours, sizes and backgrounds alike,
+held-out combinations included: a judge must know them. The other half are collages of icons that differ from each other
+and stand off the windows, so that a wrong count or a stray icon is read as what it is. Blobs in some collages, and
+images blurred or shuffled beyond recognition, hold nothing to be found. No generated image is ever used.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from millijoule.kernels.processor import multiplies_bfloat16
+from millijoule.workers.judging.verifier import (
+    CELL_PARTS,
+    FORMAT,
+    FORMAT_VERSION,
+    GLOBAL_PARTS,
+    GRID,
+    STRIDE,
+    VerifierNet,
+    VerifierShape,
+    to_input,
+)
+from millijoule.workers.scenes.renderer import SceneRenderer
+from millijoule.workers.scenes.scenes import (
+    BACKGROUNDS,
+    CELL,
+    COLOURS,
+    IMAGE_SIZE,
+    MAX_COUNT,
+    NOUNS,
+    PALETTE,
+    SIZES,
+    WINDOWS,
+    Group,
+    Scene,
+    complete,
+    icons,
+)
+from millijoule.workers.training.loop import schedule
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    """Everything a training run of the verifier depends on."""
+
+    steps: int = 4000
+    batch: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    warm_up: int = 100
+    seed: int = 0
+    collages: float = 0.5  # share of collages in a batch; the others are renders of scenes
+    spoiled: float = 0.06  # share of images in which nothing is left to be found
+    stem: int = 32
+    middle: int = 64
+    trunk: int = 96
+    middle_blocks: int = 1
+    trunk_blocks: int = 3
+    feature_channels: int = 32
+
+    @property
+    def shape(self) -> VerifierShape:
+        return VerifierShape(
+            self.stem, self.middle, self.trunk, self.middle_blocks, self.trunk_blocks, self.feature_channels
+        )
+
+
+def sample_any_scene(rng: np.random.Generator) -> Scene:
+    """A completed scene of any nouns, colours, counts and layout; held-out combinations are as likely as others."""
+
+    def group(count: int) -> Group:
+        return Group(NOUNS[rng.integers(len(NOUNS))], count=count)
+
+    kind = rng.random()
+    if kind < 0.02:
+        scene = Scene(())
+    elif kind < 0.45:
+        scene = Scene((group(int(rng.integers(1, MAX_COUNT + 1))),))
+    else:
+        counts = (1, 1) if kind < 0.75 else rng.integers(1, 3, 2)
+        scene = Scene((group(int(counts[0])), group(int(counts[1]))))
+    return complete(scene, int(rng.integers(2**63)))
+
+
+# ---- images and what stands in them ---------------------------------------------------------------------------
+
+
+class LabelledImages(NamedTuple):
+    """Images and, per possible icon, what it is; `noun` is -1 where there is none."""
+
+    images: np.ndarray  # uint8 [b, 64, 64, 3]
+    noun: np.ndarray  # int64 [b, 4]
+    colour: np.ndarray  # int64 [b, 4]
+    size: np.ndarray  # int64 [b, 4]
+    centre: np.ndarray  # float32 [b, 4, 2]: x, y in pixels
+    background: np.ndarray  # int64 [b]
+
+
+def render_scenes(renderer: SceneRenderer, scenes: list[Scene], seed: int) -> LabelledImages:
+    """True renders with labels. An icon's centre is its window's: it is drawn within a pixel of there."""
+    images = renderer.render(scenes, 1, seed)[:, 0]
+    noun = np.full((len(scenes), MAX_COUNT), -1, np.int64)
+    colour, size = np.zeros_like(noun), np.zeros_like(noun)
+    centre = np.zeros((*noun.shape, 2), np.float32)
+    for b, scene in enumerate(scenes):
+        for k, icon in enumerate(icons(scene)):
+            left, top, side = WINDOWS[icon.window]
+            noun[b, k], colour[b, k] = NOUNS.index(icon.noun), COLOURS.index(icon.colour)
+            size[b, k] = SIZES.index(icon.size)
+            centre[b, k] = CELL * (left + side / 2), CELL * (top + side / 2)
+    background = np.array([BACKGROUNDS.index(s.background or "") for s in scenes])
+    return LabelledImages(images, noun, colour, size, centre, background)
+
+
+#: Sets of half windows (left and top in pixels) that do not overlap, for collages of up to four icons.
+_LAYOUTS = (
+    ((0, 0), (32, 0), (0, 32), (32, 32)),
+    ((16, 0), (0, 32), (32, 32)),
+    ((0, 0), (32, 0), (16, 32)),
+    ((0, 16), (32, 0), (32, 32)),
+    ((0, 0), (0, 32), (32, 16)),
+    ((0, 16), (32, 16)),
+    ((16, 0), (16, 32)),
+    ((16, 16),),
+)
+_STRAY = 5  # pixels; how far an icon of a collage may stand from its half window
+_PAD = 8
+
+
+class CollageMaker:
+    """Puts icons that need not match, and blobs, at places that need not be windows."""
+
+    def __init__(self, renderer: SceneRenderer) -> None:
+        plain = {"relation": None, "background": "white", "arrangement": 0}
+        whole, half = [], []
+        for noun in NOUNS:
+            for size in SIZES:
+                group = Group(noun, "red", size)
+                whole.append(renderer.cover(Scene((group,), **plain))[0])  # type: ignore[arg-type]
+                four = renderer.cover(Scene((replace(group, count=4),), **plain))  # type: ignore[arg-type]
+                half.append(four[0, :32, :32])
+        shape = (len(NOUNS), len(SIZES))
+        self._whole = np.array(whole, np.float32).reshape(*shape, 64, 64)
+        self._half = np.array(half, np.float32).reshape(*shape, 32, 32)
+        self._palette = np.array([PALETTE[c] for c in COLOURS], np.float32)
+        self._grounds = np.array([PALETTE[b] for b in BACKGROUNDS], np.float32)
+        self._same = np.array([[c == b for c in COLOURS] for b in BACKGROUNDS])
+
+    def make(self, count: int, rng: np.random.Generator) -> LabelledImages:
+        background = rng.integers(len(BACKGROUNDS), size=count)
+        noun = np.full((count, MAX_COUNT), -1, np.int64)
+        size = rng.integers(len(SIZES), size=noun.shape)
+        # half of the colours and nouns repeat the first icon's, as in true scenes
+        weights = np.where(self._same[background], 0.0, 1.0)
+        colour = (rng.random((count, MAX_COUNT, len(COLOURS))) * weights[:, None]).argmax(
+            2
+        )  # uniform, never the background's
+        nouns = rng.integers(len(NOUNS), size=noun.shape)
+        repeat = rng.random(noun.shape) < 0.3
+        nouns = np.where(repeat, nouns[:, :1], nouns)
+        repeat = rng.random(noun.shape) < 0.3
+        colour = np.where(repeat, colour[:, :1], colour)
+        centre = np.zeros((*noun.shape, 2), np.float32)
+        side = IMAGE_SIZE + 2 * _PAD
+        ground = self._grounds[background] + rng.integers(-14, 15, (count, 1))
+        canvas = np.empty((count, side, side, 3), np.float32)
+        canvas[:] = ground[:, None, None]
+        for b in range(count):
+            kind = rng.random()
+            if kind < 0.25:  # one icon of the whole image
+                cover = self._whole
+                places: tuple[tuple[int, int], ...] = ((0, 0),)
+            else:
+                cover = self._half
+                places = _LAYOUTS[rng.integers(len(_LAYOUTS))]
+                places = tuple(p for p in places if rng.random() < 0.8)
+            pixels = cover.shape[-1]
+            for k, (x, y) in enumerate(places):
+                moved_x, moved_y = rng.integers(-_STRAY, _STRAY + 1, 2)
+                at_x, at_y = x + int(moved_x), y + int(moved_y)
+                paint = self._palette[colour[b, k]] + rng.integers(-16, 17)
+                if rng.random() < 0.12:
+                    mask = _blob(pixels, rng)
+                else:
+                    mask = cover[nouns[b, k], size[b, k]]
+                    noun[b, k] = nouns[b, k]
+                    centre[b, k] = at_x + pixels / 2, at_y + pixels / 2
+                under = canvas[b, _PAD + at_y : _PAD + at_y + pixels, _PAD + at_x : _PAD + at_x + pixels]
+                under += (paint - under) * mask[: under.shape[0], : under.shape[1], None]
+        images = np.clip(np.rint(canvas[:, _PAD:-_PAD, _PAD:-_PAD]), 0, 255).astype(np.uint8)
+        return LabelledImages(images, noun, colour, size, centre, background)
+
+
+def _blob(pixels: int, rng: np.random.Generator) -> np.ndarray:
+    """A soft-edged shape that is no icon, float32 `[pixels, pixels]`."""
+    coarse = torch.from_numpy(rng.standard_normal((1, 1, 5, 5)).astype(np.float32))
+    smooth = F.interpolate(coarse, size=(pixels, pixels), mode="bicubic", align_corners=True)[0, 0].numpy()
+    axis = np.linspace(-1.2, 1.2, pixels, dtype=np.float32)
+    hill = 1.0 - 1.6 * (axis[:, None] ** 2 + axis[None] ** 2)
+    return np.clip((smooth * rng.uniform(0.1, 1.0) + hill) * rng.uniform(1.5, 8), 0, 1).astype(np.float32)
+
+
+def join(a: LabelledImages, b: LabelledImages) -> LabelledImages:
+    return LabelledImages(*(np.concatenate(pair) for pair in zip(a, b, strict=True)))
+
+
+def spoil(made: LabelledImages, share: float, rng: np.random.Generator) -> LabelledImages:
+    """Blur or shuffle a share of the images until no icon is left; their labels say so."""
+    chosen = np.flatnonzero(rng.random(len(made.images)) < share)
+    images, noun = made.images.copy(), made.noun.copy()
+    for b in chosen:
+        pixels = torch.from_numpy(images[b]).permute(2, 0, 1)[None].float()
+        if rng.random() < 0.5:
+            pixels = F.interpolate(
+                F.avg_pool2d(pixels, 16), size=(64, 64), mode="bilinear", align_corners=False
+            )
+        else:
+            tiles = pixels.reshape(3, 8, 8, 8, 8).permute(1, 3, 0, 2, 4).reshape(64, 3, 8, 8)
+            tiles = tiles[torch.from_numpy(rng.permutation(64))]
+            pixels = tiles.reshape(8, 8, 3, 8, 8).permute(2, 0, 3, 1, 4).reshape(1, 3, 64, 64)
+        images[b] = pixels[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
+        noun[b] = -1
+    return made._replace(images=images, noun=noun)
+
+
+def roughen(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Light blur, noise, contrast and brightness changes on float `[b, 3, 64, 64]` in [-1, 1]; a third stays as is."""
+    b = len(images)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+
+    def some(probability: float, low: float, high: float) -> Tensor:
+        on = torch.rand(b, 1, 1, 1, generator=generator) < probability
+        return on * (low + (high - low) * torch.rand(b, 1, 1, 1, generator=generator))
+
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    images = torch.lerp(images, blurred, some(0.35, 0.0, 1.0))
+    images = images * (1 + some(0.35, -0.15, 0.15)) + some(0.35, -0.08, 0.08)
+    noise = torch.randn(images.shape, generator=generator)
+    return torch.add(images, noise * some(0.35, 0.0, 0.12)).clamp_(-1, 1)
+
+
+# ---- dense targets and the loss --------------------------------------------------------------------------------
+
+
+class Targets(NamedTuple):
+    """What each cell should say: centre (1, 0, or -1 for either), index of its icon's noun (-1 for none) and so on."""
+
+    centre: Tensor  # float32 [b, 8, 8]
+    noun: Tensor  # int64 [b, 8, 8]
+    colour: Tensor
+    size: Tensor
+    offset: Tensor  # float32 [b, 2, 8, 8]
+    overall: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+_NEAR = 0.5 * STRIDE + 0.75  # pixels: an icon's centre that lies so near a cell's is named by it
+
+
+def make_targets(made: LabelledImages) -> Targets:
+    """Dense targets: the cell nearest to an icon's centre must find it, those about as near may."""
+    b = len(made.noun)
+    there = made.noun >= 0  # [b, 4]
+    axis = np.arange(GRID, dtype=np.float32) * STRIDE
+    away_x = made.centre[..., 0, None, None] - axis  # [b, 4, 1, 8]
+    away_y = made.centre[..., 1, None, None] - axis[:, None]  # [b, 4, 8, 1]
+    distance = np.maximum(np.abs(away_x), np.abs(away_y)) + np.where(there, 0, 1e6)[..., None, None]
+    distance = distance.astype(np.float32)
+    which = distance.argmin(1)  # [b, 8, 8]
+    nearest = distance.min(1)
+    rows, i, j = np.ogrid[:b, :GRID, :GRID]
+    centre = np.where(nearest <= 0.5 * STRIDE, 1.0, np.where(nearest < 0.95 * STRIDE, -1.0, 0.0))
+    named = nearest <= _NEAR
+
+    def of(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.where(named, values[rows, which], -1))
+
+    offset = np.stack([(away_x + 0 * away_y)[rows, which, i, j], (away_y + 0 * away_x)[rows, which, i, j]], 1)
+    nouns = np.zeros((b, len(NOUNS)), np.float32)
+    colours = np.zeros((b, len(COLOURS)), np.float32)
+    image, icon = np.nonzero(there)
+    nouns[image, made.noun[image, icon]] = 1
+    colours[image, made.colour[image, icon]] = 1
+    return Targets(
+        torch.from_numpy(centre.astype(np.float32)),
+        of(made.noun),
+        of(made.colour),
+        of(made.size),
+        torch.from_numpy((offset / STRIDE).astype(np.float32)),
+        (
+            torch.from_numpy(nouns),
+            torch.from_numpy(colours),
+            torch.from_numpy(made.background),
+            torch.from_numpy(there.sum(1)),
+            torch.from_numpy((nearest <= 0.5 * STRIDE).reshape(b, -1).astype(np.float32)),
+        ),
+    )
+
+
+def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Tensor, dict[str, float]]:
+    """Cross entropy of centres, nouns, colours, sizes and background, offsets, and what the features must tell."""
+    centre, noun, colour, size, offset = cells.float().split(CELL_PARTS, 1)
+    sure = targets.centre >= 0
+    loss_centre = 20 * F.binary_cross_entropy_with_logits(centre[:, 0][sure], targets.centre[sure])
+    named = targets.noun >= 0
+    parts = {"centre": loss_centre}
+    if named.any():
+        truth = targets.noun[named]
+        at_noun = noun.permute(0, 2, 3, 1)[named]
+        parts["noun"] = F.cross_entropy(at_noun, truth)
+        parts["colour"] = F.cross_entropy(colour.permute(0, 2, 3, 1)[named], targets.colour[named])
+        parts["size"] = 0.3 * F.cross_entropy(size.permute(0, 2, 3, 1)[named], targets.size[named])
+        parts["offset"] = F.smooth_l1_loss(
+            offset.permute(0, 2, 3, 1)[named], targets.offset.permute(0, 2, 3, 1)[named]
+        )
+    nouns, colours, background, count, places = overall.float().split(GLOBAL_PARTS, 1)
+    parts["background"] = F.cross_entropy(background, targets.overall[2])
+    parts["features"] = (
+        8 * F.binary_cross_entropy_with_logits(nouns, targets.overall[0])
+        + F.binary_cross_entropy_with_logits(colours, targets.overall[1])
+        + 0.3 * F.cross_entropy(count, targets.overall[3])
+        + 4 * F.binary_cross_entropy_with_logits(places, targets.overall[4])
+    )
+    total = torch.stack(list(parts.values())).sum()
+    log = {"loss": float(total.detach())} | {name: float(value.detach()) for name, value in parts.items()}
+    if named.any():
+        log["noun_right"] = float((at_noun.detach().argmax(1) == truth).float().mean())
+    return total, log
+
+
+# ---- the trainer -----------------------------------------------------------------------------------------------
+
+
+class VerifierTrainer:
+    """A verifier in training; see `training_loop.Trainer`."""
+
+    def __init__(self, config: VerifierConfig) -> None:
+        self.config = config
+        self.step = 0
+        torch.manual_seed(config.seed)
+        self.net = VerifierNet(config.shape).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        decayed = [p for p in self.net.parameters() if p.ndim > 1]
+        others = [p for p in self.net.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            fused=True,
+        )
+        with torch.no_grad():  # centres are rare
+            self.net.cells.bias[0] = -3.0  # type: ignore[index]
+        self._renderer = SceneRenderer()
+        self._collages = CollageMaker(self._renderer)
+
+    def batch(self, step: int) -> LabelledImages:
+        """The images of one step, which follow from config and step."""
+        rng = np.random.Generator(np.random.Philox([self.config.seed, step]))
+        collages = round(self.config.batch * self.config.collages)
+        scenes = [sample_any_scene(rng) for _ in range(self.config.batch - collages)]
+        made = render_scenes(self._renderer, scenes, int(rng.integers(2**62)))
+        made = join(made, self._collages.make(collages, rng))
+        return spoil(made, self.config.spoiled, rng)
+
+    def train_step(self) -> dict[str, float]:
+        config = self.config
+        made = self.batch(self.step)
+        rng = np.random.Generator(np.random.Philox([config.seed, self.step, 1]))
+        pixels = roughen(to_input(made.images), rng).contiguous(memory_format=torch.channels_last)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * schedule(self.step, config.steps, config.warm_up)
+        self.net.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
+            outputs = self.net(pixels)
+        loss, log = verifier_loss(outputs.cells, outputs.overall, make_targets(made))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
+        self.optimizer.step()
+        self.step += 1
+        return log
+
+    def state(self) -> dict[str, Any]:
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def save_verifier(net: VerifierNet, path: Path | str, extra: dict[str, str] | None = None) -> None:
+    """Write a trained net in float16 (its batch statistics in float32); `extra` goes into the file's metadata."""
+    tensors = {
+        name: (t.float() if "running" in name else t.half()).contiguous()
+        for name, t in net.state_dict().items()
+        if "num_batches" not in name
+    }
+    metadata = {
+        **(extra or {}),
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "name": "verifier",
+        "shape": json.dumps(asdict(net.shape)),
+    }
+    save_file(tensors, path, metadata)
+
+
+def export(trainer: VerifierTrainer, path: Path | str) -> None:
+    """Write the weights of a training run with what it was made from."""
+    made = {"steps": str(trainer.step), "config": json.dumps(asdict(trainer.config))}
+    save_verifier(trainer.net, path, made)
