@@ -13,17 +13,27 @@ GPU_QUEUE = PYTHONPATH=infra/typing$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTH
 GPU_PLATFORMS := $(foreach n,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014,--platform $(n)_x86_64)
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test lint chaos slow accelerator gpu gpu-list gpu-rehearsal gpu-wheels bench install clean help
+.PHONY: help demo test test-fast lint chaos slow accelerator gpu gpu-list gpu-rehearsal gpu-wheels bench install install-test clean
 
 help:
-	@echo "make demo   install, make images from infra/demo_prompts.txt into $(DEMO_OUT)"
-	@echo "make test   install, run lint, types and the whole test suite"
-	@echo "make chaos  only the tests that kill processes"
-	@echo "make slow   the long tests that make test leaves out"
-	@echo "make accelerator  the tests that need an NVIDIA GPU"
-	@echo "make gpu    what waits for an NVIDIA GPU, within BUDGET=$(BUDGET) seconds, into GPU_OUT=$(GPU_OUT); again to go on"
-	@echo "            WHEELS=folder of carried wheels, STEPS='names', GPU_ARCHIVE=prefix; gpu-list, gpu-rehearsal, gpu-wheels"
-	@echo "make bench  measure the pipeline, write benchmarks/pipeline/"
+	@echo "for everybody"
+	@echo "  make demo          install, make images from infra/demo_prompts.txt into DEMO_OUT=$(DEMO_OUT)"
+	@echo "  make test          install, run lint, types and all tests but the slow ones (what CI runs)"
+	@echo "  make install       .venv with what jobs need; CONSTRAINTS= takes PyTorch's CUDA build, PYTHON=$(PYTHON)"
+	@echo "  make clean         remove .venv and everything that was built"
+	@echo "for the inner loop"
+	@echo "  make install-test  .venv with everything the tests need"
+	@echo "  make test-fast     under two minutes: no Ray, no servers, no training, no lint"
+	@echo "  make lint          formatting, lint, types"
+	@echo "  make chaos         only the tests that kill processes"
+	@echo "  make slow          the long tests that make test leaves out"
+	@echo "  make bench         measure the pipeline, write benchmarks/pipeline/"
+	@echo "with an NVIDIA GPU"
+	@echo "  make accelerator   the tests that need one"
+	@echo "  make gpu           what waits for one, within BUDGET=$(BUDGET) seconds, into GPU_OUT=$(GPU_OUT); again to go on;"
+	@echo "                     WHEELS=folder of carried wheels, STEPS='names', GPU_ARCHIVE=prefix"
+	@echo "  make gpu-list      its steps, and what is done;  make gpu-rehearsal tries them on this machine"
+	@echo "  make gpu-wheels    download the wheels a machine without network needs, into WHEELS"
 
 $(VENV)/installed-run: pyproject.toml $(wildcard infra/constraints/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +46,8 @@ $(VENV)/installed-test: $(VENV)/installed-run
 	touch $@
 
 install: $(VENV)/installed-run
+
+install-test: $(VENV)/installed-test
 
 demo: install
 	$(BIN)/millijoule generate --prompts infra/demo_prompts.txt --output $(DEMO_OUT) --format files
