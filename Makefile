@@ -58,8 +58,14 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Two at a time: most of what tests of processes do is wait for each other.
+PYTEST = $(BIN)/python -m pytest -q -n $(or $(TEST_PROCESSES),2) --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(PYTEST) -m "not slow" tests
+
+test-fast: $(VENV)/installed-test
+	$(PYTEST) -m "not slow and not long and not servers" tests
 
 chaos: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m "not slow" tests/chaos

@@ -14,6 +14,18 @@ from support.cluster import RayCluster
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+#: Fixtures behind which real servers stand.
+SERVERS = {"moto_s3", "rclone_s3", "ceph", "ray_cluster", "ray_address"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts Ray or an S3 server: `make test-fast` leaves it out."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & SERVERS or item.path.parent.name in ("integration", "chaos"):
+            item.add_marker("servers")
+
+
 def _skip_or_fail(missing: str | None) -> None:
     """Skip where a server is not installed; on CI everything must be there, or nothing would ever test it."""
     if missing and os.environ.get("CI") == "true":
