@@ -437,8 +437,9 @@ def round_ns(mw_ns: int) -> int:
 
 
 def _declared(rows: pa.Table) -> tuple[int, int] | None:
-    """(milliwatts, tolerance) of the rest, as last declared."""
-    last = rows.sort_by("t_wall_ns").slice(rows.num_rows - 1).to_pylist()[0]
+    """(milliwatts, tolerance) of the rest, as last declared; of several declared at one time the largest, none if one is none."""
+    order = [(name, "ascending") for name in ("t_wall_ns", "rest_mw", "rest_tolerance_mw")]  # null comes last
+    last = rows.sort_by(order).slice(rows.num_rows - 1).to_pylist()[0]
     if last["rest_mw"] is None or last["rest_tolerance_mw"] is None:
         return None
     return last["rest_mw"], last["rest_tolerance_mw"]

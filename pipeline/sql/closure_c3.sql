@@ -45,8 +45,8 @@ WITH part AS (
     SELECT id, sum((p0 + (p1 - p0)::DOUBLE * ((b - t0) + (e - t0)) / 2 / (t1 - t0)) * (e - b) / 1e9) AS energy_mj
     FROM inside
     GROUP BY id
-), declared AS (
-    SELECT run_id, boot_id, meter, arg_max(rest_mw, t_wall_ns) AS rest_mw
+), declared AS (  -- of several at one time the largest
+    SELECT run_id, boot_id, meter, arg_max(rest_mw, (t_wall_ns, rest_mw)) AS rest_mw
     FROM reading
     GROUP BY ALL
 ), again AS (

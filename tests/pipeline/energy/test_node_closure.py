@@ -332,6 +332,17 @@ def test_the_residual_is_exactly_the_sum_of_the_rows(history, drawn):
             assert row.passed == (abs(row.residual_mj) <= row.tolerance_mj)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("other", [None, DeclaredRest(9, 14), DeclaredRest(150_000, 0)])
+def test_of_two_rests_declared_at_one_time_python_and_sql_take_the_same(other, swapped):
+    feeds = [energy(275, AROUND, feed="1"), energy(275, AROUND, feed="2", rest=other)]
+    tables, (row,), _ = build(*job(), [*feeds[swapped], *feeds[not swapped]])
+    rests = [p["energy_mj"] for p in tables["node_energy"].to_pylist() if p["part"] == "rest"]
+    assert sum(rests) == (0 if other is None else REST_W * 600_000)
+    assert problems(tables) == []
+    assert row.passed is (None if other is None else True)
+
+
 @settings(max_examples=25, deadline=None)
 @given(histories(), READINGS)
 def test_sql_finds_the_same_parts_in_the_raw_rows(history, drawn):
