@@ -19,7 +19,7 @@ from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
-from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, complete, sample_scene
+from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
 
 if TYPE_CHECKING:
     from millijoule.workers.generators.protocol import Generator
@@ -157,7 +157,7 @@ def _generate(items: list[Item], options: EvaluateOptions, device: str) -> tuple
     from rich.console import Console
     from rich.progress import track
 
-    from millijoule.workers.generators.protocol import load_generator
+    from millijoule.workers.generators.registry import load_generator
     from millijoule.workers.schemas import ImageRequest
 
     generator = load_generator(options.model, device=device)
@@ -215,7 +215,7 @@ def _load_in_process(model: str, device: str) -> None:
     global _generator
     import torch
 
-    from millijoule.workers.generators.protocol import load_generator
+    from millijoule.workers.generators.registry import load_generator
 
     torch.set_num_threads(1)
     _generator = load_generator(model, device=device)
@@ -227,16 +227,9 @@ def _draw_in_process(batch: list[ImageRequest]) -> np.ndarray:
 
 def _render(items: list[Item], seed: int) -> np.ndarray:
     """One true render of each item's prompt; what it leaves open is settled by a seed of its own."""
-    from millijoule.workers.scenes.renderer import SceneRenderer
+    from millijoule.workers.scenes.renderer import render_prompted
 
-    renderer = SceneRenderer()
-    rng = np.random.default_rng((seed, 77))
-    scenes = [complete(item.scene, int(rng.integers(2**63))) for item in items]
-    parts = [
-        renderer.render(scenes[i : i + 500], 1, int(rng.integers(2**62)))[:, 0]
-        for i in range(0, len(scenes), 500)
-    ]
-    return np.concatenate(parts)
+    return np.concatenate(list(render_prompted([item.scene for item in items], seed)))
 
 
 def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import ray
 from millijoule.workers.attempt import AttemptCancelled, AttemptRunner, Where
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
-from millijoule.workers.generators.protocol import describe_model, load_generator
+from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.lease import (
     AccountRead,
     AttemptResult,

@@ -15,25 +15,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from millijoule.kernels.oscillator import MAX_Z, SOURCE_UNIT, STENCIL, neighbours
-from millijoule.kernels.phase import AMPLITUDE
+from millijoule.kernels.phase import AMPLITUDE, TURN
 from millijoule.workers.scenes.scenes import (
     BACKGROUNDS,
+    CELL,
     COLOURS,
     ICON_TOKENS,
+    IMAGE_SIZE,
     MAX_COUNT,
     NOUNS,
     SIZES,
     WINDOWS,
 )
-
-#: What stands between the start phases and the decoder. "trained" is the model; the others are its controls.
-COUPLINGS = ("trained", "frozen", "none", "mlp")
 
 #: Forward scale of the drive, so that Adam's rate lets it grow: phases must be pulled by radians within the horizon.
 DRIVE_SCALE = 4.0
@@ -44,24 +45,40 @@ SHAPES = len(NOUNS) * len(SIZES)
 GAIN_RANGE = 0.5  # gains are within 1 +- this
 
 
+Size = Annotated[int, Meta(ge=1, le=4096)]
+
+
 @dataclass(frozen=True)
 class OscillatorConfig:
-    """Sizes of the model. `grid * grid * channels` oscillators; images have `grid * 2 ** len(widths)` pixels a side."""
+    """Sizes of the model: `grid * grid * channels` oscillators.
 
-    coupling: str = "trained"  # one of COUPLINGS
-    grid: int = 8
-    channels: int = 32  # oscillators per cell
-    driven: int = 32  # the first of them: the prompt drives these alone
-    read: int = 32  # the last of them: the decoder reads these alone
-    noise_channels: int = 8  # the first of them start at random (`start_phases`), the others at phase 0
-    rank: int = 32  # of the global coupling
-    noun_width: int = 48
-    colour_width: int = 16
-    hidden: int = 192
-    widths: tuple[int, ...] = (72, 48, 32)  # decoder channels at grid, 2 grid, 4 grid
-    mix: int = 32  # channels of the last layer but one
-    steps: int = 10
-    horizon: float = 1.0
+    `coupling` is what stands between the start phases and the decoder. "trained" is the model, the others are its controls.
+    """
+
+    coupling: Literal["trained", "frozen", "none", "mlp"] = "trained"
+    grid: Size = 8
+    channels: Size = 32  # oscillators per cell
+    driven: Size = 32  # the first of them: the prompt drives these alone
+    read: Size = 32  # the last of them: the decoder reads these alone
+    noise_channels: Size = 8  # the first of them start at random (`start_phases`), the others at phase 0
+    rank: Size = 32  # of the global coupling
+    noun_width: Size = 48
+    colour_width: Size = 16
+    hidden: Size = 192
+    widths: tuple[Size, ...] = (72, 48, 32)  # decoder channels at grid, 2 grid, 4 grid
+    mix: Size = 32  # channels of the last layer but one
+    steps: Size = 10
+    horizon: Annotated[float, Meta(gt=0, lt=100)] = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.noise_channels <= self.driven <= self.channels or self.read > self.channels:
+            raise ValueError(
+                f"{self.noise_channels} noise channels, {self.driven} driven, {self.read} read, of {self.channels}"
+            )
+        if self.grid * CELL != IMAGE_SIZE or self.grid * 2 ** len(self.widths) != IMAGE_SIZE:
+            raise ValueError(f"grid {self.grid} and {len(self.widths)} widths: not {IMAGE_SIZE} pixels")
+        if self.oscillators > TURN:
+            raise ValueError(f"{self.oscillators} oscillators, at most {TURN}")
 
     @property
     def cells(self) -> int:
@@ -70,10 +87,6 @@ class OscillatorConfig:
     @property
     def oscillators(self) -> int:
         return self.cells * self.channels
-
-    @property
-    def image_size(self) -> int:
-        return self.grid * 2 ** len(self.widths)
 
 
 @dataclass(frozen=True)
@@ -263,7 +276,7 @@ class PromptTables(_PromptToDrive):
         return self.half_window(shape), self.tint(colour), self.half_window_gains(shape)
 
 
-class Coupling(nn.Module):
+class FloatCoupling(nn.Module):
     """K as five C x C blocks and a rank-r product; `forward` maps sources `[rows, n]` to pulls `[rows, n]`.
 
     The weights have a forward scale, so that Adam's rate does not depend on the width. With `quantized`, weights, sources
@@ -369,21 +382,15 @@ class CellMlp(nn.Module):
 class OscillatorModel(nn.Module):
     """The whole generator. `forward` takes tokens `[batch, tokens]` and start phases `[batch, n]` in radians.
 
-    With `tables`, the prompt's network is the shipped one, which cannot be trained on.
+    With `shipped`, what the integer form needs of it: the prompt's network as tables, and no coupling.
     """
 
-    def __init__(self, config: OscillatorConfig, *, tables: bool = False) -> None:
+    def __init__(self, config: OscillatorConfig, *, shipped: bool = False) -> None:
         super().__init__()
-        if config.coupling not in COUPLINGS:
-            raise ValueError(f"coupling {config.coupling!r}: one of {', '.join(COUPLINGS)}")
-        if not config.noise_channels <= config.driven <= config.channels or config.read > config.channels:
-            raise ValueError(
-                f"{config.noise_channels} noise channels, {config.driven} driven, {config.read} read, of {config.channels}"
-            )
         self.config = config
-        self.encoder = PromptTables(config) if tables else PromptEncoder(config)
-        if config.coupling in ("trained", "frozen"):
-            self.coupling = Coupling(config)
+        self.encoder = PromptTables(config) if shipped else PromptEncoder(config)
+        if config.coupling in ("trained", "frozen") and not shipped:
+            self.coupling = FloatCoupling(config)
         if config.coupling == "mlp":
             self.mlp = CellMlp(config)
         self.decoder = Decoder(config)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.protocol import refuse_lfs_pointer
+from millijoule.workers.generators.model_files import refuse_lfs_pointer
 
 #: The pickled part of a checkpoint holds names and settings; the numbers stand beside it.
 MAX_PICKLE_BYTES = 64 * 2**20

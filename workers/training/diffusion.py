@@ -1,6 +1,6 @@
 """The conventional baseline: a small Stable Diffusion, in diffusers' own classes, trained on icon scenes.
 
-Three phases in one run. First the text encoder learns to read captions (`scene_prompts.write_caption`): where a noun
+Three phases in one run. First the text encoder learns to read captions (`scenes.prompts.write_caption`): where a noun
 stands, its code must tell the icon's place, size, colour and noun. Then the decoder of the autoencoder, which writes a
 64-pixel render as a 16x16 grid of latents; its encoder is not trained: it holds the principal components of patches of
 four pixels, which keep all that the verifier sees; a trained one lost half of the small icons. After that text encoder and
@@ -28,11 +28,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.diffusers_model import ICON_SCENES
-from millijoule.workers.generators.protocol import read_safetensors_header
-from millijoule.workers.scenes.device_renderer import DeviceRenderer
+from millijoule.workers.generators.diffusers_model import import_diffusers
+from millijoule.workers.generators.model_files import read_header
+from millijoule.workers.generators.pipeline_folder import DEFAULTS, ICON_SCENES
 from millijoule.workers.scenes.prompts import CAPTION_WORDS, CAPTION_WORDS_PER_ICON, write_caption
-from millijoule.workers.scenes.renderer import SceneRenderer, draw_variation
+from millijoule.workers.scenes.renderer import draw_variation, render_scenes
 from millijoule.workers.scenes.scenes import (
     COLOURS,
     IMAGE_SIZE,
@@ -45,12 +45,8 @@ from millijoule.workers.scenes.scenes import (
     scene_tokens,
 )
 from millijoule.workers.training.graphed_step import GraphedStep
-from millijoule.workers.training.loop import newest_share, schedule, update_average
+from millijoule.workers.training.loop import GeneratorTrainer, newest_share, schedule, update_average
 from millijoule.workers.training.optimizer import adamw, clip_and_step, load_optimizer, set_learning_rate
-from millijoule.workers.training.step_data import StepData
-
-#: What a person who wants to train and lacks diffusers is told to install.
-INSTALL = "pip install 'millijoule[diffusers]'"
 
 #: Factor on the words' initial embeddings.
 EMBEDDING_SCALE = 40.0
@@ -109,13 +105,9 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class DiffusionData:
-    """What a step of `config` needs, whichever phase it lies in; see `StepData`.
-
-    Renders are drawn here, or only what they differ by (`variation`).
-    """
+    """What a step of `config` needs, whichever phase it lies in; see `StepData`."""
 
     config: DiffusionConfig
-    variation: bool
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         config = self.config
@@ -124,32 +116,28 @@ class DiffusionData:
             scenes = draw_scenes(config.text_batch, rng)
             return {"tokens": torch.from_numpy(scene_tokens(scenes)), "ids": caption_ids(scenes, config)}
         if step < config.text_steps + config.autoencoder_steps:
-            made, _ = self._images(config.autoencoder_batch, rng)
-            return made | {"noise_seed": torch.tensor(int(rng.integers(2**62)))}
-        made, scenes = self._images(config.batch, rng)
+            return self._scenes(config.autoencoder_batch, rng)[1] | _noise_seed(rng)
+        scenes, made = self._scenes(config.batch, rng)
         ids = caption_ids(scenes, config)
         dropped = torch.from_numpy(rng.random(config.batch) < config.prompt_dropout)
         ids[dropped, 1:] = VOCABULARY[END]
         # stratified: one time from each of `batch` equal slices, for less variance
         times = (np.arange(config.batch) + rng.random(config.batch)) / config.batch
-        return made | {
-            "ids": ids,
-            "times": torch.from_numpy(times),
-            "noise_seed": torch.tensor(int(rng.integers(2**62))),
-        }
+        return made | {"ids": ids, "times": torch.from_numpy(times)} | _noise_seed(rng)
 
-    def _images(self, count: int, rng: np.random.Generator) -> tuple[dict[str, Tensor], list[Scene]]:
+    def _scenes(self, count: int, rng: np.random.Generator) -> tuple[list[Scene], dict[str, Tensor]]:
+        """Scenes, and what their renders are drawn from."""
         scenes = draw_scenes(count, rng)
-        seed = int(rng.integers(2**62))
-        if not self.variation:
-            renders = torch.from_numpy(SceneRenderer().render(scenes, 1, seed)[:, 0])
-            return {"renders": renders.permute(0, 3, 1, 2)}, scenes
-        shade, jitter = (torch.from_numpy(x) for x in draw_variation(count, 1, seed))
-        return {"tokens": torch.from_numpy(scene_tokens(scenes)), "shade": shade, "jitter": jitter}, scenes
+        variation = draw_variation(count, 1, int(rng.integers(2**62)))
+        return scenes, {"tokens": torch.from_numpy(scene_tokens(scenes)), **variation}
 
 
-class DiffusionTrainer:
-    """Autoencoder, text encoder and U-Net with their moving averages; a `training_loop.Trainer`."""
+def _noise_seed(rng: np.random.Generator) -> dict[str, Tensor]:
+    return {"noise_seed": torch.tensor(int(rng.integers(2**62)))}
+
+
+class DiffusionTrainer(GeneratorTrainer):
+    """Autoencoder, text encoder and U-Net with their moving averages; a `loop.Trainer`."""
 
     def __init__(
         self,
@@ -159,16 +147,11 @@ class DiffusionTrainer:
         compiled: bool = False,
         data_processes: int = 0,
     ) -> None:
-        diffusers, transformers = _libraries()
-        torch.manual_seed(config.seed)
+        diffusers, transformers = import_diffusers()
+        super().__init__(config, DiffusionData(config), device, data_processes)
         self.config = config
-        self.device = device
-        self.step = 0
         self.tokenizer = build_tokenizer(config)
         self.scheduler = _build_scheduler()
-        on_gpu = device.startswith("cuda")
-        self.renderer = DeviceRenderer(device) if on_gpu else None
-        self.data = StepData(DiffusionData(config, variation=on_gpu), device, data_processes)
         levels = len(config.decoder_blocks)
         # without normalisation layers: those of the usual autoencoder take the colour out of flat images
         self.autoencoder: Any = diffusers.AutoencoderTiny(
@@ -217,7 +200,7 @@ class DiffusionTrainer:
         )
         self.denoiser = nn.ModuleDict({"text": text, "unet": unet})
         self.reader = nn.Linear(config.text_width, sum(ICON_PARTS))
-        layout = torch.channels_last if on_gpu else torch.preserve_format
+        layout = torch.channels_last if self.on_gpu else torch.preserve_format
         for model in (self.autoencoder, self.denoiser, self.reader):
             model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
         self.average = nn.ModuleDict({"autoencoder": self.autoencoder, "denoiser": self.denoiser})
@@ -236,9 +219,8 @@ class DiffusionTrainer:
                 ("denoiser", self.denoiser),
             )
         }
-        self._newest_share = torch.ones((), device=device)
         self._predict = torch.compile(self._velocity) if compiled else self._velocity
-        self._denoise = GraphedStep(self._compute_denoiser) if on_gpu else self._compute_denoiser
+        self._denoise = GraphedStep(self._compute_denoiser) if self.on_gpu else self._compute_denoiser
         signal = self.scheduler.alphas_cumprod
         self._signal, self._noise = (x.sqrt().to(device) for x in (signal, 1 - signal))
 
@@ -299,6 +281,33 @@ class DiffusionTrainer:
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, state["optimizers"][name], self.device)
 
+    def export(
+        self, folder: Path, name: str = "", *, guidance_scale: float = 4.0, num_inference_steps: int = 50
+    ) -> Path:
+        """Write the averaged weights as diffusers directory `model`, in half precision, with our defaults in millijoule.json."""
+        diffusers, _ = import_diffusers()
+        average = deepcopy(self.average).to("cpu", torch.float16)
+        denoiser: Any = average["denoiser"]
+        pipeline = diffusers.StableDiffusionPipeline(
+            vae=average["autoencoder"],
+            text_encoder=denoiser["text"],
+            tokenizer=self.tokenizer,
+            unet=denoiser["unet"],
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder / "model", safe_serialization=True)
+        defaults = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "prompts": ICON_SCENES,
+            "training": {**asdict(self.config), "steps_done": self.step},
+        }
+        (folder / "model" / DEFAULTS).write_text(json.dumps(defaults, indent=2) + "\n")
+        return folder / "model"
+
     def _text_step(self, tokens: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """From the code of each noun in a caption, the parts of its icon; cross entropies."""
         config = self.config
@@ -323,7 +332,7 @@ class DiffusionTrainer:
     def _autoencoder_step(self, noise_seed: Tensor, **made: Tensor) -> dict[str, Tensor]:
         config = self.config
         first = self.step - config.text_steps
-        images = self._images(**made)
+        images = self.true_images(**made)[:, 0]
         with self._autocast():
             latents = self.autoencoder.encode(images).latents.float()
             noise = self._normal(latents.shape, noise_seed)
@@ -332,9 +341,9 @@ class DiffusionTrainer:
         loss = F.l1_loss(decoded, images) + squared
         share = schedule(first, config.autoencoder_steps, config.warm_up)
         set_learning_rate(self.optimizers["autoencoder"], config.autoencoder_learning_rate * share)
-        self._newest_share.fill_(newest_share(config.ema, first))
+        self.newest_share.fill_(newest_share(config.ema, first))
         self._update("autoencoder", self.autoencoder, loss)
-        update_average(self.average["autoencoder"], self.autoencoder, self._newest_share)
+        update_average(self.average["autoencoder"], self.autoencoder, self.newest_share)
         return {"loss": loss.detach(), "squared_error": squared.detach()}
 
     def _denoiser_step(self, noise_seed: Tensor, **made: Tensor) -> dict[str, Tensor]:
@@ -343,7 +352,7 @@ class DiffusionTrainer:
         first = self.step - before
         share = schedule(first, config.steps - before, config.warm_up)
         set_learning_rate(self.optimizers["denoiser"], config.learning_rate * share)
-        self._newest_share.fill_(newest_share(config.ema, first))
+        self.newest_share.fill_(newest_share(config.ema, first))
         side = IMAGE_SIZE // 2 ** (len(config.decoder_blocks) - 1)
         noise = self._normal((config.batch, config.latent_channels, side, side), noise_seed)
         return self._denoise(noise=noise, **made)
@@ -352,14 +361,14 @@ class DiffusionTrainer:
         self, noise: Tensor, ids: Tensor, times: Tensor, **made: Tensor
     ) -> dict[str, Tensor]:
         """The step itself, on what `DiffusionData` made."""
-        latents = self._encode(self._images(**made))
+        latents = self._encode(self.true_images(**made)[:, 0])
         steps = len(self._signal)
         at = (times * steps).long().clamp_(max=steps - 1)
         signal, share = (x[at].float()[:, None, None, None] for x in (self._signal, self._noise))
         velocity = self._predict(signal * latents + share * noise, at, ids)
         loss = F.mse_loss(velocity, signal * noise - share * latents)
         taken = self._update("denoiser", self.denoiser, loss)
-        update_average(self.average["denoiser"], self.denoiser, self._newest_share)
+        update_average(self.average["denoiser"], self.denoiser, self.newest_share)
         return {"loss": loss.detach(), **taken}
 
     def _velocity(self, noisy: Tensor, at: Tensor, ids: Tensor) -> Tensor:
@@ -373,22 +382,6 @@ class DiffusionTrainer:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         return clip_and_step(optimizer, model.parameters(), self.config.clip)
-
-    def _images(
-        self,
-        renders: Tensor | None = None,
-        tokens: Tensor | None = None,
-        shade: Tensor | None = None,
-        jitter: Tensor | None = None,
-    ) -> Tensor:
-        """Renders in [-1, 1], `[batch, 3, 64, 64]`, from either of the two that `DiffusionData` makes."""
-        if renders is None:
-            assert self.renderer is not None
-            assert tokens is not None
-            assert shade is not None
-            assert jitter is not None
-            renders = self.renderer.render(tokens, shade, jitter)[:, 0]
-        return renders.float() / 127.5 - 1
 
     def _normal(self, shape: tuple[int, ...], seed: Tensor) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(int(seed))
@@ -404,13 +397,13 @@ class DiffusionTrainer:
         """bfloat16 where the processor multiplies it, without the cache of cast weights, which would outlive the capture of a
         graph. On a CPU, attention as plain products, whose gradients take a fraction of the time of the fused kernel's at
         64 positions."""
-        on_cpu = not self.device.startswith("cuda")
         narrow = multiplies_bfloat16(self.device)
+        kind = "cuda" if self.on_gpu else "cpu"
         stack = ExitStack()
         stack.enter_context(
-            torch.autocast("cpu" if on_cpu else "cuda", torch.bfloat16, enabled=narrow, cache_enabled=on_cpu)
+            torch.autocast(kind, torch.bfloat16, enabled=narrow, cache_enabled=not self.on_gpu)
         )
-        if on_cpu:
+        if not self.on_gpu:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return stack
 
@@ -420,7 +413,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     (file,) = sorted(folder.glob("*.safetensors")) or (folder / "model.safetensors",)
-    read_safetensors_header(file)
+    read_header(file)
     return {key: value.float() for key, value in load_file(file).items()}
 
 
@@ -476,7 +469,7 @@ def draw_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
 def draw_images(count: int, seed: int) -> Tensor:
     """Renders of training scenes, float32 `[count, 3, 64, 64]` in [-1, 1]."""
     scenes = draw_scenes(count, np.random.default_rng(seed))
-    renders = torch.from_numpy(SceneRenderer().render(scenes, 1, seed)[:, 0])
+    renders = torch.from_numpy(render_scenes(scenes, 1, seed)[:, 0])
     return renders.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -491,7 +484,7 @@ def caption_ids(scenes: Sequence[Scene], config: DiffusionConfig) -> Tensor:
 
 def build_tokenizer(config: DiffusionConfig) -> Any:
     """One token per word of `CAPTION_WORDS`, lower case, punctuation dropped; any other word is `UNKNOWN`."""
-    _, transformers = _libraries()
+    _, transformers = import_diffusers()
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
@@ -510,34 +503,9 @@ def build_tokenizer(config: DiffusionConfig) -> Any:
     )
 
 
-def export(trainer: DiffusionTrainer, folder: Path, *, guidance_scale: float = 4.0, steps: int = 50) -> None:
-    """Write the averaged weights as a diffusers directory, in half precision, with our defaults in millijoule.json."""
-    diffusers, _ = _libraries()
-    average = deepcopy(trainer.average).to("cpu", torch.float16)
-    denoiser: Any = average["denoiser"]
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=average["autoencoder"],
-        text_encoder=denoiser["text"],
-        tokenizer=trainer.tokenizer,
-        unet=denoiser["unet"],
-        scheduler=trainer.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    defaults = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "prompts": ICON_SCENES,
-        "training": {**asdict(trainer.config), "steps_done": trainer.step},
-    }
-    (folder / "millijoule.json").write_text(json.dumps(defaults, indent=2) + "\n")
-
-
 def _build_scheduler() -> Any:
     """DDIM on a schedule whose last step is pure noise, so that flat backgrounds can take any colour."""
-    diffusers, _ = _libraries()
+    diffusers, _ = import_diffusers()
     return diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -548,17 +516,3 @@ def _build_scheduler() -> Any:
         clip_sample=False,
         steps_offset=1,  # has no effect with trailing spacing; pipelines complain about 0
     )
-
-
-def _libraries() -> tuple[Any, Any]:
-    """diffusers and transformers.
-
-    Raises:
-        InputError: one of them is not installed.
-    """
-    try:
-        import diffusers
-        import transformers
-    except ImportError as error:
-        raise InputError(f"training the baseline needs diffusers: {INSTALL} ({error})") from error
-    return diffusers, transformers

@@ -13,7 +13,7 @@ import pytest
 
 from millijoule.workers.generators import file_hashes
 from millijoule.workers.generators.file_hashes import FileHashes
-from millijoule.workers.generators.protocol import PACKAGED
+from millijoule.workers.generators.registry import PACKAGED
 
 
 @pytest.fixture
@@ -247,10 +247,10 @@ import hashlib, sys
 from pathlib import Path
 from millijoule.workers.generators import file_hashes
 file_hashes.RACY_NS = 0
-file_hashes._hashes = file_hashes.FileHashes(Path(sys.argv[1]))
+file_hashes.shared = file_hashes.FileHashes(Path(sys.argv[1]))
 plain, read = hashlib.file_digest, []
 hashlib.file_digest = lambda file, name: read.append(file.name) or plain(file, name)
-from millijoule.workers.generators.protocol import describe_model, load_generator
+from millijoule.workers.generators.registry import describe_model, load_generator
 model, steps = sys.argv[2], sys.argv[3].split()
 found = {load_generator(model).info.sha256 if s == "load" else describe_model(model).sha256 for s in steps}
 print(len(read), len(set(read)), *found)

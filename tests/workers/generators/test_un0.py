@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from millijoule.jobs import convert
 from millijoule.jobs.entry import COMPLETE, ERROR
 from millijoule.workers.attempt import isolate
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.protocol import describe_model, load_generator
+from millijoule.workers.generators.model_files import read_settings
+from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.generators.un0 import NO_CLASS, ClassIndex, start_angles
 from millijoule.workers.generators.un0_checkpoint import (
     CIFAR10_CLASSES,
@@ -712,14 +714,17 @@ def with_header(path, header, data):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda h: h[BIAS].update(data_offsets=h[NARROW]["data_offsets"]), "overlap at byte"),
-        (lambda h: h[BIAS].update(data_offsets=[0, 2**40]), "cut off"),
-        (lambda h: h[BIAS].update(shape="three"), "no shape"),
-        (lambda h: h[BIAS].pop("shape"), "no shape"),
-        (lambda h: h[BIAS].pop("dtype"), "no type"),
-        (lambda h: h.update({BIAS: 3}), "no type"),
-        (lambda h: h.update(__metadata__=[1]), "__metadata__"),
-        (lambda h: h["__metadata__"].update(name=7), "__metadata__"),
+        (
+            lambda h: h[BIAS].update(data_offsets=h[NARROW]["data_offsets"]),
+            "invalid offset for tensor `dynamics|invalid offset for tensor `decoder",
+        ),
+        (lambda h: h[BIAS].update(data_offsets=[0, 2**40]), "invalid offset for tensor `decoder"),
+        (lambda h: h[BIAS].update(shape="three"), "expected a sequence"),
+        (lambda h: h[BIAS].pop("shape"), "missing field `shape`"),
+        (lambda h: h[BIAS].pop("dtype"), "missing field `dtype`"),
+        (lambda h: h.update({BIAS: 3}), "invalid type: integer `3`"),
+        (lambda h: h.update(__metadata__=[1]), "expected a map"),
+        (lambda h: h["__metadata__"].update(name=7), "expected a string"),
         (lambda h: h["__metadata__"].update(architecture="[" * 100_000), "recursion"),
         (lambda h: h["__metadata__"].update(class_names="7"), "damaged"),
     ],
@@ -742,8 +747,8 @@ def test_a_header_of_brackets_is_refused(tmp_path):
 
 def test_an_architecture_survives_json_and_sizes_out_of_range_do_not():
     good = Un0Architecture(48, 8, 10, 3, "standard", "mean_relative", "sin_cos", "euler", 10)
-    assert Un0Architecture.from_json(good.to_json()) == good
+    assert read_settings(Un0Architecture, json.dumps(asdict(good))) == good
     for name, value in (("oscillators", 10**9), ("drivers", 0), ("horizon", -1.0), ("oscillators", 49)):
-        raw = {**json.loads(good.to_json()), name: value}
-        with pytest.raises(ValueError, match=r"is not|do not fill"):
-            Un0Architecture.from_json(json.dumps(raw))
+        raw = {**asdict(good), name: value}
+        with pytest.raises(ValueError, match=rf"\$\.{name}|do not fill"):
+            read_settings(Un0Architecture, json.dumps(raw))

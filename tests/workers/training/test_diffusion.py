@@ -15,7 +15,6 @@ from millijoule.workers.training.diffusion import (
     build_tokenizer,
     caption_ids,
     draw_images,
-    export,
 )
 from millijoule.workers.training.loop import run_training, save_checkpoint
 
@@ -122,7 +121,7 @@ def test_a_run_can_start_from_a_finished_one(tmp_path):
     trainer = DiffusionTrainer(SMALL)
     for _ in range(4):
         trainer.train_step()
-    export(trainer, tmp_path / "model")
+    trainer.export(tmp_path)
     exported = trainer.average["autoencoder"].half().float().state_dict()
     texts = trainer.average["denoiser"]["text"].half().float().state_dict()
     for text_steps in (2, 0):

@@ -27,7 +27,7 @@ SMALL = OscillatorTrainingConfig(
 
 
 def test_data_drawn_by_processes_is_the_data_drawn_on_demand():
-    draw = OscillatorData(SMALL, variation=True)
+    draw = OscillatorData(SMALL)
     ahead, demand = StepData(draw, "cpu", 2), StepData(draw, "cpu", 0)
     for step in (0, 1, 2, 7, 8, 3):  # also after a jump, as when a run is resumed
         ours, theirs = ahead.get(step), demand.get(step)
@@ -94,7 +94,7 @@ def test_a_run_stops_where_most_losses_are_lost_and_not_for_one(tmp_path, bad):
 def test_drives_and_gradients_are_the_same_whichever_way_they_are_laid():
     torch.manual_seed(0)
     encoder = OscillatorModel(replace(SMALL.model, channels=8, driven=6)).encoder
-    tokens = OscillatorData(replace(SMALL, scenes=60), variation=True)(1)["tokens"]
+    tokens = OscillatorData(replace(SMALL, scenes=60))(1)["tokens"]
     drives, gradients = [], []
     for static in (False, True):
         prompt = encoder(tokens, static=static)
