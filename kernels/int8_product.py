@@ -53,12 +53,7 @@ class Int8Matrix:
             )
 
     def product(self, left: Tensor, form: str | None = None) -> Tensor:
-        """int8 `[m, k]` @ this -> int32 `[m, n]`, exact; the same in every form.
-
-        Args:
-            left: on this matrix' device.
-            form: one of `FORMS`; by default the fastest.
-        """
+        """int8 `[m, k]`, on this matrix' device, @ this -> int32 `[m, n]`, exact; `form` is the fastest by default."""
         if left.is_cuda:
             return self._int8_on_gpu(left)
         if (form or fastest_form(self, left.shape[0])) == "float32":

@@ -98,6 +98,11 @@ class PromptDrive:
     row_gain: Tensor
 
 
+#: Of k icons: drives of the shape `[k, cells of the window * 3 driven]` and of the colour `[k, 3 driven]`, and gains before
+#: their bounds `[k, 2 C]`.
+IconDrive = tuple[Tensor, Tensor, Tensor]
+
+
 class _Rows(nn.Embedding):
     """A table. Training on a GPU, rows are picked by a product with one-hot rows: its gradient is a product, too, the same
     sum in every run, where that of a look-up depends on which thread comes first."""
@@ -122,20 +127,12 @@ class _PromptToDrive(nn.Module):
         super().__init__()
         self.config = config
         self.background = _Rows(len(BACKGROUNDS), 3 * config.driven)
-        # [no window, then each half window; the whole image is laid apart; cells]: the cell's place in the window, or -1
-        places = torch.full((1 + len(WINDOWS), config.grid, config.grid), -1)
-        for number, (left, top, side) in enumerate(WINDOWS):
-            if side < config.grid:
-                places[1 + number, top : top + side, left : left + side] = torch.arange(side * side).view(
-                    side, side
-                )
-        self.register_buffer("cell_of_window", places.flatten(1), persistent=False)
+        cells = cell_of_window(config.grid)
+        cells[1] = -1  # the whole image is laid apart
+        self.register_buffer("cell_of_window", cells, persistent=False)
 
-    def look_up(
-        self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of k icons in the whole image or in half windows: drives of the shape `[k, cells of the window * 3 driven]` and
-        of the colour `[k, 3 driven]`, and gains before their bounds `[k, 2 C]`."""
+    def look_up(self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool) -> IconDrive:
+        """Of icons in the whole image or in half windows."""
         raise NotImplementedError
 
     def forward(self, tokens: Tensor, *, static: bool = False) -> PromptDrive:
@@ -173,13 +170,10 @@ class _PromptToDrive(nn.Module):
         """As `_lay_present`, slot by slot, as if every slot held an icon; what is not there is masked."""
         batch, grid, d = len(icons), self.config.grid, self.config.driven
         noun, colour, size = ((icons[..., k] - 1).clamp_min(0).flatten() for k in range(3))
-        shape, tint, gains = (
-            x.unflatten(0, (batch, MAX_COUNT)) for x in self.look_up(noun, colour, size, False)
-        )
-        first, of, sized = (
-            x[::MAX_COUNT] for x in (noun, colour, size)
-        )  # an icon of the whole image is alone
-        whole_shape, whole_tint, whole_gains = self.look_up(first, of, sized, True)
+        looked = self.look_up(noun, colour, size, False)
+        shape, tint, gains = (x.unflatten(0, (batch, MAX_COUNT)) for x in looked)
+        alone = (x[::MAX_COUNT] for x in (noun, colour, size))  # as an icon of the whole image is
+        whole_shape, whole_tint, whole_gains = self.look_up(*alone, True)
         shape = shape.unflatten(2, (-1, 3 * d))  # [batch, slots, cells of the window, 3 driven]
         whole = (icons[:, 0, 3] == 1)[:, None, None]
         drive = base.flatten(1, 2) + whole * (whole_shape.unflatten(1, (-1, 3 * d)) + whole_tint[:, None])
@@ -222,9 +216,7 @@ class PromptEncoder(_PromptToDrive):
             self.whole_table.weight.zero_()
             self.half_table.weight.zero_()
 
-    def look_up(
-        self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def look_up(self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool) -> IconDrive:
         words = torch.cat([self.noun(noun), self.size(size if whole else size + len(SIZES))], 1)
         code = F.silu(self.shape1(words))
         code = code + F.silu(self.shape2(code))
@@ -256,20 +248,15 @@ class PromptTables(_PromptToDrive):
         shapes = torch.arange(SHAPES)
         noun, size = shapes // len(SIZES), shapes % len(SIZES)
         colour = torch.arange(len(COLOURS))
-        for whole, table, gain in (
-            (True, tables.whole, tables.whole_gains),
-            (False, tables.half_window, tables.half_window_gains),
-        ):
+        for whole in (True, False):
             drive, _, gains = encoder.look_up(noun, colour[noun % len(COLOURS)], size, whole)
-            table.weight.copy_(drive)
-            gain.weight.copy_(gains)
+            (tables.whole if whole else tables.half_window).weight.copy_(drive)
+            (tables.whole_gains if whole else tables.half_window_gains).weight.copy_(gains)
         tables.tint.weight.copy_(encoder.tint(encoder.colour(colour)))
         tables.background.weight.copy_(encoder.background.weight)
         return tables
 
-    def look_up(
-        self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def look_up(self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool) -> IconDrive:
         shape = noun * len(SIZES) + size
         if whole:
             return self.whole(shape), self.tint(colour), self.whole_gains(shape)
@@ -293,16 +280,14 @@ class FloatCoupling(nn.Module):
         if config.coupling == "frozen":
             self.requires_grad_(False)
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+    def weights(self, quantized: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """L `[C, 5 C]`, V `[n, r]`, U `[n, r]`, with their forward scales."""
         local = self.local * self.local.shape[1] ** -0.5
-        return local, self.gather * self.gather.shape[0] ** -0.5, self.spread * self.config.rank**-0.5
-
-    def quantized_weights(self, quantized: bool) -> tuple[Tensor, Tensor, Tensor]:
-        local, gather, spread = self.weights()
-        if not quantized:
-            return local, gather, spread
-        return _round_rows(local), _round_rows(gather.t()).t(), _round_rows(spread)
+        gather = self.gather * self.gather.shape[0] ** -0.5
+        spread = self.spread * self.config.rank**-0.5
+        if quantized:
+            return _round_rows(local), _round_rows(gather.t()).t(), _round_rows(spread)
+        return local, gather, spread
 
     def forward(
         self, sources: Tensor, weights: tuple[Tensor, Tensor, Tensor], quantized: bool, operands: torch.dtype
@@ -413,10 +398,9 @@ class OscillatorModel(nn.Module):
         a, b, omega = drive.unbind(1)
         steps = steps or config.steps
         dt = config.horizon / steps
-        weights = self.coupling.quantized_weights(quantized) if config.coupling != "none" else None
-        source_gain, row_gain = (
-            g.to(phases.dtype).repeat(2, 1) for g in (prompt.source_gain, prompt.row_gain)
-        )
+        weights = self.coupling.weights(quantized) if config.coupling != "none" else None
+        gains = (prompt.source_gain, prompt.row_gain)
+        source_gain, row_gain = (g.to(phases.dtype).repeat(2, 1) for g in gains)
         for _ in range(steps):
             sin, cos = torch.sin(phases), torch.cos(phases)
             if weights is None:
@@ -437,21 +421,14 @@ class OscillatorModel(nn.Module):
         operands: torch.dtype = torch.float32,
         samples: int = 1,
     ) -> Tensor:
-        """Images `[batch, 3, size, size]` in [-1, 1].
+        """Images `[batch, 3, size, size]` in [-1, 1], `samples` of each row of tokens `[batch / samples, tokens]`.
 
-        Args:
-            tokens: int64 `[batch / samples, tokens]`; each row is that of `samples` images in a row.
-            phases: at the start, radians, `[batch, n]`.
-            quantized: round weights, sources and intermediates as the integer core does.
-            operands: type of the coupling's matrix operands.
-            samples: images of each row of tokens.
+        With `quantized`, weights, sources and intermediates are rounded as in the integer core; `operands` is the type of the
+        coupling's matrix operands.
         """
         prompt = self.encoder(tokens, static=tokens.is_cuda)
-        if samples > 1:
-            repeated = (
-                x.repeat_interleave(samples, 0) for x in (prompt.drive, prompt.source_gain, prompt.row_gain)
-            )
-            prompt = PromptDrive(*repeated)
+        parts = (prompt.drive, prompt.source_gain, prompt.row_gain)
+        prompt = PromptDrive(*(x.repeat_interleave(samples, 0) for x in parts))
         sin, cos = self.waves(prompt, phases, quantized=quantized, operands=operands)
         return self.decoder(grid_features(sin, cos, self.config))
 
@@ -461,6 +438,14 @@ def grid_features(sin: Tensor, cos: Tensor, config: OscillatorConfig) -> Tensor:
     both = torch.stack([sin, cos], 1).view(-1, 2, config.grid, config.grid, config.channels)
     both = both[..., config.channels - config.read :]
     return both.permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+
+def cell_of_window(grid: int) -> Tensor:
+    """Which cell of the window each cell is, row by row, -1 outside; int64 `[no window and WINDOWS, cells]`."""
+    cells = torch.full((1 + len(WINDOWS), grid, grid), -1)
+    for number, (left, top, side) in enumerate(WINDOWS):
+        cells[1 + number, top : top + side, left : left + side] = torch.arange(side**2).view(side, side)
+    return cells.flatten(1)
 
 
 def noise_size(config: OscillatorConfig) -> int:
@@ -480,16 +465,13 @@ def start_phases(noise: Tensor, tokens: Tensor, config: OscillatorConfig) -> Ten
     the window of an icon, or outside all of them; all other channels start at 0. (Noise of each cell's own gave blotches
     where true images have one shade.)
     """
-    window = torch.zeros(1 + len(WINDOWS), config.grid, config.grid, dtype=torch.int64, device=tokens.device)
-    for number, (left, top, side) in enumerate(WINDOWS):
-        window[1 + number, top : top + side, left : left + side] = 1
+    inside = (cell_of_window(config.grid) >= 0).long().to(tokens.device)
     placed = tokens[:, ICON_TOKENS - 1 : -1 : ICON_TOKENS]  # [batch, icons], 0 where there is none
     slots = 1 + torch.arange(MAX_COUNT, device=tokens.device)
-    slot = (window.flatten(1)[placed] * slots[:, None]).sum(1)  # [batch, cells]; windows do not overlap
+    slot = (inside[placed] * slots[:, None]).sum(1)  # [batch, cells]; windows do not overlap
     by_slot = noise.view(len(noise), 1 + MAX_COUNT, config.noise_channels)
     own = by_slot.gather(1, slot[:, :, None].expand(-1, -1, config.noise_channels))
     common = by_slot[:, :1].expand_as(own)
     whole_image = torch.arange(config.noise_channels, device=noise.device) < config.noise_channels // 2
-    return F.pad(torch.where(whole_image, common, own), (0, config.channels - config.noise_channels)).flatten(
-        1
-    )
+    laid = torch.where(whole_image, common, own)
+    return F.pad(laid, (0, config.channels - config.noise_channels)).flatten(1)

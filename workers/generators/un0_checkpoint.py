@@ -150,11 +150,10 @@ def read_checkpoint(path: Path, *, parameterization: Parameterization | None = N
     config = _plain_config(path, content.get("config"))
     stored = content["model"]
     for name, tensor in stored.items():
-        what = f"{path}: model entry {short(name)}"
         if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
-            raise InputError(f"{what} is a {_kind(tensor)}, not a tensor of numbers")
-        if tensor.dtype not in _FLOATS:
-            raise InputError(f"{what} is {tensor.dtype}: not plain floating point")
+            raise InputError(
+                f"{path}: model entry {short(name)} is a {_kind(tensor)}, not a tensor of numbers"
+            )
     if parameterization is not None:
         config = {**config, "parameterization": parameterization}
     shapes = {name: tensor.shape for name, tensor in stored.items()}

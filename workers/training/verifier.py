@@ -255,7 +255,7 @@ class Targets(NamedTuple):
     colour: Tensor
     size: Tensor
     offset: Tensor  # float32 [b, 2, 8, 8]
-    overall: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    overall: tuple[Tensor, ...]  # what the pooled features must tell, as in `GLOBAL_PARTS`
 
 
 _NEAR = 0.5 * STRIDE + 0.75  # pixels: an icon's centre that lies so near a cell's is named by it
@@ -285,19 +285,15 @@ def make_targets(made: LabelledImages) -> Targets:
     image, icon = np.nonzero(there)
     nouns[image, made.noun[image, icon]] = 1
     colours[image, made.colour[image, icon]] = 1
+    places = (nearest <= 0.5 * STRIDE).reshape(b, -1).astype(np.float32)
+    overall = (nouns, colours, made.background, there.sum(1), places)
     return Targets(
         torch.from_numpy(centre.astype(np.float32)),
         of(made.noun),
         of(made.colour),
         of(made.size),
         torch.from_numpy((offset / STRIDE).astype(np.float32)),
-        (
-            torch.from_numpy(nouns),
-            torch.from_numpy(colours),
-            torch.from_numpy(made.background),
-            torch.from_numpy(there.sum(1)),
-            torch.from_numpy((nearest <= 0.5 * STRIDE).reshape(b, -1).astype(np.float32)),
-        ),
+        tuple(torch.from_numpy(x) for x in overall),
     )
 
 
@@ -307,28 +303,30 @@ def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Ten
     sure = targets.centre >= 0
     loss_centre = 20 * F.binary_cross_entropy_with_logits(centre[:, 0][sure], targets.centre[sure])
     named = targets.noun >= 0
+
+    def at_icons(channels: Tensor) -> Tensor:
+        return channels.permute(0, 2, 3, 1)[named]
+
     parts = {"centre": loss_centre}
     if named.any():
         truth = targets.noun[named]
-        at_noun = noun.permute(0, 2, 3, 1)[named]
-        parts["noun"] = F.cross_entropy(at_noun, truth)
-        parts["colour"] = F.cross_entropy(colour.permute(0, 2, 3, 1)[named], targets.colour[named])
-        parts["size"] = 0.3 * F.cross_entropy(size.permute(0, 2, 3, 1)[named], targets.size[named])
-        parts["offset"] = F.smooth_l1_loss(
-            offset.permute(0, 2, 3, 1)[named], targets.offset.permute(0, 2, 3, 1)[named]
-        )
-    nouns, colours, background, count, places = overall.float().split(GLOBAL_PARTS, 1)
-    parts["background"] = F.cross_entropy(background, targets.overall[2])
+        parts["noun"] = F.cross_entropy(at_icons(noun), truth)
+        parts["colour"] = F.cross_entropy(at_icons(colour), targets.colour[named])
+        parts["size"] = 0.3 * F.cross_entropy(at_icons(size), targets.size[named])
+        parts["offset"] = F.smooth_l1_loss(at_icons(offset), at_icons(targets.offset))
+    told = overall.float().split(GLOBAL_PARTS, 1)
+    nouns, colours, background, count, places = zip(told, targets.overall, strict=True)
+    parts["background"] = F.cross_entropy(*background)
     parts["features"] = (
-        8 * F.binary_cross_entropy_with_logits(nouns, targets.overall[0])
-        + F.binary_cross_entropy_with_logits(colours, targets.overall[1])
-        + 0.3 * F.cross_entropy(count, targets.overall[3])
-        + 4 * F.binary_cross_entropy_with_logits(places, targets.overall[4])
+        8 * F.binary_cross_entropy_with_logits(*nouns)
+        + F.binary_cross_entropy_with_logits(*colours)
+        + 0.3 * F.cross_entropy(*count)
+        + 4 * F.binary_cross_entropy_with_logits(*places)
     )
     total = torch.stack(list(parts.values())).sum()
-    log = {"loss": float(total.detach())} | {name: float(value.detach()) for name, value in parts.items()}
+    log = {name: float(value.detach()) for name, value in {"loss": total, **parts}.items()}
     if named.any():
-        log["noun_right"] = float((at_noun.detach().argmax(1) == truth).float().mean())
+        log["noun_right"] = float((at_icons(noun).argmax(1) == truth).float().mean())
     return total, log
 
 

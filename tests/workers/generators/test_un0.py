@@ -375,7 +375,7 @@ K, BIAS = "dynamics._orig_mod.K", "decoder._orig_mod.to_output.bias"
         (put(K, torch.zeros(48)), r"dynamics.K has shape \[48\]"),
         (put(BIAS, torch.tensor([0.0, math.nan, 0.0])), "to_output.bias has values that are not finite"),
         (put(K, torch.full((48, 48), math.inf)), "K has values that are not finite"),
-        (put(BIAS, torch.zeros(3, dtype=torch.int64)), "to_output.bias' is torch.int64"),
+        (put(BIAS, torch.zeros(3, dtype=torch.int64)), "to_output.bias is torch.int64"),
         (put(BIAS, [0.0, 0.0, 0.0]), "to_output.bias' is a list"),
         (put("dynamics._orig_mod.x_persist", torch.zeros(3)), "not of this model: 'dynamics.x_persist'"),
         (put("dynamics.K", torch.zeros(48, 48)), "twice"),
