@@ -169,7 +169,7 @@ def _generate(items: list[Item], options: EvaluateOptions, device: str) -> tuple
         raise InputError(
             f"--model {options.model}: makes {info.width}x{info.height}, the verifier reads {IMAGE_SIZE}x{IMAGE_SIZE}"
         )
-    asked = {
+    asked: dict[str, Any] = {
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
     }

@@ -6,8 +6,8 @@ Drawing needs the `diffusers` extra.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +125,25 @@ class DiffusersGenerator:
         What guidance doubles is doubled in that one step already. Only convolutions, matrix products and attention
         count, as `torch.utils.flop_counter` has it.
         """
-        pipeline = self.pipeline
-        parts = {
-            "text": [n for n in pipeline.components if n.startswith("text_encoder")],
-            "denoiser": [n for n in pipeline.components if n in DENOISERS],
-            "decoder": [n for n in pipeline.components if n in DECODERS],
-        }
-        counts = dict.fromkeys(parts, 0)
         request = ImageRequest("", 0, "", 0, num_inference_steps=1)
-        with _counting(pipeline, parts, counts):
-            pipeline(**self._call([request]))
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+            self.pipeline(**self._call([request]))
+        by_class = {kind: sum(counts.values()) for kind, counts in counter.get_flop_counts().items()}
+        parts: Counter[str] = Counter()
+        components = {
+            type(model).__name__: name
+            for name, model in self.pipeline.components.items()
+            if isinstance(model, torch.nn.Module) and name not in DECODERS
+        }
+        for kind, name in components.items():
+            part = (
+                "text" if name.startswith("text_encoder") else "denoiser" if name in DENOISERS else "others"
+            )
+            parts[part] += by_class.get(kind, 0)
+        decoder = by_class["Global"] - parts.total()  # no module's call, and so not counted by class
         steps = num_inference_steps or self.info.num_inference_steps
-        counts["denoiser"] = counts["denoiser"] * self._evaluations(steps) // self._evaluations(1)
-        return counts
+        denoiser = parts["denoiser"] * self._evaluations(steps) // self._evaluations(1)
+        return {"text": parts["text"], "denoiser": denoiser, "decoder": decoder}
 
     def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
         """Images of a batch of requests that agree in all settings, and whether each was blanked."""
@@ -242,39 +248,12 @@ def seeded(seed: int) -> Any:
     return generator
 
 
-@contextmanager
-def _counting(pipeline: Any, parts: dict[str, list[str]], counts: dict[str, int]) -> Iterator[None]:
-    """Within, what the components of a part do is added to that part's count."""
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
 
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))
 
-    # torch's counter knows the attention kernels of GPUs only
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-
-    def counted(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-                result = function(*args, **kwargs)
-            counts[part] += counter.get_total_flops()
-            return result
-
-        return call
-
-    patched = []
-    for part, names in parts.items():
-        for name in names:
-            model = getattr(pipeline, name, None)
-            if model is None:
-                continue
-            method = "decode" if part == "decoder" and hasattr(model, "decode") else "forward"
-            setattr(model, method, counted(part, getattr(model, method)))
-            patched.append((model, method))
-    try:
-        yield
-    finally:
-        for model, method in patched:
-            delattr(model, method)
+#: torch's counter knows the attention kernels of GPUs only.
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
 def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:

@@ -113,15 +113,10 @@ class FileHashes:
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             info = self.folder.lstat()
+            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+                raise OSError("not a folder that only this user can enter, remove it")
         except OSError as error:
             log.warning("%s: %s; processes of this host do not share the hashes of files", self.folder, error)
-            return None
-        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-            log.warning(
-                "%s: not a folder that only this user can enter; processes of this host do not share the hashes of "
-                "files. Remove it",
-                self.folder,
-            )
             return None
         return self.folder / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
 

@@ -172,8 +172,8 @@ class _PromptToDrive(nn.Module):
         noun, colour, size = ((icons[..., k] - 1).clamp_min(0).flatten() for k in range(3))
         looked = self.look_up(noun, colour, size, False)
         shape, tint, gains = (x.unflatten(0, (batch, MAX_COUNT)) for x in looked)
-        alone = (x[::MAX_COUNT] for x in (noun, colour, size))  # as an icon of the whole image is
-        whole_shape, whole_tint, whole_gains = self.look_up(*alone, True)
+        first = slice(None, None, MAX_COUNT)  # an icon of the whole image is alone
+        whole_shape, whole_tint, whole_gains = self.look_up(noun[first], colour[first], size[first], True)
         shape = shape.unflatten(2, (-1, 3 * d))  # [batch, slots, cells of the window, 3 driven]
         whole = (icons[:, 0, 3] == 1)[:, None, None]
         drive = base.flatten(1, 2) + whole * (whole_shape.unflatten(1, (-1, 3 * d)) + whole_tint[:, None])

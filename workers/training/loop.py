@@ -61,13 +61,7 @@ class GeneratorTrainer:
     def __init__(
         self, config: Any, draw: Callable[[int], dict[str, Tensor]], device: str, data_processes: int
     ) -> None:
-        """
-        Args:
-            config: with a `seed`.
-            draw: see `StepData`.
-            device: "cpu" or "cuda".
-            data_processes: see `StepData`.
-        """
+        """`config` has a `seed`; for the rest see `StepData`."""
         torch.manual_seed(config.seed)
         self.device = device
         self.on_gpu = device.startswith("cuda")

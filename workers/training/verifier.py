@@ -9,13 +9,13 @@ images blurred or shuffled beyond recognition, hold nothing to be found. No gene
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from millijoule.kernels.processor import multiplies_bfloat16
@@ -49,11 +49,11 @@ from millijoule.workers.scenes.scenes import (
     scene_tokens,
 )
 from millijoule.workers.training.loop import schedule
-from millijoule.workers.training.optimizer import set_learning_rate
+from millijoule.workers.training.optimizer import adamw, clip_and_step, set_learning_rate
 
 
 @dataclass(frozen=True)
-class VerifierConfig:
+class VerifierConfig(VerifierShape):
     """Everything a training run of the verifier depends on."""
 
     steps: int = 4000
@@ -64,18 +64,10 @@ class VerifierConfig:
     seed: int = 0
     collages: float = 0.5  # share of collages in a batch; the others are renders of scenes
     spoiled: float = 0.06  # share of images in which nothing is left to be found
-    stem: int = 32
-    middle: int = 64
-    trunk: int = 96
-    middle_blocks: int = 1
-    trunk_blocks: int = 3
-    feature_channels: int = 32
 
     @property
     def shape(self) -> VerifierShape:
-        return VerifierShape(
-            self.stem, self.middle, self.trunk, self.middle_blocks, self.trunk_blocks, self.feature_channels
-        )
+        return VerifierShape(**{f.name: getattr(self, f.name) for f in fields(VerifierShape)})
 
 
 def sample_any_scene(rng: np.random.Generator) -> Scene:
@@ -343,14 +335,11 @@ class VerifierTrainer:
         self.net = VerifierNet(config.shape).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         decayed = [p for p in self.net.parameters() if p.ndim > 1]
         others = [p for p in self.net.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            fused=True,
-        )
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = adamw(groups, "cpu", lr=config.learning_rate)
         with torch.no_grad():  # centres are rare
             self.net.cells.bias[0] = -3.0  # type: ignore[index]
         self._collages = CollageMaker()
@@ -377,8 +366,7 @@ class VerifierTrainer:
         loss, log = verifier_loss(outputs.cells, outputs.overall, make_targets(made))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
-        self.optimizer.step()
+        clip_and_step(self.optimizer, self.net.parameters(), 5.0)
         self.step += 1
         return log
 
