@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from millijoule.kernels.oscillator import Coupling, quantize_coupling, quantize_drive, relax
 from millijoule.kernels.phase import AMPLITUDE, TURN, random_phases, sin_cos
@@ -206,15 +207,10 @@ class OscillatorGenerator:
         else:
             sums = 0 if config.coupling == "none" else n * (5 * config.channels + 2 * config.rank)
             dynamics = steps * (2 * 2 * sums + ELEMENTWISE_OPERATIONS * n)
-        decoder: Any = self.model.decoder
-        pixels = config.cells
-        decoding = 2 * pixels * (decoder.input.weight.numel() + decoder.colours.weight.numel())
-        for layer in decoder.up:
-            decoding += 2 * pixels * layer.weight.numel()  # each input pixel meets each of 4 x 4 taps
-            pixels *= 4
-        decoding += 2 * pixels * (decoder.mix.weight.numel() + decoder.output.weight.numel())
-        decoding += BLENDING_OPERATIONS * IMAGE_SIZE**2
-        return {"text": text, "dynamics": dynamics, "decoder": decoding}
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            self.model.decoder(torch.zeros(1, 2 * config.read, config.grid, config.grid, device=self.device))
+        decoder = counter.get_total_flops() + BLENDING_OPERATIONS * IMAGE_SIZE**2
+        return {"text": text, "dynamics": dynamics, "decoder": decoder}
 
 
 def save_weights(
