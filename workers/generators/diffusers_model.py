@@ -189,10 +189,7 @@ class DiffusersGenerator:
         scheduler = self.pipeline.scheduler
         try:
             scheduler.set_timesteps(steps)
-        except (
-            TypeError,
-            ValueError,
-        ):  # depends on the image's size; all known ones of that kind are first-order
+        except (TypeError, ValueError):  # it asks for the image's size; all such are first-order
             return steps
         return len(scheduler.timesteps)
 

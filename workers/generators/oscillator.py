@@ -231,9 +231,7 @@ def save_weights(
         if model.config.coupling not in ("trained", "frozen"):
             raise ValueError(f"a model with coupling {model.config.coupling!r} has no integer form")
         assert isinstance(model.encoder, PromptEncoder)
-        tables = {
-            f"encoder.{k}": v for k, v in PromptTables.of(deepcopy(model.encoder).cpu()).state_dict().items()
-        }
+        tables = PromptTables.of(deepcopy(model.encoder).cpu()).state_dict(prefix="encoder.")
         decoder = {k: v for k, v in tensors.items() if k.startswith("decoder.")}
         tensors = {k: v.detach().to(torch.float16).contiguous() for k, v in (tables | decoder).items()}
         coupling = quantize_coupling(*(w.detach() for w in model.coupling.weights()))

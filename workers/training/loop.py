@@ -162,11 +162,8 @@ def run_training(
                     )
                 pace = (now - reported) / done
                 reported, since = now, defaultdict(list)
-                row = {
-                    "step": trainer.step,
-                    **{k: round(v, 6) for k, v in means.items()},
-                    "s_per_step": round(pace, 4),
-                }
+                rounded = {k: round(v, 6) for k, v in means.items()}
+                row = {"step": trainer.step, **rounded, "s_per_step": round(pace, 4)}
                 with (folder / LOG).open("a") as log:
                     log.write(json.dumps(row) + "\n")
                 left = f", {pace * (steps - trainer.step) / 60:.0f} min left" if trainer.step < steps else ""
