@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from millijoule.workers import factories
 from millijoule.workers.errors import AlreadyExistsError, NodeError
+from millijoule.workers.layout import FACTORY_MODEL_KEY
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.storage.store import Store
-
-KEY = "_job/factory_model.txt"
 
 
 def check_factory_model(store: Store, config: WorkerConfig, sha256: str) -> None:
@@ -21,12 +20,12 @@ def check_factory_model(store: Store, config: WorkerConfig, sha256: str) -> None
     stated = sha256.encode()
     try:
         if config.commits_exclusively:
-            store.put_exclusive(KEY, stated)
-        elif not store.exists(KEY):
-            store.put(KEY, stated)
+            store.put_exclusive(FACTORY_MODEL_KEY, stated)
+        elif not store.exists(FACTORY_MODEL_KEY):
+            store.put(FACTORY_MODEL_KEY, stated)
     except AlreadyExistsError:
         pass  # what is there is compared below
-    if (begun := store.get(KEY)) != stated:
+    if (begun := store.get(FACTORY_MODEL_KEY)) != stated:
         raise NodeError(
             f"{config.model}: states SHA-256 {sha256[:16]} here, {store.url} began with {begun.decode()[:16]}: "
             "bring back that version on every node, or give another output"
