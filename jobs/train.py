@@ -85,18 +85,16 @@ def run(options: TrainOptions) -> int:
             f"{folder}: has a checkpoint already; give --resume to continue it, or another --output"
         )
     trainer = _trainer(recipe, options, device)
-    sample = None
-    if recipe.kind == "oscillator":
 
-        def sample(step: int) -> None:
-            trainer.export(folder, recipe.name, sheet=f"samples-{step:06d}.png")
+    def sample(step: int) -> None:
+        trainer.export(folder, recipe.name, sheet=f"samples-{step:06d}.png")
 
     run_training(
         trainer,
         folder,
         minutes=options.minutes,
         resume=options.resume,
-        sample=sample,
+        sample=sample if recipe.kind == "oscillator" else None,
         sample_every=options.sample_every,
     )
     print(f"{trainer.export(folder, recipe.name)} after {trainer.step} of {recipe.training.steps} steps")

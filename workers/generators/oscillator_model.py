@@ -440,11 +440,15 @@ def grid_features(sin: Tensor, cos: Tensor, config: OscillatorConfig) -> Tensor:
     return both.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
-def cell_of_window(grid: int) -> Tensor:
-    """Which cell of the window each cell is, row by row, -1 outside; int64 `[no window and WINDOWS, cells]`."""
-    cells = torch.full((1 + len(WINDOWS), grid, grid), -1)
+def cell_of_window(grid: int, device: torch.device | None = None) -> Tensor:
+    """Which cell of the window each cell is, row by row, -1 outside; int64 `[no window and WINDOWS, cells]`.
+
+    Made on the device itself: a CUDA graph captures no copy from the host.
+    """
+    cells = torch.full((1 + len(WINDOWS), grid, grid), -1, device=device)
     for number, (left, top, side) in enumerate(WINDOWS):
-        cells[1 + number, top : top + side, left : left + side] = torch.arange(side**2).view(side, side)
+        within = torch.arange(side**2, device=device).view(side, side)
+        cells[1 + number, top : top + side, left : left + side] = within
     return cells.flatten(1)
 
 
@@ -465,7 +469,7 @@ def start_phases(noise: Tensor, tokens: Tensor, config: OscillatorConfig) -> Ten
     the window of an icon, or outside all of them; all other channels start at 0. (Noise of each cell's own gave blotches
     where true images have one shade.)
     """
-    inside = (cell_of_window(config.grid) >= 0).long().to(tokens.device)
+    inside = (cell_of_window(config.grid, tokens.device) >= 0).long()
     placed = tokens[:, ICON_TOKENS - 1 : -1 : ICON_TOKENS]  # [batch, icons], 0 where there is none
     slots = 1 + torch.arange(MAX_COUNT, device=tokens.device)
     slot = (inside[placed] * slots[:, None]).sum(1)  # [batch, cells]; windows do not overlap

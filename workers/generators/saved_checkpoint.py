@@ -64,32 +64,16 @@ _PARAMETERS = {_PARAMETER, *(f"torch._utils._rebuild_parameter{end}" for end in 
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 _DICTIONARIES = {"collections.OrderedDict", "collections.Counter"}
 _DTYPES = {f"torch.{n}": value for n, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_STORAGES = {
-    *(f"torch.{name}" for name in _STORAGE_TYPES),
-    "torch.storage.UntypedStorage",
-    "torch.storage.TypedStorage",
-}
-_SPECIAL_TENSORS = {
-    f"torch._utils._rebuild_{name}"
-    for name in ("qtensor", "sparse_tensor", "meta_tensor_no_storage", "nested_tensor")
-}
-_OTHERS = {
-    *("torch.serialization._get_layout", "torch.Size", "torch.device"),
-    *("_codecs.encode", "builtins.bytearray", "builtins.set", "builtins.complex"),
-}
 
 #: The names a checkpoint may hold. All but dictionaries and tensors stay just that: a name, which no model and no config
 #: can contain.
 _KNOWN = {
-    *_DICTIONARIES,
-    *_TENSORS,
-    *_PARAMETERS,
-    _FROM_TYPE,
-    _TENSOR,
-    *_DTYPES,
-    *_STORAGES,
-    *_SPECIAL_TENSORS,
-    *_OTHERS,
+    *(*_DICTIONARIES, *_TENSORS, *_PARAMETERS, _FROM_TYPE, _TENSOR, *_DTYPES),
+    *(f"torch.{name}" for name in (*_STORAGE_TYPES, "storage.UntypedStorage", "storage.TypedStorage")),
+    *(f"torch._utils._rebuild_{name}" for name in ("qtensor", "sparse_tensor", "nested_tensor")),
+    *("torch._utils._rebuild_meta_tensor_no_storage", "torch.serialization._get_layout"),
+    *("torch.Size", "torch.device", "_codecs.encode"),
+    *(f"builtins.{name}" for name in ("bytearray", "set", "complex")),
 }
 
 

@@ -152,13 +152,11 @@ def duplicate_rates(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, 
         by_prompt.setdefault(prompt, []).append(i)
     exact = near = 0
     for rows in by_prompt.values():
-        flat = images[rows].reshape(len(rows), -1).astype(np.float32)
-        for k in range(len(rows)):
-            others = np.delete(flat, k, 0)
-            if len(others):
-                gap = np.sqrt(np.square(others - flat[k]).mean(1)).min()
-                exact += gap == 0
-                near += gap < DUPLICATE_LEVELS
+        flat = images[rows].reshape(len(rows), -1)
+        gaps = np.sqrt(_squares(flat, flat) / flat.shape[1])  # squares of integers: exact
+        np.fill_diagonal(gaps, np.inf)
+        exact += (gaps.min(1) == 0).sum()
+        near += (gaps.min(1) < DUPLICATE_LEVELS).sum()
     return exact / len(images), near / len(images)
 
 

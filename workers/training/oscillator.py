@@ -130,9 +130,8 @@ class OscillatorTrainer(GeneratorTrainer):
 
     def train_step(self) -> dict[str, Tensor]:
         config = self.config
-        set_learning_rate(
-            self.optimizer, config.learning_rate * schedule(self.step, config.steps, config.warm_up)
-        )
+        share = schedule(self.step, config.steps, config.warm_up)
+        set_learning_rate(self.optimizer, config.learning_rate * share)
         self.newest_share.fill_(newest_share(config.ema, self.step))
         logged = self._run(**self.data.get(self.step))
         self.step += 1
