@@ -112,7 +112,7 @@ def run(options: EvaluateOptions) -> int:
         images = _render(items, options.seed + 2)
         about: dict[str, Any] = {"name": RENDERS, "sha256": None}
     else:
-        images, about = _generate(items, options, device)
+        images, about = draw_items(items, options, device)
     true = _render(items, options.seed + 1)
     result = {
         "format_version": FORMAT_VERSION,
@@ -154,7 +154,7 @@ def list_items(options: EvaluateOptions) -> list[Item]:
     return items
 
 
-def _generate(items: list[Item], options: EvaluateOptions, device: str) -> tuple[np.ndarray, dict[str, Any]]:
+def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tuple[np.ndarray, dict[str, Any]]:
     """uint8 `[n, 64, 64, 3]`, and what there is to say about the model."""
     from rich.console import Console
     from rich.progress import track

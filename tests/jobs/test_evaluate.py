@@ -104,8 +104,8 @@ def test_prompts_are_fixed_and_of_their_split(split):
 def test_processes_draw_the_same_images(tmp_path):
     options = EvaluateOptions("default", str(tmp_path), prompts_per_family=6, device="cpu")
     items = list_items(options)  # 72, more than a batch
-    alone, about = evaluate._generate(items, options, "cpu")
-    together, same = evaluate._generate(items, replace(options, processes=2), "cpu")
+    alone, about = evaluate.draw_items(items, options, "cpu")
+    together, same = evaluate.draw_items(items, replace(options, processes=2), "cpu")
     assert np.array_equal(alone, together)
     assert about == same
 

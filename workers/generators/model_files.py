@@ -46,13 +46,14 @@ def read_header(path: Path) -> ModelHeader:
     with path.open("rb") as file:
         start = file.read(64)
     refuse_lfs_pointer(path, start)
-    if start[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"):
+    is_json = start[8:9] == b"{"  # a header's length may begin like a pickle, too
+    if not is_json and start[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"):
         raise InputError(
             f"{path}: a pickled checkpoint; loading one can run any code, so it is not read. Save the weights "
             "with safetensors (`millijoule convert` does it for Un-0 checkpoints) and give that file"
         )
     length = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and MAX_HEADER_BYTES < length < path.stat().st_size:
+    if is_json and MAX_HEADER_BYTES < length < path.stat().st_size:
         raise InputError(
             f"{path}: its header has {length} bytes, at most {MAX_HEADER_BYTES} are read: not a model of ours"
         )
