@@ -162,9 +162,9 @@ def test_more_steps_run_over_the_same_time(converted):
 @pytest.mark.parametrize("size", [1, 7])
 def test_an_image_does_not_depend_on_its_batch(converted, size):
     _, _, generator = converted
-    requests = [request(str(i % 10), 2**63 + i * 7919) for i in range(40)]
+    requests = [request(str(i % 10), 2**63 + i * 7919) for i in range(18)]  # more than it sees at a time
     whole = generator.generate(requests).images
-    parts = [generator.generate(requests[i : i + size]).images for i in range(0, 40, size)]
+    parts = [generator.generate(requests[i : i + size]).images for i in range(0, 18, size)]
     assert np.array_equal(np.concatenate(parts), whole)
     assert np.array_equal(generator.generate(requests[::-1]).images[::-1], whole)
 
@@ -174,7 +174,7 @@ def test_an_image_does_not_depend_on_the_number_of_threads(tmp_path):
     publish(tmp_path / "p.pt", model=random_model(config, 10, 3), config=config)
     assert convert.main([str(tmp_path / "p.pt"), str(tmp_path / "m.safetensors")]) == COMPLETE
     generator = load_generator(str(tmp_path / "m.safetensors"))
-    requests = [request(str(i % 10), i) for i in range(48)]
+    requests = [request(str(i % 10), i) for i in range(18)]
     before, images = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -718,10 +718,7 @@ def with_header(path, header, data):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            lambda h: h[BIAS].update(data_offsets=h[NARROW]["data_offsets"]),
-            "invalid offset for tensor `dynamics|invalid offset for tensor `decoder",
-        ),
+        (lambda h: h[BIAS].update(data_offsets=[0, 12]), "invalid offset for tensor"),  # another's bytes
         (lambda h: h[BIAS].update(data_offsets=[0, 2**40]), "invalid offset for tensor `decoder"),
         (lambda h: h[BIAS].update(shape="three"), "expected a sequence"),
         (lambda h: h[BIAS].pop("shape"), "missing field `shape`"),
