@@ -52,8 +52,7 @@ def run(options: ConvertOptions) -> int:
     )
 
     source, target = Path(options.checkpoint), Path(options.output)
-    if target.exists() and not options.force:
-        raise InputError(f"{target}: exists; give another name, or --force to replace it")
+    _keep_existing(target, options)
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is the checkpoint itself; give the output another name")
     checkpoint = read_checkpoint(source, parameterization=options.parameterization)
@@ -74,20 +73,20 @@ def run(options: ConvertOptions) -> int:
         except (InputError, ValueError, RuntimeError) as error:
             words = str(error).removeprefix(f"{file}: ")
             raise InputError(f"{source}: its model cannot be used: {words}") from error
+        _keep_existing(target, options)  # it may have come meanwhile
 
-    write_safetensors(
-        checkpoint,
-        target,
-        name=options.name or target.stem,
-        class_names=class_names,
-        overwrite=options.force,
-        check=check,
-    )
+    name = options.name or target.stem
+    write_safetensors(checkpoint, target, name=name, class_names=class_names, check=check)
     print(
         f"{target}: {model.oscillators} oscillators, {model.classes} classes, {model.image_size}x{model.image_size} "
         f"pixels, {model.steps} {model.solver} steps, {model.parameters:,} parameters"
     )
     return COMPLETE
+
+
+def _keep_existing(target: Path, options: ConvertOptions) -> None:
+    if target.exists() and not options.force:
+        raise InputError(f"{target}: exists; give another name, or --force to replace it")
 
 
 def main(argv: list[str] | None = None) -> int:

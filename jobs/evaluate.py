@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
-from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, complete, sample_scene
+from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
 
 if TYPE_CHECKING:
     from millijoule.workers.generators.protocol import Generator
@@ -110,13 +112,13 @@ def run(options: EvaluateOptions) -> int:
         images = _render(items, options.seed + 2)
         about: dict[str, Any] = {"name": RENDERS, "sha256": None}
     else:
-        images, about = _generate(items, options, device)
+        images, about = draw_items(items, options, device)
     true = _render(items, options.seed + 1)
     result = {
         "format_version": FORMAT_VERSION,
         "model": about,
         "options": {k: v for k, v in asdict(options).items() if k not in ("model", "output")},
-        "device": _device_name(device),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "environment": environment(),
         "seconds": round(time.monotonic() - began, 1),
         **measure(items, images, true, Verifier.load()),
@@ -126,7 +128,7 @@ def run(options: EvaluateOptions) -> int:
     name = options.name or about["name"].replace("/", "-")
     rows = result.pop("rows")
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    _write_rows(rows, folder / f"{name}.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet", compression="zstd")
     _draw_sheet(items, images, folder / f"{name}.png")
     print_table(result)
     print(folder / f"{name}.json")
@@ -152,50 +154,37 @@ def list_items(options: EvaluateOptions) -> list[Item]:
     return items
 
 
-def _generate(items: list[Item], options: EvaluateOptions, device: str) -> tuple[np.ndarray, dict[str, Any]]:
+def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tuple[np.ndarray, dict[str, Any]]:
     """uint8 `[n, 64, 64, 3]`, and what there is to say about the model."""
     from rich.console import Console
     from rich.progress import track
 
-    from millijoule.workers.generators.protocol import load_generator
+    from millijoule.workers.generators.registry import load_generator
     from millijoule.workers.schemas import ImageRequest
 
     generator = load_generator(options.model, device=device)
     info = generator.info
-    size = IMAGE_SIZE
-    if (info.width, info.height) != (size, size) and (size, size) not in info.sizes:
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    if (info.width, info.height) != size and size not in info.sizes:
         raise InputError(
-            f"--model {options.model}: makes {info.width}x{info.height}, the verifier reads {size}x{size}"
+            f"--model {options.model}: makes {info.width}x{info.height}, the verifier reads {IMAGE_SIZE}x{IMAGE_SIZE}"
         )
-    requests = [
-        ImageRequest(
-            str(i),
-            0,
-            item.prompt,
-            item.seed,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-        )
-        for i, item in enumerate(items)
-    ]
+    asked: dict[str, Any] = {
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+    }
+    requests = [ImageRequest(str(i), 0, item.prompt, item.seed, **asked) for i, item in enumerate(items)]
     batches = [requests[i : i + info.batch_size] for i in range(0, len(requests), info.batch_size)]
     drawn: Iterator[np.ndarray] = (generator.generate(batch).images for batch in batches)
     if options.processes > 1:
         drawn = _draw_in_processes(options, device, batches)
-    images = list(
-        track(
-            drawn,
-            f"drawing {len(requests)} images",
-            total=len(batches),
-            console=Console(stderr=True),
-        )
-    )
+    words = f"drawing {len(requests)} images"
+    images = list(track(drawn, words, total=len(batches), console=Console(stderr=True)))
     count = getattr(generator, "count_operations", None)
-    steps = options.num_inference_steps or info.num_inference_steps
     about = {
         "name": info.name,
         "sha256": info.sha256,
-        "num_inference_steps": steps,
+        "num_inference_steps": options.num_inference_steps or info.num_inference_steps,
         "operations_per_image": count(options.num_inference_steps) if count else None,
     }
     return np.concatenate(images), about
@@ -215,7 +204,7 @@ def _load_in_process(model: str, device: str) -> None:
     global _generator
     import torch
 
-    from millijoule.workers.generators.protocol import load_generator
+    from millijoule.workers.generators.registry import load_generator
 
     torch.set_num_threads(1)
     _generator = load_generator(model, device=device)
@@ -227,16 +216,9 @@ def _draw_in_process(batch: list[ImageRequest]) -> np.ndarray:
 
 def _render(items: list[Item], seed: int) -> np.ndarray:
     """One true render of each item's prompt; what it leaves open is settled by a seed of its own."""
-    from millijoule.workers.scenes.renderer import SceneRenderer
+    from millijoule.workers.scenes.renderer import render_prompted
 
-    renderer = SceneRenderer()
-    rng = np.random.default_rng((seed, 77))
-    scenes = [complete(item.scene, int(rng.integers(2**63))) for item in items]
-    parts = [
-        renderer.render(scenes[i : i + 500], 1, int(rng.integers(2**62)))[:, 0]
-        for i in range(0, len(scenes), 500)
-    ]
-    return np.concatenate(parts)
+    return np.concatenate(list(render_prompted([item.scene for item in items], seed)))
 
 
 def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:
@@ -284,13 +266,6 @@ def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: A
     }
 
 
-def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
-
-
 def _draw_sheet(items: list[Item], images: np.ndarray, path: Path) -> None:
     from PIL import Image
 
@@ -303,12 +278,6 @@ def _draw_sheet(items: list[Item], images: np.ndarray, path: Path) -> None:
     path.write_bytes(
         draw_contact_sheet([Image.fromarray(images[i]) for i in chosen], [items[i].prompt for i in chosen])
     )
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
 def print_table(result: dict[str, Any]) -> None:

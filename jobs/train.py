@@ -6,14 +6,12 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.recipe import Recipe, load_recipe
 from millijoule.jobs.torch_device import torch_device
-
-if TYPE_CHECKING:
-    from millijoule.workers.training.loop import Trainer
+from millijoule.workers.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,6 @@ class TrainOptions:
 def run(options: TrainOptions) -> int:
     import torch
 
-    from millijoule.workers.errors import InputError
     from millijoule.workers.training.loop import run_training
 
     if options.threads:
@@ -83,14 +80,14 @@ def run(options: TrainOptions) -> int:
             if getattr(options, name):
                 raise InputError(f"--{name.replace('_', '-')} is for generators, not for a verifier")
     folder = Path(options.output)
-    if options.resume is False and (folder / "checkpoint.pt").exists():
+    if not options.resume and (folder / "checkpoint.pt").exists():
         raise InputError(
             f"{folder}: has a checkpoint already; give --resume to continue it, or another --output"
         )
     trainer = _trainer(recipe, options, device)
 
-    def sample(folder: Path, step: int) -> None:
-        _write_oscillator(recipe, trainer, folder, sheet=f"samples-{step:06d}.png")
+    def sample(step: int) -> None:
+        trainer.export(folder, recipe.name, sheet=f"samples-{step:06d}.png")
 
     run_training(
         trainer,
@@ -100,61 +97,22 @@ def run(options: TrainOptions) -> int:
         sample=sample if recipe.kind == "oscillator" else None,
         sample_every=options.sample_every,
     )
-    print(f"{_export(recipe, trainer, folder)} after {trainer.step} of {trainer.config.steps} steps")
+    print(f"{trainer.export(folder, recipe.name)} after {trainer.step} of {recipe.training.steps} steps")
     return COMPLETE
 
 
-def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Trainer:
+def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Any:
     if recipe.kind == "verifier":
-        from millijoule.workers.training.verifier import VerifierTrainer
-
-        return VerifierTrainer(recipe.training)
+        return recipe.trainer(recipe.training)
     processes = options.data_processes
     if processes is None:
         processes = min(16, len(os.sched_getaffinity(0)) - 1) if device.startswith("cuda") else 0
-    trainer_class: Any
-    if recipe.kind == "diffusion":
-        from millijoule.workers.training.diffusion import DiffusionTrainer as trainer_class
-    else:
-        from millijoule.workers.training.oscillator import OscillatorTrainer as trainer_class
-    trainer = trainer_class(
+    trainer = recipe.trainer(
         recipe.training, device=device, compiled=options.compile, data_processes=processes
     )
     if options.start_from:
         trainer.start_from(Path(options.start_from))
     return trainer
-
-
-def _export(recipe: Recipe, trainer: Any, folder: Path) -> Path:
-    """Write the weights in the form `--model` takes; returns where."""
-    if recipe.kind == "verifier":
-        from millijoule.workers.training.verifier import export as export_verifier
-
-        export_verifier(trainer, folder / "verifier.safetensors")
-        return folder / "verifier.safetensors"
-    if recipe.kind == "diffusion":
-        from millijoule.workers.training.diffusion import export as export_diffusion
-
-        export_diffusion(trainer, folder / "model")
-        return folder / "model"
-    return _write_oscillator(recipe, trainer, folder, sheet="samples.png")
-
-
-def _write_oscillator(recipe: Recipe, trainer: Any, folder: Path, sheet: str) -> Path:
-    """The float form always, the integer form where the model has one, and a sample sheet of the form that is used."""
-    from millijoule.workers.generators.oscillator import save_weights
-    from millijoule.workers.training.oscillator import write_sample_sheet
-
-    config = trainer.config
-    made = {"steps": str(trainer.step), "planned_steps": str(config.steps), "seed": str(config.seed)}
-    model = trainer.exported_model()
-    weights = folder / "float.safetensors"
-    save_weights(model, weights, f"{recipe.name}-float", made, integer=False)
-    if config.model.coupling in ("trained", "frozen"):
-        weights = folder / "model.safetensors"
-        save_weights(model, weights, recipe.name, made)
-    write_sample_sheet(weights, folder / sheet)
-    return weights
 
 
 def main(argv: list[str] | None = None) -> int:

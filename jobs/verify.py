@@ -167,7 +167,7 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     from millijoule.pipeline.comparison.parts import PartStore
     from millijoule.pipeline.comparison.protocol_floor import find_loosened
     from millijoule.pipeline.comparison.second_meter import read_second_meter
-    from millijoule.workers.generators.protocol import load_generator
+    from millijoule.workers.generators.registry import load_generator
     from millijoule.workers.judging.comparison_blocks import open_sampler
     from millijoule.workers.meters.meter import open_meter
 
@@ -379,11 +379,12 @@ def _percent(log_ratio: float | None) -> str:
 
 def _describe_arm(options: VerifyOptions, arm: str, model: str, generator: Generator) -> Arm:
     from millijoule.pipeline.comparison.registration import Arm
-    from millijoule.workers.generators.protocol import FACTORY_PREFIX, describe_model
+    from millijoule.workers import factories
+    from millijoule.workers.generators.registry import describe_model
 
     identity = describe_model(model)
     return Arm(
-        model=model if model.startswith(FACTORY_PREFIX) else Path(model).name,
+        model=model if model.startswith(factories.PREFIX) else Path(model).name,
         name=identity.name,
         sha256=identity.sha256,
         batch_size=getattr(options, f"{arm}_batch_size") or generator.info.batch_size,

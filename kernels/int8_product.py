@@ -53,12 +53,7 @@ class Int8Matrix:
             )
 
     def product(self, left: Tensor, form: str | None = None) -> Tensor:
-        """int8 `[m, k]` @ this -> int32 `[m, n]`, exact; the same in every form.
-
-        Args:
-            left: on this matrix' device.
-            form: one of `FORMS`; by default the fastest.
-        """
+        """int8 `[m, k]`, on this matrix' device, @ this -> int32 `[m, n]`, exact; `form` is the fastest by default."""
         if left.is_cuda:
             return self._int8_on_gpu(left)
         if (form or fastest_form(self, left.shape[0])) == "float32":
@@ -118,9 +113,9 @@ def fastest_form(matrix: Int8Matrix, rows: int) -> str:
     timed = min(1 << max(rows - 1, 0).bit_length(), 1 << (most.bit_length() - 1))
     key = (timed, *matrix.weights.shape, torch.get_num_threads())
     with _timing:  # two that time at once would disturb each other
-        if key not in _fastest:
-            _fastest[key] = _time_forms(matrix, timed)
-        return _fastest[key]
+        if key not in known_forms:
+            known_forms[key] = time_forms(matrix, timed)
+        return known_forms[key]
 
 
 @contextmanager
@@ -135,11 +130,11 @@ def only(form: str) -> Iterator[None]:
 
 
 _only: str | None = None
-_fastest: dict[tuple[int, ...], str] = {}
+known_forms: dict[tuple[int, ...], str] = {}
 _timing = threading.Lock()
 
 
-def _time_forms(matrix: Int8Matrix, rows: int) -> str:
+def time_forms(matrix: Int8Matrix, rows: int) -> str:
     """The form of least time; one that is missing here, or is not exact, is left out.
 
     Some processors' int8 instructions saturate sums of two products in 16 bits, and libraries have used them.

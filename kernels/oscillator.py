@@ -150,17 +150,8 @@ def quantize_drive(
 
 
 def relax_reference(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tensor:
-    """Run `steps` steps, as plainly as the equations are written, with the local coupling as a full matrix.
-
-    Args:
-        phases: int32 `[batch, n]` in [0, 65536).
-        coupling: of n oscillators.
-        drive: of `[batch, n]`.
-        steps: at least 0.
-
-    Returns:
-        Final phases, int32 `[batch, n]`.
-    """
+    """Phases int32 `[batch, n]` in [0, 65536) after `steps` steps, as plainly as the equations are written, with the local
+    coupling as a full matrix."""
     theta = phases.to(torch.int64)
     local = dense_local(coupling.local.to(torch.int64), coupling.grid)
     gather, spread = coupling.gather.to(torch.int64), coupling.spread.to(torch.int64)

@@ -26,10 +26,8 @@ AMPLITUDE = 127
 
 def _table(shift: int) -> Tensor:
     """round(127 sin(angle)) at the middle of each of the table's intervals, moved by `shift` entries."""
-    entries = [
-        round(AMPLITUDE * math.sin(2 * math.pi * (i + shift + 0.5) / TABLE_SIZE)) for i in range(TABLE_SIZE)
-    ]
-    return torch.tensor(entries, dtype=torch.int8)
+    angles = (2 * math.pi * (i + shift + 0.5) / TABLE_SIZE for i in range(TABLE_SIZE))
+    return torch.tensor([round(AMPLITUDE * math.sin(angle)) for angle in angles], dtype=torch.int8)
 
 
 SIN_TABLE = _table(0)
@@ -40,9 +38,8 @@ def sin_cos(phases: Tensor) -> tuple[Tensor, Tensor]:
     """Sine and cosine of int32 phases, int8 in [-127, 127] where 127 is 1.0; any shape."""
     index = (phases >> TABLE_SHIFT).flatten()
     tables = (table.to(phases.device) for table in (SIN_TABLE, COS_TABLE))
-    sin, cos = (
-        table.index_select(0, index).view(phases.shape) for table in tables
-    )  # a quarter of indexing's time
+    # a quarter of indexing's time
+    sin, cos = (table.index_select(0, index).view(phases.shape) for table in tables)
     return sin, cos
 
 

@@ -21,7 +21,8 @@ import ray
 from millijoule.workers.attempt import AttemptCancelled, AttemptRunner, Where
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
-from millijoule.workers.generators.protocol import describe_model, load_generator
+from millijoule.workers.factory_model import check_factory_model
+from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.lease import (
     AccountRead,
     AttemptResult,
@@ -116,6 +117,8 @@ class ShardWorker:
                 f"{config.model}: the model on {socket.gethostname()} has SHA-256 {found[:16]}, "
                 f"the job was planned with {config.model_sha256[:16]}: put the same file on every node"
             )
+        if config.output_url:
+            check_factory_model(store, config, generator.info.sha256)
         timeline.close("load")
         self._runner = AttemptRunner(
             config,

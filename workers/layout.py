@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 JOB_KEY = "_job/job.json"
+FACTORY_MODEL_KEY = "_job/factory_model.txt"
 EPOCHS_PREFIX = "_job/epochs/"
 COMMITS_PREFIX = "_job/commits/"
 COMPACTED_PREFIX = "_job/ledger/"

@@ -9,7 +9,7 @@ import multiprocessing
 import sys
 from pathlib import Path
 
-from millijoule.workers.generators.protocol import load_generator
+from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.images.encode import encode_png
 from millijoule.workers.images.writers import open_writer
 from millijoule.workers.schemas import ImageRequest, ImageRow

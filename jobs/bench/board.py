@@ -68,7 +68,7 @@ class CudaBoard:
             held["torch"].cuda.synchronize()
 
         def load_model() -> None:
-            from millijoule.workers.generators.protocol import load_generator
+            from millijoule.workers.generators.registry import load_generator
 
             held["model"] = load_generator("default", device="cuda")
             held["torch"].cuda.synchronize()

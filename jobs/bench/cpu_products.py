@@ -56,7 +56,7 @@ class Pair:
 def run(options: BenchOptions) -> int:
     import torch
 
-    from millijoule.workers.generators.protocol import load_generator
+    from millijoule.workers.generators.registry import load_generator
 
     torch.set_num_threads(options.threads)
     generator = load_generator("default")

@@ -60,7 +60,7 @@ class BenchOptions:
 def run(options: BenchOptions) -> int:
     import torch
 
-    from millijoule.workers.generators.protocol import load_generator
+    from millijoule.workers.generators.registry import load_generator
     from millijoule.workers.meters.meter import open_meter
 
     synchronize: Callable[[], None]

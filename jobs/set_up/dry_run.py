@@ -18,7 +18,8 @@ from millijoule.pipeline.running.node_recorders import look_once
 from millijoule.pipeline.running.pool import CAPACITY_NOTICE_S, PoolOptions
 from millijoule.pipeline.running.progress import clock, joules
 from millijoule.workers.actor import remote_worker_class
-from millijoule.workers.generators.protocol import ModelIdentity, describe_model
+from millijoule.workers.generators.protocol import ModelIdentity
+from millijoule.workers.generators.registry import describe_model
 from millijoule.workers.lease import Calibration, WorkerConfig
 from millijoule.workers.node_meters.meter import MW_PER_W
 from millijoule.workers.schemas import ImageRequest

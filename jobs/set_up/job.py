@@ -26,7 +26,8 @@ from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
 from millijoule.pipeline.running.spending import Caps, parse_deadline
 from millijoule.workers.errors import InputError, StoreError
-from millijoule.workers.generators.protocol import ModelIdentity, describe_model
+from millijoule.workers.generators.protocol import ModelIdentity
+from millijoule.workers.generators.registry import describe_model
 from millijoule.workers.layout import BAD_ROWS_KEY, SUCCESS_KEY
 from millijoule.workers.storage.store import Store, expand_inputs
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from millijoule.jobs.set_up import ray_cluster
 from millijoule.jobs.set_up.autoscaling import Prospect, prospect
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.protocol import needs_gpu
+from millijoule.workers.generators.registry import needs_gpu
 
 if TYPE_CHECKING:
     from millijoule.jobs.generate import GenerateOptions

@@ -15,12 +15,11 @@ from support.accelerator import DEVICE, MISSING, REHEARSAL
 from millijoule.kernels.oscillator import quantize_coupling, quantize_drive, relax, relax_reference
 from millijoule.kernels.phase import random_phases
 from millijoule.workers.generators.oscillator_model import OscillatorConfig, OscillatorModel
-from millijoule.workers.generators.protocol import load_generator
+from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.meters.meter import open_meter
 from millijoule.workers.meters.nvml_library import NvmlLibrary
-from millijoule.workers.scenes.device_renderer import DeviceRenderer
 from millijoule.workers.scenes.prompts import parse_prompt, write_prompt
-from millijoule.workers.scenes.renderer import SceneRenderer, draw_variation
+from millijoule.workers.scenes.renderer import SceneRenderer, draw_variation, render_scenes
 from millijoule.workers.scenes.scenes import (
     FAMILIES,
     complete,
@@ -100,10 +99,9 @@ def test_the_baseline_s_images_do_not_depend_on_their_batch():
 
 def test_renders_are_those_of_the_cpu():
     chosen = scenes(200)
-    shade, jitter = draw_variation(200, 3, 7)
-    on_gpu = (torch.from_numpy(x).to(DEVICE) for x in (scene_tokens(chosen), shade, jitter))
-    found = DeviceRenderer(DEVICE).render(*on_gpu).permute(0, 1, 3, 4, 2).cpu().numpy()
-    assert np.array_equal(found, SceneRenderer().render(chosen, 3, 7))
+    made = {"tokens": torch.from_numpy(scene_tokens(chosen)), **draw_variation(200, 3, 7)}
+    found = SceneRenderer(DEVICE).render(**{name: x.to(DEVICE) for name, x in made.items()})
+    assert np.array_equal(found.permute(0, 1, 3, 4, 2).cpu().numpy(), render_scenes(chosen, 3, 7))
 
 
 def test_drives_and_their_gradients_are_the_same_whichever_way_they_are_laid():

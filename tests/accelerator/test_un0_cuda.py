@@ -12,7 +12,7 @@ import torch
 from support.accelerator import DEVICE, MISSING
 
 from millijoule.jobs import convert
-from millijoule.workers.generators.protocol import load_generator
+from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.schemas import ImageRequest
 
 pytestmark = pytest.mark.skipif(MISSING, reason="no CUDA device")

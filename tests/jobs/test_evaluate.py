@@ -11,7 +11,7 @@ from millijoule.jobs import evaluate
 from millijoule.jobs.evaluate import EvaluateOptions, list_items
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.scenes.prompts import parse_prompt
-from millijoule.workers.scenes.renderer import SceneRenderer
+from millijoule.workers.scenes.renderer import render_scenes
 from millijoule.workers.scenes.scenes import FAMILIES, complete, is_held_out
 
 
@@ -27,7 +27,7 @@ class Artist:
             rng = np.random.default_rng([r.seed for r in requests])
             return GeneratedBatch(rng.integers(0, 256, (len(requests), 64, 64, 3), dtype=np.uint8))
         scenes = [complete(parse_prompt(r.prompt)[0], r.seed) for r in requests]
-        return GeneratedBatch(SceneRenderer().render(scenes, 1, requests[0].seed)[:, 0])
+        return GeneratedBatch(render_scenes(scenes, 1, requests[0].seed)[:, 0])
 
     def count_operations(self, num_inference_steps=None):
         return {"drawing": 12}
@@ -104,8 +104,8 @@ def test_prompts_are_fixed_and_of_their_split(split):
 def test_processes_draw_the_same_images(tmp_path):
     options = EvaluateOptions("default", str(tmp_path), prompts_per_family=6, device="cpu")
     items = list_items(options)  # 72, more than a batch
-    alone, about = evaluate._generate(items, options, "cpu")
-    together, same = evaluate._generate(items, replace(options, processes=2), "cpu")
+    alone, about = evaluate.draw_items(items, options, "cpu")
+    together, same = evaluate.draw_items(items, replace(options, processes=2), "cpu")
     assert np.array_equal(alone, together)
     assert about == same
 

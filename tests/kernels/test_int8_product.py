@@ -100,7 +100,7 @@ def test_sums_that_int32_cannot_hold_are_refused():
 
 @pytest.fixture
 def untimed(monkeypatch):
-    monkeypatch.setattr(module, "_fastest", {})
+    monkeypatch.setattr(module, "known_forms", {})
 
 
 def weights(k: int, n: int) -> Int8Matrix:
@@ -129,8 +129,8 @@ def test_the_form_that_takes_less_time_is_taken(untimed, monkeypatch, slow):
 
 def test_a_shape_is_timed_once(untimed, monkeypatch):
     timed = []
-    plain = module._time_forms
-    monkeypatch.setattr(module, "_time_forms", lambda m, rows: timed.append(rows) or plain(m, rows))
+    plain = module.time_forms
+    monkeypatch.setattr(module, "time_forms", lambda m, rows: timed.append(rows) or plain(m, rows))
     monkeypatch.setattr(module, "TIMED_PRODUCTS", 64 * 8 * 100)
     for rows in (1, 1, 5, 8, 64, 8192, 100):
         weights(64, 8).product(torch.zeros(rows, 64, dtype=torch.int8))

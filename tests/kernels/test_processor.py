@@ -96,16 +96,18 @@ def test_a_gpu_that_emulates_it_does_not_count(monkeypatch, emulated):
 
 
 #: They list types of files that they read, and compute in none of them; the last runs on GPUs only.
-NO_DECISION = {"un0_checkpoint.py", "saved_checkpoint.py", "bench_board.py"}
+NO_DECISION = {
+    "workers/generators/un0_checkpoint.py",
+    "workers/generators/saved_checkpoint.py",
+    "jobs/bench/board.py",
+}
 
 
 def test_no_module_decides_for_itself():
-    modules = [
-        p for p in Path(millijoule.workers.__path__[0]).parent.glob("*/*.py") if "tests" not in p.parts
-    ]
-    assert len(modules) > 50
-    deciding = {p.name for p in modules if "torch.bfloat16" in p.read_text()} - NO_DECISION
-    assert {"oscillator_training.py", "diffusers_model.py"} <= deciding
-    assert {
-        p.name for p in modules if p.name in deciding and "multiplies_bfloat16" not in p.read_text()
-    } == set()
+    root = Path(millijoule.workers.__path__[0]).parent
+    folders = ("kernels", "workers", "pipeline", "jobs")
+    text = {str(p.relative_to(root)): p.read_text() for f in folders for p in (root / f).rglob("*.py")}
+    assert len(text) > 150
+    deciding = {name for name in text if "torch.bfloat16" in text[name]} - NO_DECISION
+    assert {"workers/training/oscillator.py", "workers/generators/diffusers_model.py"} <= deciding
+    assert {name for name in deciding if "multiplies_bfloat16" not in text[name]} == set()

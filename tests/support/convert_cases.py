@@ -17,7 +17,7 @@ from pathlib import Path
 from millijoule.jobs import convert
 from millijoule.jobs.entry import COMPLETE, ERROR
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.protocol import load_generator
+from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.schemas import ImageRequest
 
 MEMORY = 8 * 2**30

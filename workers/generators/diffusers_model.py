@@ -1,42 +1,29 @@
-"""Any text-to-image pipeline that was saved as a diffusers directory, behind the `Generator` protocol.
+"""Any text-to-image pipeline that was saved as a diffusers directory (`pipeline_folder`), behind the `Generator` protocol.
 
-A directory is checked before anything in it is loaded: its model_index.json may name only classes of diffusers and
-transformers, weights are read from safetensors files alone, and code in the directory is never run. Reading the
-directory (`read_pipeline`, `describe_pipeline`) needs neither torch nor diffusers; drawing needs the `diffusers` extra.
+Drawing needs the `diffusers` extra.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.errors import InputError, RowError
-from millijoule.workers.generators.file_hashes import file_sha256
-from millijoule.workers.generators.protocol import (
-    GeneratedBatch,
-    GeneratorInfo,
-    ModelIdentity,
-    read_safetensors_header,
-    refuse_lfs_pointer,
-)
+from millijoule.workers.generators.fixed_size import padded, unused_settings
+from millijoule.workers.generators.model_files import read_header
+from millijoule.workers.generators.pipeline_folder import ICON_SCENES, INDEX, PipelineFolder, read_pipeline
+from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
-
-INSTALL = "pip install 'millijoule[diffusers]'"
-INDEX, DEFAULTS = "model_index.json", "millijoule.json"
-
-#: Files that can run code when they are read. They are never read; a component that has only these is refused.
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 
 #: The pipeline always sees this many rows; the rest is padding. A GPU is idle most of the time with 16 small images.
 BATCH_SIZE, GPU_BATCH_SIZE, GPU_BATCH_SIZE_SMALL = 8, 16, 256
@@ -44,85 +31,10 @@ BATCH_SIZE, GPU_BATCH_SIZE, GPU_BATCH_SIZE_SMALL = 8, 16, 256
 #: Images of at most this many pixels are small.
 SMALL_PIXELS = 128 * 128
 
-DEFAULT_STEPS = 50
-
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
 OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
 
-#: `prompts` in millijoule.json: the pipeline reads captions of icon scenes (`scene_prompts.write_caption`). Prompts are parsed,
-#: and what they leave open is settled from the image's seed, as for the oscillator model.
-ICON_SCENES = "icon scenes"
-
 DENOISERS, DECODERS = ("unet", "transformer", "prior", "decoder"), ("vae", "vqvae", "movq", "vqgan")
-
-
-@dataclass(frozen=True)
-class PipelineFolder:
-    """A checked directory. `components` maps a folder to its library and class."""
-
-    path: Path
-    class_name: str
-    components: dict[str, tuple[str, str]]
-    name: str
-    num_inference_steps: int
-    guidance_scale: float | None  # None: the pipeline's own default
-    prompts: str | None  # ICON_SCENES, or None: the pipeline gets prompts as they are
-    files: tuple[Path, ...]  # everything that can influence an image
-
-
-def read_pipeline(path: Path | str) -> PipelineFolder:
-    """Check a diffusers directory and read what it says of itself.
-
-    Raises:
-        InputError: a file is missing or broken, weights are pickled, or the directory wants code of its own to be run.
-    """
-    path = Path(path)
-    index = _read_json(path / INDEX)
-    class_name = index.get("_class_name")
-    if not isinstance(class_name, str) or not class_name.isidentifier():
-        raise InputError(
-            f"{path / INDEX}: _class_name {class_name!r} is not the name of a diffusers pipeline"
-        )
-    components = {}
-    for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list):
-            continue  # a setting of the pipeline
-        if value == [None, None]:
-            continue  # an optional component that is left out
-        if len(value) != 2 or not all(isinstance(v, str) and v.isidentifier() for v in value):
-            raise InputError(
-                f"{path / INDEX}: {name} is {value}; only classes of diffusers and transformers are loaded"
-            )
-        components[name] = (value[0], value[1])
-    if not components:
-        raise InputError(f"{path / INDEX}: names no components")
-    files = [path / INDEX]
-    for name in components:
-        files += _check_component(path / name)
-    defaults: dict[str, Any] = {}
-    if (path / DEFAULTS).exists():
-        defaults = _read_json(path / DEFAULTS)
-        files.append(path / DEFAULTS)
-    steps, guidance = defaults.get("num_inference_steps", DEFAULT_STEPS), defaults.get("guidance_scale")
-    name = defaults.get("name", path.resolve().name)
-    if type(steps) is not int or not 1 <= steps <= 1000:
-        raise InputError(
-            f"{path / DEFAULTS}: num_inference_steps {steps!r} is not a whole number from 1 to 1000"
-        )
-    if guidance is not None and (type(guidance) not in (int, float) or not 0 <= guidance < 1e6):
-        raise InputError(f"{path / DEFAULTS}: guidance_scale {guidance!r} is not a number")
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{path / DEFAULTS}: name {name!r} is not a name")
-    prompts = defaults.get("prompts")
-    if prompts not in (None, ICON_SCENES):
-        raise InputError(f"{path / DEFAULTS}: prompts {prompts!r} is not {ICON_SCENES!r}")
-    return PipelineFolder(path, class_name, components, name, steps, guidance, prompts, tuple(files))
-
-
-def describe_pipeline(path: Path | str) -> ModelIdentity:
-    """Name of a directory and the hash over its files, each by relative path and content."""
-    folder = read_pipeline(path)
-    return ModelIdentity(folder.name, _hash(folder))
 
 
 class DiffusersGenerator:
@@ -132,8 +44,8 @@ class DiffusersGenerator:
         self.pipeline = pipeline
         self.device = device
         self.on_step: Callable[[], None] = lambda: None
-        self.guidance_scale = folder.guidance_scale
-        self.prompts = folder.prompts
+        self.guidance_scale = folder.defaults.guidance_scale
+        self.prompts = folder.defaults.prompts
         on_cpu = not device.startswith("cuda")
         self.mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
         self.arguments = _check_signature(pipeline, folder)
@@ -144,7 +56,7 @@ class DiffusersGenerator:
             sha256=sha256,
             width=width,
             height=height,
-            num_inference_steps=folder.num_inference_steps,
+            num_inference_steps=folder.defaults.num_inference_steps,
             batch_size=_batch_size(device, width * height),
         )
 
@@ -161,10 +73,8 @@ class DiffusersGenerator:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
                 `read_pipeline`).
         """
-        folder = read_pipeline(path)
-        diffusers, transformers = _libraries()
-        import torch
-
+        folder = read_pipeline(Path(path))
+        diffusers, transformers = import_diffusers()
         _check_classes(folder, diffusers, transformers)
         dtype = torch.float32
         if device.startswith("cuda"):
@@ -180,12 +90,10 @@ class DiffusersGenerator:
                 trust_remote_code=False,
                 dtype=dtype,
             )
-        except (
-            Exception
-        ) as error:  # whatever the two libraries make of a directory that is not as they wrote it
+        except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
             raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
-        return DiffusersGenerator(pipeline.to(device), folder, _hash(folder), device)
+        return DiffusersGenerator(pipeline.to(device), folder, folder.sha256(), device)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """Draw one image per request, all of one size and step count.
@@ -202,13 +110,12 @@ class DiffusersGenerator:
         images: list[Any] = [None] * len(requests)
         warnings = [self._warnings(r) for r in requests]
         for rows in groups.values():
-            for start in range(0, len(rows), self.info.batch_size):
-                part = rows[start : start + self.info.batch_size]
-                drawn, blocked = self._draw([requests[i] for i in part])
-                for i, image, hidden in zip(part, drawn, blocked, strict=True):
-                    images[i] = image
-                    if hidden:
-                        warnings[i] += ("the model's safety checker blanked this image",)
+            for part, count in padded(len(rows), self.info.batch_size):
+                drawn = self._draw([requests[rows[k]] for k in part])
+                for k, (image, blocked) in zip(part[:count], drawn, strict=False):
+                    images[rows[k]] = image
+                    if blocked:
+                        warnings[rows[k]] += ("the model's safety checker blanked this image",)
         return GeneratedBatch(np.stack(images), tuple(warnings))
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
@@ -218,37 +125,35 @@ class DiffusersGenerator:
         What guidance doubles is doubled in that one step already. Only convolutions, matrix products and attention
         count, as `torch.utils.flop_counter` has it.
         """
-        pipeline = self.pipeline
-        parts = {
-            "text": [n for n in pipeline.components if n.startswith("text_encoder")],
-            "denoiser": [n for n in pipeline.components if n in DENOISERS],
-            "decoder": [n for n in pipeline.components if n in DECODERS],
-        }
-        counts = dict.fromkeys(parts, 0)
         request = ImageRequest("", 0, "", 0, num_inference_steps=1)
-        with _counting(pipeline, parts, counts):
-            pipeline(**self._call([request]))
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+            self.pipeline(**self._call([request]))
+        by_class = {kind: sum(counts.values()) for kind, counts in counter.get_flop_counts().items()}
+        parts: Counter[str] = Counter()
+        components = {
+            type(model).__name__: name
+            for name, model in self.pipeline.components.items()
+            if isinstance(model, torch.nn.Module) and name not in DECODERS
+        }
+        for kind, name in components.items():
+            part = (
+                "text" if name.startswith("text_encoder") else "denoiser" if name in DENOISERS else "others"
+            )
+            parts[part] += by_class.get(kind, 0)
+        decoder = by_class["Global"] - parts.total()  # no module's call, and so not counted by class
         steps = num_inference_steps or self.info.num_inference_steps
-        counts["denoiser"] = counts["denoiser"] * self._evaluations(steps) // self._evaluations(1)
-        return counts
+        denoiser = parts["denoiser"] * self._evaluations(steps) // self._evaluations(1)
+        return {"text": parts["text"], "denoiser": denoiser, "decoder": decoder}
 
-    def _draw(self, requests: Sequence[ImageRequest]) -> tuple[np.ndarray, list[bool]]:
-        """Images of at most a batch of requests that agree in all settings, and which of them were blanked."""
-        count = len(requests)
-        padded = [*requests, *[requests[0]] * (self.info.batch_size - count)]
-        with self._precision():
-            result = self.pipeline(**self._call(padded))
-        pixels = np.asarray(result.images[:count], dtype=np.float64)
+    def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
+        """Images of a batch of requests that agree in all settings, and whether each was blanked."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision):
+            result = self.pipeline(**self._call(requests))
+        pixels = np.asarray(result.images, dtype=np.float64)
         if not np.isfinite(pixels).all():
             raise RuntimeError("the model made pixels that are not finite numbers")
-        hidden = getattr(result, "nsfw_content_detected", None) or [False] * count
-        images = np.round(pixels * 255).clip(0, 255).astype(np.uint8)
-        return images, [bool(h) for h in hidden[:count]]
-
-    def _precision(self) -> AbstractContextManager[None]:
-        import torch
-
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision)
+        blocked = getattr(result, "nsfw_content_detected", None) or [False] * len(requests)
+        return zip(np.round(pixels * 255).clip(0, 255).astype(np.uint8), map(bool, blocked), strict=True)
 
     def _call(self, requests: Sequence[ImageRequest]) -> dict[str, Any]:
         """Arguments for the pipeline. The noise of every image comes from a generator of its own, on the CPU."""
@@ -256,7 +161,7 @@ class DiffusersGenerator:
         guidance = self.guidance_scale if first.guidance_scale is None else first.guidance_scale
         call: dict[str, Any] = {
             "prompt": [self._prompt(r) for r in requests],
-            "generator": [_seeded(r.seed) for r in requests],
+            "generator": [seeded(r.seed) for r in requests],
             "num_inference_steps": first.num_inference_steps or self.info.num_inference_steps,
             "output_type": "np",
         }
@@ -284,10 +189,7 @@ class DiffusersGenerator:
         scheduler = self.pipeline.scheduler
         try:
             scheduler.set_timesteps(steps)
-        except (
-            TypeError,
-            ValueError,
-        ):  # schedules that depend on the image's size; all known ones are first-order
+        except (TypeError, ValueError):  # it asks for the image's size; all such are first-order
             return steps
         return len(scheduler.timesteps)
 
@@ -313,19 +215,13 @@ class DiffusersGenerator:
             length, limit = len(tokenizer(request.prompt).input_ids), tokenizer.model_max_length
             if length > limit:
                 words.append(f"the prompt is {length} tokens long, this model reads the first {limit}")
-        if request.guidance_scale is not None and "guidance_scale" not in self.arguments:
-            words.append("guidance_scale is not used by this model")
-        if request.negative_prompt and "negative_prompt" not in self.arguments:
-            words.append("negative_prompt is not used by this model")
-        return tuple(words)
+        return (*words, *unused_settings(request, self.arguments))
 
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:
     """Whether all weights of the denoiser are."""
     files = [f for f in folder.files if f.suffix == ".safetensors" and f.parent.name in DENOISERS]
-    headers = [read_safetensors_header(f) for f in files]
-    kinds = {entry["dtype"] for header in headers for key, entry in header.items() if key != "__metadata__"}
-    return kinds == {"F16"}
+    return frozenset().union(*(read_header(f).dtypes for f in files)) == {"F16"}
 
 
 def _batch_size(device: str, pixels: int) -> int:
@@ -334,14 +230,12 @@ def _batch_size(device: str, pixels: int) -> int:
     return GPU_BATCH_SIZE_SMALL if pixels <= SMALL_PIXELS else GPU_BATCH_SIZE
 
 
-def _seeded(seed: int) -> Any:
+def seeded(seed: int) -> Any:
     """A torch generator on the CPU that depends on all 64 bits of `seed`.
 
     torch's `manual_seed` drops the upper 32, which would give two of some 65,000 images the same noise. Seeds below
     2**32 mean what they mean everywhere else; the upper half of larger ones is mixed into the generator's state.
     """
-    import torch
-
     generator = torch.Generator("cpu").manual_seed(seed)
     if seed >= 2**32:
         state = generator.get_state()
@@ -351,110 +245,12 @@ def _seeded(seed: int) -> Any:
     return generator
 
 
-@contextmanager
-def _counting(pipeline: Any, parts: dict[str, list[str]], counts: dict[str, int]) -> Iterator[None]:
-    """Within, what the components of a part do is added to that part's count."""
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))
-
-    import torch
-
-    # torch's counter knows the attention kernels of GPUs only
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-
-    def counted(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-                result = function(*args, **kwargs)
-            counts[part] += counter.get_total_flops()
-            return result
-
-        return call
-
-    patched = []
-    for part, names in parts.items():
-        for name in names:
-            model = getattr(pipeline, name, None)
-            if model is None:
-                continue
-            method = "decode" if part == "decoder" and hasattr(model, "decode") else "forward"
-            setattr(model, method, counted(part, getattr(model, method)))
-            patched.append((model, method))
-    try:
-        yield
-    finally:
-        for model, method in patched:
-            delattr(model, method)
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
 
 
-def _check_component(folder: Path) -> list[Path]:
-    """The files of one component; models must have a config and complete safetensors."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: missing; {INDEX} names it as a component")
-    inside = (p for p in folder.rglob("*") if not any(x.startswith(".") for x in p.relative_to(folder).parts))
-    files = sorted(p for p in inside if p.is_file())
-    for file in files:
-        if file.suffix == ".py":
-            raise InputError(
-                f"{file}: code in a model's directory is never run; remove it if it is not needed"
-            )
-    weights = [f for f in files if f.suffix == ".safetensors"]
-    pickled = [f for f in files if f.suffix in PICKLED]
-    if pickled and not weights:
-        raise InputError(
-            f"{pickled[0]}: a pickled file; loading one can run any code, so it is not read. Save the pipeline with "
-            "save_pretrained(DIR, safe_serialization=True) and give that directory"
-        )
-    config = folder / "config.json"
-    if weights and not config.is_file():
-        raise InputError(f"{config}: no such file")
-    if config.is_file() and not weights:
-        raise InputError(f"{folder}: has no .safetensors file")
-    for file in files:
-        if file not in pickled:
-            with file.open("rb") as opened:
-                refuse_lfs_pointer(file, opened.read(64))
-        if file.suffix == ".json":
-            content = _read_json(file)
-            if file.name.endswith(".safetensors.index.json"):
-                _check_shards(file, content)
-    for file in weights:
-        read_safetensors_header(file)
-    return [f for f in files if f not in pickled]
-
-
-def _check_shards(file: Path, content: dict[str, Any]) -> None:
-    shards = content.get("weight_map")
-    if not isinstance(shards, dict):
-        raise InputError(f"{file}: has no weight_map")
-    for name in sorted({str(v) for v in shards.values()}):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(f"{file}: names {name!r}, which is not a safetensors file beside it")
-        if not (file.parent / name).is_file():
-            raise InputError(f"{file.parent / name}: no such file; {file.name} names it")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    text = path.read_bytes()
-    refuse_lfs_pointer(path, text)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return content
-
-
-def _hash(folder: PipelineFolder) -> str:
-    whole = hashlib.sha256()
-    for name, file in sorted((f.relative_to(folder.path).as_posix(), f) for f in folder.files):
-        whole.update(f"{name}\0{file_sha256(file)}\n".encode())
-    return whole.hexdigest()
+#: torch's counter knows the attention kernels of GPUs only.
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
 def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
@@ -511,10 +307,13 @@ def _native_size(pipeline: Any, folder: PipelineFolder, scale: int) -> tuple[int
     raise InputError(f"{folder.path}: {folder.class_name} does not say what size of image it makes")
 
 
-def _libraries() -> tuple[Any, Any]:
+def import_diffusers() -> tuple[Any, Any]:
+    """diffusers and transformers; raises InputError where they are not installed."""
     try:
         import diffusers
         import transformers
     except ImportError as error:
-        raise InputError(f"a diffusers directory needs diffusers: {INSTALL} ({error})") from error
+        raise InputError(
+            f"this model needs diffusers: pip install 'millijoule[diffusers]' ({error})"
+        ) from error
     return diffusers, transformers

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
-import re
 import secrets
 import stat
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from millijoule.workers.records import convert, encode
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,13 @@ class FileState:
         return FileState(path, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino, info.st_dev)
 
 
+@dataclass(frozen=True)
+class _Kept(FileState):
+    """What is kept of a file."""
+
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
 class FileHashes:
     """The hashes this process knows, and those that all processes of this user and host share.
 
@@ -65,8 +76,8 @@ class FileHashes:
     def __init__(self, folder: Path | None = None) -> None:
         if folder is None:
             shm = Path("/dev/shm")
-            place = shm if os.access(shm, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-            folder = place / f"millijoule-{os.getuid()}-hashes"
+            above = shm if os.access(shm, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+            folder = above / f"millijoule-{os.getuid()}-hashes"
         self.folder = folder
         self._known: dict[str, tuple[FileState, str]] = {}
         self._mutex = threading.Lock()
@@ -85,14 +96,15 @@ class FileHashes:
 
     def _find(self, state: FileState) -> str:
         entry = self._entry(state.path)
-        with _locked(entry):
-            digest = _load(entry, state)
+        with _locked(entry) if entry else nullcontext():
+            digest = _load(entry, state) if entry else None
             if digest is None:
                 settled, digest = _read(state.path)
                 if settled is None:
                     return digest
                 state = settled
-                _save(entry, state, digest)
+                if entry:
+                    _save(entry, _Kept(**asdict(state), sha256=digest))
         self._known[state.path] = (state, digest)
         return digest
 
@@ -101,25 +113,21 @@ class FileHashes:
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             info = self.folder.lstat()
+            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+                raise OSError("not a folder that only this user can enter, remove it")
         except OSError as error:
             log.warning("%s: %s; processes of this host do not share the hashes of files", self.folder, error)
-            return None
-        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-            log.warning(
-                "%s: not a folder that only this user can enter; processes of this host do not share the hashes of "
-                "files. Remove it",
-                self.folder,
-            )
             return None
         return self.folder / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
 
 
-_hashes = FileHashes()
+#: Of this process and this host.
+shared = FileHashes()
 
 
 def file_sha256(path: Path | str) -> str:
     """`FileHashes.sha256` of this process' and host's."""
-    return _hashes.sha256(path)
+    return shared.sha256(path)
 
 
 def _read(path: str) -> tuple[FileState | None, str]:
@@ -134,15 +142,14 @@ def _read(path: str) -> tuple[FileState | None, str]:
 
 
 @contextmanager
-def _locked(entry: Path | None) -> Iterator[None]:
+def _locked(entry: Path) -> Iterator[None]:
     """With the exclusive lock of an entry, so that one process reads and the others find what it read; or without it,
-    where there is none or its holder takes too long."""
+    where its holder takes too long."""
     file = None
     try:
-        if entry is not None:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            file = os.open(entry.with_suffix(".lock"), flags, 0o600)
-            _wait_for(file)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.open(entry.with_suffix(".lock"), flags, 0o600)
+        _wait_for(file)
     except OSError as error:
         log.warning("%s: %s; this process does not wait for others that read the same file", entry, error)
     try:
@@ -163,10 +170,8 @@ def _wait_for(file: int) -> None:
             time.sleep(_LOCK_POLL_S)
 
 
-def _load(entry: Path | None, state: FileState) -> str | None:
+def _load(entry: Path, state: FileState) -> str | None:
     """The hash in `entry` if it is one of ours and of this very state."""
-    if entry is None:
-        return None
     try:
         file = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -176,28 +181,21 @@ def _load(entry: Path | None, state: FileState) -> str | None:
         ours = stat.S_ISREG(info.st_mode) and info.st_uid == os.getuid()
         if not ours or info.st_size > _MAX_ENTRY_BYTES:
             return None
-        content = json.loads(os.read(file, _MAX_ENTRY_BYTES))
+        kept = convert(_Kept, msgspec.json.decode(os.read(file, _MAX_ENTRY_BYTES)))
     except (OSError, ValueError, RecursionError):
         return None
     finally:
         os.close(file)
-    if not isinstance(content, dict):
-        return None
-    digest = content.pop("sha256", None)
-    if content != asdict(state) or not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-        return None
-    return digest
+    return kept.sha256 if kept == _Kept(**asdict(state), sha256=kept.sha256) else None
 
 
-def _save(entry: Path | None, state: FileState, digest: str) -> None:
+def _save(entry: Path, kept: _Kept) -> None:
     """Under a name of its own, then renamed: a reader sees the old entry or the new one."""
-    if entry is None:
-        return
     temporary = entry.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
     try:
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.write(file, json.dumps(asdict(state) | {"sha256": digest}).encode())
+            os.write(file, encode(kept))
         finally:
             os.close(file)
         temporary.replace(entry)

@@ -11,26 +11,29 @@ with, and is also the only form of a control model without oscillators.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from millijoule.kernels.oscillator import Coupling, quantize_coupling, quantize_drive, relax
 from millijoule.kernels.phase import AMPLITUDE, TURN, random_phases, sin_cos
-from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generators.file_hashes import file_sha256
+from millijoule.workers.generators.fixed_size import check_requests, padded, unused_settings
+from millijoule.workers.generators.model_files import (
+    read_own_header,
+    read_settings,
+    refusing_damage,
+    write_model_file,
+)
 from millijoule.workers.generators.oscillator_model import (
-    COUPLINGS,
     OscillatorConfig,
     OscillatorModel,
     PromptDrive,
@@ -40,9 +43,9 @@ from millijoule.workers.generators.oscillator_model import (
     noise_size,
     start_phases,
 )
-from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, read_safetensors_header
+from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.scenes.prompts import parse_prompt
-from millijoule.workers.scenes.scenes import CELL, IMAGE_SIZE, MAX_COUNT, complete, scene_tokens
+from millijoule.workers.scenes.scenes import IMAGE_SIZE, MAX_COUNT, complete, scene_tokens
 from millijoule.workers.schemas import ImageRequest
 
 FORMAT = "millijoule-oscillator"
@@ -81,16 +84,15 @@ class OscillatorGenerator:
         self.float_batch = GPU_FLOAT_BATCH if self.on_gpu else FLOAT_BATCH
         self.model.to(device)
         self.coupling = coupling.to(device) if coupling else None
-        size = self.config.image_size
         self.info = GeneratorInfo(
             name=name,
             sha256=sha256,
-            width=size,
-            height=size,
+            width=IMAGE_SIZE,
+            height=IMAGE_SIZE,
             num_inference_steps=self.config.steps,
             batch_size=GPU_BATCH_SIZE if self.on_gpu else BATCH_SIZE,
             max_steps=MAX_STEPS,
-            sizes=((size, size),),
+            sizes=((IMAGE_SIZE, IMAGE_SIZE),),
         )
 
     @staticmethod
@@ -101,37 +103,20 @@ class OscillatorGenerator:
             InputError: the file is not safetensors, or not a model this version knows.
         """
         path = Path(path)
-        metadata = read_safetensors_header(path).get("__metadata__", {})
-        if metadata.get("format") != FORMAT:
-            raise InputError(
-                f"{path}: safetensors, but not an oscillator model (its format is {metadata.get('format')!r})"
-            )
-        if metadata.get("version") != FORMAT_VERSION:
-            raise InputError(
-                f"{path}: oscillator format {metadata.get('version')}, this program reads {FORMAT_VERSION}"
-            )
-        try:
-            config = _config_from_json(metadata["config"])
+        metadata = read_own_header(path, "oscillator", FORMAT, FORMAT_VERSION).metadata
+        with refusing_damage(path):
+            config = read_settings(OscillatorConfig, metadata["config"])
             integer = {"integer": True, "float": False}[metadata["arithmetic"]]
             tensors = load_file(path)
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: damaged model file: {error}") from error
-        if not all(bool(torch.isfinite(t.float()).all()) for t in tensors.values()):
-            raise InputError(f"{path}: has weights that are not finite float32 numbers")
-        coupling = _take_coupling(path, tensors, config) if integer else None
-        model = OscillatorModel(
-            config, tables=integer
-        )  # on no meta device: that would import torch._dynamo, three seconds
-        if integer:
-            del model.coupling
-        try:
+            if not all(bool(torch.isfinite(t.float()).all()) for t in tensors.values()):
+                raise ValueError("it has weights that are not finite float32 numbers")
+            coupling = _take_coupling(tensors, config) if integer else None
+            # on no meta device: that would import torch._dynamo, three seconds
+            model = OscillatorModel(config, shipped=integer)
             model.load_state_dict({k: v.float() for k, v in tensors.items()})
-        except RuntimeError as error:
-            raise InputError(
-                f"{path}: its tensors are not those of its config: {str(error).splitlines()[-1].strip()}"
-            ) from error
-        name = metadata.get("name", path.stem)
-        return OscillatorGenerator(model, coupling, name, file_sha256(path), device)
+        return OscillatorGenerator(
+            model, coupling, metadata.get("name", path.stem), file_sha256(path), device
+        )
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """Draw one image per request, all of one size and step count.
@@ -139,7 +124,7 @@ class OscillatorGenerator:
         Raises:
             InputError: a size or step count this model cannot make.
         """
-        self._check(requests)
+        check_requests(requests, self.info, MIN_STEPS)
         scenes, warnings = zip(*(parse_prompt(r.prompt) for r in requests), strict=True)
         tokens = scene_tokens([complete(s, r.seed) for s, r in zip(scenes, requests, strict=True)])
         if self.coupling is not None:
@@ -148,7 +133,7 @@ class OscillatorGenerator:
         else:
             images = self._decode(self._float_waves(tokens, requests))
         return GeneratedBatch(
-            images, tuple(words + _unused(r) for words, r in zip(warnings, requests, strict=True))
+            images, tuple(w + unused_settings(r) for w, r in zip(warnings, requests, strict=True))
         )
 
     @torch.inference_mode()
@@ -165,13 +150,11 @@ class OscillatorGenerator:
     def _float_waves(self, tokens: np.ndarray, requests: Sequence[ImageRequest]) -> list[Tensor]:
         """sin and cos `[batch, n]` of the float form, from the same start phases."""
         steps = requests[0].num_inference_steps or self.config.steps
-        start = self._start(tokens, requests).cpu().numpy()
+        start = self._start(tokens, requests).float() * (2 * torch.pi / TURN)
         waves = []
-        size = self.float_batch
-        for (part, count), (rows, _) in zip(_padded(start, size), _padded(tokens, size), strict=True):
-            phases = torch.from_numpy(part).to(self.device).float() * (2 * torch.pi / TURN)
-            prompt = self.model.encoder(torch.from_numpy(rows).to(self.device))
-            waves.append([x[:count] for x in self.model.waves(prompt, phases, steps=steps)])
+        for rows, count in padded(len(tokens), self.float_batch):
+            prompt = self.model.encoder(torch.from_numpy(tokens[rows]).to(self.device))
+            waves.append([x[:count] for x in self.model.waves(prompt, start[rows], steps=steps)])
         return [torch.cat(parts) for parts in zip(*waves, strict=True)]
 
     def _start(self, tokens: np.ndarray, requests: Sequence[ImageRequest]) -> Tensor:
@@ -184,24 +167,23 @@ class OscillatorGenerator:
         of a boundary."""
         unique, inverse = np.unique(tokens, axis=0, return_inverse=True)
         prompts = [
-            (self.model.encoder(torch.from_numpy(part).to(self.device), static=self.on_gpu), count)
-            for part, count in _padded(unique, self.float_batch)
+            (self.model.encoder(torch.from_numpy(unique[rows]).to(self.device), static=self.on_gpu), count)
+            for rows, count in padded(len(unique), self.float_batch)
         ]
-        rows = torch.from_numpy(inverse.reshape(-1)).to(self.device)
-        return PromptDrive(
-            *(
-                torch.cat([getattr(p, name)[:count] for p, count in prompts])[rows]
-                for name in PromptDrive.__dataclass_fields__
-            )
-        )
+        of_request = torch.from_numpy(inverse.reshape(-1)).to(self.device)
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(prompt, name)[:count] for prompt, count in prompts])[of_request]
+
+        return PromptDrive(joined("drive"), joined("source_gain"), joined("row_gain"))
 
     @torch.inference_mode()
     def _decode(self, waves: Sequence[Tensor]) -> np.ndarray:
         """uint8 `[batch, size, size, 3]` from sin and cos `[batch, n]`."""
         images = []
-        sin, cos = (_padded(x.cpu().numpy(), self.float_batch) for x in waves)
-        for (s, count), (c, _) in zip(sin, cos, strict=True):
-            features = grid_features(torch.from_numpy(s), torch.from_numpy(c), self.config).to(self.device)
+        sin, cos = waves
+        for rows, count in padded(len(sin), self.float_batch):
+            features = grid_features(sin[rows], cos[rows], self.config)
             pixels = torch.round((self.model.decoder(features)[:count] + 1) * 127.5).clamp_(0, 255)
             images.append(pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(images)
@@ -225,25 +207,10 @@ class OscillatorGenerator:
         else:
             sums = 0 if config.coupling == "none" else n * (5 * config.channels + 2 * config.rank)
             dynamics = steps * (2 * 2 * sums + ELEMENTWISE_OPERATIONS * n)
-        decoder: Any = self.model.decoder
-        pixels = config.cells
-        decoding = 2 * pixels * (decoder.input.weight.numel() + decoder.colours.weight.numel())
-        for layer in decoder.up:
-            decoding += 2 * pixels * layer.weight.numel()  # each input pixel meets each of 4 x 4 taps
-            pixels *= 4
-        decoding += 2 * pixels * (decoder.mix.weight.numel() + decoder.output.weight.numel())
-        decoding += BLENDING_OPERATIONS * config.image_size**2
-        return {"text": text, "dynamics": dynamics, "decoder": decoding}
-
-    def _check(self, requests: Sequence[ImageRequest]) -> None:
-        size = self.config.image_size
-        for r in requests:
-            if (r.width or size, r.height or size) != (size, size):
-                raise RowError(f"{r.width or size}x{r.height or size}: this model makes {size}x{size} pixels")
-            if not MIN_STEPS <= (r.num_inference_steps or self.config.steps) <= MAX_STEPS:
-                raise RowError(
-                    f"num_inference_steps {r.num_inference_steps}: this model takes {MIN_STEPS} to {MAX_STEPS}"
-                )
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            self.model.decoder(torch.zeros(1, 2 * config.read, config.grid, config.grid, device=self.device))
+        decoder = counter.get_total_flops() + BLENDING_OPERATIONS * IMAGE_SIZE**2
+        return {"text": text, "dynamics": dynamics, "decoder": decoder}
 
 
 def save_weights(
@@ -264,9 +231,7 @@ def save_weights(
         if model.config.coupling not in ("trained", "frozen"):
             raise ValueError(f"a model with coupling {model.config.coupling!r} has no integer form")
         assert isinstance(model.encoder, PromptEncoder)
-        tables = {
-            f"encoder.{k}": v for k, v in PromptTables.of(deepcopy(model.encoder).cpu()).state_dict().items()
-        }
+        tables = PromptTables.of(deepcopy(model.encoder).cpu()).state_dict(prefix="encoder.")
         decoder = {k: v for k, v in tensors.items() if k.startswith("decoder.")}
         tensors = {k: v.detach().to(torch.float16).contiguous() for k, v in (tables | decoder).items()}
         coupling = quantize_coupling(*(w.detach() for w in model.coupling.weights()))
@@ -281,16 +246,10 @@ def save_weights(
         "name": name,
         "config": json.dumps(asdict(model.config)),
     }
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        save_file({k: v.cpu() for k, v in tensors.items()}, temporary, metadata)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
-        temporary.replace(path)
+    write_model_file(tensors, path, metadata)
 
 
-def _take_coupling(path: Path, tensors: dict[str, Tensor], config: OscillatorConfig) -> Coupling:
+def _take_coupling(tensors: dict[str, Tensor], config: OscillatorConfig) -> Coupling:
     """The int8 coupling out of `tensors`, checked."""
     n, c, r = config.oscillators, config.channels, config.rank
     shapes = {
@@ -302,51 +261,6 @@ def _take_coupling(path: Path, tensors: dict[str, Tensor], config: OscillatorCon
         tensor = tensors.pop(key, None)
         dtype = torch.float32 if field.endswith("scale") else torch.int8
         if tensor is None or tensor.shape != shapes[field] or tensor.dtype != dtype:
-            raise InputError(f"{path}: no {key} of shape {list(shapes[field])} and type {dtype}")
+            raise ValueError(f"no {key} of shape {list(shapes[field])} and type {dtype}")
         found[field] = tensor.double() if field.endswith("scale") else tensor
     return Coupling(**found)
-
-
-def _padded(rows: np.ndarray, size: int) -> list[tuple[np.ndarray, int]]:
-    """Slices of exactly `size` rows, the last filled up with its first row, and how many are real."""
-    parts = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        filler = np.broadcast_to(part[:1], (size - len(part), *part.shape[1:]))
-        parts.append((np.concatenate([part, filler]), len(part)))
-    return parts
-
-
-def _unused(request: ImageRequest) -> tuple[str, ...]:
-    """What the request asked for that this model does not do."""
-    words = []
-    if request.guidance_scale is not None:
-        words.append("guidance_scale is not used by this model")
-    if request.negative_prompt:
-        words.append("negative_prompt is not used by this model")
-    return tuple(words)
-
-
-def _config_from_json(text: str) -> OscillatorConfig:
-    raw: dict[str, Any] = json.loads(text)
-    names = {f.name for f in fields(OscillatorConfig)}
-    if set(raw) != names:
-        raise ValueError(f"config has {sorted(raw)}, expected {sorted(names)}")
-    config = OscillatorConfig(**{**raw, "widths": tuple(raw["widths"])})
-    sizes = {
-        f.name: getattr(config, f.name)
-        for f in fields(config)
-        if f.name not in ("coupling", "horizon", "widths")
-    }
-    integers = (*sizes.values(), *config.widths)
-    if not all(isinstance(v, int) and 1 <= v <= 4096 for v in integers) or config.oscillators > TURN:
-        raise ValueError(f"sizes out of range: {raw}")
-    if (
-        config.coupling not in COUPLINGS
-        or config.image_size != IMAGE_SIZE
-        or config.grid * CELL != IMAGE_SIZE
-    ):
-        raise ValueError(f"settings out of range: {raw}")
-    if not 0 < config.horizon < 100:
-        raise ValueError(f"settings out of range: {raw}")
-    return config

@@ -15,25 +15,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from millijoule.kernels.oscillator import MAX_Z, SOURCE_UNIT, STENCIL, neighbours
-from millijoule.kernels.phase import AMPLITUDE
+from millijoule.kernels.phase import AMPLITUDE, TURN
 from millijoule.workers.scenes.scenes import (
     BACKGROUNDS,
+    CELL,
     COLOURS,
     ICON_TOKENS,
+    IMAGE_SIZE,
     MAX_COUNT,
     NOUNS,
     SIZES,
     WINDOWS,
 )
-
-#: What stands between the start phases and the decoder. "trained" is the model; the others are its controls.
-COUPLINGS = ("trained", "frozen", "none", "mlp")
 
 #: Forward scale of the drive, so that Adam's rate lets it grow: phases must be pulled by radians within the horizon.
 DRIVE_SCALE = 4.0
@@ -44,24 +45,40 @@ SHAPES = len(NOUNS) * len(SIZES)
 GAIN_RANGE = 0.5  # gains are within 1 +- this
 
 
+Size = Annotated[int, Meta(ge=1, le=4096)]
+
+
 @dataclass(frozen=True)
 class OscillatorConfig:
-    """Sizes of the model. `grid * grid * channels` oscillators; images have `grid * 2 ** len(widths)` pixels a side."""
+    """Sizes of the model: `grid * grid * channels` oscillators.
 
-    coupling: str = "trained"  # one of COUPLINGS
-    grid: int = 8
-    channels: int = 32  # oscillators per cell
-    driven: int = 32  # the first of them: the prompt drives these alone
-    read: int = 32  # the last of them: the decoder reads these alone
-    noise_channels: int = 8  # the first of them start at random (`start_phases`), the others at phase 0
-    rank: int = 32  # of the global coupling
-    noun_width: int = 48
-    colour_width: int = 16
-    hidden: int = 192
-    widths: tuple[int, ...] = (72, 48, 32)  # decoder channels at grid, 2 grid, 4 grid
-    mix: int = 32  # channels of the last layer but one
-    steps: int = 10
-    horizon: float = 1.0
+    `coupling` is what stands between the start phases and the decoder. "trained" is the model, the others are its controls.
+    """
+
+    coupling: Literal["trained", "frozen", "none", "mlp"] = "trained"
+    grid: Size = 8
+    channels: Size = 32  # oscillators per cell
+    driven: Size = 32  # the first of them: the prompt drives these alone
+    read: Size = 32  # the last of them: the decoder reads these alone
+    noise_channels: Size = 8  # the first of them start at random (`start_phases`), the others at phase 0
+    rank: Size = 32  # of the global coupling
+    noun_width: Size = 48
+    colour_width: Size = 16
+    hidden: Size = 192
+    widths: tuple[Size, ...] = (72, 48, 32)  # decoder channels at grid, 2 grid, 4 grid
+    mix: Size = 32  # channels of the last layer but one
+    steps: Size = 10
+    horizon: Annotated[float, Meta(gt=0, lt=100)] = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.noise_channels <= self.driven <= self.channels or self.read > self.channels:
+            raise ValueError(
+                f"{self.noise_channels} noise channels, {self.driven} driven, {self.read} read, of {self.channels}"
+            )
+        if self.grid * CELL != IMAGE_SIZE or self.grid * 2 ** len(self.widths) != IMAGE_SIZE:
+            raise ValueError(f"grid {self.grid} and {len(self.widths)} widths: not {IMAGE_SIZE} pixels")
+        if self.oscillators > TURN:
+            raise ValueError(f"{self.oscillators} oscillators, at most {TURN}")
 
     @property
     def cells(self) -> int:
@@ -71,10 +88,6 @@ class OscillatorConfig:
     def oscillators(self) -> int:
         return self.cells * self.channels
 
-    @property
-    def image_size(self) -> int:
-        return self.grid * 2 ** len(self.widths)
-
 
 @dataclass(frozen=True)
 class PromptDrive:
@@ -83,6 +96,11 @@ class PromptDrive:
     drive: Tensor
     source_gain: Tensor
     row_gain: Tensor
+
+
+#: Of k icons: drives of the shape `[k, cells of the window * 3 driven]` and of the colour `[k, 3 driven]`, and gains before
+#: their bounds `[k, 2 C]`.
+IconDrive = tuple[Tensor, Tensor, Tensor]
 
 
 class _Rows(nn.Embedding):
@@ -109,20 +127,12 @@ class _PromptToDrive(nn.Module):
         super().__init__()
         self.config = config
         self.background = _Rows(len(BACKGROUNDS), 3 * config.driven)
-        # [no window, then each half window; the whole image is laid apart; cells]: the cell's place in the window, or -1
-        places = torch.full((1 + len(WINDOWS), config.grid, config.grid), -1)
-        for number, (left, top, side) in enumerate(WINDOWS):
-            if side < config.grid:
-                places[1 + number, top : top + side, left : left + side] = torch.arange(side * side).view(
-                    side, side
-                )
-        self.register_buffer("cell_of_window", places.flatten(1), persistent=False)
+        cells = cell_of_window(config.grid)
+        cells[1] = -1  # the whole image is laid apart
+        self.register_buffer("cell_of_window", cells, persistent=False)
 
-    def look_up(
-        self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of k icons in the whole image or in half windows: drives of the shape `[k, cells of the window * 3 driven]` and
-        of the colour `[k, 3 driven]`, and gains before their bounds `[k, 2 C]`."""
+    def look_up(self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool) -> IconDrive:
+        """Of icons in the whole image or in half windows."""
         raise NotImplementedError
 
     def forward(self, tokens: Tensor, *, static: bool = False) -> PromptDrive:
@@ -160,13 +170,10 @@ class _PromptToDrive(nn.Module):
         """As `_lay_present`, slot by slot, as if every slot held an icon; what is not there is masked."""
         batch, grid, d = len(icons), self.config.grid, self.config.driven
         noun, colour, size = ((icons[..., k] - 1).clamp_min(0).flatten() for k in range(3))
-        shape, tint, gains = (
-            x.unflatten(0, (batch, MAX_COUNT)) for x in self.look_up(noun, colour, size, False)
-        )
-        first, of, sized = (
-            x[::MAX_COUNT] for x in (noun, colour, size)
-        )  # an icon of the whole image is alone
-        whole_shape, whole_tint, whole_gains = self.look_up(first, of, sized, True)
+        looked = self.look_up(noun, colour, size, False)
+        shape, tint, gains = (x.unflatten(0, (batch, MAX_COUNT)) for x in looked)
+        first = slice(None, None, MAX_COUNT)  # an icon of the whole image is alone
+        whole_shape, whole_tint, whole_gains = self.look_up(noun[first], colour[first], size[first], True)
         shape = shape.unflatten(2, (-1, 3 * d))  # [batch, slots, cells of the window, 3 driven]
         whole = (icons[:, 0, 3] == 1)[:, None, None]
         drive = base.flatten(1, 2) + whole * (whole_shape.unflatten(1, (-1, 3 * d)) + whole_tint[:, None])
@@ -209,9 +216,7 @@ class PromptEncoder(_PromptToDrive):
             self.whole_table.weight.zero_()
             self.half_table.weight.zero_()
 
-    def look_up(
-        self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def look_up(self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool) -> IconDrive:
         words = torch.cat([self.noun(noun), self.size(size if whole else size + len(SIZES))], 1)
         code = F.silu(self.shape1(words))
         code = code + F.silu(self.shape2(code))
@@ -243,27 +248,22 @@ class PromptTables(_PromptToDrive):
         shapes = torch.arange(SHAPES)
         noun, size = shapes // len(SIZES), shapes % len(SIZES)
         colour = torch.arange(len(COLOURS))
-        for whole, table, gain in (
-            (True, tables.whole, tables.whole_gains),
-            (False, tables.half_window, tables.half_window_gains),
-        ):
+        for whole in (True, False):
             drive, _, gains = encoder.look_up(noun, colour[noun % len(COLOURS)], size, whole)
-            table.weight.copy_(drive)
-            gain.weight.copy_(gains)
+            (tables.whole if whole else tables.half_window).weight.copy_(drive)
+            (tables.whole_gains if whole else tables.half_window_gains).weight.copy_(gains)
         tables.tint.weight.copy_(encoder.tint(encoder.colour(colour)))
         tables.background.weight.copy_(encoder.background.weight)
         return tables
 
-    def look_up(
-        self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def look_up(self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool) -> IconDrive:
         shape = noun * len(SIZES) + size
         if whole:
             return self.whole(shape), self.tint(colour), self.whole_gains(shape)
         return self.half_window(shape), self.tint(colour), self.half_window_gains(shape)
 
 
-class Coupling(nn.Module):
+class FloatCoupling(nn.Module):
     """K as five C x C blocks and a rank-r product; `forward` maps sources `[rows, n]` to pulls `[rows, n]`.
 
     The weights have a forward scale, so that Adam's rate does not depend on the width. With `quantized`, weights, sources
@@ -280,16 +280,14 @@ class Coupling(nn.Module):
         if config.coupling == "frozen":
             self.requires_grad_(False)
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+    def weights(self, quantized: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """L `[C, 5 C]`, V `[n, r]`, U `[n, r]`, with their forward scales."""
         local = self.local * self.local.shape[1] ** -0.5
-        return local, self.gather * self.gather.shape[0] ** -0.5, self.spread * self.config.rank**-0.5
-
-    def quantized_weights(self, quantized: bool) -> tuple[Tensor, Tensor, Tensor]:
-        local, gather, spread = self.weights()
-        if not quantized:
-            return local, gather, spread
-        return _round_rows(local), _round_rows(gather.t()).t(), _round_rows(spread)
+        gather = self.gather * self.gather.shape[0] ** -0.5
+        spread = self.spread * self.config.rank**-0.5
+        if quantized:
+            return _round_rows(local), _round_rows(gather.t()).t(), _round_rows(spread)
+        return local, gather, spread
 
     def forward(
         self, sources: Tensor, weights: tuple[Tensor, Tensor, Tensor], quantized: bool, operands: torch.dtype
@@ -369,21 +367,15 @@ class CellMlp(nn.Module):
 class OscillatorModel(nn.Module):
     """The whole generator. `forward` takes tokens `[batch, tokens]` and start phases `[batch, n]` in radians.
 
-    With `tables`, the prompt's network is the shipped one, which cannot be trained on.
+    With `shipped`, what the integer form needs of it: the prompt's network as tables, and no coupling.
     """
 
-    def __init__(self, config: OscillatorConfig, *, tables: bool = False) -> None:
+    def __init__(self, config: OscillatorConfig, *, shipped: bool = False) -> None:
         super().__init__()
-        if config.coupling not in COUPLINGS:
-            raise ValueError(f"coupling {config.coupling!r}: one of {', '.join(COUPLINGS)}")
-        if not config.noise_channels <= config.driven <= config.channels or config.read > config.channels:
-            raise ValueError(
-                f"{config.noise_channels} noise channels, {config.driven} driven, {config.read} read, of {config.channels}"
-            )
         self.config = config
-        self.encoder = PromptTables(config) if tables else PromptEncoder(config)
-        if config.coupling in ("trained", "frozen"):
-            self.coupling = Coupling(config)
+        self.encoder = PromptTables(config) if shipped else PromptEncoder(config)
+        if config.coupling in ("trained", "frozen") and not shipped:
+            self.coupling = FloatCoupling(config)
         if config.coupling == "mlp":
             self.mlp = CellMlp(config)
         self.decoder = Decoder(config)
@@ -406,10 +398,9 @@ class OscillatorModel(nn.Module):
         a, b, omega = drive.unbind(1)
         steps = steps or config.steps
         dt = config.horizon / steps
-        weights = self.coupling.quantized_weights(quantized) if config.coupling != "none" else None
-        source_gain, row_gain = (
-            g.to(phases.dtype).repeat(2, 1) for g in (prompt.source_gain, prompt.row_gain)
-        )
+        weights = self.coupling.weights(quantized) if config.coupling != "none" else None
+        gains = (prompt.source_gain, prompt.row_gain)
+        source_gain, row_gain = (g.to(phases.dtype).repeat(2, 1) for g in gains)
         for _ in range(steps):
             sin, cos = torch.sin(phases), torch.cos(phases)
             if weights is None:
@@ -430,21 +421,14 @@ class OscillatorModel(nn.Module):
         operands: torch.dtype = torch.float32,
         samples: int = 1,
     ) -> Tensor:
-        """Images `[batch, 3, size, size]` in [-1, 1].
+        """Images `[batch, 3, size, size]` in [-1, 1], `samples` of each row of tokens `[batch / samples, tokens]`.
 
-        Args:
-            tokens: int64 `[batch / samples, tokens]`; each row is that of `samples` images in a row.
-            phases: at the start, radians, `[batch, n]`.
-            quantized: round weights, sources and intermediates as the integer core does.
-            operands: type of the coupling's matrix operands.
-            samples: images of each row of tokens.
+        With `quantized`, weights, sources and intermediates are rounded as in the integer core; `operands` is the type of the
+        coupling's matrix operands.
         """
         prompt = self.encoder(tokens, static=tokens.is_cuda)
-        if samples > 1:
-            repeated = (
-                x.repeat_interleave(samples, 0) for x in (prompt.drive, prompt.source_gain, prompt.row_gain)
-            )
-            prompt = PromptDrive(*repeated)
+        parts = (prompt.drive, prompt.source_gain, prompt.row_gain)
+        prompt = PromptDrive(*(x.repeat_interleave(samples, 0) for x in parts))
         sin, cos = self.waves(prompt, phases, quantized=quantized, operands=operands)
         return self.decoder(grid_features(sin, cos, self.config))
 
@@ -454,6 +438,18 @@ def grid_features(sin: Tensor, cos: Tensor, config: OscillatorConfig) -> Tensor:
     both = torch.stack([sin, cos], 1).view(-1, 2, config.grid, config.grid, config.channels)
     both = both[..., config.channels - config.read :]
     return both.permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+
+def cell_of_window(grid: int, device: torch.device | None = None) -> Tensor:
+    """Which cell of the window each cell is, row by row, -1 outside; int64 `[no window and WINDOWS, cells]`.
+
+    Made on the device itself: a CUDA graph captures no copy from the host.
+    """
+    cells = torch.full((1 + len(WINDOWS), grid, grid), -1, device=device)
+    for number, (left, top, side) in enumerate(WINDOWS):
+        within = torch.arange(side**2, device=device).view(side, side)
+        cells[1 + number, top : top + side, left : left + side] = within
+    return cells.flatten(1)
 
 
 def noise_size(config: OscillatorConfig) -> int:
@@ -473,16 +469,13 @@ def start_phases(noise: Tensor, tokens: Tensor, config: OscillatorConfig) -> Ten
     the window of an icon, or outside all of them; all other channels start at 0. (Noise of each cell's own gave blotches
     where true images have one shade.)
     """
-    window = torch.zeros(1 + len(WINDOWS), config.grid, config.grid, dtype=torch.int64, device=tokens.device)
-    for number, (left, top, side) in enumerate(WINDOWS):
-        window[1 + number, top : top + side, left : left + side] = 1
+    inside = (cell_of_window(config.grid, tokens.device) >= 0).long()
     placed = tokens[:, ICON_TOKENS - 1 : -1 : ICON_TOKENS]  # [batch, icons], 0 where there is none
     slots = 1 + torch.arange(MAX_COUNT, device=tokens.device)
-    slot = (window.flatten(1)[placed] * slots[:, None]).sum(1)  # [batch, cells]; windows do not overlap
+    slot = (inside[placed] * slots[:, None]).sum(1)  # [batch, cells]; windows do not overlap
     by_slot = noise.view(len(noise), 1 + MAX_COUNT, config.noise_channels)
     own = by_slot.gather(1, slot[:, :, None].expand(-1, -1, config.noise_channels))
     common = by_slot[:, :1].expand_as(own)
     whole_image = torch.arange(config.noise_channels, device=noise.device) < config.noise_channels // 2
-    return F.pad(torch.where(whole_image, common, own), (0, config.channels - config.noise_channels)).flatten(
-        1
-    )
+    laid = torch.where(whole_image, common, own)
+    return F.pad(laid, (0, config.channels - config.noise_channels)).flatten(1)

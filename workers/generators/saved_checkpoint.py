@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.protocol import refuse_lfs_pointer
+from millijoule.workers.generators.model_files import refuse_lfs_pointer
 
 #: The pickled part of a checkpoint holds names and settings; the numbers stand beside it.
 MAX_PICKLE_BYTES = 64 * 2**20
@@ -37,7 +37,7 @@ MAX_INTEGER_KEY, MAX_WORD_KEY = 2**63, 1000
 #: Nothing that such a file holds is made of more arguments, and no tensor has more dimensions.
 MAX_ARGUMENTS, MAX_DIMENSIONS = 16, 16
 
-#: What the first three pickles of a file from before torch 1.6 say: its number, its version, the machine's sizes.
+#: What the first two pickles of a file from before torch 1.6 say.
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 _ZIP_START = b"PK\x03\x04"
@@ -58,33 +58,22 @@ _STORAGE_TYPES = {
     "UntypedStorage": torch.uint8,
 }
 
-_TENSORS = tuple(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3"))
-_PARAMETERS = tuple(f"torch._utils._rebuild_parameter{end}" for end in ("", "_with_state"))
+_TENSORS = {f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3")}
 _PARAMETER, _TENSOR = "torch.nn.parameter.Parameter", "torch.Tensor"
+_PARAMETERS = {_PARAMETER, *(f"torch._utils._rebuild_parameter{end}" for end in ("", "_with_state"))}
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
-_DICTIONARIES = ("collections.OrderedDict", "collections.Counter")
-
+_DICTIONARIES = {"collections.OrderedDict", "collections.Counter"}
 _DTYPES = {f"torch.{n}": value for n, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
-#: The names a checkpoint may hold, and what to call what they make. All but dictionaries and tensors stay just that: a
-#: name, which no model and no config can contain.
+#: The names a checkpoint may hold. All but dictionaries and tensors stay just that: a name, which no model and no config
+#: can contain.
 _KNOWN = {
-    **dict.fromkeys(_DICTIONARIES, "dictionary"),
-    **dict.fromkeys((*_TENSORS, *_PARAMETERS, _FROM_TYPE, _PARAMETER, _TENSOR), "tensor"),
-    **dict.fromkeys(_DTYPES, "dtype"),
-    **{f"torch.{name}": "storage" for name in _STORAGE_TYPES},
-    **{f"torch.storage.{name}": "storage" for name in ("UntypedStorage", "TypedStorage")},
-    **{
-        f"torch._utils._rebuild_{name}": f"{name.removesuffix('_no_storage').replace('_', ' ')}"
-        for name in ("qtensor", "sparse_tensor", "meta_tensor_no_storage", "nested_tensor")
-    },
-    "torch.serialization._get_layout": "layout",
-    "torch.Size": "Size",
-    "torch.device": "device",
-    "_codecs.encode": "bytes",
-    "builtins.bytearray": "bytearray",
-    "builtins.set": "set",
-    "builtins.complex": "complex",
+    *(*_DICTIONARIES, *_TENSORS, *_PARAMETERS, _FROM_TYPE, _TENSOR, *_DTYPES),
+    *(f"torch.{name}" for name in (*_STORAGE_TYPES, "storage.UntypedStorage", "storage.TypedStorage")),
+    *(f"torch._utils._rebuild_{name}" for name in ("qtensor", "sparse_tensor", "nested_tensor")),
+    *("torch._utils._rebuild_meta_tensor_no_storage", "torch.serialization._get_layout"),
+    *("torch.Size", "torch.device", "_codecs.encode"),
+    *(f"builtins.{name}" for name in ("bytearray", "set", "complex")),
 }
 
 
@@ -94,10 +83,14 @@ class _Damaged(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Unread:
-    """In place of something that is neither a tensor of numbers nor a plain value; `kind` is a word for it."""
+    """In place of something that is neither a tensor of numbers nor a plain value, by its name in Python."""
 
     name: str
-    kind: str
+
+    @property
+    def kind(self) -> str:
+        """A word for it."""
+        return "dtype" if self.name in _DTYPES else self.name.rpartition(".")[2].removeprefix("_rebuild_")
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,10 +183,7 @@ def read_saved(path: Path) -> SavedCheckpoint:
         with path.open("rb") as file:
             start = file.read(64)
             refuse_lfs_pointer(path, start)
-            if start.startswith(_ZIP_START):
-                return _read_archive(path, file)
-            file.seek(0)
-            return _read_legacy(path, file)
+            return (_read_archive if start.startswith(_ZIP_START) else _read_legacy)(path, file)
     except (OSError, ValueError, EOFError, NotImplementedError, struct.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a checkpoint as torch.save writes it: {error}") from error
 
@@ -210,14 +200,14 @@ def _read_archive(path: Path, file: BinaryIO) -> SavedCheckpoint:
     pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise _Damaged(f"a zip archive with {len(pickles)} data.pkl")
-    folder = pickles[0].removesuffix("data.pkl")
+    folder, pickled = pickles[0].removesuffix("data.pkl"), entries[pickles[0]]
     if f"{folder}constants.pkl" in entries:
         raise _Damaged("a TorchScript program; save the model's state_dict instead")
     if f"{folder}byteorder" in entries and _bytes(file, entries[f"{folder}byteorder"], 16) != b"little":
         raise _Damaged("its numbers are not little-endian")
-    if len(entries[pickles[0]]) > MAX_PICKLE_BYTES:
-        raise InputError(f"{path}: {pickles[0]!r} is {len(entries[pickles[0]])} bytes: not a checkpoint")
-    content = _Walk(path).load(io.BytesIO(_bytes(file, entries[pickles[0]], MAX_PICKLE_BYTES)))
+    if len(pickled) > MAX_PICKLE_BYTES:
+        raise InputError(f"{path}: {pickles[0]!r} is {len(pickled)} bytes: not a checkpoint")
+    content = _Walk(path).load(io.BytesIO(_bytes(file, pickled, MAX_PICKLE_BYTES)))
     data = f"{folder}data/"
     arrays = {name.removeprefix(data): place for name, place in entries.items() if name.startswith(data)}
     return SavedCheckpoint(path, content, arrays)
@@ -242,28 +232,25 @@ def _bytes(file: BinaryIO, place: range, most: int) -> bytes:
 
 def _read_legacy(path: Path, file: BinaryIO) -> SavedCheckpoint:
     """Five pickles one after another (number, version, machine, content, keys), then each array after its length."""
+    file.seek(0)
     pickles = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     walk = _Walk(path)
     if walk.load(pickles) != LEGACY_MAGIC or walk.load(pickles) != LEGACY_VERSION:
         raise _Damaged("it does not begin like one")
-    machine = walk.load(pickles)
+    machine, content, keys = (walk.load(pickles) for _ in range(3))
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise _Damaged("its numbers are not little-endian")
-    content, keys = walk.load(pickles), walk.load(pickles)
-    if not isinstance(keys, list):
-        raise _Damaged("it has no list of its arrays")
+    if not isinstance(keys, list) or not set(map(_key, keys)) <= walk.storages.keys():
+        raise _Damaged("its list of arrays is not that of its tensors")
     arrays, end = {}, file.seek(0, io.SEEK_END)
     start = pickles.tell()
     for key in keys:
-        dtype = walk.storages.get(key) if isinstance(key, str) else None
-        if dtype is None or key in arrays:
-            raise _Damaged("its list of arrays is not that of its tensors")
         file.seek(start)
         count = int.from_bytes(file.read(8), "little")
-        array = range(start + 8, start + 8 + count * dtype.itemsize)
-        if array.stop > end:
+        arrays[key] = range(start + 8, start + 8 + count * walk.storages[key].itemsize)
+        start = arrays[key].stop
+        if start > end:
             raise _Damaged("it ends within its numbers")
-        arrays[key], start = array, array.stop
     return SavedCheckpoint(path, content, arrays)
 
 
@@ -368,28 +355,19 @@ class _Walk:
                 f"{self.path}: holds {name[:100]!r} besides tensors and plain values, so it is not loaded: that could "
                 "run any code. Save a file with only its model and config and convert that"
             )
-        return Unread(name, _KNOWN[name])
+        return Unread(name)
 
-    def _storage(self, persistent: Any) -> _Storage | Unread:
+    def _storage(self, persistent: Any) -> _Storage:
         if not isinstance(persistent, tuple) or len(persistent) not in (5, 6):
             raise TypeError
-        word, named, key, _, count = persistent[:5]
-        if (
-            word != "storage"
-            or not isinstance(named, Unread)
-            or type(count) is not int
-            or type(_key(key)) is not str
-        ):
+        word, named, key, _, _ = persistent[:5]
+        if word != "storage" or not isinstance(named, Unread) or type(_key(key)) is not str:
             raise TypeError
-        dtype = _STORAGE_TYPES.get(named.name.rpartition(".")[2])
-        if dtype is None:
-            raise TypeError
+        dtype = _STORAGE_TYPES[named.name.rpartition(".")[2]]
         if self.storages.setdefault(key, dtype) != dtype:
             raise ValueError
-        start = 0
-        if len(persistent) == 6 and persistent[5] is not None:
-            _, start, _ = persistent[5]
-        return _Storage(key, dtype, start)
+        view = persistent[5] if len(persistent) == 6 else None
+        return _Storage(key, dtype, view[1] if view else 0)
 
 
 #: No integer longer than LONG1's 255 bytes: Python itself refuses to write those out.
@@ -419,7 +397,7 @@ def _key(key: Any) -> Any:
         return key
     if type(key) is int and abs(key) < MAX_INTEGER_KEY:
         return key
-    return Unread(type(key).__name__, type(key).__name__)
+    return Unread(type(key).__name__)
 
 
 def _built(named: Unread, arguments: tuple[Any, ...]) -> Any:
@@ -439,7 +417,7 @@ def _built(named: Unread, arguments: tuple[Any, ...]) -> Any:
         if not plain or function.name not in _TENSORS or not isinstance(inner, tuple):
             return named
         return _built(function, inner)
-    if name in (*_PARAMETERS, _PARAMETER):
+    if name in _PARAMETERS:
         return arguments[0] if arguments and isinstance(arguments[0], StoredTensor) else named
     if name in _TENSORS:
         return _tensor(name, arguments)
@@ -463,7 +441,7 @@ def _tensor(name: str, arguments: tuple[Any, ...]) -> StoredTensor | Unread:
     if type(marks) is not dict or len(marks) > 2 or not set(marks) <= {"neg", "conj"}:
         raise ValueError
     if marks.get("conj"):
-        return Unread(name, "conjugate tensor")
+        return Unread("conjugate tensor")
     return StoredTensor(
         storage.key, dtype, storage.start + offset, tuple(shape), tuple(strides), marks.get("neg") is True
     )

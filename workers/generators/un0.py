@@ -15,25 +15,25 @@ of the sources: the field the oscillator sits in.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from millijoule.kernels.phase import TURN, random_phases
-from millijoule.workers.errors import InputError, RowError
+from millijoule.workers.errors import RowError
 from millijoule.workers.generators.file_hashes import file_sha256
-from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, read_safetensors_header
+from millijoule.workers.generators.fixed_size import check_requests, padded, unused_settings
+from millijoule.workers.generators.model_files import read_own_header, read_settings, refusing_damage
+from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.generators.un0_checkpoint import (
     FORMAT,
     FORMAT_VERSION,
@@ -44,6 +44,7 @@ from millijoule.workers.generators.un0_checkpoint import (
     check_shapes,
     check_values,
 )
+from millijoule.workers.records import decode
 from millijoule.workers.schemas import ImageRequest
 
 #: Rows the model always sees, the rest being padding. A GPU needs more of them to be busy.
@@ -75,14 +76,14 @@ class Un0Generator:
         self,
         architecture: Un0Architecture,
         tensors: Mapping[str, Tensor],
-        class_names: Sequence[str],
+        classes: ClassIndex,
         name: str,
         sha256: str,
         device: str,
     ) -> None:
         self.architecture = architecture
         self.device = device
-        self._classes = ClassIndex(architecture.classes, class_names)
+        self._classes = classes
         kind = "cuda" if device.startswith("cuda") else "cpu"
         self._rows = FLOAT_BATCH[kind]
         weights = {key: value.to(device, torch.float32) for key, value in tensors.items()}
@@ -113,32 +114,16 @@ class Un0Generator:
             InputError: the file is not safetensors, or not a model this version knows, or its numbers would overflow.
         """
         path = Path(path)
-        header = read_safetensors_header(path)
-        metadata = header.pop("__metadata__", {})
-        if metadata.get("format") != FORMAT:
-            raise InputError(
-                f"{path}: safetensors, but not an Un-0 model (its format is {metadata.get('format')!r})"
-            )
-        if metadata.get("version") != FORMAT_VERSION:
-            raise InputError(
-                f"{path}: Un-0 format {metadata.get('version')}, this program reads {FORMAT_VERSION}"
-            )
-        try:
-            architecture = Un0Architecture.from_json(metadata["architecture"])
-            class_names = json.loads(metadata.get("class_names", "[]"))
-            check_shapes(architecture, {name: tuple(t["shape"]) for name, t in header.items()})
+        header = read_own_header(path, "Un-0", FORMAT, FORMAT_VERSION)
+        with refusing_damage(path):
+            architecture = read_settings(Un0Architecture, header.metadata["architecture"])
+            names = decode(list[str], header.metadata.get("class_names", "[]"))
+            classes = ClassIndex(architecture.classes, names)
+            check_shapes(architecture, header.shapes)
             tensors = load_file(path)
             check_values(architecture, tensors)
-            return Un0Generator(
-                architecture,
-                canonical(tensors),
-                class_names,
-                metadata.get("name", path.stem),
-                file_sha256(path),
-                device,
-            )
-        except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
-            raise InputError(f"{path}: damaged model file: {error}") from error
+        name = header.metadata.get("name", path.stem)
+        return Un0Generator(architecture, canonical(tensors), classes, name, file_sha256(path), device)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """Draw one image per request, all of one size and step count.
@@ -146,10 +131,15 @@ class Un0Generator:
         Raises:
             RowError: a prompt that is no class of this model, or a size or step count it cannot make.
         """
-        self._check(requests)
+        check_requests(requests, self.info, 1)
         classes = [self._classes.find(r.prompt) for r in requests]
         images = self.decode(self.relax(classes, requests))
-        return GeneratedBatch(images, tuple(_warnings(c, r) for c, r in zip(classes, requests, strict=True)))
+        empty = ("empty prompt: drawn without a class",)
+        warnings = (
+            (empty if number == NO_CLASS else ()) + unused_settings(request)
+            for number, request in zip(classes, requests, strict=True)
+        )
+        return GeneratedBatch(images, tuple(warnings))
 
     @torch.inference_mode()
     def relax(self, classes: Sequence[int], requests: Sequence[ImageRequest]) -> Tensor:
@@ -158,7 +148,7 @@ class Un0Generator:
         steps = requests[0].num_inference_steps or a.steps
         advance = _ADVANCE[a.solver]
         final = []
-        for rows, count in _padded(len(requests), self._rows):
+        for rows, count in padded(len(requests), self._rows):
             start = start_angles([requests[i].seed for i in rows], a.oscillators + a.drivers)
             state = start.to(self.device)
             velocity = partial(self._velocity, drive=self._drive_of([classes[i] for i in rows]))
@@ -190,7 +180,7 @@ class Un0Generator:
     def decode(self, phases: Tensor) -> np.ndarray:
         """uint8 `[batch, size, size, 3]` from final phases `[batch, n]`."""
         images = []
-        for rows, count in _padded(len(phases), self._rows):
+        for rows, count in padded(len(phases), self._rows):
             x = readout(phases[rows], self.architecture)
             for block in range(self.architecture.blocks):
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -206,16 +196,6 @@ class Un0Generator:
 
     def _convolve(self, x: Tensor, name: str) -> Tensor:
         return F.conv2d(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], padding=1)
-
-    def _check(self, requests: Sequence[ImageRequest]) -> None:
-        size = self.architecture.image_size
-        for r in requests:
-            if (r.width or size, r.height or size) != (size, size):
-                raise RowError(f"{r.width or size}x{r.height or size}: this model makes {size}x{size} pixels")
-            if not 1 <= (r.num_inference_steps or self.architecture.steps) <= MAX_STEPS:
-                raise RowError(
-                    f"num_inference_steps {r.num_inference_steps}: this model takes 1 to {MAX_STEPS}"
-                )
 
 
 def check_images(generator: Un0Generator) -> None:
@@ -244,7 +224,7 @@ class ClassIndex:
     """
 
     def __init__(self, classes: int, names: Sequence[str] = ()) -> None:
-        if names and (len(names) != classes or not all(isinstance(n, str) for n in names)):
+        if names and len(names) != classes:
             raise ValueError(f"{len(names)} class names for {classes} classes")
         self.classes = classes
         self.names = tuple(names)
@@ -321,24 +301,5 @@ def _between_others(coupling: Tensor, scale: float) -> Tensor:
     return (coupling * scale).fill_diagonal_(0)
 
 
-def _padded(count: int, size: int) -> Iterator[tuple[list[int], int]]:
-    """Indices of exactly `size` rows at a time, the last filled up with its first, and how many are real."""
-    for start in range(0, count, size):
-        rows = list(range(start, min(start + size, count)))
-        yield rows + [start] * (size - len(rows)), len(rows)
-
-
 def _simplified(text: str) -> str:
     return " ".join(text.replace("_", " ").casefold().split())
-
-
-def _warnings(number: int, request: ImageRequest) -> tuple[str, ...]:
-    """What the request asked for that this model does not do."""
-    words = []
-    if number == NO_CLASS:
-        words.append("empty prompt: drawn without a class")
-    if request.guidance_scale is not None:
-        words.append("guidance_scale is not used by this model")
-    if request.negative_prompt:
-        words.append("negative_prompt is not used by this model")
-    return tuple(words)

@@ -9,32 +9,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
-import uuid
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from msgspec import Meta
 from torch import Tensor
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.model_files import write_model_file
 from millijoule.workers.generators.saved_checkpoint import SavedCheckpoint, StoredTensor, Unread, read_saved
+from millijoule.workers.records import convert
 
 FORMAT = "un0"
 FORMAT_VERSION = "1"
 
 Parameterization = Literal["standard", "mup"]
-
-PARAMETERIZATIONS = get_args(Parameterization)
-RELATIVIZATIONS = ("absolute", "mean_relative", "ref_oscillator")
-ENCODINGS = ("raw", "sin", "sin_cos")
-SOLVERS = ("euler", "rk4")
 
 #: The decoder starts from this many pixels a side and doubles them in each block.
 STEM = 4
@@ -42,11 +37,10 @@ STEM = 4
 #: No decoder block has fewer channels than this.
 MIN_CHANNELS = 32
 
-#: Sizes beyond these are not a model anyone has published, and would only exhaust memory.
-MAX_OSCILLATORS, MAX_DRIVERS, MAX_CLASSES, MAX_STEPS = 65536, 4096, 1_000_000, 1000
+MAX_STEPS = 1000
 
 #: A training config has some dozens of settings. What is carried along must fit into the output's header.
-MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH = 4 * 2**20, 32
+MAX_CONFIG_CHARS, MAX_CONFIG_DEPTH = 4 * 2**20, 32
 
 #: Bounds on what a model can compute must stay this far below what float32 holds: sums in parts may pass the whole sum.
 LARGEST = torch.finfo(torch.float32).max / 2**20
@@ -61,43 +55,23 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Un0Architecture:
-    """Everything about an Un-0 model that is not a weight.
+    """Everything about an Un-0 model that is not a weight; sizes beyond these bounds nobody has published.
 
     `horizon` is the time over which the phases run, whatever the number of `steps`.
     """
 
-    oscillators: int
-    drivers: int
-    classes: int
-    blocks: int  # of the decoder; each doubles the image
-    parameterization: str
-    relativization: str
-    encoding: str
-    solver: str
-    steps: int
-    horizon: float = 1.0
+    oscillators: Annotated[int, Meta(ge=2, le=65536)]
+    drivers: Annotated[int, Meta(ge=1, le=4096)]
+    classes: Annotated[int, Meta(ge=1, le=1_000_000)]
+    blocks: Annotated[int, Meta(ge=1, le=6)]  # of the decoder; each doubles the image
+    parameterization: Parameterization
+    relativization: Literal["absolute", "mean_relative", "ref_oscillator"]
+    encoding: Literal["raw", "sin", "sin_cos"]
+    solver: Literal["euler", "rk4"]
+    steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)]
+    horizon: Annotated[float, Meta(gt=0, le=sys.float_info.max)] = 1.0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("oscillators", 2, MAX_OSCILLATORS),
-            ("drivers", 1, MAX_DRIVERS),
-            ("classes", 1, MAX_CLASSES),
-            ("blocks", 1, 6),
-            ("steps", 1, MAX_STEPS),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"{name} {short(value)} is not an integer from {low} to {high}")
-        for name, known in (
-            ("parameterization", PARAMETERIZATIONS),
-            ("relativization", RELATIVIZATIONS),
-            ("encoding", ENCODINGS),
-            ("solver", SOLVERS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {short(getattr(self, name))} is none of {', '.join(known)}")
-        if type(self.horizon) is not float or not 0 < self.horizon < math.inf:
-            raise ValueError(f"horizon {short(self.horizon)} is not a positive number")
         if self.features % STEM**2:
             raise ValueError(f"{self.features} readout features do not fill a {STEM}x{STEM} grid")
 
@@ -147,18 +121,6 @@ class Un0Architecture:
         """How many numbers the model holds."""
         return sum(math.prod(shape) for shape in self.shapes().values())
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> Un0Architecture:
-        """Parse what `to_json` wrote; raises ValueError or TypeError for anything else."""
-        raw = json.loads(text)
-        names = {f.name for f in fields(Un0Architecture)}
-        if not isinstance(raw, dict) or set(raw) != names:
-            raise ValueError(f"architecture is {text[:200]}, expected {sorted(names)}")
-        return Un0Architecture(**raw)
-
 
 @dataclass(frozen=True)
 class Un0Checkpoint:
@@ -188,11 +150,10 @@ def read_checkpoint(path: Path, *, parameterization: Parameterization | None = N
     config = _plain_config(path, content.get("config"))
     stored = content["model"]
     for name, tensor in stored.items():
-        what = f"{path}: model entry {short(name)}"
         if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
-            raise InputError(f"{what} is a {_kind(tensor)}, not a tensor of numbers")
-        if tensor.dtype not in _FLOATS:
-            raise InputError(f"{what} is {tensor.dtype}: not plain floating point")
+            raise InputError(
+                f"{path}: model entry {short(name)} is a {_kind(tensor)}, not a tensor of numbers"
+            )
     if parameterization is not None:
         config = {**config, "parameterization": parameterization}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -213,44 +174,19 @@ def write_safetensors(
     *,
     name: str,
     class_names: tuple[str, ...] = (),
-    overwrite: bool = False,
-    check: Callable[[Path], None] = lambda file: None,
+    check: Callable[[Path], None],
 ) -> None:
-    """Write `checkpoint` where `load_generator` can read it; all of the file appears at once or none.
-
-    Args:
-        check: called with the complete file before it gets its name; what it raises is raised, and nothing is written.
-
-    Raises:
-        InputError: the file exists and `overwrite` is False, or it cannot be written.
-    """
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists; give another name, or --force to replace it")
+    """Write `checkpoint` where `load_generator` can read it; see `write_model_file`."""
     metadata = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "name": name,
-        "architecture": checkpoint.architecture.to_json(),
+        "architecture": json.dumps(asdict(checkpoint.architecture)),
         "config": json.dumps(checkpoint.config),
     }
     if class_names:
         metadata["class_names"] = json.dumps(class_names)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # save_file would leave it readable to its owner only
-        save_file(checkpoint.tensors, temporary, metadata)
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        check(temporary)
-        if path.exists() and not overwrite:
-            raise InputError(f"{path}: was created by someone else meanwhile; it is left as it is")
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, UnicodeError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_model_file(checkpoint.tensors, path, metadata, check)
 
 
 def infer_architecture(
@@ -285,17 +221,25 @@ def infer_architecture(
             "its config has no parameterization, and Un-0's own programs disagree on what that means: convert with "
             "--parameterization standard or --parameterization mup"
         )
-    architecture = Un0Architecture(
-        oscillators=shapes["dynamics.K"][0],
-        drivers=drivers,
-        classes=classes,
-        blocks=blocks,
-        parameterization=config.get("parameterization", "mup"),
-        relativization=config.get("relativization", "ref_oscillator"),
-        encoding=config.get("encoding", "sin_cos") if small else "sin_cos",
-        solver=config.get("solver", "rk4") if small else "euler",
-        steps=config.get("num_steps", 25 if small else 10),
-    )
+    settings = {
+        "oscillators": shapes["dynamics.K"][0],
+        "drivers": drivers,
+        "classes": classes,
+        "blocks": blocks,
+        "parameterization": config.get("parameterization", "mup"),
+        "relativization": config.get("relativization", "ref_oscillator"),
+        "encoding": config.get("encoding", "sin_cos") if small else "sin_cos",
+        "solver": config.get("solver", "rk4") if small else "euler",
+        "steps": config.get("num_steps", 25 if small else 10),
+    }
+    try:
+        architecture = convert(Un0Architecture, settings)
+    except ValueError as error:
+        for name, value in settings.items():
+            if f"`$.{name}`" in str(error):
+                reason = str(error).rpartition(" - at ")[0][:100]
+                raise ValueError(f"{name} {short(value)}: {reason}") from error
+        raise
     for setting, found in (
         ("n_oscillators", architecture.oscillators),
         ("n_conditional_oscillators", architecture.drivers),
@@ -420,29 +364,21 @@ def _check_places(saved: SavedCheckpoint, tensors: Mapping[str, StoredTensor]) -
 
 
 def _plain_config(path: Path, config: Any) -> dict[str, Any]:
-    """The config, with only plain values in it, none deep, all of it no larger than can be carried along."""
+    """The config, with only plain values in it, none deep, all of it small enough to be carried along in the header."""
     if config is None:
         return {}
     if not isinstance(config, dict):
         raise InputError(f"{path}: its config is a {_kind(config)}, not a dictionary")
-    budget = MAX_CONFIG_BYTES
+    budget = MAX_CONFIG_CHARS
     for name, value in config.items():
-        what = f"{path}: config entry {short(name)}"
-        if not isinstance(name, str):
-            raise InputError(
-                f"{what} has a name that is no word; save the checkpoint without it and convert that"
-            )
         try:
+            if not isinstance(name, str):
+                raise ValueError("has a name that is no word")
             budget = _spend(value, budget - len(name), MAX_CONFIG_DEPTH)
         except ValueError as error:
-            raise InputError(f"{what} {error}. Save the checkpoint without it and convert that") from error
-    size = len(json.dumps(json.dumps(config)))  # as it stands in the header, which is JSON itself
-    if size > MAX_CONFIG_BYTES:
-        largest = max(config, key=lambda name: len(json.dumps(config[name])))
-        raise InputError(
-            f"{path}: its config takes {size} bytes, {MAX_CONFIG_BYTES} can be kept; the largest entry is "
-            f"{short(largest)}. Save the checkpoint without it and convert that"
-        )
+            raise InputError(
+                f"{path}: config entry {short(name)} {error}. Save the checkpoint without it and convert that"
+            ) from error
     return dict(config)
 
 
@@ -468,7 +404,7 @@ def _spend(value: Any, budget: int, depth: int) -> int:
     else:
         raise ValueError(f"is a {_kind(value)}; only numbers, words, and lists of them can be kept")
     if budget < 0:
-        raise ValueError(f"is larger than the {MAX_CONFIG_BYTES} bytes of config that can be kept")
+        raise ValueError(f"is larger than the {MAX_CONFIG_CHARS} characters of config that can be kept")
     return budget
 
 

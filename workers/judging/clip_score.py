@@ -37,9 +37,8 @@ class ClipScore:
                 "--metric clip: needs `transformers`: pip install millijoule[diffusers]"
             ) from error
         try:
-            self._model = CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True
-            ).eval()
+            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            self._model = model.eval()
             self._processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"--metric clip:{folder}: not a CLIP model: {error}") from error

@@ -1,8 +1,7 @@
 """One block of a comparison: draw for a while with one generator between two reads of the energy counters.
 
 The loop is the plainest there is: batch, draw, hash the pixels, next batch. Beside it a thread samples power once a second,
-where there is any. Drawing and hashing are in the measured stretch; loading a model, judging and storing images are not. Which blocks there are and what they mean is decided
-elsewhere; nothing here writes files.
+where there is any. Drawing and hashing are in the measured stretch; loading a model, judging and storing images are not.
 """
 
 from __future__ import annotations
@@ -60,17 +59,15 @@ def draw_block(
     """Draw batches until at least `seconds` and at least `images` are done, and one batch in any case.
 
     Args:
-        generator: draws.
         requests: gone through from `first_request` on, round and round.
         first_request: index.
         meter: is read before the first and after the last batch.
         batch_size: images per call.
-        seconds: the batch during which they pass is the last one.
-        images: as above.
+        seconds: the batch during which they pass is the last one, if there are enough `images` by then.
+        images: least number.
         telemetry: read the meter in between as well, every `READ_PERIOD_S`, and sample power.
         known: digests whose pixels need not be returned.
         sampler: not started yet, of this block alone; None: power is not sampled.
-        clock: monotonic, seconds.
 
     Raises:
         InputError: the generator returned something else than the images asked for.

@@ -6,22 +6,16 @@ into "accepted" can be applied again by someone else. A score can be added by `I
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from millijoule.workers.errors import InputError
+from millijoule.workers.factories import find_factory
 
-if TYPE_CHECKING:
-    from millijoule.workers.judging.verifier import SceneReading
-
-FACTORY_PREFIX = "python:"
 ICON_JUDGE = "icon-scene"
 
 
@@ -78,9 +72,10 @@ class IconJudge:
     rule = ICON_JUDGE
 
     def __init__(self) -> None:
-        from millijoule.workers.judging.verifier import Verifier
+        from millijoule.workers.generators.file_hashes import file_sha256
+        from millijoule.workers.judging.verifier import WEIGHTS, Verifier
 
-        self.sha256 = icon_judge_sha256()
+        self.sha256 = file_sha256(WEIGHTS)
         self._verifier = Verifier.load()
 
     def judge(self, images: np.ndarray, prompts: Sequence[str], families: Sequence[str]) -> list[Judgement]:
@@ -89,7 +84,8 @@ class IconJudge:
 
         found = []
         for prompt, family, raw in zip(prompts, families, self._verifier.read(images), strict=True):
-            reading = _rounded(raw)  # what is stored is what is judged
+            rounded = tuple(replace(i, x=round(i.x, 2), y=round(i.y, 2)) for i in raw.icons)
+            reading = replace(raw, icons=rounded)  # what is stored is what is judged
             icons = json.dumps([[i.noun, i.colour, i.size, i.x, i.y] for i in reading.icons])
             found.append(Judgement(judge(parse_prompt(prompt)[0], family, reading).correct, icons))
         return found
@@ -99,27 +95,15 @@ class IconJudge:
 
     def reference_features(self, prompts: Sequence[str], seed: int) -> np.ndarray | None:
         from millijoule.workers.scenes.prompts import parse_prompt
-        from millijoule.workers.scenes.renderer import SceneRenderer
-        from millijoule.workers.scenes.scenes import complete
+        from millijoule.workers.scenes.renderer import render_prompted
 
-        renderer, rng = SceneRenderer(), np.random.default_rng((seed, 77))
-        scenes = [complete(parse_prompt(p)[0], int(rng.integers(2**63))) for p in prompts]
-        parts = [
-            self.features(renderer.render(scenes[i : i + 500], 1, int(rng.integers(2**62)))[:, 0])
-            for i in range(0, len(scenes), 500)
-        ]
-        return np.concatenate(parts)
-
-
-def icon_judge_sha256() -> str:
-    """SHA-256 of the packaged verifier's weights."""
-    path = Path(__file__).parents[1] / "weights" / "verifier.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        scenes = [parse_prompt(prompt)[0] for prompt in prompts]
+        return np.concatenate([self.features(images) for images in render_prompted(scenes, seed)])
 
 
 def load_judge(judge: str) -> ImageJudge:
     """ "icon-scene", or "python:MODULE:FACTORY", a function of yours that returns an `ImageJudge`."""
-    return IconJudge() if judge == ICON_JUDGE else _from_factory("--judge", judge)
+    return IconJudge() if judge == ICON_JUDGE else find_factory("--judge", judge)()
 
 
 def load_metric(metric: str) -> ImageMetric:
@@ -128,21 +112,4 @@ def load_metric(metric: str) -> ImageMetric:
         from millijoule.workers.judging.clip_score import ClipScore
 
         return ClipScore(Path(metric.removeprefix("clip:")))
-    return _from_factory("--metric", metric)
-
-
-def _from_factory(option: str, name: str) -> Any:
-    parts = name.removeprefix(FACTORY_PREFIX).split(":")
-    if not name.startswith(FACTORY_PREFIX) or len(parts) != 2 or not all(parts):
-        raise InputError(f"{option} {name}: write python:MODULE:FACTORY")
-    try:
-        factory = getattr(importlib.import_module(parts[0]), parts[1])
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{option} {name}: {error}") from error
-    return factory()
-
-
-def _rounded(reading: SceneReading) -> SceneReading:
-    from dataclasses import replace
-
-    return replace(reading, icons=tuple(replace(i, x=round(i.x, 2), y=round(i.y, 2)) for i in reading.icons))
+    return find_factory("--metric", metric)()

@@ -48,14 +48,19 @@ def judge(scene: Scene, family: str, reading: SceneReading) -> Verdict:
 
 def holds(relation: str, first: IconReading, second: IconReading) -> bool:
     """Whether `first` is `relation` `second`: further along its axis than across it, and by a margin."""
+    along, across = _apart(relation, first, second)
+    return along >= RELATION_MARGIN and along > abs(across)
+
+
+def _apart(relation: str, first: IconReading, second: IconReading) -> tuple[float, float]:
+    """Pixels from `second` to `first` along the relation's axis, and across it."""
     right, down = first.x - second.x, first.y - second.y
-    along, across = {
+    return {
         "left of": (-right, down),
         "right of": (right, down),
         "above": (-down, right),
         "below": (down, right),
     }[relation]
-    return along >= RELATION_MARGIN and along > abs(across)
 
 
 def _matching(group: Group, icons: Sequence[IconReading]) -> list[IconReading]:
@@ -74,15 +79,9 @@ def _is_exactly(scene: Scene, reading: SceneReading, found: list[list[IconReadin
     if any(len(icons) != group.count for icons, group in zip(found, scene.groups, strict=True)):
         return False
     if scene.relation is not None:
-        return all(_beyond(scene.relation, a, b) for a in found[0] for b in found[1])
+        # whatever lies across: icons of groups stand side by side
+        return all(_apart(scene.relation, a, b)[0] >= RELATION_MARGIN for a in found[0] for b in found[1])
     return True
-
-
-def _beyond(relation: str, first: IconReading, second: IconReading) -> bool:
-    """`holds` without looking across: icons of groups stand side by side."""
-    right, down = first.x - second.x, first.y - second.y
-    along = {"left of": -right, "right of": right, "above": -down, "below": down}[relation]
-    return along >= RELATION_MARGIN
 
 
 # ---- sets of images ---------------------------------------------------------------------------------------------
@@ -153,13 +152,11 @@ def duplicate_rates(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, 
         by_prompt.setdefault(prompt, []).append(i)
     exact = near = 0
     for rows in by_prompt.values():
-        flat = images[rows].reshape(len(rows), -1).astype(np.float32)
-        for k in range(len(rows)):
-            others = np.delete(flat, k, 0)
-            if len(others):
-                gap = np.sqrt(np.square(others - flat[k]).mean(1)).min()
-                exact += gap == 0
-                near += gap < DUPLICATE_LEVELS
+        flat = images[rows].reshape(len(rows), -1)
+        gaps = np.sqrt(_squares(flat, flat) / flat.shape[1])  # squares of integers: exact
+        np.fill_diagonal(gaps, np.inf)
+        exact += (gaps.min(1) == 0).sum()
+        near += (gaps.min(1) < DUPLICATE_LEVELS).sum()
     return exact / len(images), near / len(images)
 
 

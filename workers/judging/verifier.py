@@ -2,30 +2,32 @@
 
 A small convolutional net looks at a grid of 8x8 cells; each says whether an icon's centre lies there and which noun,
 colour and size that icon has. It knows nothing of prompts, layout windows or the models it judges, and was trained on
-true renders alone (`verifier_training`). Its pooled features carry content and place, for distances between sets of
+true renders alone (`training.verifier`). Its pooled features carry content and place, for distances between sets of
 images. Nothing here scores anything; that is `quality`.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.protocol import read_safetensors_header
+from millijoule.workers.generators.model_files import read_own_header, read_settings, refusing_damage
 from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, MAX_COUNT, NOUNS, SIZES
 
 FORMAT = "millijoule-verifier"
 FORMAT_VERSION = "1"
+
+#: The package's own verifier.
+WEIGHTS = Path(__file__).parents[1] / "weights" / "verifier.safetensors"
 
 STRIDE = (
     8  # pixels from one cell to the next; cell (i, j) is centred at pixel (8 i, 8 j), counted from the edge
@@ -120,10 +122,7 @@ class VerifierNet(nn.Module):
 
 
 def _convolution(channels: int, out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, out, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(out),
-    )
+    return nn.Sequential(nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out))
 
 
 def to_input(images: np.ndarray | Tensor) -> Tensor:
@@ -139,50 +138,37 @@ class Verifier:
         self.net = net.eval()
 
     @staticmethod
-    def load(path: Path | str | None = None) -> Verifier:
-        """Load weights written by `verifier_training.save_verifier`; the package's own by default.
+    def load(path: Path = WEIGHTS) -> Verifier:
+        """Load weights as `millijoule train` writes them.
 
         Raises:
             InputError: the file is not safetensors, or not a verifier this version knows.
         """
-        path = Path(path) if path else Path(__file__).parents[1] / "weights" / "verifier.safetensors"
         if not path.is_file():
             raise InputError(f"{path}: no such file; `millijoule train` makes a verifier's weights")
-        metadata = read_safetensors_header(path).get("__metadata__", {})
-        if metadata.get("format") != FORMAT or metadata.get("version") != FORMAT_VERSION:
-            raise InputError(
-                f"{path}: not a verifier that this program reads "
-                f"({metadata.get('format')!r} version {metadata.get('version')!r})"
-            )
-        try:
-            net = VerifierNet(VerifierShape(**json.loads(metadata["shape"])))
+        metadata = read_own_header(path, "verifier", FORMAT, FORMAT_VERSION).metadata
+        with refusing_damage(path):
+            net = VerifierNet(read_settings(VerifierShape, metadata["shape"]))
             net.load_state_dict({name: t.float() for name, t in load_file(path).items()}, strict=False)
-        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: damaged verifier weights: {error}") from error
         return Verifier(net)
 
     def read(self, images: np.ndarray) -> list[SceneReading]:
         """Read uint8 `[b, 64, 64, 3]`."""
-        readings: list[SceneReading] = []
-        for start in range(0, len(images), _BATCH):
-            outputs = self._look(images[start : start + _BATCH])
-            readings += _readings(outputs)
-        return readings
+        return [reading for outputs in self._look(images) for reading in _readings(outputs)]
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Features of uint8 `[b, 64, 64, 3]`, float32 `[b, d]`: of each image quarter, so that place counts."""
         width = 4 * self.net.shape.feature_channels
-        parts = [
-            self._look(images[start : start + _BATCH]).features.numpy()
-            for start in range(0, len(images), _BATCH)
-        ]
+        parts = [outputs.features.numpy() for outputs in self._look(images)]
         return np.concatenate([np.zeros((0, width), np.float32), *parts])
 
-    def _look(self, images: np.ndarray) -> _Outputs:
+    def _look(self, images: np.ndarray) -> Iterator[_Outputs]:
         if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
             raise InputError(f"the verifier reads uint8 [b, 64, 64, 3], not {images.dtype} {images.shape}")
-        with torch.inference_mode():
-            return self.net(to_input(images))
+        for start in range(0, len(images), _BATCH):
+            with torch.inference_mode():
+                outputs = self.net(to_input(images[start : start + _BATCH]))
+            yield outputs
 
 
 def _readings(outputs: _Outputs) -> list[SceneReading]:
@@ -196,17 +182,10 @@ def _readings(outputs: _Outputs) -> list[SceneReading]:
     background = outputs.overall.split(GLOBAL_PARTS, 1)[2].argmax(1)
     found: list[list[IconReading]] = [[] for _ in range(len(centre))]
     for b, i, j in peak.nonzero().tolist():
-        found[b].append(
-            IconReading(
-                NOUNS[int(noun_index[b, i, j])],
-                COLOURS[int(colour_index[b, i, j])],
-                SIZES[int(size_index[b, i, j])],
-                STRIDE * (j + float(offset[b, 0, i, j])),
-                STRIDE * (i + float(offset[b, 1, i, j])),
-                float(centre[b, i, j] * noun_probability[b, i, j]),
-            )
-        )
+        x, y = STRIDE * (j + float(offset[b, 0, i, j])), STRIDE * (i + float(offset[b, 1, i, j]))
+        words = NOUNS[noun_index[b, i, j]], COLOURS[colour_index[b, i, j]], SIZES[size_index[b, i, j]]
+        found[b].append(IconReading(*words, x, y, float(centre[b, i, j] * noun_probability[b, i, j])))
     return [
-        SceneReading(tuple(sorted(icons, key=lambda icon: (icon.y, icon.x))), BACKGROUNDS[int(k)])
+        SceneReading(tuple(sorted(icons, key=lambda icon: (icon.y, icon.x))), BACKGROUNDS[k])
         for icons, k in zip(found, background, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""True images of icon scenes, rendered many at once from an icon font.
+"""True images of icon scenes, rendered many at once from an icon font, on a CPU or on the GPU that trains on them.
 
 Icons are glyphs of Material Design Icons (Apache-2.0), found in the `qtawesome` package (the `train` extra) without
 importing it. Models are trained on these renders and judged against them; drawing from a model needs none of this.
@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.scenes.scenes import (
+    BACKGROUNDS,
     CELL,
+    COLOURS,
+    ICON_TOKENS,
     IMAGE_SIZE,
     MAX_COUNT,
     NOUN_GLYPHS,
@@ -25,7 +30,9 @@ from millijoule.workers.scenes.scenes import (
     SIZES,
     WINDOWS,
     Scene,
+    complete,
     icons,
+    scene_tokens,
 )
 
 #: Side of an icon's em box in pixels, by size, in the whole image and in a half window. Its ink is a little smaller.
@@ -45,12 +52,13 @@ def find_icon_font() -> tuple[Path, dict[str, int]]:
     """
     spec = importlib.util.find_spec("qtawesome")  # importing it would need Qt
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    fonts = sorted(Path(folders[0], "fonts").glob("materialdesignicons6-webfont-6*.ttf")) if folders else []
-    maps = (
-        sorted(Path(folders[0], "fonts").glob("materialdesignicons6-webfont-charmap-6*.json"))
-        if folders
-        else []
-    )
+    fonts = [
+        f
+        for folder in folders
+        for f in sorted(Path(folder, "fonts").glob("materialdesignicons6-webfont-*6*"))
+    ]
+    maps = [f for f in fonts if f.suffix == ".json"]
+    fonts = [f for f in fonts if f.suffix == ".ttf"]
     if not fonts or not maps:
         raise InputError("the icon font was not found: install it with `pip install 'millijoule[train]'`")
     charmap = json.loads(maps[-1].read_text())
@@ -84,83 +92,101 @@ def icon_masks() -> np.ndarray:
     return masks
 
 
-def draw_variation(scenes: int, renders: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_variation(scenes: int, renders: int, seed: int) -> dict[str, Tensor]:
     """How renders of the same scene differ.
 
     Returns:
-        What is added to the levels of the background and of each icon, int32 `[scenes, renders, 1 + MAX_COUNT]`, and by
-        how many pixels icons are moved in x and y, int32 `[scenes, renders, MAX_COUNT, 2]`.
+        "shade", what is added to the levels of the background and of each icon, int32 `[scenes, renders, 1 + MAX_COUNT]`,
+        and "jitter", by how many pixels icons are moved in x and y, int32 `[scenes, renders, MAX_COUNT, 2]`.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     shade = rng.integers(-_SHADE, _SHADE + 1, (scenes, renders, MAX_COUNT + 1), np.int32)
-    return shade, rng.integers(-_JITTER, _JITTER + 1, (scenes, renders, MAX_COUNT, 2), np.int32)
+    jitter = rng.integers(-_JITTER, _JITTER + 1, (scenes, renders, MAX_COUNT, 2), np.int32)
+    return {"shade": torch.from_numpy(shade), "jitter": torch.from_numpy(jitter)}
 
 
 class SceneRenderer:
-    """Draws scenes, many renders at once; the same scenes and seed give the same pixels."""
+    """Draws scenes that are given as tokens, in integers: the same pixels on every device."""
 
-    def __init__(self) -> None:
-        self._masks = icon_masks()
+    def __init__(self, device: str = "cpu") -> None:
+        def on_device(values: object, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.as_tensor(values, dtype=dtype).to(device)
 
-    def render(self, scenes: Sequence[Scene], renders: int, seed: int) -> np.ndarray:
-        """True images of completed scenes, uint8 `[scenes, renders, 64, 64, 3]`.
+        masks = torch.from_numpy(icon_masks())
+        self._tile = masks.shape[-1]
+        self._sizes = masks.shape[2]
+        self._masks = masks.flatten().to(device)
+        self._colours = on_device([PALETTE[c] for c in COLOURS], torch.int32)
+        self._backgrounds = on_device([PALETTE[b] for b in BACKGROUNDS], torch.int32)
+        # of "no window" first: left, top, right, bottom in pixels, and which masks it takes
+        self._left = on_device([0, *(x * CELL for x, _, _ in WINDOWS)])
+        self._top = on_device([0, *(y * CELL for _, y, _ in WINDOWS)])
+        self._side = on_device([0, *(side * CELL for _, _, side in WINDOWS)])
+        self._pixels = torch.arange(IMAGE_SIZE, device=device)
 
-        Each icon is moved by up to a pixel; each icon and the background vary a little in lightness. Integer
-        arithmetic after the draws.
+    def render(self, tokens: Tensor, shade: Tensor, jitter: Tensor) -> Tensor:
+        """True images, uint8 `[scenes, renders, 3, 64, 64]`.
+
+        Each icon is moved by up to a pixel; each icon and the background vary a little in lightness. No shape depends on
+        what the scenes hold, so that a training step can be captured as a CUDA graph.
+
+        Args:
+            tokens: of completed scenes (`scenes.scene_tokens`), int64 `[scenes, NUM_TOKENS]`.
+            shade: int32 `[scenes, renders, 1 + MAX_COUNT]`, as `draw_variation` draws it.
+            jitter: int32 `[scenes, renders, MAX_COUNT, 2]`, likewise.
         """
-        shape = (len(scenes), renders)
-        shade, jitter = draw_variation(*shape, seed)
-        shade = shade[..., None]
-        backgrounds = np.array([PALETTE[s.background or ""] for s in scenes], np.int32)
-        images = np.empty((*shape, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        images[:] = np.clip(backgrounds[:, None] + shade[:, :, 0], 0, 255)[:, :, None, None]
-        by_side: dict[int, list[tuple[int, int, int, int, int, int, tuple[int, int, int]]]] = {8: [], 4: []}
-        for i, scene in enumerate(scenes):
-            for k, icon in enumerate(icons(scene)):
-                x, y, side = WINDOWS[icon.window]
-                which = NOUNS.index(icon.noun), SIZES.index(icon.size)
-                by_side[side].append((i, k, *which, x * CELL, y * CELL, PALETTE[icon.colour]))
-        for side, placed in by_side.items():
-            if placed:
-                self._draw(images, side, placed, jitter, shade)
-        return images
+        ground = self._backgrounds[tokens[:, -1]][:, None] + shade[..., :1]
+        image = ground.clamp(0, 255)[..., None, None].expand(-1, -1, -1, IMAGE_SIZE, IMAGE_SIZE)
+        icons = tokens[:, :-1].unflatten(1, (MAX_COUNT, ICON_TOKENS))
+        for k in range(MAX_COUNT):
+            noun, colour, size, window = icons[:, k].unbind(1)
+            left, top, side = (t[window][:, None, None] for t in (self._left, self._top, self._side))
+            first = (self._tile - side) // 2
+            moved = jitter[:, :, k].long()
+            inside, at = [], []
+            for begin, shift in ((top, moved[..., 1]), (left, moved[..., 0])):
+                offset = self._pixels - begin  # [scenes, 1, 64]
+                inside.append((offset >= 0) & (offset < side))
+                at.append((first + offset - shift[..., None]).clamp(0, self._tile - 1))
+            rows, columns = at  # [scenes, renders, 64]
+            which = ((noun - 1).clamp_min(0) * 2 + side[:, 0, 0] // IMAGE_SIZE) * self._sizes
+            which = (which + (size - 1).clamp_min(0)) * self._tile**2
+            index = which[:, None, None, None] + rows[..., :, None] * self._tile + columns[..., None, :]
+            cover = self._masks[index].int() * (inside[0][..., :, None] & inside[1][..., None, :])
+            cover = cover[:, :, None]
+            paint = self._colours[(colour - 1).clamp_min(0)][:, None] + shade[..., 1 + k, None]
+            paint = paint.clamp(0, 255)[..., None, None]
+            image = (image * (255 - cover) + paint * cover + 127) // 255
+        return image.to(torch.uint8)
 
-    def _draw(
-        self, images: np.ndarray, side: int, placed: list, jitter: np.ndarray, shade: np.ndarray
-    ) -> None:
-        """Blend icons of one window side into `images`; windows of one image do not overlap."""
-        scene, k, noun, size, x, y = np.array([p[:6] for p in placed]).T
-        colour = np.array([p[6] for p in placed], np.int32)
-        pixels, tile = side * CELL, self._masks.shape[-1]
-        moved = jitter[scene, :, k]  # [icons, renders, 2], x then y
-        rows = np.arange(pixels)
-        first = (tile - pixels) // 2
-        at_y = first + rows - moved[..., 1, None]  # [icons, renders, pixels]
-        at_x = first + rows - moved[..., 0, None]
-        which = (noun, np.full_like(noun, side // 8), size)
-        cover = self._masks[(*(w[:, None, None, None] for w in which), at_y[..., None], at_x[..., None, :])]
-        cover = cover.astype(np.int32)[..., None]  # [icons, renders, pixels, pixels, 1]
-        paint = np.clip(colour[:, None] + shade[scene, :, 1 + k], 0, 255)[:, :, None, None]
-        renders = np.arange(images.shape[1])
-        where = (
-            scene[:, None, None, None],
-            renders[None, :, None, None],
-            (y[:, None] + rows)[:, None, :, None],
-            (x[:, None] + rows)[:, None, None, :],
-        )
-        under = images[where].astype(np.int32)
-        images[where] = ((under * (255 - cover) + paint * cover + 127) // 255).astype(np.uint8)
 
-    def cover(self, scene: Scene) -> np.ndarray:
-        """Share of each pixel that the icons cover without jitter, float32 `[icons, 64, 64]`, in `icons` order."""
-        covers = []
-        for icon in icons(scene):
-            x, y, side = WINDOWS[icon.window]
-            mask = self._masks[NOUNS.index(icon.noun), side // 8, SIZES.index(icon.size)]
-            first, pixels = (mask.shape[0] - side * CELL) // 2, side * CELL
-            full = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
-            full[y * CELL :, x * CELL :][:pixels, :pixels] = mask[
-                first : first + pixels, first : first + pixels
-            ]
-            covers.append(full / 255.0)
-        return np.array(covers, np.float32).reshape(-1, IMAGE_SIZE, IMAGE_SIZE)
+def render_scenes(scenes: Sequence[Scene], renders: int, seed: int) -> np.ndarray:
+    """True images of completed scenes, uint8 `[scenes, renders, 64, 64, 3]`; the same seed gives the same pixels."""
+    tokens = torch.from_numpy(scene_tokens(scenes))
+    images = SceneRenderer().render(tokens, **draw_variation(len(scenes), renders, seed))
+    return images.permute(0, 1, 3, 4, 2).contiguous().numpy()
+
+
+def render_prompted(scenes: Sequence[Scene], seed: int) -> Iterator[np.ndarray]:
+    """One true image of each scene as a prompt says it, in parts: uint8 `[up to 500, 64, 64, 3]`.
+
+    What the scenes leave open is settled from `seed`.
+    """
+    rng = np.random.default_rng((seed, 77))
+    whole = [complete(scene, int(rng.integers(2**63))) for scene in scenes]
+    for first in range(0, len(whole), 500):
+        yield render_scenes(whole[first : first + 500], 1, int(rng.integers(2**62)))[:, 0]
+
+
+def icon_cover(scene: Scene) -> np.ndarray:
+    """Share of each pixel that the icons cover without jitter, float32 `[icons, 64, 64]`, in `icons` order."""
+    covers = []
+    for icon in icons(scene):
+        x, y, side = WINDOWS[icon.window]
+        mask = icon_masks()[NOUNS.index(icon.noun), side // 8, SIZES.index(icon.size)]
+        pixels = side * CELL
+        inside = slice((len(mask) - pixels) // 2, (len(mask) + pixels) // 2)
+        full = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+        full[y * CELL :, x * CELL :][:pixels, :pixels] = mask[inside, inside]
+        covers.append(full / 255.0)
+    return np.array(covers, np.float32).reshape(-1, IMAGE_SIZE, IMAGE_SIZE)

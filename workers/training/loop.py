@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.scenes.renderer import SceneRenderer
+from millijoule.workers.training.step_data import StepData
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -26,15 +28,11 @@ LOG = "log.jsonl"
 CHECKPOINT_EVERY_S = 60
 
 
-class TrainingRunConfig(Protocol):
-    """A frozen dataclass of plain values with at least this field."""
-
-    @property
-    def steps(self) -> int: ...
-
-
 class Trainer(Protocol):
-    """A model in training. What `train_step` does depends on config and `step` alone, so that a resumed run repeats."""
+    """A model in training. What `train_step` does depends on config and `step` alone, so that a resumed run repeats.
+
+    `config` is a frozen dataclass of plain values, `steps` among them.
+    """
 
     config: Any
     step: int
@@ -50,9 +48,30 @@ class Trainer(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None: ...
 
+    def export(self, folder: Path, name: str) -> Path:
+        """Write the weights as model `name`, in the form that they are used in; returns where."""
+        ...
 
-class Sampler(Protocol):
-    def __call__(self, folder: Path, step: int) -> None: ...
+
+class GeneratorTrainer:
+    """What trainers of generators share: data made ahead, and true images of it drawn where the model trains."""
+
+    step = 0
+
+    def __init__(
+        self, config: Any, draw: Callable[[int], dict[str, Tensor]], device: str, data_processes: int
+    ) -> None:
+        """`config` has a `seed`; for the rest see `StepData`."""
+        torch.manual_seed(config.seed)
+        self.device = device
+        self.on_gpu = device.startswith("cuda")
+        self.renderer = SceneRenderer(device)
+        self.data = StepData(draw, device, data_processes)
+        self.newest_share = torch.ones((), device=device)
+
+    def true_images(self, tokens: Tensor, shade: Tensor, jitter: Tensor) -> Tensor:
+        """Renders of what `draw_variation` varied, `[scenes, renders, 3, 64, 64]` in [-1, 1]."""
+        return self.renderer.render(tokens, shade, jitter).float() / 127.5 - 1
 
 
 def schedule(step: int, steps: int, warm_up: int) -> float:
@@ -109,13 +128,13 @@ def run_training(
     minutes: float | None = None,
     resume: bool = False,
     report_every: int = 50,
-    sample: Sampler | None = None,
+    sample: Callable[[int], Any] | None = None,
     sample_every: int = 0,
 ) -> None:
     """Train to the config's last step, or as far as `minutes` or a SIGTERM allow.
 
     Every `report_every` steps a line is printed and a JSON row (means since the row before, seconds per step) added to
-    log.jsonl. A checkpoint is written every minute and at the end; `sample(folder, step)` is called every
+    log.jsonl. A checkpoint is written every minute and at the end; `sample(step)` is called every
     `sample_every` steps. On SIGTERM (`timeout`, a node that goes away) the step is finished, the checkpoint written, and the
     function returns as when time is out.
     """
@@ -143,11 +162,8 @@ def run_training(
                     )
                 pace = (now - reported) / done
                 reported, since = now, defaultdict(list)
-                row = {
-                    "step": trainer.step,
-                    **{k: round(v, 6) for k, v in means.items()},
-                    "s_per_step": round(pace, 4),
-                }
+                rounded = {k: round(v, 6) for k, v in means.items()}
+                row = {"step": trainer.step, **rounded, "s_per_step": round(pace, 4)}
                 with (folder / LOG).open("a") as log:
                     log.write(json.dumps(row) + "\n")
                 left = f", {pace * (steps - trainer.step) / 60:.0f} min left" if trainer.step < steps else ""
@@ -157,7 +173,7 @@ def run_training(
                 save_checkpoint(trainer, folder)
                 saved = now
             if sample is not None and sample_every and trainer.step % sample_every == 0:
-                sample(folder, trainer.step)
+                sample(trainer.step)
             if out_of_time:
                 break
 

@@ -10,32 +10,31 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.oscillator import OscillatorGenerator, save_weights
 from millijoule.workers.generators.oscillator_model import (
     OscillatorConfig,
     OscillatorModel,
     random_noise,
     start_phases,
 )
-from millijoule.workers.scenes.device_renderer import DeviceRenderer
+from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.scenes.prompts import write_prompt
-from millijoule.workers.scenes.renderer import SceneRenderer, draw_variation
+from millijoule.workers.scenes.renderer import draw_variation
 from millijoule.workers.scenes.scenes import FAMILIES, sample_scene, sample_training_scenes, scene_tokens
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.training.graphed_step import GraphedStep
-from millijoule.workers.training.loop import newest_share, schedule, update_average
+from millijoule.workers.training.loop import GeneratorTrainer, newest_share, schedule, update_average
 from millijoule.workers.training.losses import drifting_loss, energy_distance
 from millijoule.workers.training.optimizer import adamw, clip_and_step, load_optimizer, set_learning_rate
-from millijoule.workers.training.step_data import StepData
-
-LOSSES = ("energy", "drifting")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class OscillatorTrainingConfig:
     scenes: int = 64  # per step
     samples: int = 2  # generated images per scene
     renders: int = 3  # true images per scene
-    loss: str = "energy"  # one of LOSSES
+    loss: Literal["energy", "drifting"] = "energy"
     ink_weight: float = 4.0  # of patches that show more than background, in the energy distance
     learning_rate: float = 2e-3
     warm_up: int = 100
@@ -64,10 +63,9 @@ class OscillatorTrainingConfig:
 
 @dataclass(frozen=True)
 class OscillatorData:
-    """What a step of `config` needs; see `StepData`. Renders are drawn here, or only what they differ by (`variation`)."""
+    """What a step of `config` needs; see `StepData`."""
 
     config: OscillatorTrainingConfig
-    variation: bool
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         config = self.config
@@ -75,20 +73,16 @@ class OscillatorData:
         scenes = [completed for _, completed in sample_training_scenes(rng, config.scenes)]
         seed = int(rng.integers(2**62))
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        made = {
+        return {
             "tokens": torch.from_numpy(scene_tokens(scenes)),
             "noise": random_noise(config.scenes * config.samples, config.model, noise),
             "offset": torch.from_numpy(rng.integers(8, size=2)),
+            **draw_variation(config.scenes, config.renders, seed),
         }
-        if self.variation:
-            shade, jitter = draw_variation(config.scenes, config.renders, seed)
-            return made | {"shade": torch.from_numpy(shade), "jitter": torch.from_numpy(jitter)}
-        renders = torch.from_numpy(SceneRenderer().render(scenes, config.renders, seed))
-        return made | {"renders": renders.permute(0, 1, 4, 2, 3)}
 
 
-class OscillatorTrainer:
-    """Model, its moving average, optimiser and step count."""
+class OscillatorTrainer(GeneratorTrainer):
+    """Model, its moving average, optimiser and step count; a `loop.Trainer`."""
 
     def __init__(
         self,
@@ -98,17 +92,12 @@ class OscillatorTrainer:
         compiled: bool = False,
         data_processes: int = 0,
     ) -> None:
-        if config.loss not in LOSSES:
-            raise ValueError(f"loss {config.loss!r}: one of {', '.join(LOSSES)}")
-        torch.manual_seed(config.seed)
+        super().__init__(config, OscillatorData(config), device, data_processes)
         self.config = config
-        self.device = device
         self.model = OscillatorModel(config.model)
         _scale_coupling(self.model, config.coupling_start)
-        self.average = OscillatorModel(config.model)
-        self.average.load_state_dict(self.model.state_dict())
+        self.average = deepcopy(self.model).to(device).eval()
         self.model.to(device)
-        self.average.to(device).eval()
         self.optimizer = adamw(
             [p for p in self.model.parameters() if p.requires_grad],
             device,
@@ -116,22 +105,16 @@ class OscillatorTrainer:
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
         )
-        on_gpu = device.startswith("cuda")
         self.narrow = multiplies_bfloat16(device)
-        self.renderer = DeviceRenderer(device) if on_gpu else None
-        self.data = StepData(OscillatorData(config, variation=on_gpu), device, data_processes)
         self.compare = self._compare
-        self._newest_share = torch.ones((), device=device)
-        if (
-            compiled
-        ):  # not the encoder: on a CPU, how many icons stand in which window changes from step to step
+        if compiled:
+            # not the encoder: on a CPU, how many icons stand in which window changes from step to step
             self.model.waves = torch.compile(self.model.waves)  # type: ignore[method-assign]
             self.model.decoder.forward = torch.compile(self.model.decoder.forward)  # type: ignore[method-assign]
-            if self.renderer:
+            if self.on_gpu:
                 self.compare = torch.compile(self.compare)
                 self.renderer.render = torch.compile(self.renderer.render)  # type: ignore[method-assign]
-        self._run = GraphedStep(self._compute) if on_gpu else self._compute
-        self.step = 0
+        self._run = GraphedStep(self._compute) if self.on_gpu else self._compute
 
     def start_from(self, path: Path) -> None:
         """Begin with the weights of a finished run, its float.safetensors.
@@ -139,8 +122,6 @@ class OscillatorTrainer:
         Raises:
             InputError: not such a file, or of a model with other sizes.
         """
-        from millijoule.workers.generators.oscillator import OscillatorGenerator
-
         other = OscillatorGenerator.load(path)
         if other.coupling is not None or other.config != self.config.model:
             raise InputError(f"{path}: not the float form of a model with this recipe's sizes")
@@ -149,31 +130,19 @@ class OscillatorTrainer:
 
     def train_step(self) -> dict[str, Tensor]:
         config = self.config
-        set_learning_rate(
-            self.optimizer, config.learning_rate * schedule(self.step, config.steps, config.warm_up)
-        )
-        self._newest_share.fill_(newest_share(config.ema, self.step))
+        share = schedule(self.step, config.steps, config.warm_up)
+        set_learning_rate(self.optimizer, config.learning_rate * share)
+        self.newest_share.fill_(newest_share(config.ema, self.step))
         logged = self._run(**self.data.get(self.step))
         self.step += 1
         return logged
 
     def _compute(
-        self,
-        tokens: Tensor,
-        noise: Tensor,
-        offset: Tensor,
-        renders: Tensor | None = None,
-        shade: Tensor | None = None,
-        jitter: Tensor | None = None,
+        self, tokens: Tensor, noise: Tensor, offset: Tensor, **variation: Tensor
     ) -> dict[str, Tensor]:
         """The step itself, on what `OscillatorData` made."""
         config = self.config
-        if renders is None:
-            assert self.renderer is not None
-            assert shade is not None
-            assert jitter is not None
-            renders = self.renderer.render(tokens, shade, jitter)
-        true = renders.float() / 127.5 - 1
+        true = self.true_images(tokens, **variation)
         phases = start_phases(noise, tokens.repeat_interleave(config.samples, 0), config.model)
         # without its cache of cast weights, which would outlive the capture of a graph
         kind = self.device.split(":")[0]
@@ -186,7 +155,7 @@ class OscillatorTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         logged["loss"].backward()
         taken = clip_and_step(self.optimizer, self.model.parameters(), config.clip)
-        update_average(self.average, self.model, self._newest_share)
+        update_average(self.average, self.model, self.newest_share)
         return {name: value.detach() for name, value in logged.items()} | taken
 
     def _compare(self, images: Tensor, true: Tensor, offset: Tensor) -> dict[str, Tensor]:
@@ -195,12 +164,6 @@ class OscillatorTrainer:
             return {"loss": energy_distance(images, true, offset, ink_weight=config.ink_weight)}
         loss, drift = drifting_loss(images, true, offset)
         return {"loss": loss, "drift": drift, "energy": energy_distance(images.detach(), true, offset)}
-
-    def exported_model(self) -> OscillatorModel:
-        """The averaged weights, with the share of the coupling that the config keeps."""
-        model = deepcopy(self.average).cpu()
-        _scale_coupling(model, self.config.coupling_share)
-        return model
 
     def state(self) -> dict[str, Any]:
         return {
@@ -214,6 +177,24 @@ class OscillatorTrainer:
         self.average.load_state_dict(state["average"])
         load_optimizer(self.optimizer, state["optimizer"], self.device)
 
+    def export(self, folder: Path, name: str, sheet: str = "samples.png") -> Path:
+        """Write the float form always, the integer form where the model has one, and a sheet of the form that is used."""
+        config, model = self.config, self.exported_model()
+        made = {"steps": str(self.step), "planned_steps": str(config.steps), "seed": str(config.seed)}
+        weights = folder / "float.safetensors"
+        save_weights(model, weights, f"{name}-float", made, integer=False)
+        if config.model.coupling in ("trained", "frozen"):
+            weights = folder / "model.safetensors"
+            save_weights(model, weights, name, made)
+        write_sample_sheet(weights, folder / sheet)
+        return weights
+
+    def exported_model(self) -> OscillatorModel:
+        """The averaged weights, with the share of the coupling that the config keeps."""
+        model = deepcopy(self.average).cpu()
+        _scale_coupling(model, self.config.coupling_share)
+        return model
+
 
 @torch.no_grad()
 def _scale_coupling(model: OscillatorModel, factor: float) -> None:
@@ -225,11 +206,6 @@ def _scale_coupling(model: OscillatorModel, factor: float) -> None:
 
 def write_sample_sheet(weights: Path, path: Path, count: int = 32) -> None:
     """Draw fixed prompts of the six families, in held-out combinations, with seeds 0, 1, 2 ... as one PNG. None are picked."""
-    from PIL import Image
-
-    from millijoule.workers.generators.oscillator import OscillatorGenerator
-    from millijoule.workers.judging.contact_sheet import draw_contact_sheet
-
     rng = np.random.default_rng(0)
     scenes = [sample_scene(FAMILIES[i % len(FAMILIES)], rng, held_out=True) for i in range(count)]
     prompts = [write_prompt(scene, rng) for scene in scenes]

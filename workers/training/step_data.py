@@ -16,12 +16,8 @@ class StepData:
     """What each step needs. It follows from the step alone, so neither processes nor resuming change anything."""
 
     def __init__(self, draw: Callable[[int], dict[str, Tensor]], device: str, processes: int) -> None:
-        """
-        Args:
-            draw: what a step needs, CPU tensors by name; must be picklable where there are `processes`.
-            device: where the tensors go.
-            processes: that draw in the background; 0 draws in this one, when it is asked.
-        """
+        """`draw` makes what a step needs, CPU tensors by name, for `device`: in `processes` in the background, which it must be
+        picklable for, or with 0 in this one, when it is asked."""
         self._draw, self._device, self._processes = draw, torch.device(device), processes
         self._ahead: Iterator[dict[str, Tensor]] = iter(())
         self._next = -1

@@ -9,17 +9,17 @@ images blurred or shuffled beyond recognition, hold nothing to be found. No gene
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from millijoule.kernels.processor import multiplies_bfloat16
+from millijoule.workers.generators.model_files import write_model_file
 from millijoule.workers.judging.verifier import (
     CELL_PARTS,
     FORMAT,
@@ -31,11 +31,12 @@ from millijoule.workers.judging.verifier import (
     VerifierShape,
     to_input,
 )
-from millijoule.workers.scenes.renderer import SceneRenderer
+from millijoule.workers.scenes.renderer import icon_cover, render_scenes
 from millijoule.workers.scenes.scenes import (
     BACKGROUNDS,
     CELL,
     COLOURS,
+    ICON_TOKENS,
     IMAGE_SIZE,
     MAX_COUNT,
     NOUNS,
@@ -45,13 +46,14 @@ from millijoule.workers.scenes.scenes import (
     Group,
     Scene,
     complete,
-    icons,
+    scene_tokens,
 )
 from millijoule.workers.training.loop import schedule
+from millijoule.workers.training.optimizer import adamw, clip_and_step, set_learning_rate
 
 
 @dataclass(frozen=True)
-class VerifierConfig:
+class VerifierConfig(VerifierShape):
     """Everything a training run of the verifier depends on."""
 
     steps: int = 4000
@@ -62,18 +64,10 @@ class VerifierConfig:
     seed: int = 0
     collages: float = 0.5  # share of collages in a batch; the others are renders of scenes
     spoiled: float = 0.06  # share of images in which nothing is left to be found
-    stem: int = 32
-    middle: int = 64
-    trunk: int = 96
-    middle_blocks: int = 1
-    trunk_blocks: int = 3
-    feature_channels: int = 32
 
     @property
     def shape(self) -> VerifierShape:
-        return VerifierShape(
-            self.stem, self.middle, self.trunk, self.middle_blocks, self.trunk_blocks, self.feature_channels
-        )
+        return VerifierShape(**{f.name: getattr(self, f.name) for f in fields(VerifierShape)})
 
 
 def sample_any_scene(rng: np.random.Generator) -> Scene:
@@ -107,20 +101,14 @@ class LabelledImages(NamedTuple):
     background: np.ndarray  # int64 [b]
 
 
-def render_scenes(renderer: SceneRenderer, scenes: list[Scene], seed: int) -> LabelledImages:
+def label_renders(scenes: list[Scene], seed: int) -> LabelledImages:
     """True renders with labels. An icon's centre is its window's: it is drawn within a pixel of there."""
-    images = renderer.render(scenes, 1, seed)[:, 0]
-    noun = np.full((len(scenes), MAX_COUNT), -1, np.int64)
-    colour, size = np.zeros_like(noun), np.zeros_like(noun)
-    centre = np.zeros((*noun.shape, 2), np.float32)
-    for b, scene in enumerate(scenes):
-        for k, icon in enumerate(icons(scene)):
-            left, top, side = WINDOWS[icon.window]
-            noun[b, k], colour[b, k] = NOUNS.index(icon.noun), COLOURS.index(icon.colour)
-            size[b, k] = SIZES.index(icon.size)
-            centre[b, k] = CELL * (left + side / 2), CELL * (top + side / 2)
-    background = np.array([BACKGROUNDS.index(s.background or "") for s in scenes])
-    return LabelledImages(images, noun, colour, size, centre, background)
+    tokens = scene_tokens(scenes)
+    icons = tokens[:, :-1].reshape(-1, MAX_COUNT, ICON_TOKENS) - 1
+    noun, colour, size, window = icons.transpose(2, 0, 1)
+    windows = np.array(WINDOWS, np.float32)[window]  # where there is no icon, any
+    centre = CELL * (windows[..., :2] + windows[..., 2:] / 2)
+    return LabelledImages(render_scenes(scenes, 1, seed)[:, 0], noun, colour, size, centre, tokens[:, -1])
 
 
 #: Sets of half windows (left and top in pixels) that do not overlap, for collages of up to four icons.
@@ -141,18 +129,17 @@ _PAD = 8
 class CollageMaker:
     """Puts icons that need not match, and blobs, at places that need not be windows."""
 
-    def __init__(self, renderer: SceneRenderer) -> None:
-        plain = {"relation": None, "background": "white", "arrangement": 0}
-        whole, half = [], []
-        for noun in NOUNS:
-            for size in SIZES:
-                group = Group(noun, "red", size)
-                whole.append(renderer.cover(Scene((group,), **plain))[0])  # type: ignore[arg-type]
-                four = renderer.cover(Scene((replace(group, count=4),), **plain))  # type: ignore[arg-type]
-                half.append(four[0, :32, :32])
-        shape = (len(NOUNS), len(SIZES))
-        self._whole = np.array(whole, np.float32).reshape(*shape, 64, 64)
-        self._half = np.array(half, np.float32).reshape(*shape, 32, 32)
+    def __init__(self) -> None:
+        def covers(count: int) -> np.ndarray:
+            """Of the first of `count` icons, `[noun, size, pixels, pixels]`."""
+            plain = (
+                Scene((Group(noun, "red", size, count),), None, "white", 0)
+                for noun in NOUNS
+                for size in SIZES
+            )
+            return np.array([icon_cover(scene)[0] for scene in plain]).reshape(len(NOUNS), len(SIZES), 64, 64)
+
+        self._whole, self._half = covers(1), covers(4)[..., :32, :32]
         self._palette = np.array([PALETTE[c] for c in COLOURS], np.float32)
         self._grounds = np.array([PALETTE[b] for b in BACKGROUNDS], np.float32)
         self._same = np.array([[c == b for c in COLOURS] for b in BACKGROUNDS])
@@ -163,9 +150,8 @@ class CollageMaker:
         size = rng.integers(len(SIZES), size=noun.shape)
         # half of the colours and nouns repeat the first icon's, as in true scenes
         weights = np.where(self._same[background], 0.0, 1.0)
-        colour = (rng.random((count, MAX_COUNT, len(COLOURS))) * weights[:, None]).argmax(
-            2
-        )  # uniform, never the background's
+        # uniform, never the background's
+        colour = (rng.random((count, MAX_COUNT, len(COLOURS))) * weights[:, None]).argmax(2)
         nouns = rng.integers(len(NOUNS), size=noun.shape)
         repeat = rng.random(noun.shape) < 0.3
         nouns = np.where(repeat, nouns[:, :1], nouns)
@@ -261,7 +247,7 @@ class Targets(NamedTuple):
     colour: Tensor
     size: Tensor
     offset: Tensor  # float32 [b, 2, 8, 8]
-    overall: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    overall: tuple[Tensor, ...]  # what the pooled features must tell, as in `GLOBAL_PARTS`
 
 
 _NEAR = 0.5 * STRIDE + 0.75  # pixels: an icon's centre that lies so near a cell's is named by it
@@ -291,19 +277,15 @@ def make_targets(made: LabelledImages) -> Targets:
     image, icon = np.nonzero(there)
     nouns[image, made.noun[image, icon]] = 1
     colours[image, made.colour[image, icon]] = 1
+    places = (nearest <= 0.5 * STRIDE).reshape(b, -1).astype(np.float32)
+    overall = (nouns, colours, made.background, there.sum(1), places)
     return Targets(
         torch.from_numpy(centre.astype(np.float32)),
         of(made.noun),
         of(made.colour),
         of(made.size),
         torch.from_numpy((offset / STRIDE).astype(np.float32)),
-        (
-            torch.from_numpy(nouns),
-            torch.from_numpy(colours),
-            torch.from_numpy(made.background),
-            torch.from_numpy(there.sum(1)),
-            torch.from_numpy((nearest <= 0.5 * STRIDE).reshape(b, -1).astype(np.float32)),
-        ),
+        tuple(torch.from_numpy(x) for x in overall),
     )
 
 
@@ -313,28 +295,30 @@ def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Ten
     sure = targets.centre >= 0
     loss_centre = 20 * F.binary_cross_entropy_with_logits(centre[:, 0][sure], targets.centre[sure])
     named = targets.noun >= 0
+
+    def at_icons(channels: Tensor) -> Tensor:
+        return channels.permute(0, 2, 3, 1)[named]
+
     parts = {"centre": loss_centre}
     if named.any():
         truth = targets.noun[named]
-        at_noun = noun.permute(0, 2, 3, 1)[named]
-        parts["noun"] = F.cross_entropy(at_noun, truth)
-        parts["colour"] = F.cross_entropy(colour.permute(0, 2, 3, 1)[named], targets.colour[named])
-        parts["size"] = 0.3 * F.cross_entropy(size.permute(0, 2, 3, 1)[named], targets.size[named])
-        parts["offset"] = F.smooth_l1_loss(
-            offset.permute(0, 2, 3, 1)[named], targets.offset.permute(0, 2, 3, 1)[named]
-        )
-    nouns, colours, background, count, places = overall.float().split(GLOBAL_PARTS, 1)
-    parts["background"] = F.cross_entropy(background, targets.overall[2])
+        parts["noun"] = F.cross_entropy(at_icons(noun), truth)
+        parts["colour"] = F.cross_entropy(at_icons(colour), targets.colour[named])
+        parts["size"] = 0.3 * F.cross_entropy(at_icons(size), targets.size[named])
+        parts["offset"] = F.smooth_l1_loss(at_icons(offset), at_icons(targets.offset))
+    told = overall.float().split(GLOBAL_PARTS, 1)
+    nouns, colours, background, count, places = zip(told, targets.overall, strict=True)
+    parts["background"] = F.cross_entropy(*background)
     parts["features"] = (
-        8 * F.binary_cross_entropy_with_logits(nouns, targets.overall[0])
-        + F.binary_cross_entropy_with_logits(colours, targets.overall[1])
-        + 0.3 * F.cross_entropy(count, targets.overall[3])
-        + 4 * F.binary_cross_entropy_with_logits(places, targets.overall[4])
+        8 * F.binary_cross_entropy_with_logits(*nouns)
+        + F.binary_cross_entropy_with_logits(*colours)
+        + 0.3 * F.cross_entropy(*count)
+        + 4 * F.binary_cross_entropy_with_logits(*places)
     )
     total = torch.stack(list(parts.values())).sum()
-    log = {"loss": float(total.detach())} | {name: float(value.detach()) for name, value in parts.items()}
+    log = {name: float(value.detach()) for name, value in {"loss": total, **parts}.items()}
     if named.any():
-        log["noun_right"] = float((at_noun.detach().argmax(1) == truth).float().mean())
+        log["noun_right"] = float((at_icons(noun).argmax(1) == truth).float().mean())
     return total, log
 
 
@@ -342,7 +326,7 @@ def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Ten
 
 
 class VerifierTrainer:
-    """A verifier in training; see `training_loop.Trainer`."""
+    """A verifier in training; a `loop.Trainer`."""
 
     def __init__(self, config: VerifierConfig) -> None:
         self.config = config
@@ -351,25 +335,21 @@ class VerifierTrainer:
         self.net = VerifierNet(config.shape).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         decayed = [p for p in self.net.parameters() if p.ndim > 1]
         others = [p for p in self.net.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            fused=True,
-        )
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = adamw(groups, "cpu", lr=config.learning_rate)
         with torch.no_grad():  # centres are rare
             self.net.cells.bias[0] = -3.0  # type: ignore[index]
-        self._renderer = SceneRenderer()
-        self._collages = CollageMaker(self._renderer)
+        self._collages = CollageMaker()
 
     def batch(self, step: int) -> LabelledImages:
         """The images of one step, which follow from config and step."""
         rng = np.random.Generator(np.random.Philox([self.config.seed, step]))
         collages = round(self.config.batch * self.config.collages)
         scenes = [sample_any_scene(rng) for _ in range(self.config.batch - collages)]
-        made = render_scenes(self._renderer, scenes, int(rng.integers(2**62)))
+        made = label_renders(scenes, int(rng.integers(2**62)))
         made = join(made, self._collages.make(collages, rng))
         return spoil(made, self.config.spoiled, rng)
 
@@ -378,16 +358,15 @@ class VerifierTrainer:
         made = self.batch(self.step)
         rng = np.random.Generator(np.random.Philox([config.seed, self.step, 1]))
         pixels = roughen(to_input(made.images), rng).contiguous(memory_format=torch.channels_last)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(self.step, config.steps, config.warm_up)
+        share = schedule(self.step, config.steps, config.warm_up)
+        set_learning_rate(self.optimizer, config.learning_rate * share)
         self.net.train()
         with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
             outputs = self.net(pixels)
         loss, log = verifier_loss(outputs.cells, outputs.overall, make_targets(made))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
-        self.optimizer.step()
+        clip_and_step(self.optimizer, self.net.parameters(), 5.0)
         self.step += 1
         return log
 
@@ -398,25 +377,20 @@ class VerifierTrainer:
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-
-def save_verifier(net: VerifierNet, path: Path | str, extra: dict[str, str] | None = None) -> None:
-    """Write a trained net in float16 (its batch statistics in float32); `extra` goes into the file's metadata."""
-    tensors = {
-        name: (t.float() if "running" in name else t.half()).contiguous()
-        for name, t in net.state_dict().items()
-        if "num_batches" not in name
-    }
-    metadata = {
-        **(extra or {}),
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "name": "verifier",
-        "shape": json.dumps(asdict(net.shape)),
-    }
-    save_file(tensors, path, metadata)
-
-
-def export(trainer: VerifierTrainer, path: Path | str) -> None:
-    """Write the weights of a training run with what it was made from."""
-    made = {"steps": str(trainer.step), "config": json.dumps(asdict(trainer.config))}
-    save_verifier(trainer.net, path, made)
+    def export(self, folder: Path, name: str) -> Path:
+        """Write the net in float16 (its batch statistics in float32) with what it was made from."""
+        tensors = {
+            key: (t.float() if "running" in key else t.half()).contiguous()
+            for key, t in self.net.state_dict().items()
+            if "num_batches" not in key
+        }
+        metadata = {
+            "steps": str(self.step),
+            "config": json.dumps(asdict(self.config)),
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "name": name,
+            "shape": json.dumps(asdict(self.net.shape)),
+        }
+        write_model_file(tensors, folder / "verifier.safetensors", metadata)
+        return folder / "verifier.safetensors"

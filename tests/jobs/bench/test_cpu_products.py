@@ -9,7 +9,7 @@ import pytest
 from millijoule.jobs.bench import cpu_products as bench
 from millijoule.kernels.int8_product import FORMS, Int8Matrix
 from millijoule.workers.errors import MillijouleError
-from millijoule.workers.generators.protocol import load_generator
+from millijoule.workers.generators.registry import load_generator
 
 ROOT = Path(__file__).parents[3]
 RESULT = ROOT / "benchmarks" / "kernels" / "cpu-products.json"

@@ -9,7 +9,7 @@ import torch
 from support.counters import UUIDS, FakeNvml
 
 from millijoule.jobs.bench import gpu as bench_gpu
-from millijoule.workers.generators import protocol as generator
+from millijoule.workers.generators import registry as generator
 from millijoule.workers.meters import meter
 
 WATTS, IDLE_WATTS = 300, 100

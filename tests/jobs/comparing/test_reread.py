@@ -21,7 +21,7 @@ from millijoule.pipeline.comparison.rows import (
 from millijoule.workers.judging.comparison_blocks import hash_pixels
 from millijoule.workers.judging.image_judge import load_judge
 from millijoule.workers.scenes.prompts import write_prompt
-from millijoule.workers.scenes.renderer import SceneRenderer
+from millijoule.workers.scenes.renderer import render_scenes
 from millijoule.workers.scenes.scenes import complete, sample_scene
 
 
@@ -31,7 +31,7 @@ def world():
     rng = np.random.default_rng(1)
     scenes = [sample_scene("colours", rng, held_out=True) for _ in range(12)]
     prompts = [write_prompt(s, rng) for s in scenes]
-    images = SceneRenderer().render([complete(s, i) for i, s in enumerate(scenes)], 1, 2)[:, 0]
+    images = render_scenes([complete(s, i) for i, s in enumerate(scenes)], 1, 2)[:, 0]
     judge = load_judge("icon-scene")
     plan = Registration(
         factor=2.0,

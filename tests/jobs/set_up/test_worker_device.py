@@ -12,8 +12,8 @@ from millijoule.jobs.set_up.autoscaling import Prospect
 from millijoule.jobs.set_up.job import WorkerRequest, validate
 from millijoule.jobs.set_up.worker_device import AUTO_WORKERS_TO_COME, WorkerDevice, choose_device
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators import protocol as generator
-from millijoule.workers.generators.protocol import PACKAGED, needs_gpu
+from millijoule.workers.generators import registry as generator
+from millijoule.workers.generators.registry import PACKAGED, needs_gpu
 
 MAY_COME = Prospect(True, "node type gpu-spot may come", 12)
 NEVER = Prospect(False, "the cluster has no autoscaler that could start one")

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.diffusers_model import DiffusersGenerator, _seeded
-from millijoule.workers.generators.protocol import describe_model, load_generator
+from millijoule.workers.generators.diffusers_model import DiffusersGenerator, seeded
+from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
-from millijoule.workers.training.diffusion import DiffusionConfig, DiffusionTrainer, export
+from millijoule.workers.training.diffusion import DiffusionConfig, DiffusionTrainer
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -36,9 +36,9 @@ PROMPTS = ("a red apple", "two blue stars", "a cat on a blue background", "a hea
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "small"
-    export(DiffusionTrainer(SMALL), folder, guidance_scale=3.0, steps=2)
-    return folder
+    folder = tmp_path_factory.mktemp("models")
+    made = DiffusionTrainer(SMALL).export(folder, guidance_scale=3.0, num_inference_steps=2)
+    return made.rename(folder / "small")
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_seed_prompt_guidance_and_negative_prompt_matter(generator):
 
 def test_noise_depends_on_all_bits_of_the_seed_and_small_seeds_are_torchs():
     def noise(seed):
-        return torch.randn(4096, generator=_seeded(seed))
+        return torch.randn(4096, generator=seeded(seed))
 
     seeds = [7, 7 + 2**32, 7 + 2**33, 7 + 2**63, 8 + 2**63]
     drawn = [noise(seed) for seed in seeds]
@@ -153,7 +153,7 @@ def test_unknown_words_and_long_prompts_are_named(folder):
 
 def test_describe_model_gives_the_loaded_models_hash_without_torch(exported, generator):
     program = (
-        "import sys; from millijoule.workers.generators.protocol import describe_model\n"
+        "import sys; from millijoule.workers.generators.registry import describe_model\n"
         f"print(describe_model({str(exported)!r}).sha256, 'torch' in sys.modules, 'diffusers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -173,7 +173,7 @@ def test_name_and_defaults_come_from_millijoule_json(folder):
     info = load_generator(str(folder)).info
     assert (info.name, info.num_inference_steps) == ("mine", 50)
     (folder / "millijoule.json").write_text(json.dumps({"num_inference_steps": "many"}))
-    with pytest.raises(InputError, match=r"millijoule\.json: num_inference_steps 'many'"):
+    with pytest.raises(InputError, match=r"millijoule\.json: Expected `int`.*num_inference_steps"):
         describe_model(str(folder))
 
 

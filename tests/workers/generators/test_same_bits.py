@@ -7,7 +7,7 @@ from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import open_epoch
 from millijoule.pipeline.planning.retry import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.workers.generators.protocol import load_generator
+from millijoule.workers.generators.registry import load_generator
 
 PROMPTS = [
     f"a {c} {n} on a gray background"

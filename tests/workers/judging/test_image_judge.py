@@ -1,5 +1,6 @@
 """The judge of icon scenes accepts true renders and no noise, and what it stores says the same again."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 
 from millijoule.pipeline.comparison.acceptance import parse_icons, shows_scene
 from millijoule.workers.errors import InputError
-from millijoule.workers.judging.image_judge import IconJudge, icon_judge_sha256, load_judge, load_metric
+from millijoule.workers.judging.image_judge import IconJudge, load_judge, load_metric
+from millijoule.workers.judging.verifier import WEIGHTS
 from millijoule.workers.scenes.prompts import write_prompt
-from millijoule.workers.scenes.renderer import SceneRenderer
+from millijoule.workers.scenes.renderer import render_scenes
 from millijoule.workers.scenes.scenes import FAMILIES, complete, sample_scene
 
 
@@ -25,7 +27,7 @@ def scenes():
     drawn = [(f, sample_scene(f, rng, held_out=True)) for f in FAMILIES for _ in range(10)]
     prompts = [write_prompt(scene, rng) for _, scene in drawn]
     whole = [complete(scene, i) for i, (_, scene) in enumerate(drawn)]
-    return prompts, [f for f, _ in drawn], SceneRenderer().render(whole, 1, 3)[:, 0]
+    return prompts, [f for f, _ in drawn], render_scenes(whole, 1, 3)[:, 0]
 
 
 def test_true_renders_are_accepted_and_the_stored_reading_says_so_too(judge, scenes):
@@ -57,8 +59,7 @@ def test_features_have_a_reference_of_the_same_width(judge, scenes):
 
 def test_a_judge_is_known_by_its_weights(judge):
     assert isinstance(judge, IconJudge)
-    assert judge.sha256 == icon_judge_sha256()
-    assert len(judge.sha256) == 64
+    assert judge.sha256 == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["python:a", "clip", "python:no_such_module:f", "python:json:no_such_name"])

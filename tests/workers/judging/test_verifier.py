@@ -7,7 +7,7 @@ import torch
 from millijoule.workers.errors import InputError
 from millijoule.workers.judging.quality import judge
 from millijoule.workers.judging.verifier import Verifier
-from millijoule.workers.scenes.renderer import SceneRenderer
+from millijoule.workers.scenes.renderer import render_scenes
 from millijoule.workers.scenes.scenes import FAMILIES, complete, icons, sample_scene
 
 VERIFIER = Verifier.load()
@@ -19,7 +19,7 @@ def renders():
     rng = np.random.default_rng(2**33)
     scenes = [sample_scene(FAMILIES[i % 6], rng, held_out=True) for i in range(600)]
     whole = [complete(scene, int(rng.integers(2**63))) for scene in scenes]
-    return scenes, whole, SceneRenderer().render(whole, 1, 2**40)[:, 0]
+    return scenes, whole, render_scenes(whole, 1, 2**40)[:, 0]
 
 
 def test_it_reads_whole_scenes(renders):

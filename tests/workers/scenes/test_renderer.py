@@ -3,8 +3,14 @@
 import numpy as np
 import torch
 
-from millijoule.workers.scenes.device_renderer import DeviceRenderer
-from millijoule.workers.scenes.renderer import ICON_PIXELS, SceneRenderer, draw_variation
+from millijoule.workers.scenes.renderer import (
+    ICON_PIXELS,
+    SceneRenderer,
+    draw_variation,
+    icon_cover,
+    icon_masks,
+    render_scenes,
+)
 from millijoule.workers.scenes.scenes import (
     COLOURS,
     IMAGE_SIZE,
@@ -20,8 +26,6 @@ from millijoule.workers.scenes.scenes import (
     scene_tokens,
 )
 
-RENDERER = SceneRenderer()
-
 
 def scenes(count: int, seed: int = 0):
     return [completed for _, completed in sample_training_scenes(np.random.default_rng(seed), count)]
@@ -29,10 +33,10 @@ def scenes(count: int, seed: int = 0):
 
 def test_icons_and_background_have_their_colours():
     chosen = scenes(40)
-    images = RENDERER.render(chosen, 5, seed=1).astype(float)
+    images = render_scenes(chosen, 5, seed=1).astype(float)
     assert images.shape == (40, 5, IMAGE_SIZE, IMAGE_SIZE, 3)
     for scene, renders in zip(chosen, images, strict=True):
-        cover = RENDERER.cover(scene)
+        cover = icon_cover(scene)
         bare = cover.sum(0) == 0
         for axis in (0, 1):  # pixels beside an icon may be covered after jitter
             bare &= np.roll(bare, 1, axis) & np.roll(bare, -1, axis)
@@ -50,7 +54,7 @@ def test_icons_are_as_large_as_they_should_be_and_inside_their_windows():
         for size in SIZES:
             for count in (1, 4):
                 scene = Scene((Group(noun, "red", size, count),), None, "white", 0)
-                for icon, mask in zip(icons(scene), RENDERER.cover(scene), strict=True):
+                for icon, mask in zip(icons(scene), icon_cover(scene), strict=True):
                     x, y, side = WINDOWS[icon.window]
                     rows, columns = np.nonzero(mask > 0.5)
                     extent = max(np.ptp(rows), np.ptp(columns)) + 1
@@ -61,9 +65,7 @@ def test_icons_are_as_large_as_they_should_be_and_inside_their_windows():
 
 
 def test_nouns_differ_even_when_small():
-    masks = np.stack(
-        [RENDERER.cover(Scene((Group(n, "red", "small", 4),), None, "white", 0))[0] for n in NOUNS]
-    )
+    masks = np.stack([icon_cover(Scene((Group(n, "red", "small", 4),), None, "white", 0))[0] for n in NOUNS])
     flat = masks.reshape(len(NOUNS), -1)
     gaps = np.square(flat[:, None] - flat).sum(-1) + 1e9 * np.eye(len(NOUNS))
     assert gaps.min() > 10  # squared, in pixels; bottle and carrot are the closest
@@ -71,14 +73,14 @@ def test_nouns_differ_even_when_small():
 
 def test_the_same_seed_gives_the_same_pixels_whatever_else_is_drawn():
     chosen = scenes(16)
-    images = RENDERER.render(chosen, 3, seed=7)
-    assert np.array_equal(images, RENDERER.render(chosen, 3, seed=7))
-    assert not np.array_equal(images, RENDERER.render(chosen, 3, seed=8))
+    images = render_scenes(chosen, 3, seed=7)
+    assert np.array_equal(images, render_scenes(chosen, 3, seed=7))
+    assert not np.array_equal(images, render_scenes(chosen, 3, seed=8))
 
 
 def test_renders_of_a_scene_differ_in_place_and_shade():
     scene = complete(Scene((Group("star"),)), 3)
-    renders = RENDERER.render([scene], 30, seed=0)[0]
+    renders = render_scenes([scene], 30, seed=0)[0]
     assert len({r.tobytes() for r in renders}) > 25
 
 
@@ -88,9 +90,28 @@ def test_every_colour_is_told_from_every_other():
     assert gaps.min() > 60  # levels; shades move by at most 14 each
 
 
-def test_the_device_renderer_draws_the_same_pixels():
-    chosen = scenes(300)
-    shade, jitter = draw_variation(300, 3, 7)
-    tokens, shade, jitter = (torch.from_numpy(x) for x in (scene_tokens(chosen), shade, jitter))
-    found = DeviceRenderer("cpu").render(tokens, shade, jitter)
-    assert np.array_equal(found.permute(0, 1, 3, 4, 2).numpy(), RENDERER.render(chosen, 3, seed=7))
+def drawn_plainly(scene: Scene, shade: np.ndarray, jitter: np.ndarray) -> np.ndarray:
+    """One render, icon after icon."""
+    image = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), int) + np.clip(PALETTE[scene.background] + shade[0], 0, 255)
+    for k, icon in enumerate(icons(scene)):
+        x, y, side = (8 * cells for cells in WINDOWS[icon.window])
+        mask = icon_masks()[NOUNS.index(icon.noun), side // 64, SIZES.index(icon.size)].astype(int)
+        left, top = (len(mask) - side) // 2 - jitter[k]
+        cover = mask[top : top + side, left : left + side, None]
+        paint = np.clip(PALETTE[icon.colour] + shade[1 + k], 0, 255)
+        under = image[y : y + side, x : x + side]
+        under[:] = (under * (255 - cover) + paint * cover + 127) // 255
+    return image
+
+
+def test_renders_are_those_of_plain_pasting():
+    chosen = scenes(100)
+    variation = draw_variation(100, 3, 7)
+    found = SceneRenderer().render(torch.from_numpy(scene_tokens(chosen)), **variation)
+    shade, jitter = variation["shade"].numpy(), variation["jitter"].numpy()
+    for s, scene in enumerate(chosen):
+        for r in range(3):
+            assert np.array_equal(
+                found[s, r].permute(1, 2, 0), drawn_plainly(scene, shade[s, r], jitter[s, r])
+            )
+    assert np.array_equal(found.permute(0, 1, 3, 4, 2), render_scenes(chosen, 3, 7))

@@ -9,12 +9,11 @@ import torch
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.oscillator import save_weights
 from millijoule.workers.generators.oscillator_model import (
-    COUPLINGS,
-    Coupling,
+    FloatCoupling,
     OscillatorConfig,
     OscillatorModel,
 )
-from millijoule.workers.generators.protocol import load_generator
+from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.scenes.prompts import parse_prompt
 from millijoule.workers.scenes.scenes import complete, scene_tokens
 from millijoule.workers.schemas import ImageRequest
@@ -33,14 +32,14 @@ SMALL = OscillatorTrainingConfig(steps=40, scenes=4, samples=3, renders=4, warm_
 
 @pytest.mark.parametrize("loss", ["energy", "drifting"])
 def test_a_short_run_comes_closer_to_the_data(loss):
-    trainer = OscillatorTrainer(replace(SMALL, steps=120, learning_rate=4e-3, loss=loss))
-    rows = [trainer.train_step() for _ in range(120)]
+    trainer = OscillatorTrainer(replace(SMALL, steps=60, scenes=2, learning_rate=8e-3, loss=loss))
+    rows = [trainer.train_step() for _ in range(60)]
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     energy = [row.get("energy", row["loss"]) for row in rows]
-    assert np.mean(energy[-20:]) < 0.8 * np.mean(energy[:20])
+    assert np.mean(energy[-10:]) < 0.8 * np.mean(energy[:10])
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("coupling", ["trained", "frozen", "none", "mlp"])
 def test_controls_train_what_they_should(coupling):
     trainer = OscillatorTrainer(replace(SMALL, steps=3, model=replace(SMALL_MODEL, coupling=coupling)))
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
@@ -91,7 +90,7 @@ def test_a_coupling_that_starts_at_nothing_is_found_by_training():
 
 def test_the_mlp_control_has_as_many_parameters_as_the_coupling():
     config = OscillatorConfig()
-    coupling = sum(p.numel() for p in Coupling(config).parameters())
+    coupling = sum(p.numel() for p in FloatCoupling(config).parameters())
     mlp = sum(p.numel() for p in OscillatorModel(replace(config, coupling="mlp")).mlp.parameters())
     assert abs(mlp / coupling - 1) < 0.02
 

@@ -1,0 +1,80 @@
+"""Models by name or path: which one is meant, what it is without loading it, and loading it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from millijoule.workers import factories
+from millijoule.workers.errors import InputError
+from millijoule.workers.generators.file_hashes import file_sha256
+from millijoule.workers.generators.model_files import read_header
+from millijoule.workers.generators.pipeline_folder import describe_pipeline, read_pipeline
+from millijoule.workers.generators.protocol import Generator, ModelIdentity
+
+_WEIGHTS = Path(__file__).parents[1] / "weights"
+
+#: Models that come with the package: the oscillator generator, and the conventional diffusion model to compare it with.
+PACKAGED = {"default": _WEIGHTS / "default.safetensors", "baseline": _WEIGHTS / "baseline"}
+
+#: A diffusers directory of more bytes than this is not run on CPUs unless somebody says so. The packaged baseline has 19 MB;
+#: those that are published for real use have a gigabyte and more, and would take minutes for an image.
+CPU_WEIGHTS_BYTES = 256 * 2**20
+
+
+def describe_model(model: str) -> ModelIdentity:
+    """Identify `model` (see `load_generator`) by its files, without torch; their hashes are found once per host (`file_hashes`).
+
+    Raises:
+        InputError: a file is missing or is not safetensors, or the factory's name is malformed.
+    """
+    if model.startswith(factories.PREFIX):
+        factories.split_name("--model", model)
+        return ModelIdentity(model, hashlib.sha256(model.encode()).hexdigest())
+    path = model_path(model)
+    if path.is_dir():
+        return describe_pipeline(path)
+    return ModelIdentity(read_header(path).metadata.get("name", path.stem), file_sha256(path))
+
+
+def load_generator(model: str, *, device: str = "cpu") -> Generator:
+    """Load `model`.
+
+    Args:
+        model: "default" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file or of a diffusers
+            directory, or "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`.
+        device: "cpu" or "cuda".
+
+    Raises:
+        InputError: the file is missing, is not safetensors (pickled files are never opened), or is not a model
+            this version knows; the factory cannot be imported.
+    """
+    if model.startswith(factories.PREFIX):
+        return factories.find_factory("--model", model)(device)
+    path = model_path(model)
+    if path.is_dir():
+        from millijoule.workers.generators.diffusers_model import DiffusersGenerator
+
+        return DiffusersGenerator.load(path, device=device)
+    if read_header(path).metadata.get("format") == "un0":
+        from millijoule.workers.generators.un0 import Un0Generator
+
+        return Un0Generator.load(path, device=device)
+    from millijoule.workers.generators.oscillator import OscillatorGenerator
+
+    return OscillatorGenerator.load(path, device=device)
+
+
+def model_path(model: str) -> Path:
+    """The file or diffusers directory behind a model name; raises InputError where there is none."""
+    path = PACKAGED.get(model) or Path(model)
+    if not path.exists():
+        raise InputError(f"--model {model}: no such file or directory")
+    return path
+
+
+def needs_gpu(model: str) -> bool:
+    """Whether `model` is a diffusers directory of more than `CPU_WEIGHTS_BYTES`. Raises InputError as `describe_model`."""
+    if model.startswith(factories.PREFIX) or not (path := model_path(model)).is_dir():
+        return False
+    return sum(file.stat().st_size for file in read_pipeline(path).files) > CPU_WEIGHTS_BYTES
