@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from millijoule.pipeline.output.commits import READ_THREADS
+from millijoule.pipeline.running.cluster import living_nodes
 from millijoule.pipeline.running.record_writer import RecordWriter
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.layout import CLOSINGS_PREFIX, WORKERS_PREFIX, closing_key
@@ -273,7 +274,7 @@ class Accounts:
 
 def _node_of(environment: WorkerEnvironment) -> str | None:
     """The id of the worker's node, else of another on its host; the reader there makes sure that it is the same boot."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    own = (n["NodeID"] for n in alive if n["NodeID"] == environment.node_id)
-    same_host = (n["NodeID"] for n in alive if n["NodeManagerHostname"] == environment.host)
-    return next(own, None) or next(same_host, None)
+    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in living_nodes()}
+    if environment.node_id in nodes:
+        return environment.node_id
+    return next((node_id for node_id, host in nodes.items() if host == environment.host), None)
