@@ -158,7 +158,7 @@ def options_of(keywords: Mapping[str, Any]) -> GenerateOptions:
     known = [parameter.name for parameter in parameters()]
     for name in keywords:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 3)
+            near = [k for k in known if name in k] or difflib.get_close_matches(name, known, 3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
             raise TypeError(f"generate() has no option {name!r}; {hint}")
     if missing := [name for name in ("prompts", "output") if name not in keywords]:

@@ -6,12 +6,13 @@ import json
 import platform
 import socket
 import subprocess
+import sys
 import tarfile
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support.jobs import assert_exactly_once, generate, hashes, manifest, write_prompts
+from support.jobs import assert_exactly_once, environment, generate, hashes, manifest, write_prompts
 
 
 @pytest.fixture
@@ -310,3 +311,40 @@ def test_what_this_machine_can_never_hold_is_refused_instead_of_waited_for(tmp_p
     done = generate(tmp_path, *arguments, "--model", "python:support.models:plain")
     assert done.returncode == 1
     assert "no room for a worker that asks for 4096 CPU; lower --cpus-per-worker" in done.stderr
+
+
+FROM_PYTHON = """
+import dataclasses, json, sys
+import ray
+from millijoule.jobs import generate
+
+address, prompts, folder = sys.argv[1:]
+options = dict(prompts=[prompts], model="python:support.models:plain", shard_size=16, images_per_prompt=2, quiet=True)
+results = []
+ray.init(address=address, log_to_driver=False)
+for name in ("one", "two"):
+    results.append(generate(**options, output=f"{folder}/{name}"))
+    assert ray.is_initialized(), "the caller's connection was ended"
+ray.shutdown()
+results.append(generate(**options, output=f"{folder}/two", ray_address=address))
+assert not ray.is_initialized()
+print(json.dumps([dataclasses.asdict(r) for r in results]))
+"""
+
+
+def test_the_function_uses_a_connection_that_is_there_and_leaves_it(finished, tmp_path, ray_address):
+    folder, _, _ = finished
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_PYTHON, ray_address, str(folder / "prompts.txt"), str(tmp_path)],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for result in json.loads(done.stdout):
+        assert (result["status"], result["images"], result["shards_left"]) == ("complete", 80, 0)
+    for name in ("one", "two"):
+        assert_exactly_once(tmp_path / name, 80)
+        assert hashes(tmp_path / name) == hashes(folder / "out")

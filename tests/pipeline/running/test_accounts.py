@@ -8,6 +8,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from millijoule.pipeline.running import accounts as accounts_module
+from millijoule.pipeline.running import cluster
 from millijoule.pipeline.running.accounts import Accounts
 from millijoule.pipeline.running.record_writer import RecordWriter
 from millijoule.workers.layout import closing_key
@@ -77,6 +78,7 @@ class Readers:
 def readers(monkeypatch):
     readers = Readers()
     monkeypatch.setattr(accounts_module, "ray", readers)
+    monkeypatch.setattr(cluster, "ray", readers)
     monkeypatch.setattr(
         accounts_module,
         "NodeAffinitySchedulingStrategy",
