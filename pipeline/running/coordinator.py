@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import statistics
 import uuid
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -119,10 +119,9 @@ class Coordinator:
         self._accused: deque[Accusation] = deque()  # that wait for a second worker
         self._hearings: dict[str, Accusation] = {}  # by the attempt id of the lease that confirms them
         self._void: list[Accusation] = []  # whose attempts are to be discarded
-        self._trouble: dict[int, _Trouble] = {}
-        self._by_shard: dict[int, set[str]] = {}
+        self._trouble: defaultdict[int, _Trouble] = defaultdict(_Trouble)
+        self._by_shard: defaultdict[int, set[str]] = defaultdict(set)  # attempt ids
         self._durations: deque[float] = deque(maxlen=256)
-        self.leases_given = 0
         self.progress = 0  # grows with every commit and every narrowed search: the respawn budget's clock
         self.n_committed = int(self.committed.sum())
 
@@ -161,14 +160,12 @@ class Coordinator:
             return lease
         while self._later and self._later[0][0] <= now:
             self._again[heapq.heappop(self._later)[1]] = None
-        while self._again:
-            shard_id = next(iter(self._again))
-            del self._again[shard_id]
-            if self._open(shard_id):
-                return self._grant(shard_id, worker_id, now)
-        while self._cursor < len(self.shards):
-            shard_id = self._cursor
-            self._cursor += 1
+        while self._again or self._cursor < len(self.shards):
+            shard_id = next(iter(self._again), self._cursor)
+            if shard_id in self._again:
+                del self._again[shard_id]
+            else:
+                self._cursor += 1
             if self._open(shard_id):
                 return self._grant(shard_id, worker_id, now)
         return self._speculative(worker_id, now) if self.speculate else None
@@ -182,8 +179,7 @@ class Coordinator:
             (images_done, steps) <= (entry.images_done, entry.steps) and not waits_for_store
         ):
             return False
-        entry.images_done, entry.steps = images_done, steps
-        entry.deadline = now + self.lease_s
+        entry.images_done, entry.steps, entry.deadline = images_done, steps, now + self.lease_s
         return True
 
     def complete(self, attempt_id: str, shard_id: int, now: float) -> bool:
@@ -222,24 +218,26 @@ class Coordinator:
         self._return(attempt_id)
         accusation = self._hearings.pop(attempt_id, None)
         if accusation is not None:
-            self._void.append(accusation)
-            self._lease_again_soon(accusation.result.lease.shard.shard_id)
+            self._make_void(accusation)
         return accusation
+
+    def _make_void(self, accusation: Accusation) -> None:
+        self._void.append(accusation)
+        self._lease_again_soon(accusation.result.lease.shard.shard_id)
 
     def take_void(self, *, all_waiting: bool = False) -> list[AttemptResult]:
         """Attempts that will never be committed, each once: contradicted ones, and those whose shard another has committed.
 
         With `all_waiting` also those that still wait for a second opinion: the run ends.
         """
-        waiting = [*self._accused, *self._hearings.values()] if all_waiting else list(self._accused)
-        self._accused.clear()
         if all_waiting:
+            self._void += [*self._accused, *self._hearings.values()]
+            self._accused.clear()
             self._hearings.clear()
-        for accusation in waiting:
-            if all_waiting or not self._open(accusation.result.lease.shard.shard_id):
-                self._void.append(accusation)
-            else:
-                self._accused.append(accusation)
+        else:
+            late = [a for a in self._accused if not self._open(a.result.lease.shard.shard_id)]
+            self._void += late
+            self._accused = deque(a for a in self._accused if a not in late)
         void, self._void = [a.result for a in self._void], []
         return void
 
@@ -298,7 +296,7 @@ class Coordinator:
         entry = self.active.get(attempt_id)
         if entry is None:
             return
-        trouble = self._trouble.setdefault(entry.lease.shard.shard_id, _Trouble())
+        trouble = self._trouble[entry.lease.shard.shard_id]
         trouble.node_deaths += 1
         if trouble.node_deaths < NODE_DEATHS_BEFORE_BLAME:
             self.released(attempt_id)
@@ -310,20 +308,19 @@ class Coordinator:
         entry = self.active.get(attempt_id)
         if entry is None:
             return
-        self._trouble.setdefault(entry.lease.shard.shard_id, _Trouble()).stood_still = stood_still
+        shard_id, n_rows = entry.lease.shard.shard_id, entry.lease.shard.n_rows
+        trouble = self._trouble[shard_id]
+        trouble.stood_still = stood_still
         if entry.lease.probe_rows is not None:
             self._end_probe(attempt_id, survived=False)
             return
         self._return(attempt_id)
-        shard_id = entry.lease.shard.shard_id
-        trouble = self._trouble.setdefault(shard_id, _Trouble())
         if accusation := self._hearings.pop(attempt_id, None):
             # rows that made one worker raise kill another: let the search find out which
             trouble.crashes += 1
-            self._void.append(accusation)
-            self._lease_again_soon(accusation.result.lease.shard.shard_id)
+            self._make_void(accusation)
             return
-        if len(trouble.quarantine) == entry.lease.shard.n_rows:
+        if len(trouble.quarantine) == n_rows:
             trouble.empty_attempts += 1
             if trouble.empty_attempts >= MAX_EMPTY_ATTEMPTS:
                 self.given_up[shard_id] = f"workers die even without drawing it: {error}"
@@ -337,12 +334,11 @@ class Coordinator:
             pass  # a straggling second lease died while the search is already on
         elif trouble.bisections >= MAX_BISECTIONS:
             reason = f"workers keep dying on this shard, though no single row of it kills one: {error}"
-            for row in range(entry.lease.shard.n_rows):
-                trouble.quarantine.setdefault(row, reason)
+            trouble.quarantine = dict.fromkeys(range(n_rows), reason) | trouble.quarantine
             self._lease_again_soon(shard_id)
         else:
             trouble.bisections += 1
-            trouble.bisection = Bisection(entry.lease.shard.n_rows)
+            trouble.bisection = Bisection(n_rows)
             self._again.pop(shard_id, None)
             self._probing.append(shard_id)
 
@@ -376,8 +372,10 @@ class Coordinator:
         confirm: tuple[Suspect, ...] = (),
         healthy: tuple[int, int] | None = None,
     ) -> Lease:
-        trouble = self._trouble.get(shard_id)
-        quarantine = sorted(trouble.quarantine.items()) if trouble and probe is None and not confirm else ()
+        asks = probe is not None or bool(confirm)
+        quarantine = (
+            () if asks or shard_id not in self._trouble else self._trouble[shard_id].quarantine.items()
+        )
         lease = Lease(
             shard=self.shards[shard_id],
             attempt_id=f"e{self.driver_epoch:04d}-{uuid.uuid4().hex[:12]}",
@@ -385,11 +383,10 @@ class Coordinator:
             probe_rows=probe,
             confirm=confirm,
             healthy=healthy,
-            quarantine=tuple(quarantine),
+            quarantine=tuple(sorted(quarantine)),
         )
         self.active[lease.attempt_id] = ActiveLease(lease, now, now + self.lease_s)
-        self._by_shard.setdefault(shard_id, set()).add(lease.attempt_id)
-        self.leases_given += 1
+        self._by_shard[shard_id].add(lease.attempt_id)
         return lease
 
     def _speculative(self, worker_id: str, now: float) -> Lease | None:
@@ -414,9 +411,8 @@ class Coordinator:
         entry = self.active.pop(attempt_id, None)
         if entry is not None:
             shard_id = entry.lease.shard.shard_id
-            attempts = self._by_shard[shard_id]
-            attempts.discard(attempt_id)
-            if not attempts:
+            self._by_shard[shard_id].discard(attempt_id)
+            if not self._by_shard[shard_id]:
                 del self._by_shard[shard_id]
         return entry
 

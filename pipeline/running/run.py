@@ -62,7 +62,6 @@ class PlannedJob:
 class Counts:
     """What this run and earlier ones achieved so far, for display."""
 
-    shards_done: int = 0
     images_done: int = 0  # of committed shards, earlier runs included
     images_this_run: int = 0
     quarantined_this_run: int = 0
@@ -117,10 +116,7 @@ class JobRun:
         self.pool = WorkerPool(worker_class, self.coordinator, config, options, self)
         self.writer = RecordWriter()
         self._accounts = Accounts(store, self.epoch, self.writer, worker_class, config)
-        self.counts = Counts(
-            shards_done=self.coordinator.n_committed,
-            images_done=planned.shards.images_of(committed),
-        )
+        self.counts = Counts(images_done=planned.shards.images_of(committed))
         self.spending = spending or Spending()
         self.cap_reached: str | None = None  # in words
         self.hosts: dict[str, str] = {}  # by boot id
@@ -173,16 +169,16 @@ class JobRun:
         try:
             self.pool.run()
         except _StopNow:
+            if self._head_lost is not None:
+                raise JobError(
+                    f"the head of the Ray cluster is gone ({self._head_lost}). Nothing that was committed is lost: run "
+                    "the same job again, on this cluster when it is back or on another one, to resume"
+                ) from None
             log.warning("stopped")
-        except _HeadLost:
-            raise JobError(
-                f"the head of the Ray cluster is gone ({self._head_lost}). Nothing that was committed is lost: run the "
-                "same job again, on this cluster when it is back or on another one, to resume"
-            ) from None
 
     def _close(self) -> None:
         """Close every account and write what is left; cut off, only what takes seconds."""
-        cut_off = self._stop_now or self._head_lost is not None
+        cut_off = self._stop_now
         try:
             if self._head_lost is None:
                 self._accounts.close(cut_off=cut_off)
@@ -201,7 +197,7 @@ class JobRun:
 
     def lose_head(self, reason: str) -> None:
         """The cluster's head is gone: make `run` raise at its next turn, with no more calls to Ray. Safe from any thread."""
-        self._head_lost = reason
+        self._head_lost, self.pool.abandoned, self._stop_now = reason, True, True
 
     @property
     def draining(self) -> bool:
@@ -255,7 +251,6 @@ class JobRun:
             self._live.add_commit(commit)
         self.spending.add(commit.segments)
         self.hosts.update({s.open.boot_id: commit.host for s in commit.segments})
-        counts.shards_done += 1
         counts.images_done += shard.n_images
         counts.images_this_run += commit.images_ok
         counts.quarantined_this_run += commit.images_quarantined
@@ -290,7 +285,6 @@ class JobRun:
             self._look_not_before = time.monotonic() + LOOK_PERIOD_S + 10 * took
             for shard_id in (committed & ~coordinator.committed).nonzero()[0].tolist():
                 if coordinator.complete("", shard_id, time.monotonic()):
-                    self.counts.shards_done += 1
                     self.counts.images_done += self.planned.shards[shard_id].n_images
 
         n_shards = len(self.planned.shards)
@@ -361,9 +355,6 @@ class JobRun:
 
     def tick(self) -> None:
         """One turn of the pool's loop is over."""
-        if self._head_lost is not None:
-            self.pool.abandoned = True
-            raise _HeadLost
         if self._stop_now:
             raise _StopNow
         self.writer.settle()
@@ -400,10 +391,6 @@ class JobRun:
 
 class _StopNow(Exception):
     """Leave the pool's loop at once."""
-
-
-class _HeadLost(Exception):
-    """The same, and Ray is not to be called again."""
 
 
 def _as_loser(segment: Segment, attempt_id: str) -> Segment:
