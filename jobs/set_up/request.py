@@ -22,6 +22,22 @@ DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\
 #: Images per shard until a calibration has said how many take the seconds that were asked for.
 UNCALIBRATED_SHARD_SIZE = 256
 
+#: Fields of a request that are the options of the same name.
+AS_GIVEN = (
+    *(
+        "prompts",
+        "output",
+        "model",
+        "format",
+        "seed",
+        "batch_size",
+        "lease_seconds",
+        "speculate",
+        "telemetry",
+    ),
+    *("retry_failed", "dry_run", "ray_address", "quiet"),
+)
+
 
 @dataclass(frozen=True)
 class WorkersAsked:
@@ -82,7 +98,6 @@ def request_of(options: GenerateOptions) -> JobRequest:
         raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
     images, seconds = parse_shard_size(options.shard_size)
     return JobRequest(
-        prompts=options.prompts,
         workers=workers_asked(options),
         caps=caps_of(options),
         plan=PlanOptions(
@@ -96,19 +111,8 @@ def request_of(options: GenerateOptions) -> JobRequest:
         shard_seconds=seconds,
         node_meters=parse_node_meters(options.node_meter, options.node_rest),
         files=tuple(expand_inputs(options.prompts)),
-        output=options.output,
-        model=options.model,
         identity=describe_model(options.model),
-        format=options.format,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        lease_seconds=options.lease_seconds,
-        speculate=options.speculate,
-        telemetry=options.telemetry,
-        retry_failed=options.retry_failed,
-        dry_run=options.dry_run,
-        ray_address=options.ray_address,
-        quiet=options.quiet,
+        **{name: getattr(options, name) for name in AS_GIVEN},
     )
 
 

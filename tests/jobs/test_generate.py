@@ -9,14 +9,15 @@ import threading
 from dataclasses import fields
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
-from support.jobs import assert_exactly_once, write_prompts
+from support.jobs import assert_exactly_once, hashes, manifest, write_prompts
 from support.stand_in_jobs import start_cluster
 
 from millijoule.jobs import JobResult, generate
 from millijoule.jobs.rate_options import RateOptions
 from millijoule.jobs.set_up.options import GenerateOptions
-from millijoule.pipeline.running import head_watch
+from millijoule.pipeline.running import head_watch, live_metrics
 from millijoule.workers.actor import ShardWorker
 from millijoule.workers.errors import InputError, JobError
 
@@ -208,14 +209,61 @@ def test_energy_is_what_the_totals_say():
     assert result.manifest == "s3://bucket/out/manifest.parquet"
 
 
-def test_rows_that_were_quarantined_or_rejected_are_counted(cluster, job, tmp_path):
-    (tmp_path / "q.jsonl").write_text(
-        "".join(json.dumps({"prompt": p}) + "\n" for p in ("fine", "poison", "fine", None))
+POISON = [f"{'poison' if i in (5, 17) else 'fine'} {i}" for i in range(24)]
+
+
+@pytest.mark.parametrize("workers", [1, "0:2"])
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("raises_on_poison", "cannot draw poison"), ("returns_nonsense_on_poison", "images as float32")],
+)
+def test_a_row_that_cannot_be_drawn_costs_that_row_alone_and_nobody_dies_for_it(
+    cluster, job, tmp_path, caplog, model, reason, workers
+):
+    """A lone worker is heard, too."""
+    ray = cluster()
+    (tmp_path / "q.txt").write_text("\n".join(POISON))
+    result = job(
+        prompts=tmp_path / "q.txt", model=f"python:support.models:{model}", shard_size=12, workers=workers
     )
+    assert (result.status, result.images, result.images_quarantined) == ("complete_with_quarantined", 22, 2)
+    bad = {r["prompt"]: r["error"] for r in manifest(tmp_path / "out") if r["status"] == "quarantined"}
+    assert set(bad) == {"poison 5", "poison 17"}
+    assert all(reason in error for error in bad.values())
+    assert_exactly_once(tmp_path / "out", len(POISON))
+    assert len(ray.asked_for) == (1 if workers == 1 else 2)
+    assert "is gone" not in caplog.text
+    assert "node host-1" not in caplog.text
+
+
+def test_bad_rows_are_rejected_with_file_and_row_and_the_rest_is_made(cluster, job, tmp_path):
     cluster()
-    result = job(prompts=[tmp_path / "q.jsonl"], model="python:support.models:raises_on_poison")
-    assert result.status == "complete_with_quarantined"
-    assert (result.images, result.images_quarantined, result.rows_rejected) == (2, 1, 1)
+    rows = [{"prompt": "ok"}, {"prompt": None}, {"prompt": "x" * 100_000}, {"prompt": "big", "width": 10**9}]
+    prompts = tmp_path / "q.jsonl"
+    prompts.write_text("".join(json.dumps(r) + "\n" for r in rows) + "{broken\n")
+    result = job(prompts=[prompts])
+    assert (result.status, result.images, result.rows_rejected) == ("complete_with_quarantined", 1, 4)
+    bad = pq.read_table(tmp_path / "out" / "bad_rows.parquet").to_pylist()
+    assert [(b["row"], b["column"]) for b in bad][:3] == [(2, "prompt"), (3, "prompt"), (4, "width")]
+    assert bad[3]["row"] == 5
+    assert all(str(prompts) in b["file"] for b in bad)
+    assert_exactly_once(tmp_path / "out", 1)
+
+
+def test_telemetry_changes_no_image(cluster, job, tmp_path, monkeypatch):
+    for kind in ("Counter", "Gauge"):  # Ray's, which need a node to send to
+        monkeypatch.setattr(live_metrics, kind, lambda *args, **kwargs: NoMetric())
+    cluster()
+    with_telemetry = job(output=tmp_path / "told", telemetry=True)
+    assert with_telemetry.status == "complete"
+    job()
+    assert hashes(tmp_path / "told") == hashes(tmp_path / "out")
+
+
+class NoMetric:
+    def inc(self, by, tags): ...
+
+    def set(self, value, tags): ...
 
 
 def test_a_cap_that_is_reached_and_the_job_that_goes_on_without(cluster, job):

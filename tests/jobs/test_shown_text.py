@@ -3,8 +3,6 @@
 import logging
 from dataclasses import dataclass
 
-import pytest
-
 from millijoule.jobs import check, entry, gc, query
 from millijoule.jobs.entry import run_command
 from millijoule.pipeline.closing.garbage import Orphan
@@ -69,12 +67,3 @@ def test_rows_of_a_query():
     import pyarrow as pa
 
     safe(query.as_text(pa.table({"prompt": [EVIL]})))
-
-
-def test_the_words_of_delimiters():
-    from millijoule.jobs.set_up.request import parse_delimiter
-
-    found = [parse_delimiter(t) for t in (None, ";", "semicolon", "Tab", "\\t", "pipe", "comma", "\t")]
-    assert found == [None, ";", ";", "\t", "\t", "|", ",", "\t"]
-    with pytest.raises(InputError, match="--delimiter dot: one character, or comma"):
-        parse_delimiter("dot")

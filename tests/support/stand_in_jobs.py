@@ -15,22 +15,36 @@ from millijoule.workers.actor import ShardWorker
 
 
 class WriterAtOnce:
-    """A `RecordWriter` without a thread: works are done when they come, and taken by `settle` as ever."""
+    """A `RecordWriter` without a thread: works are done when they come, and taken by `settle` as ever.
+
+    While `storage_is_away` they are kept, until `come_back`.
+    """
 
     has_room = True
 
     def __init__(self) -> None:
+        self.storage_is_away = False
+        self._works: deque[tuple[Any, Any]] = deque()
         self._results: deque[tuple[Any, Any]] = deque()
 
     @property
     def idle(self) -> bool:
-        return not self._results
+        return not self._works and not self._results
 
     def waiting_for(self) -> None:
         return None
 
     def submit(self, what: str, do: Any, then: Any = lambda result: None) -> None:
-        self._results.append((then, do()))
+        self._works.append((do, then))
+        if not self.storage_is_away:
+            self.come_back()
+
+    def come_back(self) -> None:
+        """Storage answers, also what was asked before."""
+        self.storage_is_away = False
+        while self._works:
+            do, then = self._works.popleft()
+            self._results.append((then, do()))
 
     def settle(self) -> None:
         while self._results:

@@ -92,3 +92,7 @@ def test_another_job_is_refused_and_the_option_named(options, decisions):
     set_up(options)
     with pytest.raises(InputError, match="--seed was 0, now 7"):
         set_up(replace(options, seed=7))
+    with open(options.prompts[0], "a") as file:
+        file.write("one more\n")
+    with pytest.raises(InputError, match="prompt files"):
+        set_up(options)
