@@ -53,35 +53,23 @@ def choose_device(
     Raises:
         InputError: there is no GPU, none can come, and one was asked for or is needed.
     """
-    device = _choose(request, cluster, has_work, ask)
-    if device is not None:
-        log.info("device: %s", device)
-    return device
-
-
-def _choose(
-    request: JobRequest,
-    cluster: Cluster,
-    has_work: Callable[[], bool],
-    ask: Callable[[dict[str, float]], Prospect],
-) -> WorkerDevice | None:
     workers = request.workers
     if workers.device == "cpu":
-        return WorkerDevice(0.0, "--device cpu")
+        return _decided(0.0, "--device cpu")
     if workers.gpus == 0:
-        return WorkerDevice(0.0, "--gpus-per-worker 0")
+        return _decided(0.0, "--gpus-per-worker 0")
     gpus = workers.gpus or 1.0
     asked_by = "--device gpu" if workers.device == "gpu" else None
     if workers.gpus and not asked_by:
         asked_by = f"--gpus-per-worker {gpus:g}"
     if have := ray_cluster.gpus():
-        return WorkerDevice(gpus, asked_by or f"{cluster.name} has {have:g} GPU{'' if have == 1 else 's'}")
+        return _decided(gpus, asked_by or f"{cluster.name} has {have:g} GPU{'' if have == 1 else 's'}")
     if not has_work():
         return None
     answer = ask({"CPU": workers.cpus, **workers.resources, "GPU": gpus})
     if answer.may_come:
         why = f"{asked_by}, and {answer.why}" if asked_by else answer.why
-        return WorkerDevice(gpus, why, answer.most or AUTO_WORKERS_TO_COME)
+        return _decided(gpus, why, answer.most or AUTO_WORKERS_TO_COME)
     reason = f"{cluster.name} has no GPU, and {answer.why}"
     if asked_by:
         if answer.may_come is False:
@@ -90,7 +78,7 @@ def _choose(
                 "--device cpu runs without"
             )
         log.warning("%s: %s; waiting for one", asked_by, reason)
-        return WorkerDevice(gpus, asked_by, AUTO_WORKERS_TO_COME)
+        return _decided(gpus, asked_by, AUTO_WORKERS_TO_COME)
     if needs_gpu(request.model):
         raise InputError(
             f"--model {request.model}: this pipeline needs a GPU in practice, but {reason}. Two ways out: a cluster "
@@ -99,7 +87,13 @@ def _choose(
         )
     if answer.may_come is None:
         log.warning("no GPU is used: %s. --device gpu asks for GPUs, --device cpu ends this warning", reason)
-    return WorkerDevice(0.0, reason)
+    return _decided(0.0, reason)
+
+
+def _decided(gpus: float, why: str, to_come: int | None = None) -> WorkerDevice:
+    device = WorkerDevice(gpus, why, to_come)
+    log.info("device: %s", device)
+    return device
 
 
 def pool_options(asked: WorkersAsked, device: WorkerDevice | None, cluster: Cluster) -> PoolOptions:

@@ -50,7 +50,6 @@ class _Open:
     """An account without last words."""
 
     worker_id: str
-    of_this_run: bool
     environment: WorkerEnvironment | None = None  # None: not looked up yet
     tries: int = 0
     reading: bool = False
@@ -92,7 +91,7 @@ class Accounts:
 
     def gone(self, worker_id: str, *, of_this_run: bool = True) -> None:
         """A worker ended without last words."""
-        account = self._open[worker_id] = _Open(worker_id, of_this_run)
+        account = self._open[worker_id] = _Open(worker_id)
         since = time.monotonic()
 
         def look_up() -> WorkerEnvironment | None:

@@ -5,6 +5,7 @@ A worker leaves in one of two ways: with its last words, or as gone, so that som
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
@@ -88,15 +89,13 @@ class Crew:
     def answers(self, timeout_s: float) -> list[tuple[Worker, str, Any]]:
         """Calls that came back, each once: wait up to `timeout_s` for the first, and take what else is there."""
         calls = list(self._calls)
+        if not calls:
+            time.sleep(timeout_s / 4)
+            return []
         ready, _ = ray.wait(calls, num_returns=1, timeout=timeout_s, fetch_local=False)
         if ready and len(calls) > 2:
             ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
         return [(*self._calls.pop(call), call) for call in ready]
-
-    @property
-    def busy(self) -> bool:
-        """Whether any call is out."""
-        return bool(self._calls)
 
     def stop(self, worker: Worker, now: float) -> None:
         """Ask for last words; they come once what the worker has in hand has ended."""

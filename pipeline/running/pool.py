@@ -14,9 +14,8 @@ from ray.exceptions import RayError
 
 from millijoule.pipeline.running.cluster import first_line, nodes_for, words
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew, Worker
+from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew
 from millijoule.pipeline.running.demand import Demand, PoolOptions
-from millijoule.pipeline.running.node_health import NodeHealth
 from millijoule.pipeline.running.outcomes import STATUS_PERIOD_S, JobEvents, Outcomes
 from millijoule.workers.errors import JobError, MillijouleError
 from millijoule.workers.lease import AttemptResult, WorkerConfig
@@ -60,20 +59,13 @@ class WorkerPool:
         self.abandoned = False  # Ray answers no more: nothing is asked of it
         self._crew = Crew(actor_class, config, options, events.gone)
         self._outcomes = Outcomes(self._crew, coordinator, events)
+        self.workers = self._crew.workers
+        self.nodes = self._outcomes.nodes
         self._demand = Demand(options)
         self._closing = False
         self._candidates: list[str] = []
         self._candidates_until = 0.0
         self._waiting_since: float | None = None
-
-    @property
-    def workers(self) -> dict[str, Worker]:
-        """The workers there are, by id."""
-        return self._crew.workers
-
-    @property
-    def nodes(self) -> NodeHealth:
-        return self._outcomes.nodes
 
     @property
     def ready_workers(self) -> int:
@@ -127,11 +119,8 @@ class WorkerPool:
             if worker.lease is not None and not worker.status_pending and now >= worker.next_status:
                 worker.status_pending = True
                 self._crew.expect(worker, "status", worker.actor.status.remote())
-        if self._crew.busy:
-            for answer in self._crew.answers(TICK_S):
-                self._outcomes.settle(*answer, time.monotonic())
-        else:
-            time.sleep(TICK_S / 4)
+        for answer in self._crew.answers(TICK_S):
+            self._outcomes.settle(*answer, time.monotonic())
         self._watch_deadlines(time.monotonic())
         for result in self.coordinator.take_void():
             self.events.discarded(result)

@@ -93,7 +93,7 @@ class Progress:
             parts.append(energy_words(counts.energy_mj, counts.estimate_mj, counts.images_this_run))
         if counts.quarantined_this_run:
             parts.append(f"{counts.quarantined_this_run} quarantined")
-        if run.waiting_for_storage:
+        if run.writer.waiting_for():
             parts.append("waiting for storage")
         if run.complete:
             parts.append("done")

@@ -211,11 +211,6 @@ class JobRun:
     def remaining(self) -> int:
         return self.coordinator.remaining
 
-    @property
-    def waiting_for_storage(self) -> str | None:
-        """What this process waits for storage with, in words; None where storage answers."""
-        return self.writer.waiting_for()
-
     def images_per_second(self) -> float | None:
         """Committed images per second over the last minute; None before the first commits."""
         if len(self._arrivals) < 2:
