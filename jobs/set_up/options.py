@@ -129,8 +129,8 @@ class GenerateOptions:
     as 180+-30; without it nodes cannot close. In a FILE: rest_watts and rest_tolerance_watts."""
 
     telemetry: bool = True
-    """Read energy counters, sample power, write live tables and metrics. --no-telemetry: nothing of it; the job's energy
-    is missing, and the finished tables say so."""
+    """Read energy counters, sample power, write live tables and metrics. --no-telemetry: nothing of it; energy is
+    missing, and the finished tables say so."""
 
     retry_failed: bool = False
     """Give quarantined rows of a finished job one more try, as new shards."""
