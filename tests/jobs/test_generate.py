@@ -275,23 +275,36 @@ def test_a_cap_that_is_reached_and_the_job_that_goes_on_without(cluster, job):
     assert job().status == "complete"
 
 
-class Interrupted(ShardWorker):
-    """Whose third lease is interrupted by a person, as in a notebook."""
+def interrupted_by(*signals):
+    """A worker during whose third lease a person, or the cluster, interrupts the driver."""
 
-    def run(self, lease):
-        result = super().run(lease)
-        if lease.shard.shard_id == 2:
-            signal.raise_signal(signal.SIGINT)
-        return result
+    class Interrupted(ShardWorker):
+        def run(self, lease):
+            result = super().run(lease)
+            if lease.shard.shard_id == 2:
+                for signum in signals:
+                    signal.raise_signal(signum)
+            return result
+
+    return Interrupted
 
 
-def test_an_interrupt_finishes_what_is_at_work_and_the_next_call_goes_on(cluster, job):
+@pytest.mark.parametrize(
+    "signals",
+    [(signal.SIGINT,), (signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)],
+    ids=["once", "twice", "term"],
+)
+def test_an_interrupt_finishes_what_is_at_work_and_the_next_call_goes_on(cluster, job, caplog, signals):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    cluster(Interrupted)
+    ray = cluster(interrupted_by(*signals))
     result = job()
-    assert result.status == "interrupted"
+    assert (result.status, result.reason) == ("interrupted", "interrupted")
     assert 3 <= result.shards_left <= 8
     assert result.images == 40 - 4 * result.shards_left
+    assert ("stopped" in caplog.text) == (
+        signals != (signal.SIGINT,)
+    )  # at once, instead of after the shards at work
+    assert ray.running == []
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     cluster()
     assert job().images == 40
