@@ -1,13 +1,23 @@
 """Whose fault it is: a row's, a node's, the store's. Real clusters, real faults; the oracle is the output and its images."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from support.cluster import RayCluster
-from support.jobs import assert_exactly_once, generate, manifest, start, wait_for_commits, write_prompts
+from support.jobs import (
+    assert_exactly_once,
+    environment,
+    generate,
+    manifest,
+    start,
+    wait_for_commits,
+    write_prompts,
+)
 
 PROMPTS = 60
 BAD_NODE = Path(__file__).parents[1] / "support" / "bad_node"
@@ -125,6 +135,38 @@ def test_a_head_that_dies_ends_the_driver_within_seconds(tmp_path):
     said = (tmp_path / "driver.log").read_text()
     assert "the head of the Ray cluster is gone" in said
     assert "run the same command again" in said
+
+
+FROM_PYTHON = """
+import sys
+from millijoule.jobs import generate
+from millijoule.workers.errors import JobError
+
+address, prompts, output = sys.argv[1:]
+try:
+    generate(prompts=prompts, output=output, shard_size=4, model="python:support.models:slow", ray_address=address)
+except JobError as error:
+    print("raised:", error)
+"""
+
+
+@pytest.mark.slow
+def test_a_head_that_dies_is_an_error_of_the_function_and_the_process_lives_on(tmp_path):
+    out = tmp_path / "out"
+    prompts = write_prompts(tmp_path / "prompts.txt", 400)
+    with RayCluster(head_cpus=0) as cluster:
+        cluster.add_node(cpus=1)
+        caller = subprocess.Popen(
+            [sys.executable, "-c", FROM_PYTHON, cluster.address, prompts, out],
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        wait_for_commits(out, 2)
+        cluster.nodes[0].head_service().kill()
+        said, _ = caller.communicate(timeout=240)
+    assert caller.returncode == 0
+    assert "raised: the head of the Ray cluster is gone" in said
 
 
 def test_storage_that_is_away_is_waited_for_and_nobody_is_blamed(

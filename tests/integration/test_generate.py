@@ -149,6 +149,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow  # a refusal is waited for a minute; test_record_writer.py has its steps
 def test_a_full_disk_ends_the_job_with_a_message_and_resume_finishes_it(tmp_path, small_disk, run):
     disk, ballast = small_disk
     prompts = write_prompts(tmp_path / "prompts.txt", 200)
