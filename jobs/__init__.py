@@ -6,9 +6,10 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from millijoule.jobs.job_result import JobResult
+
 if TYPE_CHECKING:
-    from millijoule.jobs.generate import generate as generate
-    from millijoule.jobs.job_result import JobResult as JobResult
+    from millijoule.jobs.generate import generate
 
 __all__ = ["JobResult", "generate"]
 
@@ -25,12 +26,6 @@ class _Package(ModuleType):
 
     @generate.setter
     def generate(self, submodule: ModuleType) -> None: ...
-
-    @property
-    def JobResult(self) -> Any:
-        from millijoule.jobs.job_result import JobResult
-
-        return JobResult
 
 
 sys.modules[__name__].__class__ = _Package

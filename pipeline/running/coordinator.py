@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import statistics
 import uuid
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -120,7 +120,6 @@ class Coordinator:
         self._hearings: dict[str, Accusation] = {}  # by the attempt id of the lease that confirms them
         self._void: list[Accusation] = []  # whose attempts are to be discarded
         self._trouble: defaultdict[int, _Trouble] = defaultdict(_Trouble)
-        self._by_shard: defaultdict[int, set[str]] = defaultdict(set)  # attempt ids
         self._durations: deque[float] = deque(maxlen=256)
         self.progress = 0  # grows with every commit and every narrowed search: the respawn budget's clock
         self.n_committed = int(self.committed.sum())
@@ -184,7 +183,7 @@ class Coordinator:
 
     def complete(self, attempt_id: str, shard_id: int, now: float) -> bool:
         """Shard `shard_id` has a commit in storage, by this attempt or another. True where that is news."""
-        entry = self._return(attempt_id)
+        entry = self.active.pop(attempt_id, None)
         if entry is not None:
             self._durations.append(now - entry.started)
         if self.committed[shard_id]:
@@ -200,13 +199,13 @@ class Coordinator:
 
     def suspected(self, result: AttemptResult, node_id: str, now: float) -> None:
         """The attempt is finished but for rows that failed: they are to be tried by another worker, elsewhere if there is one."""
-        self._return(result.lease.attempt_id)
+        self.active.pop(result.lease.attempt_id, None)
         if not self.committed[result.lease.shard.shard_id]:
             self._accused.append(Accusation(result, node_id, now))
 
     def confirmed(self, attempt_id: str) -> AttemptResult | None:
         """The suspects failed again: the waiting attempt's commit may stand. None where there is no such question."""
-        self._return(attempt_id)
+        self.active.pop(attempt_id, None)
         accusation = self._hearings.pop(attempt_id, None)
         if accusation is None:
             return None
@@ -215,7 +214,7 @@ class Coordinator:
 
     def contradicted(self, attempt_id: str) -> Accusation | None:
         """A suspect was drawn: the accuser's attempt is void, and its shard is leased again."""
-        self._return(attempt_id)
+        self.active.pop(attempt_id, None)
         accusation = self._hearings.pop(attempt_id, None)
         if accusation is not None:
             self._make_void(accusation)
@@ -278,7 +277,7 @@ class Coordinator:
 
         With `not_before` the shard is not leased again until then.
         """
-        entry = self._return(attempt_id)
+        entry = self.active.pop(attempt_id, None)
         if entry is None:
             return
         shard_id = entry.lease.shard.shard_id
@@ -314,7 +313,7 @@ class Coordinator:
         if entry.lease.probe_rows is not None:
             self._end_probe(attempt_id, survived=False)
             return
-        self._return(attempt_id)
+        self.active.pop(attempt_id, None)
         if accusation := self._hearings.pop(attempt_id, None):
             # rows that made one worker raise kill another: let the search find out which
             trouble.crashes += 1
@@ -357,7 +356,8 @@ class Coordinator:
 
     def _lease_again_soon(self, shard_id: int) -> None:
         """Queue a shard, once, unless another lease on it is out already."""
-        if not any(self.active[a].lease.writes for a in self._by_shard.get(shard_id, ())):
+        out = (e.lease for e in self.active.values() if e.lease.shard.shard_id == shard_id)
+        if not any(lease.writes for lease in out):
             self._again[shard_id] = None
 
     def _open(self, shard_id: int) -> bool:
@@ -386,20 +386,20 @@ class Coordinator:
             quarantine=tuple(sorted(quarantine)),
         )
         self.active[lease.attempt_id] = ActiveLease(lease, now, now + self.lease_s)
-        self._by_shard[shard_id].add(lease.attempt_id)
         return lease
 
     def _speculative(self, worker_id: str, now: float) -> Lease | None:
         if not self._durations:
             return None
         patience = max(SPECULATION_MIN_S, SPECULATION_FACTOR * statistics.median(self._durations))
+        leases = Counter(e.lease.shard.shard_id for e in self.active.values())
         slow = [
             e
             for e in self.active.values()
             if e.lease.writes
             and e.lease.worker_id != worker_id
             and now - e.started > patience
-            and len(self._by_shard[e.lease.shard.shard_id]) == 1
+            and leases[e.lease.shard.shard_id] == 1
             and self._open(e.lease.shard.shard_id)
         ]
         if not slow:
@@ -407,17 +407,8 @@ class Coordinator:
         oldest = min(slow, key=lambda e: (e.started, e.lease.shard.shard_id))
         return self._grant(oldest.lease.shard.shard_id, worker_id, now)
 
-    def _return(self, attempt_id: str) -> ActiveLease | None:
-        entry = self.active.pop(attempt_id, None)
-        if entry is not None:
-            shard_id = entry.lease.shard.shard_id
-            self._by_shard[shard_id].discard(attempt_id)
-            if not self._by_shard[shard_id]:
-                del self._by_shard[shard_id]
-        return entry
-
     def _end_probe(self, attempt_id: str, *, survived: bool) -> None:
-        entry = self._return(attempt_id)
+        entry = self.active.pop(attempt_id, None)
         if entry is None or entry.lease.probe_rows is None:
             return
         shard_id = entry.lease.shard.shard_id
