@@ -83,7 +83,9 @@ def main() -> int:
     side, prompts, output, address, workers, notes = sys.argv[1:7]
     powercap = sys.argv[7] if len(sys.argv) > 7 else None
 
-    from millijoule.jobs.generate import GenerateOptions, run
+    from millijoule.jobs.generate import EXIT_CODES, run
+    from millijoule.jobs.set_up.options import GenerateOptions
+    from millijoule.jobs.set_up.request import request_of
     from millijoule.pipeline.closing import finish
     from millijoule.pipeline.energy.live_tables import LiveTables
     from millijoule.pipeline.running import run as job_run
@@ -109,17 +111,15 @@ def main() -> int:
         return call
 
     finish.finish_job = note_memory(finish.finish_job)  # the driver's memory when the last shard is in
-    code = run(
-        GenerateOptions(
-            prompts=(prompts,),
-            output=output,
-            ray_address=address,
-            workers=workers,
-            telemetry=side == "on",
-            quiet=True,
-        ),
-        measured_worker_class(notes, powercap),
+    options = GenerateOptions(
+        prompts=(prompts,),
+        output=output,
+        ray_address=address,
+        workers=workers,
+        telemetry=side == "on",
+        quiet=True,
     )
+    result = run(request_of(options), measured_worker_class(notes, powercap))
     note = {
         "role": "driver",
         "cpu_s": time.process_time(),
@@ -129,7 +129,7 @@ def main() -> int:
         "peak_mb": peak_mb(),
     }
     Path(notes, "driver.json").write_text(json.dumps(note))
-    return code
+    return EXIT_CODES[result.status]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from typing import Any
 
 import ray
 
+from millijoule.pipeline.running.cluster import how_many, words
+
 log = logging.getLogger(__name__)
 
 #: Autoscalers look around every five seconds; one that starts many nodes at once may take longer.
@@ -94,17 +96,6 @@ def scales_by_version_1(status: bytes | None) -> bool:
         return any(not name.startswith(_READ_ONLY_TYPE) for name in types)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def how_many(have: Mapping[str, float], ask: Mapping[str, float]) -> int:
-    """Workers that ask for `ask` and fit one node that has `have`."""
-    return int(min((have.get(name, 0) / amount for name, amount in ask.items() if amount), default=0))
-
-
-def words(have: Mapping[str, float], named: Mapping[str, float] | None = None) -> str:
-    """`1 CPU and 2 GPU`, of the resources `named`."""
-    said = [f"{have[name]:g} {name}" for name in (named or have) if have.get(name)]
-    return " and ".join(said) or "nothing"
 
 
 class _Asks:

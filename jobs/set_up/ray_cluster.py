@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine for the length of a command."""
+"""Joining a Ray cluster, or starting one on this machine for the length of a job."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import ray
 
-from millijoule.jobs.set_up.autoscaling import how_many
+from millijoule.pipeline.running.cluster import how_many, living_nodes
 from millijoule.workers.errors import InputError
-
-log = logging.getLogger(__name__)
 
 #: Image bytes never cross Ray's object store: it holds leases and commits, a few KB each.
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
@@ -25,18 +24,36 @@ CONNECT_TIMEOUT_S = 10.0
 _TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray cluster this process is connected to. `own`: started for this job, so that no node will ever join it."""
+
+    name: str
+    own: bool
+
+
 @contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """Connect to Ray for the length of a `with` block.
+def connected(address: str | None) -> Iterator[Cluster]:
+    """Connect to Ray for the length of a `with` block. A connection that the process has already is used, and left alone.
 
     Args:
         address: of a cluster; None for the one in RAY_ADDRESS (set inside `ray job submit`), else a new local one
             that ends with the block.
 
     Raises:
-        InputError: no cluster answers at the address.
+        InputError: no cluster answers at the address, or the process is connected to another one.
     """
-    if is_own(address):
+    if ray.is_initialized():
+        present = head_address()
+        if address not in (None, "auto", present):
+            raise InputError(
+                f"--ray-address {address}: this process is connected to {present} already; leave the address out to "
+                "run there, or call ray.shutdown() first"
+            )
+        yield Cluster(f"the cluster at {present}", own=False)
+        return
+    where = address or os.environ.get("RAY_ADDRESS")
+    if where is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
         ray.init(
@@ -47,24 +64,16 @@ def cluster(address: str | None) -> Iterator[None]:
             logging_level=logging.WARNING,
         )
     else:
-        _check_reachable(address or os.environ["RAY_ADDRESS"])
+        _check_reachable(where)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            where = address or os.environ.get("RAY_ADDRESS")
-            raise InputError(
-                f"--ray-address {where}: no Ray cluster answers there ({str(error).splitlines()[0]})"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--ray-address {where}: no Ray cluster answers there ({reason})") from error
     try:
-        yield
+        yield Cluster(f"the cluster at {where}" if where else "this machine", own=where is None)
     finally:
         ray.shutdown()
-
-
-def place(address: str | None) -> str:
-    """What `cluster(address)` connects to, in words."""
-    where = address or os.environ.get("RAY_ADDRESS")
-    return f"the cluster at {where}" if where else "this machine"
 
 
 def _check_reachable(address: str) -> None:
@@ -78,19 +87,14 @@ def _check_reachable(address: str) -> None:
         raise InputError(f"--ray-address {address}: no Ray cluster answers there ({error})") from error
 
 
-def is_own(address: str | None) -> bool:
-    """Whether `cluster(address)` starts a Ray of its own: no node will ever join that."""
-    return address is None and "RAY_ADDRESS" not in os.environ
-
-
 def head_address() -> str:
     """ "host:port" of the control service of the cluster's head."""
     return str(ray.get_runtime_context().gcs_address)
 
 
-def room(resources: Mapping[str, float]) -> int:
-    """How many workers that ask for `resources` the nodes have room for as they are now, others' work aside."""
-    return sum(how_many(node["Resources"], resources) for node in ray.nodes() if node["Alive"])
+def room(asked: Mapping[str, float]) -> int:
+    """How many workers that ask for `asked` the nodes have room for as they are now, others' work aside."""
+    return sum(how_many(node["Resources"], asked) for node in living_nodes())
 
 
 def gpus() -> float:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from millijoule.jobs.set_up import ray_cluster
 from millijoule.jobs.set_up.autoscaling import Prospect, prospect
+from millijoule.jobs.set_up.ray_cluster import Cluster
+from millijoule.jobs.set_up.request import JobRequest, WorkersAsked
+from millijoule.pipeline.running.cluster import words
+from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.registry import needs_gpu
-
-if TYPE_CHECKING:
-    from millijoule.jobs.generate import GenerateOptions
 
 log = logging.getLogger(__name__)
 
@@ -37,53 +37,40 @@ class WorkerDevice:
         return f"{'gpu' if self.gpus else 'cpu'}, because {self.why}"
 
 
-def check_device_options(options: GenerateOptions) -> None:
-    """Refuse contradictions; raises InputError."""
-    gpus = options.gpus_per_worker
-    if gpus is not None and gpus < 0:
-        raise InputError(f"--gpus-per-worker {gpus:g}: 0 or more")
-    if gpus is not None and gpus > 1 and gpus != int(gpus):
-        raise InputError(f"--gpus-per-worker {gpus:g}: above 1 whole GPUs only")
-    if options.device == "cpu" and gpus:
-        raise InputError(f"--device cpu and --gpus-per-worker {gpus:g} exclude each other: give one of them")
-    if options.device == "gpu" and gpus == 0:
-        raise InputError("--device gpu and --gpus-per-worker 0 exclude each other: give one of them")
-
-
 def choose_device(
-    options: GenerateOptions,
-    resources: dict[str, float],
+    request: JobRequest,
+    cluster: Cluster,
     *,
     has_work: Callable[[], bool] = lambda: True,
     ask: Callable[[dict[str, float]], Prospect] = prospect,
 ) -> WorkerDevice | None:
-    """Decide for the cluster this process is connected to; None where that takes asking for a node nobody needs.
+    """Decide and say so; None where that takes asking for a node that nobody needs.
 
     Args:
-        resources: what a worker asks for besides GPUs, by Ray's names.
         has_work: whether a node that starts for the question would find work.
         ask: `autoscaling.prospect`.
 
     Raises:
         InputError: there is no GPU, none can come, and one was asked for or is needed.
     """
-    gpus = options.gpus_per_worker
-    if options.device == "cpu":
-        return WorkerDevice(0.0, "--device cpu")
-    if gpus == 0:
-        return WorkerDevice(0.0, "--gpus-per-worker 0")
-    asked_by = "--device gpu" if options.device == "gpu" else f"--gpus-per-worker {gpus:g}" if gpus else None
-    gpus = gpus or 1.0
+    workers = request.workers
+    if workers.device == "cpu":
+        return _decided(0.0, "--device cpu")
+    if workers.gpus == 0:
+        return _decided(0.0, "--gpus-per-worker 0")
+    gpus = workers.gpus or 1.0
+    asked_by = "--device gpu" if workers.device == "gpu" else None
+    if workers.gpus and not asked_by:
+        asked_by = f"--gpus-per-worker {gpus:g}"
     if have := ray_cluster.gpus():
-        there = f"{have:g} GPU{'' if have == 1 else 's'}"
-        return WorkerDevice(gpus, asked_by or f"{ray_cluster.place(options.ray_address)} has {there}")
+        return _decided(gpus, asked_by or f"{cluster.name} has {have:g} GPU{'' if have == 1 else 's'}")
     if not has_work():
         return None
-    answer = ask({**resources, "GPU": gpus})
+    answer = ask({"CPU": workers.cpus, **workers.resources, "GPU": gpus})
     if answer.may_come:
         why = f"{asked_by}, and {answer.why}" if asked_by else answer.why
-        return WorkerDevice(gpus, why, answer.most or AUTO_WORKERS_TO_COME)
-    reason = f"{ray_cluster.place(options.ray_address)} has no GPU, and {answer.why}"
+        return _decided(gpus, why, answer.most or AUTO_WORKERS_TO_COME)
+    reason = f"{cluster.name} has no GPU, and {answer.why}"
     if asked_by:
         if answer.may_come is False:
             raise InputError(
@@ -91,13 +78,45 @@ def choose_device(
                 "--device cpu runs without"
             )
         log.warning("%s: %s; waiting for one", asked_by, reason)
-        return WorkerDevice(gpus, asked_by, AUTO_WORKERS_TO_COME)
-    if needs_gpu(options.model):
+        return _decided(gpus, asked_by, AUTO_WORKERS_TO_COME)
+    if needs_gpu(request.model):
         raise InputError(
-            f"--model {options.model}: this pipeline needs a GPU in practice, but {reason}. Two ways out: a cluster "
+            f"--model {request.model}: this pipeline needs a GPU in practice, but {reason}. Two ways out: a cluster "
             "with GPUs (--ray-address; --device gpu waits for nodes that may come), or --device cpu to run it "
             "anyway, slowly"
         )
     if answer.may_come is None:
         log.warning("no GPU is used: %s. --device gpu asks for GPUs, --device cpu ends this warning", reason)
-    return WorkerDevice(0.0, reason)
+    return _decided(0.0, reason)
+
+
+def _decided(gpus: float, why: str, to_come: int | None = None) -> WorkerDevice:
+    device = WorkerDevice(gpus, why, to_come)
+    log.info("device: %s", device)
+    return device
+
+
+def pool_options(asked: WorkersAsked, device: WorkerDevice | None, cluster: Cluster) -> PoolOptions:
+    """How many workers and what each asks for, as the cluster is now; without a device there is nothing to do for any.
+
+    Raises:
+        InputError: the cluster, which nobody will ever join, has no room for a worker.
+    """
+    if device is None:
+        return PoolOptions(0, 1, asked.cpus, 0.0, asked.resources)
+    resources = {"CPU": asked.cpus, "GPU": device.gpus, **asked.resources}
+    room = ray_cluster.room(resources)
+    if not room and cluster.own:
+        raise InputError(
+            f"this machine has no room for a worker that asks for {words(resources)}; lower --cpus-per-worker, "
+            "--gpus-per-worker or --resources, or give --ray-address of a larger cluster"
+        )
+    bounds = asked.bounds
+    if bounds is None:
+        bounds = (0, device.to_come or max(1, room))
+        if device.to_come:
+            log.info(
+                "workers: up to %d on nodes to come, as far as there is work; --workers 0:N sets another bound",
+                bounds[1],
+            )
+    return PoolOptions(*bounds, asked.cpus, device.gpus, asked.resources, at_once=room)

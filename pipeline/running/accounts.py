@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from millijoule.pipeline.output.commits import READ_THREADS
+from millijoule.pipeline.running.cluster import living_nodes
 from millijoule.pipeline.running.record_writer import RecordWriter
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.layout import CLOSINGS_PREFIX, WORKERS_PREFIX, closing_key
@@ -49,7 +50,6 @@ class _Open:
     """An account without last words."""
 
     worker_id: str
-    of_this_run: bool
     environment: WorkerEnvironment | None = None  # None: not looked up yet
     tries: int = 0
     reading: bool = False
@@ -73,7 +73,6 @@ class Accounts:
         self.actor_class = actor_class
         self.config = config
         self._open: dict[str, _Open] = {}
-        self._unknown = 0  # accounts that are being looked up
         self._unopened: dict[str, float] = {}  # workers that had none when they were gone, and when that was
         self._closed = False
         self._readers: dict[str, Any] = {}  # by node id
@@ -82,7 +81,6 @@ class Accounts:
 
     def look_for_open(self) -> None:
         """Find the accounts that earlier runs left open."""
-        self._unknown += 1
         self.writer.submit("looking for open accounts", self._list_open, self._found_open)
 
     def stopped(self, stopped: WorkerStopped) -> None:
@@ -93,8 +91,7 @@ class Accounts:
 
     def gone(self, worker_id: str, *, of_this_run: bool = True) -> None:
         """A worker ended without last words."""
-        account = self._open[worker_id] = _Open(worker_id, of_this_run)
-        self._unknown += 1
+        account = self._open[worker_id] = _Open(worker_id)
         since = time.monotonic()
 
         def look_up() -> WorkerEnvironment | None:
@@ -104,7 +101,6 @@ class Accounts:
                 return None  # it ended before it opened one
 
         def found(environment: WorkerEnvironment | None) -> None:
-            self._unknown -= 1
             if self._closed:
                 return  # storage answered too late: what is not known by now is given up
             if environment is None or environment.opened is None or not environment.opened.energy_mj:
@@ -142,7 +138,7 @@ class Accounts:
     def close(self, *, cut_off: bool = False) -> None:
         """Wait for the readers; what then is still open is written down with the reason."""
         deadline = time.monotonic() + (CUT_OFF_TIMEOUT_S if cut_off else CLOSE_TIMEOUT_S)
-        self._wait(lambda: not self._unknown, deadline)
+        self._wait(lambda: self.writer.idle, deadline)  # every account has been looked up
         if self._unopened:
             newest = max(self._unopened.values())
             self._wait(lambda: time.monotonic() > newest + LAST_BREATH_S, deadline)
@@ -150,7 +146,7 @@ class Accounts:
         for account in self._open.values():
             if account.environment is not None and not account.reading:
                 self._try(account)  # a node of its host may have come back, its process may have ended
-        self._wait(lambda: not self._calls and not self._unknown, deadline)
+        self._wait(lambda: not self._calls and self.writer.idle, deadline)
         self._closed = True
         for node_id in list(self._readers):
             self._end_reader(node_id)
@@ -170,14 +166,12 @@ class Accounts:
     def _look_again(self) -> None:
         """Whoever was killed while it started may have opened its account after it was looked for."""
         unopened, self._unopened = self._unopened, {}
-        self._unknown += 1
 
         def list_opened() -> list[str]:
             keys = {item.key for item in self.store.list(WORKERS_PREFIX)}
             return [worker_id for worker_id in unopened if worker_key(worker_id) in keys]
 
         def found(opened: list[str]) -> None:
-            self._unknown -= 1
             for worker_id in opened if not self._closed else ():
                 self.gone(worker_id)
 
@@ -218,15 +212,12 @@ class Accounts:
 
     def _give_up(self, account: _Open) -> None:
         del self._open[account.worker_id]
-        environment = account.environment
-        held = ", ".join(environment.gpus or (environment.device,)) if environment else "its devices"
-        where = environment.host if environment else "?"
+        environment, host, held = account.environment, "?", "its devices"
+        if environment is not None:
+            host, held = environment.host, ", ".join(environment.gpus or (environment.device,))
         log.warning(
             "worker %s on %s: what %s used after its last record is missing: %s",
-            account.worker_id,
-            where,
-            held,
-            account.reason,
+            *(account.worker_id, host, held, account.reason),
         )
         self._close(WorkerClosing(account.worker_id, self.epoch, "", None, account.reason))
 
@@ -263,7 +254,6 @@ class Accounts:
         return sorted({name.removesuffix(".json") for name in workers} - closed)
 
     def _found_open(self, worker_ids: Iterable[str]) -> None:
-        self._unknown -= 1
         found = [w for w in worker_ids if not w.startswith(f"w{self.epoch:04d}-")]
         if found:
             log.info("accounts of devices that earlier runs left open: %d", len(found))
@@ -273,7 +263,7 @@ class Accounts:
 
 def _node_of(environment: WorkerEnvironment) -> str | None:
     """The id of the worker's node, else of another on its host; the reader there makes sure that it is the same boot."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    own = (n["NodeID"] for n in alive if n["NodeID"] == environment.node_id)
-    same_host = (n["NodeID"] for n in alive if n["NodeManagerHostname"] == environment.host)
-    return next(own, None) or next(same_host, None)
+    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in living_nodes()}
+    if environment.node_id in nodes:
+        return environment.node_id
+    return next((node_id for node_id, host in nodes.items() if host == environment.host), None)

@@ -14,7 +14,6 @@ class Bisection:
     def __init__(self, n_rows: int) -> None:
         self.poison: list[int] = []
         self._stack = _halves(0, n_rows)  # ranges still to try, top last
-        self.probes = 0
 
     @property
     def done(self) -> bool:
@@ -28,7 +27,6 @@ class Bisection:
         """Take in the outcome for the range `next_range` gave."""
         assert self._stack[-1] == tried, "a probe is reported once, in order"
         self._stack.pop()
-        self.probes += 1
         if survived:
             return
         start, stop = tried

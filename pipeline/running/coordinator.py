@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import statistics
 import uuid
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -119,10 +119,8 @@ class Coordinator:
         self._accused: deque[Accusation] = deque()  # that wait for a second worker
         self._hearings: dict[str, Accusation] = {}  # by the attempt id of the lease that confirms them
         self._void: list[Accusation] = []  # whose attempts are to be discarded
-        self._trouble: dict[int, _Trouble] = {}
-        self._by_shard: dict[int, set[str]] = {}
+        self._trouble: defaultdict[int, _Trouble] = defaultdict(_Trouble)
         self._durations: deque[float] = deque(maxlen=256)
-        self.leases_given = 0
         self.progress = 0  # grows with every commit and every narrowed search: the respawn budget's clock
         self.n_committed = int(self.committed.sum())
 
@@ -161,14 +159,12 @@ class Coordinator:
             return lease
         while self._later and self._later[0][0] <= now:
             self._again[heapq.heappop(self._later)[1]] = None
-        while self._again:
-            shard_id = next(iter(self._again))
-            del self._again[shard_id]
-            if self._open(shard_id):
-                return self._grant(shard_id, worker_id, now)
-        while self._cursor < len(self.shards):
-            shard_id = self._cursor
-            self._cursor += 1
+        while self._again or self._cursor < len(self.shards):
+            shard_id = next(iter(self._again), self._cursor)
+            if shard_id in self._again:
+                del self._again[shard_id]
+            else:
+                self._cursor += 1
             if self._open(shard_id):
                 return self._grant(shard_id, worker_id, now)
         return self._speculative(worker_id, now) if self.speculate else None
@@ -182,13 +178,12 @@ class Coordinator:
             (images_done, steps) <= (entry.images_done, entry.steps) and not waits_for_store
         ):
             return False
-        entry.images_done, entry.steps = images_done, steps
-        entry.deadline = now + self.lease_s
+        entry.images_done, entry.steps, entry.deadline = images_done, steps, now + self.lease_s
         return True
 
     def complete(self, attempt_id: str, shard_id: int, now: float) -> bool:
         """Shard `shard_id` has a commit in storage, by this attempt or another. True where that is news."""
-        entry = self._return(attempt_id)
+        entry = self.active.pop(attempt_id, None)
         if entry is not None:
             self._durations.append(now - entry.started)
         if self.committed[shard_id]:
@@ -204,13 +199,13 @@ class Coordinator:
 
     def suspected(self, result: AttemptResult, node_id: str, now: float) -> None:
         """The attempt is finished but for rows that failed: they are to be tried by another worker, elsewhere if there is one."""
-        self._return(result.lease.attempt_id)
+        self.active.pop(result.lease.attempt_id, None)
         if not self.committed[result.lease.shard.shard_id]:
             self._accused.append(Accusation(result, node_id, now))
 
     def confirmed(self, attempt_id: str) -> AttemptResult | None:
         """The suspects failed again: the waiting attempt's commit may stand. None where there is no such question."""
-        self._return(attempt_id)
+        self.active.pop(attempt_id, None)
         accusation = self._hearings.pop(attempt_id, None)
         if accusation is None:
             return None
@@ -219,27 +214,29 @@ class Coordinator:
 
     def contradicted(self, attempt_id: str) -> Accusation | None:
         """A suspect was drawn: the accuser's attempt is void, and its shard is leased again."""
-        self._return(attempt_id)
+        self.active.pop(attempt_id, None)
         accusation = self._hearings.pop(attempt_id, None)
         if accusation is not None:
-            self._void.append(accusation)
-            self._lease_again_soon(accusation.result.lease.shard.shard_id)
+            self._make_void(accusation)
         return accusation
+
+    def _make_void(self, accusation: Accusation) -> None:
+        self._void.append(accusation)
+        self._lease_again_soon(accusation.result.lease.shard.shard_id)
 
     def take_void(self, *, all_waiting: bool = False) -> list[AttemptResult]:
         """Attempts that will never be committed, each once: contradicted ones, and those whose shard another has committed.
 
         With `all_waiting` also those that still wait for a second opinion: the run ends.
         """
-        waiting = [*self._accused, *self._hearings.values()] if all_waiting else list(self._accused)
-        self._accused.clear()
         if all_waiting:
+            self._void += [*self._accused, *self._hearings.values()]
+            self._accused.clear()
             self._hearings.clear()
-        for accusation in waiting:
-            if all_waiting or not self._open(accusation.result.lease.shard.shard_id):
-                self._void.append(accusation)
-            else:
-                self._accused.append(accusation)
+        else:
+            late = [a for a in self._accused if not self._open(a.result.lease.shard.shard_id)]
+            self._void += late
+            self._accused = deque(a for a in self._accused if a not in late)
         void, self._void = [a.result for a in self._void], []
         return void
 
@@ -280,7 +277,7 @@ class Coordinator:
 
         With `not_before` the shard is not leased again until then.
         """
-        entry = self._return(attempt_id)
+        entry = self.active.pop(attempt_id, None)
         if entry is None:
             return
         shard_id = entry.lease.shard.shard_id
@@ -298,7 +295,7 @@ class Coordinator:
         entry = self.active.get(attempt_id)
         if entry is None:
             return
-        trouble = self._trouble.setdefault(entry.lease.shard.shard_id, _Trouble())
+        trouble = self._trouble[entry.lease.shard.shard_id]
         trouble.node_deaths += 1
         if trouble.node_deaths < NODE_DEATHS_BEFORE_BLAME:
             self.released(attempt_id)
@@ -310,20 +307,19 @@ class Coordinator:
         entry = self.active.get(attempt_id)
         if entry is None:
             return
-        self._trouble.setdefault(entry.lease.shard.shard_id, _Trouble()).stood_still = stood_still
+        shard_id, n_rows = entry.lease.shard.shard_id, entry.lease.shard.n_rows
+        trouble = self._trouble[shard_id]
+        trouble.stood_still = stood_still
         if entry.lease.probe_rows is not None:
             self._end_probe(attempt_id, survived=False)
             return
-        self._return(attempt_id)
-        shard_id = entry.lease.shard.shard_id
-        trouble = self._trouble.setdefault(shard_id, _Trouble())
+        self.active.pop(attempt_id, None)
         if accusation := self._hearings.pop(attempt_id, None):
             # rows that made one worker raise kill another: let the search find out which
             trouble.crashes += 1
-            self._void.append(accusation)
-            self._lease_again_soon(accusation.result.lease.shard.shard_id)
+            self._make_void(accusation)
             return
-        if len(trouble.quarantine) == entry.lease.shard.n_rows:
+        if len(trouble.quarantine) == n_rows:
             trouble.empty_attempts += 1
             if trouble.empty_attempts >= MAX_EMPTY_ATTEMPTS:
                 self.given_up[shard_id] = f"workers die even without drawing it: {error}"
@@ -337,12 +333,11 @@ class Coordinator:
             pass  # a straggling second lease died while the search is already on
         elif trouble.bisections >= MAX_BISECTIONS:
             reason = f"workers keep dying on this shard, though no single row of it kills one: {error}"
-            for row in range(entry.lease.shard.n_rows):
-                trouble.quarantine.setdefault(row, reason)
+            trouble.quarantine = dict.fromkeys(range(n_rows), reason) | trouble.quarantine
             self._lease_again_soon(shard_id)
         else:
             trouble.bisections += 1
-            trouble.bisection = Bisection(entry.lease.shard.n_rows)
+            trouble.bisection = Bisection(n_rows)
             self._again.pop(shard_id, None)
             self._probing.append(shard_id)
 
@@ -361,7 +356,8 @@ class Coordinator:
 
     def _lease_again_soon(self, shard_id: int) -> None:
         """Queue a shard, once, unless another lease on it is out already."""
-        if not any(self.active[a].lease.writes for a in self._by_shard.get(shard_id, ())):
+        out = (e.lease for e in self.active.values() if e.lease.shard.shard_id == shard_id)
+        if not any(lease.writes for lease in out):
             self._again[shard_id] = None
 
     def _open(self, shard_id: int) -> bool:
@@ -376,8 +372,10 @@ class Coordinator:
         confirm: tuple[Suspect, ...] = (),
         healthy: tuple[int, int] | None = None,
     ) -> Lease:
-        trouble = self._trouble.get(shard_id)
-        quarantine = sorted(trouble.quarantine.items()) if trouble and probe is None and not confirm else ()
+        asks = probe is not None or bool(confirm)
+        quarantine = (
+            () if asks or shard_id not in self._trouble else self._trouble[shard_id].quarantine.items()
+        )
         lease = Lease(
             shard=self.shards[shard_id],
             attempt_id=f"e{self.driver_epoch:04d}-{uuid.uuid4().hex[:12]}",
@@ -385,24 +383,23 @@ class Coordinator:
             probe_rows=probe,
             confirm=confirm,
             healthy=healthy,
-            quarantine=tuple(quarantine),
+            quarantine=tuple(sorted(quarantine)),
         )
         self.active[lease.attempt_id] = ActiveLease(lease, now, now + self.lease_s)
-        self._by_shard.setdefault(shard_id, set()).add(lease.attempt_id)
-        self.leases_given += 1
         return lease
 
     def _speculative(self, worker_id: str, now: float) -> Lease | None:
         if not self._durations:
             return None
         patience = max(SPECULATION_MIN_S, SPECULATION_FACTOR * statistics.median(self._durations))
+        leases = Counter(e.lease.shard.shard_id for e in self.active.values())
         slow = [
             e
             for e in self.active.values()
             if e.lease.writes
             and e.lease.worker_id != worker_id
             and now - e.started > patience
-            and len(self._by_shard[e.lease.shard.shard_id]) == 1
+            and leases[e.lease.shard.shard_id] == 1
             and self._open(e.lease.shard.shard_id)
         ]
         if not slow:
@@ -410,18 +407,8 @@ class Coordinator:
         oldest = min(slow, key=lambda e: (e.started, e.lease.shard.shard_id))
         return self._grant(oldest.lease.shard.shard_id, worker_id, now)
 
-    def _return(self, attempt_id: str) -> ActiveLease | None:
-        entry = self.active.pop(attempt_id, None)
-        if entry is not None:
-            shard_id = entry.lease.shard.shard_id
-            attempts = self._by_shard[shard_id]
-            attempts.discard(attempt_id)
-            if not attempts:
-                del self._by_shard[shard_id]
-        return entry
-
     def _end_probe(self, attempt_id: str, *, survived: bool) -> None:
-        entry = self._return(attempt_id)
+        entry = self.active.pop(attempt_id, None)
         if entry is None or entry.lease.probe_rows is None:
             return
         shard_id = entry.lease.shard.shard_id

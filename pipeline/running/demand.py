@@ -12,11 +12,10 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-if TYPE_CHECKING:
-    from millijoule.pipeline.running.coordinator import Coordinator
-    from millijoule.pipeline.running.pool import PoolOptions
+from millijoule.pipeline.running.coordinator import Coordinator
 
 #: Before it is known how long a shard takes, this many are asked for on nodes yet to come: enough to find out.
 FIRST_WORKERS = 4
@@ -30,6 +29,35 @@ HYSTERESIS = 2
 
 #: A worker with a node answers at once, while its model loads; one that has not for this long has none.
 PLACE_ANSWER_S = 1.0
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """How many workers, and what each asks Ray for.
+
+    `min_workers` may be 0: then nothing runs while nothing waits. `at_once` workers fit the nodes that are there: beyond
+    them nodes are asked for as far as the work is worth it; None asks for one for each shard at once.
+    """
+
+    min_workers: int
+    max_workers: int
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    resources: dict[str, float] = field(default_factory=dict)
+    at_once: int | None = None
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """What a worker asks for, by Ray's names."""
+        return {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **self.resources}
+
+    def actor_options(self) -> dict[str, Any]:
+        """The same as keyword arguments of an actor class's `options`."""
+        return {
+            "num_cpus": self.cpus_per_worker,
+            "num_gpus": self.gpus_per_worker,
+            "resources": self.resources or None,
+        }
 
 
 class Demand:

@@ -23,19 +23,17 @@ PATIENCE_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
 class HeadWatch:
-    """Looks whether the head takes connections, until `stop`. Calls `on_lost` once, from its own thread.
+    """Looks whether the head takes connections, for the length of a `with` block. Calls `on_lost` once, from its own thread.
 
     Args:
         address: "host:port" of the head's control service.
-        away_s: how long it may be away; default what `RAY_gcs_rpc_server_reconnect_timeout_s` says, else `HEAD_AWAY_S`.
     """
 
-    def __init__(self, address: str, on_lost: Callable[[str], None], away_s: float | None = None) -> None:
+    def __init__(self, address: str, on_lost: Callable[[str], None]) -> None:
         host, _, port = address.rpartition(":")
         self.address = address
         self._where = (host.strip("[]"), int(port))
         self._on_lost = on_lost
-        self._away_s = away_s if away_s is not None else _patience_s()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="head-watch", daemon=True)
 
@@ -48,6 +46,7 @@ class HeadWatch:
         self._thread.join(CONNECT_TIMEOUT_S + LOOK_PERIOD_S)
 
     def _watch(self) -> None:
+        away_s = _patience_s()
         looked = time.monotonic()
         seen: float | None = None  # a head that never answered here cannot be watched from here
         while not self._stop.wait(LOOK_PERIOD_S):
@@ -60,7 +59,7 @@ class HeadWatch:
             except OSError as error:
                 if seen is None:
                     return
-                if time.monotonic() - seen >= self._away_s:
+                if time.monotonic() - seen >= away_s:
                     self._on_lost(f"{self.address}: {error.strerror or error}")
                     return
             else:

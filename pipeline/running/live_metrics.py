@@ -51,13 +51,10 @@ class LiveMetrics:
     def __init__(self, job: JobSpec, run: JobRun) -> None:
         self.run = run
         self._job = job.fingerprint[:12]
-        self._counters: dict[str, Any] = {
-            name: Counter(name, description=text, tag_keys=("job", *labels))
-            for name, (labels, text) in COUNTERS.items()
-        }
-        self._gauges: dict[str, Any] = {
-            name: Gauge(name, description=text, tag_keys=("job", *labels))
-            for name, (labels, text) in GAUGES.items()
+        self._metrics: dict[str, Any] = {
+            name: kind(name, description=text, tag_keys=("job", *labels))
+            for kind, metrics in ((Counter, COUNTERS), (Gauge, GAUGES))
+            for name, (labels, text) in metrics.items()
         }
         self._published: dict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
         self._at_start = run.spending.estimated_mj, {k: c.total_mj for k, c in run.spending.counters.items()}
@@ -97,8 +94,8 @@ class LiveMetrics:
         """Bring a counter to `total`; Ray's counters take increments."""
         key = name, tuple(sorted(labels.items()))
         if total > self._published[key]:
-            self._counters[name].inc(total - self._published[key], tags={"job": self._job, **labels})
+            self._metrics[name].inc(total - self._published[key], tags={"job": self._job, **labels})
             self._published[key] = total
 
     def _set(self, name: str, value: float, **labels: str) -> None:
-        self._gauges[name].set(value, tags={"job": self._job, **labels})
+        self._metrics[name].set(value, tags={"job": self._job, **labels})

@@ -1,7 +1,7 @@
 """A recorder of the node's own meter on every node where workers run, for as long as they do.
 
-The driver's loop calls `tick`: it asks new workers where they are, starts a recorder on each node that has a meter,
-takes what the recorders read, and ends those whose node has no worker any more, so that an autoscaler can have it.
+The driver's loop calls `tick` with the nodes that have workers: it starts a recorder on each that has a meter, takes
+what the recorders read, and ends those whose node has no worker any more, so that an autoscaler can have it.
 Nothing here waits, and nothing that fails here reaches the job: what cannot be read is missing, with a reason that is
 said once and stands in the table.
 """
@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from millijoule.pipeline.energy.node_readings import MeteredNode
+from millijoule.pipeline.running.cluster import first_line, living_nodes
 from millijoule.workers.lease import NodePlace
 from millijoule.workers.node_meters.actor import NodeRecorderReady, remote_node_recorder
 from millijoule.workers.node_meters.config import NodeMeterConfig, find_node_meter
@@ -35,6 +36,8 @@ RELEASE_AFTER_S = 30.0
 MAX_STARTS = 3
 #: `look_once` waits this long for all nodes: two slow answers of a controller, and the start of the actors.
 LOOK_TIMEOUT_S = 40.0
+#: Why nothing is read on a node.
+NO_METER = "no meter is named for this node"
 #: At the end the recorders have this long for a last reading.
 STOP_TIMEOUT_S = 5.0
 
@@ -67,8 +70,6 @@ class NodeRecorders:
     record: Callable[[Iterable[tuple]], None]
     clock: Callable[[], float] = time.monotonic
 
-    _places: dict[str, NodePlace | None] = field(default_factory=dict)  # by worker; None: asked
-    _asked: dict[Any, str] = field(default_factory=dict)
     _recorders: dict[str, _Recorder] = field(default_factory=dict)  # by node id
     _calls: dict[Any, tuple[_Recorder, str]] = field(default_factory=dict)  # with the method
     _said: set[tuple[str, str]] = field(default_factory=set)
@@ -82,65 +83,51 @@ class NodeRecorders:
             for place in nodes:
                 self._start(self._recorders.setdefault(place.node_id, _Recorder(place)))
         except RayError as error:
-            self._say("the cluster", f"recorders do not start: {_first_line(error)}")
+            self._say("the cluster", f"recorders do not start: {first_line(error)}")
 
-    def tick(self, workers: Mapping[str, Any]) -> None:
-        """One turn; `workers` are the actors there are now, by worker id."""
+    def tick(self, places: Iterable[NodePlace]) -> None:
+        """One turn; `places` are the nodes that have workers now, once for each worker."""
         now = self.clock()
         if not self.configs or now < self._next_tick:
             return
         self._next_tick = now + TICK_S
         try:
-            self._ask_places(workers)
             self._settle(0.0)
-            self._start_and_release(now)
+            self._start_and_release({place.node_id: place for place in places}, now)
             for recorder in self._recorders.values():
                 if recorder.node is not None and not recorder.calls and now >= recorder.next_take:
                     recorder.next_take = now + TAKE_PERIOD_S
                     self._call(recorder, "take")
         except RayError as error:
-            self._say("the cluster", f"node meters are not looked after: {_first_line(error)}")
+            self._say("the cluster", f"node meters are not looked after: {first_line(error)}")
 
     def close(self, *, wait: bool = True) -> None:
         """Take the last readings, those after the workers' last counter reads, and end all recorders.
 
         With `wait` False there is no last reading: what the recorders have is taken if it comes at once.
         """
+        reading = [r for r in self._recorders.values() if r.node is not None]
         try:
-            for recorder in self._recorders.values():
-                if recorder.node is not None:
-                    self._call(recorder, "take")  # a last reading may hang; what there is already does not
-                    if wait:
-                        self._call(recorder, "stop")
-            if any(r.node is not None for r in self._recorders.values()):
+            for recorder in reading:
+                self._call(recorder, "take")  # a last reading may hang; what there is already does not
+                if wait:
+                    self._call(recorder, "stop")
+            if reading:
                 self._settle(STOP_TIMEOUT_S if wait else TICK_S)
             for recorder in self._recorders.values():
                 self._kill(recorder)
         except RayError as error:
-            log.warning("last readings of node meters were lost: %s", _first_line(error))
+            log.warning("last readings of node meters were lost: %s", first_line(error))
         self._recorders.clear()
         self._calls.clear()
 
-    # -- where workers are ---------------------------------------------------------------------------------------
-
-    def _ask_places(self, workers: Mapping[str, Any]) -> None:
-        for worker_id in self._places.keys() - workers.keys():
-            del self._places[worker_id]
-        for worker_id, actor in workers.items():
-            if worker_id not in self._places:
-                self._places[worker_id] = None
-                self._asked[actor.place.remote()] = worker_id
-
-    def _start_and_release(self, now: float) -> None:
-        wanted = {place.node_id: place for place in self._places.values() if place is not None}
+    def _start_and_release(self, wanted: Mapping[str, NodePlace], now: float) -> None:
         for node_id, place in wanted.items():
             recorder = self._recorders.setdefault(node_id, _Recorder(place))
             recorder.unneeded_since = None
             if recorder.starts == 0:
                 self._start(recorder)
-        for node_id, recorder in list(self._recorders.items()):
-            if node_id in wanted:
-                continue
+        for recorder in [r for node_id, r in self._recorders.items() if node_id not in wanted]:
             recorder.unneeded_since = recorder.unneeded_since or now
             if now - recorder.unneeded_since >= RELEASE_AFTER_S and not recorder.calls:
                 if recorder.node is not None:
@@ -151,9 +138,10 @@ class NodeRecorders:
     def _start(self, recorder: _Recorder) -> None:
         recorder.starts += 1
         place = recorder.place
-        recorder.config = find_node_meter(self.configs, place.host, node_ip(place.node_id))
+        address = next((n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == place.node_id), "")
+        recorder.config = find_node_meter(self.configs, place.host, address)
         if recorder.config is None:
-            self._say(place.host, "no meter is named for this node")
+            self._say(place.host, NO_METER)
             return
         recorder.actor = remote_node_recorder(place.node_id, recorder.config)
         self._call(recorder, "start")
@@ -165,19 +153,11 @@ class NodeRecorders:
         self._calls[getattr(recorder.actor, method).remote()] = recorder, method
 
     def _settle(self, timeout_s: float) -> None:
-        futures = [*self._asked, *self._calls] if not timeout_s else list(self._calls)
-        if not futures:
+        if not self._calls:
             return
-        ready, _ = ray.wait(futures, num_returns=len(futures), timeout=timeout_s)
+        ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=timeout_s)
         for future in ready:
-            if future in self._asked:
-                worker_id = self._asked.pop(future)
-                try:
-                    if worker_id in self._places:
-                        self._places[worker_id] = ray.get(future)
-                except RayError:
-                    pass  # the worker is gone; the pool notices
-            elif call := self._calls.pop(future, None):
+            if call := self._calls.pop(future, None):
                 self._answered(*call, future)
 
     def _answered(self, recorder: _Recorder, method: str, future: Any) -> None:
@@ -185,7 +165,7 @@ class NodeRecorders:
         try:
             value = ray.get(future)
         except RayError as error:
-            self._died(recorder, _first_line(error))
+            self._died(recorder, first_line(error))
             return
         if isinstance(value, NodeRecorderReady):
             self._ready(recorder, value)
@@ -257,21 +237,6 @@ class NodeRecorders:
             log.warning("node %s: %s; its energy is missing", host, reason)
 
 
-def nodes_with(resources: Mapping[str, float], most: int) -> list[NodePlace]:
-    """The nodes that can hold a worker; none where there are more of them than workers.
-
-    Args:
-        resources: what a worker asks for, by Ray's names.
-        most: workers there may be.
-    """
-    found = [
-        NodePlace(n["NodeID"], n["NodeManagerHostname"])
-        for n in ray.nodes()
-        if n["Alive"] and all(n["Resources"].get(name, 0) >= amount for name, amount in resources.items())
-    ]
-    return found if len(found) <= most else []
-
-
 @dataclass(frozen=True)
 class NodeLook:
     """What the meter of one node said when it was asked once; `failure` says why it said nothing."""
@@ -284,42 +249,29 @@ class NodeLook:
 
 def look_once(configs: Sequence[NodeMeterConfig]) -> list[NodeLook]:
     """Read the meter of each node of the cluster as it is now, once: is it there, and what does it say?"""
-    nodes = sorted(
-        (n["NodeManagerHostname"], n["NodeID"], n["NodeManagerAddress"]) for n in ray.nodes() if n["Alive"]
-    )
-    found: dict[Any, tuple[str, str, Any, Any]] = {}
     looks = []
-    for host, node_id, ip in nodes:
-        config = find_node_meter(configs, host, ip)
+    asked: dict[Any, tuple[str, str, Any, Any]] = {}
+    for node in living_nodes():
+        host = node["NodeManagerHostname"]
+        config = find_node_meter(configs, host, node["NodeManagerAddress"])
         if config is None:
-            looks.append(NodeLook(host, "", (), "no meter is named for this node"))
+            looks.append(NodeLook(host, "", (), NO_METER))
             continue
-        actor = remote_node_recorder(node_id, config)
+        actor = remote_node_recorder(node["NodeID"], config)
         start = actor.start.remote()
-        found[actor.stop.remote()] = host, config.name_on(host), actor, start
-    ready = ray.wait(list(found), num_returns=len(found), timeout=LOOK_TIMEOUT_S)[0] if found else []
-    for call, (host, meter, actor, start) in found.items():
-        try:
-            if call not in ready:
-                taken = (NodeFailure(0, "did not answer in time"),)
-            elif failure := ray.get(start).failure:
-                taken = (NodeFailure(0, failure),)
-            else:
-                taken = ray.get(call)
-        except RayError as error:
-            taken = (NodeFailure(0, _first_line(error)),)
+        asked[actor.stop.remote()] = host, config.name_on(host), actor, start
+    ready = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_TIMEOUT_S)[0] if asked else []
+    for call, (host, meter, actor, start) in asked.items():
+        taken: tuple[NodeReading | NodeFailure, ...] = ()
+        failure = "did not answer in time"
+        if call in ready:
+            try:
+                failure, taken = ray.get(start).failure, ray.get(call)
+            except RayError as error:
+                failure = first_line(error)
         ray.kill(actor)
-        readings = tuple(t for t in taken if isinstance(t, NodeReading))
+        readings = tuple(t for t in taken if isinstance(t, NodeReading)) if not failure else ()
         failures = [t.reason for t in taken if isinstance(t, NodeFailure)]
-        looks.append(NodeLook(host, meter, readings, "" if readings else (failures or ["said nothing"])[-1]))
+        failure = failure or (failures or ["said nothing"])[-1]
+        looks.append(NodeLook(host, meter, readings, "" if readings else failure))
     return sorted(looks, key=lambda look: look.host)
-
-
-def node_ip(node_id: str) -> str:
-    """The address Ray knows a node by; empty where it does not know the node."""
-    return next((n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == node_id), "")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] or type(error).__name__

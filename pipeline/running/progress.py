@@ -1,9 +1,11 @@
-"""Progress for people: a bar on a terminal, a plain line every ten seconds elsewhere, and the result at the end."""
+"""Progress for people: a bar on a terminal or in a notebook, a plain line every ten seconds elsewhere; and the result."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -35,7 +37,8 @@ class Progress:
         self.console = Console(stderr=True)
         self._next = 0.0
         self._bar: Bar | None = None
-        if not quiet and self.console.is_terminal:
+        widgets = self.console.is_jupyter and find_spec("ipywidgets") is not None  # rich draws with them
+        if not quiet and (self.console.is_terminal or widgets):
             self._bar = Bar(
                 SpinnerColumn(),
                 TextColumn("images"),
@@ -69,13 +72,14 @@ class Progress:
             self._draw()
         else:
             self._next = now + LINE_PERIOD_S
-            done = min(self.job.images, self.run.counts.images_done + self.run.images_at_work())
-            print(f"{done}/{self.job.images} images, {self._detail()}", file=sys.stderr, flush=True)
+            print(f"{self._done()}/{self.job.images} images, {self._detail()}", file=sys.stderr, flush=True)
 
     def _draw(self) -> None:
         assert self._bar is not None
-        done = min(self.job.images, self.run.counts.images_done + self.run.images_at_work())
-        self._bar.update(self._task, completed=done, detail=self._detail(), refresh=True)
+        self._bar.update(self._task, completed=self._done(), detail=self._detail(), refresh=True)
+
+    def _done(self) -> int:
+        return min(self.job.images, self.run.counts.images_done + self.run.images_at_work())
 
     def _detail(self) -> str:
         """ "41 images/s, 0:12 left, 3.1 J/image, 2 workers" as far as it is known."""
@@ -89,7 +93,7 @@ class Progress:
             parts.append(energy_words(counts.energy_mj, counts.estimate_mj, counts.images_this_run))
         if counts.quarantined_this_run:
             parts.append(f"{counts.quarantined_this_run} quarantined")
-        if run.waiting_for_storage:
+        if run.writer.waiting_for():
             parts.append("waiting for storage")
         if run.complete:
             parts.append("done")
@@ -99,47 +103,47 @@ class Progress:
             parts.append("starting workers")
         return ", ".join(parts)
 
-    def result(self, stats: dict[str, Any], *, finish_seconds: float) -> None:
-        """The closing lines: what was made, where it is, what it cost."""
-        lines = [f"{stats['images_ok']} images in {self.run.store.url}"]
-        if stats["images_per_second"]:
-            lines[0] += f", {stats['images_per_second']:.3g} images/s while working"
-        measured, modelled = stats["direct_mj_per_image"], stats["direct_estimate_mj_per_image"]
-        if measured is not None:
+
+def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> list[str]:
+    """What a finished job made, where it is, what it cost; with `hints` where to look. `stats`: content of `stats.json`."""
+    lines = [f"{stats['images_ok']} images in {url}"]
+    if stats["images_per_second"]:
+        lines[0] += f", {stats['images_per_second']:.3g} images/s while working"
+    measured, modelled = stats["direct_mj_per_image"], stats["direct_estimate_mj_per_image"]
+    if measured is not None:
+        lines.append(
+            f"energy: {joules(measured)} per image direct, {joules(stats['full_mj_per_image'])} with loading, "
+            f"idling and waste ({', '.join(stats['energy_methods'])})"
+        )
+    else:
+        lines.append("energy: not measured (no readable counter on these nodes)")
+        if modelled is not None:
+            full = joules(stats["full_estimate_mj_per_image"])
             lines.append(
-                f"energy: {joules(measured)} per image direct, {joules(stats['full_mj_per_image'])} with loading, "
-                f"idling and waste ({', '.join(stats['energy_methods'])})"
+                f"        a model of CPU time says about {joules(modelled)} per image, {full} with loading and idling"
             )
-        else:
-            lines.append("energy: not measured (no readable counter on these nodes)")
-            if modelled is not None:
-                full = joules(stats["full_estimate_mj_per_image"])
-                lines.append(
-                    f"        a model of CPU time says about {joules(modelled)} per image, {full} with loading and idling"
-                )
-        if unclosed := stats["energy"]["unclosed"]:
-            first, more = unclosed[0], len(unclosed) - 1
-            lines.append(
-                f"warning: energy is missing, so there is no total: worker {first['worker_id']} on {first['host']}, "
-                f"{', '.join(first['devices'])}: {first['reason']}" + (f" (and {more} more)" if more else "")
-            )
-        if stats["images_quarantined"]:
-            lines.append(
-                f"images quarantined: {stats['images_quarantined']}; manifest.parquet has status and error of each, "
-                "--retry-failed tries them again"
-            )
-            lines += [f"  {n} x {cut(reason)}" for reason, n in list(stats["errors"].items())[:3]]
-        if stats["input_rows_rejected"]:
-            lines.append(f"{stats['input_rows_rejected']} input rows rejected, see bad_rows.parquet")
-        for words, n in list(stats["warnings"].items())[:5]:
-            lines.append(f"{n} x {cut(words)}")
-        if not self.quiet:
-            look = "look at preview.png; " if stats["images_ok"] else ""
-            lines.append(
-                f"{look}manifest.parquet lists every image, energy/ is the ledger, stats.json the totals"
-            )
-        for line in lines:
-            print(visible(line), file=sys.stderr)
+    if unclosed := stats["energy"]["unclosed"]:
+        first, more = unclosed[0], len(unclosed) - 1
+        lines.append(
+            f"warning: energy is missing, so there is no total: worker {first['worker_id']} on {first['host']}, "
+            f"{', '.join(first['devices'])}: {first['reason']}" + (f" (and {more} more)" if more else "")
+        )
+    if stats["images_quarantined"]:
+        lines.append(
+            f"images quarantined: {stats['images_quarantined']}; manifest.parquet has status and error of each, "
+            "--retry-failed tries them again"
+        )
+        lines += [f"  {n} x {cut(reason)}" for reason, n in list(stats["errors"].items())[:3]]
+    if stats["input_rows_rejected"]:
+        lines.append(f"{stats['input_rows_rejected']} input rows rejected, see bad_rows.parquet")
+    for words, n in list(stats["warnings"].items())[:5]:
+        lines.append(f"{n} x {cut(words)}")
+    if hints:
+        look = "look at preview.png; " if stats["images_ok"] else ""
+        lines.append(
+            f"{look}manifest.parquet lists every image, energy/ is the ledger, stats.json the totals"
+        )
+    return [visible(line) for line in lines]
 
 
 def cut(text: str) -> str:

@@ -45,13 +45,11 @@ class RecordWriter:
     """Starts with the first work; `close` joins it."""
 
     def __init__(self) -> None:
-        self._works: deque[_Work] = deque()
+        self._works: deque[_Work] = deque()  # the first one stays in it until it is done
         self._results: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._gives_up = False
-        self._at_work = False
         self._failing: tuple[float, str, StoreError] | None = None  # since when, what, how
         self._error: BaseException | None = None
 
@@ -63,7 +61,7 @@ class RecordWriter:
     @property
     def idle(self) -> bool:
         """Whether nothing waits, neither to be done nor to be settled."""
-        return not self._works and not self._at_work and not self._results
+        return not self._works and not self._results
 
     def waiting_for(self) -> str | None:
         """What storage is being waited for, in words; None where it answers."""
@@ -120,7 +118,7 @@ class RecordWriter:
                 break
             time.sleep(0.01)
         with self._changed:
-            self._closed = self._gives_up = True
+            self._closed = True
             self._changed.notify()
         if self._thread is not None and self._failing is None:
             self._thread.join(timeout_s)
@@ -140,28 +138,26 @@ class RecordWriter:
                 if not self._works:
                     return
                 work = self._works[0]
-                self._at_work = True
             try:
                 value = self._patiently(work)
             except BaseException as error:
                 self._error = error
                 return
-            if self._gives_up and self._failing is not None:
+            if self._closed and self._failing is not None:
                 return
             self._results.append((work.then, value))
             with self._changed:
                 self._works.popleft()
-                self._at_work = False
 
     def _patiently(self, work: _Work) -> Any:
-        """Do it, again and again while storage fails; None once the writer gives up."""
+        """Do it, again and again while storage fails; None once the writer is closed and gives up."""
         pause, said = BACKOFF_FIRST_S, time.monotonic()
         while True:
             try:
                 value = work.do()
-            except DamagedError:
-                raise
             except StoreError as error:
+                if isinstance(error, DamagedError):
+                    raise
                 now = time.monotonic()
                 since = self._failing[0] if self._failing else now
                 self._failing = (since, work.what, error)
@@ -169,10 +165,9 @@ class RecordWriter:
                     said = now
                     log.warning("waiting for storage (%s): %s", work.what, error)
                 with self._changed:
-                    if self._gives_up:
-                        return None
-                    self._changed.wait(pause)
-                    if self._gives_up:
+                    if not self._closed:
+                        self._changed.wait(pause)
+                    if self._closed:
                         return None
                 pause = min(BACKOFF_MOST_S, 2 * pause)
             else:

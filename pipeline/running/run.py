@@ -18,12 +18,14 @@ from millijoule.pipeline.output.commits import CommitCompactor, list_committed, 
 from millijoule.pipeline.output.job import JobSpec, open_epoch
 from millijoule.pipeline.planning.retry import JobShards
 from millijoule.pipeline.running.accounts import Accounts
+from millijoule.pipeline.running.cluster import nodes_for
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.pipeline.running.node_recorders import NodeRecorders, nodes_with
-from millijoule.pipeline.running.pool import PoolOptions, WorkerPool
+from millijoule.pipeline.running.demand import PoolOptions
+from millijoule.pipeline.running.node_recorders import NodeRecorders
+from millijoule.pipeline.running.pool import WorkerPool
 from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
 from millijoule.pipeline.running.spending import Spending
-from millijoule.workers.errors import AlreadyExistsError
+from millijoule.workers.errors import AlreadyExistsError, JobError
 from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped, commit_key
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.schemas import Commit, PowerTrace, Segment
@@ -39,6 +41,9 @@ CUT_OFF_WRITES_S = 5.0
 
 #: Between two looks at what another driver has committed, besides ten times what a look takes.
 LOOK_PERIOD_S = 5.0
+
+#: Shards that could not be made and are named with the reason.
+MAX_NAMED_SHARDS = 20
 
 #: Throughput is averaged over this window for the progress line.
 RATE_WINDOW_S = 60.0
@@ -57,7 +62,6 @@ class PlannedJob:
 class Counts:
     """What this run and earlier ones achieved so far, for display."""
 
-    shards_done: int = 0
     images_done: int = 0  # of committed shards, earlier runs included
     images_this_run: int = 0
     quarantined_this_run: int = 0
@@ -110,26 +114,24 @@ class JobRun:
             telemetry=telemetry,
         )
         self.pool = WorkerPool(worker_class, self.coordinator, config, options, self)
-        self._writer = RecordWriter()
-        self._accounts = Accounts(store, self.epoch, self._writer, worker_class, config)
-        self.counts = Counts(
-            shards_done=self.coordinator.n_committed,
-            images_done=planned.shards.images_of(committed),
-        )
+        self.writer = RecordWriter()
+        self._accounts = Accounts(store, self.epoch, self.writer, worker_class, config)
+        self.counts = Counts(images_done=planned.shards.images_of(committed))
         self.spending = spending or Spending()
         self.cap_reached: str | None = None  # in words
         self.hosts: dict[str, str] = {}  # by boot id
         if self.spending.caps.on_energy:
             self._count_earlier_runs()
-        later = cast(Store, QueuedWrites(store, self._writer))  # they only ever write
+        later = cast(Store, QueuedWrites(store, self.writer))  # they only ever write
         self._compactor = CommitCompactor(later, self.epoch)
         self._live = LiveTables(later, job.fingerprint, self.epoch) if telemetry else None
         self._uncommitted = UncommittedWriter(later, self.epoch)
         self._node_readings = NodeReadingsWriter(later, self.epoch)
-        self._node_recorders = NodeRecorders(node_meters, self._node_was_read)
+        self._node_recorders = NodeRecorders(node_meters, self.node_was_read)
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
         self._arrivals: deque[tuple[float, int]] = deque()
         self._stop_now = False
+        self._head_lost: str | None = None
         self._warned_of_others = False
         self._looking = False
         self._look_not_before = 0.0
@@ -148,27 +150,42 @@ class JobRun:
                 self._work()
         finally:
             self._close()
+            for node in self.pool.nodes.faulty:
+                log.warning("%s", node)
+        if given_up := self.coordinator.given_up:
+            named = sorted(given_up.items())[:MAX_NAMED_SHARDS]
+            reasons = "".join(f"\n  shard {shard_id}: {error}" for shard_id, error in named)
+            raise JobError(
+                f"{len(given_up)} of {len(self.planned.shards)} shards could not be made; run the same command again "
+                f"once the cause is mended{reasons}"
+            )
 
     def _work(self) -> None:
         options = self.pool.options
         if node_meters := self._node_recorders.configs:
             log.info("node meters: %s", ", ".join(dict.fromkeys(c.meter for c in node_meters)))
-            asked = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker, **options.resources}
-            self._node_recorders.start(nodes_with(asked, options.max_workers))
+            nodes = nodes_for(options.asked)
+            self._node_recorders.start(nodes if len(nodes) <= options.max_workers else ())
         try:
             self.pool.run()
         except _StopNow:
+            if self._head_lost is not None:
+                raise JobError(
+                    f"the head of the Ray cluster is gone ({self._head_lost}). Nothing that was committed is lost: run "
+                    "the same job again, on this cluster when it is back or on another one, to resume"
+                ) from None
             log.warning("stopped")
 
     def _close(self) -> None:
         """Close every account and write what is left; cut off, only what takes seconds."""
         cut_off = self._stop_now
         try:
-            self._accounts.close(cut_off=cut_off)
-            self._node_recorders.close(wait=not cut_off)
+            if self._head_lost is None:
+                self._accounts.close(cut_off=cut_off)
+                self._node_recorders.close(wait=not cut_off)
         finally:
-            self._flush(everything=True)
-            self._writer.close(CUT_OFF_WRITES_S if cut_off else None)
+            self.flush(everything=True)
+            self.writer.close(CUT_OFF_WRITES_S if cut_off else None)
 
     def drain(self, reason: str) -> None:
         """Lease nothing more; `run` returns when the shards at work are done."""
@@ -177,6 +194,10 @@ class JobRun:
     def stop_now(self) -> None:
         """Make `run` return at its next turn. Safe from a signal handler."""
         self._stop_now = True
+
+    def lose_head(self, reason: str) -> None:
+        """The cluster's head is gone: make `run` raise at its next turn, with no more calls to Ray. Safe from any thread."""
+        self._head_lost, self.pool.abandoned, self._stop_now = reason, True, True
 
     @property
     def draining(self) -> bool:
@@ -189,15 +210,6 @@ class JobRun:
     @property
     def remaining(self) -> int:
         return self.coordinator.remaining
-
-    @property
-    def waiting_for_storage(self) -> str | None:
-        """What this process waits for storage with, in words; None where storage answers."""
-        return self._writer.waiting_for()
-
-    @property
-    def given_up(self) -> dict[int, str]:
-        return self.coordinator.given_up
 
     def images_per_second(self) -> float | None:
         """Committed images per second over the last minute; None before the first commits."""
@@ -234,7 +246,6 @@ class JobRun:
             self._live.add_commit(commit)
         self.spending.add(commit.segments)
         self.hosts.update({s.open.boot_id: commit.host for s in commit.segments})
-        counts.shards_done += 1
         counts.images_done += shard.n_images
         counts.images_this_run += commit.images_ok
         counts.quarantined_this_run += commit.images_quarantined
@@ -269,11 +280,10 @@ class JobRun:
             self._look_not_before = time.monotonic() + LOOK_PERIOD_S + 10 * took
             for shard_id in (committed & ~coordinator.committed).nonzero()[0].tolist():
                 if coordinator.complete("", shard_id, time.monotonic()):
-                    self.counts.shards_done += 1
                     self.counts.images_done += self.planned.shards[shard_id].n_images
 
         n_shards = len(self.planned.shards)
-        self._writer.submit("listing commits", lambda: list_committed(self.store, n_shards), learn)
+        self.writer.submit("listing commits", lambda: list_committed(self.store, n_shards), learn)
 
     def prepared(self, result: AttemptResult) -> None:
         """Write a commit that its worker could not: it waited for a second opinion, or the store has no exclusive create,
@@ -302,7 +312,7 @@ class JobRun:
                 self.discarded(result)
             self.pool.commit_stands(result, standing)
 
-        self._writer.submit(f"committing shard {shard_id}", commit, stands)
+        self.writer.submit(f"committing shard {shard_id}", commit, stands)
 
     def discarded(self, result: AttemptResult) -> None:
         """An attempt's prepared commit will never stand: its energy is waste, its files go."""
@@ -312,7 +322,7 @@ class JobRun:
         self._uncommitted_records(lost.worker_id, segments, lost.power)
         self.counts.lost_attempts += 1
         files = [f.path for f in lost.files]
-        self._writer.submit(f"removing files of {lost.attempt_id}", lambda: self.store.delete(files))
+        self.writer.submit(f"removing files of {lost.attempt_id}", lambda: self.store.delete(files))
 
     def stopped(self, stopped: WorkerStopped) -> None:
         """A worker's last words."""
@@ -332,20 +342,21 @@ class JobRun:
             self._live.add_power(worker_id, power)
         self.spending.add(segments)
 
-    def _node_was_read(self, rows: Iterable[tuple]) -> None:
+    def node_was_read(self, rows: Iterable[tuple]) -> None:
         kept = list(rows)
         self._node_readings.add(kept)
         if self._live:
             self._live.add_node_readings(kept)
 
-    def tick(self, pool: WorkerPool) -> None:
+    def tick(self) -> None:
+        """One turn of the pool's loop is over."""
         if self._stop_now:
             raise _StopNow
-        self._writer.settle()
+        self.writer.settle()
         self._accounts.tick()
-        self._node_recorders.tick({w.worker_id: w.actor for w in pool.workers.values()})
+        self._node_recorders.tick(w.place for w in self.pool.workers.values() if w.place is not None)
         if time.monotonic() >= self._next_flush:
-            self._flush()
+            self.flush()
         if not self.draining and self._check_caps():
             self.drain(f"reached {self.cap_reached}")
         self._on_tick()
@@ -362,9 +373,9 @@ class JobRun:
             self.spending.add(commit.segments)
         self.spending.add(read_uncommitted(self.store).segments)
 
-    def _flush(self, *, everything: bool = False) -> None:
+    def flush(self, *, everything: bool = False) -> None:
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
-        if not self._writer.has_room and not everything:
+        if not self.writer.has_room and not everything:
             return  # storage is being waited for: records stay here until it takes them
         self._compactor.flush()
         self._uncommitted.flush()

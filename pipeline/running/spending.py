@@ -158,14 +158,13 @@ class Spending:
 
     def _caps_on_energy(self) -> Iterator[_CapUse]:
         caps = self.caps
-        if caps.max_kwh is not None:
-            yield _CapUse(
-                "kWh", f"--max-kwh {caps.max_kwh:g}", " kWh", self.total_mj / MJ_PER_KWH, caps.max_kwh
-            )
-        if caps.max_cost is not None:
-            yield _CapUse("cost", f"--max-cost {caps.max_cost:g}", "", self.cost, caps.max_cost)
-        if caps.max_gco2 is not None:
-            yield _CapUse("gCO2e", f"--max-gco2 {caps.max_gco2:g}", " gCO2e", self.gco2, caps.max_gco2)
+        for name, option, unit, used, limit in (
+            ("kWh", "--max-kwh", " kWh", self.total_mj / MJ_PER_KWH, caps.max_kwh),
+            ("cost", "--max-cost", "", self.cost, caps.max_cost),
+            ("gCO2e", "--max-gco2", " gCO2e", self.gco2, caps.max_gco2),
+        ):
+            if limit is not None:
+                yield _CapUse(name, f"{option} {limit:g}", unit, used, limit)
 
     def reached(self, now_unix: float, share_at_work: float = 0.0) -> str | None:
         """The cap that is reached, in words, or None.

@@ -2,14 +2,11 @@
 
 import logging
 from dataclasses import dataclass
-from types import SimpleNamespace
-
-import pytest
 
 from millijoule.jobs import check, entry, gc, query
 from millijoule.jobs.entry import run_command
 from millijoule.pipeline.closing.garbage import Orphan
-from millijoule.pipeline.running.progress import Progress
+from millijoule.pipeline.running.progress import closing_lines
 from millijoule.workers.errors import InputError
 
 EVIL = "\u202egnp.\u202c\x1b[2J\u2067"
@@ -55,7 +52,7 @@ def test_gc(capsys, monkeypatch, tmp_path):
     safe(capsys.readouterr().out)
 
 
-def test_the_closing_lines_of_a_job(capsys):
+def test_the_closing_lines_of_a_job():
     stats = dict.fromkeys(
         ("images_ok", "images_per_second", "direct_mj_per_image", "direct_estimate_mj_per_image"), 0
     )
@@ -63,21 +60,10 @@ def test_the_closing_lines_of_a_job(capsys):
     stats |= {"images_quarantined": 0, "input_rows_rejected": 0, "warnings": {f"unknown word {EVIL}": 3}}
     stats |= {"images_quarantined": 1, "errors": {f"cannot draw {EVIL}": 1}}
     stats |= {"energy": {"unclosed": [{"worker_id": "w1", "host": EVIL, "devices": ["cpu"], "reason": EVIL}]}}
-    run = SimpleNamespace(store=SimpleNamespace(url="out"))
-    Progress(SimpleNamespace(images=1), run, quiet=True).result(stats, finish_seconds=0.0)
-    safe(capsys.readouterr().err)
+    safe("\n".join(closing_lines(stats, "out")))
 
 
 def test_rows_of_a_query():
     import pyarrow as pa
 
     safe(query.as_text(pa.table({"prompt": [EVIL]})))
-
-
-def test_the_words_of_delimiters():
-    from millijoule.jobs.set_up.job import parse_delimiter
-
-    found = [parse_delimiter(t) for t in (None, ";", "semicolon", "Tab", "\\t", "pipe", "comma", "\t")]
-    assert found == [None, ";", ";", "\t", "\t", "|", ",", "\t"]
-    with pytest.raises(InputError, match="--delimiter dot: one character, or comma"):
-        parse_delimiter("dot")

@@ -48,7 +48,7 @@ def main(output: str, commits: int, every: int) -> None:
         driver.coordinator.complete(lease.attempt_id, lease.shard.shard_id, 1.0)
         driver.committed(result, news=True)
         if n % every == 0:
-            driver.tick(driver.pool)
+            driver.tick()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

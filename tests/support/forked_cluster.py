@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError
+from support.ray_stand_in import ActorClass, ActorHandle, shunned_nodes, task_error
 
 #: A worker's process has ended, and its driver knows; an actor has a place, and a process: not at the same moment.
 NOTICE_MOST_S = 0.05
@@ -412,36 +412,6 @@ def _serve(
 # -- in a driver's process --------------------------------------------------------------------------------------------
 
 
-class _ActorId(str):
-    __slots__ = ()
-
-    def hex(self) -> str:
-        return str(self)
-
-
-class _Handle:
-    def __init__(self, ray: ForkedRay, actor_id: str) -> None:
-        self._ray = ray
-        self._actor_id = _ActorId(actor_id)
-
-    def __getattr__(self, method: str) -> Any:
-        if method.startswith("_"):
-            raise AttributeError(method)
-        return SimpleNamespace(remote=lambda *args: self._ray.call(self._actor_id, method, args))
-
-
-class _ActorClass:
-    def __init__(self, ray: ForkedRay, options: dict[str, Any] | None = None) -> None:
-        self._ray = ray
-        self._options = options or {}
-
-    def options(self, **options: Any) -> _ActorClass:
-        return _ActorClass(self._ray, options)
-
-    def remote(self, *args: Any) -> _Handle:
-        return self._ray.create(self._options, args)
-
-
 class ForkedRay:
     """What stands for the `ray` module in a driver; belongs to the thread that runs the job's loop."""
 
@@ -452,20 +422,19 @@ class ForkedRay:
         self._died: dict[str, RayActorError] = {}
         self._results: dict[str, tuple[bool, bytes]] = {}
         self._calls: dict[str, str] = {}  # actor id by call id
-        self.actor_class = _ActorClass(self)
+        self.actor_class = ActorClass(self)
 
-    def create(self, options: dict[str, Any], args: tuple) -> _Handle:
+    def create(self, options: dict[str, Any], args: tuple) -> ActorHandle:
         actor_id = uuid.uuid4().hex
-        strategy, labels = options.get("scheduling_strategy"), options.get("label_selector") or {}
-        (selector,) = labels.values() or ("!in()",)
+        strategy = options.get("scheduling_strategy")
         asked = {
             "num_cpus": options.get("num_cpus"),
             "num_gpus": options.get("num_gpus"),
             "node_id": strategy.node_id if strategy is not None else None,
-            "shunned": selector.removeprefix("!in(").removesuffix(")").split(","),
+            "shunned": shunned_nodes(options),
         }
         self._conn.send(("create", actor_id, str(args[0]), asked, pickle.dumps(args)))
-        return _Handle(self, actor_id)
+        return ActorHandle(self, actor_id)
 
     def call(self, actor_id: str, method: str, args: tuple) -> str:
         call_id = uuid.uuid4().hex
@@ -501,9 +470,9 @@ class ForkedRay:
         value = pickle.loads(payload)
         if ok:
             return value
-        raise RayTaskError("method", str(value), value, proctitle="actor", ip="?").as_instanceof_cause()
+        raise task_error(value)
 
-    def kill(self, actor: _Handle) -> None:
+    def kill(self, actor: ActorHandle) -> None:
         self._conn.send(("kill", str(actor._actor_id)))
 
     def nodes(self) -> list[dict[str, Any]]:

@@ -32,17 +32,23 @@ from support import boards, spending_model
 from support.counter_judge import judge
 from support.fault_plans import KNOWN, DriverPlan, Plan, make_plan
 from support.forked_cluster import ActorContext, Cluster, Driver, ForkedRay, Node
+from support.ray_stand_in import install
 
-from millijoule.jobs import generate
 from millijoule.jobs.bench.result import write_result
 from millijoule.jobs.environment import environment
-from millijoule.jobs.set_up import job as job_set_up
+from millijoule.jobs.generate import signals_heeded
+from millijoule.jobs.set_up.job import open_or_plan
+from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.jobs.set_up.request import request_of
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job
-from millijoule.pipeline.running import accounts, coordinator, node_health, node_recorders, pool, run
+from millijoule.pipeline.output.job import read_job
+from millijoule.pipeline.running import accounts, coordinator, crew, node_health, outcomes, pool, run
+from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers import actor as actor_module
 from millijoule.workers import attempt, orphan
 from millijoule.workers.actor import ShardWorker
+from millijoule.workers.errors import JobError
 from millijoule.workers.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
 from millijoule.workers.meters import nvml
 from millijoule.workers.storage.store import LocalStore, open_store
@@ -211,7 +217,8 @@ def _boot_id(host: int, boot: int) -> str:
 
 def enter_host(node: Node | None, plan: Plan, folder: Path) -> None:
     """This process is on `node`, in a world whose constants of time are shorter, and dies where the plan says."""
-    pool.TICK_S, pool.STATUS_PERIOD_S, pool.CUT_OFF_S, pool.STOP_TIMEOUT_S = 0.04, 0.15, 1.0, 10.0
+    pool.TICK_S, pool.STATUS_PERIOD_S, outcomes.STATUS_PERIOD_S = 0.04, 0.15, 0.15
+    pool.CUT_OFF_S, pool.STOP_TIMEOUT_S, crew.STOP_TIMEOUT_S = 1.0, 10.0, 10.0
     coordinator.SPECULATION_MIN_S, coordinator.SECOND_OPINION_PATIENCE_S = 0.3, 1.0
     node_health.DEATH_PAUSE_FIRST_S, node_health.FAULT_PAUSE_FIRST_S = 0.02, 0.05
     accounts.CLOSE_TIMEOUT_S, accounts.CUT_OFF_TIMEOUT_S, actor_module.GONE_TIMEOUT_S = 15.0, 4.0, 3.0
@@ -287,31 +294,31 @@ class _Worker(ShardWorker):
 def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
     """A driver's process: what `jobs/generate.py` does, with the forked cluster for Ray."""
     enter_host(None, plan, folder)
-    for module in (pool, accounts, node_recorders):
-        module.ray = ray
-    pool.ray_state = ray
-    options = generate.GenerateOptions(
+    install(setattr, ray)
+    options = GenerateOptions(
         prompts=(str(folder / "prompts.txt"),),
         output=str(folder / "out"),
         model=MODEL,
         shard_size=str(plan.shard_size),
     )
-    planned = job_set_up.open_or_plan(options, open_store(options.output), job_set_up.WorkerRequest(options))
+    store = open_store(options.output)
+    planned = open_or_plan(request_of(options), store, read_job(store))
     store = open_store(options.output, patient=True)
     all_boards = sum(plan.hosts) * round(1 / plan.gpus_per_worker)
     job_run = run.JobRun(
         store,
         replace(planned, exclusive=plan.exclusive),
-        pool.PoolOptions(1, own.max_workers or all_boards, 1.0, plan.gpus_per_worker),
+        PoolOptions(1, own.max_workers or all_boards, 1.0, plan.gpus_per_worker),
         ray.actor_class,
         lease_s=plan.lease_s,
         speculate=plan.speculate,
         batch_size=plan.batch_size,
     )
-    with generate._signals(job_run):
-        job_run.run()
-    if job_run.given_up:
-        return 1
+    with signals_heeded(job_run):
+        try:
+            job_run.run()
+        except JobError:
+            return 1
     if not job_run.complete:
         return 5
     stats = finish_job(store, planned.job, planned.shards)

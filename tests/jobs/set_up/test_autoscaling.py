@@ -4,9 +4,11 @@ import json
 
 import pytest
 from ray.core.generated.autoscaler_pb2 import ClusterConfig, GetClusterStatusReply
+from support.ray_stand_in import RayStandIn
 
 from millijoule.jobs.set_up import autoscaling
-from millijoule.jobs.set_up.autoscaling import answer, from_node_groups, how_many, scales_by_version_1
+from millijoule.jobs.set_up.autoscaling import answer, from_node_groups, scales_by_version_1
+from millijoule.pipeline.running.cluster import how_many
 
 WORKER = {"CPU": 1.0, "GPU": 1.0}
 
@@ -31,8 +33,7 @@ def status(
 @pytest.fixture
 def ask(monkeypatch):
     """`ask(*replies)`: what becomes of a request while the cluster says one after another, the last for ever."""
-    monkeypatch.setattr(autoscaling, "POLL_S", 0.001)
-    monkeypatch.setattr(autoscaling, "ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(autoscaling, "time", RayStandIn(make=None).time)
 
     def answered(*replies, placed=lambda: False):
         left = list(replies)

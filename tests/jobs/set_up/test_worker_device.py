@@ -5,12 +5,18 @@ from dataclasses import replace
 
 import pytest
 
-from millijoule.jobs.generate import GenerateOptions
-from millijoule.jobs.set_up import job as job_set_up
 from millijoule.jobs.set_up import ray_cluster
 from millijoule.jobs.set_up.autoscaling import Prospect
-from millijoule.jobs.set_up.job import WorkerRequest, validate
-from millijoule.jobs.set_up.worker_device import AUTO_WORKERS_TO_COME, WorkerDevice, choose_device
+from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.jobs.set_up.ray_cluster import Cluster
+from millijoule.jobs.set_up.request import request_of
+from millijoule.jobs.set_up.worker_device import (
+    AUTO_WORKERS_TO_COME,
+    WorkerDevice,
+    choose_device,
+    pool_options,
+)
+from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators import registry as generator
 from millijoule.workers.generators.registry import PACKAGED, needs_gpu
@@ -19,7 +25,9 @@ MAY_COME = Prospect(True, "node type gpu-spot may come", 12)
 NEVER = Prospect(False, "the cluster has no autoscaler that could start one")
 UNKNOWN = Prospect(None, "the cluster's autoscaler gave no answer")
 
-OPTIONS = GenerateOptions(prompts=("p.txt",), output="out", ray_address="head:6379")
+HEAD = Cluster("the cluster at head:6379", own=False)
+
+OPTIONS = GenerateOptions(prompts=(__file__,), output="out")
 
 
 @pytest.fixture
@@ -40,7 +48,13 @@ def heavy(monkeypatch):
     return replace(OPTIONS, model=str(PACKAGED["baseline"]))
 
 
-def choose(options, says: Prospect | None = None, **more) -> WorkerDevice | None:
+@pytest.fixture(autouse=True)
+def _prompts(monkeypatch):
+    """Whatever file is named has prompts: nothing here reads them."""
+    monkeypatch.setattr("millijoule.jobs.set_up.request.expand_inputs", lambda prompts: [])
+
+
+def choose(options, says: Prospect | None = None, cluster=HEAD, **more) -> WorkerDevice | None:
     """With a cluster that answers `says`; None: it must not be asked."""
 
     def ask(resources):
@@ -48,7 +62,7 @@ def choose(options, says: Prospect | None = None, **more) -> WorkerDevice | None
         assert resources["GPU"] == (options.gpus_per_worker or 1.0)
         return says
 
-    return choose_device(options, {"CPU": 1.0}, ask=ask, **more)
+    return choose_device(request_of(options), cluster, ask=ask, **more)
 
 
 def test_a_persons_word_comes_first(cluster, heavy):
@@ -65,7 +79,8 @@ def test_then_gpus_that_are_there(cluster):
     cluster(4)
     assert str(choose(OPTIONS)) == "gpu, because the cluster at head:6379 has 4 GPUs"
     cluster(1)
-    assert str(choose(replace(OPTIONS, ray_address=None))) == "gpu, because this machine has 1 GPU"
+    here = Cluster("this machine", own=True)
+    assert str(choose(OPTIONS, cluster=here)) == "gpu, because this machine has 1 GPU"
 
 
 def test_then_gpus_that_may_come(cluster, heavy):
@@ -135,32 +150,26 @@ def test_packaged_models_and_small_pipelines_do_without_a_gpu(monkeypatch):
         ({"cpus_per_worker": -1.0, "device": "gpu"}, "--cpus-per-worker -1"),
     ],
 )
-def test_contradictions_are_refused_by_name(tmp_path, changes, words):
-    (tmp_path / "p.txt").write_text("a red cat\n")
-    options = replace(OPTIONS, prompts=(str(tmp_path / "p.txt"),), **changes)
+def test_contradictions_are_refused_by_name(changes, words):
     with pytest.raises(InputError) as refused:
-        validate(options)
+        request_of(replace(OPTIONS, **changes))
     assert words in str(refused.value)
 
 
-def test_a_request_is_decided_once_and_said_once(cluster, monkeypatch, caplog):
-    asked = []
+def test_workers_are_as_many_as_fit_unless_somebody_says(monkeypatch, caplog):
+    def pool(room, device, own=False, **changes):
+        monkeypatch.setattr(ray_cluster, "room", lambda resources: room)
+        asked = request_of(replace(OPTIONS, resources=("spot=1",), **changes)).workers
+        return pool_options(asked, device, Cluster("x", own))
 
-    def choose_once(options, resources, *, has_work):
-        asked.append(resources)
-        return WorkerDevice(1.0, "node type gpu-spot may come", 12) if has_work() else None
-
-    rooms = iter((0, 5))
-    monkeypatch.setattr(job_set_up, "choose_device", choose_once)
-    monkeypatch.setattr(ray_cluster, "room", lambda resources: next(rooms))
-    request = WorkerRequest(replace(OPTIONS, resources=("spot=1",)))
+    cpus, to_come = WorkerDevice(0.0, "because"), WorkerDevice(1.0, "because", 12)
+    assert pool(5, cpus) == PoolOptions(0, 5, 1.0, 0.0, {"spot": 1.0}, at_once=5)
+    assert pool(0, cpus).max_workers == 1
+    with pytest.raises(InputError, match="no room for a worker that asks for 1 CPU and 1 spot"):
+        pool(0, cpus, own=True)
     with caplog.at_level(logging.INFO):
-        nothing = request.decide(lambda: False)
-        assert (nothing.min_workers, nothing.gpus_per_worker) == (0, 0)
-        assert "device" not in caplog.text
-        first, second = request.decide(), request.decide()
-    assert len(asked) == 2
-    assert asked[1] == {"CPU": 1.0, "spot": 1.0}
-    assert caplog.text.count("device: gpu, because node type gpu-spot may come") == 1
-    assert (first.max_workers, first.gpus_per_worker, first.at_once) == (12, 1.0, 0)
-    assert second.at_once == 5
+        assert (pool(0, to_come).max_workers, pool(0, to_come).gpus_per_worker) == (12, 1.0)
+    assert "up to 12 on nodes to come" in caplog.text
+    assert pool(7, to_come, workers="2:4") == PoolOptions(2, 4, 1.0, 1.0, {"spot": 1.0}, at_once=7)
+    nothing = pool(7, None)
+    assert (nothing.min_workers, nothing.gpus_per_worker) == (0, 0.0)

@@ -31,7 +31,7 @@ from millijoule.pipeline.planning.retry import load_job_shards
 from millijoule.pipeline.report.data import Report, collect_job
 from millijoule.pipeline.report.page import render_page
 from millijoule.pipeline.report.terminal import print_report
-from millijoule.pipeline.running.progress import Progress
+from millijoule.pipeline.running.progress import closing_lines
 from millijoule.pipeline.sql.query import CLOSURE_QUERIES, open_tables, run_query
 from millijoule.workers.layout import closing_key
 from millijoule.workers.lease import commit_key, worker_key
@@ -484,15 +484,8 @@ def test_sql_has_no_sum_of_what_is_missing(output):
     assert {r["worker_id"] for r in rows("waste") if r["energy_mj"] is None} == {"w2"}
 
 
-def test_the_last_line_of_a_job_warns(output, capsys):
+def test_the_last_line_of_a_job_warns(output):
     store, stats = output
-
-    class Run:
-        pass
-
-    run = Run()
-    run.store = store
-    Progress(require_job(store), run, quiet=True).result(stats, finish_seconds=0.0)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    (line,) = [line for line in closing_lines(stats, store.url) if line.startswith("warning: ")]
     assert "w2 on host-b" in line
     assert NEVER_CLOSED in line

@@ -216,8 +216,8 @@ def test_a_driver_writes_power_that_no_commit_carries(tmp_path):
     planned = PlannedJob(job, load_job_shards(store, job), exclusive=True)
     driver = JobRun(store, planned, PoolOptions(1, 1, 1.0, 0.0, {}), None, lease_s=60.0, speculate=False)
     driver.stopped(WorkerStopped("w1", tuple(chain([read(0, 0), read(5, 9)], ["idle"])), (trace(1, 2),)))
-    driver._flush()
-    driver._writer.close()
+    driver.flush()
+    driver.writer.close()
     assert read_live_table(store, "power")["power_instant_mw"].to_pylist() == [1000, 2000]
 
 

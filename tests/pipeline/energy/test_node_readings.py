@@ -119,11 +119,11 @@ def test_an_object_that_is_none_is_named(store):
 
 def flush(driver):
     """Flush, and wait until the driver's writer has written."""
-    driver._flush()
+    driver.flush()
     deadline = time.monotonic() + 60
-    while not driver._writer.idle:
+    while not driver.writer.idle:
         assert time.monotonic() < deadline
-        driver._writer.settle()
+        driver.writer.settle()
         time.sleep(0.01)
 
 
@@ -132,9 +132,9 @@ def test_a_driver_flushes_readings_and_live_rows_together(tmp_path):
     store, job = plan(tmp_path, ["a", "b"])
     planned = run.PlannedJob(job, load_job_shards(store, job), exclusive=True)
     driver = run.JobRun(store, planned, PoolOptions(1, 1, 1.0, 0.0, {}), None, lease_s=60.0, speculate=False)
-    driver._node_was_read(r for r in [row(1), row(2)])
+    driver.node_was_read(r for r in [row(1), row(2)])
     flush(driver)
-    driver._node_was_read([row(3)])
+    driver.node_was_read([row(3)])
     kept, live = read_node_readings(store), read_live_table(store, "node_reading")
     assert times(kept) == times(live) == [1, 2]
     assert kept.to_pylist() == live.to_pylist()

@@ -19,8 +19,9 @@ def test_it_finds_exactly_the_poison_rows(data, n_rows):
 @given(st.integers(1, 4096), st.data())
 def test_one_poison_row_costs_about_two_probes_per_halving(n_rows, data):
     poison = data.draw(st.integers(0, n_rows - 1))
-    search = Bisection(n_rows)
+    search, probes = Bisection(n_rows), 0
     while not search.done:
         start, stop = search.next_range()
         search.report((start, stop), survived=not start <= poison < stop)
-    assert search.probes <= 2 * (n_rows.bit_length() + 1)
+        probes += 1
+    assert probes <= 2 * (n_rows.bit_length() + 1)

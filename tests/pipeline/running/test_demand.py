@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millijoule.pipeline.running import pool as pool_module
-from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.pipeline.running.demand import FIRST_WORKERS, LEAST_START_S, PLACE_ANSWER_S, Demand
-from millijoule.pipeline.running.pool import PoolOptions, WorkerPool
-from millijoule.workers.lease import WorkerConfig
-from millijoule.workers.shard_rows import Shard
-
-
-class FakeActor:
-    """An actor handle. Methods are called as in Ray; nothing ever answers."""
-
-    def __init__(self) -> None:
-        self.killed = False
-
-    def __getattr__(self, method: str):
-        return SimpleNamespace(remote=lambda *arguments: object())
-
-
-class FakeActorClass:
-    def __init__(self) -> None:
-        self.made: list[FakeActor] = []
-
-    def options(self, **asked):
-        return self
-
-    def remote(self, worker_id, config) -> FakeActor:
-        self.made.append(FakeActor())
-        return self.made[-1]
-
-
-@pytest.fixture(autouse=True)
-def ray(monkeypatch):
-    """Ray as far as `WorkerPool._resize` sees it."""
-
-    def kill(actor):
-        actor.killed = True
-
-    monkeypatch.setattr(pool_module, "ray", SimpleNamespace(kill=kill))
+from millijoule.pipeline.running.demand import (
+    FIRST_WORKERS,
+    LEAST_START_S,
+    PLACE_ANSWER_S,
+    Demand,
+    PoolOptions,
+)
 
 
 @dataclass
@@ -190,40 +156,3 @@ def test_what_was_asked_for_is_not_taken_back_for_a_little_less_work():
     assert d.wanted() == 2
     d.withdrawable(workers, 20.0, draining=False)
     assert len(d.withdrawable(workers, 23.0, draining=False)) == 2
-
-
-class Shards(list):
-    """Stands for a shard index."""
-
-
-class Events:
-    def gone(self, worker_id) -> None: ...
-
-    def tick(self, pool) -> None: ...
-
-
-def test_the_pool_keeps_no_request_beyond_its_shards_and_counts_no_death():
-    n = 60
-    shards = Shards(Shard(i, "part", i, 1, 1, None, None, None, f"p{i}", "") for i in range(n))
-    coordinator = Coordinator(shards, np.zeros(n, dtype=bool), 60.0, driver_epoch=1)
-    actors = FakeActorClass()
-    config = WorkerConfig("", "", 0, "parquet", "", "", 1)
-    pool = WorkerPool(actors, coordinator, config, PoolOptions(0, n), Events())
-    pool._resize(0.0)
-    assert len(actors.made) == n
-    for shard_id in range(n - 3):  # somebody else commits them
-        coordinator.complete("another's", shard_id, 1.0)
-    pool._resize(2.0)
-    pool._resize(2.0 + PLACE_ANSWER_S)
-    assert [a.killed for a in actors.made] == [False] * 3 + [True] * 57
-    assert len(pool.workers) == 3
-    pool._resize(5.0)
-    assert len(actors.made) == n  # none is asked for in place of those taken back
-    assert pool.deaths == 0
-    for shard_id in range(n - 3, n):
-        coordinator.complete("another's", shard_id, 6.0)
-    pool._resize(6.0)
-    pool._resize(6.0 + PLACE_ANSWER_S)
-    assert not pool.workers
-    assert all(a.killed for a in actors.made)
-    assert pool.deaths == 0

@@ -1,0 +1,62 @@
+"""A few images on one worker, started as the job would start it: what they take, before the job is planned."""
+
+from __future__ import annotations
+
+import logging
+
+import ray
+
+from millijoule.jobs.set_up.request import JobRequest
+from millijoule.pipeline.running.cluster import words
+from millijoule.pipeline.running.demand import PoolOptions
+from millijoule.pipeline.running.pool import CAPACITY_NOTICE_S
+from millijoule.workers.actor import remote_worker_class
+from millijoule.workers.lease import Calibration, WorkerConfig
+from millijoule.workers.schemas import ImageRequest
+
+log = logging.getLogger(__name__)
+
+#: Enough images to see past start-up, few enough to wait for.
+CALIBRATION_IMAGES = 64
+
+#: A calibrated shard holds at least and at most this many images.
+MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 16, 100_000
+
+
+def calibrated_shard_size(request: JobRequest, seconds: float, pool: PoolOptions) -> int:
+    """Images that take about `seconds` on one worker; raises InputError as `calibrate`."""
+    made_up = [ImageRequest(f"calibration-{i}", 0, "", seed=i) for i in range(CALIBRATION_IMAGES)]
+    result = calibrate(request, made_up, pool)
+    per_image = result.seconds / max(1, result.images)
+    return max(MIN_SHARD_IMAGES, min(MAX_SHARD_IMAGES, round(seconds / per_image)))
+
+
+def calibrate(request: JobRequest, images: list[ImageRequest], pool: PoolOptions) -> Calibration:
+    """Start one worker with what `pool` says one asks for, draw `images`, end it.
+
+    Raises:
+        MillijouleError: the model cannot be loaded on the worker's node, or not used.
+    """
+    config = WorkerConfig(
+        output_url="",
+        fingerprint="",
+        job_seed=request.seed,
+        output_format=request.format,
+        model=request.model,
+        model_sha256=request.identity.sha256,
+        driver_epoch=0,
+        batch_size=request.batch_size,
+        cpu_threads=max(1, int(pool.cpus_per_worker)),
+        telemetry=request.telemetry,
+    )
+    actor = remote_worker_class().options(**pool.actor_options()).remote("calibration", config)
+    try:
+        started = actor.start.remote()
+        while not ray.wait([started], timeout=CAPACITY_NOTICE_S)[0]:
+            log.warning("waiting for a worker to draw a few images on: it asks for %s", words(pool.asked))
+        ray.get(started)
+        return ray.get(actor.calibrate.remote(images))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if error.cause is not None else error from error
+    finally:
+        ray.kill(actor)

@@ -1,0 +1,204 @@
+"""The options of `millijoule generate`, and of the function of the same name: one class says both."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from millijoule.jobs.rate_options import RateOptions
+from millijoule.workers.errors import InputError
+from millijoule.workers.records import convert
+
+Format = Literal["parquet", "webdataset", "files"]
+Device = Literal["auto", "gpu", "cpu"]
+DuplicatePolicy = Literal["error", "keep-first", "suffix"]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Make images from prompt files on a Ray cluster, and account for the energy.
+
+    Run the same command again to resume: finished shards are kept, whatever was killed. Inside `ray job submit` (or
+    with --ray-address) the job runs on that cluster; otherwise Ray starts on this machine for the length of the job.
+
+    Prompt files may have these columns (aliases in brackets): prompt [prompts, text, caption], prompt_id [id,
+    custom_id], negative_prompt, seed (-1: none), num_images [n], width, height, size (1024x768), num_inference_steps
+    [steps, step], guidance_scale [cfg_scale, cfg, cfgs]; case, spaces, _ and - do not matter. Other columns are passed
+    through. In a .txt file each line is a prompt. docs/prompt-files.md has the details.
+
+    Exit codes: 0 complete; 1 error; 2 a command line that does not parse; 3 complete, but some rows were quarantined; 4 a cap was
+    reached; 5 interrupted, resumable.
+    """
+
+    prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH|URL ...")]
+    """Prompt files: txt, csv, tsv, json, jsonl (also .gz), parquet; paths, folders, globs, s3:// URLs and prefixes."""
+
+    output: Annotated[str, tyro.conf.arg(metavar="DIR|URL")]
+    """Output folder, or s3://bucket/prefix. All nodes must see it."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|PATH")] = "default"
+    """`default` or `baseline` (models in the package), a .safetensors file, a diffusers directory, or
+    python:MODULE:FACTORY for your own generator."""
+
+    format: Format = "parquet"
+    """How images are stored: parquet files, webdataset tars, or plain PNG files named by prompt id."""
+
+    images_per_prompt: int = 1
+    """For rows without a num_images column."""
+
+    seed: int = 0
+    """Job seed; an image's own seed follows from it, the prompt id and the image index."""
+
+    shard_size: Annotated[str, tyro.conf.arg(metavar="N|SECONDSs")] = "256"
+    """Images per shard, or a target duration such as 60s (a short calibration then sets the number)."""
+
+    workers: Annotated[str, tyro.conf.arg(metavar="N|MIN:MAX")] = "auto"
+    """Number of workers, or a range for autoscaling: 0:8 holds nothing while nothing waits, and asks for nodes only as
+    far as there is work for them. auto: one per device; where all devices are yet to come, one for each that the cluster
+    says may come, or 0:8 if it does not say."""
+
+    device: Device = "auto"
+    """What workers run on. auto: GPUs where the cluster has some, or where its autoscaler can start a node with one
+    (asked when there is work to do); else CPUs, except for a diffusers pipeline too heavy for them. The log says what was
+    decided and why. gpu: GPUs, or an error where none can come. cpu: never a GPU."""
+
+    gpus_per_worker: float | None = None
+    """GPUs each worker asks for, may be fractional. Default: 1, or 0 on CPUs."""
+
+    cpus_per_worker: float = 1.0
+    """CPUs each worker asks for, and threads it computes with."""
+
+    batch_size: int | None = None
+    """Images per call of the model. Default: what suits the model on the device."""
+
+    resources: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=AMOUNT ...")] = ()
+    """Custom Ray resources each worker asks for."""
+
+    lease_seconds: float = 120.0
+    """A worker without progress (a step or batch of images, a part of a file stored) for this long loses its shard to
+    another; after twice as long it is replaced."""
+
+    speculate: bool = True
+    """At the end of the job idle workers race stragglers for their shards. --no-speculate: they do not."""
+
+    prompt_column: str | None = None
+    """Exact name of the prompt column where it is none of the known ones, or one of several."""
+
+    delimiter: Annotated[str | None, tyro.conf.arg(metavar="CHAR|comma|semicolon|pipe|tab")] = None
+    """What stands between the fields of csv and tsv files. Default: what the header shows."""
+
+    duplicate_ids: DuplicatePolicy = "error"
+    """What to do with a prompt id that stands twice: refuse, keep the first row, or add ~2, ~3 to the later ones."""
+
+    max_prompt_chars: int = 10_000
+    """Longer prompts are rejected, row by row."""
+
+    dry_run: bool = False
+    """Plan, draw a few images, and print what the whole job would take in time, energy, money and bytes."""
+
+    max_kwh: float | None = None
+    """Stop leasing when the job, earlier runs included, will have used this much: shards at work are finished, exit
+    code 4, resumable. Counted by the energy counters; a worker without one counts by its estimate, and that is said."""
+
+    max_cost: float | None = None
+    """The same in your currency, for electricity; needs --price-per-kwh."""
+
+    max_gco2: float | None = None
+    """The same in grams of CO2e; needs --gco2-per-kwh."""
+
+    deadline: str | None = None
+    """The same in time: a duration of this run such as 90m or 2h, or a time with its zone (2026-03-01T18:00+01:00)."""
+
+    rates: Annotated[RateOptions, tyro.conf.arg(name="")] = field(default_factory=RateOptions)
+
+    node_meter: Annotated[str | None, tyro.conf.arg(metavar="ipmi|redfish:URL|FILE")] = None
+    """Read the nodes' own meters while the job runs, to check the devices' counters (C3): ipmi (ipmitool as root, on
+    every node), redfish:https://bmc-{host}/redfish/v1/Chassis/1, or a TOML file that names a meter per node, with
+    login and certificate (docs/meters.md). A meter that cannot be read is missing and never ends the job."""
+
+    node_rest: Annotated[str | None, tyro.conf.arg(metavar="W+-W")] = None
+    """Watts of a node that no counter sees (fans, board, network cards, losses), and by how much that may be wrong, such
+    as 180+-30; without it nodes cannot close. In a FILE: rest_watts and rest_tolerance_watts."""
+
+    telemetry: bool = True
+    """Read energy counters, sample power, write live tables and metrics. --no-telemetry: nothing of it; energy is
+    missing, and the finished tables say so."""
+
+    retry_failed: bool = False
+    """Give quarantined rows of a finished job one more try, as new shards."""
+
+    ray_address: str | None = None
+    """Ray cluster to join, e.g. auto or ray-head:6379. Default: RAY_ADDRESS, else a local one."""
+
+    quiet: bool = False
+    """No progress, only warnings and the result."""
+
+
+#: Options that are text because a number is one of several forms; as keyword arguments numbers are welcome.
+_ALSO_NUMBERS = ("workers", "shard_size", "price_per_kwh", "gco2_per_kwh")
+_SEQUENCES = ("prompts", "resources")
+_RATES = tuple(f.name for f in fields(RateOptions))
+
+
+def options_of(keywords: Mapping[str, Any]) -> GenerateOptions:
+    """Keyword arguments, named like the options with `_` for `-`, as options.
+
+    Raises:
+        TypeError: one has an unknown name, or `prompts` or `output` is missing.
+        InputError: one has a value of a wrong type.
+    """
+    known = [parameter.name for parameter in parameters()]
+    for name in keywords:
+        if name not in known:
+            near = [k for k in known if name in k] or difflib.get_close_matches(name, known, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+            raise TypeError(f"generate() has no option {name!r}; {hint}")
+    if missing := [name for name in ("prompts", "output") if name not in keywords]:
+        raise TypeError(f"generate() needs {' and '.join(missing)}")
+    raw: dict[str, Any] = {"rates": {}}
+    for name, value in keywords.items():
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if name in _ALSO_NUMBERS and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        if name in _SEQUENCES:
+            value = [value] if isinstance(value, str) else [os.fspath(v) for v in value]
+        (raw["rates"] if name in _RATES else raw)[name] = value
+    try:
+        return convert(GenerateOptions, raw)
+    except ValueError as error:
+        raise InputError(f"generate(): {error}") from error
+
+
+def parameters() -> list[inspect.Parameter]:
+    """The options as keyword parameters of a function, those of `RateOptions` among them."""
+    flat = [f for f in fields(GenerateOptions) if f.name != "rates"] + list(fields(RateOptions))
+    return [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if f.default is MISSING else f.default,
+        )
+        for f in flat
+    ]
+
+
+def option_words() -> dict[str, str]:
+    """What the options' classes say of each option, by name."""
+    found = {}
+    for kind in (GenerateOptions, RateOptions):
+        (parsed,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(parsed, ast.ClassDef)
+        for option, words in pairwise(parsed.body):
+            if isinstance(option, ast.AnnAssign) and isinstance(words, ast.Expr):
+                assert isinstance(option.target, ast.Name)
+                found[option.target.id] = " ".join(ast.literal_eval(words.value).split())
+    return found

@@ -1,0 +1,206 @@
+"""What a job is asked to be: options read and checked once, before Ray starts. Everything after takes the request."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from millijoule.jobs.node_meter_options import parse_node_meters
+from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.pipeline.planning.plan import PlanOptions
+from millijoule.pipeline.running.spending import Caps, parse_deadline
+from millijoule.workers.errors import InputError
+from millijoule.workers.generators.protocol import ModelIdentity
+from millijoule.workers.generators.registry import describe_model
+from millijoule.workers.node_meters.config import NodeMeterConfig
+from millijoule.workers.storage.store import InputFile, expand_inputs
+
+#: Words for delimiters that are hard to type.
+DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\t": "\t"}
+
+#: Images per shard until a calibration has said how many take the seconds that were asked for.
+UNCALIBRATED_SHARD_SIZE = 256
+
+#: Fields of a request that are the options of the same name.
+AS_GIVEN = (
+    *(
+        "prompts",
+        "output",
+        "model",
+        "format",
+        "seed",
+        "batch_size",
+        "lease_seconds",
+        "speculate",
+        "telemetry",
+    ),
+    *("retry_failed", "dry_run", "ray_address", "quiet"),
+)
+
+
+@dataclass(frozen=True)
+class WorkersAsked:
+    """What was said about workers, by Ray's names; `gpus` each, None: nothing said; `bounds` (fewest, most), None: auto."""
+
+    device: Literal["auto", "gpu", "cpu"]
+    gpus: float | None
+    cpus: float
+    resources: dict[str, float]
+    bounds: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One job, as asked for.
+
+    `files` are what `prompts` stood for when the request was made, and `identity` is the model's at that time.
+    Where `shard_seconds` is given, `plan.shard_size` only stands in until a calibration. Other fields as `GenerateOptions`.
+    """
+
+    prompts: tuple[str, ...]
+    files: tuple[InputFile, ...]
+    output: str
+    model: str
+    identity: ModelIdentity
+    format: str
+    seed: int
+    plan: PlanOptions
+    shard_seconds: float | None
+    workers: WorkersAsked
+    batch_size: int | None
+    lease_seconds: float
+    speculate: bool
+    caps: Caps
+    node_meters: tuple[NodeMeterConfig, ...]
+    telemetry: bool
+    retry_failed: bool
+    dry_run: bool
+    ray_address: str | None
+    quiet: bool
+
+
+def request_of(options: GenerateOptions) -> JobRequest:
+    """Read `options`.
+
+    Raises:
+        InputError: an option means nothing, no prompt file matches, or the model is not one; the message names it.
+    """
+    if options.images_per_prompt < 1:
+        raise InputError(f"--images-per-prompt {options.images_per_prompt}: at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise InputError(f"--seed {options.seed}: from 0 to 2**63 - 1")
+    if options.lease_seconds < 1:
+        raise InputError(f"--lease-seconds {options.lease_seconds}: at least 1")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise InputError(f"--batch-size {options.batch_size}: at least 1")
+    if options.node_meter is not None and not options.telemetry:
+        raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
+    images, seconds = parse_shard_size(options.shard_size)
+    return JobRequest(
+        workers=workers_asked(options),
+        caps=caps_of(options),
+        plan=PlanOptions(
+            shard_size=images or UNCALIBRATED_SHARD_SIZE,
+            images_per_prompt=options.images_per_prompt,
+            duplicate_ids=options.duplicate_ids,
+            prompt_column=options.prompt_column,
+            delimiter=parse_delimiter(options.delimiter),
+            max_prompt_chars=options.max_prompt_chars,
+        ),
+        shard_seconds=seconds,
+        node_meters=parse_node_meters(options.node_meter, options.node_rest),
+        files=tuple(expand_inputs(options.prompts)),
+        identity=describe_model(options.model),
+        **{name: getattr(options, name) for name in AS_GIVEN},
+    )
+
+
+def workers_asked(options: GenerateOptions) -> WorkersAsked:
+    """What `options` say about workers; raises InputError for contradictions."""
+    gpus, cpus = options.gpus_per_worker, options.cpus_per_worker
+    if gpus is not None and gpus < 0:
+        raise InputError(f"--gpus-per-worker {gpus:g}: 0 or more")
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        raise InputError(f"--gpus-per-worker {gpus:g}: above 1 whole GPUs only")
+    if options.device == "cpu" and gpus:
+        raise InputError(f"--device cpu and --gpus-per-worker {gpus:g} exclude each other: give one of them")
+    if options.device == "gpu" and gpus == 0:
+        raise InputError("--device gpu and --gpus-per-worker 0 exclude each other: give one of them")
+    if cpus < 0:
+        raise InputError(f"--cpus-per-worker {cpus:g}: 0 or more")
+    if cpus == 0 and not gpus and options.device != "gpu":
+        raise InputError("--cpus-per-worker 0: a worker needs a CPU or a GPU")
+    return WorkersAsked(
+        options.device, gpus, cpus, parse_resources(options.resources), parse_workers(options.workers)
+    )
+
+
+def caps_of(options: GenerateOptions) -> Caps:
+    """The limits that `options` set, a deadline's duration counting from now; raises InputError."""
+    for name in ("max_kwh", "max_cost", "max_gco2"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} {value}: a number, 0 or more")
+    rates = options.rates.read()
+    if options.max_cost is not None and rates.price is None:
+        raise InputError("--max-cost needs --price-per-kwh")
+    if options.max_gco2 is not None and rates.carbon is None:
+        raise InputError("--max-gco2 needs --gco2-per-kwh")
+    return Caps(
+        max_kwh=options.max_kwh,
+        max_cost=options.max_cost,
+        max_gco2=options.max_gco2,
+        deadline_unix=None if options.deadline is None else parse_deadline(options.deadline, time.time()),
+        price=rates.price,
+        carbon=rates.carbon,
+        pue=rates.pue or 1.0,
+    )
+
+
+def parse_shard_size(text: str) -> tuple[int | None, float | None]:
+    """`"256"` -> (256, None) images; `"60s"` -> (None, 60.0) seconds; raises InputError."""
+    match = re.fullmatch(r"([0-9]+)|([0-9]+(?:\.[0-9]+)?)s", text)
+    if match and match[1] and int(match[1]) >= 1:
+        return int(match[1]), None
+    if match and match[2] and float(match[2]) > 0:
+        return None, float(match[2])
+    raise InputError(f"--shard-size {text}: a number of images such as 256, or a duration such as 60s")
+
+
+def parse_workers(text: str) -> tuple[int, int] | None:
+    """`"4"` -> (4, 4); `"0:8"` -> (0, 8); `"auto"` -> None; raises InputError."""
+    if text == "auto":
+        return None
+    if match := re.fullmatch(r"([0-9]+)(?::([0-9]+))?", text):
+        fewest = int(match[1])
+        most = int(match[2]) if match[2] is not None else fewest
+        if most >= max(1, fewest):
+            return fewest, most
+    raise InputError(f"--workers {text}: a number such as 4, a range such as 0:8, or auto")
+
+
+def parse_resources(pairs: tuple[str, ...]) -> dict[str, float]:
+    """`("spot=1",)` -> {"spot": 1.0}; raises InputError."""
+    resources = {}
+    for pair in pairs:
+        name, _, amount = pair.partition("=")
+        if name in ("CPU", "GPU"):
+            raise InputError(f"--resources {pair}: give --{name.lower()}s-per-worker instead")
+        try:
+            resources[name] = float(amount)
+        except ValueError:
+            resources[name] = 0.0
+        if not name or resources[name] <= 0:
+            raise InputError(f"--resources {pair}: NAME=AMOUNT with an amount over 0, such as spot=1")
+    return resources
+
+
+def parse_delimiter(text: str | None) -> str | None:
+    """`"semicolon"` or `";"` -> ";"; raises InputError."""
+    if text is None or len(text) == 1:
+        return text
+    if text.lower() in DELIMITER_WORDS:
+        return DELIMITER_WORDS[text.lower()]
+    raise InputError(f"--delimiter {text}: one character, or {', '.join(DELIMITER_WORDS)}")

@@ -1,0 +1,58 @@
+"""What a driver asks its Ray cluster: which nodes there are, what they hold, where an actor is; and Ray's words in short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray._private import state as ray_state
+from ray.exceptions import RayActorError
+
+from millijoule.workers.lease import NodePlace
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    """The nodes there are, as `ray.nodes()` describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def nodes_for(asked: Mapping[str, float]) -> list[NodePlace]:
+    """The nodes that could hold a worker that asks for `asked`, by Ray's names of resources, were they empty."""
+    return [
+        NodePlace(node["NodeID"], node["NodeManagerHostname"])
+        for node in living_nodes()
+        if how_many(node["Resources"], asked)
+    ]
+
+
+def how_many(have: Mapping[str, float], asked: Mapping[str, float]) -> int:
+    """Workers that ask for `asked` and fit one node that has `have`."""
+    return int(min((have.get(name, 0) / amount for name, amount in asked.items() if amount), default=0))
+
+
+def words(have: Mapping[str, float], named: Mapping[str, float] | None = None) -> str:
+    """`1 CPU and 2 GPU`, of the resources `named`."""
+    said = [f"{have[name]:g} {name}" for name in (named or have) if have.get(name)]
+    return " and ".join(said) or "nothing"
+
+
+def is_alive(node_id: str) -> bool:
+    """Whether the cluster still has this node; a node that is not known yet counts."""
+    return all(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+
+
+def place_of(actor: Any) -> NodePlace:
+    """Where Ray says that an actor is, or was; `NodePlace("", "?")` where it does not know."""
+    try:
+        node_id = ray_state.actors(actor._actor_id.hex())["Address"]["NodeID"]
+        host = next(node["NodeManagerHostname"] for node in ray.nodes() if node["NodeID"] == node_id)
+    except Exception:  # not a public interface: nothing may depend on its answer
+        return NodePlace("", "?")
+    return NodePlace(node_id, host)
+
+
+def first_line(error: BaseException) -> str:
+    """The part of an error a log line has room for: Ray's multi-line texts say the cause in the first lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if isinstance(error, RayActorError) else 1])[:300]

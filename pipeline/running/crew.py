@@ -1,0 +1,112 @@
+"""The workers of one driver: Ray actors, and the calls to them that are out. What their answers mean is not decided here.
+
+A worker leaves in one of two ways: with its last words, or as gone, so that somebody else closes its account of the devices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from millijoule.pipeline.running.cluster import place_of
+from millijoule.pipeline.running.demand import PoolOptions
+from millijoule.workers.lease import Lease, NodePlace, WorkerConfig, WorkerReady
+
+#: An idle worker's last words take a counter read; a worker that needs longer than this is as good as dead.
+STOP_TIMEOUT_S = 30.0
+
+#: Ray's label that holds a node's id.
+NODE_ID_LABEL = "ray.io/node-id"
+
+
+@dataclass(eq=False)
+class Worker:
+    """One actor. Times are seconds on the driver's monotonic clock."""
+
+    worker_id: str
+    actor: Any
+    run: Any  # the actor's method, looked up once
+    spawned: float
+    away: frozenset[str]  # nodes it must not be placed on
+    place: NodePlace | None = None  # None until it has said where it is
+    ready: WorkerReady | None = None  # None until its model is loaded
+    lease: Lease | None = None
+    late: int = 0  # deadlines missed in a row by the lease in hand
+    next_status: float = 0.0
+    status_pending: bool = False
+    stop_by: float | None = None  # its last words were asked for, and are due then
+
+    @property
+    def stopping(self) -> bool:
+        return self.stop_by is not None
+
+    def whereabouts(self) -> NodePlace:
+        """Where it is, or was, by its own word or else by Ray's."""
+        return self.place or place_of(self.actor)
+
+
+class Crew:
+    """All workers there are, by id, in the order they were asked for.
+
+    Args:
+        actor_class: what `ray.remote` returned for the worker.
+        config: handed to every worker.
+        gone: called with the id of a worker that ended without last words.
+    """
+
+    def __init__(
+        self, actor_class: Any, config: WorkerConfig, options: PoolOptions, gone: Callable[[str], None]
+    ) -> None:
+        self.actor_class = actor_class
+        self.config = config
+        self.options = options
+        self.workers: dict[str, Worker] = {}
+        self._gone = gone
+        self._calls: dict[Any, tuple[Worker, str]] = {}
+        self._spawned = 0
+
+    def spawn(self, now: float, shunned: Set[str]) -> None:
+        """Ask for one more worker, on any node but those `shunned`."""
+        self._spawned += 1
+        worker_id = f"w{self.config.driver_epoch:04d}-{self._spawned:04d}"
+        selector = {NODE_ID_LABEL: f"!in({','.join(sorted(shunned))})"} if shunned else None
+        actor = self.actor_class.options(
+            name=None, label_selector=selector, **self.options.actor_options()
+        ).remote(worker_id, self.config)
+        worker = Worker(worker_id, actor, actor.run.remote, now, frozenset(shunned))
+        self.workers[worker_id] = worker
+        self.expect(worker, "place", actor.place.remote())
+        self.expect(worker, "start", actor.start.remote())
+
+    def expect(self, worker: Worker, what: str, call: Any) -> None:
+        """`call` is out; `answers` will give it back as `what`."""
+        self._calls[call] = worker, what
+
+    def answers(self, timeout_s: float) -> list[tuple[Worker, str, Any]]:
+        """Calls that came back, each once: wait up to `timeout_s` for the first, and take what else is there."""
+        calls = list(self._calls)
+        if not calls:
+            time.sleep(timeout_s / 4)
+            return []
+        ready, _ = ray.wait(calls, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if ready and len(calls) > 2:
+            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
+        return [(*self._calls.pop(call), call) for call in ready]
+
+    def stop(self, worker: Worker, now: float) -> None:
+        """Ask for last words; they come once what the worker has in hand has ended."""
+        worker.stop_by = now + STOP_TIMEOUT_S
+        self.expect(worker, "stop", worker.actor.stop.remote())
+
+    def remove(self, worker: Worker, *, last_words: bool = False) -> None:
+        """End the worker's process and forget it and its calls."""
+        self.workers.pop(worker.worker_id, None)
+        for call in [call for call, (of, _) in self._calls.items() if of is worker]:
+            del self._calls[call]
+        ray.kill(worker.actor)
+        if not last_words:
+            self._gone(worker.worker_id)

@@ -1,0 +1,261 @@
+"""What came back from workers, and what follows from it for lease, worker and node: whose fault an ending was.
+
+docs/failure-domains.md has the table. Nothing here is the truth: `Coordinator` decides who works on what, storage decides
+what is done, and `NodeHealth` which nodes are fit for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
+
+from millijoule.pipeline.running.cluster import first_line, is_alive
+from millijoule.pipeline.running.coordinator import Coordinator
+from millijoule.pipeline.running.crew import Crew, Worker
+from millijoule.pipeline.running.node_health import NodeHealth
+from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
+from millijoule.workers.lease import AttemptResult, NodePlace, WorkerStatus, WorkerStopped
+
+log = logging.getLogger(__name__)
+
+#: How often busy workers are asked how far they are.
+STATUS_PERIOD_S = 1.0
+
+#: An answer that is there takes no time to fetch; one that takes so long is lost.
+FETCH_TIMEOUT_S = 60.0
+
+#: Workers may die this often in a row before it is known on which node, without a commit or a lease in hand elsewhere.
+UNPLACED_DEATHS = 16
+UNPLACED_PAUSE_FIRST_S, UNPLACED_PAUSE_MOST_S = 0.5, 30.0
+
+#: First pause before a shard that failed on storage comes again; doubles up to the most.
+STORE_BACKOFF_FIRST_S = 1.0
+STORE_BACKOFF_MOST_S = 60.0
+
+
+class JobEvents(Protocol):
+    """What the pool tells its owner while it runs. Nothing of it may wait for storage."""
+
+    def committed(self, result: AttemptResult, *, news: bool) -> None: ...
+    def prepared(self, result: AttemptResult) -> None:
+        """Write the commit that the attempt prepared, and call `WorkerPool.commit_stands` once one stands."""
+        ...
+
+    def discarded(self, result: AttemptResult) -> None:
+        """The attempt's prepared commit will never stand: its energy is waste, its files go."""
+        ...
+
+    def stopped(self, stopped: WorkerStopped) -> None:
+        """A worker's last words: it closed its account itself."""
+        ...
+
+    def gone(self, worker_id: str) -> None:
+        """A worker ended without last words: its account of its devices is open."""
+        ...
+
+    def tick(self) -> None: ...
+
+
+class Outcomes:
+    """Takes one answer after another; `committing` are prepared commits in the owner's hands, by attempt id."""
+
+    def __init__(self, crew: Crew, coordinator: Coordinator, events: JobEvents) -> None:
+        self.crew = crew
+        self.coordinator = coordinator
+        self.events = events
+        self.nodes = NodeHealth()
+        self.committing: dict[str, AttemptResult] = {}
+        self.spawn_not_before = 0.0
+        self._unplaced_deaths = 0
+        self._store_failures = 0
+
+    def settle(self, worker: Worker, what: str, call: Any, now: float) -> None:
+        """Take the answer to `call`, or the worker's death.
+
+        Raises:
+            DamagedError: the plan or a commit is not what was written.
+            JobError: workers end before they start, one after another.
+        """
+        if self.crew.workers.get(worker.worker_id) is not worker:
+            return  # buried before its last call came back
+        try:
+            value = ray.get(call, timeout=FETCH_TIMEOUT_S)
+        except RayTaskError as error:
+            self._raised(worker, what, error.cause if error.cause is not None else error, now)
+        except (RayError, GetTimeoutError) as error:
+            if isinstance(error, ActorUnavailableError) and what in ("status", "place"):
+                worker.status_pending = False
+            else:
+                self.bury(worker, error, now)
+        else:
+            self._answered(worker, what, value, now)
+
+    def _answered(self, worker: Worker, what: str, value: Any, now: float) -> None:
+        if what == "place":
+            worker.place = value
+        elif what == "start":
+            worker.ready = value
+            worker.place = NodePlace(value.node_id, value.host)
+        elif what == "run":
+            self._attempt_ended(worker, value, now)
+        elif what == "status":
+            self._status(worker, value, now)
+        elif what == "stop":
+            self.events.stopped(value)
+            self.crew.remove(worker, last_words=True)
+        elif what == "afterwards":
+            assert worker.lease is not None
+            assert worker.ready is not None
+            self.nodes.worked(worker.ready.node_id)
+            self.coordinator.probed(worker.lease.attempt_id)
+            worker.lease = None
+
+    def _status(self, worker: Worker, status: WorkerStatus, now: float) -> None:
+        worker.status_pending = False
+        worker.next_status = now + STATUS_PERIOD_S
+        if worker.lease is None or status.attempt_id != worker.lease.attempt_id:
+            return
+        if self.coordinator.renew(
+            status.attempt_id, status.images_done, status.steps, now, waits_for_store=status.waits_for_store
+        ):
+            worker.late = 0
+
+    # -- attempts ------------------------------------------------------------------------------------------------
+
+    def _attempt_ended(self, worker: Worker, result: AttemptResult, now: float) -> None:
+        worker.lease = None
+        assert worker.ready is not None
+        lease, node_id = result.lease, worker.ready.node_id
+        if result.outcome == "cancelled":
+            self.coordinator.released(lease.attempt_id)
+            return
+        if result.outcome == "probed":
+            # survived only if the process answers afterwards, too
+            worker.lease = lease
+            self.crew.expect(worker, "afterwards", worker.actor.status.remote())
+            return
+        if result.outcome == "suspect":
+            self.coordinator.suspected(result, node_id, now)
+            return
+        if result.outcome == "contradicted":
+            self._contradicted(worker, result, now)
+            return
+        self.nodes.worked(node_id)
+        if result.outcome == "confirmed":
+            waiting = self.coordinator.confirmed(lease.attempt_id)
+            if waiting is not None:
+                self._commit(waiting)
+        elif result.outcome == "prepared":
+            self._commit(result)
+        else:
+            self.complete(result, now)
+
+    def _commit(self, result: AttemptResult) -> None:
+        self.committing[result.lease.attempt_id] = result
+        self.events.prepared(result)
+
+    def complete(self, result: AttemptResult, now: float) -> None:
+        """A commit stands for the shard: whoever else works on it wastes energy."""
+        lease = result.lease
+        news = self.coordinator.complete(lease.attempt_id, lease.shard.shard_id, now)
+        for worker in self.crew.workers.values():
+            if worker.lease is not None and worker.lease.shard.shard_id == lease.shard.shard_id:
+                worker.actor.cancel.remote(worker.lease.attempt_id)
+        self._unplaced_deaths = self._store_failures = 0
+        self.events.committed(result, news=news)
+
+    def _contradicted(self, witness: Worker, result: AttemptResult, now: float) -> None:
+        """Another worker drew what the accuser could not: the fault is the accuser's."""
+        accusation = self.coordinator.contradicted(result.lease.attempt_id)
+        if accusation is None:
+            return
+        (suspect,) = result.suspects
+        second = "itself, on a second try," if accusation.worker_id == witness.worker_id else "another worker"
+        reason = f"failed on what {second} drew: {suspect.reason}"
+        accuser = self.crew.workers.get(accusation.worker_id)
+        host = accuser.ready.host if accuser is not None and accuser.ready is not None else "?"
+        record = self.nodes.fault(accusation.node_id, host, reason, now)
+        log.warning("worker %s on %s %s (%s)", accusation.worker_id, host, reason, record.state)
+        if accuser is not None and not accuser.stopping:
+            if accuser.lease is not None:
+                self.coordinator.released(accuser.lease.attempt_id)
+                accuser.actor.cancel.remote(accuser.lease.attempt_id)
+                accuser.lease = None
+            self.crew.stop(accuser, now)
+
+    # -- failures ------------------------------------------------------------------------------------------------
+
+    def _raised(self, worker: Worker, what: str, error: Exception, now: float) -> None:
+        """A call raised in a worker that lives on."""
+        reason = first_line(error)
+        if what in ("status", "place"):
+            worker.status_pending = False
+            return
+        if what == "stop":
+            log.warning("worker %s could not close its books: %s", worker.worker_id, reason)
+            self.crew.remove(worker)
+            return
+        if isinstance(error, DamagedError):
+            raise error
+        lease, worker.lease = worker.lease, None
+        if isinstance(error, StoreError) and error.transient and lease is not None:
+            pause = min(STORE_BACKOFF_MOST_S, STORE_BACKOFF_FIRST_S * 2**self._store_failures)
+            self._store_failures += 1
+            log.warning("shard %d: %s; trying again in %.0f s", lease.shard.shard_id, reason, pause)
+            self.coordinator.released(lease.attempt_id, now + pause)
+            return
+        if lease is not None:
+            if isinstance(error, MillijouleError):
+                self.coordinator.released(lease.attempt_id)
+            else:  # not foreseen: it may be the shard that does it
+                self.coordinator.crashed(lease.attempt_id, reason)
+        place = worker.whereabouts()
+        record = self.nodes.fault(place.node_id, place.host, reason, now)
+        log.warning(
+            "worker %s on %s cannot work: %s (%s)", worker.worker_id, place.host, reason, record.state
+        )
+        self.crew.stop(worker, now)
+
+    def bury(self, worker: Worker, error: Exception, now: float) -> None:
+        """Take a dead, or useless, worker out.
+
+        Raises:
+            JobError: workers end before they start, one after another.
+        """
+        self.crew.remove(worker)
+        reason, lease, place = first_line(error), worker.lease, worker.whereabouts()
+        progress = self.coordinator.progress
+        preempted = getattr(error, "preempted", False)
+        lost_node = preempted or not is_alive(place.node_id)
+        if lease is not None:
+            if preempted:
+                self.coordinator.released(lease.attempt_id)
+            elif lost_node:
+                self.coordinator.node_died(lease.attempt_id, reason)
+            else:
+                stood_still = isinstance(error, TimeoutError)
+                self.coordinator.crashed(lease.attempt_id, reason, stood_still=stood_still)
+        shard = f" with shard {lease.shard.shard_id} in hand" if lease else ""
+        log.warning("worker %s on %s is gone%s: %s", worker.worker_id, place.host, shard, reason)
+        if not place.node_id:
+            self._died_unplaced(reason, now)
+        elif not lost_node:  # one that is gone, or is being taken away, gets no worker anyway
+            if self.coordinator.progress > progress:  # a search was narrowed
+                self.nodes.worked(place.node_id)
+            if worker.ready is None:  # no row can have done that
+                self.nodes.fault(place.node_id, place.host, reason, now)
+            else:
+                self.nodes.death(place.node_id, place.host, reason, now)
+
+    def _died_unplaced(self, reason: str, now: float) -> None:
+        pause = min(UNPLACED_PAUSE_MOST_S, UNPLACED_PAUSE_FIRST_S * 2**self._unplaced_deaths)
+        self._unplaced_deaths += 1
+        self.spawn_not_before = max(self.spawn_not_before, now + pause)
+        if self._unplaced_deaths > UNPLACED_DEATHS and not self.coordinator.active:
+            raise JobError(
+                f"{self._unplaced_deaths} workers in a row ended before they started; the last: {reason}. Nothing "
+                "that was committed is lost: mend the cause and run the same command again"
+            )

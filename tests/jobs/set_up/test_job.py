@@ -1,0 +1,98 @@
+"""From a request to a planned job: what is decided once, resumed, and refused before anything is written."""
+
+from dataclasses import replace
+
+import pytest
+
+from millijoule.jobs.set_up import job as job_set_up
+from millijoule.jobs.set_up.job import set_up_job
+from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.jobs.set_up.ray_cluster import Cluster
+from millijoule.jobs.set_up.request import request_of
+from millijoule.jobs.set_up.worker_device import WorkerDevice
+from millijoule.pipeline.output.job import read_job
+from millijoule.pipeline.running.demand import PoolOptions
+from millijoule.workers.errors import InputError
+from millijoule.workers.lease import commit_key
+from millijoule.workers.storage.store import open_store
+
+HERE = Cluster("this machine", own=True)
+GPU = WorkerDevice(1.0, "it is there")
+
+
+@pytest.fixture
+def options(tmp_path):
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(100)))
+    model = "python:support.models:plain"
+    return GenerateOptions(prompts=(str(tmp_path / "p.txt"),), output=str(tmp_path / "out"), model=model)
+
+
+class Decisions(list):
+    """Every device that was chosen, room that was looked at and calibration that was run."""
+
+    def choose(self, request, cluster, *, has_work=lambda: True):
+        self.append("device")
+        return GPU if has_work() else None
+
+    def pool(self, workers, device, cluster):
+        self.append("room")
+        return PoolOptions(0, 1, gpus_per_worker=device.gpus if device else 0.0)
+
+    def calibrate(self, request, seconds, pool):
+        self.append(("calibration", seconds, pool.gpus_per_worker))
+        return 40
+
+
+@pytest.fixture
+def decisions(monkeypatch):
+    made = Decisions()
+    monkeypatch.setattr(job_set_up, "choose_device", made.choose)
+    monkeypatch.setattr(job_set_up, "pool_options", made.pool)
+    monkeypatch.setattr(job_set_up, "calibrated_shard_size", made.calibrate)
+    return made
+
+
+def set_up(options):
+    return set_up_job(request_of(options), open_store(options.output), HERE)
+
+
+def test_a_calibration_and_its_job_share_one_device_and_a_resumed_job_its_shard_size(options, decisions):
+    planned, _ = set_up(replace(options, shard_size="60s"))
+    assert decisions == ["device", "room", ("calibration", 60.0, 1.0), "room"]
+    assert planned.job.shard_size == 40
+    assert len(planned.shards) == 3
+    decisions.clear()
+    again, _ = set_up(replace(options, shard_size="30s"))
+    assert decisions == ["device", "room"]
+    assert again.job == planned.job
+
+
+def test_a_finished_job_asks_for_no_device(options, decisions):
+    planned, _ = set_up(options)
+    store = open_store(options.output)
+    for shard in planned.shards:
+        store.put(commit_key(shard.shard_id), b"{}")
+    _, pool = set_up(options)
+    assert pool.gpus_per_worker == 0.0
+
+
+def test_what_cannot_be_is_refused_before_anything_is_planned(options, decisions):
+    with pytest.raises(InputError, match=r"--retry-failed: .* holds no job yet"):
+        set_up(replace(options, retry_failed=True))
+    store = open_store(options.output)
+    assert read_job(store) is None
+    assert not list(store.list("_job/plan"))
+    store.put("_SUCCESS", b"somebody's")
+    with pytest.raises(InputError, match="no job description; choose another --output"):
+        set_up(options)
+    assert decisions == []
+
+
+def test_another_job_is_refused_and_the_option_named(options, decisions):
+    set_up(options)
+    with pytest.raises(InputError, match="--seed was 0, now 7"):
+        set_up(replace(options, seed=7))
+    with open(options.prompts[0], "a") as file:
+        file.write("one more\n")
+    with pytest.raises(InputError, match="prompt files"):
+        set_up(options)

@@ -1,0 +1,99 @@
+"""What options become, once; and what is refused before anything starts."""
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+
+from millijoule.jobs.rate_options import RateOptions
+from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.jobs.set_up.request import UNCALIBRATED_SHARD_SIZE, request_of
+from millijoule.workers.errors import InputError
+
+
+@pytest.fixture
+def options(tmp_path):
+    (tmp_path / "p.txt").write_text("a red cat\n")
+    (tmp_path / "q.txt").write_text("a blue car\n")
+    return GenerateOptions(
+        prompts=(str(tmp_path / "*.txt"),), output=str(tmp_path / "out"), model="python:support.models:plain"
+    )
+
+
+def test_prompts_are_expanded_and_the_model_is_identified_once(options, tmp_path):
+    request = request_of(options)
+    assert [file.url for file in request.files] == [str(tmp_path / "p.txt"), str(tmp_path / "q.txt")]
+    (tmp_path / "r.txt").write_text("too late\n")
+    assert len(request.files) == 2
+    assert request.identity.name == options.model
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.seed = 1
+
+
+def test_texts_are_read_into_values(options):
+    read = request_of(
+        replace(options, workers="0:8", resources=("spot=1", "disk=0.5"), shard_size="60s", delimiter="tab")
+    )
+    assert (read.workers.bounds, read.workers.resources) == ((0, 8), {"spot": 1.0, "disk": 0.5})
+    assert (read.shard_seconds, read.plan.shard_size) == (60.0, UNCALIBRATED_SHARD_SIZE)
+    assert read.plan.delimiter == "\t"
+    plain = request_of(replace(options, workers="4", shard_size="12"))
+    assert (plain.workers.bounds, plain.shard_seconds, plain.plan.shard_size) == ((4, 4), None, 12)
+    assert request_of(options).workers.bounds is None
+    rates = RateOptions(price_per_kwh="0.3", gco2_per_kwh="400", pue=1.2)
+    caps = request_of(
+        replace(options, max_cost=5, max_gco2=9, deadline="2030-01-01T00:00Z", rates=rates)
+    ).caps
+    assert (caps.max_kwh, caps.max_cost, caps.max_gco2, caps.pue) == (None, 5, 9, 1.2)
+    assert (caps.deadline_unix, caps.price.at(0)) == (1893456000.0, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"workers": "8:2"}, "--workers 8:2"),
+        ({"workers": "0"}, "--workers 0"),
+        ({"shard_size": "many"}, "--shard-size many"),
+        ({"shard_size": "0"}, "--shard-size 0"),
+        ({"shard_size": "0s"}, "--shard-size 0s"),
+        ({"images_per_prompt": 0}, "--images-per-prompt 0"),
+        ({"seed": 2**63}, "--seed 9223372036854775808"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"lease_seconds": 0.5}, "--lease-seconds 0.5"),
+        ({"resources": ("spot",)}, "--resources spot"),
+        ({"resources": ("spot=-1",)}, "--resources spot=-1"),
+        ({"delimiter": "dot"}, "--delimiter dot: one character, or comma"),
+        ({"prompts": ("nowhere.csv",)}, "nowhere.csv"),
+        ({"node_meter": "ipmi", "telemetry": False}, "--node-meter and --no-telemetry"),
+        ({"max_cost": 5.0}, "--max-cost needs --price-per-kwh"),
+        ({"max_gco2": 5.0}, "--max-gco2 needs --gco2-per-kwh"),
+        ({"max_kwh": -1.0}, "--max-kwh -1.0"),
+        ({"rates": RateOptions(pue=0.5)}, "--pue 0.5"),
+        ({"deadline": "tomorrow"}, "--deadline tomorrow"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_by_name(options, changes, words):
+    with pytest.raises(InputError) as refused:
+        request_of(replace(options, **changes))
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\x80\x04\x95pickle", "pickled checkpoint"), (b"short", "not a safetensors"), (None, "no such file")],
+)
+def test_a_model_file_that_is_not_safetensors_is_refused(options, tmp_path, content, words):
+    model = tmp_path / "model.pt"
+    if content is not None:
+        model.write_bytes(content)
+    with pytest.raises(InputError, match=words) as refused:
+        request_of(replace(options, model=str(model)))
+    assert str(model) in str(refused.value)
+
+
+def test_the_words_of_delimiters(options):
+    def delimiter(text):
+        return request_of(replace(options, delimiter=text)).plan.delimiter
+
+    found = [delimiter(t) for t in (None, ";", "semicolon", "Tab", "\\t", "pipe", "comma", "\t")]
+    assert found == [None, ";", ";", "\t", "\t", "|", ",", "\t"]

@@ -1,0 +1,367 @@
+"""`generate` as a function: its name in any order of imports, its options, and what it returns; Ray is stood in for."""
+
+import inspect
+import json
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from support.jobs import assert_exactly_once, hashes, manifest, write_prompts
+from support.stand_in_jobs import start_cluster
+
+from millijoule.jobs import JobResult, generate
+from millijoule.jobs.rate_options import RateOptions
+from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.pipeline.running import head_watch, live_metrics
+from millijoule.workers.actor import ShardWorker
+from millijoule.workers.errors import InputError, JobError
+
+PLAIN = "python:support.models:plain"
+
+
+# -- the name ----------------------------------------------------------------------------------------------------------
+
+#: Each in a process of its own, where nothing is imported yet; `function` and `module` are compared afterwards.
+ORDERS = {
+    "function first": """
+from millijoule.jobs import generate as function
+import millijoule.jobs.generate
+""",
+    "submodule first": """
+import millijoule.jobs.generate
+from millijoule.jobs import generate as function
+""",
+    "something of the submodule first": """
+from millijoule.jobs.generate import main
+from millijoule.jobs import generate as function
+""",
+    "as the command does": """
+import importlib
+importlib.import_module("millijoule.jobs.generate")
+import millijoule.jobs
+function = millijoule.jobs.generate
+""",
+}
+
+AFTERWARDS = """
+import importlib, inspect, sys
+import millijoule.jobs
+module = importlib.import_module("millijoule.jobs.generate")
+assert inspect.ismodule(module) and callable(module.main), module
+assert inspect.isfunction(function), function
+assert millijoule.jobs.generate is function is module.generate
+importlib.reload(module)
+from millijoule.jobs import generate
+assert inspect.isfunction(generate) and generate is module.generate
+from millijoule.jobs import *
+assert inspect.isfunction(generate) and JobResult.__name__ == "JobResult"
+assert not {"ray", "torch", "pyarrow"} & set(sys.modules), "expensive to import"
+"""
+
+
+def python(code):
+    return subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_package_gives_the_function_whatever_was_imported_before(order):
+    done = python(ORDERS[order] + AFTERWARDS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_itself_imports_nothing():
+    done = python(
+        "import sys\nimport millijoule.jobs\nassert not {'ray', 'torch', 'tyro'} & set(sys.modules), sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_module_runs_as_a_command():
+    command = [sys.executable, "-W", "error", "-m", "millijoule.jobs.generate", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--no-speculate" in done.stdout
+    assert done.stderr == ""
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_option_is_a_keyword_with_the_commands_default_and_words():
+    parameters = inspect.signature(generate).parameters
+    flat = [f for kind in (GenerateOptions, RateOptions) for f in fields(kind) if f.name != "rates"]
+    assert set(parameters) == {f.name for f in flat}
+    assert parameters["prompts"].default is inspect.Parameter.empty
+    assert parameters["lease_seconds"].default == 120.0
+    documented = inspect.getdoc(generate)
+    for f in flat:
+        assert f"\n    {f.name}: " in documented
+    assert "    workers: Number of workers, or a range for autoscaling" in documented
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"shard_sise": 8}, "no option 'shard_sise'; did you mean shard_size"),
+        ({"price": 0.3}, "no option 'price'; did you mean price_per_kwh"),
+        ({"zzz": 1}, "no option 'zzz'; there are prompts, output"),
+        ({"rates": {}}, "no option 'rates'"),
+    ],
+)
+def test_an_unknown_keyword_names_those_near_it(keywords, words):
+    with pytest.raises(TypeError) as refused:
+        generate(prompts="p.txt", output="out", **keywords)
+    assert words in str(refused.value)
+
+
+def test_prompts_and_output_are_needed():
+    with pytest.raises(TypeError, match="needs prompts and output"):
+        generate()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"format": "jpeg"}, "`$.format`"),
+        ({"images_per_prompt": "2"}, "`$.images_per_prompt`"),
+        ({"pue": "high"}, "`$.rates.pue`"),
+        ({"workers": "8:2"}, "--workers 8:2"),
+        ({"workers": 0}, "--workers 0"),
+        ({"shard_size": True}, "`$.shard_size`"),
+        ({"prompts": ["nowhere.csv"]}, "nowhere.csv"),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused_by_name(tmp_path, keywords, words):
+    prompts = write_prompts(tmp_path / "p.txt", 1)
+    with pytest.raises(InputError) as refused:
+        generate(**{"prompts": prompts, "output": tmp_path / "out", "model": PLAIN, **keywords})
+    assert words in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """`cluster(worker_class)`: one node with two CPUs, to which this process is connected."""
+
+    def started(worker=ShardWorker):
+        ray = start_cluster(monkeypatch, worker)
+        ray.shutdown = lambda: pytest.fail("the caller's connection was ended")
+        ray.add_node("host-1", CPU=2.0)
+        return ray
+
+    return started
+
+
+@pytest.fixture
+def job(tmp_path):
+    """`job(**more)`: forty images of ten shards; the test's node has no GPU, and is not asked for one."""
+    prompts = write_prompts(tmp_path / "p.txt", 40)
+
+    def call(**more):
+        options = {"shard_size": 4, "device": "cpu", "quiet": True, "telemetry": False, "model": PLAIN}
+        return generate(**{"prompts": str(prompts), "output": tmp_path / "out", **options, **more})
+
+    return call
+
+
+def test_a_complete_job_says_what_was_made_and_where(cluster, job, tmp_path):
+    ray = cluster()
+    result = job()
+    assert (result.status, result.images, result.shards_left) == ("complete", 40, 0)
+    assert (result.images_quarantined, result.rows_rejected, result.reason) == (0, 0, "")
+    assert_exactly_once(tmp_path / "out", 40)
+    assert json.loads(Path(result.stats).read_text()) == result.totals
+    assert Path(result.manifest).is_file()
+    assert Path(result.energy_tables, "segment").is_dir()
+    assert (result.total_mj, result.joules_per_image, result.evidence_class) == (None, None, "E0")
+    assert ray.running == ray.requests == []
+    again = job()
+    assert (again.status, again.images) == ("complete", 40)
+    assert "stats" not in repr(again).replace("status", "")
+
+
+def test_energy_is_what_the_totals_say():
+    totals = {
+        "images_ok": 10,
+        "images_quarantined": 0,
+        "input_rows_rejected": 0,
+        "energy": {"total_mj": 5000},
+        "direct_mj_per_image": 300.0,
+        "full_mj_per_image": 500.0,
+        "evidence_class": "E1",
+    }
+    result = JobResult.of_complete("s3://bucket/out/", totals, 1.0)
+    assert (result.total_mj, result.joules_per_image, result.full_joules_per_image) == (5000, 0.3, 0.5)
+    assert (result.status, result.evidence_class) == ("complete", "E1")
+    assert result.manifest == "s3://bucket/out/manifest.parquet"
+
+
+POISON = [f"{'poison' if i in (5, 17) else 'fine'} {i}" for i in range(24)]
+
+
+@pytest.mark.parametrize("workers", [1, "0:2"])
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("raises_on_poison", "cannot draw poison"), ("returns_nonsense_on_poison", "images as float32")],
+)
+def test_a_row_that_cannot_be_drawn_costs_that_row_alone_and_nobody_dies_for_it(
+    cluster, job, tmp_path, caplog, model, reason, workers
+):
+    """A lone worker is heard, too."""
+    ray = cluster()
+    (tmp_path / "q.txt").write_text("\n".join(POISON))
+    result = job(
+        prompts=tmp_path / "q.txt", model=f"python:support.models:{model}", shard_size=12, workers=workers
+    )
+    assert (result.status, result.images, result.images_quarantined) == ("complete_with_quarantined", 22, 2)
+    bad = {r["prompt"]: r["error"] for r in manifest(tmp_path / "out") if r["status"] == "quarantined"}
+    assert set(bad) == {"poison 5", "poison 17"}
+    assert all(reason in error for error in bad.values())
+    assert_exactly_once(tmp_path / "out", len(POISON))
+    assert len(ray.asked_for) == (1 if workers == 1 else 2)
+    assert "is gone" not in caplog.text
+    assert "node host-1" not in caplog.text
+
+
+def test_bad_rows_are_rejected_with_file_and_row_and_the_rest_is_made(cluster, job, tmp_path):
+    cluster()
+    rows = [{"prompt": "ok"}, {"prompt": None}, {"prompt": "x" * 100_000}, {"prompt": "big", "width": 10**9}]
+    prompts = tmp_path / "q.jsonl"
+    prompts.write_text("".join(json.dumps(r) + "\n" for r in rows) + "{broken\n")
+    result = job(prompts=[prompts])
+    assert (result.status, result.images, result.rows_rejected) == ("complete_with_quarantined", 1, 4)
+    bad = pq.read_table(tmp_path / "out" / "bad_rows.parquet").to_pylist()
+    assert [(b["row"], b["column"]) for b in bad][:3] == [(2, "prompt"), (3, "prompt"), (4, "width")]
+    assert bad[3]["row"] == 5
+    assert all(str(prompts) in b["file"] for b in bad)
+    assert_exactly_once(tmp_path / "out", 1)
+
+
+def test_telemetry_changes_no_image(cluster, job, tmp_path, monkeypatch):
+    for kind in ("Counter", "Gauge"):  # Ray's, which need a node to send to
+        monkeypatch.setattr(live_metrics, kind, lambda *args, **kwargs: NoMetric())
+    cluster()
+    with_telemetry = job(output=tmp_path / "told", telemetry=True)
+    assert with_telemetry.status == "complete"
+    job()
+    assert hashes(tmp_path / "told") == hashes(tmp_path / "out")
+
+
+class NoMetric:
+    def inc(self, by, tags): ...
+
+    def set(self, value, tags): ...
+
+
+def test_a_cap_that_is_reached_and_the_job_that_goes_on_without(cluster, job):
+    cluster()
+    capped = job(deadline="2020-01-01T00:00Z")
+    assert (capped.status, capped.images, capped.shards_left) == ("cap_reached", 0, 10)
+    assert capped.reason.startswith("--deadline (20")
+    assert (capped.manifest, capped.total_mj, capped.evidence_class) == (None, None, None)
+    assert job().status == "complete"
+
+
+def interrupted_by(*signals):
+    """A worker during whose third lease a person, or the cluster, interrupts the driver."""
+
+    class Interrupted(ShardWorker):
+        def run(self, lease):
+            result = super().run(lease)
+            if lease.shard.shard_id == 2:
+                for signum in signals:
+                    signal.raise_signal(signum)
+            return result
+
+    return Interrupted
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [(signal.SIGINT,), (signal.SIGINT, signal.SIGINT), (signal.SIGTERM,)],
+    ids=["once", "twice", "term"],
+)
+def test_an_interrupt_finishes_what_is_at_work_and_the_next_call_goes_on(cluster, job, caplog, signals):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    ray = cluster(interrupted_by(*signals))
+    result = job()
+    assert (result.status, result.reason) == ("interrupted", "interrupted")
+    assert 3 <= result.shards_left <= 8
+    assert result.images == 40 - 4 * result.shards_left
+    assert ("stopped" in caplog.text) == (
+        signals != (signal.SIGINT,)
+    )  # at once, instead of after the shards at work
+    assert ray.running == []
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    cluster()
+    assert job().images == 40
+
+
+def test_outside_the_main_thread_no_signal_is_touched(cluster, job, monkeypatch):
+    cluster()
+    monkeypatch.setattr(signal, "signal", lambda *args: pytest.fail("a handler was set"))
+    results = []
+    thread = threading.Thread(target=lambda: results.append(job()))
+    thread.start()
+    thread.join()
+    assert [r.status for r in results] == ["complete"]
+
+
+def test_a_lost_head_is_an_error_and_what_is_committed_stays(cluster, job, monkeypatch):
+    watches = []
+
+    class Watch:
+        """One that finds the head lost at once."""
+
+        def __init__(self, address, on_lost):
+            watches.append(address)
+            self.on_lost = on_lost
+
+        def __enter__(self):
+            self.on_lost("connection refused")
+
+        def __exit__(self, *_): ...
+
+    cluster()
+    with monkeypatch.context() as patched:
+        patched.setattr(head_watch, "HeadWatch", Watch)
+        with pytest.raises(JobError, match="head of the Ray cluster is gone"):
+            job()
+    assert watches == ["127.0.0.1:1"]
+    cluster()  # as it comes back: without the workers there were
+    assert job().status == "complete"
+
+
+def test_a_dry_run_prints_and_writes_nothing(cluster, job, tmp_path, capsys):
+    ray = cluster()
+    result = job(dry_run=True, price_per_kwh=0.3)
+    assert (result.status, result.images, result.shards_left) == ("planned", 0, 10)
+    said = capsys.readouterr().out
+    for words in (
+        "prompts     40 usable, 0 rejected",
+        "images      40 in 10 shards",
+        "device      cpu, because",
+    ):
+        assert words in said
+    assert not (tmp_path / "out").exists()
+    assert ray.running == []
+
+
+def test_another_cluster_than_the_one_that_is_connected_is_refused(cluster, job):
+    cluster()
+    with pytest.raises(InputError, match=r"connected to 127\.0\.0\.1:1 already"):
+        job(ray_address="10.0.0.1:6379")
+    assert job(ray_address="127.0.0.1:1").status == "complete"
