@@ -185,7 +185,7 @@ def finish(folder: str, n: int) -> dict[str, Any]:
     from millijoule.pipeline.closing import finish as product
     from millijoule.pipeline.energy.closure import EXACT_CHECKS
     from millijoule.pipeline.output.job import read_job
-    from millijoule.pipeline.planning.retry import load_job_shards
+    from millijoule.pipeline.planning.retry_rounds import load_job_shards
     from millijoule.workers.storage.store import open_store
 
     product.write_preview = lambda *_: None  # there are no pictures

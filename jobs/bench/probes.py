@@ -48,7 +48,7 @@ def resume(n: int) -> dict[str, Any]:
     from millijoule.pipeline.output.commits import CommitCompactor, list_committed
     from millijoule.pipeline.output.job import JobSpec, open_epoch, publish_job, read_job
     from millijoule.pipeline.planning.plan import PlanOptions, compute_fingerprint, plan_job
-    from millijoule.pipeline.planning.retry import load_job_shards
+    from millijoule.pipeline.planning.retry_rounds import load_job_shards
     from millijoule.pipeline.running.coordinator import Coordinator
     from millijoule.workers.lease import commit_key
     from millijoule.workers.storage.store import expand_inputs, open_store

@@ -21,7 +21,7 @@ from millijoule.pipeline.output.job import (
     software_version,
 )
 from millijoule.pipeline.planning.plan import PlanOptions, compute_fingerprint, plan_job
-from millijoule.pipeline.planning.retry import load_job_shards, plan_retry
+from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retry_round
 from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
 from millijoule.pipeline.running.spending import Caps, parse_deadline
@@ -278,7 +278,7 @@ def open_or_plan(options: GenerateOptions, store: Store, request: WorkerRequest)
     if options.retry_failed:
         if existing is None:
             raise InputError(f"--retry-failed: {store.url} holds no job yet")
-        rows = plan_retry(store, job)
+        rows = plan_retry_round(store, job)
         log.info("retrying %d quarantined images", rows)
     shards = load_job_shards(store, job)
     if existing is not None:

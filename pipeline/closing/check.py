@@ -33,7 +33,7 @@ from millijoule.pipeline.energy.tables import compare_energy_tables
 from millijoule.pipeline.output.commits import READ_THREADS, list_committed, not_a_commit, read_bodies
 from millijoule.pipeline.output.image_rows import RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec, require_job
-from millijoule.pipeline.planning.retry import JobShards, load_job_shards
+from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.layout import MANIFEST_KEY, SUCCESS_KEY

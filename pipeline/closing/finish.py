@@ -39,7 +39,7 @@ from millijoule.pipeline.energy.tables import EnergyResult, write_energy_tables
 from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_uncommitted
 from millijoule.pipeline.output.commits import not_a_commit, read_bodies
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.pipeline.planning.retry import JobShards
+from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet

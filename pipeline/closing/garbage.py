@@ -15,7 +15,7 @@ from itertools import islice
 
 from millijoule.pipeline.output.commits import READ_THREADS, CommitBodies, parse_commit
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.layout import DATA_PREFIX, EPOCHS_PREFIX
 from millijoule.workers.storage.store import Store, TemporaryObject

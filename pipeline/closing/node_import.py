@@ -17,7 +17,7 @@ from millijoule.pipeline.energy.tables import EnergyResult
 from millijoule.pipeline.energy.uncommitted import read_uncommitted
 from millijoule.pipeline.output.commits import read_commits
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.pipeline.planning.retry import JobShards
+from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeSeries

@@ -20,7 +20,6 @@ from millijoule.pipeline.planning.prompt_json import read_json, read_jsonl
 from millijoule.pipeline.planning.prompt_text import TextFile, too_long
 from millijoule.pipeline.planning.raw_chunks import (
     BadRow,
-    ColumnChunk,
     RawChunk,
     gathered,
     refuse_repeated_names,
@@ -48,11 +47,11 @@ def read_chunks(
     """
     constants = dict(file.columns)
     for chunk in _read(file.url, known, remarks, delimiter):
+        if twice := sorted(constants.keys() & set(chunk.names)):
+            raise InputError(
+                f"{file.url}: {', '.join(map(repr, twice))} is both a column and in the name of a folder; rename one"
+            )
         if constants:
-            if twice := sorted(constants.keys() & set(chunk.names)):
-                raise InputError(
-                    f"{file.url}: {', '.join(map(repr, twice))} is both a column and in the name of a folder; rename one"
-                )
             chunk.add_columns(constants)
         yield chunk
 
@@ -74,7 +73,7 @@ def _read(url: str, known: KnownNames, remarks: Remarks, delimiter: str | None) 
             yield from read_csv(text, USUAL_DELIMITERS[kind], delimiter, known, remarks)
 
 
-def _read_txt(text: TextFile, known: KnownNames) -> Iterator[ColumnChunk]:
+def _read_txt(text: TextFile, known: KnownNames) -> Iterator[RawChunk]:
     def items() -> Iterator[tuple[int, str | BadRow, int]]:
         for row, line in enumerate(text.lines(), start=1):
             if line is None:
@@ -88,27 +87,22 @@ def _read_txt(text: TextFile, known: KnownNames) -> Iterator[ColumnChunk]:
                 yield row, prompt, len(line)
 
     for rows, bad, last, prompts in gathered(items()):
-        yield ColumnChunk(rows, bad, last, {known.prompt_name: prompts})
+        yield RawChunk(rows, bad, last, {known.prompt_name: prompts})
 
 
-def _read_parquet(url: str) -> Iterator[ColumnChunk]:
+def _read_parquet(url: str) -> Iterator[RawChunk]:
     row = 0
     with open_input_file(url) as raw:
         try:
             file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
             refuse_repeated_names(file.schema_arrow.names, url)
-            batches = file.iter_batches(_parquet_chunk_rows(file.metadata), use_threads=False)
             if not file.metadata.num_rows:
-                empty = file.schema_arrow.empty_table()
-                yield ColumnChunk(
-                    np.empty(0, np.int64), [], 0, {n: empty[n].combine_chunks() for n in empty.column_names}
-                )
-            for batch in batches:
+                yield RawChunk(np.empty(0, np.int64), [], 0, {name: [] for name in file.schema_arrow.names})
+            for batch in file.iter_batches(_parquet_chunk_rows(file.metadata), use_threads=False):
                 rows = np.arange(row + 1, row + 1 + len(batch), dtype=np.int64)
                 row += len(batch)
-                yield ColumnChunk(
-                    rows, [], row, dict(zip(batch.schema.names, map(_plain, batch.columns), strict=True))
-                )
+                columns = dict(zip(batch.schema.names, map(_plain, batch.columns), strict=True))
+                yield RawChunk(rows, [], row, columns)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{url}: unreadable Parquet after row {row}: {error}") from error
 

@@ -259,29 +259,17 @@ class _Scanner:
 
     def elements(self) -> Iterator[Any]:
         """The elements of the list that comes next."""
-        self._take("[")
-        if self.peek() == "]":
-            self._at += 1
-            return
-        while True:
+        for _ in self._items("[", "]"):
             yield self.value()
-            if self._take(",]") == "]":
-                return
 
     def members(self) -> Iterator[str]:
         """The names in the object that comes next; after each one the caller takes the value."""
-        self._take("{")
-        if self.peek() == "}":
-            self._at += 1
-            return
-        while True:
+        for _ in self._items("{", "}"):
             if self.peek() != '"':
                 raise self._broken("a name in quotes is missing", self.characters)
             name = self.value()
             self._take(":")
             yield name
-            if self._take(",}") == "}":
-                return
 
     def skip(self) -> None:
         """Pass over the next value, a list element by element."""
@@ -290,6 +278,17 @@ class _Scanner:
                 pass
         else:
             self.value()
+
+    def _items(self, opening: str, closing: str) -> Iterator[None]:
+        """Stop before each item between two brackets; the caller takes it."""
+        self._take(opening)
+        if self.peek() == closing:
+            self._take(closing)
+            return
+        while True:
+            yield
+            if self._take(f",{closing}") == closing:
+                return
 
     def _take(self, expected: str) -> str:
         found = self.peek()

@@ -72,10 +72,7 @@ class TextFile:
     def rewind(self) -> None:
         """Start again at the first line."""
         with self._reading():
-            if self._text is not None:
-                self._text.detach()
-                self._text = None
-            self._stream.seek(0)
+            self._opened().seek(0)
         self.number = 0
 
     def _opened(self) -> io.TextIOWrapper:

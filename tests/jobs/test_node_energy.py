@@ -15,7 +15,7 @@ from millijoule.jobs.node_energy import main
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.node_import import node_times
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.sql.query import open_tables, run_query
 from millijoule.workers.storage.store import open_store
 

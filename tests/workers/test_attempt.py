@@ -19,7 +19,7 @@ from support.models import Plain
 from millijoule.pipeline.output.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.output.image_rows import rows_table
 from millijoule.pipeline.output.job import open_epoch
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempt import AttemptCancelled, SickWorkerError, isolate
 from millijoule.workers.errors import NodeError, RowError, StoreError

@@ -12,7 +12,7 @@ from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import load_ledger
 from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import open_epoch
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.errors import StoreError
 

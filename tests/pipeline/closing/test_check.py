@@ -13,7 +13,7 @@ from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job
 from millijoule.pipeline.output.job import require_job
 from millijoule.pipeline.planning import plan as plan_module
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers import shard_rows
 from millijoule.workers.errors import DamagedError, MillijouleError
 

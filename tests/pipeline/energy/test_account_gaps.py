@@ -27,7 +27,7 @@ from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.report.data import Report, collect_job
 from millijoule.pipeline.report.page import render_page
 from millijoule.pipeline.report.terminal import print_report

@@ -24,7 +24,7 @@ from millijoule.pipeline.energy.live_tables import (
     read_live_tables,
 )
 from millijoule.pipeline.output.commits import read_commits
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.pipeline.running.run import JobRun, PlannedJob
 from millijoule.pipeline.sql.query import CLOSURE_QUERIES, open_tables, run_query

@@ -9,7 +9,7 @@ from support.report_outputs import measured_output
 
 from millijoule.pipeline.closing.node_import import import_readings, node_times
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.report.data import collect_report
 from millijoule.pipeline.report.energy import Rates
 from millijoule.pipeline.report.page import render_page

@@ -103,7 +103,7 @@ def load_job_shards(store: Store, job: JobSpec) -> JobShards:
     return JobShards(load_shard_index(store, job.fingerprint), tuple(_load_round(store, n) for n in numbers))
 
 
-def plan_retry(store: Store, job: JobSpec) -> int:
+def plan_retry_round(store: Store, job: JobSpec) -> int:
     """Add a round for every image that stands quarantined; the number of images in it, 0 when there is none.
 
     Raises:
