@@ -104,7 +104,8 @@ def make(folder: str, n: int) -> dict[str, Any]:
 
     from millijoule.pipeline.output.commits import CommitCompactor
     from millijoule.pipeline.output.job import JobSpec, publish_job
-    from millijoule.pipeline.planning.plan import PlanOptions, plan_job
+    from millijoule.pipeline.planning.make_plan import plan_job
+    from millijoule.pipeline.planning.plan_options import PlanOptions
     from millijoule.workers.images.writers import row_table_options
     from millijoule.workers.lease import commit_key
     from millijoule.workers.schemas import IMAGE_ROW_SCHEMA

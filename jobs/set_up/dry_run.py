@@ -13,7 +13,9 @@ from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.node_meter_options import parse_node_meters
 from millijoule.jobs.set_up.autoscaling import words
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH
-from millijoule.pipeline.planning.plan import compute_fingerprint, load_shard_index, plan_job
+from millijoule.pipeline.planning.make_plan import plan_job
+from millijoule.pipeline.planning.plan import load_shard_index
+from millijoule.pipeline.planning.plan_options import compute_fingerprint
 from millijoule.pipeline.running.node_recorders import look_once
 from millijoule.pipeline.running.pool import CAPACITY_NOTICE_S, PoolOptions
 from millijoule.pipeline.running.progress import clock, joules

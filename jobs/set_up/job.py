@@ -20,7 +20,8 @@ from millijoule.pipeline.output.job import (
     read_job,
     software_version,
 )
-from millijoule.pipeline.planning.plan import PlanOptions, compute_fingerprint, plan_job
+from millijoule.pipeline.planning.make_plan import plan_job
+from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
 from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retry_round
 from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob

@@ -210,7 +210,7 @@ def check_integers(
         if type(value) is int:
             number = value
         elif isinstance(value, float):
-            if value > _EXACT_FLOAT:
+            if _EXACT_FLOAT < value <= high:
                 raise ValueError(
                     f"{_quoted(value)} came as a float, which is not exact above 2**53; store the column as uint64"
                 )
@@ -319,5 +319,5 @@ def mask(array: pa.Array) -> np.ndarray:
 
 
 def _quoted(value: Any) -> str:
-    text = shown(value)
+    text = f"{value:f}" if isinstance(value, Decimal) else shown(value)
     return str(text) if type(value) in (int, float) else repr(text)

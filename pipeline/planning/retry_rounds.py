@@ -1,39 +1,40 @@
-"""Second chances: rounds of extra shards for images that ended quarantined.
+"""Retry rounds: extra shards for images that ended quarantined.
 
-A commit is final, so a retry never touches the shard that failed: it appends shards, numbered after the plan's, that
+A commit is final, so a round never touches the shard that failed: it appends shards, numbered after the plan's, that
 hold one row per quarantined image. In the manifest an image's last round counts; `check` and resume see rounds as part
 of the plan. Round `r` lies in `_job/retry-RRRR/`, its index is created exclusively and is what makes it exist.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import re
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from millijoule.pipeline.output.commits import list_committed, read_commits
 from millijoule.pipeline.output.image_rows import read_row_table, rows_table
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.pipeline.planning.plan import SHARD_INDEX_SCHEMA, ShardIndex, load_shard_index
-from millijoule.workers.errors import AlreadyExistsError, InputError, StoreError
+from millijoule.pipeline.planning.plan import ShardIndex, load_shard_index, read_index, shard_at
+from millijoule.pipeline.planning.shard_cutter import ShardCutter, ShardWriter
+from millijoule.workers.errors import AlreadyExistsError, InputError
+from millijoule.workers.records import encode
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
-from millijoule.workers.shard_rows import Shard, read_shard_rows, rows_digest
+from millijoule.workers.shard_rows import Shard, read_shard_rows
 from millijoule.workers.storage.store import Store
 
 _ROUND = re.compile(r"_job/retry-(\d{4})/shards\.parquet")
 
-#: Rows of one shard are equal in these.
-_HOMOGENEOUS = ("width", "height", "num_inference_steps")
+#: Where the index of a round keeps its images.
+_IMAGES_METADATA = "millijoule.images"
 
 #: A plan row that stands for one image of its prompt.
 RETRY_ROW_SCHEMA = PLAN_ROW_SCHEMA.append(pa.field("first_image_index", pa.int32(), nullable=False))
@@ -46,7 +47,7 @@ class RetryRound:
     """One round: its shards, and the (prompt id, image index) pairs it makes anew."""
 
     number: int
-    table: pa.Table = field(repr=False)  # SHARD_INDEX_SCHEMA
+    table: pa.RecordBatch = field(repr=False)  # SHARD_INDEX_SCHEMA
     images: frozenset[ImageKey] = field(repr=False)
 
 
@@ -56,29 +57,25 @@ class JobShards:
     def __init__(self, plan: ShardIndex, rounds: tuple[RetryRound, ...] = ()) -> None:
         self.plan = plan
         self.rounds = rounds
-        self.starts = [len(plan)]  # first shard id of each round, and the end
+        self._starts = [len(plan)]  # first shard id of each round, and the end
         for r in rounds:
-            self.starts.append(self.starts[-1] + r.table.num_rows)
+            self._starts.append(self._starts[-1] + r.table.num_rows)
         self._last_round = {image: i for i, r in enumerate(rounds, 1) for image in r.images}
         self.n_images = np.concatenate([plan.n_images, *(r.table["n_images"].to_numpy() for r in rounds)])
 
     def __len__(self) -> int:
-        return self.starts[-1]
+        return self._starts[-1]
 
     def __getitem__(self, shard_id: int) -> Shard:
         if shard_id < len(self.plan):
             return self.plan[shard_id]
-        i = self.round_of(shard_id) - 1
-        row = self.rounds[i].table.slice(shard_id - self.starts[i], 1).to_pylist()[0]
-        row["shard_id"] = shard_id
-        return Shard(key=_part_key(self.rounds[i].number, row.pop("part")), **row)
+        i = bisect_right(self._starts, shard_id) - 1
+        found = self.rounds[i]
+        shard = shard_at(found.table, shard_id - self._starts[i], partial(_part_key, found.number))
+        return replace(shard, shard_id=shard_id)
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[i] for i in range(len(self)))
-
-    def round_of(self, shard_id: int) -> int:
-        """0 for a shard of the plan, else its retry round's place among the rounds, from 1."""
-        return next(i for i, end in enumerate(self.starts) if shard_id < end)
 
     def images_of(self, shards: np.ndarray) -> int:
         """Planned images in the shards a bool mask `[n_shards]` selects."""
@@ -90,7 +87,7 @@ class JobShards:
             return np.ones(rows.num_rows, bool)
         keys = zip(rows["prompt_id"].to_pylist(), rows["image_index"].to_pylist(), strict=True)
         last = np.fromiter((self._last_round.get(key, 0) for key in keys), np.int64, rows.num_rows)
-        return last <= np.searchsorted(self.starts, shard_ids, "right")
+        return last <= np.searchsorted(self._starts, shard_ids, "right")
 
 
 def load_job_shards(store: Store, job: JobSpec) -> JobShards:
@@ -117,15 +114,16 @@ def plan_retry_round(store: Store, job: JobSpec) -> int:
         return 0
     number = max((r.number for r in shards.rounds), default=0) + 1
     with tempfile.TemporaryDirectory(prefix="millijoule-retry-") as scratch:
-        path = Path(scratch, "part.parquet")
-        table = _write_shards(rows, job.shard_size, path)
-        store.put_file(_part_key(number, 0), path)
-    keys = list(zip(rows["prompt_id"].to_pylist(), rows["first_image_index"].to_pylist(), strict=True))
-    table = table.replace_schema_metadata({"millijoule.images": json.dumps(keys)})
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+        with ShardWriter(Path(scratch), RETRY_ROW_SCHEMA, job.shard_size) as writer:
+            cutter = ShardCutter(job.shard_size, writer.write)
+            cutter.add(rows)
+            cutter.finish()
+        for part, path in enumerate(writer.parts):
+            store.put_file(_part_key(number, part), path)
+        images = zip(rows["prompt_id"].to_pylist(), rows["first_image_index"].to_pylist(), strict=True)
+        index = writer.write_index(_IMAGES_METADATA, encode(list(images))).read_bytes()
     try:
-        store.put_exclusive(_index_key(number), sink.getvalue())
+        store.put_exclusive(_index_key(number), index)
     except AlreadyExistsError as error:
         raise InputError(
             f"{store.url}: another driver just started a retry; run the command again"
@@ -133,7 +131,7 @@ def plan_retry_round(store: Store, job: JobSpec) -> int:
     return rows.num_rows
 
 
-def _quarantined(store: Store, shards: JobShards) -> pa.Table:
+def _quarantined(store: Store, shards: JobShards) -> pa.RecordBatch:
     """Plan rows, one image each, for the images whose last outcome is quarantined."""
     found: list[dict[str, Any]] = []
     for commit in read_commits(store, len(shards)):
@@ -149,45 +147,12 @@ def _quarantined(store: Store, shards: JobShards) -> pa.Table:
                 {name: getattr(row, name) for name in PLAN_ROW_SCHEMA.names}
                 | {"first_image_index": k, "num_images": 1}
             )
-    return pa.Table.from_pylist(found, RETRY_ROW_SCHEMA)
-
-
-def _write_shards(rows: pa.Table, shard_size: int, path: Path) -> pa.Table:
-    """Write `rows` as shards, homogeneous like the plan's, one row group each; their index."""
-    index: list[dict[str, Any]] = []
-    buckets = rows.group_by(list(_HOMOGENEOUS), use_threads=False).aggregate([]).to_pylist()
-    with pq.ParquetWriter(path, RETRY_ROW_SCHEMA, compression="zstd") as writer:
-        for bucket in buckets:
-            alike = rows
-            for name, value in bucket.items():
-                column = alike[name]
-                alike = alike.filter(pc.is_null(column) if value is None else pc.equal(column, value))
-            for start in range(0, alike.num_rows, shard_size):
-                shard = alike.slice(start, shard_size)
-                writer.write_table(shard, row_group_size=shard.num_rows)
-                index.append(
-                    {
-                        "shard_id": len(index),
-                        "part": 0,
-                        "row_group": len(index),
-                        "n_rows": shard.num_rows,
-                        "n_images": shard.num_rows,
-                        "first_prompt_id": shard["prompt_id"][0].as_py(),
-                        "rows_sha256": rows_digest(shard["prompt_id"], shard["num_images"]),
-                        **bucket,
-                    }
-                )
-    return pa.Table.from_pylist(index, SHARD_INDEX_SCHEMA)
+    return pa.RecordBatch.from_pylist(found, RETRY_ROW_SCHEMA)
 
 
 def _load_round(store: Store, number: int) -> RetryRound:
-    where = f"{store.url}/{_index_key(number)}"
-    try:
-        table = pq.read_table(pa.BufferReader(store.get(_index_key(number))))
-        keys = json.loads(table.schema.metadata[b"millijoule.images"])
-        return RetryRound(number, table.cast(SHARD_INDEX_SCHEMA), frozenset((i, k) for i, k in keys))
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{where}: damaged retry round: {error}") from error
+    table, images = read_index(store, _index_key(number), _IMAGES_METADATA, list[ImageKey])
+    return RetryRound(number, table, frozenset(images))
 
 
 def _index_key(number: int) -> str:

@@ -12,7 +12,7 @@ from support.local_job import plan, work
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning import plan as plan_module
+from millijoule.pipeline.planning import shard_cutter
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers import shard_rows
 from millijoule.workers.errors import DamagedError, MillijouleError
@@ -160,7 +160,7 @@ def test_a_part_of_the_plan_is_parsed_once_however_many_shards_it_has(tmp_path, 
 
 
 def test_few_parts_of_the_plan_are_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_module, "SHARDS_PER_PART", 2)
+    monkeypatch.setattr(shard_cutter, "SHARDS_PER_PART", 2)
     store, job = plan(tmp_path, [f"p{i}" for i in range(40)], shard_size=2)
     reader = shard_rows.ShardRowReader(store)
     shards = load_job_shards(store, job)

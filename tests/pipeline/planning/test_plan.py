@@ -15,14 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millijoule.pipeline.planning import duplicate_ids, plan, raw_chunks
-from millijoule.pipeline.planning.plan import (
-    PlanOptions,
-    compute_fingerprint,
-    index_key,
-    load_shard_index,
-    plan_job,
-)
+from millijoule.pipeline.planning import duplicate_ids, raw_chunks, shard_cutter
+from millijoule.pipeline.planning.make_plan import plan_job
+from millijoule.pipeline.planning.plan import index_key, load_shard_index
+from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
 from millijoule.pipeline.planning.prompts import BAD_ROW_SCHEMA
 from millijoule.workers.errors import InputError, NotFoundError, StoreError
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
@@ -131,21 +127,12 @@ def test_shards_are_homogeneous_in_size_and_steps(world):
     assert sorted(numbers(world.rows())) == list(range(1, 121))
 
 
-def test_job_options_serve_rows_that_do_not_say(world):
+def test_the_job_s_number_of_images_serves_rows_that_do_not_say(world):
     world.file("p.csv", "id,prompt,n,width,steps,cfg_scale,negative_prompt\na,x,,,,,\nb,y,2,64,3,1.5,bad\n")
-    world.plan(
-        images_per_prompt=5, width=128, num_inference_steps=9, guidance_scale=7.0, negative_prompt="blurry"
-    )
-    a, b = sorted(world.rows(), key=lambda r: r.prompt_id)
-    assert (a.num_images, a.width, a.height, a.num_inference_steps, a.guidance_scale) == (
-        5,
-        128,
-        None,
-        9,
-        7.0,
-    )
+    a, b = sorted(world.plan(images_per_prompt=5).rows(), key=lambda r: r.prompt_id)
+    assert (a.num_images, a.width, a.num_inference_steps, a.guidance_scale) == (5, None, None, None)
     assert (b.num_images, b.width, b.height, b.num_inference_steps, b.guidance_scale) == (2, 64, None, 3, 1.5)
-    assert (a.negative_prompt, b.negative_prompt) == ("blurry", "bad")
+    assert (a.negative_prompt, b.negative_prompt) == (None, "bad")
 
 
 @pytest.mark.parametrize(
@@ -153,8 +140,7 @@ def test_job_options_serve_rows_that_do_not_say(world):
     [
         {"shard_size": 0},
         {"images_per_prompt": 0},
-        {"width": 4},
-        {"guidance_scale": float("nan")},
+        {"images_per_prompt": 10_001},
         {"duplicate_ids": "first"},
     ],
 )
@@ -164,7 +150,7 @@ def test_impossible_options_are_refused(options):
 
 
 def test_too_many_waiting_rows_cut_the_fullest_bucket_early(world, monkeypatch):
-    monkeypatch.setattr(plan, "MAX_WAITING_ROWS", 10)
+    monkeypatch.setattr(shard_cutter, "MAX_WAITING_ROWS", 10)
     monkeypatch.setattr(raw_chunks, "CHUNK_ROWS", 7)
     records = [{"prompt": str(i), "width": 8 * (1 + i % 5), "id": str(i)} for i in range(100)]
     world.file("p.jsonl", records).plan(shard_size=50)
@@ -188,7 +174,7 @@ def test_generated_ids_depend_on_the_row_and_not_on_options(world):
     world.file("p.csv", "prompt,tag\ncat,1\ncat,2\n")
     first = [r.prompt_id for r in world.plan().rows()]
     assert first[0][9:] != first[1][9:]
-    assert [r.prompt_id for r in world.plan(images_per_prompt=4, shard_size=1, width=64).rows()] == first
+    assert [r.prompt_id for r in world.plan(images_per_prompt=4, shard_size=1).rows()] == first
 
 
 def test_seeds():
@@ -394,7 +380,7 @@ def test_cuts_are_those_of_the_obvious_loop(counts, shard_size):
         if images >= shard_size:
             expected.append(i + 1)
             images = 0
-    assert plan._cuts(np.array(counts, np.int32), shard_size) == expected
+    assert shard_cutter._cuts(np.array(counts, np.int32), shard_size) == expected
 
 
 @given(
@@ -426,7 +412,7 @@ def test_shards_come_as_they_become_full_however_rows_arrive(rows, shard_size, c
         | {"prompt_id": str(i), "prompt": "p", "source": "f:1", "width": width, "num_images": n}
         for i, (width, n) in enumerate(rows)
     ]
-    cutter = plan.ShardCutter(shard_size, emit)
+    cutter = shard_cutter.ShardCutter(shard_size, emit)
     for start in range(0, len(records), chunk_rows):
         cutter.add(pa.RecordBatch.from_pylist(records[start : start + chunk_rows], PLAN_ROW_SCHEMA))
     cutter.finish()
@@ -463,6 +449,20 @@ def test_the_fingerprint_follows_content_and_options_and_not_names(tmp_path):
     assert len({base, *others}) == len(others) + 1
     assert fingerprint([a, b]) != compute_fingerprint(
         [*expand_inputs([str(b)]), *expand_inputs([str(a)])], PlanOptions(), EXTRA
+    )
+
+
+def test_fingerprints_stay_what_they_were():
+    """A job goes on only while its fingerprint is computed as it was when the job began."""
+    file = InputFile("s3://b/p.txt", 5, "e")
+    options = PlanOptions(
+        shard_size=8, images_per_prompt=3, duplicate_ids="suffix", prompt_column="x", delimiter=";"
+    )
+    assert compute_fingerprint([file], PlanOptions(), EXTRA) == (
+        "3e86db85873b342cf57f7992bcecc0f246233f69269359f36732fdbd0914367b"
+    )
+    assert compute_fingerprint([file], options, EXTRA) == (
+        "f14435491956a9875aad17f10c07f3f8949107aa5c8c6294e59726ae24394bf3"
     )
 
 
@@ -541,7 +541,8 @@ def test_damage_is_noticed(world):
 # VmHWM and not ru_maxrss, which a process inherits from the one that started it.
 MEASURE = """
 import re, sys
-from millijoule.pipeline.planning.plan import PlanOptions, plan_job
+from millijoule.pipeline.planning.make_plan import plan_job
+from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.workers.storage.store import expand_inputs, open_store
 plan_job(expand_inputs([sys.argv[1]]), PlanOptions(), open_store(sys.argv[2]), {})
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
