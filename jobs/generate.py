@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from millijoule.jobs.entry import CAP_REACHED, COMPLETE, ERROR, INTERRUPTED, QUARANTINED, run_command
+from millijoule.jobs.entry import (
+    CAP_REACHED,
+    COMPLETE,
+    ERROR,
+    INTERRUPTED,
+    QUARANTINED,
+    OnUnlessNo,
+    run_command,
+)
 from millijoule.jobs.rate_options import RateOptions
 
 Format = Literal["parquet", "webdataset", "files"]
@@ -85,7 +93,7 @@ class GenerateOptions:
     """A worker without progress (a step or batch of images, a part of a file stored) for this long loses its shard to
     another; after twice as long it is replaced."""
 
-    speculate: bool = True
+    speculate: OnUnlessNo = True
     """Do not let idle workers race stragglers at the end of the job."""
 
     prompt_column: str | None = None
@@ -127,7 +135,7 @@ class GenerateOptions:
     """Watts of a node that no counter sees (fans, board, network cards, losses), and by how much that may be wrong, such
     as 180+-30; without it nodes cannot close. In a FILE: rest_watts and rest_tolerance_watts."""
 
-    telemetry: bool = True
+    telemetry: OnUnlessNo = True
     """Read no energy counter, sample no power, write no live tables and no metrics: the job's energy is missing.
     The finished tables are written and say so."""
 

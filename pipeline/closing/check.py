@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain, islice
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -47,6 +48,9 @@ R = TypeVar("R")
 #: Shards that a thread checks in one go: of one image each, they take less time than being handed over.
 _SHARDS_PER_CALL = 16
 
+#: Uncommitted shards that are named; the rest is counted.
+MAX_LISTED = 20
+
 #: A row table of at most so many bytes is not read a second time after its hash was taken.
 _SMALL_TABLE_BYTES = 1 << 20
 
@@ -72,35 +76,31 @@ def check_output(
         InputError: there is no job in this output.
     """
     with lean_memory():
-        yield from _check_output(store, images, on_shard, on_note)
+        job = require_job(store)
+        index = load_job_shards(store, job)
+        missing = np.flatnonzero(~list_committed(store, len(index))).tolist()
+        for shard_id in missing[:MAX_LISTED]:
+            yield f"shard {shard_id}: not committed"
+        if len(missing) > MAX_LISTED:
+            yield f"{len(missing) - MAX_LISTED:,} more shards: not committed"
+        records, plan = RecordReader(store), ShardRowReader(store)
 
+        def check_some(bodies: list[tuple[int, bytes]]) -> list[tuple[int, dict[str, Any], list[str]]]:
+            checked = []
+            for shard_id, body in bodies:
+                raw, commit = _parse(store, shard_id, body)
+                problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
+                checked.append((shard_id, raw, list(problems)))
+            return checked
 
-def _check_output(
-    store: Store, images: bool, on_shard: Callable[[int, int], None], on_note: Callable[[str], None]
-) -> Iterator[str]:
-    job = require_job(store)
-    index = load_job_shards(store, job)
-    done = list_committed(store, len(index))
-    for shard_id in (~done).nonzero()[0].tolist():
-        yield f"shard {shard_id}: not committed"
-    records, plan = RecordReader(store), ShardRowReader(store)
-
-    def some(bodies: Sequence[tuple[int, bytes]]) -> list[tuple[int, dict[str, Any], list[str]]]:
-        checked = []
-        for shard_id, body in bodies:
-            raw, commit = _parse(store, shard_id, body)
-            problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
-            checked.append((shard_id, raw, list(problems)))
-        return checked
-
-    bodies = read_bodies(store, len(index), use_compacted=False)
-    checked = chain.from_iterable(in_threads(some, batched(bodies, _SHARDS_PER_CALL), _threads(store)))
-    for n, (shard_id, raw, problems) in enumerate(checked, 1):
-        on_shard(n, len(index))
-        yield from problems
-        records.add_raw(shard_id, raw)
-    if done.all():
-        yield from _check_finished(store, job, index, records.records(), on_note)
+        bodies = batched(read_bodies(store, len(index), use_compacted=False), _SHARDS_PER_CALL)
+        checked = chain.from_iterable(in_threads(check_some, bodies, _threads(store)))
+        for n, (shard_id, raw, problems) in enumerate(checked, 1):
+            on_shard(n, len(index))
+            yield from problems
+            records.add(shard_id, raw)
+        if not missing:
+            yield from _check_finished(store, job, index, records.records(), on_note)
 
 
 def _check_finished(
@@ -109,10 +109,8 @@ def _check_finished(
     """What must be there once all shards are committed."""
     for account in records.ledger.unclosed:
         on_note(f"energy is missing from {utc_text(account.since_wall_ns)} on: {account}")
-    differences = 0
-    for problem in _check_manifest(store, job, index, records):
-        differences += 1
-        yield problem
+    differences = list(_check_manifest(store, job, index, records))
+    yield from differences
     with ExitStack() as stack:
         images = None  # a manifest that says what the row tables say saves opening them again
         if not differences:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from millijoule.pipeline.output.commits import READ_THREADS, CommitBodies, parse_commit
-from millijoule.pipeline.output.job import require_job
+from millijoule.pipeline.output.job import last_epoch, require_job
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.layout import DATA_PREFIX, EPOCHS_PREFIX
+from millijoule.workers.layout import DATA_PREFIX
 from millijoule.workers.storage.store import Store, TemporaryObject
 
 #: Files of an older driver's attempts are kept this long in case a cut-off worker still runs.
@@ -48,9 +48,7 @@ def find_orphans(store: Store, *, now: float | None = None) -> Iterator[Orphan]:
     now = time.time() if now is None else now
     job = require_job(store)
     n_shards = len(load_job_shards(store, job))
-    newest = max(
-        (int(i.key[len(EPOCHS_PREFIX) :].split(".")[0]) for i in store.list(EPOCHS_PREFIX)), default=0
-    )
+    newest = last_epoch(store)
     bodies = CommitBodies(store, n_shards)
     objects = store.list(DATA_PREFIX)
     with ThreadPoolExecutor(READ_THREADS) as threads:

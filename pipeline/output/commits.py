@@ -24,7 +24,7 @@ from millijoule.workers.storage.store import Store
 #: Commits per compacted part: about a minute of a thousand GPUs, or 10 MB.
 COMPACT_EVERY = 4096
 
-#: Parts that are held at the same time: retried shards and several drivers leave a shard's neighbours in several.
+#: Parts that are held at the same time: late shards and several drivers leave a shard's neighbours in several.
 MAX_PARTS = 8
 
 #: Concurrent requests when commits are read one by one.
@@ -76,22 +76,57 @@ def read_bodies(store: Store, n_shards: int, *, use_compacted: bool = True) -> I
 
     With `use_compacted` False each body is read from the commit object itself (what an auditor wants).
     """
-    done = list_committed(store, n_shards)
-    compacted = _Compacted(store, n_shards) if use_compacted else None
-    wanted = np.flatnonzero(done)
+    wanted = np.flatnonzero(list_committed(store, n_shards))
+    bodies = CommitBodies(store, n_shards, use_compacted=use_compacted)
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for start in range(0, len(wanted), 1024):
             block = wanted[start : start + 1024].tolist()
-            missing = [s for s in block if compacted is None or s not in compacted]
-            fetched = dict(
-                zip(missing, threads.map(lambda s: store.get(commit_key(s)), missing), strict=True)
-            )
+            missing = [s for s in block if s not in bodies]
+            fetched = dict(zip(missing, threads.map(bodies.get, missing), strict=True))
             for shard_id in block:
-                body = fetched.get(shard_id)
-                if body is None:
-                    assert compacted is not None
-                    body = compacted.pop(shard_id)
-                yield shard_id, body
+                yield shard_id, fetched.get(shard_id) or bodies.get(shard_id)
+
+
+class CommitBodies:
+    """The JSON of commits: from compacted parts, else from the objects.
+
+    Asked for in about the order of shards, it holds few parts at a time.
+    """
+
+    def __init__(self, store: Store, n_shards: int, *, use_compacted: bool = True) -> None:
+        self.store = store
+        parts = store.list(COMPACTED_PREFIX) if use_compacted else ()
+        self._keys = sorted(i.key for i in parts if i.key.endswith(".parquet"))
+        self._part = np.full(n_shards, -1, np.int32)  # of each shard; -1: in none
+        self._row = np.zeros(n_shards, np.int32)
+        for number, key in enumerate(self._keys):
+            shard_ids = self._column(key, "shard_id").to_numpy()
+            rows = np.flatnonzero((shard_ids >= 0) & (shard_ids < n_shards))
+            self._part[shard_ids[rows]] = number
+            self._row[shard_ids[rows]] = rows
+        self._held: dict[int, pa.Array] = {}
+        self._lock = Lock()
+
+    def __contains__(self, shard_id: int) -> bool:
+        """Whether a compacted part has the shard."""
+        return bool(self._part[shard_id] >= 0)
+
+    def get(self, shard_id: int) -> bytes:
+        """The body of a shard's commit; raises NotFoundError where it has none. From any thread."""
+        if shard_id not in self:
+            return self.store.get(commit_key(shard_id))
+        with self._lock:
+            number = int(self._part[shard_id])
+            if number not in self._held:
+                self._held[number] = self._column(self._keys[number], "commit").combine_chunks()
+                if len(self._held) > MAX_PARTS:
+                    del self._held[next(iter(self._held))]
+            body: bytes = self._held[number][int(self._row[shard_id])].as_py()
+            return body
+
+    def _column(self, key: str, name: str) -> pa.ChunkedArray:
+        with self.store.open_input(key) as source:
+            return pq.ParquetFile(source).read(columns=[name])[name]
 
 
 class CommitCompactor:
@@ -120,61 +155,3 @@ class CommitCompactor:
         self.store.put(f"{COMPACTED_PREFIX}{self.epoch:06d}-{self._parts:06d}.parquet", sink.getvalue())
         self._parts += 1
         self._bodies.clear()
-
-
-class CommitBodies:
-    """The JSON of single commits, asked for in about the order of shards: from compacted parts, else from the objects."""
-
-    def __init__(self, store: Store, n_shards: int) -> None:
-        self.store = store
-        self._compacted = _Compacted(store, n_shards)
-        self._lock = Lock()
-
-    def get(self, shard_id: int) -> bytes:
-        """The body of a shard's commit; raises NotFoundError where it has none. From any thread."""
-        if shard_id in self._compacted:
-            with self._lock:
-                return self._compacted.get(shard_id)
-        return self.store.get(commit_key(shard_id))
-
-
-class _Compacted:
-    """Bodies from compacted parts; asked about in order of shards, each once, it holds few parts at a time."""
-
-    def __init__(self, store: Store, n_shards: int) -> None:
-        self.store = store
-        self._keys = sorted(i.key for i in store.list(COMPACTED_PREFIX) if i.key.endswith(".parquet"))
-        self._part = np.full(n_shards, -1, np.int32)  # of each shard; -1: in none
-        self._row = np.zeros(n_shards, np.int32)
-        for number, key in enumerate(self._keys):
-            with store.open_input(key) as source:
-                shard_ids = pq.ParquetFile(source).read(columns=["shard_id"])["shard_id"].to_numpy()
-            rows = np.flatnonzero((shard_ids >= 0) & (shard_ids < n_shards))
-            self._part[shard_ids[rows]] = number
-            self._row[shard_ids[rows]] = rows
-        self._left = np.bincount(self._part[self._part >= 0], minlength=len(self._keys))
-        self._bodies: dict[int, pa.ChunkedArray] = {}
-
-    def __contains__(self, shard_id: int) -> bool:
-        return bool(self._part[shard_id] >= 0)
-
-    def get(self, shard_id: int) -> bytes:
-        """The body of a shard that is in a part; raises StoreError. The last `MAX_PARTS` parts are held."""
-        number = int(self._part[shard_id])
-        if number not in self._bodies:
-            with self.store.open_input(self._keys[number]) as source:
-                commits = pq.ParquetFile(source).read(columns=["commit"])["commit"].combine_chunks()
-            self._bodies[number] = commits
-            if len(self._bodies) > MAX_PARTS:
-                del self._bodies[next(iter(self._bodies))]
-        body: bytes = self._bodies[number][int(self._row[shard_id])].as_py()
-        return body
-
-    def pop(self, shard_id: int) -> bytes:
-        """The body of a shard that is in a part and is not asked for again; raises StoreError."""
-        body = self.get(shard_id)
-        number = int(self._part[shard_id])
-        self._left[number] -= 1
-        if not self._left[number]:
-            self._bodies.pop(number, None)
-        return body

@@ -207,6 +207,7 @@ def check_integers(
     wrong = f"must be an integer from {low} to {'2**64 - 1' if high == 2**64 - 1 else high}"
 
     def parse(value: Any) -> int | None:
+        number: int | None
         if type(value) is int:
             number = value
         elif isinstance(value, float):

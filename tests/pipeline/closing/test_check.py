@@ -16,6 +16,7 @@ from millijoule.pipeline.planning import shard_cutter
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers import shard_rows
 from millijoule.workers.errors import DamagedError, MillijouleError
+from millijoule.workers.lease import commit_key
 
 PROMPTS = [f"prompt {i}" for i in range(20)]
 
@@ -106,6 +107,19 @@ DAMAGE = {
 
 def test_a_sound_output_has_no_differences(output):
     assert list(check_output(output[0])) == []
+
+
+def test_shards_that_are_not_committed_are_named_and_many_are_counted(tmp_path):
+    store, job = plan(tmp_path, [f"p{i}" for i in range(31)], shard_size=1)
+    shards = work(store, job)
+    keys = [commit_key(shard) for shard in range(len(shards))]
+    store.delete(keys[7:10])
+    assert list(check_output(store)) == [f"shard {n}: not committed" for n in (7, 8, 9)]
+    store.delete(keys[4:])
+    assert list(check_output(store)) == [
+        *(f"shard {n}: not committed" for n in range(4, 24)),
+        "7 more shards: not committed",
+    ]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -14,7 +14,7 @@ from support.ledgers import GPU, JOB, SECOND, chain, commit, read, segment
 from support.local_job import plan, work
 
 from millijoule.pipeline.closing.check import check_output
-from millijoule.pipeline.closing.finish import load_ledger
+from millijoule.pipeline.closing.finish import load_records
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.live_tables import (
     LiveTables,
@@ -63,7 +63,7 @@ def test_a_driver_killed_between_flushes_loses_one_interval_and_the_ledger_close
     assert flushed == by_time[:6]  # what is missing came after the last flush
 
     live = build_ledger(read_live_segments(store), {c.shard_id: c.attempt_id for c in commits})
-    true = load_ledger(store, SHARDS)
+    true = load_records(store, SHARDS).ledger
     assert live.complete
     assert {(e.segment.shard_id, e.segment.open.t_mono_ns): e.energy_mj for e in live.entries}.items() <= {
         (e.segment.shard_id, e.segment.open.t_mono_ns): e.energy_mj for e in true.entries
@@ -83,7 +83,7 @@ def test_a_driver_killed_between_flushes_loses_one_interval_and_the_ledger_close
     for check in CLOSURE_QUERIES:
         assert ask(store, check) == []
     (images,) = ask(store, "SELECT count(*) AS n, sum(energy_full_mj)::BIGINT AS mj FROM image")
-    assert images == {"n": 2 * SHARDS, "mj": load_ledger(store, SHARDS).summary()["total_mj"]}
+    assert images == {"n": 2 * SHARDS, "mj": load_records(store, SHARDS).ledger.summary()["total_mj"]}
 
 
 def test_workers_that_share_a_counter_are_divided_when_they_are_read(output):

@@ -366,6 +366,7 @@ def test_every_row_ends_once_in_a_shard_or_in_quarantine(
     assert world.rows() == rows  # shards do not depend on how the input is read in chunks
 
 
+@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(1, 50), max_size=60),
     shard_size=st.integers(1, 60),
@@ -383,6 +384,7 @@ def test_cuts_are_those_of_the_obvious_loop(counts, shard_size):
     assert shard_cutter._cuts(np.array(counts, np.int32), shard_size) == expected
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(st.sampled_from([None, 8, 16]), st.integers(1, 9)), min_size=1, max_size=60),
     shard_size=st.integers(1, 20),
