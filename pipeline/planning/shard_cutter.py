@@ -46,54 +46,56 @@ class ShardCutter:
     def __init__(self, shard_size: int, emit: Callable[[pa.RecordBatch, list[Range]], None]) -> None:
         self._shard_size = shard_size
         self._emit = emit
-        self._waiting: pa.RecordBatch | None = None
+        self._rows: pa.RecordBatch | None = None  # those that wait, in input order
+        self._buckets: dict[int, list[int]] = {}  # their positions
+        self._images: dict[int, int] = {}  # in each bucket
 
     def add(self, rows: pa.RecordBatch) -> None:
         """Take rows in input order; emits the shards they complete."""
-        self._cut(rows if self._waiting is None else pa.concat_batches([self._waiting, rows]), last=False)
+        first = self._rows.num_rows if self._rows is not None else 0
+        held = rows if self._rows is None else pa.concat_batches([self._rows, rows])
+        shards: list[list[int]] = []
+        buckets, images, size = self._buckets, self._images, self._shard_size
+
+        def complete(key: int) -> None:
+            shards.append(buckets.pop(key))
+            del images[key]
+
+        row_keys, row_images = _bucket_keys(rows).tolist(), rows["num_images"].to_pylist()
+        for position, (key, n) in enumerate(zip(row_keys, row_images, strict=True), first):
+            if key in buckets and images[key] + n > size:
+                complete(key)
+            if key in buckets:
+                buckets[key].append(position)
+                images[key] += n
+            else:
+                buckets[key], images[key] = [position], n
+            if images[key] >= size:
+                complete(key)
+        waiting = sum(map(len, buckets.values()))
+        allowed = min(MAX_WAITING_ROWS, int(MAX_WAITING_BYTES * held.num_rows / max(held.nbytes, 1)))
+        for key in sorted(buckets, key=lambda key: -len(buckets[key])):
+            if waiting <= allowed:
+                break
+            waiting -= len(buckets[key])
+            complete(key)
+        self._emit_shards(held, shards)
 
     def finish(self) -> None:
         """Emit what is left, each bucket as a shard, in the order of their first rows."""
-        if self._waiting is not None:
-            self._cut(self._waiting, last=True)
+        if self._rows is not None:
+            shards = sorted(self._buckets.values())
+            self._buckets, self._images = {}, {}
+            self._emit_shards(self._rows, shards)
 
-    def _cut(self, rows: pa.RecordBatch, *, last: bool) -> None:
-        keys = _bucket_keys(rows)
-        order = np.argsort(keys, kind="stable")  # [n] positions, bucket by bucket, in input order within
-        counts = rows["num_images"].to_numpy()[order]
-        starts = np.flatnonzero(np.concatenate(([True], np.diff(keys[order]) != 0)))
-        shards: list[tuple[int, int, int]] = []  # (position that completes it, start, end) within `order`
-        rests: list[Range] = []
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
-            cuts = _cuts(counts[start:end], self._shard_size)
-            for a, b in zip([0, *cuts], cuts, strict=False):
-                full = counts[start + a : start + b].sum() >= self._shard_size
-                shards.append((int(order[start + b - 1 if full else start + b]), start + a, start + b))
-            if start + (cuts[-1] if cuts else 0) < end:
-                rests.append((start + (cuts[-1] if cuts else 0), end))
-        if last:
-            early, rests = sorted(rests, key=lambda r: order[r[0]]), []
-        else:
-            early, rests = self._evicted(rests, rows)
-        ranges = [(a, b) for _, a, b in sorted(shards)] + early
-        if ranges:
-            ends = np.cumsum([b - a for a, b in ranges]).tolist()
-            taken = rows.take(pa.array(np.concatenate([order[a:b] for a, b in ranges])))
-            self._emit(taken, list(zip([0, *ends], ends, strict=False)))
-        kept = np.sort(np.concatenate([order[a:b] for a, b in rests])) if rests else np.empty(0, np.int64)
-        self._waiting = rows.take(pa.array(kept))  # a copy, so that `rows` can go
-
-    @staticmethod
-    def _evicted(rests: list[Range], rows: pa.RecordBatch) -> tuple[list[Range], list[Range]]:
-        """Split the buckets' rests into those to cut early, the fullest, and those that may wait."""
-        n = sum(b - a for a, b in rests)
-        allowed = min(MAX_WAITING_ROWS, int(MAX_WAITING_BYTES * rows.num_rows / max(rows.nbytes, 1)))
-        by_rows = sorted(rests, key=lambda r: (r[0] - r[1], r[0]))
-        early = 0
-        while n > allowed:
-            n -= by_rows[early][1] - by_rows[early][0]
-            early += 1
-        return by_rows[:early], by_rows[early:]
+    def _emit_shards(self, held: pa.RecordBatch, shards: list[list[int]]) -> None:
+        """Emit the rows of `held` at these positions; the others wait on."""
+        if shards:
+            ends = np.cumsum([len(shard) for shard in shards]).tolist()
+            self._emit(held.take(pa.array(np.concatenate(shards))), list(zip([0, *ends], ends, strict=False)))
+        kept = np.sort(np.concatenate([[], *self._buckets.values()]).astype(np.int64))
+        self._rows = held.take(pa.array(kept))  # a copy, so that `held` can go
+        self._buckets = {k: np.searchsorted(kept, b).tolist() for k, b in self._buckets.items()}
 
 
 def _bucket_keys(rows: pa.RecordBatch) -> np.ndarray:
@@ -102,23 +104,6 @@ def _bucket_keys(rows: pa.RecordBatch) -> np.ndarray:
         pc.fill_null(rows[name], 0).to_numpy(zero_copy_only=False).astype(np.int64) for name in _ALIKE
     )
     return ((width << 14) | height) << 10 | steps
-
-
-def _cuts(counts: np.ndarray, shard_size: int) -> list[int]:
-    """Where the complete shards of a bucket end: each takes rows until the next would exceed `shard_size` images."""
-    if not len(counts) or counts.sum() < shard_size:
-        return []
-    totals = np.cumsum(counts, dtype=np.int64)
-    cuts: list[int] = []
-    start, before = 0, 0
-    while True:
-        end = max(int(np.searchsorted(totals, before + shard_size, side="right")), start + 1)
-        if end >= len(totals) and totals[-1] - before < shard_size:
-            return cuts
-        cuts.append(end)
-        if end >= len(totals):
-            return cuts
-        start, before = end, int(totals[end - 1])
 
 
 class ShardWriter:

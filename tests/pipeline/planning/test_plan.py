@@ -368,24 +368,6 @@ def test_every_row_ends_once_in_a_shard_or_in_quarantine(
 
 @settings(deadline=None)
 @given(
-    counts=st.lists(st.integers(1, 50), max_size=60),
-    shard_size=st.integers(1, 60),
-)
-def test_cuts_are_those_of_the_obvious_loop(counts, shard_size):
-    expected, images = [], 0
-    for i, n in enumerate(counts):
-        if images and images + n > shard_size:
-            expected.append(i)
-            images = 0
-        images += n
-        if images >= shard_size:
-            expected.append(i + 1)
-            images = 0
-    assert shard_cutter._cuts(np.array(counts, np.int32), shard_size) == expected
-
-
-@settings(deadline=None)
-@given(
     rows=st.lists(st.tuples(st.sampled_from([None, 8, 16]), st.integers(1, 9)), min_size=1, max_size=60),
     shard_size=st.integers(1, 20),
     chunk_rows=st.integers(1, 60),
