@@ -9,12 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,22 +28,17 @@ from millijoule.pipeline.closing.finish import (
 from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.lean_memory import lean_memory
 from millijoule.pipeline.energy.tables import compare_energy_tables
-from millijoule.pipeline.output.commits import READ_THREADS, list_committed, not_a_commit, read_bodies
+from millijoule.pipeline.output.commits import READ_THREADS, in_threads, list_committed, not_a_commit
 from millijoule.pipeline.output.image_rows import RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec, require_job
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.layout import MANIFEST_KEY, SUCCESS_KEY
+from millijoule.workers.lease import commit_key
 from millijoule.workers.schemas import Commit
 from millijoule.workers.shard_rows import Shard, ShardRowReader, shard_requests
 from millijoule.workers.storage.store import Store, is_s3_url
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-#: Shards that a thread checks in one go: of one image each, they take less time than being handed over.
-_SHARDS_PER_CALL = 16
 
 #: Uncommitted shards that are named; the rest is counted.
 MAX_LISTED = 20
@@ -78,23 +70,20 @@ def check_output(
     with lean_memory():
         job = require_job(store)
         index = load_job_shards(store, job)
-        missing = np.flatnonzero(~list_committed(store, len(index))).tolist()
+        done = list_committed(store, len(index))
+        missing = np.flatnonzero(~done).tolist()
         for shard_id in missing[:MAX_LISTED]:
             yield f"shard {shard_id}: not committed"
         if len(missing) > MAX_LISTED:
             yield f"{len(missing) - MAX_LISTED:,} more shards: not committed"
         records, plan = RecordReader(store), ShardRowReader(store)
 
-        def check_some(bodies: list[tuple[int, bytes]]) -> list[tuple[int, dict[str, Any], list[str]]]:
-            checked = []
-            for shard_id, body in bodies:
-                raw, commit = _parse(store, shard_id, body)
-                problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
-                checked.append((shard_id, raw, list(problems)))
-            return checked
+        def check(shard_id: int) -> tuple[int, dict[str, Any], list[str]]:
+            raw, commit = _parse(store, shard_id, store.get(commit_key(shard_id)))
+            problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
+            return shard_id, raw, list(problems)
 
-        bodies = batched(read_bodies(store, len(index), use_compacted=False), _SHARDS_PER_CALL)
-        checked = chain.from_iterable(in_threads(check_some, bodies, _threads(store)))
+        checked = in_threads(check, np.flatnonzero(done).tolist(), _threads(store))
         for n, (shard_id, raw, problems) in enumerate(checked, 1):
             on_shard(n, len(index))
             yield from problems
@@ -118,25 +107,6 @@ def _check_finished(
         yield from compare_energy_tables(
             store, job, records.ledger, records.commits, records.uncommitted, images
         )
-
-
-def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int = READ_THREADS) -> Iterator[R]:
-    """`function` of each item, in order, by some threads; only few items are taken ahead."""
-    waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(n_threads) as threads:
-        for item in items:
-            waiting.append(threads.submit(function, item))
-            if len(waiting) >= 2 * n_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Consecutive lists of at most `size` items."""
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch
 
 
 def _threads(store: Store) -> int:
@@ -216,13 +186,14 @@ def _check_manifest(store: Store, job: JobSpec, shards: JobShards, records: JobR
         return
     if success.get("fingerprint") != job.fingerprint or success.get("shards") != len(shards):
         yield f"{SUCCESS_KEY}: belongs to another state of the job; run the job again to finish it"
+    if not store.exists(MANIFEST_KEY):
+        yield f"{MANIFEST_KEY}: missing"
+        return
     try:
         with store.open_input(MANIFEST_KEY) as source:
             yield from _compare_manifest(store, shards, records, pq.ParquetFile(source))
-    except NotFoundError:
-        yield f"{MANIFEST_KEY}: missing"
-    except (pa.ArrowException, OSError) as error:
-        yield f"{MANIFEST_KEY}: cannot be read as Parquet: {error}"
+    except (pa.ArrowException, OSError, NotFoundError) as error:
+        yield f"{MANIFEST_KEY}: it, or a row table to compare it with, cannot be read: {error}"
 
 
 def _compare_manifest(
@@ -233,15 +204,7 @@ def _compare_manifest(
         return
     batches = manifest.iter_batches(MANIFEST_BATCH_ROWS)
     stored, at = RowReader((pa.Table.from_batches([b]) for b in batches), manifest.schema_arrow), 0
-    tables = manifest_tables(store, shards, records)
-    while True:
-        try:
-            table = next(tables, None)
-        except (pa.ArrowException, OSError, NotFoundError) as error:
-            yield f"{MANIFEST_KEY}: cannot be compared, a row table cannot be read: {error}"
-            return
-        if table is None:
-            break
+    for table in manifest_tables(store, shards, records):
         part = stored.take(table.num_rows)
         at += table.num_rows
         for name in MANIFEST_SCHEMA.names:

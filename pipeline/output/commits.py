@@ -7,9 +7,12 @@ come from compacted Parquet parts (`_job/ledger/`, written by the driver while i
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +24,9 @@ from millijoule.workers.lease import commit_key, shard_of_commit_key
 from millijoule.workers.schemas import Commit
 from millijoule.workers.storage.store import Store
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 #: Commits per compacted part: about a minute of a thousand GPUs, or 10 MB.
 COMPACT_EVERY = 4096
 
@@ -29,6 +35,9 @@ MAX_PARTS = 8
 
 #: Concurrent requests when commits are read one by one.
 READ_THREADS = 16
+
+#: Items that a thread takes in one go: a short one takes less time than being handed over.
+_ITEMS_PER_CALL = 16
 
 _COMPACTED_SCHEMA = pa.schema(
     [pa.field("shard_id", pa.int64(), nullable=False), pa.field("commit", pa.binary(), nullable=False)]
@@ -65,26 +74,34 @@ def parse_commit(store: Store, shard_id: int, body: bytes) -> Commit:
         raise not_a_commit(store, shard_id, error) from error
 
 
-def read_commits(store: Store, n_shards: int, *, use_compacted: bool = True) -> Iterator[Commit]:
-    """Every commit, in shard order, without holding them all; see `read_bodies`."""
-    for shard_id, body in read_bodies(store, n_shards, use_compacted=use_compacted):
+def read_commits(store: Store, n_shards: int) -> Iterator[Commit]:
+    """Every commit, in shard order, without holding them all."""
+    for shard_id, body in read_bodies(store, n_shards):
         yield parse_commit(store, shard_id, body)
 
 
-def read_bodies(store: Store, n_shards: int, *, use_compacted: bool = True) -> Iterator[tuple[int, bytes]]:
-    """Every commit's shard and JSON, in shard order, without holding them all.
+def read_bodies(store: Store, n_shards: int) -> Iterator[tuple[int, bytes]]:
+    """Every commit's shard and JSON, in shard order, without holding them all."""
+    bodies = CommitBodies(store, n_shards)
+    committed = np.flatnonzero(list_committed(store, n_shards)).tolist()
+    return in_threads(lambda shard_id: (shard_id, bodies.get(shard_id)), committed)
 
-    With `use_compacted` False each body is read from the commit object itself (what an auditor wants).
-    """
-    wanted = np.flatnonzero(list_committed(store, n_shards))
-    bodies = CommitBodies(store, n_shards, use_compacted=use_compacted)
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        for start in range(0, len(wanted), 1024):
-            block = wanted[start : start + 1024].tolist()
-            missing = [s for s in block if s not in bodies]
-            fetched = dict(zip(missing, threads.map(bodies.get, missing), strict=True))
-            for shard_id in block:
-                yield shard_id, fetched.get(shard_id) or bodies.get(shard_id)
+
+def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int = READ_THREADS) -> Iterator[R]:
+    """`function` of each item, in order, by some threads; only few items are taken ahead."""
+
+    def some(batch: list[T]) -> list[R]:
+        return [function(item) for item in batch]
+
+    rest = iter(items)
+    waiting: deque[Future[list[R]]] = deque()
+    with ThreadPoolExecutor(n_threads) as threads:
+        while batch := list(islice(rest, _ITEMS_PER_CALL)):
+            waiting.append(threads.submit(some, batch))
+            if len(waiting) >= 2 * n_threads:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
 
 
 class CommitBodies:
@@ -93,10 +110,9 @@ class CommitBodies:
     Asked for in about the order of shards, it holds few parts at a time.
     """
 
-    def __init__(self, store: Store, n_shards: int, *, use_compacted: bool = True) -> None:
+    def __init__(self, store: Store, n_shards: int) -> None:
         self.store = store
-        parts = store.list(COMPACTED_PREFIX) if use_compacted else ()
-        self._keys = sorted(i.key for i in parts if i.key.endswith(".parquet"))
+        self._keys = sorted(i.key for i in store.list(COMPACTED_PREFIX) if i.key.endswith(".parquet"))
         self._part = np.full(n_shards, -1, np.int32)  # of each shard; -1: in none
         self._row = np.zeros(n_shards, np.int32)
         for number, key in enumerate(self._keys):
@@ -107,16 +123,12 @@ class CommitBodies:
         self._held: dict[int, pa.Array] = {}
         self._lock = Lock()
 
-    def __contains__(self, shard_id: int) -> bool:
-        """Whether a compacted part has the shard."""
-        return bool(self._part[shard_id] >= 0)
-
     def get(self, shard_id: int) -> bytes:
         """The body of a shard's commit; raises NotFoundError where it has none. From any thread."""
-        if shard_id not in self:
+        number = int(self._part[shard_id])
+        if number < 0:
             return self.store.get(commit_key(shard_id))
         with self._lock:
-            number = int(self._part[shard_id])
             if number not in self._held:
                 self._held[number] = self._column(self._keys[number], "commit").combine_chunks()
                 if len(self._held) > MAX_PARTS:

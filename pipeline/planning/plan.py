@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -53,12 +52,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     @property
-    def prefix(self) -> str:
-        return plan_prefix(self.fingerprint)
-
-    @property
     def bad_rows_key(self) -> str:
-        return f"{self.prefix}/bad_rows.parquet"
+        return f"{plan_prefix(self.fingerprint)}/bad_rows.parquet"
 
 
 @dataclass(frozen=True)
@@ -79,16 +74,6 @@ class ShardIndex:
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[i] for i in range(len(self)))
-
-    @property
-    def n_rows(self) -> np.ndarray:
-        """int32 `[n_shards]`."""
-        return self.table["n_rows"].to_numpy()
-
-    @property
-    def n_images(self) -> np.ndarray:
-        """int32 `[n_shards]`."""
-        return self.table["n_images"].to_numpy()
 
 
 def shard_at(table: pa.RecordBatch, i: int, key_of: Callable[[int], str]) -> Shard:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millijoule.pipeline.planning.raw_chunks import has_surrogates, python_values, shown
+from millijoule.pipeline.planning.raw_chunks import Values, has_surrogates, python_values, shown
 from millijoule.workers.errors import InputError
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 
@@ -63,9 +63,7 @@ class Problems:
         self.found.setdefault(row, (column, reason))
 
 
-def check_ids(
-    values: pa.Array | list[Any], column: str, problems: Problems, file: str, *, from_text: bool
-) -> pa.Array:
+def check_ids(values: Values, column: str, problems: Problems, file: str, from_text: bool) -> pa.Array:
     """Ids as text, from text or integers, also those that pandas made floats of; null where a row has none.
 
     Args:
@@ -81,16 +79,20 @@ def check_ids(
         if from_text:
             values = [None if v is not None and not v.strip() else v for v in values]
     ids = as_text(values, column, problems, file, "text or an integer")
-    length = pc.utf8_length(ids)
     problems.add(_blank(ids), column, lambda i: "the id is blank")
-    problems.add(
-        mask(pc.greater(length, MAX_ID_CHARS)),
-        column,
-        lambda i: f"the id has {length[i].as_py():,} characters; at most {MAX_ID_CHARS} are allowed",
-    )
+    _limit_length(ids, MAX_ID_CHARS, column, problems, "the id has ")
     control = mask(pc.match_substring_regex(ids, r"[\x00-\x1f\x7f]"))
     problems.add(control, column, lambda i: "the id has a control character")
     return ids
+
+
+def _limit_length(text: pa.Array, chars: int, column: str, problems: Problems, beginning: str = "") -> None:
+    length = pc.utf8_length(text)
+    problems.add(
+        mask(pc.greater(length, chars)),
+        column,
+        lambda i: f"{beginning}{length[i].as_py():,} characters; at most {chars:,} are allowed",
+    )
 
 
 def _id_text(value: Any) -> Any:
@@ -106,13 +108,7 @@ def _id_text(value: Any) -> Any:
 
 
 def check_text(
-    values: pa.Array | list[Any],
-    column: str,
-    problems: Problems,
-    file: str,
-    *,
-    max_chars: int,
-    blank: bool,
+    values: Values, column: str, problems: Problems, file: str, max_chars: int, blank: bool
 ) -> pa.Array:
     """Prompts: text of bounded length without control characters; where `blank` is allowed, it means null.
 
@@ -123,15 +119,10 @@ def check_text(
     if control.any():
         text = pc.replace_substring_regex(text, r"\r\n?", "\n")
         control = mask(pc.match_substring_regex(text, _CONTROL))
-    length = pc.utf8_length(text)
     if not blank:
         problems.add(mask(pc.is_null(text)), column, lambda i: "the prompt is empty (null)")
         problems.add(_blank(text), column, lambda i: "the prompt is blank")
-    problems.add(
-        mask(pc.greater(length, max_chars)),
-        column,
-        lambda i: f"{length[i].as_py():,} characters; at most {max_chars:,} are allowed",
-    )
+    _limit_length(text, max_chars, column, problems)
     problems.add(control, column, lambda i: f"control character {_control_character(text[i].as_py())}")
     return pc.if_else(pa.array(_blank(text)), pa.scalar(None, pa.string()), text) if blank else text
 
@@ -146,9 +137,7 @@ def _control_character(text: str) -> str:
     return f"U+{ord(character):04X} at character {position + 1} (only line feed and tab are allowed)"
 
 
-def as_text(
-    values: pa.Array | list[Any], column: str, problems: Problems, file: str, expected: str
-) -> pa.Array:
+def as_text(values: Values, column: str, problems: Problems, file: str, expected: str) -> pa.Array:
     """The values as an Arrow string array; a value that is none becomes null and a problem.
 
     Raises:
@@ -192,7 +181,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def check_integers(
-    values: pa.Array | list[Any], ours: str, column: str, problems: Problems, *, decimal_comma: bool = False
+    values: Values, column: str, problems: Problems, ours: str, decimal_comma: bool
 ) -> pa.Array:
     """Integers within their limits, from integers, whole floats or their text; empty text and NaN are null.
 
@@ -230,9 +219,7 @@ def check_integers(
     return _parsed(values, column, problems, parse, kind)
 
 
-def check_guidance(
-    values: pa.Array | list[Any], column: str, problems: Problems, *, decimal_comma: bool = False
-) -> pa.Array:
+def check_guidance(values: Values, column: str, problems: Problems, decimal_comma: bool) -> pa.Array:
     """Finite floats within their limits, from numbers or their text; empty text and NaN are null."""
     low, high = GUIDANCE_LIMITS
 
@@ -251,11 +238,7 @@ def check_guidance(
 
 
 def _parsed(
-    values: pa.Array | list[Any],
-    column: str,
-    problems: Problems,
-    parse: Callable[[Any], Any],
-    kind: pa.DataType,
+    values: Values, column: str, problems: Problems, parse: Callable[[Any], Any], kind: pa.DataType
 ) -> pa.Array:
     """`parse` of each value; one for which it raises ValueError becomes null and a problem.
 
@@ -280,7 +263,7 @@ def _number_text(value: Any, decimal_comma: bool) -> str:
 
 
 def check_size(
-    values: pa.Array | list[Any], column: str, width: pa.Array, height: pa.Array, problems: Problems
+    values: Values, column: str, width: pa.Array, height: pa.Array, problems: Problems
 ) -> tuple[pa.Array, pa.Array, str | None]:
     """Width and height of rows, where they have none of their own, from a size such as 1024x768.
 

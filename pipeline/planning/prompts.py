@@ -7,8 +7,9 @@ input order, at bounded memory. Nothing here assigns ids, applies job defaults o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -120,25 +121,20 @@ def _check(
     index: int, file: str, raw: RawChunk, columns: FileColumns, options: PromptOptions, remarks: Remarks
 ) -> PromptChunk:
     """The chunk with every column in its type and the rows that break a rule set aside."""
-    n, names, problems = len(raw.rows), dict(columns.names), Problems()
-    values = {ours: raw.column(name) for ours, name in names.items() if name in raw.names}
-    prompts, limit, comma = values.get("prompt", [None] * n), options.max_prompt_chars, raw.decimal_comma
-
+    n, names, problems = len(raw.rows), {"prompt": "prompt"} | columns.names, Problems()
+    values = {ours: raw.column(name) for ours, name in columns.names.items() if name in raw.names}
+    values.setdefault("prompt", [None] * n)
     out: dict[str, pa.Array] = {field.name: pa.nulls(n, field.type) for field in PROMPT_ROW_SCHEMA}
-    if "prompt_id" in values:
-        out["prompt_id"] = check_ids(
-            values["prompt_id"], names["prompt_id"], problems, file, from_text=raw.from_text
-        )
-    out["prompt"] = check_text(
-        prompts, names.get("prompt", "prompt"), problems, file, max_chars=limit, blank=False
-    )
-    if "negative_prompt" in values:
-        out["negative_prompt"] = check_text(
-            values["negative_prompt"], names["negative_prompt"], problems, file, max_chars=limit, blank=True
-        )
-    for ours in INTEGER_LIMITS:
+
+    def check(ours: str, function: Callable[..., pa.Array], *details: Any) -> None:
         if ours in values:
-            out[ours] = check_integers(values[ours], ours, names[ours], problems, decimal_comma=comma)
+            out[ours] = function(values[ours], names[ours], problems, *details)
+
+    check("prompt_id", check_ids, file, raw.from_text)
+    check("prompt", check_text, file, options.max_prompt_chars, False)
+    check("negative_prompt", check_text, file, options.max_prompt_chars, True)
+    for ours in INTEGER_LIMITS:
+        check(ours, check_integers, ours, raw.decimal_comma)
     if "size" in values:
         column = names["size"]
         out["width"], out["height"], unread = check_size(
@@ -150,10 +146,7 @@ def _check(
                 "not used (passed through)"
             )
             remarks.add(file, text, key=f"unreadable size {column}", level=logging.WARNING)
-    if "guidance_scale" in values:
-        out["guidance_scale"] = check_guidance(
-            values["guidance_scale"], names["guidance_scale"], problems, decimal_comma=comma
-        )
+    check("guidance_scale", check_guidance, raw.decimal_comma)
     out["extra"] = _check_extra(raw, columns, problems)
     out["source"] = pc.binary_join_element_wise(file, pc.cast(pa.array(raw.rows), pa.string()), ":")
 
@@ -161,7 +154,7 @@ def _check(
     numbers, bad = raw.rows, list(raw.bad)
     if problems.found:
         ids = python_values(values.get("prompt_id", [None] * n))
-        prompts = python_values(prompts)
+        prompts = python_values(values["prompt"])
         bad += [
             BadRow(file, int(numbers[i]), column, reason, shown(ids[i], MAX_ID_CHARS), shown(prompts[i]))
             for i, (column, reason) in problems.found.items()

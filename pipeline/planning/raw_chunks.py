@@ -9,7 +9,7 @@ import base64
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
+from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -29,6 +29,9 @@ CHUNK_CHARS = 16 * 2**20
 SHOWN_CHARS = 200
 
 Value = TypeVar("Value")
+
+#: A column as its file has it.
+Values = pa.Array | list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class RawChunk:
     rows: np.ndarray
     bad: list[BadRow]
     last_row: int
-    columns: dict[str, pa.Array | list[Any]]
+    columns: dict[str, Values]
     from_text: bool = False
     decimal_comma: bool = False
 
@@ -72,7 +75,7 @@ class RawChunk:
         """All columns that some row of the chunk has."""
         return self.columns.keys()
 
-    def column(self, name: str) -> pa.Array | list[Any]:
+    def column(self, name: str) -> Values:
         """The values of a column of the chunk, null where a row does not have it."""
         return self.columns[name]
 
@@ -162,7 +165,7 @@ def shown(value: Any, chars: int = SHOWN_CHARS) -> str | None:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def python_values(column: pa.Array | list[Any]) -> list[Any]:
+def python_values(column: Values) -> list[Any]:
     """The values as Python objects; text that is not UTF-8 holds lone surrogates."""
     if isinstance(column, list):
         return column
@@ -204,7 +207,7 @@ def _json_default(value: Any) -> Any:
             return value.decode()
         except UnicodeDecodeError:
             return {"base64": base64.b64encode(value).decode()}
-    if isinstance(value, datetime | date | time):
+    if isinstance(value, date | time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, timedelta):
         return value.total_seconds()

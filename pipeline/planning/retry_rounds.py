@@ -61,7 +61,8 @@ class JobShards:
         for r in rounds:
             self._starts.append(self._starts[-1] + r.table.num_rows)
         self._last_round = {image: i for i, r in enumerate(rounds, 1) for image in r.images}
-        self.n_images = np.concatenate([plan.n_images, *(r.table["n_images"].to_numpy() for r in rounds)])
+        tables = [plan.table, *(r.table for r in rounds)]
+        self._n_images = np.concatenate([table["n_images"].to_numpy() for table in tables])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -79,7 +80,7 @@ class JobShards:
 
     def images_of(self, shards: np.ndarray) -> int:
         """Planned images in the shards a bool mask `[n_shards]` selects."""
-        return int(self.n_images[shards].sum())
+        return int(self._n_images[shards].sum())
 
     def is_last_round(self, shard_ids: np.ndarray, rows: pa.Table) -> np.ndarray:
         """Which of `rows` (IMAGE_ROW_SCHEMA) of shards `shard_ids` no later round makes anew: bool `[n]`."""

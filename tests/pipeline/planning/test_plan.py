@@ -83,7 +83,7 @@ def numbers(rows):
 def test_rows_keep_their_order_and_shards_their_size(world):
     world.file("p.txt", "".join(f"prompt {i}\n" for i in range(1000))).plan(shard_size=64)
     assert world.made.n_rows == world.made.n_images == 1000
-    assert world.index.n_rows.tolist() == [64] * 15 + [40]
+    assert world.index.table["n_rows"].to_pylist() == [64] * 15 + [40]
     assert [r.prompt for r in world.rows()] == [f"prompt {i}" for i in range(1000)]
     assert [s.shard_id for s in world.index] == list(range(16))
 
@@ -109,7 +109,7 @@ def test_shard_size_counts_images_and_rows_are_never_split(world):
     counts = [100, 100, 100, 300, 56, 200, 256, 1]
     world.file("p.jsonl", [{"prompt": str(i), "n": n} for i, n in enumerate(counts)]).plan(shard_size=256)
     assert [numbers(rows) for rows in world.shards()] == [[1, 2], [3], [4], [5, 6], [7], [8]]
-    assert world.index.n_images.tolist() == [200, 100, 300, 256, 256, 1]
+    assert world.index.table["n_images"].to_pylist() == [200, 100, 300, 256, 256, 1]
     assert world.made.n_images == sum(counts)
 
 
