@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ SHOWN_CHARS = 200
 Value = TypeVar("Value")
 
 #: A column as its file has it.
-Values = pa.Array | list[Any]
+Values: TypeAlias = pa.Array | list[Any]
 
 
 @dataclass(frozen=True, slots=True)
