@@ -14,8 +14,8 @@ from millijoule.jobs.node_meter_options import parse_node_meters
 from millijoule.jobs.set_up.autoscaling import words
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH
 from millijoule.pipeline.planning.make_plan import plan_job
-from millijoule.pipeline.planning.plan import load_shard_index
-from millijoule.pipeline.planning.plan_options import compute_fingerprint
+from millijoule.pipeline.planning.plan import load_plan
+from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.pipeline.running.node_recorders import look_once
 from millijoule.pipeline.running.pool import CAPACITY_NOTICE_S, PoolOptions
 from millijoule.pipeline.running.progress import clock, joules
@@ -54,9 +54,9 @@ def dry_run(options: GenerateOptions, store: Store) -> int:
     with tempfile.TemporaryDirectory(prefix="millijoule-dry-run-") as scratch:
         plan_store = open_store(scratch)
         plan = plan_job(files, wanted, plan_store, {})
-        index = load_shard_index(plan_store, compute_fingerprint(files, wanted, {}))
+        _, table = load_plan(plan_store, plan.fingerprint)
         requests: list[ImageRequest] = []
-        for shard in index:
+        for shard in JobShards(plan.fingerprint, table):
             requests += shard_requests(read_shard_rows(plan_store, shard), options.seed)
             if len(requests) >= CALIBRATION_IMAGES:
                 break

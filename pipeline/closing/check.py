@@ -54,14 +54,14 @@ def check_output(
     store: Store,
     *,
     images: bool = True,
-    on_shard: Callable[[int, int], None] = lambda done, total: None,
+    on_shard: Callable[[int], None] = lambda shard_id: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[str]:
     """Every difference between an output and its plan, as a message; none at all for a sound, complete output.
 
     Args:
         images: also re-read every data file and image and compare hashes; False trusts sizes.
-        on_shard: called with (checked, total) for progress.
+        on_shard: called with each shard that was checked.
         on_note: called with what is no difference but must be known: whose energy nobody read to the end.
 
     Raises:
@@ -84,8 +84,8 @@ def check_output(
             return shard_id, raw, list(problems)
 
         checked = in_threads(check, np.flatnonzero(done).tolist(), _threads(store))
-        for n, (shard_id, raw, problems) in enumerate(checked, 1):
-            on_shard(n, len(index))
+        for shard_id, raw, problems in checked:
+            on_shard(shard_id)
             yield from problems
             records.add(shard_id, raw)
         if not missing:

@@ -6,8 +6,8 @@ knows about workers or leases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import pyarrow as pa
@@ -56,26 +56,6 @@ class Plan:
         return f"{plan_prefix(self.fingerprint)}/bad_rows.parquet"
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """All shards of a plan in order, about 150 bytes each; `index[shard_id]` and iteration build `Shard`s as asked.
-
-    `table` has `SHARD_INDEX_SCHEMA`.
-    """
-
-    plan: Plan
-    table: pa.RecordBatch = field(repr=False)
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def __getitem__(self, shard_id: int) -> Shard:
-        return shard_at(self.table, shard_id, lambda part: part_key(self.plan.fingerprint, part))
-
-    def __iter__(self) -> Iterator[Shard]:
-        return (self[i] for i in range(len(self)))
-
-
 def shard_at(table: pa.RecordBatch, i: int, key_of: Callable[[int], str]) -> Shard:
     """Row `i` of a shard index; `key_of` gives the object key of a part."""
     if not 0 <= i < table.num_rows:
@@ -99,8 +79,8 @@ def index_key(fingerprint: str) -> str:
     return f"{plan_prefix(fingerprint)}/shards.parquet"
 
 
-def load_shard_index(store: Store, fingerprint: str) -> ShardIndex:
-    """The shards of a plan that is already in the store.
+def load_plan(store: Store, fingerprint: str) -> tuple[Plan, pa.RecordBatch]:
+    """A plan that is already in the store, and its shards in order, `SHARD_INDEX_SCHEMA`: about 150 bytes each.
 
     Raises:
         NotFoundError: there is no whole plan with this fingerprint.
@@ -110,7 +90,7 @@ def load_shard_index(store: Store, fingerprint: str) -> ShardIndex:
     table, plan = read_index(store, key, PLAN_METADATA, Plan)
     if plan.fingerprint != fingerprint or plan.n_shards != table.num_rows:
         raise StoreError(f"{store.url}/{key}: this is the plan of another job ({plan.fingerprint})")
-    return ShardIndex(plan, table)
+    return plan, table
 
 
 def read_index(store: Store, key: str, name: str, kind: type[T]) -> tuple[pa.RecordBatch, T]:

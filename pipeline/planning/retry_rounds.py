@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from millijoule.pipeline.output.commits import list_committed, read_commits
 from millijoule.pipeline.output.image_rows import read_row_table, rows_table
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.pipeline.planning.plan import ShardIndex, load_shard_index, read_index, shard_at
+from millijoule.pipeline.planning.plan import load_plan, part_key, read_index, shard_at
 from millijoule.pipeline.planning.shard_cutter import ShardCutter, ShardWriter
 from millijoule.workers.errors import AlreadyExistsError, InputError
 from millijoule.workers.records import encode
@@ -52,24 +52,25 @@ class RetryRound:
 
 
 class JobShards:
-    """Every shard of a job in order: the plan's, then each retry round's. Indexed by shard id."""
+    """Every shard of a job in order: the plan's (`table`), then each retry round's. Indexed by shard id."""
 
-    def __init__(self, plan: ShardIndex, rounds: tuple[RetryRound, ...] = ()) -> None:
-        self.plan = plan
+    def __init__(self, fingerprint: str, table: pa.RecordBatch, rounds: tuple[RetryRound, ...] = ()) -> None:
         self.rounds = rounds
-        self._starts = [len(plan)]  # first shard id of each round, and the end
+        self._table = table
+        self._key_of = partial(part_key, fingerprint)
+        self._starts = [table.num_rows]  # first shard id of each round, and the end
         for r in rounds:
             self._starts.append(self._starts[-1] + r.table.num_rows)
         self._last_round = {image: i for i, r in enumerate(rounds, 1) for image in r.images}
-        tables = [plan.table, *(r.table for r in rounds)]
+        tables = [table, *(r.table for r in rounds)]
         self._n_images = np.concatenate([table["n_images"].to_numpy() for table in tables])
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getitem__(self, shard_id: int) -> Shard:
-        if shard_id < len(self.plan):
-            return self.plan[shard_id]
+        if shard_id < self._starts[0]:
+            return shard_at(self._table, shard_id, self._key_of)
         i = bisect_right(self._starts, shard_id) - 1
         found = self.rounds[i]
         shard = shard_at(found.table, shard_id - self._starts[i], partial(_part_key, found.number))
@@ -98,7 +99,8 @@ def load_job_shards(store: Store, job: JobSpec) -> JobShards:
         StoreError: plan or rounds are missing or damaged.
     """
     numbers = sorted(int(m[1]) for i in store.list("_job/retry-") if (m := _ROUND.fullmatch(i.key)))
-    return JobShards(load_shard_index(store, job.fingerprint), tuple(_load_round(store, n) for n in numbers))
+    _, table = load_plan(store, job.fingerprint)
+    return JobShards(job.fingerprint, table, tuple(_load_round(store, n) for n in numbers))
 
 
 def plan_retry_round(store: Store, job: JobSpec) -> int:

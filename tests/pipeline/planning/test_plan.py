@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from millijoule.pipeline.planning import duplicate_ids, raw_chunks, shard_cutter
 from millijoule.pipeline.planning.make_plan import plan_job
-from millijoule.pipeline.planning.plan import index_key, load_shard_index
+from millijoule.pipeline.planning.plan import index_key, load_plan
 from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
 from millijoule.pipeline.planning.prompts import BAD_ROW_SCHEMA
+from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError, NotFoundError, StoreError
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 from millijoule.workers.shard_rows import PlanRow, derive_seed, read_shard_rows, shard_requests
@@ -49,7 +50,8 @@ class World:
 
     def plan(self, **options):
         self.made = plan_job(self.files, PlanOptions(**options), self.store, EXTRA)
-        self.index = load_shard_index(self.store, self.made.fingerprint)
+        self.stored, self.table = load_plan(self.store, self.made.fingerprint)
+        self.index = JobShards(self.made.fingerprint, self.table)
         return self
 
     def shards(self) -> list[list[PlanRow]]:
@@ -83,7 +85,7 @@ def numbers(rows):
 def test_rows_keep_their_order_and_shards_their_size(world):
     world.file("p.txt", "".join(f"prompt {i}\n" for i in range(1000))).plan(shard_size=64)
     assert world.made.n_rows == world.made.n_images == 1000
-    assert world.index.table["n_rows"].to_pylist() == [64] * 15 + [40]
+    assert world.table["n_rows"].to_pylist() == [64] * 15 + [40]
     assert [r.prompt for r in world.rows()] == [f"prompt {i}" for i in range(1000)]
     assert [s.shard_id for s in world.index] == list(range(16))
 
@@ -109,7 +111,7 @@ def test_shard_size_counts_images_and_rows_are_never_split(world):
     counts = [100, 100, 100, 300, 56, 200, 256, 1]
     world.file("p.jsonl", [{"prompt": str(i), "n": n} for i, n in enumerate(counts)]).plan(shard_size=256)
     assert [numbers(rows) for rows in world.shards()] == [[1, 2], [3], [4], [5, 6], [7], [8]]
-    assert world.index.table["n_images"].to_pylist() == [200, 100, 300, 256, 256, 1]
+    assert world.table["n_images"].to_pylist() == [200, 100, 300, 256, 256, 1]
     assert world.made.n_images == sum(counts)
 
 
@@ -296,7 +298,7 @@ def test_input_without_one_usable_row_is_refused(world):
 def test_an_empty_file_among_others_is_a_warning(world):
     world.file("a.txt", "").file("b.txt", "cat\n").file("c.csv", "prompt\n").plan()
     assert [Path(w.split(":")[0]).name for w in world.made.warnings] == ["a.txt", "c.csv"]
-    assert world.index.plan == world.made
+    assert world.stored == world.made
     assert len(world.rows()) == 1
 
 
@@ -490,7 +492,7 @@ def test_input_and_plan_on_s3(moto_s3, s3_env, world):
     inputs.put("c.jsonl.gz", gzip.compress(b'{"prompt":"four"}\nbroken\n'))
     inputs.put("d.txt", b"five\n" * 3)
     made = plan_job(expand_inputs([f"{url}/in/*"]), PlanOptions(shard_size=4), store, EXTRA)
-    shards = load_shard_index(store, made.fingerprint)
+    shards = JobShards(made.fingerprint, load_plan(store, made.fingerprint)[1])
     rows = [row for shard in shards for row in read_shard_rows(store, shard)]
     assert [r.prompt for r in rows] == ["one", "two", "three", "four", "five", "five", "five"]
     assert rows[0].source == f"{url}/in/a.parquet:1"
@@ -501,7 +503,7 @@ def test_a_plan_without_its_index_does_not_exist(world):
     world.file("p.txt", "cat\n").plan()
     world.store.delete([index_key(world.made.fingerprint)])
     with pytest.raises(NotFoundError):
-        load_shard_index(world.store, world.made.fingerprint)
+        load_plan(world.store, world.made.fingerprint)
 
 
 def test_damage_is_noticed(world):
@@ -516,10 +518,10 @@ def test_damage_is_noticed(world):
     with pytest.raises(StoreError, match=r"part-00000\.parquet, row group 0: cannot read"):
         read_shard_rows(world.store, shards[0])
     with pytest.raises(StoreError, match="plan of another job"):
-        load_shard_index(world.store, fingerprint[:12] + "0" * 52)
+        load_plan(world.store, fingerprint[:12] + "0" * 52)
     world.store.put(index_key(fingerprint), b"no parquet")
     with pytest.raises(StoreError, match=r"shards\.parquet: damaged"):
-        load_shard_index(world.store, fingerprint)
+        load_plan(world.store, fingerprint)
 
 
 # VmHWM and not ru_maxrss, which a process inherits from the one that started it.
