@@ -28,7 +28,7 @@ from millijoule.pipeline.closing.finish import (
 from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.lean_memory import lean_memory
 from millijoule.pipeline.energy.tables import compare_energy_tables
-from millijoule.pipeline.output.commits import READ_THREADS, in_threads, list_committed, not_a_commit
+from millijoule.pipeline.output.commits import READ_THREADS, in_threads, list_committed, parsing_commit
 from millijoule.pipeline.output.image_rows import RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec, require_job
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
@@ -79,7 +79,12 @@ def check_output(
         records, plan = RecordReader(store), ShardRowReader(store)
 
         def check(shard_id: int) -> tuple[int, dict[str, Any], list[str]]:
-            raw, commit = _parse(store, shard_id, store.get(commit_key(shard_id)))
+            body = store.get(commit_key(shard_id))
+            with parsing_commit(
+                store, shard_id
+            ):  # segments and power samples are for the books, which parse them
+                raw = json.loads(body)
+                commit = Commit.from_dict({**raw, "segments": (), "power": ()})
             problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
             return shard_id, raw, list(problems)
 
@@ -112,15 +117,6 @@ def _check_finished(
 def _threads(store: Store) -> int:
     """A distant store keeps many threads waiting; from a disk more threads than cores only wait for each other."""
     return READ_THREADS if is_s3_url(store.url) else min(READ_THREADS, os.cpu_count() or 1)
-
-
-def _parse(store: Store, shard_id: int, body: bytes) -> tuple[dict[str, Any], Commit]:
-    """A commit's JSON, and the commit without segments and power samples: those go into the books, which parse them."""
-    try:
-        raw = json.loads(body)
-        return raw, Commit.from_dict({**raw, "segments": (), "power": ()})
-    except (ValueError, TypeError, KeyError) as error:
-        raise not_a_commit(store, shard_id, error) from error
 
 
 def _check_shard(

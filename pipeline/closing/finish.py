@@ -37,7 +37,8 @@ from millijoule.pipeline.energy.rows import (
 )
 from millijoule.pipeline.energy.tables import EnergyResult, write_energy_tables
 from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_uncommitted
-from millijoule.pipeline.output.commits import not_a_commit, read_bodies
+from millijoule.pipeline.output.commits import parsing_commit, read_bodies
+from millijoule.pipeline.output.image_rows import RowReader
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError
@@ -63,6 +64,9 @@ MANIFEST_SCHEMA = pa.schema(
 
 #: How many kinds of error `stats.json` lists.
 MAX_ERROR_KINDS = 50
+
+#: Rows of a row group of the manifest.
+MANIFEST_GROUP_ROWS = 65_536
 
 #: Rows of the manifest that are looked at together.
 MANIFEST_BATCH_ROWS = 16_384
@@ -139,12 +143,10 @@ class RecordReader:
         Raises:
             DamagedError: it is none; the message names the object.
         """
-        try:
+        with parsing_commit(self._store, shard_id):
             raw = json.loads(body) if isinstance(body, bytes) else body
             self._segments.extend_raw(raw["segments"])
             self._commits.add_raw(raw)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise not_a_commit(self._store, shard_id, error) from error
 
     def records(self) -> JobRecords:
         """Of all commits: no more can be added."""
@@ -174,8 +176,9 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
         path = Path(scratch, "manifest.parquet")
         with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
-            for table in merged(manifest_tables(store, shards, records, totals)):
-                writer.write_table(table, row_group_size=max(1, table.num_rows))
+            rows = RowReader(manifest_tables(store, shards, records, totals), MANIFEST_SCHEMA)
+            while (group := rows.take(MANIFEST_GROUP_ROWS)).num_rows:
+                writer.write_table(group, row_group_size=MANIFEST_GROUP_ROWS)
         store.put_file(MANIFEST_KEY, path)
         energy = _write_energy(store, job, records, ManifestRows(pq.ParquetFile(path)))
         write_preview(store, pq.ParquetFile(path))
@@ -265,20 +268,6 @@ def write_preview(store: Store, manifest: pq.ParquetFile) -> None:
     if shown:
         images, prompts = zip(*shown, strict=True)
         store.put(PREVIEW_KEY, draw_contact_sheet(images, prompts))
-
-
-def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]:
-    """Concatenate small tables into ones of about `rows` rows, the row groups of the manifest."""
-    held: list[pa.Table] = []
-    held_rows = 0
-    for table in tables:
-        held.append(table)
-        held_rows += table.num_rows
-        if held_rows >= rows:
-            yield pa.concat_tables(held)
-            held, held_rows = [], 0
-    if held:
-        yield pa.concat_tables(held)
 
 
 def summarise(job: JobSpec, totals: Totals, ledger: Ledger, tables: EnergyResult) -> dict[str, Any]:

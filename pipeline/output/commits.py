@@ -10,6 +10,7 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from threading import Lock
 from typing import TypeVar
@@ -61,17 +62,19 @@ def list_committed(store: Store, n_shards: int) -> np.ndarray:
     return done
 
 
-def not_a_commit(store: Store, shard_id: int, error: Exception) -> DamagedError:
-    """The error of a commit object that is none."""
-    return DamagedError(f"{store.url}/{commit_key(shard_id)}: not a commit: {error}")
+@contextmanager
+def parsing_commit(store: Store, shard_id: int) -> Iterator[None]:
+    """Where a commit's body is parsed within it and is none, raises DamagedError naming the object."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise DamagedError(f"{store.url}/{commit_key(shard_id)}: not a commit: {error}") from error
 
 
 def parse_commit(store: Store, shard_id: int, body: bytes) -> Commit:
     """Parse a commit's body; raises DamagedError naming the object where it is not one."""
-    try:
+    with parsing_commit(store, shard_id):
         return Commit.from_json(body)
-    except (ValueError, TypeError, KeyError) as error:
-        raise not_a_commit(store, shard_id, error) from error
 
 
 def read_commits(store: Store, n_shards: int) -> Iterator[Commit]:

@@ -7,6 +7,8 @@ import itertools
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 from millijoule.pipeline.planning.column_names import KnownNames, Remarks
 from millijoule.pipeline.planning.prompt_text import TextFile, too_long
 from millijoule.pipeline.planning.raw_chunks import (
@@ -55,10 +57,13 @@ def read_csv(
     header = _header(reader, text.url)
     if header is None:
         return
-    for rows, bad, last, records in gathered(_records(reader, text, header)):
+
+    def chunk(rows: np.ndarray, bad: list[BadRow], last: int, records: list[list[str]]) -> RawChunk:
         columns = map(list, zip(*records, strict=True)) if records else ([] for _ in header)
         named = dict(zip(header, columns, strict=True))
-        yield RawChunk(rows, bad, last, named, from_text=True, decimal_comma=delimiter != ",")
+        return RawChunk(rows, bad, last, named, from_text=True, decimal_comma=delimiter != ",")
+
+    yield from gathered(_records(reader, text, header), chunk)
 
 
 def _whole_lines(text: TextFile) -> Iterator[str]:

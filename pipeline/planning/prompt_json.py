@@ -13,7 +13,7 @@ from typing import Any
 
 from millijoule.pipeline.planning.column_names import KnownNames, Remarks
 from millijoule.pipeline.planning.prompt_text import TextFile, too_long
-from millijoule.pipeline.planning.raw_chunks import BadRow, RecordChunk, gathered, shown
+from millijoule.pipeline.planning.raw_chunks import BadRow, RawChunk, RecordChunk, gathered, shown
 from millijoule.workers.errors import InputError
 
 #: A longer record, or another value of a file's outermost object that is no list, cannot be read.
@@ -31,7 +31,7 @@ _SHOWN_MEMBERS = 8
 Record = dict[str, Any]
 
 
-def read_jsonl(text: TextFile, known: KnownNames) -> Iterator[RecordChunk]:
+def read_jsonl(text: TextFile, known: KnownNames) -> Iterator[RawChunk]:
     """A record per line."""
 
     def items() -> Iterator[tuple[int, Record | BadRow, int]]:
@@ -41,11 +41,10 @@ def read_jsonl(text: TextFile, known: KnownNames) -> Iterator[RecordChunk]:
             elif not line.isspace():
                 yield row, _from_line(line, row, text.url, known), len(line)
 
-    for rows, bad, last, records in gathered(items()):
-        yield RecordChunk(rows, bad, last, records)
+    return gathered(items(), RecordChunk)
 
 
-def read_json(text: TextFile, known: KnownNames, remarks: Remarks) -> Iterator[RecordChunk]:
+def read_json(text: TextFile, known: KnownNames, remarks: Remarks) -> Iterator[RawChunk]:
     """The records of one JSON text: a list of objects or of prompts, an object with one such list in it (COCO's
     `annotations`), an object of records by id, a single record, or JSON lines under another name.
 
@@ -78,8 +77,7 @@ def read_json(text: TextFile, known: KnownNames, remarks: Remarks) -> Iterator[R
         if start == "[" and (rest := scanner.peek()):
             raise InputError(f"{text.url}: after the end of the list comes {rest!r}")
 
-    for rows, bad, last, records in gathered(items()):
-        yield RecordChunk(rows, bad, last, records)
+    yield from gathered(items(), RecordChunk)
 
 
 def _from_line(line: str, row: int, url: str, known: KnownNames) -> Record | BadRow:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -114,14 +114,13 @@ class RecordChunk(RawChunk):
 
 def gathered(
     items: Iterable[tuple[int, Value | BadRow, int]],
-) -> Iterator[tuple[np.ndarray, list[BadRow], int, list[Value]]]:
+    chunk: Callable[[np.ndarray, list[BadRow], int, list[Value]], RawChunk],
+) -> Iterator[RawChunk]:
     """Rows as they are read, by chunks; one without rows where there are no items.
 
     Args:
         items: row number, value or what is wrong with it, and its size in characters.
-
-    Yields:
-        row numbers int64 `[n]`, bad rows, the last row's number, the `n` values.
+        chunk: makes a chunk of row numbers int64 `[n]`, bad rows, the last row's number and the `n` values.
     """
     values: list[Value] = []
     rows: list[int] = []
@@ -135,10 +134,10 @@ def gathered(
             rows.append(row)
             chars += size
         if len(rows) + len(bad) >= CHUNK_ROWS or chars >= CHUNK_CHARS:
-            yield np.array(rows, np.int64), bad, row, values
+            yield chunk(np.array(rows, np.int64), bad, row, values)
             values, rows, bad, chars = [], [], [], 0
     if rows or bad or not row:
-        yield np.array(rows, np.int64), bad, row, values
+        yield chunk(np.array(rows, np.int64), bad, row, values)
 
 
 def refuse_repeated_names(names: list[str], url: str) -> None:

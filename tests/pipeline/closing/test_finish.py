@@ -11,15 +11,14 @@ from support.local_job import plan, work
 from support.models import Plain
 
 from millijoule.pipeline.closing import finish
-from millijoule.pipeline.closing.finish import MANIFEST_SCHEMA, ManifestRows, merged
+from millijoule.pipeline.closing.finish import MANIFEST_SCHEMA, ManifestRows
 from millijoule.pipeline.energy import rows as energy_rows
 from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.output import image_rows
-from millijoule.pipeline.output.commits import CommitCompactor, read_commits
+from millijoule.pipeline.output.commits import read_commits
 from millijoule.pipeline.planning.retry_rounds import plan_retry_round
 from millijoule.workers.errors import DamagedError, NotFoundError, RowError
 from millijoule.workers.lease import commit_key
-from millijoule.workers.storage.store import open_store
 
 
 def manifest(shard_ids):
@@ -63,30 +62,6 @@ def test_an_empty_manifest_has_no_rows(tmp_path):
             writer.write_table(part, row_group_size=max(1, part.num_rows))
     ((numbers, rows),) = ManifestRows(pq.ParquetFile(tmp_path / "m.parquet")).blocks(commits)
     assert (numbers.tolist(), rows.num_rows) == ([4], 1)
-
-
-def test_small_tables_are_merged_into_row_groups_without_looking_at_each_again():
-    parts = [manifest([i]) for i in range(7)]
-    assert [t.num_rows for t in merged(iter(parts), rows=3)] == [3, 3, 1]
-    assert pa.concat_tables(merged(iter(parts), rows=3)) == pa.concat_tables(parts)
-
-
-def test_commits_come_in_order_of_shards_from_parts_in_any_order_and_from_objects(tmp_path):
-    store = open_store(str(tmp_path))
-    bodies = {n: commit(n, f"a{n}", 1).to_json() for n in range(9)}
-    for n, body in bodies.items():
-        store.put(commit_key(n), body)
-    first, second = CommitCompactor(store, 1), CommitCompactor(store, 2)
-    for n in (8, 0, 3):
-        first.add(n, bodies[n])
-    first.flush()
-    for n in (5, 1, 3):  # 3 by both drivers; 2, 4, 6 and 7 by none
-        second.add(n, bodies[n])
-    second.flush()
-    second.add(40, json.dumps({}).encode())  # of a plan that is not ours
-    second.flush()
-    for _ in range(2):
-        assert [c.attempt_id for c in read_commits(store, 9)] == [f"a{n}" for n in range(9)]
 
 
 class _Fussy(Plain):

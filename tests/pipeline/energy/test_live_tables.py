@@ -30,6 +30,7 @@ from millijoule.pipeline.running.run import JobRun, PlannedJob
 from millijoule.pipeline.sql.query import CLOSURE_QUERIES, open_tables, run_query
 from millijoule.workers.errors import StoreError
 from millijoule.workers.lease import WorkerStopped
+from millijoule.workers.records import encode
 from millijoule.workers.schemas import BOOK_EPOCHS, PowerSample, PowerTrace
 from millijoule.workers.storage.store import open_store
 
@@ -182,7 +183,7 @@ def test_power_samples_of_commits_and_of_the_rest_are_live(output):
         ("h1", "n1", "GPU-2", 2 * SECOND, None, 2000, "nvml-fields-185-186"),
         ("h1", "n1", "GPU-1", 4 * SECOND, None, 4000, "nvml-fields-185-186"),
     ]
-    output.put("_job/job.json", JOB.to_json())
+    output.put("_job/job.json", encode(JOB))
     assert ask(output, "SELECT max(power_instant_mw) AS mw FROM power WHERE device = 'GPU-2'") == [
         {"mw": 2000}
     ]

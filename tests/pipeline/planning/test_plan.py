@@ -323,7 +323,7 @@ RECORDS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     files=st.lists(RECORDS, min_size=1, max_size=3),
     shard_size=st.integers(1, 20),

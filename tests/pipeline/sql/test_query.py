@@ -334,7 +334,7 @@ def test_an_output_without_tables_is_refused(tmp_path):
     store = open_store(str(tmp_path / "out"))
     with pytest.raises(InputError, match="no job here"):
         ask([store], "waste")
-    store.put("_job/job.json", JOB.to_json())
+    store.put("_job/job.json", encode(JOB))
     with pytest.raises(InputError, match="no energy tables yet"):
         ask([store], "waste")
 
