@@ -143,4 +143,4 @@ def _records(
 
 def _has_content(fields: list[str]) -> bool:
     """Whether a record says anything; sheets are exported with the empty rows and columns at their edges."""
-    return any(not field.isspace() for field in fields if field)
+    return bool(fields and fields[0].strip()) or any(not field.isspace() for field in fields if field)

@@ -244,13 +244,20 @@ def _parsed(
 
     NaN is how pandas writes that a number is missing: null.
     """
-    parsed = []
+    parsed: list[Any] = []
+    met: dict[str, Any] = {}  # text is parsed once: a size or a number of steps stands in many rows
     for i, value in enumerate(python_values(values)):
+        if type(value) is str and value in met:
+            parsed.append(met[value])
+            continue
         try:
             parsed.append(None if value is None or value != value else parse(value))
         except ValueError as error:
             problems.note(i, column, str(error))
             parsed.append(None)
+        else:
+            if type(value) is str:
+                met[value] = parsed[-1]
     return pa.array(parsed, kind)
 
 

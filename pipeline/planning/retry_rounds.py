@@ -129,7 +129,7 @@ def plan_retry_round(store: Store, job: JobSpec) -> int:
         store.put_exclusive(_index_key(number), index)
     except AlreadyExistsError as error:
         raise InputError(
-            f"{store.url}: another driver just started a retry; run the command again"
+            f"{store.url}: another driver just started a retry round; run the command again"
         ) from error
     return rows.num_rows
 
