@@ -23,7 +23,7 @@ from millijoule.workers.storage.store import Store, TemporaryObject
 GRACE_S = 24 * 3600.0
 
 #: Objects that are looked at, or deleted, together.
-_OBJECTS_AT_ONCE = 1_000
+OBJECTS_AT_ONCE = 1_000
 
 _ATTEMPT = re.compile(rf"{DATA_PREFIX}(?P<shard>\d+)-e(?P<epoch>\d+)-[0-9a-f]+[./]")
 
@@ -59,7 +59,7 @@ def find_orphans(store: Store, *, now: float | None = None) -> Iterator[Orphan]:
         return frozenset(f.path for f in parse_commit(store, shard_id, body).files)
 
     objects = store.list(DATA_PREFIX)
-    while some := list(islice(objects, _OBJECTS_AT_ONCE)):
+    while some := list(islice(objects, OBJECTS_AT_ONCE)):
         # Looked up after they were listed: a file whose commit came in between is seen as committed, not as orphan.
         shards = {int(m["shard"]) for i in some if (m := _ATTEMPT.match(i.key))}
         wanted = sorted(s for s in shards if s < n_shards)
@@ -98,7 +98,7 @@ def remove(store: Store, orphans: Iterable[Orphan]) -> Iterator[Orphan]:
         if orphan.removable:
             doomed.append(orphan.key)
         yield orphan
-        if len(doomed) >= _OBJECTS_AT_ONCE:
+        if len(doomed) >= OBJECTS_AT_ONCE:
             store.delete(doomed)
             doomed = []
     store.delete(doomed)

@@ -38,7 +38,7 @@ MAX_PARTS = 8
 READ_THREADS = 16
 
 #: Items that a thread takes in one go: a short one takes less time than being handed over.
-_ITEMS_PER_CALL = 16
+ITEMS_PER_CALL = 16
 
 _COMPACTED_SCHEMA = pa.schema(
     [pa.field("shard_id", pa.int64(), nullable=False), pa.field("commit", pa.binary(), nullable=False)]
@@ -99,7 +99,7 @@ def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int = 
     rest = iter(items)
     waiting: deque[Future[list[R]]] = deque()
     with ThreadPoolExecutor(n_threads) as threads:
-        while batch := list(islice(rest, _ITEMS_PER_CALL)):
+        while batch := list(islice(rest, ITEMS_PER_CALL)):
             waiting.append(threads.submit(some, batch))
             if len(waiting) >= 2 * n_threads:
                 yield from waiting.popleft().result()

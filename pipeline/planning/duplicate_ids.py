@@ -20,7 +20,7 @@ _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("ordinal", "<i8")])
 _PARTITIONS = 256
 
 #: Records kept before they are sorted into the files.
-_PENDING = 65_536
+PENDING_RECORDS = 65_536
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class DuplicateFinder:
         records["high"], records["low"], records["ordinal"] = words[:, 0], words[:, 1], ordinals
         self._pending.append(records)
         self._n_pending += len(records)
-        if self._n_pending >= _PENDING:
+        if self._n_pending >= PENDING_RECORDS:
             self._spill()
 
     def duplicates(self) -> Duplicates:

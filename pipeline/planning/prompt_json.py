@@ -20,7 +20,7 @@ from millijoule.workers.errors import InputError
 MAX_VALUE_CHARS = 16 * 2**20
 
 #: Characters read at a time.
-_BLOCK_CHARS = 2**18
+BLOCK_CHARS = 2**18
 
 #: What may come after a number.
 _ENDS = tuple(",]} \t\n")
@@ -306,7 +306,7 @@ class _Scanner:
                 f"{self.text.url}: the value at character {self.characters + 1:,} is broken or longer than "
                 f"{MAX_VALUE_CHARS:,} characters; write JSON lines, a record per line"
             )
-        block = self.text.read(max(_BLOCK_CHARS, len(rest)))
+        block = self.text.read(max(BLOCK_CHARS, len(rest)))
         self._ended = not block
         self._before += self._at
         self._buffer, self._at = rest + block, 0

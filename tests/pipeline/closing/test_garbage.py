@@ -13,7 +13,7 @@ from millijoule.pipeline.closing.garbage import GRACE_S, find_orphans, remove
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 @pytest.mark.parametrize("output_format", ["parquet", "files"])
 def test_only_what_no_commit_names_goes(tmp_path, monkeypatch, at_once, output_format):
-    monkeypatch.setattr(garbage, "_OBJECTS_AT_ONCE", at_once)
+    monkeypatch.setattr(garbage, "OBJECTS_AT_ONCE", at_once)
     store, job = plan(tmp_path, [f"prompt {i}" for i in range(20)], output_format=output_format)
     work(store, job)
     assert list(find_orphans(store)) == []

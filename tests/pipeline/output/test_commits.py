@@ -22,7 +22,7 @@ def test_items_come_in_order_and_few_are_taken_ahead():
         assert result == number
         held.append(len(taken) - number)
     assert len(held) == 2000
-    assert max(held) <= 2 * READ_THREADS * commits._ITEMS_PER_CALL + commits._ITEMS_PER_CALL
+    assert max(held) <= 2 * READ_THREADS * commits.ITEMS_PER_CALL + commits.ITEMS_PER_CALL
 
 
 def test_commits_come_in_order_of_shards_from_parts_in_any_order_and_from_objects(tmp_path):

@@ -254,7 +254,7 @@ def test_a_given_id_may_equal_a_generated_one(world):
 
 @pytest.mark.parametrize("pending", [10, 10**9])
 def test_duplicates_are_found_in_files_and_in_memory(tmp_path, monkeypatch, pending):
-    monkeypatch.setattr(duplicate_ids, "_PENDING", pending)
+    monkeypatch.setattr(duplicate_ids, "PENDING_RECORDS", pending)
     random = np.random.default_rng(0)
     values = random.integers(0, 300, 2000)
     finder = duplicate_ids.DuplicateFinder(tmp_path)
