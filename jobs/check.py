@@ -31,23 +31,21 @@ def run(options: CheckOptions) -> int:
     from millijoule.workers.storage.store import open_store
     from millijoule.workers.visible_text import visible
 
-    checked = [0, 0]
-
-    def progress(done: int, total: int) -> None:
-        checked[:] = done, total
-
-    def note(text: str) -> None:
-        print(f"note: {text}")
-
+    checked: list[int] = []
     problems = 0
-    store = open_store(options.output)
-    for problem in check_output(store, images=not options.quick, on_shard=progress, on_note=note):
+    found = check_output(
+        open_store(options.output),
+        images=not options.quick,
+        on_shard=checked.append,
+        on_note=lambda text: print(f"note: {text}"),
+    )
+    for problem in found:
         problems += 1
         if problems <= MAX_PRINTED:
             print(visible(problem))
     if problems > MAX_PRINTED:
         print(f"... and {problems - MAX_PRINTED} more")
-    print(f"{options.output}: {checked[0]} shards checked, {problems} differences")
+    print(f"{options.output}: {len(checked)} shards checked, {problems} differences")
     return ERROR if problems else COMPLETE
 
 

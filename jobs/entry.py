@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -20,6 +20,9 @@ CAP_REACHED = 4
 INTERRUPTED = 5
 
 Options = TypeVar("Options")
+
+#: A switch that is on unless `--no-...` is given: what its help says of its default would be read the wrong way round.
+OnUnlessNo = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 
 def run_command(

@@ -58,7 +58,7 @@ def run(options: NodeEnergyOptions) -> int:
     from millijoule.jobs.node_meter_options import parse_rest
     from millijoule.pipeline.closing.node_import import import_readings
     from millijoule.pipeline.output.job import require_job
-    from millijoule.pipeline.planning.retry import load_job_shards
+    from millijoule.pipeline.planning.retry_rounds import load_job_shards
     from millijoule.workers.errors import InputError
     from millijoule.workers.node_meters.config import check_accuracy, declared_rest
     from millijoule.workers.storage.store import open_store

@@ -32,6 +32,7 @@ from millijoule.pipeline.energy.tables import table_row_groups, write_row_groups
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.sql.query import open_tables, run_query
 from millijoule.workers.layout import JOB_KEY
+from millijoule.workers.records import encode
 from millijoule.workers.storage.store import LocalStore, open_store
 
 START_NS = 1_760_000_400_000_000_000  # an hour within one UTC day
@@ -132,7 +133,7 @@ def write_tables(store: LocalStore, options: BenchOptions) -> dict[str, float]:
         *("b" * 64, "none", "none", "0" * 64, 0, 1, "parquet", 1, "error"),
         *((), 0, 0, 0, 0, START_NS / 1e9, "bench"),
     )
-    store.put(JOB_KEY, job.to_json())
+    store.put(JOB_KEY, encode(job, indent=2))
     run_id, day = run_id_of(job.fingerprint), START_NS // DAY_NS
     gpus = range(options.nodes * options.gpus_per_node)
     workers = [f"e000001-w{g:04d}" for g in gpus]

@@ -104,7 +104,8 @@ def make(folder: str, n: int) -> dict[str, Any]:
 
     from millijoule.pipeline.output.commits import CommitCompactor
     from millijoule.pipeline.output.job import JobSpec, publish_job
-    from millijoule.pipeline.planning.plan import PlanOptions, plan_job
+    from millijoule.pipeline.planning.make_plan import plan_job
+    from millijoule.pipeline.planning.plan_options import PlanOptions
     from millijoule.workers.images.writers import row_table_options
     from millijoule.workers.lease import commit_key
     from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
@@ -185,7 +186,7 @@ def finish(folder: str, n: int) -> dict[str, Any]:
     from millijoule.pipeline.closing import finish as product
     from millijoule.pipeline.energy.closure import EXACT_CHECKS
     from millijoule.pipeline.output.job import read_job
-    from millijoule.pipeline.planning.retry import load_job_shards
+    from millijoule.pipeline.planning.retry_rounds import load_job_shards
     from millijoule.workers.storage.store import open_store
 
     product.write_preview = lambda *_: None  # there are no pictures

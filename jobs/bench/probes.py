@@ -21,7 +21,8 @@ _MODEL_SHA256 = "0" * 64
 
 def plan(n: int) -> dict[str, Any]:
     """Plan `n` prompts from one Parquet file; seconds and this process's peak memory."""
-    from millijoule.pipeline.planning.plan import PlanOptions, plan_job
+    from millijoule.pipeline.planning.make_plan import plan_job
+    from millijoule.pipeline.planning.plan_options import PlanOptions
     from millijoule.workers.storage.store import expand_inputs, open_store
 
     with tempfile.TemporaryDirectory() as folder:
@@ -47,8 +48,9 @@ def resume(n: int) -> dict[str, Any]:
     """Seconds from start to first lease on an output with `n` committed shards and ten left."""
     from millijoule.pipeline.output.commits import CommitCompactor, list_committed
     from millijoule.pipeline.output.job import JobSpec, open_epoch, publish_job, read_job
-    from millijoule.pipeline.planning.plan import PlanOptions, compute_fingerprint, plan_job
-    from millijoule.pipeline.planning.retry import load_job_shards
+    from millijoule.pipeline.planning.make_plan import plan_job
+    from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
+    from millijoule.pipeline.planning.retry_rounds import load_job_shards
     from millijoule.pipeline.running.coordinator import Coordinator
     from millijoule.workers.lease import commit_key
     from millijoule.workers.storage.store import expand_inputs, open_store

@@ -10,7 +10,9 @@ from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH
-from millijoule.pipeline.planning.plan import Plan, load_shard_index, plan_job
+from millijoule.pipeline.planning.make_plan import plan_job
+from millijoule.pipeline.planning.plan import Plan, load_plan
+from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.pipeline.running.node_recorders import look_once
 from millijoule.pipeline.running.progress import clock, joules
 from millijoule.workers.lease import Calibration
@@ -29,8 +31,9 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
     with tempfile.TemporaryDirectory(prefix="millijoule-dry-run-") as scratch:
         store = open_store(scratch)
         plan = plan_job(request.files, request.plan, store, {})
+        _, table = load_plan(store, plan.fingerprint)
         images: list[ImageRequest] = []
-        for shard in load_shard_index(store, plan.fingerprint):
+        for shard in JobShards(plan.fingerprint, table):
             images += shard_requests(read_shard_rows(store, shard), request.seed)
             if len(images) >= CALIBRATION_IMAGES:
                 break

@@ -18,8 +18,9 @@ from millijoule.pipeline.output.job import (
     read_job,
     software_version,
 )
-from millijoule.pipeline.planning.plan import PlanOptions, compute_fingerprint, plan_job
-from millijoule.pipeline.planning.retry import load_job_shards, plan_retry
+from millijoule.pipeline.planning.make_plan import plan_job
+from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
+from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retry_round
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
 from millijoule.workers.errors import InputError, StoreError
@@ -88,7 +89,7 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
             raise InputError(f"--retry-failed: {store.url} holds no job yet")
         job = publish_job(store, _plan(request, store, extra, fingerprint))
     if request.retry_failed:
-        log.info("retrying %d quarantined images", plan_retry(store, job))
+        log.info("retrying %d quarantined images", plan_retry_round(store, job))
     return PlannedJob(job, load_job_shards(store, job), exclusive)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from millijoule.jobs.entry import OnUnlessNo
 from millijoule.jobs.rate_options import RateOptions
 from millijoule.workers.errors import InputError
 from millijoule.workers.records import convert
@@ -86,7 +87,7 @@ class GenerateOptions:
     """A worker without progress (a step or batch of images, a part of a file stored) for this long loses its shard to
     another; after twice as long it is replaced."""
 
-    speculate: bool = True
+    speculate: OnUnlessNo = True
     """At the end of the job idle workers race stragglers for their shards. --no-speculate: they do not."""
 
     prompt_column: str | None = None
@@ -128,7 +129,7 @@ class GenerateOptions:
     """Watts of a node that no counter sees (fans, board, network cards, losses), and by how much that may be wrong, such
     as 180+-30; without it nodes cannot close. In a FILE: rest_watts and rest_tolerance_watts."""
 
-    telemetry: bool = True
+    telemetry: OnUnlessNo = True
     """Read energy counters, sample power, write live tables and metrics. --no-telemetry: nothing of it; energy is
     missing, and the finished tables say so."""
 

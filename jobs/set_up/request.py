@@ -9,7 +9,7 @@ from typing import Literal
 
 from millijoule.jobs.node_meter_options import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
-from millijoule.pipeline.planning.plan import PlanOptions
+from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.protocol import ModelIdentity

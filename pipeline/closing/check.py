@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -30,22 +28,20 @@ from millijoule.pipeline.closing.finish import (
 from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.lean_memory import lean_memory
 from millijoule.pipeline.energy.tables import compare_energy_tables
-from millijoule.pipeline.output.commits import READ_THREADS, list_committed, not_a_commit, read_bodies
+from millijoule.pipeline.output.commits import READ_THREADS, in_threads, list_committed, parsing_commit
 from millijoule.pipeline.output.image_rows import RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec, require_job
-from millijoule.pipeline.planning.retry import JobShards, load_job_shards
+from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.layout import MANIFEST_KEY, SUCCESS_KEY
+from millijoule.workers.lease import commit_key
 from millijoule.workers.schemas import Commit
 from millijoule.workers.shard_rows import Shard, ShardRowReader, shard_requests
 from millijoule.workers.storage.store import Store, is_s3_url
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-#: Shards that a thread checks in one go: of one image each, they take less time than being handed over.
-_SHARDS_PER_CALL = 16
+#: Uncommitted shards that are named; the rest is counted.
+MAX_LISTED = 20
 
 #: A row table of at most so many bytes is not read a second time after its hash was taken.
 _SMALL_TABLE_BYTES = 1 << 20
@@ -58,49 +54,47 @@ def check_output(
     store: Store,
     *,
     images: bool = True,
-    on_shard: Callable[[int, int], None] = lambda done, total: None,
+    on_shard: Callable[[int], None] = lambda shard_id: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[str]:
     """Every difference between an output and its plan, as a message; none at all for a sound, complete output.
 
     Args:
         images: also re-read every data file and image and compare hashes; False trusts sizes.
-        on_shard: called with (checked, total) for progress.
+        on_shard: called with each shard that was checked.
         on_note: called with what is no difference but must be known: whose energy nobody read to the end.
 
     Raises:
         InputError: there is no job in this output.
     """
     with lean_memory():
-        yield from _check_output(store, images, on_shard, on_note)
+        job = require_job(store)
+        index = load_job_shards(store, job)
+        done = list_committed(store, len(index))
+        missing = np.flatnonzero(~done).tolist()
+        for shard_id in missing[:MAX_LISTED]:
+            yield f"shard {shard_id}: not committed"
+        if len(missing) > MAX_LISTED:
+            yield f"{len(missing) - MAX_LISTED:,} more shards: not committed"
+        records, plan = RecordReader(store), ShardRowReader(store)
 
-
-def _check_output(
-    store: Store, images: bool, on_shard: Callable[[int, int], None], on_note: Callable[[str], None]
-) -> Iterator[str]:
-    job = require_job(store)
-    index = load_job_shards(store, job)
-    done = list_committed(store, len(index))
-    for shard_id in (~done).nonzero()[0].tolist():
-        yield f"shard {shard_id}: not committed"
-    records, plan = RecordReader(store), ShardRowReader(store)
-
-    def some(bodies: Sequence[tuple[int, bytes]]) -> list[tuple[int, dict[str, Any], list[str]]]:
-        checked = []
-        for shard_id, body in bodies:
-            raw, commit = _parse(store, shard_id, body)
+        def check(shard_id: int) -> tuple[int, dict[str, Any], list[str]]:
+            body = store.get(commit_key(shard_id))
+            with parsing_commit(
+                store, shard_id
+            ):  # segments and power samples are for the books, which parse them
+                raw = json.loads(body)
+                commit = Commit.from_dict({**raw, "segments": (), "power": ()})
             problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
-            checked.append((shard_id, raw, list(problems)))
-        return checked
+            return shard_id, raw, list(problems)
 
-    bodies = read_bodies(store, len(index), use_compacted=False)
-    checked = chain.from_iterable(in_threads(some, batched(bodies, _SHARDS_PER_CALL), _threads(store)))
-    for n, (shard_id, raw, problems) in enumerate(checked, 1):
-        on_shard(n, len(index))
-        yield from problems
-        records.add_raw(shard_id, raw)
-    if done.all():
-        yield from _check_finished(store, job, index, records.records(), on_note)
+        checked = in_threads(check, np.flatnonzero(done).tolist(), _threads(store))
+        for shard_id, raw, problems in checked:
+            on_shard(shard_id)
+            yield from problems
+            records.add(shard_id, raw)
+        if not missing:
+            yield from _check_finished(store, job, index, records.records(), on_note)
 
 
 def _check_finished(
@@ -109,10 +103,8 @@ def _check_finished(
     """What must be there once all shards are committed."""
     for account in records.ledger.unclosed:
         on_note(f"energy is missing from {utc_text(account.since_wall_ns)} on: {account}")
-    differences = 0
-    for problem in _check_manifest(store, job, index, records):
-        differences += 1
-        yield problem
+    differences = list(_check_manifest(store, job, index, records))
+    yield from differences
     with ExitStack() as stack:
         images = None  # a manifest that says what the row tables say saves opening them again
         if not differences:
@@ -122,37 +114,9 @@ def _check_finished(
         )
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int = READ_THREADS) -> Iterator[R]:
-    """`function` of each item, in order, by some threads; only few items are taken ahead."""
-    waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(n_threads) as threads:
-        for item in items:
-            waiting.append(threads.submit(function, item))
-            if len(waiting) >= 2 * n_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Consecutive lists of at most `size` items."""
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch
-
-
 def _threads(store: Store) -> int:
     """A distant store keeps many threads waiting; from a disk more threads than cores only wait for each other."""
     return READ_THREADS if is_s3_url(store.url) else min(READ_THREADS, os.cpu_count() or 1)
-
-
-def _parse(store: Store, shard_id: int, body: bytes) -> tuple[dict[str, Any], Commit]:
-    """A commit's JSON, and the commit without segments and power samples: those go into the books, which parse them."""
-    try:
-        raw = json.loads(body)
-        return raw, Commit.from_dict({**raw, "segments": (), "power": ()})
-    except (ValueError, TypeError, KeyError) as error:
-        raise not_a_commit(store, shard_id, error) from error
 
 
 def _check_shard(
@@ -218,13 +182,14 @@ def _check_manifest(store: Store, job: JobSpec, shards: JobShards, records: JobR
         return
     if success.get("fingerprint") != job.fingerprint or success.get("shards") != len(shards):
         yield f"{SUCCESS_KEY}: belongs to another state of the job; run the job again to finish it"
+    if not store.exists(MANIFEST_KEY):
+        yield f"{MANIFEST_KEY}: missing"
+        return
     try:
         with store.open_input(MANIFEST_KEY) as source:
             yield from _compare_manifest(store, shards, records, pq.ParquetFile(source))
-    except NotFoundError:
-        yield f"{MANIFEST_KEY}: missing"
-    except (pa.ArrowException, OSError) as error:
-        yield f"{MANIFEST_KEY}: cannot be read as Parquet: {error}"
+    except (pa.ArrowException, OSError, NotFoundError) as error:
+        yield f"{MANIFEST_KEY}: it, or a row table to compare it with, cannot be read: {error}"
 
 
 def _compare_manifest(
@@ -235,15 +200,7 @@ def _compare_manifest(
         return
     batches = manifest.iter_batches(MANIFEST_BATCH_ROWS)
     stored, at = RowReader((pa.Table.from_batches([b]) for b in batches), manifest.schema_arrow), 0
-    tables = manifest_tables(store, shards, records)
-    while True:
-        try:
-            table = next(tables, None)
-        except (pa.ArrowException, OSError, NotFoundError) as error:
-            yield f"{MANIFEST_KEY}: cannot be compared, a row table cannot be read: {error}"
-            return
-        if table is None:
-            break
+    for table in manifest_tables(store, shards, records):
         part = stored.take(table.num_rows)
         at += table.num_rows
         for name in MANIFEST_SCHEMA.names:

@@ -37,18 +37,14 @@ from millijoule.pipeline.energy.rows import (
 )
 from millijoule.pipeline.energy.tables import EnergyResult, write_energy_tables
 from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_uncommitted
-from millijoule.pipeline.output.commits import not_a_commit, read_bodies
+from millijoule.pipeline.output.commits import parsing_commit, read_bodies
+from millijoule.pipeline.output.image_rows import RowReader
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.pipeline.planning.retry import JobShards
+from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
-from millijoule.workers.layout import (
-    MANIFEST_KEY,
-    PREVIEW_KEY,
-    STATS_KEY,
-    SUCCESS_KEY,
-)
+from millijoule.workers.layout import MANIFEST_KEY, PREVIEW_KEY, STATS_KEY, SUCCESS_KEY
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
 from millijoule.workers.storage.store import Store
 
@@ -68,6 +64,9 @@ MANIFEST_SCHEMA = pa.schema(
 
 #: How many kinds of error `stats.json` lists.
 MAX_ERROR_KINDS = 50
+
+#: Rows of a row group of the manifest.
+MANIFEST_GROUP_ROWS = 65_536
 
 #: Rows of the manifest that are looked at together.
 MANIFEST_BATCH_ROWS = 16_384
@@ -103,13 +102,13 @@ class Totals:
         self.encoded_bytes += pc.sum(rows["size_bytes"]).as_py() or 0
         self.errors.update(e for e in rows["error"].drop_null().to_pylist() if e)
         self.warnings.update(pc.list_flatten(rows["warnings"]).to_pylist())
-        where = [commits.name_codes(name)[part] for name in ("host", "device", "energy_method")]
-        places, first, place = np.unique(
-            np.stack(where, axis=1), axis=0, return_index=True, return_inverse=True
+        codes = [commits.name_codes(name)[part] for name in ("host", "device", "energy_method")]
+        kinds, first, kind = np.unique(
+            np.stack(codes, axis=1), axis=0, return_index=True, return_inverse=True
         )
-        images = np.bincount(place.ravel(), weights=made, minlength=len(places)).astype(int)
+        images = np.bincount(kind.ravel(), weights=made, minlength=len(kinds)).astype(int)
         for i in np.argsort(first).tolist():
-            host, device, method = (commits.names[code] for code in places[i])
+            host, device, method = (commits.names[code] for code in kinds[i])
             self.per_node[f"{host}/{device}"] += int(images[i])
             self.energy_methods[method] += int(images[i])
         started = int(commits.number("t_start_wall_ns")[part].min())
@@ -129,43 +128,38 @@ class JobRecords:
 class RecordReader:
     """Takes commits one by one, as their JSON, and makes `JobRecords` of them."""
 
-    def __init__(self, store: Store, uncommitted: Uncommitted | None = None) -> None:
-        self.store = store
-        self.uncommitted = uncommitted or read_uncommitted(store)
-        self.commits = CommitTable()
-        self._segments = PackedSegments(self.uncommitted.segments)
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._uncommitted = read_uncommitted(store)
+        self._commits = CommitTable()
+        self._segments = PackedSegments(self._uncommitted.segments)
 
-    def add(self, shard_id: int, body: bytes) -> None:
+    def add(self, shard_id: int, body: bytes | dict[str, Any]) -> None:
         """Take the commit of a shard, in shard order.
 
-        Raises:
-            StoreError: it is none; the message names the object.
-        """
-        try:
-            self.add_raw(shard_id, json.loads(body))
-        except ValueError as error:
-            raise not_a_commit(self.store, shard_id, error) from error
+        Args:
+            body: its JSON, or what that says.
 
-    def add_raw(self, shard_id: int, raw: Any) -> None:
-        """Take a commit as its JSON says it; see `add`."""
-        try:
+        Raises:
+            DamagedError: it is none; the message names the object.
+        """
+        with parsing_commit(self._store, shard_id):
+            raw = json.loads(body) if isinstance(body, bytes) else body
             self._segments.extend_raw(raw["segments"])
-            self.commits.add_raw(raw)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise not_a_commit(self.store, shard_id, error) from error
+            self._commits.add_raw(raw)
 
     def records(self) -> JobRecords:
         """Of all commits: no more can be added."""
-        uncommitted, commits = self.uncommitted, self.commits
+        uncommitted, commits = self._uncommitted, self._commits
         winners = Winners(commits.number("shard_id").copy(), commits.text("attempt_id"))
         devices = held_devices(uncommitted.workers, commits.first_of_each("worker_id"))
         ledger = build_ledger(self._segments, winners, devices, uncommitted.workers, uncommitted.closings)
         return JobRecords(commits, ledger, uncommitted)
 
 
-def load_records(store: Store, n_shards: int, uncommitted: Uncommitted | None = None) -> JobRecords:
-    """Read what commits, drivers and workers recorded; `uncommitted` where it was read."""
-    reader = RecordReader(store, uncommitted)
+def load_records(store: Store, n_shards: int) -> JobRecords:
+    """Read what commits, drivers and workers recorded."""
+    reader = RecordReader(store)
     for shard_id, body in read_bodies(store, n_shards):
         reader.add(shard_id, body)
     return reader.records()
@@ -178,17 +172,17 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
     Returns:
         The content of `stats.json`.
     """
-    records = load_records(store, len(shards))
-    ledger, totals = records.ledger, Totals()
+    records, totals = load_records(store, len(shards)), Totals()
     with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
         path = Path(scratch, "manifest.parquet")
         with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
-            for table in merged(manifest_tables(store, shards, records, totals)):
-                writer.write_table(table, row_group_size=max(1, table.num_rows))
+            rows = RowReader(manifest_tables(store, shards, records, totals), MANIFEST_SCHEMA)
+            while (group := rows.take(MANIFEST_GROUP_ROWS)).num_rows:
+                writer.write_table(group, row_group_size=MANIFEST_GROUP_ROWS)
         store.put_file(MANIFEST_KEY, path)
         energy = _write_energy(store, job, records, ManifestRows(pq.ParquetFile(path)))
         write_preview(store, pq.ParquetFile(path))
-    stats = summarise(job, totals, ledger, energy)
+    stats = summarise(job, totals, records.ledger, energy)
     _put_stats(store, stats)
     success = {"fingerprint": job.fingerprint, "shards": len(shards), "images_ok": totals.images_ok}
     store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
@@ -203,9 +197,9 @@ def require_finished(store: Store) -> None:
         )
 
 
-def close_again(store: Store, job: JobSpec, shards: JobShards) -> EnergyResult:
+def close_again(store: Store, job: JobSpec, records: JobRecords) -> EnergyResult:
     """Write `energy/` of a finished job anew, and its verdicts into `stats.json`: readings of node meters came late."""
-    energy = _write_energy(store, job, load_records(store, len(shards)))
+    energy = _write_energy(store, job, records)
     _put_stats(store, {**json.loads(store.get(STATS_KEY)), **_verdicts(energy)})
     return energy
 
@@ -213,8 +207,8 @@ def close_again(store: Store, job: JobSpec, shards: JobShards) -> EnergyResult:
 def _write_energy(
     store: Store, job: JobSpec, records: JobRecords, images: ImageSource | None = None
 ) -> EnergyResult:
-    ledger = records.ledger
-    energy = write_energy_tables(store, job, ledger, records.commits, images, records.uncommitted)
+    ledger, commits = records.ledger, records.commits
+    energy = write_energy_tables(store, job, ledger, commits, images, records.uncommitted)
     for row in energy.closure:
         if row.passed is False:
             log.warning("energy ledger: %s", row)
@@ -274,25 +268,6 @@ def write_preview(store: Store, manifest: pq.ParquetFile) -> None:
     if shown:
         images, prompts = zip(*shown, strict=True)
         store.put(PREVIEW_KEY, draw_contact_sheet(images, prompts))
-
-
-def merged(tables: Iterator[pa.Table], rows: int = 65_536) -> Iterator[pa.Table]:
-    """Concatenate small tables into ones of about `rows` rows, the row groups of the manifest."""
-    held: list[pa.Table] = []
-    held_rows = 0
-    for table in tables:
-        held.append(table)
-        held_rows += table.num_rows
-        if held_rows >= rows:
-            yield pa.concat_tables(held)
-            held, held_rows = [], 0
-    if held:
-        yield pa.concat_tables(held)
-
-
-def load_ledger(store: Store, n_shards: int, uncommitted: Uncommitted | None = None) -> Ledger:
-    """The energy ledger over all that commits, drivers and workers recorded; `uncommitted` where it was read."""
-    return load_records(store, n_shards, uncommitted).ledger
 
 
 def summarise(job: JobSpec, totals: Totals, ledger: Ledger, tables: EnergyResult) -> dict[str, Any]:

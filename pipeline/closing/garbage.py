@@ -9,22 +9,21 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-from millijoule.pipeline.output.commits import READ_THREADS, CommitBodies, parse_commit
-from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.output.commits import CommitBodies, in_threads, parse_commit
+from millijoule.pipeline.output.job import last_epoch, require_job
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.layout import DATA_PREFIX, EPOCHS_PREFIX
+from millijoule.workers.layout import DATA_PREFIX
 from millijoule.workers.storage.store import Store, TemporaryObject
 
 #: Files of an older driver's attempts are kept this long in case a cut-off worker still runs.
 GRACE_S = 24 * 3600.0
 
 #: Objects that are looked at, or deleted, together.
-_OBJECTS_AT_ONCE = 1_000
+OBJECTS_AT_ONCE = 1_000
 
 _ATTEMPT = re.compile(rf"{DATA_PREFIX}(?P<shard>\d+)-e(?P<epoch>\d+)-[0-9a-f]+[./]")
 
@@ -48,35 +47,30 @@ def find_orphans(store: Store, *, now: float | None = None) -> Iterator[Orphan]:
     now = time.time() if now is None else now
     job = require_job(store)
     n_shards = len(load_job_shards(store, job))
-    newest = max(
-        (int(i.key[len(EPOCHS_PREFIX) :].split(".")[0]) for i in store.list(EPOCHS_PREFIX)), default=0
-    )
+    newest = last_epoch(store)
     bodies = CommitBodies(store, n_shards)
+
+    def named_files(shard_id: int) -> frozenset[str] | None:
+        """The files that a shard's commit names; None where it has none."""
+        try:
+            body = bodies.get(shard_id)
+        except NotFoundError:
+            return None
+        return frozenset(f.path for f in parse_commit(store, shard_id, body).files)
+
     objects = store.list(DATA_PREFIX)
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        while some := list(islice(objects, _OBJECTS_AT_ONCE)):
-            # Looked up after they were listed: a file whose commit came in between is seen as committed, not as orphan.
-            shards = {int(m["shard"]) for i in some if (m := _ATTEMPT.match(i.key))}
-            wanted = sorted(s for s in shards if s < n_shards)
-            named = dict(
-                zip(wanted, threads.map(lambda s: _named_files(store, bodies, s), wanted), strict=True)
-            )
-            for item in some:
-                match = _ATTEMPT.match(item.key)
-                files = named.get(int(match["shard"])) if match else None
-                if files is None or item.key not in files:
-                    mtime = item.mtime_ns / 1e9
-                    removable, reason = _verdict(match, mtime, files is not None, newest, now)
-                    yield Orphan(item.key, item.size_bytes, removable, reason)
-
-
-def _named_files(store: Store, bodies: CommitBodies, shard_id: int) -> frozenset[str] | None:
-    """The files that a shard's commit names; None where it has none."""
-    try:
-        body = bodies.get(shard_id)
-    except NotFoundError:
-        return None
-    return frozenset(f.path for f in parse_commit(store, shard_id, body).files)
+    while some := list(islice(objects, OBJECTS_AT_ONCE)):
+        # Looked up after they were listed: a file whose commit came in between is seen as committed, not as orphan.
+        shards = {int(m["shard"]) for i in some if (m := _ATTEMPT.match(i.key))}
+        wanted = sorted(s for s in shards if s < n_shards)
+        named = dict(zip(wanted, in_threads(named_files, wanted), strict=True))
+        for item in some:
+            match = _ATTEMPT.match(item.key)
+            files = named.get(int(match["shard"])) if match else None
+            if files is None or item.key not in files:
+                mtime = item.mtime_ns / 1e9
+                removable, reason = _verdict(match, mtime, files is not None, newest, now)
+                yield Orphan(item.key, item.size_bytes, removable, reason)
 
 
 def _verdict(
@@ -104,7 +98,7 @@ def remove(store: Store, orphans: Iterable[Orphan]) -> Iterator[Orphan]:
         if orphan.removable:
             doomed.append(orphan.key)
         yield orphan
-        if len(doomed) >= _OBJECTS_AT_ONCE:
+        if len(doomed) >= OBJECTS_AT_ONCE:
             store.delete(doomed)
             doomed = []
     store.delete(doomed)

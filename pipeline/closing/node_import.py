@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from millijoule.pipeline.closing.finish import close_again, load_ledger, require_finished
+from millijoule.pipeline.closing.finish import JobRecords, close_again, load_records, require_finished
 from millijoule.pipeline.energy.node_readings import MeteredNode, store_import
 from millijoule.pipeline.energy.tables import EnergyResult
 from millijoule.pipeline.energy.uncommitted import read_uncommitted
-from millijoule.pipeline.output.commits import read_commits
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.pipeline.planning.retry import JobShards
+from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeSeries
@@ -48,7 +47,8 @@ def import_readings(
         StoreError: storage failed. Importing again replaces the same objects.
     """
     require_finished(store)
-    times = node_times(store, len(shards))
+    records = load_records(store, len(shards))
+    times = node_times(records)
     if host not in times:
         raise InputError(
             f"--node {host}: this job ran on {', '.join(sorted(times)) or 'no node'}; name the node as it is there"
@@ -67,16 +67,15 @@ def import_readings(
             node = MeteredNode(host, meter, series.max_gap_ns, series.accuracy_share, rest, feed=feed)
             rows += node.rows_of(kept)
     store_import(store, host, meter, rows)
-    return close_again(store, job, shards)
+    return close_again(store, job, replace(records, uncommitted=read_uncommitted(store)))
 
 
-def node_times(store: Store, n_shards: int) -> dict[str, tuple[int, int]]:
+def node_times(records: JobRecords) -> dict[str, tuple[int, int]]:
     """Wall times (ns) from the first to the last counter read of a job's workers, by host."""
-    uncommitted = read_uncommitted(store)
-    hosts = {c.worker_id: c.host for c in read_commits(store, n_shards)}
-    hosts |= {worker_id: worker.host for worker_id, worker in uncommitted.workers.items()}
+    hosts = {c.worker_id: c.host for c in records.commits.first_of_each("worker_id")}
+    hosts |= {worker_id: worker.host for worker_id, worker in records.uncommitted.workers.items()}
     times: dict[str, tuple[int, int]] = {}
-    for entry in load_ledger(store, n_shards, uncommitted).entries:
+    for entry in records.ledger.entries:
         s = entry.segment
         if host := hosts.get(s.worker_id):
             begin, end = times.get(host, (s.open.t_wall_ns, s.close.t_wall_ns))

@@ -22,7 +22,7 @@ from millijoule.workers.storage.store import Store
 NOT_CARRIED = -1
 
 #: Rows that wait as tuples to become a table.
-_SPOOL_ROWS = 2048
+SPOOL_ROWS = 2048
 
 
 class RowSpool:
@@ -39,7 +39,7 @@ class RowSpool:
         before = len(self._held)
         self._held += rows or ()
         self._counts.append(NOT_CARRIED if rows is None else len(self._held) - before)
-        if len(self._held) >= _SPOOL_ROWS:
+        if len(self._held) >= SPOOL_ROWS:
             if self._writer is None:
                 self._file = tempfile.NamedTemporaryFile(prefix="millijoule-")  # noqa: SIM115
                 options = pa.ipc.IpcWriteOptions(compression="zstd")

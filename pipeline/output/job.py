@@ -6,9 +6,7 @@ runs with the same inputs and options continue it; anything else is refused with
 
 from __future__ import annotations
 
-import dataclasses
 import getpass
-import json
 import os
 import socket
 import time
@@ -18,6 +16,7 @@ from typing import Any
 
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError
 from millijoule.workers.layout import EPOCHS_PREFIX, JOB_KEY, epoch_key
+from millijoule.workers.records import decode, encode
 from millijoule.workers.storage.store import Store
 
 
@@ -46,20 +45,6 @@ class JobSpec:
     millijoule_version: str
     schema_version: int = 1
 
-    @staticmethod
-    def from_json(data: bytes, where: str) -> JobSpec:
-        """Parse job.json; raises InputError naming `where` if it is not one."""
-        try:
-            raw = json.loads(data)
-            names = {f.name for f in dataclasses.fields(JobSpec)}
-            raw["prompts"] = tuple(raw["prompts"])
-            return JobSpec(**{k: v for k, v in raw.items() if k in names})
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{where}: not a job description: {error}") from error
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=2, sort_keys=True).encode() + b"\n"
-
 
 #: Options whose change makes another job, with the words a user knows them by.
 _IDENTITY = {
@@ -73,11 +58,13 @@ _IDENTITY = {
 
 
 def read_job(store: Store) -> JobSpec | None:
-    """The job in this output, or None where there is none."""
+    """The job in this output, or None where there is none; raises InputError where it cannot be read."""
     try:
-        return JobSpec.from_json(store.get(JOB_KEY), f"{store.url}/{JOB_KEY}")
+        return decode(JobSpec, store.get(JOB_KEY))
     except NotFoundError:
         return None
+    except ValueError as error:
+        raise InputError(f"{store.url}/{JOB_KEY}: not a job description: {error}") from error
 
 
 def require_job(store: Store) -> JobSpec:
@@ -91,6 +78,9 @@ def require_job(store: Store) -> JobSpec:
 def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], url: str) -> None:
     """Refuse to mix two jobs in one output.
 
+    Args:
+        asked: by the names of `JobSpec`, what decides whether it is the same job.
+
     Raises:
         InputError: the fingerprints differ; the message names the options that changed, or the input.
     """
@@ -99,11 +89,9 @@ def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], u
     changed = [
         f"{option} was {getattr(existing, name)!r}, now {asked[name]!r}"
         for name, option in _IDENTITY.items()
-        if name in asked and getattr(existing, name) != asked[name]
+        if getattr(existing, name) != asked[name]
     ]
-    if existing.model_sha256 != asked.get(
-        "model_sha256", existing.model_sha256
-    ) and existing.model != asked.get("model", existing.model):
+    if existing.model_sha256 != asked["model_sha256"] and existing.model != asked["model"]:
         changed[0] = f"--model was {existing.model}, now {asked['model']}"
     what = "; ".join(changed) or "the prompt files' content or column options changed"
     raise InputError(
@@ -119,7 +107,7 @@ def publish_job(store: Store, job: JobSpec) -> JobSpec:
         InputError: another job was put there meanwhile.
     """
     try:
-        store.put_exclusive(JOB_KEY, job.to_json())
+        store.put_exclusive(JOB_KEY, encode(job, indent=2))
         return job
     except AlreadyExistsError:
         existing = require_job(store)
@@ -139,26 +127,24 @@ def open_epoch(store: Store, *, exclusive: bool) -> int:
         "started_unix": time.time(),
         "ray_job_id": os.environ.get("RAY_JOB_ID"),
     }
-    body = json.dumps(who, sort_keys=True).encode()
-    taken = [int(name) for item in store.list(EPOCHS_PREFIX) if (name := _stem(item.key)).isdigit()]
-    epoch = max(taken, default=0) + 1
+    put = store.put_exclusive if exclusive else store.put
+    epoch = last_epoch(store) + 1
     while True:
         try:
-            if exclusive:
-                store.put_exclusive(epoch_key(epoch), body)
-            else:
-                store.put(epoch_key(epoch), body)
+            put(epoch_key(epoch), encode(who))
             return epoch
         except AlreadyExistsError:
             epoch += 1
 
 
+def last_epoch(store: Store) -> int:
+    """The number of the driver that started last; 0 where there was none."""
+    stems = (item.key.removeprefix(EPOCHS_PREFIX).removesuffix(".json") for item in store.list(EPOCHS_PREFIX))
+    return max((int(stem) for stem in stems if stem.isdigit()), default=0)
+
+
 def software_version() -> str:
     return version("millijoule")
-
-
-def _stem(key: str) -> str:
-    return key.rsplit("/", 1)[-1].removesuffix(".json")
 
 
 def _user() -> str:

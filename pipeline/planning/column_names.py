@@ -10,7 +10,8 @@ import itertools
 import logging
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
+from functools import lru_cache
 
 from millijoule.pipeline.planning.raw_chunks import RawChunk
 from millijoule.workers.errors import InputError
@@ -44,12 +45,10 @@ NOT_USED = (
 #: Columns that a message lists.
 _SHOWN_NAMES = 30
 
-#: Names whose meaning is kept at hand; JSON can have new ones in every record.
-_MAX_NAMES = 4096
-
 _SEPARATORS = re.compile(r"[\s_\-]+")
 
 
+@lru_cache(4096)  # JSON can have new names in every record
 def folded(name: str) -> str:
     """`name` without regard to case, spaces, `_` and `-`. A leading `_` stays: it marks a column as a program's own."""
     start = "_" if name.startswith("_") else ""
@@ -87,18 +86,13 @@ class KnownNames:
 
     def __init__(self, prompt_column: str | None = None) -> None:
         self.prompt_column = prompt_column
-        self._met: dict[str, str | None] = {}
 
     def meaning(self, name: str) -> str | None:
         """Our name of the column, None for one to pass through."""
-        if name not in self._met:
-            if len(self._met) >= _MAX_NAMES:
-                self._met.clear()
-            ours = _MEANINGS.get(folded(name))
-            if self.prompt_column is not None:
-                ours = "prompt" if name == self.prompt_column else None if ours == "prompt" else ours
-            self._met[name] = ours
-        return self._met[name]
+        if name == self.prompt_column:
+            return "prompt"
+        ours = _MEANINGS.get(folded(name))
+        return None if ours == "prompt" and self.prompt_column is not None else ours
 
     def hold_prompt(self, names: Iterable[str]) -> bool:
         """Whether one of `names` is the prompt's."""
@@ -126,7 +120,7 @@ class FileColumns:
 
     def meet(self, chunk: RawChunk) -> None:
         """Take note of the chunk's columns; raises InputError where they are contradictory or hold no prompt."""
-        new: list[str] = []  # our names of columns not met before
+        read: list[str] = []
         idle: list[str] = []
         for name in chunk.names:
             ours = self._known.meaning(name)
@@ -134,43 +128,35 @@ class FileColumns:
                 if folded(name) in _NOT_USED and self._remarks.is_new(f"not used {name}"):
                     idle.append(name)
                 continue
-            if ours not in self.names:
-                new.append(ours)
+            if ours not in self.names and name != ours:
+                read.append(f"column {name!r} is read as {ours}")
             before = self.names.setdefault(ours, name)
             if before != name:
-                hint = (
-                    f"--prompt-column {shlex.quote(before)}"
-                    if ours == "prompt"
-                    else "remove or rename one of them"
-                )
+                hint = "remove or rename one of them"
+                if ours == "prompt":
+                    hint = f"--prompt-column {shlex.quote(before)}"
                 raise InputError(
                     f"{self.file}: columns {before!r} and {name!r} both mean {ours!r}; say which one counts: {hint}"
                 )
-        if "prompt" not in self.names and (chunk.names or not chunk.bad):
+        if "prompt" not in self.names and (chunk.names or len(chunk.rows)):
             raise InputError(
                 f"{self.file}: no prompt column (looked for {self._known.expected}); the file has "
                 f"{_some(chunk.names)}. Name the right one with --prompt-column"
             )
-        self._remark(new, idle)
+        if read:
+            self._remarks.add(self.file, ", ".join(read))
+        if idle:
+            text = f"not used: {', '.join(idle)} (passed through)"
+            self._remarks.add(self.file, text, level=logging.WARNING)
 
-    def passed_through(self, names: Iterable[str]) -> Iterator[str]:
+    def passed_through(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that a row keeps under their own name. A size does, too: it may say more than pixels."""
-        used = self.used
-        return (name for name in names if name not in used)
+        return [name for name in names if name not in self.used]
 
     @property
     def used(self) -> Collection[str]:
         """The file's names of columns that are not passed through."""
         return [name for ours, name in self.names.items() if ours != "size"]
-
-    def _remark(self, new: list[str], idle: list[str]) -> None:
-        read = [f"column {name!r} is read as {ours}" for ours in new if (name := self.names[ours]) != ours]
-        if read:
-            self._remarks.add(self.file, ", ".join(read))
-        if idle:
-            self._remarks.add(
-                self.file, f"not used: {', '.join(idle)} (passed through)", level=logging.WARNING
-            )
 
 
 def _some(names: Collection[str]) -> str:

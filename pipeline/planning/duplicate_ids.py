@@ -20,7 +20,7 @@ _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("ordinal", "<i8")])
 _PARTITIONS = 256
 
 #: Records kept before they are sorted into the files.
-_PENDING = 65_536
+PENDING_RECORDS = 65_536
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Duplicates:
     def among(self, ordinals: np.ndarray) -> tuple[np.ndarray, slice]:
         """Where in the ascending `ordinals` duplicates stand, and which of ours these are."""
         if not len(ordinals):
-            return np.empty(0, np.int64), slice(0, 0)
+            return ordinals, slice(0, 0)
         ours = slice(*np.searchsorted(self.ordinal, [ordinals[0], ordinals[-1] + 1]).tolist())
         return np.searchsorted(ordinals, self.ordinal[ours]), ours
 
@@ -62,24 +62,23 @@ class DuplicateFinder:
         records["high"], records["low"], records["ordinal"] = words[:, 0], words[:, 1], ordinals
         self._pending.append(records)
         self._n_pending += len(records)
-        if self._n_pending >= _PENDING:
+        if self._n_pending >= PENDING_RECORDS:
             self._spill()
 
     def duplicates(self) -> Duplicates:
         """All duplicates among what was added."""
+        found = [_duplicates(np.empty(0, _RECORD))]
         if any(self._folder.iterdir()):
             self._spill()
-            found = [_duplicates(np.fromfile(path, _RECORD)) for path in sorted(self._folder.iterdir())]
-        else:  # few enough to never have been spilled
-            found = [_duplicates(np.concatenate(self._pending))] if self._pending else []
-        columns = [np.concatenate(parts) for parts in zip(*found, strict=True)] if found else []
-        if not columns:
-            return Duplicates(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32))
+            found += [_duplicates(np.fromfile(path, _RECORD)) for path in sorted(self._folder.iterdir())]
+        elif self._pending:  # few enough to never have been spilled
+            found.append(_duplicates(np.concatenate(self._pending)))
+        columns = [np.concatenate(parts) for parts in zip(*found, strict=True)]
         order = np.argsort(columns[0])
         return Duplicates(*(column[order] for column in columns))
 
     def _spill(self) -> None:
-        records = np.concatenate(self._pending) if self._pending else np.empty(0, _RECORD)
+        records = np.concatenate([np.empty(0, _RECORD), *self._pending])
         partition = (records["high"] & (_PARTITIONS - 1)).astype(np.uint8)
         records = records[np.argsort(partition, kind="stable")]
         ends = np.cumsum(np.bincount(partition, minlength=_PARTITIONS)).tolist()
@@ -94,11 +93,11 @@ def _duplicates(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """(ordinal, first, nth) of the duplicates among records whose ordinals ascend."""
     high = np.sort(records["high"])
     if not (high[1:] == high[:-1]).any():
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32)
-    records = records[np.lexsort((records["ordinal"], records["low"], records["high"]))]
-    same = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
-    start = np.flatnonzero(np.concatenate(([True], ~same)))
-    first = start[np.cumsum(np.concatenate(([True], ~same))) - 1]  # [n] index of the group's first record
-    later = np.flatnonzero(np.concatenate(([False], same)))
+        records = records[:0]
+    records = records[np.lexsort((records["low"], records["high"]))]  # which is stable
+    is_first = np.ones(len(records), bool)  # of its id
+    is_first[1:] = (np.diff(records["high"]) != 0) | (np.diff(records["low"]) != 0)
+    first = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]  # [n] index of the first record of the same id
+    later = np.flatnonzero(~is_first)
     nth = (later - first[later] + 1).astype(np.int32)
     return records["ordinal"][later], records["ordinal"][first[later]], nth

@@ -6,16 +6,14 @@ import csv
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from millijoule.pipeline.planning.column_names import KnownNames, Remarks
 from millijoule.pipeline.planning.prompt_text import TextFile, too_long
 from millijoule.pipeline.planning.raw_chunks import (
     BadRow,
-    ColumnChunk,
+    RawChunk,
     gathered,
     has_surrogates,
     refuse_repeated_names,
@@ -28,15 +26,13 @@ DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "pipes"}
 #: What a line of empty fields is made of.
 _EMPTY = "".join(DELIMITERS) + ' "\n'
 
-_NO_ROWS = np.empty(0, np.int64)
-
 #: Excel's first line that says what stands between fields.
 _SEP_LINE = re.compile(r'"?sep=([^\n])"?\s*', re.IGNORECASE)
 
 
 def read_csv(
     text: TextFile, usual: str, forced: str | None, known: KnownNames, remarks: Remarks
-) -> Iterator[ColumnChunk]:
+) -> Iterator[RawChunk]:
     """Rows of delimited text with a header.
 
     Args:
@@ -61,11 +57,13 @@ def read_csv(
     header = _header(reader, text.url)
     if header is None:
         return
-    row = 0
-    for rows, bad, row, records in gathered(_records(reader, text, header)):
-        yield ColumnChunk(rows, bad, row, _columns(header, records), True, delimiter != ",")
-    if not row:  # a header alone still says which columns there are, so that a missing prompt column is found
-        yield ColumnChunk(_NO_ROWS, [], 0, _columns(header, []), True)
+
+    def chunk(rows: np.ndarray, bad: list[BadRow], last: int, records: list[list[str]]) -> RawChunk:
+        columns = map(list, zip(*records, strict=True)) if records else ([] for _ in header)
+        named = dict(zip(header, columns, strict=True))
+        return RawChunk(rows, bad, last, named, from_text=True, decimal_comma=delimiter != ",")
+
+    yield from gathered(_records(reader, text, header), chunk)
 
 
 def _whole_lines(text: TextFile) -> Iterator[str]:
@@ -119,38 +117,30 @@ def _header(reader: Iterator[list[str]], url: str) -> list[str] | None:
 def _records(
     reader: Iterator[list[str]], text: TextFile, header: list[str]
 ) -> Iterator[tuple[int, list[str] | BadRow, int]]:
-    row, line, n = 0, text.number, len(header)
+    row, n = 0, len(header)
     while True:
+        line = text.number + 1
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            row += 1
-            where = _span(line + 1, text.number)
-            yield row, BadRow(text.url, row, None, f"{where}: malformed: {error}"), 0
+            wrong = f"malformed: {error}"
         else:
-            if (fields and fields[0].strip()) or _has_content(fields) or fields == [""]:
+            if not _has_content(fields) and fields != [""]:
+                continue
+            if len(fields) > n and not _has_content(fields[n:]):
+                del fields[n:]
+            if len(fields) == n:
                 row += 1
-                if len(fields) > n and not _has_content(fields[n:]):
-                    del fields[n:]
-                if len(fields) == n:
-                    yield row, fields, sum(map(len, fields))
-                else:
-                    reason = f"{_span(line + 1, text.number)}: {len(fields)} fields, but the header has {n}"
-                    yield row, BadRow(text.url, row, None, reason), 0
-        line = text.number
+                yield row, fields, sum(map(len, fields))
+                continue
+            wrong = f"{len(fields)} fields, but the header has {n}"
+        row += 1
+        lines = f"line {line}" if line >= text.number else f"lines {line}-{text.number}"
+        yield row, BadRow(text.url, row, None, f"{lines}: {wrong}"), 0
 
 
 def _has_content(fields: list[str]) -> bool:
     """Whether a record says anything; sheets are exported with the empty rows and columns at their edges."""
-    return any(not field.isspace() for field in fields if field)
-
-
-def _columns(header: list[str], records: list[list[str]]) -> dict[str, pa.Array | list[Any]]:
-    columns = zip(*records, strict=True) if records else ([] for _ in header)
-    return {name: list(values) for name, values in zip(header, columns, strict=True)}
-
-
-def _span(first: int, last: int) -> str:
-    return f"line {first}" if first >= last else f"lines {first}-{last}"
+    return bool(fields and fields[0].strip()) or any(not field.isspace() for field in fields if field)

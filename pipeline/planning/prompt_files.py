@@ -8,6 +8,7 @@ column means matters here only to find the header's delimiter and the list of re
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,6 @@ from millijoule.pipeline.planning.prompt_json import read_json, read_jsonl
 from millijoule.pipeline.planning.prompt_text import TextFile, too_long
 from millijoule.pipeline.planning.raw_chunks import (
     BadRow,
-    ColumnChunk,
     RawChunk,
     gathered,
     refuse_repeated_names,
@@ -47,34 +47,32 @@ def read_chunks(
         StoreError: storage failed.
     """
     constants = dict(file.columns)
-    for chunk in _read(file.url, known, remarks, delimiter):
-        if constants:
-            if twice := sorted(constants.keys() & set(chunk.names)):
-                raise InputError(
-                    f"{file.url}: {', '.join(map(repr, twice))} is both a column and in the name of a folder; rename one"
-                )
-            chunk.add_columns(constants)
-        yield chunk
-
-
-def _read(url: str, known: KnownNames, remarks: Remarks, delimiter: str | None) -> Iterator[RawChunk]:
-    kind, compressed = file_format(url)
-    if kind == "parquet":
-        yield from _read_parquet(url)
-        return
-    with open_input_file(url) as raw:
-        text = TextFile(url, raw, compressed)
-        if kind == "txt":
-            yield from _read_txt(text, known)
-        elif kind == "jsonl":
-            yield from read_jsonl(text, known)
-        elif kind == "json":
-            yield from read_json(text, known, remarks)
+    kind, compressed = file_format(file.url)
+    with open_input_file(file.url) as raw:
+        if kind == "parquet":
+            chunks = _read_parquet(file.url, raw)
         else:
-            yield from read_csv(text, USUAL_DELIMITERS[kind], delimiter, known, remarks)
+            text = TextFile(file.url, raw, compressed)
+            if kind == "txt":
+                chunks = _read_txt(text, known)
+            elif kind == "jsonl":
+                chunks = read_jsonl(text, known)
+            elif kind == "json":
+                chunks = read_json(text, known, remarks)
+            else:
+                chunks = read_csv(text, USUAL_DELIMITERS[kind], delimiter, known, remarks)
+        for chunk in chunks:
+            if twice := sorted(constants.keys() & set(chunk.names)):
+                names = ", ".join(map(repr, twice))
+                raise InputError(
+                    f"{file.url}: {names} is both a column and in the name of a folder; rename one"
+                )
+            if constants:
+                chunk.add_columns(constants)
+            yield chunk
 
 
-def _read_txt(text: TextFile, known: KnownNames) -> Iterator[ColumnChunk]:
+def _read_txt(text: TextFile, known: KnownNames) -> Iterator[RawChunk]:
     def items() -> Iterator[tuple[int, str | BadRow, int]]:
         for row, line in enumerate(text.lines(), start=1):
             if line is None:
@@ -87,30 +85,26 @@ def _read_txt(text: TextFile, known: KnownNames) -> Iterator[ColumnChunk]:
             elif prompt := line.rstrip():
                 yield row, prompt, len(line)
 
-    for rows, bad, last, prompts in gathered(items()):
-        yield ColumnChunk(rows, bad, last, {known.prompt_name: prompts})
+    def chunk(rows: np.ndarray, bad: list[BadRow], last: int, prompts: list[str]) -> RawChunk:
+        return RawChunk(rows, bad, last, {known.prompt_name: prompts})
+
+    return gathered(items(), chunk)
 
 
-def _read_parquet(url: str) -> Iterator[ColumnChunk]:
+def _read_parquet(url: str, raw: Any) -> Iterator[RawChunk]:
     row = 0
-    with open_input_file(url) as raw:
-        try:
-            file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
-            refuse_repeated_names(file.schema_arrow.names, url)
-            batches = file.iter_batches(_parquet_chunk_rows(file.metadata), use_threads=False)
-            if not file.metadata.num_rows:
-                empty = file.schema_arrow.empty_table()
-                yield ColumnChunk(
-                    np.empty(0, np.int64), [], 0, {n: empty[n].combine_chunks() for n in empty.column_names}
-                )
-            for batch in batches:
-                rows = np.arange(row + 1, row + 1 + len(batch), dtype=np.int64)
-                row += len(batch)
-                yield ColumnChunk(
-                    rows, [], row, dict(zip(batch.schema.names, map(_plain, batch.columns), strict=True))
-                )
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{url}: unreadable Parquet after row {row}: {error}") from error
+    try:
+        file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
+        refuse_repeated_names(file.schema_arrow.names, url)
+        if not file.metadata.num_rows:
+            yield RawChunk(np.empty(0, np.int64), [], 0, {name: [] for name in file.schema_arrow.names})
+        for batch in file.iter_batches(_parquet_chunk_rows(file.metadata), use_threads=False):
+            rows = np.arange(row + 1, row + 1 + len(batch), dtype=np.int64)
+            row += len(batch)
+            columns = dict(zip(batch.schema.names, map(_plain, batch.columns), strict=True))
+            yield RawChunk(rows, [], row, columns)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{url}: unreadable Parquet after row {row}: {error}") from error
 
 
 def _parquet_chunk_rows(metadata: pq.FileMetaData) -> int:

@@ -13,14 +13,14 @@ from typing import Any
 
 from millijoule.pipeline.planning.column_names import KnownNames, Remarks
 from millijoule.pipeline.planning.prompt_text import TextFile, too_long
-from millijoule.pipeline.planning.raw_chunks import BadRow, RecordChunk, gathered, shown
+from millijoule.pipeline.planning.raw_chunks import BadRow, RawChunk, RecordChunk, gathered, shown
 from millijoule.workers.errors import InputError
 
 #: A longer record, or another value of a file's outermost object that is no list, cannot be read.
 MAX_VALUE_CHARS = 16 * 2**20
 
 #: Characters read at a time.
-_BLOCK_CHARS = 2**18
+BLOCK_CHARS = 2**18
 
 #: What may come after a number.
 _ENDS = tuple(",]} \t\n")
@@ -31,7 +31,7 @@ _SHOWN_MEMBERS = 8
 Record = dict[str, Any]
 
 
-def read_jsonl(text: TextFile, known: KnownNames) -> Iterator[RecordChunk]:
+def read_jsonl(text: TextFile, known: KnownNames) -> Iterator[RawChunk]:
     """A record per line."""
 
     def items() -> Iterator[tuple[int, Record | BadRow, int]]:
@@ -41,11 +41,10 @@ def read_jsonl(text: TextFile, known: KnownNames) -> Iterator[RecordChunk]:
             elif not line.isspace():
                 yield row, _from_line(line, row, text.url, known), len(line)
 
-    for rows, bad, last, records in gathered(items()):
-        yield RecordChunk(rows, bad, last, records)
+    return gathered(items(), RecordChunk)
 
 
-def read_json(text: TextFile, known: KnownNames, remarks: Remarks) -> Iterator[RecordChunk]:
+def read_json(text: TextFile, known: KnownNames, remarks: Remarks) -> Iterator[RawChunk]:
     """The records of one JSON text: a list of objects or of prompts, an object with one such list in it (COCO's
     `annotations`), an object of records by id, a single record, or JSON lines under another name.
 
@@ -78,8 +77,7 @@ def read_json(text: TextFile, known: KnownNames, remarks: Remarks) -> Iterator[R
         if start == "[" and (rest := scanner.peek()):
             raise InputError(f"{text.url}: after the end of the list comes {rest!r}")
 
-    for rows, bad, last, records in gathered(items()):
-        yield RecordChunk(rows, bad, last, records)
+    yield from gathered(items(), RecordChunk)
 
 
 def _from_line(line: str, row: int, url: str, known: KnownNames) -> Record | BadRow:
@@ -259,29 +257,17 @@ class _Scanner:
 
     def elements(self) -> Iterator[Any]:
         """The elements of the list that comes next."""
-        self._take("[")
-        if self.peek() == "]":
-            self._at += 1
-            return
-        while True:
+        for _ in self._items("[", "]"):
             yield self.value()
-            if self._take(",]") == "]":
-                return
 
     def members(self) -> Iterator[str]:
         """The names in the object that comes next; after each one the caller takes the value."""
-        self._take("{")
-        if self.peek() == "}":
-            self._at += 1
-            return
-        while True:
+        for _ in self._items("{", "}"):
             if self.peek() != '"':
                 raise self._broken("a name in quotes is missing", self.characters)
             name = self.value()
             self._take(":")
             yield name
-            if self._take(",}") == "}":
-                return
 
     def skip(self) -> None:
         """Pass over the next value, a list element by element."""
@@ -290,6 +276,17 @@ class _Scanner:
                 pass
         else:
             self.value()
+
+    def _items(self, opening: str, closing: str) -> Iterator[None]:
+        """Stop before each item between two brackets; the caller takes it."""
+        self._take(opening)
+        if self.peek() == closing:
+            self._take(closing)
+            return
+        while True:
+            yield
+            if self._take(f",{closing}") == closing:
+                return
 
     def _take(self, expected: str) -> str:
         found = self.peek()
@@ -309,7 +306,7 @@ class _Scanner:
                 f"{self.text.url}: the value at character {self.characters + 1:,} is broken or longer than "
                 f"{MAX_VALUE_CHARS:,} characters; write JSON lines, a record per line"
             )
-        block = self.text.read(max(_BLOCK_CHARS, len(rest)))
+        block = self.text.read(max(BLOCK_CHARS, len(rest)))
         self._ended = not block
         self._before += self._at
         self._buffer, self._at = rest + block, 0

@@ -37,26 +37,36 @@ class TextFile:
 
     Args:
         raw: the seekable binary file.
+
+    Raises:
+        InputError: the file is no such text.
     """
 
     def __init__(self, url: str, raw: Any, compressed: bool) -> None:
         self.url = url
         self.number = 0  #: lines read so far
-        self._stream = gzip.GzipFile(fileobj=raw) if compressed else raw
-        self._text: io.TextIOWrapper | None = None
+        stream = gzip.GzipFile(fileobj=raw) if compressed else raw
+        with self._reading():
+            start = stream.read(max(map(len, _SIGNATURES)))
+            stream.seek(0)
+        for signature, meaning in _SIGNATURES.items():
+            if start.startswith(signature):
+                raise InputError(f"{self.url}: this is {meaning}")
+        if start[1:4:2] == b"\0\0" or start[:3:2] == b"\0\0":  # every other byte of plain letters
+            raise InputError(f"{self.url}: this is {_UTF_16}")
+        self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=None)
 
     def lines(self) -> Iterator[str | None]:
         """The lines, each with its end, if it has one. One longer than `MAX_LINE_CHARS` is passed over and comes as None.
 
         Raises:
-            InputError: the file is no such text, or cannot be read any further.
+            InputError: the file cannot be read any further.
         """
         with self._reading():
-            text = self._opened()
-            while line := text.readline(MAX_LINE_CHARS):
+            while line := self._text.readline(MAX_LINE_CHARS):
                 self.number += 1
                 if len(line) == MAX_LINE_CHARS and not line.endswith("\n"):
-                    while (rest := text.readline(MAX_LINE_CHARS)) and not rest.endswith("\n"):
+                    while (rest := self._text.readline(MAX_LINE_CHARS)) and not rest.endswith("\n"):
                         pass
                     yield None
                 else:
@@ -65,32 +75,15 @@ class TextFile:
     def read(self, chars: int) -> str:
         """The next characters, fewer at the end; raises like `lines`."""
         with self._reading():
-            block = self._opened().read(chars)
+            block = self._text.read(chars)
         self.number += block.count("\n")
         return block
 
     def rewind(self) -> None:
         """Start again at the first line."""
         with self._reading():
-            if self._text is not None:
-                self._text.detach()
-                self._text = None
-            self._stream.seek(0)
+            self._text.seek(0)
         self.number = 0
-
-    def _opened(self) -> io.TextIOWrapper:
-        if self._text is None:
-            start = self._stream.read(max(map(len, _SIGNATURES)))
-            for signature, meaning in _SIGNATURES.items():
-                if start.startswith(signature):
-                    raise InputError(f"{self.url}: this is {meaning}")
-            if start[1:4:2] == b"\0\0" or start[:3:2] == b"\0\0":  # every other byte of plain letters
-                raise InputError(f"{self.url}: this is {_UTF_16}")
-            self._stream.seek(0)
-            self._text = io.TextIOWrapper(
-                self._stream, encoding="utf-8-sig", errors="surrogateescape", newline=None
-            )
-        return self._text
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -7,8 +7,9 @@ input order, at bounded memory. Nothing here assigns ids, applies job defaults o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -92,7 +93,7 @@ def read_prompts(
     """Read and check all files in order. A file without rows yields no chunk.
 
     Args:
-        remarks: of an earlier pass over the same files, so that nothing is said twice.
+        remarks: of an earlier pass over the same files, so that nothing is said twice; None: there was none.
 
     Raises:
         InputError: a file cannot be read, lacks a prompt column or has two columns of one meaning; or all files
@@ -120,49 +121,40 @@ def _check(
     index: int, file: str, raw: RawChunk, columns: FileColumns, options: PromptOptions, remarks: Remarks
 ) -> PromptChunk:
     """The chunk with every column in its type and the rows that break a rule set aside."""
-    n, names, problems = len(raw.rows), dict(columns.names), Problems()
-    values = {ours: raw.column(name) for ours, name in names.items() if name in raw.names}
-
+    n, names, problems = len(raw.rows), {"prompt": "prompt"} | columns.names, Problems()
+    values = {ours: raw.column(name) for ours, name in columns.names.items() if name in raw.names}
+    values.setdefault("prompt", [None] * n)
     out: dict[str, pa.Array] = {field.name: pa.nulls(n, field.type) for field in PROMPT_ROW_SCHEMA}
-    if "prompt_id" in values:
-        out["prompt_id"] = check_ids(
-            values["prompt_id"], names["prompt_id"], problems, file, from_text=raw.from_text
-        )
-    limit = options.max_prompt_chars
-    prompts = values.get("prompt", [None] * n)
-    out["prompt"] = check_text(
-        prompts, names.get("prompt", "prompt"), problems, file, max_chars=limit, blank=False
-    )
-    if "negative_prompt" in values:
-        out["negative_prompt"] = check_text(
-            values["negative_prompt"], names["negative_prompt"], problems, file, max_chars=limit, blank=True
-        )
-    comma = raw.decimal_comma
-    for ours in (name for name in INTEGER_LIMITS if name in values):
-        out[ours] = check_integers(values[ours], ours, names[ours], problems, decimal_comma=comma)
+
+    def check(ours: str, function: Callable[..., pa.Array], *details: Any) -> None:
+        if ours in values:
+            out[ours] = function(values[ours], names[ours], problems, *details)
+
+    check("prompt_id", check_ids, file, raw.from_text)
+    check("prompt", check_text, file, options.max_prompt_chars, False)
+    check("negative_prompt", check_text, file, options.max_prompt_chars, True)
+    for ours in INTEGER_LIMITS:
+        check(ours, check_integers, ours, raw.decimal_comma)
     if "size" in values:
-        out["width"], out["height"] = check_size(
-            values["size"],
-            names["size"],
-            out["width"],
-            out["height"],
-            problems,
-            lambda value: _remark_size(remarks, file, names["size"], value),
+        column = names["size"]
+        out["width"], out["height"], unread = check_size(
+            values["size"], column, out["width"], out["height"], problems
         )
-    if "guidance_scale" in values:
-        out["guidance_scale"] = check_guidance(
-            values["guidance_scale"], names["guidance_scale"], problems, decimal_comma=comma
-        )
+        if unread is not None:
+            text = (
+                f"column {column!r} holds {unread!r}, which is no size in pixels such as 1024x768: "
+                "not used (passed through)"
+            )
+            remarks.add(file, text, key=f"unreadable size {column}", level=logging.WARNING)
+    check("guidance_scale", check_guidance, raw.decimal_comma)
     out["extra"] = _check_extra(raw, columns, problems)
     out["source"] = pc.binary_join_element_wise(file, pc.cast(pa.array(raw.rows), pa.string()), ":")
 
-    rows = pa.RecordBatch.from_arrays(
-        [out[name] for name in PROMPT_ROW_SCHEMA.names], names=PROMPT_ROW_SCHEMA.names
-    )
+    rows = pa.RecordBatch.from_arrays(list(out.values()), schema=PROMPT_ROW_SCHEMA)
     numbers, bad = raw.rows, list(raw.bad)
     if problems.found:
-        ids = python_values(values["prompt_id"]) if "prompt_id" in values else [None] * n
-        prompts = python_values(prompts)
+        ids = python_values(values.get("prompt_id", [None] * n))
+        prompts = python_values(values["prompt"])
         bad += [
             BadRow(file, int(numbers[i]), column, reason, shown(ids[i], MAX_ID_CHARS), shown(prompts[i]))
             for i, (column, reason) in problems.found.items()
@@ -170,33 +162,23 @@ def _check(
         good = np.ones(n, bool)
         good[list(problems.found)] = False
         rows, numbers = rows.filter(pa.array(good)), numbers[good]
-    bad.sort(key=lambda b: b.row)
-    return PromptChunk(index, names, rows.cast(PROMPT_ROW_SCHEMA), numbers, bad, raw.last_row)
-
-
-def _remark_size(remarks: Remarks, file: str, column: str, value: str) -> None:
-    text = f"column {column!r} holds {value!r}, which is no size in pixels such as 1024x768: not used (passed through)"
-    remarks.add(file, text, key=f"unreadable size {column}", level=logging.WARNING)
+    return PromptChunk(index, names, rows, numbers, sorted(bad, key=lambda b: b.row), raw.last_row)
 
 
 def _check_extra(raw: RawChunk, columns: FileColumns, problems: Problems) -> pa.Array:
-    n = len(raw.rows)
+    others = ", ".join(columns.passed_through(raw.names))
     try:
         extra = raw.extra(columns.used)
     except (TypeError, ValueError, RecursionError) as error:
-        others = ", ".join(columns.passed_through(raw.names))
         raise InputError(
             f"{columns.file}: rows {raw.rows[0]} to {raw.rows[-1]}: a column to pass through has no JSON form "
             f"({error}); drop it from the file. Columns: {others}"
         ) from error
-    if extra is None:
-        return pa.nulls(n, pa.string())
-    column = ", ".join(columns.passed_through(raw.names))
-    text = as_text(extra, column, problems, columns.file, "text")
+    text = as_text(extra, others, problems, columns.file, "text")
     size = pc.binary_length(text)
     problems.add(
         mask(pc.greater(size, MAX_EXTRA_BYTES)),
-        column,
+        others,
         lambda i: f"{size[i].as_py():,} bytes to pass through; at most {MAX_EXTRA_BYTES:,} are allowed",
     )
     return text

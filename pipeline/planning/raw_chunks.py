@@ -5,12 +5,13 @@ Every format is read into these. Nothing here knows what a column means.
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
+from datetime import date, time, timedelta
 from decimal import Decimal
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,9 @@ CHUNK_CHARS = 16 * 2**20
 SHOWN_CHARS = 200
 
 Value = TypeVar("Value")
+
+#: A column as its file has it.
+Values: TypeAlias = pa.Array | list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,9 @@ class BadRow:
         return f"{self.file}:{self.row}{column}: {self.reason}"
 
 
-class RawChunk(Protocol):
-    """Some rows of one file, before anything is checked.
+@dataclass
+class RawChunk:
+    """Some rows of one file, before anything is checked; here of a format that has columns.
 
     `rows` is int64 `[n]`, the row numbers; `last_row` the number of the last row read, bad rows included. In a chunk
     `from_text` an empty field is the only way to say that there is none; with `decimal_comma` 7,5 is a number.
@@ -61,98 +66,61 @@ class RawChunk(Protocol):
     rows: np.ndarray
     bad: list[BadRow]
     last_row: int
-    from_text: bool
-    decimal_comma: bool
+    columns: dict[str, Values]
+    from_text: bool = False
+    decimal_comma: bool = False
 
     @property
     def names(self) -> Collection[str]:
         """All columns that some row of the chunk has."""
-        ...
-
-    def column(self, name: str) -> pa.Array | list[Any]:
-        """The values of a column of the chunk, null where a row does not have it."""
-        ...
-
-    def add_columns(self, constants: Mapping[str, str | None]) -> None:
-        """Give every row these columns."""
-        ...
-
-    def extra(self, used: Collection[str]) -> list[str | None] | None:
-        """Per row a JSON object of all columns but `used`; None where there are no others."""
-        ...
-
-
-@dataclass
-class ColumnChunk:
-    """Rows of a format that has columns."""
-
-    rows: np.ndarray
-    bad: list[BadRow]
-    last_row: int
-    columns: dict[str, pa.Array | list[Any]]
-    from_text: bool = False
-    decimal_comma: bool = False
-
-    @property
-    def names(self) -> Collection[str]:
         return self.columns.keys()
 
-    def column(self, name: str) -> pa.Array | list[Any]:
+    def column(self, name: str) -> Values:
+        """The values of a column of the chunk, null where a row does not have it."""
         return self.columns[name]
 
     def add_columns(self, constants: Mapping[str, str | None]) -> None:
+        """Give every row these columns."""
         self.columns |= {name: [value] * len(self.rows) for name, value in constants.items()}
 
-    def extra(self, used: Collection[str]) -> list[str | None] | None:
-        others = [name for name in self.columns if name not in used]
+    def extra(self, used: Collection[str]) -> list[str | None]:
+        """Per row a JSON object of all columns but `used`; None where there are no others."""
+        others = {name: python_values(values) for name, values in self.columns.items() if name not in used}
         if not others:
-            return None
-        values = [python_values(self.columns[name]) for name in others]
-        return [to_json(dict(zip(others, row, strict=True))) for row in zip(*values, strict=True)]
+            return [None] * len(self.rows)
+        return [to_json(dict(zip(others, row, strict=True))) for row in zip(*others.values(), strict=True)]
 
 
-@dataclass
-class RecordChunk:
-    """Rows of JSON: each a mapping with keys of its own."""
+class RecordChunk(RawChunk):
+    """Rows of JSON: each a mapping with keys of its own; `columns` has their names alone."""
 
-    rows: np.ndarray
-    bad: list[BadRow]
-    last_row: int
-    records: list[dict[str, Any]]
-    from_text: bool = False
-    decimal_comma: bool = False
-
-    def __post_init__(self) -> None:
-        self._names = dict.fromkeys(name for record in self.records for name in record)
-
-    @property
-    def names(self) -> Collection[str]:
-        return self._names.keys()
+    def __init__(
+        self, rows: np.ndarray, bad: list[BadRow], last_row: int, records: list[dict[str, Any]]
+    ) -> None:
+        super().__init__(rows, bad, last_row, {name: [] for record in records for name in record})
+        self.records = records
 
     def column(self, name: str) -> list[Any]:
         return [record.get(name) for record in self.records]
 
     def add_columns(self, constants: Mapping[str, str | None]) -> None:
+        super().add_columns(constants)
         self.records = [record | dict(constants) for record in self.records]
-        self._names |= dict.fromkeys(constants)
 
-    def extra(self, used: Collection[str]) -> list[str | None] | None:
-        if set(self.names) <= set(used):
-            return None
-        others = [{k: v for k, v in record.items() if k not in used} for record in self.records]
+    def extra(self, used: Collection[str]) -> list[str | None]:
+        others = ({k: v for k, v in record.items() if k not in used} for record in self.records)
         return [to_json(record) if record else None for record in others]
 
 
 def gathered(
     items: Iterable[tuple[int, Value | BadRow, int]],
-) -> Iterator[tuple[np.ndarray, list[BadRow], int, list[Value]]]:
-    """Rows as they are read, by chunks.
+    chunk: Callable[[np.ndarray, list[BadRow], int, list[Value]], RawChunk],
+) -> Iterator[RawChunk]:
+    """Rows as they are read, by chunks; one without rows where there are no items.
 
     Args:
         items: row number, value or what is wrong with it, and its size in characters.
-
-    Yields:
-        row numbers int64 `[n]`, bad rows, the last row's number, the `n` values.
+        chunk: makes a chunk of row numbers int64 `[n]`, bad rows, the last row's number and the `n` values.
     """
     values: list[Value] = []
     rows: list[int] = []
@@ -166,16 +134,15 @@ def gathered(
             rows.append(row)
             chars += size
         if len(rows) + len(bad) >= CHUNK_ROWS or chars >= CHUNK_CHARS:
-            yield np.array(rows, np.int64), bad, row, values
+            yield chunk(np.array(rows, np.int64), bad, row, values)
             values, rows, bad, chars = [], [], [], 0
-    if rows or bad:
-        yield np.array(rows, np.int64), bad, row, values
+    if rows or bad or not row:
+        yield chunk(np.array(rows, np.int64), bad, row, values)
 
 
 def refuse_repeated_names(names: list[str], url: str) -> None:
     """Raise InputError where two columns have the same name."""
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{url}: more than one column is named {', '.join(map(repr, twice))}; rename them")
 
 
@@ -197,7 +164,7 @@ def shown(value: Any, chars: int = SHOWN_CHARS) -> str | None:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def python_values(column: pa.Array | list[Any]) -> list[Any]:
+def python_values(column: Values) -> list[Any]:
     """The values as Python objects; text that is not UTF-8 holds lone surrogates."""
     if isinstance(column, list):
         return column
@@ -209,10 +176,10 @@ def python_values(column: pa.Array | list[Any]) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        if pa.types.is_nested(kind):
             raise
-        raw = column.view(pa.large_binary() if pa.types.is_large_string(kind) else pa.binary())
-        return [None if v is None else v.decode("utf-8", "surrogateescape") for v in raw.to_pylist()]
+        raw = pc.cast(column, pa.large_binary()).to_pylist()
+        return [None if v is None else v.decode("utf-8", "surrogateescape") for v in raw]
 
 
 def to_json(value: Any) -> str:
@@ -238,10 +205,8 @@ def _json_default(value: Any) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            import base64
-
             return {"base64": base64.b64encode(value).decode()}
-    if isinstance(value, datetime | date | time):
+    if isinstance(value, date | time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, timedelta):
         return value.total_seconds()

@@ -48,7 +48,7 @@ HANG_REASON = "every worker that generated this row stood still, longer than --l
 
 
 class Shards(Protocol):
-    """Shards by id, such as `pipeline.planning.retry.JobShards`."""
+    """Shards by id, such as `pipeline.planning.retry_rounds.JobShards`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, shard_id: int, /) -> Shard: ...

@@ -16,7 +16,7 @@ from millijoule.pipeline.energy.node_readings import NodeReadingsWriter
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter, read_uncommitted
 from millijoule.pipeline.output.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.output.job import JobSpec, open_epoch
-from millijoule.pipeline.planning.retry import JobShards
+from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.pipeline.running.accounts import Accounts
 from millijoule.pipeline.running.cluster import nodes_for
 from millijoule.pipeline.running.coordinator import Coordinator

@@ -157,11 +157,9 @@ def _datasets(store: Store, job: JobSpec, run_id: str) -> Iterator[tuple[str, ds
     elif live_parts(store):
         log.warning("%s: the job has not finished: rows as of its last flush, none of images yet", store.url)
         for name, rows in read_live_tables(store, job).items():
-            values = ((run_id, pa.string()), (None, pa.date32()), (store.url, pa.string()))
-            where = [pa.array([value] * rows.num_rows, kind) for value, kind in values]
-            schema = _full_schema(name)
-            plain = pa.table([*rows.columns, *where], names=schema.names)
-            yield name, ds.dataset(plain.cast(schema))
+            for field, value in zip(PARTITION_SCHEMA, (run_id, None, store.url), strict=True):
+                rows = rows.append_column(field, pa.array([value] * rows.num_rows, field.type))
+            yield name, ds.dataset(rows.cast(_full_schema(name)))
     else:
         raise InputError(
             f"{store.url}: no energy tables yet; a running job writes them from its first flush on"

@@ -13,9 +13,10 @@ from support.report_outputs import measured_output
 from millijoule.jobs.cli import main as millijoule
 from millijoule.jobs.node_energy import main
 from millijoule.pipeline.closing.check import check_output
+from millijoule.pipeline.closing.finish import load_records
 from millijoule.pipeline.closing.node_import import node_times
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.sql.query import open_tables, run_query
 from millijoule.workers.storage.store import open_store
 
@@ -38,7 +39,8 @@ def output(finished, tmp_path):
 def log(finished, tmp_path):
     """`log(watts, name)`: a strip's log around the job on host-b; `watts` by outlet."""
     store = open_store(str(finished))
-    begin, end = node_times(store, len(load_job_shards(store, require_job(store))))["host-b"]
+    shards = load_job_shards(store, require_job(store))
+    begin, end = node_times(load_records(store, len(shards)))["host-b"]
 
     def made(watts, name="pdu.csv", *, shift_s=0, within=(0.0, 1.0)):
         lines = ["time,outlet,watts"]

@@ -14,7 +14,7 @@ import time
 from support.local_job import runner
 
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running import run
 from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.workers.schemas import CounterRead

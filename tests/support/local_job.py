@@ -10,8 +10,9 @@ from support.models import Plain
 from millijoule.pipeline.closing.finish import finish_job
 from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import JobSpec, open_epoch, publish_job
-from millijoule.pipeline.planning.plan import PlanOptions, plan_job
-from millijoule.pipeline.planning.retry import JobShards, load_job_shards
+from millijoule.pipeline.planning.make_plan import plan_job
+from millijoule.pipeline.planning.plan_options import PlanOptions
+from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempt import AttemptRunner, Where
 from millijoule.workers.generators.protocol import Generator

@@ -15,7 +15,7 @@ from support.models import Plain
 from millijoule.pipeline.closing.finish import finish_job
 from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import JobSpec, open_epoch
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempt import AttemptRunner, Where
 from millijoule.workers.lease import WorkerConfig

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from support.local_job import plan, runner, work
 
 from millijoule.pipeline.closing.check import check_output
-from millijoule.pipeline.closing.finish import load_ledger
+from millijoule.pipeline.closing.finish import load_records
 from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import open_epoch
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.errors import StoreError
 
@@ -82,7 +82,7 @@ def test_whatever_crashes_where_the_output_is_complete_and_sound(lives):
                 pass
         shards = work(store, job)
         assert list(check_output(store)) == []
-        ledger = load_ledger(store, len(shards))
+        ledger = load_records(store, len(shards)).ledger
         winners = [e for e in ledger.entries if e.segment_class == "shard"]
         assert sorted(e.segment.shard_id for e in winners) == list(range(len(shards)))
 

@@ -12,10 +12,11 @@ from support.local_job import plan, work
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning import plan as plan_module
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning import shard_cutter
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers import shard_rows
 from millijoule.workers.errors import DamagedError, MillijouleError
+from millijoule.workers.lease import commit_key
 
 PROMPTS = [f"prompt {i}" for i in range(20)]
 
@@ -108,6 +109,19 @@ def test_a_sound_output_has_no_differences(output):
     assert list(check_output(output[0])) == []
 
 
+def test_shards_that_are_not_committed_are_named_and_many_are_counted(tmp_path):
+    store, job = plan(tmp_path, [f"p{i}" for i in range(31)], shard_size=1)
+    shards = work(store, job)
+    keys = [commit_key(shard) for shard in range(len(shards))]
+    store.delete(keys[7:10])
+    assert list(check_output(store)) == [f"shard {n}: not committed" for n in (7, 8, 9)]
+    store.delete(keys[4:])
+    assert list(check_output(store)) == [
+        *(f"shard {n}: not committed" for n in range(4, 24)),
+        "7 more shards: not committed",
+    ]
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_noticed(output, damage):
     store, folder = output
@@ -143,26 +157,48 @@ def test_commits_without_rows_are_compared_with_row_tables(output):
     assert list(check_output(store))
 
 
+@pytest.fixture
+def footers(monkeypatch):
+    """One entry for each time that the footer of a Parquet file is parsed."""
+    parsed, open_file = [], pq.ParquetFile
+
+    def opened(source, *, metadata=None):
+        if metadata is None:
+            parsed.append(source)
+        return open_file(source, metadata=metadata)
+
+    monkeypatch.setattr(shard_rows.pq, "ParquetFile", opened)
+    return parsed
+
+
 @pytest.mark.parametrize("held_bytes", [0, shard_rows.MAX_HELD_BYTES])
-def test_a_part_of_the_plan_is_parsed_once_however_many_shards_it_has(tmp_path, monkeypatch, held_bytes):
+def test_a_part_of_the_plan_is_parsed_once_however_many_shards_it_has(
+    tmp_path, monkeypatch, footers, held_bytes
+):
     monkeypatch.setattr(shard_rows, "MAX_HELD_BYTES", held_bytes)
     store, job = plan(tmp_path, [f"p{i}" for i in range(40)], shard_size=2)
-    shards, parsed = load_job_shards(store, job), []
-    open_part = shard_rows._open_part
-    monkeypatch.setattr(shard_rows, "_open_part", lambda *a: parsed.append(a) or open_part(*a))
+    shards = list(load_job_shards(store, job))
+    alone = [shard_rows.read_shard_rows(store, shard) for shard in shards]
+    footers.clear()
     reader = shard_rows.ShardRowReader(store)
-    assert [reader.read(shard) for shard in shards] == [shard_rows.read_shard_rows(store, s) for s in shards]
-    assert len(parsed) == 1
+    assert [reader.read(shard) for shard in shards] == alone
+    assert len(footers) == 1
     other = dataclasses.replace(shards[3], row_group=4)
     for wrong in (other, dataclasses.replace(other, row_group=400)):
         with pytest.raises(DamagedError, match=f"row group {wrong.row_group}: .* shard 3"):
             reader.read(wrong)
 
 
-def test_few_parts_of_the_plan_are_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_module, "SHARDS_PER_PART", 2)
+def test_few_parts_of_the_plan_are_held(tmp_path, monkeypatch, footers):
+    monkeypatch.setattr(shard_cutter, "SHARDS_PER_PART", 2)
     store, job = plan(tmp_path, [f"p{i}" for i in range(40)], shard_size=2)
     reader = shard_rows.ShardRowReader(store)
-    shards = load_job_shards(store, job)
+    shards = list(load_job_shards(store, job))
+    footers.clear()
     assert [reader.read(s)[0].prompt for s in shards] == [f"p{i}" for i in range(0, 40, 2)]
-    assert len(reader._parts) == shard_rows.MAX_HELD_PARTS < len({s.key for s in shards})
+    assert len(footers) == len({s.key for s in shards}) == 10
+    for shard in shards[-2 * shard_rows.MAX_HELD_PARTS :]:
+        reader.read(shard)
+    assert len(footers) == 10
+    reader.read(shards[0])
+    assert len(footers) == 11

@@ -11,15 +11,14 @@ from support.local_job import plan, work
 from support.models import Plain
 
 from millijoule.pipeline.closing import finish
-from millijoule.pipeline.closing.finish import MANIFEST_SCHEMA, ManifestRows, merged
+from millijoule.pipeline.closing.finish import MANIFEST_SCHEMA, ManifestRows
 from millijoule.pipeline.energy import rows as energy_rows
 from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.output import image_rows
-from millijoule.pipeline.output.commits import CommitCompactor, read_commits
-from millijoule.pipeline.planning.retry import plan_retry
+from millijoule.pipeline.output.commits import read_commits
+from millijoule.pipeline.planning.retry_rounds import plan_retry_round
 from millijoule.workers.errors import DamagedError, NotFoundError, RowError
 from millijoule.workers.lease import commit_key
-from millijoule.workers.storage.store import open_store
 
 
 def manifest(shard_ids):
@@ -65,30 +64,6 @@ def test_an_empty_manifest_has_no_rows(tmp_path):
     assert (numbers.tolist(), rows.num_rows) == ([4], 1)
 
 
-def test_small_tables_are_merged_into_row_groups_without_looking_at_each_again():
-    parts = [manifest([i]) for i in range(7)]
-    assert [t.num_rows for t in merged(iter(parts), rows=3)] == [3, 3, 1]
-    assert pa.concat_tables(merged(iter(parts), rows=3)) == pa.concat_tables(parts)
-
-
-def test_commits_come_in_order_of_shards_from_parts_in_any_order_and_from_objects(tmp_path):
-    store = open_store(str(tmp_path))
-    bodies = {n: commit(n, f"a{n}", 1).to_json() for n in range(9)}
-    for n, body in bodies.items():
-        store.put(commit_key(n), body)
-    first, second = CommitCompactor(store, 1), CommitCompactor(store, 2)
-    for n in (8, 0, 3):
-        first.add(n, bodies[n])
-    first.flush()
-    for n in (5, 1, 3):  # 3 by both drivers; 2, 4, 6 and 7 by none
-        second.add(n, bodies[n])
-    second.flush()
-    second.add(40, json.dumps({}).encode())  # of a plan that is not ours
-    second.flush()
-    for _ in range(2):
-        assert [c.attempt_id for c in read_commits(store, 9)] == [f"a{n}" for n in range(9)]
-
-
 class _Fussy(Plain):
     """Refuses some prompts for good."""
 
@@ -114,12 +89,12 @@ def drop_carried_rows(store, shard_ids):
 
 @pytest.mark.parametrize("output_format", ["parquet", "webdataset", "files"])
 def test_rows_from_commits_and_from_row_tables_make_the_same_files(tmp_path, output_format, monkeypatch):
-    monkeypatch.setattr(image_rows, "_SPOOL_ROWS", 7)
+    monkeypatch.setattr(image_rows, "SPOOL_ROWS", 7)
     monkeypatch.setattr(energy_rows, "_IMAGES_AT_ONCE", 11)
     prompts = [f"{'bad' if i % 9 == 4 else 'good'} prompt {i} \u2603" for i in range(60)]
     store, job = plan(tmp_path, prompts, shard_size=4, output_format=output_format)
     work(store, job, _Fussy("cpu"))
-    assert plan_retry(store, job) == 7
+    assert plan_retry_round(store, job) == 7
     shards = work(store, job, Plain("cpu"))  # a second round makes the refused ones
     true = products(store)
     assert len(true) > 10

@@ -6,15 +6,14 @@ import pytest
 from support.local_job import plan, work
 
 from millijoule.pipeline.closing import garbage
-from millijoule.pipeline.closing.check import check_output, in_threads
+from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.garbage import GRACE_S, find_orphans, remove
-from millijoule.pipeline.output.commits import READ_THREADS
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 @pytest.mark.parametrize("output_format", ["parquet", "files"])
 def test_only_what_no_commit_names_goes(tmp_path, monkeypatch, at_once, output_format):
-    monkeypatch.setattr(garbage, "_OBJECTS_AT_ONCE", at_once)
+    monkeypatch.setattr(garbage, "OBJECTS_AT_ONCE", at_once)
     store, job = plan(tmp_path, [f"prompt {i}" for i in range(20)], output_format=output_format)
     work(store, job)
     assert list(find_orphans(store)) == []
@@ -35,18 +34,3 @@ def test_only_what_no_commit_names_goes(tmp_path, monkeypatch, at_once, output_f
     assert {o.key for o in remove(store, find_orphans(store, now=later))} == set(old)
     assert {o.key for o in find_orphans(store)} == {"data/note.txt"}
     assert list(check_output(store)) == []
-
-
-def test_commits_are_not_read_far_ahead_of_their_check():
-    taken, held = [], []
-
-    def items():
-        for number in range(1, 2001):
-            taken.append(number)
-            yield number
-
-    for number, result in enumerate(in_threads(lambda n: n, items()), 1):
-        assert result == number
-        held.append(len(taken) - number)
-    assert len(held) == 2000
-    assert max(held) <= 4 * READ_THREADS

@@ -18,7 +18,7 @@ from support.report_outputs import GPUS, measured_output
 
 from millijoule.jobs import check as check_command
 from millijoule.pipeline.closing.check import check_output
-from millijoule.pipeline.closing.finish import finish_job, load_ledger
+from millijoule.pipeline.closing.finish import finish_job, load_records
 from millijoule.pipeline.energy.account_gaps import NEVER_CLOSED
 from millijoule.pipeline.energy.apportionment import MAX_GAP_NS
 from millijoule.pipeline.energy.carbon import Rates
@@ -27,7 +27,7 @@ from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.report.data import Report, collect_job
 from millijoule.pipeline.report.page import render_page
 from millijoule.pipeline.report.terminal import print_report
@@ -106,7 +106,7 @@ class World:
     accounts: dict[str, Account]
 
     def ledger(self):
-        return load_ledger(self.store, self.shards)
+        return load_records(self.store, self.shards).ledger
 
     def ran_mj(self):
         """What all counters ran while workers were there, pauses of up to half an hour between two included.
@@ -401,7 +401,7 @@ def test_a_closing_that_is_no_read_is_named(damage):
     body["read"] |= damage
     store.put(closing_key("w1"), json.dumps(body).encode())
     with pytest.raises(Exception, match=r"_job/closed/w1\.json: not what a driver or worker wrote"):
-        load_ledger(store, 0)
+        load_records(store, 0)
 
 
 def test_gaps_of_an_account_do_not_depend_on_the_order_of_records():
@@ -419,7 +419,7 @@ def output(tmp_path_factory):
     job = require_job(store)
     shards = load_job_shards(store, job)
     reads = {}
-    for entry in load_ledger(store, len(shards)).entries:
+    for entry in load_records(store, len(shards)).ledger.entries:
         reads.setdefault(entry.segment.worker_id, []).extend([entry.segment.open, entry.segment.close])
     for number, (worker, own) in enumerate(sorted(reads.items())):
         host = own[0].boot_id.removeprefix("boot-")

@@ -14,7 +14,7 @@ from support.ledgers import GPU, JOB, SECOND, chain, commit, read, segment
 from support.local_job import plan, work
 
 from millijoule.pipeline.closing.check import check_output
-from millijoule.pipeline.closing.finish import load_ledger
+from millijoule.pipeline.closing.finish import load_records
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.live_tables import (
     LiveTables,
@@ -24,12 +24,13 @@ from millijoule.pipeline.energy.live_tables import (
     read_live_tables,
 )
 from millijoule.pipeline.output.commits import read_commits
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.pipeline.running.run import JobRun, PlannedJob
 from millijoule.pipeline.sql.query import CLOSURE_QUERIES, open_tables, run_query
 from millijoule.workers.errors import StoreError
 from millijoule.workers.lease import WorkerStopped
+from millijoule.workers.records import encode
 from millijoule.workers.schemas import BOOK_EPOCHS, PowerSample, PowerTrace
 from millijoule.workers.storage.store import open_store
 
@@ -63,7 +64,7 @@ def test_a_driver_killed_between_flushes_loses_one_interval_and_the_ledger_close
     assert flushed == by_time[:6]  # what is missing came after the last flush
 
     live = build_ledger(read_live_segments(store), {c.shard_id: c.attempt_id for c in commits})
-    true = load_ledger(store, SHARDS)
+    true = load_records(store, SHARDS).ledger
     assert live.complete
     assert {(e.segment.shard_id, e.segment.open.t_mono_ns): e.energy_mj for e in live.entries}.items() <= {
         (e.segment.shard_id, e.segment.open.t_mono_ns): e.energy_mj for e in true.entries
@@ -83,7 +84,7 @@ def test_a_driver_killed_between_flushes_loses_one_interval_and_the_ledger_close
     for check in CLOSURE_QUERIES:
         assert ask(store, check) == []
     (images,) = ask(store, "SELECT count(*) AS n, sum(energy_full_mj)::BIGINT AS mj FROM image")
-    assert images == {"n": 2 * SHARDS, "mj": load_ledger(store, SHARDS).summary()["total_mj"]}
+    assert images == {"n": 2 * SHARDS, "mj": load_records(store, SHARDS).ledger.summary()["total_mj"]}
 
 
 def test_workers_that_share_a_counter_are_divided_when_they_are_read(output):
@@ -182,7 +183,7 @@ def test_power_samples_of_commits_and_of_the_rest_are_live(output):
         ("h1", "n1", "GPU-2", 2 * SECOND, None, 2000, "nvml-fields-185-186"),
         ("h1", "n1", "GPU-1", 4 * SECOND, None, 4000, "nvml-fields-185-186"),
     ]
-    output.put("_job/job.json", JOB.to_json())
+    output.put("_job/job.json", encode(JOB))
     assert ask(output, "SELECT max(power_instant_mw) AS mw FROM power WHERE device = 'GPU-2'") == [
         {"mw": 2000}
     ]

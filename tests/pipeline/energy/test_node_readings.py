@@ -15,7 +15,7 @@ from millijoule.pipeline.energy.node_readings import (
     store_import,
 )
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running import run
 from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.workers.errors import StoreError

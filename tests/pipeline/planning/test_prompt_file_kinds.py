@@ -188,7 +188,7 @@ def test_small_chunks_and_pieces_read_the_same(tmp_path, monkeypatch, kind):
     path = put(tmp_path / name, content)
     whole = read([path])
     monkeypatch.setattr(raw_chunks, "CHUNK_ROWS", 1)
-    monkeypatch.setattr(prompt_json, "_BLOCK_CHARS", 3)
+    monkeypatch.setattr(prompt_json, "BLOCK_CHARS", 3)
     assert read([path]) == whole
 
 
@@ -386,7 +386,7 @@ def test_large_json_is_read_in_pieces(tmp_path, monkeypatch):
     """More than a buffer holds, with values of every length across its ends."""
     records = [{"caption": "x" * (i % 97), "id": i, "n": 1, "tail": -i} for i in range(1, 3000)]
     text = json.dumps({"images": [{"id": i} for i in range(500)], "annotations": records})
-    monkeypatch.setattr(prompt_json, "_BLOCK_CHARS", 64)
+    monkeypatch.setattr(prompt_json, "BLOCK_CHARS", 64)
     monkeypatch.setattr(prompt_json, "MAX_VALUE_CHARS", 400)
     rows, bad = read([put(tmp_path / "p.json", text)])
     assert [(r["prompt_id"], r["prompt"]) for r in rows] == [
@@ -397,7 +397,7 @@ def test_large_json_is_read_in_pieces(tmp_path, monkeypatch):
 
 def test_a_value_over_the_limit_is_refused_with_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(prompt_json, "MAX_VALUE_CHARS", 1000)
-    monkeypatch.setattr(prompt_json, "_BLOCK_CHARS", 100)
+    monkeypatch.setattr(prompt_json, "BLOCK_CHARS", 100)
     path = put(tmp_path / "p.json", json.dumps([{"prompt": "a"}, {"prompt": "x" * 3000}]))
     with pytest.raises(
         InputError, match=r"value at character 19 is .* longer than 1,000 characters; .*JSON lines"
@@ -424,7 +424,7 @@ def test_pieces_of_json_are_what_a_parser_of_the_whole_reads(records, before, in
         data = json.dumps(value, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
         expected = json.loads(data.decode("utf-8", "surrogatepass"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prompt_json, "_BLOCK_CHARS", block)
+            patch.setattr(prompt_json, "BLOCK_CHARS", block)
             chunks = list(read_json(TextFile("p.json", io.BytesIO(data), False), KnownNames(), Remarks()))
         assert [r for c in chunks for r in c.records] == (
             expected if type(value) is list else expected["rows"]

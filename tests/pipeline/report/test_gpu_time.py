@@ -16,7 +16,7 @@ from support.report_outputs import GPUS, measured_output, unmeasured_output
 from millijoule.pipeline.closing.finish import finish_job
 from millijoule.pipeline.energy.carbon import Rate, Rates
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.report.data import collect_job, collect_report
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.gpu_time import GpuPrices, measure_gpu_time, parse_gpu_prices

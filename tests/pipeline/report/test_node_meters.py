@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 from support.report_outputs import measured_output
 
+from millijoule.pipeline.closing.finish import load_records
 from millijoule.pipeline.closing.node_import import import_readings, node_times
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.report.data import collect_report
 from millijoule.pipeline.report.energy import Rates
 from millijoule.pipeline.report.page import render_page
@@ -27,7 +28,7 @@ def store(tmp_path_factory):
     made = measured_output(tmp_path_factory.mktemp("job"), [f"prompt {i}" for i in range(40)])
     job = require_job(made)
     shards = load_job_shards(made, job)
-    begin, end = node_times(made, len(shards))["host-b"]
+    begin, end = node_times(load_records(made, len(shards)))["host-b"]
     times = list(range(begin - 9 * STEP_NS, end + 9 * STEP_NS, STEP_NS))
     watts = DEVICES_W + REST_W
     power = NodeSeries("host-b", "pdu-csv-power", "power", times, [watts * 1000] * len(times), 1, 4 * STEP_NS)

@@ -18,6 +18,7 @@ from millijoule.pipeline.energy.tables import write_energy_tables
 from millijoule.pipeline.energy.uncommitted import Uncommitted
 from millijoule.pipeline.sql.query import CLOSURE_QUERIES, named_queries, open_tables, run_query
 from millijoule.workers.errors import InputError
+from millijoule.workers.records import encode
 from millijoule.workers.schemas import WorkerEnvironment
 from millijoule.workers.storage.store import open_store
 
@@ -34,7 +35,7 @@ def finished(folder, *, scale=1, job=JOB):
 def written(folder, reads, *others, job=JOB, estimate=None, environments=None):
     """An output of a worker that loads, makes shard 1, waits and makes shard 3 between `reads`, beside `others`."""
     store = open_store(str(folder))
-    store.put("_job/job.json", job.to_json())
+    store.put("_job/job.json", encode(job, indent=2))
     kinds = ["load", "shard", "idle", "shard"]
     parts = [replace(s, shard_id=n if s.shard_id else None) for n, s in enumerate(chain(reads, kinds))]
     commits = [
@@ -269,7 +270,7 @@ def test_the_same_job_in_two_outputs_is_not_added_up(store, tmp_path):
 def test_a_running_job_beside_a_finished_one(store, tmp_path, caplog):
     running = open_store(str(tmp_path / "running"))
     job = replace(JOB, fingerprint="e" * 64)
-    running.put("_job/job.json", job.to_json())
+    running.put("_job/job.json", encode(job, indent=2))
     live = LiveTables(running, job.fingerprint, 1)
     parts = chain([read(0, 0), read(20, 90), read(40, 200)], ["load", "shard"])
     live.add_commit(commit(1, "a1", 2, parts))
@@ -333,7 +334,7 @@ def test_an_output_without_tables_is_refused(tmp_path):
     store = open_store(str(tmp_path / "out"))
     with pytest.raises(InputError, match="no job here"):
         ask([store], "waste")
-    store.put("_job/job.json", JOB.to_json())
+    store.put("_job/job.json", encode(JOB))
     with pytest.raises(InputError, match="no energy tables yet"):
         ask([store], "waste")
 

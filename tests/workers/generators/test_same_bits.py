@@ -5,7 +5,7 @@ from support.local_job import plan, runner, work
 
 from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import open_epoch
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.generators.registry import load_generator
 

@@ -15,7 +15,7 @@ from support.local_job import plan, runner
 
 from millijoule.pipeline.output.commits import parse_commit, read_commits
 from millijoule.pipeline.output.job import open_epoch
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.errors import StoreError
 from millijoule.workers.meters.meter import open_meter

@@ -20,7 +20,7 @@ from millijoule.pipeline.energy.carbon import Rates
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter, read_uncommitted
 from millijoule.pipeline.output.commits import read_commits
 from millijoule.pipeline.output.job import open_epoch
-from millijoule.pipeline.planning.retry import load_job_shards
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.report.data import collect_report
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.pool import PoolOptions

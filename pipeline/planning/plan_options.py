@@ -1,0 +1,83 @@
+"""What decides a plan: its options, and the fingerprint over them and the input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from millijoule.pipeline.planning.prompt_values import INTEGER_LIMITS
+from millijoule.pipeline.planning.prompts import PromptOptions
+from millijoule.workers.errors import InputError
+from millijoule.workers.schemas import SCHEMA_VERSION
+from millijoule.workers.storage.prompt_file_names import file_format
+from millijoule.workers.storage.store import InputFile, open_input_file
+
+#: Options there once were, which nobody could set: in the fingerprint of every job there is.
+_FORMER_OPTIONS = dict.fromkeys(
+    ("width", "height", "num_inference_steps", "guidance_scale", "negative_prompt")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(PromptOptions):
+    """How prompts become rows and shards. Every field is part of the fingerprint.
+
+    `images_per_prompt` serves rows that do not say their own. `shard_size` is in images: a shard takes rows until the
+    next would exceed it, and a row alone may. `duplicate_ids` says what happens to a prompt id seen before: refuse the
+    input, drop the later rows into quarantine, or name them "id~2", "id~3" and so on.
+    """
+
+    shard_size: int = 256
+    duplicate_ids: Literal["error", "keep-first", "suffix"] = "error"
+    images_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard_size < 1:
+            raise InputError(f"shard size {self.shard_size}: must be at least 1 image")
+        if self.duplicate_ids not in ("error", "keep-first", "suffix"):
+            raise InputError(f"duplicate ids {self.duplicate_ids!r}: must be error, keep-first or suffix")
+        low, high = INTEGER_LIMITS["num_images"]
+        if not low <= self.images_per_prompt <= high:
+            raise InputError(f"num_images {self.images_per_prompt}: must be from {low} to {high}")
+
+
+def compute_fingerprint(
+    files: Sequence[InputFile], options: PlanOptions, fingerprint_extra: Mapping[str, Any]
+) -> str:
+    """SHA-256 in hex over everything that decides the rows and the images.
+
+    That is the content of each file in order (on S3 its size and ETag), its format, all options,
+    `fingerprint_extra` (JSON values: model hash, job seed, output format ...) and the schema version. Names of files
+    do not count, but for the columns in the names of their folders.
+
+    Raises:
+        StoreError: a file cannot be read.
+    """
+    said = asdict(options) | _FORMER_OPTIONS
+    if options.delimiter is None:
+        del said["delimiter"]  # a job from before there was the option goes on
+    content = {
+        "files": [_file_identity(file) for file in files],
+        "options": said,
+        "extra": dict(fingerprint_extra),
+        "schema_version": SCHEMA_VERSION,
+    }
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_identity(file: InputFile) -> dict[str, Any]:
+    identity: dict[str, Any] = {"format": file_format(file.url)}
+    if file.columns:
+        identity["columns"] = file.columns
+    if file.etag is not None:
+        return identity | {"etag": file.etag, "size_bytes": file.size_bytes}
+    digest = hashlib.sha256()
+    with open_input_file(file.url) as raw:
+        while block := raw.read(2**20):
+            digest.update(block)
+    return identity | {"sha256": digest.hexdigest()}

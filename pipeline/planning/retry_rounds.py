@@ -1,0 +1,166 @@
+"""Retry rounds: extra shards for images that ended quarantined.
+
+A commit is final, so a round never touches the shard that failed: it appends shards, numbered after the plan's, that
+hold one row per quarantined image. In the manifest an image's last round counts; `check` and resume see rounds as part
+of the plan. Round `r` lies in `_job/retry-RRRR/`, its index is created exclusively and is what makes it exist.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from millijoule.pipeline.output.commits import list_committed, read_commits
+from millijoule.pipeline.output.image_rows import read_row_table, rows_table
+from millijoule.pipeline.output.job import JobSpec
+from millijoule.pipeline.planning.plan import load_plan, part_key, read_index, shard_at
+from millijoule.pipeline.planning.shard_cutter import ShardCutter, ShardWriter
+from millijoule.workers.errors import AlreadyExistsError, InputError
+from millijoule.workers.records import encode
+from millijoule.workers.schemas import PLAN_ROW_SCHEMA
+from millijoule.workers.shard_rows import Shard, read_shard_rows
+from millijoule.workers.storage.store import Store
+
+_ROUND = re.compile(r"_job/retry-(\d{4})/shards\.parquet")
+
+#: Where the index of a round keeps its images.
+_IMAGES_METADATA = "millijoule.images"
+
+#: A plan row that stands for one image of its prompt.
+RETRY_ROW_SCHEMA = PLAN_ROW_SCHEMA.append(pa.field("first_image_index", pa.int32(), nullable=False))
+
+ImageKey = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class RetryRound:
+    """One round: its shards, and the (prompt id, image index) pairs it makes anew."""
+
+    number: int
+    table: pa.RecordBatch = field(repr=False)  # SHARD_INDEX_SCHEMA
+    images: frozenset[ImageKey] = field(repr=False)
+
+
+class JobShards:
+    """Every shard of a job in order: the plan's (`table`), then each retry round's. Indexed by shard id."""
+
+    def __init__(self, fingerprint: str, table: pa.RecordBatch, rounds: tuple[RetryRound, ...] = ()) -> None:
+        self.rounds = rounds
+        self._table = table
+        self._key_of = partial(part_key, fingerprint)
+        self._starts = [table.num_rows]  # first shard id of each round, and the end
+        for r in rounds:
+            self._starts.append(self._starts[-1] + r.table.num_rows)
+        self._last_round = {image: i for i, r in enumerate(rounds, 1) for image in r.images}
+        tables = [table, *(r.table for r in rounds)]
+        self._n_images = np.concatenate([table["n_images"].to_numpy() for table in tables])
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, shard_id: int) -> Shard:
+        if shard_id < self._starts[0]:
+            return shard_at(self._table, shard_id, self._key_of)
+        i = bisect_right(self._starts, shard_id) - 1
+        found = self.rounds[i]
+        shard = shard_at(found.table, shard_id - self._starts[i], partial(_part_key, found.number))
+        return replace(shard, shard_id=shard_id)
+
+    def __iter__(self) -> Iterator[Shard]:
+        return (self[i] for i in range(len(self)))
+
+    def images_of(self, shards: np.ndarray) -> int:
+        """Planned images in the shards a bool mask `[n_shards]` selects."""
+        return int(self._n_images[shards].sum())
+
+    def is_last_round(self, shard_ids: np.ndarray, rows: pa.Table) -> np.ndarray:
+        """Which of `rows` (IMAGE_ROW_SCHEMA) of shards `shard_ids` no later round makes anew: bool `[n]`."""
+        if not self._last_round:
+            return np.ones(rows.num_rows, bool)
+        keys = zip(rows["prompt_id"].to_pylist(), rows["image_index"].to_pylist(), strict=True)
+        last = np.fromiter((self._last_round.get(key, 0) for key in keys), np.int64, rows.num_rows)
+        return last <= np.searchsorted(self._starts, shard_ids, "right")
+
+
+def load_job_shards(store: Store, job: JobSpec) -> JobShards:
+    """All shards of the job in `store`, retry rounds included.
+
+    Raises:
+        StoreError: plan or rounds are missing or damaged.
+    """
+    numbers = sorted(int(m[1]) for i in store.list("_job/retry-") if (m := _ROUND.fullmatch(i.key)))
+    _, table = load_plan(store, job.fingerprint)
+    return JobShards(job.fingerprint, table, tuple(_load_round(store, n) for n in numbers))
+
+
+def plan_retry_round(store: Store, job: JobSpec) -> int:
+    """Add a round for every image that stands quarantined; the number of images in it, 0 when there is none.
+
+    Raises:
+        InputError: the job is not finished, or another driver started a round at this moment.
+    """
+    shards = load_job_shards(store, job)
+    if not list_committed(store, len(shards)).all():
+        return 0  # a round (or the job itself) is still to be done: go on with that
+    rows = _quarantined(store, shards)
+    if not rows.num_rows:
+        return 0
+    number = max((r.number for r in shards.rounds), default=0) + 1
+    with tempfile.TemporaryDirectory(prefix="millijoule-retry-") as scratch:
+        with ShardWriter(Path(scratch), RETRY_ROW_SCHEMA, job.shard_size) as writer:
+            cutter = ShardCutter(job.shard_size, writer.write)
+            cutter.add(rows)
+            cutter.finish()
+        for part, path in enumerate(writer.parts):
+            store.put_file(_part_key(number, part), path)
+        images = zip(rows["prompt_id"].to_pylist(), rows["first_image_index"].to_pylist(), strict=True)
+        index = writer.write_index(_IMAGES_METADATA, encode(list(images))).read_bytes()
+    try:
+        store.put_exclusive(_index_key(number), index)
+    except AlreadyExistsError as error:
+        raise InputError(
+            f"{store.url}: another driver just started a retry round; run the command again"
+        ) from error
+    return rows.num_rows
+
+
+def _quarantined(store: Store, shards: JobShards) -> pa.RecordBatch:
+    """Plan rows, one image each, for the images whose last outcome is quarantined."""
+    found: list[dict[str, Any]] = []
+    for commit in read_commits(store, len(shards)):
+        if not commit.images_quarantined:
+            continue
+        rows = read_row_table(store, commit) if commit.rows is None else rows_table(commit.rows)
+        last = shards.is_last_round(np.full(rows.num_rows, commit.shard_id), rows)
+        rows = rows.filter(pc.and_(pc.equal(rows["status"], "quarantined"), pa.array(last)))
+        planned = {row.prompt_id: row for row in read_shard_rows(store, shards[commit.shard_id])}
+        for prompt_id, k in zip(rows["prompt_id"].to_pylist(), rows["image_index"].to_pylist(), strict=True):
+            row = planned[prompt_id]
+            found.append(
+                {name: getattr(row, name) for name in PLAN_ROW_SCHEMA.names}
+                | {"first_image_index": k, "num_images": 1}
+            )
+    return pa.RecordBatch.from_pylist(found, RETRY_ROW_SCHEMA)
+
+
+def _load_round(store: Store, number: int) -> RetryRound:
+    table, images = read_index(store, _index_key(number), _IMAGES_METADATA, list[ImageKey])
+    return RetryRound(number, table, frozenset(images))
+
+
+def _index_key(number: int) -> str:
+    return f"_job/retry-{number:04d}/shards.parquet"
+
+
+def _part_key(number: int, part: int) -> str:
+    return f"_job/retry-{number:04d}/part-{part:05d}.parquet"

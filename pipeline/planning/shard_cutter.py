@@ -1,0 +1,184 @@
+"""Rows become shards: alike in size and steps, cut when they have enough images, written as Parquet row groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from millijoule.pipeline.planning.plan import SHARD_INDEX_SCHEMA
+from millijoule.workers.shard_rows import digest_inputs
+
+#: Row groups of a part: enough to keep objects few, few enough for a quick footer.
+SHARDS_PER_PART = 256
+
+#: Shards of fewer images are not compressed: their columns are so short that it makes them longer, and a compressor is set
+#: up for each of them, which took two thirds of the time that a plan of one-row shards takes.
+_MIN_COMPRESSED_IMAGES = 16
+
+#: Rows that wait for their shard to fill; above either limit the fullest bucket's shard is cut early.
+MAX_WAITING_ROWS = 200_000
+MAX_WAITING_BYTES = 128 * 2**20
+
+#: Rows of one shard are equal in these.
+_ALIKE = ("width", "height", "num_inference_steps")
+
+#: Start and end of a shard, or of what waits to become one, among rows.
+Range = tuple[int, int]
+
+
+class ShardCutter:
+    """Sorts rows into buckets of one size and step count, and cuts a shard whenever a bucket has enough images.
+
+    Shards come in the order in which they become full. Rows keep their order within a bucket.
+
+    Args:
+        shard_size: images per shard at most, unless a single row has more.
+        emit: takes rows and the ends of the shards among them.
+    """
+
+    def __init__(self, shard_size: int, emit: Callable[[pa.RecordBatch, list[Range]], None]) -> None:
+        self._shard_size = shard_size
+        self._emit = emit
+        self._rows: pa.RecordBatch | None = None  # those that wait, in input order
+        self._buckets: dict[int, list[int]] = {}  # their positions
+        self._images: dict[int, int] = {}  # in each bucket
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        """Take rows in input order; emits the shards they complete."""
+        first = self._rows.num_rows if self._rows is not None else 0
+        held = rows if self._rows is None else pa.concat_batches([self._rows, rows])
+        shards: list[list[int]] = []
+        buckets, images, size = self._buckets, self._images, self._shard_size
+
+        def complete(key: int) -> None:
+            shards.append(buckets.pop(key))
+            del images[key]
+
+        row_keys, row_images = _bucket_keys(rows).tolist(), rows["num_images"].to_pylist()
+        for position, (key, n) in enumerate(zip(row_keys, row_images, strict=True), first):
+            if key in buckets and images[key] + n > size:
+                complete(key)
+            if key in buckets:
+                buckets[key].append(position)
+                images[key] += n
+            else:
+                buckets[key], images[key] = [position], n
+            if images[key] >= size:
+                complete(key)
+        waiting = sum(map(len, buckets.values()))
+        allowed = min(MAX_WAITING_ROWS, int(MAX_WAITING_BYTES * held.num_rows / max(held.nbytes, 1)))
+        for key in sorted(buckets, key=lambda key: -len(buckets[key])):
+            if waiting <= allowed:
+                break
+            waiting -= len(buckets[key])
+            complete(key)
+        self._emit_shards(held, shards)
+
+    def finish(self) -> None:
+        """Emit what is left, each bucket as a shard, in the order of their first rows."""
+        if self._rows is not None:
+            shards = sorted(self._buckets.values())
+            self._buckets, self._images = {}, {}
+            self._emit_shards(self._rows, shards)
+
+    def _emit_shards(self, held: pa.RecordBatch, shards: list[list[int]]) -> None:
+        """Emit the rows of `held` at these positions; the others wait on."""
+        if shards:
+            ends = np.cumsum([len(shard) for shard in shards]).tolist()
+            self._emit(held.take(pa.array(np.concatenate(shards))), list(zip([0, *ends], ends, strict=False)))
+        kept = np.sort(np.concatenate([[], *self._buckets.values()]).astype(np.int64))
+        self._rows = held.take(pa.array(kept))  # a copy, so that `held` can go
+        self._buckets = {k: np.searchsorted(kept, b).tolist() for k, b in self._buckets.items()}
+
+
+def _bucket_keys(rows: pa.RecordBatch) -> np.ndarray:
+    """int64 `[n]`: equal where size and steps are equal; null counts as 0, which no row may have."""
+    width, height, steps = (
+        pc.fill_null(rows[name], 0).to_numpy(zero_copy_only=False).astype(np.int64) for name in _ALIKE
+    )
+    return ((width << 14) | height) << 10 | steps
+
+
+class ShardWriter:
+    """Writes shards as row groups of part files in a local folder, and keeps their index.
+
+    Args:
+        schema: of the rows, `PLAN_ROW_SCHEMA` or more.
+        shard_size: images per shard, about.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema, shard_size: int) -> None:
+        self.n_rows = 0
+        self.n_images = 0
+        self.n_shards = 0
+        self.parts: list[Path] = []
+        self._folder = folder
+        self._schema = schema
+        self._compression = "zstd" if shard_size >= _MIN_COMPRESSED_IMAGES else "none"
+        self._open = ExitStack()
+        self._part: pq.ParquetWriter
+        self._index: list[pa.RecordBatch] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def write(self, rows: pa.RecordBatch, ranges: list[Range]) -> None:
+        """Append the shards `rows[start:end]` for each of `ranges`, which follow one another."""
+        starts = pa.array([start for start, _ in ranges])
+        n_images = np.add.reduceat(rows["num_images"].to_numpy(), starts.to_numpy())
+        shard_ids = np.arange(self.n_shards, self.n_shards + len(ranges))
+        for shard_id, (start, end) in zip(shard_ids.tolist(), ranges, strict=True):
+            if shard_id % SHARDS_PER_PART == 0:
+                self._next_part()
+            self._part.write_batch(rows.slice(start, end - start), row_group_size=end - start)
+        columns = [
+            pa.array(shard_ids),
+            pa.array(shard_ids // SHARDS_PER_PART, pa.int32()),
+            pa.array(shard_ids % SHARDS_PER_PART, pa.int32()),
+            pa.array([end - start for start, end in ranges], pa.int32()),
+            pa.array(n_images),
+            *(rows[name].take(starts) for name in (*_ALIKE, "prompt_id")),
+            pa.array(_rows_digests(rows, ranges)),
+        ]
+        self._index.append(pa.RecordBatch.from_arrays(columns, schema=SHARD_INDEX_SCHEMA))
+        self.n_shards += len(ranges)
+        self.n_rows += rows.num_rows
+        self.n_images += int(n_images.sum())
+
+    def write_index(self, name: str, record: bytes) -> Path:
+        """Write the index, with `record` (JSON) in its metadata under `name`."""
+        path = self._folder / "shards.parquet"
+        table = pa.Table.from_batches(self._index, SHARD_INDEX_SCHEMA).replace_schema_metadata({name: record})
+        pq.write_table(table, path, compression="zstd")
+        return path
+
+    def _next_part(self) -> None:
+        self._open.close()
+        self.parts.append(self._folder / f"part-{len(self.parts):05d}.parquet")
+        writer = pq.ParquetWriter(
+            self.parts[-1],
+            self._schema,
+            compression=self._compression,
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        self._part = self._open.enter_context(writer)
+
+
+def _rows_digests(rows: pa.RecordBatch, ranges: list[Range]) -> list[str]:
+    """`rows_digest` of each range, hashed straight from the Arrow buffer."""
+    texts = digest_inputs(rows["prompt_id"], rows["num_images"])
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    view = memoryview(data)
+    return [hashlib.sha256(view[ends[start] : ends[end]]).hexdigest() for start, end in ranges]

@@ -1,0 +1,61 @@
+"""`job.json`: read whatever version wrote it, and refused where it is none or of another job."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from support.ledgers import JOB
+
+from millijoule.pipeline.output.job import check_same_job, open_epoch, publish_job, read_job, require_job
+from millijoule.workers.errors import InputError
+from millijoule.workers.storage.store import open_store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(str(tmp_path))
+
+
+def test_a_job_comes_back_as_it_was_published(store):
+    assert read_job(store) is None
+    assert publish_job(store, JOB) == JOB
+    assert read_job(store) == require_job(store) == JOB
+    assert json.loads(store.get("_job/job.json")) == json.loads(json.dumps(asdict(JOB)))
+
+
+def test_a_job_of_an_earlier_or_later_version_is_read(store):
+    old = json.dumps({**asdict(JOB), "created_unix": 7, "of a later version": [1]}, indent=2, sort_keys=True)
+    store.put("_job/job.json", old.encode() + b"\n")
+    assert require_job(store) == replace(JOB, created_unix=7.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rows": "many"}, r"\$\.rows"),
+        ({"prompts": "p.csv"}, r"\$\.prompts"),
+        ({"model": None}, r"\$\.model"),
+    ],
+)
+def test_what_is_no_job_is_refused_by_the_name_of_the_field(store, change, words):
+    store.put("_job/job.json", json.dumps({**asdict(JOB), **change}).encode())
+    with pytest.raises(InputError, match=rf"_job/job\.json: not a job description: .*{words}"):
+        require_job(store)
+
+
+def test_another_job_is_refused_with_what_changed(store):
+    asked = {**asdict(JOB), "job_seed": JOB.job_seed + 1}
+    check_same_job(JOB, JOB.fingerprint, asked, store.url)
+    with pytest.raises(InputError, match=rf"--seed was {JOB.job_seed}, now {JOB.job_seed + 1}\)"):
+        check_same_job(JOB, "0" * 64, asked, store.url)
+    with pytest.raises(InputError, match=r"another job \(--model was .*, now other\)"):
+        check_same_job(JOB, "0" * 64, {**asdict(JOB), "model": "other", "model_sha256": "1" * 64}, store.url)
+    with pytest.raises(InputError, match="the prompt files' content or column options changed"):
+        check_same_job(JOB, "0" * 64, asdict(JOB), store.url)
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_each_driver_takes_the_next_epoch(store, exclusive):
+    store.put("_job/epochs/note.txt", b"of a person")
+    assert [open_epoch(store, exclusive=exclusive) for _ in range(3)] == [1, 2, 3]
+    assert json.loads(store.get("_job/epochs/000002.json"))["pid"] > 0
