@@ -171,7 +171,7 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     from millijoule.workers.judging.comparison_blocks import open_sampler
     from millijoule.workers.meters.meter import open_meter
 
-    key = load_private_key(_read(options.key), place=options.key) if options.key else None
+    key = load_private_key(_read(options.key), where=options.key) if options.key else None
     bundle = output / "bundle"
     if bundle.exists():
         raise InputError(
@@ -238,7 +238,7 @@ def register(
         raise InputError(f"--blocks {options.blocks}: must be a multiple of 4 (ABBA, BAAB)")
     rest = (None, None) if options.rest is None else parse_rest(options.rest, "--rest")
     path = output / "registration.json"
-    there = r.Registration.from_json(path.read_bytes(), place=str(path)) if path.exists() else None
+    there = r.Registration.from_json(path.read_bytes(), where=str(path)) if path.exists() else None
     planned = r.Registration(
         factor=options.factor,
         registered_wall_ns=there.registered_wall_ns if there else time.time_ns(),
@@ -322,7 +322,7 @@ def check(options: VerifyOptions) -> int:
     from millijoule.pipeline.comparison.bundle_check import check_bundle
 
     folder = Path(str(options.check))
-    key = load_public_key(_read(options.public_key), place=options.public_key) if options.public_key else None
+    key = load_public_key(_read(options.public_key), where=options.public_key) if options.public_key else None
     report = check_bundle(folder, key, rejudge=reread_images if options.rejudge else None)
     for mismatch in report.mismatches[:MAX_PRINTED]:
         print(visible(mismatch))

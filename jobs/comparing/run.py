@@ -49,12 +49,12 @@ class ComparisonRun:
     open_sampler: Callable[[], PowerSampler | None] = lambda: None
 
     def __post_init__(self) -> None:
-        progress = self.parts.progress()
-        self._session = progress.next_session
-        self._ordinal = len(progress.blocks)
-        self._done = progress.done
-        self._drawn = dict(progress.drawn)
-        self._known = set(progress.known)
+        state = self.parts.state()
+        self._session = state.next_session
+        self._ordinal = len(state.blocks)
+        self._done = state.done
+        self._drawn = dict(state.drawn)
+        self._known = set(state.known)
         self._warm = False
 
     def run(self) -> None:

@@ -40,7 +40,7 @@ _TABLES = {
 
 
 @dataclass(frozen=True)
-class Progress:
+class ComparisonState:
     """Where a comparison stands: what the next session must know."""
 
     blocks: tuple[dict[str, Any], ...]  # in order of execution
@@ -122,12 +122,12 @@ class PartStore:
             pq.write_table(table, unfinished / f"{name}.parquet", compression="zstd")
         os.rename(unfinished, part)
 
-    def progress(self) -> Progress:
+    def state(self) -> ComparisonState:
         """What is done so far."""
         blocks = sorted(self.read("blocks").to_pylist(), key=lambda b: b["ordinal"])
         drawn = {arm: sum(b["images"] for b in blocks if b["arm"] == arm) for arm in ARMS}
         known = {digest for part in self._parts() for digest in _column(part / "pixels.parquet", "sha256")}
-        return Progress(tuple(blocks), drawn, frozenset(known))
+        return ComparisonState(tuple(blocks), drawn, frozenset(known))
 
     def read(self, name: str) -> pa.Table:
         """One table over all parts, in order of execution."""

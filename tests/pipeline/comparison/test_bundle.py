@@ -560,7 +560,7 @@ def test_a_sound_bundle_is_found_sound(original):
     report = check_bundle(original, KEY.public_key())
     assert report.mismatches == ()
     assert report.notes == ()
-    assert report.verdict == result_of(original)["verdict"]
+    assert report.result["verdict"] == result_of(original)["verdict"]
 
 
 def test_the_result_is_what_the_world_was_made_for(original):
@@ -743,7 +743,7 @@ def test_the_root_depends_on_every_name_and_hash():
 def test_the_envelope_is_dsse():
     """The pre-authentication encoding as the specification writes it, checked with the bare key."""
     envelope = sign(b"{}", KEY)
-    KEY.public_key().verify(envelope.signatures[0].bytes, b"DSSEv1 28 application/vnd.in-toto+json 2 {}")
+    KEY.public_key().verify(envelope.signatures[0].sig, b"DSSEv1 28 application/vnd.in-toto+json 2 {}")
     assert Envelope.from_json(envelope.to_json()) == envelope
 
 
@@ -766,8 +766,8 @@ def test_keys_are_read_from_pem():
     public = KEY.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
-    assert load_private_key(private, place="k").sign(b"x") == KEY.sign(b"x")
-    load_public_key(public, place="k").verify(KEY.sign(b"x"), b"x")
+    assert load_private_key(private, where="k").sign(b"x") == KEY.sign(b"x")
+    load_public_key(public, where="k").verify(KEY.sign(b"x"), b"x")
     for load, wrong in ((load_private_key, public), (load_public_key, private), (load_public_key, b"")):
         with pytest.raises(InputError, match=r"key\.pem"):
-            load(wrong, place="key.pem")
+            load(wrong, where="key.pem")
