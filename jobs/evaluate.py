@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from millijoule.jobs.entry import COMPLETE, run_command
-from millijoule.jobs.environment import environment
+from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, complete, sample_scene
@@ -117,7 +117,7 @@ def run(options: EvaluateOptions) -> int:
         "model": about,
         "options": {k: v for k, v in asdict(options).items() if k not in ("model", "output")},
         "device": _device_name(device),
-        "environment": environment(),
+        "environment": describe_machine(),
         "seconds": round(time.monotonic() - began, 1),
         **measure(items, images, true, Verifier.load()),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,41 +53,25 @@ class CudaBoard:
         """Sleep to `t_ns`; a time in the past is now."""
         time.sleep(max(0, t_ns - self.now_ns()) / 1e9)
 
-    def stages(self) -> Sequence[tuple[str, Callable[[], None]]]:
-        """What a worker does before its first image, to be run in order, once."""
-        held: dict[str, Any] = {}
+    def start(self) -> Iterator[str]:
+        """Do what a worker does before its first image; the name of each stage when it is done."""
+        import torch
 
-        def import_torch() -> None:
-            import torch
+        yield "import torch"
+        self._check_first_device()
+        torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+        yield "CUDA context"
+        from millijoule.workers.generators.protocol import load_generator
+        from millijoule.workers.schemas import ImageRequest
 
-            held["torch"] = torch
-
-        def make_context() -> None:
-            self._check_first_device()
-            held["torch"].zeros(1, device="cuda")
-            held["torch"].cuda.synchronize()
-
-        def load_model() -> None:
-            from millijoule.workers.generators.protocol import load_generator
-
-            held["model"] = load_generator("default", device="cuda")
-            held["torch"].cuda.synchronize()
-
-        def draw_first_batch() -> None:
-            from millijoule.workers.schemas import ImageRequest
-
-            model = held["model"]
-            model.generate(
-                [ImageRequest(str(i), 0, "a red cat", seed=i) for i in range(model.info.batch_size)]
-            )
-            held["torch"].cuda.synchronize()
-
-        return (
-            ("import torch", import_torch),
-            ("CUDA context", make_context),
-            ("load default model", load_model),
-            ("first batch", draw_first_batch),
-        )
+        model = load_generator("default", device="cuda")
+        torch.cuda.synchronize()
+        yield "load default model"
+        requests = [ImageRequest(str(i), 0, "a red cat", seed=i) for i in range(model.info.batch_size)]
+        model.generate(requests)
+        torch.cuda.synchronize()
+        yield "first batch"
 
     def _check_first_device(self) -> None:
         """Work must go to the board that is read."""
@@ -208,19 +192,13 @@ class StandInBoard:
         )
         return tuple(round(mj_per_ns * 1e9) for mj_per_ns in averages)  # type: ignore[return-value]
 
-    def stages(self) -> Sequence[tuple[str, Callable[[], None]]]:
-        """A second each; the second one makes the context."""
-
-        def stage(watts: float) -> Callable[[], None]:
-            def run() -> None:
-                self.draw(watts)
-                self.wait_until(self._now_ns + 1_000_000_000)
-
-            return run
-
-        names = ("import torch", "CUDA context", "load default model", "first batch")
-        watts = (self._course[0][1], *[self.context_watts] * 3)
-        return tuple((name, stage(w)) for name, w in zip(names, watts, strict=True))
+    def start(self) -> Iterator[str]:
+        """See `CudaBoard.start`. A second each; the second one makes the context."""
+        for name in ("import torch", "CUDA context", "load default model", "first batch"):
+            if name != "import torch":
+                self.draw(self.context_watts)
+            self.wait_until(self._now_ns + 1_000_000_000)
+            yield name
 
     @contextmanager
     def load(self, period_s: float | None) -> Iterator[None]:
@@ -229,10 +207,8 @@ class StandInBoard:
             self.draw(self.loaded_watts)
         else:
             self.draw(self.context_watts, self.loaded_watts, period_s)
-        try:
-            yield
-        finally:
-            self.draw(self.context_watts)
+        yield
+        self.draw(self.context_watts)
 
 
 class _BoardNvml(StandInNvml):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from millijoule.jobs.machine import describe_gpu, describe_machine, hash_packages
 from millijoule.pipeline.comparison.acceptance import is_blank
 from millijoule.pipeline.comparison.parts import PartStore
 from millijoule.pipeline.comparison.registration import ARMS, Registration, ScheduledBlock, schedule
@@ -20,13 +23,15 @@ from millijoule.pipeline.comparison.sampled_power import add_sampled_power
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.judging.comparison_blocks import DrawnBlock, draw_block, rest_block
 from millijoule.workers.judging.image_judge import ImageJudge, ImageMetric
-from millijoule.workers.meters.meter import EnergyMeter
+from millijoule.workers.meters.meter import ESTIMATE_METHOD, EnergyMeter
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.schemas import ImageRequest
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 #: Images judged at once.
 JUDGE_BATCH = 256
@@ -155,6 +160,36 @@ def list_requests(registration: Registration, arm: str, generator: Generator) ->
         )
         for i, request in enumerate(r.requests)
     ]
+
+
+def describe_environment(
+    registration: Registration, generators: Mapping[str, Generator], meter: EnergyMeter, judge_sha256: str
+) -> dict[str, Any]:
+    """`environment.json`: everything an auditor asks for that this machine tells; what it does not tell is null."""
+    gpus = [d.removeprefix("gpu:") for d in meter.domains if d.startswith("gpu:")]
+    models = {}
+    for name, generator in generators.items():
+        arm, info = registration.arm(name), generator.info
+        models[name] = {
+            "model": arm.model,
+            "sha256": arm.sha256,
+            "loaded_name": info.name,
+            "loaded_sha256": info.sha256,
+            "num_inference_steps": arm.num_inference_steps or info.num_inference_steps,
+        }
+    return {
+        **describe_machine(),
+        "device": registration.device,
+        "judge_sha256": judge_sha256,
+        "meter": meter.method,
+        "domains": list(meter.domains),
+        "estimate": ESTIMATE_METHOD,
+        "models": models,
+        "gpus": {uuid: describe_gpu(uuid) for uuid in gpus},
+        "kernel": platform.release(),
+        "cpu_governor": GOVERNOR.read_text().strip() if GOVERNOR.exists() else None,
+        "packages_sha256": hash_packages(),
+    }
 
 
 def judge_images(

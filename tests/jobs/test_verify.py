@@ -13,7 +13,7 @@ from support.comparisons import REQUESTS
 from support.counters import GPU0, FakeNvml
 
 from millijoule.jobs import verify
-from millijoule.jobs.comparing.environment import describe_gpu
+from millijoule.jobs.machine import describe_gpu
 from millijoule.jobs.verify import NOT_SHOWN, VerifyOptions, list_requests
 from millijoule.workers.meters import meter
 
@@ -147,7 +147,7 @@ def board(world, monkeypatch):
 
     monkeypatch.setattr(meter, "open_meter", open_board)
     monkeypatch.setattr(verify, "_find_device", lambda options: ("cpu", ["0"]))
-    monkeypatch.setattr("millijoule.jobs.comparing.environment.describe_gpu", lambda uuid, nvml: {})
+    monkeypatch.setattr("millijoule.jobs.comparing.run.describe_gpu", lambda uuid: {})
     return world
 
 

@@ -34,8 +34,8 @@ from support.fault_plans import KNOWN, DriverPlan, Plan, make_plan
 from support.forked_cluster import ActorContext, Cluster, Driver, ForkedRay, Node
 
 from millijoule.jobs import generate
-from millijoule.jobs.bench.result import write_result
-from millijoule.jobs.environment import environment
+from millijoule.jobs.bench.measurement import write_result
+from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.set_up import job as job_set_up
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job
@@ -419,7 +419,8 @@ def main(names: str, folder: str, at_once: str = "6", record: str | None = None)
         print(json.dumps(result), flush=True)
     if record is not None:
         write_result(
-            {"what": "random runs", "of": names, **summary(results), "environment": environment()}, record
+            {"what": "random runs", "of": names, **summary(results), "environment": describe_machine()},
+            record,
         )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from millijoule.jobs.bench import cpu_products as bench
+from millijoule.jobs.bench.scene_requests import scene_requests
 from millijoule.kernels.int8_product import FORMS, Int8Matrix
 from millijoule.workers.errors import MillijouleError
 from millijoule.workers.generators.protocol import load_generator
@@ -24,7 +25,7 @@ def test_each_form_draws_in_every_pair(generator, monkeypatch):
     used = []
     plain = Int8Matrix._float32
     monkeypatch.setattr(Int8Matrix, "_float32", lambda self, left: used.append(1) or plain(self, left))
-    pairs = bench.measure(generator, bench.make_requests(2), 2)
+    pairs = bench.measure(generator, scene_requests(2), 2)
     assert len(pairs) == 2
     assert all(set(times) == set(FORMS) for pair in pairs for times in (pair.cpu, pair.wall))
     assert len(used) == 3 * 3 * generator.config.steps  # three products in a step, in half of the runs
@@ -41,7 +42,7 @@ def test_other_bits_void_the_result(generator, monkeypatch):
 
     monkeypatch.setattr(generator, "generate", drift)
     with pytest.raises(MillijouleError, match="different images"):
-        bench.measure(generator, bench.make_requests(1), 1)
+        bench.measure(generator, scene_requests(1), 1)
 
 
 def test_ratios_are_of_pairs_and_times_of_images():
