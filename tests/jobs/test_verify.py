@@ -13,8 +13,10 @@ from support.comparisons import REQUESTS
 from support.counters import GPU0, FakeNvml
 
 from millijoule.jobs import verify
+from millijoule.jobs.comparing.options import VerifyOptions
+from millijoule.jobs.comparing.register import list_requests
 from millijoule.jobs.machine import describe_gpu
-from millijoule.jobs.verify import NOT_SHOWN, VerifyOptions, list_requests
+from millijoule.jobs.verify import NOT_SHOWN
 from millijoule.workers.meters import meter
 
 SMALL = [
