@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from millijoule.jobs.gpu.set_up import ROOT
-from millijoule.jobs.gpu.steps import Step
+from millijoule.jobs.gpu.steps import Step, end_signal, fill
 
 DONE, FAILED, NO_TIME, UNFINISHED = "done", "failed", "no time left", "unfinished"
 
@@ -34,34 +33,26 @@ def run_step(
     """
     folder = results / step.name
     folder.mkdir(exist_ok=True)
-    lines = step.lines(rehearsal)
+    commands = step.toy if rehearsal else step.commands
     deadline = time.monotonic() + granted_s - step.grace_s
     with (results / f"{step.name}.log").open("ab") as log:
-        for number, (command, words) in enumerate(lines, start=1):
+        for number, words in enumerate(commands, start=1):
             left_s = deadline - time.monotonic()
             code = None
             if left_s > 0:
-                filled = fill(words, folder, results, max(0.0, left_s - step.reserve_s))
+                useful_s = max(0.0, left_s - step.reserve_s)
+                values = {"folder": str(folder), "results": str(results)}
+                values |= {"minutes": f"{useful_s / 60:.2f}", "seconds": f"{useful_s:.0f}"}
+                filled = fill(words, values)
                 log.write(f"$ {' '.join(filled)}\n".encode())
                 log.flush()
-                code = _run(filled, env, log, left_s, step.grace_s, command.end_with)
+                code = _run(filled, env, log, left_s, step.grace_s)
             if code is None or (time.monotonic() > deadline and code != 0):
                 return _out_of_time(step, granted_s)
-            if code not in command.accepted:
+            if code not in step.accepted:
                 name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                return FAILED, f"command {number} of {len(lines)} ended with {name}"
+                return FAILED, f"command {number} of {len(commands)} ended with {name}"
     return DONE, ""
-
-
-def fill(words: tuple[str, ...], folder: Path, results: Path, useful_s: float) -> list[str]:
-    """The words of a command with their braces filled in, without the interpreter."""
-    values = {
-        "folder": str(folder),
-        "results": str(results),
-        "minutes": f"{useful_s / 60:.2f}",
-        "seconds": f"{useful_s:.0f}",
-    }
-    return [re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), word) for word in words]
 
 
 def _out_of_time(step: Step, granted_s: float) -> tuple[str, str]:
@@ -73,12 +64,7 @@ def _out_of_time(step: Step, granted_s: float) -> tuple[str, str]:
 
 
 def _run(
-    words: list[str],
-    env: Mapping[str, str],
-    log: BinaryIO,
-    limit_s: float,
-    grace_s: float,
-    end_with: signal.Signals,
+    words: tuple[str, ...], env: Mapping[str, str], log: BinaryIO, limit_s: float, grace_s: float
 ) -> int | None:
     """The exit code; None where it had to be ended."""
     process = subprocess.Popen(
@@ -94,7 +80,7 @@ def _run(
     try:
         return process.wait(max(0.1, limit_s))
     except subprocess.TimeoutExpired:
-        _signal_group(process.pid, end_with)
+        _signal_group(process.pid, end_signal(words))
         try:
             process.wait(grace_s)
         except subprocess.TimeoutExpired:

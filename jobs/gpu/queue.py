@@ -329,11 +329,11 @@ def _environment(results: Path, rehearsal: bool) -> dict[str, str]:
 
 
 def list_steps(steps: Sequence[Step], state: State | None) -> str:
-    lines = [f"{'step':<29}{'item':>5}{'shortest':>10}{'longest':>9}  what"]
+    lines = [f"{'step':<29}{'shortest':>10}{'longest':>9}  what"]
     for step in steps:
         row = state.steps.get(step.name) if state else None
         lines.append(
-            f"{step.name:<29}{step.item:>5}{step.seconds[0]:>8.0f} s{step.seconds[1]:>7.0f} s  {step.what}"
+            f"{step.name:<29}{step.seconds[0]:>8.0f} s{step.seconds[1]:>7.0f} s  {step.what}"
             + (f" [{row.status}]" if row else "")
         )
     return "\n".join(lines)

@@ -20,10 +20,10 @@ import tyro
 from millijoule.jobs.gpu import queue as gpu_queue
 from millijoule.jobs.gpu import results as gpu_results
 from millijoule.jobs.gpu import set_up as gpu_set_up
-from millijoule.jobs.gpu.one_step import DONE, FAILED, NO_TIME, UNFINISHED, fill
+from millijoule.jobs.gpu.one_step import DONE, FAILED, NO_TIME, UNFINISHED
 from millijoule.jobs.gpu.queue import RUNNING, SKIPPED, Device, take_up
 from millijoule.jobs.gpu.results import WORK, QueueError, load_state, write_archive
-from millijoule.jobs.gpu.steps import STEPS, Command, Step
+from millijoule.jobs.gpu.steps import STEPS, Step, end_signal, fill
 from millijoule.jobs.recipe import load_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -45,8 +45,8 @@ QUICK = tuple(
 
 def step(name, *codes, shortest_s=1.0, longest_s=60.0, grace_s=0.5, **more):
     """A step of Python programs, the same in rehearsal as on a GPU."""
-    commands = tuple(Command(("-c", code)) for code in codes)
-    return Step(name, 1, name, (shortest_s, longest_s), commands, grace_s=grace_s, **more)
+    commands = tuple(("-c", code) for code in codes)
+    return Step(name, name, (shortest_s, longest_s), commands, commands, grace_s=grace_s, **more)
 
 
 @pytest.fixture(autouse=True)
@@ -121,14 +121,14 @@ def test_tests_that_overrun_leave_what_they_found(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import time\n\ndef test_a(): pass\n\ndef test_b():\n    print('begun', flush=True)\n    time.sleep(600)\n"
     )
-    (command,) = next(s for s in STEPS if s.name == "un0-tests").commands
-    words = [w for w in fill(command.words, tmp_path, tmp_path, 0) if not w.startswith("tests/")]
+    (words,) = next(s for s in STEPS if s.name == "un0-tests").commands
+    words = [w for w in fill(words, {"folder": str(tmp_path)}) if not w.startswith("tests/")]
     program = [sys.executable, *words, "-s", str(tmp_path / "test_it.py")]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     log = ""
     while "begun" not in log:
         log += process.stdout.readline()
-    process.send_signal(command.end_with)
+    process.send_signal(end_signal(tuple(words)))
     process.communicate()
     assert "test_a PASSED" in log
     assert 'name="test_a"' in (tmp_path / "junit.xml").read_text()
@@ -220,9 +220,9 @@ import sys
 from millijoule.jobs.gpu import queue as gpu_queue
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 gpu_queue.BASE = ()
-from millijoule.jobs.gpu.steps import Command, Step
+from millijoule.jobs.gpu.steps import Step
 def step(name, code):
-    return Step(name, 1, name, (1.0, 60.0), (Command(('-c', code)),), grace_s=0.5)
+    return Step(name, name, (1.0, 60.0), (), (('-c', code),), grace_s=0.5)
 steps = (step('a', {count(marks)!r}), step('b', {waits!r}), step('c', {looks!r}))
 sys.exit(gpu_queue.main(['--rehearse', '--budget', '100', '--out', {str(out)!r}, *sys.argv[1:]], steps))
 """
@@ -284,8 +284,10 @@ def test_what_is_hashed_is_the_code(tmp_path):
 def test_a_training_that_is_not_at_its_end_is_not_done(tmp_path, no_rehearsal):
     logs = "import sys, json; print(sys.argv); open(sys.argv[1] + '/log.jsonl', 'w').write(json.dumps({'step': 7}) + '\\n')"
     makes = "import os, sys; os.makedirs(sys.argv[1])"
-    commands = tuple(Command(("-c", code, "{folder}/run")) for code in (makes, logs))
-    training = {n: Step(n, 1, n, (1, 60), commands, training_steps=s) for n, s in (("whole", 7), ("part", 8))}
+    commands = tuple(("-c", code, "{folder}/run") for code in (makes, logs))
+    training = {
+        n: Step(n, n, (1, 60), commands, (), training_steps=s) for n, s in (("whole", 7), ("part", 8))
+    }
     _, state = no_rehearsal(tmp_path, tuple(training.values()))
     assert statuses(state) == {"whole": DONE, "part": UNFINISHED}
     assert "7 of 8" in state.steps["part"].reason
@@ -414,18 +416,19 @@ def test_wheels_that_do_not_install_are_reported_not_raised(tmp_path):
 # -- the steps themselves -------------------------------------------------------------------------------------------
 
 
-def lines(rehearsal):
+def lines(kind):
     return [
-        pytest.param(s, words, rehearsal, id=f"{s.name}-{'toy' if rehearsal else 'board'}-{number}")
+        pytest.param(s, words, kind, id=f"{s.name}-{kind}-{number}")
         for s in STEPS
-        for number, (_, words) in enumerate(s.lines(rehearsal))
+        for number, words in enumerate(getattr(s, kind))
     ]
 
 
-@pytest.mark.parametrize(("of", "words", "rehearsal"), lines(False) + lines(True))
-def test_every_command_line_is_one_its_program_takes(tmp_path, of, words, rehearsal):
+@pytest.mark.parametrize(("of", "words", "kind"), lines("commands") + lines("toy"))
+def test_every_command_line_is_one_its_program_takes(tmp_path, of, words, kind):
     """Parsed by the program's own options; recipes, files and tests that are named are there."""
-    words = fill(words, tmp_path, tmp_path, 123.0)
+    values = {"folder": str(tmp_path), "results": str(tmp_path), "minutes": "2.05", "seconds": "123"}
+    words = fill(words, values)
     assert not any("{" in word or "}" in word for word in words)
     assert words[0] == "-m"
     if words[1] == "pytest":
@@ -438,7 +441,7 @@ def test_every_command_line_is_one_its_program_takes(tmp_path, of, words, rehear
     options = tyro.cli(options_class, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     if module.endswith(".train"):
         recipe = load_recipe(options.recipe, {} if options.steps is None else {"steps": options.steps})
-        assert (recipe.training.steps == of.training_steps) is not rehearsal
+        assert (recipe.training.steps == of.training_steps) is (kind == "commands")
     if module.endswith(".generate"):
         assert all((ROOT / p).exists() for p in options.prompts)
 
@@ -447,8 +450,8 @@ def test_every_step_can_be_run_in_its_time():
     assert len({s.name for s in STEPS}) == len(STEPS)
     for s in STEPS:
         assert s.reserve_s + s.grace_s < s.seconds[0] <= s.seconds[1], s.name
-        assert s.lines(rehearsal=False), s.name
-        assert s.lines(rehearsal=True), s.name
+        assert s.commands, s.name
+        assert s.toy, s.name
     left = {f"{s.name}/run/model" for s in STEPS}
     assert {s.after for s in STEPS} <= {"", *left}
 
