@@ -126,17 +126,7 @@ class ComparisonRun:
         return drawn
 
     def _store(self, block: ScheduledBlock, drawn: DrawnBlock) -> None:
-        self.parts.write(
-            self.registration,
-            self._ordinal,
-            self._session,
-            block,
-            drawn.reads,
-            drawn.first_request,
-            drawn.digests,
-            drawn.new_pixels,
-            drawn.power,
-        )
+        self.parts.write(self.registration, self._ordinal, self._session, block, drawn)
         self._ordinal += 1
         self._known |= drawn.new_pixels.keys()
         if block.arm:

@@ -193,15 +193,7 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
     systematic = total(budget)
     stretches = _stretches(rows, domains, [b["block_id"] for b in blocks if b["kind"] == "compare"])
     closures = {
-        source: check_closure(
-            rows.second_meter,
-            source,
-            stretches,
-            limits.closure_tolerance,
-            limits.declared_rest_watts,
-            limits.declared_rest_tolerance_watts,
-        )
-        for source in ("power", "node")
+        source: check_closure(rows.second_meter, source, stretches, limits) for source in ("power", "node")
     }
     agrees = {name: c.closes if c else None for name, c in closures.items()}
     evidence = evidence_class(measured=measured, power_agrees=agrees["power"], node_closes=agrees["node"])

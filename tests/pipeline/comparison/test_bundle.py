@@ -16,7 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from support.comparisons import ENVIRONMENT, REQUESTS, World, registration, run_comparison
+from support.comparisons import (
+    ENVIRONMENT,
+    REQUESTS,
+    World,
+    registration,
+    run_comparison,
+    small_registration,
+)
 
 from millijoule.pipeline.comparison.attestation import (
     Envelope,
@@ -59,9 +66,19 @@ def original(rows, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Of a smaller registration, for what is done a hundred times."""
+    folder, plan = tmp_path_factory.mktemp("small"), small_registration()
+    rows = run_comparison(folder / "parts", plan=plan)
+    write_bundle(folder / "bundle", plan, ENVIRONMENT, rows, KEY)
+    assert check_bundle(folder / "bundle", KEY.public_key()).mismatches == ()
+    return folder / "bundle"
+
+
 @pytest.fixture
-def bundle(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "copy")
+def bundle(small, tmp_path):
+    return shutil.copytree(small, tmp_path / "copy")
 
 
 def result_of(folder):

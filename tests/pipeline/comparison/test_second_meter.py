@@ -34,7 +34,12 @@ def meter(watts, source="power", start=90, end=140, step=1):
 
 
 def closure(table, source="power", stretches=STRETCHES, rest_watts=0.0, rest_tolerance_watts=0.0):
-    return check_closure(table, source, stretches, 0.05, rest_watts, rest_tolerance_watts)
+    limits = Systematics(
+        closure_tolerance=0.05,
+        declared_rest_watts=rest_watts,
+        declared_rest_tolerance_watts=rest_tolerance_watts,
+    )
+    return check_closure(table, source, stretches, limits)
 
 
 def test_agreement_within_the_tolerance_closes():
