@@ -1,4 +1,7 @@
-"""Machine description: what a result file says about where it was measured."""
+"""Machine description: what a result file says about where it was measured.
+
+Imports the standard library only: `make gpu` asks for the commit before anything is installed.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,24 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
-
-from millijoule.workers.environment import cpu_name
 
 COMMIT_VARIABLE = "MILLIJOULE_COMMIT"
 
 
-def describe_machine() -> dict[str, Any]:
-    """Commit, processor and versions.
+def find_commit() -> str:
+    """The tree's commit, or what `MILLIJOULE_COMMIT` says where the tree is a copy without its history."""
+    return os.environ.get(COMMIT_VARIABLE) or _git("rev-parse", "HEAD")
 
-    Where the tree is a copy without its history, `MILLIJOULE_COMMIT` says which commit's; `dirty` is unknown (None) then.
-    """
-    told = os.environ.get(COMMIT_VARIABLE)
+
+def describe_machine() -> dict[str, Any]:
+    """Commit, processor and versions. `dirty` is unknown (None) where the environment says which commit this is."""
+    from millijoule.workers.environment import cpu_name
+
+    told = COMMIT_VARIABLE in os.environ
     return {
-        "commit": told or _git("rev-parse", "HEAD"),
+        "commit": find_commit(),
         "dirty": None if told else bool(_git("status", "--porcelain", "--untracked-files=no")),
         "cpu": cpu_name() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -77,5 +83,9 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from millijoule.jobs.bench import probes
-from millijoule.jobs.bench.measurement import describe, run_alone, run_timed, write_result
+from millijoule.jobs.bench import bare_loop, probes
+from millijoule.jobs.bench.measurement import (
+    answer_of,
+    describe,
+    run_alone,
+    start_alone,
+    timed,
+    write_result,
+)
 from millijoule.jobs.bench.ray_head import RayHead
 from millijoule.jobs.entry import COMPLETE
 
@@ -63,24 +72,28 @@ def run(options: BenchOptions) -> int:
 def throughput(options: BenchOptions) -> dict[str, Any]:
     """Whole-process seconds of job and bare loop for the same prompts, in turn on the same machine."""
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch:
+    n = options.processes
+    with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch, RayHead(n) as address:
         prompts = Path(scratch, "prompts.txt")
         write_prompts(prompts, options.images)
-        with RayHead(options.processes) as address:
-            for pair in range(options.pairs):
-                for side in ("bare", "job") if pair % 2 == 0 else ("job", "bare"):
-                    output = Path(scratch, f"{side}-{pair}")
-                    if side == "bare":
-                        command = ["bench.bare_loop", str(prompts), str(output), str(options.processes)]
-                    else:
-                        command = ["generate", "--quiet", "--ray-address", address, "--prompts", str(prompts)]
-                        command += ["--output", str(output), "--workers", str(options.processes)]
-                    module, *arguments = command
-                    took = run_timed([sys.executable, "-m", f"millijoule.jobs.{module}", *arguments])
-                    rows.append({"side": side, "pair": pair, **took})
-                    if side == "job":
-                        stats = json.loads((output / "stats.json").read_text())
-                        rows[-1]["seconds_first_to_last_commit"] = stats["seconds_first_to_last_commit"]
+
+        def bare(output: Path) -> None:
+            parts = [start_alone(bare_loop.draw_part, i, n, str(prompts), str(output)) for i in range(n)]
+            for part in parts:
+                answer_of(part)
+
+        def job(output: Path) -> None:
+            command = [sys.executable, "-m", "millijoule.jobs.generate", "--quiet", "--ray-address", address]
+            command += ["--prompts", str(prompts), "--output", str(output), "--workers", str(n)]
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+
+        for pair in range(options.pairs):
+            for side in (bare, job) if pair % 2 == 0 else (job, bare):
+                output = Path(scratch, f"{side.__name__}-{pair}")
+                rows.append({"side": side.__name__, "pair": pair, **timed(partial(side, output))})
+                if side is job:
+                    stats = json.loads((output / "stats.json").read_text())
+                    rows[-1]["seconds_first_to_last_commit"] = stats["seconds_first_to_last_commit"]
     seconds = {(row["side"], row["pair"]): row["seconds"] for row in rows}
     ratios = [seconds["bare", pair] / seconds["job", pair] for pair in range(options.pairs)]
     return {

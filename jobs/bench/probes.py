@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import tempfile
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.jobs.bench.finish import plan_one_image_shards, write_commits
+from millijoule.jobs.bench.measurement import run_alone
 from millijoule.jobs.bench.process import peak_mb
 
 
@@ -25,17 +25,15 @@ def plan(n: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "prompts.parquet")
-        # in a process of its own: what writing the input holds is not planning's
-        writer = multiprocessing.get_context("spawn").Process(target=_write_prompts, args=(path, n))
-        writer.start()
-        writer.join()
+        run_alone(write_prompts, str(path), n)  # what writing the input holds is not planning's
         began = time.monotonic()
         result = plan_job(expand_inputs([str(path)]), PlanOptions(), open_store(f"{folder}/out"), {})
         seconds = time.monotonic() - began
     return {"rows": result.n_rows, "seconds": seconds, "peak_rss_mb": peak_mb()}
 
 
-def _write_prompts(path: Path, n: int) -> None:
+def write_prompts(path: str, n: int) -> None:
+    """A Parquet file of `n` prompts."""
     with pq.ParquetWriter(path, pa.schema([("prompt", pa.string())])) as writer:
         for start in range(0, n, 50_000):
             rows = [f"a photo of thing number {i} in the rain" for i in range(start, min(n, start + 50_000))]

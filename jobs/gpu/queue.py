@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +43,7 @@ from millijoule.jobs.gpu.results import (
 )
 from millijoule.jobs.gpu.set_up import ROOT, Lack, how_to_fetch, prepare, python_path
 from millijoule.jobs.gpu.steps import BASE, STEPS, Step
+from millijoule.jobs.machine import find_commit
 from millijoule.workers.meters.nvml_library import NvmlLibrary
 
 SKIPPED, RUNNING = "skipped", "running"
@@ -90,19 +90,6 @@ def find_device() -> Device:
     if not names:
         raise QueueError("NVML shows no board here; --rehearse runs everything at toy size on a CPU")
     return Device(", ".join(names), f"{', '.join(uuids)} (driver {driver})")
-
-
-def find_commit() -> str:
-    """The tree's commit, or what `MILLIJOULE_COMMIT` says where the tree is a copy without its history."""
-    told = os.environ.get("MILLIJOULE_COMMIT")
-    if told:
-        return told
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def hash_code(root: Path = ROOT) -> str:

@@ -15,7 +15,7 @@ from millijoule.pipeline.comparison.registration import (
     Registration,
     schedule,
 )
-from millijoule.pipeline.comparison.rows import Rows, encode_images, reads_by_block
+from millijoule.pipeline.comparison.rows import Rows, encode_images, reads_by_block, split_by_block
 from millijoule.workers.schemas import CounterRead
 
 #: A wall clock may be set while the monotonic one runs on: how far both may differ over a block.
@@ -44,15 +44,17 @@ def check_protocol(registration: Registration, rows: Rows, environment: StatedEn
     yield from _check_schedule(registration, blocks)
     yield from _check_read_indices(rows, {b["block_id"] for b in blocks})
     images = encode_images(rows.images)
-    bounds = np.searchsorted(np.sort(images.block), np.arange(len(images.block_ids) + 1))
-    by_block = images.request[np.argsort(images.block, kind="stable")]
-    drawn = {b: by_block[bounds[i] : bounds[i + 1]] for i, b in enumerate(images.block_ids)}
+    by_block = split_by_block(images.block, images.request, len(images.block_ids))
+    drawn = dict(zip(images.block_ids, by_block, strict=False))
     n = len(registration.requests)
     position = dict.fromkeys(ARMS, 0)
     last: CounterRead | None = None
     for block in blocks:
         name = f"block {block['block_id']}"
-        chain, requests = reads.get(block["block_id"], []), drawn.pop(block["block_id"], by_block[:0])
+        chain, requests = (
+            reads.get(block["block_id"], []),
+            drawn.pop(block["block_id"], np.zeros(0, np.int64)),
+        )
         if block["registration_sha256"] != registration.sha256:
             yield f"{name}: of another registration"
         yield from _check_chain(name, registration, block, chain, last)

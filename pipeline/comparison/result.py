@@ -19,7 +19,7 @@ from millijoule.pipeline.comparison.acceptance import find_repeats
 from millijoule.pipeline.comparison.protocol_floor import state_protocol
 from millijoule.pipeline.comparison.quality_gate import ArmImages, accepted_spread, judge_gate
 from millijoule.pipeline.comparison.registration import ARMS, Design, Registration
-from millijoule.pipeline.comparison.rows import Rows, encode_images, reads_by_block
+from millijoule.pipeline.comparison.rows import Rows, encode_images, reads_by_block, split_by_block
 from millijoule.pipeline.comparison.second_meter import CountedStretch, check_closure
 from millijoule.pipeline.comparison.statistics import (
     MeasuredBlock,
@@ -52,13 +52,12 @@ class BlockNumbers:
 
 @dataclass(frozen=True)
 class DrawnImages:
-    """Every image in the order of drawing: block, request and distinct (request, digest), as numbers.
+    """Every image in the order of drawing: block and distinct (request, digest), as numbers.
 
     `pairs[p]` is the request and digest of distinct pair p; `counted[arm][p]` whether it counts as accepted in that arm.
     """
 
     block: np.ndarray  # [n] row of the block table
-    request: np.ndarray  # [n]
     pair: np.ndarray  # [n]
     pairs: list[tuple[int, str]]
     counted: dict[str, np.ndarray]
@@ -103,7 +102,7 @@ def index_images(registration: Registration, rows: Rows) -> DrawnImages:
         (r["request"], r["sha256"]): r["accepted"] and not r["blank"]
         for r in rows.judgements.select(["request", "sha256", "accepted", "blank"]).to_pylist()
     }
-    accepted = [judged[p] for p in pairs]
+    accepted = np.array([judged[p] for p in pairs], bool)
     arm_of_block = np.array([b["arm"] for b in blocks])
     counted, first = {}, {}
     for arm in ARMS:
@@ -114,24 +113,20 @@ def index_images(registration: Registration, rows: Rows) -> DrawnImages:
             [registration.requests[pairs[p][0]].prompt for p in by_appearance],
             [pairs[p][1] for p in by_appearance],
         )
-        counts = np.zeros(len(pairs), bool)
-        for p, repeated in zip(by_appearance, repeats, strict=True):
-            counts[p] = accepted[p] and not repeated
-        counted[arm] = counts
+        counted[arm] = np.zeros(len(pairs), bool)
+        counted[arm][by_appearance] = accepted[by_appearance] & ~np.array(repeats, bool)
         first[arm] = np.full(n_requests, -1)
         drawn, drawn_at = np.unique(request[mine], return_index=True)
         first[arm][drawn] = pair[mine][drawn_at]
-    return DrawnImages(block, request, pair, pairs, counted, first)
+    return DrawnImages(block, pair, pairs, counted, first)
 
 
 def measure_blocks(rows: Rows, images: DrawnImages) -> list[BlockNumbers]:
     """The derived columns of every block, in the order of the block table."""
     reads, domains = reads_by_block(rows.reads), energy_domains(rows.reads)
     numbers = []
-    bounds = np.searchsorted(np.sort(images.block), np.arange(len(rows.blocks) + 1))
-    by_block = images.pair[np.argsort(images.block, kind="stable")]
-    for i, block in enumerate(rows.blocks.select(["block_id", "arm"]).to_pylist()):
-        drawn = by_block[bounds[i] : bounds[i + 1]]
+    by_block = split_by_block(images.block, images.pair, len(rows.blocks))
+    for drawn, block in zip(by_block, rows.blocks.select(["block_id", "arm"]).to_pylist(), strict=True):
         chain = reads.get(block["block_id"], [])
         numbers.append(
             BlockNumbers(

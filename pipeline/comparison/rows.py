@@ -160,6 +160,12 @@ def encode_images(images: pa.Table) -> EncodedImages:
     return EncodedImages(block_ids, block, request, pairs, pair)
 
 
+def split_by_block(block: np.ndarray, values: np.ndarray, n: int) -> list[np.ndarray]:
+    """`values` of each of blocks 0 to n - 1, in their order; `block` and `values` are `[images]`."""
+    order = np.argsort(block, kind="stable")
+    return np.split(values[order], np.searchsorted(block[order], np.arange(1, n)))[:n]
+
+
 def _encode(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
     if not len(column):
         return [], np.zeros(0, np.int64)

@@ -396,7 +396,7 @@ def test_carried_wheels_are_installed_and_what_is_still_missing_is_named(tmp_pat
 
 
 def test_a_package_that_is_too_old_is_named_with_the_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_set_up, "_minimum_versions", lambda: {"numpy": "999.1"})
+    monkeypatch.setattr(gpu_set_up, "minimum_versions", lambda: {"numpy": "999.1"})
     lacks = gpu_set_up.prepare(tmp_path / "site", None, ["numpy"])
     assert "999.1 or newer" in lacks["numpy"].reason
 
