@@ -29,7 +29,7 @@ def run(options: VerifyOptions) -> int:
 
 def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int:
     """Register, run, judge, write the bundle."""
-    from millijoule.jobs.comparing.register import read_file, register
+    from millijoule.jobs.comparing.register import plan_comparison, read_file, register
     from millijoule.jobs.comparing.run import ComparisonRun, describe_environment, judge_images
     from millijoule.pipeline.comparison.attestation import load_private_key
     from millijoule.pipeline.comparison.bundle import write_bundle
@@ -50,7 +50,8 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     generators = {arm: load_generator(model, device=device) for arm, model in models.items()}
     judge = load_judge(options.judge)
     metrics = _load_metrics(options)
-    registration = register(options, models, generators, judge, metrics, device, output / "registration.json")
+    planned = plan_comparison(options, generators, judge, metrics, device)
+    registration = register(planned, output / "registration.json")
     print(f"registration {registration.sha256}")
     for departure in find_loosened(registration):
         print(f"note: {departure}; nothing can be established with it")

@@ -34,45 +34,40 @@ def read_file(path: str) -> bytes:
         raise InputError(f"{path}: {error.strerror}") from error
 
 
-def register(
-    options: VerifyOptions,
-    models: Mapping[str, str],
-    generators: Mapping[str, Generator],
-    judge: ImageJudge,
-    metrics: Sequence[tuple[ImageMetric, float]],
-    device: str,
-    path: Path,
-) -> Registration:
-    """Write the registration to `path`, or take the one that is there if it says the same.
+def register(planned: Registration, path: Path) -> Registration:
+    """Write `planned` to `path`, or take the registration that is there if it says the same.
 
     Raises:
-        InputError: options make no registration, or another one than lies there.
+        InputError: there is another one, or what is there is none.
     """
-    there = Registration.from_json(path.read_bytes(), where=str(path)) if path.exists() else None
-    registered_wall_ns = there.registered_wall_ns if there else time.time_ns()
-    planned = _plan(options, models, generators, judge, metrics, device, registered_wall_ns)
-    if there is None:
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             file.write(planned.to_json())
-    elif planned != there:
-        names = [f.name for f in dataclasses.fields(planned)]
-        differing = [name for name in names if getattr(planned, name) != getattr(there, name)]
+        return planned
+    there = Registration.from_json(path.read_bytes(), where=str(path))
+    planned = dataclasses.replace(planned, registered_wall_ns=there.registered_wall_ns)
+    names = [f.name for f in dataclasses.fields(there)]
+    differing = [name for name in names if getattr(planned, name) != getattr(there, name)]
+    if differing:
         raise InputError(
             f"{path}: registered with other {', '.join(differing)}; give the same options, or another --output"
         )
-    return planned
+    return there
 
 
-def _plan(
+def plan_comparison(
     options: VerifyOptions,
-    models: Mapping[str, str],
     generators: Mapping[str, Generator],
     judge: ImageJudge,
     metrics: Sequence[tuple[ImageMetric, float]],
     device: str,
-    registered_wall_ns: int,
 ) -> Registration:
+    """The registration that `options` ask for, as of now.
+
+    Raises:
+        InputError: they make none.
+    """
     a, b = (generators[arm].info for arm in "AB")
     if (a.width, a.height) != (b.width, b.height):
         raise InputError(
@@ -83,12 +78,12 @@ def _plan(
     rest = (None, None) if options.rest is None else parse_rest(options.rest, "--rest")
     planned = Registration(
         factor=options.factor,
-        registered_wall_ns=registered_wall_ns,
+        registered_wall_ns=time.time_ns(),
         device=device,
         width=a.width,
         height=a.height,
-        a=_describe_arm(options, "a", models["A"], generators["A"]),
-        b=_describe_arm(options, "b", models["B"], generators["B"]),
+        a=_describe_arm(options, "a", generators["A"]),
+        b=_describe_arm(options, "b", generators["B"]),
         requests=list_requests(options),
         gate=Gate(
             judge.name,
@@ -116,7 +111,8 @@ def _plan(
     return planned
 
 
-def _describe_arm(options: VerifyOptions, arm: str, model: str, generator: Generator) -> Arm:
+def _describe_arm(options: VerifyOptions, arm: str, generator: Generator) -> Arm:
+    model = getattr(options, arm)
     identity = describe_model(model)
     return Arm(
         model=model if model.startswith(FACTORY_PREFIX) else Path(model).name,

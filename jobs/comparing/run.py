@@ -18,7 +18,13 @@ from millijoule.pipeline.comparison.acceptance import is_blank
 from millijoule.pipeline.comparison.parts import PartStore
 from millijoule.pipeline.comparison.registration import ARMS, Registration, ScheduledBlock, schedule
 from millijoule.pipeline.comparison.result import is_stable
-from millijoule.pipeline.comparison.rows import FEATURE_SCHEMA, JUDGEMENT_SCHEMA, Rows, encode_images
+from millijoule.pipeline.comparison.rows import (
+    FEATURE_SCHEMA,
+    JUDGEMENT_SCHEMA,
+    Rows,
+    decode_pixels,
+    encode_images,
+)
 from millijoule.pipeline.comparison.sampled_power import add_sampled_power
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.judging.comparison_blocks import DrawnBlock, draw_block, rest_block
@@ -201,12 +207,8 @@ def judge_images(
     reads, power = parts.read("reads"), parts.read("power")
     second_meter = add_sampled_power(power, reads, second_meter)
     images, blocks, pixel_table = parts.read("images"), parts.read("blocks"), parts.read("pixels")
-    pixels = {
-        row["sha256"]: np.frombuffer(row["pixels"], np.uint8).reshape(row["height"], row["width"], 3)
-        for row in pixel_table.to_pylist()
-    }
-    arm_of = {b["block_id"]: b["arm"] for b in blocks.select(["block_id", "arm"]).to_pylist()}
-    encoded = encode_images(images)
+    pixels, encoded = decode_pixels(pixel_table), encode_images(images)
+    arm_of = dict(zip(blocks["block_id"].to_pylist(), blocks["arm"].to_pylist(), strict=True))
     arms = np.array([arm_of[b] for b in encoded.block_ids])[encoded.block]
     first = {}
     for arm in ARMS:

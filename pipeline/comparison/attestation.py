@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,7 +50,7 @@ class Envelope:
     @staticmethod
     def from_json(data: bytes) -> Envelope:
         """Raises ValueError where `data` is no such envelope, or its base64 is another spelling of the same bytes."""
-        envelope, raw = decode(Envelope, data), json.loads(data)
+        envelope, raw = decode(Envelope, data), decode(dict, data)
         spelt = [raw["payload"], *(s["sig"] for s in raw["signatures"])]
         meant = [envelope.payload, *(s.sig for s in envelope.signatures)]
         if spelt != [base64.b64encode(m).decode() for m in meant]:

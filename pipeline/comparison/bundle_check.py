@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -63,6 +63,7 @@ ABSOLUTE_TOLERANCE = 1e-9
 #: Larger JSON files than this are no part of a bundle.
 MAX_JSON_BYTES = 64 * 2**20
 
+T = TypeVar("T")
 Rejudge = Callable[[Registration, Rows], Iterator[str]]
 
 
@@ -97,8 +98,8 @@ def check_bundle(
     try:
         registration = Registration.from_json(_read(folder / REGISTRATION))
         rows = _read_rows(folder)
-        result = decode(dict, _read(folder / RESULT))
-        environment = decode(StatedEnvironment, _read(folder / ENVIRONMENT))
+        result = _decode(dict, folder / RESULT)
+        environment = _decode(StatedEnvironment, folder / ENVIRONMENT)
     except (InputError, ValueError, OSError, pa.ArrowException) as error:
         return CheckReport((*mismatches, f"cannot be read: {error}"), tuple(notes), None)
     try:
@@ -183,11 +184,10 @@ def _check_signature(folder: Path, public_key: Ed25519PublicKey | None, notes: l
     try:
         envelope = Envelope.from_json(_read(folder / STATEMENT))
         said = decode(dict, envelope.payload)
-        manifest = decode(Manifest, _read(folder / MANIFEST))
-        result = decode(dict, _read(folder / RESULT))
+        manifest, result = _decode(Manifest, folder / MANIFEST), _decode(dict, folder / RESULT)
         expected = statement(manifest.digests, predicate(result, manifest.merkle_root))
     except (ValueError, KeyError, TypeError) as error:
-        yield f"{STATEMENT}: cannot be read: {error!r}"
+        yield f"{STATEMENT}: cannot be read, or made again: {error!r}"
         return
     if envelope.payload != expected:
         yield f"{STATEMENT}: is not, byte for byte, the statement about these files"
@@ -206,6 +206,15 @@ def _read(path: Path) -> bytes:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path.name}: larger than {MAX_JSON_BYTES} bytes")
     return path.read_bytes()
+
+
+def _decode(kind: type[T], path: Path) -> T:
+    """What the JSON file `path` says; raises ValueError, naming it."""
+    data = _read(path)
+    try:
+        return decode(kind, data)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
 
 
 def _read_rows(folder: Path) -> Rows:

@@ -163,7 +163,7 @@ class Registration:
             check_values(registration)
             canonical = registration.to_json()
             if canonical != data:
-                refuse_unknown(Registration, json.loads(data))
+                refuse_unknown(Registration, decode(dict, data))
         except ValueError as error:
             raise InputError(f"{where}: not a registration this version reads: {error}") from error
         if canonical != data:

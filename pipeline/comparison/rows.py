@@ -160,6 +160,14 @@ def encode_images(images: pa.Table) -> EncodedImages:
     return EncodedImages(block_ids, block, request, pairs, pair)
 
 
+def decode_pixels(pixels: pa.Table) -> dict[str, np.ndarray]:
+    """Images of a table of `PIXEL_SCHEMA`, uint8 `[height, width, 3]`, by digest."""
+    return {
+        row["sha256"]: np.frombuffer(row["pixels"], np.uint8).reshape(row["height"], row["width"], 3)
+        for row in pixels.to_pylist()
+    }
+
+
 def split_by_block(block: np.ndarray, values: np.ndarray, n: int) -> list[np.ndarray]:
     """`values` of each of blocks 0 to n - 1, in their order; `block` and `values` are `[images]`."""
     order = np.argsort(block, kind="stable")

@@ -90,10 +90,10 @@ def test_every_entry_of_the_result_is_compared(original):
     assert len(paths) > 100
     for path in paths:
         edited = copy.deepcopy(result)
-        place = edited
+        entry = edited
         for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = altered(place[path[-1]])
+            entry = entry[key]
+        entry[path[-1]] = altered(entry[path[-1]])
         assert list(differences(edited, result)), path
 
 
