@@ -300,7 +300,7 @@ def with_node(folder, plan, watts):
     ],
 )
 def test_a_node_that_closes_with_the_declared_rest_makes_class_e3(systematics, watts, expected, tmp_path):
-    plan = registration(systematics=systematics)
+    plan = small_registration(systematics=systematics)
     rows = with_node(tmp_path / "run", plan, watts)
     result = write_bundle(tmp_path / "bundle", plan, ENVIRONMENT, rows)
     assert result["evidence_class"] == expected
