@@ -38,9 +38,7 @@ OPTIONS = {
     "millijoule.jobs.verify": "VerifyOptions",
 }
 
-QUICK = tuple(
-    s for s in STEPS if s.name in ("joules-per-image", "meter", "counter", "verify", "control-drifting")
-)
+QUICK = tuple(s for s in STEPS if s.name in ("joules-per-image", "meter", "counter", "verify"))
 
 
 def step(name, *codes, shortest_s=1.0, longest_s=60.0, grace_s=0.5, **more):
@@ -484,7 +482,6 @@ def test_quick_steps_are_rehearsed(tmp_path):
     for path in ("joules-per-image/gpu.json", "meter/meter.json", "counter/counter.json"):
         assert json.loads((tmp_path / path).read_text())["stand_in"] is True
     assert (tmp_path / "verify/comparison/bundle").is_dir()
-    assert (tmp_path / "control-drifting/run/float.safetensors").exists()
 
 
 @pytest.mark.slow
