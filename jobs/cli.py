@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
 COMMANDS = {
@@ -21,36 +22,55 @@ COMMANDS = {
     "train": "train the generator, a control, the diffusion baseline or the verifier",
     "evaluate": "score a model's images: what prompts say, Frechet distance, precision and recall",
     "convert": "turn a published Un-0 checkpoint into a file that --model takes",
-    "bench": "measure this program: pipeline, energy tables, cost of telemetry, report",
+    "bench": "measure this program and its boards: pipeline, counters, cost of telemetry",
 }
 
 
-def usage() -> str:
-    lines = ["usage: millijoule COMMAND [options]", "", "commands:"]
-    lines += [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
-    lines += [
-        "",
-        "`millijoule COMMAND --help` explains a command's options.",
-        f"version {version('millijoule')}",
-    ]
-    return "\n".join(lines)
+def dispatch(
+    program: str,
+    commands: Mapping[str, str],
+    run: Callable[[str, list[str]], int],
+    argv: list[str] | None,
+    notes: Sequence[str] = (),
+) -> int:
+    """Give the rest of the line to the command its first word names.
+
+    Args:
+        program: as it is called.
+        commands: what each does, by name.
+        run: takes a name and the arguments after it; returns the exit code.
+        argv: the line, default `sys.argv[1:]`.
+        notes: lines at the end of the usage text.
+
+    Returns:
+        The command's exit code; 0 for `--help`, 2 for an unknown command or none.
+    """
+    args = sys.argv[1:] if argv is None else argv
+    if args and args[0] in commands:
+        return run(args[0], args[1:])
+    lines = [f"usage: {program} COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<12} {text}" for name, text in commands.items()]
+    lines += ["", f"`{program} COMMAND --help` explains a command's options.", *notes]
+    if args and args[0] in ("-h", "--help"):
+        print("\n".join(lines))
+        return 0
+    if args:
+        print(f"{program}: no command named {args[0]!r}\n", file=sys.stderr)
+    print("\n".join(lines), file=sys.stderr)
+    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; the exit code is the subcommand's, 2 for an unknown one."""
     args = sys.argv[1:] if argv is None else argv
-    if args and args[0] in ("-h", "--help"):
-        print(usage())
-        return 0
     if args and args[0] == "--version":
         print(version("millijoule"))
         return 0
-    if not args or args[0] not in COMMANDS:
-        if args:
-            print(f"millijoule: no command named {args[0]!r}\n", file=sys.stderr)
-        print(usage(), file=sys.stderr)
-        return 2
-    return importlib.import_module(f"millijoule.jobs.{args[0].replace('-', '_')}").main(args[1:])
+    return dispatch("millijoule", COMMANDS, _run, args, [f"version {version('millijoule')}"])
+
+
+def _run(name: str, args: list[str]) -> int:
+    return importlib.import_module(f"millijoule.jobs.{name.replace('-', '_')}").main(args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.jobs.entry import COMPLETE, run_command
-from millijoule.jobs.environment import environment
+from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
@@ -119,7 +119,7 @@ def run(options: EvaluateOptions) -> int:
         "model": about,
         "options": {k: v for k, v in asdict(options).items() if k not in ("model", "output")},
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-        "environment": environment(),
+        "environment": describe_machine(),
         "seconds": round(time.monotonic() - began, 1),
         **measure(items, images, true, Verifier.load()),
     }

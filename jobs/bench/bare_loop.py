@@ -1,12 +1,7 @@
-"""The bare loop the pipeline is measured against: generator, encoder and writer, and nothing else.
-
-`python -m millijoule.jobs.bench.bare_loop PROMPTS.txt OUTPUT PROCESSES`
-"""
+"""The bare loop the pipeline is measured against: generator, encoder and writer, and nothing else."""
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 from pathlib import Path
 
 from millijoule.workers.generators.registry import load_generator
@@ -19,11 +14,12 @@ from millijoule.workers.shard_rows import derive_seed
 IMAGES_PER_FILE = 256
 
 
-def work(part: int, prompts: list[str], output: str) -> None:
-    """Draw, encode and write `prompts`, one image each, on one thread."""
+def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
+    """Draw, encode and write every `parts`-th prompt of `prompts_file` from `part` on, one image each, on one thread."""
     import torch
 
     torch.set_num_threads(1)
+    prompts = Path(prompts_file).read_text().splitlines()[part::parts]
     generator = load_generator("default")
     info = generator.info
     for start in range(0, len(prompts), IMAGES_PER_FILE):
@@ -53,19 +49,3 @@ def work(part: int, prompts: list[str], output: str) -> None:
                 )
                 writer.add(row, encoded)
         writer.finish()
-
-
-def main() -> None:
-    prompts, output, processes = Path(sys.argv[1]).read_text().splitlines(), sys.argv[2], int(sys.argv[3])
-    context = multiprocessing.get_context("spawn")
-    parts = [context.Process(target=work, args=(i, prompts[i::processes], output)) for i in range(processes)]
-    for part in parts:
-        part.start()
-    for part in parts:
-        part.join()
-    if any(part.exitcode for part in parts):
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from millijoule.jobs.bench.stand_ins import StandInNvml, board_uuid
@@ -53,41 +54,25 @@ class CudaBoard:
         """Sleep to `t_ns`; a time in the past is now."""
         time.sleep(max(0, t_ns - self.now_ns()) / 1e9)
 
-    def stages(self) -> Sequence[tuple[str, Callable[[], None]]]:
-        """What a worker does before its first image, to be run in order, once."""
-        held: dict[str, Any] = {}
+    def start(self) -> Iterator[str]:
+        """Do what a worker does before its first image; the name of each stage when it is done."""
+        import torch
 
-        def import_torch() -> None:
-            import torch
+        yield "import torch"
+        self._check_first_device()
+        torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+        yield "CUDA context"
+        from millijoule.workers.generators.registry import load_generator
+        from millijoule.workers.schemas import ImageRequest
 
-            held["torch"] = torch
-
-        def make_context() -> None:
-            self._check_first_device()
-            held["torch"].zeros(1, device="cuda")
-            held["torch"].cuda.synchronize()
-
-        def load_model() -> None:
-            from millijoule.workers.generators.registry import load_generator
-
-            held["model"] = load_generator("default", device="cuda")
-            held["torch"].cuda.synchronize()
-
-        def draw_first_batch() -> None:
-            from millijoule.workers.schemas import ImageRequest
-
-            model = held["model"]
-            model.generate(
-                [ImageRequest(str(i), 0, "a red cat", seed=i) for i in range(model.info.batch_size)]
-            )
-            held["torch"].cuda.synchronize()
-
-        return (
-            ("import torch", import_torch),
-            ("CUDA context", make_context),
-            ("load default model", load_model),
-            ("first batch", draw_first_batch),
-        )
+        model = load_generator("default", device="cuda")
+        torch.cuda.synchronize()
+        yield "load default model"
+        requests = [ImageRequest(str(i), 0, "a red cat", seed=i) for i in range(model.info.batch_size)]
+        model.generate(requests)
+        torch.cuda.synchronize()
+        yield "first batch"
 
     def _check_first_device(self) -> None:
         """Work must go to the board that is read."""
@@ -132,10 +117,11 @@ class CudaBoard:
             thread.join()
 
 
+@dataclass
 class StandInBoard:
     """A board that draws what it is told and counts it as NVML does, by a clock of its own.
 
-    Args:
+    Attributes:
         idle_watts, context_watts, loaded_watts: what it draws before and after its context is made, and under load.
         period_ms: its counter and field 186 move this often.
         quantum_mj: step of its counter.
@@ -144,28 +130,22 @@ class StandInBoard:
     """
 
     stand_in = True
-    name = "stand-in"
-    driver_version = "stand-in"
+    name = driver_version = "stand-in"
     uuid = board_uuid(0)
 
-    def __init__(
-        self,
-        *,
-        idle_watts: float = 70,
-        context_watts: float = 110,
-        loaded_watts: float = 600,
-        period_ms: float = 100,
-        quantum_mj: int = 1,
-        lost_mj_per_read: float = 0,
-        read_us: float = 500,
-    ) -> None:
-        self.loaded_watts, self.context_watts = loaded_watts, context_watts
-        self.period_ns, self.quantum_mj = round(period_ms * 1e6), quantum_mj
-        self.lost_mj_per_read, self.read_ns = lost_mj_per_read, round(read_us * 1000)
+    idle_watts: float = 70
+    context_watts: float = 110
+    loaded_watts: float = 600
+    period_ms: float = 100
+    quantum_mj: int = 1
+    lost_mj_per_read: float = 0
+    read_us: float = 500
+
+    def __post_init__(self) -> None:
         self._now_ns = 1_000_000_000_000
         self._lost_mj = 0.0
         # stretches of constant course: begin, low and high watts, period in ns (0: low alone)
-        self._course: list[tuple[int, float, float, int]] = [(0, idle_watts, idle_watts, 0)]
+        self._course: list[tuple[int, float, float, int]] = [(0, self.idle_watts, self.idle_watts, 0)]
         self._energy_mj = [0.0]  # at the beginning of each stretch
         self.nvml = _BoardNvml(self)
 
@@ -191,36 +171,33 @@ class StandInBoard:
             on_ns = whole * period_ns / 2 + min(rest, period_ns / 2)
         return self._energy_mj[number] + (low * passed_ns + (high - low) * on_ns) / 1e6
 
+    def _read(self) -> int:
+        """A read takes its time; when counter and field 186 last moved."""
+        self._now_ns += round(self.read_us * 1000)
+        period_ns = round(self.period_ms * 1e6)
+        return self._now_ns // period_ns * period_ns
+
     def counter_mj(self) -> int:
-        self._now_ns += self.read_ns
-        tick_ns = self._now_ns // self.period_ns * self.period_ns
+        tick_ns = self._read()
         self._lost_mj += self.lost_mj_per_read
         return int((self.energy_mj(tick_ns) - self._lost_mj) // self.quantum_mj * self.quantum_mj)
 
     def power_mw(self) -> tuple[int, int]:
         """Fields 185 (the last second) and 186 (25 ms before the last tick)."""
-        self._now_ns += self.read_ns
-        tick_ns = self._now_ns // self.period_ns * self.period_ns
-        second, window = 1_000_000_000, 25_000_000
-        averages = (
-            (self.energy_mj(self._now_ns) - self.energy_mj(self._now_ns - second)) / second,
-            (self.energy_mj(tick_ns) - self.energy_mj(tick_ns - window)) / window,
-        )
-        return tuple(round(mj_per_ns * 1e9) for mj_per_ns in averages)  # type: ignore[return-value]
 
-    def stages(self) -> Sequence[tuple[str, Callable[[], None]]]:
-        """A second each; the second one makes the context."""
+        def mean(until_ns: int, over_ns: int) -> int:
+            return round((self.energy_mj(until_ns) - self.energy_mj(until_ns - over_ns)) / over_ns * 1e9)
 
-        def stage(watts: float) -> Callable[[], None]:
-            def run() -> None:
-                self.draw(watts)
-                self.wait_until(self._now_ns + 1_000_000_000)
+        tick_ns = self._read()
+        return mean(self._now_ns, 1_000_000_000), mean(tick_ns, 25_000_000)
 
-            return run
-
-        names = ("import torch", "CUDA context", "load default model", "first batch")
-        watts = (self._course[0][1], *[self.context_watts] * 3)
-        return tuple((name, stage(w)) for name, w in zip(names, watts, strict=True))
+    def start(self) -> Iterator[str]:
+        """See `CudaBoard.start`. A second each; the second one makes the context."""
+        for name in ("import torch", "CUDA context", "load default model", "first batch"):
+            if name != "import torch":
+                self.draw(self.context_watts)
+            self.wait_until(self._now_ns + 1_000_000_000)
+            yield name
 
     @contextmanager
     def load(self, period_s: float | None) -> Iterator[None]:
@@ -229,10 +206,8 @@ class StandInBoard:
             self.draw(self.loaded_watts)
         else:
             self.draw(self.context_watts, self.loaded_watts, period_s)
-        try:
-            yield
-        finally:
-            self.draw(self.context_watts)
+        yield
+        self.draw(self.context_watts)
 
 
 class _BoardNvml(StandInNvml):

@@ -17,29 +17,24 @@ result is written after every part. `--stand-in` takes a made-up board: a rehear
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from millijoule.jobs.bench.board import CudaBoard, StandInBoard, open_board
-from millijoule.jobs.entry import COMPLETE, run_command
-from millijoule.jobs.environment import environment
+from millijoule.jobs.bench.measurement import ResultOptions, describe, save_result, write_result
+from millijoule.jobs.entry import COMPLETE
 from millijoule.workers.errors import InputError
 from millijoule.workers.meters.meter import open_meter
-from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS, GpuCounter, GpuPower, open_gpus
+from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS, open_gpus
 from millijoule.workers.schemas import PowerSample
 
 Part = Literal["start", "waves", "meter", "rates", "period"]
-ORDER: tuple[Part, ...] = ("start", "waves", "meter", "rates", "period")
 
 RATES_HZ = (5, 10, 50, 200)
 REFERENCE_HZ = 1
@@ -54,16 +49,21 @@ METER_S = 60.0
 #: Importing PyTorch, a context, a model and a first batch, on a cold machine.
 STARTING_S = 25.0
 
+#: Of each part: how many stretches it has, and the seconds that it takes beside them.
+PARTS: dict[Part, tuple[int, float]] = {
+    "start": (2, STARTING_S + SETTLE_S),
+    "waves": (1 + len(WAVES_MS), SETTLE_S * (1 + len(WAVES_MS))),
+    "meter": (0, SETTLE_S + METER_S + GUARD_S),
+    "rates": (1 + 2 * len(RATES_HZ), SETTLE_S),
+    "period": (0, 2 * POLL_S + SETTLE_S),
+}
 #: One stretch is never shorter: ten times the update period that boards are said to have, ten times over.
 SHORTEST_STRETCH_S, LONGEST_STRETCH_S = 4.0, 15.0
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    """Measure the counter and the power readings of one board."""
-
-    result: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RESULT.json")] = None
-    """Where the figures are saved, after every part."""
+class BenchOptions(ResultOptions):
+    """Measure the counter and the power readings of one board. The result is saved after every part."""
 
     parts: tuple[Part, ...] = ("start", "waves", "rates", "period")
     """What to measure; the order is always start, waves, meter, rates, period."""
@@ -73,6 +73,16 @@ class BenchOptions:
 
     stand_in: bool = False
     """A made-up board in place of a real one, with a clock of its own: a rehearsal."""
+
+
+def changes(reads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of `reads`, (ns, mJ), that saw another value than the one before."""
+    return [b for a, b in pairwise(reads) if b[1] != a[1]]
+
+
+def gaps_ms(reads: Sequence[tuple[int, int]]) -> list[float]:
+    """Milliseconds between the changes in `reads`, (ns, mJ)."""
+    return [(b[0] - a[0]) / 1e6 for a, b in pairwise(changes(reads))]
 
 
 @dataclass(frozen=True)
@@ -87,17 +97,12 @@ class Stretch:
     counter: tuple[tuple[int, int], ...]
     power: tuple[tuple[int, int | None, int | None], ...]
 
-    def changes(self) -> tuple[tuple[int, int], ...]:
-        """The reads that saw another value than the one before."""
-        pairs = zip(self.counter, self.counter[1:], strict=False)
-        return tuple(b for a, b in pairs if b[1] != a[1])
-
     def watts(self) -> float | None:
         """The counter's slope from the first to the last change; None with fewer than two."""
-        changes = self.changes()
-        if len(changes) < 2:
+        changed = changes(self.counter)
+        if len(changed) < 2:
             return None
-        (t0, e0), (t1, e1) = changes[0], changes[-1]
+        (t0, e0), (t1, e1) = changed[0], changed[-1]
         return (e1 - e0) / (t1 - t0) * 1e6
 
     def mean_watts(self, number: int) -> float | None:
@@ -108,22 +113,28 @@ class Stretch:
         return integrate(samples) / (samples[-1][0] - samples[0][0]) * 1e6
 
     def summary(self) -> dict[str, Any]:
-        counter, average, instant = self.watts(), self.mean_watts(1), self.mean_watts(2)
         return {
             "seconds": round((self.counter[-1][0] - self.counter[0][0]) / 1e9, 3),
             "counter_reads": len(self.counter),
+            **self.compare(self.watts()),
+        }
+
+    def compare(self, counter_watts: float | None) -> dict[str, Any]:
+        """A counter's slope beside the means of the power fields."""
+        average, instant = self.mean_watts(1), self.mean_watts(2)
+        return {
             "power_samples": len(self.power),
-            "counter_watts": _rounded(counter),
+            "counter_watts": _rounded(counter_watts),
             "field_186_watts": _rounded(instant),
             "field_185_watts": _rounded(average),
-            "counter_over_186": _ratio(counter, instant),
-            "counter_over_185": _ratio(counter, average),
+            "counter_over_186": _ratio(counter_watts, instant),
+            "counter_over_185": _ratio(counter_watts, average),
         }
 
 
 def integrate(samples: Sequence[tuple[int, int]]) -> float:
     """Trapezoids under (ns, mW), in mJ."""
-    return math.fsum((b[0] - a[0]) * (a[1] + b[1]) / 2e9 for a, b in itertools.pairwise(samples))
+    return math.fsum((b[0] - a[0]) * (a[1] + b[1]) / 2e9 for a, b in pairwise(samples))
 
 
 def _rounded(value: float | None) -> float | None:
@@ -140,13 +151,10 @@ class CounterBench:
     def __init__(self, board: CudaBoard | StandInBoard, stretch_s: float) -> None:
         self.board, self.stretch_s = board, stretch_s
         found = open_gpus([board.uuid], board.nvml)
-        self.counter: GpuCounter = found.counters[0]
-        self.power: GpuPower = found.powers[0]
+        self.counter, self.power = found.counters[0], found.powers[0]
         try:
             self.counter.read()
-        except (
-            Exception
-        ) as error:  # whatever the library raises: without a counter there is nothing to measure
+        except Exception as error:  # of the library: without a counter there is nothing to measure
             raise InputError(
                 f"bench counters: the energy counter of {board.uuid} cannot be read ({error})"
             ) from error
@@ -183,13 +191,12 @@ class CounterBench:
         """Idle before, the stages of starting, idle after."""
         bare = self.observe(self.stretch_s, REFERENCE_HZ)
         stages = []
-        for name, run in self.board.stages():
-            before, began = self.counter.read()[0], self.board.now_ns()
-            run()
-            seconds = (self.board.now_ns() - began) / 1e9
+        before, began = self.counter.read()[0], self.board.now_ns()
+        for name in self.board.start():
             # what is in the counter when the stage ends belongs to it; its last tenth of a second may fall to the next one
-            joules = (self.counter.read()[0] - before) / 1000
-            stages.append({"stage": name, "seconds": round(seconds, 3), "joules": joules})
+            seconds, after = (self.board.now_ns() - began) / 1e9, self.counter.read()[0]
+            stages.append({"stage": name, "seconds": round(seconds, 3), "joules": (after - before) / 1000})
+            before, began = after, self.board.now_ns()
         self.settle()
         context = self.observe(self.stretch_s, REFERENCE_HZ)
         return {
@@ -232,27 +239,21 @@ class CounterBench:
 
     def period(self) -> dict[str, Any]:
         """Update period and step of the counter, idle and under load."""
-        found: dict[str, Any] = {}
-        for name in ("idle", "loaded"):
-            if name == "idle":
-                found[name] = self._poll()
-            else:
-                with self.board.load(None):
-                    self.settle()
-                    found[name] = self._poll()
-        return found
+        idle = self._poll()
+        with self.board.load(None):
+            self.settle()
+            return {"idle": idle, "loaded": self._poll()}
 
     def _poll(self) -> dict[str, Any]:
         end = self.board.now_ns() + round(POLL_S * 1e9)
         reads = []
         while (now := self.board.now_ns()) < end:
             reads.append((now, self.counter.read()[0]))
-        changes = Stretch(tuple(reads), ()).changes()
-        gaps = [(b[0] - a[0]) / 1e6 for a, b in itertools.pairwise(changes)]
-        steps = [b[1] - a[1] for a, b in itertools.pairwise(changes)]
+        changed, gaps = changes(reads), gaps_ms(reads)
+        steps = [b[1] - a[1] for a, b in pairwise(changed)]
         return {
             "reads": len(reads),
-            "changes": len(changes),
+            "changes": len(changed),
             "period_ms": _rounded(statistics.median(gaps) if gaps else None),
             "period_ms_least_and_most": [_rounded(min(gaps)), _rounded(max(gaps))] if gaps else None,
             "quantum_mj": math.gcd(*steps) if steps else None,
@@ -293,16 +294,10 @@ class CounterBench:
                 f"bench counters: the counter of {board.uuid} was reset or lost meanwhile; run it again"
             )
         took_s = (last.t_mono_ns - first.t_mono_ns) / 1e9
-        counter_watts = (last.energy_mj[domain] - first.energy_mj[domain]) / 1000 / took_s
         stretch = Stretch((), tuple((s.t_mono_ns, s.power_average_mw, s.power_instant_mw) for s in samples))
         return {
             "seconds": round(took_s, 3),
-            "counter_watts": _rounded(counter_watts),
-            "power_samples": len(samples),
-            "field_186_watts": _rounded(stretch.mean_watts(2)),
-            "field_185_watts": _rounded(stretch.mean_watts(1)),
-            "counter_over_186": _ratio(counter_watts, stretch.mean_watts(2)),
-            "counter_over_185": _ratio(counter_watts, stretch.mean_watts(1)),
+            **stretch.compare((last.energy_mj[domain] - first.energy_mj[domain]) / 1000 / took_s),
             "guard": guard_summary(values),
         }
 
@@ -310,50 +305,40 @@ class CounterBench:
 def guard_summary(values: Sequence[tuple[int, int | None]]) -> dict[str, Any]:
     """How far apart the values change that a caller sees who asks more often than the guard allows."""
     seen = [(t, mj) for t, mj in values if mj is not None]
-    changes = [b for a, b in itertools.pairwise(seen) if a[1] != b[1]]
-    gaps = [(b[0] - a[0]) / 1e6 for a, b in itertools.pairwise(changes)]
+    gaps = gaps_ms(seen)
     return {
         "asked_hz": GUARD_HZ,
         "allowed_ms": MIN_READ_SPACING_NS / 1e6,
         "asked": len(values),
         "missing": len(values) - len(seen),
-        "changes": len(changes),
+        "changes": len(changes(seen)),
         "ms_between_changes_least_and_median": [_rounded(min(gaps)), _rounded(statistics.median(gaps))]
         if gaps
         else None,
     }
 
 
-def count_stretches(parts: Sequence[str]) -> int:
-    """How many stretches of equal length `parts` have."""
-    stretches = 2 * ("start" in parts) + (1 + len(WAVES_MS)) * ("waves" in parts)
-    return stretches + (1 + 2 * len(RATES_HZ)) * ("rates" in parts)
+def seconds_needed(parts: Sequence[Part], stretch_s: float) -> float:
+    """What `parts` take with stretches of `stretch_s`."""
+    return sum(stretches * stretch_s + fixed_s for stretches, fixed_s in (PARTS[p] for p in parts))
 
 
-def fixed_seconds(parts: Sequence[str]) -> float:
-    """What `parts` take beside their stretches: starting up, settling, polling."""
-    settling = SETTLE_S * (("start" in parts) + (1 + len(WAVES_MS)) * ("waves" in parts) + ("rates" in parts))
-    return STARTING_S * ("start" in parts) + settling + (2 * POLL_S + SETTLE_S) * ("period" in parts)
-
-
-def stretch_seconds(parts: Sequence[str], within_s: float) -> float:
+def stretch_seconds(parts: Sequence[Part], within_s: float) -> float:
     """The length of one stretch so that `parts` take `within_s` seconds, within the bounds of a stretch."""
-    length = (within_s - fixed_seconds(parts)) / max(1, count_stretches(parts))
+    length = (within_s - seconds_needed(parts, 0)) / max(1, sum(PARTS[p][0] for p in parts))
     return min(LONGEST_STRETCH_S, max(SHORTEST_STRETCH_S, length))
 
 
 def run(options: BenchOptions) -> int:
     board = open_board(options.stand_in)
-    parts = [part for part in ORDER if part in options.parts]
+    parts = [part for part in PARTS if part in options.parts]
     bench = CounterBench(board, stretch_seconds(parts, options.within))
     result: dict[str, Any] = {
-        "what": "a board's energy counter (NVML field 83) and power readings (fields 186, 185)",
+        **describe("a board's energy counter (NVML field 83) and power readings (fields 186, 185)", options),
         "stand_in": board.stand_in,
-        "options": {k: v for k, v in asdict(options).items() if k != "result"},
         "device": board.name,
         "uuid": board.uuid,
         "driver": board.driver_version,
-        "environment": environment(),
         "stretch_seconds": round(bench.stretch_s, 2),
     }
     with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch:
@@ -364,21 +349,6 @@ def run(options: BenchOptions) -> int:
                 result[part] = bench.meter(seconds, Path(scratch) if board.stand_in else None)
             else:
                 result[part] = getattr(bench, part)()
-            _write(result, options.result)
-    print(json.dumps(result, indent=2))
+            save_result(result, options.result)
+    write_result(result, options.result)
     return COMPLETE
-
-
-def _write(result: dict[str, Any], path: str | None) -> None:
-    if path is not None:
-        temporary = Path(path + ".part")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.replace(path)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_command("bench counters", BenchOptions, run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,32 +8,25 @@ the wall's; both are in the result. Also which form the product would take by it
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
-from millijoule.jobs.bench.result import write_result
-from millijoule.jobs.entry import COMPLETE, run_command
-from millijoule.jobs.environment import environment
+from millijoule.jobs.bench.measurement import ResultOptions, describe, write_result
+from millijoule.jobs.bench.scene_requests import scene_requests
+from millijoule.jobs.entry import COMPLETE
 from millijoule.kernels.int8_product import FORMS, fastest_form, only
 from millijoule.workers.errors import MillijouleError
 from millijoule.workers.generators.oscillator import BATCH_SIZE, OscillatorGenerator
-from millijoule.workers.scenes.prompts import write_prompt
-from millijoule.workers.scenes.scenes import FAMILIES, sample_scene
 from millijoule.workers.schemas import ImageRequest
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(ResultOptions):
     """Measure the shipped generator on this CPU with each form of its int8 products."""
-
-    result: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RESULT.json")] = None
-    """Where the figures are saved."""
 
     pairs: int = 9
     """Batches drawn with each form."""
@@ -61,29 +54,18 @@ def run(options: BenchOptions) -> int:
     torch.set_num_threads(options.threads)
     generator = load_generator("default")
     assert isinstance(generator, OscillatorGenerator)
-    requests = make_requests(options.images)
+    requests = scene_requests(options.images)
     pairs = measure(generator, requests, options.pairs)
-    write_result(
-        {
-            "what": "cpu-products",
-            "options": {"pairs": options.pairs, "images": options.images, "threads": options.threads},
-            "model": {"name": generator.info.name, "sha256": generator.info.sha256},
-            **summary(pairs, options.images),
-            "chosen": chosen_forms(generator, options.images),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "vnni": torch.cpu._is_vnni_supported(),
-            "environment": environment(),
-        },
-        options.result,
-    )
+    result = {
+        **describe("cpu-products", options),
+        "model": {"name": generator.info.name, "sha256": generator.info.sha256},
+        **summary(pairs, options.images),
+        "chosen": chosen_forms(generator, options.images),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "vnni": torch.cpu._is_vnni_supported(),
+    }
+    write_result(result, options.result)
     return COMPLETE
-
-
-def make_requests(count: int) -> list[ImageRequest]:
-    """Prompts of the six families in turn, held-out combinations."""
-    rng = np.random.default_rng(0)
-    scenes = [sample_scene(FAMILIES[i % len(FAMILIES)], rng, held_out=True) for i in range(count)]
-    return [ImageRequest(str(i), 0, write_prompt(scene, rng), seed=i) for i, scene in enumerate(scenes)]
 
 
 def measure(generator: OscillatorGenerator, requests: Sequence[ImageRequest], pairs: int) -> list[Pair]:
@@ -139,11 +121,3 @@ def chosen_forms(generator: OscillatorGenerator, images: int) -> list[dict[str, 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_command("bench cpu-products", BenchOptions, run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,26 +10,18 @@ most, `peak_added_mb` that above what it held before.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import tyro
-
+from millijoule.jobs.bench.measurement import ResultOptions, describe, run_alone, write_result
 from millijoule.jobs.bench.process import memory_mb, peak_mb
-from millijoule.jobs.bench.result import write_result
-from millijoule.jobs.entry import COMPLETE, run_command
-from millijoule.jobs.environment import environment
+from millijoule.jobs.entry import COMPLETE
 
-if TYPE_CHECKING:
-    from millijoule.workers.schemas import ImageRow
-
-SECOND_NS = 1_000_000_000
 NODES, WORKERS, SHARD_S, IDLE_S = 2, 16, 30, 1
 #: Row tables that differ; the commits take turns, because a hundred thousand files would only measure the disk.
 ROW_TABLES = 256
@@ -38,11 +30,8 @@ MADE = "made"
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(ResultOptions):
     """Measure how a job of many shards ends."""
-
-    result: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RESULT.json")] = None
-    """Where the figures are saved."""
 
     shards: int = 100_000
 
@@ -63,18 +52,17 @@ def run(options: BenchOptions) -> int:
             folder = Path(options.folder or scratch, str(shards))
             if not (folder / MADE).exists():
                 folder.mkdir(parents=True)
-                probe("make", str(folder), shards)
+                run_alone(make, str(folder), shards)
             for _ in range(options.repeats):
-                rows.append(probe("finish", str(folder), shards))
+                rows.append(run_alone(finish, str(folder), shards))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
             if options.check:
-                checks.append(probe("check", str(folder), shards))
+                checks.append(run_alone(check, str(folder), shards))
                 print(json.dumps(checks[-1]), file=sys.stderr, flush=True)
     small, large = rows[: options.repeats], rows[options.repeats :]
     peaks = [min(r["peak_added_mb"] for r in part) for part in (small, large)]
     result = {
-        "what": "finish",
-        "options": {k: v for k, v in asdict(options).items() if k not in ("result", "folder")},  # no paths
+        **describe("finish", options),
         "shards": options.shards,
         "seconds": sorted(r["seconds"] for r in large)[len(large) // 2],
         "cpu_seconds": sorted(r["cpu_seconds"] for r in large)[len(large) // 2],
@@ -82,33 +70,55 @@ def run(options: BenchOptions) -> int:
         "mb_per_100_000_shards": (peaks[1] - peaks[0]) / (options.shards - options.shards // 10) * 100_000,
         "rows": rows,
         "check": checks,
-        "environment": environment(),
     }
     write_result(result, options.result)
     return COMPLETE
 
 
-def probe(what: str, folder: str, shards: int) -> dict[str, Any]:
-    """Run `make` or `finish` in a process of its own; what it returns."""
-    command = [sys.executable, "-m", "millijoule.jobs.bench.finish", "--probe", what, folder, str(shards)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{what} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def make(folder: str, n: int) -> dict[str, Any]:
-    """Plan a job of `n` one-image shards in `folder` and commit all of them."""
+def make(folder: str, n: int) -> None:
+    """Plan a job of `n` one-image shards in `folder` and commit all of them; each worker makes every sixteenth."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from millijoule.pipeline.output.commits import CommitCompactor
+    from millijoule.jobs.bench.made_up import made_up_commit
+    from millijoule.workers.images.writers import row_table_options
+    from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, ImageRequest, ImageRow
+
+    fingerprint = plan_one_image_shards(folder, n)
+    rows = [
+        ImageRow(
+            ImageRequest(f"p{i}", 0, f"prompt {i}", i), "ok", 64, 64, 10, f"data/{i}.png", f"{i:064x}", 1
+        )
+        for i in range(ROW_TABLES)
+    ]
+    Path(folder, "out", "data").mkdir(exist_ok=True)
+    for i, row in enumerate(rows):
+        table = pa.Table.from_pylist([row.as_record()], schema=IMAGE_ROW_SCHEMA)
+        path = Path(folder, "out", f"data/{i}.rows.parquet")
+        with pq.ParquetWriter(path, table.schema, **row_table_options(table.schema, 1)) as writer:
+            writer.write_table(table)
+    bodies = (
+        made_up_commit(
+            shard_id,
+            shard_id % WORKERS,
+            shard_id // WORKERS * (SHARD_S + IDLE_S),
+            (IDLE_S, SHARD_S),
+            nodes=NODES,
+            fingerprint=fingerprint,
+            rows_path=f"data/{shard_id % ROW_TABLES}.rows.parquet",
+            rows=[rows[shard_id % ROW_TABLES]],
+        ).to_json()
+        for shard_id in range(n)
+    )
+    write_commits(folder, bodies)
+    Path(folder, MADE).touch()
+
+
+def plan_one_image_shards(folder: str, n: int) -> str:
+    """Plan and publish a job of `n` prompts in `folder`/out; its fingerprint."""
     from millijoule.pipeline.output.job import JobSpec, publish_job
     from millijoule.pipeline.planning.make_plan import plan_job
     from millijoule.pipeline.planning.plan_options import PlanOptions
-    from millijoule.workers.images.writers import row_table_options
-    from millijoule.workers.lease import commit_key
-    from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
     from millijoule.workers.storage.store import expand_inputs, open_store
 
     prompts = Path(folder, "prompts.txt")
@@ -121,64 +131,22 @@ def make(folder: str, n: int) -> dict[str, Any]:
         *(made.n_rows, made.n_images, made.n_shards, 0, 0.0, "bench"),
     )
     publish_job(store, spec)
-    for i in range(ROW_TABLES):
-        row = made_up_row(i)
-        rows = pa.Table.from_pylist([row.as_record()], schema=IMAGE_ROW_SCHEMA)
-        path = Path(folder, "out", f"data/{i}.rows.parquet")
-        path.parent.mkdir(exist_ok=True)
-        with pq.ParquetWriter(path, rows.schema, **row_table_options(rows.schema, 1)) as writer:
-            writer.write_table(rows)
-    compactor = CommitCompactor(store, 1)
-    for shard_id in range(n):
-        body = made_up_commit(shard_id, made.fingerprint)
+    return made.fingerprint
+
+
+def write_commits(folder: str, bodies: Iterable[bytes]) -> None:
+    """Commit shards 0, 1, ... of the job in `folder`, as the driver would have found and packed them."""
+    from millijoule.pipeline.output.commits import CommitCompactor
+    from millijoule.workers.lease import commit_key
+    from millijoule.workers.storage.store import open_store
+
+    compactor = CommitCompactor(open_store(f"{folder}/out"), 1)
+    for shard_id, body in enumerate(bodies):
         path = Path(folder, "out", commit_key(shard_id))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(body)
         compactor.add(shard_id, body)
     compactor.flush()
-    Path(folder, MADE).touch()
-    return {"shards": n}
-
-
-@cache
-def made_up_row(number: int) -> ImageRow:
-    """The one row of row table `number`."""
-    from millijoule.workers.schemas import ImageRequest, ImageRow
-
-    request = ImageRequest(f"p{number}", 0, f"prompt {number}", number)
-    return ImageRow(request, "ok", 64, 64, 10, f"data/{number}.png", f"{number:064x}", 1)
-
-
-def made_up_commit(shard_id: int, fingerprint: str) -> bytes:
-    """The commit of a one-image shard: each worker makes every sixteenth, a second after the one before."""
-    from millijoule.workers.schemas import Commit, CounterRead, Segment, carried_rows
-
-    number = shard_id % WORKERS
-    start_s = shard_id // WORKERS * (SHARD_S + IDLE_S)
-    name, node, gpu = f"w0001-{number:04d}", number % NODES, f"GPU-{number:08x}-0000-4000-8000-000000000000"
-    boot = f"{node:08d}-1111-4222-8333-444444444444"
-    watts = {f"gpu:{gpu}": 500} | {
-        f"{kind}:package-{i}": w for kind, w in (("cpu", 150), ("dram", 20)) for i in (0, 1)
-    }
-
-    def read(at_s: int) -> CounterRead:
-        # no two workers of a node read at the same nanosecond, and what they read follows from when
-        t = (1_000_000 + at_s) * SECOND_NS + number * 1_000_000
-        energy = {d: 10**9 + w * t // 1_000_000 for d, w in watts.items()}
-        return CounterRead(boot, t, t + 10**18, 150_000, energy, 10 * at_s, 0)
-
-    reads = [read(start_s), read(start_s + IDLE_S), read(start_s + IDLE_S + SHARD_S)]
-    attempt = f"e000001-{shard_id:08d}"
-    return Commit(
-        *(shard_id, attempt, 1, name, f"node-{node}", f"host-{node}", gpu, fingerprint, "0" * 64, ()),
-        *(f"data/{shard_id % ROW_TABLES}.rows.parquet", 1, 0, {}, reads[1].t_wall_ns, reads[2].t_wall_ns),
-        *(None, tuple(watts), 300, "nvml-counter+rapl"),
-        (
-            Segment(name, "idle", reads[0], reads[1]),
-            Segment(name, "shard", reads[1], reads[2], shard_id, attempt),
-        ),
-        rows=carried_rows([made_up_row(shard_id % ROW_TABLES)]),
-    ).to_json()
 
 
 def finish(folder: str, n: int) -> dict[str, Any]:
@@ -228,16 +196,3 @@ def check(folder: str, n: int) -> dict[str, Any]:
         "peak_added_mb": peak_mb() - peak_before,
         "peak_mb": peak_mb(),
     }
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["--probe"]:
-        what, folder, shards = arguments[1:]
-        print(json.dumps({"make": make, "finish": finish, "check": check}[what](folder, int(shards))))
-        return COMPLETE
-    return run_command("bench finish", BenchOptions, run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,32 +8,26 @@ block is the difference of the board's counter, the CPU's is not in it. Idle pow
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
-import tyro
-
-from millijoule.jobs.bench.result import write_result
+from millijoule.jobs.bench.measurement import ResultOptions, describe, write_result
+from millijoule.jobs.bench.scene_requests import scene_requests
 from millijoule.jobs.bench.stand_ins import StandInNvml, board_uuid
-from millijoule.jobs.entry import COMPLETE, run_command
-from millijoule.jobs.environment import environment
+from millijoule.jobs.entry import COMPLETE
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.protocol import Generator
+from millijoule.workers.meters.meter import EnergyMeter, open_meter
 from millijoule.workers.schemas import ImageRequest
 
 ORDER = "abba"
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(ResultOptions):
     """Measure two models on the GPU."""
-
-    result: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RESULT.json")] = None
-    """Where the figures are saved."""
 
     a: str = "default"
     """The first model, as `millijoule generate --model` takes it."""
@@ -61,42 +55,77 @@ def run(options: BenchOptions) -> int:
     import torch
 
     from millijoule.workers.generators.registry import load_generator
-    from millijoule.workers.meters.meter import open_meter
 
-    synchronize: Callable[[], None]
     if options.stand_in:
-        uuid, name, device, synchronize = board_uuid(0).removeprefix("GPU-"), "stand-in", "cpu", lambda: None
-        meter = open_meter([f"GPU-{uuid}"], nvml=StandInNvml(1))
+        uuid, name, device = board_uuid(0), "stand-in", "cpu"
+        meter = open_meter([uuid], nvml=StandInNvml(1))
     else:
         if not torch.cuda.is_available():
             raise InputError("bench gpu: PyTorch finds no GPU here")
         torch.cuda.set_device(options.device)
-        uuid = str(torch.cuda.get_device_properties(options.device).uuid)
-        name, device, synchronize = (
-            torch.cuda.get_device_name(options.device),
-            "cuda",
-            torch.cuda.synchronize,
-        )
-        meter = open_meter([f"GPU-{uuid}"])
+        uuid = f"GPU-{torch.cuda.get_device_properties(options.device).uuid}"
+        name, device = torch.cuda.get_device_name(options.device), "cuda"
+        meter = open_meter([uuid])
     domain = next((d for d in meter.domains if uuid in d), None)
     if domain is None:
-        raise InputError(f"bench gpu: the energy counter of GPU-{uuid} cannot be read")
+        raise InputError(f"bench gpu: the energy counter of {uuid} cannot be read")
     models = {arm: load_generator(getattr(options, arm), device=device) for arm in "ab"}
-    prompts = _prompts(4096)
-    for generator in models.values():
-        _draw(generator, prompts, 0, time.monotonic())  # one batch: kernels are loaded and chosen
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    result = {
+        **describe("joules of one board, by its counter, per image; the CPU's are not in it", options),
+        "stand_in": options.stand_in,
+        "device": name,
+        "driver": meter.driver_version,
+        **compare(models, scene_requests(4096), meter, domain, options, synchronize),
+    }
+    meter.close()
+    write_result(result, options.result)
+    return COMPLETE
+
+
+def compare(
+    models: Mapping[str, Generator],
+    requests: Sequence[ImageRequest],
+    meter: EnergyMeter,
+    domain: str,
+    options: BenchOptions,
+    synchronize: Callable[[], None],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, Any]:
+    """Energy of idling and of both models, by `domain` of `meter`, and B's over A's.
+
+    Args:
+        models: "a" and "b".
+        requests: prompts to draw, in turn.
+        synchronize: returns when the device has nothing left to do.
+        clock, sleep: the real ones outside tests.
+
+    Raises:
+        RuntimeError: the counter was reset or lost during a block.
+    """
+
+    def draw(generator: Generator, until: float) -> int:
+        """Draw batch after batch until the clock says `until`, one at least; how many images."""
+        drawn, size = 0, generator.info.batch_size
+        while not drawn or clock() < until:
+            numbers = range(drawn, drawn + size)
+            batch = [replace(requests[i % len(requests)], prompt_id=str(i), seed=i) for i in numbers]
+            generator.generate(batch)
+            drawn += size
+        return drawn
 
     def measure(arm: str | None) -> dict[str, Any]:
-        time.sleep(options.pause)
+        sleep(options.pause)
         synchronize()
-        before, began = meter.read(), time.monotonic()
+        before, began = meter.read(), clock()
         images = 0
         if arm is None:
-            time.sleep(options.seconds)
+            sleep(options.seconds)
         else:
-            images = _draw(models[arm], prompts, 0, began + options.seconds)
+            images = draw(models[arm], began + options.seconds)
         synchronize()
-        seconds, after = time.monotonic() - began, meter.read()
+        seconds, after = clock() - began, meter.read()
         read = domain in before.energy_mj and domain in after.energy_mj
         if not read or before.epoch_of(domain) != after.epoch_of(domain):
             raise RuntimeError(f"{domain}: the counter was reset or lost during a block; run it again")
@@ -109,6 +138,8 @@ def run(options: BenchOptions) -> int:
             "watts": round(joules / seconds, 1),
         }
 
+    for generator in models.values():
+        draw(generator, clock())  # one batch: kernels are loaded and chosen
     idle = measure(None)
     blocks = [measure(arm) for _ in range(options.rounds) for arm in ORDER]
     summary = {}
@@ -126,52 +157,8 @@ def run(options: BenchOptions) -> int:
             "batch_size": generator.info.batch_size,
             "steps": generator.info.num_inference_steps,
         }
-    result = {
-        "what": "joules of one board, by its counter, per image; the CPU's are not in it",
-        "options": {k: v for k, v in asdict(options).items() if k != "result"},
-        "stand_in": options.stand_in,
-        "device": name,
-        "driver": meter.driver_version,
-        "environment": environment(),
-        "idle": idle,
-        "models": summary,
-        "ratio": {
-            key: summary["b"][key] / summary["a"][key]
-            for key in ("joules_per_image", "joules_per_image_above_idle")
-        },
-        "blocks": blocks,
+    ratio = {
+        key: summary["b"][key] / summary["a"][key]
+        for key in ("joules_per_image", "joules_per_image_above_idle")
     }
-    meter.close()
-    write_result(result, options.result)
-    return COMPLETE
-
-
-def _prompts(count: int) -> list[str]:
-    from millijoule.workers.scenes.prompts import write_prompt
-    from millijoule.workers.scenes.scenes import FAMILIES, sample_scene
-
-    rng = np.random.default_rng(0)
-    return [
-        write_prompt(sample_scene(FAMILIES[i % len(FAMILIES)], rng, held_out=True), rng) for i in range(count)
-    ]
-
-
-def _draw(generator: Generator, prompts: list[str], drawn: int, until: float) -> int:
-    """Draw batch after batch until the clock says `until`, one at least; how many images."""
-    size = generator.info.batch_size
-    while True:
-        requests = [
-            ImageRequest(str(i), 0, prompts[i % len(prompts)], seed=i) for i in range(drawn, drawn + size)
-        ]
-        generator.generate(requests)
-        drawn += size
-        if time.monotonic() >= until:
-            return drawn
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_command("bench gpu", BenchOptions, run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {"idle": idle, "models": summary, "ratio": ratio, "blocks": blocks}

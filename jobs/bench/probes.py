@@ -1,11 +1,9 @@
-"""Single measurements of `millijoule bench`, each in a process of its own: `bench_probes NAME N` prints one JSON line."""
+"""The measurements of `millijoule bench pipeline` that are to be run in a process of their own."""
 
 from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-#: Written in place of a real fingerprint's inputs; the probes never generate an image.
-_MODEL_SHA256 = "0" * 64
+from millijoule.jobs.bench.finish import plan_one_image_shards, write_commits
+from millijoule.jobs.bench.measurement import run_alone
+from millijoule.jobs.bench.process import peak_mb
 
 
 def plan(n: int) -> dict[str, Any]:
@@ -27,17 +26,15 @@ def plan(n: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "prompts.parquet")
-        # in a process of its own: what writing the input holds is not planning's
-        writer = multiprocessing.get_context("spawn").Process(target=_write_prompts, args=(path, n))
-        writer.start()
-        writer.join()
+        run_alone(write_prompts, str(path), n)  # what writing the input holds is not planning's
         began = time.monotonic()
         result = plan_job(expand_inputs([str(path)]), PlanOptions(), open_store(f"{folder}/out"), {})
         seconds = time.monotonic() - began
-    return {"rows": result.n_rows, "seconds": seconds, "peak_rss_mb": _peak_rss_mb()}
+    return {"rows": result.n_rows, "seconds": seconds, "peak_rss_mb": peak_mb()}
 
 
-def _write_prompts(path: Path, n: int) -> None:
+def write_prompts(path: str, n: int) -> None:
+    """A Parquet file of `n` prompts."""
     with pq.ParquetWriter(path, pa.schema([("prompt", pa.string())])) as writer:
         for start in range(0, n, 50_000):
             rows = [f"a photo of thing number {i} in the rain" for i in range(start, min(n, start + 50_000))]
@@ -46,36 +43,22 @@ def _write_prompts(path: Path, n: int) -> None:
 
 def resume(n: int) -> dict[str, Any]:
     """Seconds from start to first lease on an output with `n` committed shards and ten left."""
-    from millijoule.pipeline.output.commits import CommitCompactor, list_committed
-    from millijoule.pipeline.output.job import JobSpec, open_epoch, publish_job, read_job
-    from millijoule.pipeline.planning.make_plan import plan_job
+    from millijoule.pipeline.output.commits import list_committed
+    from millijoule.pipeline.output.job import open_epoch, read_job
     from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
     from millijoule.pipeline.planning.retry_rounds import load_job_shards
     from millijoule.pipeline.running.coordinator import Coordinator
-    from millijoule.workers.lease import commit_key
     from millijoule.workers.storage.store import expand_inputs, open_store
 
     with tempfile.TemporaryDirectory() as folder:
-        prompts = Path(folder, "prompts.txt")
-        with prompts.open("w") as file:
-            file.writelines(f"prompt {i}\n" for i in range(n + 10))
-        store = open_store(f"{folder}/out")
-        options = PlanOptions(shard_size=1)
-        files = expand_inputs([str(prompts)])
-        made = plan_job(files, options, store, {})
-        publish_job(store, _spec(JobSpec, made))
-        compactor = CommitCompactor(store, 1)
-        for shard_id in range(n):
-            body = json.dumps({"shard_id": shard_id, "attempt_id": "e0001-0"}).encode()
-            path = Path(folder, "out", commit_key(shard_id))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(body)
-            compactor.add(shard_id, body)
-        compactor.flush()
+        plan_one_image_shards(folder, n + 10)
+        bodies = ({"shard_id": shard_id, "attempt_id": "e0001-0"} for shard_id in range(n))
+        write_commits(folder, (json.dumps(body).encode() for body in bodies))
+        store, files = open_store(f"{folder}/out"), expand_inputs([f"{folder}/prompts.txt"])
         began = time.monotonic()
         job = read_job(store)
         assert job is not None
-        assert compute_fingerprint(files, options, {}) == job.fingerprint
+        assert compute_fingerprint(files, PlanOptions(shard_size=1), {}) == job.fingerprint
         shards = load_job_shards(store, job)
         epoch = open_epoch(store, exclusive=True)
         coordinator = Coordinator(shards, list_committed(store, len(shards)), 120.0, epoch)
@@ -83,7 +66,7 @@ def resume(n: int) -> dict[str, Any]:
         seconds = time.monotonic() - began
         assert lease is not None
         assert lease.shard.shard_id == n
-    return {"shards": n, "seconds": seconds, "peak_rss_mb": _peak_rss_mb()}
+    return {"shards": n, "seconds": seconds, "peak_rss_mb": peak_mb()}
 
 
 def leases(n: int) -> dict[str, Any]:
@@ -127,14 +110,11 @@ def leases(n: int) -> dict[str, Any]:
             return WorkerStopped(self.worker_id, ())
 
     class Events:
-        first: float | None = None
-        last = 0.0
-        count = 0
+        def __init__(self) -> None:
+            self.times: list[float] = []
 
         def committed(self, result: AttemptResult, *, news: bool) -> None:
-            self.last = time.monotonic()
-            self.first = self.first or self.last
-            self.count += 1
+            self.times.append(time.monotonic())
 
         def prepared(self, result: AttemptResult) -> None:
             raise AssertionError("not in this measurement")
@@ -155,39 +135,6 @@ def leases(n: int) -> dict[str, Any]:
     )
     WorkerPool(ray.remote(Idle), coordinator, config, PoolOptions(4, 4), events).run()
     ray.shutdown()
-    assert events.first is not None
-    rate = (events.count - 1) / (events.last - events.first)
-    return {"leases": events.count, "leases_per_second": rate, "workers": 4}
-
-
-def _spec(job_spec: Any, made: Any) -> Any:
-    return job_spec(
-        fingerprint=made.fingerprint,
-        model="default",
-        model_name="none",
-        model_sha256=_MODEL_SHA256,
-        job_seed=0,
-        images_per_prompt=1,
-        output_format="parquet",
-        shard_size=1,
-        duplicate_ids="error",
-        prompts=("prompts.txt",),
-        rows=made.n_rows,
-        images=made.n_images,
-        shards=made.n_shards,
-        bad_rows=0,
-        created_unix=0.0,
-        millijoule_version="0",
-    )
-
-
-def _peak_rss_mb() -> float:
-    """High-water mark of this process alone; `ru_maxrss` would start at the parent's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise OSError("no VmHWM in /proc/self/status")
-
-
-if __name__ == "__main__":
-    print(json.dumps({"plan": plan, "resume": resume, "leases": leases}[sys.argv[1]](int(sys.argv[2]))))
+    times = events.times
+    rate = (len(times) - 1) / (times[-1] - times[0])
+    return {"leases": len(times), "leases_per_second": rate, "workers": 4}

@@ -13,7 +13,7 @@ the whole interval is below it, and missed where it is above; everything else is
 jobs, and stressed: the workers of a node of eight boards for minutes, each second a look at every device, with rings
 filled to their bound, and the driver's tables of the hours behind.
 
-Counters that the machine does not have are stood in for (`bench_stand_ins`); the result says which.
+Counters that the machine does not have are stood in for (`stand_ins`); the result says which.
 """
 
 from __future__ import annotations
@@ -22,25 +22,35 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
-from millijoule.jobs.bench.pipeline import _timed, _write_prompts
+from millijoule.jobs.bench import telemetry_probes as probes
+from millijoule.jobs.bench.measurement import (
+    ResultOptions,
+    answer_of,
+    describe,
+    run_alone,
+    start_alone,
+    write_result,
+)
+from millijoule.jobs.bench.pipeline import write_prompts
 from millijoule.jobs.bench.ray_head import RayHead
 from millijoule.jobs.bench.stand_ins import StandInPowercap
-from millijoule.jobs.entry import COMPLETE, run_command
-from millijoule.jobs.environment import environment
+from millijoule.jobs.entry import COMPLETE
 from millijoule.pipeline.comparison.statistics import draw_indices, expanded_level
 from millijoule.workers.meters.meter import open_meter
 from millijoule.workers.meters.nvml import Gpus, installed_gpus, open_gpus
+
+Row = Mapping[str, Any]
 
 GOAL_SHARE = 0.005
 GOAL_MB_PER_NODE = 30.0
@@ -59,11 +69,8 @@ ORDERS = ("ABBA", "BAAB")
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(ResultOptions):
     """Measure what telemetry costs and write the result file, raw rows included."""
-
-    result: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RESULT.json")] = None
-    """Where the figures are saved."""
 
     quadruples: int = 6
     """Of four jobs each."""
@@ -86,14 +93,11 @@ class BenchOptions:
 
 def run(options: BenchOptions) -> int:
     own = counters_here()
-    result: dict[str, Any] = {
-        "what": "telemetry",
-        "options": asdict(options),
-        "environment": environment(),
-        "counters": own,
-    }
+    result: dict[str, Any] = {**describe("telemetry", options), "counters": own}
+    # powercap files are not on a disk; neither is their stand-in, where there is a folder in memory
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with (
-        tempfile.TemporaryDirectory(prefix="millijoule-bench-", dir=_memory_folder()) as scratch,
+        tempfile.TemporaryDirectory(prefix="millijoule-bench-", dir=memory) as scratch,
         StandInPowercap(Path(scratch, "powercap")) as stand_in,
     ):
         # Modules compiled before, as on every machine but the first time: compiling would be taken for telemetry's memory.
@@ -102,10 +106,7 @@ def run(options: BenchOptions) -> int:
         powercap = None if own["rapl"] == "real" else str(stand_in)
         result |= compare(options, Path(scratch), powercap)
         result["stress"] = stress(options, Path(scratch), powercap)
-    text = json.dumps(result, indent=2) + "\n"
-    if options.result is not None:
-        Path(options.result).write_text(text)
-    print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=2))
+    write_result(result, options.result)
     return COMPLETE
 
 
@@ -125,33 +126,20 @@ def counters_here() -> dict[str, Any]:
     }
 
 
-def _memory_folder() -> str | None:
-    """Powercap files are not on a disk; neither is their stand-in, where there is a folder in memory."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
-
-
 # -- jobs with and without ------------------------------------------------------------------------------------------
 
 
 def compare(options: BenchOptions, scratch: Path, powercap: str | None) -> dict[str, Any]:
     """The jobs' rows, and the three answers from them."""
     prompts = scratch / "prompts.txt"
-    _write_prompts(prompts, options.images)
+    write_prompts(prompts, options.images)
     rows = []
     with RayHead(options.workers) as address:
-        job(
-            "on", options, prompts, address, powercap
-        )  # files in the page cache, modules compiled; not counted
+        job("A", options, prompts, address, powercap)  # not counted: files and modules are read and compiled
         for quadruple in range(options.quadruples):
             for block, side in enumerate(ORDERS[quadruple % 2]):
-                rows.append(
-                    {
-                        "quadruple": quadruple,
-                        "block": block,
-                        "side": side,
-                        **job(SIDES[side], options, prompts, address, powercap),
-                    }
-                )
+                row = job(side, options, prompts, address, powercap)
+                rows.append({"quadruple": quadruple, "block": block, "side": side, **row})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return {**answers(rows), "rows": rows}
 
@@ -161,23 +149,17 @@ def job(
 ) -> dict[str, Any]:
     """One job in processes of its own: seconds, CPU seconds and memory."""
     with tempfile.TemporaryDirectory(dir=prompts.parent) as folder:
-        output, notes = Path(folder, "out"), Path(folder, "notes")
-        notes.mkdir()
-        command = [sys.executable, "-m", "millijoule.jobs.bench.telemetry_job", side]
-        command += [str(prompts), str(output), address, str(options.workers), str(notes)]
-        took = _timed(command + ([powercap] if powercap else []))
+        output, began = Path(folder, "out"), time.monotonic()
+        where = (str(prompts), str(output), address)
+        driver = run_alone(probes.job, SIDES[side] == "on", *where, options.workers, powercap)
+        whole_s = time.monotonic() - began
         stats = json.loads((output / "stats.json").read_text())
-        noted = [json.loads(p.read_text()) for p in sorted(notes.glob("*.json"))]
-    workers = [n for n in noted if n["role"] == "worker"]
-    (driver,) = (n for n in noted if n["role"] == "driver")
-    if len(workers) != options.workers:
-        raise RuntimeError(f"{len(workers)} of {options.workers} workers left a note")
-    seconds = stats["seconds_first_to_last_commit"]
+    workers, seconds = driver["workers"], stats["seconds_first_to_last_commit"]
     return {
         "images": stats["images_ok"],
         "seconds_first_to_last_commit": seconds,
         "images_per_second": stats["images_ok"] / seconds,
-        "seconds_whole_job": took["seconds"],
+        "seconds_whole_job": whole_s,
         "domains": sorted({d.split(":")[0] for w in workers for d in w["domains"]}),
         "worker_seconds": sum(w["seconds_since_ready"] for w in workers),
         "worker_cpu_s": sum(w["cpu_s_since_ready"] for w in workers),
@@ -193,7 +175,7 @@ def job(
     }
 
 
-def _added(parts: Any) -> dict[str, float]:
+def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
@@ -201,51 +183,47 @@ def _added(parts: Any) -> dict[str, float]:
     return total
 
 
-def answers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def answers(rows: Sequence[Row]) -> dict[str, Any]:
     """Costs from the rows of the jobs; a share is what telemetry adds to, or takes off, the job without it."""
 
-    def parts_s(row: dict[str, Any], who: str, at_the_end: bool = False) -> float:
+    def parts_s(row: Row, who: str, at_the_end: bool = False) -> float:
         return math.fsum(
             seconds
             for name, seconds in row[f"{who}_parts_cpu_s"].items()
             if (name in AT_THE_END) == at_the_end and (row["side"] == "A" or name in IN_BOTH)
         )
 
-    def part_means(who: str, side: str) -> dict[str, float]:
-        chosen = [r[f"{who}_parts_cpu_s"] for r in rows if r["side"] == side]
-        return {
-            k: statistics.fmean(c.get(k, 0.0) for c in chosen) for k in sorted({k for c in chosen for k in c})
-        }
+    def added(value: Callable[[Row], float]) -> dict[str, float | None]:
+        return interval(effects(rows, value))
 
-    off = [r for r in rows if r["side"] == "B"]
-    job_s, worker_s = (statistics.fmean(r[k] for r in off) for k in ("job_cpu_s", "worker_cpu_s"))
-    loss = interval(effects(rows, lambda r: -math.log(r["images_per_second"])))
+    def share(value: Callable[[Row], float]) -> dict[str, Any]:
+        found = added(value)
+        return {"share": found, **judged(found, GOAL_SHARE)}
+
+    by_side = {side: [r for r in rows if r["side"] == side] for side in SIDES}
+    job_s, worker_s = (statistics.fmean(r[k] for r in by_side["B"]) for k in ("job_cpu_s", "worker_cpu_s"))
+    parts = {}
+    for who in ("worker", "driver"):
+        for side, own in by_side.items():
+            means = _added(r[f"{who}_parts_cpu_s"] for r in own)
+            parts[f"{who} {SIDES[side]}"] = {k: v / len(own) for k, v in sorted(means.items())}
     return {
-        "throughput_lost": {"share": loss, **judged(loss, GOAL_SHARE)},
-        "worker_cpu_added": _judged_share(rows, lambda r: math.log(r["worker_cpu_s"] / r["images"])),
-        "job_cpu_added": _judged_share(rows, lambda r: math.log(r["job_cpu_s"] / r["images"])),
-        "parts_of_worker_cpu": _judged_share(rows, lambda r: parts_s(r, "worker") / worker_s),
-        "parts_of_job_cpu_while_it_runs": _judged_share(
-            rows, lambda r: (parts_s(r, "worker") + parts_s(r, "driver")) / job_s
+        "throughput_lost": share(lambda r: -math.log(r["images_per_second"])),
+        "worker_cpu_added": share(lambda r: math.log(r["worker_cpu_s"] / r["images"])),
+        "job_cpu_added": share(lambda r: math.log(r["job_cpu_s"] / r["images"])),
+        "parts_of_worker_cpu": share(lambda r: parts_s(r, "worker") / worker_s),
+        "parts_of_job_cpu_while_it_runs": share(
+            lambda r: (parts_s(r, "worker") + parts_s(r, "driver")) / job_s
         ),
-        "parts_cpu_s_at_the_end": interval(effects(rows, lambda r: parts_s(r, "driver", at_the_end=True))),
-        "parts_cpu_s": {
-            f"{who} {SIDES[side]}": part_means(who, side) for who in ("worker", "driver") for side in "AB"
-        },
+        "parts_cpu_s_at_the_end": added(lambda r: parts_s(r, "driver", at_the_end=True)),
+        "parts_cpu_s": parts,
         "memory_added_mb": {
-            "worker_pss": interval(effects(rows, lambda r: r["worker_pss_mb"])),
-            "driver_pss": interval(effects(rows, lambda r: r["driver_pss_mb"])),
-            "driver_peak": interval(effects(rows, lambda r: r["driver_peak_mb"])),
+            name: added(itemgetter(f"{name}_mb")) for name in ("worker_pss", "driver_pss", "driver_peak")
         },
     }
 
 
-def _judged_share(rows: Sequence[dict[str, Any]], value: Any) -> dict[str, Any]:
-    found = interval(effects(rows, value))
-    return {"share": found, **judged(found, GOAL_SHARE)}
-
-
-def effects(rows: Sequence[dict[str, Any]], value: Any) -> list[float]:
+def effects(rows: Sequence[Row], value: Callable[[Row], float]) -> list[float]:
     """Per quadruple the mean of `value` with telemetry minus without."""
     by_number: dict[int, dict[str, list[float]]] = {}
     for row in rows:
@@ -276,17 +254,15 @@ def judged(found: dict[str, float | None], goal: float) -> dict[str, Any]:
 
 def stress(options: BenchOptions, scratch: Path, powercap: str | None) -> dict[str, Any]:
     """Memory and CPU time of a node's telemetry where there is much of it."""
-    probe = [sys.executable, "-m", "millijoule.jobs.bench.telemetry_stress"]
-    seconds, book, real = str(options.stress_seconds), scratch / "book", installed_gpus()
+    book, real = scratch / "book", installed_gpus()
     book.mkdir()
-    watching = []
-    for number in range(options.stress_devices):
-        board = ("real", real[number % len(real)]) if real else ("stand-in", str(number))
-        command = [*probe, "worker", *board, seconds, str(book), *([powercap] if powercap else [])]
-        watching.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-    workers = [json.loads(_output_of(process)) for process in watching]
-    command = [*probe, "driver", str(options.stress_devices), str(options.stress_hours)]
-    driver = json.loads(_output_of(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
+    boards = [real[n % len(real)] if real else n for n in range(options.stress_devices)]
+    watching = [
+        start_alone(probes.stressed_worker, board, options.stress_seconds, str(book), powercap)
+        for board in boards
+    ]
+    workers = [answer_of(process) for process in watching]
+    driver = run_alone(probes.stressed_driver, options.stress_devices, options.stress_hours)
     node_mb = sum(w["private_added_mb"] for w in workers)
     total_mb = node_mb + driver["peak_added_mb"]
     return {
@@ -300,18 +276,3 @@ def stress(options: BenchOptions, scratch: Path, powercap: str | None) -> dict[s
         "workers": workers,
         "driver": driver,
     }
-
-
-def _output_of(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"{process.args!r} failed")
-    return output.splitlines()[-1]
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_command("bench telemetry", BenchOptions, run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

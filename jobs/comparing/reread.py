@@ -12,7 +12,7 @@ import numpy as np
 from millijoule.pipeline.comparison.acceptance import parse_icons
 from millijoule.pipeline.comparison.registration import ARMS, Registration
 from millijoule.pipeline.comparison.result import index_images
-from millijoule.pipeline.comparison.rows import Rows
+from millijoule.pipeline.comparison.rows import Rows, decode_pixels
 from millijoule.workers.judging.image_judge import ICON_JUDGE, ImageJudge, load_judge
 
 #: Images read at once.
@@ -32,10 +32,7 @@ def reread_images(registration: Registration, rows: Rows) -> Iterator[str]:
     if judge.sha256 != registration.gate.judge_sha256:
         yield f"the packaged verifier {judge.sha256} is not the registered judge"
         return
-    pixels = {
-        r["sha256"]: np.frombuffer(r["pixels"], np.uint8).reshape(r["height"], r["width"], 3)
-        for r in rows.pixels.to_pylist()
-    }
+    pixels = decode_pixels(rows.pixels)
     judged = rows.judgements.to_pylist()
     for start in range(0, len(judged), BATCH):
         chunk = judged[start : start + BATCH]

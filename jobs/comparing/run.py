@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from millijoule.jobs.machine import describe_gpu, describe_machine, hash_packages
 from millijoule.pipeline.comparison.acceptance import is_blank
 from millijoule.pipeline.comparison.parts import PartStore
 from millijoule.pipeline.comparison.registration import ARMS, Registration, ScheduledBlock, schedule
 from millijoule.pipeline.comparison.result import is_stable
-from millijoule.pipeline.comparison.rows import FEATURE_SCHEMA, JUDGEMENT_SCHEMA, Rows, encode_images
+from millijoule.pipeline.comparison.rows import (
+    FEATURE_SCHEMA,
+    JUDGEMENT_SCHEMA,
+    Rows,
+    decode_pixels,
+    encode_images,
+)
 from millijoule.pipeline.comparison.sampled_power import add_sampled_power
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.judging.comparison_blocks import DrawnBlock, draw_block, rest_block
 from millijoule.workers.judging.image_judge import ImageJudge, ImageMetric
-from millijoule.workers.meters.meter import EnergyMeter
+from millijoule.workers.meters.meter import ESTIMATE_METHOD, EnergyMeter
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.schemas import ImageRequest
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 #: Images judged at once.
 JUDGE_BATCH = 256
@@ -49,12 +60,12 @@ class ComparisonRun:
     open_sampler: Callable[[], PowerSampler | None] = lambda: None
 
     def __post_init__(self) -> None:
-        progress = self.parts.progress()
-        self._session = progress.next_session
-        self._ordinal = len(progress.blocks)
-        self._done = progress.done
-        self._drawn = dict(progress.drawn)
-        self._known = set(progress.known)
+        state = self.parts.state()
+        self._session = state.next_session
+        self._ordinal = len(state.blocks)
+        self._done = state.done
+        self._drawn = dict(state.drawn)
+        self._known = set(state.known)
         self._warm = False
 
     def run(self) -> None:
@@ -121,17 +132,7 @@ class ComparisonRun:
         return drawn
 
     def _store(self, block: ScheduledBlock, drawn: DrawnBlock) -> None:
-        self.parts.write(
-            self.registration,
-            self._ordinal,
-            self._session,
-            block,
-            drawn.reads,
-            drawn.first_request,
-            drawn.digests,
-            drawn.new_pixels,
-            drawn.power,
-        )
+        self.parts.write(self.registration, self._ordinal, self._session, block, drawn)
         self._ordinal += 1
         self._known |= drawn.new_pixels.keys()
         if block.arm:
@@ -157,6 +158,36 @@ def list_requests(registration: Registration, arm: str, generator: Generator) ->
     ]
 
 
+def describe_environment(
+    registration: Registration, generators: Mapping[str, Generator], meter: EnergyMeter, judge_sha256: str
+) -> dict[str, Any]:
+    """`environment.json`: everything an auditor asks for that this machine tells; what it does not tell is null."""
+    gpus = [d.removeprefix("gpu:") for d in meter.domains if d.startswith("gpu:")]
+    models = {}
+    for name, generator in generators.items():
+        arm, info = registration.arm(name), generator.info
+        models[name] = {
+            "model": arm.model,
+            "sha256": arm.sha256,
+            "loaded_name": info.name,
+            "loaded_sha256": info.sha256,
+            "num_inference_steps": arm.num_inference_steps or info.num_inference_steps,
+        }
+    return {
+        **describe_machine(),
+        "device": registration.device,
+        "judge_sha256": judge_sha256,
+        "meter": meter.method,
+        "domains": list(meter.domains),
+        "estimate": ESTIMATE_METHOD,
+        "models": models,
+        "gpus": {uuid: describe_gpu(uuid) for uuid in gpus},
+        "kernel": platform.release(),
+        "cpu_governor": GOVERNOR.read_text().strip() if GOVERNOR.exists() else None,
+        "packages_sha256": hash_packages(),
+    }
+
+
 def judge_images(
     registration: Registration,
     parts: PartStore,
@@ -176,12 +207,8 @@ def judge_images(
     reads, power = parts.read("reads"), parts.read("power")
     second_meter = add_sampled_power(power, reads, second_meter)
     images, blocks, pixel_table = parts.read("images"), parts.read("blocks"), parts.read("pixels")
-    pixels = {
-        row["sha256"]: np.frombuffer(row["pixels"], np.uint8).reshape(row["height"], row["width"], 3)
-        for row in pixel_table.to_pylist()
-    }
-    arm_of = {b["block_id"]: b["arm"] for b in blocks.select(["block_id", "arm"]).to_pylist()}
-    encoded = encode_images(images)
+    pixels, encoded = decode_pixels(pixel_table), encode_images(images)
+    arm_of = dict(zip(blocks["block_id"].to_pylist(), blocks["arm"].to_pylist(), strict=True))
     arms = np.array([arm_of[b] for b in encoded.block_ids])[encoded.block]
     first = {}
     for arm in ARMS:

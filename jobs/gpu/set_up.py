@@ -15,9 +15,11 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 #: A folder in which the package `millijoule` is the tree's own folders.
@@ -73,12 +75,29 @@ def prepare(site: Path, wheels: Path | None, packages: Iterable[str]) -> dict[st
     Raises:
         OSError: `site` cannot be written.
     """
-    site.mkdir(parents=True, exist_ok=True)
-    _describe_program(site)
-    note = ""
-    if wheels is not None:
-        note = _install(site, wheels)
-    return _find_lacks(site, list(packages), note)
+    # the program's name and version, which it looks up where installed packages describe themselves
+    name, version = _project()["name"], _project()["version"]
+    folder = site / f"{name}-{version}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    note = "" if wheels is None else _install(site, wheels)
+    have, minimum = _installed(site), minimum_versions()
+    lacks, present = {}, []
+    for package in packages:
+        if package not in have:
+            lacks[package] = Lack(package, f"{package} is not installed")
+        elif _is_old(have[package], minimum.get(package)):
+            why = f"{package} is {have[package]}, {minimum[package]} or newer is needed"
+            lacks[package] = Lack(package, why)
+        else:
+            present.append(package)
+    for package, missing in _import(site, present).items():
+        is_module = missing.isidentifier()
+        why = f"{package} cannot be imported: {missing}{' is missing' if is_module else ''}"
+        lacks[package] = Lack(missing if is_module else package, why)
+    if note:
+        lacks = {p: Lack(lack.package, f"{lack.reason} ({note})") for p, lack in lacks.items()}
+    return lacks
 
 
 def python_path(site: Path, before: str | None) -> str:
@@ -88,7 +107,7 @@ def python_path(site: Path, before: str | None) -> str:
 
 def how_to_fetch(packages: Iterable[str]) -> str:
     """The command that fetches `packages` for this machine on one that has a network."""
-    minimum = _minimum_versions()
+    minimum = minimum_versions()
     names = [f"'{n}>={minimum[n]}'" if n in minimum else n for n in packages]
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     platforms = " ".join(f"--platform {p}" for p in PLATFORMS)
@@ -98,25 +117,16 @@ def how_to_fetch(packages: Iterable[str]) -> str:
     )
 
 
-def _describe_program(site: Path) -> None:
-    """The program's name and version, which it looks up where installed packages describe themselves."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    folder = site / f"{project['name']}-{project['version']}.dist-info"
-    folder.mkdir(exist_ok=True)
-    (folder / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
+@cache
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def _minimum_versions() -> dict[str, str]:
+def minimum_versions() -> dict[str, str]:
     """Lower bounds of what the project asks for, by normalised name."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
-        *project["dependencies"],
-        *(r for extra in project["optional-dependencies"].values() for r in extra),
-    ]
+    extras = _project()["optional-dependencies"].values()
     found = {}
-    for requirement in wanted:
+    for requirement in [*_project()["dependencies"], *(r for extra in extras for r in extra)]:
         if match := re.match(r"([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?>=([0-9.]+)", requirement):
             found[_normal(match[1])] = match[2]
     return found
@@ -126,17 +136,19 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    release = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
-    return tuple(int(n) for n in release[0].split(".")) if release else ()
+def _is_old(version: str, minimum: str | None) -> bool:
+    def numbers(text: str) -> list[int]:
+        release = re.match(r"[0-9]+(?:\.[0-9]+)*", text)
+        return [int(n) for n in release[0].split(".")] if release else []
+
+    return minimum is not None and numbers(version) < numbers(minimum)
 
 
 def _installed(site: Path) -> dict[str, str]:
     """Versions by normalised name; `site` comes before the interpreter's own, as on `PYTHONPATH`."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions(path=[str(site), *sys.path]):
-        name = distribution.metadata["Name"]
-        if name:
+        if name := distribution.metadata["Name"]:
             found.setdefault(_normal(name), distribution.version)
     return found
 
@@ -145,13 +157,12 @@ def _install(site: Path, wheels: Path) -> str:
     """Install the wheels whose package the machine lacks or has too old; what went wrong, or ""."""
     if not wheels.is_dir():
         return f"{wheels} is no folder"
-    have, minimum = _installed(site), _minimum_versions()
+    have, minimum = _installed(site), minimum_versions()
     chosen = {}
     for wheel in sorted(wheels.glob("*.whl")):
         name, version = wheel.name.split("-")[:2]
         name = _normal(name)
-        old = name in have and _numbers(have[name]) < _numbers(minimum.get(name, ""))
-        if name not in have or old:
+        if name not in have or _is_old(have[name], minimum.get(name)):
             chosen[name] = version
     if not chosen:
         return ""
@@ -159,48 +170,21 @@ def _install(site: Path, wheels: Path) -> str:
     command += ["--no-cache-dir", "--disable-pip-version-check", "--upgrade", "--target", str(site)]
     command += ["--find-links", str(wheels), *(f"{n}=={v}" for n, v in chosen.items())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return (
-            f"pip could not install from {wheels}: {done.stderr.strip().splitlines()[-1:] or done.returncode}"
-        )
-    return ""
+    said = done.stderr.strip().splitlines()[-1:] or done.returncode
+    return f"pip could not install from {wheels}: {said}" if done.returncode else ""
 
 
-def _find_lacks(site: Path, packages: list[str], note: str) -> dict[str, Lack]:
-    have, minimum = _installed(site), _minimum_versions()
-    after = f" ({note})" if note else ""
-    lacks = {}
-    for package in packages:
-        if package not in have:
-            lacks[package] = Lack(package, f"{package} is not installed{after}")
-        elif _numbers(have[package]) < _numbers(minimum.get(package, "")):
-            lacks[package] = Lack(
-                package, f"{package} is {have[package]}, {minimum[package]} or newer is needed{after}"
-            )
-    present = [p for p in packages if p not in lacks]
-    for package, missing in _import(site, present).items():
-        why = f"{package} cannot be imported: {missing}" + (" is missing" if missing.isidentifier() else "")
-        lacks[package] = Lack(missing if missing.isidentifier() else package, why + after)
-    return lacks
-
-
-def _import(site: Path, packages: list[str]) -> Mapping[str, str]:
+def _import(site: Path, packages: list[str]) -> dict[str, str]:
     """Of each package that cannot be imported: the module that is missing, or the error."""
     env = {**os.environ, "PYTHONPATH": python_path(site, os.environ.get("PYTHONPATH"))}
     modules = {p: _MODULES.get(p, p.replace("-", "_")) for p in packages}
+    command = [sys.executable, "-c", _PROBE, json.dumps(modules)]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROBE, json.dumps(modules)],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=IMPORT_TIMEOUT_S,
-            check=False,
+            command, env=env, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        print(
-            f"importing everything took more than {IMPORT_TIMEOUT_S:g} s: not checked any further", flush=True
-        )
+        print(f"imports took more than {IMPORT_TIMEOUT_S:g} s: not checked any further", flush=True)
         return {}
     if done.returncode:
         return dict.fromkeys(packages, f"Python ended with {done.returncode}: {done.stderr.strip()[-200:]}")

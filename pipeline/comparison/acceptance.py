@@ -6,12 +6,11 @@ bundle is checked without PyTorch and without the code that measured it. A test 
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from millijoule.workers.records import decode
 from millijoule.workers.scenes.prompts import parse_prompt
 from millijoule.workers.scenes.scenes import FAMILIES, Group
 
@@ -48,19 +47,9 @@ def parse_icons(text: str) -> list[Icon]:
     Raises:
         ValueError: not a JSON list of [noun, colour, size, x, y].
     """
-    raw = json.loads(text)
-    if not isinstance(raw, list) or len(raw) > MAX_ICONS:
-        raise ValueError("icons are not a short list")
-    icons: list[Icon] = []
-    for item in raw:
-        if (
-            not isinstance(item, list)
-            or len(item) != 5
-            or not all(isinstance(word, str) for word in item[:3])
-            or not all(isinstance(at, int | float) and math.isfinite(at) for at in item[3:])
-        ):
-            raise ValueError(f"{item!r} is not an icon")
-        icons.append((item[0], item[1], item[2], float(item[3]), float(item[4])))
+    icons = decode(list[Icon], text)
+    if len(icons) > MAX_ICONS:
+        raise ValueError(f"{len(icons)} icons, more than {MAX_ICONS}")
     return icons
 
 

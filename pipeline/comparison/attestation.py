@@ -10,15 +10,14 @@ pre-authentication encoding).
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from millijoule.pipeline.comparison.registration import canonical_json
 from millijoule.workers.errors import InputError
+from millijoule.workers.records import decode, encode
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -26,56 +25,37 @@ if TYPE_CHECKING:
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 #: A name, not an address: nothing is fetched from it.
 PREDICATE_TYPE = "https://millijoule.dev/energy-comparison/v1"
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
+PAYLOAD_TYPE: Literal["application/vnd.in-toto+json"] = "application/vnd.in-toto+json"
 
 
 @dataclass(frozen=True)
 class Signature:
-    """`key_id` is the SHA-256 of the public key's DER form."""
+    """`keyid` is the SHA-256 of the public key's DER form; `sig` is base64 in JSON."""
 
-    key_id: str
-    bytes: bytes
+    keyid: str
+    sig: bytes
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A statement as it was signed."""
+    """A statement as it was signed. Field names are DSSE's; `payload` is base64 in JSON."""
 
     payload: bytes
     signatures: tuple[Signature, ...]
+    payloadType: Literal["application/vnd.in-toto+json"] = PAYLOAD_TYPE
 
     def to_json(self) -> bytes:
-        return canonical_json(
-            {
-                "payloadType": PAYLOAD_TYPE,
-                "payload": base64.b64encode(self.payload).decode(),
-                "signatures": [
-                    {"keyid": s.key_id, "sig": base64.b64encode(s.bytes).decode()} for s in self.signatures
-                ],
-            }
-        )
+        return encode(self) + b"\n"
 
     @staticmethod
     def from_json(data: bytes) -> Envelope:
-        """Raises ValueError where `data` is not an envelope of ours."""
-        try:
-            raw = json.loads(data)
-            if raw["payloadType"] != PAYLOAD_TYPE:
-                raise ValueError(f"payload type {raw['payloadType']!r}")
-            return Envelope(
-                _from_base64(raw["payload"]),
-                tuple(Signature(str(s["keyid"]), _from_base64(s["sig"])) for s in raw["signatures"]),
-            )
-        except (KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
-            raise ValueError(f"not a DSSE envelope: {error!r}") from error
-
-
-def _from_base64(text: str) -> bytes:
-    """The bytes of `text`; raises ValueError where another text stands for the same bytes (its last bits are free)."""
-    data = base64.b64decode(text, validate=True)
-    if base64.b64encode(data).decode() != text:
-        raise ValueError("base64 that is not as it is written")
-    return data
+        """Raises ValueError where `data` is no such envelope, or its base64 is another spelling of the same bytes."""
+        envelope, raw = decode(Envelope, data), decode(dict, data)
+        spelt = [raw["payload"], *(s["sig"] for s in raw["signatures"])]
+        meant = [envelope.payload, *(s.sig for s in envelope.signatures)]
+        if spelt != [base64.b64encode(m).decode() for m in meant]:
+            raise ValueError("base64 that is not as it is written")
+        return envelope
 
 
 def merkle_root(digests: Mapping[str, str]) -> str:
@@ -120,7 +100,7 @@ def is_signed_by(envelope: Envelope, key: Ed25519PublicKey) -> bool:
 
     for signature in envelope.signatures:
         try:
-            key.verify(signature.bytes, _pre_authentication(envelope.payload))
+            key.verify(signature.sig, _pre_authentication(envelope.payload))
             return True
         except InvalidSignature:
             continue
@@ -134,37 +114,33 @@ def key_id(key: Ed25519PublicKey) -> str:
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def load_private_key(pem: bytes, *, place: str) -> Ed25519PrivateKey:
+def load_private_key(pem: bytes, *, where: str) -> Ed25519PrivateKey:
     """An unencrypted Ed25519 key, as `openssl genpkey -algorithm ed25519` writes it; raises InputError."""
-    serialization, ed25519 = _cryptography()
-    try:
-        key = serialization.load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{place}: not an unencrypted private key in PEM form: {error}") from error
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise InputError(f"{place}: not an Ed25519 key; make one with: openssl genpkey -algorithm ed25519")
-    return key
+    return _load_key("private", pem, where)
 
 
-def load_public_key(pem: bytes, *, place: str) -> Ed25519PublicKey:
+def load_public_key(pem: bytes, *, where: str) -> Ed25519PublicKey:
     """An Ed25519 public key, as `openssl pkey -pubout` writes it; raises InputError."""
-    serialization, ed25519 = _cryptography()
-    try:
-        key = serialization.load_pem_public_key(pem)
-    except ValueError as error:
-        raise InputError(f"{place}: not a public key in PEM form: {error}") from error
-    if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise InputError(f"{place}: not an Ed25519 key")
-    return key
+    return _load_key("public", pem, where)
 
 
-def _cryptography() -> tuple[Any, Any]:
+def _load_key(kind: Literal["private", "public"], pem: bytes, where: str) -> Any:
     try:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError as error:
         raise InputError("signatures need `cryptography`: pip install millijoule[verify]") from error
-    return serialization, ed25519
+    try:
+        key: Any
+        if kind == "private":
+            key = serialization.load_pem_private_key(pem, password=None)
+        else:
+            key = serialization.load_pem_public_key(pem)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where}: not an unencrypted {kind} key in PEM form: {error}") from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey | ed25519.Ed25519PublicKey):
+        raise InputError(f"{where}: not an Ed25519 key; make one with: openssl genpkey -algorithm ed25519")
+    return key
 
 
 def _pre_authentication(payload: bytes) -> bytes:

@@ -17,13 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from millijoule.pipeline.comparison.attestation import Envelope, merkle_root, sign, statement
+from millijoule.pipeline.comparison.attestation import merkle_root, sign, statement
 from millijoule.pipeline.comparison.registration import Registration, canonical_json
 from millijoule.pipeline.comparison.result import compute_result, index_images, measure_blocks
 from millijoule.pipeline.comparison.rows import BLOCK_SCHEMA, DERIVED_BLOCK_COLUMNS, Rows
@@ -32,9 +33,40 @@ from millijoule.workers.errors import InputError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-FORMAT = "millijoule-energy-comparison-bundle/1"
 REGISTRATION, ENVIRONMENT, RESULT = "registration.json", "environment.json", "result.json"
 MANIFEST, STATEMENT = "manifest.json", "statement.dsse.json"
+
+#: What of the result the statement repeats.
+_QUOTED = (
+    "registration_sha256",
+    "verdict",
+    "claim",
+    "ratio_per_accepted_image",
+    "boundary",
+    "evidence_class",
+)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a bundle by name, without manifest and statement."""
+
+    files: dict[str, FileEntry]
+    merkle_root: str
+    format: Literal["millijoule-energy-comparison-bundle/1"] = "millijoule-energy-comparison-bundle/1"
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return {name: entry.sha256 for name, entry in self.files.items()}
+
+    def to_json(self) -> bytes:
+        return canonical_json(asdict(self))
 
 
 def write_bundle(
@@ -93,40 +125,24 @@ def fill_blocks(registration: Registration, rows: Rows) -> Rows:
         field = BLOCK_SCHEMA.field(name)
         column = pa.array([getattr(n, name) for n in numbers], field.type)
         blocks = blocks.set_column(BLOCK_SCHEMA.get_field_index(name), field, column)
-    return Rows(**{**vars(rows), "blocks": blocks})
+    return replace(rows, blocks=blocks)
 
 
-def seal(folder: Path, key: Ed25519PrivateKey | None) -> Envelope:
+def seal(folder: Path, key: Ed25519PrivateKey | None) -> None:
     """Write manifest and statement over the files that lie in `folder`."""
     names = sorted(p.name for p in folder.iterdir() if p.name not in (MANIFEST, STATEMENT))
-    digests = {name: hash_file(folder / name) for name in names}
-    root = merkle_root(digests)
-    manifest = {
-        "format": FORMAT,
-        "files": {n: {"sha256": digests[n], "size_bytes": (folder / n).stat().st_size} for n in names},
-        "merkle_root": root,
-    }
-    (folder / MANIFEST).write_bytes(canonical_json(manifest))
+    files = {n: FileEntry(hash_file(folder / n), (folder / n).stat().st_size) for n in names}
+    manifest = Manifest(files, merkle_root({n: entry.sha256 for n, entry in files.items()}))
+    (folder / MANIFEST).write_bytes(manifest.to_json())
     result = json.loads((folder / RESULT).read_bytes())
-    envelope = sign(statement(digests, predicate(result, root)), key)
-    (folder / STATEMENT).write_bytes(envelope.to_json())
-    return envelope
+    said = statement(manifest.digests, predicate(result, manifest.merkle_root))
+    (folder / STATEMENT).write_bytes(sign(said, key).to_json())
 
 
 def predicate(result: Mapping[str, Any], root: str) -> dict[str, Any]:
     """What the statement says about the files: the verdict and what it stands on."""
     return {
         "merkle_root": root,
-        **{
-            name: result[name]
-            for name in (
-                "registration_sha256",
-                "verdict",
-                "claim",
-                "ratio_per_accepted_image",
-                "boundary",
-                "evidence_class",
-            )
-        },
+        **{name: result[name] for name in _QUOTED},
         "quality_gate_passed": result["gate"]["passed"],
     }

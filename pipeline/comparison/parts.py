@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import pyarrow.parquet as pq
 from millijoule.pipeline.comparison.registration import ARMS, Registration, ScheduledBlock
 from millijoule.pipeline.comparison.rows import (
     BLOCK_SCHEMA,
-    DERIVED_BLOCK_COLUMNS,
     IMAGE_SCHEMA,
     PIXEL_SCHEMA,
     POWER_SCHEMA,
@@ -28,7 +26,7 @@ from millijoule.pipeline.comparison.rows import (
     power_rows,
     read_row,
 )
-from millijoule.workers.schemas import CounterRead, PowerTrace
+from millijoule.workers.judging.comparison_blocks import DrawnBlock
 
 _TABLES = {
     "reads": READ_SCHEMA,
@@ -40,7 +38,7 @@ _TABLES = {
 
 
 @dataclass(frozen=True)
-class Progress:
+class ComparisonState:
     """Where a comparison stands: what the next session must know."""
 
     blocks: tuple[dict[str, Any], ...]  # in order of execution
@@ -71,31 +69,24 @@ class PartStore:
         ordinal: int,
         session: int,
         block: ScheduledBlock,
-        reads: Iterable[CounterRead],
-        first_request: int = 0,
-        digests: tuple[str, ...] = (),
-        pixels: dict[str, np.ndarray] | None = None,
-        power: Iterable[PowerTrace] = (),
+        drawn: DrawnBlock,
     ) -> None:
         """Store one block for good."""
-        n = len(registration.requests)
-        numbers = dict.fromkeys(DERIVED_BLOCK_COLUMNS) | {
-            "images": len(digests),
-            "accepted": 0,
-            "seconds": 0.0,
-        }
+        n, images = len(registration.requests), len(drawn.digests)
         row = {
             **vars(block),
-            **numbers,
             "ordinal": ordinal,
             "session": session,
-            "first_request": first_request,
+            "first_request": drawn.first_request,
             "registration_sha256": registration.sha256,
+            "images": images,
+            "accepted": 0,  # this and the next ones follow from the other tables, see `bundle.fill_blocks`
+            "seconds": 0.0,
         }
         rows: dict[str, list[dict[str, Any]]] = {
             "blocks": [row],
-            "reads": [read_row(block.block_id, i, read) for i, read in enumerate(reads)],
-            "power": power_rows(block.block_id, power),
+            "reads": [read_row(block.block_id, i, read) for i, read in enumerate(drawn.reads)],
+            "power": power_rows(block.block_id, drawn.power),
             "pixels": [
                 {
                     "sha256": digest,
@@ -103,15 +94,15 @@ class PartStore:
                     "width": image.shape[1],
                     "pixels": np.ascontiguousarray(image).tobytes(),
                 }
-                for digest, image in (pixels or {}).items()
+                for digest, image in drawn.new_pixels.items()
             ],
         }
         tables = {name: pa.Table.from_pylist(rows[name], _TABLES[name]) for name in rows}
         tables["images"] = pa.table(  # by columns: there may be millions
             [
-                pa.repeat(block.block_id, len(digests)),
-                pa.array((first_request + np.arange(len(digests))) % n, pa.int32()),
-                pa.array(digests, pa.string()),
+                pa.repeat(block.block_id, images),
+                pa.array((drawn.first_request + np.arange(images)) % n, pa.int32()),
+                pa.array(drawn.digests, pa.string()),
             ],
             schema=IMAGE_SCHEMA,
         )
@@ -122,21 +113,16 @@ class PartStore:
             pq.write_table(table, unfinished / f"{name}.parquet", compression="zstd")
         os.rename(unfinished, part)
 
-    def progress(self) -> Progress:
+    def state(self) -> ComparisonState:
         """What is done so far."""
         blocks = sorted(self.read("blocks").to_pylist(), key=lambda b: b["ordinal"])
         drawn = {arm: sum(b["images"] for b in blocks if b["arm"] == arm) for arm in ARMS}
-        known = {digest for part in self._parts() for digest in _column(part / "pixels.parquet", "sha256")}
-        return Progress(tuple(blocks), drawn, frozenset(known))
+        return ComparisonState(
+            tuple(blocks), drawn, frozenset(self.read("pixels", ["sha256"])["sha256"].to_pylist())
+        )
 
-    def read(self, name: str) -> pa.Table:
-        """One table over all parts, in order of execution."""
-        tables = [pq.ParquetFile(part / f"{name}.parquet").read() for part in self._parts()]
+    def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """One table, or some of its columns, over all parts, in order of execution."""
+        parts = sorted(p for p in self.folder.iterdir() if p.is_dir() and p.suffix != ".tmp")
+        tables = [pq.ParquetFile(part / f"{name}.parquet").read(columns=columns) for part in parts]
         return pa.concat_tables(tables) if tables else _TABLES[name].empty_table()
-
-    def _parts(self) -> Iterator[Path]:
-        return iter(sorted(p for p in self.folder.iterdir() if p.is_dir() and p.suffix != ".tmp"))
-
-
-def _column(path: Path, name: str) -> list[Any]:
-    return pq.ParquetFile(path).read(columns=[name])[name].to_pylist()

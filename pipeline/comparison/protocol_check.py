@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,14 +15,28 @@ from millijoule.pipeline.comparison.registration import (
     Registration,
     schedule,
 )
-from millijoule.pipeline.comparison.rows import Rows, encode_images, reads_by_block
+from millijoule.pipeline.comparison.rows import Rows, encode_images, reads_by_block, split_by_block
 from millijoule.workers.schemas import CounterRead
 
 #: A wall clock may be set while the monotonic one runs on: how far both may differ over a block.
 MAX_CLOCK_DRIFT_NS = 2_000_000_000
 
 
-def check_protocol(registration: Registration, rows: Rows, environment: Mapping[str, Any]) -> Iterator[str]:
+@dataclass(frozen=True)
+class StatedModel:
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StatedEnvironment:
+    """What of `environment.json` the registration fixes; the rest of it is for readers."""
+
+    device: str
+    judge_sha256: str
+    models: dict[str, StatedModel]
+
+
+def check_protocol(registration: Registration, rows: Rows, environment: StatedEnvironment) -> Iterator[str]:
     """Yield every departure of rows and environment from the registration."""
     blocks = sorted(rows.blocks.to_pylist(), key=lambda b: b["ordinal"])
     reads = reads_by_block(rows.reads)
@@ -29,15 +44,17 @@ def check_protocol(registration: Registration, rows: Rows, environment: Mapping[
     yield from _check_schedule(registration, blocks)
     yield from _check_read_indices(rows, {b["block_id"] for b in blocks})
     images = encode_images(rows.images)
-    bounds = np.searchsorted(np.sort(images.block), np.arange(len(images.block_ids) + 1))
-    by_block = images.request[np.argsort(images.block, kind="stable")]
-    drawn = {b: by_block[bounds[i] : bounds[i + 1]] for i, b in enumerate(images.block_ids)}
+    by_block = split_by_block(images.block, images.request, len(images.block_ids))
+    drawn = dict(zip(images.block_ids, by_block, strict=False))
     n = len(registration.requests)
     position = dict.fromkeys(ARMS, 0)
     last: CounterRead | None = None
     for block in blocks:
         name = f"block {block['block_id']}"
-        chain, requests = reads.get(block["block_id"], []), drawn.pop(block["block_id"], by_block[:0])
+        chain, requests = (
+            reads.get(block["block_id"], []),
+            drawn.pop(block["block_id"], np.zeros(0, np.int64)),
+        )
         if block["registration_sha256"] != registration.sha256:
             yield f"{name}: of another registration"
         yield from _check_chain(name, registration, block, chain, last)
@@ -58,19 +75,14 @@ def check_protocol(registration: Registration, rows: Rows, environment: Mapping[
         yield f"block {block_id!r}: images without a block"
 
 
-def _check_environment(registration: Registration, environment: Mapping[str, Any]) -> Iterator[str]:
-    models = environment.get("models") if isinstance(environment, Mapping) else None
+def _check_environment(registration: Registration, stated: StatedEnvironment) -> Iterator[str]:
     for arm in ARMS:
-        stated = models.get(arm) if isinstance(models, Mapping) else None
-        wanted = registration.arm(arm)
-        if not isinstance(stated, Mapping) or stated.get("sha256") != wanted.sha256:
+        wanted, model = registration.arm(arm), stated.models.get(arm)
+        if model is None or model.sha256 != wanted.sha256:
             yield f"environment.json: model {arm} is not the registered {wanted.sha256}"
-    if not isinstance(environment, Mapping) or environment.get("device") != registration.device:
+    if stated.device != registration.device:
         yield f"environment.json: the device is not the registered {registration.device!r}"
-    if (
-        not isinstance(environment, Mapping)
-        or environment.get("judge_sha256") != registration.gate.judge_sha256
-    ):
+    if stated.judge_sha256 != registration.gate.judge_sha256:
         yield "environment.json: the judge is not the registered one"
 
 

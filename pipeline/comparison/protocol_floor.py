@@ -6,7 +6,6 @@ Nothing is established with them: each departure is an obstacle to the claim, fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from millijoule.pipeline.comparison.registration import Design, Gate, Registration, Statistics, Systematics
@@ -16,43 +15,37 @@ MIN_BLOCK_SECONDS = 60.0
 #: Speeds that differ by more than this are no warm device.
 MAX_WARMUP_CV = 0.05
 
-#: Part and name of what may be more than this, and not less.
-_AT_LEAST: dict[tuple[str, str], float] = {
-    ("design", "block_seconds"): MIN_BLOCK_SECONDS,
-    ("design", "warmup_windows"): Design.warmup_windows,
-    ("gate", "min_images"): Gate.min_images,
-    ("gate", "resamples"): Gate.resamples,
-    ("gate", "frechet_resamples"): Gate.frechet_resamples,
-    ("statistics", "confidence"): Statistics.confidence,
-    ("statistics", "resamples"): Statistics.resamples,
-    ("statistics", "min_quadruples"): Statistics.min_quadruples,
-    ("systematics", "counter_delay_s"): Systematics.counter_delay_s,
-    ("systematics", "offset_watts"): Systematics.offset_watts,
+#: The protocol's numbers; the defaults of a registration, where nothing else is given.
+_PROTOCOL = {
+    "design": Design(block_seconds=MIN_BLOCK_SECONDS, warmup_cv=MAX_WARMUP_CV),
+    "gate": Gate("", ""),
+    "statistics": Statistics(),
+    "systematics": Systematics(),
 }
-#: What may be less than this, and not more.
-_AT_MOST: dict[tuple[str, str], float] = {
-    ("design", "warmup_cv"): MAX_WARMUP_CV,
-    ("gate", "score_margin"): Gate.score_margin,
-    ("gate", "frechet_margin"): Gate.frechet_margin,
-    ("gate", "max_blank"): Gate.max_blank,
-    ("gate", "max_duplicates"): Gate.max_duplicates,
-    ("statistics", "max_missing"): Statistics.max_missing,
-    ("systematics", "max_control"): Systematics.max_control,
-    ("systematics", "closure_tolerance"): Systematics.closure_tolerance,
+#: What may be more than the protocol's number, and not less; then what may be less, and not more.
+_AT_LEAST = {
+    "design": ("block_seconds", "warmup_windows"),
+    "gate": ("min_images", "resamples", "frechet_resamples"),
+    "statistics": ("confidence", "resamples", "min_quadruples"),
+    "systematics": ("counter_delay_s", "offset_watts"),
+}
+_AT_MOST = {
+    "design": ("warmup_cv",),
+    "gate": ("score_margin", "frechet_margin", "max_blank", "max_duplicates"),
+    "statistics": ("max_missing",),
+    "systematics": ("max_control", "closure_tolerance"),
 }
 
 
 def find_loosened(registration: Registration) -> tuple[str, ...]:
     """Every number of `registration` that is looser than the protocol allows, in words."""
-    return tuple(_find(registration))
-
-
-def _find(registration: Registration) -> Iterator[str]:
-    for limits, sign, word in ((_AT_LEAST, 1, "at least"), (_AT_MOST, -1, "at most")):
-        for (part, name), limit in limits.items():
-            value = getattr(getattr(registration, part), name)
+    found = []
+    for names, sign, word in ((_AT_LEAST, 1, "at least"), (_AT_MOST, -1, "at most")):
+        for part, name in ((p, n) for p, own in names.items() for n in own):
+            value, limit = (getattr(of, name) for of in (getattr(registration, part), _PROTOCOL[part]))
             if sign * value < sign * limit:
-                yield f"registered {name} {value:g}: the protocol needs {word} {limit:g}"
+                found.append(f"registered {name} {value:g}: the protocol needs {word} {limit:g}")
+    return tuple(found)
 
 
 def state_protocol(registration: Registration) -> dict[str, Any]:
@@ -61,14 +54,11 @@ def state_protocol(registration: Registration) -> dict[str, Any]:
     Margins of further metrics have no common scale and so no floor; they are stated only.
     """
     design, gate = registration.design, registration.gate
+    margins = ("score_margin", "frechet_margin", "max_blank", "max_duplicates", "min_images")
     return {
         "block_seconds": design.block_seconds,
         "warmup_cv": design.warmup_cv,
-        "score_margin": gate.score_margin,
-        "frechet_margin": gate.frechet_margin,
-        "max_blank": gate.max_blank,
-        "max_duplicates": gate.max_duplicates,
-        "min_images": gate.min_images,
+        **{name: getattr(gate, name) for name in margins},
         "metric_margins": {metric.name: metric.margin for metric in gate.metrics},
         "loosened": list(find_loosened(registration)),
     }

@@ -97,36 +97,31 @@ def judge_gate(
 
     level = (1 - confidence) / 2
     a, b = arms["A"], arms["B"]
-    score_a, score_b = (np.array(arm.counted(), dtype=np.float64) for arm in (a, b))
-    point, low, high = _mean_difference(score_a - score_b, by_family, gate, level)
-    low = min(low, point - _unseen(level, prompts))
-    check(
-        "score",
-        math.isfinite(low) and low >= -gate.score_margin,
-        a=_family_mean(score_a, by_family),
-        b=_family_mean(score_b, by_family),
-        difference=point,
-        low=low,
-        high=high,
-        margin=gate.score_margin,
-    )
-    check("frechet", **_frechet_check(gate, level, requests, a.features, b.features, reference))
-    for metric in gate.metrics:
-        values = [_finite(arm.metrics.get(metric.name, ()), len(requests)) for arm in (a, b)]
-        if values[0] is None or values[1] is None:
-            check(f"metric {metric.name}", False, found="missing or not finite", margin=metric.margin)
-            continue
-        point, low, high = _mean_difference(values[0] - values[1], by_family, gate, level)
+
+    def compare(name: str, of_a: np.ndarray, of_b: np.ndarray, margin: float, unseen: float) -> None:
+        point, low, high = _mean_difference(of_a - of_b, by_family, gate, level)
+        low = min(low, point - unseen)
         check(
-            f"metric {metric.name}",
-            low >= -metric.margin,
-            a=_family_mean(values[0], by_family),
-            b=_family_mean(values[1], by_family),
+            name,
+            math.isfinite(low) and low >= -margin,
+            a=_family_mean(of_a, by_family),
+            b=_family_mean(of_b, by_family),
             difference=point,
             low=low,
             high=high,
-            margin=metric.margin,
+            margin=margin,
         )
+
+    score_a, score_b = (np.array(arm.counted(), dtype=np.float64) for arm in (a, b))
+    compare("score", score_a, score_b, gate.score_margin, _unseen(level, prompts))
+    check("frechet", **_frechet_check(gate, level, requests, a.features, b.features, reference))
+    for metric in gate.metrics:
+        name = f"metric {metric.name}"
+        of_a, of_b = (_finite(arm.metrics.get(metric.name, ()), len(requests)) for arm in (a, b))
+        if of_a is None or of_b is None:
+            check(name, False, found="missing or not finite", margin=metric.margin)
+        else:
+            compare(name, of_a, of_b, metric.margin, unseen=0.0)
     return GateResult(all(c["passed"] for c in checks.values()), checks)
 
 

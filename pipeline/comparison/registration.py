@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import cache, cached_property
-from typing import Any, Literal, get_type_hints
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.records import decode, refuse_unknown
 
-FORMAT = "millijoule-energy-comparison-registration/1"
 ARMS = ("A", "B")
+
+#: 60 and 60.0 are different bytes, and so different hashes: both are kept as they were written.
+Number = float | int
 
 #: What a block is for. Only "compare" enters the ratio; warm-up and top-up are not scheduled, they come when needed.
 SCHEDULED_KINDS = ("idle", "same", "telemetry", "compare")
@@ -38,7 +41,7 @@ class Arm:
     sha256: str
     batch_size: int
     num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    guidance_scale: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,13 @@ class Request:
 class Design:
     """Which blocks are run. A quadruple is four blocks of one order, ABBA or BAAB."""
 
-    block_seconds: float = 60.0
+    block_seconds: Number = 60.0
     quadruples: int = 10
     control_quadruples: int = 1  # of A against A, and of telemetry on against off for each arm
     order_seed: int = 0
-    warmup_window_seconds: float = 5.0
+    warmup_window_seconds: Number = 5.0
     warmup_windows: int = 3  # stable where the speeds of this many windows in a row differ little, ...
-    warmup_cv: float = 0.03  # ... by this coefficient of variation
+    warmup_cv: Number = 0.03  # ... by this coefficient of variation
     warmup_max_windows: int = 60
 
 
@@ -70,7 +73,7 @@ class Metric:
 
     name: str
     sha256: str
-    margin: float
+    margin: Number
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ class Gate:
     judge: str
     judge_sha256: str
     rule: Literal["icon-scene", "threshold"] = "icon-scene"
-    threshold: float = 0.5  # of "threshold": an image is accepted from this score on
-    score_margin: float = 0.02  # of the mean share accepted over families
-    frechet_margin: float = 0.05  # share of B's Frechet distance
-    max_blank: float = 0.01  # share of an arm's images
-    max_duplicates: float = 0.01  # share of an arm's images
+    threshold: Number = 0.5  # of "threshold": an image is accepted from this score on
+    score_margin: Number = 0.02  # of the mean share accepted over families
+    frechet_margin: Number = 0.05  # share of B's Frechet distance
+    max_blank: Number = 0.01  # share of an arm's images
+    max_duplicates: Number = 0.01  # share of an arm's images
     min_images: int = 500
     resamples: int = 2000
     frechet_resamples: int = 200
@@ -96,30 +99,32 @@ class Gate:
 class Statistics:
     """How the interval is made and when there is none."""
 
-    confidence: float = 0.95
+    confidence: Number = 0.95
     resamples: int = 10_000
     seed: int = 2
     min_quadruples: int = 5
-    max_missing: float = 0.2  # share of quadruples without energy
+    max_missing: Number = 0.2  # share of quadruples without energy
 
 
 @dataclass(frozen=True)
 class Systematics:
     """What the meter may do wrong in the same way in every block, and what the controls may show at most."""
 
-    counter_delay_s: float = 0.2  # how late a counter's value may be at a block's ends
-    offset_watts: float = 5.0  # a constant error of the meter's power
-    max_control: float = 0.05  # largest log ratio that A against A, or telemetry on against off, may show
-    closure_tolerance: float = 0.05  # of a second meter against the counters
-    declared_rest_watts: float | None = None  # what a node meter sees and no counter does; None: not declared
-    declared_rest_tolerance_watts: float | None = None  # by how much that may be wrong
+    counter_delay_s: Number = 0.2  # how late a counter's value may be at a block's ends
+    offset_watts: Number = 5.0  # a constant error of the meter's power
+    max_control: Number = 0.05  # largest log ratio that A against A, or telemetry on against off, may show
+    closure_tolerance: Number = 0.05  # of a second meter against the counters
+    declared_rest_watts: Number | None = (
+        None  # what a node meter sees and no counter does; None: not declared
+    )
+    declared_rest_tolerance_watts: Number | None = None  # by how much that may be wrong
 
 
 @dataclass(frozen=True)
 class Registration:
     """Everything that is fixed before the first run."""
 
-    factor: float  # to prove: A needs at least this many times less energy than B
+    factor: Number  # to prove: A needs at least this many times less energy than B
     registered_wall_ns: int
     device: str
     width: int
@@ -131,19 +136,22 @@ class Registration:
     design: Design = Design()
     statistics: Statistics = Statistics()
     systematics: Systematics = Systematics()
+    format: Literal["millijoule-energy-comparison-registration/1"] = (
+        "millijoule-energy-comparison-registration/1"
+    )
 
     def arm(self, name: str) -> Arm:
         return {"A": self.a, "B": self.b}[name]
 
     def to_json(self) -> bytes:
-        return canonical_json({"format": FORMAT, **asdict(self)})
+        return canonical_json(asdict(self))
 
     @cached_property  # every block is compared with it
     def sha256(self) -> str:
         return hashlib.sha256(self.to_json()).hexdigest()
 
     @staticmethod
-    def from_json(data: bytes, *, place: str = "registration.json") -> Registration:
+    def from_json(data: bytes, *, where: str = "registration.json") -> Registration:
         """Read back what `to_json` wrote, and nothing else.
 
         Raises:
@@ -151,27 +159,16 @@ class Registration:
                 are not canonical (their hash would not be that of the content).
         """
         try:
-            raw = json.loads(data)
-            if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
-            raw["a"], raw["b"] = _build(Arm, raw["a"]), _build(Arm, raw["b"])
-            raw["requests"] = tuple(_build(Request, r) for r in raw["requests"])
-            raw["gate"]["metrics"] = tuple(_build(Metric, m) for m in raw["gate"]["metrics"])
-            for name, part in (
-                ("gate", Gate),
-                ("design", Design),
-                ("statistics", Statistics),
-                ("systematics", Systematics),
-            ):
-                raw[name] = _build(part, raw[name])
-            registration: Registration = _build(Registration, raw)
+            registration = decode(Registration, data)
             check_values(registration)
             canonical = registration.to_json()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"{place}: not a registration this version reads: {error}") from error
+            if canonical != data:
+                refuse_unknown(Registration, decode(dict, data))
+        except ValueError as error:
+            raise InputError(f"{where}: not a registration this version reads: {error}") from error
         if canonical != data:
             raise InputError(
-                f"{place}: not canonical JSON; write it with `millijoule verify --register-only`"
+                f"{where}: not canonical JSON with all fields; write it with `millijoule verify --register-only`"
             )
         return registration
 
@@ -194,64 +191,69 @@ class ScheduledBlock:
 
 def check_values(registration: Registration) -> None:
     """Raise ValueError for numbers that make no comparison. Looser ones than the protocol's are `protocol_floor`'s."""
-    r, design, gate = registration, registration.design, registration.gate
-    positive = {
-        "factor": r.factor,
-        "block_seconds": design.block_seconds,
-        "quadruples": design.quadruples,
-        "warmup_window_seconds": design.warmup_window_seconds,
-        "warmup_windows": design.warmup_windows,
-        "min_images": gate.min_images,
-        "resamples": gate.resamples,
-        "frechet_resamples": gate.frechet_resamples,
-        "statistics.resamples": r.statistics.resamples,
-        "a.batch_size": r.a.batch_size,
-        "b.batch_size": r.b.batch_size,
-    }
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be above 0, not {value}")
+    r, design, gate, limits = registration, registration.design, registration.gate, registration.systematics
+    rest = (limits.declared_rest_watts, limits.declared_rest_tolerance_watts)
+    if (rest[0] is None) != (rest[1] is None):
+        raise ValueError("the rest of the node is declared with its tolerance")
+    _check_all(
+        "above 0",
+        lambda value: 0 < value < math.inf,
+        {
+            "factor": r.factor,
+            "block_seconds": design.block_seconds,
+            "quadruples": design.quadruples,
+            "warmup_window_seconds": design.warmup_window_seconds,
+            "warmup_windows": design.warmup_windows,
+            "min_images": gate.min_images,
+            "resamples": gate.resamples,
+            "frechet_resamples": gate.frechet_resamples,
+            "statistics.resamples": r.statistics.resamples,
+            "a.batch_size": r.a.batch_size,
+            "b.batch_size": r.b.batch_size,
+        },
+    )
+    _check_all(
+        "in [0, 1)",
+        lambda value: 0 <= value < 1,
+        {
+            "score_margin": gate.score_margin,
+            "frechet_margin": gate.frechet_margin,
+            "max_blank": gate.max_blank,
+            "max_duplicates": gate.max_duplicates,
+            "max_missing": r.statistics.max_missing,
+            "max_control": limits.max_control,
+            "closure_tolerance": limits.closure_tolerance,
+        },
+    )
+    _check_all(
+        "at least 0",
+        lambda value: 0 <= value < math.inf,
+        {
+            "counter_delay_s": limits.counter_delay_s,
+            "offset_watts": limits.offset_watts,
+            "declared_rest_watts": rest[0] or 0,
+            "declared_rest_tolerance_watts": rest[1] or 0,
+            **{f"margin of metric {m.name}": m.margin for m in gate.metrics},
+        },
+    )
     if max(r.statistics.resamples, gate.resamples, gate.frechet_resamples) > MAX_RESAMPLES:
         raise ValueError(f"more than {MAX_RESAMPLES} resamples show nothing more")
     if max(design.quadruples, design.control_quadruples) > MAX_QUADRUPLES:
         raise ValueError(f"more than {MAX_QUADRUPLES} quadruples")
-    shares = {
-        "score_margin": gate.score_margin,
-        "frechet_margin": gate.frechet_margin,
-        "max_blank": gate.max_blank,
-        "max_duplicates": gate.max_duplicates,
-        "max_missing": r.statistics.max_missing,
-        "max_control": r.systematics.max_control,
-        "closure_tolerance": r.systematics.closure_tolerance,
-    }
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), not {value}")
-    amounts = {
-        "counter_delay_s": r.systematics.counter_delay_s,
-        "offset_watts": r.systematics.offset_watts,
-    }
-    rest = (r.systematics.declared_rest_watts, r.systematics.declared_rest_tolerance_watts)
-    if (rest[0] is None) != (rest[1] is None):
-        raise ValueError("the rest of the node is declared with its tolerance")
-    amounts |= {
-        name: watts
-        for name, watts in zip(("declared_rest_watts", "declared_rest_tolerance_watts"), rest, strict=True)
-        if watts is not None
-    }
-    for name, value in amounts.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be at least 0, not {value}")
     if not 0.5 < r.statistics.confidence < 1:
         raise ValueError(f"confidence must be in (0.5, 1), not {r.statistics.confidence}")
     if r.statistics.min_quadruples < 3:
         raise ValueError("min_quadruples below 3 leaves nothing to resample")
-    if any(not 0 <= m.margin < math.inf for m in gate.metrics):
-        raise ValueError("a metric's margin must be at least 0")
     if not r.requests or any(not 0 <= q.seed < 2**64 for q in r.requests):
         raise ValueError("requests must not be empty, their seeds in [0, 2**64)")
     if len(set(r.requests)) != len(r.requests):
         raise ValueError("a request (family, prompt, seed) stands there twice")
+
+
+def _check_all(bounds: str, within: Callable[[Number], bool], values: Mapping[str, Number]) -> None:
+    for name, value in values.items():
+        if not within(value):
+            raise ValueError(f"{name} must be {bounds}, not {value}")
 
 
 def schedule(registration: Registration) -> tuple[ScheduledBlock, ...]:
@@ -287,32 +289,3 @@ def schedule(registration: Registration) -> tuple[ScheduledBlock, ...]:
 def canonical_json(value: Any) -> bytes:
     """One byte sequence per value: sorted keys, no spaces, ASCII, no NaN; a newline at the end."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-
-
-@cache
-def _type_hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _build(kind: type, raw: Any) -> Any:
-    """A dataclass from exactly its fields, with JSON's types checked."""
-    if not isinstance(raw, Mapping):
-        raise TypeError(f"{kind.__name__} must be an object")
-    names, hints = {f.name for f in fields(kind)}, _type_hints(kind)
-    if names != set(raw):
-        raise ValueError(f"{kind.__name__}: fields {sorted(names ^ set(raw))} are missing or unknown")
-    for name, value in raw.items():
-        hint = str(hints[name])
-        wanted: tuple[type, ...] = ()
-        if hint in ("<class 'float'>", "float | None"):
-            wanted = (float, int)
-        elif hint in ("<class 'int'>", "int | None"):
-            wanted = (int,)
-        elif hint == "<class 'str'>" or "Literal" in hint:
-            wanted = (str,)
-        optional = value is None and "None" in hint
-        if wanted and not optional and (not isinstance(value, wanted) or isinstance(value, bool)):
-            raise TypeError(f"{kind.__name__}.{name}: {value!r} is not of type {wanted[0].__name__}")
-        if "Literal" in hint and value not in hints[name].__args__:
-            raise ValueError(f"{kind.__name__}.{name}: {value!r} is not one of {hints[name].__args__}")
-    return kind(**raw)

@@ -19,13 +19,14 @@ from millijoule.pipeline.comparison.acceptance import find_repeats
 from millijoule.pipeline.comparison.protocol_floor import state_protocol
 from millijoule.pipeline.comparison.quality_gate import ArmImages, accepted_spread, judge_gate
 from millijoule.pipeline.comparison.registration import ARMS, Design, Registration
-from millijoule.pipeline.comparison.rows import Rows, encode_images, reads_by_block
+from millijoule.pipeline.comparison.rows import Rows, encode_images, reads_by_block, split_by_block
 from millijoule.pipeline.comparison.second_meter import CountedStretch, check_closure
 from millijoule.pipeline.comparison.statistics import (
     MeasuredBlock,
-    complete_quadruples,
+    SideSums,
     energy_ratio,
     judge_claim,
+    sum_sides,
     systematic_budget,
     total,
     verdict_line,
@@ -51,13 +52,12 @@ class BlockNumbers:
 
 @dataclass(frozen=True)
 class DrawnImages:
-    """Every image in the order of drawing: block, request and distinct (request, digest), as numbers.
+    """Every image in the order of drawing: block and distinct (request, digest), as numbers.
 
     `pairs[p]` is the request and digest of distinct pair p; `counted[arm][p]` whether it counts as accepted in that arm.
     """
 
     block: np.ndarray  # [n] row of the block table
-    request: np.ndarray  # [n]
     pair: np.ndarray  # [n]
     pairs: list[tuple[int, str]]
     counted: dict[str, np.ndarray]
@@ -76,9 +76,9 @@ def boundary(domains: Sequence[str], device: str) -> str:
         for prefix, words in (("gpu:", "GPU board"), ("cpu:", "CPU packages"), ("dram:", "DRAM"))
         if any(d.startswith(prefix) for d in domains)
     ]
-    place = " + ".join(parts) if parts else "CPU time of the process"
+    included = " + ".join(parts) if parts else "CPU time of the process"
     note = ", GPU not included" if device != "cpu" and "GPU board" not in parts else ""
-    return f"{place}{note} (drawing to hashed pixels in host memory; idle not subtracted)"
+    return f"{included}{note} (drawing to hashed pixels in host memory; idle not subtracted)"
 
 
 def index_images(registration: Registration, rows: Rows) -> DrawnImages:
@@ -102,7 +102,7 @@ def index_images(registration: Registration, rows: Rows) -> DrawnImages:
         (r["request"], r["sha256"]): r["accepted"] and not r["blank"]
         for r in rows.judgements.select(["request", "sha256", "accepted", "blank"]).to_pylist()
     }
-    accepted = [judged[p] for p in pairs]
+    accepted = np.array([judged[p] for p in pairs], bool)
     arm_of_block = np.array([b["arm"] for b in blocks])
     counted, first = {}, {}
     for arm in ARMS:
@@ -113,24 +113,20 @@ def index_images(registration: Registration, rows: Rows) -> DrawnImages:
             [registration.requests[pairs[p][0]].prompt for p in by_appearance],
             [pairs[p][1] for p in by_appearance],
         )
-        counts = np.zeros(len(pairs), bool)
-        for p, repeated in zip(by_appearance, repeats, strict=True):
-            counts[p] = accepted[p] and not repeated
-        counted[arm] = counts
+        counted[arm] = np.zeros(len(pairs), bool)
+        counted[arm][by_appearance] = accepted[by_appearance] & ~np.array(repeats, bool)
         first[arm] = np.full(n_requests, -1)
         drawn, drawn_at = np.unique(request[mine], return_index=True)
         first[arm][drawn] = pair[mine][drawn_at]
-    return DrawnImages(block, request, pair, pairs, counted, first)
+    return DrawnImages(block, pair, pairs, counted, first)
 
 
 def measure_blocks(rows: Rows, images: DrawnImages) -> list[BlockNumbers]:
     """The derived columns of every block, in the order of the block table."""
     reads, domains = reads_by_block(rows.reads), energy_domains(rows.reads)
     numbers = []
-    bounds = np.searchsorted(np.sort(images.block), np.arange(len(rows.blocks) + 1))
-    by_block = images.pair[np.argsort(images.block, kind="stable")]
-    for i, block in enumerate(rows.blocks.select(["block_id", "arm"]).to_pylist()):
-        drawn = by_block[bounds[i] : bounds[i + 1]]
+    by_block = split_by_block(images.block, images.pair, len(rows.blocks))
+    for drawn, block in zip(by_block, rows.blocks.select(["block_id", "arm"]).to_pylist(), strict=True):
         chain = reads.get(block["block_id"], [])
         numbers.append(
             BlockNumbers(
@@ -166,18 +162,12 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
     blocks = rows.blocks.to_pylist()
     domains = energy_domains(rows.reads)
     measured = bool(domains)
+    energies = [n.energy_mj if measured else n.estimate_mj for n in numbers]
 
     def of_kind(kind: str, arm: str | None = None) -> list[MeasuredBlock]:
         return [
-            MeasuredBlock(
-                b["quadruple"],
-                b["side"],
-                n.energy_mj if measured else n.estimate_mj,
-                n.images,
-                n.accepted,
-                n.seconds,
-            )
-            for b, n in zip(blocks, numbers, strict=True)
+            MeasuredBlock(b["quadruple"], b["side"], energy_mj, n.images, n.accepted, n.seconds)
+            for b, n, energy_mj in zip(blocks, numbers, energies, strict=True)
             if b["kind"] == kind and arm in (None, b["arm"])
         ]
 
@@ -198,30 +188,21 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
     systematic = total(budget)
     stretches = _stretches(rows, domains, [b["block_id"] for b in blocks if b["kind"] == "compare"])
     closures = {
-        source: check_closure(
-            rows.second_meter,
-            source,
-            stretches,
-            limits.closure_tolerance,
-            limits.declared_rest_watts,
-            limits.declared_rest_tolerance_watts,
-        )
-        for source in ("power", "node")
+        source: check_closure(rows.second_meter, source, stretches, limits) for source in ("power", "node")
     }
-    power, node = closures["power"], closures["node"]
-    evidence = evidence_class(
-        measured=measured,
-        power_agrees=power.closes if power else None,
-        node_closes=node.closes if node else None,
-    )
+    agrees = {name: c.closes if c else None for name, c in closures.items()}
+    evidence = evidence_class(measured=measured, power_agrees=agrees["power"], node_closes=agrees["node"])
     warmup = _warmup(registration.design, blocks, numbers)
     protocol = state_protocol(registration)
-    obstacles = [*protocol["loosened"]]
-    obstacles += [
-        f"control {name} shows a log ratio of {value:+.3f}, more than {limits.max_control:g}"
-        for name, value in controls.items()
-        if value is not None and not abs(value) <= limits.max_control
-    ] + [f"warm-up {name} was not stable" for name, stable in warmup.items() if not stable]
+    obstacles = [
+        *protocol["loosened"],
+        *(
+            f"control {name} shows a log ratio of {value:+.3f}, more than {limits.max_control:g}"
+            for name, value in controls.items()
+            if value is not None and not abs(value) <= limits.max_control
+        ),
+        *(f"warm-up {name} was not stable" for name, stable in warmup.items() if not stable),
+    ]
     if registration.device != "cpu" and not any(d.startswith("gpu:") for d in domains):
         obstacles.append("the device's own energy is not measured")
     claim = judge_claim(registration.factor, interval, systematic, evidence, gate.passed, obstacles)
@@ -240,13 +221,9 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
         "evidence_class": evidence,
         "second_meters": _second_meters(rows),
         "closures": {name: asdict(c) if c else None for name, c in closures.items()},
-        "arms": {arm: _arm_sums(compare, arm) for arm in ARMS},
+        "arms": {arm: _arm_sums(sums) for arm, sums in sum_sides(compare).items()},
         "controls": controls,
-        "idle_watts": [
-            _watts(n.energy_mj if measured else n.estimate_mj, n.seconds)
-            for b, n in zip(blocks, numbers, strict=True)
-            if b["kind"] == "idle"
-        ],
+        "idle_watts": [_watts(b.energy_mj, b.seconds) for b in of_kind("idle")],
         "warmup_stable": warmup,
         "images_included": rows.pixels is not None,
         "gate": {"passed": gate.passed, "failures": list(gate.failures), "checks": gate.checks},
@@ -275,21 +252,19 @@ def gather_arms(registration: Registration, rows: Rows, images: DrawnImages) -> 
 
 def _feature_matrix(rows: Rows, arm: str, n: int | None = None) -> np.ndarray | None:
     """`[n, d]` in the order of requests; None where a row is missing, double or of another length."""
-    found = sorted(
-        ((r["request"], r["values"]) for r in rows.features.to_pylist() if r["arm"] == arm),
-        key=lambda item: item[0],
-    )
-    n = len(found) if n is None else n
-    if not found or [k for k, _ in found] != list(range(n)) or len({len(v) for _, v in found}) != 1:
+    found = [(r["request"], r["values"]) for r in rows.features.to_pylist() if r["arm"] == arm]
+    found.sort(key=lambda item: item[0])
+    requests, lengths = [k for k, _ in found], {len(v) for _, v in found}
+    if len(lengths) != 1 or requests != list(range(len(found) if n is None else n)):
         return None
     return np.array([[math.nan if x is None else x for x in v] for _, v in found], dtype=np.float32)
 
 
 def _energy_control(blocks: Sequence[MeasuredBlock]) -> float | None:
-    sums = _side_sums(complete_quadruples(blocks))
-    if sums is None or min(sums["A"][0], sums["B"][0]) <= 0:
+    a, b = sum_sides(blocks).values()
+    if min(a.images, b.images, a.energy_mj, b.energy_mj) <= 0:
         return None
-    return math.log(sums["B"][0] / sums["B"][1]) - math.log(sums["A"][0] / sums["A"][1])
+    return math.log(b.energy_mj / b.images) - math.log(a.energy_mj / a.images)
 
 
 def _telemetry_control(blocks: Sequence[MeasuredBlock], measured: bool) -> float | None:
@@ -300,42 +275,24 @@ def _telemetry_control(blocks: Sequence[MeasuredBlock], measured: bool) -> float
     energy = _energy_control(blocks)
     if energy is None or not measured:
         return energy
-    sums = _side_sums(complete_quadruples(blocks))
-    if sums is None or min(sums["A"][2], sums["B"][2]) <= 0:
+    a, b = sum_sides(blocks).values()
+    if min(a.seconds, b.seconds) <= 0:
         return None
-    speed = math.log(sums["B"][1] / sums["B"][2]) - math.log(sums["A"][1] / sums["A"][2])
-    return max(energy, speed, key=abs)
+    return max(energy, math.log(b.images / b.seconds) - math.log(a.images / a.seconds), key=abs)
 
 
-def _side_sums(quadruples: Sequence[Sequence[MeasuredBlock]]) -> dict[str, tuple[int, int, float]] | None:
-    """Energy, images and seconds by side; None where there are no images."""
-    sums = {
-        side: (
-            sum(b.energy_mj or 0 for four in quadruples for b in four if b.side == side),
-            sum(b.images for four in quadruples for b in four if b.side == side),
-            math.fsum(b.seconds for four in quadruples for b in four if b.side == side),
-        )
-        for side in "AB"
-    }
-    return sums if min(sums["A"][1], sums["B"][1]) > 0 else None
-
-
-def _arm_sums(compare: Sequence[MeasuredBlock], arm: str) -> dict[str, Any]:
-    """Totals of an arm over the complete quadruples."""
-    mine = [b for four in complete_quadruples(compare) for b in four if b.side == arm]
-    energy_mj = sum_or_none(b.energy_mj for b in mine)
-    images, accepted = sum(b.images for b in mine), sum(b.accepted for b in mine)
-    seconds = math.fsum(b.seconds for b in mine)
+def _arm_sums(sums: SideSums) -> dict[str, Any]:
+    """Totals of an arm over the complete quadruples; null where there is no such block."""
+    energy_mj = sums.energy_mj if sums.blocks else None
     return {
-        "blocks": len(mine),
-        "images": images,
-        "accepted": accepted,
-        "seconds": seconds,
+        **asdict(sums),
         "energy_mj": energy_mj,
-        "mj_per_accepted_image": energy_mj / accepted if energy_mj is not None and accepted else None,
-        "mj_per_image": energy_mj / images if energy_mj is not None and images else None,
-        "images_per_second": images / seconds if seconds > 0 else None,
-        "watts": _watts(energy_mj, seconds),
+        "mj_per_accepted_image": energy_mj / sums.accepted
+        if energy_mj is not None and sums.accepted
+        else None,
+        "mj_per_image": energy_mj / sums.images if energy_mj is not None and sums.images else None,
+        "images_per_second": sums.images / sums.seconds if sums.seconds > 0 else None,
+        "watts": _watts(energy_mj, sums.seconds),
     }
 
 

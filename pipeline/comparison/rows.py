@@ -14,101 +14,90 @@ import pyarrow as pa
 
 from millijoule.workers.schemas import CounterRead, PowerTrace
 
-READ_SCHEMA = pa.schema(
+TEXT, FLAG, SHORT, LONG, DOUBLE = pa.string(), pa.bool_(), pa.int32(), pa.int64(), pa.float64()
+
+
+def _schema(columns: list[tuple[str, pa.DataType]], nullable: tuple[str, ...] = ()) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=name in nullable) for name, kind in columns])
+
+
+READ_SCHEMA = _schema(
     [
-        pa.field("block_id", pa.string(), nullable=False),
-        pa.field("read_index", pa.int32(), nullable=False),  # 0 opens the block, the last one closes it
-        pa.field("boot_id", pa.string(), nullable=False),
-        pa.field("epoch", pa.int32(), nullable=False),
-        pa.field("t_mono_ns", pa.int64(), nullable=False),
-        pa.field("t_wall_ns", pa.int64(), nullable=False),
-        pa.field("latency_ns", pa.int64(), nullable=False),
-        pa.field(
-            "energy",
-            pa.list_(pa.struct([("domain", pa.string()), ("energy_mj", pa.int64())])),
-            nullable=False,
-        ),
-        pa.field("estimate_mj", pa.int64()),
-    ]
+        ("block_id", TEXT),
+        ("read_index", SHORT),  # 0 opens the block, the last one closes it
+        ("boot_id", TEXT),
+        ("epoch", SHORT),
+        ("t_mono_ns", LONG),
+        ("t_wall_ns", LONG),
+        ("latency_ns", LONG),
+        ("energy", pa.list_(pa.struct([("domain", TEXT), ("energy_mj", LONG)]))),
+        ("estimate_mj", LONG),
+    ],
+    nullable=("estimate_mj",),
 )
 
-BLOCK_SCHEMA = pa.schema(
+BLOCK_SCHEMA = _schema(
     [
-        pa.field("block_id", pa.string(), nullable=False),  # as scheduled; warm-up and top-up have their own
-        pa.field("ordinal", pa.int32(), nullable=False),  # order of execution
-        pa.field("session", pa.int32(), nullable=False),  # run of the program that executed it
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("arm", pa.string(), nullable=False),
-        pa.field("side", pa.string(), nullable=False),
-        pa.field("telemetry", pa.bool_(), nullable=False),
-        pa.field("quadruple", pa.int32(), nullable=False),
-        pa.field("first_request", pa.int32(), nullable=False),
-        pa.field("registration_sha256", pa.string(), nullable=False),
-        pa.field("images", pa.int64(), nullable=False),
-        pa.field("accepted", pa.int64(), nullable=False),
-        pa.field("seconds", pa.float64(), nullable=False),
-        pa.field("energy_mj", pa.int64()),
-        pa.field("estimate_mj", pa.int64()),
-    ]
+        ("block_id", TEXT),  # as scheduled; warm-up and top-up have their own
+        ("ordinal", SHORT),  # order of execution
+        ("session", SHORT),  # run of the program that executed it
+        ("kind", TEXT),
+        ("arm", TEXT),
+        ("side", TEXT),
+        ("telemetry", FLAG),
+        ("quadruple", SHORT),
+        ("first_request", SHORT),
+        ("registration_sha256", TEXT),
+        ("images", LONG),
+        ("accepted", LONG),
+        ("seconds", DOUBLE),
+        ("energy_mj", LONG),
+        ("estimate_mj", LONG),
+    ],
+    nullable=("energy_mj", "estimate_mj"),
 )
 DERIVED_BLOCK_COLUMNS = ("images", "accepted", "seconds", "energy_mj", "estimate_mj")
 
-IMAGE_SCHEMA = pa.schema(  # in order of drawing within a block
+#: In order of drawing within a block.
+IMAGE_SCHEMA = _schema([("block_id", TEXT), ("request", SHORT), ("sha256", TEXT)])
+
+#: One row per distinct (request, sha256).
+JUDGEMENT_SCHEMA = _schema(
     [
-        pa.field("block_id", pa.string(), nullable=False),
-        pa.field("request", pa.int32(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-    ]
+        ("request", SHORT),
+        ("sha256", TEXT),
+        ("blank", FLAG),
+        ("accepted", FLAG),  # by the judge's rule alone
+        ("icons", TEXT),
+        ("score", DOUBLE),
+        ("metrics", pa.list_(DOUBLE)),  # in the order of the registered ones
+    ],
+    nullable=("icons", "score"),
 )
 
-JUDGEMENT_SCHEMA = pa.schema(  # one row per distinct (request, sha256)
+#: Of each arm's first image of each request, and of the reference; `arm` is "A", "B" or "reference".
+FEATURE_SCHEMA = _schema([("arm", TEXT), ("request", SHORT), ("values", pa.list_(pa.float32()))])
+
+#: One row per distinct image; `pixels` is uint8 `[height, width, 3]` in C order.
+PIXEL_SCHEMA = _schema([("sha256", TEXT), ("height", SHORT), ("width", SHORT), ("pixels", pa.binary())])
+
+#: Samples taken during blocks, once a second.
+POWER_SCHEMA = _schema(
     [
-        pa.field("request", pa.int32(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("blank", pa.bool_(), nullable=False),
-        pa.field("accepted", pa.bool_(), nullable=False),  # by the judge's rule alone
-        pa.field("icons", pa.string()),
-        pa.field("score", pa.float64()),
-        pa.field("metrics", pa.list_(pa.float64()), nullable=False),  # in the order of the registered ones
-    ]
+        ("block_id", TEXT),
+        ("device", TEXT),  # full UUID; the counter's domain is "gpu:" before it
+        ("t_mono_ns", LONG),  # of the boot of the block's reads
+        ("power_average_mw", LONG),  # NVML field 185
+        ("power_instant_mw", LONG),  # NVML field 186
+    ],
+    nullable=("power_average_mw", "power_instant_mw"),
 )
 
-FEATURE_SCHEMA = pa.schema(  # of each arm's first image of each request, and of the reference
+SECOND_METER_SCHEMA = _schema(
     [
-        pa.field("arm", pa.string(), nullable=False),  # "A", "B" or "reference"
-        pa.field("request", pa.int32(), nullable=False),
-        pa.field("values", pa.list_(pa.float32()), nullable=False),
-    ]
-)
-
-PIXEL_SCHEMA = pa.schema(  # one row per distinct image
-    [
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("pixels", pa.binary(), nullable=False),  # uint8 [height, width, 3], C order
-    ]
-)
-
-POWER_SCHEMA = pa.schema(  # samples taken during blocks, once a second
-    [
-        pa.field("block_id", pa.string(), nullable=False),
-        pa.field(
-            "device", pa.string(), nullable=False
-        ),  # full UUID; the counter's domain is "gpu:" before it
-        pa.field("t_mono_ns", pa.int64(), nullable=False),  # of the boot of the block's reads
-        pa.field("power_average_mw", pa.int64()),  # NVML field 185
-        pa.field("power_instant_mw", pa.int64()),  # NVML field 186
-    ]
-)
-
-SECOND_METER_SCHEMA = pa.schema(
-    [
-        pa.field(
-            "source", pa.string(), nullable=False
-        ),  # "power": same device, integrated; "node": whole machine
-        pa.field("t_wall_ns", pa.int64(), nullable=False),
-        pa.field("energy_mj", pa.int64(), nullable=False),  # since any zero
+        ("source", TEXT),  # "power": same device, integrated; "node": whole machine
+        ("t_wall_ns", LONG),
+        ("energy_mj", LONG),  # since any zero
     ]
 )
 
@@ -169,6 +158,20 @@ def encode_images(images: pa.Table) -> EncodedImages:
     distinct, pair = np.unique(request * n + digest, return_inverse=True)
     pairs = [(int(key) // n, digests[int(key) % n]) for key in distinct]
     return EncodedImages(block_ids, block, request, pairs, pair)
+
+
+def decode_pixels(pixels: pa.Table) -> dict[str, np.ndarray]:
+    """Images of a table of `PIXEL_SCHEMA`, uint8 `[height, width, 3]`, by digest."""
+    return {
+        row["sha256"]: np.frombuffer(row["pixels"], np.uint8).reshape(row["height"], row["width"], 3)
+        for row in pixels.to_pylist()
+    }
+
+
+def split_by_block(block: np.ndarray, values: np.ndarray, n: int) -> list[np.ndarray]:
+    """`values` of each of blocks 0 to n - 1, in their order; `block` and `values` are `[images]`."""
+    order = np.argsort(block, kind="stable")
+    return np.split(values[order], np.searchsorted(block[order], np.arange(1, n)))[:n]
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:

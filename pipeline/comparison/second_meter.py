@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from millijoule.pipeline.comparison.registration import Systematics
 from millijoule.pipeline.comparison.rows import SECOND_METER_SCHEMA
 from millijoule.workers.errors import InputError
 
@@ -41,27 +42,24 @@ class CountedStretch:
 
 
 def check_closure(
-    table: pa.Table | None,
-    source: str,
-    stretches: Sequence[CountedStretch],
-    tolerance: float,
-    rest_watts: float | None,
-    rest_tolerance_watts: float | None,
+    table: pa.Table | None, source: str, stretches: Sequence[CountedStretch], limits: Systematics
 ) -> Closure | None:
     """Compare `source` with the counters block by block.
 
     Args:
         table: of `SECOND_METER_SCHEMA`.
-        source: "power" is compared with the devices' counters, "node" with all domains and `rest_watts`.
-        stretches: the blocks of the comparison.
-        tolerance: share of the second meter's energy.
-        rest_watts: declared power that no counter sees; None: not declared, and then "node" does not close.
-        rest_tolerance_watts: by how much that may be wrong; the residual is the largest within it, so that a vague
+        source: "power" is compared with the devices' counters, "node" with all domains and the declared rest; without
+            one "node" does not close. The residual is the largest within the rest's tolerance, so that a vague
             declaration closes less often and not more.
+        stretches: the blocks of the comparison.
+        limits: as registered.
 
     Returns:
         None where there is no such meter.
     """
+    rest_watts, tolerance_watts = limits.declared_rest_watts, limits.declared_rest_tolerance_watts
+    if source == "power":
+        rest_watts = tolerance_watts = 0.0
     rows = (
         []
         if table is None
@@ -69,7 +67,7 @@ def check_closure(
     )
     if not rows:
         return None
-    if source == "node" and (rest_watts is None or rest_tolerance_watts is None):
+    if rest_watts is None or tolerance_watts is None:
         return Closure(None, False)
     times, energies = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
     if (np.diff(energies) < 0).any() or not stretches:
@@ -89,13 +87,10 @@ def check_closure(
         second = ended - began
         if second <= 0:
             return Closure(None, False)
-        difference, uncertain = counted - second, 0.0
-        if source == "node" and rest_watts is not None and rest_tolerance_watts is not None:
-            milliseconds = (s.t_close_ns - s.t_open_ns) / 1e6
-            difference += rest_watts * milliseconds
-            uncertain = rest_tolerance_watts * milliseconds
-        residuals.append((abs(difference) + uncertain) / second)
-    return Closure(max(residuals), max(residuals) <= tolerance)
+        milliseconds = (s.t_close_ns - s.t_open_ns) / 1e6
+        difference = counted + rest_watts * milliseconds - second
+        residuals.append((abs(difference) + tolerance_watts * milliseconds) / second)
+    return Closure(max(residuals), max(residuals) <= limits.closure_tolerance)
 
 
 def read_second_meter(path: Path) -> pa.Table:

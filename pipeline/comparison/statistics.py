@@ -61,6 +61,33 @@ def complete_quadruples(blocks: Sequence[MeasuredBlock]) -> list[list[MeasuredBl
     ]
 
 
+@dataclass(frozen=True)
+class SideSums:
+    """Totals of one side's blocks; `energy_mj` is whole, because complete quadruples have all energies."""
+
+    blocks: int
+    energy_mj: int
+    images: int
+    accepted: int
+    seconds: float
+
+
+def sum_sides(blocks: Sequence[MeasuredBlock]) -> dict[str, SideSums]:
+    """Totals over the complete quadruples by side, "A" and "B"."""
+    complete = [b for four in complete_quadruples(blocks) for b in four]
+    sums = {}
+    for side in "AB":
+        own = [b for b in complete if b.side == side]
+        sums[side] = SideSums(
+            len(own),
+            sum(b.energy_mj or 0 for b in own),
+            sum(b.images for b in own),
+            sum(b.accepted for b in own),
+            math.fsum(b.seconds for b in own),
+        )
+    return sums
+
+
 def energy_ratio(
     blocks: Sequence[MeasuredBlock], statistics: Statistics, *, per: str = "accepted"
 ) -> RatioInterval | None:
@@ -172,23 +199,16 @@ def systematic_budget(
     Returns:
         Parts of the log ratio by name; None where a part could not be found, which leaves the whole unknown.
     """
-    quadruples = complete_quadruples(blocks)
-    sums = {
-        side: (
-            sum(b.energy_mj or 0 for four in quadruples for b in four if b.side == side) / 1000,
-            sum(b.seconds for four in quadruples for b in four if b.side == side),
-            sum(b.side == side for four in quadruples for b in four),
-        )
-        for side in "AB"
-    }
+    a, b = sum_sides(blocks).values()
     budget: dict[str, float | None] = {}
     if measured:
-        if quadruples and all(joules > 0 and seconds > 0 for joules, seconds, _ in sums.values()):
-            (joules_a, seconds_a, n_a), (joules_b, seconds_b, n_b) = sums["A"], sums["B"]
-            budget["offset"] = systematics.offset_watts * abs(seconds_a / joules_a - seconds_b / joules_b)
-            budget["counter delay"] = systematics.counter_delay_s * (n_a / seconds_a + n_b / seconds_b)
-        else:
-            budget["offset"] = budget["counter delay"] = None
+        budget["offset"] = budget["counter delay"] = None
+        if min(a.energy_mj, a.seconds, b.energy_mj, b.seconds) > 0:
+            per_watt = abs(a.seconds / (a.energy_mj / 1000) - b.seconds / (b.energy_mj / 1000))
+            budget["offset"] = systematics.offset_watts * per_watt
+            budget["counter delay"] = systematics.counter_delay_s * (
+                a.blocks / a.seconds + b.blocks / b.seconds
+            )
     for name, value in controls.items():
         budget[name] = None if value is None else abs(value)
     budget["prompts"] = prompts

@@ -34,9 +34,9 @@ from support.fault_plans import KNOWN, DriverPlan, Plan, make_plan
 from support.forked_cluster import ActorContext, Cluster, Driver, ForkedRay, Node
 from support.ray_stand_in import install
 
-from millijoule.jobs.bench.result import write_result
-from millijoule.jobs.environment import environment
+from millijoule.jobs.bench.measurement import write_result
 from millijoule.jobs.generate import signals_heeded
+from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.set_up.job import open_or_plan
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.request import request_of
@@ -426,7 +426,8 @@ def main(names: str, folder: str, at_once: str = "6", record: str | None = None)
         print(json.dumps(result), flush=True)
     if record is not None:
         write_result(
-            {"what": "random runs", "of": names, **summary(results), "environment": environment()}, record
+            {"what": "random runs", "of": names, **summary(results), "environment": describe_machine()},
+            record,
         )
 
 

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from millijoule.jobs.bench import counters as bench_counters
+from millijoule.jobs import bench as bench_command
 from millijoule.jobs.bench.board import StandInBoard
 from millijoule.jobs.bench.counters import (
     SHORTEST_STRETCH_S,
+    BenchOptions,
     CounterBench,
     Stretch,
-    count_stretches,
-    fixed_seconds,
     guard_summary,
     integrate,
+    seconds_needed,
     stretch_seconds,
 )
 from millijoule.jobs.gpu.steps import STEPS
@@ -95,8 +95,7 @@ def test_stretches_fill_the_time_there_is():
     parts = ("start", "waves", "rates", "period")
     assert stretch_seconds(parts, 60) == 4
     assert stretch_seconds(parts, 10_000) == 15
-    length = stretch_seconds(parts, 180)
-    assert count_stretches(parts) * length + fixed_seconds(parts) == pytest.approx(180)
+    assert seconds_needed(parts, stretch_seconds(parts, 180)) == pytest.approx(180)
 
 
 @pytest.mark.parametrize("part", ["start", "waves", "rates", "period"])
@@ -106,20 +105,19 @@ def test_parts_take_as_long_as_is_said(part):
     began = tried.board.now_ns()
     getattr(tried, part)()
     took = (tried.board.now_ns() - began) / SECOND
-    said = count_stretches((part,)) * 8 + fixed_seconds((part,)) - (21 if part == "start" else 0)
+    said = seconds_needed((part,), 8) - (21 if part == "start" else 0)
     assert took == pytest.approx(said, rel=0.05)
 
 
 def test_the_shortest_time_of_the_queue_s_step_is_enough():
     counter = next(s for s in STEPS if s.name == "counter")
-    parts = bench_counters.BenchOptions().parts
-    needed = count_stretches(parts) * SHORTEST_STRETCH_S + fixed_seconds(parts)
-    assert needed <= counter.shortest_s - counter.reserve_s - counter.grace_s
+    needed = seconds_needed(BenchOptions().parts, SHORTEST_STRETCH_S)
+    assert needed <= counter.seconds[0] - counter.reserve_s - counter.grace_s
 
 
 def test_the_command_writes_every_part_and_says_that_it_was_a_rehearsal(tmp_path):
     path = tmp_path / "counter.json"
-    assert bench_counters.main([str(path), "--stand-in", "--within", "60"]) == 0
+    assert bench_command.main(["counters", str(path), "--stand-in", "--within", "60"]) == 0
     result = json.loads(path.read_text())
     assert result["stand_in"] is True
     assert {"start", "waves", "rates", "period"} <= result.keys()
@@ -128,7 +126,7 @@ def test_the_command_writes_every_part_and_says_that_it_was_a_rehearsal(tmp_path
 
 def test_without_a_board_the_message_says_so(capsys, monkeypatch):
     monkeypatch.setattr("millijoule.jobs.bench.board.NvmlLibrary", _no_library)
-    assert bench_counters.main([]) == 1
+    assert bench_command.main(["counters"]) == 1
     assert "NVML is not here" in capsys.readouterr().err
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from millijoule.jobs.bench import cpu_products as bench
-from millijoule.kernels.int8_product import FORMS, Int8Matrix
+from millijoule.jobs.bench.scene_requests import scene_requests
+from millijoule.kernels.int8_product import FORMS
 from millijoule.workers.errors import MillijouleError
 from millijoule.workers.generators.registry import load_generator
 
@@ -21,13 +22,13 @@ def generator():
 
 
 def test_each_form_draws_in_every_pair(generator, monkeypatch):
-    used = []
-    plain = Int8Matrix._float32
-    monkeypatch.setattr(Int8Matrix, "_float32", lambda self, left: used.append(1) or plain(self, left))
-    pairs = bench.measure(generator, bench.make_requests(2), 2)
+    used, only = [], bench.only
+    monkeypatch.setattr(bench, "only", lambda form: used.append(form) or only(form))
+    pairs = bench.measure(generator, scene_requests(2), 2)
     assert len(pairs) == 2
     assert all(set(times) == set(FORMS) for pair in pairs for times in (pair.cpu, pair.wall))
-    assert len(used) == 3 * 3 * generator.config.steps  # three products in a step, in half of the runs
+    orders = [tuple(used[i : i + 2]) for i in range(0, 6, 2)]  # of the pair that warms up, and the two
+    assert orders == [FORMS[::-1], FORMS, FORMS[::-1]]
 
 
 def test_other_bits_void_the_result(generator, monkeypatch):
@@ -41,7 +42,7 @@ def test_other_bits_void_the_result(generator, monkeypatch):
 
     monkeypatch.setattr(generator, "generate", drift)
     with pytest.raises(MillijouleError, match="different images"):
-        bench.measure(generator, bench.make_requests(1), 1)
+        bench.measure(generator, scene_requests(1), 1)
 
 
 def test_ratios_are_of_pairs_and_times_of_images():

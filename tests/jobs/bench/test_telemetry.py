@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from millijoule.jobs.bench import telemetry_stress as bench_telemetry_stress
 from millijoule.jobs.bench.process import CpuParts, memory_mb, thread_cpu_s
 from millijoule.jobs.bench.stand_ins import StandInNvml, StandInPowercap, board_uuid
 from millijoule.jobs.bench.telemetry import answers, interval, judged
+from millijoule.jobs.bench.telemetry_probes import stressed_driver
 from millijoule.workers.meters.meter import open_meter
 
 
@@ -126,6 +126,6 @@ def test_the_product_meter_follows_the_stand_ins(tmp_path):
 
 
 def test_the_stressed_driver_writes_what_it_received():
-    found = bench_telemetry_stress.driver(workers=2, hours=1)
+    found = stressed_driver(workers=2, hours=1)
     assert found["commits"] == 2 * 59
     assert found["live_bytes"] > 0

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.comparisons import ENVIRONMENT, registration, run_comparison
+from support.comparisons import ENVIRONMENT, run_comparison, small_registration
 
 from millijoule.pipeline.comparison.bundle import RESULT, hash_inputs, seal, write_bundle
 from millijoule.pipeline.comparison.bundle_check import check_bundle, differences
@@ -30,8 +30,8 @@ COLUMNS = [
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
-    rows = run_comparison(folder / "parts")
-    write_bundle(folder / "bundle", registration(), ENVIRONMENT, rows)
+    plan = small_registration()
+    write_bundle(folder / "bundle", plan, ENVIRONMENT, run_comparison(folder / "parts", plan=plan))
     return folder / "bundle"
 
 
@@ -90,10 +90,10 @@ def test_every_entry_of_the_result_is_compared(original):
     assert len(paths) > 100
     for path in paths:
         edited = copy.deepcopy(result)
-        place = edited
+        entry = edited
         for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = altered(place[path[-1]])
+            entry = entry[key]
+        entry[path[-1]] = altered(entry[path[-1]])
         assert list(differences(edited, result)), path
 
 

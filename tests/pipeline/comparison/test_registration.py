@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,9 @@ from millijoule.pipeline.comparison.registration import (
     Metric,
     Registration,
     Request,
+    Systematics,
     canonical_json,
+    check_values,
     schedule,
 )
 from millijoule.workers.errors import InputError
@@ -94,10 +98,38 @@ def test_what_is_not_a_registration_is_refused(change):
         Registration.from_json(edited(change))
 
 
-def test_numbers_that_are_none_are_refused():
-    data = registration().to_json().replace(b'"offset_watts":5.0', b'"offset_watts":NaN')
-    with pytest.raises(InputError, match="offset_watts"):
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"1e999"])
+def test_numbers_that_are_none_are_refused(number):
+    data = registration().to_json().replace(b'"offset_watts":5.0', b'"offset_watts":' + number)
+    with pytest.raises(InputError, match=r"JSON is malformed|out of range"):
         Registration.from_json(data)
+    with pytest.raises(ValueError, match=r"offset_watts must be at least 0, not nan"):
+        check_values(registration(systematics=Systematics(offset_watts=math.nan)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["gate"].update(score_margin="much"), r"Expected .* - at `\$\.gate\.score_margin`"),
+        (lambda r: r["requests"][1].pop("seed"), r"`seed` - at `\$\.requests\[1\]`"),
+        (lambda r: r["design"].update(blocks=1), r"no field is named 'blocks' - at `\$\.design`"),
+        (lambda r: r["gate"].pop("seed"), "all fields"),
+    ],
+)
+def test_a_bad_field_is_named(change, message):
+    with pytest.raises(InputError, match=message):
+        Registration.from_json(edited(change))
+
+
+def test_a_registration_written_by_the_first_version_keeps_bytes_and_hash():
+    """Whole and fractional numbers, large seeds, letters beyond ASCII, as the hand-written codec of commit 3fc7a2d wrote them."""
+    data = (Path(__file__).parent / "registration-1.json").read_bytes()
+    read = Registration.from_json(data)
+    assert read.to_json() == data
+    assert read.sha256 == "f1fbdf4098763912c16d7b075376e1df063b23b964261fc4c62c9be81c797b1e"
+    assert repr(read.design.block_seconds) == "60"
+    assert read.requests[0] == Request("counting", "zwei grüne Bäume \U0001f333", 2**64 - 1)
+    assert read.b.guidance_scale == 7.5
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b"\xff", json.dumps({"format": 1}).encode()])

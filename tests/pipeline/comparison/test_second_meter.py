@@ -4,7 +4,7 @@ import dataclasses
 
 import pyarrow as pa
 import pytest
-from support.comparisons import ENVIRONMENT, World, registration, run_comparison
+from support.comparisons import ENVIRONMENT, World, registration, run_comparison, small_registration
 
 from millijoule.pipeline.comparison.bundle import write_bundle
 from millijoule.pipeline.comparison.bundle_check import check_bundle
@@ -34,7 +34,12 @@ def meter(watts, source="power", start=90, end=140, step=1):
 
 
 def closure(table, source="power", stretches=STRETCHES, rest_watts=0.0, rest_tolerance_watts=0.0):
-    return check_closure(table, source, stretches, 0.05, rest_watts, rest_tolerance_watts)
+    limits = Systematics(
+        closure_tolerance=0.05,
+        declared_rest_watts=rest_watts,
+        declared_rest_tolerance_watts=rest_tolerance_watts,
+    )
+    return check_closure(table, source, stretches, limits)
 
 
 def test_agreement_within_the_tolerance_closes():
@@ -105,7 +110,8 @@ def test_rows_are_read_from_csv(tmp_path):
 
 def test_the_class_of_a_bundle_follows_from_its_meters(tmp_path):
     """The world's own counter, handed in a second time as integrated power, and as a node with 40 W more."""
-    rows = run_comparison(tmp_path / "parts", World())
+    small = small_registration()
+    rows = run_comparison(tmp_path / "parts", World(), small)
     reads = rows.reads.to_pylist()
     power = [
         {"source": "power", "t_wall_ns": r["t_wall_ns"], "energy_mj": r["energy"][0]["energy_mj"]}
@@ -124,9 +130,9 @@ def test_the_class_of_a_bundle_follows_from_its_meters(tmp_path):
     )
     for number, (plan, meters, expected) in enumerate(
         [
-            (registration(), power, "E2"),
-            (registration(), power + node, "E2"),
-            (registration(), node, "E1"),
+            (small, power, "E2"),
+            (small, power + node, "E2"),
+            (small, node, "E1"),
         ]
     ):
         table = pa.Table.from_pylist(meters, SECOND_METER_SCHEMA)

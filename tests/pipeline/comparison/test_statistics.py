@@ -1,8 +1,10 @@
 """The interval covers, drift cancels, and what is missing is never read as nothing."""
 
 import dataclasses
+import json
 import math
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from millijoule.pipeline.comparison.statistics import (
 )
 from millijoule.pipeline.energy.evidence import evidence_class
 
+ROOT = Path(__file__).parents[3]
 FAST = Statistics(resamples=1000)
 
 
@@ -53,6 +56,7 @@ def test_the_interval_covers_as_often_as_it_says():
             interval = energy_ratio(blocks, FAST)
             hits += interval.low <= 1 / 0.970 <= interval.high
         assert 0.90 <= hits / 300 <= 0.99, (clusters, hits)
+        assert not interval.low <= 2.0 <= interval.high  # a ratio that is far from the true one
 
 
 def test_it_covers_when_few_images_are_accepted():
@@ -66,6 +70,16 @@ def test_it_covers_when_few_images_are_accepted():
         interval = energy_ratio(blocks, FAST)
         hits += interval.low <= 2 * 3 <= interval.high
     assert 0.90 <= hits / 300 <= 0.99, hits
+
+
+def test_the_page_quotes_the_committed_figures():
+    """600 runs of each kind, made by `jobs/bench/interval.py` of the commit that the result names."""
+    result = json.loads((ROOT / "benchmarks/energy/interval.json").read_bytes())
+    page = " ".join((ROOT / "docs/verify.md").read_text().split())
+    assert f"of {result['options']['runs']} runs each" in page
+    for row in result["rows"]:
+        assert f"{100 * row['covered_share']:.0f} % ({row['quadruples']} quadruples" in page
+    assert f"AA...BB {result['drift']['AA...BB']:.3f}" in page
 
 
 def test_energy_of_rejected_images_counts():

@@ -1,34 +1,23 @@
-"""`millijoule bench report [RESULT.json]`: bytes of the report page of a job of 100,000 images, and seconds to build it.
+"""The finished job of many images that the report is tried on, as far as the report reads it.
 
-The job is made up: 64 GPUs on eight nodes with constant watts and a power sample a second, shards of sixteen images, now
-and then one that takes three times as long, pictures of noise that do not compress. Tables, manifest and `stats.json`
-come from the product's own writers. What is timed is `millijoule report` as a user starts it, the whole process.
+64 GPUs on eight nodes with constant watts and a power sample a second, shards of sixteen images, now and then one that
+takes three times as long, pictures of noise that do not compress. Tables, manifest and `stats.json` come from the
+product's own writers.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tyro
 from PIL import Image
 
-from millijoule.jobs.bench.result import write_result
-from millijoule.jobs.entry import COMPLETE, run_command
-from millijoule.jobs.environment import environment
 from millijoule.pipeline.closing.finish import MANIFEST_SCHEMA, Totals, summarise
 from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.energy.ledger import build_ledger
@@ -37,9 +26,7 @@ from millijoule.pipeline.energy.tables import write_energy_tables
 from millijoule.pipeline.output.job import JobSpec, publish_job
 from millijoule.workers.layout import MANIFEST_KEY, STATS_KEY
 from millijoule.workers.schemas import Commit, CounterRead, PowerSample, PowerTrace, Segment
-from millijoule.workers.storage.store import Store, open_store
-
-MAX_PAGE_BYTES, MAX_SECONDS = 2_000_000, 10.0
+from millijoule.workers.storage.store import Store
 
 SECOND_NS = 1_000_000_000
 NODES, GPUS_PER_NODE, IMAGES_PER_SHARD = 8, 8, 16
@@ -47,52 +34,6 @@ SHARD_S, IDLE_S = 30, 1
 #: Every so many shards one takes so much longer.
 SLOW_EVERY, SLOW_S = 500, 60
 PICTURES, PICTURE_PIXELS = 32, 512
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """Measure size and build time of the report page on a made-up job."""
-
-    result: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="RESULT.json")] = None
-    """Where the figures are saved."""
-
-    images: int = 100_000
-
-    repeats: int = 7
-    """The page is built this often."""
-
-
-def run(options: BenchOptions) -> int:
-    with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as folder:
-        store = open_store(str(Path(folder, "out")))
-        write_output(store, options.images)
-        rows = [build_page(store) for _ in range(options.repeats)]
-    seconds, size = statistics.median(r["seconds"] for r in rows), max(r["page_bytes"] for r in rows)
-    result = {
-        "what": "report",
-        "images": options.images,
-        "page_bytes": size,
-        "page_goal": f"under {MAX_PAGE_BYTES} bytes",
-        "page_goal_met": size < MAX_PAGE_BYTES,
-        "median_s": seconds,
-        "seconds_goal": f"under {MAX_SECONDS:g} s",
-        "seconds_goal_met": seconds < MAX_SECONDS,
-        "rows": rows,
-        "environment": environment(),
-    }
-    write_result(result, options.result)
-    return COMPLETE
-
-
-def build_page(store: Store, *options: str) -> dict[str, Any]:
-    """Run `millijoule report` on an output; its seconds, start to end, and the page's bytes."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "millijoule.jobs.report", store.url, "--gco2-per-kwh", "400", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - began
-    if done.returncode:
-        raise RuntimeError(f"millijoule report failed:\n{done.stderr[-3000:]}")
-    return {"seconds": seconds, "page_bytes": store.size("report.html")}
 
 
 def write_output(store: Store, images: int) -> None:
@@ -194,11 +135,3 @@ def _manifest(images: int) -> pa.Table:
         for f in MANIFEST_SCHEMA
     ]
     return pa.table(arrays, schema=MANIFEST_SCHEMA)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_command("bench report", BenchOptions, run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
