@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +30,7 @@ from millijoule.pipeline.closing.finish import (
 from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.lean_memory import lean_memory
 from millijoule.pipeline.energy.tables import compare_energy_tables
-from millijoule.pipeline.output.commits import READ_THREADS, list_committed, not_a_commit, read_bodies
+from millijoule.pipeline.output.commits import READ_THREADS, list_committed, parse_commit, read_bodies
 from millijoule.pipeline.output.image_rows import RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec, require_job
 from millijoule.pipeline.planning.retry import JobShards, load_job_shards
@@ -85,20 +85,20 @@ def _check_output(
         yield f"shard {shard_id}: not committed"
     records, plan = RecordReader(store), ShardRowReader(store)
 
-    def some(bodies: Sequence[tuple[int, bytes]]) -> list[tuple[int, dict[str, Any], list[str]]]:
+    def some(bodies: Sequence[tuple[int, bytes]]) -> list[tuple[int, Commit, list[str]]]:
         checked = []
         for shard_id, body in bodies:
-            raw, commit = _parse(store, shard_id, body)
+            commit = parse_commit(store, shard_id, body)
             problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
-            checked.append((shard_id, raw, list(problems)))
+            checked.append((shard_id, commit, list(problems)))
         return checked
 
     bodies = read_bodies(store, len(index), use_compacted=False)
     checked = chain.from_iterable(in_threads(some, batched(bodies, _SHARDS_PER_CALL), _threads(store)))
-    for n, (shard_id, raw, problems) in enumerate(checked, 1):
+    for n, (shard_id, commit, problems) in enumerate(checked, 1):
         on_shard(n, len(index))
         yield from problems
-        records.add_raw(shard_id, raw)
+        records.add_commit(shard_id, commit)
     if done.all():
         yield from _check_finished(store, job, index, records.records(), on_note)
 
@@ -144,15 +144,6 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def _threads(store: Store) -> int:
     """A distant store keeps many threads waiting; from a disk more threads than cores only wait for each other."""
     return READ_THREADS if is_s3_url(store.url) else min(READ_THREADS, os.cpu_count() or 1)
-
-
-def _parse(store: Store, shard_id: int, body: bytes) -> tuple[dict[str, Any], Commit]:
-    """A commit's JSON, and the commit without segments and power samples: those go into the books, which parse them."""
-    try:
-        raw = json.loads(body)
-        return raw, Commit.from_dict({**raw, "segments": (), "power": ()})
-    except (ValueError, TypeError, KeyError) as error:
-        raise not_a_commit(store, shard_id, error) from error
 
 
 def _check_shard(

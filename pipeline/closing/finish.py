@@ -26,7 +26,7 @@ from millijoule.pipeline.energy.closure import CHECKS
 from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.energy.counter_split import MISSING
 from millijoule.pipeline.energy.lean_memory import lean_memory
-from millijoule.pipeline.energy.ledger import Ledger, Winners, build_ledger
+from millijoule.pipeline.energy.ledger import Ledger, build_ledger
 from millijoule.pipeline.energy.packed_segments import PackedSegments
 from millijoule.pipeline.energy.rows import (
     ROW_COLUMNS,
@@ -37,7 +37,7 @@ from millijoule.pipeline.energy.rows import (
 )
 from millijoule.pipeline.energy.tables import EnergyResult, write_energy_tables
 from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_uncommitted
-from millijoule.pipeline.output.commits import not_a_commit, read_bodies
+from millijoule.pipeline.output.commits import not_a_commit, parse_commit, read_bodies
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.retry import JobShards
 from millijoule.workers.errors import InputError
@@ -49,7 +49,7 @@ from millijoule.workers.layout import (
     STATS_KEY,
     SUCCESS_KEY,
 )
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
 from millijoule.workers.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -141,25 +141,23 @@ class RecordReader:
         Raises:
             StoreError: it is none; the message names the object.
         """
-        try:
-            self.add_raw(shard_id, json.loads(body))
-        except ValueError as error:
-            raise not_a_commit(self.store, shard_id, error) from error
+        self.add_commit(shard_id, parse_commit(self.store, shard_id, body))
 
-    def add_raw(self, shard_id: int, raw: Any) -> None:
-        """Take a commit as its JSON says it; see `add`."""
+    def add_commit(self, shard_id: int, commit: Commit) -> None:
+        """Take the commit of a shard; see `add`."""
         try:
-            self._segments.extend_raw(raw["segments"])
-            self.commits.add_raw(raw)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            self._segments.extend(commit.segments)
+            self.commits.add(commit)
+        except (TypeError, OverflowError) as error:
             raise not_a_commit(self.store, shard_id, error) from error
 
     def records(self) -> JobRecords:
         """Of all commits: no more can be added."""
         uncommitted, commits = self.uncommitted, self.commits
-        winners = Winners(commits.number("shard_id").copy(), commits.text("attempt_id"))
         devices = held_devices(uncommitted.workers, commits.first_of_each("worker_id"))
-        ledger = build_ledger(self._segments, winners, devices, uncommitted.workers, uncommitted.closings)
+        ledger = build_ledger(
+            self._segments, commits.attempts(), devices, uncommitted.workers, uncommitted.closings
+        )
         return JobRecords(commits, ledger, uncommitted)
 
 
@@ -241,7 +239,7 @@ def manifest_tables(
     """The manifest in shard order, some shards at a time: `IMAGE_ROW_SCHEMA` plus energy, as `MANIFEST_SCHEMA`."""
     commits = records.commits
     shard_ids, attempt_ids = commits.number("shard_id"), commits.text("attempt_id")
-    measured = records.ledger.entries.shard_energies(shard_ids, attempt_ids)
+    measured = records.ledger.entries.shard_energies(commits.attempts())
     estimated = commits.number("energy_estimate_mj")
 
     for block, (commit, rows) in zip(commit_blocks(commits), row_tables(store).blocks(commits), strict=True):

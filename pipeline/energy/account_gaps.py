@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS
+from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
 from millijoule.workers.meters.counter_book import is_plausible
 from millijoule.workers.schemas import CounterRead, Segment, WorkerClosing, WorkerEnvironment
 
@@ -71,14 +71,6 @@ class Chain:
     domains: set[str] = field(default_factory=set)
     holes: list[tuple[CounterRead, CounterRead]] = field(default_factory=list)
 
-    def add(self, segment: Segment) -> None:
-        """The next segment in order of time."""
-        if is_before(self.last, segment.open):
-            self.holes.append((self.last, segment.open))
-        if not is_before(segment.close, self.last):
-            self.last = segment.close
-        self.domains.update(segment.open.energy_mj, segment.close.energy_mj)
-
 
 def account_gaps(
     chains: dict[str, Chain],
@@ -88,7 +80,7 @@ def account_gaps(
     """What is missing between the segments of each worker, before and after them.
 
     Args:
-        chains: what each worker recorded, by worker id; taken over.
+        chains: what each worker recorded, by worker id; taken over, and has those afterwards that recorded nothing.
         environments: of the workers; one that states no opening read owes no account beyond what it recorded.
         closings: by worker id.
 
@@ -101,7 +93,7 @@ def account_gaps(
         own, chain = environments.get(worker_id), chains.get(worker_id)
         if own is not None and own.opened is not None:
             if chain is None:
-                chain = Chain(own.opened, own.opened)
+                chain = chains[worker_id] = Chain(own.opened, own.opened)
             elif is_before(own.opened, chain.first):
                 chain.holes.insert(0, (own.opened, chain.first))
             chain.domains.update(own.opened.energy_mj)

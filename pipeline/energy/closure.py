@@ -138,12 +138,13 @@ def close_ledger(
         power: samples of every device's power.
         nodes: the rows of C3, see `pipeline.energy.node_closure`.
     """
+    shards, commit = ledger.entries.shards_of(commits.attempts())
     return [
         *_counters(ledger),
-        *_images(ledger, commits, images),
+        *_images(ledger, images, shards[commit >= 0], commit[commit >= 0]),
         *nodes,
         *_power(ledger, power),
-        _attempts(ledger, commits, images),
+        _attempts(ledger, commits, images, shards, commit),
         *_clocks(ledger),
     ]
 
@@ -233,13 +234,12 @@ def _held(ledger: Ledger) -> Counter[tuple[str, int, str]]:
     return held
 
 
-def _images(ledger: Ledger, commits: CommitTable, images: ImageTotals) -> list[ClosureRow]:
+def _images(ledger: Ledger, images: ImageTotals, shards: np.ndarray, commit: np.ndarray) -> list[ClosureRow]:
+    """C2; `shards` are the entries of committed shards, `commit` the number of each one's commit."""
     entries = ledger.entries
     gaps = sum(g.energy_mj for g in ledger.gaps)
     measured = int(entries.known_mj.sum()) + gaps
-    shards = entries.of_class("shard")
-    commit = commits.index().find(entries.shard[shards], entries.attempts(shards))
-    of_images = shards[(commit >= 0) & np.concatenate([images.charged, [False]])[commit]]
+    of_images = shards[images.charged[commit]]
     overhead = measured - int(entries.known_mj[of_images].sum())
     off = sum(g.energy_mj for g in ledger.gaps if g.segment_class == "off")
     n = int(images.images.sum())
@@ -265,27 +265,27 @@ def _images(ledger: Ledger, commits: CommitTable, images: ImageTotals) -> list[C
     ]
 
 
-def _attempts(ledger: Ledger, commits: CommitTable, images: ImageTotals) -> ClosureRow:
+def _attempts(
+    ledger: Ledger, commits: CommitTable, images: ImageTotals, shards: np.ndarray, commit: np.ndarray
+) -> ClosureRow:
+    """C5; `shards` are the entries of shards, `commit` the number of each one's commit, -1 where it has none."""
     entries = ledger.entries
     shard_ids, times = np.unique(commits.number("shard_id"), return_counts=True)
     problems = [
         f"shard {shard_ids[i]} is committed {times[i]} times" for i in np.flatnonzero(times != 1).tolist()
     ]
-    at = entries.of_class("shard")
-    commit = commits.index().find(entries.shard[at], entries.attempts(at))
     segments = np.bincount(commit[commit >= 0], minlength=len(commits))
-    first = commits.index().find(
-        commits.number("shard_id"), commits.text("attempt_id")
-    )  # of one that stands twice
+    # of an attempt that stands twice, the first
+    first = commits.attempts().find(commits.number("shard_id"), commits.text("attempt_id"))
     for i in np.flatnonzero((segments != 1) & (first == np.arange(len(commits)))).tolist():
         c = commits[i]
         problems.append(f"shard {c.shard_id}: {segments[i]} segments of attempt {c.attempt_id}")
-    uncommitted = (entries[int(n)].segment for n in at[commit < 0])
+    uncommitted = (entries[int(n)].segment for n in shards[commit < 0])
     problems += [
         f"shard {shard}: attempt {attempt} is charged but not committed"
         for shard, attempt in dict.fromkeys((s.shard_id, s.attempt_id) for s in uncommitted)
     ]
-    made = images.images[first] if len(commits) else images.images
+    made = images.images[first]
     for i in np.flatnonzero(made != commits.number("images_ok")).tolist():
         problems.append(
             f"shard {commits[i].shard_id}: {made[i]} images, the commit says {commits[i].images_ok}"
@@ -299,32 +299,20 @@ def _attempts(ledger: Ledger, commits: CommitTable, images: ImageTotals) -> Clos
 def _power(ledger: Ledger, power: PowerSeries) -> list[ClosureRow]:
     if not power:
         return [_unknown_power("device", "power was not sampled")]
+    stretches: dict[tuple[str, str], list[list[tuple[int, int]]]] = defaultdict(
+        list
+    )  # (ns, mJ) without a reset
+    for run, readings in ledger.series(r for r in ledger.runs if r.domain.startswith("gpu:")):
+        stretches[run.boot_id, run.domain].append([(t_ns, mj) for t_ns, mj, _ in readings.tolist()])
     rows = []
-    for key, stretches in sorted(_readings(ledger).items()):
+    for key, of_counter in sorted(stretches.items()):
         samples = sorted(set(zip(*power.get(key, ((), ())), strict=True)))
-        rows.append(_power_of(f"{key[1]} boot {key[0]}", stretches, samples))
+        rows.append(_power_of(f"{key[1]} boot {key[0]}", of_counter, samples))
     return rows or [_unknown_power("device", "no GPU counter was read")]
 
 
 def _unknown_power(scope: str, note: str) -> ClosureRow:
     return ClosureRow("C4", scope, None, None, POWER_TOLERANCE_SHARE, None, note)
-
-
-def _readings(ledger: Ledger) -> Mapping[tuple[str, str], list[list[tuple[int, int]]]]:
-    """Per boot and GPU's domain the (time ns, counter mJ) readings of each stretch without a reset."""
-    entries = ledger.entries
-    stretches: dict[tuple[str, str], list[list[tuple[int, int]]]] = defaultdict(list)
-    seen: tuple[tuple[str, int, str], list[tuple[int, int]]] | None = None
-    for run in ledger.runs:
-        if not run.domain.startswith("gpu:"):
-            continue
-        key = (run.boot_id, run.epoch, run.domain)
-        if seen is None or seen[0] != key:  # runs of one counter follow each other
-            seen = key, entries.readings(key[:2], run.domain)
-        first, last = tuple(run.run.first), tuple(run.run.last)
-        inside = seen[1][bisect_left(seen[1], first) : bisect_right(seen[1], last)]
-        stretches[run.boot_id, run.domain].append(inside)
-    return stretches
 
 
 def _power_of(
@@ -409,14 +397,7 @@ class _PowerCurve:
 
 
 def _clocks(ledger: Ledger) -> list[ClosureRow]:
-    columns, entries = ledger.entries.columns, ledger.entries
-    reads = np.unique(np.concatenate([entries.open, entries.close]))
-    offset = (columns.t_wall_ns - columns.t_mono_ns)[reads]
-    boot, place = np.unique(columns.boot[reads], return_inverse=True)
-    low, high = np.full(len(boot), np.iinfo(np.int64).max), np.full(len(boot), np.iinfo(np.int64).min)
-    np.minimum.at(low, place, offset)
-    np.maximum.at(high, place, offset)
-    moved = {columns.names[b]: int(h - lo) for b, lo, h in zip(boot.tolist(), low, high, strict=True)}
+    moved = {boot_id: most - least for boot_id, (_, least, most) in ledger.entries.clocks().items()}
     return [
         ClosureRow(
             *("C6", f"boot {boot_id}", None, None, None, moved_ns <= CLOCK_TOLERANCE_NS),

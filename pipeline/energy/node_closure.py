@@ -18,10 +18,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from millijoule.pipeline.energy.closure import ClosureRow
+from millijoule.pipeline.energy.intervals import Interval, common, merged, without
 from millijoule.pipeline.energy.ledger import Ledger
 from millijoule.workers.node_meters.meter import MAX_NODE_WATTS, NodeEnergy, NodeSeries, Quantity, best_energy
 
@@ -34,9 +36,6 @@ MIN_COVERAGE_SHARE = 0.90
 
 #: A stretch is shortened by at most this part at either end, to where its counters are known best.
 MAX_SNAP_SHARE = 0.02
-
-#: From and to (ns), the one before the other.
-Interval = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,15 @@ class NodePart:
     energy_mj: int
     tolerance_mj: int
 
+    @property
+    def wall(self) -> Interval:
+        """The stretch by the wall clock."""
+        return self.stretch[0] + self.wall_minus_mono_ns, self.stretch[1] + self.wall_minus_mono_ns
+
     def as_tuple(self) -> tuple:
         """Values in the order of the table's columns."""
-        wall = tuple(t + self.wall_minus_mono_ns for t in self.stretch)
         return (
-            *(self.host, self.boot_id, self.meter, *self.stretch, *wall),
+            *(self.host, self.boot_id, self.meter, *self.stretch, *self.wall),
             *(self.part, self.name, self.source, self.energy_mj, self.tolerance_mj),
         )
 
@@ -100,8 +103,8 @@ class _Boot:
     """One boot of one host, as the ledger knows it; times are CLOCK_MONOTONIC."""
 
     boot_id: str
-    wall_minus_mono_ns: int = 0
-    clock_moved_ns: int = 0
+    wall_minus_mono_ns: int
+    clock_moved_ns: int
     host: str = ""
     busy: list[Interval] = field(default_factory=list)  # merged: when any worker was there
     expected: set[str] = field(default_factory=set)  # domains
@@ -163,58 +166,51 @@ def _unknown(scope: str, note: str, expected_mj: int | None = None) -> ClosureRo
 def _boots(
     ledger: Ledger, hosts: Mapping[str, str], devices: Mapping[str, Iterable[str]]
 ) -> dict[str, _Boot]:
-    boots: dict[str, _Boot] = {}
-    busy: dict[str, list[Interval]] = defaultdict(list)
-    offsets: dict[str, Interval] = {}
-    reads: dict[tuple[str, int, str], dict[int, tuple[int, int]]] = defaultdict(dict)
+    entries, columns = ledger.entries, ledger.entries.columns
+    boots = {
+        boot_id: _Boot(boot_id, first, most - least)
+        for boot_id, (first, least, most) in entries.clocks().items()
+    }
     unclosed = {u.worker_id for u in ledger.unclosed}
-    for entry in ledger.entries:
-        s = entry.segment
-        for read in (s.open, s.close):
-            offset = read.t_wall_ns - read.t_mono_ns
-            boot = boots.setdefault(read.boot_id, _Boot(read.boot_id, offset))
-            low, high = offsets.get(read.boot_id, (offset, offset))
-            offsets[read.boot_id] = min(low, offset), max(high, offset)
-            boot.host = boot.host or hosts.get(s.worker_id, "")
-            boot.expected.update(entry.energy_mj, devices.get(s.worker_id, ()))
-            boot.unclosed.update({s.worker_id} & unclosed)
-            for domain, mj in read.energy_mj.items():
-                reads[read.boot_id, read.epoch_of(domain), domain][read.t_mono_ns] = mj, read.latency_ns
-        if s.open.boot_id == s.close.boot_id:
-            busy[s.open.boot_id].append((s.open.t_mono_ns, s.close.t_mono_ns))
-    for boot_id, boot in boots.items():
-        boot.host = boot.host or f"boot {boot_id}"
-        boot.busy = _merged(busy[boot_id])
-        low, high = offsets[boot_id]
-        boot.clock_moved_ns = high - low
+    reads = np.stack([entries.open, entries.close], axis=1).ravel()
+    there = np.stack([columns.boot[reads], np.repeat(entries.worker, 2)], axis=1)
+    _, first = np.unique(there, axis=0, return_index=True)
+    for code, worker in there[np.sort(first)].tolist():
+        boot, worker_id = boots[columns.names[code]], columns.names[worker]
+        boot.host = boot.host or hosts.get(worker_id, "")
+        boot.expected.update(entries.domains_of[worker_id], devices.get(worker_id, ()))
+        boot.unclosed.update({worker_id} & unclosed)
+    opened, closed = columns.boot[entries.open], columns.boot[entries.close]
+    for code in np.unique(opened).tolist():
+        mine = (opened == code) & (closed == code)
+        begin, end = (columns.t_mono_ns[reads[mine]].tolist() for reads in (entries.open, entries.close))
+        boots[columns.names[code]].busy = merged(zip(begin, end, strict=True))
     off: dict[tuple[str, str], list[Interval]] = defaultdict(list)
     for gap in ledger.gaps:
         if gap.segment_class == "off":
             off[gap.boot_id, gap.domain].append((gap.t_open_ns, gap.t_close_ns))
-    for run in ledger.runs:
-        begin, end = run.run.first.t_ns, run.run.last.t_ns
-        if begin >= end:
-            continue
-        boot = boots[run.boot_id]
-        inside = sorted(
-            (t, *r) for t, r in reads[run.boot_id, run.epoch, run.domain].items() if begin <= t <= end
-        )
-        boot.series[run.domain].append(_counter_series(boot, run.domain, inside))
-        boot.known[run.domain] += _without([(begin, end)], off[run.boot_id, run.domain])
+    for run, readings in ledger.series(ledger.runs):
+        boot, known = boots[run.boot_id], (run.run.first.t_ns, run.run.last.t_ns)
+        if known[0] < known[1]:
+            boot.series[run.domain].append(_counter_series(boot, run.domain, readings))
+            boot.known[run.domain] += without(known, off[run.boot_id, run.domain])
+    for boot in boots.values():
+        boot.host = boot.host or f"boot {boot.boot_id}"
     return boots
 
 
-def _counter_series(boot: _Boot, domain: str, reads: Sequence[tuple[int, int, int]]) -> _Timed:
-    """A counter without a reset as a series; `reads` are (ns, mJ, latency ns)."""
+def _counter_series(boot: _Boot, domain: str, readings: np.ndarray) -> _Timed:
+    """A counter without a reset as a series; `readings` as of `Entries.readings`."""
+    readings = readings[np.diff(readings[:, 0], append=-1) != 0]
     series = NodeSeries(
         *(boot.host, domain, "energy"),
-        array("q", (t + boot.wall_minus_mono_ns for t, _, _ in reads)),
-        array("q", (mj for _, mj, _ in reads)),
+        (readings[:, 0] + boot.wall_minus_mono_ns).tolist(),
+        readings[:, 1].tolist(),
         quantum=1,
         max_gap_ns=0,
         accuracy_share=COUNTER_TOLERANCE_SHARE,
     )
-    return _Timed(series, [latency for _, _, latency in reads])  # a value may have stood that long
+    return _Timed(series, readings[:, 2].tolist())  # a value may have stood that long
 
 
 # -- what the meters know ------------------------------------------------------------------------------------------
@@ -296,11 +292,11 @@ def _close(boot: _Boot, meter: str, rows: pa.Table) -> _Verdict:
     feeds = _feeds(boot, rows)
     windows = [i for i in boot.busy if i[0] < i[1]]
     for known in boot.known.values():
-        windows = _common(windows, sorted(known))
+        windows = common(windows, sorted(known))
     on_devices = windows
     for series in feeds.values():
-        usable = _merged([i for s in series for i in _usable(s.series)])
-        windows = _common(
+        usable = merged([i for s in series for i in _usable(s.series)])
+        windows = common(
             windows, [(a - boot.wall_minus_mono_ns, b - boot.wall_minus_mono_ns) for a, b in usable]
         )
     rest = _declared(rows)
@@ -461,42 +457,3 @@ def _silence(rows: pa.Table, devices_known: bool) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# -- intervals -----------------------------------------------------------------------------------------------------
-
-
-def _merged(intervals: Iterable[Interval]) -> list[Interval]:
-    merged: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def _common(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
-    """All stretches inside one interval of each; both in order of time and disjoint (touching ones stay apart)."""
-    found = []
-    ends = [end for _, end in b]
-    for begin, end in a:
-        i = bisect_left(ends, begin)
-        while i < len(b) and b[i][0] < end:
-            low, high = max(begin, b[i][0]), min(end, b[i][1])
-            if low < high:
-                found.append((low, high))
-            i += 1
-    return found
-
-
-def _without(intervals: Sequence[Interval], holes: Iterable[Interval]) -> list[Interval]:
-    left = list(intervals)
-    for low, high in holes:
-        left = [
-            piece
-            for begin, end in left
-            for piece in ((begin, min(end, low)), (max(begin, high), end))
-            if piece[0] < piece[1]
-        ]
-    return left

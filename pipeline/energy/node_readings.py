@@ -11,15 +11,13 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, ROW_GROUP_ROWS, open_parquet_writer, table_of
-from millijoule.pipeline.output.commits import READ_THREADS
-from millijoule.workers.errors import StoreError
+from millijoule.pipeline.output.read_objects import read_objects
 from millijoule.workers.layout import NODE_METERS_PREFIX
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeFailure, NodeReading, NodeSeries
@@ -129,18 +127,11 @@ def read_node_readings(store: Store) -> pa.Table:
     Raises:
         StoreError: storage failed, or an object is not what it should be; the message names it.
     """
-    wanted = ENERGY_SCHEMAS[TABLE]
 
-    def read(key: str) -> pa.Table:
-        try:
-            found = pq.read_table(pa.BufferReader(store.get(key)))
-            return found.select(wanted.names).cast(wanted)
-        except (pa.ArrowException, KeyError) as error:
-            raise StoreError(f"{store.url}/{key}: not readings of a node meter: {error}") from error
+    def parse(data: bytes) -> pa.Table:
+        return pq.read_table(pa.BufferReader(data)).select(NO_READINGS.column_names).cast(NO_READINGS.schema)
 
-    keys = sorted(item.key for item in store.list(NODE_METERS_PREFIX))
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        tables = list(threads.map(read, keys))
+    tables = read_objects(store, NODE_METERS_PREFIX, parse, "readings of a node meter")
     order = [(name, "ascending") for name in ("host", "boot_id", "meter", "feed", "source", "t_wall_ns")]
     return pa.concat_tables([NO_READINGS, *tables]).sort_by(order)
 

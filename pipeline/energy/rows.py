@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millijoule.pipeline.energy.apportionment import sum_or_none
 from millijoule.pipeline.energy.closure import (
     ENTRIES_AT_ONCE,
     ClosureRow,
@@ -28,12 +27,13 @@ from millijoule.pipeline.energy.closure import (
     evidence_class,
 )
 from millijoule.pipeline.energy.commit_table import CommitTable
-from millijoule.pipeline.energy.counter_split import MISSING
+from millijoule.pipeline.energy.counter_split import MISSING, sum_or_none
 from millijoule.pipeline.energy.ledger import Ledger
 from millijoule.pipeline.energy.node_closure import NodeBooks, close_nodes
-from millijoule.pipeline.energy.packed_segments import NONE
+from millijoule.pipeline.energy.packed import NONE, padded
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
 from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted, held_devices
+from millijoule.pipeline.output.commits import READ_THREADS
 from millijoule.pipeline.output.image_rows import NOT_CARRIED, RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.workers.meters.timeline import segment_estimate_mj
@@ -46,8 +46,8 @@ from millijoule.workers.schemas import (
 )
 from millijoule.workers.storage.store import Store, is_s3_url
 
-#: Threads that read row tables from a distant store, and from a disk.
-_READ_THREADS, _DISK_THREADS = 16, 2
+#: Threads that read row tables from a disk: two are as fast as many, which would only wait for each other.
+_DISK_THREADS = 2
 
 #: Row tables that one thread reads in one go: of one image each, they take less time than being asked for.
 _TABLES_PER_CALL = 16
@@ -102,7 +102,7 @@ class RowTables:
     """
 
     read_rows: Callable[[Commit], pa.Table]
-    threads: int = _READ_THREADS
+    threads: int = READ_THREADS
 
     def blocks(self, commits: CommitTable) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """See `ImageSource`; one for each of `commit_blocks`, all columns, each in one piece."""
@@ -142,8 +142,7 @@ def commit_blocks(commits: CommitTable) -> Iterator[range]:
 
 def row_tables(store: Store) -> RowTables:
     """The rows of a store's commits: carried, or in the Parquet file at the `rows_path` of each."""
-    # from a disk two threads read as fast as many, which would only wait for each other; a distant store keeps many busy
-    return RowTables(partial(read_row_table, store), _READ_THREADS if is_s3_url(store.url) else _DISK_THREADS)
+    return RowTables(partial(read_row_table, store), READ_THREADS if is_s3_url(store.url) else _DISK_THREADS)
 
 
 class EnergyRows:
@@ -184,8 +183,11 @@ class EnergyRows:
         yield "power", self._power_samples()
         yield "env", blocks("env", self._environments())
         nodes = self._nodes()
-        yield "node_reading", reading_blocks(self._uncommitted.nodes)
-        yield "node_energy", blocks("node_energy", node_energy_rows(nodes))
+        yield (
+            "node_reading",
+            _by_day(self._uncommitted.nodes["t_wall_ns"].to_numpy(), self._uncommitted.nodes),
+        )
+        yield "node_energy", blocks("node_energy", ((p.wall[0], p.as_tuple()) for p in nodes.parts))
         self.closure = close_ledger(self.ledger, self._commits, self._images, self._power, nodes.closure)
         one_of_each = self._commits.first_of_each("worker_id", "device", "energy_domains")
         self.evidence_class = evidence_class(self.closure, one_of_each, self._devices())
@@ -210,10 +212,10 @@ class EnergyRows:
         # of each set of domains, in order of their names: the domain, and where its counter stands
         order = [sorted(range(len(names)), key=names.__getitem__) for names in c.domain_sets]
         codes = {domain: code for code, domain in enumerate(entries.domain_names)}
-        domains = _padded(
+        domains = padded(
             [[codes.get(names[i], -1) for i in o] for names, o in zip(c.domain_sets, order, strict=True)]
         )
-        places = _padded(order)
+        places = padded(order)
         for begin in range(0, len(reads), ENTRIES_AT_ONCE):
             at, worker = reads[begin : begin + ENTRIES_AT_ONCE], workers[begin : begin + ENTRIES_AT_ONCE]
             domain, place = domains[c.domain_set[at]], places[c.domain_set[at]]
@@ -284,15 +286,11 @@ class EnergyRows:
         yield from blocks("segment", self._gaps())
 
     def _gaps(self) -> Iterator[_Row]:
-        entries, c = self.ledger.entries, self.ledger.entries.columns
-        boots, first = np.unique(c.boot[entries.open], return_index=True)
-        opened = entries.open[first]
-        offsets = (c.t_wall_ns - c.t_mono_ns)[opened].tolist()
-        wall_minus_mono = {c.names[b]: offset for b, offset in zip(boots.tolist(), offsets, strict=True)}
+        clocks = self.ledger.entries.clocks()
         for gap in self.ledger.gaps:
             shortest = SHORT_GPU_NS if gap.domain.startswith("gpu:") else SHORT_CPU_NS
             quality = "short" if gap.t_close_ns - gap.t_open_ns < shortest else "measured"
-            t_wall_ns = gap.t_open_ns + wall_minus_mono.get(gap.boot_id, 0)
+            t_wall_ns = gap.t_open_ns + clocks[gap.boot_id][0]
             where = (gap.boot_id, gap.epoch, gap.t_open_ns, gap.t_close_ns, t_wall_ns)
             what = (gap.domain, gap.energy_mj, quality, None)
             yield t_wall_ns, (None, None, gap.segment_class, None, None, *where, *what)
@@ -304,7 +302,7 @@ class EnergyRows:
             commits.text("attempt_id"),
             commits.number("t_start_wall_ns"),
         )
-        energy = self.ledger.entries.shard_energies(shard_ids, attempts)
+        energy = self.ledger.entries.shard_energies(commits.attempts())
         names = pa.array(commits.names, pa.string())
 
         def named(name: str, part: slice) -> pa.Array:
@@ -338,7 +336,7 @@ class EnergyRows:
             (entries.shard != NONE)
             & entries.attempts(np.arange(len(entries))).is_valid().to_numpy(zero_copy_only=False)
         )
-        at = at[self._commits.index().find(entries.shard[at], entries.attempts(at)) < 0]
+        at = at[self._commits.attempts().find(entries.shard[at], entries.attempts(at)) < 0]
         others: dict[tuple[int, str], list[int]] = defaultdict(list)
         for n, shard_id, attempt in zip(
             at.tolist(), entries.shard[at].tolist(), entries.attempts(at).to_pylist(), strict=True
@@ -369,7 +367,7 @@ class EnergyRows:
             commits.text("attempt_id"),
             commits.number("t_end_wall_ns"),
         )
-        energy = self.ledger.entries.shard_energies(shard_ids, attempts)
+        energy = self.ledger.entries.shard_energies(commits.attempts())
         estimate = commits.number("energy_estimate_mj")
         overhead = self._overhead_shares(energy)
         for commit, rows in self._source.blocks(commits):
@@ -484,14 +482,6 @@ def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
     return np.where(mine < 0, mine, base + (turn < rest))
 
 
-def _padded(lists: Sequence[Sequence[int]]) -> np.ndarray:
-    """Lists of different lengths as rows, filled up with -1."""
-    table = np.full((len(lists), max(map(len, lists), default=0)), -1, np.int64)
-    for row, values in zip(table, lists, strict=True):
-        row[: len(values)] = values
-    return table
-
-
 def _table(name: str, *columns: Any) -> pa.Table:
     """Columns (Arrow or numpy) in the order of a table's schema."""
     schema = ENERGY_SCHEMAS[name]
@@ -510,19 +500,6 @@ def _by_day(t_wall_ns: np.ndarray, rows: pa.Table) -> Iterator[DayBlock]:
     every = np.unique(days).tolist()
     for day in every:
         yield day, rows if len(every) == 1 else rows.filter(pa.array(days == day))
-
-
-def reading_blocks(readings: pa.Table) -> Iterator[DayBlock]:
-    """The `node_reading` table by day."""
-    days = pc.divide(readings["t_wall_ns"], DAY_NS)
-    for day in sorted(pc.unique(days).to_pylist()):
-        yield day, readings.filter(pc.equal(days, day))
-
-
-def node_energy_rows(nodes: NodeBooks) -> Iterator[_Row]:
-    """The `node_energy` table: what each C3 row is the sum of."""
-    for part in nodes.parts:
-        yield part.stretch[0] + part.wall_minus_mono_ns, part.as_tuple()
 
 
 def power_rows(trace: PowerTrace, node_id: str | None, host: str | None) -> Iterator[_Row]:

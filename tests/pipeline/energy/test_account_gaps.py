@@ -20,10 +20,10 @@ from millijoule.jobs import check as check_command
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job, load_ledger
 from millijoule.pipeline.energy.account_gaps import NEVER_CLOSED
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS
 from millijoule.pipeline.energy.carbon import Rates
 from millijoule.pipeline.energy.closure import ImageTotals, close_ledger, evidence_class
 from millijoule.pipeline.energy.commit_table import CommitTable
+from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter
 from millijoule.pipeline.output.job import require_job
