@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
+from millijoule.pipeline.energy.intervals import merged
 from millijoule.pipeline.report.devices import model_of
 from millijoule.pipeline.report.energy import GROUPS
-from millijoule.pipeline.report.flags import Flag
 from millijoule.pipeline.report.timeline import Place, Work
 from millijoule.workers.errors import InputError
 
@@ -147,7 +147,7 @@ def measure_gpu_time(
         so_far: list[Span] = []
         before = 0.0
         for n, group in enumerate(_ORDER, 1):
-            so_far = _union([*so_far, *spans[group, gpu]])
+            so_far = merged([*so_far, *spans[group, gpu]])
             seconds = math.fsum(end - begin for begin, end in so_far)
             row[n] += (seconds - before) / 3600
             before = seconds
@@ -180,29 +180,6 @@ def measure_gpu_time(
     )
 
 
-def gpu_flags(time: GpuTime | None, prices: GpuPrices | None) -> list[Flag]:
-    """What a reader must know about the GPU time."""
-    flags = []
-    if time is not None and time.workers_unknown:
-        text = f"{time.workers_unknown} workers did not say which GPUs they held; their time, and so the cost, is missing."
-        flags.append(Flag("caution", "GPU time incomplete", text))
-    if time is not None and time.workers_unclosed:
-        text = f"Until when {time.workers_unclosed} workers held their GPUs is not known; that time, and so the cost, is missing."
-        flags.append(Flag("caution", "GPU time incomplete", text))
-    if prices is None:
-        return flags
-    if time is None:
-        text = f"No worker held a GPU, so {OPTION} has no time to multiply."
-        return [*flags, Flag("caution", "no GPU time", text)]
-    if missing := [m.model for m in time.models if m.price_per_hour is None]:
-        text = f"{OPTION} has no price for {', '.join(missing)}, so the cost is missing."
-        flags.append(Flag("caution", "GPU price missing", text))
-    if unused := sorted(prices.by_model.keys() - {prices.name_of(m.model) for m in time.models}):
-        text = f"No GPU of this job is a {' or a '.join(unused)}."
-        flags.append(Flag("caution", "GPU price not used", text))
-    return flags
-
-
 def _held_gpus(
     work: Work, places: Mapping[str, Place], env: pa.Table | None
 ) -> dict[str, tuple[Place, ...] | None]:
@@ -221,14 +198,3 @@ def _held_gpus(
         else:
             held[worker] = () if place.device == "cpu" else (place,)
     return held
-
-
-def _union(spans: Iterable[Span]) -> list[Span]:
-    """`spans` as stretches apart from each other, in order."""
-    merged: list[Span] = []
-    for begin, end in sorted(spans):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged
