@@ -111,15 +111,14 @@ class ImageTotals:
         """No images of `commits` yet."""
         return ImageTotals(np.zeros(len(commits), np.int64), np.zeros(len(commits), bool))
 
-    def add(self, commit: np.ndarray, direct_mj: np.ndarray, full_mj: np.ndarray | None) -> None:
-        """Add images: the number of each one's commit, and its energies (`MISSING`: not known; None: of none of them)."""
+    def add(self, commit: np.ndarray, direct_mj: np.ndarray, full_mj: np.ndarray) -> None:
+        """Add images: the number of each one's commit, and its energies (`MISSING`: not known)."""
         np.add.at(self.images, commit, 1)
         known = direct_mj != MISSING
         self.charged[commit[known]] = True
         self.direct_mj += int(direct_mj[known].sum())
-        if len(commit):
-            whole = None if full_mj is None or (full_mj == MISSING).any() else int(full_mj.sum())
-            self.full_mj = None if whole is None or self.full_mj is None else self.full_mj + whole
+        if self.full_mj is not None:
+            self.full_mj = None if (full_mj == MISSING).any() else self.full_mj + int(full_mj.sum())
 
 
 def close_ledger(

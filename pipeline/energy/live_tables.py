@@ -10,20 +10,19 @@ them back as segments for the ledger to divide. The finished tables replace all 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.energy.commit_table import CommitTable
+from millijoule.pipeline.energy.growing_files import GrowingFiles
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.rows import EnergyRows, RowTables, committed_attempt, power_rows, read_rows
-from millijoule.pipeline.energy.schemas import open_parquet_writer, run_id_of, table_of
+from millijoule.pipeline.energy.schemas import run_id_of, table_of
 from millijoule.pipeline.energy.tables import LIVE_PREFIX
 from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_workers
 from millijoule.pipeline.output.job import JobSpec
@@ -52,25 +51,6 @@ LIVE_TABLES = tuple(name for group in _TABLE_GROUPS for name in group)
 _LIVE_PART = re.compile(rf"{LIVE_PREFIX}(?P<table>\w+)/run_id=(?P<run>[^/]+)/\d+-\d+\.parquet")
 
 
-@dataclass
-class _Files:
-    """The current files of a group of tables, and the rows they will have."""
-
-    rows: dict[str, list[tuple]]
-    number: int = 0
-    flushes: int = 0
-    changed: bool = False
-
-    @property
-    def full(self) -> bool:
-        return self.flushes == LIVE_PART_FLUSHES or max(map(len, self.rows.values())) >= LIVE_PART_ROWS
-
-    def begin_next(self) -> None:
-        self.rows = {name: [] for name in self.rows}
-        self.number += 1
-        self.flushes = 0
-
-
 class LiveTables:
     """What one driver writes while it runs. Rows wait in memory until `flush`, which may be repeated when it fails.
 
@@ -79,11 +59,16 @@ class LiveTables:
     """
 
     def __init__(self, store: Store, fingerprint: str, epoch: int) -> None:
-        self.store = store
-        self.run_id = run_id_of(fingerprint)
         self.epoch = epoch
-        self._files = [_Files({name: [] for name in group}) for group in _TABLE_GROUPS]
-        self._of_table = {name: files for files in self._files for name in files.rows}
+        run_id = run_id_of(fingerprint)
+
+        def key(table: str, part: int) -> str:
+            return f"{LIVE_PREFIX}{table}/run_id={run_id}/{epoch:06d}-{part:06d}.parquet"
+
+        self._files = [
+            GrowingFiles(store, group, key, LIVE_PART_FLUSHES, LIVE_PART_ROWS) for group in _TABLE_GROUPS
+        ]
+        self._of_table = {table: files for files in self._files for table in files.rows}
         self._last_read: dict[str, tuple[str, int]] = {}
         self._places: dict[str, tuple[str, str]] = {}  # node and host of each worker that committed
         self._segments = 0
@@ -118,11 +103,8 @@ class LiveTables:
         """Rows of the `node_reading` table."""
         self._add("node_reading", rows)
 
-    def _add(self, name: str, rows: Iterable[tuple]) -> None:
-        files = self._of_table[name]
-        before = len(files.rows[name])
-        files.rows[name].extend(rows)
-        files.changed = files.changed or len(files.rows[name]) > before
+    def _add(self, table: str, rows: Iterable[tuple]) -> None:
+        self._of_table[table].add(table, rows)
 
     def flush(self) -> None:
         """Store all that has been added since the current files began.
@@ -131,26 +113,8 @@ class LiveTables:
             StoreError: storage failed; nothing is lost yet, flush again.
         """
         for files in self._files:
-            if not files.changed:
-                continue
-            self._write(files)
-            files.changed = False
-            files.flushes += 1
-            if files.full:
-                files.begin_next()
-                if "counter" in files.rows:
-                    self._last_read.clear()  # a file holds both reads of each of its segments
-
-    def _write(self, files: _Files) -> None:
-        with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
-            for name, rows in files.rows.items():
-                if not rows:
-                    continue
-                path = Path(scratch, name)
-                with open_parquet_writer(path, name) as writer:
-                    writer.write_table(table_of(name, rows))
-                key = f"{LIVE_PREFIX}{name}/run_id={self.run_id}/{self.epoch:06d}-{files.number:06d}.parquet"
-                self.store.put_file(key, path)
+            if files.flush() and "counter" in files.rows:
+                self._last_read.clear()  # a file holds both reads of each of its segments
 
 
 def _segment_rows(segment_id: int, s: Segment) -> Iterator[tuple]:

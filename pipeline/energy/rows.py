@@ -28,7 +28,7 @@ from millijoule.pipeline.energy.closure import (
 )
 from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.energy.counter_split import MISSING, sum_or_none
-from millijoule.pipeline.energy.ledger import Ledger
+from millijoule.pipeline.energy.ledger import Ledger, LedgerEntry
 from millijoule.pipeline.energy.node_closure import NodeBooks, close_nodes
 from millijoule.pipeline.energy.packed import NONE, padded
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
@@ -42,7 +42,6 @@ from millijoule.workers.schemas import (
     Commit,
     CounterRead,
     PowerTrace,
-    WorkerEnvironment,
 )
 from millijoule.workers.storage.store import Store, is_s3_url
 
@@ -80,6 +79,12 @@ _COMMITS_AT_ONCE, _IMAGES_AT_ONCE = 1_024, 8_192
 
 _QUALITIES = ("measured", "short", "missing")
 
+#: Columns of an attempt that are those of its commit, in order.
+_ATTEMPT_NUMBERS = (
+    *("shard_id", "driver_epoch", "t_start_wall_ns", "t_end_wall_ns", "images_ok", "images_quarantined"),
+)
+_ATTEMPT_NAMES = ("worker_id", "node_id", "host", "device", "energy_method", "energy_domains")
+
 
 class ImageSource(Protocol):
     """Where the image table has its rows from."""
@@ -97,8 +102,7 @@ class ImageSource(Protocol):
 class RowTables:
     """The rows that commits carry, and of those that carry none the row tables, `IMAGE_ROW_SCHEMA`.
 
-    Attributes:
-        read_rows: the row table of a commit; called from several threads.
+    `read_rows` reads the row table of a commit; it is called from several threads.
     """
 
     read_rows: Callable[[Commit], pa.Table]
@@ -113,16 +117,14 @@ class RowTables:
         carried, counts = RowReader(commits.rows.tables(), IMAGE_ROW_SCHEMA), commits.rows.counts()
         with ThreadPoolExecutor(self.threads) as threads:
             for block in commit_blocks(commits):
-                numbers, of_each = np.asarray(block), counts[block.start : block.stop]
+                numbers, of_each = np.asarray(block, np.int64), counts[block.start : block.stop]
                 others = numbers[of_each == NOT_CARRIED].tolist()
                 parts = [others[i : i + _TABLES_PER_CALL] for i in range(0, len(others), _TABLES_PER_CALL)]
                 tables = [table for part in threads.map(read, parts) for table in part]
                 of_each = np.maximum(of_each, 0)
-                rows = [carried.take(int(of_each.sum())), *tables] if of_each.any() else tables
-                commit = np.concatenate(
-                    [np.repeat(numbers, of_each), np.repeat(others, [t.num_rows for t in tables])]
-                ).astype(np.int64)
-                table = pa.concat_tables(rows or [carried.take(0)]).combine_chunks()
+                table = pa.concat_tables([carried.take(int(of_each.sum())), *tables]).combine_chunks()
+                of_others = np.repeat(np.array(others, np.int64), [t.num_rows for t in tables])
+                commit = np.concatenate([np.repeat(numbers, of_each), of_others])
                 if tables and len(others) < len(block):
                     order = np.argsort(commit, kind="stable")
                     commit, table = commit[order], table.take(pa.array(order))
@@ -198,31 +200,22 @@ class EnergyRows:
         entries, c = self.ledger.entries, self.ledger.entries.columns
         reads = np.stack([entries.open, entries.close], axis=1).ravel()
         workers = np.repeat(entries.worker, 2)
-        by_worker = np.argsort(
-            workers, kind="stable"
-        )  # in order of time, so that a repeated read follows at once
+        by_worker = np.argsort(workers, kind="stable")  # in order of time: a repeated read follows at once
         is_new = np.ones(len(reads), bool)
-        before, after = by_worker[:-1], by_worker[1:]
-        is_new[after] = (
-            (workers[before] != workers[after])
-            | (c.boot[reads[before]] != c.boot[reads[after]])
-            | (c.t_mono_ns[reads[before]] != c.t_mono_ns[reads[after]])
-        )
+        keys = (workers, c.boot[reads], c.t_mono_ns[reads])
+        is_new[by_worker[1:]] = np.any([np.diff(key[by_worker]) != 0 for key in keys], axis=0)
         reads, workers = reads[is_new], workers[is_new]
         # of each set of domains, in order of their names: the domain, and where its counter stands
         order = [sorted(range(len(names)), key=names.__getitem__) for names in c.domain_sets]
         codes = {domain: code for code, domain in enumerate(entries.domain_names)}
-        domains = padded(
-            [[codes.get(names[i], -1) for i in o] for names, o in zip(c.domain_sets, order, strict=True)]
-        )
+        sets = zip(c.domain_sets, order, strict=True)
+        domains = padded([[codes.get(names[i], -1) for i in places] for names, places in sets])
         places = padded(order)
         for begin in range(0, len(reads), ENTRIES_AT_ONCE):
             at, worker = reads[begin : begin + ENTRIES_AT_ONCE], workers[begin : begin + ENTRIES_AT_ONCE]
             domain, place = domains[c.domain_set[at]], places[c.domain_set[at]]
-            there = domain >= 0
-            read = np.broadcast_to(np.arange(len(at))[:, None], domain.shape)[there]
-            domain, place = domain[there], place[there]
-            r = at[read]
+            read, _ = there = np.nonzero(domain >= 0)
+            domain, place, r = domain[there], place[there], at[read]
             table = _table(
                 "counter",
                 self._names(worker[read]),
@@ -297,85 +290,63 @@ class EnergyRows:
 
     def _attempts(self) -> Iterator[DayBlock]:
         commits = self._commits
-        shard_ids, attempts, began = (
-            commits.number("shard_id"),
-            commits.text("attempt_id"),
-            commits.number("t_start_wall_ns"),
-        )
+        attempts, began = commits.text("attempt_id"), commits.number("t_start_wall_ns")
         energy = self.ledger.entries.shard_energies(commits.attempts())
         names = pa.array(commits.names, pa.string())
-
-        def named(name: str, part: slice) -> pa.Array:
-            return names.take(pa.array(commits.name_codes(name)[part]))
-
         for begin in range(0, len(commits), ENTRIES_AT_ONCE):
             part = slice(begin, begin + ENTRIES_AT_ONCE)
-            n = len(shard_ids[part])
+            number = {name: commits.number(name)[part] for name in _ATTEMPT_NUMBERS}
+            text = {name: names.take(pa.array(commits.name_codes(name)[part])) for name in _ATTEMPT_NAMES}
             table = _table(
                 "attempt",
-                shard_ids[part],
+                number["shard_id"],
                 attempts[part],
-                pa.array(["committed"], pa.string()).take(pa.array(np.zeros(n, np.int64))),
-                *(named(name, part) for name in ("worker_id", "node_id", "host", "device")),
-                commits.number("driver_epoch")[part],
-                began[part],
-                commits.number("t_end_wall_ns")[part],
-                commits.number("images_ok")[part],
-                commits.number("images_quarantined")[part],
+                pa.array(["committed"] * len(began[part]), pa.string()),
+                *(text[name] for name in ("worker_id", "node_id", "host", "device")),
+                *(number[name] for name in _ATTEMPT_NUMBERS[1:]),
                 _nullable(energy[part], MISSING),
                 _nullable(commits.number("energy_estimate_mj")[part], NONE),
-                named("energy_method", part),
-                named("energy_domains", part),
+                *(text[name] for name in ("energy_method", "energy_domains")),
             )
             yield from _by_day(began[part], table)
         yield from blocks("attempt", self._uncommitted_attempts())
 
     def _uncommitted_attempts(self) -> Iterator[_Row]:
         entries = self.ledger.entries
-        at = np.flatnonzero(
-            (entries.shard != NONE)
-            & entries.attempts(np.arange(len(entries))).is_valid().to_numpy(zero_copy_only=False)
-        )
+        at = np.flatnonzero(entries.shard != NONE)
         at = at[self._commits.attempts().find(entries.shard[at], entries.attempts(at)) < 0]
-        others: dict[tuple[int, str], list[int]] = defaultdict(list)
-        for n, shard_id, attempt in zip(
-            at.tolist(), entries.shard[at].tolist(), entries.attempts(at).to_pylist(), strict=True
-        ):
-            others[shard_id, attempt].append(n)
-        for (shard_id, attempt_id), numbers in sorted(others.items()):
-            mine = [entries[n] for n in numbers]
+        others: dict[tuple[int, str], list[LedgerEntry]] = defaultdict(list)
+        for n, attempt in zip(at.tolist(), entries.attempts(at).to_pylist(), strict=True):
+            if attempt is not None:
+                others[int(entries.shard[n]), attempt].append(entries[n])
+        for (shard_id, attempt_id), mine in sorted(others.items(), key=lambda item: item[0]):
             first, last = mine[0].segment, mine[-1].segment
             outcome = "retry" if last.segment_class == "retry" else "loser"
-            domains = ",".join(
-                sorted({d for e in mine for d in self.ledger.read_domains(e.segment.worker_id)})
-            )
+            domains = {d for e in mine for d in self.ledger.read_domains(e.segment.worker_id)}
+            t_wall_ns = first.open.t_wall_ns
             yield (
-                first.open.t_wall_ns,
+                t_wall_ns,
                 (
                     *(shard_id, attempt_id, outcome, first.worker_id),
-                    *(None, None, None, None, first.open.t_wall_ns, last.close.t_wall_ns, None, None),
+                    *(None, None, None, None, t_wall_ns, last.close.t_wall_ns, None, None),
                     sum_or_none(e.total_mj for e in mine),
                     sum_or_none(segment_estimate_mj(e.segment) for e in mine),
-                    *(None, domains),
+                    *(None, ",".join(sorted(domains))),
                 ),
             )
 
     def _image_blocks(self) -> Iterator[DayBlock]:
         commits, made = self._commits, 0
-        shard_ids, attempts, ended = (
-            commits.number("shard_id"),
-            commits.text("attempt_id"),
-            commits.number("t_end_wall_ns"),
-        )
+        shard_ids, attempts = commits.number("shard_id"), commits.text("attempt_id")
+        ended, estimate = commits.number("t_end_wall_ns"), commits.number("energy_estimate_mj")
         energy = self.ledger.entries.shard_energies(commits.attempts())
-        estimate = commits.number("energy_estimate_mj")
         overhead = self._overhead_shares(energy)
         for commit, rows in self._source.blocks(commits):
             ok = pc.equal(rows["status"], "ok").combine_chunks().to_numpy(zero_copy_only=False)
             if not ok.all():
                 commit, rows = commit[ok], rows.filter(pa.array(ok))
             direct = equal_shares(energy, commit)
-            full = None
+            full = np.full(len(commit), MISSING, np.int64)
             if overhead is not None:
                 extra = np.arange(made, made + len(commit)) < overhead[1]
                 full = np.where(direct == MISSING, MISSING, direct + overhead[0] + extra)
@@ -389,7 +360,7 @@ class EnergyRows:
                 attempts.take(pa.array(commit)),
                 rows["sha256"],
                 _nullable(direct, MISSING),
-                pa.nulls(len(commit), pa.int64()) if full is None else _nullable(full, MISSING),
+                _nullable(full, MISSING),
                 _nullable(equal_shares(estimate, commit), NONE),
             )
             yield from _by_day(ended[commit], table)
@@ -427,44 +398,39 @@ class EnergyRows:
                 column.frombytes(mine[name].to_numpy().tobytes())
 
     def _nodes(self) -> NodeBooks:
-        places: dict[str, Commit | WorkerEnvironment] = {
-            c.worker_id: c for c in self._commits.last_of_each_worker()
-        }
-        places |= self._uncommitted.workers
+        hosts = {c.worker_id: c.host for c in self._commits.last_of_each_worker()}
+        hosts |= {worker_id: own.host for worker_id, own in self._uncommitted.workers.items()}
         devices = {
             worker_id: [f"gpu:{uuid}" for uuid in held if uuid != "cpu"]
             for worker_id, held in self._devices().items()
         }
-        hosts = {worker_id: place.host for worker_id, place in places.items()}
         return close_nodes(self.ledger, hosts, devices, self._uncommitted.nodes)
 
     def _devices(self) -> dict[str, tuple[str, ...]]:
         return held_devices(self._uncommitted.workers, self._commits.first_of_each("worker_id"))
 
     def _environments(self) -> Iterator[_Row]:
-        entries = self.ledger.entries
+        entries, job = self.ledger.entries, self.job
         codes, first = np.unique(entries.worker, return_index=True)
-        firsts = {
-            entries.names[code]: entries[n].segment.open
-            for code, n in zip(codes.tolist(), first.tolist(), strict=True)
+        opened = {
+            entries.names[c]: entries[n].segment.open
+            for c, n in zip(codes.tolist(), first.tolist(), strict=True)
         }
         commits = {commit.worker_id: commit for commit in self._commits.first_of_each("worker_id")}
-        job = self.job
         model = (job.model_name, job.model_sha256, job.fingerprint, job.millijoule_version)
-        for worker_id in sorted(firsts.keys() | commits.keys()):
-            c, read = commits.get(worker_id), firsts.get(worker_id)
+        for worker_id in sorted(opened.keys() | commits.keys()):
+            c, read = commits.get(worker_id), opened.get(worker_id)
             own = self._uncommitted.workers.get(worker_id)
-            t_wall_ns = read.t_wall_ns if read else c.t_start_wall_ns if c else 0
             stated = own or c  # of a worker whose environment is lost, what its commits say
+            t_wall_ns = read.t_wall_ns if read else c.t_start_wall_ns if c else 0
             where = (stated.node_id, stated.host, stated.device) if stated else (None,) * 3
             gpus = (",".join(own.gpus), own.device_name) if own else (None, None)
-            method = (
-                (stated.driver_epoch, t_wall_ns, stated.energy_method) if stated else (None, t_wall_ns, None)
-            )
+            epoch, method = (stated.driver_epoch, stated.energy_method) if stated else (None, None)
             software = (own.python_version, own.torch_version, own.driver_version) if own else (None,) * 3
-            who = (worker_id, read.boot_id if read else None)
-            read_domains = ",".join(sorted(self.ledger.read_domains(worker_id))) if read else ""
-            yield t_wall_ns, (*who, *where, *gpus, *method, read_domains, *model, *software)
+            boot_id = read.boot_id if read else None
+            domains = ",".join(sorted(self.ledger.read_domains(worker_id))) if read else ""
+            row = (worker_id, boot_id, *where, *gpus, epoch, t_wall_ns, method, domains, *model, *software)
+            yield t_wall_ns, row
 
 
 def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:

@@ -51,13 +51,11 @@ def flags_of(
     if not isinstance(stats.get("evidence_class"), str):
         flags.append(Flag("note", "evidence class not computed", "This output records no evidence class."))
     if not power_recorded:
-        flags.append(
-            Flag("note", "power not recorded", "Power is energy counter differences over time, or not shown.")
-        )
+        text = "Power is energy counter differences over time, or not shown."
+        flags.append(Flag("note", "power not recorded", text))
     if pue is None:
-        flags.append(
-            Flag("note", "no PUE", "Grams and money are for the devices alone; --pue adds the building.")
-        )
+        text = "Grams and money are for the devices alone; --pue adds the building."
+        flags.append(Flag("note", "no PUE", text))
     else:
         text = f"Grams and money are multiplied by a declared PUE of {pue:g}. Joules are not."
         flags.append(Flag("note", "PUE declared", text))

@@ -383,7 +383,7 @@ def test_an_open_account_fails_the_evidence_but_is_no_damage():
     commits = [commit(1, "a1", 1)]
     table = CommitTable.of(commits)
     images = ImageTotals.of(table)
-    images.add(np.array([0]), np.array([400]), None)
+    images.add(np.array([0]), np.array([400]), np.array([-1]))
     rows = close_ledger(ledger, table, images, {}, ())
     opened = [row for row in rows if row.check == "C1" and row.passed is None]
     assert [(row.scope, row.note) for row in opened] == [(f"w1 {GPU}", f"account not closed: {NEVER_CLOSED}")]
