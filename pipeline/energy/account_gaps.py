@@ -1,9 +1,8 @@
 """Accounts of devices: all that a worker's devices use is the job's, from the worker's opening read to its closing one.
 
-A worker states its first counter read before it loads its model (`WorkerEnvironment.opened`); when it is gone, its driver
-records the last one (`WorkerClosing`), by whomever it was read. What lies in between and in no segment becomes a "gap"
-segment of the worker, which shares a counter like any other segment. Where nobody read a device afterwards, the account
-ends in a gap of unknown energy: missing, never absent. Nothing here does I/O.
+A worker states its first counter read before it loads its model (`WorkerEnvironment.opened`). When it is gone, its driver
+records a last read (`WorkerClosing`), its own or somebody else's. What lies in between and in no segment becomes a "gap"
+segment of the worker. Where nobody read a device afterwards, the account ends in a gap of unknown energy.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ NEVER_CLOSED = "it never said its last words and nobody read its devices afterwa
 
 @dataclass(frozen=True)
 class Unclosed:
-    """An account without an end: what `devices` (counters' domains) used for this worker since then, nobody knows."""
+    """An account without an end: what `devices` (domains) used for the worker since `since_wall_ns` is not known."""
 
     worker_id: str
     host: str
@@ -53,10 +52,7 @@ def utc_text(t_wall_ns: int) -> str:
 
 @dataclass(frozen=True)
 class AccountGap:
-    """A stretch of a worker's account that it did not record; of the domains `unknown` its energy cannot be known.
-
-    Where nothing can, it is the moment after which nothing is known.
-    """
+    """A stretch of a worker's account that it did not record; the energy of the domains `unknown` cannot be known."""
 
     segment: Segment
     unknown: tuple[str, ...] = ()

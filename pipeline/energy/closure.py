@@ -128,15 +128,7 @@ def close_ledger(
     power: PowerSeries,
     nodes: Sequence[ClosureRow],
 ) -> list[ClosureRow]:
-    """All checks over one job.
-
-    Args:
-        ledger: over the segments of all commits and drivers.
-        commits: each committed shard once.
-        images: of the image table.
-        power: samples of every device's power.
-        nodes: the rows of C3, see `pipeline.energy.node_closure`.
-    """
+    """All checks over one job; `nodes` are the rows of C3, see `pipeline.energy.node_closure`."""
     shards, commit = ledger.entries.shards_of(commits.attempts())
     return [
         *_counters(ledger),
@@ -153,10 +145,7 @@ def evidence_class(
     commits: Iterable[Commit],
     devices: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
-    """What a job's energy figures rest on, see `pipeline.energy.evidence`.
-
-    Measured is a job whose exact checks hold and whose devices were all read themselves; the second source in the
-    device is C4, the node's meter C3.
+    """The evidence class of a job: exact checks hold and every device was read (measured), C4 (power), C3 (node).
 
     Args:
         closure: all checks of the job.

@@ -1,8 +1,7 @@
 """Divide one counter's growth among the workers that shared the device, exactly, as columns of numbers.
 
-All reads of all workers, put in order, cut time into elementary intervals; each interval's difference is divided equally
-among those at work in it, and the first of them in order have one millijoule more where it does not come out even. Equal
-division is also the Shapley value of workers that nothing distinguishes. Nothing is created, nothing is lost.
+The reads of all workers, in order, cut time into intervals. The counter's growth in an interval is divided equally among
+the workers in it (which is their Shapley value); the first of them have 1 mJ more where it does not come out even.
 """
 
 from __future__ import annotations
@@ -119,8 +118,8 @@ class _Readings:
 def split_counter(claims: Claims) -> Split:
     """Divide one counter's growth among the claims on it.
 
-    Claims without both readings get `MISSING`; what they used is in the intervals around them, whose share per such
-    worker is booked as "gap". The same holds for a claim over a break, where the counter was reset or misread.
+    A claim that lacks a reading, or that spans a reset or a misread, gets `MISSING`: its worker's equal part of the
+    intervals around it is booked as "gap".
     """
     readings, opened_at, closed_at = _in_order(claims)
     intervals = len(readings.growth_mj)

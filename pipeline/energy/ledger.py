@@ -1,16 +1,15 @@
 """The energy ledger: from the segments that workers recorded to who used what, to the millijoule.
 
-In go the segments of all commits and drivers, in any order, possibly twice, and what is known of when each worker's
-account of its devices began and ended (`pipeline.energy.account_gaps`); out come one entry per segment and per stretch of an account
-that nobody recorded, the energy nobody can be charged with ("gap", and "off" between two runs of a job), and totals.
-For every counter (boot, epoch, domain) the entries and gaps add up to its last reading minus its first, exactly:
+`build_ledger` takes the segments of all commits and drivers, in any order, possibly twice, and what is known of when each
+worker's account of its devices began and ended (`account_gaps`). It makes one entry per segment and per stretch of an
+account that nobody recorded, gaps for the energy nobody can be charged with, and totals. For every counter (boot, epoch,
+domain) entries and gaps add up to its last reading minus its first, exactly:
 
     C1   sum(segments) + sum(gaps) = sum over runs of (last reading - first reading)    per boot, epoch and domain
     C2   sum(image direct) + overhead = sum(segments) + sum(gaps)
 
-A missing measurement stays None, and so does every sum it would belong to; a worker's own device whose counter nobody
-could read is such a one, whatever else its worker read. Estimates have columns of their own.
-Nothing here reads a counter or a clock.
+A missing measurement is None, and so is every sum it belongs to; a worker's own device whose counter nobody could read
+is missing, whatever else the worker read. Estimates have columns of their own. Nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ from millijoule.workers.schemas import (
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """What one segment used.
+    """What one segment used, in millijoules by domain; None where it cannot be known.
 
-    `energy_mj` has every domain its worker ever measured, and those of its devices that it never could; None where this
-    segment's part cannot be known. `lost` says that some of its energy is nowhere in the ledger, not even in a gap.
+    `energy_mj` has every domain the worker ever read, and those of its own devices that it never read. `lost`: some of the
+    segment's energy is nowhere in the ledger, not even in a gap.
     """
 
     segment: Segment
@@ -87,10 +86,9 @@ class LedgerRun:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All entries in order of time, and what is left over. Built by `build_ledger`.
+    """All entries in order of time, and the energy that is in none of them.
 
-    `unread` has, by worker, the domains of its own devices that it never read though it read others; `unclosed` the
-    workers whose accounts have no end.
+    `unread` has, by worker, the domains of its own devices that it never read though it read others.
     """
 
     entries: Entries
@@ -167,20 +165,18 @@ def build_ledger(
     environments: Mapping[str, WorkerEnvironment] | None = None,
     closings: Mapping[str, WorkerClosing] | None = None,
 ) -> Ledger:
-    """Account for `segments`, and for what lies between them.
+    """The ledger over `segments` and what lies between them.
 
-    Workers that read the same counter at the same time share it equally; see `split_counter`. A segment that was
-    reported twice counts once. A wrapping counter that was followed in two books at once (containers that do not share
-    theirs) is believed to the one that followed it longest: the other's totals are on another scale, and both together
-    would count the package twice. Its workers' shares of it are not known.
+    Workers that used a counter at the same time share its growth equally (`split_counter`). A segment that was reported
+    twice counts once. Where two books followed a wrapping counter at the same time (containers that do not share theirs),
+    the longer one counts, and the shares of the other one's workers are not known: both would count the package twice.
 
     Args:
         segments: in any order. `PackedSegments` are taken over: gaps are added to them.
-        winners: attempt id of each committed shard; a "shard" segment of any other attempt is booked as "loser".
-            Without it the recorded classes stand.
-        devices: what each worker held, by worker id (UUIDs of GPUs, or "cpu"), as far as known: their counters
-            belong to a complete measurement.
-        environments: of the workers, by worker id: those that state an opening read owe an account.
+        winners: attempt of each committed shard; a "shard" segment of another attempt is booked as "loser". None: all
+            keep their class.
+        devices: what each worker held, by worker id (UUIDs of GPUs, or "cpu"), as far as known.
+        environments: of the workers, by worker id; one that states an opening read owes an account.
         closings: how these accounts ended, by worker id.
     """
     packed = segments if isinstance(segments, PackedSegments) else PackedSegments(segments)
@@ -225,17 +221,11 @@ def build_ledger(
 
 
 class Entries(Packed[LedgerEntry]):
-    """The entries of a ledger as columns; `LedgerEntry` objects are made when they are looked at.
+    """The entries of a ledger as columns `[n]`.
 
-    Of n entries: `number` is the segment's in `segments`; `worker`, `segment_class` are places in `names` and
-    `class_names`; `open` and `close` are numbers of reads in `columns`; the domains of entry i have their shares in
-    `shares[first[i] : first[i + 1]]`, `MISSING` where they cannot be known. `total_mj` is `MISSING` unless all are known.
-
-    Args:
-        segments: those of the ledger, and maybe others.
-        number: which, in order of time.
-        domains_of: per worker, in order, what it ever read, and what of its own devices it never did.
-        winners: as in `build_ledger`.
+    `number` is the segment's in `segments`; `worker` and `segment_class` are places in `names` and `class_names`; `open` and
+    `close` are numbers of reads in `columns`. `shares[first[i] : first[i + 1]]` are the millijoules of entry i, one per
+    domain in `domains_of` its worker; they and `total_mj` are `MISSING` where they cannot be known.
     """
 
     def __init__(

@@ -1,10 +1,9 @@
 """Energy tables of a job that is still running: what its commits and drivers reported, flush by flush.
 
-The driver writes the rows of `LIVE_TABLES` under `energy/_live/`, at every flush of its other records, so a crash loses at
-most one flush interval of them; nothing depends on them, commits stay the truth. A file grows until it is worth one,
-then the next begins, so each table costs at most one write per flush. Workers that share a counter cannot be told apart before all of them have
-reported: these segments carry their worker's own difference (`quality` "undivided"), and `read_live_segments` gives
-them back as segments for the ledger to divide. The finished tables replace all of it.
+The driver writes the rows of `LIVE_TABLES` under `energy/_live/` at every flush of its other records. Commits stay the truth,
+and the finished tables replace these. Workers that share a counter cannot be told apart before all of them have reported:
+a live segment has its worker's own difference (`quality` "undivided"), and `read_live_segments` gives the segments back for
+the ledger to divide.
 """
 
 from __future__ import annotations

@@ -2,21 +2,18 @@
 
     devices (GPU, package and DRAM counters) + declared rest - node = residual,   |residual| <= tolerance
 
-over the stretches of time in which all of them are known. A device's counter is read at its own workers' boundaries,
-the meter when it answers: at the ends of a stretch both are interpolated between the readings around, which bound the
-error. The tolerance is the sum of all error bounds: of the counters (`COUNTER_TOLERANCE_SHARE` and how they were
-read), of the node's meter, of the declaration. The residual is stated, never spread or forced to 0.
-
-Nothing here does I/O. The parts become rows of `node_energy`, from which the check is a sum.
+over the stretches of time in which all of them are known. At the ends of a stretch counters and meter are interpolated
+between the readings around, which bound the error. The tolerance is the sum of the error bounds of counters, meter and
+declaration. The residual is stated, never spread. The parts become rows of `node_energy`. Nothing here does I/O.
 """
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -40,10 +37,9 @@ MAX_SNAP_SHARE = 0.02
 
 @dataclass(frozen=True)
 class NodePart:
-    """Energy of one part of a node over one stretch; a row of the `node_energy` table.
+    """Energy of one part of a node over one stretch, right to `tolerance_mj`; a row of the `node_energy` table.
 
-    `part` is "node" (its meter; `name` is the feed), "device" (`name` is the counter's domain) or "rest". The true
-    energy is within `tolerance_mj`, so far as the sources can know.
+    `part` is "node" (its meter; `name` is the feed), "device" (`name` is the counter's domain) or "rest".
     """
 
     host: str
@@ -234,12 +230,15 @@ def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
         for source in sorted(pc.unique(of_feed["source"].drop_null()).to_pylist()):
             found = of_feed.filter(pc.equal(of_feed["source"], source))
             quantity: Quantity = "power" if found["energy_mj"].null_count else "energy"
-            value, quantum = (
-                ("energy_mj", "quantum_mj") if quantity == "energy" else ("power_mw", "quantum_mw")
-            )
+            unit = "mw" if quantity == "power" else "mj"
+            value, quantum = f"{quantity}_{unit}", f"quantum_{unit}"
             found = found.sort_by([("t_wall_ns", "ascending"), (value, "ascending")])
             last = found.slice(found.num_rows - 1).to_pylist()[0]
-            times, values, errors = _increasing(found.select(["t_wall_ns", value, "t_error_ns"]))
+            columns = np.stack([found[c].fill_null(0).to_numpy() for c in ("t_wall_ns", value, "t_error_ns")])
+            is_first = (
+                np.diff(columns[0], prepend=columns[0, 0] - 1) != 0
+            )  # two drivers may have read at one time
+            times, values, errors = columns[:, is_first].tolist()
             series = NodeSeries(
                 *(boot.host, source, quantity, times, values),
                 quantum=pc.min(found[quantum]).as_py(),
@@ -251,32 +250,18 @@ def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
     return feeds
 
 
-def _increasing(readings: pa.Table) -> tuple[array, ...]:
-    """The columns, time first, in strict order of time: of two at one time (two drivers) the first."""
-    kept = tuple(array("q") for _ in readings.columns)
-    for row in zip(*(c.to_pylist() for c in readings.columns), strict=True):
-        if not kept[0] or row[0] > kept[0][-1]:
-            for column, value in zip(kept, row, strict=True):
-                column.append(value or 0)
-    return kept
-
-
 def _usable(series: NodeSeries) -> Iterator[Interval]:
     """Wall times between which the series has no reset, leap or silence."""
-    times, values = series.t_wall_ns, series.values
-    begin = 0
-    for i in range(1, len(times) + 1):
-        if i < len(times):
-            elapsed_ns, grown = times[i] - times[i - 1], values[i] - values[i - 1]
-            if series.quantity == "power":
-                broken = elapsed_ns > series.max_gap_ns
-            else:
-                broken = grown < 0 or (grown - series.quantum) * 1_000_000 > MAX_NODE_WATTS * elapsed_ns
-            if not broken:
-                continue
-        if times[begin] < times[i - 1]:
-            yield times[begin], times[i - 1]
-        begin = i
+    begin = series.t_wall_ns[0]
+    for (t0, v0), (t1, v1) in pairwise(zip(series.t_wall_ns, series.values, strict=True)):
+        if series.quantity == "power":
+            is_broken = t1 - t0 > series.max_gap_ns
+        else:
+            is_broken = v1 < v0 or (v1 - v0 - series.quantum) * 1_000_000 > MAX_NODE_WATTS * (t1 - t0)
+        if is_broken:
+            yield begin, t0
+            begin = t1
+    yield begin, series.t_wall_ns[-1]
 
 
 # -- the check -----------------------------------------------------------------------------------------------------
@@ -295,7 +280,7 @@ def _close(boot: _Boot, meter: str, rows: pa.Table) -> _Verdict:
         windows = common(windows, sorted(known))
     on_devices = windows
     for series in feeds.values():
-        usable = merged([i for s in series for i in _usable(s.series)])
+        usable = merged(i for s in series for i in _usable(s.series) if i[0] < i[1])
         windows = common(
             windows, [(a - boot.wall_minus_mono_ns, b - boot.wall_minus_mono_ns) for a, b in usable]
         )
@@ -354,11 +339,7 @@ def _judged(scope: str, parts: Sequence[NodePart], coverage: float, silence: str
 
 
 def _snapped(boot: _Boot, window: Interval) -> Interval:
-    """`window` with its ends moved inwards, by a part of it, to where the counters are known best.
-
-    A counter grows between two reads one cannot say when, so the best place is at a read of the counters that grow
-    most. Meters are read far more often than shards begin and end.
-    """
+    """`window` with its ends moved inwards, by at most `MAX_SNAP_SHARE` of it, to the reads of the counters that grow most."""
     begin, end = window
     most = (end - begin) * MAX_SNAP_SHARE
     times = sorted(

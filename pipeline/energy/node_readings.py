@@ -1,9 +1,7 @@
 """What nodes' own meters said, as rows: of a running job's recorders, and of files imported afterwards.
 
-They lie in `_job/node_meters/`, beside the commits, and with those are what the energy tables are made from: a driver
-writes its recorders' readings at every flush, so that a crash costs at most one flush interval of them; an import is
-one object per node and meter, and importing again replaces it. A row holds a reading and all that bounds its error,
-so that closure check C3 can be recomputed from rows alone.
+They lie in `_job/node_meters/`: a driver writes its recorders' readings at every flush; an import is one object per node and
+meter, and importing again replaces it. A row holds a reading and all that bounds its error.
 """
 
 from __future__ import annotations

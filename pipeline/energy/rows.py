@@ -1,7 +1,6 @@
 """A job's ledger and commits as the rows of the energy tables, in blocks that share a UTC day.
 
-Everything is a function of commits, the drivers' segments and `job.json`: whoever builds the tables builds the same
-ones. Rows are made as columns, some thousand at a time.
+Rows are made as columns, some thousand at a time. Equal commits, segments and `job.json` make equal rows.
 """
 
 from __future__ import annotations
@@ -434,11 +433,9 @@ class EnergyRows:
 
 
 def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
-    """Equal shares of the energies of commits for images, which cost the same; the first have 1 mJ more.
+    """Divide `energy_mj` of each commit (negative: missing) equally among its images; the first have 1 mJ more.
 
-    Args:
-        energy_mj: of each commit; negative: missing.
-        commit: number of each image's commit, all those of one commit together.
+    `commit` is the number of each image's commit, the images of one commit together.
     """
     lengths = np.diff(np.flatnonzero(np.diff(commit, prepend=-1, append=-1)))
     of_commit = np.repeat(lengths, lengths)

@@ -1,9 +1,7 @@
 """What no commit carries: last words of workers, lost attempts that a driver had to book, and who the workers were.
 
-A driver collects segments and power samples and writes them to `_job/segments/` at every flush, so that a crash costs
-at most one flush interval of them; a worker writes its own environment to `_job/workers/` before it loads its model, and a
-driver how its account of its devices ended to `_job/closed/`. With the commits they are all that the energy tables are
-made from.
+A driver writes segments and power samples to `_job/segments/` at every flush, and to `_job/closed/` how a worker's account of
+its devices ended; a worker writes its own environment to `_job/workers/` before it loads its model.
 """
 
 from __future__ import annotations
