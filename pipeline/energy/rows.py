@@ -120,11 +120,13 @@ class RowTables:
                 others = numbers[of_each == NOT_CARRIED].tolist()
                 parts = [others[i : i + _TABLES_PER_CALL] for i in range(0, len(others), _TABLES_PER_CALL)]
                 tables = [table for part in threads.map(read, parts) for table in part]
-                of_each = np.maximum(of_each, 0)
-                table = pa.concat_tables([carried.take(int(of_each.sum())), *tables]).combine_chunks()
                 of_others = np.repeat(np.array(others, np.int64), [t.num_rows for t in tables])
+                of_each = np.maximum(of_each, 0)
+                if of_each.any() or not tables:
+                    tables = [carried.take(int(of_each.sum())), *tables]
+                table = pa.concat_tables(tables).combine_chunks()
                 commit = np.concatenate([np.repeat(numbers, of_each), of_others])
-                if tables and len(others) < len(block):
+                if others and len(others) < len(block):
                     order = np.argsort(commit, kind="stable")
                     commit, table = commit[order], table.take(pa.array(order))
                 yield commit, table

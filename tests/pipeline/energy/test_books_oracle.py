@@ -28,8 +28,8 @@ class Forgetful(WattMeter):
 def output(folder, kind=WattMeter):
     watts = {"cpu:package-0": 50.0, "dram:package-0": 5.0}
 
-    def workers(store, job, epoch):
-        return [worker(store, job, epoch, "w0", "host", "cpu", kind("boot", dict(watts)), 0.001)]
+    def workers(clock, store, job, epoch):
+        return [worker(store, job, epoch, "w0", "host", "cpu", kind(clock, "boot", watts), 0.001)]
 
     return Path(finished(folder, PROMPTS, workers).url)
 
