@@ -176,31 +176,26 @@ def _exact(check: str, scope: str, expected_mj: int | None, found_mj: int | None
 
 
 def _counters(ledger: Ledger) -> list[ClosureRow]:
-    grown: Counter[tuple[str, int, str]] = Counter()
-    stretches: Counter[tuple[str, int, str]] = Counter()
-    for run in ledger.runs:
-        key = (run.boot_id, run.epoch, run.domain)
-        grown[key] += run.run.energy_mj
-        stretches[key] += 1
-    held = _held(ledger)
-    for gap in ledger.gaps:
-        held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
     open_ends = [
         ClosureRow("C1", f"{u.worker_id} {device}", None, None, 0.0, None, f"account not closed: {u.reason}")
         for u in ledger.unclosed
         for device in u.devices
     ]
-    if not stretches:
+    if not ledger.runs:
         return [ClosureRow("C1", "counter", None, None, 0.0, None, "no counter was read"), *open_ends]
-    return open_ends + [
-        _exact(
-            *("C1", f"{key[2]} boot {key[0]} epoch {key[1]}", grown[key], held[key]),
-            f"stretches without a reset: {stretches[key]}"
-            if key in stretches
-            else "no reading belongs to it",
-        )
-        for key in sorted(stretches.keys() | {k for k, mj in held.items() if mj})
-    ]
+    grown: dict[tuple[str, int, str], list[int]] = defaultdict(list)
+    for run in ledger.runs:
+        grown[run.boot_id, run.epoch, run.domain].append(run.run.energy_mj)
+    held = _held(ledger)
+    for gap in ledger.gaps:
+        held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
+    rows = []
+    for key in sorted(grown.keys() | {k for k, mj in held.items() if mj}):
+        stretches = grown.get(key, ())
+        note = f"stretches without a reset: {len(stretches)}" if stretches else "no reading belongs to it"
+        scope = f"{key[2]} boot {key[0]} epoch {key[1]}"
+        rows.append(_exact("C1", scope, sum(stretches), held[key], note))
+    return open_ends + rows
 
 
 def _held(ledger: Ledger) -> Counter[tuple[str, int, str]]:
@@ -212,12 +207,11 @@ def _held(ledger: Ledger) -> Counter[tuple[str, int, str]]:
         reads = np.repeat(entries.open[begin:end], np.diff(entries.first[begin : end + 1]))
         shares = entries.shares[entries.first[begin] : entries.first[end]]
         key = np.stack([entries.columns.boot[reads], domain, entries.epoch_of(reads, domain)], axis=1)
-        order = np.lexsort(key.T)
-        begins = np.flatnonzero(np.any(np.diff(key[order], axis=0, prepend=-1), axis=1)) if len(key) else ()
-        mj = np.where(shares == MISSING, 0, shares)[order]
-        for (boot, code, epoch), total in zip(
-            key[order][begins].tolist(), np.add.reduceat(mj, begins).tolist() if len(key) else (), strict=True
-        ):
+        order = np.lexsort(key.T)  # ten times as fast as np.unique of rows
+        key, mj = key[order], np.where(shares == MISSING, 0, shares)[order]
+        begins = np.flatnonzero(np.any(np.diff(key, axis=0, prepend=-1), axis=1))[: len(key)]
+        totals = np.add.reduceat(mj, begins).tolist() if len(key) else []
+        for (boot, code, epoch), total in zip(key[begins].tolist(), totals, strict=True):
             held[entries.names[boot], epoch, entries.domain_names[code]] += total
     return held
 
@@ -231,26 +225,16 @@ def _images(ledger: Ledger, images: ImageTotals, shards: np.ndarray, commit: np.
     overhead = measured - int(entries.known_mj[of_images].sum())
     off = sum(g.energy_mj for g in ledger.gaps if g.segment_class == "off")
     n = int(images.images.sum())
-    anything = bool(ledger.runs)
-    return [
-        _exact(
-            *(
-                "C2",
-                "job, direct",
-                measured if anything else None,
-                images.direct_mj + overhead if anything else None,
-            ),
-            f"images and overhead against segments and gaps; images: {n}"
-            if anything
-            else "no counter was read",
-        ),
-        _exact(
-            *("C2", "job, full", measured - off if ledger.complete else None, images.full_mj if n else None),
-            "full energies of all images against everything used while the job ran"
-            if ledger.complete and images.full_mj is not None and n
-            else "something was not measured, or there is no image",
-        ),
-    ]
+    direct: tuple[int | None, int | None] = (None, None)
+    note = "no counter was read"
+    if ledger.runs:
+        direct = (measured, images.direct_mj + overhead)
+        note = f"images and overhead against segments and gaps; images: {n}"
+    full_note = "something was not measured, or there is no image"
+    if ledger.complete and images.full_mj is not None and n:
+        full_note = "full energies of all images against everything used while the job ran"
+    full = (measured - off if ledger.complete else None, images.full_mj if n else None)
+    return [_exact("C2", "job, direct", *direct, note), _exact("C2", "job, full", *full, full_note)]
 
 
 def _attempts(
@@ -287,9 +271,8 @@ def _attempts(
 def _power(ledger: Ledger, power: PowerSeries) -> list[ClosureRow]:
     if not power:
         return [_unknown_power("device", "power was not sampled")]
-    stretches: dict[tuple[str, str], list[list[tuple[int, int]]]] = defaultdict(
-        list
-    )  # (ns, mJ) without a reset
+    # (ns, mJ) readings of each stretch without a reset
+    stretches: dict[tuple[str, str], list[list[tuple[int, int]]]] = defaultdict(list)
     for run, readings in ledger.series(r for r in ledger.runs if r.domain.startswith("gpu:")):
         stretches[run.boot_id, run.domain].append([(t_ns, mj) for t_ns, mj, _ in readings.tolist()])
     rows = []

@@ -86,7 +86,7 @@ class LiveTables:
                 at = (read.boot_id, read.t_mono_ns)
                 if self._last_read.get(s.worker_id) != at:
                     self._last_read[s.worker_id] = at
-                    self._add("counter", (row for _, row in read_rows(s.worker_id, read)))
+                    self._add("counter", read_rows(s.worker_id, read))
             segment_id = self.epoch << 32 | self._segments
             self._segments += 1
             self._add("segment", _segment_rows(segment_id, s))
@@ -94,9 +94,7 @@ class LiveTables:
     def add_power(self, worker_id: str, traces: Iterable[PowerTrace]) -> None:
         """Samples that worker `worker_id` took; node and host are null where it has not committed anything yet."""
         for trace in traces:
-            self._add(
-                "power", (row for _, row in power_rows(trace, *self._places.get(worker_id, (None, None))))
-            )
+            self._add("power", power_rows(trace, *self._places.get(worker_id, (None, None))))
 
     def add_node_readings(self, rows: Iterable[tuple]) -> None:
         """Rows of the `node_reading` table."""
@@ -160,20 +158,15 @@ def read_live_segments(store: Store) -> list[Segment]:
     for rows in parts.values():
         first = rows[0]
         ends = []
-        for t_ns, estimate in (
-            (first["t_open_mono_ns"], 0),
-            (first["t_close_mono_ns"], first["energy_estimate_mj"]),
-        ):
+        for end, estimate in (("t_open_mono_ns", 0), ("t_close_mono_ns", first["energy_estimate_mj"])):
+            t_ns = first[end]
             read = reads.get((first["worker_id"], first["boot_id"], t_ns), [])
             t_wall_ns = first["t_open_wall_ns"] + t_ns - first["t_open_mono_ns"]
             energy_mj = {row["domain"]: row["energy_mj"] for row in read}
             epochs = _epochs(read or rows)
             ends.append(CounterRead(first["boot_id"], t_ns, t_wall_ns, 0, energy_mj, estimate, *epochs))
-        segments.append(
-            Segment(
-                *(first["worker_id"], first["segment_class"], *ends, first["shard_id"], first["attempt_id"])
-            )
-        )
+        who = (first["worker_id"], first["segment_class"])
+        segments.append(Segment(*who, ends[0], ends[1], first["shard_id"], first["attempt_id"]))
     return segments
 
 
@@ -195,13 +188,8 @@ def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
     winners = {c.shard_id: c.attempt_id for c in commits}
     devices = held_devices(uncommitted.workers, commits)
     ledger = build_ledger(read_live_segments(store), winners, devices)
-    rows = EnergyRows(
-        job,
-        ledger,
-        CommitTable.of(commits),
-        RowTables(lambda commit: IMAGE_ROW_SCHEMA.empty_table()),
-        uncommitted,
-    )
+    no_images = RowTables(lambda commit: IMAGE_ROW_SCHEMA.empty_table())
+    rows = EnergyRows(job, ledger, CommitTable.of(commits), no_images, uncommitted)
     tables = {
         name: pa.concat_tables([table_of(name, []), *(block for _, block in blocks)])
         for name, blocks in rows.tables()
@@ -213,12 +201,5 @@ def _as_commit(row: dict[str, Any], job: JobSpec) -> Commit:
     """What an attempt row says of its commit."""
     known = {f.name: row[f.name] for f in fields(Commit) if f.name in row}
     known["energy_domains"] = tuple(d for d in row["energy_domains"].split(",") if d)
-    return Commit(
-        **known,
-        plan_fingerprint=job.fingerprint,
-        model_sha256=job.model_sha256,
-        files=(),
-        rows_path="",
-        errors={},
-        segments=(),
-    )
+    known |= {"plan_fingerprint": job.fingerprint, "model_sha256": job.model_sha256}
+    return Commit(**known, files=(), rows_path="", errors={}, segments=())

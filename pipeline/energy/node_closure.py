@@ -169,9 +169,9 @@ def _boots(
     }
     unclosed = {u.worker_id for u in ledger.unclosed}
     reads = np.stack([entries.open, entries.close], axis=1).ravel()
-    there = np.stack([columns.boot[reads], np.repeat(entries.worker, 2)], axis=1)
-    _, first = np.unique(there, axis=0, return_index=True)
-    for code, worker in there[np.sort(first)].tolist():
+    there = columns.boot[reads].astype(np.int64) * len(columns.names) + np.repeat(entries.worker, 2)
+    _, first = np.unique(there, return_index=True)
+    for code, worker in (divmod(key, len(columns.names)) for key in there[np.sort(first)].tolist()):
         boot, worker_id = boots[columns.names[code]], columns.names[worker]
         boot.host = boot.host or hosts.get(worker_id, "")
         boot.expected.update(entries.domains_of[worker_id], devices.get(worker_id, ()))

@@ -29,6 +29,7 @@ class SegmentColumns:
 
     names: Sequence[str]
     domain_sets: Sequence[tuple[str, ...]]
+    attempt: pa.Array
     boot: np.ndarray
     epoch: np.ndarray
     wrap_epoch: np.ndarray
@@ -44,7 +45,6 @@ class SegmentColumns:
     shard: np.ndarray
     open: np.ndarray
     close: np.ndarray
-    attempt: pa.Array
 
     def epochs_of_wrapping(self) -> np.ndarray:
         """`CounterRead.epoch_of` of a counter that wraps: `[m]`; of any other it is `epoch`."""
@@ -128,26 +128,11 @@ class PackedSegments(Packed[Segment]):
 
     def columns(self) -> SegmentColumns:
         """The numbers as they are now, not copied: while they are in use, nothing can be added."""
-        return SegmentColumns(
-            names=self._names.texts,
-            domain_sets=list(self._domain_sets),
-            boot=column(self._boot),
-            epoch=column(self._epoch),
-            wrap_epoch=column(self._wrap_epoch),
-            domain_set=column(self._domain_set),
-            t_mono_ns=column(self._t_mono),
-            t_wall_ns=column(self._t_wall),
-            latency_ns=column(self._latency),
-            estimate_mj=column(self._estimate),
-            first=column(self._first),
-            energy_mj=column(self._energy),
-            worker=column(self._worker),
-            segment_class=column(self._class),
-            shard=column(self._shard),
-            open=column(self._open),
-            close=column(self._close),
-            attempt=self._attempt.column(),
-        )
+        reads = (self._boot, self._epoch, self._wrap_epoch, self._domain_set, self._t_mono, self._t_wall)
+        more = (self._latency, self._estimate, self._first, self._energy)
+        segments = (self._worker, self._class, self._shard, self._open, self._close)
+        columns = map(column, (*reads, *more, *segments))
+        return SegmentColumns(self._names.texts, list(self._domain_sets), self._attempt.column(), *columns)
 
     def __len__(self) -> int:
         return len(self._worker)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,8 +65,9 @@ LATENCY_STEP_NS = 100_000
 
 #: A table's rows of one UTC day (days since 1970).
 DayBlock = tuple[int, pa.Table]
-_Row = tuple[int, tuple]  # its time (ns since 1970), its values
 
+#: The column of a table that says to which day a row belongs.
+_TIMES = ("t_wall_ns", "t_open_wall_ns", "t_start_wall_ns", "t_first_wall_ns")
 
 #: What the image table takes over from the rows of a shard.
 ROW_COLUMNS = ("prompt_id", "image_index", "status", "sha256")
@@ -184,13 +186,10 @@ class EnergyRows:
         yield "attempt", self._attempts()
         yield "image", self._image_blocks()
         yield "power", self._power_samples()
-        yield "env", blocks("env", self._environments())
+        yield "env", _blocks("env", self._environments())
         nodes = self._nodes()
-        yield (
-            "node_reading",
-            _by_day(self._uncommitted.nodes["t_wall_ns"].to_numpy(), self._uncommitted.nodes),
-        )
-        yield "node_energy", blocks("node_energy", ((p.wall[0], p.as_tuple()) for p in nodes.parts))
+        yield "node_reading", _by_day(self._uncommitted.nodes)
+        yield "node_energy", _blocks("node_energy", (part.as_tuple() for part in nodes.parts))
         self.closure = close_ledger(self.ledger, self._commits, self._images, self._power, nodes.closure)
         one_of_each = self._commits.first_of_each("worker_id", "device", "energy_domains")
         self.evidence_class = evidence_class(self.closure, one_of_each, self._devices())
@@ -228,7 +227,7 @@ class EnergyRows:
                 -(-c.latency_ns[r] // LATENCY_STEP_NS) * LATENCY_STEP_NS,
                 c.energy_mj[c.first[r] + place],
             )
-            yield from _by_day(c.t_wall_ns[r], table)
+            yield from _by_day(table)
 
     def _names(self, codes: np.ndarray) -> pa.Array:
         return pa.array(list(self.ledger.entries.names), pa.string()).take(pa.array(codes))
@@ -276,10 +275,10 @@ class EnergyRows:
                 pa.array(_QUALITIES, pa.string()).take(pa.array(quality)),
                 _nullable(estimate, NONE),
             )
-            yield from _by_day(c.t_wall_ns[opened], table)
-        yield from blocks("segment", self._gaps())
+            yield from _by_day(table)
+        yield from _blocks("segment", self._gaps())
 
-    def _gaps(self) -> Iterator[_Row]:
+    def _gaps(self) -> Iterator[tuple]:
         clocks = self.ledger.entries.clocks()
         for gap in self.ledger.gaps:
             shortest = SHORT_GPU_NS if gap.domain.startswith("gpu:") else SHORT_CPU_NS
@@ -287,7 +286,7 @@ class EnergyRows:
             t_wall_ns = gap.t_open_ns + clocks[gap.boot_id][0]
             where = (gap.boot_id, gap.epoch, gap.t_open_ns, gap.t_close_ns, t_wall_ns)
             what = (gap.domain, gap.energy_mj, quality, None)
-            yield t_wall_ns, (None, None, gap.segment_class, None, None, *where, *what)
+            yield None, None, gap.segment_class, None, None, *where, *what
 
     def _attempts(self) -> Iterator[DayBlock]:
         commits = self._commits
@@ -309,10 +308,10 @@ class EnergyRows:
                 _nullable(commits.number("energy_estimate_mj")[part], NONE),
                 *(text[name] for name in ("energy_method", "energy_domains")),
             )
-            yield from _by_day(began[part], table)
-        yield from blocks("attempt", self._uncommitted_attempts())
+            yield from _by_day(table)
+        yield from _blocks("attempt", self._uncommitted_attempts())
 
-    def _uncommitted_attempts(self) -> Iterator[_Row]:
+    def _uncommitted_attempts(self) -> Iterator[tuple]:
         entries = self.ledger.entries
         at = np.flatnonzero(entries.shard != NONE)
         at = at[self._commits.attempts().find(entries.shard[at], entries.attempts(at)) < 0]
@@ -324,16 +323,12 @@ class EnergyRows:
             first, last = mine[0].segment, mine[-1].segment
             outcome = "retry" if last.segment_class == "retry" else "loser"
             domains = {d for e in mine for d in self.ledger.read_domains(e.segment.worker_id)}
-            t_wall_ns = first.open.t_wall_ns
             yield (
-                t_wall_ns,
-                (
-                    *(shard_id, attempt_id, outcome, first.worker_id),
-                    *(None, None, None, None, t_wall_ns, last.close.t_wall_ns, None, None),
-                    sum_or_none(e.total_mj for e in mine),
-                    sum_or_none(segment_estimate_mj(e.segment) for e in mine),
-                    *(None, ",".join(sorted(domains))),
-                ),
+                *(shard_id, attempt_id, outcome, first.worker_id, None, None, None, None),
+                *(first.open.t_wall_ns, last.close.t_wall_ns, None, None),
+                sum_or_none(e.total_mj for e in mine),
+                sum_or_none(segment_estimate_mj(e.segment) for e in mine),
+                *(None, ",".join(sorted(domains))),
             )
 
     def _image_blocks(self) -> Iterator[DayBlock]:
@@ -364,7 +359,7 @@ class EnergyRows:
                 _nullable(full, MISSING),
                 _nullable(equal_shares(estimate, commit), NONE),
             )
-            yield from _by_day(ended[commit], table)
+            yield from _by_day(table, ended[commit])
 
     def _overhead_shares(self, energy: np.ndarray) -> tuple[int, int] | None:
         """Each image's share of all that no image used directly, and how many of the first get 1 mJ more."""
@@ -383,10 +378,7 @@ class EnergyRows:
             spool.add(trace, place.node_id if place else None, place.host if place else None)
         for samples in spool.tables():
             self._add_power(samples)
-            yield from _by_day(
-                samples["t_wall_ns"].to_numpy(),
-                _table("power", *(samples[f.name] for f in ENERGY_SCHEMAS["power"])),
-            )
+            yield from _by_day(_table("power", *(samples[f.name] for f in ENERGY_SCHEMAS["power"])))
 
     def _add_power(self, samples: pa.Table) -> None:
         known = samples.filter(pc.is_valid(samples["power_instant_mw"]))
@@ -410,7 +402,7 @@ class EnergyRows:
     def _devices(self) -> dict[str, tuple[str, ...]]:
         return held_devices(self._uncommitted.workers, self._commits.first_of_each("worker_id"))
 
-    def _environments(self) -> Iterator[_Row]:
+    def _environments(self) -> Iterator[tuple]:
         entries, job = self.ledger.entries, self.job
         codes, first = np.unique(entries.worker, return_index=True)
         opened = {
@@ -430,8 +422,7 @@ class EnergyRows:
             software = (own.python_version, own.torch_version, own.driver_version) if own else (None,) * 3
             boot_id = read.boot_id if read else None
             domains = ",".join(sorted(self.ledger.read_domains(worker_id))) if read else ""
-            row = (worker_id, boot_id, *where, *gpus, epoch, t_wall_ns, method, domains, *model, *software)
-            yield t_wall_ns, row
+            yield worker_id, boot_id, *where, *gpus, epoch, t_wall_ns, method, domains, *model, *software
 
 
 def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
@@ -460,26 +451,36 @@ def _nullable(numbers: np.ndarray, missing: int) -> pa.Array:
     return pa.array(numbers, pa.int64(), mask=numbers == missing)
 
 
-def _by_day(t_wall_ns: np.ndarray, rows: pa.Table) -> Iterator[DayBlock]:
+def _by_day(rows: pa.Table, t_wall_ns: np.ndarray | None = None) -> Iterator[DayBlock]:
+    """`rows` divided by day; `t_wall_ns` is when each belongs, by default as the table says itself."""
+    if t_wall_ns is None:
+        t_wall_ns = rows[next(name for name in rows.column_names if name in _TIMES)].to_numpy()
     days = t_wall_ns // DAY_NS
     every = np.unique(days).tolist()
     for day in every:
         yield day, rows if len(every) == 1 else rows.filter(pa.array(days == day))
 
 
-def power_rows(trace: PowerTrace, node_id: str | None, host: str | None) -> Iterator[_Row]:
+def _blocks(name: str, rows: Iterable[tuple]) -> Iterator[DayBlock]:
+    """`rows` of a table by day, at most `BLOCK_ROWS` at a time."""
+    rest = iter(rows)
+    while held := list(islice(rest, BLOCK_ROWS)):
+        yield from _by_day(table_of(name, held))
+
+
+def power_rows(trace: PowerTrace, node_id: str | None, host: str | None) -> Iterator[tuple]:
     """The samples of one device as rows of the power table."""
     for sample in trace.samples:
-        yield sample.t_wall_ns, (trace.boot_id, node_id, host, trace.device, *sample, trace.source)
+        yield trace.boot_id, node_id, host, trace.device, *sample, trace.source
 
 
-def read_rows(worker_id: str, read: CounterRead) -> Iterator[_Row]:
+def read_rows(worker_id: str, read: CounterRead) -> Iterator[tuple]:
     """One counter row per domain of `read`."""
     t_wall_ns = read.t_wall_ns // WALL_STEP_NS * WALL_STEP_NS
     latency_ns = -(-read.latency_ns // LATENCY_STEP_NS) * LATENCY_STEP_NS
     for domain, energy_mj in sorted(read.energy_mj.items()):
         where = (worker_id, read.boot_id, read.epoch_of(domain), domain)
-        yield read.t_wall_ns, (*where, read.t_mono_ns, t_wall_ns, latency_ns, energy_mj)
+        yield *where, read.t_mono_ns, t_wall_ns, latency_ns, energy_mj
 
 
 def committed_attempt(c: Commit, energy_mj: int | None) -> tuple:
@@ -489,15 +490,3 @@ def committed_attempt(c: Commit, energy_mj: int | None) -> tuple:
         *(c.t_start_wall_ns, c.t_end_wall_ns, c.images_ok, c.images_quarantined, energy_mj),
         *(c.energy_estimate_mj, c.energy_method, ",".join(c.energy_domains)),
     )
-
-
-def blocks(name: str, rows: Iterable[_Row]) -> Iterator[DayBlock]:
-    """`rows` as tables of one day and at most `BLOCK_ROWS` each."""
-    held: dict[int, list[tuple]] = defaultdict(list)
-    for t_wall_ns, row in rows:
-        day = t_wall_ns // DAY_NS
-        held[day].append(row)
-        if len(held[day]) == BLOCK_ROWS:
-            yield day, table_of(name, held.pop(day))
-    for day in sorted(held):
-        yield day, table_of(name, held[day])

@@ -17,7 +17,7 @@ def counter_rows(ledger):
             at = (read.boot_id, read.t_mono_ns)
             if latest.get(entry.segment.worker_id) != at:
                 latest[entry.segment.worker_id] = at
-                yield from (row for _, row in read_rows(entry.segment.worker_id, read))
+                yield from read_rows(entry.segment.worker_id, read)
 
 
 def segment_rows(ledger):
