@@ -56,10 +56,11 @@ MAX_MESSAGES = 20
 
 #: What `stats.json` has had since its first version.
 _NEEDED = (
-    *("model", "model_sha256", "millijoule_version", "shards", "images_ok", "images_quarantined"),
-    *("encoded_bytes", "input_rows_rejected", "errors", "warnings", "energy_methods", "images_per_second"),
+    *("model", "model_sha256", "millijoule_version", "images_ok", "images_quarantined", "encoded_bytes"),
+    *("input_rows_rejected", "shards", "errors", "warnings", "energy_methods", "images_per_second"),
     *("direct_mj_per_image", "full_mj_per_image", "seconds_first_to_last_commit"),
 )
+_TAKEN_OVER = _NEEDED[:7]
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
     return JobReport(
         output=store.url,
         fingerprint=job.fingerprint,
-        model=stats["model"],
-        model_sha256=stats["model_sha256"],
-        millijoule_version=stats["millijoule_version"],
-        images_ok=stats["images_ok"],
-        images_quarantined=stats["images_quarantined"],
-        input_rows_rejected=stats["input_rows_rejected"],
-        encoded_bytes=stats["encoded_bytes"],
+        **{name: stats[name] for name in _TAKEN_OVER},
         evidence_class=evidence if isinstance(evidence, str) else "not computed",
         is_measured=is_measured,
         domains=tuple(energy.get("domains", ())),

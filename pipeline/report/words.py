@@ -95,6 +95,7 @@ def byte_count(value: int) -> str:
 
 
 def moment(unix_s: float) -> str:
+    """A time since 1970 as UTC."""
     return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
