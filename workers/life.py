@@ -18,7 +18,7 @@ from pathlib import Path
 
 from millijoule.workers.meters.counter_book import shared_folder
 
-#: Nobody resumes a job so much later and still reads the counters of its dead workers (`apportionment.MAX_GAP_NS` is less).
+#: Nobody resumes a job so much later and still reads the counters of its dead workers (`counter_split.MAX_GAP_NS` is less).
 KEEP_S = 86_400.0
 
 _POLL_S = 0.05

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +27,7 @@ from millijoule.pipeline.closing.finish import (
 from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.lean_memory import lean_memory
 from millijoule.pipeline.energy.tables import compare_energy_tables
-from millijoule.pipeline.output.commits import READ_THREADS, in_threads, list_committed, parsing_commit
+from millijoule.pipeline.output.commits import READ_THREADS, in_threads, list_committed, parse_commit
 from millijoule.pipeline.output.image_rows import RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec, require_job
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
@@ -78,21 +77,16 @@ def check_output(
             yield f"{len(missing) - MAX_LISTED:,} more shards: not committed"
         records, plan = RecordReader(store), ShardRowReader(store)
 
-        def check(shard_id: int) -> tuple[int, dict[str, Any], list[str]]:
-            body = store.get(commit_key(shard_id))
-            with parsing_commit(
-                store, shard_id
-            ):  # segments and power samples are for the books, which parse them
-                raw = json.loads(body)
-                commit = Commit.from_dict({**raw, "segments": (), "power": ()})
+        def check(shard_id: int) -> tuple[Commit, list[str]]:
+            commit = parse_commit(store, shard_id, store.get(commit_key(shard_id)))
             problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
-            return shard_id, raw, list(problems)
+            return commit, list(problems)
 
         checked = in_threads(check, np.flatnonzero(done).tolist(), _threads(store))
-        for shard_id, raw, problems in checked:
-            on_shard(shard_id)
+        for commit, problems in checked:
+            on_shard(commit.shard_id)
             yield from problems
-            records.add(shard_id, raw)
+            records.add(commit)
         if not missing:
             yield from _check_finished(store, job, index, records.records(), on_note)
 

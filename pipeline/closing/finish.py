@@ -26,7 +26,7 @@ from millijoule.pipeline.energy.closure import CHECKS
 from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.energy.counter_split import MISSING
 from millijoule.pipeline.energy.lean_memory import lean_memory
-from millijoule.pipeline.energy.ledger import Ledger, Winners, build_ledger
+from millijoule.pipeline.energy.ledger import Ledger, build_ledger
 from millijoule.pipeline.energy.packed_segments import PackedSegments
 from millijoule.pipeline.energy.rows import (
     ROW_COLUMNS,
@@ -37,7 +37,7 @@ from millijoule.pipeline.energy.rows import (
 )
 from millijoule.pipeline.energy.tables import EnergyResult, write_energy_tables
 from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_uncommitted
-from millijoule.pipeline.output.commits import parsing_commit, read_bodies
+from millijoule.pipeline.output.commits import parsing_commit, read_commits
 from millijoule.pipeline.output.image_rows import RowReader
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.retry_rounds import JobShards
@@ -45,7 +45,7 @@ from millijoule.workers.errors import InputError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.layout import MANIFEST_KEY, PREVIEW_KEY, STATS_KEY, SUCCESS_KEY
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
 from millijoule.workers.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class JobRecords:
 
 
 class RecordReader:
-    """Takes commits one by one, as their JSON, and makes `JobRecords` of them."""
+    """Takes commits one by one and makes `JobRecords` of them."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -134,34 +134,31 @@ class RecordReader:
         self._commits = CommitTable()
         self._segments = PackedSegments(self._uncommitted.segments)
 
-    def add(self, shard_id: int, body: bytes | dict[str, Any]) -> None:
-        """Take the commit of a shard, in shard order.
-
-        Args:
-            body: its JSON, or what that says.
+    def add(self, commit: Commit) -> None:
+        """Take a commit, in shard order.
 
         Raises:
-            DamagedError: it is none; the message names the object.
+            DamagedError: its numbers fit no column; the message names the object.
         """
-        with parsing_commit(self._store, shard_id):
-            raw = json.loads(body) if isinstance(body, bytes) else body
-            self._segments.extend_raw(raw["segments"])
-            self._commits.add_raw(raw)
+        with parsing_commit(self._store, commit.shard_id):
+            self._segments.extend(commit.segments)
+            self._commits.add(commit)
 
     def records(self) -> JobRecords:
         """Of all commits: no more can be added."""
         uncommitted, commits = self._uncommitted, self._commits
-        winners = Winners(commits.number("shard_id").copy(), commits.text("attempt_id"))
         devices = held_devices(uncommitted.workers, commits.first_of_each("worker_id"))
-        ledger = build_ledger(self._segments, winners, devices, uncommitted.workers, uncommitted.closings)
+        ledger = build_ledger(
+            self._segments, commits.attempts(), devices, uncommitted.workers, uncommitted.closings
+        )
         return JobRecords(commits, ledger, uncommitted)
 
 
 def load_records(store: Store, n_shards: int) -> JobRecords:
     """Read what commits, drivers and workers recorded."""
     reader = RecordReader(store)
-    for shard_id, body in read_bodies(store, n_shards):
-        reader.add(shard_id, body)
+    for commit in read_commits(store, n_shards):
+        reader.add(commit)
     return reader.records()
 
 
@@ -235,7 +232,7 @@ def manifest_tables(
     """The manifest in shard order, some shards at a time: `IMAGE_ROW_SCHEMA` plus energy, as `MANIFEST_SCHEMA`."""
     commits = records.commits
     shard_ids, attempt_ids = commits.number("shard_id"), commits.text("attempt_id")
-    measured = records.ledger.entries.shard_energies(shard_ids, attempt_ids)
+    measured = records.ledger.entries.shard_energies(commits.attempts())
     estimated = commits.number("energy_estimate_mj")
 
     for block, (commit, rows) in zip(commit_blocks(commits), row_tables(store).blocks(commits), strict=True):

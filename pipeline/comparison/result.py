@@ -31,7 +31,7 @@ from millijoule.pipeline.comparison.statistics import (
     total,
     verdict_line,
 )
-from millijoule.pipeline.energy.apportionment import sum_or_none
+from millijoule.pipeline.energy.counter_split import sum_or_none
 from millijoule.pipeline.energy.evidence import evidence_class
 from millijoule.workers.meters.timeline import segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import CounterRead, Segment

@@ -1,9 +1,8 @@
 """Accounts of devices: all that a worker's devices use is the job's, from the worker's opening read to its closing one.
 
-A worker states its first counter read before it loads its model (`WorkerEnvironment.opened`); when it is gone, its driver
-records the last one (`WorkerClosing`), by whomever it was read. What lies in between and in no segment becomes a "gap"
-segment of the worker, which shares a counter like any other segment. Where nobody read a device afterwards, the account
-ends in a gap of unknown energy: missing, never absent. Nothing here does I/O.
+A worker states its first counter read before it loads its model (`WorkerEnvironment.opened`). When it is gone, its driver
+records a last read (`WorkerClosing`), its own or somebody else's. What lies in between and in no segment becomes a "gap"
+segment of the worker. Where nobody read a device afterwards, the account ends in a gap of unknown energy.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS
+from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
 from millijoule.workers.meters.counter_book import is_plausible
 from millijoule.workers.schemas import CounterRead, Segment, WorkerClosing, WorkerEnvironment
 
@@ -24,7 +23,7 @@ NEVER_CLOSED = "it never said its last words and nobody read its devices afterwa
 
 @dataclass(frozen=True)
 class Unclosed:
-    """An account without an end: what `devices` (counters' domains) used for this worker since then, nobody knows."""
+    """An account without an end: what `devices` (domains) used for the worker since `since_wall_ns` is not known."""
 
     worker_id: str
     host: str
@@ -53,10 +52,7 @@ def utc_text(t_wall_ns: int) -> str:
 
 @dataclass(frozen=True)
 class AccountGap:
-    """A stretch of a worker's account that it did not record; of the domains `unknown` its energy cannot be known.
-
-    Where nothing can, it is the moment after which nothing is known.
-    """
+    """A stretch of a worker's account that it did not record; the energy of the domains `unknown` cannot be known."""
 
     segment: Segment
     unknown: tuple[str, ...] = ()
@@ -71,14 +67,6 @@ class Chain:
     domains: set[str] = field(default_factory=set)
     holes: list[tuple[CounterRead, CounterRead]] = field(default_factory=list)
 
-    def add(self, segment: Segment) -> None:
-        """The next segment in order of time."""
-        if is_before(self.last, segment.open):
-            self.holes.append((self.last, segment.open))
-        if not is_before(segment.close, self.last):
-            self.last = segment.close
-        self.domains.update(segment.open.energy_mj, segment.close.energy_mj)
-
 
 def account_gaps(
     chains: dict[str, Chain],
@@ -88,7 +76,7 @@ def account_gaps(
     """What is missing between the segments of each worker, before and after them.
 
     Args:
-        chains: what each worker recorded, by worker id; taken over.
+        chains: what each worker recorded, by worker id; taken over, and has those afterwards that recorded nothing.
         environments: of the workers; one that states no opening read owes no account beyond what it recorded.
         closings: by worker id.
 
@@ -101,7 +89,7 @@ def account_gaps(
         own, chain = environments.get(worker_id), chains.get(worker_id)
         if own is not None and own.opened is not None:
             if chain is None:
-                chain = Chain(own.opened, own.opened)
+                chain = chains[worker_id] = Chain(own.opened, own.opened)
             elif is_before(own.opened, chain.first):
                 chain.holes.insert(0, (own.opened, chain.first))
             chain.domains.update(own.opened.energy_mj)

@@ -1,8 +1,7 @@
 """What a kilowatt-hour costs, in money or in grams of CO2e, as one number or as a table over time.
 
-A `Rate` comes from the command line, joules come from elsewhere; out come means weighted by when the energy was
-used. Carbon intensity is location-based: what the grid at the place emitted, not what a contract says. The energy is
-never changed here: a power usage effectiveness (PUE) multiplies grams and money, not joules.
+Means of a rate are weighted by when the energy was used. Carbon intensity is location-based: what the grid emitted, not
+what a contract says. A power usage effectiveness (PUE) multiplies grams and money, never joules.
 """
 
 from __future__ import annotations
@@ -41,9 +40,7 @@ _VALUE_COLUMNS = (
 class Rate:
     """An amount per kWh: `values[i]` from `times_s[i]` (seconds since 1970) on; no times: `values[0]` always.
 
-    Attributes:
-        source: where the numbers are from, for people.
-        row_seconds: how long a row holds where the next one is later than that.
+    A row holds for at most `row_seconds`. `source` says where the numbers are from, for people.
     """
 
     source: str
@@ -73,10 +70,8 @@ class Rates:
 class RateMean:
     """The mean of a rate over the energy of a job.
 
-    Attributes:
-        per_kwh: weighted by energy.
-        fallback_share: the part of the energy (0 to 1) used at times the table says nothing about, for which the
-            nearest row stood in; 1.0 for a constant, which knows no times.
+    `fallback_share` is the part of the energy (0 to 1) used at times the table does not cover, for which the nearest row
+    stood in; 1.0 for a constant.
     """
 
     per_kwh: float

@@ -111,15 +111,14 @@ class ImageTotals:
         """No images of `commits` yet."""
         return ImageTotals(np.zeros(len(commits), np.int64), np.zeros(len(commits), bool))
 
-    def add(self, commit: np.ndarray, direct_mj: np.ndarray, full_mj: np.ndarray | None) -> None:
-        """Add images: the number of each one's commit, and its energies (`MISSING`: not known; None: of none of them)."""
+    def add(self, commit: np.ndarray, direct_mj: np.ndarray, full_mj: np.ndarray) -> None:
+        """Add images: the number of each one's commit, and its energies (`MISSING`: not known)."""
         np.add.at(self.images, commit, 1)
         known = direct_mj != MISSING
         self.charged[commit[known]] = True
         self.direct_mj += int(direct_mj[known].sum())
-        if len(commit):
-            whole = None if full_mj is None or (full_mj == MISSING).any() else int(full_mj.sum())
-            self.full_mj = None if whole is None or self.full_mj is None else self.full_mj + whole
+        if self.full_mj is not None:
+            self.full_mj = None if (full_mj == MISSING).any() else self.full_mj + int(full_mj.sum())
 
 
 def close_ledger(
@@ -129,21 +128,14 @@ def close_ledger(
     power: PowerSeries,
     nodes: Sequence[ClosureRow],
 ) -> list[ClosureRow]:
-    """All checks over one job.
-
-    Args:
-        ledger: over the segments of all commits and drivers.
-        commits: each committed shard once.
-        images: of the image table.
-        power: samples of every device's power.
-        nodes: the rows of C3, see `pipeline.energy.node_closure`.
-    """
+    """All checks over one job; `nodes` are the rows of C3, see `pipeline.energy.node_closure`."""
+    shards, commit = ledger.entries.shards_of(commits.attempts())
     return [
         *_counters(ledger),
-        *_images(ledger, commits, images),
+        *_images(ledger, images, shards[commit >= 0], commit[commit >= 0]),
         *nodes,
         *_power(ledger, power),
-        _attempts(ledger, commits, images),
+        _attempts(ledger, commits, images, shards, commit),
         *_clocks(ledger),
     ]
 
@@ -153,10 +145,7 @@ def evidence_class(
     commits: Iterable[Commit],
     devices: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
-    """What a job's energy figures rest on, see `pipeline.energy.evidence`.
-
-    Measured is a job whose exact checks hold and whose devices were all read themselves; the second source in the
-    device is C4, the node's meter C3.
+    """The evidence class of a job: exact checks hold and every device was read (measured), C4 (power), C3 (node).
 
     Args:
         closure: all checks of the job.
@@ -187,31 +176,26 @@ def _exact(check: str, scope: str, expected_mj: int | None, found_mj: int | None
 
 
 def _counters(ledger: Ledger) -> list[ClosureRow]:
-    grown: Counter[tuple[str, int, str]] = Counter()
-    stretches: Counter[tuple[str, int, str]] = Counter()
-    for run in ledger.runs:
-        key = (run.boot_id, run.epoch, run.domain)
-        grown[key] += run.run.energy_mj
-        stretches[key] += 1
-    held = _held(ledger)
-    for gap in ledger.gaps:
-        held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
     open_ends = [
         ClosureRow("C1", f"{u.worker_id} {device}", None, None, 0.0, None, f"account not closed: {u.reason}")
         for u in ledger.unclosed
         for device in u.devices
     ]
-    if not stretches:
+    if not ledger.runs:
         return [ClosureRow("C1", "counter", None, None, 0.0, None, "no counter was read"), *open_ends]
-    return open_ends + [
-        _exact(
-            *("C1", f"{key[2]} boot {key[0]} epoch {key[1]}", grown[key], held[key]),
-            f"stretches without a reset: {stretches[key]}"
-            if key in stretches
-            else "no reading belongs to it",
-        )
-        for key in sorted(stretches.keys() | {k for k, mj in held.items() if mj})
-    ]
+    grown: dict[tuple[str, int, str], list[int]] = defaultdict(list)
+    for run in ledger.runs:
+        grown[run.boot_id, run.epoch, run.domain].append(run.run.energy_mj)
+    held = _held(ledger)
+    for gap in ledger.gaps:
+        held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
+    rows = []
+    for key in sorted(grown.keys() | {k for k, mj in held.items() if mj}):
+        stretches = grown.get(key, ())
+        note = f"stretches without a reset: {len(stretches)}" if stretches else "no reading belongs to it"
+        scope = f"{key[2]} boot {key[0]} epoch {key[1]}"
+        rows.append(_exact("C1", scope, sum(stretches), held[key], note))
+    return open_ends + rows
 
 
 def _held(ledger: Ledger) -> Counter[tuple[str, int, str]]:
@@ -223,69 +207,57 @@ def _held(ledger: Ledger) -> Counter[tuple[str, int, str]]:
         reads = np.repeat(entries.open[begin:end], np.diff(entries.first[begin : end + 1]))
         shares = entries.shares[entries.first[begin] : entries.first[end]]
         key = np.stack([entries.columns.boot[reads], domain, entries.epoch_of(reads, domain)], axis=1)
-        order = np.lexsort(key.T)
-        begins = np.flatnonzero(np.any(np.diff(key[order], axis=0, prepend=-1), axis=1)) if len(key) else ()
-        mj = np.where(shares == MISSING, 0, shares)[order]
-        for (boot, code, epoch), total in zip(
-            key[order][begins].tolist(), np.add.reduceat(mj, begins).tolist() if len(key) else (), strict=True
-        ):
+        order = np.lexsort(key.T)  # ten times as fast as np.unique of rows
+        key, mj = key[order], np.where(shares == MISSING, 0, shares)[order]
+        begins = np.flatnonzero(np.any(np.diff(key, axis=0, prepend=-1), axis=1))[: len(key)]
+        totals = np.add.reduceat(mj, begins).tolist() if len(key) else []
+        for (boot, code, epoch), total in zip(key[begins].tolist(), totals, strict=True):
             held[entries.names[boot], epoch, entries.domain_names[code]] += total
     return held
 
 
-def _images(ledger: Ledger, commits: CommitTable, images: ImageTotals) -> list[ClosureRow]:
+def _images(ledger: Ledger, images: ImageTotals, shards: np.ndarray, commit: np.ndarray) -> list[ClosureRow]:
+    """C2; `shards` are the entries of committed shards, `commit` the number of each one's commit."""
     entries = ledger.entries
     gaps = sum(g.energy_mj for g in ledger.gaps)
     measured = int(entries.known_mj.sum()) + gaps
-    shards = entries.of_class("shard")
-    commit = commits.index().find(entries.shard[shards], entries.attempts(shards))
-    of_images = shards[(commit >= 0) & np.concatenate([images.charged, [False]])[commit]]
+    of_images = shards[images.charged[commit]]
     overhead = measured - int(entries.known_mj[of_images].sum())
     off = sum(g.energy_mj for g in ledger.gaps if g.segment_class == "off")
     n = int(images.images.sum())
-    anything = bool(ledger.runs)
-    return [
-        _exact(
-            *(
-                "C2",
-                "job, direct",
-                measured if anything else None,
-                images.direct_mj + overhead if anything else None,
-            ),
-            f"images and overhead against segments and gaps; images: {n}"
-            if anything
-            else "no counter was read",
-        ),
-        _exact(
-            *("C2", "job, full", measured - off if ledger.complete else None, images.full_mj if n else None),
-            "full energies of all images against everything used while the job ran"
-            if ledger.complete and images.full_mj is not None and n
-            else "something was not measured, or there is no image",
-        ),
-    ]
+    direct: tuple[int | None, int | None] = (None, None)
+    note = "no counter was read"
+    if ledger.runs:
+        direct = (measured, images.direct_mj + overhead)
+        note = f"images and overhead against segments and gaps; images: {n}"
+    full_note = "something was not measured, or there is no image"
+    if ledger.complete and images.full_mj is not None and n:
+        full_note = "full energies of all images against everything used while the job ran"
+    full = (measured - off if ledger.complete else None, images.full_mj if n else None)
+    return [_exact("C2", "job, direct", *direct, note), _exact("C2", "job, full", *full, full_note)]
 
 
-def _attempts(ledger: Ledger, commits: CommitTable, images: ImageTotals) -> ClosureRow:
+def _attempts(
+    ledger: Ledger, commits: CommitTable, images: ImageTotals, shards: np.ndarray, commit: np.ndarray
+) -> ClosureRow:
+    """C5; `shards` are the entries of shards, `commit` the number of each one's commit, -1 where it has none."""
     entries = ledger.entries
     shard_ids, times = np.unique(commits.number("shard_id"), return_counts=True)
     problems = [
         f"shard {shard_ids[i]} is committed {times[i]} times" for i in np.flatnonzero(times != 1).tolist()
     ]
-    at = entries.of_class("shard")
-    commit = commits.index().find(entries.shard[at], entries.attempts(at))
     segments = np.bincount(commit[commit >= 0], minlength=len(commits))
-    first = commits.index().find(
-        commits.number("shard_id"), commits.text("attempt_id")
-    )  # of one that stands twice
+    # of an attempt that stands twice, the first
+    first = commits.attempts().find(commits.number("shard_id"), commits.text("attempt_id"))
     for i in np.flatnonzero((segments != 1) & (first == np.arange(len(commits)))).tolist():
         c = commits[i]
         problems.append(f"shard {c.shard_id}: {segments[i]} segments of attempt {c.attempt_id}")
-    uncommitted = (entries[int(n)].segment for n in at[commit < 0])
+    uncommitted = (entries[int(n)].segment for n in shards[commit < 0])
     problems += [
         f"shard {shard}: attempt {attempt} is charged but not committed"
         for shard, attempt in dict.fromkeys((s.shard_id, s.attempt_id) for s in uncommitted)
     ]
-    made = images.images[first] if len(commits) else images.images
+    made = images.images[first]
     for i in np.flatnonzero(made != commits.number("images_ok")).tolist():
         problems.append(
             f"shard {commits[i].shard_id}: {made[i]} images, the commit says {commits[i].images_ok}"
@@ -299,32 +271,19 @@ def _attempts(ledger: Ledger, commits: CommitTable, images: ImageTotals) -> Clos
 def _power(ledger: Ledger, power: PowerSeries) -> list[ClosureRow]:
     if not power:
         return [_unknown_power("device", "power was not sampled")]
+    # (ns, mJ) readings of each stretch without a reset
+    stretches: dict[tuple[str, str], list[list[tuple[int, int]]]] = defaultdict(list)
+    for run, readings in ledger.series(r for r in ledger.runs if r.domain.startswith("gpu:")):
+        stretches[run.boot_id, run.domain].append([(t_ns, mj) for t_ns, mj, _ in readings.tolist()])
     rows = []
-    for key, stretches in sorted(_readings(ledger).items()):
+    for key, of_counter in sorted(stretches.items()):
         samples = sorted(set(zip(*power.get(key, ((), ())), strict=True)))
-        rows.append(_power_of(f"{key[1]} boot {key[0]}", stretches, samples))
+        rows.append(_power_of(f"{key[1]} boot {key[0]}", of_counter, samples))
     return rows or [_unknown_power("device", "no GPU counter was read")]
 
 
 def _unknown_power(scope: str, note: str) -> ClosureRow:
     return ClosureRow("C4", scope, None, None, POWER_TOLERANCE_SHARE, None, note)
-
-
-def _readings(ledger: Ledger) -> Mapping[tuple[str, str], list[list[tuple[int, int]]]]:
-    """Per boot and GPU's domain the (time ns, counter mJ) readings of each stretch without a reset."""
-    entries = ledger.entries
-    stretches: dict[tuple[str, str], list[list[tuple[int, int]]]] = defaultdict(list)
-    seen: tuple[tuple[str, int, str], list[tuple[int, int]]] | None = None
-    for run in ledger.runs:
-        if not run.domain.startswith("gpu:"):
-            continue
-        key = (run.boot_id, run.epoch, run.domain)
-        if seen is None or seen[0] != key:  # runs of one counter follow each other
-            seen = key, entries.readings(key[:2], run.domain)
-        first, last = tuple(run.run.first), tuple(run.run.last)
-        inside = seen[1][bisect_left(seen[1], first) : bisect_right(seen[1], last)]
-        stretches[run.boot_id, run.domain].append(inside)
-    return stretches
 
 
 def _power_of(
@@ -409,14 +368,7 @@ class _PowerCurve:
 
 
 def _clocks(ledger: Ledger) -> list[ClosureRow]:
-    columns, entries = ledger.entries.columns, ledger.entries
-    reads = np.unique(np.concatenate([entries.open, entries.close]))
-    offset = (columns.t_wall_ns - columns.t_mono_ns)[reads]
-    boot, place = np.unique(columns.boot[reads], return_inverse=True)
-    low, high = np.full(len(boot), np.iinfo(np.int64).max), np.full(len(boot), np.iinfo(np.int64).min)
-    np.minimum.at(low, place, offset)
-    np.maximum.at(high, place, offset)
-    moved = {columns.names[b]: int(h - lo) for b, lo, h in zip(boot.tolist(), low, high, strict=True)}
+    moved = {boot_id: most - least for boot_id, (_, least, most) in ledger.entries.clocks().items()}
     return [
         ClosureRow(
             *("C6", f"boot {boot_id}", None, None, None, moved_ns <= CLOCK_TOLERANCE_NS),

@@ -1,19 +1,22 @@
 """Divide one counter's growth among the workers that shared the device, exactly, as columns of numbers.
 
-All reads of all workers, put in order, cut time into elementary intervals; each interval's difference is divided equally
-among those at work in it, and the first of them in order have one millijoule more where it does not come out even. Equal
-division is also the Shapley value of workers that nothing distinguishes. Nothing is created, nothing is lost.
+The reads of all workers, in order, cut time into intervals. The counter's growth in an interval is divided equally among
+the workers in it (which is their Shapley value); the first of them have 1 mJ more where it does not come out even.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS, Reading, Run, Unclaimed
 from millijoule.workers.meters.counter_book import MAX_DOMAIN_WATTS, POWER_SLACK_S
+
+#: An unclaimed stretch longer than this is not a pause of the job but the time between two runs of it. A worker that
+#: dies takes the record of at most one shard with it, which is minutes.
+MAX_GAP_NS = 30 * 60 * 1_000_000_000
 
 #: Stands for a share that cannot be known; no share is negative.
 MISSING = -1
@@ -23,6 +26,41 @@ _PAIRS = 1 << 19
 
 _NS_MW_PER_MJ = 1_000_000 // MAX_DOMAIN_WATTS
 assert _NS_MW_PER_MJ * MAX_DOMAIN_WATTS == 1_000_000
+
+
+def sum_or_none(parts: Iterable[int | None]) -> int | None:
+    """The sum, or None where a part is missing or there are none: a part of the energy is not the energy."""
+    known = list(parts)
+    return None if not known or None in known else sum(p for p in known if p is not None)
+
+
+class Reading(NamedTuple):
+    """A counter's value `energy_mj` at `t_ns`."""
+
+    t_ns: int
+    energy_mj: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch in which one counter's readings follow each other plausibly: its growth is what is divided."""
+
+    first: Reading
+    last: Reading
+
+    @property
+    def energy_mj(self) -> int:
+        return self.last.energy_mj - self.first.energy_mj
+
+
+@dataclass(frozen=True)
+class Unclaimed:
+    """Counted energy that no segment can have. `segment_class` is "gap", or "off" between two runs of a job."""
+
+    t_open_ns: int
+    t_close_ns: int
+    segment_class: str
+    energy_mj: int
 
 
 @dataclass(frozen=True)
@@ -80,8 +118,8 @@ class _Readings:
 def split_counter(claims: Claims) -> Split:
     """Divide one counter's growth among the claims on it.
 
-    Claims without both readings get `MISSING`; what they used is in the intervals around them, whose share per such
-    worker is booked as "gap". The same holds for a claim over a break, where the counter was reset or misread.
+    A claim that lacks a reading, or that spans a reset or a misread, gets `MISSING`: its worker's equal part of the
+    intervals around it is booked as "gap".
     """
     readings, opened_at, closed_at = _in_order(claims)
     intervals = len(readings.growth_mj)

@@ -1,16 +1,15 @@
 """The energy ledger: from the segments that workers recorded to who used what, to the millijoule.
 
-In go the segments of all commits and drivers, in any order, possibly twice, and what is known of when each worker's
-account of its devices began and ended (`pipeline.energy.account_gaps`); out come one entry per segment and per stretch of an account
-that nobody recorded, the energy nobody can be charged with ("gap", and "off" between two runs of a job), and totals.
-For every counter (boot, epoch, domain) the entries and gaps add up to its last reading minus its first, exactly:
+`build_ledger` takes the segments of all commits and drivers, in any order, possibly twice, and what is known of when each
+worker's account of its devices began and ended (`account_gaps`). It makes one entry per segment and per stretch of an
+account that nobody recorded, gaps for the energy nobody can be charged with, and totals. For every counter (boot, epoch,
+domain) entries and gaps add up to its last reading minus its first, exactly:
 
     C1   sum(segments) + sum(gaps) = sum over runs of (last reading - first reading)    per boot, epoch and domain
     C2   sum(image direct) + overhead = sum(segments) + sum(gaps)
 
-A missing measurement stays None, and so does every sum it would belong to; a worker's own device whose counter nobody
-could read is such a one, whatever else its worker read. Estimates have columns of their own.
-Nothing here reads a counter or a clock.
+A missing measurement is None, and so is every sum it belongs to; a worker's own device whose counter nobody could read
+is missing, whatever else the worker read. Estimates have columns of their own. Nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -19,16 +18,17 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from millijoule.pipeline.energy.account_gaps import Chain, Unclosed, account_gaps
-from millijoule.pipeline.energy.apportionment import Run, sum_or_none
-from millijoule.pipeline.energy.counter_split import MISSING, Claims, split_counter
-from millijoule.pipeline.energy.packed_segments import NONE, PackedSegments
+from millijoule.pipeline.energy.commit_table import AttemptIndex
+from millijoule.pipeline.energy.counter_split import MISSING, Claims, Run, split_counter, sum_or_none
+from millijoule.pipeline.energy.packed import NONE, Packed, padded
+from millijoule.pipeline.energy.packed_segments import PackedSegments
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.schemas import (
     BOOK_EPOCHS,
@@ -43,10 +43,10 @@ from millijoule.workers.schemas import (
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """What one segment used.
+    """What one segment used, in millijoules by domain; None where it cannot be known.
 
-    `energy_mj` has every domain its worker ever measured, and those of its devices that it never could; None where this
-    segment's part cannot be known. `lost` says that some of its energy is nowhere in the ledger, not even in a gap.
+    `energy_mj` has every domain the worker ever read, and those of its own devices that it never read. `lost`: some of the
+    segment's energy is nowhere in the ledger, not even in a gap.
     """
 
     segment: Segment
@@ -59,11 +59,6 @@ class LedgerEntry:
         """All domains; None unless every one was measured."""
         parts = [mj for mj in self.energy_mj.values() if mj is not None]
         return sum(parts) if parts and len(parts) == len(self.energy_mj) else None
-
-    @property
-    def known_mj(self) -> int:
-        """What was measured, complete or not: for closure, not for reports."""
-        return sum(mj for mj in self.energy_mj.values() if mj is not None)
 
 
 @dataclass(frozen=True)
@@ -91,10 +86,9 @@ class LedgerRun:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All entries in order of time, and what is left over. Built by `build_ledger`.
+    """All entries in order of time, and the energy that is in none of them.
 
-    `unread` has, by worker, the domains of its own devices that it never read though it read others; `unclosed` the
-    workers whose accounts have no end.
+    `unread` has, by worker, the domains of its own devices that it never read though it read others.
     """
 
     entries: Entries
@@ -113,10 +107,16 @@ class Ledger:
         unread = self.unread.get(worker_id, ())
         return tuple(d for d in self.entries.domains_of[worker_id] if d not in unread)
 
-    def shard_energy_mj(self, shard_id: int, attempt_id: str) -> int | None:
-        """Direct energy of one attempt's shard, all domains; None where it was not measured in full."""
-        found = self.entries.shard_energies(np.array([shard_id], np.int64), pa.array([attempt_id]))
-        return None if found[0] == MISSING else int(found[0])
+    def series(self, runs: Iterable[LedgerRun]) -> Iterator[tuple[LedgerRun, np.ndarray]]:
+        """`runs`, in their order, with all readings of each: see `Entries.readings`."""
+        for (boot_id, epoch, domain), of_counter in groupby(runs, lambda r: (r.boot_id, r.epoch, r.domain)):
+            readings = self.entries.readings((boot_id, epoch), domain)
+            t_ns, mj = readings[:, 0], readings[:, 1]
+            for run in of_counter:
+                first, last = run.run.first, run.run.last
+                begun = (t_ns > first.t_ns) | ((t_ns == first.t_ns) & (mj >= first.energy_mj))
+                ended = (t_ns > last.t_ns) | ((t_ns == last.t_ns) & (mj > last.energy_mj))
+                yield run, readings[begun & ~ended]
 
     def summary(self) -> dict[str, Any]:
         """Totals in millijoules, for `stats.json`.
@@ -160,33 +160,35 @@ def _sum_or_none(mj: np.ndarray) -> int | None:
 
 def build_ledger(
     segments: Iterable[Segment],
-    winners: Mapping[int, str] | Winners | None = None,
+    winners: Mapping[int, str] | AttemptIndex | None = None,
     devices: Mapping[str, Sequence[str]] | None = None,
     environments: Mapping[str, WorkerEnvironment] | None = None,
     closings: Mapping[str, WorkerClosing] | None = None,
 ) -> Ledger:
-    """Account for `segments`, and for what lies between them.
+    """The ledger over `segments` and what lies between them.
 
-    Workers that read the same counter at the same time share it equally; see `split_counter`. A segment that was
-    reported twice counts once. A wrapping counter that was followed in two books at once (containers that do not share
-    theirs) is believed to the one that followed it longest: the other's totals are on another scale, and both together
-    would count the package twice. Its workers' shares of it are not known.
+    Workers that used a counter at the same time share its growth equally (`split_counter`). A segment that was reported
+    twice counts once. Where two books followed a wrapping counter at the same time (containers that do not share theirs),
+    the longer one counts, and the shares of the other one's workers are not known: both would count the package twice.
 
     Args:
         segments: in any order. `PackedSegments` are taken over: gaps are added to them.
-        winners: attempt id of each committed shard; a "shard" segment of any other attempt is booked as "loser".
-            Without it the recorded classes stand.
-        devices: what each worker held, by worker id (UUIDs of GPUs, or "cpu"), as far as known: their counters
-            belong to a complete measurement.
-        environments: of the workers, by worker id: those that state an opening read owe an account.
+        winners: attempt of each committed shard; a "shard" segment of another attempt is booked as "loser". None: all
+            keep their class.
+        devices: what each worker held, by worker id (UUIDs of GPUs, or "cpu"), as far as known.
+        environments: of the workers, by worker id; one that states an opening read owes an account.
         closings: how these accounts ended, by worker id.
     """
     packed = segments if isinstance(segments, PackedSegments) else PackedSegments(segments)
     recorded = _deduplicate(packed)
-    account, unclosed = account_gaps(_chains(packed, recorded), environments or {}, closings or {})
+    chains = _chains(packed, recorded)
+    account, unclosed = account_gaps(chains, environments or {}, closings or {})
     packed.extend(gap.segment for gap in account)
     order = packed.in_order(np.concatenate([recorded, np.arange(len(packed) - len(account), len(packed))]))
-    domains = _domains(packed, order, devices or {})
+    unread = {
+        worker: unread_domains((devices or {}).get(worker, ()), chain.domains) if chain.domains else ()
+        for worker, chain in chains.items()
+    }
     _drop_refused_books(packed, order)
     place = np.empty(len(packed), np.int64)
     place[order] = np.arange(len(order))
@@ -195,7 +197,8 @@ def build_ledger(
         for domain in gap.unknown:
             unknown[domain].append(int(place[number]))
 
-    entries = Entries(packed, order, domains, winners)
+    domains_of = {worker: tuple(sorted({*c.domains, *unread[worker]})) for worker, c in chains.items()}
+    entries = Entries(packed, order, domains_of, winners)
     gaps: list[LedgerGap] = []
     runs: list[LedgerRun] = []
     for scale, domain, at in entries.counters():
@@ -213,30 +216,24 @@ def build_ledger(
     for places in unknown.values():
         entries.lost[places] = True
     entries.close_shares()
-    unread = {w: names for w, names in entries.unread.items() if names}
+    unread = {worker: names for worker, names in unread.items() if names}
     return Ledger(entries, tuple(gaps), tuple(runs), unread, unclosed)
 
 
-class Entries(Sequence[LedgerEntry]):
-    """The entries of a ledger as columns; `LedgerEntry` objects are made when they are looked at.
+class Entries(Packed[LedgerEntry]):
+    """The entries of a ledger as columns `[n]`.
 
-    Of n entries: `number` is the segment's in `segments`; `worker`, `segment_class` are places in `names` and
-    `class_names`; `open` and `close` are numbers of reads in `columns`; the domains of entry i have their shares in
-    `shares[first[i] : first[i + 1]]`, `MISSING` where they cannot be known. `total_mj` is `MISSING` unless all are known.
-
-    Args:
-        segments: those of the ledger, and maybe others.
-        number: which, in order of time.
-        domains: per worker what it ever read, and what of its own devices it never did.
-        winners: as in `build_ledger`.
+    `number` is the segment's in `segments`; `worker` and `segment_class` are places in `names` and `class_names`; `open` and
+    `close` are numbers of reads in `columns`. `shares[first[i] : first[i + 1]]` are the millijoules of entry i, one per
+    domain in `domains_of` its worker; they and `total_mj` are `MISSING` where they cannot be known.
     """
 
     def __init__(
         self,
         segments: PackedSegments,
         number: np.ndarray,
-        domains: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]],
-        winners: Mapping[int, str] | Winners | None,
+        domains_of: Mapping[str, tuple[str, ...]],
+        winners: Mapping[int, str] | AttemptIndex | None,
     ) -> None:
         self.segments, self.number = segments, number
         self.columns = columns = segments.columns()
@@ -244,20 +241,19 @@ class Entries(Sequence[LedgerEntry]):
         self.worker, self.shard = columns.worker[number], columns.shard[number]
         self.open, self.close = columns.open[number], columns.close[number]
         self.class_names, self.segment_class = self._classes(winners)
-        self.unread = {worker: unread for worker, (_, unread) in domains.items()}
-        self.domains_of = {
-            worker: tuple(sorted({*read, *unread})) for worker, (read, unread) in domains.items()
-        }
+        self.domains_of = domains_of
         self.domain_names = sorted({d for names in self.domains_of.values() for d in names})
         self._epochs = {True: columns.epochs_of_wrapping(), False: columns.epoch}
-        self._domain_table = self._domains_by_worker()
+        places = {domain: place for place, domain in enumerate(self.domain_names)}
+        # [names, most domains]: places in `domain_names` of each worker's domains
+        self._domain_table = padded([[places[d] for d in domains_of.get(name, ())] for name in self.names])
         widths = (self._domain_table >= 0).sum(axis=1)[self.worker] if len(number) else np.zeros(0, np.int64)
         self.first = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
         self.shares = np.full(self.first[-1], MISSING, np.int64)
         self.lost = widths == 0
-        self.total_mj = self.known_mj = self._by_shard = np.zeros(0, np.int64)
+        self.total_mj = self.known_mj = np.zeros(0, np.int64)
 
-    def _classes(self, winners: Mapping[int, str] | Winners | None) -> tuple[list[str], np.ndarray]:
+    def _classes(self, winners: Mapping[int, str] | AttemptIndex | None) -> tuple[list[str], np.ndarray]:
         recorded = self.columns.segment_class[self.number]
         names = [*SEGMENT_CLASSES]
         codes = np.zeros(len(self.names), np.int8)
@@ -268,19 +264,10 @@ class Entries(Sequence[LedgerEntry]):
         classes = codes[recorded] if len(recorded) else np.zeros(0, np.int8)
         if winners is not None:
             shards = np.flatnonzero(classes == names.index("shard"))
-            won = Winners.of(winners).are(self.shard[shards], self.attempts(shards))
-            classes[shards[~won]] = names.index("loser")
+            won = winners if isinstance(winners, AttemptIndex) else AttemptIndex.of(winners)
+            lost = won.find(self.shard[shards], self.attempts(shards)) < 0
+            classes[shards[lost]] = names.index("loser")
         return names, classes
-
-    def _domains_by_worker(self) -> np.ndarray:
-        """Places in `domain_names` of each worker's domains, by its place in `names`; filled up with -1."""
-        most = max(map(len, self.domains_of.values()), default=0)
-        table = np.full((len(self.names), most), -1, np.int32)
-        places = {domain: place for place, domain in enumerate(self.domain_names)}
-        numbers = {name: number for number, name in enumerate(self.names)}
-        for worker, names in self.domains_of.items():
-            table[numbers[worker], : len(names)] = [places[d] for d in names]
-        return table
 
     # -- one counter at a time ---------------------------------------------------------------------------------------
 
@@ -363,19 +350,23 @@ class Entries(Sequence[LedgerEntry]):
         self.known_mj = up_to[self.first[1:]] - up_to[self.first[:-1]]
         whole = (unknown[self.first[1:]] == unknown[self.first[:-1]]) & (self.first[1:] > self.first[:-1])
         self.total_mj = np.where(whole, self.known_mj, MISSING)
-        shards = self.of_class("shard")
-        shards = shards[self.shard[shards] != NONE]
-        self._by_shard = shards[np.argsort(self.shard[shards], kind="stable")]
 
-    def readings(self, scale: tuple[str, int], domain: str) -> list[tuple[int, int]]:
-        """The (time ns, counter mJ) readings of a counter on a scale (boot, epoch), in order, each once."""
+    def readings(self, scale: tuple[str, int], domain: str) -> np.ndarray:
+        """All readings of a counter on a scale (boot, epoch), in order: time ns, counter mJ, latency ns; int64 `[n, 3]`.
+
+        What several workers read at one time stands there once, with the longest latency.
+        """
+        columns = self.columns
         reads = np.unique(np.concatenate([self.open, self.close]))
-        boot, epoch = self.columns.boot[reads], self._epochs[wraps(domain)][reads]
         is_boot = np.array([name == scale[0] for name in self.names], bool)
-        reads = reads[is_boot[boot] & (epoch == scale[1])]
+        reads = reads[is_boot[columns.boot[reads]] & (self._epochs[wraps(domain)][reads] == scale[1])]
         mj, was_read = self._readings(reads, domain)
-        t_ns = self.columns.t_mono_ns[reads[was_read]]
-        return sorted(set(zip(t_ns.tolist(), mj[was_read].tolist(), strict=True)))
+        reads, mj = reads[was_read], mj[was_read]
+        t_ns, latency_ns = columns.t_mono_ns[reads], columns.latency_ns[reads]
+        found = np.stack([t_ns, mj, latency_ns], axis=1)[np.lexsort((latency_ns, mj, t_ns))]
+        is_last = np.ones(len(found), bool)
+        is_last[:-1] = (found[1:, :2] != found[:-1, :2]).any(axis=1)
+        return found[is_last]
 
     # -- what readers of a whole ledger need -------------------------------------------------------------------------
 
@@ -383,22 +374,33 @@ class Entries(Sequence[LedgerEntry]):
         """The attempt ids of the entries `at`."""
         return self.columns.attempt.take(pa.array(self.number[at]))
 
-    def shard_energies(self, shard_ids: np.ndarray, attempt_ids: pa.Array) -> np.ndarray:
-        """Direct energy of each attempt's shard; `MISSING` where it was not measured in full."""
-        shards = self.shard[self._by_shard]
-        begin, end = (np.searchsorted(shards, shard_ids, side) for side in ("left", "right"))
-        found = np.full(len(shard_ids), MISSING, np.int64)
-        one = np.flatnonzero(end - begin == 1)
-        entry = self._by_shard[begin[one]]
-        same = pc.equal(self.attempts(entry), attempt_ids.take(pa.array(one))).fill_null(False)
-        found[one] = np.where(same.to_numpy(zero_copy_only=False), self.total_mj[entry], MISSING)
-        for i in np.flatnonzero(end - begin > 1).tolist():
-            entries = self._by_shard[begin[i] : end[i]]
-            mine = self.total_mj[
-                entries[[a == attempt_ids[i].as_py() for a in self.attempts(entries).to_pylist()]]
-            ]
-            found[i] = mine.sum() if len(mine) and (mine != MISSING).all() else MISSING
-        return found
+    def shards_of(self, attempts: AttemptIndex) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the "shard" entries, and the place of each one's attempt, -1 where it is none of them."""
+        shards = self.of_class("shard")
+        return shards, attempts.find(self.shard[shards], self.attempts(shards))
+
+    def shard_energies(self, attempts: AttemptIndex) -> np.ndarray:
+        """Direct energy of each attempt's shard, int64 `[n]`; `MISSING` where it was not measured in full."""
+        shards, place = self.shards_of(attempts)
+        shards, place = shards[place >= 0], place[place >= 0]
+        energy_mj = np.zeros(len(attempts), np.int64)
+        np.add.at(energy_mj, place, self.total_mj[shards])
+        is_known = np.bincount(place, minlength=len(attempts)) > 0
+        is_known[place[self.total_mj[shards] == MISSING]] = False
+        return np.where(is_known, energy_mj, MISSING)
+
+    def clocks(self) -> dict[str, tuple[int, int, int]]:
+        """Per boot, wall clock minus monotonic clock in ns: at the first read, the least, and the most."""
+        reads = np.stack([self.open, self.close], axis=1).ravel()
+        offset = (self.columns.t_wall_ns - self.columns.t_mono_ns)[reads]
+        boots, first, place = np.unique(self.columns.boot[reads], return_index=True, return_inverse=True)
+        least, most = offset[first], offset[first]
+        np.minimum.at(least, place, offset)
+        np.maximum.at(most, place, offset)
+        values = np.stack([offset[first], least, most], axis=1).tolist()
+        return {
+            self.names[b]: (f, low, high) for b, (f, low, high) in zip(boots.tolist(), values, strict=True)
+        }
 
     def of_class(self, name: str) -> np.ndarray:
         """Numbers of the entries of a class."""
@@ -423,22 +425,11 @@ class Entries(Sequence[LedgerEntry]):
 
     # -- one entry at a time -----------------------------------------------------------------------------------------
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Entries) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
     def __len__(self) -> int:
         return len(self.number)
 
-    @overload
-    def __getitem__(self, number: int) -> LedgerEntry: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[LedgerEntry]: ...
-    def __getitem__(self, number: int | slice) -> LedgerEntry | list[LedgerEntry]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(*number.indices(len(self)))]
-        number = range(len(self))[number]
+    def make(self, number: int) -> LedgerEntry:
+        """Entry `number`."""
         shares = self.shares[self.first[number] : self.first[number + 1]].tolist()
         domains = self.domains_of[self.names[self.worker[number]]]
         return LedgerEntry(
@@ -447,29 +438,6 @@ class Entries(Sequence[LedgerEntry]):
             {d: None if mj == MISSING else mj for d, mj in zip(domains, shares, strict=True)},
             bool(self.lost[number]),
         )
-
-
-@dataclass(frozen=True)
-class Winners:
-    """The committed attempt of each shard: `shard_ids` in order, `attempt_ids` beside them."""
-
-    shard_ids: np.ndarray
-    attempt_ids: pa.Array
-
-    @staticmethod
-    def of(winners: Mapping[int, str] | Winners) -> Winners:
-        if isinstance(winners, Winners):
-            return winners
-        ids = sorted(winners)
-        return Winners(np.array(ids, np.int64), pa.array([winners[i] for i in ids], pa.string()))
-
-    def are(self, shard_ids: np.ndarray, attempt_ids: pa.Array) -> np.ndarray:
-        """Whether each is the committed attempt of its shard: bool, as `shard_ids`."""
-        if not len(self.shard_ids):
-            return np.zeros(len(shard_ids), bool)
-        at = np.minimum(np.searchsorted(self.shard_ids, shard_ids), len(self.shard_ids) - 1)
-        same = pc.equal(attempt_ids, self.attempt_ids.take(pa.array(at))).fill_null(False)
-        return (self.shard_ids[at] == shard_ids) & same.to_numpy(zero_copy_only=False)
 
 
 def _deduplicate(packed: PackedSegments) -> np.ndarray:
@@ -494,44 +462,26 @@ def _deduplicate(packed: PackedSegments) -> np.ndarray:
 
 
 def _chains(packed: PackedSegments, numbers: np.ndarray) -> dict[str, Chain]:
-    """What each worker recorded; `numbers` are of segments in order of time."""
-    columns = packed.columns()
-    worker, opened, closed = (c[numbers] for c in (columns.worker, columns.open, columns.close))
-    by_worker = np.argsort(worker, kind="stable")
+    """What each worker recorded; `numbers` are of segments in order of boot and time."""
+    c = packed.columns()
+    worker, opened, closed = (column[numbers] for column in (c.worker, c.open, c.close))
+    boot = c.boot[opened]
+    order = np.argsort(worker, kind="stable")
+    ends = np.flatnonzero((np.diff(worker[order]) != 0) | (np.diff(boot[order]) != 0)) + 1
     chains: dict[str, Chain] = {}
-    for mine in np.split(by_worker, np.flatnonzero(np.diff(worker[by_worker])) + 1) if len(numbers) else ():
-        reads = np.concatenate([opened[mine], closed[mine]])
-        begin_ns, end_ns = columns.t_mono_ns[opened[mine]], columns.t_mono_ns[closed[mine]]
-        first = packed[int(numbers[mine[0]])]
-        chain = chains[first.worker_id] = Chain(first.open, first.close)
-        for domain_set in np.unique(columns.domain_set[reads]).tolist():
-            chain.domains.update(columns.domain_sets[domain_set])
-        if (
-            len(np.unique(columns.boot[reads])) > 1
-        ):  # nothing a worker can do; but whatever stands there is read
-            for n in mine[1:].tolist():
-                chain.add(packed[int(numbers[n])])
-            continue
+    for mine in np.split(order, ends) if len(numbers) else ():
+        opens, closes = opened[mine], closed[mine]
+        first = packed.read(int(opens[0]))
+        chain = chains.setdefault(c.names[worker[mine[0]]], Chain(first, first))
+        for domain_set in np.unique(c.domain_set[np.concatenate([opens, closes])]).tolist():
+            chain.domains.update(c.domain_sets[domain_set])
+        end_ns = c.t_mono_ns[closes]
         reach = np.maximum.accumulate(end_ns)
-        latest = np.maximum.accumulate(np.where(end_ns == reach, np.arange(len(mine)), 0))
-        for n in (np.flatnonzero(begin_ns[1:] > reach[:-1]) + 1).tolist():
-            before, after = closed[mine[latest[n - 1]]], opened[mine[n]]
-            chain.holes.append((packed.read(int(before)), packed.read(int(after))))
-        chain.last = packed.read(int(closed[mine[latest[-1]]]))
+        latest = closes[np.maximum.accumulate(np.where(end_ns == reach, np.arange(len(mine)), 0))]
+        for n in (np.flatnonzero(c.t_mono_ns[opens][1:] > reach[:-1]) + 1).tolist():
+            chain.holes.append((packed.read(int(latest[n - 1])), packed.read(int(opens[n]))))
+        chain.last = packed.read(int(latest[-1]))
     return chains
-
-
-@dataclass(frozen=True)
-class _Span:
-    """From when to when a book followed wrapping counters of a boot (CLOCK_MONOTONIC), and its first `wrap_epoch`."""
-
-    boot_id: str
-    first_ns: int
-    last_ns: int
-    wrap_epoch: int
-
-    def overlaps(self, other: _Span) -> bool:
-        return self.first_ns <= other.last_ns and other.first_ns <= self.last_ns
 
 
 def _drop_refused_books(packed: PackedSegments, numbers: np.ndarray) -> None:
@@ -539,49 +489,23 @@ def _drop_refused_books(packed: PackedSegments, numbers: np.ndarray) -> None:
 
     Both together would count a package twice. It is then as if their workers could not read them.
     """
-    columns = packed.columns()
-    reads = np.unique(np.concatenate([columns.open[numbers], columns.close[numbers]]))
-    wrapping = np.array([any(map(wraps, names)) for names in columns.domain_sets], bool)
-    book = np.where(columns.wrap_epoch == NONE, NONE, columns.wrap_epoch // BOOK_EPOCHS)[reads]
-    key = columns.boot[reads].astype(np.int64) * (BOOK_NUMBERS + 2) + book + 1
-    spans: dict[int, _Span] = {}
-    for k in np.unique(key[wrapping[columns.domain_set[reads]]]).tolist() if len(reads) else ():
-        mine = reads[(key == k) & wrapping[columns.domain_set[reads]]]
-        t_ns = columns.t_mono_ns[mine]
-        first = columns.wrap_epoch[mine[np.argmin(t_ns)]]
-        boot = columns.names[columns.boot[mine[0]]]
-        spans[k] = _Span(boot, int(t_ns.min()), int(t_ns.max()), int(first))
-    for k, wrap_epoch in _refused_books(spans).items():
-        packed.drop_wrapping_counters(reads[key == k].tolist(), wrap_epoch)
-
-
-def _refused_books(spans: Mapping[int, _Span]) -> dict[int, int]:
-    """Books that a longer book of the same boot followed at the same time, with its `wrap_epoch`."""
-    kept: dict[str, list[_Span]] = defaultdict(list)
-    refused: dict[int, int] = {}
-    for book, span in sorted(spans.items(), key=lambda s: (s[1].first_ns - s[1].last_ns, s[1].boot_id, s[0])):
-        longer = next((other for other in kept[span.boot_id] if other.overlaps(span)), None)
-        if longer is None:
-            kept[span.boot_id].append(span)
-        else:
-            refused[book] = longer.wrap_epoch
-    return refused
-
-
-def _domains(
-    packed: PackedSegments, numbers: np.ndarray, devices: Mapping[str, Sequence[str]]
-) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Per worker what it ever read, and what of its own devices it never read though it read others."""
-    columns = packed.columns()
-    found: dict[str, set[str]] = defaultdict(set)
-    for reads in (columns.open, columns.close):
-        key = (
-            columns.worker[numbers].astype(np.int64) * len(columns.domain_sets)
-            + columns.domain_set[reads[numbers]]
+    c = packed.columns()
+    reads = np.unique(np.concatenate([c.open[numbers], c.close[numbers]]))
+    wrapping = np.array([any(map(wraps, names)) for names in c.domain_sets], bool)
+    book = np.where(c.wrap_epoch == NONE, NONE, c.wrap_epoch // BOOK_EPOCHS)[reads]
+    key = c.boot[reads].astype(np.int64) * (BOOK_NUMBERS + 2) + book + 1
+    has_wrapping = wrapping[c.domain_set[reads]] if len(reads) else np.zeros(0, bool)
+    spans = []  # from when to when each book was followed, and its first epoch
+    for k in np.unique(key[has_wrapping]).tolist():
+        mine = reads[(key == k) & has_wrapping]
+        t_ns = c.t_mono_ns[mine]
+        spans.append(
+            (c.names[c.boot[mine[0]]], k, int(t_ns.min()), int(t_ns.max()), c.wrap_epoch[mine[t_ns.argmin()]])
         )
-        for worker, domain_set in (divmod(k, len(columns.domain_sets)) for k in np.unique(key).tolist()):
-            found[columns.names[worker]].update(columns.domain_sets[domain_set])
-    return {
-        worker: (tuple(names), unread_domains(devices.get(worker, ()), names) if names else ())
-        for worker, names in found.items()
-    }
+    kept: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    for boot_id, k, first_ns, last_ns, epoch in sorted(spans, key=lambda s: (s[2] - s[3], s[0], s[1])):
+        longer = next((b for b in kept[boot_id] if b[0] <= last_ns and first_ns <= b[1]), None)
+        if longer is None:
+            kept[boot_id].append((first_ns, last_ns, int(epoch)))
+        else:
+            packed.drop_wrapping_counters(reads[key == k].tolist(), longer[2])

@@ -1,29 +1,27 @@
 """Energy tables of a job that is still running: what its commits and drivers reported, flush by flush.
 
-The driver writes the rows of `LIVE_TABLES` under `energy/_live/`, at every flush of its other records, so a crash loses at
-most one flush interval of them; nothing depends on them, commits stay the truth. A file grows until it is worth one,
-then the next begins, so each table costs at most one write per flush. Workers that share a counter cannot be told apart before all of them have
-reported: these segments carry their worker's own difference (`quality` "undivided"), and `read_live_segments` gives
-them back as segments for the ledger to divide. The finished tables replace all of it.
+The driver writes the rows of `LIVE_TABLES` under `energy/_live/` at every flush of its other records. Commits stay the truth,
+and the finished tables replace these. Workers that share a counter cannot be told apart before all of them have reported:
+a live segment has its worker's own difference (`quality` "undivided"), and `read_live_segments` gives the segments back for
+the ledger to divide.
 """
 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.energy.commit_table import CommitTable
+from millijoule.pipeline.energy.growing_files import GrowingFiles
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.rows import EnergyRows, RowTables, committed_attempt, power_rows, read_rows
-from millijoule.pipeline.energy.schemas import open_parquet_writer, run_id_of, table_of
+from millijoule.pipeline.energy.schemas import run_id_of, table_of
 from millijoule.pipeline.energy.tables import LIVE_PREFIX
 from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_workers
 from millijoule.pipeline.output.job import JobSpec
@@ -52,25 +50,6 @@ LIVE_TABLES = tuple(name for group in _TABLE_GROUPS for name in group)
 _LIVE_PART = re.compile(rf"{LIVE_PREFIX}(?P<table>\w+)/run_id=(?P<run>[^/]+)/\d+-\d+\.parquet")
 
 
-@dataclass
-class _Files:
-    """The current files of a group of tables, and the rows they will have."""
-
-    rows: dict[str, list[tuple]]
-    number: int = 0
-    flushes: int = 0
-    changed: bool = False
-
-    @property
-    def full(self) -> bool:
-        return self.flushes == LIVE_PART_FLUSHES or max(map(len, self.rows.values())) >= LIVE_PART_ROWS
-
-    def begin_next(self) -> None:
-        self.rows = {name: [] for name in self.rows}
-        self.number += 1
-        self.flushes = 0
-
-
 class LiveTables:
     """What one driver writes while it runs. Rows wait in memory until `flush`, which may be repeated when it fails.
 
@@ -79,11 +58,16 @@ class LiveTables:
     """
 
     def __init__(self, store: Store, fingerprint: str, epoch: int) -> None:
-        self.store = store
-        self.run_id = run_id_of(fingerprint)
         self.epoch = epoch
-        self._files = [_Files({name: [] for name in group}) for group in _TABLE_GROUPS]
-        self._of_table = {name: files for files in self._files for name in files.rows}
+        run_id = run_id_of(fingerprint)
+
+        def key(table: str, part: int) -> str:
+            return f"{LIVE_PREFIX}{table}/run_id={run_id}/{epoch:06d}-{part:06d}.parquet"
+
+        self._files = [
+            GrowingFiles(store, group, key, LIVE_PART_FLUSHES, LIVE_PART_ROWS) for group in _TABLE_GROUPS
+        ]
+        self._of_table = {table: files for files in self._files for table in files.rows}
         self._last_read: dict[str, tuple[str, int]] = {}
         self._places: dict[str, tuple[str, str]] = {}  # node and host of each worker that committed
         self._segments = 0
@@ -102,7 +86,7 @@ class LiveTables:
                 at = (read.boot_id, read.t_mono_ns)
                 if self._last_read.get(s.worker_id) != at:
                     self._last_read[s.worker_id] = at
-                    self._add("counter", (row for _, row in read_rows(s.worker_id, read)))
+                    self._add("counter", read_rows(s.worker_id, read))
             segment_id = self.epoch << 32 | self._segments
             self._segments += 1
             self._add("segment", _segment_rows(segment_id, s))
@@ -110,19 +94,14 @@ class LiveTables:
     def add_power(self, worker_id: str, traces: Iterable[PowerTrace]) -> None:
         """Samples that worker `worker_id` took; node and host are null where it has not committed anything yet."""
         for trace in traces:
-            self._add(
-                "power", (row for _, row in power_rows(trace, *self._places.get(worker_id, (None, None))))
-            )
+            self._add("power", power_rows(trace, *self._places.get(worker_id, (None, None))))
 
     def add_node_readings(self, rows: Iterable[tuple]) -> None:
         """Rows of the `node_reading` table."""
         self._add("node_reading", rows)
 
-    def _add(self, name: str, rows: Iterable[tuple]) -> None:
-        files = self._of_table[name]
-        before = len(files.rows[name])
-        files.rows[name].extend(rows)
-        files.changed = files.changed or len(files.rows[name]) > before
+    def _add(self, table: str, rows: Iterable[tuple]) -> None:
+        self._of_table[table].add(table, rows)
 
     def flush(self) -> None:
         """Store all that has been added since the current files began.
@@ -131,26 +110,8 @@ class LiveTables:
             StoreError: storage failed; nothing is lost yet, flush again.
         """
         for files in self._files:
-            if not files.changed:
-                continue
-            self._write(files)
-            files.changed = False
-            files.flushes += 1
-            if files.full:
-                files.begin_next()
-                if "counter" in files.rows:
-                    self._last_read.clear()  # a file holds both reads of each of its segments
-
-    def _write(self, files: _Files) -> None:
-        with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
-            for name, rows in files.rows.items():
-                if not rows:
-                    continue
-                path = Path(scratch, name)
-                with open_parquet_writer(path, name) as writer:
-                    writer.write_table(table_of(name, rows))
-                key = f"{LIVE_PREFIX}{name}/run_id={self.run_id}/{self.epoch:06d}-{files.number:06d}.parquet"
-                self.store.put_file(key, path)
+            if files.flush() and "counter" in files.rows:
+                self._last_read.clear()  # a file holds both reads of each of its segments
 
 
 def _segment_rows(segment_id: int, s: Segment) -> Iterator[tuple]:
@@ -197,20 +158,15 @@ def read_live_segments(store: Store) -> list[Segment]:
     for rows in parts.values():
         first = rows[0]
         ends = []
-        for t_ns, estimate in (
-            (first["t_open_mono_ns"], 0),
-            (first["t_close_mono_ns"], first["energy_estimate_mj"]),
-        ):
+        for end, estimate in (("t_open_mono_ns", 0), ("t_close_mono_ns", first["energy_estimate_mj"])):
+            t_ns = first[end]
             read = reads.get((first["worker_id"], first["boot_id"], t_ns), [])
             t_wall_ns = first["t_open_wall_ns"] + t_ns - first["t_open_mono_ns"]
             energy_mj = {row["domain"]: row["energy_mj"] for row in read}
             epochs = _epochs(read or rows)
             ends.append(CounterRead(first["boot_id"], t_ns, t_wall_ns, 0, energy_mj, estimate, *epochs))
-        segments.append(
-            Segment(
-                *(first["worker_id"], first["segment_class"], *ends, first["shard_id"], first["attempt_id"])
-            )
-        )
+        who = (first["worker_id"], first["segment_class"])
+        segments.append(Segment(*who, ends[0], ends[1], first["shard_id"], first["attempt_id"]))
     return segments
 
 
@@ -232,13 +188,8 @@ def read_live_tables(store: Store, job: JobSpec) -> dict[str, pa.Table]:
     winners = {c.shard_id: c.attempt_id for c in commits}
     devices = held_devices(uncommitted.workers, commits)
     ledger = build_ledger(read_live_segments(store), winners, devices)
-    rows = EnergyRows(
-        job,
-        ledger,
-        CommitTable.of(commits),
-        RowTables(lambda commit: IMAGE_ROW_SCHEMA.empty_table()),
-        uncommitted,
-    )
+    no_images = RowTables(lambda commit: IMAGE_ROW_SCHEMA.empty_table())
+    rows = EnergyRows(job, ledger, CommitTable.of(commits), no_images, uncommitted)
     tables = {
         name: pa.concat_tables([table_of(name, []), *(block for _, block in blocks)])
         for name, blocks in rows.tables()
@@ -250,12 +201,5 @@ def _as_commit(row: dict[str, Any], job: JobSpec) -> Commit:
     """What an attempt row says of its commit."""
     known = {f.name: row[f.name] for f in fields(Commit) if f.name in row}
     known["energy_domains"] = tuple(d for d in row["energy_domains"].split(",") if d)
-    return Commit(
-        **known,
-        plan_fingerprint=job.fingerprint,
-        model_sha256=job.model_sha256,
-        files=(),
-        rows_path="",
-        errors={},
-        segments=(),
-    )
+    known |= {"plan_fingerprint": job.fingerprint, "model_sha256": job.model_sha256}
+    return Commit(**known, files=(), rows_path="", errors={}, segments=())

@@ -2,26 +2,25 @@
 
     devices (GPU, package and DRAM counters) + declared rest - node = residual,   |residual| <= tolerance
 
-over the stretches of time in which all of them are known. A device's counter is read at its own workers' boundaries,
-the meter when it answers: at the ends of a stretch both are interpolated between the readings around, which bound the
-error. The tolerance is the sum of all error bounds: of the counters (`COUNTER_TOLERANCE_SHARE` and how they were
-read), of the node's meter, of the declaration. The residual is stated, never spread or forced to 0.
-
-Nothing here does I/O. The parts become rows of `node_energy`, from which the check is a sum.
+over the stretches of time in which all of them are known. At the ends of a stretch counters and meter are interpolated
+between the readings around, which bound the error. The tolerance is the sum of the error bounds of counters, meter and
+declaration. The residual is stated, never spread. The parts become rows of `node_energy`. Nothing here does I/O.
 """
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from millijoule.pipeline.energy.closure import ClosureRow
+from millijoule.pipeline.energy.intervals import Interval, common, merged, without
 from millijoule.pipeline.energy.ledger import Ledger
 from millijoule.workers.node_meters.meter import MAX_NODE_WATTS, NodeEnergy, NodeSeries, Quantity, best_energy
 
@@ -35,16 +34,12 @@ MIN_COVERAGE_SHARE = 0.90
 #: A stretch is shortened by at most this part at either end, to where its counters are known best.
 MAX_SNAP_SHARE = 0.02
 
-#: From and to (ns), the one before the other.
-Interval = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class NodePart:
-    """Energy of one part of a node over one stretch; a row of the `node_energy` table.
+    """Energy of one part of a node over one stretch, right to `tolerance_mj`; a row of the `node_energy` table.
 
-    `part` is "node" (its meter; `name` is the feed), "device" (`name` is the counter's domain) or "rest". The true
-    energy is within `tolerance_mj`, so far as the sources can know.
+    `part` is "node" (its meter; `name` is the feed), "device" (`name` is the counter's domain) or "rest".
     """
 
     host: str
@@ -58,11 +53,15 @@ class NodePart:
     energy_mj: int
     tolerance_mj: int
 
+    @property
+    def wall(self) -> Interval:
+        """The stretch by the wall clock."""
+        return self.stretch[0] + self.wall_minus_mono_ns, self.stretch[1] + self.wall_minus_mono_ns
+
     def as_tuple(self) -> tuple:
         """Values in the order of the table's columns."""
-        wall = tuple(t + self.wall_minus_mono_ns for t in self.stretch)
         return (
-            *(self.host, self.boot_id, self.meter, *self.stretch, *wall),
+            *(self.host, self.boot_id, self.meter, *self.stretch, *self.wall),
             *(self.part, self.name, self.source, self.energy_mj, self.tolerance_mj),
         )
 
@@ -100,8 +99,8 @@ class _Boot:
     """One boot of one host, as the ledger knows it; times are CLOCK_MONOTONIC."""
 
     boot_id: str
-    wall_minus_mono_ns: int = 0
-    clock_moved_ns: int = 0
+    wall_minus_mono_ns: int
+    clock_moved_ns: int
     host: str = ""
     busy: list[Interval] = field(default_factory=list)  # merged: when any worker was there
     expected: set[str] = field(default_factory=set)  # domains
@@ -163,58 +162,51 @@ def _unknown(scope: str, note: str, expected_mj: int | None = None) -> ClosureRo
 def _boots(
     ledger: Ledger, hosts: Mapping[str, str], devices: Mapping[str, Iterable[str]]
 ) -> dict[str, _Boot]:
-    boots: dict[str, _Boot] = {}
-    busy: dict[str, list[Interval]] = defaultdict(list)
-    offsets: dict[str, Interval] = {}
-    reads: dict[tuple[str, int, str], dict[int, tuple[int, int]]] = defaultdict(dict)
+    entries, columns = ledger.entries, ledger.entries.columns
+    boots = {
+        boot_id: _Boot(boot_id, first, most - least)
+        for boot_id, (first, least, most) in entries.clocks().items()
+    }
     unclosed = {u.worker_id for u in ledger.unclosed}
-    for entry in ledger.entries:
-        s = entry.segment
-        for read in (s.open, s.close):
-            offset = read.t_wall_ns - read.t_mono_ns
-            boot = boots.setdefault(read.boot_id, _Boot(read.boot_id, offset))
-            low, high = offsets.get(read.boot_id, (offset, offset))
-            offsets[read.boot_id] = min(low, offset), max(high, offset)
-            boot.host = boot.host or hosts.get(s.worker_id, "")
-            boot.expected.update(entry.energy_mj, devices.get(s.worker_id, ()))
-            boot.unclosed.update({s.worker_id} & unclosed)
-            for domain, mj in read.energy_mj.items():
-                reads[read.boot_id, read.epoch_of(domain), domain][read.t_mono_ns] = mj, read.latency_ns
-        if s.open.boot_id == s.close.boot_id:
-            busy[s.open.boot_id].append((s.open.t_mono_ns, s.close.t_mono_ns))
-    for boot_id, boot in boots.items():
-        boot.host = boot.host or f"boot {boot_id}"
-        boot.busy = _merged(busy[boot_id])
-        low, high = offsets[boot_id]
-        boot.clock_moved_ns = high - low
+    reads = np.stack([entries.open, entries.close], axis=1).ravel()
+    there = columns.boot[reads].astype(np.int64) * len(columns.names) + np.repeat(entries.worker, 2)
+    _, first = np.unique(there, return_index=True)
+    for code, worker in (divmod(key, len(columns.names)) for key in there[np.sort(first)].tolist()):
+        boot, worker_id = boots[columns.names[code]], columns.names[worker]
+        boot.host = boot.host or hosts.get(worker_id, "")
+        boot.expected.update(entries.domains_of[worker_id], devices.get(worker_id, ()))
+        boot.unclosed.update({worker_id} & unclosed)
+    opened, closed = columns.boot[entries.open], columns.boot[entries.close]
+    for code in np.unique(opened).tolist():
+        mine = (opened == code) & (closed == code)
+        begin, end = (columns.t_mono_ns[reads[mine]].tolist() for reads in (entries.open, entries.close))
+        boots[columns.names[code]].busy = merged(zip(begin, end, strict=True))
     off: dict[tuple[str, str], list[Interval]] = defaultdict(list)
     for gap in ledger.gaps:
         if gap.segment_class == "off":
             off[gap.boot_id, gap.domain].append((gap.t_open_ns, gap.t_close_ns))
-    for run in ledger.runs:
-        begin, end = run.run.first.t_ns, run.run.last.t_ns
-        if begin >= end:
-            continue
-        boot = boots[run.boot_id]
-        inside = sorted(
-            (t, *r) for t, r in reads[run.boot_id, run.epoch, run.domain].items() if begin <= t <= end
-        )
-        boot.series[run.domain].append(_counter_series(boot, run.domain, inside))
-        boot.known[run.domain] += _without([(begin, end)], off[run.boot_id, run.domain])
+    for run, readings in ledger.series(ledger.runs):
+        boot, known = boots[run.boot_id], (run.run.first.t_ns, run.run.last.t_ns)
+        if known[0] < known[1]:
+            boot.series[run.domain].append(_counter_series(boot, run.domain, readings))
+            boot.known[run.domain] += without(known, off[run.boot_id, run.domain])
+    for boot in boots.values():
+        boot.host = boot.host or f"boot {boot.boot_id}"
     return boots
 
 
-def _counter_series(boot: _Boot, domain: str, reads: Sequence[tuple[int, int, int]]) -> _Timed:
-    """A counter without a reset as a series; `reads` are (ns, mJ, latency ns)."""
+def _counter_series(boot: _Boot, domain: str, readings: np.ndarray) -> _Timed:
+    """A counter without a reset as a series; `readings` as of `Entries.readings`."""
+    readings = readings[np.diff(readings[:, 0], append=-1) != 0]
     series = NodeSeries(
         *(boot.host, domain, "energy"),
-        array("q", (t + boot.wall_minus_mono_ns for t, _, _ in reads)),
-        array("q", (mj for _, mj, _ in reads)),
+        (readings[:, 0] + boot.wall_minus_mono_ns).tolist(),
+        readings[:, 1].tolist(),
         quantum=1,
         max_gap_ns=0,
         accuracy_share=COUNTER_TOLERANCE_SHARE,
     )
-    return _Timed(series, [latency for _, _, latency in reads])  # a value may have stood that long
+    return _Timed(series, readings[:, 2].tolist())  # a value may have stood that long
 
 
 # -- what the meters know ------------------------------------------------------------------------------------------
@@ -238,12 +230,15 @@ def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
         for source in sorted(pc.unique(of_feed["source"].drop_null()).to_pylist()):
             found = of_feed.filter(pc.equal(of_feed["source"], source))
             quantity: Quantity = "power" if found["energy_mj"].null_count else "energy"
-            value, quantum = (
-                ("energy_mj", "quantum_mj") if quantity == "energy" else ("power_mw", "quantum_mw")
-            )
+            unit = "mw" if quantity == "power" else "mj"
+            value, quantum = f"{quantity}_{unit}", f"quantum_{unit}"
             found = found.sort_by([("t_wall_ns", "ascending"), (value, "ascending")])
             last = found.slice(found.num_rows - 1).to_pylist()[0]
-            times, values, errors = _increasing(found.select(["t_wall_ns", value, "t_error_ns"]))
+            columns = np.stack([found[c].fill_null(0).to_numpy() for c in ("t_wall_ns", value, "t_error_ns")])
+            is_first = (
+                np.diff(columns[0], prepend=columns[0, 0] - 1) != 0
+            )  # two drivers may have read at one time
+            times, values, errors = columns[:, is_first].tolist()
             series = NodeSeries(
                 *(boot.host, source, quantity, times, values),
                 quantum=pc.min(found[quantum]).as_py(),
@@ -255,32 +250,18 @@ def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
     return feeds
 
 
-def _increasing(readings: pa.Table) -> tuple[array, ...]:
-    """The columns, time first, in strict order of time: of two at one time (two drivers) the first."""
-    kept = tuple(array("q") for _ in readings.columns)
-    for row in zip(*(c.to_pylist() for c in readings.columns), strict=True):
-        if not kept[0] or row[0] > kept[0][-1]:
-            for column, value in zip(kept, row, strict=True):
-                column.append(value or 0)
-    return kept
-
-
 def _usable(series: NodeSeries) -> Iterator[Interval]:
     """Wall times between which the series has no reset, leap or silence."""
-    times, values = series.t_wall_ns, series.values
-    begin = 0
-    for i in range(1, len(times) + 1):
-        if i < len(times):
-            elapsed_ns, grown = times[i] - times[i - 1], values[i] - values[i - 1]
-            if series.quantity == "power":
-                broken = elapsed_ns > series.max_gap_ns
-            else:
-                broken = grown < 0 or (grown - series.quantum) * 1_000_000 > MAX_NODE_WATTS * elapsed_ns
-            if not broken:
-                continue
-        if times[begin] < times[i - 1]:
-            yield times[begin], times[i - 1]
-        begin = i
+    begin = series.t_wall_ns[0]
+    for (t0, v0), (t1, v1) in pairwise(zip(series.t_wall_ns, series.values, strict=True)):
+        if series.quantity == "power":
+            is_broken = t1 - t0 > series.max_gap_ns
+        else:
+            is_broken = v1 < v0 or (v1 - v0 - series.quantum) * 1_000_000 > MAX_NODE_WATTS * (t1 - t0)
+        if is_broken:
+            yield begin, t0
+            begin = t1
+    yield begin, series.t_wall_ns[-1]
 
 
 # -- the check -----------------------------------------------------------------------------------------------------
@@ -296,11 +277,11 @@ def _close(boot: _Boot, meter: str, rows: pa.Table) -> _Verdict:
     feeds = _feeds(boot, rows)
     windows = [i for i in boot.busy if i[0] < i[1]]
     for known in boot.known.values():
-        windows = _common(windows, sorted(known))
+        windows = common(windows, sorted(known))
     on_devices = windows
     for series in feeds.values():
-        usable = _merged([i for s in series for i in _usable(s.series)])
-        windows = _common(
+        usable = merged(i for s in series for i in _usable(s.series) if i[0] < i[1])
+        windows = common(
             windows, [(a - boot.wall_minus_mono_ns, b - boot.wall_minus_mono_ns) for a, b in usable]
         )
     rest = _declared(rows)
@@ -358,11 +339,7 @@ def _judged(scope: str, parts: Sequence[NodePart], coverage: float, silence: str
 
 
 def _snapped(boot: _Boot, window: Interval) -> Interval:
-    """`window` with its ends moved inwards, by a part of it, to where the counters are known best.
-
-    A counter grows between two reads one cannot say when, so the best place is at a read of the counters that grow
-    most. Meters are read far more often than shards begin and end.
-    """
+    """`window` with its ends moved inwards, by at most `MAX_SNAP_SHARE` of it, to the reads of the counters that grow most."""
     begin, end = window
     most = (end - begin) * MAX_SNAP_SHARE
     times = sorted(
@@ -462,42 +439,3 @@ def _silence(rows: pa.Table, devices_known: bool) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# -- intervals -----------------------------------------------------------------------------------------------------
-
-
-def _merged(intervals: Iterable[Interval]) -> list[Interval]:
-    merged: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def _common(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
-    """All stretches inside one interval of each; both in order of time and disjoint (touching ones stay apart)."""
-    found = []
-    ends = [end for _, end in b]
-    for begin, end in a:
-        i = bisect_left(ends, begin)
-        while i < len(b) and b[i][0] < end:
-            low, high = max(begin, b[i][0]), min(end, b[i][1])
-            if low < high:
-                found.append((low, high))
-            i += 1
-    return found
-
-
-def _without(intervals: Sequence[Interval], holes: Iterable[Interval]) -> list[Interval]:
-    left = list(intervals)
-    for low, high in holes:
-        left = [
-            piece
-            for begin, end in left
-            for piece in ((begin, min(end, low)), (max(begin, high), end))
-            if piece[0] < piece[1]
-        ]
-    return left

@@ -1,25 +1,21 @@
 """What nodes' own meters said, as rows: of a running job's recorders, and of files imported afterwards.
 
-They lie in `_job/node_meters/`, beside the commits, and with those are what the energy tables are made from: a driver
-writes its recorders' readings at every flush, so that a crash costs at most one flush interval of them; an import is
-one object per node and meter, and importing again replaces it. A row holds a reading and all that bounds its error,
-so that closure check C3 can be recomputed from rows alone.
+They lie in `_job/node_meters/`: a driver writes its recorders' readings at every flush; an import is one object per node and
+meter, and importing again replaces it. A row holds a reading and all that bounds its error.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, ROW_GROUP_ROWS, open_parquet_writer, table_of
-from millijoule.pipeline.output.commits import READ_THREADS
-from millijoule.workers.errors import StoreError
+from millijoule.pipeline.energy.growing_files import GrowingFiles, put_rows
+from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, ROW_GROUP_ROWS
+from millijoule.pipeline.output.read_objects import read_objects
 from millijoule.workers.layout import NODE_METERS_PREFIX
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeFailure, NodeReading, NodeSeries
@@ -87,17 +83,13 @@ class NodeReadingsWriter:
     """Collects the readings one driver has to write; two drivers never write the same object."""
 
     def __init__(self, store: Store, epoch: int) -> None:
-        self.store = store
-        self.epoch = epoch
-        self._rows: list[tuple] = []
-        self._part = 0
-        self._flushes = 0
-        self._changed = False
+        def key(_: str, part: int) -> str:
+            return f"{NODE_METERS_PREFIX}{epoch:06d}-{part:06d}.parquet"
+
+        self._files = GrowingFiles(store, (TABLE,), key, PART_FLUSHES, ROW_GROUP_ROWS)
 
     def add(self, rows: Iterable[tuple]) -> None:
-        before = len(self._rows)
-        self._rows.extend(rows)
-        self._changed = self._changed or len(self._rows) > before
+        self._files.add(TABLE, rows)
 
     def flush(self) -> None:
         """Store all that was added since the current object began.
@@ -105,21 +97,14 @@ class NodeReadingsWriter:
         Raises:
             StoreError: storage failed; nothing is lost yet, flush again.
         """
-        if not self._changed:
-            return
-        _put(self.store, f"{NODE_METERS_PREFIX}{self.epoch:06d}-{self._part:06d}.parquet", self._rows)
-        self._changed = False
-        self._flushes += 1
-        if self._flushes == PART_FLUSHES or len(self._rows) >= ROW_GROUP_ROWS:
-            self._rows, self._flushes = [], 0
-            self._part += 1
+        self._files.flush()
 
 
 def store_import(store: Store, host: str, meter: str, rows: Sequence[tuple]) -> str:
     """Put the imported readings of `meter` at `host` in place of an earlier import of it; the object's key."""
     name = hashlib.sha256(f"{host}\0{meter}".encode()).hexdigest()[:16]
     key = f"{NODE_METERS_PREFIX}import-{name}.parquet"
-    _put(store, key, rows)
+    put_rows(store, key, TABLE, rows)
     return key
 
 
@@ -129,24 +114,10 @@ def read_node_readings(store: Store) -> pa.Table:
     Raises:
         StoreError: storage failed, or an object is not what it should be; the message names it.
     """
-    wanted = ENERGY_SCHEMAS[TABLE]
 
-    def read(key: str) -> pa.Table:
-        try:
-            found = pq.read_table(pa.BufferReader(store.get(key)))
-            return found.select(wanted.names).cast(wanted)
-        except (pa.ArrowException, KeyError) as error:
-            raise StoreError(f"{store.url}/{key}: not readings of a node meter: {error}") from error
+    def parse(data: bytes) -> pa.Table:
+        return pq.read_table(pa.BufferReader(data)).select(NO_READINGS.column_names).cast(NO_READINGS.schema)
 
-    keys = sorted(item.key for item in store.list(NODE_METERS_PREFIX))
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        tables = list(threads.map(read, keys))
+    tables = read_objects(store, NODE_METERS_PREFIX, parse, "readings of a node meter")
     order = [(name, "ascending") for name in ("host", "boot_id", "meter", "feed", "source", "t_wall_ns")]
     return pa.concat_tables([NO_READINGS, *tables]).sort_by(order)
-
-
-def _put(store: Store, key: str, rows: Sequence[tuple]) -> None:
-    sink = io.BytesIO()
-    with open_parquet_writer(sink, TABLE) as writer:
-        writer.write_table(table_of(TABLE, list(rows)))
-    store.put(key, sink.getvalue())

@@ -1,7 +1,6 @@
 """A job's ledger and commits as the rows of the energy tables, in blocks that share a UTC day.
 
-Everything is a function of commits, the drivers' segments and `job.json`: whoever builds the tables builds the same
-ones. Rows are made as columns, some thousand at a time.
+Rows are made as columns, some thousand at a time. Equal commits, segments and `job.json` make equal rows.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from millijoule.pipeline.energy.apportionment import sum_or_none
 from millijoule.pipeline.energy.closure import (
     ENTRIES_AT_ONCE,
     ClosureRow,
@@ -28,12 +27,13 @@ from millijoule.pipeline.energy.closure import (
     evidence_class,
 )
 from millijoule.pipeline.energy.commit_table import CommitTable
-from millijoule.pipeline.energy.counter_split import MISSING
-from millijoule.pipeline.energy.ledger import Ledger
+from millijoule.pipeline.energy.counter_split import MISSING, sum_or_none
+from millijoule.pipeline.energy.ledger import Ledger, LedgerEntry
 from millijoule.pipeline.energy.node_closure import NodeBooks, close_nodes
-from millijoule.pipeline.energy.packed_segments import NONE
+from millijoule.pipeline.energy.packed import NONE, padded
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
 from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted, held_devices
+from millijoule.pipeline.output.commits import READ_THREADS
 from millijoule.pipeline.output.image_rows import NOT_CARRIED, RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.workers.meters.timeline import segment_estimate_mj
@@ -42,12 +42,11 @@ from millijoule.workers.schemas import (
     Commit,
     CounterRead,
     PowerTrace,
-    WorkerEnvironment,
 )
 from millijoule.workers.storage.store import Store, is_s3_url
 
-#: Threads that read row tables from a distant store, and from a disk.
-_READ_THREADS, _DISK_THREADS = 16, 2
+#: Threads that read row tables from a disk: two are as fast as many, which would only wait for each other.
+_DISK_THREADS = 2
 
 #: Row tables that one thread reads in one go: of one image each, they take less time than being asked for.
 _TABLES_PER_CALL = 16
@@ -66,8 +65,9 @@ LATENCY_STEP_NS = 100_000
 
 #: A table's rows of one UTC day (days since 1970).
 DayBlock = tuple[int, pa.Table]
-_Row = tuple[int, tuple]  # its time (ns since 1970), its values
 
+#: The column of a table that says to which day a row belongs.
+_TIMES = ("t_wall_ns", "t_open_wall_ns", "t_start_wall_ns", "t_first_wall_ns")
 
 #: What the image table takes over from the rows of a shard.
 ROW_COLUMNS = ("prompt_id", "image_index", "status", "sha256")
@@ -79,6 +79,12 @@ BLOCK_ROWS = 8_192
 _COMMITS_AT_ONCE, _IMAGES_AT_ONCE = 1_024, 8_192
 
 _QUALITIES = ("measured", "short", "missing")
+
+#: Columns of an attempt that are those of its commit, in order.
+_ATTEMPT_NUMBERS = (
+    *("shard_id", "driver_epoch", "t_start_wall_ns", "t_end_wall_ns", "images_ok", "images_quarantined"),
+)
+_ATTEMPT_NAMES = ("worker_id", "node_id", "host", "device", "energy_method", "energy_domains")
 
 
 class ImageSource(Protocol):
@@ -97,12 +103,11 @@ class ImageSource(Protocol):
 class RowTables:
     """The rows that commits carry, and of those that carry none the row tables, `IMAGE_ROW_SCHEMA`.
 
-    Attributes:
-        read_rows: the row table of a commit; called from several threads.
+    `read_rows` reads the row table of a commit; it is called from several threads.
     """
 
     read_rows: Callable[[Commit], pa.Table]
-    threads: int = _READ_THREADS
+    threads: int = READ_THREADS
 
     def blocks(self, commits: CommitTable) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """See `ImageSource`; one for each of `commit_blocks`, all columns, each in one piece."""
@@ -113,17 +118,17 @@ class RowTables:
         carried, counts = RowReader(commits.rows.tables(), IMAGE_ROW_SCHEMA), commits.rows.counts()
         with ThreadPoolExecutor(self.threads) as threads:
             for block in commit_blocks(commits):
-                numbers, of_each = np.asarray(block), counts[block.start : block.stop]
+                numbers, of_each = np.asarray(block, np.int64), counts[block.start : block.stop]
                 others = numbers[of_each == NOT_CARRIED].tolist()
                 parts = [others[i : i + _TABLES_PER_CALL] for i in range(0, len(others), _TABLES_PER_CALL)]
                 tables = [table for part in threads.map(read, parts) for table in part]
+                of_others = np.repeat(np.array(others, np.int64), [t.num_rows for t in tables])
                 of_each = np.maximum(of_each, 0)
-                rows = [carried.take(int(of_each.sum())), *tables] if of_each.any() else tables
-                commit = np.concatenate(
-                    [np.repeat(numbers, of_each), np.repeat(others, [t.num_rows for t in tables])]
-                ).astype(np.int64)
-                table = pa.concat_tables(rows or [carried.take(0)]).combine_chunks()
-                if tables and len(others) < len(block):
+                if of_each.any() or not tables:
+                    tables = [carried.take(int(of_each.sum())), *tables]
+                table = pa.concat_tables(tables).combine_chunks()
+                commit = np.concatenate([np.repeat(numbers, of_each), of_others])
+                if others and len(others) < len(block):
                     order = np.argsort(commit, kind="stable")
                     commit, table = commit[order], table.take(pa.array(order))
                 yield commit, table
@@ -142,8 +147,7 @@ def commit_blocks(commits: CommitTable) -> Iterator[range]:
 
 def row_tables(store: Store) -> RowTables:
     """The rows of a store's commits: carried, or in the Parquet file at the `rows_path` of each."""
-    # from a disk two threads read as fast as many, which would only wait for each other; a distant store keeps many busy
-    return RowTables(partial(read_row_table, store), _READ_THREADS if is_s3_url(store.url) else _DISK_THREADS)
+    return RowTables(partial(read_row_table, store), READ_THREADS if is_s3_url(store.url) else _DISK_THREADS)
 
 
 class EnergyRows:
@@ -182,10 +186,10 @@ class EnergyRows:
         yield "attempt", self._attempts()
         yield "image", self._image_blocks()
         yield "power", self._power_samples()
-        yield "env", blocks("env", self._environments())
+        yield "env", _blocks("env", self._environments())
         nodes = self._nodes()
-        yield "node_reading", reading_blocks(self._uncommitted.nodes)
-        yield "node_energy", blocks("node_energy", node_energy_rows(nodes))
+        yield "node_reading", _by_day(self._uncommitted.nodes)
+        yield "node_energy", _blocks("node_energy", (part.as_tuple() for part in nodes.parts))
         self.closure = close_ledger(self.ledger, self._commits, self._images, self._power, nodes.closure)
         one_of_each = self._commits.first_of_each("worker_id", "device", "energy_domains")
         self.evidence_class = evidence_class(self.closure, one_of_each, self._devices())
@@ -196,31 +200,22 @@ class EnergyRows:
         entries, c = self.ledger.entries, self.ledger.entries.columns
         reads = np.stack([entries.open, entries.close], axis=1).ravel()
         workers = np.repeat(entries.worker, 2)
-        by_worker = np.argsort(
-            workers, kind="stable"
-        )  # in order of time, so that a repeated read follows at once
+        by_worker = np.argsort(workers, kind="stable")  # in order of time: a repeated read follows at once
         is_new = np.ones(len(reads), bool)
-        before, after = by_worker[:-1], by_worker[1:]
-        is_new[after] = (
-            (workers[before] != workers[after])
-            | (c.boot[reads[before]] != c.boot[reads[after]])
-            | (c.t_mono_ns[reads[before]] != c.t_mono_ns[reads[after]])
-        )
+        keys = (workers, c.boot[reads], c.t_mono_ns[reads])
+        is_new[by_worker[1:]] = np.any([np.diff(key[by_worker]) != 0 for key in keys], axis=0)
         reads, workers = reads[is_new], workers[is_new]
         # of each set of domains, in order of their names: the domain, and where its counter stands
         order = [sorted(range(len(names)), key=names.__getitem__) for names in c.domain_sets]
         codes = {domain: code for code, domain in enumerate(entries.domain_names)}
-        domains = _padded(
-            [[codes.get(names[i], -1) for i in o] for names, o in zip(c.domain_sets, order, strict=True)]
-        )
-        places = _padded(order)
+        sets = zip(c.domain_sets, order, strict=True)
+        domains = padded([[codes.get(names[i], -1) for i in places] for names, places in sets])
+        places = padded(order)
         for begin in range(0, len(reads), ENTRIES_AT_ONCE):
             at, worker = reads[begin : begin + ENTRIES_AT_ONCE], workers[begin : begin + ENTRIES_AT_ONCE]
             domain, place = domains[c.domain_set[at]], places[c.domain_set[at]]
-            there = domain >= 0
-            read = np.broadcast_to(np.arange(len(at))[:, None], domain.shape)[there]
-            domain, place = domain[there], place[there]
-            r = at[read]
+            read, _ = there = np.nonzero(domain >= 0)
+            domain, place, r = domain[there], place[there], at[read]
             table = _table(
                 "counter",
                 self._names(worker[read]),
@@ -232,7 +227,7 @@ class EnergyRows:
                 -(-c.latency_ns[r] // LATENCY_STEP_NS) * LATENCY_STEP_NS,
                 c.energy_mj[c.first[r] + place],
             )
-            yield from _by_day(c.t_wall_ns[r], table)
+            yield from _by_day(table)
 
     def _names(self, codes: np.ndarray) -> pa.Array:
         return pa.array(list(self.ledger.entries.names), pa.string()).take(pa.array(codes))
@@ -280,104 +275,74 @@ class EnergyRows:
                 pa.array(_QUALITIES, pa.string()).take(pa.array(quality)),
                 _nullable(estimate, NONE),
             )
-            yield from _by_day(c.t_wall_ns[opened], table)
-        yield from blocks("segment", self._gaps())
+            yield from _by_day(table)
+        yield from _blocks("segment", self._gaps())
 
-    def _gaps(self) -> Iterator[_Row]:
-        entries, c = self.ledger.entries, self.ledger.entries.columns
-        boots, first = np.unique(c.boot[entries.open], return_index=True)
-        opened = entries.open[first]
-        offsets = (c.t_wall_ns - c.t_mono_ns)[opened].tolist()
-        wall_minus_mono = {c.names[b]: offset for b, offset in zip(boots.tolist(), offsets, strict=True)}
+    def _gaps(self) -> Iterator[tuple]:
+        clocks = self.ledger.entries.clocks()
         for gap in self.ledger.gaps:
             shortest = SHORT_GPU_NS if gap.domain.startswith("gpu:") else SHORT_CPU_NS
             quality = "short" if gap.t_close_ns - gap.t_open_ns < shortest else "measured"
-            t_wall_ns = gap.t_open_ns + wall_minus_mono.get(gap.boot_id, 0)
+            t_wall_ns = gap.t_open_ns + clocks[gap.boot_id][0]
             where = (gap.boot_id, gap.epoch, gap.t_open_ns, gap.t_close_ns, t_wall_ns)
             what = (gap.domain, gap.energy_mj, quality, None)
-            yield t_wall_ns, (None, None, gap.segment_class, None, None, *where, *what)
+            yield None, None, gap.segment_class, None, None, *where, *what
 
     def _attempts(self) -> Iterator[DayBlock]:
         commits = self._commits
-        shard_ids, attempts, began = (
-            commits.number("shard_id"),
-            commits.text("attempt_id"),
-            commits.number("t_start_wall_ns"),
-        )
-        energy = self.ledger.entries.shard_energies(shard_ids, attempts)
+        attempts, began = commits.text("attempt_id"), commits.number("t_start_wall_ns")
+        energy = self.ledger.entries.shard_energies(commits.attempts())
         names = pa.array(commits.names, pa.string())
-
-        def named(name: str, part: slice) -> pa.Array:
-            return names.take(pa.array(commits.name_codes(name)[part]))
-
         for begin in range(0, len(commits), ENTRIES_AT_ONCE):
             part = slice(begin, begin + ENTRIES_AT_ONCE)
-            n = len(shard_ids[part])
+            number = {name: commits.number(name)[part] for name in _ATTEMPT_NUMBERS}
+            text = {name: names.take(pa.array(commits.name_codes(name)[part])) for name in _ATTEMPT_NAMES}
             table = _table(
                 "attempt",
-                shard_ids[part],
+                number["shard_id"],
                 attempts[part],
-                pa.array(["committed"], pa.string()).take(pa.array(np.zeros(n, np.int64))),
-                *(named(name, part) for name in ("worker_id", "node_id", "host", "device")),
-                commits.number("driver_epoch")[part],
-                began[part],
-                commits.number("t_end_wall_ns")[part],
-                commits.number("images_ok")[part],
-                commits.number("images_quarantined")[part],
+                pa.array(["committed"] * len(began[part]), pa.string()),
+                *(text[name] for name in ("worker_id", "node_id", "host", "device")),
+                *(number[name] for name in _ATTEMPT_NUMBERS[1:]),
                 _nullable(energy[part], MISSING),
                 _nullable(commits.number("energy_estimate_mj")[part], NONE),
-                named("energy_method", part),
-                named("energy_domains", part),
+                *(text[name] for name in ("energy_method", "energy_domains")),
             )
-            yield from _by_day(began[part], table)
-        yield from blocks("attempt", self._uncommitted_attempts())
+            yield from _by_day(table)
+        yield from _blocks("attempt", self._uncommitted_attempts())
 
-    def _uncommitted_attempts(self) -> Iterator[_Row]:
+    def _uncommitted_attempts(self) -> Iterator[tuple]:
         entries = self.ledger.entries
-        at = np.flatnonzero(
-            (entries.shard != NONE)
-            & entries.attempts(np.arange(len(entries))).is_valid().to_numpy(zero_copy_only=False)
-        )
-        at = at[self._commits.index().find(entries.shard[at], entries.attempts(at)) < 0]
-        others: dict[tuple[int, str], list[int]] = defaultdict(list)
-        for n, shard_id, attempt in zip(
-            at.tolist(), entries.shard[at].tolist(), entries.attempts(at).to_pylist(), strict=True
-        ):
-            others[shard_id, attempt].append(n)
-        for (shard_id, attempt_id), numbers in sorted(others.items()):
-            mine = [entries[n] for n in numbers]
+        at = np.flatnonzero(entries.shard != NONE)
+        at = at[self._commits.attempts().find(entries.shard[at], entries.attempts(at)) < 0]
+        others: dict[tuple[int, str], list[LedgerEntry]] = defaultdict(list)
+        for n, attempt in zip(at.tolist(), entries.attempts(at).to_pylist(), strict=True):
+            if attempt is not None:
+                others[int(entries.shard[n]), attempt].append(entries[n])
+        for (shard_id, attempt_id), mine in sorted(others.items(), key=lambda item: item[0]):
             first, last = mine[0].segment, mine[-1].segment
             outcome = "retry" if last.segment_class == "retry" else "loser"
-            domains = ",".join(
-                sorted({d for e in mine for d in self.ledger.read_domains(e.segment.worker_id)})
-            )
+            domains = {d for e in mine for d in self.ledger.read_domains(e.segment.worker_id)}
             yield (
-                first.open.t_wall_ns,
-                (
-                    *(shard_id, attempt_id, outcome, first.worker_id),
-                    *(None, None, None, None, first.open.t_wall_ns, last.close.t_wall_ns, None, None),
-                    sum_or_none(e.total_mj for e in mine),
-                    sum_or_none(segment_estimate_mj(e.segment) for e in mine),
-                    *(None, domains),
-                ),
+                *(shard_id, attempt_id, outcome, first.worker_id, None, None, None, None),
+                *(first.open.t_wall_ns, last.close.t_wall_ns, None, None),
+                sum_or_none(e.total_mj for e in mine),
+                sum_or_none(segment_estimate_mj(e.segment) for e in mine),
+                *(None, ",".join(sorted(domains))),
             )
 
     def _image_blocks(self) -> Iterator[DayBlock]:
         commits, made = self._commits, 0
-        shard_ids, attempts, ended = (
-            commits.number("shard_id"),
-            commits.text("attempt_id"),
-            commits.number("t_end_wall_ns"),
-        )
-        energy = self.ledger.entries.shard_energies(shard_ids, attempts)
-        estimate = commits.number("energy_estimate_mj")
+        shard_ids, attempts = commits.number("shard_id"), commits.text("attempt_id")
+        ended, estimate = commits.number("t_end_wall_ns"), commits.number("energy_estimate_mj")
+        energy = self.ledger.entries.shard_energies(commits.attempts())
         overhead = self._overhead_shares(energy)
         for commit, rows in self._source.blocks(commits):
             ok = pc.equal(rows["status"], "ok").combine_chunks().to_numpy(zero_copy_only=False)
             if not ok.all():
                 commit, rows = commit[ok], rows.filter(pa.array(ok))
             direct = equal_shares(energy, commit)
-            full = None
+            full = np.full(len(commit), MISSING, np.int64)
             if overhead is not None:
                 extra = np.arange(made, made + len(commit)) < overhead[1]
                 full = np.where(direct == MISSING, MISSING, direct + overhead[0] + extra)
@@ -391,10 +356,10 @@ class EnergyRows:
                 attempts.take(pa.array(commit)),
                 rows["sha256"],
                 _nullable(direct, MISSING),
-                pa.nulls(len(commit), pa.int64()) if full is None else _nullable(full, MISSING),
+                _nullable(full, MISSING),
                 _nullable(equal_shares(estimate, commit), NONE),
             )
-            yield from _by_day(ended[commit], table)
+            yield from _by_day(table, ended[commit])
 
     def _overhead_shares(self, energy: np.ndarray) -> tuple[int, int] | None:
         """Each image's share of all that no image used directly, and how many of the first get 1 mJ more."""
@@ -413,10 +378,7 @@ class EnergyRows:
             spool.add(trace, place.node_id if place else None, place.host if place else None)
         for samples in spool.tables():
             self._add_power(samples)
-            yield from _by_day(
-                samples["t_wall_ns"].to_numpy(),
-                _table("power", *(samples[f.name] for f in ENERGY_SCHEMAS["power"])),
-            )
+            yield from _by_day(_table("power", *(samples[f.name] for f in ENERGY_SCHEMAS["power"])))
 
     def _add_power(self, samples: pa.Table) -> None:
         known = samples.filter(pc.is_valid(samples["power_instant_mw"]))
@@ -429,52 +391,44 @@ class EnergyRows:
                 column.frombytes(mine[name].to_numpy().tobytes())
 
     def _nodes(self) -> NodeBooks:
-        places: dict[str, Commit | WorkerEnvironment] = {
-            c.worker_id: c for c in self._commits.last_of_each_worker()
-        }
-        places |= self._uncommitted.workers
+        hosts = {c.worker_id: c.host for c in self._commits.last_of_each_worker()}
+        hosts |= {worker_id: own.host for worker_id, own in self._uncommitted.workers.items()}
         devices = {
             worker_id: [f"gpu:{uuid}" for uuid in held if uuid != "cpu"]
             for worker_id, held in self._devices().items()
         }
-        hosts = {worker_id: place.host for worker_id, place in places.items()}
         return close_nodes(self.ledger, hosts, devices, self._uncommitted.nodes)
 
     def _devices(self) -> dict[str, tuple[str, ...]]:
         return held_devices(self._uncommitted.workers, self._commits.first_of_each("worker_id"))
 
-    def _environments(self) -> Iterator[_Row]:
-        entries = self.ledger.entries
+    def _environments(self) -> Iterator[tuple]:
+        entries, job = self.ledger.entries, self.job
         codes, first = np.unique(entries.worker, return_index=True)
-        firsts = {
-            entries.names[code]: entries[n].segment.open
-            for code, n in zip(codes.tolist(), first.tolist(), strict=True)
+        opened = {
+            entries.names[c]: entries[n].segment.open
+            for c, n in zip(codes.tolist(), first.tolist(), strict=True)
         }
         commits = {commit.worker_id: commit for commit in self._commits.first_of_each("worker_id")}
-        job = self.job
         model = (job.model_name, job.model_sha256, job.fingerprint, job.millijoule_version)
-        for worker_id in sorted(firsts.keys() | commits.keys()):
-            c, read = commits.get(worker_id), firsts.get(worker_id)
+        for worker_id in sorted(opened.keys() | commits.keys()):
+            c, read = commits.get(worker_id), opened.get(worker_id)
             own = self._uncommitted.workers.get(worker_id)
-            t_wall_ns = read.t_wall_ns if read else c.t_start_wall_ns if c else 0
             stated = own or c  # of a worker whose environment is lost, what its commits say
+            t_wall_ns = read.t_wall_ns if read else c.t_start_wall_ns if c else 0
             where = (stated.node_id, stated.host, stated.device) if stated else (None,) * 3
             gpus = (",".join(own.gpus), own.device_name) if own else (None, None)
-            method = (
-                (stated.driver_epoch, t_wall_ns, stated.energy_method) if stated else (None, t_wall_ns, None)
-            )
+            epoch, method = (stated.driver_epoch, stated.energy_method) if stated else (None, None)
             software = (own.python_version, own.torch_version, own.driver_version) if own else (None,) * 3
-            who = (worker_id, read.boot_id if read else None)
-            read_domains = ",".join(sorted(self.ledger.read_domains(worker_id))) if read else ""
-            yield t_wall_ns, (*who, *where, *gpus, *method, read_domains, *model, *software)
+            boot_id = read.boot_id if read else None
+            domains = ",".join(sorted(self.ledger.read_domains(worker_id))) if read else ""
+            yield worker_id, boot_id, *where, *gpus, epoch, t_wall_ns, method, domains, *model, *software
 
 
 def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
-    """Equal shares of the energies of commits for images, which cost the same; the first have 1 mJ more.
+    """Divide `energy_mj` of each commit (negative: missing) equally among its images; the first have 1 mJ more.
 
-    Args:
-        energy_mj: of each commit; negative: missing.
-        commit: number of each image's commit, all those of one commit together.
+    `commit` is the number of each image's commit, the images of one commit together.
     """
     lengths = np.diff(np.flatnonzero(np.diff(commit, prepend=-1, append=-1)))
     of_commit = np.repeat(lengths, lengths)
@@ -482,14 +436,6 @@ def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
     mine = energy_mj[commit]
     base, rest = np.divmod(mine, np.maximum(of_commit, 1))
     return np.where(mine < 0, mine, base + (turn < rest))
-
-
-def _padded(lists: Sequence[Sequence[int]]) -> np.ndarray:
-    """Lists of different lengths as rows, filled up with -1."""
-    table = np.full((len(lists), max(map(len, lists), default=0)), -1, np.int64)
-    for row, values in zip(table, lists, strict=True):
-        row[: len(values)] = values
-    return table
 
 
 def _table(name: str, *columns: Any) -> pa.Table:
@@ -505,39 +451,36 @@ def _nullable(numbers: np.ndarray, missing: int) -> pa.Array:
     return pa.array(numbers, pa.int64(), mask=numbers == missing)
 
 
-def _by_day(t_wall_ns: np.ndarray, rows: pa.Table) -> Iterator[DayBlock]:
+def _by_day(rows: pa.Table, t_wall_ns: np.ndarray | None = None) -> Iterator[DayBlock]:
+    """`rows` divided by day; `t_wall_ns` is when each belongs, by default as the table says itself."""
+    if t_wall_ns is None:
+        t_wall_ns = rows[next(name for name in rows.column_names if name in _TIMES)].to_numpy()
     days = t_wall_ns // DAY_NS
     every = np.unique(days).tolist()
     for day in every:
         yield day, rows if len(every) == 1 else rows.filter(pa.array(days == day))
 
 
-def reading_blocks(readings: pa.Table) -> Iterator[DayBlock]:
-    """The `node_reading` table by day."""
-    days = pc.divide(readings["t_wall_ns"], DAY_NS)
-    for day in sorted(pc.unique(days).to_pylist()):
-        yield day, readings.filter(pc.equal(days, day))
+def _blocks(name: str, rows: Iterable[tuple]) -> Iterator[DayBlock]:
+    """`rows` of a table by day, at most `BLOCK_ROWS` at a time."""
+    rest = iter(rows)
+    while held := list(islice(rest, BLOCK_ROWS)):
+        yield from _by_day(table_of(name, held))
 
 
-def node_energy_rows(nodes: NodeBooks) -> Iterator[_Row]:
-    """The `node_energy` table: what each C3 row is the sum of."""
-    for part in nodes.parts:
-        yield part.stretch[0] + part.wall_minus_mono_ns, part.as_tuple()
-
-
-def power_rows(trace: PowerTrace, node_id: str | None, host: str | None) -> Iterator[_Row]:
+def power_rows(trace: PowerTrace, node_id: str | None, host: str | None) -> Iterator[tuple]:
     """The samples of one device as rows of the power table."""
     for sample in trace.samples:
-        yield sample.t_wall_ns, (trace.boot_id, node_id, host, trace.device, *sample, trace.source)
+        yield trace.boot_id, node_id, host, trace.device, *sample, trace.source
 
 
-def read_rows(worker_id: str, read: CounterRead) -> Iterator[_Row]:
+def read_rows(worker_id: str, read: CounterRead) -> Iterator[tuple]:
     """One counter row per domain of `read`."""
     t_wall_ns = read.t_wall_ns // WALL_STEP_NS * WALL_STEP_NS
     latency_ns = -(-read.latency_ns // LATENCY_STEP_NS) * LATENCY_STEP_NS
     for domain, energy_mj in sorted(read.energy_mj.items()):
         where = (worker_id, read.boot_id, read.epoch_of(domain), domain)
-        yield read.t_wall_ns, (*where, read.t_mono_ns, t_wall_ns, latency_ns, energy_mj)
+        yield *where, read.t_mono_ns, t_wall_ns, latency_ns, energy_mj
 
 
 def committed_attempt(c: Commit, energy_mj: int | None) -> tuple:
@@ -547,15 +490,3 @@ def committed_attempt(c: Commit, energy_mj: int | None) -> tuple:
         *(c.t_start_wall_ns, c.t_end_wall_ns, c.images_ok, c.images_quarantined, energy_mj),
         *(c.energy_estimate_mj, c.energy_method, ",".join(c.energy_domains)),
     )
-
-
-def blocks(name: str, rows: Iterable[_Row]) -> Iterator[DayBlock]:
-    """`rows` as tables of one day and at most `BLOCK_ROWS` each."""
-    held: dict[int, list[tuple]] = defaultdict(list)
-    for t_wall_ns, row in rows:
-        day = t_wall_ns // DAY_NS
-        held[day].append(row)
-        if len(held[day]) == BLOCK_ROWS:
-            yield day, table_of(name, held.pop(day))
-    for day in sorted(held):
-        yield day, table_of(name, held[day])

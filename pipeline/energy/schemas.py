@@ -28,7 +28,10 @@ RUN_ID_DIGITS = 12
 _UNITS = {"mj": "mJ", "mw": "mW", "ns": "ns", "share": "1"}
 
 
-def _field(name: str, kind: pa.DataType, text: str = "", *, nullable: bool = True) -> pa.Field:
+TEXT, INT, INT32, FLOAT, BOOL = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
+
+
+def _field(name: str, kind: pa.DataType, text: str = "", *, nullable: bool = False) -> pa.Field:
     metadata = {"unit": _UNITS.get(name.rpartition("_")[2], ""), "description": text}
     if name == "energy_mj":
         metadata["otel"] = "hw.energy"
@@ -37,176 +40,167 @@ def _field(name: str, kind: pa.DataType, text: str = "", *, nullable: bool = Tru
     return pa.field(name, kind, nullable, {k: v for k, v in metadata.items() if v})
 
 
-def _schema(table: str, *fields: pa.Field) -> pa.Schema:
-    version_text = str(ENERGY_SCHEMA_VERSION)
-    return pa.schema(fields, metadata={"millijoule.table": table, "millijoule.schema_version": version_text})
+def _maybe(name: str, kind: pa.DataType, text: str = "") -> pa.Field:
+    """A column that may have nulls."""
+    return _field(name, kind, text, nullable=True)
 
 
 _MONO = "CLOCK_MONOTONIC of the host's boot"
 
-#: The tables by name. `closure` is written last: where it is, all others are complete.
-ENERGY_SCHEMAS = {
-    "counter": _schema(
-        "counter",
-        _field("worker_id", pa.string(), nullable=False),
-        _field("boot_id", pa.string(), "of the host that was read", nullable=False),
+_FIELDS = {
+    "counter": (
+        _field("worker_id", TEXT),
+        _field("boot_id", TEXT, "of the host that was read"),
         _field(
             "epoch",
-            pa.int32(),
+            INT32,
             "another one when a counter of the host was reset; of processors it names the counter book, too",
-            nullable=False,
         ),
-        _field("domain", pa.string(), nullable=False),
-        _field("t_mono_ns", pa.int64(), _MONO, nullable=False),
-        _field("t_wall_ns", pa.int64(), "since 1970, to the millisecond", nullable=False),
-        _field("read_latency_ns", pa.int64(), "the value is at most this old, to 0.1 ms", nullable=False),
-        _field("energy_mj", pa.int64(), "cumulative, unwrapped", nullable=False),
+        _field("domain", TEXT),
+        _field("t_mono_ns", INT, _MONO),
+        _field("t_wall_ns", INT, "since 1970, to the millisecond"),
+        _field("read_latency_ns", INT, "the value is at most this old, to 0.1 ms"),
+        _field("energy_mj", INT, "cumulative, unwrapped"),
     ),
-    "power": _schema(
-        "power",
-        _field("boot_id", pa.string(), "of the host that was read", nullable=False),
-        _field("node_id", pa.string()),
-        _field("host", pa.string()),
-        _field("device", pa.string(), "UUID of the GPU", nullable=False),
-        _field("t_mono_ns", pa.int64(), _MONO, nullable=False),
-        _field("t_wall_ns", pa.int64(), "since 1970", nullable=False),
-        _field("power_average_mw", pa.int64(), "NVML field 185, averaged over a second; null: not readable"),
-        _field("power_instant_mw", pa.int64(), "NVML field 186; null: not readable"),
-        _field("source", pa.string(), nullable=False),
+    "power": (
+        _field("boot_id", TEXT, "of the host that was read"),
+        _maybe("node_id", TEXT),
+        _maybe("host", TEXT),
+        _field("device", TEXT, "UUID of the GPU"),
+        _field("t_mono_ns", INT, _MONO),
+        _field("t_wall_ns", INT, "since 1970"),
+        _maybe("power_average_mw", INT, "NVML field 185, averaged over a second; null: not readable"),
+        _maybe("power_instant_mw", INT, "NVML field 186; null: not readable"),
+        _field("source", TEXT),
     ),
-    "segment": _schema(
-        "segment",
-        _field("segment_id", pa.int64(), "several rows, one per domain; null: a gap between segments"),
-        _field("worker_id", pa.string(), "null: a gap"),
-        _field("segment_class", pa.string(), ", ".join((*SEGMENT_CLASSES, "off")), nullable=False),
-        _field("shard_id", pa.int64()),
-        _field("attempt_id", pa.string()),
-        _field("boot_id", pa.string(), nullable=False),
-        _field("epoch", pa.int32(), "of the domain at the open read", nullable=False),
-        _field("t_open_mono_ns", pa.int64(), _MONO, nullable=False),
-        _field("t_close_mono_ns", pa.int64(), _MONO, nullable=False),
-        _field("t_open_wall_ns", pa.int64(), "since 1970; of a gap, from the host's reads", nullable=False),
-        _field("domain", pa.string(), "null: the worker measured nothing"),
-        _field("energy_mj", pa.int64(), "this worker's share; null: missing"),
+    "segment": (
+        _maybe("segment_id", INT, "several rows, one per domain; null: a gap between segments"),
+        _maybe("worker_id", TEXT, "null: a gap"),
+        _field("segment_class", TEXT, ", ".join((*SEGMENT_CLASSES, "off"))),
+        _maybe("shard_id", INT),
+        _maybe("attempt_id", TEXT),
+        _field("boot_id", TEXT),
+        _field("epoch", INT32, "of the domain at the open read"),
+        _field("t_open_mono_ns", INT, _MONO),
+        _field("t_close_mono_ns", INT, _MONO),
+        _field("t_open_wall_ns", INT, "since 1970; of a gap, from the host's reads"),
+        _maybe("domain", TEXT, "null: the worker measured nothing"),
+        _maybe("energy_mj", INT, "this worker's share; null: missing"),
         _field(
             "quality",
-            pa.string(),
-            "measured, short (near the counter's resolution), missing; undivided: while the job runs, the worker's "
-            "own difference, other workers' shares included",
-            nullable=False,
+            TEXT,
+            "measured, short (near the counter's resolution), missing; undivided: while the job runs, "
+            "the worker's own difference, other workers' shares included",
         ),
-        _field("energy_estimate_mj", pa.int64(), "modelled; on the segment's first row only"),
+        _maybe("energy_estimate_mj", INT, "modelled; on the segment's first row only"),
     ),
-    "attempt": _schema(
-        "attempt",
-        _field("shard_id", pa.int64(), nullable=False),
-        _field("attempt_id", pa.string(), nullable=False),
-        _field("outcome", pa.string(), "committed, loser or retry", nullable=False),
-        _field("worker_id", pa.string(), nullable=False),
-        _field("node_id", pa.string()),
-        _field("host", pa.string()),
-        _field("device", pa.string()),
-        _field("driver_epoch", pa.int64()),
-        _field("t_start_wall_ns", pa.int64(), "since 1970", nullable=False),
-        _field("t_end_wall_ns", pa.int64(), "since 1970", nullable=False),
-        _field("images_ok", pa.int64()),
-        _field("images_quarantined", pa.int64()),
-        _field("energy_mj", pa.int64(), "the attempt's share of all its domains; null: missing"),
-        _field("energy_estimate_mj", pa.int64(), "modelled"),
-        _field("energy_method", pa.string()),
-        _field("energy_domains", pa.string(), "comma-separated"),
+    "attempt": (
+        _field("shard_id", INT),
+        _field("attempt_id", TEXT),
+        _field("outcome", TEXT, "committed, loser or retry"),
+        _field("worker_id", TEXT),
+        _maybe("node_id", TEXT),
+        _maybe("host", TEXT),
+        _maybe("device", TEXT),
+        _maybe("driver_epoch", INT),
+        _field("t_start_wall_ns", INT, "since 1970"),
+        _field("t_end_wall_ns", INT, "since 1970"),
+        _maybe("images_ok", INT),
+        _maybe("images_quarantined", INT),
+        _maybe("energy_mj", INT, "the attempt's share of all its domains; null: missing"),
+        _maybe("energy_estimate_mj", INT, "modelled"),
+        _maybe("energy_method", TEXT),
+        _maybe("energy_domains", TEXT, "comma-separated"),
     ),
-    "image": _schema(
-        "image",
-        _field("prompt_id", pa.string(), nullable=False),
-        _field("image_index", pa.int32(), nullable=False),
-        _field("shard_id", pa.int64(), nullable=False),
-        _field("attempt_id", pa.string(), "the winning one", nullable=False),
-        _field("sha256", pa.string(), "of the encoded image"),
-        _field("energy_direct_mj", pa.int64(), "equal share of the shard; null: missing"),
-        _field(
-            "energy_full_mj",
-            pa.int64(),
-            "direct and an equal share of all overhead; null: something is missing",
+    "image": (
+        _field("prompt_id", TEXT),
+        _field("image_index", INT32),
+        _field("shard_id", INT),
+        _field("attempt_id", TEXT, "the winning one"),
+        _maybe("sha256", TEXT, "of the encoded image"),
+        _maybe("energy_direct_mj", INT, "equal share of the shard; null: missing"),
+        _maybe(
+            "energy_full_mj", INT, "direct and an equal share of all overhead; null: something is missing"
         ),
-        _field("energy_estimate_mj", pa.int64(), "modelled, direct"),
+        _maybe("energy_estimate_mj", INT, "modelled, direct"),
     ),
-    "env": _schema(
-        "env",
-        _field("worker_id", pa.string(), nullable=False),
-        _field("boot_id", pa.string(), "of its host"),
-        _field("node_id", pa.string(), "Ray's; null: the worker was lost before it said"),
-        _field("host", pa.string()),
-        _field("device", pa.string(), "UUID of the (first) GPU, or cpu"),
-        _field("gpus", pa.string(), "all GPUs it held, comma-separated; empty: none; null: not known"),
-        _field("device_name", pa.string(), "product name of GPU or CPU; null: not known"),
-        _field("driver_epoch", pa.int64(), "run of the job that started the worker"),
-        _field("t_first_wall_ns", pa.int64(), "since 1970", nullable=False),
-        _field("energy_method", pa.string()),
-        _field("energy_domains", pa.string(), "every domain it ever read, comma-separated"),
-        _field("model_name", pa.string()),
-        _field("model_sha256", pa.string()),
-        _field("plan_fingerprint", pa.string()),
-        _field("millijoule_version", pa.string(), "that planned the job"),
-        _field("python_version", pa.string(), "null: not known"),
-        _field("torch_version", pa.string(), "null: not known, or the model does without"),
-        _field("driver_version", pa.string(), "of the GPU; null: not known, or no GPU"),
+    "env": (
+        _field("worker_id", TEXT),
+        _maybe("boot_id", TEXT, "of its host"),
+        _maybe("node_id", TEXT, "Ray's; null: the worker was lost before it said"),
+        _maybe("host", TEXT),
+        _maybe("device", TEXT, "UUID of the (first) GPU, or cpu"),
+        _maybe("gpus", TEXT, "all GPUs it held, comma-separated; empty: none; null: not known"),
+        _maybe("device_name", TEXT, "product name of GPU or CPU; null: not known"),
+        _maybe("driver_epoch", INT, "run of the job that started the worker"),
+        _field("t_first_wall_ns", INT, "since 1970"),
+        _maybe("energy_method", TEXT),
+        _maybe("energy_domains", TEXT, "every domain it ever read, comma-separated"),
+        _maybe("model_name", TEXT),
+        _maybe("model_sha256", TEXT),
+        _maybe("plan_fingerprint", TEXT),
+        _maybe("millijoule_version", TEXT, "that planned the job"),
+        _maybe("python_version", TEXT, "null: not known"),
+        _maybe("torch_version", TEXT, "null: not known, or the model does without"),
+        _maybe("driver_version", TEXT, "of the GPU; null: not known, or no GPU"),
     ),
-    "node_reading": _schema(
-        "node_reading",
-        _field("host", pa.string(), nullable=False),
-        _field("node_id", pa.string(), "Ray's; null: imported"),
-        _field("boot_id", pa.string(), "of the node; null: imported"),
-        _field(
-            "meter", pa.string(), "a node's meters are alternatives, each measures all of it", nullable=False
-        ),
-        _field("feed", pa.string(), "of the meter; the feeds of one meter add up", nullable=False),
-        _field("source", pa.string(), "what was read; null: the meter could not be read, see note"),
-        _field("t_wall_ns", pa.int64(), "since 1970", nullable=False),
-        _field("t_error_ns", pa.int64(), "how far t_wall_ns may be off the node's clock"),
-        _field("energy_mj", pa.int64(), "cumulative; null: the meter says power"),
-        _field("power_mw", pa.int64(), "null: the meter says energy"),
-        _field("quantum_mj", pa.int64(), "value of the last digit of energy_mj"),
-        _field("quantum_mw", pa.int64(), "value of the last digit of power_mw"),
-        _field("max_gap_ns", pa.int64(), "power is not integrated across more than this", nullable=False),
-        _field("accuracy_share", pa.float64(), "of the instrument, as stated; null: not stated"),
-        _field("rest_mw", pa.int64(), "declared: what no counter sees; null: not declared"),
-        _field("rest_tolerance_mw", pa.int64(), "declared with it"),
-        _field("domains", pa.string(), "counters the node should have, comma-separated; null: not known"),
-        _field("note", pa.string(), "why the meter could not be read; null: it could"),
+    "node_reading": (
+        _field("host", TEXT),
+        _maybe("node_id", TEXT, "Ray's; null: imported"),
+        _maybe("boot_id", TEXT, "of the node; null: imported"),
+        _field("meter", TEXT, "a node's meters are alternatives, each measures all of it"),
+        _field("feed", TEXT, "of the meter; the feeds of one meter add up"),
+        _maybe("source", TEXT, "what was read; null: the meter could not be read, see note"),
+        _field("t_wall_ns", INT, "since 1970"),
+        _maybe("t_error_ns", INT, "how far t_wall_ns may be off the node's clock"),
+        _maybe("energy_mj", INT, "cumulative; null: the meter says power"),
+        _maybe("power_mw", INT, "null: the meter says energy"),
+        _maybe("quantum_mj", INT, "value of the last digit of energy_mj"),
+        _maybe("quantum_mw", INT, "value of the last digit of power_mw"),
+        _field("max_gap_ns", INT, "power is not integrated across more than this"),
+        _maybe("accuracy_share", FLOAT, "of the instrument, as stated; null: not stated"),
+        _maybe("rest_mw", INT, "declared: what no counter sees; null: not declared"),
+        _maybe("rest_tolerance_mw", INT, "declared with it"),
+        _maybe("domains", TEXT, "counters the node should have, comma-separated; null: not known"),
+        _maybe("note", TEXT, "why the meter could not be read; null: it could"),
     ),
-    "node_energy": _schema(
-        "node_energy",
-        _field("host", pa.string(), nullable=False),
-        _field("boot_id", pa.string(), nullable=False),
-        _field("meter", pa.string(), nullable=False),
-        _field("t_open_mono_ns", pa.int64(), _MONO, nullable=False),
-        _field("t_close_mono_ns", pa.int64(), _MONO, nullable=False),
-        _field("t_open_wall_ns", pa.int64(), "since 1970", nullable=False),
-        _field("t_close_wall_ns", pa.int64(), "since 1970", nullable=False),
-        _field("part", pa.string(), "node (its meter), device or rest (declared)", nullable=False),
-        _field("name", pa.string(), "of the part: feed, domain, or declared", nullable=False),
-        _field("source", pa.string(), "of a node's part: the readings used", nullable=False),
-        _field("energy_mj", pa.int64(), nullable=False),
-        _field("tolerance_mj", pa.int64(), "bound of its error", nullable=False),
+    "node_energy": (
+        _field("host", TEXT),
+        _field("boot_id", TEXT),
+        _field("meter", TEXT),
+        _field("t_open_mono_ns", INT, _MONO),
+        _field("t_close_mono_ns", INT, _MONO),
+        _field("t_open_wall_ns", INT, "since 1970"),
+        _field("t_close_wall_ns", INT, "since 1970"),
+        _field("part", TEXT, "node (its meter), device or rest (declared)"),
+        _field("name", TEXT, "of the part: feed, domain, or declared"),
+        _field("source", TEXT, "of a node's part: the readings used"),
+        _field("energy_mj", INT),
+        _field("tolerance_mj", INT, "bound of its error"),
     ),
-    "closure": _schema(
-        "closure",
-        _field("check", pa.string(), "C1 to C6, see docs/energy-tables.md", nullable=False),
-        _field(
-            "scope", pa.string(), "what was checked: a counter, a device, a host or the job", nullable=False
-        ),
-        _field("expected_mj", pa.int64()),
-        _field("found_mj", pa.int64()),
-        _field("residual_mj", pa.int64(), "found - expected"),
-        _field("residual_share", pa.float64(), "residual / expected"),
-        _field("tolerance_share", pa.float64(), "0: must be exact"),
-        _field("tolerance_mj", pa.int64(), "C3: the sum of all error bounds"),
-        _field("residual_ns", pa.int64(), "C6: how far the host's two clocks moved apart"),
-        _field("tolerance_ns", pa.int64()),
-        _field("passed", pa.bool_(), "null: not applicable"),
-        _field("note", pa.string(), nullable=False),
+    "closure": (
+        _field("check", TEXT, "C1 to C6, see docs/energy-tables.md"),
+        _field("scope", TEXT, "what was checked: a counter, a device, a host or the job"),
+        _maybe("expected_mj", INT),
+        _maybe("found_mj", INT),
+        _maybe("residual_mj", INT, "found - expected"),
+        _maybe("residual_share", FLOAT, "residual / expected"),
+        _maybe("tolerance_share", FLOAT, "0: must be exact"),
+        _maybe("tolerance_mj", INT, "C3: the sum of all error bounds"),
+        _maybe("residual_ns", INT, "C6: how far the host's two clocks moved apart"),
+        _maybe("tolerance_ns", INT),
+        _maybe("passed", BOOL, "null: not applicable"),
+        _field("note", TEXT),
     ),
+}
+
+#: The tables by name. `closure` is written last: where it is, all others are complete.
+ENERGY_SCHEMAS = {
+    table: pa.schema(
+        fields,
+        {"millijoule.table": table, "millijoule.schema_version": str(ENERGY_SCHEMA_VERSION)},
+    )
+    for table, fields in _FIELDS.items()
 }
 
 _PLAIN_STRINGS = frozenset({"prompt_id", "sha256"})  # all different: a dictionary would be a copy

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -84,9 +84,9 @@ def part_key(table: str, run_id: str, day: int, part: int) -> str:
 def parse_part_key(key: str) -> tuple[str, str, date] | None:
     """(table, run id, date) of a finished part's key; None for any other key."""
     match = _PART.fullmatch(key)
-    return (
-        (match["table"], match["run"], date.fromisoformat(match["date"])) if match and match["run"] else None
-    )
+    if match is None or not match["run"]:
+        return None
+    return match["table"], match["run"], date.fromisoformat(match["date"])
 
 
 def row_groups(rows: EnergyRows) -> Iterator[RowGroup]:
@@ -166,54 +166,33 @@ def write_energy_tables(
     return EnergyResult(tuple(rows.closure), rows.evidence_class)
 
 
-@dataclass
-class _OpenPart:
-    key: str
-    path: Path
-    writer: pq.ParquetWriter
-
-    def store_in(self, store: Store) -> None:
-        self.writer.close()
-        store.put_file(self.key, self.path)
-        self.path.unlink()
-
-
-@dataclass
-class _PartWriter:
-    """Files being written, one per day of the current table."""
-
-    store: Store
-    folder: Path
-    open: dict[str, _OpenPart] = field(default_factory=dict)  # by folder of the key
-
-    def add(self, group: RowGroup) -> None:
-        folder = group.key.rpartition("/")[0]
-        if group.number == 0:
-            if previous := self.open.pop(folder, None):
-                previous.store_in(self.store)
-            path = self.folder / group.key.replace("/", "-")
-            self.open[folder] = _OpenPart(group.key, path, open_parquet_writer(path, group.table))
-        self.open[folder].writer.write_table(group.rows, row_group_size=ROW_GROUP_ROWS)
-
-    def finish(self) -> None:
-        for part in self.open.values():
-            part.store_in(self.store)
-        self.open.clear()
-
-
 def write_row_groups(store: Store, groups: Iterator[RowGroup]) -> set[str]:
     """Write the files of `groups`, each table finished before the next begins; their keys."""
     written: set[str] = set()
     table = ""
+    writers: dict[
+        str, tuple[str, Path, pq.ParquetWriter]
+    ] = {}  # of each day of the table, by folder of the key
+
+    def finish(folder: str) -> None:
+        key, path, writer = writers.pop(folder)
+        writer.close()
+        store.put_file(key, path)
+        path.unlink()
+
     with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
-        parts = _PartWriter(store, Path(scratch))
         for group in groups:
-            if group.table != table:
-                parts.finish()
+            folder = group.key.rpartition("/")[0]
+            if group.table != table or group.number == 0:
+                for done in [f for f in writers if f == folder or group.table != table]:
+                    finish(done)
                 table = group.table
-            parts.add(group)
-            written.add(group.key)
-        parts.finish()
+                path = Path(scratch, group.key.replace("/", "-"))
+                writers[folder] = group.key, path, open_parquet_writer(path, table)
+                written.add(group.key)
+            writers[folder][2].write_table(group.rows, row_group_size=ROW_GROUP_ROWS)
+        for folder in list(writers):
+            finish(folder)
     return written
 
 

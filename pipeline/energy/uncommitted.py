@@ -1,28 +1,25 @@
 """What no commit carries: last words of workers, lost attempts that a driver had to book, and who the workers were.
 
-A driver collects segments and power samples and writes them to `_job/segments/` at every flush, so that a crash costs
-at most one flush interval of them; a worker writes its own environment to `_job/workers/` before it loads its model, and a
-driver how its account of its devices ended to `_job/closed/`. With the commits they are all that the energy tables are
-made from.
+A driver writes segments and power samples to `_job/segments/` at every flush, and to `_job/closed/` how a worker's account of
+its devices ended; a worker writes its own environment to `_job/workers/` before it loads its model.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import pyarrow as pa
 
 from millijoule.pipeline.energy.node_readings import NO_READINGS, read_node_readings
-from millijoule.pipeline.output.commits import READ_THREADS
-from millijoule.workers.errors import StoreError
+from millijoule.pipeline.output.read_objects import read_objects
 from millijoule.workers.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
+from millijoule.workers.records import decode, encode
 from millijoule.workers.schemas import (
     Commit,
     CounterRead,
+    PowerSample,
     PowerTrace,
     Segment,
     WorkerClosing,
@@ -51,6 +48,25 @@ class Uncommitted:
 NOTHING = Uncommitted()
 
 
+@dataclass(frozen=True)
+class _SampledBy:
+    """A power trace, and the worker that sampled it."""
+
+    worker_id: str
+    device: str
+    boot_id: str
+    source: str
+    samples: tuple[PowerSample, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One object of a driver."""
+
+    segments: tuple[Segment, ...]
+    power: tuple[_SampledBy, ...]
+
+
 class UncommittedWriter:
     """Collects what one driver has to write; two drivers never write the same object."""
 
@@ -74,12 +90,9 @@ class UncommittedWriter:
         """
         if not self._segments and not self._power:
             return
-        body = {
-            "segments": [asdict(s) for s in self._segments],
-            "power": [{"worker_id": worker_id, **asdict(trace)} for worker_id, trace in self._power],
-        }
+        power = (_SampledBy(w, t.device, t.boot_id, t.source, t.samples) for w, t in self._power)
         key = f"{SEGMENTS_PREFIX}{self.epoch:06d}-{self._parts:06d}.json"
-        self.store.put(key, json.dumps(body, separators=(",", ":")).encode())
+        self.store.put(key, encode(_Part(tuple(self._segments), tuple(power))))
         self._parts += 1
         self._segments, self._power = [], []
 
@@ -90,36 +103,52 @@ def read_uncommitted(store: Store) -> Uncommitted:
     Raises:
         StoreError: storage failed, or an object is not what it should be; the message names it.
     """
-    segments: list[Segment] = []
-    power: list[tuple[str, PowerTrace]] = []
-    for more, traces in _read_all(store, SEGMENTS_PREFIX, _parse_part):
-        segments += more
-        power += traces
+    parts = _read(
+        store,
+        SEGMENTS_PREFIX,
+        _parse_part,
+        lambda part: (r for s in part.segments for r in (s.open, s.close)),
+    )
     return Uncommitted(
-        tuple(segments), tuple(power), read_workers(store), read_node_readings(store), read_closings(store)
+        tuple(segment for part in parts for segment in part.segments),
+        tuple(
+            (p.worker_id, PowerTrace(p.device, p.boot_id, p.source, p.samples))
+            for part in parts
+            for p in part.power
+        ),
+        read_workers(store),
+        read_node_readings(store),
+        {c.worker_id: c for c in _read(store, CLOSINGS_PREFIX, WorkerClosing.from_json, lambda c: [c.read])},
     )
 
 
 def read_workers(store: Store) -> dict[str, WorkerEnvironment]:
     """The environments of a job's workers, by worker id; raises StoreError."""
-
-    def parse(data: bytes) -> WorkerEnvironment:
-        environment = WorkerEnvironment.from_json(data)
-        _require_numbers(environment.opened)
-        return environment
-
-    return {environment.worker_id: environment for environment in _read_all(store, WORKERS_PREFIX, parse)}
+    found = _read(store, WORKERS_PREFIX, WorkerEnvironment.from_json, lambda worker: [worker.opened])
+    return {worker.worker_id: worker for worker in found}
 
 
-def read_closings(store: Store) -> dict[str, WorkerClosing]:
-    """How the accounts of a job's workers ended, by worker id; raises StoreError."""
+def _read(
+    store: Store,
+    prefix: str,
+    parse: Callable[[bytes], T],
+    reads: Callable[[T], Iterable[CounterRead | None]],
+) -> list[T]:
+    """The objects under `prefix`, in order of their keys; `reads` are the counter reads of one."""
 
-    def parse(data: bytes) -> WorkerClosing:
-        closing = WorkerClosing.from_json(data)
-        _require_numbers(closing.read)
-        return closing
+    def parse_checked(data: bytes) -> T:
+        record = parse(data)
+        for read in reads(record):
+            _require_numbers(read)
+        return record
 
-    return {closing.worker_id: closing for closing in _read_all(store, CLOSINGS_PREFIX, parse)}
+    return read_objects(store, prefix, parse_checked, "what a driver or worker wrote")
+
+
+def _parse_part(data: bytes) -> _Part:
+    if data.lstrip().startswith(b"["):  # as written before power was carried
+        return _Part(decode(tuple[Segment, ...], data), ())
+    return decode(_Part, data)
 
 
 def _require_numbers(read: CounterRead | None) -> None:
@@ -144,24 +173,3 @@ def held_devices(
     for commit in commits:
         devices.setdefault(commit.worker_id, (commit.device,))
     return devices
-
-
-def _read_all(store: Store, prefix: str, parse: Callable[[bytes], T]) -> list[T]:
-    """The objects under `prefix`, in order of their keys."""
-
-    def read(key: str) -> T:
-        try:
-            return parse(store.get(key))
-        except (ValueError, TypeError, KeyError) as error:
-            raise StoreError(f"{store.url}/{key}: not what a driver or worker wrote: {error}") from error
-
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        return list(threads.map(read, sorted(item.key for item in store.list(prefix))))
-
-
-def _parse_part(data: bytes) -> tuple[list[Segment], list[tuple[str, PowerTrace]]]:
-    raw = json.loads(data)
-    if isinstance(raw, list):  # as written before power was carried
-        raw = {"segments": raw, "power": []}
-    power = [(trace.pop("worker_id"), PowerTrace.from_dict(trace)) for trace in raw["power"]]
-    return [Segment.from_dict(s) for s in raw["segments"]], power

@@ -7,8 +7,9 @@ the page. No CustomJS here: it would need `eval`, which the page's content secur
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bokeh.models import (
     ColumnDataSource,
@@ -149,26 +150,14 @@ def work_chart(timeline: Timeline) -> Chart:
         ]
         if not spans:
             continue
-        source = ColumnDataSource(
-            {
-                "y": [s[0] for s in spans],
-                "begin": [s[2] / per_unit for s in spans],
-                "end": [s[3] / per_unit for s in spans],
-                "worker": [f"{s[1].worker} on {s[1].host} {s[1].device}" for s in spans],
-            }
-        )
-        bars = plot.hbar(
-            y="y",
-            left="begin",
-            right="end",
-            height=0.8,
-            source=source,
-            color=CLASS_COLOURS[c],
-            line_width=0.5,
-            name=f"class:{c}",
-        )
-        tooltips = [(c, f"@begin{{0.[00]}} to @end{{0.[00]}} {unit}"), ("worker", "@worker")]
-        plot.add_tools(HoverTool(renderers=[bars], tooltips=tooltips, visible=False))
+        columns: dict[str, list[Any]] = {
+            "y": [s[0] for s in spans],
+            "left": [s[2] / per_unit for s in spans],
+            "right": [s[3] / per_unit for s in spans],
+            "worker": [f"{s[1].worker} on {s[1].host} {s[1].device}" for s in spans],
+        }
+        tooltips = [(c, f"@left{{0.[00]}} to @right{{0.[00]}} {unit}"), ("worker", "@worker")]
+        _bars(plot, f"class:{c}", columns, CLASS_COLOURS[c], tooltips, height=0.8, line_width=0.5)
     plot.ygrid.grid_line_color = None
     lanes = tuple(
         Lane(lane.worker, lane.host, lane.device, mark)
@@ -225,19 +214,9 @@ def share_chart(job: JobReport) -> Chart:
         if not any(parts):
             continue
         right = [a + b for a, b in zip(left, parts, strict=True)]
-        source = ColumnDataSource({"y": marks, "left": left, "right": right, "part": parts})
-        drawn = plot.hbar(
-            y="y",
-            left="left",
-            right="right",
-            height=0.75,
-            source=source,
-            color=GROUP_COLOURS[group],
-            line_width=0,
-            name=f"group:{group}",
-        )
+        columns: dict[str, list[Any]] = {"y": marks, "left": left, "right": right, "part": parts}
         tooltips = [(group, "@part{0.0%}"), ("of", "@y")]
-        plot.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips, visible=False))
+        _bars(plot, f"group:{group}", columns, GROUP_COLOURS[group], tooltips, height=0.75, line_width=0)
         left = right
     what = "measured energy" if energy else "estimated energy (not measured)" if modelled else None
     caption = (f"First bar: {what} of the job. " if what else "") + "Other bars: worker time."
@@ -247,6 +226,30 @@ def share_chart(job: JobReport) -> Chart:
         Lane(mark, host, device, mark) for mark, (_, host, device, _) in zip(marks, bars, strict=True)
     )
     return Chart("shares", "Images, load, idle and waste", caption, plot, lanes)
+
+
+def _bars(
+    plot: figure,
+    name: str,
+    columns: Mapping[str, Sequence[Any]],
+    colour: str,
+    tooltips: list[tuple[str, str]],
+    *,
+    height: float,
+    line_width: float,
+) -> None:
+    """Horizontal bars from `left` to `right` at `y`, and what they say when one points at them."""
+    bars = plot.hbar(
+        y="y",
+        left="left",
+        right="right",
+        height=height,
+        source=ColumnDataSource(dict(columns)),
+        color=colour,
+        line_width=line_width,
+        name=name,
+    )
+    plot.add_tools(HoverTool(renderers=[bars], tooltips=tooltips, visible=False))
 
 
 def _shares(job: JobReport, field: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -39,7 +40,7 @@ from millijoule.pipeline.report.energy import (
 )
 from millijoule.pipeline.report.flags import Flag, flags_of
 from millijoule.pipeline.report.gallery import Sample, read_samples
-from millijoule.pipeline.report.gpu_time import GpuPrices, GpuTime, gpu_flags, measure_gpu_time
+from millijoule.pipeline.report.gpu_time import GpuPrices, GpuTime, measure_gpu_time
 from millijoule.pipeline.report.node_meters import NodeMeterRow, node_meter_rows
 from millijoule.pipeline.report.tables import labels, read_energy_table
 from millijoule.pipeline.report.timeline import Timeline, build_timeline, read_work
@@ -55,25 +56,11 @@ MAX_MESSAGES = 20
 
 #: What `stats.json` has had since its first version.
 _NEEDED = (
-    *(
-        "model",
-        "model_sha256",
-        "millijoule_version",
-        "shards",
-        "images_ok",
-        "images_quarantined",
-        "encoded_bytes",
-    ),
-    *(
-        "input_rows_rejected",
-        "errors",
-        "warnings",
-        "energy_methods",
-        "images_per_second",
-        "direct_mj_per_image",
-    ),
-    *("full_mj_per_image", "seconds_first_to_last_commit"),
+    *("model", "model_sha256", "millijoule_version", "images_ok", "images_quarantined", "encoded_bytes"),
+    *("input_rows_rejected", "shards", "errors", "warnings", "energy_methods", "images_per_second"),
+    *("direct_mj_per_image", "full_mj_per_image", "seconds_first_to_last_commit"),
 )
+_TAKEN_OVER = _NEEDED[:7]
 
 
 @dataclass(frozen=True)
@@ -150,21 +137,18 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
     """Read one output; see `collect_report`."""
     job = require_job(store)
     stats = _read_stats(store)
-    segments = read_energy_table(store, "segment", job.fingerprint)
-    attempts = read_energy_table(store, "attempt", job.fingerprint)
+    read = partial(read_energy_table, store, run_id=job.fingerprint)
+    segments, attempts, env, power = (read(table) for table in ("segment", "attempt", "env", "power"))
     if segments is None or attempts is None:
         raise InputError(
             f"{store.url}: has no energy tables; run the same `millijoule generate` again to finish it"
         )
-    counters = read_energy_table(store, "counter", job.fingerprint)
-    power = read_energy_table(store, "power", job.fingerprint)
     work = read_work(segments)
-    env = read_energy_table(store, "env", job.fingerprint)
     places = place_workers(work, attempts, env)
-    timeline = build_timeline(work, places, attempts, counters, power)
-    closure_table = read_energy_table(store, "closure", job.fingerprint)
+    timeline = build_timeline(work, places, attempts, read("counter"), power)
+    closure_table = read("closure")
     closure = _closure(closure_table)
-    node_meters = node_meter_rows(closure_table, read_energy_table(store, "node_energy", job.fingerprint))
+    node_meters = node_meter_rows(closure_table, read("node_energy"))
     models = gpu_models(env)
     devices = device_rows(work, places, attempts, models)
     nodes = node_rows(work, places, attempts, models)
@@ -180,17 +164,10 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         for rate in (rates.carbon, rates.price)
     )
     evidence = stats.get("evidence_class")
-    short = _short_share(segments)
     return JobReport(
         output=store.url,
         fingerprint=job.fingerprint,
-        model=stats["model"],
-        model_sha256=stats["model_sha256"],
-        millijoule_version=stats["millijoule_version"],
-        images_ok=stats["images_ok"],
-        images_quarantined=stats["images_quarantined"],
-        input_rows_rejected=stats["input_rows_rejected"],
-        encoded_bytes=stats["encoded_bytes"],
+        **{name: stats[name] for name in _TAKEN_OVER},
         evidence_class=evidence if isinstance(evidence, str) else "not computed",
         is_measured=is_measured,
         domains=tuple(energy.get("domains", ())),
@@ -205,7 +182,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         devices_not_shown=max(0, len(devices) - MAX_DEVICE_ROWS),
         nodes=tuple(nodes[:MAX_DEVICE_ROWS]),
         nodes_not_shown=max(0, len(nodes) - MAX_DEVICE_ROWS),
-        models=model_rows(work, places, attempts, models),
+        models=tuple(model_rows(work, places, attempts, models)),
         speed=measure_speed(stats, places, attempts),
         timeline=timeline,
         software=_software(env),
@@ -217,11 +194,12 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
             closure.rows is not None,
             closure.failed,
             power is not None and power.num_rows > 0,
-            short,
+            _short_share(segments),
             carbon_used,
             price_used,
             rates.pue,
-            gpu_flags(gpu_time, gpu_prices),
+            gpu_time,
+            gpu_prices,
             unread_devices(env),
         ),
         errors=_first(stats["errors"]),

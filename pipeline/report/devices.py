@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,30 +97,25 @@ def device_rows(
     work: Work, places: Mapping[str, Place], attempts: pa.Table, models: Mapping[tuple[str, str], str]
 ) -> list[DeviceRow]:
     """One row per device, by host and device."""
-    groups = {worker: places[worker] for worker in work.workers}
-    rows = _grouped(work, groups, places, attempts)
-    return [
-        DeviceRow(place.host, place.device, model_of(place, models), *rest)
-        for place, rest in sorted(rows.items(), key=lambda item: (item[0].host, item[0].device))
-    ]
+    return _rows(
+        *(work, places, attempts),
+        lambda place: place,
+        lambda place, _: (place.host, place.device, model_of(place, models)),
+    )
 
 
 def model_rows(
     work: Work, places: Mapping[str, Place], attempts: pa.Table, models: Mapping[tuple[str, str], str]
-) -> tuple[DeviceRow, ...]:
+) -> list[DeviceRow]:
     """As `device_rows`, one row per kind of device; host and device say how many there are."""
-    groups = {worker: Place("", model_of(places[worker], models)) for worker in work.workers}
-    members = _members(groups, places)
-    return tuple(
-        DeviceRow(
-            _count(len({p.host for p in members[kind]}), "node"),
-            _count(len(members[kind]), "device"),
+    return _rows(
+        *(work, places, attempts),
+        lambda place: Place("", model_of(place, models)),
+        lambda kind, members: (
+            _count(len({p.host for p in members}), "node"),
+            _count(len(members), "device"),
             kind.device,
-            *rest,
-        )
-        for kind, rest in sorted(
-            _grouped(work, groups, places, attempts).items(), key=lambda item: item[0].device
-        )
+        ),
     )
 
 
@@ -128,27 +123,15 @@ def node_rows(
     work: Work, places: Mapping[str, Place], attempts: pa.Table, models: Mapping[tuple[str, str], str]
 ) -> list[DeviceRow]:
     """As `device_rows`, one row per node; device says how many it has."""
-    groups = {worker: Place(places[worker].host, "") for worker in work.workers}
-    members = _members(groups, places)
-    return [
-        DeviceRow(
+    return _rows(
+        *(work, places, attempts),
+        lambda place: Place(place.host, ""),
+        lambda node, members: (
             node.host,
-            _count(len(members[node]), "device"),
-            ", ".join(sorted({model_of(p, models) for p in members[node]})),
-            *rest,
-        )
-        for node, rest in sorted(
-            _grouped(work, groups, places, attempts).items(), key=lambda item: item[0].host
-        )
-    ]
-
-
-def _members(groups: Mapping[str, Place], places: Mapping[str, Place]) -> dict[Place, set[Place]]:
-    """The places that each group's workers have."""
-    members: dict[Place, set[Place]] = defaultdict(set)
-    for worker, group in groups.items():
-        members[group].add(places[worker])
-    return members
+            _count(len(members), "device"),
+            ", ".join(sorted({model_of(p, models) for p in members})),
+        ),
+    )
 
 
 def _count(n: int, noun: str) -> str:
@@ -164,21 +147,25 @@ def model_of(place: Place, models: Mapping[tuple[str, str], str]) -> str:
     )
 
 
-def _grouped(
-    work: Work, groups: Mapping[str, Place], places: Mapping[str, Place], attempts: pa.Table
-) -> dict[Place, tuple]:
-    """The columns of `DeviceRow` from `workers` on, per group of workers."""
+def _rows(
+    work: Work,
+    places: Mapping[str, Place],
+    attempts: pa.Table,
+    group_of: Callable[[Place], Place],
+    named: Callable[[Place, set[Place]], tuple[str, str, str]],
+) -> list[DeviceRow]:
+    """One row per group of places, in order; `named` gives host, device and model of a group and its places."""
     won = labels(attempts["outcome"]).where(["committed"])
     made = labels(attempts["worker_id"])
     images = floats(attempts["images_ok"])
     direct, direct_estimate = floats(attempts["energy_mj"]), floats(attempts["energy_estimate_mj"])
     seconds = work.end_s - work.begin_s
-    members: dict[Place, list[str]] = {}
-    for worker, group in groups.items():
-        members.setdefault(group, []).append(worker)
     by_class = {c: work.of_class(c) for c in work.classes}
-    rows = {}
-    for group, workers in members.items():
+    groups: dict[Place, list[str]] = defaultdict(list)
+    for worker in work.workers:
+        groups[group_of(places[worker])].append(worker)
+    rows = []
+    for group, workers in sorted(groups.items(), key=lambda item: (item[0].host, item[0].device)):
         mine = np.isin(work.worker, [i for i, w in enumerate(work.workers) if w in set(workers)])
         theirs = won & made.where(workers)
         n = int(np.nansum(images[theirs]))
@@ -187,15 +174,18 @@ def _grouped(
             by_group[GROUPS.get(c, c)] += float(seconds[mine & rows_of_class].sum())
         busy = by_group.get("images", 0.0)
         all_seconds = sum(by_group.values())
-        rows[group] = (
-            len(workers),
-            n,
-            n / busy if busy and n else None,
-            {g: s / all_seconds for g, s in by_group.items()} if all_seconds else {},
-            _per_image(direct[theirs], n),
-            _per_image(work.energy_mj[mine], n),
-            _per_image(direct_estimate[theirs], n),
-            _per_image(work.estimate_mj[mine], n),
+        rows.append(
+            DeviceRow(
+                *named(group, {places[worker] for worker in workers}),
+                workers=len(workers),
+                images=n,
+                images_per_worker_second=n / busy if busy and n else None,
+                time_shares={g: s / all_seconds for g, s in by_group.items()} if all_seconds else {},
+                direct_mj_per_image=_per_image(direct[theirs], n),
+                full_mj_per_image=_per_image(work.energy_mj[mine], n),
+                direct_estimate_mj_per_image=_per_image(direct_estimate[theirs], n),
+                full_estimate_mj_per_image=_per_image(work.estimate_mj[mine], n),
+            )
         )
     return rows
 

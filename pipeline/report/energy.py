@@ -6,7 +6,7 @@ rate over time needs. What was not measured stays None.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,38 +83,34 @@ class ClassShare:
 def measured_figures(stats: Mapping[str, Any], work: Work, rates: Rates) -> EnergyFigures:
     """What the counters say."""
     methods = sorted(m for m in stats["energy_methods"] if m != "missing")
-    return _figures(
-        f"measured ({', '.join(methods)})" if methods else "not measured",
-        (stats["direct_mj_per_image"], stats["full_mj_per_image"]),
-        stats["energy"].get("total_mj"),
-        (_energy_over_time(work, True, True), _energy_over_time(work, True, False)),
-        rates,
-    )
+    method = f"measured ({', '.join(methods)})" if methods else "not measured"
+    mj_per_image = (stats["direct_mj_per_image"], stats["full_mj_per_image"])
+    return _figures(method, mj_per_image, stats["energy"].get("total_mj"), work, rates, measured=True)
 
 
 def estimate_figures(stats: Mapping[str, Any], work: Work, rates: Rates) -> EnergyFigures:
     """What the model of CPU time says."""
-    return _figures(
-        ESTIMATE,
-        (stats.get("direct_estimate_mj_per_image"), stats.get("full_estimate_mj_per_image")),
-        stats["energy"].get("estimate_total_mj"),
-        (_energy_over_time(work, False, True), _energy_over_time(work, False, False)),
-        rates,
-    )
+    mj_per_image = (stats.get("direct_estimate_mj_per_image"), stats.get("full_estimate_mj_per_image"))
+    total_mj = stats["energy"].get("estimate_total_mj")
+    return _figures(ESTIMATE, mj_per_image, total_mj, work, rates, measured=False)
 
 
 def _figures(
     method: str,
     mj_per_image: tuple[float | None, float | None],
     total_mj: int | None,
-    over_time: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    work: Work,
     rates: Rates,
+    *,
+    measured: bool,
 ) -> EnergyFigures:
-    """Figures of one method; `mj_per_image` and `over_time` are (direct, full)."""
+    """Figures of one method; `mj_per_image` is (direct, full)."""
 
-    def amount(rate: Rate | None, which: int, mj: float | None) -> float | None:
-        mean = mean_rate(rate, *over_time[which]) if rate is not None and mj is not None else None
-        return None if mean is None or mj is None else mj / MJ_PER_KWH * mean.per_kwh * (rates.pue or 1.0)
+    def amount(rate: Rate | None, mj: float | None, is_direct: bool) -> float | None:
+        if rate is None or mj is None:
+            return None
+        mean = mean_rate(rate, *_energy_over_time(work, measured, is_direct))
+        return None if mean is None else mj / MJ_PER_KWH * mean.per_kwh * (rates.pue or 1.0)
 
     direct, full = mj_per_image
     return EnergyFigures(
@@ -123,20 +119,22 @@ def _figures(
         full_mj_per_image=full,
         direct_images_per_kwh=MJ_PER_KWH / direct if direct else None,
         full_images_per_kwh=MJ_PER_KWH / full if full else None,
-        direct_gco2e_per_image=amount(rates.carbon, 0, direct),
-        full_gco2e_per_image=amount(rates.carbon, 1, full),
-        direct_cost_per_image=amount(rates.price, 0, direct),
-        full_cost_per_image=amount(rates.price, 1, full),
+        direct_gco2e_per_image=amount(rates.carbon, direct, True),
+        full_gco2e_per_image=amount(rates.carbon, full, False),
+        direct_cost_per_image=amount(rates.price, direct, True),
+        full_cost_per_image=amount(rates.price, full, False),
         total_mj=total_mj,
-        total_gco2e=amount(rates.carbon, 1, total_mj),
-        total_cost=amount(rates.price, 1, total_mj),
+        total_gco2e=amount(rates.carbon, total_mj, False),
+        total_cost=amount(rates.price, total_mj, False),
     )
 
 
-def _energy_over_time(work: Work, measured: bool, direct: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _energy_over_time(
+    work: Work, measured: bool, is_direct: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Begin, end and energy of every stretch that counts; gaps too, where the whole job is meant."""
     energy = work.energy_mj if measured else work.estimate_mj
-    if direct:
+    if is_direct:
         rows = work.of_class("shard")
         return work.begin_s[rows], work.end_s[rows], energy[rows]
     if not measured:
@@ -170,28 +168,24 @@ def rate_used(rate: Rate, work: Work, is_measured: bool, *, constant_is_fallback
 def class_shares(work: Work, energy: Mapping[str, Any]) -> tuple[ClassShare, ...]:
     """One row per class that occurs, in the order of `SEGMENT_CLASSES`."""
     seconds = {c: float((work.end_s - work.begin_s)[work.of_class(c)].sum()) for c in work.classes}
-    measured = energy.get("measured_mj", {}) if energy.get("total_mj") is not None else {}
-    estimates = energy.get("estimate_mj", {}) if energy.get("estimate_total_mj") is not None else {}
-    all_seconds, all_mj, all_estimates = (
-        sum(seconds.values()),
-        energy.get("total_mj"),
-        energy.get("estimate_total_mj"),
-    )
-    rows = []
-    for c in SEGMENT_CLASSES:
-        if c not in measured and not seconds.get(c) and c not in estimates:
-            continue
-        took = seconds.get(c)
-        rows.append(
-            ClassShare(
-                segment_class=c,
-                group=GROUPS[c],
-                worker_seconds=took,
-                time_share=took / all_seconds if took is not None and all_seconds else None,
-                energy_mj=measured.get(c),
-                energy_share=measured[c] / all_mj if c in measured and all_mj else None,
-                estimate_mj=estimates.get(c),
-                estimate_share=estimates[c] / all_estimates if c in estimates and all_estimates else None,
-            )
+    total_mj, estimate_mj = energy.get("total_mj"), energy.get("estimate_total_mj")
+    measured = {} if total_mj is None else energy.get("measured_mj", {})
+    estimates = {} if estimate_mj is None else energy.get("estimate_mj", {})
+
+    def share(part: float | None, whole: float | None) -> float | None:
+        return part / whole if part is not None and whole else None
+
+    return tuple(
+        ClassShare(
+            segment_class=c,
+            group=GROUPS[c],
+            worker_seconds=seconds.get(c),
+            time_share=share(seconds.get(c), sum(seconds.values())),
+            energy_mj=measured.get(c),
+            energy_share=share(measured.get(c), total_mj),
+            estimate_mj=estimates.get(c),
+            estimate_share=share(estimates.get(c), estimate_mj),
         )
-    return tuple(rows)
+        for c in SEGMENT_CLASSES
+        if c in measured or seconds.get(c) or c in estimates
+    )

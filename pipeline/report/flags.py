@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from millijoule.pipeline.report.data import RateUsed
-
+from millijoule.pipeline.report.energy import RateUsed
+from millijoule.pipeline.report.gpu_time import OPTION, GpuPrices, GpuTime
 
 #: A flag names at most this many devices, or workers.
 MAX_DEVICES_NAMED = 8
@@ -32,14 +31,14 @@ def flags_of(
     carbon: RateUsed | None,
     price: RateUsed | None,
     pue: float | None,
-    gpu_time: Sequence[Flag] = (),
-    unread_devices: Sequence[str] = (),
+    gpu_time: GpuTime | None,
+    gpu_prices: GpuPrices | None,
+    unread_devices: Sequence[str],
 ) -> tuple[Flag, ...]:
     """All flags of a job, the worst first.
 
     Args:
         short_share: part of the measured segment rows near their counter's resolution.
-        gpu_time: flags about the time in which GPUs were held.
         unread_devices: those that workers held and never read a counter of.
     """
     flags = [
@@ -47,18 +46,16 @@ def flags_of(
         *_closure_flags(closure_recorded, closure_failed),
         *_rate_flags(carbon, "carbon intensity", "--gco2-per-kwh (a number or a CSV file)"),
         *_rate_flags(price, "price", "--price-per-kwh (a number or a CSV file)"),
-        *gpu_time,
+        *_gpu_flags(gpu_time, gpu_prices),
     ]
     if not isinstance(stats.get("evidence_class"), str):
         flags.append(Flag("note", "evidence class not computed", "This output records no evidence class."))
     if not power_recorded:
-        flags.append(
-            Flag("note", "power not recorded", "Power is energy counter differences over time, or not shown.")
-        )
+        text = "Power is energy counter differences over time, or not shown."
+        flags.append(Flag("note", "power not recorded", text))
     if pue is None:
-        flags.append(
-            Flag("note", "no PUE", "Grams and money are for the devices alone; --pue adds the building.")
-        )
+        text = "Grams and money are for the devices alone; --pue adds the building."
+        flags.append(Flag("note", "no PUE", text))
     else:
         text = f"Grams and money are multiplied by a declared PUE of {pue:g}. Joules are not."
         flags.append(Flag("note", "PUE declared", text))
@@ -139,3 +136,25 @@ def _rate_flags(rate: RateUsed | None, name: str, option: str) -> list[Flag]:
     else:
         text = f"{rate.source}: {rate.fallback_share:.0%} of the energy lies outside the table; the nearest row was used."
     return [Flag("caution", f"{name}: fallback", text)]
+
+
+def _gpu_flags(time: GpuTime | None, prices: GpuPrices | None) -> list[Flag]:
+    flags = []
+    if time is not None and time.workers_unknown:
+        text = f"{time.workers_unknown} workers did not say which GPUs they held; their time, and so the cost, is missing."
+        flags.append(Flag("caution", "GPU time incomplete", text))
+    if time is not None and time.workers_unclosed:
+        text = f"Until when {time.workers_unclosed} workers held their GPUs is not known; that time, and so the cost, is missing."
+        flags.append(Flag("caution", "GPU time incomplete", text))
+    if prices is None:
+        return flags
+    if time is None:
+        text = f"No worker held a GPU, so {OPTION} has no time to multiply."
+        return [*flags, Flag("caution", "no GPU time", text)]
+    if missing := [m.model for m in time.models if m.price_per_hour is None]:
+        text = f"{OPTION} has no price for {', '.join(missing)}, so the cost is missing."
+        flags.append(Flag("caution", "GPU price missing", text))
+    if unused := sorted(prices.by_model.keys() - {prices.name_of(m.model) for m in time.models}):
+        text = f"No GPU of this job is a {' or a '.join(unused)}."
+        flags.append(Flag("caution", "GPU price not used", text))
+    return flags

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from millijoule.pipeline.report.words import shortened
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.layout import MANIFEST_KEY
@@ -49,22 +50,19 @@ def read_samples(store: Store) -> tuple[Sample, ...]:
         rows = _first_rows(store)
     except NotFoundError:
         return ()
-    samples: list[Sample] = []
-    for row, data in _read(store, rows):
-        picture = _picture(data) if data is not None else None
-        samples.append(
-            Sample(
-                prompt_id=row["prompt_id"],
-                image_index=row["image_index"],
-                prompt=_shortened(row["prompt"]),
-                width=row["width"],
-                height=row["height"],
-                energy_mj=row["energy_mj"],
-                warnings=tuple(row["warnings"] or ()),
-                picture=picture,
-            )
+    return tuple(
+        Sample(
+            prompt_id=row["prompt_id"],
+            image_index=row["image_index"],
+            prompt=shortened(row["prompt"], MAX_PROMPT_CHARS),
+            width=row["width"],
+            height=row["height"],
+            energy_mj=row["energy_mj"],
+            warnings=tuple(row["warnings"] or ()),
+            picture=None if data is None else _picture(data),
         )
-    return tuple(samples)
+        for row, data in _read(store, rows)
+    )
 
 
 def _read(store: Store, rows: list[dict[str, Any]]) -> list[tuple[Mapping[str, Any], bytes | None]]:
@@ -77,20 +75,10 @@ def _read(store: Store, rows: list[dict[str, Any]]) -> list[tuple[Mapping[str, A
 
 
 def _first_rows(store: Store) -> list[dict[str, Any]]:
-    columns = [
-        "prompt_id",
-        "image_index",
-        "prompt",
-        "width",
-        "height",
-        "status",
-        "path",
-        "warnings",
-        "energy_mj",
-    ]
+    of_sample = ["prompt_id", "image_index", "prompt", "width", "height", "energy_mj", "warnings"]
     rows: list[dict[str, Any]] = []
     with store.open_input(MANIFEST_KEY) as source:
-        for batch in pq.ParquetFile(source).iter_batches(_READ_ROWS, columns=columns):
+        for batch in pq.ParquetFile(source).iter_batches(_READ_ROWS, columns=[*of_sample, "status", "path"]):
             rows += [row for row in batch.to_pylist() if row["status"] == "ok"]
             if len(rows) >= MAX_SAMPLES:
                 break
@@ -106,7 +94,7 @@ def _picture(data: bytes) -> str | None:
         ValueError,
         SyntaxError,
         Image.DecompressionBombError,
-    ) as error:  # a broken PNG is a SyntaxError
+    ) as error:  # SyntaxError: a broken PNG
         log.warning("an image of the gallery cannot be read: %s", error)
         return None
     for kind, body in _encodings(image):
@@ -130,7 +118,3 @@ def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def _shortened(prompt: str) -> str:
-    return prompt if len(prompt) <= MAX_PROMPT_CHARS else prompt[:MAX_PROMPT_CHARS] + " ..."

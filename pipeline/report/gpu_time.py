@@ -8,16 +8,15 @@ neither energy nor a power usage effectiveness plays a part.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow as pa
 
+from millijoule.pipeline.energy.intervals import merged
 from millijoule.pipeline.report.devices import model_of
 from millijoule.pipeline.report.energy import GROUPS
-from millijoule.pipeline.report.flags import Flag
 from millijoule.pipeline.report.timeline import Place, Work
 from millijoule.workers.errors import InputError
 
@@ -121,45 +120,40 @@ def measure_gpu_time(
     """
     held = _held_gpus(work, places, env)
     spans: dict[tuple[str, Place], list[Span]] = defaultdict(list)  # by group of GROUPS and GPU
-    groups = [GROUPS.get(c, c) for c in work.classes]
-    unknown = 0
-    by_worker = np.argsort(work.worker, kind="stable")
-    ends = np.searchsorted(work.worker[by_worker], np.arange(len(work.workers) + 1))
+    for worker, number, begin, end in zip(
+        *(work.worker.tolist(), work.segment_class.tolist(), work.begin_s.tolist(), work.end_s.tolist()),
+        strict=True,
+    ):
+        group = GROUPS.get(work.classes[number], work.classes[number])
+        for gpu in held[work.workers[worker]] or ():
+            spans[group, gpu].append((begin, end))
     for number, worker in enumerate(work.workers):
-        mine = by_worker[ends[number] : ends[number + 1]]
-        gpus = held[worker]
-        if gpus is None:
-            unknown += 1
-            continue
-        for gpu in gpus if len(mine) else ():
-            for i in mine.tolist():
-                spans[groups[work.segment_class[i]], gpu].append((work.begin_s[i], work.end_s[i]))
+        mine = work.worker == number
+        for gpu in (held[worker] or ()) if mine.any() else ():
             # what lies between two segments that arrived was held too
             spans["idle", gpu].append((work.begin_s[mine].min(), work.end_s[mine].max()))
     every = sorted({gpu for _, gpu in spans}, key=lambda gpu: (gpu.host, gpu.device))
     if not every:
         return None
     kinds = {gpu: model_of(places[worker], models) for worker, gpus in held.items() for gpu in gpus or ()}
-    rows: dict[str, list[float]] = defaultdict(lambda: [0, *[0.0] * len(_ORDER)])
+    hours_of: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(_ORDER))  # by model, in `_ORDER`
     for gpu in every:
-        row = rows[kinds[gpu]]
-        row[0] += 1
         so_far: list[Span] = []
         before = 0.0
-        for n, group in enumerate(_ORDER, 1):
-            so_far = _union([*so_far, *spans[group, gpu]])
+        for n, group in enumerate(_ORDER):
+            so_far = merged([*so_far, *spans[group, gpu]])
             seconds = math.fsum(end - begin for begin, end in so_far)
-            row[n] += (seconds - before) / 3600
+            hours_of[kinds[gpu]][n] += (seconds - before) / 3600
             before = seconds
+    gpus_of = Counter(kinds[gpu] for gpu in every)
     by_model = tuple(
-        GpuModelTime(
-            model, int(row[0]), math.fsum(row[1:]), row[1], None if prices is None else prices.of(model)
-        )
-        for model, row in sorted(rows.items())
+        GpuModelTime(model, gpus_of[model], math.fsum(hours), hours[0], prices.of(model) if prices else None)
+        for model, hours in sorted(hours_of.items())
     )
     hours = math.fsum(m.hours for m in by_model)
     direct = math.fsum(m.direct_hours for m in by_model)
     total, direct_cost = None, None
+    unknown = sum(gpus is None for gpus in held.values())
     endless = sum(1 for worker in set(unclosed) if held.get(worker))
     if not unknown and not endless and all(m.price_per_hour is not None for m in by_model):
         total = math.fsum(m.hours * (m.price_per_hour or 0.0) for m in by_model)
@@ -168,7 +162,7 @@ def measure_gpu_time(
         gpus=len(every),
         hours=hours,
         direct_hours=direct,
-        hours_by_group={g: math.fsum(row[n] for row in rows.values()) for n, g in enumerate(_ORDER, 1)},
+        hours_by_group={g: math.fsum(h[n] for h in hours_of.values()) for n, g in enumerate(_ORDER)},
         direct_seconds_per_image=direct * 3600 / images if images else None,
         full_seconds_per_image=hours * 3600 / images if images and not unknown and not endless else None,
         models=by_model,
@@ -180,37 +174,12 @@ def measure_gpu_time(
     )
 
 
-def gpu_flags(time: GpuTime | None, prices: GpuPrices | None) -> list[Flag]:
-    """What a reader must know about the GPU time."""
-    flags = []
-    if time is not None and time.workers_unknown:
-        text = f"{time.workers_unknown} workers did not say which GPUs they held; their time, and so the cost, is missing."
-        flags.append(Flag("caution", "GPU time incomplete", text))
-    if time is not None and time.workers_unclosed:
-        text = f"Until when {time.workers_unclosed} workers held their GPUs is not known; that time, and so the cost, is missing."
-        flags.append(Flag("caution", "GPU time incomplete", text))
-    if prices is None:
-        return flags
-    if time is None:
-        text = f"No worker held a GPU, so {OPTION} has no time to multiply."
-        return [*flags, Flag("caution", "no GPU time", text)]
-    if missing := [m.model for m in time.models if m.price_per_hour is None]:
-        text = f"{OPTION} has no price for {', '.join(missing)}, so the cost is missing."
-        flags.append(Flag("caution", "GPU price missing", text))
-    if unused := sorted(prices.by_model.keys() - {prices.name_of(m.model) for m in time.models}):
-        text = f"No GPU of this job is a {' or a '.join(unused)}."
-        flags.append(Flag("caution", "GPU price not used", text))
-    return flags
-
-
 def _held_gpus(
     work: Work, places: Mapping[str, Place], env: pa.Table | None
 ) -> dict[str, tuple[Place, ...] | None]:
     """The GPUs of each worker: what it stated, else the one its commits name; None: not known."""
-    stated: dict[str, str] = {}
-    if env is not None:
-        pairs = zip(env["worker_id"].to_pylist(), env["gpus"].to_pylist(), strict=True)
-        stated = {worker: gpus for worker, gpus in pairs if gpus is not None}
+    columns = () if env is None else (env["worker_id"].to_pylist(), env["gpus"].to_pylist())
+    stated = {worker: gpus for worker, gpus in zip(*columns, strict=True) if gpus is not None}
     held: dict[str, tuple[Place, ...] | None] = {}
     for worker in work.workers:
         place = places[worker]
@@ -221,14 +190,3 @@ def _held_gpus(
         else:
             held[worker] = () if place.device == "cpu" else (place,)
     return held
-
-
-def _union(spans: Iterable[Span]) -> list[Span]:
-    """`spans` as stretches apart from each other, in order."""
-    merged: list[Span] = []
-    for begin, end in sorted(spans):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged

@@ -20,11 +20,6 @@ class Row:
     attributes: dict[str, str] = field(default_factory=dict)
     is_section: bool = False
 
-    @staticmethod
-    def of(*cells: str, attributes: dict[str, str] | None = None) -> Row:
-        """A row of `cells`."""
-        return Row(cells, attributes or {})
-
     def render(self, right: set[int], columns: int) -> str:
         """The row as HTML; columns in `right` are right-aligned."""
         if self.is_section:

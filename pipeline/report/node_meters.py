@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from millijoule.pipeline.energy.node_closure import scope_of
+
 
 @dataclass(frozen=True)
 class NodeMeterRow:
@@ -39,7 +41,7 @@ def node_meter_rows(closure: pa.Table | None, parts: pa.Table | None) -> list[No
     energy: dict[str, Counter[str]] = defaultdict(Counter)
     stretches: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for part in parts.to_pylist() if parts is not None else ():
-        scope = f"{part['host']} boot {part['boot_id']} by {part['meter']}"
+        scope = scope_of(part["host"], part["boot_id"], part["meter"])
         energy[scope][part["part"]] += part["energy_mj"]
         stretches[scope].add((part["t_open_mono_ns"], part["t_close_mono_ns"]))
     rows = []

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import Any
 
 from millijoule.pipeline.energy import evidence
-from millijoule.pipeline.report import words
+from millijoule.pipeline.report import cells, words
 from millijoule.pipeline.report.charts import CLASS_COLOURS, Chart
 from millijoule.pipeline.report.data import JobReport
 from millijoule.pipeline.report.devices import DeviceRow
-from millijoule.pipeline.report.energy import EnergyFigures, RateUsed
+from millijoule.pipeline.report.energy import RateUsed
 from millijoule.pipeline.report.gallery import Sample
 from millijoule.pipeline.report.markup import Row, search_box, table
 
@@ -67,79 +66,59 @@ def _versions(software: dict[str, str]) -> str:
 
 
 def _cards(job: JobReport) -> str:
-    m, e = job.measured, job.estimate
     cards = [
-        _card("Energy per image", *_pair(m, e, "mj_per_image", words.energy), m, e),
-        _card("Images per kWh", *_pair(m, e, "images_per_kwh", words.count), m, e),
+        _figure_card(job, "Energy per image", "mj_per_image", words.energy),
+        _figure_card(job, "Images per kWh", "images_per_kwh", words.count),
     ]
     if job.carbon is not None:
-        cards.append(_card("CO2e per image", *_pair(m, e, "gco2e_per_image", words.grams), m, e))
+        cards.append(_figure_card(job, "CO2e per image", "gco2e_per_image", words.grams))
     if job.price is not None:
-        cards.append(_card("Electricity per image", *_pair(m, e, "cost_per_image", words.money), m, e))
+        cards.append(_figure_card(job, "Electricity per image", "cost_per_image", words.money))
     if job.gpu_time is not None and job.gpu_time.total_cost is not None:
         gpu = job.gpu_time
         full = f"direct; {words.money(gpu.full_cost_per_image)} full, with loading, idling and waste"
-        cards.append(_plain_card("GPU time per image", words.money(gpu.direct_cost_per_image), full))
-    made = f"{job.images_ok:,} images"
+        cards.append(_card("GPU time per image", words.money(gpu.direct_cost_per_image), full))
     rest = [words.byte_count(job.encoded_bytes)]
     if job.images_quarantined:
         rest.append(f"{job.images_quarantined:,} quarantined")
     if job.input_rows_rejected:
         rest.append(f"{job.input_rows_rejected:,} input rows rejected")
-    cards.append(_plain_card("Made", made, ", ".join(rest)))
-    speed = words.rate(job.speed.images_per_second)
-    cards.append(
-        _plain_card(
-            "Throughput", speed, f"{words.seconds(job.speed.seconds)} from first start to last commit"
-        )
-    )
+    took = f"{words.seconds(job.speed.seconds)} from first start to last commit"
     meaning = evidence.MEANINGS.get(job.evidence_class, "this output records none")
-    cards.append(_plain_card("Evidence class", job.evidence_class, meaning))
+    cards += [
+        _card("Made", f"{job.images_ok:,} images", ", ".join(rest)),
+        _card("Throughput", words.rate(job.speed.images_per_second), took),
+        _card("Evidence class", job.evidence_class, meaning),
+    ]
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _pair(
-    m: EnergyFigures, e: EnergyFigures, name: str, say: Any
-) -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
-    """(direct, full) in words, measured and estimated; None where there is neither."""
-
-    def both(figures: EnergyFigures) -> tuple[str, str] | None:
-        direct, full = getattr(figures, f"direct_{name}"), getattr(figures, f"full_{name}")
-        missing = words.NOT_MEASURED
-        return None if direct is None and full is None else (say(direct, missing), say(full, missing))
-
-    return both(m), both(e)
-
-
-def _card(
-    title: str,
-    measured: tuple[str, str] | None,
-    estimate: tuple[str, str] | None,
-    m: EnergyFigures,
-    e: EnergyFigures,
-) -> str:
+def _figure_card(job: JobReport, title: str, name: str, say: Callable[[float | None, str], str]) -> str:
     """Direct large, full below; the estimate only where nothing was measured, and labelled."""
-    if measured is not None:
+    (direct, full), (about, about_full) = (
+        (getattr(f, f"direct_{name}"), getattr(f, f"full_{name}")) for f in (job.measured, job.estimate)
+    )
+
+    def joined(figure: float | None) -> str:
+        """A figure that is not torn from its unit at the end of a line."""
+        return escape(say(figure, words.NOT_MEASURED)).replace(" ", "&nbsp;")
+
+    if direct is not None or full is not None:
         inside = (
-            f'<div class="value">{_joined(measured[0])}</div><div class="soft">direct; {_joined(measured[1])} full</div>'
-            f'<span class="badge measured">{escape(m.method)}</span>'
+            f'<div class="value">{joined(direct)}</div><div class="soft">direct; {joined(full)} full</div>'
+            f'<span class="badge measured">{escape(job.measured.method)}</span>'
         )
     else:
         inside = f'<div class="value missing">{words.NOT_MEASURED}</div>'
-        if estimate is not None:
+        if about is not None or about_full is not None:
             inside += (
-                f'<div class="estimate soft">about {_joined(estimate[0])} direct, {_joined(estimate[1])} full<br>'
-                f'<span class="badge modelled">{escape(e.method)}</span></div>'
+                f'<div class="estimate soft">about {joined(about)} direct, {joined(about_full)} full<br>'
+                f'<span class="badge modelled">{escape(job.estimate.method)}</span></div>'
             )
     return f'<div class="card"><h4>{escape(title)}</h4>{inside}</div>'
 
 
-def _joined(figure: str) -> str:
-    """A figure that is not torn from its unit at the end of a line."""
-    return escape(figure).replace(" ", "&nbsp;")
-
-
-def _plain_card(title: str, value: str, below: str) -> str:
+def _card(title: str, value: str, below: str) -> str:
     return (
         f'<div class="card"><h4>{escape(title)}</h4><div class="value">{escape(value)}</div>'
         f'<div class="soft">{escape(below)}</div></div>'
@@ -159,37 +138,8 @@ def _flags(job: JobReport) -> str:
 
 def _figures_table(job: JobReport) -> str:
     rows: list[Row] = []
-    for figures in (job.measured, job.estimate):
-        missing = words.NOT_MEASURED if figures.direct_mj_per_image is None else words.NOT_GIVEN
-        f = figures
-        rows += [
-            Row((f.method,), is_section=True),
-            Row.of(
-                "energy per image",
-                words.energy(f.direct_mj_per_image),
-                words.energy(f.full_mj_per_image),
-                words.energy(f.total_mj),
-            ),
-            Row.of(
-                "images per kWh", words.count(f.direct_images_per_kwh), words.count(f.full_images_per_kwh), ""
-            ),
-            Row.of(
-                "CO2e per image",
-                words.grams(f.direct_gco2e_per_image, missing),
-                words.grams(f.full_gco2e_per_image, missing),
-                words.grams(f.total_gco2e, missing),
-            ),
-            Row.of(
-                "electricity cost per image",
-                words.money(f.direct_cost_per_image, missing),
-                words.money(f.full_cost_per_image, missing),
-                words.money(f.total_cost, missing),
-            ),
-        ]
-    if job.gpu_time is not None:
-        rows.append(Row((words.gpus_held(job.gpu_time),), is_section=True))
-        rows += [Row.of(*row) for row in words.gpu_rows(job.gpu_time)]
-    heads = ("", "direct", "full", "whole job")
+    for title, figures in cells.figure_sections(job):
+        rows += [Row((title,), is_section=True), *(Row(figure) for figure in figures)]
     notes = [
         "Direct: used while images were made. Full: direct and an equal share of loading, idling, waste and gaps.",
         _rate_words("Carbon intensity, location-based", "gCO2e/kWh", job.carbon),
@@ -197,9 +147,11 @@ def _figures_table(job: JobReport) -> str:
         f"PUE: {job.pue:g}, declared; it multiplies grams and money, never joules."
         if job.pue
         else "PUE: not given.",
-        *([] if job.gpu_time is None else [words.gpu_prices(job.gpu_time)]),
+        *([] if job.gpu_time is None else [cells.gpu_prices(job.gpu_time)]),
     ]
-    return table(heads, rows, numbers=(1, 2, 3)) + "".join(f'<p class="soft">{escape(n)}</p>' for n in notes)
+    return table(cells.FIGURE_HEADS, rows, numbers=(1, 2, 3)) + "".join(
+        f'<p class="soft">{escape(n)}</p>' for n in notes
+    )
 
 
 def _rate_words(name: str, unit: str, used: RateUsed | None) -> str:
@@ -253,80 +205,52 @@ def _chart(number: int, chart: Chart) -> str:
 
 
 def _classes_table(job: JobReport) -> str:
-    rows = [
-        Row.of(
-            row.segment_class,
-            row.group,
-            words.seconds(row.worker_seconds),
-            words.share(row.time_share),
-            words.energy(row.energy_mj),
-            words.share(row.energy_share),
-            words.energy(row.estimate_mj, "-"),
-            words.share(row.estimate_share),
-            attributes={"class": row.segment_class},
-        )
-        for row in job.classes
-    ]
-    heads = ("class", "counts as", "worker time", "share", "measured", "share", "estimate", "share")
-    return table(heads, rows, numbers=range(2, 8))
+    rows = [Row(cells.class_cells(row), {"class": row.segment_class}) for row in job.classes]
+    return table(cells.CLASS_HEADS, rows, numbers=range(2, 8))
 
 
 def _devices_table(name: str, job: JobReport) -> str:
-    rows = [
-        Row.of(r.host, r.device, r.model, *_device_cells(r), attributes={"host": r.host, "device": r.device})
-        for r in job.devices
-    ]
-    more = f'<p class="soft">{job.devices_not_shown} more devices.</p>' if job.devices_not_shown else ""
-    return table(("node", "device", "kind", *_DEVICE_HEADS), rows, numbers=range(3, 14), name=name) + more
+    rows = [_work_row(r, (r.host, r.device, r.model), host=r.host, device=r.device) for r in job.devices]
+    more = _more(job.devices_not_shown, " devices")
+    return table(("node", "device", "kind", *_WORK_HEADS), rows, numbers=range(3, 14), name=name) + more
 
 
 def _nodes_table(job: JobReport) -> str:
-    rows = [
-        Row.of(r.host, r.device, r.model, *_device_cells(r), attributes={"host": r.host, "device": ""})
-        for r in job.nodes
-    ]
-    more = f'<p class="soft">{job.nodes_not_shown} more nodes.</p>' if job.nodes_not_shown else ""
-    return table(("node", "devices", "kind", *_DEVICE_HEADS), rows, numbers=range(3, 14)) + more
+    rows = [_work_row(r, (r.host, r.device, r.model), host=r.host, device="") for r in job.nodes]
+    more = _more(job.nodes_not_shown, " nodes")
+    return table(("node", "devices", "kind", *_WORK_HEADS), rows, numbers=range(3, 14)) + more
 
 
 def _models_table(job: JobReport) -> str:
-    rows = [Row.of(r.model, r.host, r.device, *_device_cells(r)) for r in job.models]
-    return table(("kind", "nodes", "devices", *_DEVICE_HEADS), rows, numbers=range(3, 14))
+    rows = [_work_row(r, (r.model, r.host, r.device)) for r in job.models]
+    return table(("kind", "nodes", "devices", *_WORK_HEADS), rows, numbers=range(3, 14))
 
 
-_DEVICE_HEADS = (
+_WORK_HEADS = (
     *("workers", "images", "images/s per worker", "time: images", "load", "idle", "waste"),
     *("direct per image", "full per image", "estimate direct", "estimate full"),
 )
 
 
-def _device_cells(row: DeviceRow) -> tuple[str, ...]:
-    return (
-        f"{row.workers:,}",
-        f"{row.images:,}",
-        words.count(row.images_per_worker_second, "-"),
-        *(words.share(row.time_shares.get(g, 0.0)) for g in ("images", "load", "idle", "waste")),
-        words.energy(row.direct_mj_per_image),
-        words.energy(row.full_mj_per_image),
-        words.energy(row.direct_estimate_mj_per_image, "-"),
-        words.energy(row.full_estimate_mj_per_image, "-"),
-    )
+def _work_row(row: DeviceRow, names: tuple[str, ...], **attributes: str) -> Row:
+    shares = (words.share(row.time_shares.get(g, 0.0)) for g in ("images", "load", "idle", "waste"))
+    speed = words.count(row.images_per_worker_second, "-")
+    figures = (f"{row.workers:,}", f"{row.images:,}", speed, *shares, *cells.energy_cells(row))
+    return Row((*names, *figures), attributes)
+
+
+def _more(hidden: int, what: str = "") -> str:
+    return f'<p class="soft">{hidden} more{what}.</p>' if hidden else ""
 
 
 def _speed(job: JobReport) -> str:
-    lines = "".join(f"<p>{escape(line)}</p>" for line in words.speed(job.speed))
+    lines = "".join(f"<p>{escape(line)}</p>" for line in cells.speed(job.speed))
     if not job.speed.slowest:
         return lines
     rows = [
-        Row.of(
-            str(r.shard_id),
-            r.worker,
-            r.host,
-            r.device,
-            f"{r.images:,}",
-            words.seconds(r.seconds),
-            f"{r.times_median:.2f} x",
-            attributes={"host": r.host, "device": r.device},
+        Row(
+            (str(r.shard_id), r.worker, r.host, r.device, *cells.straggler_cells(r)),
+            {"host": r.host, "device": r.device},
         )
         for r in job.speed.slowest
     ]
@@ -338,16 +262,13 @@ def _node_meters(job: JobReport) -> str:
     if not job.node_meters:
         return '<p class="soft">No node\'s own meter was read.</p>'
     rows = [
-        Row.of(
-            r.scope,
-            words.seconds(r.seconds),
-            words.energy(r.node_mj, "-"),
-            words.energy(r.devices_mj, "-"),
-            words.energy(r.rest_mj, "-"),
-            words.residual(r.residual_mj, r.residual_share, None),
-            words.residual(None, r.tolerance_share, None),
-            words.VERDICTS[r.passed],
-            r.note,
+        Row(
+            (
+                *(r.scope, words.seconds(r.seconds), *cells.meter_cells(r)),
+                words.residual(r.residual_mj, r.residual_share, None),
+                words.residual(None, r.tolerance_share, None),
+                *(cells.VERDICTS[r.passed], r.note),
+            )
         )
         for r in job.node_meters
     ]
@@ -355,12 +276,8 @@ def _node_meters(job: JobReport) -> str:
         *("node and meter", "both known for", "the node's meter", "its devices", "declared rest"),
         *("residual", "tolerance", "result", "note"),
     )
-    more = f'<p class="soft">{job.node_meters_not_shown} more.</p>' if job.node_meters_not_shown else ""
-    return (
-        "<p>Residual: devices and declared rest minus the node's meter. It is stated, never spread.</p>"
-        + table(heads, rows, numbers=range(1, 7))
-        + more
-    )
+    note = "<p>Residual: devices and declared rest minus the node's meter. It is stated, never spread.</p>"
+    return note + table(heads, rows, numbers=range(1, 7)) + _more(job.node_meters_not_shown)
 
 
 def _closure(number: int, job: JobReport) -> str:
@@ -368,17 +285,7 @@ def _closure(number: int, job: JobReport) -> str:
     if closure.rows is None:
         return '<p class="soft">Not recorded in this output.</p>'
     rows = [
-        Row.of(
-            r["check"],
-            words.CHECKS.get(r["check"], ""),
-            r["scope"],
-            words.energy(r["expected_mj"], "-"),
-            words.energy(r["found_mj"], "-"),
-            words.residual(r["residual_mj"], r["residual_share"], r["residual_ns"]),
-            words.residual(None, r["tolerance_share"], r["tolerance_ns"]),
-            words.VERDICTS[r["passed"]],
-            r["note"],
-        )
+        Row((r["check"], cells.CHECKS.get(r["check"], ""), r["scope"], *cells.check_cells(r), r["note"]))
         for r in closure.rows
     ]
     text = f"{closure.checks:,} checks, {closure.failed:,} failed."
@@ -386,18 +293,15 @@ def _closure(number: int, job: JobReport) -> str:
         text += f" The first {len(rows)} are listed."
     heads = ("check", "of what", "scope", "expected", "found", "residual", "tolerance", "result", "note")
     name = f"closure-{number}"
-    return (
-        f"<p>{text}</p>"
-        + search_box(name, "filter checks")
-        + table(heads, rows, numbers=range(3, 7), name=name)
-    )
+    listed = table(heads, rows, numbers=range(3, 7), name=name)
+    return f"<p>{text}</p>{search_box(name, 'filter checks')}{listed}"
 
 
 def _messages(job: JobReport) -> str:
     parts = []
     for title, messages in (("Errors", job.errors), ("Warnings", job.warnings)):
         if messages:
-            rows = [Row.of(f"{n:,}", text) for text, n in messages.items()]
+            rows = [Row((f"{n:,}", text)) for text, n in messages.items()]
             parts.append(f"<h3>{title}</h3>" + table(("images", "message"), rows, numbers=(0,)))
     return "".join(parts)
 
@@ -432,19 +336,10 @@ def comparison_section(jobs: Sequence[JobReport]) -> str:
     rows = []
     for job in jobs:
         m, e = job.measured, job.estimate
-        rows.append(
-            Row.of(
-                job.model,
-                job.output,
-                f"{job.images_ok:,}",
-                words.rate(job.speed.images_per_second),
-                words.energy(m.direct_mj_per_image),
-                words.energy(m.full_mj_per_image),
-                words.energy(e.direct_mj_per_image, "-"),
-                words.energy(e.full_mj_per_image, "-"),
-                job.evidence_class,
-            )
-        )
+        made = (job.model, job.output, f"{job.images_ok:,}", words.rate(job.speed.images_per_second))
+        measured = (words.energy(mj) for mj in (m.direct_mj_per_image, m.full_mj_per_image))
+        estimated = (words.energy(mj, "-") for mj in (e.direct_mj_per_image, e.full_mj_per_image))
+        rows.append(Row((*made, *measured, *estimated, job.evidence_class)))
     heads = (
         *("model", "output", "images", "throughput", "measured direct", "measured full"),
         *("estimate direct", "estimate full", "evidence"),

@@ -17,11 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS
+from millijoule.pipeline.output.commits import READ_THREADS
 from millijoule.workers.errors import StoreError
 from millijoule.workers.layout import ENERGY_PREFIX
 from millijoule.workers.storage.store import Store
-
-READ_THREADS = 16
 
 #: The columns of each table the report needs, with the type an absent one gets.
 _COLUMNS: dict[str, dict[str, pa.DataType]] = {
@@ -38,15 +37,8 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         ),
         "power": ("boot_id", "host", "device", "t_wall_ns", "power_average_mw", "power_instant_mw"),
         "env": (
-            "worker_id",
-            "host",
-            "device",
-            "gpus",
-            "energy_domains",
-            "device_name",
-            "python_version",
-            "torch_version",
-            "driver_version",
+            *("worker_id", "host", "device", "gpus", "energy_domains", "device_name"),
+            *("python_version", "torch_version", "driver_version"),
         ),
         "closure": (
             *(
@@ -60,9 +52,7 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
             ),
             *("residual_ns", "tolerance_ns", "passed", "note"),
         ),
-        "node_energy": (
-            *("host", "boot_id", "meter", "t_open_mono_ns", "t_close_mono_ns", "part", "energy_mj"),
-        ),
+        "node_energy": ("host", "boot_id", "meter", "t_open_mono_ns", "t_close_mono_ns", "part", "energy_mj"),
     }.items()
 }
 

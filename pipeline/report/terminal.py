@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from millijoule.pipeline.energy import evidence
-from millijoule.pipeline.report import words
+from millijoule.pipeline.report import cells, words
 from millijoule.pipeline.report.data import JobReport, Report, some_of_each_check
 from millijoule.pipeline.report.devices import DeviceRow
 from millijoule.workers.visible_text import visible
@@ -49,7 +49,7 @@ def _print_job(job: JobReport, console: Console) -> None:
     console.print(_figures(job))
     console.print(_classes(job))
     console.print(_work(job))
-    for line in words.speed(job.speed):
+    for line in cells.speed(job.speed):
         console.print(_plain(line))
     if job.speed.slowest:
         console.print(_stragglers(job))
@@ -65,52 +65,23 @@ def _print_job(job: JobReport, console: Console) -> None:
 
 
 def _figures(job: JobReport) -> Table:
-    table = _table("", "direct", "full", "whole job", numbers=3)
-    for f in (job.measured, job.estimate):
-        if f.direct_mj_per_image is None and f.full_mj_per_image is None and f is job.estimate:
-            continue
-        missing = words.NOT_MEASURED if f.direct_mj_per_image is None else words.NOT_GIVEN
-        table.add_row(_plain(f.method, "bold"))
-        table.add_row(
-            "  energy per image",
-            words.energy(f.direct_mj_per_image),
-            words.energy(f.full_mj_per_image),
-            words.energy(f.total_mj),
-        )
-        table.add_row(
-            "  images per kWh", words.count(f.direct_images_per_kwh), words.count(f.full_images_per_kwh)
-        )
-        table.add_row(
-            "  CO2e per image",
-            words.grams(f.direct_gco2e_per_image, missing),
-            words.grams(f.full_gco2e_per_image, missing),
-            words.grams(f.total_gco2e, missing),
-        )
-        table.add_row(
-            "  electricity cost per image",
-            words.money(f.direct_cost_per_image, missing),
-            words.money(f.full_cost_per_image, missing),
-            words.money(f.total_cost, missing),
-        )
-    if job.gpu_time is not None:
-        table.add_row(_plain(words.gpus_held(job.gpu_time), "bold"))
-        for row in words.gpu_rows(job.gpu_time):
-            table.add_row(f"  {row[0]}", *row[1:])
+    table = _table(*cells.FIGURE_HEADS, numbers=3)
+    sections = cells.figure_sections(job)
+    if job.estimate.direct_mj_per_image is None and job.estimate.full_mj_per_image is None:
+        del sections[1]
+    for title, rows in sections:
+        table.add_row(_plain(title, "bold"))
+        for what, *figures in rows:
+            table.add_row(f"  {what}", *figures)
     return table
 
 
 def _classes(job: JobReport) -> Table:
-    table = _table("class", "worker time", "share", "measured", "share", "estimate", "share", numbers=6)
+    kind, _, *heads = cells.CLASS_HEADS
+    table = _table(kind, *heads, numbers=6)
     for row in job.classes:
-        table.add_row(
-            _plain(row.segment_class),
-            words.seconds(row.worker_seconds),
-            words.share(row.time_share),
-            words.energy(row.energy_mj),
-            words.share(row.energy_share),
-            words.energy(row.estimate_mj, "-"),
-            words.share(row.estimate_share),
-        )
+        name, _, *figures = cells.class_cells(row)
+        table.add_row(_plain(name), *figures)
     return table
 
 
@@ -128,17 +99,13 @@ def _work(job: JobReport) -> Table:
     def add(title: str, names: Iterable[str], rows: Sequence[DeviceRow], all_rows: int) -> None:
         table.add_row(_plain(f"{title}:", "bold"))
         for name, row in list(zip(names, rows, strict=True))[:MAX_ROWS]:
-            energy = (
-                (row.direct_mj_per_image, row.full_mj_per_image)
-                if measured
-                else (row.direct_estimate_mj_per_image, row.full_estimate_mj_per_image)
-            )
+            energy = cells.energy_cells(row)
             table.add_row(
                 _plain(name),
                 f"{row.images:,}",
                 words.count(row.images_per_worker_second, "-"),
                 words.share(row.time_shares.get("idle", 0.0)),
-                *(words.energy(mj, words.NOT_MEASURED if measured else "-") for mj in energy),
+                *(energy[:2] if measured else energy[2:]),
             )
         if all_rows > MAX_ROWS:
             table.add_row(_plain(_rest(all_rows)))
@@ -162,9 +129,7 @@ def _stragglers(job: JobReport) -> Table:
         table.add_row(
             *(_plain(text) for text in (row.host, words.short_device(row.device), row.worker)),
             f"{row.shard_id:,}",
-            f"{row.images:,}",
-            words.seconds(row.seconds),
-            f"{row.times_median:.2f} x",
+            *cells.straggler_cells(row),
         )
     _add_rest(table, job.speed.stragglers)
     return table
@@ -178,14 +143,9 @@ def _print_closure(job: JobReport, console: Console) -> None:
     console.print(_plain(f"closure: {closure.checks:,} checks, {closure.failed:,} failed", "bold"))
     table = _table("check", "scope", "expected", "found", "residual", "result", numbers=4)
     for row in some_of_each_check(closure.rows, MAX_ROWS):
-        table.add_row(
-            _plain(row["check"]),
-            _plain(words.short_scope(row["scope"])),
-            words.energy(row["expected_mj"], "-"),
-            words.energy(row["found_mj"], "-"),
-            words.residual(row["residual_mj"], row["residual_share"], row["residual_ns"]),
-            words.VERDICTS[row["passed"]],
-        )
+        expected, found, residual, _, verdict = cells.check_cells(row)
+        scope = words.short_scope(row["scope"])
+        table.add_row(_plain(row["check"]), _plain(scope), expected, found, residual, verdict)
         if not row["passed"]:
             table.add_row("", _plain(row["note"], "dim"))
     _add_rest(table, closure.checks)
@@ -208,10 +168,10 @@ def _node_meters(job: JobReport) -> Table:
     for row in job.node_meters[:MAX_ROWS]:
         table.add_row(
             _plain(row.scope),
-            *(words.energy(mj, "-") for mj in (row.node_mj, row.devices_mj, row.rest_mj)),
+            *cells.meter_cells(row),
             words.signed_share(row.residual_share),
             words.share(row.tolerance_share),
-            words.VERDICTS[row.passed],
+            cells.VERDICTS[row.passed],
         )
         if row.passed is None:
             table.add_row(_plain(f"  {row.note}", "dim"))

@@ -64,6 +64,11 @@ class Work:
         """bool `[n]`."""
         return np.isin(self.segment_class, [i for i, c in enumerate(self.classes) if c in names])
 
+    def seconds_per_step(self, rows: np.ndarray, edges: np.ndarray) -> np.ndarray:
+        """Seconds of the segments `rows`, a mask, in each step: `[len(edges) - 1]`."""
+        begin, end = self.begin_s[rows], self.end_s[rows]
+        return spread(begin, end, end - begin, edges)
+
 
 @dataclass(frozen=True)
 class PowerLane:
@@ -226,7 +231,7 @@ def _power_lanes(
         if boot not in work.clock_offset_s:
             continue
         mine = np.array([work.boot_of_worker.get(w) == boot for w in work.workers])[work.worker]
-        busy = spread(work.begin_s[mine], work.end_s[mine], (work.end_s - work.begin_s)[mine], edges) > 0
+        busy = work.seconds_per_step(mine, edges) > 0
         for d, domain in enumerate(domains.names):
             device = domain.removeprefix("gpu:")
             rows = (boots.codes == b) & (domains.codes == d)
@@ -234,11 +239,11 @@ def _power_lanes(
                 continue
             energy, covered = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
             for epoch in np.unique(epochs[rows]):
-                now = rows & (epochs == epoch)
-                order = np.lexsort((value[now], at[now]))
-                t = at[now][order] + work.clock_offset_s[boot]
+                now = np.flatnonzero(rows & (epochs == epoch))
+                now = now[np.lexsort((value[now], at[now]))]
+                t = at[now] + work.clock_offset_s[boot]
                 inside = np.clip(edges, t[0], t[-1])
-                energy += np.diff(np.interp(inside, t, value[now][order]))
+                energy += np.diff(np.interp(inside, t, value[now]))
                 covered += np.diff(inside)
             # a sliver of a step says nothing about the step
             known = busy & (covered > 0.05 * np.diff(edges)) & (energy >= 0)
@@ -277,9 +282,8 @@ def _estimate_lanes(work: Work, places: Mapping[str, Place], edges: np.ndarray) 
     for place, members in by_place.items():
         rows = np.isin(work.worker, members) & np.isfinite(work.estimate_mj)
         if rows.any():
-            begin, end = work.begin_s[rows], work.end_s[rows]
-            watts = spread(begin, end, work.estimate_mj[rows], edges) / np.diff(edges) / 1000
-            busy = spread(begin, end, end - begin, edges) > 0
+            mj = spread(work.begin_s[rows], work.end_s[rows], work.estimate_mj[rows], edges)
+            watts, busy = mj / np.diff(edges) / 1000, work.seconds_per_step(rows, edges) > 0
             lanes.append(PowerLane(place.host, place.device, ESTIMATE_SOURCE, _nullable(watts, busy)))
     return lanes
 
@@ -303,24 +307,18 @@ def _work_lanes(
 ) -> tuple[tuple[WorkLane, ...], bool, int]:
     names = sorted(work.workers, key=lambda w: (places[w].host, places[w].device, w))
     shown = names[:MAX_LANES]
+    begin_s, end_s = work.begin_s - edges[0], work.end_s - edges[0]
     stepped = False
     lanes = []
     for name in shown:
-        rows = work.worker == work.workers.index(name)
-        if rows.sum() > MAX_SPANS // len(shown):
+        rows = np.flatnonzero(work.worker == work.workers.index(name))
+        if len(rows) > MAX_SPANS // len(shown):
             stepped = True
-            spans = _stepped_spans(work, rows, edges)
+            spans = _stepped_spans(work, work.worker == work.workers.index(name), edges)
         else:
-            order = np.argsort(work.begin_s[rows], kind="stable")
-            spans = [
-                (b, e, work.classes[c])
-                for b, e, c in zip(
-                    (work.begin_s[rows][order] - edges[0]).tolist(),
-                    (work.end_s[rows][order] - edges[0]).tolist(),
-                    work.segment_class[rows][order].tolist(),
-                    strict=True,
-                )
-            ]
+            rows = rows[np.argsort(begin_s[rows], kind="stable")]
+            classes = [work.classes[c] for c in work.segment_class[rows].tolist()]
+            spans = list(zip(begin_s[rows].tolist(), end_s[rows].tolist(), classes, strict=True))
         spans = [(round(b, 4), round(e, 4), c) for b, e, c in spans]
         lanes.append(WorkLane(name, places[name].host, places[name].device, tuple(spans)))
     return tuple(lanes), stepped, len(names) - len(shown)
@@ -329,17 +327,8 @@ def _work_lanes(
 def _stepped_spans(work: Work, rows: np.ndarray, edges: np.ndarray) -> list[tuple[float, float, str]]:
     """Per step the class with most of its time; equal neighbours are joined."""
     present = [c for c in SEGMENT_CLASSES if c in work.classes]
-    seconds = np.stack(
-        [
-            spread(
-                work.begin_s[mine := rows & work.of_class(c)],
-                work.end_s[mine],
-                (work.end_s - work.begin_s)[mine],
-                edges,
-            )
-            for c in present
-        ]
-    )  # [classes, steps]
+    # [classes, steps]
+    seconds = np.stack([work.seconds_per_step(rows & work.of_class(c), edges) for c in present])
     best, any_work = seconds.argmax(axis=0), seconds.sum(axis=0) > 0
     spans: list[tuple[float, float, str]] = []
     for i in np.flatnonzero(any_work).tolist():

@@ -5,12 +5,6 @@ from __future__ import annotations
 import math
 import re
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
-
-from millijoule.pipeline.report.devices import STRAGGLER_FACTOR, Speed
-
-if TYPE_CHECKING:
-    from millijoule.pipeline.report.gpu_time import GpuTime
 
 NOT_MEASURED = "not measured"
 NOT_GIVEN = "not given"
@@ -18,19 +12,6 @@ NOT_KNOWN = "not known"
 
 #: A UUID as GPUs and boots have it, with the prefix of a GPU's: what people read of it is its first group.
 _UUID = re.compile(r"(?:GPU-)?\b([0-9a-f]{8})(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", re.IGNORECASE)
-
-#: What became of a closure check.
-VERDICTS = {True: "passed", False: "FAILED", None: "not applicable"}
-
-#: What each closure check compares.
-CHECKS = {
-    "C1": "segments and gaps = the counter's growth",
-    "C2": "images and overhead = all segments and gaps",
-    "C3": "devices and declared rest = node meter",
-    "C4": "counter = integral of power",
-    "C5": "one attempt and one segment per shard",
-    "C6": "wall clock and monotonic clock",
-}
 
 
 def energy(mj: float | None, missing: str = NOT_MEASURED) -> str:
@@ -48,9 +29,7 @@ def grams(gco2e: float | None, missing: str = NOT_GIVEN) -> str:
     """Grams of CO2 equivalent in a readable unit."""
     if gco2e is None:
         return missing
-    return _scaled(
-        gco2e, ((1e6, "t CO2e"), (1e3, "kg CO2e"), (1.0, "g CO2e"), (1e-3, "mg CO2e"), (1e-6, "µg CO2e"))
-    )
+    return _scaled(gco2e, ((1e6, "t"), (1e3, "kg"), (1.0, "g"), (1e-3, "mg"), (1e-6, "µg"))) + " CO2e"
 
 
 def money(amount: float | None, missing: str = NOT_GIVEN) -> str:
@@ -77,30 +56,28 @@ def share(part: float | None, missing: str = "-") -> str:
     return "< 0.1 %" if 0 < part < 0.001 else f"{100 * part:.1f} %"
 
 
-def signed_share(part: float | None, missing: str = "-") -> str:
+def signed_share(part: float | None) -> str:
     """A difference as per cent, with its sign."""
-    return missing if part is None else f"{100 * part:+.1f} %"
+    return "-" if part is None else f"{100 * part:+.1f} %"
 
 
 def seconds(value: float | None, missing: str = "-") -> str:
     """A duration in its largest sensible unit."""
     if value is None:
         return missing
-    return _scaled(
-        value,
-        (
-            (86400 * 2, "days", 86400.0),
-            (7200, "h", 3600.0),
-            (120, "min", 60.0),
-            (1, "s", 1.0),
-            (0, "ms", 1e-3),
-        ),
+    units = (
+        (172_800, "days", 86_400.0),
+        (7200, "h", 3600.0),
+        (120, "min", 60.0),
+        (1, "s", 1.0),
+        (0, "ms", 1e-3),
     )
+    return _scaled(value, units)
 
 
-def rate(value: float | None, missing: str = "-") -> str:
+def rate(value: float | None) -> str:
     """Images per second."""
-    return missing if value is None else f"{count(value)} images/s"
+    return "-" if value is None else f"{count(value)} images/s"
 
 
 def residual(mj: int | None, part: float | None, ns: int | None) -> str:
@@ -113,58 +90,12 @@ def residual(mj: int | None, part: float | None, ns: int | None) -> str:
     return ", ".join(parts) or "-"
 
 
-def speed(s: Speed) -> tuple[str, str]:
-    """Throughput, and whether there are stragglers, in a sentence each."""
-    made = (
-        f"{rate(s.images_per_second)} over {seconds(s.seconds)}, {s.shards:,} shards. Per image in a shard: "
-        f"median {seconds(s.median_seconds_per_image)}, 95 % below {seconds(s.p95_seconds_per_image)}, "
-        f"slowest {seconds(s.slowest_seconds_per_image)}."
-    )
-    if not s.slowest:
-        return made, f"No stragglers: no shard took more than {STRAGGLER_FACTOR:g} times the median."
-    slow = "1 straggler" if s.stragglers == 1 else f"{s.stragglers:,} stragglers"
-    return made, f"{slow} took more than {STRAGGLER_FACTOR:g} times the median; the slowest:"
-
-
-def gpus_held(time: GpuTime) -> str:
-    """What stands above the rows of GPU time."""
-    kinds = ", ".join(f"{m.gpus} x {m.model}" for m in time.models)
-    return f"time in which GPUs were held ({kinds})"
-
-
-def gpu_rows(time: GpuTime) -> list[tuple[str, str, str, str]]:
-    """GPU time and its cost: (what, direct, full, whole job)."""
-    no_cost = NOT_KNOWN if all(m.price_per_hour is not None for m in time.models) else NOT_GIVEN
-    return [
-        (
-            "GPU time per image",
-            seconds(time.direct_seconds_per_image, NOT_KNOWN),
-            seconds(time.full_seconds_per_image, NOT_KNOWN),
-            NOT_KNOWN if time.workers_unknown else f"{count(time.hours)} GPU-hours",
-        ),
-        (
-            "GPU time cost per image",
-            money(time.direct_cost_per_image, no_cost),
-            money(time.full_cost_per_image, no_cost),
-            money(time.total_cost, no_cost),
-        ),
-    ]
-
-
-def gpu_prices(time: GpuTime) -> str:
-    """How the GPU time was priced and divided."""
-    given = [f"{money(m.price_per_hour)} for {m.model}" for m in time.models if m.price_per_hour is not None]
-    prices = f"price per GPU-hour, declared: {', '.join(given)}" if given else "price per GPU-hour: not given"
-    hours = time.hours or 1.0
-    parts = ", ".join(f"{name} {share(part / hours)}" for name, part in time.hours_by_group.items())
-    return f"GPU time: {parts}; {prices}. PUE plays no part."
-
-
 def byte_count(value: int) -> str:
     return _scaled(float(value), ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "bytes", 1.0)))
 
 
 def moment(unix_s: float) -> str:
+    """A time since 1970 as UTC."""
     return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 

@@ -15,8 +15,8 @@ from datetime import datetime
 from itertools import pairwise
 from typing import NamedTuple
 
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH, Rate
+from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
 from millijoule.workers.errors import InputError
 from millijoule.workers.schemas import Segment
 

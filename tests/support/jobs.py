@@ -103,10 +103,11 @@ def assert_exactly_once(output: Path | str, images: int) -> None:
     assert list(check_output(open_store(str(output)))) == []
 
 
-def closure_rows(output: Path) -> list[dict]:
-    """The `closure` table of a finished job."""
-    (part,) = output.glob("energy/closure/run_id=*/date=*/part-*.parquet")
-    return pq.ParquetFile(part).read().to_pylist()
+def energy_rows(output: Path, table: str) -> list[dict]:
+    """A table of `energy/` of a finished job."""
+    parts = sorted(output.glob(f"energy/{table}/run_id=*/date=*/part-*.parquet"))
+    assert parts, f"{output}: no {table} table"
+    return [row for part in parts for row in pq.ParquetFile(part).read().to_pylist()]
 
 
 def assert_books_close(output: Path) -> None:
@@ -114,10 +115,10 @@ def assert_books_close(output: Path) -> None:
 
     What a killed worker did since its last commit is nobody's segment, but the counters went on and others read them:
     its energy is in gaps, so every counter adds up (C1), everything is images or overhead (C2, direct), and no attempt
-    is charged that did not win (C5). Full energies (C2, full) need every committed shard and the whole time of the job
-    measured; a reader that waits too long for the host's counter book misses that, and then they are null, not wrong.
+    is charged that did not win (C5). A reader that waits too long for the host's counter book misses a reading: then, and
+    only then, a segment's energy is null, and so may be the figures it belongs to (C2, full among them).
     """
-    rows = closure_rows(output)
+    rows = energy_rows(output, "closure")
     verdicts = {(r["check"], r["scope"]): r["passed"] for r in rows}
     assert verdicts["C2", "job, direct"] is True, rows
     assert verdicts["C5", "job"] is True, rows
@@ -125,7 +126,19 @@ def assert_books_close(output: Path) -> None:
     assert {scope.split(" boot ")[0] for scope in counters} == {"cpu:package-0", "dram:package-0"}, rows
     assert all(verdicts["C1", scope] is True for scope in counters), rows
     stats = json.loads((output / "stats.json").read_text())
-    whole = stats["full_mj_per_image"] is not None and stats["direct_mj_per_image"] is not None
+    missing = [s for s in energy_rows(output, "segment") if s["worker_id"] and s["energy_mj"] is None]
+    readings = {
+        (c["worker_id"], c["boot_id"], c["epoch"], c["domain"], c["t_mono_ns"])
+        for c in energy_rows(output, "counter")
+    }
+    for s in missing:
+        counter = (s["worker_id"], s["boot_id"], s["epoch"], s["domain"])
+        read = [(*counter, s[end]) in readings for end in ("t_open_mono_ns", "t_close_mono_ns")]
+        assert not all(read), f"null though its counter was read at both ends: {s}"
+    assert missing or stats["full_mj_per_image"] is not None
+    shards_missing = any(s["segment_class"] == "shard" for s in missing)
+    assert (stats["direct_mj_per_image"] is None) == shards_missing
+    whole = stats["full_mj_per_image"] is not None and not shards_missing
     assert verdicts["C2", "job, full"] is (True if whole else None), rows
     assert stats["closure"] | {"C1": True, "C2": True, "C5": True} == stats["closure"]
     assert stats["evidence_class"] == ("E1" if whole else "E0")

@@ -77,6 +77,16 @@ def commit(shard, attempt, images_ok, segments=(), *, estimate=None, worker="w1"
     return Commit(**(fields | more))
 
 
+def shard_mj(ledger, shard_id, attempt_id):
+    """Direct energy of one attempt's shard, all domains; None where it was not measured in full."""
+    mine = [
+        e.total_mj
+        for e in ledger.entries
+        if e.segment_class == "shard" and (e.segment.shard_id, e.segment.attempt_id) == (shard_id, attempt_id)
+    ]
+    return sum(mine) if mine and None not in mine else None
+
+
 def image_rows(commit):
     """The row table of a commit: its ok images and its quarantined ones."""
     rows = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from millijoule.pipeline.energy.apportionment import image_energy
+from support.ledgers import shard_mj
+from support.plain_split import image_energy
+
 from millijoule.pipeline.energy.rows import SHORT_CPU_NS, SHORT_GPU_NS, committed_attempt, read_rows
 from millijoule.workers.meters.timeline import segment_estimate_mj
 
@@ -15,7 +17,7 @@ def counter_rows(ledger):
             at = (read.boot_id, read.t_mono_ns)
             if latest.get(entry.segment.worker_id) != at:
                 latest[entry.segment.worker_id] = at
-                yield from (row for _, row in read_rows(entry.segment.worker_id, read))
+                yield from read_rows(entry.segment.worker_id, read)
 
 
 def segment_rows(ledger):
@@ -38,14 +40,14 @@ def segment_rows(ledger):
 def attempt_rows(ledger, commits):
     """The committed attempts."""
     for c in commits:
-        yield committed_attempt(c, ledger.shard_energy_mj(c.shard_id, c.attempt_id))
+        yield committed_attempt(c, shard_mj(ledger, c.shard_id, c.attempt_id))
 
 
 def image_rows_of(ledger, commits, read):
     """The images of all commits with their direct energy and estimate; full energies are not divided here."""
     for c in commits:
         ok = [row for row in read(c).to_pylist() if row["status"] == "ok"]
-        direct = image_energy(ledger.shard_energy_mj(c.shard_id, c.attempt_id), len(ok))
+        direct = image_energy(shard_mj(ledger, c.shard_id, c.attempt_id), len(ok))
         estimates = image_energy(c.energy_estimate_mj, len(ok))
         for row, mj, estimate in zip(ok, direct, estimates, strict=True):
             name = (row["prompt_id"], row["image_index"], c.shard_id, c.attempt_id, row["sha256"])

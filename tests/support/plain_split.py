@@ -8,8 +8,37 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS, Reading, Run, Unclaimed, apportion
+from millijoule.pipeline.energy.counter_split import MAX_GAP_NS, Reading, Run, Unclaimed
 from millijoule.workers.meters.counter_book import is_plausible
+
+
+def apportion(total_mj: int, weights: Sequence[int]) -> list[int]:
+    """Divide `total_mj` in proportion to `weights`: integers that add up to it exactly.
+
+    Largest remainder (Hamilton); equal remainders go to the earlier one.
+
+    Raises:
+        ValueError: a number is negative, or there is nobody to take a total that is not 0.
+    """
+    whole = sum(weights)
+    if total_mj < 0 or any(w < 0 for w in weights) or (total_mj and not whole):
+        raise ValueError(f"cannot apportion {total_mj} mJ by weights that add up to {whole}")
+    if not whole:
+        return [0] * len(weights)
+    shares = [total_mj * w // whole for w in weights]
+    rest = total_mj - sum(shares)
+    if rest:
+        order = sorted(range(len(weights)), key=lambda i: (-(total_mj * weights[i] % whole), i))
+        for i in order[:rest]:
+            shares[i] += 1
+    return shares
+
+
+def image_energy(shard_energy_mj: int | None, n_images: int) -> list[int | None]:
+    """Equal shares of a shard's energy for its images, which cost the same; None where it was not measured."""
+    if shard_energy_mj is None:
+        return [None] * n_images
+    return list(apportion(shard_energy_mj, [1] * n_images)) if n_images else []
 
 
 class Claim(NamedTuple):

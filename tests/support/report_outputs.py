@@ -1,13 +1,16 @@
-"""Finished outputs for tests of the report: real plans, attempts and commits, with counters that only add up watts."""
+"""Finished outputs for tests of the report: real plans, attempts and commits, with counters that only add up watts.
+
+Time is the test's own: it passes while an image is drawn and a counter is read, so that outputs are the same everywhere.
+"""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from support.local_job import MODEL_SHA256, plan
 from support.models import Plain
@@ -17,6 +20,7 @@ from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import JobSpec, open_epoch
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
+from millijoule.workers import attempt
 from millijoule.workers.attempt import AttemptRunner, Where
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meters.timeline import SegmentTimeline
@@ -34,10 +38,39 @@ HOSTILE = (
 GPUS = ("GPU-11111111-aaaa", "GPU-22222222-bbbb", "GPU-33333333-cccc")
 
 
+class Clock:
+    """What attempts know of `time`: it goes on only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now_ns = 10**12
+
+    def sleep(self, seconds: float) -> None:
+        self.now_ns += int(seconds * 1e9)
+
+    def time_ns(self) -> int:
+        return 17 * 10**17 + self.now_ns
+
+    def monotonic(self) -> float:
+        return self.now_ns / 1e9
+
+
+class Timed(Plain):
+    """Draws an image in `seconds` of a clock."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        super().__init__("cpu")
+        self.clock, self.takes_s = clock, seconds
+
+    def draw(self, request):
+        self.clock.sleep(self.takes_s)
+        return super().draw(request)
+
+
 @dataclass
 class WattMeter:
-    """An `EnergyMeter` whose domains draw constant power, in watts, by this machine's clock."""
+    """An `EnergyMeter` whose domains draw constant power, in watts; a read takes 50 microseconds."""
 
+    clock: Clock
     boot_id: str
     watts: dict[str, float]
     method: str = "nvml-counter+rapl"
@@ -47,9 +80,10 @@ class WattMeter:
         self.domains = tuple(self.watts)
 
     def read(self) -> CounterRead:
-        now = time.monotonic_ns()
+        self.clock.sleep(50e-6)
+        now = self.clock.now_ns
         energy = {d: 1_000_000 + int(w * now / 1e6) for d, w in self.watts.items()}
-        return CounterRead(self.boot_id, now, time.time_ns(), 1000, energy, int(10 * now / 1e6), 0)
+        return CounterRead(self.boot_id, now, self.clock.time_ns(), 1000, energy, int(10 * now / 1e6), 0)
 
     def close(self) -> None:
         pass
@@ -65,13 +99,15 @@ def worker(
     where = Where(name, f"node-{host}", host, device)
     timeline = SegmentTimeline(name, meter)
     timeline.close("load")
-    return AttemptRunner(config, store, Plain("cpu", seconds), meter, timeline, where, lambda images: None)
+    return AttemptRunner(
+        config, store, Timed(meter.clock, seconds), meter, timeline, where, lambda images: None
+    )
 
 
 def finished(
     folder: Path,
     prompts: Sequence[str],
-    make_workers: Callable[[Store, JobSpec, int], list[AttemptRunner]],
+    make_workers: Callable[[Clock, Store, JobSpec, int], list[AttemptRunner]],
     *,
     shard_size: int = 4,
 ) -> Store:
@@ -81,14 +117,18 @@ def finished(
     shards = load_job_shards(store, job)
     epoch = open_epoch(store, exclusive=True)
     coordinator = Coordinator(shards, list_committed(store, len(shards)), 60.0, epoch)
-    workers = make_workers(store, job, epoch)
+    clock = Clock()
+    workers = make_workers(clock, store, job, epoch)
     turn = 0
-    while (lease := coordinator.next_lease(workers[turn % len(workers)].where.worker_id, 0.0)) is not None:
-        result = workers[turn % len(workers)].run(lease)
-        if turn == 0 and len(workers) > 1:
-            workers[1].run(replace(lease, attempt_id="e0001-late"))
-        coordinator.complete(lease.attempt_id, result.lease.shard.shard_id, 1.0)
-        turn += 1
+    with patch.object(attempt, "time", clock):
+        while (
+            lease := coordinator.next_lease(workers[turn % len(workers)].where.worker_id, 0.0)
+        ) is not None:
+            result = workers[turn % len(workers)].run(lease)
+            if turn == 0 and len(workers) > 1:
+                workers[1].run(replace(lease, attempt_id="e0001-late"))
+            coordinator.complete(lease.attempt_id, result.lease.shard.shard_id, 1.0)
+            turn += 1
     finish_job(store, job, shards)
     return store
 
@@ -96,11 +136,11 @@ def finished(
 def measured_output(folder: Path, prompts: Sequence[str]) -> Store:
     """Three workers on two hosts with a GPU each, of 100, 200 and 300 W beside packages of 50 W; the third is slow."""
 
-    def workers(store: Store, job: JobSpec, epoch: int) -> list[AttemptRunner]:
+    def workers(clock: Clock, store: Store, job: JobSpec, epoch: int) -> list[AttemptRunner]:
         made = []
         for i, gpu in enumerate(GPUS):
             host = "host-a" if i < 2 else "host-b"
-            meter = WattMeter(f"boot-{host}", {f"gpu:{gpu}": 100.0 * (i + 1), "cpu:package-0": 50.0})
+            meter = WattMeter(clock, f"boot-{host}", {f"gpu:{gpu}": 100.0 * (i + 1), "cpu:package-0": 50.0})
             made.append(worker(store, job, epoch, f"w{i}", host, gpu, meter, (0.002, 0.002, 0.03)[i]))
         return made
 
@@ -110,9 +150,9 @@ def measured_output(folder: Path, prompts: Sequence[str]) -> Store:
 def unmeasured_output(folder: Path, prompts: Sequence[str]) -> Store:
     """One worker without any counter: what most machines give. Its model of CPU time says 10 W."""
 
-    def workers(store: Store, job: JobSpec, epoch: int) -> list[AttemptRunner]:
-        meter = WattMeter("boot", {}, method="missing")
-        return [worker(store, job, epoch, "w0", "host", "cpu", meter, 0.001)]
+    def workers(clock: Clock, store: Store, job: JobSpec, epoch: int) -> list[AttemptRunner]:
+        meter = WattMeter(clock, "boot", {}, method="missing")
+        return [worker(store, job, epoch, "w0", "host", "cpu", meter, 0.005)]
 
     return finished(folder, prompts, workers)
 

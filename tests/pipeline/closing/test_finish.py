@@ -140,3 +140,26 @@ def test_a_carried_row_that_is_none_is_refused_by_the_name_of_its_commit(tmp_pat
     for read in (finish.load_records, lambda store, n: list(read_commits(store, n))):
         with pytest.raises(DamagedError, match=r"00000001\.json: not a commit"):
             read(store, len(shards))
+
+
+READ = {"boot_id": "b", "t_mono_ns": 0, "t_wall_ns": 0, "latency_ns": 0, "energy_mj": {"gpu:x": 1}}
+SEGMENT = {"worker_id": "w", "segment_class": "idle", "open": READ, "close": READ}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"worker_id": 5}, {"images_ok": "1"}, {"images_ok": 2**63}, {"attempt_id": None}),
+        *({"segments": [SEGMENT | {"worker_id": 3}]}, {"segments": [SEGMENT | {"attempt_id": 3}]}),
+        *({"segments": [SEGMENT | {"shard_id": "x"}]}, {"segments": [SEGMENT | {"close": None}]}),
+        *({"segments": [SEGMENT | {"open": {}}]}, {"segments": [SEGMENT | {"open": 3}]}),
+        {"segments": [SEGMENT | {"open": READ | {"t_mono_ns": 2**63}}]},
+        {"segments": [SEGMENT | {"open": READ | {"energy_mj": {"gpu:x": 1.5}}}]},
+    ],
+)
+def test_a_commit_that_is_none_is_refused_by_its_name(tmp_path, damage):
+    store, job = plan(tmp_path, ["a", "b"], shard_size=1)
+    shards = work(store, job)
+    store.put(commit_key(1), json.dumps(json.loads(store.get(commit_key(1))) | damage).encode())
+    with pytest.raises(DamagedError, match=r"00000001\.json: not a commit"):
+        finish.load_records(store, len(shards))

@@ -20,10 +20,10 @@ from millijoule.jobs import check as check_command
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job, load_records
 from millijoule.pipeline.energy.account_gaps import NEVER_CLOSED
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS
 from millijoule.pipeline.energy.carbon import Rates
 from millijoule.pipeline.energy.closure import ImageTotals, close_ledger, evidence_class
 from millijoule.pipeline.energy.commit_table import CommitTable
+from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter
 from millijoule.pipeline.output.job import require_job
@@ -383,7 +383,7 @@ def test_an_open_account_fails_the_evidence_but_is_no_damage():
     commits = [commit(1, "a1", 1)]
     table = CommitTable.of(commits)
     images = ImageTotals.of(table)
-    images.add(np.array([0]), np.array([400]), None)
+    images.add(np.array([0]), np.array([400]), np.array([-1]))
     rows = close_ledger(ledger, table, images, {}, ())
     opened = [row for row in rows if row.check == "C1" and row.passed is None]
     assert [(row.scope, row.note) for row in opened] == [(f"w1 {GPU}", f"account not closed: {NEVER_CLOSED}")]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support import plain_split
 
 from millijoule.pipeline.energy import counter_split
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS, Reading
+from millijoule.pipeline.energy.counter_split import MAX_GAP_NS, Reading
 
 SECOND = 1_000_000_000
 

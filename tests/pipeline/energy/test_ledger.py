@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.ledgers import GPU, SECOND, chain, commit, read, segment
+from support.ledgers import GPU, SECOND, chain, commit, read, segment, shard_mj
+from support.plain_split import apportion, image_energy
 
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS, apportion, image_energy
+from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.workers.schemas import Commit, CounterRead
 
@@ -71,8 +72,8 @@ def test_segments_of_one_worker_are_its_differences():
     assert [e.total_mj for e in ledger.entries] == [50, 0, 8850]
     assert ledger.gaps == ()
     assert ledger.complete
-    assert ledger.shard_energy_mj(1, "a1") == 8850
-    assert ledger.shard_energy_mj(1, "other") is None
+    assert shard_mj(ledger, 1, "a1") == 8850
+    assert shard_mj(ledger, 1, "other") is None
     summary = ledger.summary()
     assert (summary["total_mj"], summary["shard_mj"], summary["overhead_mj"]) == (8900, 8850, 50)
     assert summary["measured_mj"] == {"load": 50, "idle": 0, "shard": 8850}
@@ -103,7 +104,7 @@ def test_a_worker_without_counters_has_no_energy_and_no_total():
     ledger = build_ledger([segment(read(0, estimate=5), read(1, estimate=9))])
     summary = ledger.summary()
     assert ledger.entries[0].total_mj is None
-    assert ledger.shard_energy_mj(1, "a1") is None
+    assert shard_mj(ledger, 1, "a1") is None
     assert (summary["total_mj"], summary["shard_mj"], summary["measured_mj"]) == (None, None, {})
     assert summary["estimate_total_mj"] == 4
     assert not ledger.complete
@@ -158,7 +159,7 @@ def test_processors_do_not_stand_in_for_a_board_without_counter(devices, missing
         {"cpu:0": mj} | dict.fromkeys(missing) for mj in (40, 50)
     ]
     assert [e.total_mj for e in ledger.entries] == [None, None]
-    assert ledger.shard_energy_mj(1, "a1") is None
+    assert shard_mj(ledger, 1, "a1") is None
     assert not ledger.complete
     assert [summary[f"{what}_mj"] for what in ("total", "shard", "overhead")] == [None] * 3
     assert (summary["domains"], summary["segments_not_measured"]) == (["cpu:0"], 2)
@@ -384,7 +385,7 @@ def test_c2_images_and_overhead_are_everything(segments, n_images):
     summary = ledger.summary()
     assert sum(summary["measured_mj"].values()) == totals(ledger).total()
     shards = {(s.shard_id, s.attempt_id) for s in segments if s.segment_class == "shard"}
-    direct = [ledger.shard_energy_mj(*s) for s in shards]
+    direct = [shard_mj(ledger, *s) for s in shards]
     if summary["overhead_mj"] is not None:
         images = sum(sum(image_energy(mj, n_images)) for mj in direct)
         off = summary["measured_mj"].get("off", 0)

@@ -192,8 +192,8 @@ def test_power_samples_of_commits_and_of_the_rest_are_live(output):
 def test_power_costs_one_write_per_flush_and_cuts_no_other_file_short(output, monkeypatch):
     monkeypatch.setattr("millijoule.pipeline.energy.live_tables.LIVE_PART_ROWS", 8)
     tables, written = LiveTables(output, JOB.fingerprint, 1), []
-    put_file = output.put_file
-    monkeypatch.setattr(output, "put_file", lambda key, path: (written.append(key), put_file(key, path)))
+    put = output.put
+    monkeypatch.setattr(output, "put", lambda key, data: (written.append(key), put(key, data)))
     for n in range(4):
         tables.add_segments(chain([read(n, n), read(n + 0.5, n)], ["idle"]))
         tables.add_power("w1", [trace(*range(10 * n, 10 * n + 5), device=f"GPU-{i}") for i in range(2)])
@@ -226,7 +226,7 @@ def test_a_flush_that_failed_is_repeated(output, monkeypatch):
     tables = LiveTables(output, JOB.fingerprint, 1)
     tables.add_segments(chain([read(0, 0), read(1, 5)], ["load"]))
     with monkeypatch.context() as patch:
-        patch.setattr(output, "put_file", lambda key, path: (_ for _ in ()).throw(StoreError("disk full")))
+        patch.setattr(output, "put", lambda key, data: (_ for _ in ()).throw(StoreError("disk full")))
         with pytest.raises(StoreError):
             tables.flush()
     assert live_parts(output) == {}

@@ -1,7 +1,5 @@
 """Packed segments are the segments that were packed, to the last number, in any order of adding."""
 
-import json
-from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -77,38 +75,17 @@ def test_stretches_are_in_order_of_time_and_hold_every_segment_once(segments):
 
 @given(SEGMENTS)
 @settings(deadline=None)
-def test_segments_from_json_are_the_segments(segments):
-    packed = PackedSegments()
-    packed.extend_raw(json.loads(json.dumps([asdict(s) for s in segments])))
-    assert list(packed) == segments
-    columns = packed.columns()
+def test_columns_are_of_the_segments(segments):
+    columns = PackedSegments(segments).columns()
     assert [columns.names[w] for w in columns.worker] == [s.worker_id for s in segments]
     assert columns.attempt.to_pylist() == [s.attempt_id for s in segments]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"worker_id": 3},
-        {"attempt_id": 3},
-        {"shard_id": "x"},
-        {"open": {}},
-        {"open": 3},
-        {"more": 1},
-        {"close": None},
-    ],
-)
-def test_what_is_no_segment_is_refused(damage):
-    raw = asdict(Segment("w", "idle", CounterRead("b", 0, 0, 0, {"gpu:x": 1}), CounterRead("b", 1, 0, 0)))
-    with pytest.raises((ValueError, TypeError, KeyError)):
-        PackedSegments().extend_raw([raw | damage])
 
 
 def test_a_read_that_closes_and_opens_is_kept_once():
     reads = [CounterRead("b", t, t, 0, {"gpu:GPU-1": t}) for t in range(1001)]
     pairs = pairwise(reads)
     packed = PackedSegments(Segment("w", "idle", before, after) for before, after in pairs)
-    assert len(packed._energy) == 1001
+    assert len(packed.columns().energy_mj) == 1001
 
 
 def test_what_is_no_number_of_64_bits_is_refused():

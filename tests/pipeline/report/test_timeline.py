@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ledgers import JOB, SECOND, chain, commit, image_rows, read, segment
 
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS
 from millijoule.pipeline.energy.carbon import Rate
 from millijoule.pipeline.energy.commit_table import CommitTable
+from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.rows import RowTables
 from millijoule.pipeline.energy.tables import write_energy_tables

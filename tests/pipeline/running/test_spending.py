@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millijoule.pipeline.energy.apportionment import MAX_GAP_NS
 from millijoule.pipeline.energy.carbon import Rate
+from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
 from millijoule.pipeline.running.spending import Caps, Spending, parse_deadline
 from millijoule.workers.errors import InputError
 from millijoule.workers.schemas import CounterRead, Segment

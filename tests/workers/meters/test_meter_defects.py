@@ -20,6 +20,7 @@ import pynvml
 import pytest
 from support.counter_worker import open_shared_meter, segment_from
 from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS, Clock, FakeNvml, FakePowercap
+from support.ledgers import shard_mj
 
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.workers.meters.meter import MIN_READ_SPACING_NS, open_meter
@@ -253,7 +254,7 @@ def test_two_containers_that_unwrapped_a_package_apart_are_never_subtracted(tmp_
     assert (summary["counter_resets"], summary["domains"]) == (0, [PACKAGE, GPU0])
     shares = {(e.segment.worker_id, e.segment_class): e.energy_mj for e in ledger.entries}
     assert shares["b", "shard"][PACKAGE] is None
-    assert ledger.shard_energy_mj(1, "b") is None  # what the other container's workers used is not known ...
+    assert shard_mj(ledger, 1, "b") is None  # what the other container's workers used is not known ...
     # ... and nobody else's: half of the time it was there, to the first's reading after that
     assert sum(g.energy_mj for g in ledger.gaps) == 603 * 100_000 // 2
     # the board's counter does not wrap: both containers are on its one scale

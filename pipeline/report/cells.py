@@ -1,0 +1,121 @@
+"""What stands in the report's tables, in words: the same cells on the page and on the terminal, which choose among them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from millijoule.pipeline.report import words
+from millijoule.pipeline.report.data import JobReport
+from millijoule.pipeline.report.devices import STRAGGLER_FACTOR, DeviceRow, Speed, Straggler
+from millijoule.pipeline.report.energy import ClassShare, EnergyFigures
+from millijoule.pipeline.report.gpu_time import GpuTime
+from millijoule.pipeline.report.node_meters import NodeMeterRow
+from millijoule.pipeline.report.words import count, energy, grams, money, seconds, share
+
+FIGURE_HEADS = ("", "direct", "full", "whole job")
+CLASS_HEADS = ("class", "counts as", "worker time", "share", "measured", "share", "estimate", "share")
+
+#: What each closure check compares.
+CHECKS = {
+    "C1": "segments and gaps = the counter's growth",
+    "C2": "images and overhead = all segments and gaps",
+    "C3": "devices and declared rest = node meter",
+    "C4": "counter = integral of power",
+    "C5": "one attempt and one segment per shard",
+    "C6": "wall clock and monotonic clock",
+}
+
+#: What became of a closure check.
+VERDICTS = {True: "passed", False: "FAILED", None: "not applicable"}
+
+
+def figure_sections(job: JobReport) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Measured figures, estimates and, where GPUs were held, their time: title, and rows under `FIGURE_HEADS`."""
+    sections = [(f.method, _figures(f)) for f in (job.measured, job.estimate)]
+    if job.gpu_time is not None:
+        kinds = ", ".join(f"{m.gpus} x {m.model}" for m in job.gpu_time.models)
+        sections.append((f"time in which GPUs were held ({kinds})", _gpu_rows(job.gpu_time)))
+    return sections
+
+
+def _figures(f: EnergyFigures) -> list[tuple[str, ...]]:
+    missing = words.NOT_MEASURED if f.direct_mj_per_image is None else words.NOT_GIVEN
+    grams_of = (f.direct_gco2e_per_image, f.full_gco2e_per_image, f.total_gco2e)
+    costs = (f.direct_cost_per_image, f.full_cost_per_image, f.total_cost)
+    return [
+        ("energy per image", *map(energy, (f.direct_mj_per_image, f.full_mj_per_image, f.total_mj))),
+        ("images per kWh", count(f.direct_images_per_kwh), count(f.full_images_per_kwh), ""),
+        ("CO2e per image", *(grams(g, missing) for g in grams_of)),
+        ("electricity cost per image", *(money(c, missing) for c in costs)),
+    ]
+
+
+def _gpu_rows(time: GpuTime) -> list[tuple[str, ...]]:
+    no_cost = words.NOT_KNOWN if all(m.price_per_hour is not None for m in time.models) else words.NOT_GIVEN
+    per_image = (time.direct_seconds_per_image, time.full_seconds_per_image)
+    hours = words.NOT_KNOWN if time.workers_unknown else f"{count(time.hours)} GPU-hours"
+    costs = (time.direct_cost_per_image, time.full_cost_per_image, time.total_cost)
+    return [
+        ("GPU time per image", *(seconds(s, words.NOT_KNOWN) for s in per_image), hours),
+        ("GPU time cost per image", *(money(c, no_cost) for c in costs)),
+    ]
+
+
+def gpu_prices(time: GpuTime) -> str:
+    """How the GPU time was priced and divided."""
+    given = [f"{money(m.price_per_hour)} for {m.model}" for m in time.models if m.price_per_hour is not None]
+    prices = f"price per GPU-hour, declared: {', '.join(given)}" if given else "price per GPU-hour: not given"
+    hours = time.hours or 1.0
+    parts = ", ".join(f"{name} {share(part / hours)}" for name, part in time.hours_by_group.items())
+    return f"GPU time: {parts}; {prices}. PUE plays no part."
+
+
+def class_cells(row: ClassShare) -> tuple[str, ...]:
+    """Under `CLASS_HEADS`."""
+    return (
+        *(row.segment_class, row.group, seconds(row.worker_seconds), share(row.time_share)),
+        *(energy(row.energy_mj), share(row.energy_share)),
+        *(energy(row.estimate_mj, "-"), share(row.estimate_share)),
+    )
+
+
+def energy_cells(row: DeviceRow) -> tuple[str, ...]:
+    """Direct and full energy per image, measured and then estimated."""
+    return (
+        *(energy(mj) for mj in (row.direct_mj_per_image, row.full_mj_per_image)),
+        *(energy(mj, "-") for mj in (row.direct_estimate_mj_per_image, row.full_estimate_mj_per_image)),
+    )
+
+
+def straggler_cells(row: Straggler) -> tuple[str, ...]:
+    """Images, how long they took, and how that is to the median."""
+    return f"{row.images:,}", seconds(row.seconds), f"{row.times_median:.2f} x"
+
+
+def meter_cells(row: NodeMeterRow) -> tuple[str, ...]:
+    """What the node's meter counted, its devices, and the declared rest."""
+    return tuple(energy(mj, "-") for mj in (row.node_mj, row.devices_mj, row.rest_mj))
+
+
+def check_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Of a row of the closure table: expected, found, residual, tolerance, and the verdict."""
+    return (
+        energy(row["expected_mj"], "-"),
+        energy(row["found_mj"], "-"),
+        words.residual(row["residual_mj"], row["residual_share"], row["residual_ns"]),
+        words.residual(None, row["tolerance_share"], row["tolerance_ns"]),
+        VERDICTS[row["passed"]],
+    )
+
+
+def speed(s: Speed) -> tuple[str, str]:
+    """Throughput, and whether there are stragglers, in a sentence each."""
+    made = (
+        f"{words.rate(s.images_per_second)} over {seconds(s.seconds)}, {s.shards:,} shards. Per image in a shard: "
+        f"median {seconds(s.median_seconds_per_image)}, 95 % below {seconds(s.p95_seconds_per_image)}, "
+        f"slowest {seconds(s.slowest_seconds_per_image)}."
+    )
+    if not s.slowest:
+        return made, f"No stragglers: no shard took more than {STRAGGLER_FACTOR:g} times the median."
+    slow = "1 straggler" if s.stragglers == 1 else f"{s.stragglers:,} stragglers"
+    return made, f"{slow} took more than {STRAGGLER_FACTOR:g} times the median; the slowest:"
