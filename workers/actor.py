@@ -22,6 +22,7 @@ from millijoule.workers.attempt import AttemptCancelled, AttemptRunner, Where
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.generators.protocol import describe_model, load_generator
+from millijoule.workers.layout import JOB_KEY, worker_key
 from millijoule.workers.lease import (
     AccountRead,
     AttemptResult,
@@ -32,7 +33,6 @@ from millijoule.workers.lease import (
     WorkerReady,
     WorkerStatus,
     WorkerStopped,
-    worker_key,
 )
 from millijoule.workers.life import LifeLock, is_gone, life_path
 from millijoule.workers.meters.meter import CounterMeter, no_meter, open_meter
@@ -43,8 +43,6 @@ from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
 from millijoule.workers.storage.store import Store, open_store
 from millijoule.workers.storage.trouble import waits_for_store
 from millijoule.workers.visible_text import log_to_stderr
-
-JOB_KEY = "_job/job.json"
 
 #: A killed worker's process has this long to end before it counts as running on.
 GONE_TIMEOUT_S = 20.0

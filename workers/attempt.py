@@ -27,14 +27,13 @@ from millijoule.workers.errors import (
 from millijoule.workers.generators.protocol import Generator, ReportsSteps
 from millijoule.workers.images.encode import encode_png
 from millijoule.workers.images.writers import open_writer
+from millijoule.workers.layout import commit_key, data_prefix
 from millijoule.workers.lease import (
     AttemptResult,
     Calibration,
     Lease,
     Suspect,
     WorkerConfig,
-    commit_key,
-    data_prefix,
 )
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.own_devices import unread_domains

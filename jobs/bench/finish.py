@@ -106,7 +106,7 @@ def make(folder: str, n: int) -> dict[str, Any]:
     from millijoule.pipeline.output.job import JobSpec, publish_job
     from millijoule.pipeline.planning.plan import PlanOptions, plan_job
     from millijoule.workers.images.writers import row_table_options
-    from millijoule.workers.lease import commit_key
+    from millijoule.workers.layout import commit_key
     from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
     from millijoule.workers.storage.store import expand_inputs, open_store
 

@@ -50,7 +50,7 @@ def resume(n: int) -> dict[str, Any]:
     from millijoule.pipeline.planning.plan import PlanOptions, compute_fingerprint, plan_job
     from millijoule.pipeline.planning.retry import load_job_shards
     from millijoule.pipeline.running.coordinator import Coordinator
-    from millijoule.workers.lease import commit_key
+    from millijoule.workers.layout import commit_key
     from millijoule.workers.storage.store import expand_inputs, open_store
 
     with tempfile.TemporaryDirectory() as folder:

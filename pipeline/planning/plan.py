@@ -28,6 +28,7 @@ from millijoule.pipeline.planning.prompt_values import GUIDANCE_LIMITS, INTEGER_
 from millijoule.pipeline.planning.prompts import BAD_ROW_SCHEMA, PromptChunk, PromptOptions, read_prompts
 from millijoule.pipeline.planning.raw_chunks import BadRow, shown
 from millijoule.workers.errors import InputError, StoreError
+from millijoule.workers.layout import plan_bad_rows_key, plan_index_key, plan_part_key
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA, SCHEMA_VERSION
 from millijoule.workers.shard_rows import Shard, digest_inputs
 from millijoule.workers.storage.prompt_file_names import file_format
@@ -123,12 +124,8 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     @property
-    def prefix(self) -> str:
-        return plan_prefix(self.fingerprint)
-
-    @property
     def bad_rows_key(self) -> str:
-        return f"{self.prefix}/bad_rows.parquet"
+        return plan_bad_rows_key(self.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class ShardIndex:
         if not 0 <= shard_id < len(self):
             raise IndexError(f"no shard {shard_id} among {len(self)}")
         row = {name: self.table[name][shard_id].as_py() for name in self.table.schema.names}
-        return Shard(key=part_key(self.plan.fingerprint, row.pop("part")), **row)
+        return Shard(key=plan_part_key(self.plan.fingerprint, row.pop("part")), **row)
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[i] for i in range(len(self)))
@@ -162,21 +159,6 @@ class ShardIndex:
     def n_images(self) -> np.ndarray:
         """int32 `[n_shards]`."""
         return self.table["n_images"].to_numpy()
-
-
-def plan_prefix(fingerprint: str) -> str:
-    """Where the objects of a plan lie, without trailing slash."""
-    return f"_job/plan-{fingerprint[:12]}"
-
-
-def part_key(fingerprint: str, part: int) -> str:
-    """The object with shards `part * SHARDS_PER_PART` and following."""
-    return f"{plan_prefix(fingerprint)}/part-{part:05d}.parquet"
-
-
-def index_key(fingerprint: str) -> str:
-    """The shard index, which is written last."""
-    return f"{plan_prefix(fingerprint)}/shards.parquet"
 
 
 def compute_fingerprint(
@@ -267,8 +249,8 @@ def load_shard_index(store: Store, fingerprint: str) -> ShardIndex:
         NotFoundError: there is no whole plan with this fingerprint.
         StoreError: it cannot be read, or belongs to another fingerprint with the same beginning.
     """
-    where = f"{store.url}/{index_key(fingerprint)}"
-    with store.open_input(index_key(fingerprint)) as file:
+    where = f"{store.url}/{plan_index_key(fingerprint)}"
+    with store.open_input(plan_index_key(fingerprint)) as file:
         try:
             table = pq.ParquetFile(file).read(use_threads=False)
             raw = json.loads(table.schema.metadata[b"millijoule.plan"])
@@ -376,9 +358,9 @@ class _Draft:
     def publish(self, store: Store, plan: Plan) -> None:
         """Upload the plan, the shard index last."""
         for part in range(plan.n_parts):
-            store.put_file(part_key(plan.fingerprint, part), self.shards.part_path(part))
+            store.put_file(plan_part_key(plan.fingerprint, part), self.shards.part_path(part))
         store.put_file(plan.bad_rows_key, self.folder / "bad_rows.parquet")
-        store.put_file(index_key(plan.fingerprint), self.shards.write_index(plan))
+        store.put_file(plan_index_key(plan.fingerprint), self.shards.write_index(plan))
 
     def delete(self) -> None:
         """Free the disk space."""

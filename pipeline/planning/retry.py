@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,11 +25,10 @@ from millijoule.pipeline.output.image_rows import read_row_table, rows_table
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.plan import SHARD_INDEX_SCHEMA, ShardIndex, load_shard_index
 from millijoule.workers.errors import AlreadyExistsError, InputError, StoreError
+from millijoule.workers.layout import RETRY_PREFIX, retry_index_key, retry_part_key, round_of_retry_index_key
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 from millijoule.workers.shard_rows import Shard, read_shard_rows, rows_digest
 from millijoule.workers.storage.store import Store
-
-_ROUND = re.compile(r"_job/retry-(\d{4})/shards\.parquet")
 
 #: Rows of one shard are equal in these.
 _HOMOGENEOUS = ("width", "height", "num_inference_steps")
@@ -71,7 +69,7 @@ class JobShards:
         i = self.round_of(shard_id) - 1
         row = self.rounds[i].table.slice(shard_id - self.starts[i], 1).to_pylist()[0]
         row["shard_id"] = shard_id
-        return Shard(key=_part_key(self.rounds[i].number, row.pop("part")), **row)
+        return Shard(key=retry_part_key(self.rounds[i].number, row.pop("part")), **row)
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[i] for i in range(len(self)))
@@ -99,7 +97,8 @@ def load_job_shards(store: Store, job: JobSpec) -> JobShards:
     Raises:
         StoreError: plan or rounds are missing or damaged.
     """
-    numbers = sorted(int(m[1]) for i in store.list("_job/retry-") if (m := _ROUND.fullmatch(i.key)))
+    found = (round_of_retry_index_key(item.key) for item in store.list(RETRY_PREFIX))
+    numbers = sorted(number for number in found if number is not None)
     return JobShards(load_shard_index(store, job.fingerprint), tuple(_load_round(store, n) for n in numbers))
 
 
@@ -119,13 +118,13 @@ def plan_retry(store: Store, job: JobSpec) -> int:
     with tempfile.TemporaryDirectory(prefix="millijoule-retry-") as scratch:
         path = Path(scratch, "part.parquet")
         table = _write_shards(rows, job.shard_size, path)
-        store.put_file(_part_key(number, 0), path)
+        store.put_file(retry_part_key(number, 0), path)
     keys = list(zip(rows["prompt_id"].to_pylist(), rows["first_image_index"].to_pylist(), strict=True))
     table = table.replace_schema_metadata({"millijoule.images": json.dumps(keys)})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     try:
-        store.put_exclusive(_index_key(number), sink.getvalue())
+        store.put_exclusive(retry_index_key(number), sink.getvalue())
     except AlreadyExistsError as error:
         raise InputError(
             f"{store.url}: another driver just started a retry; run the command again"
@@ -181,18 +180,10 @@ def _write_shards(rows: pa.Table, shard_size: int, path: Path) -> pa.Table:
 
 
 def _load_round(store: Store, number: int) -> RetryRound:
-    where = f"{store.url}/{_index_key(number)}"
+    where = f"{store.url}/{retry_index_key(number)}"
     try:
-        table = pq.read_table(pa.BufferReader(store.get(_index_key(number))))
+        table = pq.read_table(pa.BufferReader(store.get(retry_index_key(number))))
         keys = json.loads(table.schema.metadata[b"millijoule.images"])
         return RetryRound(number, table.cast(SHARD_INDEX_SCHEMA), frozenset((i, k) for i, k in keys))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{where}: damaged retry round: {error}") from error
-
-
-def _index_key(number: int) -> str:
-    return f"_job/retry-{number:04d}/shards.parquet"
-
-
-def _part_key(number: int, part: int) -> str:
-    return f"_job/retry-{number:04d}/part-{part:05d}.parquet"

@@ -24,7 +24,7 @@ from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempt import AttemptCancelled, SickWorkerError, isolate
 from millijoule.workers.errors import NodeError, RowError, StoreError
 from millijoule.workers.generators.protocol import GeneratedBatch
-from millijoule.workers.lease import commit_key
+from millijoule.workers.layout import commit_key
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, ImageRequest, ImageRow, carried_rows
 
 

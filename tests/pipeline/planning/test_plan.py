@@ -19,12 +19,12 @@ from millijoule.pipeline.planning import duplicate_ids, plan, raw_chunks
 from millijoule.pipeline.planning.plan import (
     PlanOptions,
     compute_fingerprint,
-    index_key,
     load_shard_index,
     plan_job,
 )
 from millijoule.pipeline.planning.prompts import BAD_ROW_SCHEMA
 from millijoule.workers.errors import InputError, NotFoundError, StoreError
+from millijoule.workers.layout import plan_index_key
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 from millijoule.workers.shard_rows import PlanRow, derive_seed, read_shard_rows, shard_requests
 from millijoule.workers.storage.store import InputFile, expand_inputs, open_store
@@ -515,7 +515,7 @@ def test_input_and_plan_on_s3(moto_s3, s3_env, world):
 
 def test_a_plan_without_its_index_does_not_exist(world):
     world.file("p.txt", "cat\n").plan()
-    world.store.delete([index_key(world.made.fingerprint)])
+    world.store.delete([plan_index_key(world.made.fingerprint)])
     with pytest.raises(NotFoundError):
         load_shard_index(world.store, world.made.fingerprint)
 
@@ -533,7 +533,7 @@ def test_damage_is_noticed(world):
         read_shard_rows(world.store, shards[0])
     with pytest.raises(StoreError, match="plan of another job"):
         load_shard_index(world.store, fingerprint[:12] + "0" * 52)
-    world.store.put(index_key(fingerprint), b"no parquet")
+    world.store.put(plan_index_key(fingerprint), b"no parquet")
     with pytest.raises(StoreError, match=r"shards\.parquet: damaged"):
         load_shard_index(world.store, fingerprint)
 

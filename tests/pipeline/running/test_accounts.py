@@ -10,8 +10,8 @@ from ray.exceptions import RayActorError
 from millijoule.pipeline.running import accounts as accounts_module
 from millijoule.pipeline.running.accounts import Accounts
 from millijoule.pipeline.running.record_writer import RecordWriter
-from millijoule.workers.layout import closing_key
-from millijoule.workers.lease import AccountRead, worker_key
+from millijoule.workers.layout import closing_key, worker_key
+from millijoule.workers.lease import AccountRead
 from millijoule.workers.schemas import CounterRead, WorkerClosing, WorkerEnvironment
 from millijoule.workers.storage.store import open_store
 

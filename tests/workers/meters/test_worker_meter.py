@@ -27,8 +27,8 @@ from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.pipeline.running.run import JobRun, PlannedJob
 from millijoule.workers import actor
 from millijoule.workers.generators.protocol import describe_model
-from millijoule.workers.layout import closing_key
-from millijoule.workers.lease import WorkerConfig, worker_key
+from millijoule.workers.layout import closing_key, worker_key
+from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meters.meter import MIN_READ_SPACING_NS, open_meter
 from millijoule.workers.schemas import ImageRequest, PowerSample, WorkerClosing
 
