@@ -153,7 +153,7 @@ def run(options: GenerateOptions, worker_class: Any = None) -> int:
     from millijoule.pipeline.running.run import JobRun
     from millijoule.pipeline.running.spending import Spending
     from millijoule.workers.actor import remote_worker_class
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
     from millijoule.workers.visible_text import visible
 
     validate(options)

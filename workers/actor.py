@@ -40,7 +40,8 @@ from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
-from millijoule.workers.storage.store import Store, open_store
+from millijoule.workers.storage.open import open_store
+from millijoule.workers.storage.protocol import Store
 from millijoule.workers.storage.trouble import waits_for_store
 from millijoule.workers.visible_text import log_to_stderr
 

@@ -41,7 +41,7 @@ from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import Commit, ImageRequest, ImageRow, Segment, carried_rows
 from millijoule.workers.shard_rows import PlanRow, read_shard_rows, shard_requests
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from millijoule.workers.errors import DamagedError
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA, ImageRequest
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: Seeds are unsigned 64-bit; a row's seed counts up by image index and wraps here.
 SEED_RANGE = 2**64

@@ -32,7 +32,8 @@ from millijoule.pipeline.energy.tables import table_row_groups, write_row_groups
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.sql.query import open_tables, run_query
 from millijoule.workers.layout import JOB_KEY
-from millijoule.workers.storage.store import LocalStore, open_store
+from millijoule.workers.storage.local import LocalStore
+from millijoule.workers.storage.open import open_store
 
 START_NS = 1_760_000_400_000_000_000  # an hour within one UTC day
 SHARD_SECONDS = 6

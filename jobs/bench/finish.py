@@ -108,7 +108,8 @@ def make(folder: str, n: int) -> dict[str, Any]:
     from millijoule.workers.images.writers import row_table_options
     from millijoule.workers.layout import commit_key
     from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
-    from millijoule.workers.storage.store import expand_inputs, open_store
+    from millijoule.workers.storage.inputs import expand_inputs
+    from millijoule.workers.storage.open import open_store
 
     prompts = Path(folder, "prompts.txt")
     with prompts.open("w") as file:
@@ -186,7 +187,7 @@ def finish(folder: str, n: int) -> dict[str, Any]:
     from millijoule.pipeline.energy.closure import EXACT_CHECKS
     from millijoule.pipeline.output.job import read_job
     from millijoule.pipeline.planning.retry import load_job_shards
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     product.write_preview = lambda *_: None  # there are no pictures
     store = open_store(f"{folder}/out")
@@ -213,7 +214,7 @@ def finish(folder: str, n: int) -> dict[str, Any]:
 def check(folder: str, n: int) -> dict[str, Any]:
     """Check the finished job in `folder`: seconds, and memory above what it took to load the program."""
     from millijoule.pipeline.closing import check as product
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     store = open_store(f"{folder}/out")
     began, cpu, peak_before = time.monotonic(), time.process_time(), peak_mb()

@@ -22,7 +22,8 @@ _MODEL_SHA256 = "0" * 64
 def plan(n: int) -> dict[str, Any]:
     """Plan `n` prompts from one Parquet file; seconds and this process's peak memory."""
     from millijoule.pipeline.planning.plan import PlanOptions, plan_job
-    from millijoule.workers.storage.store import expand_inputs, open_store
+    from millijoule.workers.storage.inputs import expand_inputs
+    from millijoule.workers.storage.open import open_store
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "prompts.parquet")
@@ -51,7 +52,8 @@ def resume(n: int) -> dict[str, Any]:
     from millijoule.pipeline.planning.retry import load_job_shards
     from millijoule.pipeline.running.coordinator import Coordinator
     from millijoule.workers.layout import commit_key
-    from millijoule.workers.storage.store import expand_inputs, open_store
+    from millijoule.workers.storage.inputs import expand_inputs
+    from millijoule.workers.storage.open import open_store
 
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.txt")

@@ -37,7 +37,8 @@ from millijoule.pipeline.energy.tables import write_energy_tables
 from millijoule.pipeline.output.job import JobSpec, publish_job
 from millijoule.workers.layout import MANIFEST_KEY, STATS_KEY
 from millijoule.workers.schemas import Commit, CounterRead, PowerSample, PowerTrace, Segment
-from millijoule.workers.storage.store import Store, open_store
+from millijoule.workers.storage.open import open_store
+from millijoule.workers.storage.protocol import Store
 
 MAX_PAGE_BYTES, MAX_SECONDS = 2_000_000, 10.0
 

@@ -82,7 +82,7 @@ def driver(workers: int, hours: int) -> dict[str, Any]:
     from millijoule.pipeline.output.commits import CommitCompactor
     from millijoule.pipeline.running.run import FLUSH_PERIOD_S
     from millijoule.pipeline.running.spending import Spending
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)

@@ -23,7 +23,9 @@ from millijoule.workers.lease import Calibration, WorkerConfig
 from millijoule.workers.node_meters.meter import MW_PER_W
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.shard_rows import read_shard_rows, shard_requests
-from millijoule.workers.storage.store import Store, expand_inputs, open_store
+from millijoule.workers.storage.inputs import expand_inputs
+from millijoule.workers.storage.open import open_store
+from millijoule.workers.storage.protocol import Store
 from millijoule.workers.visible_text import visible_lines
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from millijoule.pipeline.running.spending import Caps, parse_deadline
 from millijoule.workers.errors import InputError, StoreError
 from millijoule.workers.generators.protocol import ModelIdentity, describe_model
 from millijoule.workers.layout import BAD_ROWS_KEY, SUCCESS_KEY
-from millijoule.workers.storage.store import Store, expand_inputs
+from millijoule.workers.storage.inputs import expand_inputs
+from millijoule.workers.storage.protocol import Store
 
 if TYPE_CHECKING:
     from millijoule.jobs.generate import GenerateOptions

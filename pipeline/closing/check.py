@@ -39,7 +39,8 @@ from millijoule.workers.images.readers import read_images
 from millijoule.workers.layout import MANIFEST_KEY, SUCCESS_KEY
 from millijoule.workers.schemas import Commit
 from millijoule.workers.shard_rows import Shard, ShardRowReader, shard_requests
-from millijoule.workers.storage.store import Store, is_s3_url
+from millijoule.workers.storage.open import is_s3_url
+from millijoule.workers.storage.protocol import Store
 
 T = TypeVar("T")
 R = TypeVar("R")

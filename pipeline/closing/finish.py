@@ -50,7 +50,7 @@ from millijoule.workers.layout import (
     SUCCESS_KEY,
 )
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

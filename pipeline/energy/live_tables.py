@@ -37,7 +37,7 @@ from millijoule.workers.schemas import (
     Segment,
     wraps,
 )
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: A file is written anew at each flush until it has been written this often, or a table has so many rows. Until then
 #: the rows stay in memory, some hundred bytes each.

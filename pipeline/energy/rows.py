@@ -44,7 +44,8 @@ from millijoule.workers.schemas import (
     PowerTrace,
     WorkerEnvironment,
 )
-from millijoule.workers.storage.store import Store, is_s3_url
+from millijoule.workers.storage.open import is_s3_url
+from millijoule.workers.storage.protocol import Store
 
 #: Threads that read row tables from a distant store, and from a disk.
 _READ_THREADS, _DISK_THREADS = 16, 2

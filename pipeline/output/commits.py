@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from millijoule.workers.errors import DamagedError, StoreError
 from millijoule.workers.layout import COMMITS_PREFIX, COMPACTED_PREFIX, commit_key, shard_of_commit_key
 from millijoule.workers.schemas import Commit
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: Commits per compacted part: about a minute of a thousand GPUs, or 10 MB.
 COMPACT_EVERY = 4096

@@ -31,8 +31,9 @@ from millijoule.workers.errors import InputError, StoreError
 from millijoule.workers.layout import plan_bad_rows_key, plan_index_key, plan_part_key
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA, SCHEMA_VERSION
 from millijoule.workers.shard_rows import Shard, digest_inputs
+from millijoule.workers.storage.inputs import InputFile, open_input_file
 from millijoule.workers.storage.prompt_file_names import file_format
-from millijoule.workers.storage.store import InputFile, Store, open_input_file
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

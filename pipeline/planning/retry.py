@@ -28,7 +28,7 @@ from millijoule.workers.errors import AlreadyExistsError, InputError, StoreError
 from millijoule.workers.layout import RETRY_PREFIX, retry_index_key, retry_part_key, round_of_retry_index_key
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 from millijoule.workers.shard_rows import Shard, read_shard_rows, rows_digest
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: Rows of one shard are equal in these.
 _HOMOGENEOUS = ("width", "height", "num_inference_steps")

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS
 from millijoule.workers.errors import StoreError
 from millijoule.workers.layout import ENERGY_PREFIX
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 READ_THREADS = 16
 

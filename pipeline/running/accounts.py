@@ -25,7 +25,7 @@ from millijoule.workers.errors import NotFoundError
 from millijoule.workers.layout import CLOSINGS_PREFIX, WORKERS_PREFIX, closing_key, worker_key
 from millijoule.workers.lease import AccountRead, WorkerConfig, WorkerStopped
 from millijoule.workers.schemas import WorkerClosing, WorkerEnvironment
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.schemas import Commit, PowerTrace, Segment
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from millijoule.pipeline.planning.retry import load_job_shards
 from millijoule.pipeline.running import run
 from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.workers.schemas import CounterRead
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 class SteadyMeter:

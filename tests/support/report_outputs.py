@@ -21,7 +21,7 @@ from millijoule.workers.attempt import AttemptRunner, Where
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meters.timeline import SegmentTimeline
 from millijoule.workers.schemas import CounterRead
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: What a careless page would run or show as markup.
 HOSTILE = (

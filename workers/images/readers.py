@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 
 def read_images(

@@ -11,7 +11,7 @@ from millijoule.jobs.bench.energy_tables import (
     timed,
     write_tables,
 )
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 OPTIONS = BenchOptions(nodes=2, gpus_per_node=4, seconds=600, repeats=1)
 

@@ -2,7 +2,7 @@
 
 from millijoule.jobs.bench.finish import probe
 from millijoule.pipeline.closing.check import check_output
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 def test_a_job_of_one_image_shards_closes_and_agrees_with_its_commits(tmp_path):

@@ -19,7 +19,7 @@ from millijoule.pipeline.output.commits import CommitCompactor, read_commits
 from millijoule.pipeline.planning.retry import plan_retry
 from millijoule.workers.errors import DamagedError, NotFoundError, RowError
 from millijoule.workers.layout import commit_key
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 def manifest(shard_ids):

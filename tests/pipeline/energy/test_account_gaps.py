@@ -35,7 +35,7 @@ from millijoule.pipeline.running.progress import Progress
 from millijoule.pipeline.sql.query import CLOSURE_QUERIES, open_tables, run_query
 from millijoule.workers.layout import closing_key, commit_key, worker_key
 from millijoule.workers.schemas import CounterRead, Segment, WorkerClosing, WorkerEnvironment
-from millijoule.workers.storage.store import ObjectInfo
+from millijoule.workers.storage.protocol import ObjectInfo
 
 LONG_S = MAX_GAP_NS // SECOND + 60
 

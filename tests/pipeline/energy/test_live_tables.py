@@ -31,7 +31,7 @@ from millijoule.pipeline.sql.query import CLOSURE_QUERIES, open_tables, run_quer
 from millijoule.workers.errors import StoreError
 from millijoule.workers.lease import WorkerStopped
 from millijoule.workers.schemas import BOOK_EPOCHS, PowerSample, PowerTrace
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 SHARDS = 10
 

@@ -21,7 +21,7 @@ from millijoule.pipeline.running.pool import PoolOptions
 from millijoule.workers.errors import StoreError
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeFailure, NodeReading, NodeSeries
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 NODE = MeteredNode("h", "bmc", 30, 0.01, DeclaredRest(5, 1), "n", "boot", domains=("cpu:0", "gpu:1"))
 

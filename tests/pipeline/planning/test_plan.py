@@ -27,7 +27,8 @@ from millijoule.workers.errors import InputError, NotFoundError, StoreError
 from millijoule.workers.layout import plan_index_key
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 from millijoule.workers.shard_rows import PlanRow, derive_seed, read_shard_rows, shard_requests
-from millijoule.workers.storage.store import InputFile, expand_inputs, open_store
+from millijoule.workers.storage.inputs import InputFile, expand_inputs
+from millijoule.workers.storage.open import open_store
 
 EXTRA = {"model_sha256": "0" * 64, "job_seed": 0}
 
@@ -542,7 +543,8 @@ def test_damage_is_noticed(world):
 MEASURE = """
 import re, sys
 from millijoule.pipeline.planning.plan import PlanOptions, plan_job
-from millijoule.workers.storage.store import expand_inputs, open_store
+from millijoule.workers.storage.inputs import expand_inputs
+from millijoule.workers.storage.open import open_store
 plan_job(expand_inputs([sys.argv[1]]), PlanOptions(), open_store(sys.argv[2]), {})
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """

@@ -17,7 +17,7 @@ from millijoule.pipeline.report.devices import gpu_models, model_of
 from millijoule.pipeline.report.energy import Rates
 from millijoule.pipeline.report.timeline import Place
 from millijoule.workers.errors import InputError, MillijouleError
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 PROMPTS = [*HOSTILE[:3], *(f"prompt {i}" for i in range(41))]
 MJ_PER_KWH = 3.6e9

@@ -26,7 +26,7 @@ from millijoule.pipeline.report.timeline import Place, Work
 from millijoule.workers.errors import InputError
 from millijoule.workers.layout import worker_key
 from millijoule.workers.schemas import WorkerEnvironment
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 CLASSES = tuple(GROUPS)
 ORDER = ("images", "load", "waste", "idle")

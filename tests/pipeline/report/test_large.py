@@ -13,7 +13,7 @@ from millijoule.jobs.bench.report import (
     is_slow,
     write_output,
 )
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 @pytest.mark.parametrize("images", [4_000, pytest.param(100_000, marks=pytest.mark.slow)])

@@ -27,7 +27,7 @@ from millijoule.pipeline.report.timeline import (
     spread,
 )
 from millijoule.workers.schemas import PowerSample, PowerTrace
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 @pytest.fixture

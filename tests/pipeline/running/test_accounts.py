@@ -13,7 +13,7 @@ from millijoule.pipeline.running.record_writer import RecordWriter
 from millijoule.workers.layout import closing_key, worker_key
 from millijoule.workers.lease import AccountRead
 from millijoule.workers.schemas import CounterRead, WorkerClosing, WorkerEnvironment
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 def read(mj):

@@ -26,17 +26,13 @@ from hypothesis import strategies as st
 from s3_servers import FaultProxy, S3Endpoint
 
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError, StoreError
+from millijoule.workers.storage import local, s3_failures
 from millijoule.workers.storage import s3 as s3_storage
-from millijoule.workers.storage import store as storage
+from millijoule.workers.storage.inputs import expand_inputs, open_input_file
+from millijoule.workers.storage.local import LocalStore
+from millijoule.workers.storage.open import open_store
+from millijoule.workers.storage.protocol import Store, TemporaryObject, check_key
 from millijoule.workers.storage.s3 import S3Settings
-from millijoule.workers.storage.store import (
-    LocalStore,
-    Store,
-    check_key,
-    expand_inputs,
-    open_input_file,
-    open_store,
-)
 
 RACERS = 8
 PART_BYTES = 5 << 20  # the least S3 allows; several parts then stay quick
@@ -149,7 +145,7 @@ def test_a_file_arrives_whole(any_store: Store, tmp_path: Path, size_bytes: int)
     source.write_bytes(os.urandom(size_bytes))
     arrived: list[int] = []
     any_store.put_file("data/x.tar", source, lambda: arrived.append(1))
-    assert len(arrived) == (1 if any_store.is_local else max(1, -(-size_bytes // PART_BYTES)))
+    assert len(arrived) == (1 if isinstance(any_store, LocalStore) else max(1, -(-size_bytes // PART_BYTES)))
     assert any_store.size("data/x.tar") == size_bytes
     assert any_store.get("data/x.tar") == source.read_bytes()
     assert list(any_store.list_temporary()) == []
@@ -340,7 +336,6 @@ def test_a_used_store_can_be_pickled_and_shared_by_threads(store: Store) -> None
     copy = pickle.loads(pickle.dumps(store))
     assert copy.get("x") == b"1"
     assert copy.url == store.url
-    assert copy.is_local == store.is_local
     with ThreadPoolExecutor(RACERS) as pool:
         assert list(pool.map(copy.get, ["x"] * 40)) == [b"1"] * 40
 
@@ -413,7 +408,7 @@ def test_without_hard_links_one_writer_still_wins(
 
     monkeypatch.setattr(os, "link", no_link)
     if supported == "nothing":
-        monkeypatch.setattr(storage, "_rename_exclusively", lambda *_: False)
+        monkeypatch.setattr(local, "rename_exclusively", lambda *_: False)
     store = LocalStore(tmp_path)
     with ThreadPoolExecutor(RACERS) as pool:
         racing = [pool.submit(_race, store, {}, i, ["a", "b", "c"], 0.0) for i in range(RACERS)]
@@ -436,7 +431,7 @@ def test_a_file_from_another_disk_is_copied_in_parts(
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(os, "link", no_link)
-    monkeypatch.setattr(storage, "COPY_PART_BYTES", 1000)
+    monkeypatch.setattr(local, "COPY_PART_BYTES", 1000)
     store = LocalStore(tmp_path / "out")
     source = tmp_path / "source"
     source.write_bytes(os.urandom(size_bytes))
@@ -542,7 +537,7 @@ def test_a_file_in_the_place_of_a_folder_is_explained(tmp_path: Path) -> None:
 _STOP_BEFORE_RENAME = """
 import os, sys, time
 from pathlib import Path
-from millijoule.workers.storage.store import LocalStore
+from millijoule.workers.storage.local import LocalStore
 
 def stop_here(*_):
     print("stopped", flush=True)
@@ -575,7 +570,7 @@ def test_only_temporary_files_are_deleted_as_such(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.put("data/x", b"1")
     with pytest.raises(ValueError, match="not a temporary file"):
-        store.delete_temporary([storage.TemporaryObject("data/x", 0)])
+        store.delete_temporary([TemporaryObject("data/x", 0)])
     assert store.exists("data/x")
 
 
@@ -592,9 +587,9 @@ def faulty(
     server: S3Endpoint = request.getfixturevalue({"moto": "moto_s3"}.get(request.param, request.param))
     proxy = fault_proxy(server)
     s3_env(server)
-    request.getfixturevalue("monkeypatch").setattr(s3_storage, "BACKOFF_FIRST_S", 0.02)
+    request.getfixturevalue("monkeypatch").setattr(s3_failures, "BACKOFF_FIRST_S", 0.02)
     url = f"s3://{server.make_bucket()}/out"
-    settings = S3Settings(proxy.url, "us-east-1", retry_for_s=20.0, timeout_s=1.5)
+    settings = S3Settings(proxy.url, "us-east-1", repeat_for_s=20.0, timeout_s=1.5)
     return proxy, open_store(url, settings), open_store(url)
 
 
@@ -603,7 +598,7 @@ Faulty = tuple[FaultProxy, Store, Store]
 
 def _impatient(proxy: FaultProxy, store: Store) -> Store:
     """The store behind the proxy, giving up after a second."""
-    return open_store(store.url, S3Settings(proxy.url, "us-east-1", retry_for_s=1.0))
+    return open_store(store.url, S3Settings(proxy.url, "us-east-1", repeat_for_s=1.0))
 
 
 def test_a_lost_acknowledgement_of_our_own_create_is_success(faulty: Faulty) -> None:
@@ -749,7 +744,7 @@ def test_an_interrupted_upload_keeps_the_old_object(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(s3_storage.Bucket, "_complete", interrupt)
+    monkeypatch.setattr(s3_storage.Bucket, "complete", interrupt)
     with pytest.raises(KeyboardInterrupt):
         store.put_file("data/large.tar", large_file)
     assert direct.get("data/large.tar") == b"old"
@@ -771,7 +766,7 @@ _UPLOAD = """
 import sys
 from pathlib import Path
 from millijoule.workers.storage import s3 as s3_storage
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 s3_storage.PART_BYTES = int(sys.argv[3])
 open_store(sys.argv[1]).put_file("data/large.tar", Path(sys.argv[2]))
@@ -821,7 +816,7 @@ def test_a_server_that_is_not_there_is_a_transient_error_naming_the_endpoint(
     moto_s3: S3Endpoint, s3_env: Callable[[S3Endpoint], None]
 ) -> None:
     s3_env(moto_s3)
-    store = open_store("s3://bucket", S3Settings("http://127.0.0.1:9", "us-east-1", retry_for_s=0.5))
+    store = open_store("s3://bucket", S3Settings("http://127.0.0.1:9", "us-east-1", repeat_for_s=0.5))
     with pytest.raises(StoreError, match=r"http://127\.0\.0\.1:9.*AWS_ENDPOINT_URL") as failure:
         store.get("x")
     assert failure.value.transient
