@@ -37,7 +37,7 @@ from millijoule.workers.lease import (
 from millijoule.workers.life import LifeLock, is_gone, life_path
 from millijoule.workers.meters.meter import CounterMeter, no_meter, open_meter
 from millijoule.workers.meters.power_samples import PowerSampler
-from millijoule.workers.meters.timeline import SegmentTimeline
+from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
 from millijoule.workers.storage.open import open_store

@@ -38,7 +38,7 @@ from millijoule.workers.lease import (
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.meters.power_samples import PowerSampler
-from millijoule.workers.meters.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
+from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import Commit, ImageRequest, ImageRow, Segment, carried_rows
 from millijoule.workers.shard_rows import PlanRow, read_shard_rows, shard_requests
 from millijoule.workers.storage.protocol import Store

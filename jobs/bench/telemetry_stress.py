@@ -41,7 +41,7 @@ def worker(kind: str, board: str, seconds: float, book: str, powercap: str | Non
     from millijoule.workers.meters.meter import open_meter
     from millijoule.workers.meters.power_samples import MAX_SAMPLES, PowerSampler
     from millijoule.workers.meters.rapl import POWERCAP_ROOT
-    from millijoule.workers.meters.timeline import SegmentTimeline
+    from millijoule.workers.meters.segment_timeline import SegmentTimeline
 
     del millijoule
     before, cpu_before, began = memory_mb(), time.process_time(), time.monotonic()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 #: What every step imports.
-BASE = ("torch", "numpy", "pyarrow", "pillow", "rich", "safetensors", "tyro")
+BASE = ("torch", "numpy", "pyarrow", "msgspec", "nvidia-ml-py", "pillow", "rich", "safetensors", "tyro")
 
 #: An output in which only something is yet to be shown, see `millijoule verify`.
 NOT_SHOWN = 6

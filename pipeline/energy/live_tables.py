@@ -27,7 +27,7 @@ from millijoule.pipeline.energy.schemas import open_parquet_writer, run_id_of, t
 from millijoule.pipeline.energy.tables import LIVE_PREFIX
 from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_workers
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.workers.meters.timeline import segment_estimate_mj
+from millijoule.workers.meters.segment_timeline import segment_estimate_mj
 from millijoule.workers.schemas import (
     BOOK_EPOCHS,
     IMAGE_ROW_SCHEMA,

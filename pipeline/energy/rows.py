@@ -36,7 +36,7 @@ from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
 from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted, held_devices
 from millijoule.pipeline.output.image_rows import NOT_CARRIED, RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.workers.meters.timeline import segment_estimate_mj
+from millijoule.workers.meters.segment_timeline import segment_estimate_mj
 from millijoule.workers.schemas import (
     IMAGE_ROW_SCHEMA,
     Commit,

@@ -17,7 +17,7 @@ from millijoule.workers.attempt import AttemptRunner, Where
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
-from millijoule.workers.meters.timeline import SegmentTimeline
+from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.storage.inputs import expand_inputs
 from millijoule.workers.storage.open import open_store
 from millijoule.workers.storage.protocol import Store

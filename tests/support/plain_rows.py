@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from millijoule.pipeline.energy.apportionment import image_energy
 from millijoule.pipeline.energy.rows import SHORT_CPU_NS, SHORT_GPU_NS, committed_attempt, read_rows
-from millijoule.workers.meters.timeline import segment_estimate_mj
+from millijoule.workers.meters.segment_timeline import segment_estimate_mj
 
 
 def counter_rows(ledger):

@@ -19,7 +19,7 @@ from millijoule.pipeline.planning.retry import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempt import AttemptRunner, Where
 from millijoule.workers.lease import WorkerConfig
-from millijoule.workers.meters.timeline import SegmentTimeline
+from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.schemas import CounterRead
 from millijoule.workers.storage.protocol import Store
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from millijoule.workers.meters.counter_book import MAX_DOMAIN_WATTS
-from millijoule.workers.meters.nvml_library import NvmlLibrary
 
 log = logging.getLogger(__name__)
 
@@ -134,15 +133,28 @@ class Gpus:
     close: Callable[[], None] = lambda: None
 
 
+def _start(lib: Any) -> Any:
+    """`lib`, or pynvml where it is None, ready to be asked.
+
+    Raises:
+        pynvml.NVMLError: no driver, no permission.
+    """
+    if lib is None:
+        import pynvml  # here: 4 MB that only a process beside a board needs
+
+        lib = pynvml
+    lib.nvmlInit()
+    return lib
+
+
 def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
     """Find `gpus` (as `CUDA_VISIBLE_DEVICES` names them); what has no counter of its own or cannot be found is left out.
 
     Args:
-        lib: the NVML binding, default `NvmlLibrary`; `pynvml` has the same names.
+        lib: default `pynvml`; else what has its names.
     """
     try:
-        lib = lib or NvmlLibrary()
-        lib.nvmlInit()
+        lib = _start(lib)
     except Exception as error:  # no driver, no library, no permission
         log.warning("NVML is not available (%s); GPU energy is missing", error)
         return Gpus(unreadable=tuple(gpus))
@@ -173,14 +185,13 @@ def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
 def installed_gpus(lib: Any = None) -> tuple[str, ...]:
     """Full UUIDs of all boards NVML shows on this host; empty where it shows none or is not there."""
     try:
-        lib = lib or NvmlLibrary()
-        lib.nvmlInit()
+        lib = _start(lib)
     except Exception as error:  # as in `open_gpus`
         log.info("NVML is not available (%s)", error)
         return ()
     try:
         handles = [lib.nvmlDeviceGetHandleByIndex(i) for i in range(lib.nvmlDeviceGetCount())]
-        return tuple(_text(lib.nvmlDeviceGetUUID(h)) for h in handles)
+        return tuple(lib.nvmlDeviceGetUUID(h) for h in handles)
     except lib.NVMLError as error:
         log.warning("NVML cannot list the GPUs: %s", error)
         return ()
@@ -188,10 +199,10 @@ def installed_gpus(lib: Any = None) -> tuple[str, ...]:
         _shut_down(lib)
 
 
-def _ask(lib: Any, question: Callable[..., str | bytes], *about: Any) -> str | None:
+def _ask(lib: Any, question: Callable[..., str], *about: Any) -> str | None:
     """A name that is good to know; None where the driver does not tell it."""
     try:
-        return _text(question(*about))
+        return question(*about)
     except lib.NVMLError:
         return None
 
@@ -212,10 +223,10 @@ def _find_gpu(lib: Any, gpu: str) -> tuple[str, Any]:
     if gpu.startswith("MIG-"):
         raise ValueError("a MIG instance has no energy counter of its own")
     handles = [lib.nvmlDeviceGetHandleByIndex(i) for i in range(lib.nvmlDeviceGetCount())]
-    devices = [(_text(lib.nvmlDeviceGetUUID(h)), h) for h in handles]
+    devices = [(lib.nvmlDeviceGetUUID(h), h) for h in handles]
     if gpu.isdigit():
         # NVML counts in PCI order, CUDA puts faster devices first: the same only among equals
-        if len({_text(lib.nvmlDeviceGetName(h)) for h in handles}) > 1:
+        if len({lib.nvmlDeviceGetName(h) for h in handles}) > 1:
             raise ValueError("an index is ambiguous between unlike GPUs: set CUDA_VISIBLE_DEVICES to UUIDs")
         if int(gpu) >= len(devices):
             raise ValueError(f"this host has {len(devices)} GPUs")
@@ -233,7 +244,3 @@ def _is_partitioned(lib: Any, handle: Any) -> bool:
         return bool(lib.nvmlDeviceGetMigMode(handle)[0])
     except lib.NVMLError:  # NotSupported: a board without MIG
         return False
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

@@ -21,7 +21,7 @@ from millijoule.workers.meters.meter import (
     estimate_cpu_mj,
     open_meter,
 )
-from millijoule.workers.meters.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
+from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import CounterRead, Segment
 
 
@@ -119,14 +119,6 @@ def test_a_board_in_mig_mode_is_refused(open_fake):
     assert open_fake(["0"], nvml).method == "missing"
     nvml.mig[UUIDS[0]] = [0, 0]
     assert open_fake(["0"], nvml).method == "nvml-counter"
-
-
-def test_bytes_from_older_bindings_are_understood(open_fake):
-    class Old(FakeNvml):
-        def nvmlDeviceGetUUID(self, handle):
-            return handle.encode()
-
-    assert open_fake([UUIDS[0]], Old()).domains == (GPU0,)
 
 
 # --- GPU faults -------------------------------------------------------------------------------------------------------
@@ -338,7 +330,7 @@ def test_a_silence_in_which_it_may_have_wrapped_begins_an_epoch(open_fake, power
 
 def test_touching_the_timeline_keeps_wraps_in_sight(open_fake, powercap, clock, monkeypatch):
     monkeypatch.setattr(
-        "millijoule.workers.meters.timeline.time", SimpleNamespace(monotonic=lambda: clock() / SECOND)
+        "millijoule.workers.meters.segment_timeline.time", SimpleNamespace(monotonic=lambda: clock() / SECOND)
     )
     powercap.set("intel-rapl:0:1", 1_000_000)
     timeline = SegmentTimeline("w", open_fake(powercap=powercap))

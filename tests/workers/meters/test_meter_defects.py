@@ -24,7 +24,7 @@ from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS,
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.workers.meters.meter import MIN_READ_SPACING_NS, open_meter
 from millijoule.workers.meters.power_samples import PowerSampler
-from millijoule.workers.meters.timeline import SegmentTimeline, segment_energy_mj
+from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj
 from millijoule.workers.schemas import BOOK_EPOCHS
 
 TESTS = Path(__file__).parents[2]
