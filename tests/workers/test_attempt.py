@@ -163,7 +163,7 @@ def test_rows_that_are_many_or_long_stay_out_of_the_commit(tmp_path, prompts):
     shards = work(store, job)
     (c,) = read_commits(store, len(shards))
     assert c.rows is None
-    assert "rows" not in json.loads(store.get(commit_key(0)))
+    assert json.loads(store.get(commit_key(0)))["rows"] is None
 
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -199,7 +199,6 @@ def test_carried_rows_survive_their_json_and_are_the_row_tables(rows):
     assert read.to_json() == body
     assert rows_table(read.rows).equals(true)
     bare = replace(read, rows=None).to_json()
-    assert "rows" not in json.loads(bare)
     assert Commit.from_json(bare).rows is None
 
 
