@@ -7,7 +7,6 @@ itself: the driver replaces it, and keeps the reason.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -15,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import ray
 
@@ -39,6 +39,7 @@ from millijoule.workers.meters.meter import CounterMeter, no_meter, open_meter
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
+from millijoule.workers.records import decode
 from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
 from millijoule.workers.storage.open import open_store
 from millijoule.workers.storage.protocol import Store
@@ -255,13 +256,20 @@ def _limit_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
+@dataclass(frozen=True)
+class _PlannedJob:
+    """Of the job's description what a worker compares."""
+
+    fingerprint: str
+
+
 def _check_output_is_shared(store: Store, config: WorkerConfig) -> None:
     try:
-        job = json.loads(store.get(JOB_KEY))
+        job = decode(_PlannedJob, store.get(JOB_KEY))
     except NotFoundError as error:
         raise NodeError(
             f"{store.url}: node {socket.gethostname()} does not see the job's files there. Workers on several "
             "machines need an output they all share: s3://... or a network file system"
         ) from error
-    if job["fingerprint"] != config.fingerprint:
-        raise NodeError(f"{store.url}: holds another job ({job['fingerprint'][:12]})")
+    if job.fingerprint != config.fingerprint:
+        raise NodeError(f"{store.url}: holds another job ({job.fingerprint[:12]})")

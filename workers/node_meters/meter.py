@@ -75,20 +75,28 @@ class NodeFailure:
     reason: str
 
 
-class NodeMeter(Protocol):
-    """A node's meter.
+class MeterFailure(Exception):
+    """A meter could not be read now; the message is the reason and holds no secret."""
 
-    Attributes:
-        name: for messages; holds no secret.
-        failure: why the last `read` gave nothing; empty after one that did.
-    """
+
+class NodeMeter(Protocol):
+    """A node's meter. `name` is for messages and holds no secret."""
 
     name: str
-    failure: str
 
     def read(self) -> tuple[NodeReading, ...]:
-        """Read now; may take seconds. Empty: it could not be read, see `failure`."""
+        """Read now, at least one reading; may take seconds.
+
+        Raises:
+            MeterFailure: it could not be read.
+        """
         ...
+
+
+def middle_since(began_ns: int) -> tuple[int, int]:
+    """Of a request that began at wall time `began_ns` and ends now: its middle (wall ns), and half its length (ns)."""
+    half_ns = max(time.time_ns() - began_ns, 0) // 2
+    return began_ns + half_ns, half_ns
 
 
 @dataclass(frozen=True)
@@ -303,15 +311,19 @@ class NodeRecorder:
     def look(self) -> None:
         """Read once; what is not later than the last reading (a clock was set back) is left out."""
         self._next = time.monotonic() + self.period_s
-        began_ns = time.time_ns()
-        readings = self.meter.read()
+        began_ns, failure = time.time_ns(), ""
+        readings: tuple[NodeReading, ...] = ()
+        try:
+            readings = self.meter.read()
+        except MeterFailure as error:
+            failure = str(error)
         with self._lock:
             for reading in readings:
                 if reading.t_wall_ns > self._latest_ns.get(reading.source, -1):
                     self._latest_ns[reading.source] = reading.t_wall_ns
                     self._waiting.append(reading)
-            failure = "" if readings else self.meter.failure
             if failure and failure != self._failure:
+                log.warning("%s: %s; the node's energy is missing", self.meter.name, failure)
                 self._waiting.append(NodeFailure(began_ns, failure))
             self._failure = failure
 

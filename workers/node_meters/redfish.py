@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import logging
 import os
 import ssl
 import time
@@ -28,12 +27,12 @@ from millijoule.workers.node_meters.meter import (
     MJ_PER_J,
     MJ_PER_KWH,
     MW_PER_W,
+    MeterFailure,
     NodeReading,
     Quantity,
+    middle_since,
     parse_amount,
 )
-
-log = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
 #: Metrics are a few kilobytes.
@@ -82,7 +81,6 @@ class RedfishMeter:
             urllib.request.HTTPSHandler(context=_tls(self.name, config)),
             _NoRedirect(),
         )
-        self.failure = ""
 
     def read(self) -> tuple[NodeReading, ...]:
         """See `NodeMeter.read`."""
@@ -98,20 +96,13 @@ class RedfishMeter:
                     for quantity, value, quantum in parse(answer)
                 )
                 if readings:
-                    self.failure = ""
                     return readings
             raise ValueError("no energy or power in EnvironmentMetrics or Power of this chassis")
         except urllib.error.HTTPError as error:
             error.close()
-            self._report(f"HTTP {error.code}")
+            raise MeterFailure(f"HTTP {error.code}") from error
         except (OSError, ValueError, ArithmeticError, RecursionError, http.client.HTTPException) as error:
-            self._report(f"{type(error).__name__}: {str(error)[:200]}")
-        return ()
-
-    def _report(self, failure: str) -> None:
-        if failure != self.failure:
-            log.warning("%s: %s; the node's energy is missing", self.name, failure)
-            self.failure = failure
+            raise MeterFailure(f"{type(error).__name__}: {str(error)[:200]}") from error
 
     def _get(self, path: str) -> tuple[dict[str, Any], int, int]:
         """The JSON object at `path`, the middle of the request (wall ns) and half its length."""
@@ -119,13 +110,13 @@ class RedfishMeter:
         began_ns = time.time_ns()
         with self._opener.open(request, timeout=self._timeout_s) as response:
             body = response.read(MAX_ANSWER_BYTES + 1)
-        half_ns = max(time.time_ns() - began_ns, 0) // 2
+        at_ns, half_ns = middle_since(began_ns)
         if len(body) > MAX_ANSWER_BYTES:
             raise ValueError(f"{path}: longer than {MAX_ANSWER_BYTES} bytes")
         answer = json.loads(body, parse_float=Decimal, parse_constant=_refuse)
         if not isinstance(answer, dict):
             raise ValueError(f"{path}: not a JSON object")
-        return answer, began_ns + half_ns, half_ns
+        return answer, at_ns, half_ns
 
 
 def check_chassis_url(config: RedfishConfig) -> None:
