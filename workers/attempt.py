@@ -217,9 +217,8 @@ class AttemptRunner:
                 for request in shard_requests([rows[i]], self.config.job_seed):
                     writer.add(ImageRow(request, "quarantined", error=reason), None)
             written = writer.finish()
-            files = tuple(f.as_data_file() for f in written.files)
-            for f in written.files:
-                store.put_file(f.key, f.path, self.on_step)
+            for file in written.files:
+                store.put_file(file.path, scratch / file.path, self.on_step)
         segment = self.timeline.close("shard", shard.shard_id, lease.attempt_id)
         carried = self.timeline.take()
         errors = Counter(r.error for r in written.rows if r.error)
@@ -230,7 +229,7 @@ class AttemptRunner:
             driver_epoch=self.config.driver_epoch,
             plan_fingerprint=self.config.fingerprint,
             model_sha256=self.config.model_sha256,
-            files=files,
+            files=written.files,
             rows_path=written.rows_key,
             images_ok=ok,
             images_quarantined=len(written.rows) - ok,
@@ -301,13 +300,7 @@ class AttemptRunner:
                 height, width = image.shape[:2]
                 steps = request.num_inference_steps or info.num_inference_steps
                 encoded = encode_png(
-                    image,
-                    request,
-                    width=width,
-                    height=height,
-                    steps=steps,
-                    model_name=info.name,
-                    model_sha256=info.sha256,
+                    image, request, steps=steps, model_name=info.name, model_sha256=info.sha256
                 )
                 self.on_step()
                 row = ImageRow(

@@ -101,26 +101,15 @@ class ImageRow:
 
     def as_record(self) -> dict[str, Any]:
         """This row as a mapping with the columns of `IMAGE_ROW_SCHEMA`."""
-        r = self.request
-        return {
-            "prompt_id": r.prompt_id,
-            "image_index": r.image_index,
-            "prompt": r.prompt,
-            "negative_prompt": r.negative_prompt,
-            "seed": r.seed,
-            "width": self.width,
-            "height": self.height,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": r.guidance_scale,
-            "status": self.status,
-            "error": self.error,
-            "warnings": list(self.warnings) or None,
-            "path": self.path,
-            "sha256": self.sha256,
-            "size_bytes": self.size_bytes,
-            "extra": r.extra,
-        }
+        record = {name: getattr(self, name, None) for name in IMAGE_ROW_SCHEMA.names}
+        for name in _ASKED:
+            record[name] = getattr(self.request, name)
+        record["warnings"] = list(self.warnings) or None
+        return record
 
+
+#: Columns of an image row that repeat its request.
+_ASKED = ("prompt_id", "image_index", "prompt", "negative_prompt", "seed", "guidance_scale", "extra")
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]

@@ -42,8 +42,6 @@ def work(part: int, prompts: list[str], output: str) -> None:
                 encoded = encode_png(
                     image,
                     request,
-                    width=width,
-                    height=height,
                     steps=info.num_inference_steps,
                     model_name=info.name,
                     model_sha256=info.sha256,
