@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import ray
 
-from millijoule.workers.attempt import AttemptCancelled, AttemptRunner, Where
+from millijoule.workers.attempt import AttemptCancelled, AttemptRunner
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.generators.protocol import describe_model, load_generator
@@ -96,24 +96,21 @@ class ShardWorker:
         self._power = PowerSampler(meter)
         self._power.start()
         store = open_store(config.output_url or ".", patient=True)
-        context = ray.get_runtime_context()
-        held = (*meter.gpus, *meter.unreadable_gpus) or tuple(gpus)  # without telemetry as Ray names them
-        where = Where(
-            worker_id=self.worker_id,
-            node_id=context.get_node_id(),
-            host=socket.gethostname(),
-            device=(*held, "cpu")[0],
-            gpus=held,
-        )
+        node_id = ray.get_runtime_context().get_node_id()
+
+        def describe() -> WorkerEnvironment:
+            return describe_worker(self.worker_id, config.driver_epoch, node_id, gpus, meter, opened)
+
+        worker = describe()
         if config.output_url:  # a calibration has no output
             _check_output_is_shared(store, config)
-            self._open_account(store, describe_worker(where, config.driver_epoch, gpus, meter, opened))
+            self._open_account(store, worker)
         generator = load_generator(config.model, device="cuda" if gpus else "cpu")
         _limit_threads(config.cpu_threads)
         found = describe_model(config.model).sha256
         if found != config.model_sha256:
             raise NodeError(
-                f"{config.model}: the model on {socket.gethostname()} has SHA-256 {found[:16]}, "
+                f"{config.model}: the model on {worker.host} has SHA-256 {found[:16]}, "
                 f"the job was planned with {config.model_sha256[:16]}: put the same file on every node"
             )
         timeline.close("load")
@@ -123,7 +120,7 @@ class ShardWorker:
             generator,
             meter,
             timeline,
-            where,
+            worker,
             self._on_images,
             self._power,
             self._on_step,
@@ -131,13 +128,12 @@ class ShardWorker:
         )
         self._runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
         if config.output_url:
-            environment = describe_worker(where, config.driver_epoch, gpus, meter, opened)
-            store.put(worker_key(self.worker_id), environment.to_json())
+            store.put(worker_key(self.worker_id), describe().to_json())
         timeline.close("warmup")
         return WorkerReady(
-            node_id=where.node_id,
-            host=where.host,
-            device=where.device,
+            node_id=node_id,
+            host=worker.host,
+            device=worker.device,
             worker_id=self.worker_id,
             energy_method=meter.method,
             load_seconds=time.monotonic() - began,
@@ -182,8 +178,6 @@ class ShardWorker:
     @ray.method(concurrency_group="status")
     def status(self) -> WorkerStatus:
         """What the worker is doing now; answers while `run` is busy."""
-        if self._attempt_id is None and self._timeline is not None:
-            self._timeline.touch()
         return WorkerStatus(self._attempt_id, self._images_done, self._steps, waits_for_store())
 
     @ray.method(concurrency_group="status")

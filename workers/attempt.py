@@ -39,7 +39,14 @@ from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
-from millijoule.workers.schemas import Commit, ImageRequest, ImageRow, Segment, carried_rows
+from millijoule.workers.schemas import (
+    Commit,
+    ImageRequest,
+    ImageRow,
+    Segment,
+    WorkerEnvironment,
+    carried_rows,
+)
 from millijoule.workers.shard_rows import PlanRow, read_shard_rows, shard_requests
 from millijoule.workers.storage.protocol import Store
 
@@ -61,17 +68,6 @@ class AttemptCancelled(Exception):
 
 
 @dataclass(frozen=True)
-class Where:
-    """A worker's place: Ray's node id, host name, UUID of its (first) GPU or "cpu", and all its GPUs."""
-
-    worker_id: str
-    node_id: str
-    host: str
-    device: str
-    gpus: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class _Drawn:
     """What became of one request. `suspect`: the failure is this worker's word alone, another has to confirm it."""
 
@@ -84,7 +80,7 @@ class AttemptRunner:
     """Runs leases one after another with one loaded generator.
 
     Args:
-        where: this worker, as commits name it.
+        worker: this one, as commits name it.
         on_images: called with the number of images finished in the running attempt, between batches; may raise
             `AttemptCancelled`.
         power: gives commits the power samples to carry; None: they carry none.
@@ -101,7 +97,7 @@ class AttemptRunner:
         generator: Generator,
         meter: EnergyMeter,
         timeline: SegmentTimeline,
-        where: Where,
+        worker: WorkerEnvironment,
         on_images: Callable[[int], None],
         power: PowerSampler | None = None,
         on_step: Callable[[], None] = lambda: None,
@@ -112,7 +108,7 @@ class AttemptRunner:
         self.generator = generator
         self.meter = meter
         self.timeline = timeline
-        self.where = where
+        self.worker = worker
         self.on_images = on_images
         self.power = power
         self.on_step = on_step
@@ -207,11 +203,11 @@ class AttemptRunner:
                     writer.add(drawn.row, drawn.encoded)
                     done += 1
                     request = drawn.row.request
-                    place = (row_of[request.prompt_id, request.image_index], request.image_index)
+                    at = (row_of[request.prompt_id, request.image_index], request.image_index)
                     if drawn.suspect:
-                        suspects.append(Suspect(*place, drawn.row.error or ""))
+                        suspects.append(Suspect(*at, drawn.row.error or ""))
                     elif drawn.encoded is not None:
-                        healthy = healthy or place
+                        healthy = healthy or at
                 self.on_images(done)
             for i, reason in lease.quarantine:
                 for request in shard_requests([rows[i]], self.config.job_seed):
@@ -243,10 +239,10 @@ class AttemptRunner:
             segments=carried,
             power=self.power.take() if self.power else (),
             rows=carried_rows(written.rows),
-            worker_id=self.where.worker_id,
-            node_id=self.where.node_id,
-            host=self.where.host,
-            device=self.where.device,
+            worker_id=self.worker.worker_id,
+            node_id=self.worker.node_id,
+            host=self.worker.host,
+            device=self.worker.device,
         )
         body = commit.to_json()
         if suspects:
@@ -308,7 +304,6 @@ class AttemptRunner:
                 )
                 yield _Drawn(row, encoded)
             self._served = requests[0]
-            self.timeline.touch()
 
     def calibrate(self, requests: Sequence[ImageRequest]) -> Calibration:
         """Draw and encode `requests` and throw them away."""
@@ -331,7 +326,7 @@ class AttemptRunner:
 
     def _energy_mj(self, segment: Segment) -> int | None:
         """Measured millijoules of `segment`; None where one of this worker's own devices was not read."""
-        devices = self.where.gpus or (self.where.device,)
+        devices = self.worker.gpus or (self.worker.device,)
         unread = unread_domains(devices, segment.close.energy_mj)
         return None if unread else segment_energy_mj(segment)
 

@@ -1,6 +1,6 @@
 """The exceptions of the product, one branch per failure domain: whose fault it is decides what happens next.
 
-docs/failure-domains.md has the table. Each message names the place, the value and what to do next.
+docs/failure-domains.md has the table. Each message names where it is, the value and what to do next.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def _damaged_plan(store: Store, shard: Shard) -> Iterator[None]:
         yield
     except (pa.ArrowException, IndexError, OSError) as error:
         raise DamagedError(
-            f"{_place(store, shard)}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
+            f"{_where(store, shard)}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
             "delete this output's _job folder and start again"
         ) from error
 
@@ -156,13 +156,13 @@ def _require_planned(store: Store, shard: Shard, rows: list[PlanRow]) -> list[Pl
     text = "".join(f"{row.prompt_id}\0{row.num_images}\0" for row in rows)
     if hashlib.sha256(text.encode()).hexdigest() != shard.rows_sha256:
         raise DamagedError(
-            f"{_place(store, shard)}: other rows than the plan's index says for shard {shard.shard_id}; the plan was "
+            f"{_where(store, shard)}: other rows than the plan's index says for shard {shard.shard_id}; the plan was "
             "overwritten or is damaged"
         )
     return rows
 
 
-def _place(store: Store, shard: Shard) -> str:
+def _where(store: Store, shard: Shard) -> str:
     return f"{store.url}/{shard.key}, row group {shard.row_group}"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from support.local_job import MODEL_SHA256, plan
+from support.local_job import MODEL_SHA256, plan, stand_in_worker
 from support.models import Plain
 
 from millijoule.pipeline.closing.finish import finish_job
@@ -17,7 +17,7 @@ from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import JobSpec, open_epoch
 from millijoule.pipeline.planning.retry import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.workers.attempt import AttemptRunner, Where
+from millijoule.workers.attempt import AttemptRunner
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.schemas import CounterRead
@@ -62,10 +62,10 @@ def worker(
     config = WorkerConfig(
         store.url, job.fingerprint, job.job_seed, job.output_format, "plain", MODEL_SHA256, epoch
     )
-    where = Where(name, f"node-{host}", host, device)
+    itself = stand_in_worker(name, f"node-{host}", host, device, epoch)
     timeline = SegmentTimeline(name, meter)
     timeline.close("load")
-    return AttemptRunner(config, store, Plain("cpu", seconds), meter, timeline, where, lambda images: None)
+    return AttemptRunner(config, store, Plain("cpu", seconds), meter, timeline, itself, lambda images: None)
 
 
 def finished(

@@ -36,11 +36,9 @@ from millijoule.workers.meters.counter_book import (
     CounterBook,
     is_plausible,
 )
-from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS, GpuPower, Gpus, open_gpus
+from millijoule.workers.meters.nvml import GpuPower, Gpus, open_gpus
 from millijoule.workers.meters.rapl import MAX_PACKAGE_WATTS, POWERCAP_ROOT, find_rapl_counters
 from millijoule.workers.schemas import CounterRead, PowerSample
-
-__all__ = ["MIN_READ_SPACING_NS", "CounterMeter", "EnergyMeter", "estimate_cpu_mj", "no_meter", "open_meter"]
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +67,9 @@ class EnergyMeter(Protocol):
 
     def read(self) -> CounterRead:
         """Read everything now. Domains that fail are absent; never raises for them."""
-        ...
 
     def read_afresh(self) -> CounterRead:
         """The same, waiting until no value is older than the call."""
-        ...
 
     def close(self) -> None: ...
 
@@ -193,10 +189,8 @@ class CounterMeter:
             now_ns = self.clock_ns()
             energy_mj: dict[str, int] = {}
             for counter in self.counters:
-                if (
-                    state.last_try_ns(counter.domain) // counter.watch_period_ns
-                    < now_ns // counter.watch_period_ns
-                ):
+                period_ns = counter.watch_period_ns
+                if state.last_try_ns(counter.domain) // period_ns < now_ns // period_ns:
                     value = self._read_counter(counter, state)
                     if value is not None:
                         energy_mj[counter.domain] = value[0]
@@ -344,11 +338,9 @@ def open_meter(
     Args:
         gpus: the worker's devices as `CUDA_VISIBLE_DEVICES` lists them: UUIDs ("GPU-...", beginnings will do) or
             indices. None or empty on a worker without one.
-        nvml: the NVML binding, default `NvmlLibrary`.
-        powercap_root: default /sys/class/powercap.
+        nvml: what has the names of `pynvml`, the default.
         boot_id: of this host, default the kernel's.
         book_directory: where the workers of a host share their counters; see `CounterBook`.
-        clock_ns: CLOCK_MONOTONIC in nanoseconds.
     """
     boot_id = boot_id or read_boot_id()
     boards = open_gpus(gpus, nvml) if gpus else Gpus()

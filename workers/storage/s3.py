@@ -99,10 +99,14 @@ class Bucket:
                     raise self.error(failure, action, key) from failure
 
     def call(self, action: str, operation: str, key: str, **parameters: Any) -> dict[str, Any]:
-        """Call the S3 operation ("put_object") on `key` with repeats; `action` names it in messages."""
+        """Call the S3 operation ("put_object") on `key`, repeatedly; `action` names it in messages."""
         return self.repeat(
             action, key, lambda fs: fs.call_s3(operation, Bucket=self.name, Key=key, **parameters)
         )
+
+    def call_once(self, operation: str, **parameters: Any) -> dict[str, Any]:
+        """Call the S3 operation, once. Raises S3Failure."""
+        return self.once(lambda fs: fs.call_s3(operation, Bucket=self.name, **parameters))
 
     def list_objects(self, prefix: str) -> Iterator[dict[str, Any]]:
         """Every entry (Key, Size, ETag, LastModified) under a string prefix, in key order."""
@@ -148,14 +152,12 @@ class Bucket:
 
         Raises:
             AlreadyExistsError: it holds other bytes.
-            S3Failure: any other refusal, or the time is up.
+            StoreError: any other refusal, or the time is up.
         """
         backoff = Backoff(f"create {self.url(key)}", self.settings.repeat_for_s)
         while True:
             try:
-                self.once(
-                    lambda fs: fs.call_s3("put_object", Bucket=self.name, Key=key, Body=data, IfNoneMatch="*")
-                )
+                self.call_once("put_object", Key=key, Body=data, IfNoneMatch="*")
                 return
             except S3Failure as failure:
                 if failure.refused_because_present:
@@ -163,11 +165,11 @@ class Bucket:
                     if self._holds(key, data):
                         return
                 elif not failure.transient:
-                    raise
+                    raise self.error(failure, "create", key) from failure
                 if not backoff.wait(failure):
                     if failure.transient and self._holds(key, data):
                         return
-                    raise
+                    raise self.error(failure, "create", key) from failure
 
     def _holds(self, key: str, data: bytes) -> bool:
         """True when the object holds `data`, False when there is none; raises AlreadyExistsError otherwise."""
@@ -217,13 +219,8 @@ class Bucket:
 
     def complete(self, key: str, upload_id: str, parts: list[dict[str, Any]], size_bytes: int) -> None:
         try:
-            self.call(
-                "write",
-                "complete_multipart_upload",
-                key,
-                UploadId=upload_id,
-                MultipartUpload={"Parts": parts},
-            )
+            upload = {"Parts": parts}
+            self.call("write", "complete_multipart_upload", key, UploadId=upload_id, MultipartUpload=upload)
         except NotFoundError as e:
             # The upload is gone: completed by an earlier try whose answer was lost, or cleaned away by someone.
             head = self.head(key)
@@ -236,9 +233,7 @@ class Bucket:
     def abort(self, key: str, upload_id: str) -> None:
         """Drop a pending multipart upload; a failure is logged, since it costs space, not correctness."""
         try:
-            self.once(
-                lambda fs: fs.call_s3("abort_multipart_upload", Bucket=self.name, Key=key, UploadId=upload_id)
-            )
+            self.call_once("abort_multipart_upload", Key=key, UploadId=upload_id)
         except S3Failure as failure:
             if not failure.not_found:
                 logger.warning(
@@ -249,7 +244,7 @@ class Bucket:
         """Delete up to DELETE_BATCH keys; missing ones are fine."""
         request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
         try:
-            answer = self.once(lambda fs: fs.call_s3("delete_objects", Bucket=self.name, Delete=request))
+            answer = self.call_once("delete_objects", Delete=request)
             remaining = [error["Key"] for error in answer.get("Errors", ())]
         except S3Failure as failure:
             logger.debug("batch delete in %s failed (%s); deleting one by one", self.name, failure)
@@ -266,11 +261,7 @@ class Bucket:
         markers: dict[str, str] = {}
         while True:
             try:
-                page = self.once(
-                    lambda fs, markers=markers: fs.call_s3(  # type: ignore[misc]
-                        "list_multipart_uploads", Bucket=self.name, Prefix=prefix, **markers
-                    )
-                )
+                page = self.call_once("list_multipart_uploads", Prefix=prefix, **markers)
             except S3Failure as failure:
                 if failure.status in (404, 405, 501) and failure.code != "NoSuchBucket":
                     return
@@ -343,20 +334,21 @@ class _RangedReader(io.RawIOBase):
 
     def readall(self) -> bytes:
         """The rest in one request; the inherited way would make one for every 8 KiB."""
-        if self._position >= self._size:
-            return b""
-        data = self._bucket.get_range(self._key, self._position, self._size)
-        self._position = self._size
-        return data
+        return self._next(self._size - self._position)
 
     def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._size)
-        if end <= self._position:
-            return 0
-        data = self._bucket.get_range(self._key, self._position, end)
+        data = self._next(len(buffer))
         buffer[: len(data)] = data
-        self._position = end
         return len(data)
+
+    def _next(self, size_bytes: int) -> bytes:
+        start = self._position
+        end = min(start + size_bytes, self._size)
+        if end <= start:
+            return b""
+        data = self._bucket.get_range(self._key, start, end)
+        self._position = end
+        return data
 
 
 class S3Store(Store):
@@ -371,11 +363,7 @@ class S3Store(Store):
         return f"S3Store({self.url!r}, endpoint_url={self._bucket.settings.endpoint_url!r})"
 
     def put_exclusive(self, key: str, data: bytes) -> None:
-        raw = self._raw(key)
-        try:
-            self._bucket.create(raw, data)
-        except S3Failure as failure:
-            raise self._bucket.error(failure, "create", raw) from failure
+        self._bucket.create(self._raw(key), data)
 
     def put(self, key: str, data: bytes) -> None:
         view = memoryview(data)

@@ -22,7 +22,8 @@ from support.counter_worker import open_shared_meter, segment_from
 from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS, Clock, FakeNvml, FakePowercap
 
 from millijoule.pipeline.energy.ledger import build_ledger
-from millijoule.workers.meters.meter import MIN_READ_SPACING_NS, open_meter
+from millijoule.workers.meters.meter import open_meter
+from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj
 from millijoule.workers.schemas import BOOK_EPOCHS

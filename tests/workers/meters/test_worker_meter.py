@@ -29,7 +29,8 @@ from millijoule.workers import actor
 from millijoule.workers.generators.protocol import describe_model
 from millijoule.workers.layout import closing_key, worker_key
 from millijoule.workers.lease import WorkerConfig
-from millijoule.workers.meters.meter import MIN_READ_SPACING_NS, open_meter
+from millijoule.workers.meters.meter import open_meter
+from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS
 from millijoule.workers.schemas import ImageRequest, PowerSample, WorkerClosing
 
 MODEL = "python:support.models:plain"
