@@ -47,7 +47,7 @@ from millijoule.workers.schemas import (
     WorkerEnvironment,
     carried_rows,
 )
-from millijoule.workers.shard_rows import PlanRow, read_shard_rows, shard_requests
+from millijoule.workers.shard_rows import read_shard_rows, shard_requests
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,9 @@ class AttemptRunner:
                 self.config.output_format, scratch, data_prefix(shard.shard_id, lease.attempt_id)
             )
             done = 0
-            for batch in batches(self._wanted(rows, lease), self.batch_size):
+            unseen = {i for i, _ in lease.quarantine}
+            wanted = [row for i, row in enumerate(rows) if i not in unseen]
+            for batch in batches(shard_requests(wanted, self.config.job_seed), self.batch_size):
                 for drawn in self._generate(batch):
                     writer.add(drawn.row, drawn.encoded)
                     done += 1
@@ -264,10 +266,8 @@ class AttemptRunner:
     def discard(self, commit: Commit) -> None:
         """Give up an attempt that lost: its energy becomes waste, its files go."""
         self.timeline.restore(
-            tuple(
-                replace(s, segment_class="loser") if s.attempt_id == commit.attempt_id else s
-                for s in commit.segments
-            )
+            replace(s, segment_class="loser") if s.attempt_id == commit.attempt_id else s
+            for s in commit.segments
         )
         self._restore_power(commit)
         self.store.delete([f.path for f in commit.files])
@@ -275,10 +275,6 @@ class AttemptRunner:
     def _restore_power(self, commit: Commit) -> None:
         if self.power:
             self.power.restore(commit.power)
-
-    def _wanted(self, rows: Sequence[PlanRow], lease: Lease) -> list[ImageRequest]:
-        skip = {i for i, _ in lease.quarantine}
-        return shard_requests([r for i, r in enumerate(rows) if i not in skip], self.config.job_seed)
 
     def _generate(self, batch: Sequence[ImageRequest]) -> Iterator[_Drawn]:
         """Images of `batch`, in order; a request the generator fails on stands alone, without an image."""
@@ -315,14 +311,8 @@ class AttemptRunner:
                     size, images = size + len(drawn.encoded), images + 1
         seconds = time.monotonic() - began
         segment = self.timeline.close("warmup")
-        return Calibration(
-            images,
-            seconds,
-            size,
-            self._energy_mj(segment),
-            segment_estimate_mj(segment),
-            self.meter.method,
-        )
+        energy_mj, estimate_mj = self._energy_mj(segment), segment_estimate_mj(segment)
+        return Calibration(images, seconds, size, energy_mj, estimate_mj, self.meter.method)
 
     def _energy_mj(self, segment: Segment) -> int | None:
         """Measured millijoules of `segment`; None where one of this worker's own devices was not read."""
@@ -336,10 +326,7 @@ class AttemptRunner:
         Raises:
             SickWorkerError: it cannot be drawn.
         """
-        try:
-            draw(self.generator, [request])
-        except Exception as error:
-            raise SickWorkerError(f"the generator does not work on this device: {_reason(error)}") from error
+        self._draw_healthy(request)
         self._served = request
 
     def _between_steps(self) -> None:
@@ -356,9 +343,8 @@ class AttemptRunner:
         except AttemptCancelled:
             raise
         except Exception as error:
-            raise SickWorkerError(
-                f"the generator no longer works on this device: {_reason(error)}"
-            ) from error
+            what = "does not work" if self._served is None else "no longer works"
+            raise SickWorkerError(f"the generator {what} on this device: {_reason(error)}") from error
 
 
 Images = tuple[np.ndarray, Sequence[tuple[str, ...]]]
@@ -374,10 +360,8 @@ def draw(generator: Generator, requests: Sequence[ImageRequest]) -> Images:
     """
     try:
         out = generator.generate(requests)
-    except (
-        KeyboardInterrupt,
-        SystemExit,
-    ) as error:  # of the model's own making: nothing here ends because of it
+    # of the model's own making: nothing here ends because of it
+    except (KeyboardInterrupt, SystemExit) as error:
         raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error
     if not isinstance(getattr(out, "images", None), np.ndarray):
         raise ValueError(

@@ -34,14 +34,14 @@ def describe_worker(
         opened: the worker's first read.
     """
     torch = sys.modules.get("torch")
-    gpus = (*meter.gpus, *meter.unreadable_gpus) or tuple(
+    gpus = (*meter.boards.uuids, *meter.boards.unreadable) or tuple(
         assigned_gpus
     )  # without telemetry as Ray names them
     name: str | None
     if not assigned_gpus:
         name = cpu_name()
-    elif meter.gpu_names:
-        name = meter.gpu_names[0]
+    elif meter.boards.names:
+        name = meter.boards.names[0]
     else:  # a MIG instance, or no NVML: the framework may know
         name = str(torch.cuda.get_device_name(0)) if torch and torch.cuda.is_available() else None
     return WorkerEnvironment(
@@ -52,7 +52,7 @@ def describe_worker(
         device=(*gpus, "cpu")[0],
         gpus=gpus,
         device_name=name,
-        driver_version=meter.driver_version,
+        driver_version=meter.boards.driver_version,
         python_version=platform.python_version(),
         torch_version=str(torch.__version__) if torch else None,
         energy_method=meter.method,

@@ -33,7 +33,7 @@ PLAN_ROW_SCHEMA = pa.schema(
         pa.field("guidance_scale", pa.float64()),
         pa.field(
             "extra", pa.string()
-        ),  # JSON object of the columns we pass through, null when there are none
+        ),  # JSON object of the columns passed through, null where there are none
         pa.field("source", pa.string(), nullable=False),  # "file:row", 1-based data row, for messages
     ]
 )
@@ -53,9 +53,7 @@ IMAGE_ROW_SCHEMA = pa.schema(
         pa.field("status", pa.string(), nullable=False),  # "ok" | "quarantined"
         pa.field("error", pa.string()),
         pa.field("warnings", pa.list_(pa.string())),
-        pa.field(
-            "path", pa.string()
-        ),  # of the object holding the image, relative to the output; tar: "x.tar#member"
+        pa.field("path", pa.string()),  # of the object with the image, below the output; tar: "x.tar#member"
         pa.field("sha256", pa.string()),  # of the encoded image bytes; null when quarantined
         pa.field("size_bytes", pa.int64()),
         pa.field("extra", pa.string()),
@@ -354,9 +352,7 @@ class Commit(Record):
     energy_domains: tuple[str, ...]
     energy_estimate_mj: int | None
     energy_method: str  # "nvml-counter", "rapl", "nvml-counter+rapl", "missing"
-    segments: tuple[
-        Segment, ...
-    ]  # everything this worker closed since its previous commit, this shard's included
+    segments: tuple[Segment, ...]  # all that this worker closed since its last commit, this shard's included
     power: tuple[PowerTrace, ...] = ()  # what this worker sampled since its previous commit
     rows: tuple[CarriedRow, ...] | None = None  # what the file at rows_path says, see `carried_rows`
     schema_version: int = SCHEMA_VERSION

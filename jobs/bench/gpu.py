@@ -131,7 +131,7 @@ def run(options: BenchOptions) -> int:
         "options": {k: v for k, v in asdict(options).items() if k != "result"},
         "stand_in": options.stand_in,
         "device": name,
-        "driver": meter.driver_version,
+        "driver": meter.boards.driver_version,
         "environment": environment(),
         "idle": idle,
         "models": summary,

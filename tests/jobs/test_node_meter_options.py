@@ -43,7 +43,7 @@ def file(tmp_path):
 def test_a_word_and_a_url_are_for_every_node():
     (ipmi,) = parse_node_meters("ipmi", "180+-30")
     assert (ipmi.meter, ipmi.rest) == ("ipmi", DeclaredRest(180_000, 30_000))
-    assert ipmi.is_for("any", "10.0.0.1")
+    assert find_node_meter([ipmi], "any", "10.0.0.1") is ipmi
     assert isinstance(ipmi.open("any"), IpmiMeter)
     (redfish,) = parse_node_meters(f"redfish:{CHASSIS}", None)
     assert redfish.rest is None

@@ -92,29 +92,16 @@ class Counter(Protocol):
         Raises:
             Exception: whatever the device's library raises where the counter cannot be read.
         """
-        ...
 
 
 @dataclass
 class CounterMeter:
-    """An `EnergyMeter` over any counters, all read through the host's `CounterBook`.
-
-    Attributes:
-        gpus: full UUIDs of the worker's boards that NVML shows, whether they have a counter or not.
-        gpu_names: their product names.
-        unreadable_gpus: its other devices, see `workers.meters.nvml.Gpus`.
-        driver_version: the GPU driver's.
-    """
+    """An `EnergyMeter` over any counters, all read through the host's `CounterBook`."""
 
     boot_id: str
     counters: tuple[Counter, ...]
     book: CounterBook | None  # None: there is nothing to follow
-    powers: tuple[GpuPower, ...] = ()
-    gpus: tuple[str, ...] = ()
-    gpu_names: tuple[str | None, ...] = ()
-    driver_version: str | None = None
-    unreadable_gpus: tuple[str, ...] = ()
-    on_close: Callable[[], None] = lambda: None
+    boards: Gpus = Gpus()  # noqa: RUF009 (frozen)
     clock_ns: Callable[[], int] = time.monotonic_ns
     method: str = field(init=False)
     domains: tuple[str, ...] = field(init=False)
@@ -195,7 +182,7 @@ class CounterMeter:
                     if value is not None:
                         energy_mj[counter.domain] = value[0]
             self._keep_order(state, energy_mj)
-            for power in self.powers:
+            for power in self.boards.powers:
                 if state.power_ns.get(power.uuid, -1) // WATCH_PERIOD_NS < now_ns // WATCH_PERIOD_NS:
                     state.power_ns[power.uuid] = self.clock_ns()
                     sample = self._read_power(power)
@@ -206,7 +193,7 @@ class CounterMeter:
     def close(self) -> None:
         if self.book is not None:
             self.book.close()
-        self.on_close()
+        self.boards.close()
 
     @contextmanager
     def _state(self) -> Iterator[BookedState | None]:
@@ -348,13 +335,8 @@ def open_meter(
         boot_id,
         (*boards.counters, *find_rapl_counters(powercap_root)),
         CounterBook(boot_id, book_directory),
-        boards.powers,
-        boards.uuids,
-        boards.names,
-        boards.driver_version,
-        boards.unreadable,
-        on_close=boards.close,
-        clock_ns=clock_ns,
+        boards,
+        clock_ns,
     )
 
 

@@ -50,15 +50,16 @@ class GpuCounter:
 
     def read(self) -> tuple[int, int]:
         """See `workers.meters.meter.Counter`."""
+        lib = self.lib
         try:
-            value = self.lib.nvmlDeviceGetFieldValues(
-                self.handle, [self.lib.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION]
-            )[0]
-        except self.lib.NVMLError:
-            value = None
-        if value is None or value.nvmlReturn != self.lib.NVML_SUCCESS:
-            return int(self.lib.nvmlDeviceGetTotalEnergyConsumption(self.handle)), 0
-        return _number(self.lib, value), _age_ns(value)
+            (value,) = lib.nvmlDeviceGetFieldValues(self.handle, [lib.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION])
+            if value.nvmlReturn == lib.NVML_SUCCESS:
+                return _number(lib, value), _age_ns(value)
+        except lib.NVMLError:
+            pass
+        return int(
+            lib.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+        ), 0  # an older driver: without its age
 
 
 @dataclass
@@ -73,13 +74,7 @@ class GpuPower:
     uuid: str
 
     def read(self) -> tuple[int | None, int | None, int]:
-        """Average and instantaneous power in milliwatts, and the older one's age in nanoseconds.
-
-        None for what the board does not support.
-
-        Raises:
-            Exception: the library's own where the call failed.
-        """
+        """Average and instantaneous power in milliwatts (None: not supported), and the older one's age in ns."""
         scope = self.lib.NVML_POWER_SCOPE_GPU
         values = self.lib.nvmlDeviceGetFieldValues(
             self.handle,
@@ -114,31 +109,19 @@ def _age_ns(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Gpus:
-    """The boards found for a worker, in its order. Counters and power may turn out not to be supported.
+    """The boards found for a worker, in its order. Counters and power may turn out not to be supported."""
 
-    Attributes:
-        uuids: full UUIDs ("GPU-...").
-        unreadable: the boards left out: by full UUID where that is known, else as they were named.
-        names: product names, in the same order; None: the driver does not say.
-        driver_version: None: as above.
-        close: shuts the library down.
-    """
-
-    uuids: tuple[str, ...] = ()
+    uuids: tuple[str, ...] = ()  # full ("GPU-...")
     counters: tuple[GpuCounter, ...] = ()
     powers: tuple[GpuPower, ...] = ()
-    names: tuple[str | None, ...] = ()
+    names: tuple[str | None, ...] = ()  # product names; None: the driver does not say
     driver_version: str | None = None
-    unreadable: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()  # left out: by full UUID where that is known, else as they were named
     close: Callable[[], None] = lambda: None
 
 
 def _start(lib: Any) -> Any:
-    """`lib`, or pynvml where it is None, ready to be asked.
-
-    Raises:
-        pynvml.NVMLError: no driver, no permission.
-    """
+    """`lib`, or pynvml where it is None, ready to be asked; raises its NVMLError where there is no driver."""
     if lib is None:
         import pynvml  # here: 4 MB that only a process beside a board needs
 

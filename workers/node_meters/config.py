@@ -71,9 +71,6 @@ class NodeMeterConfig:
     def rest(self) -> DeclaredRest | None:
         return declared_rest(self.rest_watts, self.rest_tolerance_watts)
 
-    def is_for(self, host: str, ip: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.nodes for name in (host, ip))
-
     def name_on(self, host: str) -> str:
         """The meter's name on a node, for messages and tables; no two nodes may have the same chassis."""
         return "ipmi" if self.meter == "ipmi" else f"redfish {(self.url or '').replace(HOST, host)}"
@@ -139,4 +136,7 @@ def check_accuracy(share: float | None, name: str) -> None:
 
 def find_node_meter(configs: Sequence[NodeMeterConfig], host: str, ip: str) -> NodeMeterConfig | None:
     """The first of `configs` that names the node."""
-    return next((c for c in configs if c.is_for(host, ip)), None)
+    for config in configs:
+        if any(fnmatchcase(name, pattern) for pattern in config.nodes for name in (host, ip)):
+            return config
+    return None

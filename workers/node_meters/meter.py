@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from typing import Literal, Protocol
 
 from millijoule.workers.errors import InputError
@@ -155,28 +156,21 @@ class NodeSeries:
         between two samples, and is too small for a node that did something else in between.
         """
         times = self.t_wall_ns
+        answer = partial(NodeEnergy, self.host, self.source, t_open_wall_ns, t_close_wall_ns)
         if not times or not times[0] <= t_open_wall_ns < t_close_wall_ns <= times[-1]:
-            return self._missing(t_open_wall_ns, t_close_wall_ns, "the meter was not read before and after")
+            return answer(None, None, "the meter was not read before and after")
         first = bisect_right(times, t_open_wall_ns) - 1
         last = bisect_left(times, t_close_wall_ns)
-        if self.quantity == "energy":
-            found = self._growth(first, last, t_open_wall_ns, t_close_wall_ns)
-        else:
-            found = self._integral(first, last, t_open_wall_ns, t_close_wall_ns)
+        between = self._growth if self.quantity == "energy" else self._integral
+        found = between(first, last, t_open_wall_ns, t_close_wall_ns)
         if isinstance(found, str):
-            return self._missing(t_open_wall_ns, t_close_wall_ns, found)
-        energy_mj, tolerance_mj = found
-        energy, tolerance = round(energy_mj), tolerance_mj
+            return answer(None, None, found)
+        energy, tolerance = round(found[0]), found[1]
         note = "instrument's accuracy not stated"
         if self.accuracy_share is not None:
             tolerance += self.accuracy_share * energy
             note = f"instrument's accuracy {self.accuracy_share:g} included"
-        return NodeEnergy(
-            self.host, self.source, t_open_wall_ns, t_close_wall_ns, energy, math.ceil(tolerance), note
-        )
-
-    def _missing(self, t_open_ns: int, t_close_ns: int, note: str) -> NodeEnergy:
-        return NodeEnergy(self.host, self.source, t_open_ns, t_close_ns, None, None, note)
+        return answer(energy, math.ceil(tolerance), note)
 
     def _growth(self, first: int, last: int, t_open_ns: int, t_close_ns: int) -> tuple[float, float] | str:
         times, values = self.t_wall_ns, self.values
@@ -201,11 +195,10 @@ class NodeSeries:
     def _since(self, before: int, after: int, t_ns: int) -> tuple[float, float]:
         """Interpolated energy (mJ) from reading `before` to `t_ns`, and the power (mW) there."""
         times, values = self.t_wall_ns, self.values
+        other = after
         if before == after:  # exactly at a reading: the slope from its neighbour
             other = before + 1 if before + 1 < len(times) else before - 1
-            slope = (values[other] - values[before]) / (times[other] - times[before])
-            return 0.0, slope * 1e9
-        slope = (values[after] - values[before]) / (times[after] - times[before])
+        slope = (values[other] - values[before]) / (times[other] - times[before])
         return slope * (t_ns - times[before]), slope * 1e9
 
     def _integral(self, first: int, last: int, t_open_ns: int, t_close_ns: int) -> tuple[float, float] | str:
@@ -286,8 +279,7 @@ def parse_amount(number: Decimal | int, units: int) -> tuple[int, int]:
 class NodeRecorder:
     """Reads a node's meter once per period, in a thread of its own, until stopped.
 
-    One recorder per node: for a controller on the network, wherever; for one inside the node, there. What it read
-    waits until it is taken, at most `MAX_WAITING` of it.
+    What it read waits until it is taken, at most `MAX_WAITING` of it.
     """
 
     def __init__(self, meter: NodeMeter, period_s: float = DEFAULT_PERIOD_S) -> None:

@@ -145,12 +145,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _login(name: str, config: RedfishConfig) -> dict[str, str]:
-    if not config.user_variable and not config.password_variable:
-        return {}
     secrets = []
     for variable in (config.user_variable, config.password_variable):
-        if not variable or not os.environ.get(variable):
-            raise InputError(f"{name}: environment variable {variable or 'for user or password'} is not set")
+        if not variable:  # both or neither
+            return {}
+        if not os.environ.get(variable):
+            raise InputError(f"{name}: environment variable {variable} is not set")
         secrets.append(os.environ[variable])
     return {"Authorization": "Basic " + base64.b64encode(":".join(secrets).encode()).decode()}
 
@@ -186,11 +186,8 @@ def _environment(answer: dict[str, Any]) -> list[tuple[Quantity, int, int]]:
 
 def _power(answer: dict[str, Any]) -> list[tuple[Quantity, int, int]]:
     controls = answer.get("PowerControl")
-    watts = (
-        _amount(controls[0], ("PowerConsumedWatts",), MW_PER_W)
-        if isinstance(controls, list) and controls
-        else None
-    )
+    control = controls[0] if isinstance(controls, list) and controls else None
+    watts = _amount(control, ("PowerConsumedWatts",), MW_PER_W)
     return [("power", *watts)] if watts else []
 
 

@@ -138,7 +138,7 @@ def test_a_full_uuid_reaches_counter_power_and_device_unchanged(open_fake, first
     power = PowerSampler(meter)
     power.look()
     assert meter.domains == (f"gpu:{uuid}",)
-    assert meter.gpus == (uuid,)
+    assert meter.boards.uuids == (uuid,)
     assert [t.device for t in power.take()] == [uuid]
 
 
