@@ -46,9 +46,6 @@ class StoreError(MillijouleError):
         super().__init__(message)
         self.transient = transient
 
-    def __reduce__(self):  # Ray carries errors between processes; keep `transient`
-        return (_rebuild_store_error, (type(self), str(self), self.transient))
-
 
 class NotFoundError(StoreError):
     """The named object does not exist."""
@@ -64,7 +61,3 @@ class DamagedError(StoreError):
 
 class JobError(MillijouleError):
     """The job cannot go on: no node is left that can work, or the cluster's head is gone. What is committed stays."""
-
-
-def _rebuild_store_error(cls: type[StoreError], message: str, transient: bool) -> StoreError:
-    return cls(message, transient=transient)

@@ -131,7 +131,6 @@ CarriedRow = tuple[
     Int64 | None,  # size_bytes
     str | None,  # extra
 ]
-_CARRIED_SEED = IMAGE_ROW_SCHEMA.get_field_index("seed")
 
 #: A commit carries the rows of its shard where they are few and short: opening a file for each takes longer than the row
 #: itself, at the end of a job; and commits stay small.
@@ -159,8 +158,9 @@ def parse_carried_rows(raw: Any) -> tuple[CarriedRow, ...]:
 
 def _require_seeds(rows: tuple[CarriedRow, ...]) -> tuple[CarriedRow, ...]:
     for row in rows:
-        if row[_CARRIED_SEED] >= 2**64:
-            raise ValueError(f"a row has {row[_CARRIED_SEED]} for seed")
+        seed = row[4]
+        if seed >= 2**64:
+            raise ValueError(f"a row has {seed} for seed")
     return rows
 
 

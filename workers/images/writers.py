@@ -62,11 +62,9 @@ class ShardFiles:
 
 
 def open_writer(format: str, directory: Path, data_prefix: str) -> ShardWriter:
-    """A writer of `format` that keeps its files under `directory` (local scratch, the caller removes it).
+    """A writer of `format` that keeps its files at `directory / key` (local scratch, the caller removes it).
 
     Args:
-        format: one of `FORMATS`.
-        directory: an existing folder; files lie at `directory / key`.
         data_prefix: what every key starts with, unique to the attempt, such as "data/000012-<attempt>".
 
     Raises:

@@ -23,7 +23,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,26 +122,22 @@ class CounterMeter:
 
         `t_mono_ns` is taken at the end; the oldest value was sampled at most `latency_ns` before it.
         """
-        energy_mj: dict[str, int] = {}
+        values: dict[str, tuple[int, int]] = {}
         with self._state() as state:
-            oldest_ns = self.clock_ns()
+            began_ns = self.clock_ns()
             if state is None:
                 path = self.book.path if self.book else ""
                 log.warning("%s: locked by another reader; energy is missing for now", path)
             else:
-                for counter in self.counters:
-                    value = self._read_counter(counter, state)
-                    if value is not None:
-                        energy_mj[counter.domain], sampled_ns = value
-                        oldest_ns = min(oldest_ns, sampled_ns)
-                self._keep_order(state, energy_mj)
+                values = self._read_counters(self.counters, state)
             now_ns = self.clock_ns()  # inside the lock: reads of a host are ordered in time as in value
+        oldest_ns = min((sampled_ns for _, sampled_ns in values.values()), default=began_ns)
         return CounterRead(
             boot_id=self.boot_id,
             t_mono_ns=now_ns,
             t_wall_ns=time.time_ns(),
-            latency_ns=now_ns - oldest_ns,
-            energy_mj=energy_mj,
+            latency_ns=now_ns - min(oldest_ns, began_ns),
+            energy_mj={domain: mj for domain, (mj, _) in values.items()},
             estimate_mj=estimate_cpu_mj(),
             epoch=self._epoch,
             wrap_epoch=self._wrap_epoch,
@@ -174,14 +170,12 @@ class CounterMeter:
             if state is None:
                 return samples
             now_ns = self.clock_ns()
-            energy_mj: dict[str, int] = {}
-            for counter in self.counters:
-                period_ns = counter.watch_period_ns
-                if state.last_try_ns(counter.domain) // period_ns < now_ns // period_ns:
-                    value = self._read_counter(counter, state)
-                    if value is not None:
-                        energy_mj[counter.domain] = value[0]
-            self._keep_order(state, energy_mj)
+            due = [
+                c
+                for c in self.counters
+                if state.last_try_ns(c.domain) // c.watch_period_ns < now_ns // c.watch_period_ns
+            ]
+            self._read_counters(due, state)
             for power in self.boards.powers:
                 if state.power_ns.get(power.uuid, -1) // WATCH_PERIOD_NS < now_ns // WATCH_PERIOD_NS:
                     state.power_ns[power.uuid] = self.clock_ns()
@@ -224,15 +218,17 @@ class CounterMeter:
                     self._follow(counter, state, sampled[0], sampled[1])
                     yield counter
 
-    def _keep_order(self, state: BookedState, energy_mj: dict[str, int]) -> None:
-        """Begin a new epoch where a counter is behind our own last read: the book was lost in between."""
+    def _read_counters(self, counters: Iterable[Counter], state: BookedState) -> dict[str, tuple[int, int]]:
+        """By domain the unwrapped counter in mJ and when it was sampled; what cannot be read is left out."""
+        values = {c.domain: value for c in counters if (value := self._read_counter(c, state)) is not None}
         if state.epoch != self._epoch:
             self._last.clear()
-        elif any(mj < self._last.get(domain, 0) for domain, mj in energy_mj.items()):
-            state.epoch += 1
+        elif any(mj < self._last.get(domain, 0) for domain, (mj, _) in values.items()):
+            state.epoch += 1  # a counter is behind our own last read: the book was lost in between
             self._last.clear()
         self._epoch, self._wrap_epoch = state.epoch, state.wrap_epoch
-        self._last.update(energy_mj)
+        self._last.update((domain, mj) for domain, (mj, _) in values.items())
+        return values
 
     def _read_counter(self, counter: Counter, state: BookedState) -> tuple[int, int] | None:
         """The unwrapped counter in mJ and when it was sampled, or None; brings `state` up to date."""

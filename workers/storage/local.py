@@ -122,14 +122,9 @@ class LocalStore(Store):
         return status.st_size
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        folder = check_prefix(prefix).rpartition("/")[0]
-        for key, entry in self._scan(folder):
-            if key.startswith(prefix) and not entry.name.startswith(TEMPORARY_PREFIX):
-                try:
-                    status = entry.stat()
-                except FileNotFoundError:
-                    continue  # deleted since the folder was read
-                yield ObjectInfo(key, status.st_size, status.st_mtime_ns)
+        for info in self._scan(check_prefix(prefix).rpartition("/")[0]):
+            if info.key.startswith(prefix) and not _is_temporary(info.key):
+                yield info
 
     def delete(self, keys: Iterable[str]) -> None:
         self._unlink_all([self._path(key) for key in keys])
@@ -141,27 +136,24 @@ class LocalStore(Store):
             return pa.OSFile(str(path), "rb")
 
     def list_temporary(self) -> Iterator[TemporaryObject]:
-        for key, entry in self._scan(""):
-            if entry.name.startswith(TEMPORARY_PREFIX):
-                try:
-                    yield TemporaryObject(key, entry.stat().st_mtime_ns)
-                except FileNotFoundError:
-                    continue
+        for info in self._scan(""):
+            if _is_temporary(info.key):
+                yield TemporaryObject(info.key, info.mtime_ns)
 
     def delete_temporary(self, leftovers: Iterable[TemporaryObject]) -> None:
         paths = []
         for leftover in leftovers:
-            folder, _, name = leftover.key.rpartition("/")
-            if not name.startswith(TEMPORARY_PREFIX):
+            if not _is_temporary(leftover.key):
                 raise ValueError(f"{leftover.key!r} is not a temporary file")
+            folder, _, name = leftover.key.rpartition("/")
             paths.append((self._path(folder) if folder else self.root) / name)
         self._unlink_all(paths)
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 
-    def _scan(self, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-        """Every file below `folder`, hidden ones too, as (key, entry); a missing folder is empty."""
+    def _scan(self, folder: str) -> Iterator[ObjectInfo]:
+        """Every file below `folder`, temporary ones too; a missing folder is empty."""
         pending = [folder]
         while pending:
             current = pending.pop()
@@ -177,7 +169,11 @@ class LocalStore(Store):
                         if entry.is_dir():
                             pending.append(start + entry.name)
                         elif entry.is_file():
-                            yield start + entry.name, entry
+                            try:
+                                status = entry.stat()
+                            except FileNotFoundError:
+                                continue  # deleted since the folder was read
+                            yield ObjectInfo(start + entry.name, status.st_size, status.st_mtime_ns)
 
     def _unlink_all(self, paths: Iterable[Path]) -> None:
         folders = set()
@@ -230,6 +226,10 @@ def rename_exclusively(temporary: Path, path: Path) -> bool:
     if code in _NO_RENAME_FLAGS:
         return False
     raise OSError(code, os.strerror(code), str(path))
+
+
+def _is_temporary(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
 
 
 @contextmanager
