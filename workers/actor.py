@@ -107,12 +107,7 @@ class ShardWorker:
             self._open_account(store, worker)
         generator = load_generator(config.model, device="cuda" if gpus else "cpu")
         _limit_threads(config.cpu_threads)
-        found = describe_model(config.model).sha256
-        if found != config.model_sha256:
-            raise NodeError(
-                f"{config.model}: the model on {worker.host} has SHA-256 {found[:16]}, "
-                f"the job was planned with {config.model_sha256[:16]}: put the same file on every node"
-            )
+        _check_model(config, worker.host)
         timeline.close("load")
         self._runner = AttemptRunner(
             config,
@@ -188,13 +183,11 @@ class ShardWorker:
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:
         """Close the books; the actor is killed afterwards. Works after a failed start, too."""
-        if self._power is not None:
-            self._power.stop()
-        if self._timeline is None:
+        if self._timeline is None or self._power is None:
             return WorkerStopped(self.worker_id, ())
+        self._power.stop()
         self._timeline.close("idle", last=True)
-        power = self._power.take() if self._power is not None else ()
-        return WorkerStopped(self.worker_id, self._timeline.take(), power)
+        return WorkerStopped(self.worker_id, self._timeline.take(), self._power.take())
 
     @ray.method(concurrency_group="work")
     def read_for(self, worker: WorkerEnvironment) -> AccountRead:
@@ -248,6 +241,15 @@ def _limit_threads(threads: int) -> None:
     """Keep PyTorch to the CPUs Ray counts for this worker; a generator that does without PyTorch needs no import."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
+
+
+def _check_model(config: WorkerConfig, host: str) -> None:
+    found = describe_model(config.model).sha256
+    if found != config.model_sha256:
+        raise NodeError(
+            f"{config.model}: the model on {host} has SHA-256 {found[:16]}, "
+            f"the job was planned with {config.model_sha256[:16]}: put the same file on every node"
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -255,23 +255,19 @@ class WebdatasetShardWriter(ShardWriter):
 
 def row_table_options(schema: pa.Schema, rows: int) -> dict[str, Any]:
     """How a table of image rows is encoded: what `ParquetWriter` takes."""
-    columns = list(_leaf_columns(schema))
-    described = [c for c in columns if c != "image"]
-    is_short = rows < SHORT_TABLE_ROWS
     # image bytes are compressed already, and statistics or dictionaries of them would be copies
+    described = [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name  # as Parquet spells them
+        for field in schema
+        if field.name != "image"
+    ]
+    is_short = rows < SHORT_TABLE_ROWS
+    repeated = [] if is_short else [c for c in described if c not in ("prompt_id", "seed", "sha256")]
     return {
-        "compression": {c: "NONE" if c == "image" or is_short else "ZSTD" for c in columns},
-        "use_dictionary": []
-        if is_short
-        else [c for c in described if c not in ("prompt_id", "seed", "sha256")],
+        "compression": {**dict.fromkeys(described, "NONE" if is_short else "ZSTD"), "image": "NONE"},
+        "use_dictionary": repeated,
         "write_statistics": described,
     }
-
-
-def _leaf_columns(schema: pa.Schema) -> Iterator[str]:
-    """Column paths as Parquet spells them."""
-    for field in schema:
-        yield f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
 
 
 def _tar_header(name: str, size: int) -> bytes:

@@ -91,7 +91,6 @@ class NodeMeter(Protocol):
         Raises:
             MeterFailure: it could not be read.
         """
-        ...
 
 
 def middle_since(began_ns: int) -> tuple[int, int]:

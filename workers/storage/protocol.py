@@ -66,11 +66,9 @@ class Store(Protocol):
             AlreadyExistsError: it holds other bytes.
             StoreError: with `transient` True the outcome may be unknown; call again with the same bytes.
         """
-        ...
 
     def put(self, key: str, data: bytes) -> None:
         """Write the whole object, replacing any other; readers see the old or the new bytes, never a mixture."""
-        ...
 
     def put_file(self, key: str, path: Path, on_part: Callable[[], None] = lambda: None) -> None:
         """Store a finished local file under `key`, as atomically as `put`.
@@ -78,11 +76,9 @@ class Store(Protocol):
         The file may be deleted afterwards but not changed: on a local store the object can be a hard link to it.
         `on_part` is called, from any thread, whenever a part of it has arrived.
         """
-        ...
 
     def get(self, key: str) -> bytes:
         """All bytes of the object; raises NotFoundError."""
-        ...
 
     def exists(self, key: str) -> bool:
         try:
@@ -93,15 +89,12 @@ class Store(Protocol):
 
     def size(self, key: str) -> int:
         """Size in bytes; raises NotFoundError."""
-        ...
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object whose key starts with the string `prefix`, in no particular order, always asked afresh."""
-        ...
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; missing ones are fine."""
-        ...
 
     def open_input(self, key: str) -> pa.NativeFile | BinaryIO:
         """A seekable binary file with ranged reads, as `pyarrow.parquet.ParquetFile` takes it.
@@ -109,7 +102,6 @@ class Store(Protocol):
         Raises:
             NotFoundError: no such object.
         """
-        ...
 
     def probe_exclusive_create(self) -> bool:
         """Whether a second exclusive create is really refused here; some S3 servers silently overwrite."""
@@ -127,11 +119,9 @@ class Store(Protocol):
 
     def list_temporary(self) -> Iterator[TemporaryObject]:
         """What interrupted or still running writes hold; `list` never shows it. Age is the caller's to judge."""
-        ...
 
     def delete_temporary(self, leftovers: Iterable[TemporaryObject]) -> None:
         """Delete what `list_temporary` found. A write that is still running then fails, and leaves nothing."""
-        ...
 
 
 def check_key(key: str) -> str:
