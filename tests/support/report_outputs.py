@@ -83,7 +83,7 @@ def finished(
     coordinator = Coordinator(shards, list_committed(store, len(shards)), 60.0, epoch)
     workers = make_workers(store, job, epoch)
     turn = 0
-    while (lease := coordinator.next_lease(workers[turn % len(workers)].where.worker_id, 0.0)) is not None:
+    while (lease := coordinator.next_lease(workers[turn % len(workers)].worker.worker_id, 0.0)) is not None:
         result = workers[turn % len(workers)].run(lease)
         if turn == 0 and len(workers) > 1:
             workers[1].run(replace(lease, attempt_id="e0001-late"))
