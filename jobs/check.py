@@ -28,7 +28,7 @@ class CheckOptions:
 
 def run(options: CheckOptions) -> int:
     from millijoule.pipeline.closing.check import check_output
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
     from millijoule.workers.visible_text import visible
 
     checked: list[int] = []

@@ -25,7 +25,7 @@ class GcOptions:
 
 def run(options: GcOptions) -> int:
     from millijoule.pipeline.closing.garbage import find_orphans, remove, stale_temporaries
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
     from millijoule.workers.visible_text import visible
 
     store = open_store(options.output)

@@ -53,7 +53,7 @@ def run(
     from millijoule.pipeline.running.run import JobRun
     from millijoule.pipeline.running.spending import Spending
     from millijoule.workers.actor import remote_worker_class
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     began = time.monotonic()
     store = open_store(request.output)

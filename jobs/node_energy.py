@@ -61,7 +61,7 @@ def run(options: NodeEnergyOptions) -> int:
     from millijoule.pipeline.planning.retry_rounds import load_job_shards
     from millijoule.workers.errors import InputError
     from millijoule.workers.node_meters.config import check_accuracy, declared_rest
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     check_accuracy(options.accuracy, "--accuracy")
     if not 0 <= options.clock_error < 3600:

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.node_meters.config import NodeMeterConfig, declared_rest
+from millijoule.workers.records import convert
 
 _REST = re.compile(r"(?P<watts>[0-9]+(?:\.[0-9]+)?)(?:\+-|±)(?P<tolerance>[0-9]+(?:\.[0-9]+)?)")
-
-#: What each key of a [[node]] table takes.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "nodes": (list,),
-    "check_hostname": (bool,),
-    **dict.fromkeys(("meter", "url", "user_variable", "password_variable", "ca_file"), (str,)),
-    **dict.fromkeys(("period_s", "accuracy_share", "rest_watts", "rest_tolerance_watts"), (int, float)),
-}
-_WORDS = {list: "a list of strings", bool: "true or false", str: "a string", int: "a number"}
 
 
 def parse_node_meters(meter: str | None, rest: str | None) -> tuple[NodeMeterConfig, ...]:
@@ -43,12 +34,8 @@ def parse_node_meters(meter: str | None, rest: str | None) -> tuple[NodeMeterCon
         return _read(Path(meter))
     watts, tolerance = parse_rest(rest, "--node-rest") if rest is not None else (None, None)
     kind, _, url = meter.partition(":")
-    config = NodeMeterConfig(("*",), kind, url or None, rest_watts=watts, rest_tolerance_watts=tolerance)
-    try:
-        config.check()
-    except InputError as error:
-        raise InputError(f"--node-meter: {error}") from error
-    return (config,)
+    config = {"nodes": ["*"], "meter": kind, "url": url or None}
+    return (_config(config | {"rest_watts": watts, "rest_tolerance_watts": tolerance}, "--node-meter"),)
 
 
 def parse_rest(text: str, option: str) -> tuple[float, float]:
@@ -79,21 +66,9 @@ def _read(path: Path) -> tuple[NodeMeterConfig, ...]:
 
 
 def _config(raw: Any, where: str) -> NodeMeterConfig:
-    if not isinstance(raw, dict):
-        raise InputError(f"{where}: must be a table")
-    names = [f.name for f in fields(NodeMeterConfig)]
-    for key, value in raw.items():
-        if key not in names:
-            raise InputError(f"{where}: unknown key {key!r}; there are {', '.join(names)}")
-        kinds = _TYPES[key]
-        good = isinstance(value, kinds) and (bool in kinds) == isinstance(value, bool)
-        if not good or (kinds == (list,) and not all(isinstance(v, str) and v for v in value)):
-            raise InputError(f"{where}: {key} must be {_WORDS[kinds[0]]}, not {value!r}")
-    if missing := [key for key in ("nodes", "meter") if key not in raw]:
-        raise InputError(f"{where}: needs {' and '.join(missing)}")
-    config = NodeMeterConfig(**{**raw, "nodes": tuple(raw["nodes"])})
     try:
+        config = convert(NodeMeterConfig, raw)
         config.check()
-    except InputError as error:
+    except (ValueError, InputError) as error:
         raise InputError(f"{where}: {error}") from error
     return config

@@ -48,7 +48,7 @@ class QueryOptions:
 def run(options: QueryOptions) -> int:
     from millijoule.pipeline.sql.query import named_queries, open_tables, run_query
     from millijoule.workers.errors import InputError
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     if options.list:
         for query in named_queries().values():

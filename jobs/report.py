@@ -51,7 +51,7 @@ def run(options: ReportOptions) -> int:
     from millijoule.pipeline.report.gpu_time import parse_gpu_prices
     from millijoule.pipeline.report.terminal import print_report
     from millijoule.workers.errors import InputError
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     if not options.outputs:
         raise InputError("name at least one output folder or s3:// URL of a finished job")

@@ -7,7 +7,6 @@ itself: the driver replaces it, and keeps the reason.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -15,14 +14,16 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import ray
 
-from millijoule.workers.attempt import AttemptCancelled, AttemptRunner, Where
+from millijoule.workers.attempt import AttemptCancelled, AttemptRunner
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.factory_model import check_factory_model
 from millijoule.workers.generators.registry import describe_model, load_generator
+from millijoule.workers.layout import JOB_KEY, worker_key
 from millijoule.workers.lease import (
     AccountRead,
     AttemptResult,
@@ -33,19 +34,18 @@ from millijoule.workers.lease import (
     WorkerReady,
     WorkerStatus,
     WorkerStopped,
-    worker_key,
 )
 from millijoule.workers.life import LifeLock, is_gone, life_path
 from millijoule.workers.meters.meter import CounterMeter, no_meter, open_meter
 from millijoule.workers.meters.power_samples import PowerSampler
-from millijoule.workers.meters.timeline import SegmentTimeline
+from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
+from millijoule.workers.records import decode
 from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
-from millijoule.workers.storage.store import Store, open_store
+from millijoule.workers.storage.open import open_store
+from millijoule.workers.storage.protocol import Store
 from millijoule.workers.storage.trouble import waits_for_store
 from millijoule.workers.visible_text import log_to_stderr
-
-JOB_KEY = "_job/job.json"
 
 #: A killed worker's process has this long to end before it counts as running on.
 GONE_TIMEOUT_S = 20.0
@@ -97,26 +97,18 @@ class ShardWorker:
         self._power = PowerSampler(meter)
         self._power.start()
         store = open_store(config.output_url or ".", patient=True)
-        context = ray.get_runtime_context()
-        held = (*meter.gpus, *meter.unreadable_gpus) or tuple(gpus)  # without telemetry as Ray names them
-        where = Where(
-            worker_id=self.worker_id,
-            node_id=context.get_node_id(),
-            host=socket.gethostname(),
-            device=(*held, "cpu")[0],
-            gpus=held,
-        )
+        node_id = ray.get_runtime_context().get_node_id()
+
+        def describe() -> WorkerEnvironment:
+            return describe_worker(self.worker_id, config.driver_epoch, node_id, gpus, meter, opened)
+
+        worker = describe()
         if config.output_url:  # a calibration has no output
             _check_output_is_shared(store, config)
-            self._open_account(store, describe_worker(where, config.driver_epoch, gpus, meter, opened))
+            self._open_account(store, worker)
         generator = load_generator(config.model, device="cuda" if gpus else "cpu")
         _limit_threads(config.cpu_threads)
-        found = describe_model(config.model).sha256
-        if found != config.model_sha256:
-            raise NodeError(
-                f"{config.model}: the model on {socket.gethostname()} has SHA-256 {found[:16]}, "
-                f"the job was planned with {config.model_sha256[:16]}: put the same file on every node"
-            )
+        _check_model(config, worker.host)
         if config.output_url:
             check_factory_model(store, config, generator.info.sha256)
         timeline.close("load")
@@ -126,7 +118,7 @@ class ShardWorker:
             generator,
             meter,
             timeline,
-            where,
+            worker,
             self._on_images,
             self._power,
             self._on_step,
@@ -134,13 +126,12 @@ class ShardWorker:
         )
         self._runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
         if config.output_url:
-            environment = describe_worker(where, config.driver_epoch, gpus, meter, opened)
-            store.put(worker_key(self.worker_id), environment.to_json())
+            store.put(worker_key(self.worker_id), describe().to_json())
         timeline.close("warmup")
         return WorkerReady(
-            node_id=where.node_id,
-            host=where.host,
-            device=where.device,
+            node_id=node_id,
+            host=worker.host,
+            device=worker.device,
             worker_id=self.worker_id,
             energy_method=meter.method,
             load_seconds=time.monotonic() - began,
@@ -185,8 +176,6 @@ class ShardWorker:
     @ray.method(concurrency_group="status")
     def status(self) -> WorkerStatus:
         """What the worker is doing now; answers while `run` is busy."""
-        if self._attempt_id is None and self._timeline is not None:
-            self._timeline.touch()
         return WorkerStatus(self._attempt_id, self._images_done, self._steps, waits_for_store())
 
     @ray.method(concurrency_group="status")
@@ -197,13 +186,11 @@ class ShardWorker:
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:
         """Close the books; the actor is killed afterwards. Works after a failed start, too."""
-        if self._power is not None:
-            self._power.stop()
-        if self._timeline is None:
+        if self._timeline is None or self._power is None:
             return WorkerStopped(self.worker_id, ())
+        self._power.stop()
         self._timeline.close("idle", last=True)
-        power = self._power.take() if self._power is not None else ()
-        return WorkerStopped(self.worker_id, self._timeline.take(), power)
+        return WorkerStopped(self.worker_id, self._timeline.take(), self._power.take())
 
     @ray.method(concurrency_group="work")
     def read_for(self, worker: WorkerEnvironment) -> AccountRead:
@@ -259,13 +246,29 @@ def _limit_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
+def _check_model(config: WorkerConfig, host: str) -> None:
+    found = describe_model(config.model).sha256
+    if found != config.model_sha256:
+        raise NodeError(
+            f"{config.model}: the model on {host} has SHA-256 {found[:16]}, "
+            f"the job was planned with {config.model_sha256[:16]}: put the same file on every node"
+        )
+
+
+@dataclass(frozen=True)
+class _PlannedJob:
+    """Of the job's description what a worker compares."""
+
+    fingerprint: str
+
+
 def _check_output_is_shared(store: Store, config: WorkerConfig) -> None:
     try:
-        job = json.loads(store.get(JOB_KEY))
+        job = decode(_PlannedJob, store.get(JOB_KEY))
     except NotFoundError as error:
         raise NodeError(
             f"{store.url}: node {socket.gethostname()} does not see the job's files there. Workers on several "
             "machines need an output they all share: s3://... or a network file system"
         ) from error
-    if job["fingerprint"] != config.fingerprint:
-        raise NodeError(f"{store.url}: holds another job ({job['fingerprint'][:12]})")
+    if job.fingerprint != config.fingerprint:
+        raise NodeError(f"{store.url}: holds another job ({job.fingerprint[:12]})")

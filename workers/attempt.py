@@ -27,22 +27,28 @@ from millijoule.workers.errors import (
 from millijoule.workers.generators.protocol import Generator, ReportsSteps
 from millijoule.workers.images.encode import encode_png
 from millijoule.workers.images.writers import open_writer
+from millijoule.workers.layout import commit_key, data_prefix
 from millijoule.workers.lease import (
     AttemptResult,
     Calibration,
     Lease,
     Suspect,
     WorkerConfig,
-    commit_key,
-    data_prefix,
 )
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.meters.power_samples import PowerSampler
-from millijoule.workers.meters.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
-from millijoule.workers.schemas import Commit, ImageRequest, ImageRow, Segment, carried_rows
-from millijoule.workers.shard_rows import PlanRow, read_shard_rows, shard_requests
-from millijoule.workers.storage.store import Store
+from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
+from millijoule.workers.schemas import (
+    Commit,
+    ImageRequest,
+    ImageRow,
+    Segment,
+    WorkerEnvironment,
+    carried_rows,
+)
+from millijoule.workers.shard_rows import read_shard_rows, shard_requests
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +68,6 @@ class AttemptCancelled(Exception):
 
 
 @dataclass(frozen=True)
-class Where:
-    """A worker's place: Ray's node id, host name, UUID of its (first) GPU or "cpu", and all its GPUs."""
-
-    worker_id: str
-    node_id: str
-    host: str
-    device: str
-    gpus: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class _Drawn:
     """What became of one request. `suspect`: the failure is this worker's word alone, another has to confirm it."""
 
@@ -85,7 +80,7 @@ class AttemptRunner:
     """Runs leases one after another with one loaded generator.
 
     Args:
-        where: this worker, as commits name it.
+        worker: this one, as commits name it.
         on_images: called with the number of images finished in the running attempt, between batches; may raise
             `AttemptCancelled`.
         power: gives commits the power samples to carry; None: they carry none.
@@ -102,7 +97,7 @@ class AttemptRunner:
         generator: Generator,
         meter: EnergyMeter,
         timeline: SegmentTimeline,
-        where: Where,
+        worker: WorkerEnvironment,
         on_images: Callable[[int], None],
         power: PowerSampler | None = None,
         on_step: Callable[[], None] = lambda: None,
@@ -113,7 +108,7 @@ class AttemptRunner:
         self.generator = generator
         self.meter = meter
         self.timeline = timeline
-        self.where = where
+        self.worker = worker
         self.on_images = on_images
         self.power = power
         self.on_step = on_step
@@ -203,24 +198,25 @@ class AttemptRunner:
                 self.config.output_format, scratch, data_prefix(shard.shard_id, lease.attempt_id)
             )
             done = 0
-            for batch in batches(self._wanted(rows, lease), self.batch_size):
+            unseen = {i for i, _ in lease.quarantine}
+            wanted = [row for i, row in enumerate(rows) if i not in unseen]
+            for batch in batches(shard_requests(wanted, self.config.job_seed), self.batch_size):
                 for drawn in self._generate(batch):
                     writer.add(drawn.row, drawn.encoded)
                     done += 1
                     request = drawn.row.request
-                    place = (row_of[request.prompt_id, request.image_index], request.image_index)
+                    at = (row_of[request.prompt_id, request.image_index], request.image_index)
                     if drawn.suspect:
-                        suspects.append(Suspect(*place, drawn.row.error or ""))
+                        suspects.append(Suspect(*at, drawn.row.error or ""))
                     elif drawn.encoded is not None:
-                        healthy = healthy or place
+                        healthy = healthy or at
                 self.on_images(done)
             for i, reason in lease.quarantine:
                 for request in shard_requests([rows[i]], self.config.job_seed):
                     writer.add(ImageRow(request, "quarantined", error=reason), None)
             written = writer.finish()
-            files = tuple(f.as_data_file() for f in written.files)
-            for f in written.files:
-                store.put_file(f.key, f.path, self.on_step)
+            for file in written.files:
+                store.put_file(file.path, scratch / file.path, self.on_step)
         segment = self.timeline.close("shard", shard.shard_id, lease.attempt_id)
         carried = self.timeline.take()
         errors = Counter(r.error for r in written.rows if r.error)
@@ -231,7 +227,7 @@ class AttemptRunner:
             driver_epoch=self.config.driver_epoch,
             plan_fingerprint=self.config.fingerprint,
             model_sha256=self.config.model_sha256,
-            files=files,
+            files=written.files,
             rows_path=written.rows_key,
             images_ok=ok,
             images_quarantined=len(written.rows) - ok,
@@ -245,10 +241,10 @@ class AttemptRunner:
             segments=carried,
             power=self.power.take() if self.power else (),
             rows=carried_rows(written.rows),
-            worker_id=self.where.worker_id,
-            node_id=self.where.node_id,
-            host=self.where.host,
-            device=self.where.device,
+            worker_id=self.worker.worker_id,
+            node_id=self.worker.node_id,
+            host=self.worker.host,
+            device=self.worker.device,
         )
         body = commit.to_json()
         if suspects:
@@ -270,10 +266,8 @@ class AttemptRunner:
     def discard(self, commit: Commit) -> None:
         """Give up an attempt that lost: its energy becomes waste, its files go."""
         self.timeline.restore(
-            tuple(
-                replace(s, segment_class="loser") if s.attempt_id == commit.attempt_id else s
-                for s in commit.segments
-            )
+            replace(s, segment_class="loser") if s.attempt_id == commit.attempt_id else s
+            for s in commit.segments
         )
         self._restore_power(commit)
         self.store.delete([f.path for f in commit.files])
@@ -281,10 +275,6 @@ class AttemptRunner:
     def _restore_power(self, commit: Commit) -> None:
         if self.power:
             self.power.restore(commit.power)
-
-    def _wanted(self, rows: Sequence[PlanRow], lease: Lease) -> list[ImageRequest]:
-        skip = {i for i, _ in lease.quarantine}
-        return shard_requests([r for i, r in enumerate(rows) if i not in skip], self.config.job_seed)
 
     def _generate(self, batch: Sequence[ImageRequest]) -> Iterator[_Drawn]:
         """Images of `batch`, in order; a request the generator fails on stands alone, without an image."""
@@ -302,13 +292,7 @@ class AttemptRunner:
                 height, width = image.shape[:2]
                 steps = request.num_inference_steps or info.num_inference_steps
                 encoded = encode_png(
-                    image,
-                    request,
-                    width=width,
-                    height=height,
-                    steps=steps,
-                    model_name=info.name,
-                    model_sha256=info.sha256,
+                    image, request, steps=steps, model_name=info.name, model_sha256=info.sha256
                 )
                 self.on_step()
                 row = ImageRow(
@@ -316,7 +300,6 @@ class AttemptRunner:
                 )
                 yield _Drawn(row, encoded)
             self._served = requests[0]
-            self.timeline.touch()
 
     def calibrate(self, requests: Sequence[ImageRequest]) -> Calibration:
         """Draw and encode `requests` and throw them away."""
@@ -328,18 +311,12 @@ class AttemptRunner:
                     size, images = size + len(drawn.encoded), images + 1
         seconds = time.monotonic() - began
         segment = self.timeline.close("warmup")
-        return Calibration(
-            images,
-            seconds,
-            size,
-            self._energy_mj(segment),
-            segment_estimate_mj(segment),
-            self.meter.method,
-        )
+        energy_mj, estimate_mj = self._energy_mj(segment), segment_estimate_mj(segment)
+        return Calibration(images, seconds, size, energy_mj, estimate_mj, self.meter.method)
 
     def _energy_mj(self, segment: Segment) -> int | None:
         """Measured millijoules of `segment`; None where one of this worker's own devices was not read."""
-        devices = self.where.gpus or (self.where.device,)
+        devices = self.worker.gpus or (self.worker.device,)
         unread = unread_domains(devices, segment.close.energy_mj)
         return None if unread else segment_energy_mj(segment)
 
@@ -349,10 +326,7 @@ class AttemptRunner:
         Raises:
             SickWorkerError: it cannot be drawn.
         """
-        try:
-            draw(self.generator, [request])
-        except Exception as error:
-            raise SickWorkerError(f"the generator does not work on this device: {_reason(error)}") from error
+        self._draw_healthy(request)
         self._served = request
 
     def _between_steps(self) -> None:
@@ -369,9 +343,8 @@ class AttemptRunner:
         except AttemptCancelled:
             raise
         except Exception as error:
-            raise SickWorkerError(
-                f"the generator no longer works on this device: {_reason(error)}"
-            ) from error
+            what = "does not work" if self._served is None else "no longer works"
+            raise SickWorkerError(f"the generator {what} on this device: {_reason(error)}") from error
 
 
 Images = tuple[np.ndarray, Sequence[tuple[str, ...]]]
@@ -387,10 +360,8 @@ def draw(generator: Generator, requests: Sequence[ImageRequest]) -> Images:
     """
     try:
         out = generator.generate(requests)
-    except (
-        KeyboardInterrupt,
-        SystemExit,
-    ) as error:  # of the model's own making: nothing here ends because of it
+    # of the model's own making: nothing here ends because of it
+    except (KeyboardInterrupt, SystemExit) as error:
         raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error
     if not isinstance(getattr(out, "images", None), np.ndarray):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a worker says about itself before and once it has started: its place, its device, its software.
+"""What a worker says about itself before and once it has started: its node, its device, its software.
 
 Asked of the libraries the worker uses anyway; nothing is imported for it. What they do not say is None.
 """
@@ -6,11 +6,11 @@ Asked of the libraries the worker uses anyway; nothing is imported for it. What 
 from __future__ import annotations
 
 import platform
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from millijoule.workers.attempt import Where
 from millijoule.workers.meters.meter import CounterMeter
 from millijoule.workers.schemas import CounterRead, WorkerEnvironment
 
@@ -18,34 +18,41 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe_worker(
-    where: Where, driver_epoch: int, assigned_gpus: Sequence[str], meter: CounterMeter, opened: CounterRead
+    worker_id: str,
+    driver_epoch: int,
+    node_id: str,
+    assigned_gpus: Sequence[str],
+    meter: CounterMeter,
+    opened: CounterRead,
 ) -> WorkerEnvironment:
-    """The environment of a worker; before its model is loaded, what the framework knows is not in it.
+    """The environment of this process; before its model is loaded, what the framework knows is not in it.
 
     Args:
-        where: the worker's place.
         driver_epoch: the run of the job that started it.
         assigned_gpus: as `CUDA_VISIBLE_DEVICES` lists them; empty on a CPU worker.
         meter: the worker's own.
         opened: the worker's first read.
     """
     torch = sys.modules.get("torch")
+    gpus = (*meter.boards.uuids, *meter.boards.unreadable) or tuple(
+        assigned_gpus
+    )  # without telemetry as Ray names them
     name: str | None
     if not assigned_gpus:
         name = cpu_name()
-    elif meter.gpu_names:
-        name = meter.gpu_names[0]
+    elif meter.boards.names:
+        name = meter.boards.names[0]
     else:  # a MIG instance, or no NVML: the framework may know
         name = str(torch.cuda.get_device_name(0)) if torch and torch.cuda.is_available() else None
     return WorkerEnvironment(
-        worker_id=where.worker_id,
+        worker_id=worker_id,
         driver_epoch=driver_epoch,
-        node_id=where.node_id,
-        host=where.host,
-        device=where.device,
-        gpus=where.gpus,
+        node_id=node_id,
+        host=socket.gethostname(),
+        device=(*gpus, "cpu")[0],
+        gpus=gpus,
         device_name=name,
-        driver_version=meter.driver_version,
+        driver_version=meter.boards.driver_version,
         python_version=platform.python_version(),
         torch_version=str(torch.__version__) if torch else None,
         energy_method=meter.method,

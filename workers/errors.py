@@ -1,6 +1,6 @@
 """The exceptions of the product, one branch per failure domain: whose fault it is decides what happens next.
 
-docs/failure-domains.md has the table. Each message names the place, the value and what to do next.
+docs/failure-domains.md has the table. Each message names where it is, the value and what to do next.
 """
 
 from __future__ import annotations
@@ -46,9 +46,6 @@ class StoreError(MillijouleError):
         super().__init__(message)
         self.transient = transient
 
-    def __reduce__(self):  # Ray carries errors between processes; keep `transient`
-        return (_rebuild_store_error, (type(self), str(self), self.transient))
-
 
 class NotFoundError(StoreError):
     """The named object does not exist."""
@@ -64,7 +61,3 @@ class DamagedError(StoreError):
 
 class JobError(MillijouleError):
     """The job cannot go on: no node is left that can work, or the cluster's head is gone. What is committed stays."""
-
-
-def _rebuild_store_error(cls: type[StoreError], message: str, transient: bool) -> StoreError:
-    return cls(message, transient=transient)

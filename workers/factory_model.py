@@ -10,7 +10,7 @@ from millijoule.workers import factories
 from millijoule.workers.errors import AlreadyExistsError, NodeError
 from millijoule.workers.layout import FACTORY_MODEL_KEY
 from millijoule.workers.lease import WorkerConfig
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 
 def check_factory_model(store: Store, config: WorkerConfig, sha256: str) -> None:

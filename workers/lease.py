@@ -11,28 +11,6 @@ from millijoule.workers.schemas import CounterRead, PowerTrace, Segment
 from millijoule.workers.shard_rows import Shard
 
 
-def commit_key(shard_id: int) -> str:
-    """Object key of the commit of `shard_id`, spread over 100 folders by the shard's last two digits."""
-    return f"_job/commits/{shard_id % 100:02d}/{shard_id:08d}.json"
-
-
-def shard_of_commit_key(key: str) -> int | None:
-    """The shard a commit key belongs to, or None where the key is not a commit's."""
-    name = key.rsplit("/", 1)[-1]
-    stem, dot, extension = name.partition(".")
-    return int(stem) if dot and extension == "json" and stem.isdigit() else None
-
-
-def worker_key(worker_id: str) -> str:
-    """Object key of the `WorkerEnvironment` that `worker_id` writes when it has started."""
-    return f"_job/workers/{worker_id}.json"
-
-
-def data_prefix(shard_id: int, attempt_id: str) -> str:
-    """Start of every data object of one attempt: no two attempts share it."""
-    return f"data/{shard_id:08d}-{attempt_id}"
-
-
 @dataclass(frozen=True)
 class WorkerConfig:
     """What every worker of a job needs to know; constant for the job's life.

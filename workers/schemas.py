@@ -6,13 +6,16 @@ integer millijoules, sizes bytes or pixels. A missing measurement is `None`, nev
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
+import msgspec
 import pyarrow as pa
+
+from millijoule.workers.records import decode, encode
 
 SCHEMA_VERSION = 1
 
@@ -30,7 +33,7 @@ PLAN_ROW_SCHEMA = pa.schema(
         pa.field("guidance_scale", pa.float64()),
         pa.field(
             "extra", pa.string()
-        ),  # JSON object of the columns we pass through, null when there are none
+        ),  # JSON object of the columns passed through, null where there are none
         pa.field("source", pa.string(), nullable=False),  # "file:row", 1-based data row, for messages
     ]
 )
@@ -50,9 +53,7 @@ IMAGE_ROW_SCHEMA = pa.schema(
         pa.field("status", pa.string(), nullable=False),  # "ok" | "quarantined"
         pa.field("error", pa.string()),
         pa.field("warnings", pa.list_(pa.string())),
-        pa.field(
-            "path", pa.string()
-        ),  # of the object holding the image, relative to the output; tar: "x.tar#member"
+        pa.field("path", pa.string()),  # of the object with the image, below the output; tar: "x.tar#member"
         pa.field("sha256", pa.string()),  # of the encoded image bytes; null when quarantined
         pa.field("size_bytes", pa.int64()),
         pa.field("extra", pa.string()),
@@ -98,56 +99,43 @@ class ImageRow:
 
     def as_record(self) -> dict[str, Any]:
         """This row as a mapping with the columns of `IMAGE_ROW_SCHEMA`."""
-        r = self.request
-        return {
-            "prompt_id": r.prompt_id,
-            "image_index": r.image_index,
-            "prompt": r.prompt,
-            "negative_prompt": r.negative_prompt,
-            "seed": r.seed,
-            "width": self.width,
-            "height": self.height,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": r.guidance_scale,
-            "status": self.status,
-            "error": self.error,
-            "warnings": list(self.warnings) or None,
-            "path": self.path,
-            "sha256": self.sha256,
-            "size_bytes": self.size_bytes,
-            "extra": r.extra,
-        }
+        record = {name: getattr(self, name, None) for name in IMAGE_ROW_SCHEMA.names}
+        for name in _ASKED:
+            record[name] = getattr(self.request, name)
+        record["warnings"] = list(self.warnings) or None
+        return record
 
 
-#: An image row in a commit: the values of `IMAGE_ROW_SCHEMA`'s columns in order, `warnings` a list.
-CarriedRow = tuple[Any, ...]
+#: Columns of an image row that repeat its request.
+_ASKED = ("prompt_id", "image_index", "prompt", "negative_prompt", "seed", "guidance_scale", "extra")
+
+Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+#: An image row in a commit: the values of `IMAGE_ROW_SCHEMA`'s columns in order.
+CarriedRow = tuple[
+    str,  # prompt_id
+    Int32,  # image_index
+    str,  # prompt
+    str | None,  # negative_prompt
+    Annotated[int, msgspec.Meta(ge=0)],  # seed, below 2**64, which msgspec cannot say
+    Int32 | None,  # width
+    Int32 | None,  # height
+    Int32 | None,  # num_inference_steps
+    float | None,  # guidance_scale
+    Literal["ok", "quarantined"],  # status
+    str | None,  # error
+    list[str] | None,  # warnings
+    str | None,  # path
+    str | None,  # sha256
+    Int64 | None,  # size_bytes
+    str | None,  # extra
+]
 
 #: A commit carries the rows of its shard where they are few and short: opening a file for each takes longer than the row
 #: itself, at the end of a job; and commits stay small.
 MAX_CARRIED_ROWS = 16
 MAX_CARRIED_BYTES = 8192
-
-STATUSES = ("ok", "quarantined")
-
-#: What JSON has for a column's type, and the numbers that fit it.
-_JSON_TYPES = {
-    pa.string(): str,
-    pa.float64(): float,
-    pa.list_(pa.string()): list,
-    **dict.fromkeys((pa.int32(), pa.int64(), pa.uint64()), int),
-}
-_CARRIED_TYPES = tuple(
-    (_JSON_TYPES[f.type],) if not f.nullable else (_JSON_TYPES[f.type], type(None)) for f in IMAGE_ROW_SCHEMA
-)
-_CARRIED_RANGES = tuple(
-    (i, -(2 ** (f.type.bit_width - 1)), 2 ** (f.type.bit_width - 1))
-    if pa.types.is_signed_integer(f.type)
-    else (i, 0, 2**64)
-    for i, f in enumerate(IMAGE_ROW_SCHEMA)
-    if pa.types.is_integer(f.type)
-)
-_CARRIED_WARNINGS = IMAGE_ROW_SCHEMA.get_field_index("warnings")
-_CARRIED_STATUS = IMAGE_ROW_SCHEMA.get_field_index("status")
 
 
 def carried_rows(rows: Sequence[ImageRow]) -> tuple[CarriedRow, ...] | None:
@@ -155,35 +143,44 @@ def carried_rows(rows: Sequence[ImageRow]) -> tuple[CarriedRow, ...] | None:
     if len(rows) > MAX_CARRIED_ROWS:
         return None
     table = pa.Table.from_pylist([row.as_record() for row in rows], schema=IMAGE_ROW_SCHEMA)
-    carried = tuple(tuple(row.values()) for row in table.to_pylist())  # the very values that the file holds
-    return carried if len(json.dumps(carried, separators=(",", ":"))) <= MAX_CARRIED_BYTES else None
+    carried: Any = tuple(
+        tuple(row.values()) for row in table.to_pylist()
+    )  # the very values that the file holds
+    return carried if len(encode(carried)) <= MAX_CARRIED_BYTES else None
 
 
 def parse_carried_rows(raw: Any) -> tuple[CarriedRow, ...]:
-    """The rows that a commit's JSON carries; raises ValueError where they do not fit `IMAGE_ROW_SCHEMA`."""
-    if type(raw) is not list:
-        raise ValueError(f"its rows are {raw!r:.100}")
-    return tuple(_parse_carried_row(row) for row in raw)
+    """The rows that a commit's parsed JSON carries; raises ValueError where they do not fit `IMAGE_ROW_SCHEMA`."""
+    return _require_seeds(
+        decode(tuple[CarriedRow, ...], encode(raw))
+    )  # by its text, which has whole characters only
 
 
-def _parse_carried_row(row: Any) -> CarriedRow:
-    if type(row) is not list or len(row) != len(_CARRIED_TYPES):
-        raise ValueError(f"a row is {row!r:.100}, not {len(_CARRIED_TYPES)} values")
-    for i, (value, types) in enumerate(zip(row, _CARRIED_TYPES, strict=True)):
-        if type(value) not in types:
-            raise ValueError(f"a row has {value!r:.100} for {IMAGE_ROW_SCHEMA[i].name}")
-        if type(value) is str:
-            value.encode()  # half of a surrogate pair is no text
-    for i, low, end in _CARRIED_RANGES:
-        if row[i] is not None and not low <= row[i] < end:
-            raise ValueError(f"a row has {row[i]} for {IMAGE_ROW_SCHEMA[i].name}")
-    for warning in row[_CARRIED_WARNINGS] or ():
-        if type(warning) is not str:
-            raise ValueError(f"a row has {warning!r:.100} for a warning")
-        warning.encode()
-    if row[_CARRIED_STATUS] not in STATUSES:
-        raise ValueError(f"a row has status {row[_CARRIED_STATUS]!r:.100}")
-    return tuple(row)
+def _require_seeds(rows: tuple[CarriedRow, ...]) -> tuple[CarriedRow, ...]:
+    for row in rows:
+        seed = row[4]
+        if seed >= 2**64:
+            raise ValueError(f"a row has {seed} for seed")
+    return rows
+
+
+class Record:
+    """What is stored as JSON, see `workers.records`."""
+
+    __slots__ = ()
+
+    def to_json(self) -> bytes:
+        return encode(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Inverse of `to_json`; raises ValueError where `data` is not one."""
+        return decode(cls, data)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """The same of JSON that is parsed already."""
+        return msgspec.convert(raw, cls)
 
 
 #: A counter book has so many epochs of its own in `wrap_epoch`, and books on a boot differ in a number below the other.
@@ -197,7 +194,7 @@ def wraps(domain: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class CounterRead:
+class CounterRead(Record):
     """One reading of every energy counter a worker can see, at one instant.
 
     `energy_mj` maps a domain ("gpu:GPU-<uuid>", "cpu:package-0", "dram:package-0") to its cumulative counter in
@@ -209,23 +206,22 @@ class CounterRead:
     """
 
     boot_id: str
-    t_mono_ns: int
-    t_wall_ns: int
-    latency_ns: int
-    energy_mj: dict[str, int] = field(default_factory=dict)
-    estimate_mj: int | None = None
-    epoch: int = 0
-    wrap_epoch: int | None = None
+    t_mono_ns: Int64
+    t_wall_ns: Int64
+    latency_ns: Int64
+    energy_mj: dict[str, Int64] = field(default_factory=dict)
+    estimate_mj: Int64 | None = None
+    epoch: Int64 = 0
+    wrap_epoch: Int64 | None = None
+
+    def __post_init__(self) -> None:
+        # names are shared with all others: a ledger holds many reads
+        object.__setattr__(self, "boot_id", sys.intern(self.boot_id))
+        object.__setattr__(self, "energy_mj", {sys.intern(d): mj for d, mj in self.energy_mj.items()})
 
     def epoch_of(self, domain: str) -> int:
         """Readings of a domain may be subtracted within one boot and one of these only."""
         return self.wrap_epoch if self.wrap_epoch is not None and wraps(domain) else self.epoch
-
-    @staticmethod
-    def from_dict(raw: dict[str, Any]) -> CounterRead:
-        """Inverse of `dataclasses.asdict`; names are shared with all others, a ledger holds many reads."""
-        energy_mj = {sys.intern(domain): mj for domain, mj in dict(raw["energy_mj"]).items()}
-        return CounterRead(**{**raw, "boot_id": sys.intern(raw["boot_id"]), "energy_mj": energy_mj})
 
 
 #: What a worker was doing between two reads.
@@ -233,7 +229,7 @@ SEGMENT_CLASSES = ("load", "warmup", "idle", "shard", "loser", "retry", "gap")
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Record):
     """The stretch between two counter reads of one worker. The close read opens the worker's next segment."""
 
     worker_id: str
@@ -243,24 +239,8 @@ class Segment:
     shard_id: int | None = None
     attempt_id: str | None = None
 
-    @staticmethod
-    def from_dict(raw: dict[str, Any]) -> Segment:
-        """Inverse of `dataclasses.asdict`."""
-        return next(segments_from_dicts([raw]))
-
-
-def segments_from_dicts(raws: Iterable[dict[str, Any]]) -> Iterator[Segment]:
-    """Inverse of `dataclasses.asdict` of each; a read that closes one segment and opens the next is one object."""
-    last_raw, last = None, None
-    for raw in raws:
-        opened = last if last is not None and raw["open"] == last_raw else CounterRead.from_dict(raw["open"])
-        last_raw, last = raw["close"], CounterRead.from_dict(raw["close"])
-        names = {
-            name: sys.intern(raw[name])
-            for name in ("worker_id", "segment_class", "attempt_id")
-            if raw.get(name) is not None
-        }
-        yield Segment(**{**raw, **names, "open": opened, "close": last})
+    def __post_init__(self) -> None:
+        _intern(self, ("worker_id", "segment_class", "attempt_id"))
 
 
 class PowerSample(NamedTuple):
@@ -277,7 +257,7 @@ class PowerSample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PowerTrace:
+class PowerTrace(Record):
     """Samples of one device in order of time. `device` is a full GPU UUID: the counter's domain is "gpu:" before it."""
 
     device: str
@@ -285,14 +265,9 @@ class PowerTrace:
     source: str
     samples: tuple[PowerSample, ...]
 
-    @staticmethod
-    def from_dict(raw: dict[str, Any]) -> PowerTrace:
-        """Inverse of `dataclasses.asdict`."""
-        return PowerTrace(**{**raw, "samples": tuple(PowerSample(*s) for s in raw["samples"])})
-
 
 @dataclass(frozen=True)
-class WorkerEnvironment:
+class WorkerEnvironment(Record):
     """Where and with what a worker runs, stated once before it loads its model; None: not known.
 
     `opened` is its first counter read: from then on the worker owes an account of its devices (see `WorkerClosing`).
@@ -314,20 +289,9 @@ class WorkerEnvironment:
     energy_method: str
     opened: CounterRead | None = None
 
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode()
-
-    @staticmethod
-    def from_json(data: bytes) -> WorkerEnvironment:
-        """Inverse of `to_json`; raises ValueError or TypeError where it is not one."""
-        raw = json.loads(data)
-        gpus, opened = tuple(raw["gpus"]), raw.get("opened")
-        read = None if opened is None else CounterRead.from_dict(opened)
-        return WorkerEnvironment(**{**raw, "gpus": gpus, "opened": read})
-
 
 @dataclass(frozen=True)
-class WorkerClosing:
+class WorkerClosing(Record):
     """The end of a worker's account of its devices: a counter read at or after the worker's end.
 
     Written by the driver. `read` is the worker's own last one, or of somebody on the same host who read the same counters
@@ -345,16 +309,6 @@ class WorkerClosing:
     by: str
     read: CounterRead | None
     reason: str = ""
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), sort_keys=True).encode()
-
-    @staticmethod
-    def from_json(data: bytes) -> WorkerClosing:
-        """Inverse of `to_json`; raises ValueError or TypeError where it is not one."""
-        raw = json.loads(data)
-        read = None if raw["read"] is None else CounterRead.from_dict(raw["read"])
-        return WorkerClosing(**{**raw, "read": read})
 
 
 @dataclass(frozen=True)
@@ -375,7 +329,7 @@ _REPEATED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(Record):
     """The one object whose exclusive creation makes an attempt the truth for its shard."""
 
     shard_id: int
@@ -398,33 +352,23 @@ class Commit:
     energy_domains: tuple[str, ...]
     energy_estimate_mj: int | None
     energy_method: str  # "nvml-counter", "rapl", "nvml-counter+rapl", "missing"
-    segments: tuple[
-        Segment, ...
-    ]  # everything this worker closed since its previous commit, this shard's included
+    segments: tuple[Segment, ...]  # all that this worker closed since its last commit, this shard's included
     power: tuple[PowerTrace, ...] = ()  # what this worker sampled since its previous commit
     rows: tuple[CarriedRow, ...] | None = None  # what the file at rows_path says, see `carried_rows`
     schema_version: int = SCHEMA_VERSION
 
-    def to_json(self) -> bytes:
-        raw = asdict(self)
-        if self.rows is None:
-            del raw["rows"]
-        return json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()
+    def __post_init__(self) -> None:
+        _intern(self, _REPEATED)
+        object.__setattr__(self, "energy_domains", tuple(map(sys.intern, self.energy_domains)))
+        _require_seeds(self.rows or ())
+        for before, after in pairwise(self.segments):
+            if after.open == before.close:  # one object: a ledger holds many
+                object.__setattr__(after, "open", before.close)
 
-    @staticmethod
-    def from_json(data: bytes) -> Commit:
-        """Parse a commit object; raises ValueError or TypeError where it is not one."""
-        return Commit.from_dict(json.loads(data))
 
-    @staticmethod
-    def from_dict(raw: dict[str, Any]) -> Commit:
-        """The commit whose JSON says `raw`; raises as `from_json`."""
-        raw = dict(raw)
-        raw["files"] = tuple(DataFile(**f) for f in raw["files"])
-        raw["energy_domains"] = tuple(map(sys.intern, raw["energy_domains"]))
-        raw["segments"] = tuple(segments_from_dicts(raw["segments"]))
-        raw["power"] = tuple(PowerTrace.from_dict(t) for t in raw.get("power", ()))
-        if raw.get("rows") is not None:
-            raw["rows"] = parse_carried_rows(raw["rows"])
-        names = {name: sys.intern(raw[name]) for name in _REPEATED}
-        return Commit(**{**raw, **names})
+def _intern(record: Any, names: Sequence[str]) -> None:
+    """Make the texts of these fields one object each with all that are equal."""
+    for name in names:
+        text = getattr(record, name)
+        if text is not None:
+            object.__setattr__(record, name, sys.intern(text))

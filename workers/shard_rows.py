@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from millijoule.workers.errors import DamagedError
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA, ImageRequest
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: Seeds are unsigned 64-bit; a row's seed counts up by image index and wraps here.
 SEED_RANGE = 2**64
@@ -76,7 +76,7 @@ def read_shard_rows(store: Store, shard: Shard) -> list[PlanRow]:
         NotFoundError: the plan part is gone.
         DamagedError: the part cannot be read, or holds other rows than the plan's index says.
     """
-    return _plan_rows(store, shard, _read_row_group(store, shard, None))
+    return _read_row_group(store, shard, None)
 
 
 class ShardRowReader:
@@ -99,7 +99,7 @@ class ShardRowReader:
                 if len(self._parts) > MAX_HELD_PARTS:
                     del self._parts[next(iter(self._parts))]
         if part.shards is None or shard.row_group >= len(part.shards):
-            return _plan_rows(self.store, shard, _read_row_group(self.store, shard, part.footer))
+            return _read_row_group(self.store, shard, part.footer)
         return _require_planned(self.store, shard, part.shards[shard.row_group])
 
 
@@ -125,9 +125,10 @@ def _open_part(store: Store, shard: Shard) -> _Part:
         return _Part(footer, [list(islice(rows, g.num_rows)) for g in groups])
 
 
-def _read_row_group(store: Store, shard: Shard, footer: pq.FileMetaData | None) -> pa.Table:
+def _read_row_group(store: Store, shard: Shard, footer: pq.FileMetaData | None) -> list[PlanRow]:
     with store.open_input(shard.key) as source, _damaged_plan(store, shard):
-        return pq.ParquetFile(source, metadata=footer).read_row_group(shard.row_group, use_threads=False)
+        table = pq.ParquetFile(source, metadata=footer).read_row_group(shard.row_group, use_threads=False)
+    return _require_planned(store, shard, _as_plan_rows(table))
 
 
 @contextmanager
@@ -136,13 +137,9 @@ def _damaged_plan(store: Store, shard: Shard) -> Iterator[None]:
         yield
     except (pa.ArrowException, IndexError, OSError) as error:
         raise DamagedError(
-            f"{_place(store, shard)}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
+            f"{_where(store, shard)}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
             "delete this output's _job folder and start again"
         ) from error
-
-
-def _plan_rows(store: Store, shard: Shard, table: pa.Table) -> list[PlanRow]:
-    return _require_planned(store, shard, _as_plan_rows(table))
 
 
 def _as_plan_rows(table: pa.Table) -> list[PlanRow]:
@@ -156,13 +153,13 @@ def _require_planned(store: Store, shard: Shard, rows: list[PlanRow]) -> list[Pl
     text = "".join(f"{row.prompt_id}\0{row.num_images}\0" for row in rows)
     if hashlib.sha256(text.encode()).hexdigest() != shard.rows_sha256:
         raise DamagedError(
-            f"{_place(store, shard)}: other rows than the plan's index says for shard {shard.shard_id}; the plan was "
+            f"{_where(store, shard)}: other rows than the plan's index says for shard {shard.shard_id}; the plan was "
             "overwritten or is damaged"
         )
     return rows
 
 
-def _place(store: Store, shard: Shard) -> str:
+def _where(store: Store, shard: Shard) -> str:
     return f"{store.url}/{shard.key}, row group {shard.row_group}"
 
 

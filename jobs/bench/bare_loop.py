@@ -38,8 +38,6 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
                 encoded = encode_png(
                     image,
                     request,
-                    width=width,
-                    height=height,
                     steps=info.num_inference_steps,
                     model_name=info.name,
                     model_sha256=info.sha256,

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pynvml
+
 from millijoule.jobs.bench.stand_ins import StandInNvml, board_uuid
 from millijoule.workers.errors import InputError
 from millijoule.workers.meters.nvml import open_gpus
-from millijoule.workers.meters.nvml_library import FieldValue, NvmlLibrary
 
 MATRIX = 4096
 
@@ -36,10 +37,10 @@ class CudaBoard:
     stand_in = False
 
     def __init__(self, gpu: str) -> None:
-        self.nvml: Any = None
+        self.nvml: Any = pynvml
         try:
-            self.nvml = NvmlLibrary()
-        except OSError as error:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
             raise InputError(f"bench counters: NVML is not here ({error})") from error
         boards = open_gpus([gpu], self.nvml)
         if not boards.uuids:
@@ -218,13 +219,13 @@ class _BoardNvml(StandInNvml):
         self._board = board
 
     def nvmlDeviceGetFieldValues(self, handle: Any, fields: Sequence[int | tuple[int, int]]) -> Any:
-        values = (FieldValue * len(fields))()
-        if fields[0] == self.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION:
+        values = (pynvml.c_nvmlFieldValue_t * len(fields))()
+        if fields[0] == pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION:
             numbers: tuple[int, ...] = (self._board.counter_mj(),)
         else:
             numbers = self._board.power_mw()
         for value, number in zip(values, numbers, strict=True):
-            value.nvmlReturn, value.valueType = self.NVML_SUCCESS, self.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
+            value.nvmlReturn, value.valueType = pynvml.NVML_SUCCESS, pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
             value.value.ullVal = number
         return values
 

@@ -119,7 +119,8 @@ def plan_one_image_shards(folder: str, n: int) -> str:
     from millijoule.pipeline.output.job import JobSpec, publish_job
     from millijoule.pipeline.planning.make_plan import plan_job
     from millijoule.pipeline.planning.plan_options import PlanOptions
-    from millijoule.workers.storage.store import expand_inputs, open_store
+    from millijoule.workers.storage.inputs import expand_inputs
+    from millijoule.workers.storage.open import open_store
 
     prompts = Path(folder, "prompts.txt")
     with prompts.open("w") as file:
@@ -137,8 +138,8 @@ def plan_one_image_shards(folder: str, n: int) -> str:
 def write_commits(folder: str, bodies: Iterable[bytes]) -> None:
     """Commit shards 0, 1, ... of the job in `folder`, as the driver would have found and packed them."""
     from millijoule.pipeline.output.commits import CommitCompactor
-    from millijoule.workers.lease import commit_key
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.layout import commit_key
+    from millijoule.workers.storage.open import open_store
 
     compactor = CommitCompactor(open_store(f"{folder}/out"), 1)
     for shard_id, body in enumerate(bodies):
@@ -155,7 +156,7 @@ def finish(folder: str, n: int) -> dict[str, Any]:
     from millijoule.pipeline.energy.closure import EXACT_CHECKS
     from millijoule.pipeline.output.job import read_job
     from millijoule.pipeline.planning.retry_rounds import load_job_shards
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     product.write_preview = lambda *_: None  # there are no pictures
     store = open_store(f"{folder}/out")
@@ -182,7 +183,7 @@ def finish(folder: str, n: int) -> dict[str, Any]:
 def check(folder: str, n: int) -> dict[str, Any]:
     """Check the finished job in `folder`: seconds, and memory above what it took to load the program."""
     from millijoule.pipeline.closing import check as product
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     store = open_store(f"{folder}/out")
     began, cpu, peak_before = time.monotonic(), time.process_time(), peak_mb()

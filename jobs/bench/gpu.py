@@ -75,7 +75,7 @@ def run(options: BenchOptions) -> int:
         **describe("joules of one board, by its counter, per image; the CPU's are not in it", options),
         "stand_in": options.stand_in,
         "device": name,
-        "driver": meter.driver_version,
+        "driver": meter.boards.driver_version,
         **compare(models, scene_requests(4096), meter, domain, options, synchronize),
     }
     meter.close()

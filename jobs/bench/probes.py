@@ -22,7 +22,8 @@ def plan(n: int) -> dict[str, Any]:
     """Plan `n` prompts from one Parquet file; seconds and this process's peak memory."""
     from millijoule.pipeline.planning.make_plan import plan_job
     from millijoule.pipeline.planning.plan_options import PlanOptions
-    from millijoule.workers.storage.store import expand_inputs, open_store
+    from millijoule.workers.storage.inputs import expand_inputs
+    from millijoule.workers.storage.open import open_store
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "prompts.parquet")
@@ -48,7 +49,8 @@ def resume(n: int) -> dict[str, Any]:
     from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
     from millijoule.pipeline.planning.retry_rounds import load_job_shards
     from millijoule.pipeline.running.coordinator import Coordinator
-    from millijoule.workers.storage.store import expand_inputs, open_store
+    from millijoule.workers.storage.inputs import expand_inputs
+    from millijoule.workers.storage.open import open_store
 
     with tempfile.TemporaryDirectory() as folder:
         plan_one_image_shards(folder, n + 10)
@@ -74,7 +76,8 @@ def leases(n: int) -> dict[str, Any]:
     import ray
 
     from millijoule.pipeline.running.coordinator import Coordinator
-    from millijoule.pipeline.running.pool import PoolOptions, WorkerPool
+    from millijoule.pipeline.running.demand import PoolOptions
+    from millijoule.pipeline.running.pool import WorkerPool
     from millijoule.workers.lease import (
         AttemptResult,
         Lease,

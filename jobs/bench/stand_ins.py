@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from millijoule.workers.meters.nvml_library import FieldValue, NvmlLibrary
+import pynvml
 
 PACKAGES = 2
 RANGE_UJ = 262_143_328_850
@@ -29,11 +29,14 @@ def board_uuid(number: int) -> str:
     return f"GPU-{number:08x}-0000-4000-8000-000000000000"
 
 
-class StandInNvml(NvmlLibrary):
-    """The product's binding of NVML without a library behind: `boards` boards that draw constant power by the clock."""
+class StandInNvml:
+    """pynvml without a driver behind: `boards` boards that draw constant power by the clock."""
 
     def __init__(self, boards: int) -> None:
         self._uuids = [board_uuid(i) for i in range(boards)]
+
+    def __getattr__(self, name: str) -> Any:  # constants and exceptions
+        return getattr(pynvml, name)
 
     def nvmlInit(self) -> None: ...
 
@@ -58,14 +61,14 @@ class StandInNvml(NvmlLibrary):
         return [0, 0]
 
     def nvmlDeviceGetFieldValues(self, handle: Any, fields: Sequence[int | tuple[int, int]]) -> Any:
-        values = (FieldValue * len(fields))()
+        values = (pynvml.c_nvmlFieldValue_t * len(fields))()
         for value, field in zip(values, fields, strict=True):
-            value.timestamp, value.nvmlReturn = time.time_ns() // 1000, self.NVML_SUCCESS
-            if field == self.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION:
-                value.valueType = self.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
+            value.timestamp, value.nvmlReturn = time.time_ns() // 1000, pynvml.NVML_SUCCESS
+            if field == pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION:
+                value.valueType = pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
                 value.value.ullVal = 1_000_000 + time.monotonic_ns() * GPU_WATTS // 1_000_000
             else:
-                value.valueType = self.NVML_VALUE_TYPE_UNSIGNED_INT
+                value.valueType = pynvml.NVML_VALUE_TYPE_UNSIGNED_INT
                 value.value.uiVal = GPU_WATTS * 1000
         return values
 

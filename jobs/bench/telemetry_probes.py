@@ -148,7 +148,7 @@ def job(
 def stressed_worker(board: int | str, seconds: float, book: str, powercap: str | None) -> dict[str, Any]:
     """Watch one board and the packages for `seconds`, then fill the ring of samples to its bound."""
     from millijoule.workers.meters.power_samples import MAX_SAMPLES, PowerSampler
-    from millijoule.workers.meters.timeline import SegmentTimeline
+    from millijoule.workers.meters.segment_timeline import SegmentTimeline
 
     before, cpu_before, began = memory_mb(), time.process_time(), time.monotonic()
     meter = open_counters(board, powercap, book_directory=Path(book))
@@ -182,7 +182,7 @@ def stressed_driver(workers: int, hours: int) -> dict[str, Any]:
     from millijoule.pipeline.output.commits import CommitCompactor
     from millijoule.pipeline.running.run import FLUSH_PERIOD_S
     from millijoule.pipeline.running.spending import Spending
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)

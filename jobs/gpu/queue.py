@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,6 @@ from millijoule.jobs.gpu.results import (
 from millijoule.jobs.gpu.set_up import ROOT, Lack, how_to_fetch, prepare, python_path
 from millijoule.jobs.gpu.steps import BASE, STEPS, Step
 from millijoule.jobs.machine import find_commit
-from millijoule.workers.meters.nvml_library import NvmlLibrary
 
 SKIPPED, RUNNING = "skipped", "running"
 
@@ -70,26 +70,23 @@ class Device:
 
 
 def find_device() -> Device:
-    """The boards of this machine.
+    """The boards of this machine, asked of the driver's own command: pynvml may still lie among the carried wheels.
 
     Raises:
         QueueError: there is none.
     """
+    command = ["nvidia-smi", "--query-gpu=name,uuid,driver_version", "--format=csv,noheader"]
     try:
-        nvml = NvmlLibrary()
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        names = [nvml.nvmlDeviceGetName(h) for h in handles]
-        uuids = [nvml.nvmlDeviceGetUUID(h) for h in handles]
-        driver = nvml.nvmlSystemGetDriverVersion()
-        nvml.nvmlShutdown()
-    except (OSError, AttributeError, NvmlLibrary.NVMLError) as error:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
         raise QueueError(
-            f"NVML shows no NVIDIA board here ({error}); --rehearse runs everything at toy size on a CPU"
+            f"nvidia-smi shows no board here ({error}); --rehearse runs everything at toy size on a CPU"
         ) from error
-    if not names:
-        raise QueueError("NVML shows no board here; --rehearse runs everything at toy size on a CPU")
-    return Device(", ".join(names), f"{', '.join(uuids)} (driver {driver})")
+    boards = [line.rsplit(", ", 2) for line in done.stdout.splitlines() if line.count(", ") >= 2]
+    if not boards:
+        raise QueueError("nvidia-smi shows no board here; --rehearse runs everything at toy size on a CPU")
+    names, uuids, drivers = zip(*boards, strict=True)
+    return Device(", ".join(names), f"{', '.join(uuids)} (driver {drivers[0]})")
 
 
 def hash_code(root: Path = ROOT) -> str:

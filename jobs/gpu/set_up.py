@@ -53,7 +53,7 @@ for package, module in json.loads(sys.argv[1]).items():
 print("\\n" + json.dumps(found))
 """
 
-_MODULES = {"pillow": "PIL", "pytest-timeout": "pytest_timeout"}
+_MODULES = {"nvidia-ml-py": "pynvml", "pillow": "PIL", "pytest-timeout": "pytest_timeout"}
 
 
 @dataclass(frozen=True)

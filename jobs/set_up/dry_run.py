@@ -19,7 +19,7 @@ from millijoule.workers.lease import Calibration
 from millijoule.workers.node_meters.meter import MW_PER_W
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.shard_rows import read_shard_rows, shard_requests
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 from millijoule.workers.visible_text import visible_lines
 
 #: Nodes whose meters a dry run lists.

@@ -25,7 +25,7 @@ from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
 from millijoule.workers.errors import InputError, StoreError
 from millijoule.workers.layout import BAD_ROWS_KEY, SUCCESS_KEY
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

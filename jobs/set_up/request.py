@@ -15,7 +15,7 @@ from millijoule.workers.errors import InputError
 from millijoule.workers.generators.protocol import ModelIdentity
 from millijoule.workers.generators.registry import describe_model
 from millijoule.workers.node_meters.config import NodeMeterConfig
-from millijoule.workers.storage.store import InputFile, expand_inputs
+from millijoule.workers.storage.inputs import InputFile, expand_inputs
 
 #: Words for delimiters that are hard to type.
 DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\t": "\t"}

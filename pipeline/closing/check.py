@@ -33,11 +33,11 @@ from millijoule.pipeline.output.job import JobSpec, require_job
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.images.readers import read_images
-from millijoule.workers.layout import MANIFEST_KEY, SUCCESS_KEY
-from millijoule.workers.lease import commit_key
+from millijoule.workers.layout import MANIFEST_KEY, SUCCESS_KEY, commit_key
 from millijoule.workers.schemas import Commit
 from millijoule.workers.shard_rows import Shard, ShardRowReader, shard_requests
-from millijoule.workers.storage.store import Store, is_s3_url
+from millijoule.workers.storage.open import is_s3_url
+from millijoule.workers.storage.protocol import Store
 
 #: Uncommitted shards that are named; the rest is counted.
 MAX_LISTED = 20

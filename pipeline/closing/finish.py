@@ -46,7 +46,7 @@ from millijoule.workers.images.readers import read_images
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.layout import MANIFEST_KEY, PREVIEW_KEY, STATS_KEY, SUCCESS_KEY
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from millijoule.pipeline.output.job import last_epoch, require_job
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.layout import DATA_PREFIX
-from millijoule.workers.storage.store import Store, TemporaryObject
+from millijoule.workers.storage.protocol import Store, TemporaryObject
 
 #: Files of an older driver's attempts are kept this long in case a cut-off worker still runs.
 GRACE_S = 24 * 3600.0

@@ -20,7 +20,7 @@ from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeSeries
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: Readings kept before and after the job's own time on the node.
 MARGIN_READINGS = 3

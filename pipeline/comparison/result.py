@@ -33,7 +33,7 @@ from millijoule.pipeline.comparison.statistics import (
 )
 from millijoule.pipeline.energy.counter_split import sum_or_none
 from millijoule.pipeline.energy.evidence import evidence_class
-from millijoule.workers.meters.timeline import segment_energy_mj, segment_estimate_mj
+from millijoule.workers.meters.segment_timeline import segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import CounterRead, Segment
 
 FORMAT = "millijoule-energy-comparison-result/1"

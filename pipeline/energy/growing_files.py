@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 
 from millijoule.pipeline.energy.schemas import open_parquet_writer, table_of
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 
 class GrowingFiles:

@@ -25,7 +25,7 @@ from millijoule.pipeline.energy.schemas import run_id_of, table_of
 from millijoule.pipeline.energy.tables import LIVE_PREFIX
 from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_workers
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.workers.meters.timeline import segment_estimate_mj
+from millijoule.workers.meters.segment_timeline import segment_estimate_mj
 from millijoule.workers.schemas import (
     BOOK_EPOCHS,
     IMAGE_ROW_SCHEMA,
@@ -35,7 +35,7 @@ from millijoule.workers.schemas import (
     Segment,
     wraps,
 )
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: A file is written anew at each flush until it has been written this often, or a table has so many rows. Until then
 #: the rows stay in memory, some hundred bytes each.

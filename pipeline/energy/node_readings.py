@@ -19,7 +19,7 @@ from millijoule.pipeline.output.read_objects import read_objects
 from millijoule.workers.layout import NODE_METERS_PREFIX
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeFailure, NodeReading, NodeSeries
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 TABLE = "node_reading"
 

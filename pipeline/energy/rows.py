@@ -36,14 +36,15 @@ from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted, held_de
 from millijoule.pipeline.output.commits import READ_THREADS
 from millijoule.pipeline.output.image_rows import NOT_CARRIED, RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.workers.meters.timeline import segment_estimate_mj
+from millijoule.workers.meters.segment_timeline import segment_estimate_mj
 from millijoule.workers.schemas import (
     IMAGE_ROW_SCHEMA,
     Commit,
     CounterRead,
     PowerTrace,
 )
-from millijoule.workers.storage.store import Store, is_s3_url
+from millijoule.workers.storage.open import is_s3_url
+from millijoule.workers.storage.protocol import Store
 
 #: Threads that read row tables from a disk: two are as fast as many, which would only wait for each other.
 _DISK_THREADS = 2

@@ -33,7 +33,7 @@ from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.layout import ENERGY_PREFIX
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: Row groups per `part-*.parquet`.
 PART_ROW_GROUPS = 16

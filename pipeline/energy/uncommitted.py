@@ -25,7 +25,7 @@ from millijoule.workers.schemas import (
     WorkerClosing,
     WorkerEnvironment,
 )
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 T = TypeVar("T")
 

@@ -20,10 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.workers.errors import DamagedError, StoreError
-from millijoule.workers.layout import COMMITS_PREFIX, COMPACTED_PREFIX
-from millijoule.workers.lease import commit_key, shard_of_commit_key
+from millijoule.workers.layout import COMMITS_PREFIX, COMPACTED_PREFIX, commit_key, shard_of_commit_key
 from millijoule.workers.schemas import Commit
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 T = TypeVar("T")
 R = TypeVar("R")

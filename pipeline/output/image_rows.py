@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, CarriedRow, Commit
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: Stands for a commit that carries no rows.
 NOT_CARRIED = -1

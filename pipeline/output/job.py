@@ -17,7 +17,7 @@ from typing import Any
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError
 from millijoule.workers.layout import EPOCHS_PREFIX, JOB_KEY, epoch_key
 from millijoule.workers.records import decode, encode
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from millijoule.pipeline.output.commits import READ_THREADS
 from millijoule.workers.errors import StoreError
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 T = TypeVar("T")
 

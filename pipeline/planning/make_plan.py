@@ -23,15 +23,17 @@ import pyarrow.parquet as pq
 
 from millijoule.pipeline.planning.column_names import Remarks
 from millijoule.pipeline.planning.duplicate_ids import DuplicateFinder, Duplicates
-from millijoule.pipeline.planning.plan import PLAN_METADATA, Plan, index_key, part_key
+from millijoule.pipeline.planning.plan import PLAN_METADATA, Plan
 from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
 from millijoule.pipeline.planning.prompts import BAD_ROW_SCHEMA, PromptChunk, read_prompts
 from millijoule.pipeline.planning.raw_chunks import BadRow, shown
 from millijoule.pipeline.planning.shard_cutter import ShardCutter, ShardWriter
 from millijoule.workers.errors import InputError
+from millijoule.workers.layout import plan_index_key, plan_part_key
 from millijoule.workers.records import encode
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
-from millijoule.workers.storage.store import InputFile, Store
+from millijoule.workers.storage.inputs import InputFile
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 
@@ -216,9 +218,11 @@ class _Draft:
     def publish(self, store: Store, plan: Plan) -> None:
         """Upload the plan, the shard index last."""
         for part, path in enumerate(self._shards.parts):
-            store.put_file(part_key(plan.fingerprint, part), path)
+            store.put_file(plan_part_key(plan.fingerprint, part), path)
         store.put_file(plan.bad_rows_key, self.folder / "bad_rows.parquet")
-        store.put_file(index_key(plan.fingerprint), self._shards.write_index(PLAN_METADATA, encode(plan)))
+        store.put_file(
+            plan_index_key(plan.fingerprint), self._shards.write_index(PLAN_METADATA, encode(plan))
+        )
 
 
 def _duplicates_message(source: _Source, found: Duplicates) -> str:

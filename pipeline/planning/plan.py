@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.workers.errors import StoreError
+from millijoule.workers.layout import plan_bad_rows_key, plan_index_key
 from millijoule.workers.records import decode
 from millijoule.workers.shard_rows import Shard
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class Plan:
 
     @property
     def bad_rows_key(self) -> str:
-        return f"{plan_prefix(self.fingerprint)}/bad_rows.parquet"
+        return plan_bad_rows_key(self.fingerprint)
 
 
 def shard_at(table: pa.RecordBatch, i: int, key_of: Callable[[int], str]) -> Shard:
@@ -64,21 +65,6 @@ def shard_at(table: pa.RecordBatch, i: int, key_of: Callable[[int], str]) -> Sha
     return Shard(key=key_of(row.pop("part")), **row)
 
 
-def plan_prefix(fingerprint: str) -> str:
-    """Where the objects of a plan lie, without trailing slash."""
-    return f"_job/plan-{fingerprint[:12]}"
-
-
-def part_key(fingerprint: str, part: int) -> str:
-    """The object with shards `part * SHARDS_PER_PART` and following."""
-    return f"{plan_prefix(fingerprint)}/part-{part:05d}.parquet"
-
-
-def index_key(fingerprint: str) -> str:
-    """The shard index, which is written last."""
-    return f"{plan_prefix(fingerprint)}/shards.parquet"
-
-
 def load_plan(store: Store, fingerprint: str) -> tuple[Plan, pa.RecordBatch]:
     """A plan that is already in the store, and its shards in order, `SHARD_INDEX_SCHEMA`: about 150 bytes each.
 
@@ -86,7 +72,7 @@ def load_plan(store: Store, fingerprint: str) -> tuple[Plan, pa.RecordBatch]:
         NotFoundError: there is no whole plan with this fingerprint.
         StoreError: it cannot be read, or belongs to another fingerprint with the same beginning.
     """
-    key = index_key(fingerprint)
+    key = plan_index_key(fingerprint)
     table, plan = read_index(store, key, PLAN_METADATA, Plan)
     if plan.fingerprint != fingerprint or plan.n_shards != table.num_rows:
         raise StoreError(f"{store.url}/{key}: this is the plan of another job ({plan.fingerprint})")

@@ -12,8 +12,8 @@ from millijoule.pipeline.planning.prompt_values import INTEGER_LIMITS
 from millijoule.pipeline.planning.prompts import PromptOptions
 from millijoule.workers.errors import InputError
 from millijoule.workers.schemas import SCHEMA_VERSION
+from millijoule.workers.storage.inputs import InputFile, open_input_file
 from millijoule.workers.storage.prompt_file_names import file_format
-from millijoule.workers.storage.store import InputFile, open_input_file
 
 #: Options there once were, which nobody could set: in the fingerprint of every job there is.
 _FORMER_OPTIONS = dict.fromkeys(

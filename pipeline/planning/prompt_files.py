@@ -27,8 +27,8 @@ from millijoule.pipeline.planning.raw_chunks import (
     shown,
 )
 from millijoule.workers.errors import InputError
+from millijoule.workers.storage.inputs import InputFile, open_input_file
 from millijoule.workers.storage.prompt_file_names import file_format
-from millijoule.workers.storage.store import InputFile, open_input_file
 
 #: What stands between the fields of a file with this ending.
 USUAL_DELIMITERS = {"csv": ",", "tsv": "\t"}

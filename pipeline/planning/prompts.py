@@ -32,8 +32,8 @@ from millijoule.pipeline.planning.prompt_values import (
 from millijoule.pipeline.planning.raw_chunks import BadRow, RawChunk, python_values, shown
 from millijoule.workers.errors import InputError
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
+from millijoule.workers.storage.inputs import InputFile
 from millijoule.workers.storage.prompt_file_names import file_format
-from millijoule.workers.storage.store import InputFile
 
 MAX_EXTRA_BYTES = 2**20
 

@@ -7,7 +7,6 @@ of the plan. Round `r` lies in `_job/retry-RRRR/`, its index is created exclusiv
 
 from __future__ import annotations
 
-import re
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -23,15 +22,20 @@ import pyarrow.compute as pc
 from millijoule.pipeline.output.commits import list_committed, read_commits
 from millijoule.pipeline.output.image_rows import read_row_table, rows_table
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.pipeline.planning.plan import load_plan, part_key, read_index, shard_at
+from millijoule.pipeline.planning.plan import load_plan, read_index, shard_at
 from millijoule.pipeline.planning.shard_cutter import ShardCutter, ShardWriter
 from millijoule.workers.errors import AlreadyExistsError, InputError
+from millijoule.workers.layout import (
+    RETRY_PREFIX,
+    plan_part_key,
+    retry_index_key,
+    retry_part_key,
+    round_of_retry_index_key,
+)
 from millijoule.workers.records import encode
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 from millijoule.workers.shard_rows import Shard, read_shard_rows
-from millijoule.workers.storage.store import Store
-
-_ROUND = re.compile(r"_job/retry-(\d{4})/shards\.parquet")
+from millijoule.workers.storage.protocol import Store
 
 #: Where the index of a round keeps its images.
 _IMAGES_METADATA = "millijoule.images"
@@ -57,7 +61,7 @@ class JobShards:
     def __init__(self, fingerprint: str, table: pa.RecordBatch, rounds: tuple[RetryRound, ...] = ()) -> None:
         self.rounds = rounds
         self._table = table
-        self._key_of = partial(part_key, fingerprint)
+        self._key_of = partial(plan_part_key, fingerprint)
         self._starts = [table.num_rows]  # first shard id of each round, and the end
         for r in rounds:
             self._starts.append(self._starts[-1] + r.table.num_rows)
@@ -73,7 +77,7 @@ class JobShards:
             return shard_at(self._table, shard_id, self._key_of)
         i = bisect_right(self._starts, shard_id) - 1
         found = self.rounds[i]
-        shard = shard_at(found.table, shard_id - self._starts[i], partial(_part_key, found.number))
+        shard = shard_at(found.table, shard_id - self._starts[i], partial(retry_part_key, found.number))
         return replace(shard, shard_id=shard_id)
 
     def __iter__(self) -> Iterator[Shard]:
@@ -98,7 +102,8 @@ def load_job_shards(store: Store, job: JobSpec) -> JobShards:
     Raises:
         StoreError: plan or rounds are missing or damaged.
     """
-    numbers = sorted(int(m[1]) for i in store.list("_job/retry-") if (m := _ROUND.fullmatch(i.key)))
+    found = (round_of_retry_index_key(item.key) for item in store.list(RETRY_PREFIX))
+    numbers = sorted(number for number in found if number is not None)
     _, table = load_plan(store, job.fingerprint)
     return JobShards(job.fingerprint, table, tuple(_load_round(store, n) for n in numbers))
 
@@ -122,11 +127,11 @@ def plan_retry_round(store: Store, job: JobSpec) -> int:
             cutter.add(rows)
             cutter.finish()
         for part, path in enumerate(writer.parts):
-            store.put_file(_part_key(number, part), path)
+            store.put_file(retry_part_key(number, part), path)
         images = zip(rows["prompt_id"].to_pylist(), rows["first_image_index"].to_pylist(), strict=True)
         index = writer.write_index(_IMAGES_METADATA, encode(list(images))).read_bytes()
     try:
-        store.put_exclusive(_index_key(number), index)
+        store.put_exclusive(retry_index_key(number), index)
     except AlreadyExistsError as error:
         raise InputError(
             f"{store.url}: another driver just started a retry round; run the command again"
@@ -154,13 +159,5 @@ def _quarantined(store: Store, shards: JobShards) -> pa.RecordBatch:
 
 
 def _load_round(store: Store, number: int) -> RetryRound:
-    table, images = read_index(store, _index_key(number), _IMAGES_METADATA, list[ImageKey])
+    table, images = read_index(store, retry_index_key(number), _IMAGES_METADATA, list[ImageKey])
     return RetryRound(number, table, frozenset(images))
-
-
-def _index_key(number: int) -> str:
-    return f"_job/retry-{number:04d}/shards.parquet"
-
-
-def _part_key(number: int, part: int) -> str:
-    return f"_job/retry-{number:04d}/part-{part:05d}.parquet"

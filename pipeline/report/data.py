@@ -46,7 +46,7 @@ from millijoule.pipeline.report.tables import labels, read_energy_table
 from millijoule.pipeline.report.timeline import Timeline, build_timeline, read_work
 from millijoule.workers.errors import InputError, NotFoundError
 from millijoule.workers.layout import STATS_KEY
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 REPORT_SCHEMA_VERSION = 1
 

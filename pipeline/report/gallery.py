@@ -17,7 +17,7 @@ from millijoule.pipeline.report.words import shortened
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.layout import MANIFEST_KEY
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

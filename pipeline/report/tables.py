@@ -20,7 +20,7 @@ from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS
 from millijoule.pipeline.output.commits import READ_THREADS
 from millijoule.workers.errors import StoreError
 from millijoule.workers.layout import ENERGY_PREFIX
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: The columns of each table the report needs, with the type an absent one gets.
 _COLUMNS: dict[str, dict[str, pa.DataType]] = {

@@ -23,10 +23,10 @@ from millijoule.pipeline.output.commits import READ_THREADS
 from millijoule.pipeline.running.cluster import living_nodes
 from millijoule.pipeline.running.record_writer import RecordWriter
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.layout import CLOSINGS_PREFIX, WORKERS_PREFIX, closing_key
-from millijoule.workers.lease import AccountRead, WorkerConfig, WorkerStopped, worker_key
+from millijoule.workers.layout import CLOSINGS_PREFIX, WORKERS_PREFIX, closing_key, worker_key
+from millijoule.workers.lease import AccountRead, WorkerConfig, WorkerStopped
 from millijoule.workers.schemas import WorkerClosing, WorkerEnvironment
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from millijoule.workers.errors import DamagedError, StoreError
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

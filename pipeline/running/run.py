@@ -26,10 +26,11 @@ from millijoule.pipeline.running.pool import WorkerPool
 from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
 from millijoule.pipeline.running.spending import Spending
 from millijoule.workers.errors import AlreadyExistsError, JobError
-from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped, commit_key
+from millijoule.workers.layout import commit_key
+from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.schemas import Commit, PowerTrace, Segment
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from millijoule.pipeline.energy.tables import parse_part_key
 from millijoule.pipeline.output.job import JobSpec, require_job
 from millijoule.workers.errors import InputError
 from millijoule.workers.layout import ENERGY_PREFIX
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 if TYPE_CHECKING:
     import duckdb

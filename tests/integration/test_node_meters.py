@@ -9,7 +9,7 @@ from support.jobs import assert_exactly_once, generate, start, wait_for_commits,
 from support.nodes import DRAM_W, PACKAGE_W, REST_W, SteadyNode
 
 from millijoule.pipeline.sql.query import open_tables, run_query
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 SLOW = ("--model", "python:support.models:slow", "--shard-size", 8)
 

@@ -13,9 +13,8 @@ from PIL import Image
 from support.chromium import browse, find_chromium
 from support.report_outputs import HOSTILE, measured_output, unmeasured_output
 
-from millijoule.pipeline.energy.carbon import Rate
+from millijoule.pipeline.energy.carbon import Rate, Rates
 from millijoule.pipeline.report.data import collect_report
-from millijoule.pipeline.report.energy import Rates
 from millijoule.pipeline.report.page import render_page
 
 # on CI it must be there, or nothing would ever test the page

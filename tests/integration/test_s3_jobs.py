@@ -22,7 +22,7 @@ def bucket(endpoint) -> str:
 def test_a_job_from_and_to_a_strict_server(tmp_path, prompts, ray_address, ceph, s3_env):
     s3_env(ceph)
     url = bucket(ceph)
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     open_store(url).put_file("in/prompts.txt", prompts)
     arguments = ("--prompts", f"{url}/in/*.txt", "--output", f"{url}/out", "--shard-size", 8, *PLAIN)
@@ -82,7 +82,7 @@ def test_gc_finds_what_a_dead_attempt_left(tmp_path, prompts, ray_address, moto_
         tmp_path, "--prompts", prompts, "--output", f"{url}/out", "--shard-size", 8, *PLAIN, ray=ray_address
     )
     assert done.returncode == 0, done.stderr
-    from millijoule.workers.storage.store import open_store
+    from millijoule.workers.storage.open import open_store
 
     store = open_store(f"{url}/out")
     orphan = "data/00000001-e0001-0123456789ab.parquet"

@@ -18,7 +18,7 @@ from millijoule.pipeline.closing.node_import import node_times
 from millijoule.pipeline.output.job import require_job
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.sql.query import open_tables, run_query
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 HOST_B_W = 300 + 50  # its GPU and its package
 STEP_NS = 5_000_000

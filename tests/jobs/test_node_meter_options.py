@@ -43,7 +43,7 @@ def file(tmp_path):
 def test_a_word_and_a_url_are_for_every_node():
     (ipmi,) = parse_node_meters("ipmi", "180+-30")
     assert (ipmi.meter, ipmi.rest) == ("ipmi", DeclaredRest(180_000, 30_000))
-    assert ipmi.is_for("any", "10.0.0.1")
+    assert find_node_meter([ipmi], "any", "10.0.0.1") is ipmi
     assert isinstance(ipmi.open("any"), IpmiMeter)
     (redfish,) = parse_node_meters(f"redfish:{CHASSIS}", None)
     assert redfish.rest is None
@@ -104,22 +104,23 @@ def node(**keys):
     [
         ("", r"needs \[\[node\]\] tables"),
         ("[node]\nmeter = 'ipmi'\n", r"needs \[\[node\]\] tables"),
-        ("node = [1]\n", r"\[\[node\]\] 1: must be a table"),
+        ("node = [1]\n", r"\[\[node\]\] 1: .*object.*int"),
         ("[[node]]\nx = \n", "meters.toml: "),
-        (node(watts="3"), "unknown key 'watts'"),
-        (node(nodes='"*"'), "nodes must be a list of strings"),
+        (node(watts="3"), "no field is named 'watts'"),
+        (node(nodes='"*"'), r"array.*str.*\$\.nodes"),
+        (node(nodes='[""]'), r"length.*\$\.nodes"),
         (node(nodes="[]"), "nodes: name at least one host"),
-        (node(nodes="[1]"), "nodes must be a list of strings"),
-        (node(nodes=None), "needs nodes"),
+        (node(nodes="[1]"), r"str.*int.*\$\.nodes"),
+        (node(nodes=None), "missing required field `nodes`"),
         (node(meter='"wattmeter"'), "one of ipmi, redfish"),
         (node(url='"https://bmc/redfish/v1/Chassis/1"'), "url, login and certificate have no meaning"),
         (node(period_s="0.1"), "period_s 0.1: from 1 to 600"),
-        (node(period_s='"10"'), "period_s must be a number"),
-        (node(period_s="true"), "period_s must be a number"),
+        (node(period_s='"10"'), r"float.*str.*\$\.period_s"),
+        (node(period_s="true"), r"float.*bool.*\$\.period_s"),
         (node(accuracy_share="1.5"), "accuracy_share 1.5: a part of 1"),
         (node(rest_watts="150"), "declared with its tolerance"),
         (node(rest_watts="nan", rest_tolerance_watts="1"), "rest_watts nan"),
-        (node(check_hostname="1"), "check_hostname must be true or false"),
+        (node(check_hostname="1"), r"bool.*int.*\$\.check_hostname"),
         (node(meter='"redfish"'), "redfish needs the url"),
         (
             node(meter='"redfish"', url='"http://bmc/redfish/v1/Chassis/1"', user_variable='"U"')

@@ -7,7 +7,7 @@ import pytest
 from support.report_outputs import measured_output
 
 from millijoule.jobs.report import main
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 @pytest.fixture(scope="module")

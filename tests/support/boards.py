@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import pynvml
+
 from millijoule.workers import life
 from millijoule.workers.meters import meter
-from millijoule.workers.meters.nvml_library import FieldValue, NVMLError
 
 SITE = Path(__file__).parent / "fake_boards"
 TESTS = Path(__file__).parents[1]
@@ -26,7 +27,6 @@ TESTS = Path(__file__).parents[1]
 READ, SPEND, RESET, REBOOT = range(4)
 
 _RECORD = struct.Struct("<QQQQ")
-_NOT_SUPPORTED = 3
 
 #: A counter starts here and falls by so much with each reset, far more than any test spends: it is behind its last reading
 #: for certain. One that is near 0 when it is reset may be past it again before anybody looks, and then nobody can know.
@@ -108,19 +108,13 @@ def assigned_board(folder: Path) -> Board:
 class FileNvml:
     """NVML of a host with stand-in boards, by the names `workers.meters.nvml` uses. They have no power reading and no MIG."""
 
-    NVMLError = NVMLError
-    NVML_SUCCESS = 0
-    NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION = 83
-    NVML_FI_DEV_POWER_AVERAGE = 185
-    NVML_FI_DEV_POWER_INSTANT = 186
-    NVML_POWER_SCOPE_GPU = 0
-    NVML_VALUE_TYPE_UNSIGNED_INT = 1
-    NVML_VALUE_TYPE_UNSIGNED_LONG = 2
-    NVML_VALUE_TYPE_UNSIGNED_LONG_LONG = 3
-    NVML_VALUE_TYPE_SIGNED_LONG_LONG = 4
-
     def __init__(self, folder: Path) -> None:
         self.boards = boards_of(folder)
+
+    def __getattr__(self, name: str):
+        if not name.startswith("NVML"):  # constants and exceptions do
+            raise AttributeError(name)
+        return getattr(pynvml, name)
 
     def nvmlInit(self) -> None: ...
 
@@ -142,21 +136,21 @@ class FileNvml:
         return "stand-in board"
 
     def nvmlDeviceGetMigMode(self, handle: Board) -> list[int]:
-        raise NVMLError(_NOT_SUPPORTED)
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: Board) -> int:
         return handle.read()
 
     def nvmlDeviceGetFieldValues(
         self, handle: Board, fields: Sequence[int | tuple[int, int]]
-    ) -> list[FieldValue]:
+    ) -> list[pynvml.c_nvmlFieldValue_t]:
         values = []
         for field in fields:
-            value = FieldValue()
-            if field == self.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION:
-                value.valueType, value.value.ullVal = self.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG, handle.read()
+            value = pynvml.c_nvmlFieldValue_t()
+            if field == pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION:
+                value.valueType, value.value.ullVal = pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG, handle.read()
             else:
-                value.nvmlReturn = _NOT_SUPPORTED
+                value.nvmlReturn = pynvml.NVML_ERROR_NOT_SUPPORTED
             values.append(value)
         return values
 

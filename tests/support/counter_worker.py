@@ -15,7 +15,7 @@ from pathlib import Path
 from support.counters import FakeNvml
 
 from millijoule.workers.meters.meter import CounterMeter, open_meter
-from millijoule.workers.meters.timeline import SegmentTimeline
+from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.schemas import CounterRead, Segment
 
 SEGMENT_S = 0.15

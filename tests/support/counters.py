@@ -30,17 +30,6 @@ class Clock:
 class FakeNvml:
     """The part of pynvml we call, with counters and faults to set from a test. Any other call is an AttributeError."""
 
-    NVMLError = pynvml.NVMLError
-    NVML_SUCCESS = pynvml.NVML_SUCCESS
-    NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION = pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION
-    NVML_FI_DEV_POWER_AVERAGE = pynvml.NVML_FI_DEV_POWER_AVERAGE
-    NVML_FI_DEV_POWER_INSTANT = pynvml.NVML_FI_DEV_POWER_INSTANT
-    NVML_POWER_SCOPE_GPU = pynvml.NVML_POWER_SCOPE_GPU
-    NVML_VALUE_TYPE_UNSIGNED_INT = pynvml.NVML_VALUE_TYPE_UNSIGNED_INT
-    NVML_VALUE_TYPE_UNSIGNED_LONG = pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG
-    NVML_VALUE_TYPE_UNSIGNED_LONG_LONG = pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
-    NVML_VALUE_TYPE_SIGNED_LONG_LONG = pynvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG
-
     def __init__(self, uuids=UUIDS, names=None):
         self.uuids = uuids
         self.names = names or ["NVIDIA H200"] * len(uuids)
@@ -55,6 +44,11 @@ class FakeNvml:
         self.power_error = None
         self.power_field_errors = (0, 0)
         self.power_reads = 0
+
+    def __getattr__(self, name):
+        if not name.startswith("NVML"):  # constants and exceptions do
+            raise AttributeError(name)
+        return getattr(pynvml, name)
 
     def nvmlInit(self):
         pass
@@ -101,9 +95,9 @@ class FakeNvml:
         value = pynvml.c_nvmlFieldValue_t()
         value.nvmlReturn = error
         if kind == "ULL":
-            value.valueType, value.value.ullVal = self.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG, number
+            value.valueType, value.value.ullVal = pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG, number
         else:
-            value.valueType, value.value.uiVal = self.NVML_VALUE_TYPE_UNSIGNED_INT, number
+            value.valueType, value.value.uiVal = pynvml.NVML_VALUE_TYPE_UNSIGNED_INT, number
         value.timestamp = (time.time_ns() - self.sample_age_ns) // 1000 if self.sample_age_ns else 0
         return value
 

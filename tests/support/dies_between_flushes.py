@@ -16,9 +16,9 @@ from support.local_job import runner
 from millijoule.pipeline.output.job import require_job
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running import run
-from millijoule.pipeline.running.pool import PoolOptions
+from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers.schemas import CounterRead
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 class SteadyMeter:

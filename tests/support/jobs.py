@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.closing.check import check_output
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 TESTS = Path(__file__).parents[1]
 

@@ -26,7 +26,7 @@ from millijoule.pipeline.energy.tables import write_energy_tables
 from millijoule.pipeline.output.job import JobSpec, publish_job
 from millijoule.workers.layout import MANIFEST_KEY, STATS_KEY
 from millijoule.workers.schemas import Commit, CounterRead, PowerSample, PowerTrace, Segment
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 SECOND_NS = 1_000_000_000
 NODES, GPUS_PER_NODE, IMAGES_PER_SHARD = 8, 8, 16

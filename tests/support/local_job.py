@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from millijoule.pipeline.planning.make_plan import plan_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.workers.attempt import AttemptRunner, Where
+from millijoule.workers.attempt import AttemptRunner
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
-from millijoule.workers.meters.timeline import SegmentTimeline
-from millijoule.workers.storage.store import Store, expand_inputs, open_store
+from millijoule.workers.meters.segment_timeline import SegmentTimeline
+from millijoule.workers.schemas import WorkerEnvironment
+from millijoule.workers.storage.inputs import expand_inputs
+from millijoule.workers.storage.open import open_store
+from millijoule.workers.storage.protocol import Store
 
 MODEL_SHA256 = "a" * 64
 
@@ -53,6 +57,13 @@ def plan(
     return store, publish_job(store, job)
 
 
+def stand_in_worker(worker_id: str, node_id: str, host: str, device: str, epoch: int) -> WorkerEnvironment:
+    """What a worker would say about itself that has no board of its own to name."""
+    return WorkerEnvironment(
+        worker_id, epoch, node_id, host, device, (), None, None, platform.python_version(), None, "missing"
+    )
+
+
 def runner(
     store: Store,
     job: JobSpec,
@@ -73,7 +84,7 @@ def runner(
         generator or Plain("cpu"),
         meter,
         SegmentTimeline(worker, meter),
-        Where(worker, "node", "host", "cpu" if meter.method != "nvml-counter" else "GPU-1"),
+        stand_in_worker(worker, "node", "host", "cpu" if meter.method != "nvml-counter" else "GPU-1", epoch),
         lambda images: None,
         on_step=on_step,
     )

@@ -19,7 +19,7 @@ import numpy as np
 
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.schemas import ImageRequest
-from millijoule.workers.storage.store import LocalStore
+from millijoule.workers.storage.local import LocalStore
 
 SIZE = 8
 

@@ -6,7 +6,7 @@ from support.ledgers import shard_mj
 from support.plain_split import image_energy
 
 from millijoule.pipeline.energy.rows import SHORT_CPU_NS, SHORT_GPU_NS, committed_attempt, read_rows
-from millijoule.workers.meters.timeline import segment_estimate_mj
+from millijoule.workers.meters.segment_timeline import segment_estimate_mj
 
 
 def counter_rows(ledger):

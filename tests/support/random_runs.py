@@ -51,7 +51,8 @@ from millijoule.workers.actor import ShardWorker
 from millijoule.workers.errors import JobError
 from millijoule.workers.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
 from millijoule.workers.meters import nvml
-from millijoule.workers.storage.store import LocalStore, open_store
+from millijoule.workers.storage.local import LocalStore
+from millijoule.workers.storage.open import open_store
 
 MODEL = "python:support.spending_model:load"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from support.local_job import MODEL_SHA256, plan
+from support.local_job import MODEL_SHA256, plan, stand_in_worker
 from support.models import Plain
 
 from millijoule.pipeline.closing.finish import finish_job
@@ -21,11 +21,11 @@ from millijoule.pipeline.output.job import JobSpec, open_epoch
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers import attempt
-from millijoule.workers.attempt import AttemptRunner, Where
+from millijoule.workers.attempt import AttemptRunner
 from millijoule.workers.lease import WorkerConfig
-from millijoule.workers.meters.timeline import SegmentTimeline
+from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.schemas import CounterRead
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 #: What a careless page would run or show as markup.
 HOSTILE = (
@@ -96,11 +96,11 @@ def worker(
     config = WorkerConfig(
         store.url, job.fingerprint, job.job_seed, job.output_format, "plain", MODEL_SHA256, epoch
     )
-    where = Where(name, f"node-{host}", host, device)
+    itself = stand_in_worker(name, f"node-{host}", host, device, epoch)
     timeline = SegmentTimeline(name, meter)
     timeline.close("load")
     return AttemptRunner(
-        config, store, Timed(meter.clock, seconds), meter, timeline, where, lambda images: None
+        config, store, Timed(meter.clock, seconds), meter, timeline, itself, lambda images: None
     )
 
 

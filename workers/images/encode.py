@@ -29,8 +29,6 @@ def encode_png(
     image: np.ndarray,
     request: ImageRequest,
     *,
-    width: int,
-    height: int,
     steps: int,
     model_name: str,
     model_sha256: str,
@@ -40,8 +38,6 @@ def encode_png(
     Args:
         image: uint8 `[height, width, 3]`.
         request: what was asked for; its prompt may hold any Unicode text.
-        width: pixels.
-        height: pixels.
         steps: the `num_inference_steps` that were really run.
         model_name: as `GeneratorInfo.name`.
         model_sha256: of the weights, hexadecimal.
@@ -51,15 +47,14 @@ def encode_png(
 
     Source: PNG specification, third edition (W3C), sections 9.2 (Up filter) and 11.3.3 (text chunks).
     """
-    if image.dtype != np.uint8 or image.shape != (height, width, 3):
+    if image.dtype != np.uint8 or image.shape[2:] != (3,):
         raise ValueError(
-            f"prompt {request.prompt_id!r}, image {request.image_index}: expected uint8 [{height}, {width}, 3] "
+            f"prompt {request.prompt_id!r}, image {request.image_index}: expected uint8 [height, width, 3] "
             f"from model {model_name}, got {image.dtype} {list(image.shape)}"
         )
+    height, width, _ = image.shape
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
-    parameters = format_parameters(
-        request, width=width, height=height, steps=steps, model_name=model_name, model_sha256=model_sha256
-    )
+    parameters = _parameters(request, width, height, steps, model_name, model_sha256)
     provenance = json.dumps(  # ASCII, so NUL and lone surrogates survive as escapes
         {
             "schema_version": SCHEMA_VERSION,
@@ -90,22 +85,16 @@ def encode_png(
     )
 
 
-def format_parameters(
-    request: ImageRequest, *, width: int, height: int, steps: int, model_name: str, model_sha256: str
+def _parameters(
+    request: ImageRequest, width: int, height: int, steps: int, model_name: str, model_sha256: str
 ) -> str:
     """The A1111 `parameters` text of one image: prompt, negative prompt, then one line of settings."""
-    settings = [f"Steps: {steps}"]
-    if request.guidance_scale is not None:
-        settings.append(f"CFG scale: {request.guidance_scale:g}")
-    settings.append(f"Seed: {request.seed}")
-    settings.append(f"Size: {width}x{height}")
-    settings.append(f"Model: {_quote(model_name)}")
-    settings.append(f"Model hash: {model_sha256[:MODEL_HASH_DIGITS]}")
-    lines = [request.prompt]
-    if request.negative_prompt:
-        lines.append(f"Negative prompt: {request.negative_prompt}")
-    lines.append(", ".join(settings))
-    return "\n".join(lines)
+    guidance = "" if request.guidance_scale is None else f"CFG scale: {request.guidance_scale:g}, "
+    negative = f"Negative prompt: {request.negative_prompt}\n" if request.negative_prompt else ""
+    return (
+        f"{request.prompt}\n{negative}Steps: {steps}, {guidance}Seed: {request.seed}, Size: {width}x{height}, "
+        f"Model: {_quote(model_name)}, Model hash: {model_sha256[:MODEL_HASH_DIGITS]}"
+    )
 
 
 def _quote(value: str) -> str:

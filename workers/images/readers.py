@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.storage.store import Store
+from millijoule.workers.storage.protocol import Store
 
 
 def read_images(
@@ -35,8 +35,8 @@ def read_images(
                     index = json.loads(store.get(tar.removesuffix(".tar") + ".index.json"))
                     tars = {tar: (store.get(tar), index)}
                 data, index = tars[tar]
-                place = index.get(member)
-                yield row, data[place[0] : place[0] + place[1]] if place else None
+                offset, size = index.get(member, (0, 0))
+                yield row, data[offset : offset + size] or None
             else:
                 yield row, store.get(path)
         except NotFoundError:

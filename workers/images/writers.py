@@ -1,15 +1,14 @@
 """Write the images and rows of one shard into local files, ready to be uploaded.
 
-A writer lives for one attempt: rows and encoded images go in one by one, files come out, each with its SHA-256 and
-the key it belongs under. Images are streamed to disk; only row metadata is held. Three formats:
+A writer lives for one attempt: rows and encoded images go in one by one, files come out. Images are streamed to disk;
+only row metadata is held. Three formats:
 
 * `parquet`: one file of `IMAGE_ROW_SCHEMA` columns plus `image` (binary); row groups small enough to stream.
 * `webdataset`: a tar with `<name>.png`, `.txt` (the prompt) and `.json` (the row) per image, an index of where each
   member's bytes are (so that one image is one range request), and the rows as Parquet.
 * `files`: a folder with one `.png` per image and the rows as Parquet.
 
-Nothing here knows about storage, commits or shards beyond the key prefix it is given. The same rows and images give
-the same bytes, except that `path` columns name the attempt.
+The same rows and images give the same bytes, except that `path` columns name the attempt.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,59 +50,22 @@ _KEPT_CHARACTERS = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
-class ShardFile:
-    """A finished local file. `key` is where it belongs, relative to the output folder."""
-
-    path: Path
-    key: str
-    size_bytes: int
-    sha256: str
-    rows: int
-
-    def as_data_file(self) -> DataFile:
-        """This file as a commit lists it."""
-        return DataFile(self.key, self.size_bytes, self.sha256, self.rows)
-
-
-@dataclass(frozen=True)
 class ShardFiles:
-    """What a writer made. `rows_key` is the Parquet file that describes every row, quarantined ones included."""
+    """What a writer made. Each file lies at its key below the writer's folder.
 
-    files: tuple[ShardFile, ...]
+    `rows_key` is the Parquet file that describes every row, quarantined ones included.
+    """
+
+    files: tuple[DataFile, ...]
     rows: tuple[ImageRow, ...]
     rows_key: str
 
 
-class ShardWriter(Protocol):
-    """Collects one shard's rows, in the order they are added."""
-
-    def add(self, row: ImageRow, encoded: bytes | None) -> ImageRow:
-        """Add one row and, unless it is quarantined, its encoded image.
-
-        Returns:
-            The row with `path`, `sha256` and `size_bytes` filled.
-
-        Raises:
-            ValueError: the image is missing for an "ok" row or given for another, or the row was added before.
-            OSError: the scratch disk failed or is full.
-        """
-        ...
-
-    def finish(self) -> ShardFiles:
-        """Close all files and describe them."""
-        ...
-
-
-def open_writer(
-    format: str, directory: Path, data_prefix: str, *, row_group_bytes: int = ROW_GROUP_BYTES
-) -> ShardWriter:
-    """A writer of `format` that keeps its files under `directory` (local scratch, the caller removes it).
+def open_writer(format: str, directory: Path, data_prefix: str) -> ShardWriter:
+    """A writer of `format` that keeps its files at `directory / key` (local scratch, the caller removes it).
 
     Args:
-        format: one of `FORMATS`.
-        directory: an existing folder; files lie at `directory / key`.
         data_prefix: what every key starts with, unique to the attempt, such as "data/000012-<attempt>".
-        row_group_bytes: image bytes per Parquet row group.
 
     Raises:
         InputError: no such format.
@@ -111,7 +73,7 @@ def open_writer(
     (directory / data_prefix).parent.mkdir(parents=True, exist_ok=True)
     match format:
         case "parquet":
-            return ParquetShardWriter(directory, data_prefix, row_group_bytes)
+            return ParquetShardWriter(directory, f"{data_prefix}.parquet", PARQUET_SCHEMA)
         case "webdataset":
             return WebdatasetShardWriter(directory, data_prefix)
         case "files":
@@ -142,55 +104,119 @@ def image_name(prompt_id: str, image_index: int) -> str:
     return f"{escaped or '%'}_{image_index}"
 
 
-class ParquetShardWriter:
-    """One Parquet file with rows and images."""
+class ShardWriter:
+    """Collects one shard's rows, in the order they are added, in a Parquet file that is written group by group."""
 
-    def __init__(self, directory: Path, data_prefix: str, row_group_bytes: int = ROW_GROUP_BYTES) -> None:
-        self._key = f"{data_prefix}.parquet"
-        self._file = _RowsFile(directory / self._key, self._key, PARQUET_SCHEMA, row_group_bytes)
-        self._names = _Names()
+    def __init__(self, directory: Path, rows_key: str, schema: pa.Schema = IMAGE_ROW_SCHEMA) -> None:
+        self._directory = directory
+        self._rows_key = rows_key
+        self._schema = schema
+        self._rows: list[ImageRow] = []
+        self._names: set[str] = set()
+        self._pending: list[dict[str, Any]] = []
+        self._pending_bytes = 0
+        self._table: pq.ParquetWriter | None = None  # once it is known how many rows there are
 
     def add(self, row: ImageRow, encoded: bytes | None) -> ImageRow:
-        self._names.take(row)
-        row = _describe(row, encoded, self._key)
-        self._file.add(row, encoded)
+        """Add one row and, unless it is quarantined, its encoded image.
+
+        Returns:
+            The row with `path`, `sha256` and `size_bytes` filled.
+
+        Raises:
+            ValueError: the image is missing for an "ok" row or given for another, or the row was added before.
+            OSError: the scratch disk failed or is full.
+        """
+        request = row.request
+        name = image_name(request.prompt_id, request.image_index)
+        if name in self._names:
+            raise ValueError(
+                f"prompt {request.prompt_id!r}, image {request.image_index}: added twice to one shard"
+            )
+        if (encoded is not None) != (row.status == "ok"):
+            what = "no image was given" if encoded is None else "an image was given"
+            raise ValueError(f"prompt {request.prompt_id!r}: {what} for a row with status {row.status!r}")
+        self._names.add(name)
+        if encoded is not None:
+            digest = hashlib.sha256(encoded).hexdigest()
+            row = replace(row, path=self._path(name), sha256=digest, size_bytes=len(encoded))
+        record = row.as_record()
+        if encoded is not None:
+            self._add_image(name, encoded, record)
+        self._rows.append(row)
+        self._pending.append(record)
+        if self._pending_bytes >= ROW_GROUP_BYTES or len(self._pending) >= ROW_GROUP_ROWS:
+            self._flush()
         return row
 
     def finish(self) -> ShardFiles:
-        file = self._file.finish()
-        return ShardFiles((file,), tuple(self._file.rows), file.key)
+        """Close all files and describe them."""
+        self._flush(is_all=self._table is None)
+        assert self._table is not None
+        self._table.close()
+        files = (*self._finish_images(), self._describe(self._rows_key, len(self._rows)))
+        return ShardFiles(files, tuple(self._rows), self._rows_key)
+
+    def _path(self, name: str) -> str:
+        """Where a reader finds the image `name`."""
+        raise NotImplementedError
+
+    def _add_image(self, name: str, encoded: bytes, record: dict[str, Any]) -> None:
+        """Write one image; `record` is its row, which the table holds once this returns."""
+        raise NotImplementedError
+
+    def _finish_images(self) -> Iterable[DataFile]:
+        """Close and describe the files beside the table."""
+        return ()
+
+    def _describe(self, key: str, rows: int) -> DataFile:
+        path = self._directory / key
+        with path.open("rb") as file:  # its pages were just written: no disk read
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return DataFile(key, path.stat().st_size, digest, rows)
+
+    def _flush(self, *, is_all: bool = False) -> None:
+        if self._table is None:
+            options = row_table_options(self._schema, len(self._pending) if is_all else ROW_GROUP_ROWS)
+            self._table = pq.ParquetWriter(self._directory / self._rows_key, self._schema, **options)
+        if self._pending:
+            self._table.write_table(pa.Table.from_pylist(self._pending, schema=self._schema))
+        self._pending.clear()
+        self._pending_bytes = 0
 
 
-class FilesShardWriter:
+class ParquetShardWriter(ShardWriter):
+    """One Parquet file with rows and images."""
+
+    def _path(self, name: str) -> str:
+        return self._rows_key
+
+    def _add_image(self, name: str, encoded: bytes, record: dict[str, Any]) -> None:
+        record["image"] = encoded
+        self._pending_bytes += len(encoded)
+
+
+class FilesShardWriter(ShardWriter):
     """One folder of `.png` files and `rows.parquet`."""
 
     def __init__(self, directory: Path, data_prefix: str) -> None:
-        self._directory = directory
-        self._prefix = data_prefix
         (directory / data_prefix).mkdir()
-        rows_key = f"{data_prefix}/rows.parquet"
-        self._rows = _RowsFile(directory / rows_key, rows_key, IMAGE_ROW_SCHEMA, ROW_GROUP_BYTES)
-        self._names = _Names()
+        super().__init__(directory, f"{data_prefix}/rows.parquet")
+        self._prefix = data_prefix
+        self._images: list[DataFile] = []
 
-    def add(self, row: ImageRow, encoded: bytes | None) -> ImageRow:
-        key = f"{self._prefix}/{self._names.take(row)}.png"
-        row = _describe(row, encoded, key)
-        if encoded is not None:
-            (self._directory / key).write_bytes(encoded)
-        self._rows.add(row, None)
-        return row
+    def _path(self, name: str) -> str:
+        return f"{self._prefix}/{name}.png"
 
-    def finish(self) -> ShardFiles:
-        rows_file = self._rows.finish()
-        images = (
-            ShardFile(self._directory / row.path, row.path, row.size_bytes, row.sha256, 1)
-            for row in self._rows.rows
-            if row.path is not None and row.size_bytes is not None and row.sha256 is not None
-        )
-        return ShardFiles((*images, rows_file), tuple(self._rows.rows), rows_file.key)
+    def _add_image(self, name: str, encoded: bytes, record: dict[str, Any]) -> None:
+        (self._directory / record["path"]).write_bytes(encoded)
+        self._images.append(DataFile(record["path"], record["size_bytes"], record["sha256"], 1))
+
+    def _finish_images(self) -> Iterable[DataFile]:
+        return self._images
 
 
-class WebdatasetShardWriter:
+class WebdatasetShardWriter(ShardWriter):
     """A tar, its `.index.json` (member name to [offset, size] in bytes) and `.rows.parquet`.
 
     Members of one image are adjacent and share the name up to the first dot, as webdataset wants. Headers are USTAR
@@ -198,149 +224,50 @@ class WebdatasetShardWriter:
     """
 
     def __init__(self, directory: Path, data_prefix: str) -> None:
+        super().__init__(directory, f"{data_prefix}.rows.parquet")
         self._key = f"{data_prefix}.tar"
         self._index_key = f"{data_prefix}.index.json"
-        rows_key = f"{data_prefix}.rows.parquet"
-        self._directory = directory
-        self._rows = _RowsFile(directory / rows_key, rows_key, IMAGE_ROW_SCHEMA, ROW_GROUP_BYTES)
-        self._names = _Names()
         self._tar = (directory / self._key).open("xb", buffering=1 << 20)
-        self._sha256 = hashlib.sha256()
-        self._offset = 0
         self._index: dict[str, tuple[int, int]] = {}
 
-    def add(self, row: ImageRow, encoded: bytes | None) -> ImageRow:
-        name = self._names.take(row)
-        row = _describe(row, encoded, f"{self._key}#{name}.png")
-        if encoded is not None:
-            record = row.as_record()
-            del record["path"]  # the only field that names the attempt
-            self._add_member(f"{name}.png", encoded)
-            self._add_member(f"{name}.txt", row.request.prompt.encode("utf-8", "replace"))
-            self._add_member(f"{name}.json", json.dumps(record, separators=(",", ":")).encode())
-        self._rows.add(row, None)
-        return row
+    def _path(self, name: str) -> str:
+        return f"{self._key}#{name}.png"
 
-    def finish(self) -> ShardFiles:
-        self._write(bytes(2 * _TAR_BLOCK))
-        self._write(bytes(-self._offset % _TAR_RECORD))
+    def _add_image(self, name: str, encoded: bytes, record: dict[str, Any]) -> None:
+        told = {k: v for k, v in record.items() if k != "path"}  # the only field that names the attempt
+        self._add_member(f"{name}.png", encoded)
+        self._add_member(f"{name}.txt", record["prompt"].encode("utf-8", "replace"))
+        self._add_member(f"{name}.json", json.dumps(told, separators=(",", ":")).encode())
+
+    def _finish_images(self) -> Iterable[DataFile]:
+        self._tar.write(bytes(2 * _TAR_BLOCK))
+        self._tar.write(bytes(-self._tar.tell() % _TAR_RECORD))
         self._tar.close()
-        rows_file = self._rows.finish()
-        index = json.dumps(self._index, separators=(",", ":")).encode()
-        (self._directory / self._index_key).write_bytes(index)
+        (self._directory / self._index_key).write_text(json.dumps(self._index, separators=(",", ":")))
         images = len(self._index) // 3
-        files = (
-            ShardFile(self._directory / self._key, self._key, self._offset, self._sha256.hexdigest(), images),
-            ShardFile(
-                self._directory / self._index_key,
-                self._index_key,
-                len(index),
-                hashlib.sha256(index).hexdigest(),
-                images,
-            ),
-            rows_file,
-        )
-        return ShardFiles(files, tuple(self._rows.rows), rows_file.key)
+        return self._describe(self._key, images), self._describe(self._index_key, images)
 
     def _add_member(self, name: str, data: bytes) -> None:
-        self._write(_tar_header(name, len(data)))
-        self._index[name] = (self._offset, len(data))
-        self._write(data + bytes(-len(data) % _TAR_BLOCK))
-
-    def _write(self, data: bytes) -> None:
-        self._tar.write(data)
-        self._sha256.update(data)
-        self._offset += len(data)
-
-
-class _Names:
-    """Gives each row its name and refuses a second row of the same name."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-
-    def take(self, row: ImageRow) -> str:
-        name = image_name(row.request.prompt_id, row.request.image_index)
-        if name in self._taken:
-            raise ValueError(
-                f"prompt {row.request.prompt_id!r}, image {row.request.image_index}: added twice to one shard"
-            )
-        self._taken.add(name)
-        return name
-
-
-class _RowsFile:
-    """A Parquet file of image rows, with or without the images, written one row group at a time."""
-
-    def __init__(self, path: Path, key: str, schema: pa.Schema, row_group_bytes: int) -> None:
-        self.path = path
-        self.key = key
-        self.rows: list[ImageRow] = []
-        self._schema = schema
-        self._row_group_bytes = row_group_bytes
-        self._pending: list[dict[str, Any]] = []
-        self._pending_bytes = 0
-        self._writer: pq.ParquetWriter | None = None  # once it is known how many rows there are
-
-    def add(self, row: ImageRow, encoded: bytes | None) -> None:
-        record = row.as_record()
-        if encoded is not None:
-            record["image"] = encoded
-            self._pending_bytes += len(encoded)
-        self.rows.append(row)
-        self._pending.append(record)
-        if self._pending_bytes >= self._row_group_bytes or len(self._pending) >= ROW_GROUP_ROWS:
-            self._flush()
-
-    def finish(self) -> ShardFile:
-        self._flush(is_all=self._writer is None)
-        assert self._writer is not None
-        self._writer.close()
-        with self.path.open("rb") as file:
-            digest = hashlib.file_digest(
-                file, "sha256"
-            ).hexdigest()  # the pages were just written: no disk read
-        return ShardFile(self.path, self.key, self.path.stat().st_size, digest, len(self.rows))
-
-    def _flush(self, *, is_all: bool = False) -> None:
-        if self._writer is None:
-            options = row_table_options(self._schema, len(self._pending) if is_all else ROW_GROUP_ROWS)
-            self._writer = pq.ParquetWriter(self.path, self._schema, **options)
-        if self._pending:
-            self._writer.write_table(pa.Table.from_pylist(self._pending, schema=self._schema))
-        self._pending.clear()
-        self._pending_bytes = 0
+        self._tar.write(_tar_header(name, len(data)))
+        self._index[name] = (self._tar.tell(), len(data))
+        self._tar.write(data + bytes(-len(data) % _TAR_BLOCK))
 
 
 def row_table_options(schema: pa.Schema, rows: int) -> dict[str, Any]:
     """How a table of image rows is encoded: what `ParquetWriter` takes."""
-    columns = list(_leaf_columns(schema))
-    described = [c for c in columns if c != "image"]
-    is_short = rows < SHORT_TABLE_ROWS
     # image bytes are compressed already, and statistics or dictionaries of them would be copies
+    described = [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name  # as Parquet spells them
+        for field in schema
+        if field.name != "image"
+    ]
+    is_short = rows < SHORT_TABLE_ROWS
+    repeated = [] if is_short else [c for c in described if c not in ("prompt_id", "seed", "sha256")]
     return {
-        "compression": {c: "NONE" if c == "image" or is_short else "ZSTD" for c in columns},
-        "use_dictionary": []
-        if is_short
-        else [c for c in described if c not in ("prompt_id", "seed", "sha256")],
+        "compression": {**dict.fromkeys(described, "NONE" if is_short else "ZSTD"), "image": "NONE"},
+        "use_dictionary": repeated,
         "write_statistics": described,
     }
-
-
-def _describe(row: ImageRow, encoded: bytes | None, path: str) -> ImageRow:
-    """`row` with what is known once its image is encoded."""
-    if (encoded is not None) != (row.status == "ok"):
-        what = "no image was given" if encoded is None else "an image was given"
-        raise ValueError(f"prompt {row.request.prompt_id!r}: {what} for a row with status {row.status!r}")
-    if encoded is None:
-        return row
-    return replace(row, path=path, sha256=hashlib.sha256(encoded).hexdigest(), size_bytes=len(encoded))
-
-
-def _leaf_columns(schema: pa.Schema) -> Iterator[str]:
-    """Column paths as Parquet spells them."""
-    for field in schema:
-        yield f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
 
 
 def _tar_header(name: str, size: int) -> bytes:

@@ -117,7 +117,7 @@ def rest_block(
 
 def open_sampler(meter: CounterMeter) -> PowerSampler | None:
     """A sampler for one block; None where no board of `meter` could have power fields."""
-    return PowerSampler(meter, MAX_BLOCK_SAMPLES) if meter.powers else None
+    return PowerSampler(meter, MAX_BLOCK_SAMPLES) if meter.boards.powers else None
 
 
 @contextmanager

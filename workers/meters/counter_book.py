@@ -14,7 +14,6 @@ new one and what cannot be compared across the loss is reported as missing by th
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import secrets
@@ -26,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from millijoule.workers.records import decode, encode
 from millijoule.workers.schemas import BOOK_EPOCHS, BOOK_NUMBERS
 
 log = logging.getLogger(__name__)
@@ -172,29 +172,17 @@ class CounterBook:
         data = self._stored = os.pread(self._file, 1 << 20, 0)
         if not data:
             return  # a new file: continue with what we know
+        mine = self._state
         try:
-            raw = json.loads(data)
-            counters = {d: BookedCounter(**c) for d, c in raw["counters"].items()}
-            epoch = max(raw["epoch"], self._state.epoch)
-            book = raw.get("book", self._state.book)  # files had none
-            self._state = BookedState(epoch, counters, dict(raw["failed_ns"]), dict(raw["power_ns"]), book)
-        except (ValueError, TypeError, KeyError) as error:  # its writer was killed half-way
+            self._state = decode(BookedState, data)
+            self._state.epoch = max(self._state.epoch, mine.epoch)
+        except ValueError as error:  # its writer was killed half-way
             log.warning("%s: not readable (%s), starting a new epoch", self.path, error)
-            mine = self._state
             self._state = BookedState(mine.epoch + 1, mine.counters, book=mine.book)
 
     def _save(self) -> None:
         assert self._file is not None
-        state = self._state  # not by `asdict`, which copies deeply and would be half of all that a read costs
-        counters = {domain: vars(counter) for domain, counter in state.counters.items()}
-        book = {
-            "epoch": state.epoch,
-            "counters": counters,
-            "failed_ns": state.failed_ns,
-            "power_ns": state.power_ns,
-            "book": state.book,
-        }
-        data = json.dumps(book, separators=(",", ":")).encode()
+        data = encode(self._state)
         if data == self._stored:
             return
         os.pwrite(self._file, data, 0)

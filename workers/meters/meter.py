@@ -23,7 +23,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,11 +36,9 @@ from millijoule.workers.meters.counter_book import (
     CounterBook,
     is_plausible,
 )
-from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS, GpuPower, Gpus, open_gpus
+from millijoule.workers.meters.nvml import GpuPower, Gpus, open_gpus
 from millijoule.workers.meters.rapl import MAX_PACKAGE_WATTS, POWERCAP_ROOT, find_rapl_counters
 from millijoule.workers.schemas import CounterRead, PowerSample
-
-__all__ = ["MIN_READ_SPACING_NS", "CounterMeter", "EnergyMeter", "estimate_cpu_mj", "no_meter", "open_meter"]
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +67,9 @@ class EnergyMeter(Protocol):
 
     def read(self) -> CounterRead:
         """Read everything now. Domains that fail are absent; never raises for them."""
-        ...
 
     def read_afresh(self) -> CounterRead:
         """The same, waiting until no value is older than the call."""
-        ...
 
     def close(self) -> None: ...
 
@@ -96,29 +92,16 @@ class Counter(Protocol):
         Raises:
             Exception: whatever the device's library raises where the counter cannot be read.
         """
-        ...
 
 
 @dataclass
 class CounterMeter:
-    """An `EnergyMeter` over any counters, all read through the host's `CounterBook`.
-
-    Attributes:
-        gpus: full UUIDs of the worker's boards that NVML shows, whether they have a counter or not.
-        gpu_names: their product names.
-        unreadable_gpus: its other devices, see `workers.meters.nvml.Gpus`.
-        driver_version: the GPU driver's.
-    """
+    """An `EnergyMeter` over any counters, all read through the host's `CounterBook`."""
 
     boot_id: str
     counters: tuple[Counter, ...]
     book: CounterBook | None  # None: there is nothing to follow
-    powers: tuple[GpuPower, ...] = ()
-    gpus: tuple[str, ...] = ()
-    gpu_names: tuple[str | None, ...] = ()
-    driver_version: str | None = None
-    unreadable_gpus: tuple[str, ...] = ()
-    on_close: Callable[[], None] = lambda: None
+    boards: Gpus = Gpus()  # noqa: RUF009 (frozen)
     clock_ns: Callable[[], int] = time.monotonic_ns
     method: str = field(init=False)
     domains: tuple[str, ...] = field(init=False)
@@ -139,26 +122,22 @@ class CounterMeter:
 
         `t_mono_ns` is taken at the end; the oldest value was sampled at most `latency_ns` before it.
         """
-        energy_mj: dict[str, int] = {}
+        values: dict[str, tuple[int, int]] = {}
         with self._state() as state:
-            oldest_ns = self.clock_ns()
+            began_ns = self.clock_ns()
             if state is None:
                 path = self.book.path if self.book else ""
                 log.warning("%s: locked by another reader; energy is missing for now", path)
             else:
-                for counter in self.counters:
-                    value = self._read_counter(counter, state)
-                    if value is not None:
-                        energy_mj[counter.domain], sampled_ns = value
-                        oldest_ns = min(oldest_ns, sampled_ns)
-                self._keep_order(state, energy_mj)
+                values = self._read_counters(self.counters, state)
             now_ns = self.clock_ns()  # inside the lock: reads of a host are ordered in time as in value
+        oldest_ns = min((sampled_ns for _, sampled_ns in values.values()), default=began_ns)
         return CounterRead(
             boot_id=self.boot_id,
             t_mono_ns=now_ns,
             t_wall_ns=time.time_ns(),
-            latency_ns=now_ns - oldest_ns,
-            energy_mj=energy_mj,
+            latency_ns=now_ns - min(oldest_ns, began_ns),
+            energy_mj={domain: mj for domain, (mj, _) in values.items()},
             estimate_mj=estimate_cpu_mj(),
             epoch=self._epoch,
             wrap_epoch=self._wrap_epoch,
@@ -191,17 +170,13 @@ class CounterMeter:
             if state is None:
                 return samples
             now_ns = self.clock_ns()
-            energy_mj: dict[str, int] = {}
-            for counter in self.counters:
-                if (
-                    state.last_try_ns(counter.domain) // counter.watch_period_ns
-                    < now_ns // counter.watch_period_ns
-                ):
-                    value = self._read_counter(counter, state)
-                    if value is not None:
-                        energy_mj[counter.domain] = value[0]
-            self._keep_order(state, energy_mj)
-            for power in self.powers:
+            due = [
+                c
+                for c in self.counters
+                if state.last_try_ns(c.domain) // c.watch_period_ns < now_ns // c.watch_period_ns
+            ]
+            self._read_counters(due, state)
+            for power in self.boards.powers:
                 if state.power_ns.get(power.uuid, -1) // WATCH_PERIOD_NS < now_ns // WATCH_PERIOD_NS:
                     state.power_ns[power.uuid] = self.clock_ns()
                     sample = self._read_power(power)
@@ -212,7 +187,7 @@ class CounterMeter:
     def close(self) -> None:
         if self.book is not None:
             self.book.close()
-        self.on_close()
+        self.boards.close()
 
     @contextmanager
     def _state(self) -> Iterator[BookedState | None]:
@@ -243,15 +218,17 @@ class CounterMeter:
                     self._follow(counter, state, sampled[0], sampled[1])
                     yield counter
 
-    def _keep_order(self, state: BookedState, energy_mj: dict[str, int]) -> None:
-        """Begin a new epoch where a counter is behind our own last read: the book was lost in between."""
+    def _read_counters(self, counters: Iterable[Counter], state: BookedState) -> dict[str, tuple[int, int]]:
+        """By domain the unwrapped counter in mJ and when it was sampled; what cannot be read is left out."""
+        values = {c.domain: value for c in counters if (value := self._read_counter(c, state)) is not None}
         if state.epoch != self._epoch:
             self._last.clear()
-        elif any(mj < self._last.get(domain, 0) for domain, mj in energy_mj.items()):
-            state.epoch += 1
+        elif any(mj < self._last.get(domain, 0) for domain, (mj, _) in values.items()):
+            state.epoch += 1  # a counter is behind our own last read: the book was lost in between
             self._last.clear()
         self._epoch, self._wrap_epoch = state.epoch, state.wrap_epoch
-        self._last.update(energy_mj)
+        self._last.update((domain, mj) for domain, (mj, _) in values.items())
+        return values
 
     def _read_counter(self, counter: Counter, state: BookedState) -> tuple[int, int] | None:
         """The unwrapped counter in mJ and when it was sampled, or None; brings `state` up to date."""
@@ -344,11 +321,9 @@ def open_meter(
     Args:
         gpus: the worker's devices as `CUDA_VISIBLE_DEVICES` lists them: UUIDs ("GPU-...", beginnings will do) or
             indices. None or empty on a worker without one.
-        nvml: the NVML binding, default `NvmlLibrary`.
-        powercap_root: default /sys/class/powercap.
+        nvml: what has the names of `pynvml`, the default.
         boot_id: of this host, default the kernel's.
         book_directory: where the workers of a host share their counters; see `CounterBook`.
-        clock_ns: CLOCK_MONOTONIC in nanoseconds.
     """
     boot_id = boot_id or read_boot_id()
     boards = open_gpus(gpus, nvml) if gpus else Gpus()
@@ -356,13 +331,8 @@ def open_meter(
         boot_id,
         (*boards.counters, *find_rapl_counters(powercap_root)),
         CounterBook(boot_id, book_directory),
-        boards.powers,
-        boards.uuids,
-        boards.names,
-        boards.driver_version,
-        boards.unreadable,
-        on_close=boards.close,
-        clock_ns=clock_ns,
+        boards,
+        clock_ns,
     )
 
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from millijoule.workers.meters.counter_book import MAX_DOMAIN_WATTS
-from millijoule.workers.meters.nvml_library import NvmlLibrary
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +50,16 @@ class GpuCounter:
 
     def read(self) -> tuple[int, int]:
         """See `workers.meters.meter.Counter`."""
+        lib = self.lib
         try:
-            value = self.lib.nvmlDeviceGetFieldValues(
-                self.handle, [self.lib.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION]
-            )[0]
-        except self.lib.NVMLError:
-            value = None
-        if value is None or value.nvmlReturn != self.lib.NVML_SUCCESS:
-            return int(self.lib.nvmlDeviceGetTotalEnergyConsumption(self.handle)), 0
-        return _number(self.lib, value), _age_ns(value)
+            (value,) = lib.nvmlDeviceGetFieldValues(self.handle, [lib.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION])
+            if value.nvmlReturn == lib.NVML_SUCCESS:
+                return _number(lib, value), _age_ns(value)
+        except lib.NVMLError:
+            pass
+        return int(
+            lib.nvmlDeviceGetTotalEnergyConsumption(self.handle)
+        ), 0  # an older driver: without its age
 
 
 @dataclass
@@ -74,13 +74,7 @@ class GpuPower:
     uuid: str
 
     def read(self) -> tuple[int | None, int | None, int]:
-        """Average and instantaneous power in milliwatts, and the older one's age in nanoseconds.
-
-        None for what the board does not support.
-
-        Raises:
-            Exception: the library's own where the call failed.
-        """
+        """Average and instantaneous power in milliwatts (None: not supported), and the older one's age in ns."""
         scope = self.lib.NVML_POWER_SCOPE_GPU
         values = self.lib.nvmlDeviceGetFieldValues(
             self.handle,
@@ -115,34 +109,35 @@ def _age_ns(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Gpus:
-    """The boards found for a worker, in its order. Counters and power may turn out not to be supported.
+    """The boards found for a worker, in its order. Counters and power may turn out not to be supported."""
 
-    Attributes:
-        uuids: full UUIDs ("GPU-...").
-        unreadable: the boards left out: by full UUID where that is known, else as they were named.
-        names: product names, in the same order; None: the driver does not say.
-        driver_version: None: as above.
-        close: shuts the library down.
-    """
-
-    uuids: tuple[str, ...] = ()
+    uuids: tuple[str, ...] = ()  # full ("GPU-...")
     counters: tuple[GpuCounter, ...] = ()
     powers: tuple[GpuPower, ...] = ()
-    names: tuple[str | None, ...] = ()
+    names: tuple[str | None, ...] = ()  # product names; None: the driver does not say
     driver_version: str | None = None
-    unreadable: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()  # left out: by full UUID where that is known, else as they were named
     close: Callable[[], None] = lambda: None
+
+
+def _start(lib: Any) -> Any:
+    """`lib`, or pynvml where it is None, ready to be asked; raises its NVMLError where there is no driver."""
+    if lib is None:
+        import pynvml  # here: 4 MB that only a process beside a board needs
+
+        lib = pynvml
+    lib.nvmlInit()
+    return lib
 
 
 def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
     """Find `gpus` (as `CUDA_VISIBLE_DEVICES` names them); what has no counter of its own or cannot be found is left out.
 
     Args:
-        lib: the NVML binding, default `NvmlLibrary`; `pynvml` has the same names.
+        lib: default `pynvml`; else what has its names.
     """
     try:
-        lib = lib or NvmlLibrary()
-        lib.nvmlInit()
+        lib = _start(lib)
     except Exception as error:  # no driver, no library, no permission
         log.warning("NVML is not available (%s); GPU energy is missing", error)
         return Gpus(unreadable=tuple(gpus))
@@ -173,14 +168,13 @@ def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
 def installed_gpus(lib: Any = None) -> tuple[str, ...]:
     """Full UUIDs of all boards NVML shows on this host; empty where it shows none or is not there."""
     try:
-        lib = lib or NvmlLibrary()
-        lib.nvmlInit()
+        lib = _start(lib)
     except Exception as error:  # as in `open_gpus`
         log.info("NVML is not available (%s)", error)
         return ()
     try:
         handles = [lib.nvmlDeviceGetHandleByIndex(i) for i in range(lib.nvmlDeviceGetCount())]
-        return tuple(_text(lib.nvmlDeviceGetUUID(h)) for h in handles)
+        return tuple(lib.nvmlDeviceGetUUID(h) for h in handles)
     except lib.NVMLError as error:
         log.warning("NVML cannot list the GPUs: %s", error)
         return ()
@@ -188,10 +182,10 @@ def installed_gpus(lib: Any = None) -> tuple[str, ...]:
         _shut_down(lib)
 
 
-def _ask(lib: Any, question: Callable[..., str | bytes], *about: Any) -> str | None:
+def _ask(lib: Any, question: Callable[..., str], *about: Any) -> str | None:
     """A name that is good to know; None where the driver does not tell it."""
     try:
-        return _text(question(*about))
+        return question(*about)
     except lib.NVMLError:
         return None
 
@@ -212,10 +206,10 @@ def _find_gpu(lib: Any, gpu: str) -> tuple[str, Any]:
     if gpu.startswith("MIG-"):
         raise ValueError("a MIG instance has no energy counter of its own")
     handles = [lib.nvmlDeviceGetHandleByIndex(i) for i in range(lib.nvmlDeviceGetCount())]
-    devices = [(_text(lib.nvmlDeviceGetUUID(h)), h) for h in handles]
+    devices = [(lib.nvmlDeviceGetUUID(h), h) for h in handles]
     if gpu.isdigit():
         # NVML counts in PCI order, CUDA puts faster devices first: the same only among equals
-        if len({_text(lib.nvmlDeviceGetName(h)) for h in handles}) > 1:
+        if len({lib.nvmlDeviceGetName(h) for h in handles}) > 1:
             raise ValueError("an index is ambiguous between unlike GPUs: set CUDA_VISIBLE_DEVICES to UUIDs")
         if int(gpu) >= len(devices):
             raise ValueError(f"this host has {len(devices)} GPUs")
@@ -233,7 +227,3 @@ def _is_partitioned(lib: Any, handle: Any) -> bool:
         return bool(lib.nvmlDeviceGetMigMode(handle)[0])
     except lib.NVMLError:  # NotSupported: a board without MIG
         return False
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

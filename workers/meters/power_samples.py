@@ -47,7 +47,7 @@ class PowerSampler:
 
     def start(self) -> None:
         """Look in once per period; without a device there is nothing to watch and no thread."""
-        if self.meter.counters or self.meter.powers:
+        if self.meter.counters or self.meter.boards.powers:
             self._thread.start()
 
     def stop(self) -> None:

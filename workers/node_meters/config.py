@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.node_meters.ipmi import IpmiMeter
@@ -52,7 +55,7 @@ class NodeMeterConfig:
         rest_tolerance_watts: by how much `rest_watts` may be wrong.
     """
 
-    nodes: tuple[str, ...]
+    nodes: tuple[Annotated[str, msgspec.Meta(min_length=1)], ...]
     meter: str
     url: str | None = None
     user_variable: str | None = None
@@ -67,9 +70,6 @@ class NodeMeterConfig:
     @property
     def rest(self) -> DeclaredRest | None:
         return declared_rest(self.rest_watts, self.rest_tolerance_watts)
-
-    def is_for(self, host: str, ip: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.nodes for name in (host, ip))
 
     def name_on(self, host: str) -> str:
         """The meter's name on a node, for messages and tables; no two nodes may have the same chassis."""
@@ -123,17 +123,20 @@ def declared_rest(watts: float | None, tolerance_watts: float | None) -> Declare
             "the rest of the node is declared with its tolerance: rest_watts, rest_tolerance_watts"
         )
     for name, value in (("rest_watts", watts), ("rest_tolerance_watts", tolerance_watts)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= MAX_NODE_WATTS:
+        if not 0 <= value <= MAX_NODE_WATTS:
             raise InputError(f"{name} {value!r}: a number of watts, 0 or more")
     return DeclaredRest(round(watts * 1000), math.ceil(tolerance_watts * 1000))
 
 
 def check_accuracy(share: float | None, name: str) -> None:
     """Raise InputError unless `share` is a part of 1, or not stated."""
-    if share is not None and (not isinstance(share, (int, float)) or not 0 <= share < 1):
+    if share is not None and not 0 <= share < 1:
         raise InputError(f"{name} {share!r}: a part of 1, such as 0.01 for 1 %")
 
 
 def find_node_meter(configs: Sequence[NodeMeterConfig], host: str, ip: str) -> NodeMeterConfig | None:
     """The first of `configs` that names the node."""
-    return next((c for c in configs if c.is_for(host, ip)), None)
+    for config in configs:
+        if any(fnmatchcase(name, pattern) for pattern in config.nodes for name in (host, ip)):
+            return config
+    return None

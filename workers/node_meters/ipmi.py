@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
 
-from millijoule.workers.node_meters.meter import MW_PER_W, NodeReading
-
-log = logging.getLogger(__name__)
+from millijoule.workers.node_meters.meter import MW_PER_W, MeterFailure, NodeReading, middle_since
 
 SOURCE = "ipmi-dcmi-power"
 COMMAND = ("ipmitool", "dcmi", "power", "reading")
@@ -24,17 +20,12 @@ _STATE = re.compile(r"^\s*Power reading state is\s*:\s*(\w+)\s*$", re.MULTILINE)
 
 
 class IpmiMeter:
-    """DCMI's instantaneous power, in whole watts; its average over a period of the controller's choice is not used.
+    """DCMI's instantaneous power, in whole watts; its average over a period of the controller's choice is not used."""
 
-    Args:
-        command: prints the reading as `ipmitool dcmi power reading` does.
-    """
+    name = " ".join(COMMAND)
 
-    def __init__(self, command: Sequence[str] = COMMAND, timeout_s: float = TIMEOUT_S) -> None:
-        self.name = " ".join(command)
-        self._command = tuple(command)
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
-        self.failure = ""
 
     def read(self) -> tuple[NodeReading, ...]:
         """See `NodeMeter.read`."""
@@ -42,18 +33,13 @@ class IpmiMeter:
         try:
             watts = _parse(self._run())
         except (OSError, subprocess.SubprocessError, ValueError) as error:
-            if not self.failure:
-                log.warning("%s: %s; the node's power is missing", self.name, error)
-            self.failure = str(error)[:300] or type(error).__name__
-            return ()
-        self.failure = ""
-        took_ns = max(time.time_ns() - began_ns, 0)
-        at_ns = began_ns + took_ns // 2
-        return (NodeReading(SOURCE, "power", at_ns, watts * MW_PER_W, MW_PER_W, took_ns // 2),)
+            raise MeterFailure(str(error)[:300] or type(error).__name__) from error
+        at_ns, half_ns = middle_since(began_ns)
+        return (NodeReading(SOURCE, "power", at_ns, watts * MW_PER_W, MW_PER_W, half_ns),)
 
     def _run(self) -> str:
         done = subprocess.run(
-            self._command,
+            COMMAND,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=self._timeout_s,

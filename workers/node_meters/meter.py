@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from typing import Literal, Protocol
 
 from millijoule.workers.errors import InputError
@@ -75,20 +76,27 @@ class NodeFailure:
     reason: str
 
 
-class NodeMeter(Protocol):
-    """A node's meter.
+class MeterFailure(Exception):
+    """A meter could not be read now; the message is the reason and holds no secret."""
 
-    Attributes:
-        name: for messages; holds no secret.
-        failure: why the last `read` gave nothing; empty after one that did.
-    """
+
+class NodeMeter(Protocol):
+    """A node's meter. `name` is for messages and holds no secret."""
 
     name: str
-    failure: str
 
     def read(self) -> tuple[NodeReading, ...]:
-        """Read now; may take seconds. Empty: it could not be read, see `failure`."""
-        ...
+        """Read now, at least one reading; may take seconds.
+
+        Raises:
+            MeterFailure: it could not be read.
+        """
+
+
+def middle_since(began_ns: int) -> tuple[int, int]:
+    """Of a request that began at wall time `began_ns` and ends now: its middle (wall ns), and half its length (ns)."""
+    half_ns = max(time.time_ns() - began_ns, 0) // 2
+    return began_ns + half_ns, half_ns
 
 
 @dataclass(frozen=True)
@@ -147,28 +155,21 @@ class NodeSeries:
         between two samples, and is too small for a node that did something else in between.
         """
         times = self.t_wall_ns
+        answer = partial(NodeEnergy, self.host, self.source, t_open_wall_ns, t_close_wall_ns)
         if not times or not times[0] <= t_open_wall_ns < t_close_wall_ns <= times[-1]:
-            return self._missing(t_open_wall_ns, t_close_wall_ns, "the meter was not read before and after")
+            return answer(None, None, "the meter was not read before and after")
         first = bisect_right(times, t_open_wall_ns) - 1
         last = bisect_left(times, t_close_wall_ns)
-        if self.quantity == "energy":
-            found = self._growth(first, last, t_open_wall_ns, t_close_wall_ns)
-        else:
-            found = self._integral(first, last, t_open_wall_ns, t_close_wall_ns)
+        between = self._growth if self.quantity == "energy" else self._integral
+        found = between(first, last, t_open_wall_ns, t_close_wall_ns)
         if isinstance(found, str):
-            return self._missing(t_open_wall_ns, t_close_wall_ns, found)
-        energy_mj, tolerance_mj = found
-        energy, tolerance = round(energy_mj), tolerance_mj
+            return answer(None, None, found)
+        energy, tolerance = round(found[0]), found[1]
         note = "instrument's accuracy not stated"
         if self.accuracy_share is not None:
             tolerance += self.accuracy_share * energy
             note = f"instrument's accuracy {self.accuracy_share:g} included"
-        return NodeEnergy(
-            self.host, self.source, t_open_wall_ns, t_close_wall_ns, energy, math.ceil(tolerance), note
-        )
-
-    def _missing(self, t_open_ns: int, t_close_ns: int, note: str) -> NodeEnergy:
-        return NodeEnergy(self.host, self.source, t_open_ns, t_close_ns, None, None, note)
+        return answer(energy, math.ceil(tolerance), note)
 
     def _growth(self, first: int, last: int, t_open_ns: int, t_close_ns: int) -> tuple[float, float] | str:
         times, values = self.t_wall_ns, self.values
@@ -193,11 +194,10 @@ class NodeSeries:
     def _since(self, before: int, after: int, t_ns: int) -> tuple[float, float]:
         """Interpolated energy (mJ) from reading `before` to `t_ns`, and the power (mW) there."""
         times, values = self.t_wall_ns, self.values
+        other = after
         if before == after:  # exactly at a reading: the slope from its neighbour
             other = before + 1 if before + 1 < len(times) else before - 1
-            slope = (values[other] - values[before]) / (times[other] - times[before])
-            return 0.0, slope * 1e9
-        slope = (values[after] - values[before]) / (times[after] - times[before])
+        slope = (values[other] - values[before]) / (times[other] - times[before])
         return slope * (t_ns - times[before]), slope * 1e9
 
     def _integral(self, first: int, last: int, t_open_ns: int, t_close_ns: int) -> tuple[float, float] | str:
@@ -278,8 +278,7 @@ def parse_amount(number: Decimal | int, units: int) -> tuple[int, int]:
 class NodeRecorder:
     """Reads a node's meter once per period, in a thread of its own, until stopped.
 
-    One recorder per node: for a controller on the network, wherever; for one inside the node, there. What it read
-    waits until it is taken, at most `MAX_WAITING` of it.
+    What it read waits until it is taken, at most `MAX_WAITING` of it.
     """
 
     def __init__(self, meter: NodeMeter, period_s: float = DEFAULT_PERIOD_S) -> None:
@@ -303,15 +302,19 @@ class NodeRecorder:
     def look(self) -> None:
         """Read once; what is not later than the last reading (a clock was set back) is left out."""
         self._next = time.monotonic() + self.period_s
-        began_ns = time.time_ns()
-        readings = self.meter.read()
+        began_ns, failure = time.time_ns(), ""
+        readings: tuple[NodeReading, ...] = ()
+        try:
+            readings = self.meter.read()
+        except MeterFailure as error:
+            failure = str(error)
         with self._lock:
             for reading in readings:
                 if reading.t_wall_ns > self._latest_ns.get(reading.source, -1):
                     self._latest_ns[reading.source] = reading.t_wall_ns
                     self._waiting.append(reading)
-            failure = "" if readings else self.meter.failure
             if failure and failure != self._failure:
+                log.warning("%s: %s; the node's energy is missing", self.meter.name, failure)
                 self._waiting.append(NodeFailure(began_ns, failure))
             self._failure = failure
 

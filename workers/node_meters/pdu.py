@@ -14,7 +14,8 @@ from __future__ import annotations
 import csv
 import logging
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from itertools import pairwise
@@ -89,87 +90,84 @@ def read_pdu_csv(
     return found
 
 
+@dataclass
 class _Column:
-    def __init__(self) -> None:
-        self.t_wall_ns = array("q")
-        self.values = array("q")
-        self.quantum = 0
+    t_wall_ns: array[int] = field(default_factory=lambda: array("q"))
+    values: array[int] = field(default_factory=lambda: array("q"))
+    quantum: int = 0
 
 
 def _read(path: Path, lines: Iterator[str], zone: ZoneInfo | None, outlet: str | None) -> dict[str, _Column]:
     reader = csv.reader(lines, strict=True)
-    place: Callable[[], str] = lambda: f"{path}:{reader.line_num}"  # noqa: E731
     try:
         names = [n.strip().lower() for n in next(reader, [])]
-        wanted = [n for n in _COLUMNS if n in names]
-        if "time" not in names or not wanted or len(set(names)) != len(names):
+        columns = {n: _Column() for n in _COLUMNS if n in names}
+        if "time" not in names or not columns or len(set(names)) != len(names):
             raise InputError(
                 f"{path}:1: found columns {', '.join(names)[:200] or '(none)'}; needs, separated by commas, "
                 "time and watts or kwh, each once"
             )
         if outlet is not None and "outlet" not in names:
             raise InputError(f"{path}:1: has no column outlet")
-        columns = {n: _Column() for n in wanted}
         only = outlet
-        latest_ns: int | None = None
+        latest_ns = -1
         for row in reader:
             if not row:
                 continue
             if len(row) != len(names):
-                raise InputError(f"{place()}: has {len(row)} cells, the header {len(names)}")
-            cells = dict(zip(names, row, strict=True))
-            of = cells.get("outlet", "").strip()
+                raise ValueError(f"has {len(row)} cells, the header {len(names)}")
+            cells = {name: cell.strip() for name, cell in zip(names, row, strict=True)}
+            of = cells.get("outlet", "")
             if outlet is None and only not in (None, of):
-                raise InputError(f"{place()}: outlet {of[:40]} after {only}: say which outlet is the node's")
+                raise ValueError(f"outlet {of[:40]} after {only}: say which outlet is the node's")
             only = of if outlet is None else outlet
             if only != of:
                 continue
-            t_ns = _time_ns(place(), cells["time"].strip(), zone)
-            if latest_ns is not None and t_ns <= latest_ns:
-                raise InputError(
-                    f"{place()}: {cells['time']} is not later than the line before: sort by time"
-                )
+            t_ns = _time_ns(cells["time"], zone)
+            if t_ns <= latest_ns:
+                raise ValueError(f"{cells['time']} is not later than the line before: sort by time")
             latest_ns = t_ns
             for name, column in columns.items():
-                _append(place(), name, column, t_ns, cells[name].strip())
-    except csv.Error as error:
-        raise InputError(f"{place()}: not CSV: {error}") from error
+                if not cells[name]:
+                    continue
+                value, quantum = _amount(name, cells[name])
+                if name == "kwh" and column.values and value < column.values[-1]:
+                    where = f"{path}:{reader.line_num}"
+                    log.warning("%s: kwh went back to %s: nothing is counted across it", where, cells[name])
+                column.t_wall_ns.append(t_ns)
+                column.values.append(value)
+                column.quantum = min(column.quantum or quantum, quantum)
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, csv.Error) as error:
+        what = "not CSV: " if isinstance(error, csv.Error) else ""
+        raise InputError(f"{path}:{reader.line_num}: {what}{error}") from error
     return columns
 
 
-def _append(place: str, name: str, column: _Column, t_ns: int, cell: str) -> None:
-    if not cell:
-        return
+def _amount(name: str, cell: str) -> tuple[int, int]:
     try:
         if not cell.isascii() or "_" in cell:  # Decimal would take them
             raise ValueError
-        value, quantum = parse_amount(Decimal(cell), _COLUMNS[name][1])
+        return parse_amount(Decimal(cell), _COLUMNS[name][1])
     except (ValueError, InvalidOperation) as error:
-        raise InputError(f"{place}: {name} {cell[:40]!r} is not a number of 0 or more") from error
-    if name == "kwh" and column.values and value < column.values[-1]:
-        log.warning("%s: kwh went back to %s: reset; nothing is counted across it", place, cell)
-    column.t_wall_ns.append(t_ns)
-    column.values.append(value)
-    column.quantum = min(column.quantum or quantum, quantum)
+        raise ValueError(f"{name} {cell[:40]!r} is not a number of 0 or more") from error
 
 
-def _time_ns(place: str, cell: str, zone: ZoneInfo | None) -> int:
+def _time_ns(cell: str, zone: ZoneInfo | None) -> int:
+    """Nanoseconds since the epoch of `cell`, in `zone` where it has no offset; raises ValueError."""
     try:
         at = datetime.fromisoformat(cell)
     except ValueError as error:
-        raise InputError(
-            f"{place}: time {cell[:40]!r} is not ISO 8601 (2026-03-01T12:00:00+01:00)"
-        ) from error
+        raise ValueError(f"time {cell[:40]!r} is not ISO 8601 (2026-03-01T12:00:00+01:00)") from error
     if not 1970 < at.year < 2200:
-        raise InputError(f"{place}: time {cell!r}: no power strip was read in {at.year}")
+        raise ValueError(f"time {cell!r}: no power strip was read in {at.year}")
     if at.tzinfo is None:
         if zone is None:
-            raise InputError(f"{place}: time {cell!r} has no offset from UTC: name the time zone of the file")
+            raise ValueError(f"time {cell!r} has no offset from UTC: name the time zone of the file")
         at = at.replace(tzinfo=zone)
         if at.utcoffset() != at.replace(fold=1).utcoffset():
-            raise InputError(
-                f"{place}: time {cell!r} is ambiguous or skipped in {zone.key} (clock change): use UTC"
-            )
+            raise ValueError(f"time {cell!r} is ambiguous or skipped in {zone.key} (clock change): use UTC")
     return (at - _EPOCH) // timedelta(microseconds=1) * 1000
 
 

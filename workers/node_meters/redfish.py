@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import logging
 import os
 import ssl
 import time
@@ -28,12 +27,12 @@ from millijoule.workers.node_meters.meter import (
     MJ_PER_J,
     MJ_PER_KWH,
     MW_PER_W,
+    MeterFailure,
     NodeReading,
     Quantity,
+    middle_since,
     parse_amount,
 )
-
-log = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
 #: Metrics are a few kilobytes.
@@ -82,7 +81,6 @@ class RedfishMeter:
             urllib.request.HTTPSHandler(context=_tls(self.name, config)),
             _NoRedirect(),
         )
-        self.failure = ""
 
     def read(self) -> tuple[NodeReading, ...]:
         """See `NodeMeter.read`."""
@@ -98,20 +96,13 @@ class RedfishMeter:
                     for quantity, value, quantum in parse(answer)
                 )
                 if readings:
-                    self.failure = ""
                     return readings
             raise ValueError("no energy or power in EnvironmentMetrics or Power of this chassis")
         except urllib.error.HTTPError as error:
             error.close()
-            self._report(f"HTTP {error.code}")
+            raise MeterFailure(f"HTTP {error.code}") from error
         except (OSError, ValueError, ArithmeticError, RecursionError, http.client.HTTPException) as error:
-            self._report(f"{type(error).__name__}: {str(error)[:200]}")
-        return ()
-
-    def _report(self, failure: str) -> None:
-        if failure != self.failure:
-            log.warning("%s: %s; the node's energy is missing", self.name, failure)
-            self.failure = failure
+            raise MeterFailure(f"{type(error).__name__}: {str(error)[:200]}") from error
 
     def _get(self, path: str) -> tuple[dict[str, Any], int, int]:
         """The JSON object at `path`, the middle of the request (wall ns) and half its length."""
@@ -119,13 +110,13 @@ class RedfishMeter:
         began_ns = time.time_ns()
         with self._opener.open(request, timeout=self._timeout_s) as response:
             body = response.read(MAX_ANSWER_BYTES + 1)
-        half_ns = max(time.time_ns() - began_ns, 0) // 2
+        at_ns, half_ns = middle_since(began_ns)
         if len(body) > MAX_ANSWER_BYTES:
             raise ValueError(f"{path}: longer than {MAX_ANSWER_BYTES} bytes")
         answer = json.loads(body, parse_float=Decimal, parse_constant=_refuse)
         if not isinstance(answer, dict):
             raise ValueError(f"{path}: not a JSON object")
-        return answer, began_ns + half_ns, half_ns
+        return answer, at_ns, half_ns
 
 
 def check_chassis_url(config: RedfishConfig) -> None:
@@ -154,12 +145,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _login(name: str, config: RedfishConfig) -> dict[str, str]:
-    if not config.user_variable and not config.password_variable:
-        return {}
     secrets = []
     for variable in (config.user_variable, config.password_variable):
-        if not variable or not os.environ.get(variable):
-            raise InputError(f"{name}: environment variable {variable or 'for user or password'} is not set")
+        if not variable:  # both or neither
+            return {}
+        if not os.environ.get(variable):
+            raise InputError(f"{name}: environment variable {variable} is not set")
         secrets.append(os.environ[variable])
     return {"Authorization": "Basic " + base64.b64encode(":".join(secrets).encode()).decode()}
 
@@ -195,11 +186,8 @@ def _environment(answer: dict[str, Any]) -> list[tuple[Quantity, int, int]]:
 
 def _power(answer: dict[str, Any]) -> list[tuple[Quantity, int, int]]:
     controls = answer.get("PowerControl")
-    watts = (
-        _amount(controls[0], ("PowerConsumedWatts",), MW_PER_W)
-        if isinstance(controls, list) and controls
-        else None
-    )
+    control = controls[0] if isinstance(controls, list) and controls else None
+    watts = _amount(control, ("PowerConsumedWatts",), MW_PER_W)
     return [("power", *watts)] if watts else []
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from urllib.parse import unquote
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.layout import JOB_KEY
 
 FORMATS = ("txt", "csv", "tsv", "jsonl", "ndjson", "json", "parquet", "pq")
 
@@ -23,9 +24,6 @@ _SPREADSHEETS = ("xlsx", "xls", "xlsm", "ods", "numbers")
 
 #: Folders of tables whose own log says which of the files in them count.
 _TABLE_LOGS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
-
-#: What marks a folder as a job's output, which may lie among its prompts.
-_JOB = "_job/job.json"
 
 #: How Hive and Spark write a null in the name of a folder.
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -91,7 +89,8 @@ def data_files(folder: str, sizes: Mapping[str, int]) -> list[str]:
                     f"{folder!r} is a {_TABLE_LOGS[part]} table, whose log says which of its files count; write the "
                     "prompts out as plain Parquet"
                 )
-    outputs = tuple(p.removesuffix(_JOB) for p in sizes if p.endswith(f"/{_JOB}"))
+    # a job's output may lie among its prompts
+    outputs = tuple(p.removesuffix(JOB_KEY) for p in sizes if p.endswith(f"/{JOB_KEY}"))
     names = sorted(p for p, size in sizes.items() if size and not is_marker(p) and not p.startswith(outputs))
     if not names:
         rest = f"; it has {_some(sizes)}, which hold no rows" if sizes else ""

@@ -1,8 +1,7 @@
-"""The S3 half of `workers.storage.store`: a bucket through s3fs, with one retry policy and one reading of server errors.
+"""A `Store` in an S3 bucket, through s3fs.
 
-Every request goes through `Bucket.call`, which owns all retries: those of botocore and s3fs are switched off, so
-that one deadline holds and every retry is in the log. Servers disagree about the exception a refused conditional
-write raises; only the HTTP status and the error code of the answer count here.
+Every request goes through `Bucket`, which alone repeats what fails: botocore and s3fs are told not to, so that one
+deadline holds and every repeat is in the log.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import random
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,27 +18,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import s3fs
-from aiohttp import ClientError as HTTPClientProblem
-from botocore.exceptions import BotoCoreError, HTTPClientError
-from botocore.exceptions import ConnectionError as NoConnection
-from botocore.parsers import ResponseParserError
 
 from millijoule.workers.errors import AlreadyExistsError, NotFoundError, StoreError
-from millijoule.workers.storage.store import ObjectInfo, TemporaryObject, check_key, check_prefix
-from millijoule.workers.storage.trouble import note_failure
+from millijoule.workers.storage.protocol import ObjectInfo, Store, TemporaryObject, check_key, check_prefix
+from millijoule.workers.storage.s3_failures import Backoff, S3Failure, failure_of
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 #: How long a request is repeated: longer than a throttled prefix takes to split, or a gateway to restart.
-RETRY_FOR_S = 60.0
-#: Wait before repeat n is half to all of min(BACKOFF_FIRST_S * 2**n, BACKOFF_MAX_S).
-BACKOFF_FIRST_S = 0.2
-BACKOFF_MAX_S = 8.0
-#: Of the repeats of one request, the first few are logged, then one in so many: a minute of them.
-FIRST_TRIES_LOGGED = 6
-LATER_TRIES_LOGGED = 10
+REPEAT_FOR_S = 60.0
 #: A server that is silent this long (seconds) will not answer; single requests carry at most PART_BYTES.
 REQUEST_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
@@ -53,27 +40,6 @@ MAX_PARTS = 10_000  # S3's limit; the parts grow for objects above 160 GB
 DELETE_BATCH = 1000  # S3's limit per request
 READ_BUFFER_BYTES = 1 << 20  # small reads of a Parquet footer or a CSV file become one request per MiB
 
-_TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
-_TRANSIENT_CODES = {
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "RequestLimitExceeded",
-    "InternalError",
-    "ServiceUnavailable",
-    "ConditionalRequestConflict",
-    "OperationAborted",
-    # damaged on the way:
-    "IncompleteBody",
-    "BadDigest",
-    "XAmzContentSHA256Mismatch",
-}
-_NO_ANSWER = (
-    *(HTTPClientError, NoConnection, ResponseParserError),  # botocore
-    *(HTTPClientProblem, TimeoutError, ConnectionError),  # aiohttp and the system
-)
-_FULL_CODES = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientCapacity"}
 _UNSUPPORTED_CODES = {"NotImplemented", "InvalidRequest", "InvalidArgument"}
 
 
@@ -83,7 +49,7 @@ class S3Settings:
 
     endpoint_url: str | None = None  # None: AWS itself, or what the AWS profile says
     region: str | None = None
-    retry_for_s: float = RETRY_FOR_S
+    repeat_for_s: float = REPEAT_FOR_S
     timeout_s: float = REQUEST_TIMEOUT_S
 
     @staticmethod
@@ -93,106 +59,6 @@ class S3Settings:
         endpoint = env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or None
         region = env("AWS_REGION") or env("AWS_DEFAULT_REGION") or ("us-east-1" if endpoint else None)
         return S3Settings(endpoint, region)
-
-
-class _Failure(Exception):
-    """One failed request: `status` is the HTTP status, None when no answer came; `code` the server's error code."""
-
-    def __init__(self, status: int | None, code: str, detail: str, *, transient: bool) -> None:
-        super().__init__(f"{status or 'no answer'} {code}: {detail}")
-        self.status = status
-        self.code = code
-        self.detail = detail
-        self.transient = transient
-
-    @property
-    def refused_because_present(self) -> bool:
-        return self.status == 412 or self.code == "PreconditionFailed"
-
-    @property
-    def not_found(self) -> bool:
-        return self.code in ("NoSuchKey", "404", "NotFound", "NoSuchUpload")
-
-    def as_store_error(self, action: str, url: str, endpoint: str | None) -> StoreError:
-        """The same failure for a person: place, server's words, next step."""
-        where = f"cannot {action} {url}" + (f" at {endpoint}" if endpoint else "")
-        said = f"{self.status} {self.code}" if self.status else self.code
-        if self.detail and self.detail != self.code:
-            said += f" ({self.detail})"
-        if self.not_found:
-            return NotFoundError(f"{url} does not exist")
-        if self.code == "NoSuchBucket":
-            advice = "create the bucket, or correct its name or the endpoint (AWS_ENDPOINT_URL)"
-        elif self.code in _FULL_CODES or self.status == 507:
-            advice = "the store is full or its quota is used up: free space or choose another output"
-        elif self.code in ("NoCredentialsError", "PartialCredentialsError"):
-            advice = (
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give this machine a role"
-            )
-        elif self.code == "RequestTimeTooSkewed":
-            advice = "correct this machine's clock"
-        elif self.status in (401, 403):
-            advice = (
-                "check the credentials (AWS_ACCESS_KEY_ID, ...) and their permission to read, write and list"
-            )
-        elif self.status in (301, 307) or self.code == "AuthorizationHeaderMalformed":
-            advice = "the bucket is in another region: set AWS_REGION"
-        elif self.status == 501:
-            advice = "this server does not support the request"
-        elif self.status is None and self.transient:
-            advice = "check the endpoint (AWS_ENDPOINT_URL) and the network, then try again"
-        elif self.transient:
-            advice = "the server is overloaded or failing; try again later"
-        else:
-            advice = "see the server's log"
-        return StoreError(f"{where}: {said}; {advice}", transient=self.transient)
-
-
-def _failure_of(error: Exception) -> _Failure | None:
-    """What an exception of s3fs says about its request; None where it is not about one."""
-    link: BaseException | None = error
-    while link is not None:
-        response = getattr(link, "response", None)
-        if isinstance(response, dict):
-            answer = response.get("Error", {})
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            code = str(answer.get("Code") or status or "unknown")
-            transient = status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES
-            return _Failure(status, code, str(answer.get("Message") or ""), transient=transient)
-        link = link.__cause__
-    if isinstance(error, FileExistsError):
-        return _Failure(412, "PreconditionFailed", str(error), transient=False)
-    if isinstance(error, FileNotFoundError):
-        return _Failure(404, "NoSuchKey", str(error), transient=False)
-    kind = type(error).__name__
-    if isinstance(error, _NO_ANSWER):
-        return _Failure(None, kind, str(error), transient=True)
-    if isinstance(error, (BotoCoreError, OSError)):
-        return _Failure(None, kind, str(error), transient=False)
-    return None
-
-
-class _Patience:
-    """The waits between the tries of one operation: growing, jittered, and over after `limit_s` seconds."""
-
-    def __init__(self, what: str, limit_s: float) -> None:
-        self._what = what
-        self._deadline = time.monotonic() + limit_s
-        self._tries = 0
-
-    def wait(self, failure: _Failure) -> bool:
-        """Sleep before the next try and return True; False when the time is up."""
-        pause = min(BACKOFF_FIRST_S * 2**self._tries, BACKOFF_MAX_S) * random.uniform(0.5, 1.0)
-        self._tries += 1
-        if time.monotonic() + pause > self._deadline:
-            return False
-        note_failure()
-        if self._tries <= FIRST_TRIES_LOGGED or self._tries % LATER_TRIES_LOGGED == 0:
-            logger.warning(
-                "%s failed (%s); try %d follows in %.1f s", self._what, failure, self._tries + 1, pause
-            )
-        time.sleep(pause)
-        return True
 
 
 class Bucket:
@@ -209,41 +75,45 @@ class Bucket:
     def url(self, key: str) -> str:
         return f"s3://{self.name}/{key}"
 
-    def error(self, failure: _Failure, action: str, key: str) -> StoreError:
+    def error(self, failure: S3Failure, action: str, key: str) -> StoreError:
         return failure.as_store_error(action, self.url(key), self.settings.endpoint_url)
 
-    def attempt(self, function: Callable[[s3fs.S3FileSystem], T]) -> T:
-        """Do one request, once. Raises _Failure."""
+    def once(self, function: Callable[[s3fs.S3FileSystem], T]) -> T:
+        """Do one request, once. Raises S3Failure."""
         try:
             return function(self._filesystem())
         except Exception as e:
-            failure = _failure_of(e)
+            failure = failure_of(e)
             if failure is None:
                 raise
             raise failure from e
 
-    def retry(self, action: str, key: str, function: Callable[[s3fs.S3FileSystem], T]) -> T:
+    def repeat(self, action: str, key: str, function: Callable[[s3fs.S3FileSystem], T]) -> T:
         """Do a request that may safely be repeated until it succeeds or its time is up. Raises StoreError."""
-        patience = _Patience(f"{action} {self.url(key)}", self.settings.retry_for_s)
+        backoff = Backoff(f"{action} {self.url(key)}", self.settings.repeat_for_s)
         while True:
             try:
-                return self.attempt(function)
-            except _Failure as failure:
-                if not failure.transient or not patience.wait(failure):
+                return self.once(function)
+            except S3Failure as failure:
+                if not failure.transient or not backoff.wait(failure):
                     raise self.error(failure, action, key) from failure
 
     def call(self, action: str, operation: str, key: str, **parameters: Any) -> dict[str, Any]:
-        """Call the S3 operation ("put_object") on `key` with retries; `action` names it in messages."""
-        return self.retry(
+        """Call the S3 operation ("put_object") on `key`, repeatedly; `action` names it in messages."""
+        return self.repeat(
             action, key, lambda fs: fs.call_s3(operation, Bucket=self.name, Key=key, **parameters)
         )
+
+    def call_once(self, operation: str, **parameters: Any) -> dict[str, Any]:
+        """Call the S3 operation, once. Raises S3Failure."""
+        return self.once(lambda fs: fs.call_s3(operation, Bucket=self.name, **parameters))
 
     def list_objects(self, prefix: str) -> Iterator[dict[str, Any]]:
         """Every entry (Key, Size, ETag, LastModified) under a string prefix, in key order."""
         page: dict[str, Any] = {}
         while True:
             token = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
-            page = self.retry(
+            page = self.repeat(
                 "list",
                 prefix,
                 lambda fs, token=token: fs.call_s3(  # type: ignore[misc]
@@ -260,7 +130,7 @@ class Bucket:
 
     def get(self, key: str) -> bytes:
         path = f"{self.name}/{key}"
-        return self.retry("read", key, lambda fs: fs.cat_file(path, max_concurrency=1))
+        return self.repeat("read", key, lambda fs: fs.cat_file(path, max_concurrency=1))
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of the object, which must be at least `end` bytes long."""
@@ -272,7 +142,7 @@ class Bucket:
                 raise ConnectionError(f"got {len(data)} of {end - start} bytes")
             return data
 
-        return self.retry("read", key, read)
+        return self.repeat("read", key, read)
 
     def open_input(self, key: str) -> BinaryIO:
         return io.BufferedReader(_RangedReader(self, key, self.head(key)["ContentLength"]), READ_BUFFER_BYTES)  # type: ignore[return-value]
@@ -282,26 +152,24 @@ class Bucket:
 
         Raises:
             AlreadyExistsError: it holds other bytes.
-            _Failure: any other refusal, or the time is up.
+            StoreError: any other refusal, or the time is up.
         """
-        patience = _Patience(f"create {self.url(key)}", self.settings.retry_for_s)
+        backoff = Backoff(f"create {self.url(key)}", self.settings.repeat_for_s)
         while True:
             try:
-                self.attempt(
-                    lambda fs: fs.call_s3("put_object", Bucket=self.name, Key=key, Body=data, IfNoneMatch="*")
-                )
+                self.call_once("put_object", Key=key, Body=data, IfNoneMatch="*")
                 return
-            except _Failure as failure:
+            except S3Failure as failure:
                 if failure.refused_because_present:
                     # Whose it is, only its bytes tell: a lost answer makes our own success look like a defeat.
                     if self._holds(key, data):
                         return
                 elif not failure.transient:
-                    raise
-                if not patience.wait(failure):
+                    raise self.error(failure, "create", key) from failure
+                if not backoff.wait(failure):
                     if failure.transient and self._holds(key, data):
                         return
-                    raise
+                    raise self.error(failure, "create", key) from failure
 
     def _holds(self, key: str, data: bytes) -> bool:
         """True when the object holds `data`, False when there is none; raises AlreadyExistsError otherwise."""
@@ -344,20 +212,15 @@ class Bucket:
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
-            self._complete(key, upload_id, parts, size_bytes)
+            self.complete(key, upload_id, parts, size_bytes)
         except BaseException:
             self.abort(key, upload_id)
             raise
 
-    def _complete(self, key: str, upload_id: str, parts: list[dict[str, Any]], size_bytes: int) -> None:
+    def complete(self, key: str, upload_id: str, parts: list[dict[str, Any]], size_bytes: int) -> None:
         try:
-            self.call(
-                "write",
-                "complete_multipart_upload",
-                key,
-                UploadId=upload_id,
-                MultipartUpload={"Parts": parts},
-            )
+            upload = {"Parts": parts}
+            self.call("write", "complete_multipart_upload", key, UploadId=upload_id, MultipartUpload=upload)
         except NotFoundError as e:
             # The upload is gone: completed by an earlier try whose answer was lost, or cleaned away by someone.
             head = self.head(key)
@@ -370,10 +233,8 @@ class Bucket:
     def abort(self, key: str, upload_id: str) -> None:
         """Drop a pending multipart upload; a failure is logged, since it costs space, not correctness."""
         try:
-            self.attempt(
-                lambda fs: fs.call_s3("abort_multipart_upload", Bucket=self.name, Key=key, UploadId=upload_id)
-            )
-        except _Failure as failure:
+            self.call_once("abort_multipart_upload", Key=key, UploadId=upload_id)
+        except S3Failure as failure:
             if not failure.not_found:
                 logger.warning(
                     "multipart upload %s of %s stays pending: %s", upload_id, self.url(key), failure
@@ -383,9 +244,9 @@ class Bucket:
         """Delete up to DELETE_BATCH keys; missing ones are fine."""
         request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
         try:
-            answer = self.attempt(lambda fs: fs.call_s3("delete_objects", Bucket=self.name, Delete=request))
+            answer = self.call_once("delete_objects", Delete=request)
             remaining = [error["Key"] for error in answer.get("Errors", ())]
-        except _Failure as failure:
+        except S3Failure as failure:
             logger.debug("batch delete in %s failed (%s); deleting one by one", self.name, failure)
             remaining = keys
         # Some servers know no batches, and a batch reports its failures without a reason we could act on.
@@ -400,12 +261,8 @@ class Bucket:
         markers: dict[str, str] = {}
         while True:
             try:
-                page = self.attempt(
-                    lambda fs, markers=markers: fs.call_s3(  # type: ignore[misc]
-                        "list_multipart_uploads", Bucket=self.name, Prefix=prefix, **markers
-                    )
-                )
-            except _Failure as failure:
+                page = self.call_once("list_multipart_uploads", Prefix=prefix, **markers)
+            except S3Failure as failure:
                 if failure.status in (404, 405, 501) and failure.code != "NoSuchBucket":
                     return
                 raise self.error(failure, "list the uploads of", prefix) from failure
@@ -426,7 +283,7 @@ class Bucket:
             "read_timeout": self.settings.timeout_s,
             "max_pool_connections": 32,
             "tcp_keepalive": True,
-            "retries": {"total_max_attempts": 1, "mode": "standard"},  # `retry` does them
+            "retries": {"total_max_attempts": 1, "mode": "standard"},  # `repeat` does them
             # Stricter servers (Ceph, rclone) refuse the trailing checksums that are otherwise the default.
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
@@ -477,26 +334,25 @@ class _RangedReader(io.RawIOBase):
 
     def readall(self) -> bytes:
         """The rest in one request; the inherited way would make one for every 8 KiB."""
-        if self._position >= self._size:
-            return b""
-        data = self._bucket.get_range(self._key, self._position, self._size)
-        self._position = self._size
-        return data
+        return self._next(self._size - self._position)
 
     def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._size)
-        if end <= self._position:
-            return 0
-        data = self._bucket.get_range(self._key, self._position, end)
+        data = self._next(len(buffer))
         buffer[: len(data)] = data
-        self._position = end
         return len(data)
 
+    def _next(self, size_bytes: int) -> bytes:
+        start = self._position
+        end = min(start + size_bytes, self._size)
+        if end <= start:
+            return b""
+        data = self._bucket.get_range(self._key, start, end)
+        self._position = end
+        return data
 
-class S3Store:
+
+class S3Store(Store):
     """A `Store` under a prefix of a bucket. The exclusive create is PutObject with `If-None-Match: *`."""
-
-    is_local = False
 
     def __init__(self, bucket: str, prefix: str, settings: S3Settings) -> None:
         self._bucket = Bucket(bucket, settings)
@@ -507,11 +363,7 @@ class S3Store:
         return f"S3Store({self.url!r}, endpoint_url={self._bucket.settings.endpoint_url!r})"
 
     def put_exclusive(self, key: str, data: bytes) -> None:
-        raw = self._raw(key)
-        try:
-            self._bucket.create(raw, data)
-        except _Failure as failure:
-            raise self._bucket.error(failure, "create", raw) from failure
+        self._bucket.create(self._raw(key), data)
 
     def put(self, key: str, data: bytes) -> None:
         view = memoryview(data)
@@ -539,13 +391,6 @@ class S3Store:
     def get(self, key: str) -> bytes:
         return self._bucket.get(self._raw(key))
 
-    def exists(self, key: str) -> bool:
-        try:
-            self.size(key)
-        except NotFoundError:
-            return False
-        return True
-
     def size(self, key: str) -> int:
         return int(self._bucket.head(self._raw(key))["ContentLength"])
 
@@ -564,13 +409,11 @@ class S3Store:
         return self._bucket.open_input(self._raw(key))
 
     def probe_exclusive_create(self) -> bool:
-        from millijoule.workers.storage.store import probe_exclusive_create
-
         try:
-            return probe_exclusive_create(self)
+            return super().probe_exclusive_create()
         except StoreError as e:
             cause = e.__cause__
-            if isinstance(cause, _Failure) and cause.code in _UNSUPPORTED_CODES:
+            if isinstance(cause, S3Failure) and cause.code in _UNSUPPORTED_CODES:
                 return False
             raise
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pynvml
 import pytest
 
 from millijoule.jobs import bench as bench_command
@@ -125,10 +126,9 @@ def test_the_command_writes_every_part_and_says_that_it_was_a_rehearsal(tmp_path
 
 
 def test_without_a_board_the_message_says_so(capsys, monkeypatch):
-    monkeypatch.setattr("millijoule.jobs.bench.board.NvmlLibrary", _no_library)
+    def no_library():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", no_library)
     assert bench_command.main(["counters"]) == 1
     assert "NVML is not here" in capsys.readouterr().err
-
-
-def _no_library():
-    raise OSError("libnvidia-ml.so.1: cannot open shared object file")

@@ -3,7 +3,7 @@
 from millijoule.jobs.bench.finish import finish, make
 from millijoule.jobs.bench.measurement import run_alone
 from millijoule.pipeline.closing.check import check_output
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 def test_a_job_of_one_image_shards_closes_and_agrees_with_its_commits(tmp_path):

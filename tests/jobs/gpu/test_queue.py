@@ -319,13 +319,17 @@ def test_a_step_that_does_not_exist_is_refused_by_name(tmp_path, capsys):
 
 
 def test_without_a_board_the_way_out_is_named(tmp_path, capsys, monkeypatch):
-    def none():
-        raise OSError("libnvidia-ml.so.1")
-
-    monkeypatch.setattr(gpu_queue, "NvmlLibrary", none)
-    monkeypatch.setattr(none, "NVMLError", RuntimeError, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
     assert gpu_queue.main(["--out", str(tmp_path)]) == 2
     assert "--rehearse" in capsys.readouterr().err
+
+
+def test_the_boards_are_those_the_driver_s_command_lists(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\nprintf 'NVIDIA X, 80 GB, GPU-1, 580.1\\nNVIDIA Y, GPU-2, 580.1\\n'\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpu_queue.find_device() == Device("NVIDIA X, 80 GB, NVIDIA Y", "GPU-1, GPU-2 (driver 580.1)")
 
 
 def test_the_archive_has_all_results_in_parts(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from millijoule.jobs.set_up.worker_device import WorkerDevice
 from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers.errors import InputError
-from millijoule.workers.lease import commit_key
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.layout import commit_key
+from millijoule.workers.storage.open import open_store
 
 HERE = Cluster("this machine", own=True)
 GPU = WorkerDevice(1.0, "it is there")

@@ -16,7 +16,7 @@ from millijoule.pipeline.planning import shard_cutter
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers import shard_rows
 from millijoule.workers.errors import DamagedError, MillijouleError
-from millijoule.workers.lease import commit_key
+from millijoule.workers.layout import commit_key
 
 PROMPTS = [f"prompt {i}" for i in range(20)]
 

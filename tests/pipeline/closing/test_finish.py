@@ -18,7 +18,7 @@ from millijoule.pipeline.output import image_rows
 from millijoule.pipeline.output.commits import read_commits
 from millijoule.pipeline.planning.retry_rounds import plan_retry_round
 from millijoule.workers.errors import DamagedError, NotFoundError, RowError
-from millijoule.workers.lease import commit_key
+from millijoule.workers.layout import commit_key
 
 
 def manifest(shard_ids):

@@ -33,10 +33,9 @@ from millijoule.pipeline.report.page import render_page
 from millijoule.pipeline.report.terminal import print_report
 from millijoule.pipeline.running.progress import closing_lines
 from millijoule.pipeline.sql.query import CLOSURE_QUERIES, open_tables, run_query
-from millijoule.workers.layout import closing_key
-from millijoule.workers.lease import commit_key, worker_key
+from millijoule.workers.layout import closing_key, commit_key, worker_key
 from millijoule.workers.schemas import CounterRead, Segment, WorkerClosing, WorkerEnvironment
-from millijoule.workers.storage.store import ObjectInfo
+from millijoule.workers.storage.protocol import ObjectInfo
 
 LONG_S = MAX_GAP_NS // SECOND + 60
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 from millijoule.pipeline.energy.rows import DAY_NS, LATENCY_STEP_NS, WALL_STEP_NS
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS
 from millijoule.pipeline.energy.tables import table_row_groups, write_row_groups
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 START_NS = 1_760_000_400_000_000_000
 BOOT_NS = 3_000_000_000_000

@@ -25,14 +25,14 @@ from millijoule.pipeline.energy.live_tables import (
 )
 from millijoule.pipeline.output.commits import read_commits
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
-from millijoule.pipeline.running.pool import PoolOptions
+from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import JobRun, PlannedJob
 from millijoule.pipeline.sql.query import CLOSURE_QUERIES, open_tables, run_query
 from millijoule.workers.errors import StoreError
 from millijoule.workers.lease import WorkerStopped
 from millijoule.workers.records import encode
 from millijoule.workers.schemas import BOOK_EPOCHS, PowerSample, PowerTrace
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 SHARDS = 10
 

@@ -17,11 +17,11 @@ from millijoule.pipeline.energy.node_readings import (
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running import run
-from millijoule.pipeline.running.pool import PoolOptions
+from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers.errors import StoreError
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeFailure, NodeReading, NodeSeries
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 NODE = MeteredNode("h", "bmc", 30, 0.01, DeclaredRest(5, 1), "n", "boot", domains=("cpu:0", "gpu:1"))
 

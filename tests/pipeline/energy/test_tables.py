@@ -15,7 +15,7 @@ from millijoule.pipeline.energy.rows import RowTables
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS
 from millijoule.pipeline.energy.tables import parse_part_key, write_energy_tables
 from millijoule.workers.schemas import PowerSample, PowerTrace
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 DAY = "run_id=0123456789ab/date=1970-01-01"
 

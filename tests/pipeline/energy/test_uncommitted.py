@@ -11,10 +11,9 @@ from support.ledgers import GPU, chain, read
 
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter, read_uncommitted
 from millijoule.workers.errors import StoreError
-from millijoule.workers.layout import SEGMENTS_PREFIX
-from millijoule.workers.lease import worker_key
+from millijoule.workers.layout import SEGMENTS_PREFIX, worker_key
 from millijoule.workers.schemas import PowerSample, PowerTrace, WorkerEnvironment
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 SEGMENTS = chain([read(0, 5), read(1), read(2, 30, **{"cpu:0": 7})], ["load", "idle"])
 TRACE = PowerTrace(

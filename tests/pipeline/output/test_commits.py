@@ -6,8 +6,8 @@ from support.ledgers import commit
 
 from millijoule.pipeline.output import commits
 from millijoule.pipeline.output.commits import READ_THREADS, CommitCompactor, in_threads, read_commits
-from millijoule.workers.lease import commit_key
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.layout import commit_key
+from millijoule.workers.storage.open import open_store
 
 
 def test_items_come_in_order_and_few_are_taken_ahead():

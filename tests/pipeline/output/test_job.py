@@ -8,7 +8,7 @@ from support.ledgers import JOB
 
 from millijoule.pipeline.output.job import check_same_job, open_epoch, publish_job, read_job, require_job
 from millijoule.workers.errors import InputError
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 @pytest.fixture

@@ -17,14 +17,16 @@ from hypothesis import strategies as st
 
 from millijoule.pipeline.planning import duplicate_ids, raw_chunks, shard_cutter
 from millijoule.pipeline.planning.make_plan import plan_job
-from millijoule.pipeline.planning.plan import index_key, load_plan
+from millijoule.pipeline.planning.plan import load_plan
 from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
 from millijoule.pipeline.planning.prompts import BAD_ROW_SCHEMA
 from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError, NotFoundError, StoreError
+from millijoule.workers.layout import plan_index_key
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 from millijoule.workers.shard_rows import PlanRow, derive_seed, read_shard_rows, shard_requests
-from millijoule.workers.storage.store import InputFile, expand_inputs, open_store
+from millijoule.workers.storage.inputs import InputFile, expand_inputs
+from millijoule.workers.storage.open import open_store
 
 EXTRA = {"model_sha256": "0" * 64, "job_seed": 0}
 
@@ -501,7 +503,7 @@ def test_input_and_plan_on_s3(moto_s3, s3_env, world):
 
 def test_a_plan_without_its_index_does_not_exist(world):
     world.file("p.txt", "cat\n").plan()
-    world.store.delete([index_key(world.made.fingerprint)])
+    world.store.delete([plan_index_key(world.made.fingerprint)])
     with pytest.raises(NotFoundError):
         load_plan(world.store, world.made.fingerprint)
 
@@ -519,7 +521,7 @@ def test_damage_is_noticed(world):
         read_shard_rows(world.store, shards[0])
     with pytest.raises(StoreError, match="plan of another job"):
         load_plan(world.store, fingerprint[:12] + "0" * 52)
-    world.store.put(index_key(fingerprint), b"no parquet")
+    world.store.put(plan_index_key(fingerprint), b"no parquet")
     with pytest.raises(StoreError, match=r"shards\.parquet: damaged"):
         load_plan(world.store, fingerprint)
 
@@ -529,7 +531,8 @@ MEASURE = """
 import re, sys
 from millijoule.pipeline.planning.make_plan import plan_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
-from millijoule.workers.storage.store import expand_inputs, open_store
+from millijoule.workers.storage.inputs import expand_inputs
+from millijoule.workers.storage.open import open_store
 plan_job(expand_inputs([sys.argv[1]]), PlanOptions(), open_store(sys.argv[2]), {})
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """

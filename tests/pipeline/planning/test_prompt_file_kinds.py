@@ -23,7 +23,7 @@ from millijoule.pipeline.planning.prompt_json import read_json
 from millijoule.pipeline.planning.prompt_text import TextFile
 from millijoule.pipeline.planning.prompts import PromptOptions, read_prompts
 from millijoule.workers.errors import InputError
-from millijoule.workers.storage.store import expand_inputs
+from millijoule.workers.storage.inputs import expand_inputs
 
 
 def lines(*records):

@@ -11,7 +11,7 @@ import pytest
 from millijoule.pipeline.planning import prompt_text, raw_chunks
 from millijoule.pipeline.planning.prompts import PROMPT_ROW_SCHEMA, PromptOptions, read_prompts
 from millijoule.workers.errors import InputError
-from millijoule.workers.storage.store import expand_inputs
+from millijoule.workers.storage.inputs import expand_inputs
 
 
 @pytest.fixture

@@ -10,14 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from support.report_outputs import GPUS, HOSTILE, change_stats, measured_output, unmeasured_output
 
-from millijoule.pipeline.energy.carbon import Rate, read_rate
+from millijoule.pipeline.energy.carbon import Rate, Rates, read_rate
 from millijoule.pipeline.report import gallery as report_gallery
 from millijoule.pipeline.report.data import collect_job, collect_report
 from millijoule.pipeline.report.devices import gpu_models, model_of
-from millijoule.pipeline.report.energy import Rates
 from millijoule.pipeline.report.timeline import Place
 from millijoule.workers.errors import InputError, MillijouleError
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 PROMPTS = [*HOSTILE[:3], *(f"prompt {i}" for i in range(41))]
 MJ_PER_KWH = 3.6e9

@@ -24,9 +24,9 @@ from millijoule.pipeline.report.page import render_page
 from millijoule.pipeline.report.terminal import print_report
 from millijoule.pipeline.report.timeline import Place, Work
 from millijoule.workers.errors import InputError
-from millijoule.workers.lease import worker_key
+from millijoule.workers.layout import worker_key
 from millijoule.workers.schemas import WorkerEnvironment
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 CLASSES = tuple(GROUPS)
 ORDER = ("images", "load", "waste", "idle")

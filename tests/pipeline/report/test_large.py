@@ -6,7 +6,7 @@ import pytest
 from support.large_output import GPUS_PER_NODE, IMAGES_PER_SHARD, NODES, is_slow, write_output
 
 from millijoule.jobs import report
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 MAX_PAGE_BYTES = 2_000_000
 

@@ -9,10 +9,10 @@ from support.report_outputs import measured_output
 
 from millijoule.pipeline.closing.finish import load_records
 from millijoule.pipeline.closing.node_import import import_readings, node_times
+from millijoule.pipeline.energy.carbon import Rates
 from millijoule.pipeline.output.job import require_job
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.report.data import collect_report
-from millijoule.pipeline.report.energy import Rates
 from millijoule.pipeline.report.page import render_page
 from millijoule.pipeline.report.terminal import print_report
 from millijoule.workers.node_meters.config import DeclaredRest

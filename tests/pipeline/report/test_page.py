@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 from support.report_outputs import HOSTILE, measured_output, unmeasured_output
 
+from millijoule.pipeline.energy.carbon import Rates
 from millijoule.pipeline.report import words
 from millijoule.pipeline.report.charts import CLASS_COLOURS, LABEL_CHARS, _unique_labels, job_charts
 from millijoule.pipeline.report.data import Report, collect_report
-from millijoule.pipeline.report.energy import GROUPS, Rates
+from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.flags import Flag
 from millijoule.pipeline.report.node_meters import NodeMeterRow
 from millijoule.pipeline.report.page import render_page

@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 from support.report_outputs import GPUS, HOSTILE, measured_output, unmeasured_output
 
+from millijoule.pipeline.energy.carbon import Rates
 from millijoule.pipeline.report import cells, words
 from millijoule.pipeline.report.data import MAX_CLOSURE_ROWS, Report, collect_report, some_of_each_check
 from millijoule.pipeline.report.devices import Straggler
-from millijoule.pipeline.report.energy import Rates
 from millijoule.pipeline.report.terminal import MAX_PROMPTS, MAX_ROWS, print_report
 from millijoule.workers.visible_text import visible
 

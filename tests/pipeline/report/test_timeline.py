@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ledgers import JOB, SECOND, chain, commit, image_rows, read, segment
 
-from millijoule.pipeline.energy.carbon import Rate
+from millijoule.pipeline.energy.carbon import Rate, Rates
 from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.rows import RowTables
 from millijoule.pipeline.energy.tables import write_energy_tables
 from millijoule.pipeline.report.devices import place_workers
-from millijoule.pipeline.report.energy import Rates, measured_figures
+from millijoule.pipeline.report.energy import measured_figures
 from millijoule.pipeline.report.tables import read_energy_table
 from millijoule.pipeline.report.timeline import (
     MAX_LANES,
@@ -27,7 +27,7 @@ from millijoule.pipeline.report.timeline import (
     spread,
 )
 from millijoule.workers.schemas import PowerSample, PowerTrace
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from support.ray_stand_in import After, Dies, RayStandIn, install
 from support.stand_in_jobs import WriterAtOnce
 
 from millijoule.pipeline.running.accounts import CUT_OFF_TIMEOUT_S, Accounts
-from millijoule.workers.layout import closing_key
-from millijoule.workers.lease import AccountRead, worker_key
+from millijoule.workers.layout import closing_key, worker_key
+from millijoule.workers.lease import AccountRead
 from millijoule.workers.schemas import CounterRead, WorkerClosing, WorkerEnvironment
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 def read(mj):

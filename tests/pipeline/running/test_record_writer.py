@@ -7,7 +7,7 @@ import pytest
 from millijoule.pipeline.running import record_writer
 from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
 from millijoule.workers.errors import DamagedError, StoreError
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from millijoule.pipeline.sql.query import CLOSURE_QUERIES, named_queries, open_t
 from millijoule.workers.errors import InputError
 from millijoule.workers.records import encode
 from millijoule.workers.schemas import WorkerEnvironment
-from millijoule.workers.storage.store import open_store
+from millijoule.workers.storage.open import open_store
 
 COST = {"price_per_kwh": 0.5, "gco2_per_kwh": 100, "pue": 2.0}
 

@@ -10,7 +10,7 @@ if os.environ.get("MILLIJOULE_TEST_NODE") == "bad" and (fault := os.environ.get(
     import tempfile
 
     from millijoule.workers.errors import NotFoundError, StoreError
-    from millijoule.workers.storage import store as storage
+    from millijoule.workers.storage import local as storage
 
     if fault == "sees no output":
         get = storage.LocalStore.get

@@ -16,7 +16,8 @@ from millijoule.workers.generators.registry import describe_model, load_generato
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
-from millijoule.workers.training.diffusion import DiffusionConfig, DiffusionTrainer
+from millijoule.workers.training.diffusion import DiffusionTrainer
+from millijoule.workers.training.diffusion_networks import DiffusionConfig
 
 diffusers = pytest.importorskip("diffusers")
 

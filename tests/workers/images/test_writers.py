@@ -41,9 +41,9 @@ def quarantined_row(prompt_id="bad"):
     return ImageRow(ImageRequest(prompt_id, 0, "?", 1), "quarantined", error="ValueError: no")
 
 
-def write(tmp_path, format, rows, **options):
+def write(tmp_path, format, rows):
     tmp_path.mkdir(exist_ok=True)
-    writer = open_writer(format, tmp_path, PREFIX, **options)
+    writer = open_writer(format, tmp_path, PREFIX)
     added = [writer.add(row, encoded) for row, encoded in rows]
     shard = writer.finish()
     assert list(shard.rows) == added
@@ -83,14 +83,12 @@ def test_every_image_is_found_where_its_row_says(tmp_path, format):
 def test_files_are_described_by_what_is_on_disk(tmp_path, format):
     shard = write(tmp_path, format, [(ok_row("a"), b"png"), (quarantined_row(), None)])
     on_disk = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
-    assert sorted(f.key for f in shard.files) == on_disk
+    assert sorted(f.path for f in shard.files) == on_disk
     assert shard.rows_key in on_disk
     for file in shard.files:
-        data = file.path.read_bytes()
-        assert file.path == tmp_path / file.key
+        data = (tmp_path / file.path).read_bytes()
         assert (file.size_bytes, file.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-        assert file.as_data_file().path == file.key
-        assert file.key.startswith(PREFIX)
+        assert file.path.startswith(PREFIX)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -108,7 +106,7 @@ def test_the_rows_file_holds_every_row_in_order(tmp_path, format):
 def test_a_shard_without_images_still_has_its_rows(tmp_path, format):
     shard = write(tmp_path, format, [(quarantined_row(), None)])
     assert pq.read_table(tmp_path / shard.rows_key)["status"].to_pylist() == ["quarantined"]
-    assert pq.read_table(write(tmp_path / "empty", format, []).files[-1].path).num_rows == 0
+    assert pq.read_table(tmp_path / "empty" / write(tmp_path / "empty", format, []).rows_key).num_rows == 0
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -138,11 +136,10 @@ def test_an_unknown_format_names_the_known_ones(tmp_path):
         open_writer("zip", tmp_path, PREFIX)
 
 
-def test_parquet_row_groups_are_small_and_images_uncompressed(tmp_path):
-    shard = write(
-        tmp_path, "parquet", [(ok_row(f"p{i}"), bytes(400)) for i in range(20)], row_group_bytes=1000
-    )
-    meta = pq.ParquetFile(shard.files[0].path).metadata
+def test_parquet_row_groups_are_small_and_images_uncompressed(tmp_path, monkeypatch):
+    monkeypatch.setattr("millijoule.workers.images.writers.ROW_GROUP_BYTES", 1000)
+    shard = write(tmp_path, "parquet", [(ok_row(f"p{i}"), bytes(400)) for i in range(20)])
+    meta = pq.ParquetFile(tmp_path / shard.files[0].path).metadata
     assert meta.num_row_groups == 7
     columns = {
         meta.row_group(0).column(i).path_in_schema: meta.row_group(0).column(i)
@@ -156,7 +153,7 @@ def test_parquet_row_groups_are_small_and_images_uncompressed(tmp_path):
 
 def test_webdataset_members_follow_the_convention(tmp_path):
     shard = write(tmp_path, "webdataset", [(ok_row("a.b/c"), b"png"), (ok_row("x" * 300), b"png2")])
-    with tarfile.open(shard.files[0].path) as tar:
+    with tarfile.open(tmp_path / shard.files[0].path) as tar:
         members = tar.getmembers()
         assert {(m.mtime, m.uid, m.gid, m.uname, m.mode, m.isfile()) for m in members} == {
             (0, 0, 0, "", 0o644, True)
@@ -173,8 +170,8 @@ def test_webdataset_members_follow_the_convention(tmp_path):
 
 def test_the_index_gives_the_byte_range_of_every_member(tmp_path):
     shard = write(tmp_path, "webdataset", [(ok_row(i * 60), i.encode()) for i in ("a", "bb", "ccc")])
-    data = shard.files[0].path.read_bytes()
-    index = json.loads(shard.files[1].path.read_bytes())
+    data = (tmp_path / shard.files[0].path).read_bytes()
+    index = json.loads((tmp_path / shard.files[1].path).read_bytes())
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert index == {m.name: [m.offset_data, m.size] for m in tar.getmembers()}
 

@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pynvml
 import pytest
@@ -15,13 +14,13 @@ from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS,
 from millijoule.workers.meters import counter_book
 from millijoule.workers.meters.counter_book import CounterBook
 from millijoule.workers.meters.meter import (
-    MIN_READ_SPACING_NS,
     STALL_AFTER_NS,
     WATTS_PER_CORE,
     estimate_cpu_mj,
     open_meter,
 )
-from millijoule.workers.meters.timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
+from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS
+from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import CounterRead, Segment
 
 
@@ -119,14 +118,6 @@ def test_a_board_in_mig_mode_is_refused(open_fake):
     assert open_fake(["0"], nvml).method == "missing"
     nvml.mig[UUIDS[0]] = [0, 0]
     assert open_fake(["0"], nvml).method == "nvml-counter"
-
-
-def test_bytes_from_older_bindings_are_understood(open_fake):
-    class Old(FakeNvml):
-        def nvmlDeviceGetUUID(self, handle):
-            return handle.encode()
-
-    assert open_fake([UUIDS[0]], Old()).domains == (GPU0,)
 
 
 # --- GPU faults -------------------------------------------------------------------------------------------------------
@@ -336,10 +327,7 @@ def test_a_silence_in_which_it_may_have_wrapped_begins_an_epoch(open_fake, power
     assert meter.read().epoch == 1
 
 
-def test_touching_the_timeline_keeps_wraps_in_sight(open_fake, powercap, clock, monkeypatch):
-    monkeypatch.setattr(
-        "millijoule.workers.meters.timeline.time", SimpleNamespace(monotonic=lambda: clock() / SECOND)
-    )
+def test_the_watch_keeps_wraps_in_sight(open_fake, powercap, clock):
     powercap.set("intel-rapl:0:1", 1_000_000)
     timeline = SegmentTimeline("w", open_fake(powercap=powercap))
     true_uj = 1_000_000
@@ -348,7 +336,7 @@ def test_touching_the_timeline_keeps_wraps_in_sight(open_fake, powercap, clock, 
         true_uj += 2_500_000_000
         powercap.set("intel-rapl:0", true_uj % INTEL_RANGE_UJ)
         powercap.set("intel-rapl:0:1", true_uj % INTEL_RANGE_UJ)
-        timeline.touch()
+        timeline.meter.watch()
     assert segment_energy_mj(timeline.close("shard", 1, "a")) == 2 * 3600 * 250_000
 
 

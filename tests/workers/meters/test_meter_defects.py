@@ -23,9 +23,10 @@ from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS,
 from support.ledgers import shard_mj
 
 from millijoule.pipeline.energy.ledger import build_ledger
-from millijoule.workers.meters.meter import MIN_READ_SPACING_NS, open_meter
+from millijoule.workers.meters.meter import open_meter
+from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS
 from millijoule.workers.meters.power_samples import PowerSampler
-from millijoule.workers.meters.timeline import SegmentTimeline, segment_energy_mj
+from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj
 from millijoule.workers.schemas import BOOK_EPOCHS
 
 TESTS = Path(__file__).parents[2]
@@ -138,7 +139,7 @@ def test_a_full_uuid_reaches_counter_power_and_device_unchanged(open_fake, first
     power = PowerSampler(meter)
     power.look()
     assert meter.domains == (f"gpu:{uuid}",)
-    assert meter.gpus == (uuid,)
+    assert meter.boards.uuids == (uuid,)
     assert [t.device for t in power.take()] == [uuid]
 
 

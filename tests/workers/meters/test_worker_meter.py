@@ -23,13 +23,14 @@ from millijoule.pipeline.output.job import open_epoch
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.report.data import collect_report
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.pipeline.running.pool import PoolOptions
+from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import JobRun, PlannedJob
 from millijoule.workers import actor
 from millijoule.workers.generators.registry import describe_model
-from millijoule.workers.layout import closing_key
-from millijoule.workers.lease import WorkerConfig, worker_key
-from millijoule.workers.meters.meter import MIN_READ_SPACING_NS, open_meter
+from millijoule.workers.layout import closing_key, worker_key
+from millijoule.workers.lease import WorkerConfig
+from millijoule.workers.meters.meter import open_meter
+from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS
 from millijoule.workers.schemas import ImageRequest, PowerSample, WorkerClosing
 
 MODEL = "python:support.models:plain"

@@ -7,7 +7,6 @@ both have it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,6 @@ from millijoule.workers.schemas import SEGMENT_CLASSES, CounterRead, Segment
 
 if TYPE_CHECKING:
     from millijoule.workers.meters.meter import EnergyMeter
-
-
-#: How often `SegmentTimeline.touch` reads: well within the two minutes in which the fastest RAPL counter wraps.
-TOUCH_PERIOD_S = 30
 
 
 class SegmentTimeline:
@@ -29,7 +24,6 @@ class SegmentTimeline:
         self.meter = meter
         self._open = meter.read()
         self._closed: list[Segment] = []
-        self._touched = time.monotonic()
 
     @property
     def last_read(self) -> CounterRead:
@@ -58,13 +52,6 @@ class SegmentTimeline:
         self._open = read
         self._closed.append(segment)
         return segment
-
-    def touch(self) -> None:
-        """Keep wrapping counters followed during a long segment; free to call often, from any thread."""
-        now = time.monotonic()
-        if now - self._touched >= TOUCH_PERIOD_S:
-            self._touched = now
-            self.meter.read()
 
     def take(self) -> tuple[Segment, ...]:
         """Hand over all segments closed and not taken yet, oldest first. The taker must record them or `restore`."""
