@@ -22,7 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts Ray or an S3 server: `make test-fast` leaves it out."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & SERVERS or item.path.parent.name in ("integration", "chaos"):
+        kinds = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if (
+            fixtures & SERVERS
+            or item.path.parent.name in ("integration", "chaos")
+            or any(kind in ("moto", "rclone", "ceph") for kind in kinds if isinstance(kind, str))
+        ):
             item.add_marker("servers")
 
 
