@@ -7,6 +7,7 @@ is exported. On a GPU a step is one CUDA graph, renders included, fed by process
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from millijoule.workers.generators.oscillator import OscillatorGenerator, save_w
 from millijoule.workers.generators.oscillator_model import (
     OscillatorConfig,
     OscillatorModel,
-    random_noise,
+    noise_size,
     start_phases,
 )
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
@@ -72,10 +73,11 @@ class OscillatorData:
         rng = np.random.default_rng((config.seed, step))
         scenes = [completed for _, completed in sample_training_scenes(rng, config.scenes)]
         seed = int(rng.integers(2**62))
-        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        noise = torch.rand(config.scenes * config.samples, noise_size(config.model), generator=generator)
         return {
             "tokens": torch.from_numpy(scene_tokens(scenes)),
-            "noise": random_noise(config.scenes * config.samples, config.model, noise),
+            "noise": noise * (2 * math.pi),  # radians, uniform on the circle
             "offset": torch.from_numpy(rng.integers(8, size=2)),
             **draw_variation(config.scenes, config.renders, seed),
         }
