@@ -43,20 +43,11 @@ LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _ZIP_START = b"PK\x03\x04"
 
 _STORAGE_TYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "UntypedStorage": torch.uint8,
-}
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
+}  # fmt: skip
 
 _TENSORS = {f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3")}
 _PARAMETER, _TENSOR = "torch.nn.parameter.Parameter", "torch.Tensor"
@@ -165,9 +156,8 @@ class SavedCheckpoint:
             data = bytearray(file.read(len(place)))
         if len(data) < len(place):
             raise ValueError("the file ends within its numbers")
-        tensor = (
-            torch.frombuffer(data, dtype=stored.dtype).as_strided(stored.shape, stored.strides).contiguous()
-        )
+        numbers = torch.frombuffer(data, dtype=stored.dtype)
+        tensor = numbers.as_strided(stored.shape, stored.strides).contiguous()
         return -tensor if stored.negative else tensor
 
 
