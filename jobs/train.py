@@ -94,8 +94,8 @@ def run(options: TrainOptions) -> int:
         folder,
         minutes=options.minutes,
         resume=options.resume,
-        sample=sample if recipe.kind == "oscillator" else None,
-        sample_every=options.sample_every,
+        sample=sample,
+        sample_every=options.sample_every if recipe.kind == "oscillator" else 0,
     )
     print(f"{trainer.export(folder, recipe.name)} after {trainer.step} of {recipe.training.steps} steps")
     return COMPLETE

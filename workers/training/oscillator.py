@@ -68,7 +68,7 @@ class OscillatorData:
 
     config: OscillatorTrainingConfig
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
         config = self.config
         rng = np.random.default_rng((config.seed, step))
         scenes = [completed for _, completed in sample_training_scenes(rng, config.scenes)]
@@ -100,13 +100,9 @@ class OscillatorTrainer(GeneratorTrainer):
         _scale_coupling(self.model, config.coupling_start)
         self.average = deepcopy(self.model).to(device).eval()
         self.model.to(device)
-        self.optimizer = adamw(
-            [p for p in self.model.parameters() if p.requires_grad],
-            device,
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
-        )
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        settings = {"lr": config.learning_rate, "betas": (0.9, 0.95), "weight_decay": config.weight_decay}
+        self.optimizer = adamw(learning, device, **settings)
         self.narrow = multiplies_bfloat16(device)
         self.compare = self._compare
         if compiled:

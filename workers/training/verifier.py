@@ -132,12 +132,9 @@ class CollageMaker:
     def __init__(self) -> None:
         def covers(count: int) -> np.ndarray:
             """Of the first of `count` icons, `[noun, size, pixels, pixels]`."""
-            plain = (
-                Scene((Group(noun, "red", size, count),), None, "white", 0)
-                for noun in NOUNS
-                for size in SIZES
-            )
-            return np.array([icon_cover(scene)[0] for scene in plain]).reshape(len(NOUNS), len(SIZES), 64, 64)
+            groups = (Group(noun, "red", size, count) for noun in NOUNS for size in SIZES)
+            covers = [icon_cover(Scene((group,), None, "white", 0))[0] for group in groups]
+            return np.array(covers).reshape(len(NOUNS), len(SIZES), 64, 64)
 
         self._whole, self._half = covers(1), covers(4)[..., :32, :32]
         self._palette = np.array([PALETTE[c] for c in COLOURS], np.float32)
@@ -148,29 +145,23 @@ class CollageMaker:
         background = rng.integers(len(BACKGROUNDS), size=count)
         noun = np.full((count, MAX_COUNT), -1, np.int64)
         size = rng.integers(len(SIZES), size=noun.shape)
-        # half of the colours and nouns repeat the first icon's, as in true scenes
-        weights = np.where(self._same[background], 0.0, 1.0)
         # uniform, never the background's
-        colour = (rng.random((count, MAX_COUNT, len(COLOURS))) * weights[:, None]).argmax(2)
+        colour = (rng.random((*noun.shape, len(COLOURS))) * ~self._same[background][:, None]).argmax(2)
         nouns = rng.integers(len(NOUNS), size=noun.shape)
-        repeat = rng.random(noun.shape) < 0.3
-        nouns = np.where(repeat, nouns[:, :1], nouns)
-        repeat = rng.random(noun.shape) < 0.3
-        colour = np.where(repeat, colour[:, :1], colour)
+        # some of the nouns and colours repeat the first icon's, as in true scenes
+        nouns = np.where(rng.random(noun.shape) < 0.3, nouns[:, :1], nouns)
+        colour = np.where(rng.random(noun.shape) < 0.3, colour[:, :1], colour)
         centre = np.zeros((*noun.shape, 2), np.float32)
         side = IMAGE_SIZE + 2 * _PAD
         ground = self._grounds[background] + rng.integers(-14, 15, (count, 1))
-        canvas = np.empty((count, side, side, 3), np.float32)
-        canvas[:] = ground[:, None, None]
+        canvas = np.tile(ground[:, None, None], (1, side, side, 1)).astype(np.float32)
         for b in range(count):
             kind = rng.random()
             if kind < 0.25:  # one icon of the whole image
-                cover = self._whole
-                places: tuple[tuple[int, int], ...] = ((0, 0),)
+                cover, places = self._whole, [(0, 0)]
             else:
-                cover = self._half
-                places = _LAYOUTS[rng.integers(len(_LAYOUTS))]
-                places = tuple(p for p in places if rng.random() < 0.8)
+                layout = _LAYOUTS[rng.integers(len(_LAYOUTS))]
+                cover, places = self._half, [p for p in layout if rng.random() < 0.8]
             pixels = cover.shape[-1]
             for k, (x, y) in enumerate(places):
                 moved_x, moved_y = rng.integers(-_STRAY, _STRAY + 1, 2)
@@ -195,10 +186,6 @@ def _blob(pixels: int, rng: np.random.Generator) -> np.ndarray:
     axis = np.linspace(-1.2, 1.2, pixels, dtype=np.float32)
     hill = 1.0 - 1.6 * (axis[:, None] ** 2 + axis[None] ** 2)
     return np.clip((smooth * rng.uniform(0.1, 1.0) + hill) * rng.uniform(1.5, 8), 0, 1).astype(np.float32)
-
-
-def join(a: LabelledImages, b: LabelledImages) -> LabelledImages:
-    return LabelledImages(*(np.concatenate(pair) for pair in zip(a, b, strict=True)))
 
 
 def spoil(made: LabelledImages, share: float, rng: np.random.Generator) -> LabelledImages:
@@ -274,9 +261,9 @@ def make_targets(made: LabelledImages) -> Targets:
     offset = np.stack([(away_x + 0 * away_y)[rows, which, i, j], (away_y + 0 * away_x)[rows, which, i, j]], 1)
     nouns = np.zeros((b, len(NOUNS)), np.float32)
     colours = np.zeros((b, len(COLOURS)), np.float32)
-    image, icon = np.nonzero(there)
-    nouns[image, made.noun[image, icon]] = 1
-    colours[image, made.colour[image, icon]] = 1
+    image, _ = np.nonzero(there)
+    nouns[image, made.noun[there]] = 1
+    colours[image, made.colour[there]] = 1
     places = (nearest <= 0.5 * STRIDE).reshape(b, -1).astype(np.float32)
     overall = (nouns, colours, made.background, there.sum(1), places)
     return Targets(
@@ -333,11 +320,10 @@ class VerifierTrainer:
         self.step = 0
         torch.manual_seed(config.seed)
         self.net = VerifierNet(config.shape).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        decayed = [p for p in self.net.parameters() if p.ndim > 1]
-        others = [p for p in self.net.parameters() if p.ndim <= 1]
+        parameters = list(self.net.parameters())
         groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = adamw(groups, "cpu", lr=config.learning_rate)
         with torch.no_grad():  # centres are rare
@@ -349,9 +335,9 @@ class VerifierTrainer:
         rng = np.random.Generator(np.random.Philox([self.config.seed, step]))
         collages = round(self.config.batch * self.config.collages)
         scenes = [sample_any_scene(rng) for _ in range(self.config.batch - collages)]
-        made = label_renders(scenes, int(rng.integers(2**62)))
-        made = join(made, self._collages.make(collages, rng))
-        return spoil(made, self.config.spoiled, rng)
+        renders = label_renders(scenes, int(rng.integers(2**62)))
+        pairs = zip(renders, self._collages.make(collages, rng), strict=True)
+        return spoil(LabelledImages(*map(np.concatenate, pairs)), self.config.spoiled, rng)
 
     def train_step(self) -> dict[str, float]:
         config = self.config
