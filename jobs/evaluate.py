@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 RENDERS = "renders"
 SHEET_IMAGES = 32
 FORMAT_VERSION = 1
-
-_generator: Generator  # of a process that draws
 
 
 @dataclass(frozen=True)
@@ -194,24 +193,23 @@ def _draw_in_processes(
     options: EvaluateOptions, device: str, batches: list[list[ImageRequest]]
 ) -> Iterator[np.ndarray]:
     """Images of each batch, in order."""
-    context = multiprocessing.get_context("spawn")
-    settings = (options.model, device)
-    with ProcessPoolExecutor(options.processes, context, _load_in_process, settings) as pool:
-        yield from pool.map(_draw_in_process, batches)
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(partial(_draw_in_process, options.model, device), batches)
 
 
-def _load_in_process(model: str, device: str) -> None:
-    global _generator
+def _draw_in_process(model: str, device: str, batch: list[ImageRequest]) -> np.ndarray:
+    return _loaded(model, device).generate(batch).images
+
+
+@cache
+def _loaded(model: str, device: str) -> Generator:
+    """The model of a process that draws, on one thread."""
     import torch
 
     from millijoule.workers.generators.registry import load_generator
 
     torch.set_num_threads(1)
-    _generator = load_generator(model, device=device)
-
-
-def _draw_in_process(batch: list[ImageRequest]) -> np.ndarray:
-    return _generator.generate(batch).images
+    return load_generator(model, device=device)
 
 
 def _render(items: list[Item], seed: int) -> np.ndarray:
@@ -223,27 +221,21 @@ def _render(items: list[Item], seed: int) -> np.ndarray:
 
 def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:
     """Everything that is reported of the images `[n, 64, 64, 3]`, against true renders of the same prompts."""
-    from millijoule.workers.judging.quality import (
-        duplicate_rates,
-        family_means,
-        frechet_distance,
-        judge,
-        precision_recall,
-    )
+    from millijoule.workers.judging import quality
 
     readings = verifier.read(images)
-    verdicts = [judge(i.scene, i.family, r) for i, r in zip(items, readings, strict=True)]
+    verdicts = [quality.judge(i.scene, i.family, r) for i, r in zip(items, readings, strict=True)]
     families, prompts = np.array([i.family for i in items]), np.array([i.prompt for i in items])
     correct, strict = (np.array([getattr(v, name) for v in verdicts]) for name in ("correct", "strict"))
     features, true_features = verifier.features(images), verifier.features(true)
     enough = len(items) > 3
-    precision, recall = precision_recall(features, true_features) if enough else (math.nan, math.nan)
-    exact, near = duplicate_rates(images, prompts.tolist())
+    precision, recall = quality.precision_recall(features, true_features) if enough else (math.nan, math.nan)
+    exact, near = quality.duplicate_rates(images, prompts.tolist())
     return {
         "images": len(items),
-        "score": family_means(correct, families, prompts),
-        "strict_score": family_means(strict, families, prompts),
-        "frechet_distance": frechet_distance(features, true_features) if enough else math.nan,
+        "score": quality.family_means(correct, families, prompts),
+        "strict_score": quality.family_means(strict, families, prompts),
+        "frechet_distance": quality.frechet_distance(features, true_features) if enough else math.nan,
         "precision": precision,
         "recall": recall,
         "exact_duplicates": exact,
