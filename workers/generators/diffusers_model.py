@@ -97,11 +97,7 @@ class DiffusersGenerator:
         return DiffusersGenerator(pipeline.to(device), folder, folder.sha256(), device)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
-        """Draw one image per request, all of one size and step count.
-
-        Raises:
-            InputError: a size this model cannot make.
-        """
+        """See `Generator`; raises RowError for a size this model cannot make."""
         groups: dict[tuple[float | None, bool], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             self._check(request)

@@ -118,11 +118,7 @@ class OscillatorGenerator:
         )
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
-        """Draw one image per request, all of one size and step count.
-
-        Raises:
-            InputError: a size or step count this model cannot make.
-        """
+        """See `Generator`; raises RowError for a size or step count this model cannot make."""
         check_requests(requests, self.info, MIN_STEPS)
         scenes, warnings = zip(*(parse_prompt(r.prompt) for r in requests), strict=True)
         tokens = scene_tokens([complete(s, r.seed) for s, r in zip(scenes, requests, strict=True)])

@@ -132,11 +132,7 @@ class SavedCheckpoint:
     _arrays: dict[str, range]  # bytes of the file by storage key
 
     def place(self, stored: StoredTensor) -> range:
-        """The bytes of the file from the tensor's first number to its last.
-
-        Raises:
-            ValueError: the file does not have them.
-        """
+        """The bytes of the file from the tensor's first number to its last; ValueError where it has not got them."""
         array, size = self._arrays.get(stored.storage), stored.dtype.itemsize
         if array is None:
             raise ValueError("its numbers are not in the file")

@@ -41,20 +41,8 @@ from millijoule.workers.scenes.scenes import (
     Scene,
     scene_tokens,
 )
-from millijoule.workers.training.diffusion_networks import (
-    END,
-    VOCABULARY,
-    DiffusionConfig,
-    build_autoencoder,
-    build_scheduler,
-    build_text_encoder,
-    build_tokenizer,
-    build_unet,
-    caption_ids,
-    draw_images,
-    draw_scenes,
-    set_principal_encoder,
-)
+from millijoule.workers.training import diffusion_networks as networks
+from millijoule.workers.training.diffusion_networks import DiffusionConfig
 from millijoule.workers.training.graphed_step import GraphedStep
 from millijoule.workers.training.loop import GeneratorTrainer, newest_share, schedule, update_average
 from millijoule.workers.training.optimizer import adamw, clip_and_step, load_optimizer, set_learning_rate
@@ -76,21 +64,22 @@ class DiffusionData:
         config = self.config
         rng = np.random.default_rng((config.seed, step))
         if step < config.text_steps:
-            scenes = draw_scenes(config.text_batch, rng)
-            return {"tokens": torch.from_numpy(scene_tokens(scenes)), "ids": caption_ids(scenes, config)}
+            scenes = networks.draw_scenes(config.text_batch, rng)
+            ids = networks.caption_ids(scenes, config)
+            return {"tokens": torch.from_numpy(scene_tokens(scenes)), "ids": ids}
         if step < config.text_steps + config.autoencoder_steps:
             return self._scenes(config.autoencoder_batch, rng)[1] | _noise_seed(rng)
         scenes, made = self._scenes(config.batch, rng)
-        ids = caption_ids(scenes, config)
+        ids = networks.caption_ids(scenes, config)
         dropped = torch.from_numpy(rng.random(config.batch) < config.prompt_dropout)
-        ids[dropped, 1:] = VOCABULARY[END]
+        ids[dropped, 1:] = networks.VOCABULARY[networks.END]
         # stratified: one time from each of `batch` equal slices, for less variance
         times = (np.arange(config.batch) + rng.random(config.batch)) / config.batch
         return made | {"ids": ids, "times": torch.from_numpy(times)} | _noise_seed(rng)
 
     def _scenes(self, count: int, rng: np.random.Generator) -> tuple[list[Scene], dict[str, Tensor]]:
         """Scenes, and what their renders are drawn from."""
-        scenes = draw_scenes(count, rng)
+        scenes = networks.draw_scenes(count, rng)
         variation = draw_variation(count, 1, int(rng.integers(2**62)))
         return scenes, {"tokens": torch.from_numpy(scene_tokens(scenes)), **variation}
 
@@ -107,11 +96,11 @@ class DiffusionTrainer(GeneratorTrainer):
     ) -> None:
         super().__init__(config, DiffusionData(config), device, data_processes)
         self.config = config
-        self.tokenizer = build_tokenizer(config)
-        self.scheduler = build_scheduler()
-        self.autoencoder: Any = build_autoencoder(config)
-        set_principal_encoder(self.autoencoder, draw_images(PRINCIPAL_IMAGES, config.seed))
-        text, unet = build_text_encoder(config, self.tokenizer), build_unet(config)
+        self.tokenizer = networks.build_tokenizer(config)
+        self.scheduler = networks.build_scheduler()
+        self.autoencoder: Any = networks.build_autoencoder(config)
+        networks.set_principal_encoder(self.autoencoder, networks.draw_images(PRINCIPAL_IMAGES, config.seed))
+        text, unet = networks.build_text_encoder(config, self.tokenizer), networks.build_unet(config)
         self.denoiser = nn.ModuleDict({"text": text, "unet": unet})
         self.reader = nn.Linear(config.text_width, sum(ICON_PARTS))
         layout = torch.channels_last if self.on_gpu else torch.preserve_format

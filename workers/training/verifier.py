@@ -20,17 +20,8 @@ from torch.nn import functional as F
 
 from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.generators.model_files import write_model_file
-from millijoule.workers.judging.verifier import (
-    CELL_PARTS,
-    FORMAT,
-    FORMAT_VERSION,
-    GLOBAL_PARTS,
-    GRID,
-    STRIDE,
-    VerifierNet,
-    VerifierShape,
-    to_input,
-)
+from millijoule.workers.judging import verifier
+from millijoule.workers.judging.verifier import GRID, STRIDE, VerifierNet, VerifierShape
 from millijoule.workers.scenes.renderer import icon_cover, render_scenes
 from millijoule.workers.scenes.scenes import (
     BACKGROUNDS,
@@ -278,7 +269,7 @@ def make_targets(made: LabelledImages) -> Targets:
 
 def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Tensor, dict[str, float]]:
     """Cross entropy of centres, nouns, colours, sizes and background, offsets, and what the features must tell."""
-    centre, noun, colour, size, offset = cells.float().split(CELL_PARTS, 1)
+    centre, noun, colour, size, offset = cells.float().split(verifier.CELL_PARTS, 1)
     sure = targets.centre >= 0
     loss_centre = 20 * F.binary_cross_entropy_with_logits(centre[:, 0][sure], targets.centre[sure])
     named = targets.noun >= 0
@@ -293,7 +284,7 @@ def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Ten
         parts["colour"] = F.cross_entropy(at_icons(colour), targets.colour[named])
         parts["size"] = 0.3 * F.cross_entropy(at_icons(size), targets.size[named])
         parts["offset"] = F.smooth_l1_loss(at_icons(offset), at_icons(targets.offset))
-    told = overall.float().split(GLOBAL_PARTS, 1)
+    told = overall.float().split(verifier.GLOBAL_PARTS, 1)
     nouns, colours, background, count, places = zip(told, targets.overall, strict=True)
     parts["background"] = F.cross_entropy(*background)
     parts["features"] = (
@@ -343,7 +334,7 @@ class VerifierTrainer:
         config = self.config
         made = self.batch(self.step)
         rng = np.random.Generator(np.random.Philox([config.seed, self.step, 1]))
-        pixels = roughen(to_input(made.images), rng).contiguous(memory_format=torch.channels_last)
+        pixels = roughen(verifier.to_input(made.images), rng).contiguous(memory_format=torch.channels_last)
         share = schedule(self.step, config.steps, config.warm_up)
         set_learning_rate(self.optimizer, config.learning_rate * share)
         self.net.train()
@@ -373,8 +364,8 @@ class VerifierTrainer:
         metadata = {
             "steps": str(self.step),
             "config": json.dumps(asdict(self.config)),
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "format": verifier.FORMAT,
+            "version": verifier.FORMAT_VERSION,
             "name": name,
             "shape": json.dumps(asdict(self.net.shape)),
         }
