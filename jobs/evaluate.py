@@ -95,6 +95,7 @@ def run(options: EvaluateOptions) -> int:
     import torch
 
     from millijoule.workers.judging.verifier import Verifier
+    from millijoule.workers.scenes.renderer import render_prompted
 
     if options.prompts_per_family < 1 or options.images_per_prompt < 1:
         raise InputError("--prompts-per-family and --images-per-prompt must be at least 1")
@@ -106,13 +107,14 @@ def run(options: EvaluateOptions) -> int:
         torch.set_num_threads(options.threads)
     device = torch_device(options.device)
     items = list_items(options)
+    scenes = [item.scene for item in items]
     began = time.monotonic()
     if options.model == RENDERS:
-        images = _render(items, options.seed + 2)
+        images = np.concatenate(list(render_prompted(scenes, options.seed + 2)))
         about: dict[str, Any] = {"name": RENDERS, "sha256": None}
     else:
         images, about = draw_items(items, options, device)
-    true = _render(items, options.seed + 1)
+    true = np.concatenate(list(render_prompted(scenes, options.seed + 1)))
     result = {
         "format_version": FORMAT_VERSION,
         "model": about,
@@ -210,13 +212,6 @@ def _loaded(model: str, device: str) -> Generator:
 
     torch.set_num_threads(1)
     return load_generator(model, device=device)
-
-
-def _render(items: list[Item], seed: int) -> np.ndarray:
-    """One true render of each item's prompt; what it leaves open is settled by a seed of its own."""
-    from millijoule.workers.scenes.renderer import render_prompted
-
-    return np.concatenate(list(render_prompted([item.scene for item in items], seed)))
 
 
 def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:

@@ -200,10 +200,9 @@ class DiffusersGenerator:
             words += parse_prompt(request.prompt)[1]
         elif tokenizer is not None:
             unknown = getattr(tokenizer, "unk_token_id", None)
-            if unknown is not None:
-                for word in dict.fromkeys(request.prompt.split()):
-                    if unknown in tokenizer(word, add_special_tokens=False).input_ids:
-                        words.append(f"unknown word: {word.strip('.,;:!?()')!r}")
+            for word in dict.fromkeys(request.prompt.split() if unknown is not None else ()):
+                if unknown in tokenizer(word, add_special_tokens=False).input_ids:
+                    words.append(f"unknown word: {word.strip('.,;:!?()')!r}")
             length, limit = len(tokenizer(request.prompt).input_ids), tokenizer.model_max_length
             if length > limit:
                 words.append(f"the prompt is {length} tokens long, this model reads the first {limit}")

@@ -286,15 +286,17 @@ class FloatCoupling(nn.Module):
         return local, gather, spread
 
     def forward(
-        self, sources: Tensor, weights: tuple[Tensor, Tensor, Tensor], quantized: bool, operands: torch.dtype
+        self, sources: Tensor, weights: tuple[Tensor, Tensor, Tensor], rounded: torch.dtype | None
     ) -> Tensor:
+        """`weights` are those of `weights`, quantized or not as this; see `OscillatorModel.forward` for `rounded`."""
+        operands = rounded or torch.float32
         local, gather, spread = (w.to(operands) for w in weights)
-        if quantized:
+        if rounded:
             sources = _round(sources, SOURCE_UNIT)
         narrow = sources.to(operands)
         near = neighbours(narrow, self.config.grid, self.config.channels) @ local.t()
         z = (narrow @ gather).float().clamp(-MAX_Z, MAX_Z)
-        if quantized:
+        if rounded:
             z = _round(z, AMPLITUDE / MAX_Z)
         return near.view(sources.shape).float() + (z.to(operands) @ spread.t()).float()
 
@@ -381,8 +383,7 @@ class OscillatorModel(nn.Module):
         prompt: PromptDrive,
         phases: Tensor,
         *,
-        quantized: bool = False,
-        operands: torch.dtype = torch.float32,
+        rounded: torch.dtype | None = None,
         steps: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sin and cos of the final phases, `[batch, n]`; phases stay float, only matrix operands may be narrower."""
@@ -394,7 +395,7 @@ class OscillatorModel(nn.Module):
         a, b, omega = drive.unbind(1)
         steps = steps or config.steps
         dt = config.horizon / steps
-        weights = self.coupling.weights(quantized) if config.coupling != "none" else None
+        weights = self.coupling.weights(rounded is not None) if config.coupling != "none" else None
         source_gain, row_gain = (g.repeat(2, 1) for g in gains)
         for _ in range(steps):
             sin, cos = torch.sin(phases), torch.cos(phases)
@@ -402,28 +403,22 @@ class OscillatorModel(nn.Module):
                 phases = phases + dt * (omega + cos * a - sin * b)
             else:
                 sources = torch.cat([sin, cos]) * source_gain
-                pulls = self.coupling(sources, weights, quantized, operands) * row_gain
+                pulls = self.coupling(sources, weights, rounded) * row_gain
                 from_sin, from_cos = pulls.chunk(2)
                 phases = phases + dt * (omega + cos * (from_sin + a) - sin * (from_cos + b))
         return torch.sin(phases), torch.cos(phases)
 
     def forward(
-        self,
-        tokens: Tensor,
-        phases: Tensor,
-        *,
-        quantized: bool = False,
-        operands: torch.dtype = torch.float32,
-        samples: int = 1,
+        self, tokens: Tensor, phases: Tensor, *, rounded: torch.dtype | None = None, samples: int = 1
     ) -> Tensor:
         """Images `[batch, 3, size, size]` in [-1, 1], `samples` of each row of tokens `[batch / samples, tokens]`.
 
-        With `quantized`, weights, sources and intermediates are rounded as in the integer core; `operands` is the type of the
-        coupling's matrix operands.
+        With `rounded`, weights, sources and intermediates are rounded as in the integer core, and the coupling's matrix
+        operands are of that type.
         """
         prompt = self.encoder(tokens, static=tokens.is_cuda)
         prompt = PromptDrive(*(x.repeat_interleave(samples, 0) for x in prompt))
-        sin, cos = self.waves(prompt, phases, quantized=quantized, operands=operands)
+        sin, cos = self.waves(prompt, phases, rounded=rounded)
         return self.decoder(grid_features(sin, cos, self.config))
 
 

@@ -144,11 +144,9 @@ class OscillatorTrainer(GeneratorTrainer):
         phases = start_phases(noise, tokens.repeat_interleave(config.samples, 0), config.model)
         # without its cache of cast weights, which would outlive the capture of a graph
         kind = self.device.split(":")[0]
-        operands = torch.bfloat16 if self.narrow else torch.float32
+        rounded = torch.bfloat16 if self.narrow else torch.float32
         with torch.autocast(kind, torch.bfloat16, enabled=self.narrow, cache_enabled=False):
-            images = self.model(
-                tokens, phases, quantized=True, operands=operands, samples=config.samples
-            ).float()
+            images = self.model(tokens, phases, rounded=rounded, samples=config.samples).float()
         logged = self.compare(images.unflatten(0, (config.scenes, config.samples)), true, offset)
         self.optimizer.zero_grad(set_to_none=True)
         logged["loss"].backward()
