@@ -262,9 +262,8 @@ def _draw_sheet(items: list[Item], images: np.ndarray, path: Path) -> None:
     for i, item in enumerate(items):
         first.setdefault(item.prompt, i)
     chosen = list(first.values())[:SHEET_IMAGES]
-    path.write_bytes(
-        draw_contact_sheet([Image.fromarray(images[i]) for i in chosen], [items[i].prompt for i in chosen])
-    )
+    shown, prompts = [Image.fromarray(images[i]) for i in chosen], [items[i].prompt for i in chosen]
+    path.write_bytes(draw_contact_sheet(shown, prompts))
 
 
 def print_table(result: dict[str, Any]) -> None:

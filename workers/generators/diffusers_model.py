@@ -240,22 +240,18 @@ _CPU_ATTENTION = {
 
 def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
     """Every class must be one that the two libraries have; a component may also name a module of diffusers.pipelines."""
-    pipeline = getattr(diffusers, folder.class_name, None)
+    where, pipeline = folder.path / INDEX, getattr(diffusers, folder.class_name, None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
-        raise InputError(
-            f"{folder.path / INDEX}: diffusers {diffusers.__version__} has no {folder.class_name}"
-        )
+        raise InputError(f"{where}: diffusers {diffusers.__version__} has no {folder.class_name}")
     libraries = {"diffusers": diffusers, "transformers": transformers}
     for name, (library, class_name) in folder.components.items():
         module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
         if not inspect.ismodule(module) or not module.__name__.startswith(("diffusers", "transformers")):
             raise InputError(
-                f"{folder.path / INDEX}: {name} is of {library}; only classes of diffusers and transformers are loaded"
+                f"{where}: {name} is of {library}; only classes of diffusers and transformers are loaded"
             )
         if not hasattr(module, class_name):
-            raise InputError(
-                f"{folder.path / INDEX}: {name} is a {class_name}, which {library} does not have"
-            )
+            raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
 
 
 def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
@@ -270,10 +266,9 @@ def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
     missing = [n for n in needed if n not in parameters]
     other = required + [n for n in OTHER_TASKS if n in parameters]
     if missing or other:
+        where = folder.path / INDEX
         why = f"takes no {missing[0]}" if missing else f"is made for {other[0]}"
-        raise InputError(
-            f"{folder.path / INDEX}: {folder.class_name} {why}; only text-to-image pipelines are used"
-        )
+        raise InputError(f"{where}: {folder.class_name} {why}; only text-to-image pipelines are used")
     return frozenset(parameters)
 
 

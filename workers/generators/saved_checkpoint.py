@@ -397,12 +397,10 @@ def _built(named: Unread, arguments: tuple[Any, ...]) -> Any:
         return arguments[0]
     if name == _FROM_TYPE:
         function, kind, inner, _ = arguments
-        plain = (
-            isinstance(function, Unread) and isinstance(kind, Unread) and kind.name in (_TENSOR, _PARAMETER)
-        )
-        if not plain or function.name not in _TENSORS or not isinstance(inner, tuple):
+        known = isinstance(kind, Unread) and kind.name in (_TENSOR, _PARAMETER)
+        if not known or not isinstance(function, Unread) or function.name not in _TENSORS:
             return named
-        return _built(function, inner)
+        return _built(function, inner) if isinstance(inner, tuple) else named
     if name in _PARAMETERS:
         return arguments[0] if arguments and isinstance(arguments[0], StoredTensor) else named
     if name in _TENSORS:

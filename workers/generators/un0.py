@@ -134,7 +134,7 @@ class Un0Generator:
         """Final phases, float32 `[batch, n]` in radians, not wrapped, for the requests' seeds and steps."""
         a = self.architecture
         steps = requests[0].num_inference_steps or a.steps
-        advance = _ADVANCE[a.solver]
+        advance = _rk4 if a.solver == "rk4" else _euler
         final = []
         for rows, count in padded(len(requests), self._rows):
             start = start_angles([requests[i].seed for i in rows], a.oscillators + a.drivers)
@@ -279,9 +279,6 @@ def _rk4(velocity: Velocity, state: Tensor, dt: float) -> Tensor:
     c = velocity(state + dt * (b - a / 3))
     d = velocity(state + dt * (a - b + c))
     return state + dt / 8 * (a + 3 * (b + c) + d)
-
-
-_ADVANCE: dict[str, Callable[[Velocity, Tensor, float], Tensor]] = {"euler": _euler, "rk4": _rk4}
 
 
 def _between_others(coupling: Tensor, scale: float) -> Tensor:

@@ -90,15 +90,11 @@ def frechet_distance(features: np.ndarray, true: np.ndarray) -> float:
     """
     a, b = features.astype(np.float64), true.astype(np.float64)
     ca, cb = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
-    root = _root(ca)
+    values, vectors = np.linalg.eigh(ca)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     middle = np.linalg.eigvalsh(root @ cb @ root).clip(min=0)
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     return float(max(0.0, mean + np.trace(ca) + np.trace(cb) - 2 * np.sqrt(middle).sum()))
-
-
-def _root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
 def precision_recall(features: np.ndarray, true: np.ndarray) -> tuple[float, float]:

@@ -111,9 +111,8 @@ class SceneRenderer:
         self._masks = masks.flatten().to(device)
         self._colours = on_device([PALETTE[c] for c in COLOURS], torch.int32)
         self._backgrounds = on_device([PALETTE[b] for b in BACKGROUNDS], torch.int32)
-        self._windows = (
-            on_device([(0, 0, 0), *WINDOWS]) * CELL
-        )  # left, top, side in pixels; of "no window" first
+        # left, top, side in pixels; of "no window" first
+        self._windows = on_device([(0, 0, 0), *WINDOWS]) * CELL
         self._pixels = torch.arange(IMAGE_SIZE, device=device)
 
     def render(self, tokens: Tensor, shade: Tensor, jitter: Tensor) -> Tensor:

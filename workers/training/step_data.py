@@ -34,23 +34,19 @@ class StepData:
             made = self._draw[step]
         else:
             if step != self._next:
-                self._ahead = self._from(step)
+                draw: Any = self._draw
+                loader = DataLoader(
+                    draw,
+                    batch_size=None,
+                    sampler=range(step, 2**31),
+                    num_workers=self._processes,
+                    prefetch_factor=AHEAD,
+                    pin_memory=self._device.type == "cuda",
+                )
+                self._ahead = iter(loader)
             made = next(self._ahead)
             self._next = step + 1
         return {
             name: tensor.to(self._device, non_blocking=True) if tensor.ndim else tensor
             for name, tensor in made.items()
         }
-
-    def _from(self, step: int) -> Iterator[dict[str, Tensor]]:
-        draw: Any = self._draw
-        return iter(
-            DataLoader(
-                draw,
-                batch_size=None,
-                sampler=range(step, 2**31),
-                num_workers=self._processes,
-                prefetch_factor=AHEAD,
-                pin_memory=self._device.type == "cuda",
-            )
-        )
