@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,9 @@ from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.environment import environment
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
-
-if TYPE_CHECKING:
-    from millijoule.workers.generators.protocol import Generator
-    from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.schemas import ImageRequest
 
 RENDERS = "renders"
 SHEET_IMAGES = 32
@@ -161,7 +159,6 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
     from rich.progress import track
 
     from millijoule.workers.generators.registry import load_generator
-    from millijoule.workers.schemas import ImageRequest
 
     generator = load_generator(options.model, device=device)
     info = generator.info

@@ -62,7 +62,7 @@ class DiffusersGenerator:
         )
 
     @staticmethod
-    def load(path: Path | str, *, device: str = "cpu") -> DiffusersGenerator:
+    def load(path: Path, *, device: str = "cpu") -> DiffusersGenerator:
         """Load the pipeline in directory `path`. Nothing is downloaded.
 
         On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
@@ -74,7 +74,7 @@ class DiffusersGenerator:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
                 `read_pipeline`).
         """
-        folder = read_pipeline(Path(path))
+        folder = read_pipeline(path)
         diffusers, transformers = import_diffusers()
         _check_classes(folder, diffusers, transformers)
         dtype = torch.float32

@@ -95,13 +95,12 @@ class OscillatorGenerator:
         )
 
     @staticmethod
-    def load(path: Path | str, *, device: str = "cpu") -> OscillatorGenerator:
+    def load(path: Path, *, device: str = "cpu") -> OscillatorGenerator:
         """Load weights written by `save_weights`.
 
         Raises:
             InputError: the file is not safetensors, or not a model this version knows.
         """
-        path = Path(path)
         metadata = read_own_header(path, "oscillator", FORMAT, FORMAT_VERSION).metadata
         with refusing_damage(path):
             config = read_settings(OscillatorConfig, metadata["config"])

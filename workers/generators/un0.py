@@ -99,13 +99,12 @@ class Un0Generator:
         )
 
     @staticmethod
-    def load(path: Path | str, *, device: str = "cpu") -> Un0Generator:
+    def load(path: Path, *, device: str = "cpu") -> Un0Generator:
         """Load a file written by `millijoule convert`.
 
         Raises:
             InputError: the file is not safetensors, or not a model this version knows, or its numbers would overflow.
         """
-        path = Path(path)
         header = read_own_header(path, "Un-0", un0_checkpoint.FORMAT, un0_checkpoint.FORMAT_VERSION)
         with refusing_damage(path):
             architecture = read_settings(Un0Architecture, header.metadata["architecture"])

@@ -45,15 +45,12 @@ class ImageJudge(Protocol):
 
     def judge(self, images: np.ndarray, prompts: Sequence[str], families: Sequence[str]) -> list[Judgement]:
         """Judge uint8 `[n, height, width, 3]`."""
-        ...
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """float32 `[n, d]`, for distances between sets of images."""
-        ...
 
     def reference_features(self, prompts: Sequence[str], seed: int) -> np.ndarray | None:
         """float32 `[m, d]` of images as they should be, or None where there are none."""
-        ...
 
 
 class ImageMetric(Protocol):
@@ -64,7 +61,6 @@ class ImageMetric(Protocol):
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> Sequence[float]:
         """Score uint8 `[n, height, width, 3]`."""
-        ...
 
 
 class IconJudge:

@@ -80,9 +80,6 @@ def _is_exactly(scene: Scene, reading: SceneReading, found: list[list[IconReadin
     return True
 
 
-# ---- sets of images ---------------------------------------------------------------------------------------------
-
-
 def frechet_distance(features: np.ndarray, true: np.ndarray) -> float:
     """Frechet distance between Gaussians fitted to two feature sets `[n, d]` (Heusel et al. 2017), in float64.
 
@@ -141,9 +138,6 @@ def duplicate_rates(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, 
         exact += (gaps.min(1) == 0).sum()
         near += (gaps.min(1) < DUPLICATE_LEVELS).sum()
     return exact / len(images), near / len(images)
-
-
-# ---- intervals --------------------------------------------------------------------------------------------------
 
 
 def family_means(

@@ -43,17 +43,14 @@ class Trainer(Protocol):
     def train_step(self) -> Mapping[str, float | Tensor]:
         """Do one step, add one to `step`; returns what to log, "loss" first. Tensors are read when they are logged, so
         that a GPU is not waited for at every step."""
-        ...
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values that `load_state` continues from."""
-        ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
 
     def export(self, folder: Path, name: str) -> Path:
         """Write the weights as model `name`, in the form that they are used in; returns where."""
-        ...
 
 
 class GeneratorTrainer:

@@ -26,7 +26,8 @@ INK = 0.1
 def energy_distance(
     images: Tensor, true: Tensor, offset: Tensor | None = None, *, ink_weight: float = 1.0
 ) -> Tensor:
-    """Sum over patch sets of the mean energy distance 2 E|x - y| - E|x - x'| - E|y - y'|, in the unit of a pixel.
+    """Sum over patch sets of the mean energy distance 2 E|x - y| - E|x - x'|, in the unit of a pixel; without the constant
+    term - E|y - y'|.
 
     A proper scoring rule (Szekely and Rizzo 2013), unbiased at any number of samples. The gradient of a norm has the
     same size however small the difference, so the many patches of plain background drown the few that show something;
@@ -36,9 +37,6 @@ def energy_distance(
         images: generated, `[scenes, samples, 3, size, size]`, differentiable, at least two samples.
         true: `[scenes, renders, 3, size, size]`.
         offset: where the patches begin, rows and columns, in pixels of each scale; int64 `[2]`, default 0.
-
-    Returns:
-        A scalar; the constant term E|y - y'| is left out.
     """
     total = images.new_zeros(())
     for scale, side in PATCHES:
