@@ -224,7 +224,7 @@ class Targets(NamedTuple):
     noun: Tensor  # int64 [b, 8, 8]
     colour: Tensor
     size: Tensor
-    offset: Tensor  # float32 [b, 2, 8, 8]
+    offset: Tensor  # float32 [b, 8, 8, 2]
     overall: tuple[Tensor, ...]  # what the pooled features must tell, as in `GLOBAL_PARTS`
 
 
@@ -236,10 +236,8 @@ def make_targets(made: LabelledImages) -> Targets:
     b = len(made.noun)
     there = made.noun >= 0  # [b, 4]
     axis = np.arange(GRID, dtype=np.float32) * STRIDE
-    away_x = made.centre[..., 0, None, None] - axis  # [b, 4, 1, 8]
-    away_y = made.centre[..., 1, None, None] - axis[:, None]  # [b, 4, 8, 1]
-    distance = np.maximum(np.abs(away_x), np.abs(away_y)) + np.where(there, 0, 1e6)[..., None, None]
-    distance = distance.astype(np.float32)
+    away = made.centre[:, :, None, None] - np.stack(np.meshgrid(axis, axis), 2)  # [b, 4, 8, 8, 2]
+    distance = np.abs(away).max(-1) + np.where(there, 0, 1e6).astype(np.float32)[..., None, None]
     which = distance.argmin(1)  # [b, 8, 8]
     nearest = distance.min(1)
     rows, i, j = np.ogrid[:b, :GRID, :GRID]
@@ -249,7 +247,6 @@ def make_targets(made: LabelledImages) -> Targets:
     def of(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.where(named, values[rows, which], -1))
 
-    offset = np.stack([(away_x + 0 * away_y)[rows, which, i, j], (away_y + 0 * away_x)[rows, which, i, j]], 1)
     nouns = np.zeros((b, len(NOUNS)), np.float32)
     colours = np.zeros((b, len(COLOURS)), np.float32)
     image, _ = np.nonzero(there)
@@ -262,7 +259,7 @@ def make_targets(made: LabelledImages) -> Targets:
         of(made.noun),
         of(made.colour),
         of(made.size),
-        torch.from_numpy((offset / STRIDE).astype(np.float32)),
+        torch.from_numpy(away[rows, which, i, j] / STRIDE),
         tuple(torch.from_numpy(x) for x in overall),
     )
 
@@ -283,7 +280,7 @@ def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Ten
         parts["noun"] = F.cross_entropy(at_icons(noun), truth)
         parts["colour"] = F.cross_entropy(at_icons(colour), targets.colour[named])
         parts["size"] = 0.3 * F.cross_entropy(at_icons(size), targets.size[named])
-        parts["offset"] = F.smooth_l1_loss(at_icons(offset), at_icons(targets.offset))
+        parts["offset"] = F.smooth_l1_loss(at_icons(offset), targets.offset[named])
     told = overall.float().split(verifier.GLOBAL_PARTS, 1)
     nouns, colours, background, count, places = zip(told, targets.overall, strict=True)
     parts["background"] = F.cross_entropy(*background)
