@@ -231,11 +231,8 @@ def seeded(seed: int) -> Any:
 
 
 #: torch's counter knows the attention kernels of GPUs only. Its functions take the shapes of query, key and value first.
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
-        *shapes[:3]
-    )
-}
+_CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION = {_CPU_KERNEL: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
 
 
 def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:

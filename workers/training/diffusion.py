@@ -215,9 +215,8 @@ class DiffusionTrainer(GeneratorTrainer):
         text: Any = self.denoiser["text"]
         with self._autocast():
             codes = text(ids)[0]
-        nouns = codes[:, CAPTION_WORDS_PER_ICON::CAPTION_WORDS_PER_ICON][
-            :, :MAX_COUNT
-        ]  # after the start token
+        # after the start token
+        nouns = codes[:, CAPTION_WORDS_PER_ICON::CAPTION_WORDS_PER_ICON][:, :MAX_COUNT]
         parts = tokens[:, :-1].unflatten(1, (MAX_COUNT, -1))
         there = parts[:, :, 0] > 0
         told = self.reader(nouns[there].float()).split(ICON_PARTS, 1)
