@@ -43,29 +43,24 @@ class ConvertOptions:
 
 
 def run(options: ConvertOptions) -> int:
+    from millijoule.workers.generators import un0_checkpoint
     from millijoule.workers.generators.un0 import Un0Generator, check_images
-    from millijoule.workers.generators.un0_checkpoint import (
-        CIFAR10_CLASSES,
-        read_checkpoint,
-        read_class_names,
-        write_safetensors,
-    )
 
     source, target = Path(options.checkpoint), Path(options.output)
     _keep_existing(target, options)
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is the checkpoint itself; give the output another name")
-    checkpoint = read_checkpoint(source, parameterization=options.parameterization)
+    checkpoint = un0_checkpoint.read_checkpoint(source, parameterization=options.parameterization)
     model = checkpoint.architecture
     class_names: tuple[str, ...] = ()
     if options.class_names is not None:
-        class_names = read_class_names(Path(options.class_names))
+        class_names = un0_checkpoint.read_class_names(Path(options.class_names))
         if len(class_names) != model.classes:
             raise InputError(
                 f"--class-names {options.class_names}: has {len(class_names)} names, the model {model.classes} classes"
             )
-    elif (model.classes, model.image_size) == (len(CIFAR10_CLASSES), 32):
-        class_names = CIFAR10_CLASSES
+    elif (model.classes, model.image_size) == (len(un0_checkpoint.CIFAR10_CLASSES), 32):
+        class_names = un0_checkpoint.CIFAR10_CLASSES
 
     def check(file: Path) -> None:
         try:
@@ -76,7 +71,7 @@ def run(options: ConvertOptions) -> int:
         _keep_existing(target, options)  # it may have come meanwhile
 
     name = options.name or target.stem
-    write_safetensors(checkpoint, target, name=name, class_names=class_names, check=check)
+    un0_checkpoint.write_safetensors(checkpoint, target, name=name, class_names=class_names, check=check)
     print(
         f"{target}: {model.oscillators} oscillators, {model.classes} classes, {model.image_size}x{model.image_size} "
         f"pixels, {model.steps} {model.solver} steps, {model.parameters:,} parameters"

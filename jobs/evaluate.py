@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,17 +22,13 @@ from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
-
-if TYPE_CHECKING:
-    from millijoule.workers.generators.protocol import Generator
-    from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.schemas import ImageRequest
 
 RENDERS = "renders"
 SHEET_IMAGES = 32
 FORMAT_VERSION = 1
-
-_generator: Generator  # of a process that draws
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,7 @@ def run(options: EvaluateOptions) -> int:
     import torch
 
     from millijoule.workers.judging.verifier import Verifier
+    from millijoule.workers.scenes.renderer import render_prompted
 
     if options.prompts_per_family < 1 or options.images_per_prompt < 1:
         raise InputError("--prompts-per-family and --images-per-prompt must be at least 1")
@@ -107,13 +105,14 @@ def run(options: EvaluateOptions) -> int:
         torch.set_num_threads(options.threads)
     device = torch_device(options.device)
     items = list_items(options)
+    scenes = [item.scene for item in items]
     began = time.monotonic()
     if options.model == RENDERS:
-        images = _render(items, options.seed + 2)
+        images = np.concatenate(list(render_prompted(scenes, options.seed + 2)))
         about: dict[str, Any] = {"name": RENDERS, "sha256": None}
     else:
         images, about = draw_items(items, options, device)
-    true = _render(items, options.seed + 1)
+    true = np.concatenate(list(render_prompted(scenes, options.seed + 1)))
     result = {
         "format_version": FORMAT_VERSION,
         "model": about,
@@ -160,7 +159,6 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
     from rich.progress import track
 
     from millijoule.workers.generators.registry import load_generator
-    from millijoule.workers.schemas import ImageRequest
 
     generator = load_generator(options.model, device=device)
     info = generator.info
@@ -194,56 +192,42 @@ def _draw_in_processes(
     options: EvaluateOptions, device: str, batches: list[list[ImageRequest]]
 ) -> Iterator[np.ndarray]:
     """Images of each batch, in order."""
-    context = multiprocessing.get_context("spawn")
-    settings = (options.model, device)
-    with ProcessPoolExecutor(options.processes, context, _load_in_process, settings) as pool:
-        yield from pool.map(_draw_in_process, batches)
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(partial(_draw_in_process, options.model, device), batches)
 
 
-def _load_in_process(model: str, device: str) -> None:
-    global _generator
+def _draw_in_process(model: str, device: str, batch: list[ImageRequest]) -> np.ndarray:
+    return _loaded(model, device).generate(batch).images
+
+
+@cache
+def _loaded(model: str, device: str) -> Generator:
+    """The model of a process that draws, on one thread."""
     import torch
 
     from millijoule.workers.generators.registry import load_generator
 
     torch.set_num_threads(1)
-    _generator = load_generator(model, device=device)
-
-
-def _draw_in_process(batch: list[ImageRequest]) -> np.ndarray:
-    return _generator.generate(batch).images
-
-
-def _render(items: list[Item], seed: int) -> np.ndarray:
-    """One true render of each item's prompt; what it leaves open is settled by a seed of its own."""
-    from millijoule.workers.scenes.renderer import render_prompted
-
-    return np.concatenate(list(render_prompted([item.scene for item in items], seed)))
+    return load_generator(model, device=device)
 
 
 def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:
     """Everything that is reported of the images `[n, 64, 64, 3]`, against true renders of the same prompts."""
-    from millijoule.workers.judging.quality import (
-        duplicate_rates,
-        family_means,
-        frechet_distance,
-        judge,
-        precision_recall,
-    )
+    from millijoule.workers.judging import quality
 
     readings = verifier.read(images)
-    verdicts = [judge(i.scene, i.family, r) for i, r in zip(items, readings, strict=True)]
+    verdicts = [quality.judge(i.scene, i.family, r) for i, r in zip(items, readings, strict=True)]
     families, prompts = np.array([i.family for i in items]), np.array([i.prompt for i in items])
     correct, strict = (np.array([getattr(v, name) for v in verdicts]) for name in ("correct", "strict"))
     features, true_features = verifier.features(images), verifier.features(true)
     enough = len(items) > 3
-    precision, recall = precision_recall(features, true_features) if enough else (math.nan, math.nan)
-    exact, near = duplicate_rates(images, prompts.tolist())
+    precision, recall = quality.precision_recall(features, true_features) if enough else (math.nan, math.nan)
+    exact, near = quality.duplicate_rates(images, prompts.tolist())
     return {
         "images": len(items),
-        "score": family_means(correct, families, prompts),
-        "strict_score": family_means(strict, families, prompts),
-        "frechet_distance": frechet_distance(features, true_features) if enough else math.nan,
+        "score": quality.family_means(correct, families, prompts),
+        "strict_score": quality.family_means(strict, families, prompts),
+        "frechet_distance": quality.frechet_distance(features, true_features) if enough else math.nan,
         "precision": precision,
         "recall": recall,
         "exact_duplicates": exact,
@@ -275,9 +259,8 @@ def _draw_sheet(items: list[Item], images: np.ndarray, path: Path) -> None:
     for i, item in enumerate(items):
         first.setdefault(item.prompt, i)
     chosen = list(first.values())[:SHEET_IMAGES]
-    path.write_bytes(
-        draw_contact_sheet([Image.fromarray(images[i]) for i in chosen], [items[i].prompt for i in chosen])
-    )
+    shown, prompts = [Image.fromarray(images[i]) for i in chosen], [items[i].prompt for i in chosen]
+    path.write_bytes(draw_contact_sheet(shown, prompts))
 
 
 def print_table(result: dict[str, Any]) -> None:

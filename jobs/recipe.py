@@ -44,11 +44,8 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(recipe: str, overrides: dict[str, Any]) -> Recipe:
-    """Read a recipe that comes with the package, by name, or any other, by path.
-
-    Args:
-        recipe: a name out of `recipe_names`, or the path of a TOML file.
-        overrides: entries that replace those of the `[training]` table.
+    """Read a recipe of `recipe_names`, or that in the TOML file at the path `recipe`; `overrides` replace entries of its
+    `[training]` table.
 
     Raises:
         InputError: no such recipe, not TOML, an unknown setting or one of the wrong type.

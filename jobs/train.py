@@ -75,10 +75,6 @@ def run(options: TrainOptions) -> int:
     device = torch_device(options.device)
     overrides = {k: v for k in ("steps", "seed") if (v := getattr(options, k)) is not None}
     recipe = load_recipe(options.recipe, overrides)
-    if recipe.kind == "verifier":
-        for name in ("start_from", "compile", "data_processes"):
-            if getattr(options, name):
-                raise InputError(f"--{name.replace('_', '-')} is for generators, not for a verifier")
     folder = Path(options.output)
     if not options.resume and (folder / "checkpoint.pt").exists():
         raise InputError(
@@ -94,8 +90,8 @@ def run(options: TrainOptions) -> int:
         folder,
         minutes=options.minutes,
         resume=options.resume,
-        sample=sample if recipe.kind == "oscillator" else None,
-        sample_every=options.sample_every,
+        sample=sample,
+        sample_every=options.sample_every if recipe.kind == "oscillator" else 0,
     )
     print(f"{trainer.export(folder, recipe.name)} after {trainer.step} of {recipe.training.steps} steps")
     return COMPLETE
@@ -103,6 +99,9 @@ def run(options: TrainOptions) -> int:
 
 def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Any:
     if recipe.kind == "verifier":
+        for name in ("start_from", "compile", "data_processes"):
+            if getattr(options, name):
+                raise InputError(f"--{name.replace('_', '-')} is for generators, not for a verifier")
         return recipe.trainer(recipe.training)
     processes = options.data_processes
     if processes is None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -54,34 +54,22 @@ class Int8Matrix:
 
     def product(self, left: Tensor, form: str | None = None) -> Tensor:
         """int8 `[m, k]`, on this matrix' device, @ this -> int32 `[m, n]`, exact; `form` is the fastest by default."""
-        if left.is_cuda:
-            return self._int8_on_gpu(left)
+        if left.is_cuda:  # cuBLAS takes a multiple of 32 rows, and the right operand by columns
+            padded = F.pad(left, (0, 0, 0, -len(left) % 32))
+            return torch._int_mm(padded, self._by_columns)[: len(left)]
         if (form or fastest_form(self, left.shape[0])) == "float32":
             return self._float32(left)
         return torch._int_mm(left, self._by_rows)
 
     def _float32(self, left: Tensor) -> Tensor:
-        floats = left.to(torch.float32)
-        if len(self._float_parts) == 1:
-            return _float_mm(floats, self._float_parts[0]).to(torch.int32)
-        total = torch.zeros(len(left), self.weights.shape[1], dtype=torch.int32)
-        start = 0
-        for part in self._float_parts:
-            end = start + len(part)
-            total += _float_mm(floats[:, start:end], part).to(torch.int32)
-            start = end
-        return total
-
-    def _int8_on_gpu(self, left: Tensor) -> Tensor:
-        """cuBLAS takes any number of rows that is a multiple of 32, and the right operand by columns."""
-        m = len(left)
-        return torch._int_mm(F.pad(left, (0, 0, 0, -m % 32)), self._by_columns)[:m]
+        columns = left.to(torch.float32).split([len(part) for part in self._float_parts], 1)
+        pairs = zip(columns, self._float_parts, strict=True)
+        return reduce(Tensor.add_, (_float_mm(x, part).to(torch.int32) for x, part in pairs))
 
     @cached_property
     def _by_rows(self) -> Tensor:
         """A transposed column counts as contiguous, and `_int_mm` then reads it by the wrong stride: hence the copy."""
-        shape = self.weights.shape
-        return torch.empty(shape, dtype=torch.int8, device=self.weights.device).copy_(self.weights)
+        return torch.empty_like(self.weights, memory_format=torch.contiguous_format).copy_(self.weights)
 
     @cached_property
     def _by_columns(self) -> Tensor:

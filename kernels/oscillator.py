@@ -43,7 +43,6 @@ PULL_LIMIT = 2**23
 
 #: A source gain g is held as round(GAIN_UNIT * g) in uint8, so that the largest, 1.5, times a sine still fits int8.
 GAIN_UNIT = 170
-MAX_GAIN = 1.5
 
 #: What a source of sine 1.0 and gain 1.0 is as int8.
 SOURCE_UNIT = AMPLITUDE * GAIN_UNIT / 256
@@ -129,15 +128,8 @@ def gather_multipliers(coupling: Coupling) -> Tensor:
 def quantize_drive(
     drive: Tensor, source_gain: Tensor, row_gain: Tensor, coupling: Coupling, dt: float
 ) -> Drive:
-    """Integers for a step of `dt`.
-
-    Args:
-        drive: float64 `[batch, 3, n]`: a, b, omega in radians per unit of time.
-        source_gain: float64 g `[batch, n]`, 0 to 1.5.
-        row_gain: float64 r `[batch, n]`.
-        coupling: whose scales the multipliers carry.
-        dt: step length.
-    """
+    """Integers for a step of `dt`, from float64 `drive` `[batch, 3, n]` (a, b, omega in radians per unit of time),
+    `source_gain` g, 0 to 1.5, and `row_gain` r `[batch, n]`. The multipliers carry the scales of `coupling`."""
     unit = dt * UNITS * 2**PULL_BITS / AMPLITUDE  # pull units of one radian per unit of time
     pull = torch.round(drive[:, :2] * unit).clamp(-PULL_LIMIT // 2, PULL_LIMIT // 2).to(torch.int32)
     omega = torch.round(drive[:, 2] * (dt * UNITS)).to(torch.int32)

@@ -6,7 +6,7 @@ Drawing needs the `diffusers` extra.
 from __future__ import annotations
 
 import inspect
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,18 @@ class DiffusersGenerator:
         self.arguments = _check_signature(pipeline, folder)
         self.scale = int(getattr(pipeline, "vae_scale_factor", 1))
         width, height = _native_size(pipeline, folder, self.scale)
+        gpu_batch = GPU_BATCH_SIZE_SMALL if width * height <= SMALL_PIXELS else GPU_BATCH_SIZE
         self.info = GeneratorInfo(
             name=folder.name,
             sha256=sha256,
             width=width,
             height=height,
             num_inference_steps=folder.defaults.num_inference_steps,
-            batch_size=_batch_size(device, width * height),
+            batch_size=BATCH_SIZE if on_cpu else gpu_batch,
         )
 
     @staticmethod
-    def load(path: Path | str, *, device: str = "cpu") -> DiffusersGenerator:
+    def load(path: Path, *, device: str = "cpu") -> DiffusersGenerator:
         """Load the pipeline in directory `path`. Nothing is downloaded.
 
         On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
@@ -73,7 +74,7 @@ class DiffusersGenerator:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
                 `read_pipeline`).
         """
-        folder = read_pipeline(Path(path))
+        folder = read_pipeline(path)
         diffusers, transformers = import_diffusers()
         _check_classes(folder, diffusers, transformers)
         dtype = torch.float32
@@ -96,17 +97,11 @@ class DiffusersGenerator:
         return DiffusersGenerator(pipeline.to(device), folder, folder.sha256(), device)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
-        """Draw one image per request, all of one size and step count.
-
-        Raises:
-            InputError: a size this model cannot make.
-        """
-        for request in requests:
-            self._check(request)
-        groups: dict[tuple[float | None, bool], list[int]] = {}
+        """See `Generator`; raises RowError for a size this model cannot make."""
+        groups: dict[tuple[float | None, bool], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            key = (request.guidance_scale, request.negative_prompt is None)
-            groups.setdefault(key, []).append(i)
+            self._check(request)
+            groups[request.guidance_scale, request.negative_prompt is None].append(i)
         images: list[Any] = [None] * len(requests)
         warnings = [self._warnings(r) for r in requests]
         for rows in groups.values():
@@ -129,21 +124,18 @@ class DiffusersGenerator:
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             self.pipeline(**self._call([request]))
         by_class = {kind: sum(counts.values()) for kind, counts in counter.get_flop_counts().items()}
-        parts: Counter[str] = Counter()
         components = {
             type(model).__name__: name
             for name, model in self.pipeline.components.items()
             if isinstance(model, torch.nn.Module) and name not in DECODERS
         }
-        for kind, name in components.items():
-            part = (
-                "text" if name.startswith("text_encoder") else "denoiser" if name in DENOISERS else "others"
-            )
-            parts[part] += by_class.get(kind, 0)
-        decoder = by_class["Global"] - parts.total()  # no module's call, and so not counted by class
+        counts = {name: by_class.get(kind, 0) for kind, name in components.items()}
+        decoder = by_class["Global"] - sum(counts.values())  # no module's call, and so not counted by class
+        text = sum(n for name, n in counts.items() if name.startswith("text_encoder"))
+        one_step = sum(n for name, n in counts.items() if name in DENOISERS)
         steps = num_inference_steps or self.info.num_inference_steps
-        denoiser = parts["denoiser"] * self._evaluations(steps) // self._evaluations(1)
-        return {"text": parts["text"], "denoiser": denoiser, "decoder": decoder}
+        denoiser = one_step * self._evaluations(steps) // self._evaluations(1)
+        return {"text": text, "denoiser": denoiser, "decoder": decoder}
 
     def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
         """Images of a batch of requests that agree in all settings, and whether each was blanked."""
@@ -208,10 +200,9 @@ class DiffusersGenerator:
             words += parse_prompt(request.prompt)[1]
         elif tokenizer is not None:
             unknown = getattr(tokenizer, "unk_token_id", None)
-            if unknown is not None:
-                for word in dict.fromkeys(request.prompt.split()):
-                    if unknown in tokenizer(word, add_special_tokens=False).input_ids:
-                        words.append(f"unknown word: {word.strip('.,;:!?()')!r}")
+            for word in dict.fromkeys(request.prompt.split() if unknown is not None else ()):
+                if unknown in tokenizer(word, add_special_tokens=False).input_ids:
+                    words.append(f"unknown word: {word.strip('.,;:!?()')!r}")
             length, limit = len(tokenizer(request.prompt).input_ids), tokenizer.model_max_length
             if length > limit:
                 words.append(f"the prompt is {length} tokens long, this model reads the first {limit}")
@@ -222,12 +213,6 @@ def _is_stored_in_float16(folder: PipelineFolder) -> bool:
     """Whether all weights of the denoiser are."""
     files = [f for f in folder.files if f.suffix == ".safetensors" and f.parent.name in DENOISERS]
     return frozenset().union(*(read_header(f).dtypes for f in files)) == {"F16"}
-
-
-def _batch_size(device: str, pixels: int) -> int:
-    if not device.startswith("cuda"):
-        return BATCH_SIZE
-    return GPU_BATCH_SIZE_SMALL if pixels <= SMALL_PIXELS else GPU_BATCH_SIZE
 
 
 def seeded(seed: int) -> Any:
@@ -245,32 +230,25 @@ def seeded(seed: int) -> Any:
     return generator
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-#: torch's counter knows the attention kernels of GPUs only.
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+#: torch's counter knows the attention kernels of GPUs only. Its functions take the shapes of query, key and value first.
+_CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION = {_CPU_KERNEL: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
 
 
 def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
     """Every class must be one that the two libraries have; a component may also name a module of diffusers.pipelines."""
-    pipeline = getattr(diffusers, folder.class_name, None)
+    where, pipeline = folder.path / INDEX, getattr(diffusers, folder.class_name, None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
-        raise InputError(
-            f"{folder.path / INDEX}: diffusers {diffusers.__version__} has no {folder.class_name}"
-        )
+        raise InputError(f"{where}: diffusers {diffusers.__version__} has no {folder.class_name}")
     libraries = {"diffusers": diffusers, "transformers": transformers}
     for name, (library, class_name) in folder.components.items():
         module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
         if not inspect.ismodule(module) or not module.__name__.startswith(("diffusers", "transformers")):
             raise InputError(
-                f"{folder.path / INDEX}: {name} is of {library}; only classes of diffusers and transformers are loaded"
+                f"{where}: {name} is of {library}; only classes of diffusers and transformers are loaded"
             )
         if not hasattr(module, class_name):
-            raise InputError(
-                f"{folder.path / INDEX}: {name} is a {class_name}, which {library} does not have"
-            )
+            raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
 
 
 def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
@@ -281,25 +259,21 @@ def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
         for n, p in parameters.items()
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n != "prompt"
     ]
-    missing = [
-        n for n in ("prompt", "generator", "num_inference_steps", "output_type") if n not in parameters
-    ]
+    needed = ("prompt", "generator", "num_inference_steps", "output_type")
+    missing = [n for n in needed if n not in parameters]
     other = required + [n for n in OTHER_TASKS if n in parameters]
     if missing or other:
+        where = folder.path / INDEX
         why = f"takes no {missing[0]}" if missing else f"is made for {other[0]}"
-        raise InputError(
-            f"{folder.path / INDEX}: {folder.class_name} {why}; only text-to-image pipelines are used"
-        )
+        raise InputError(f"{where}: {folder.class_name} {why}; only text-to-image pipelines are used")
     return frozenset(parameters)
 
 
 def _native_size(pipeline: Any, folder: PipelineFolder, scale: int) -> tuple[int, int]:
     """Width and height in pixels of what the pipeline makes when not told."""
-    sources = [getattr(getattr(pipeline, n, None), "config", None) for n in DENOISERS]
-    found = [getattr(s, "sample_size", None) for s in sources] + [
-        getattr(pipeline, "default_sample_size", None)
-    ]
-    for size in found:
+    configs = [getattr(getattr(pipeline, n, None), "config", None) for n in DENOISERS]
+    found = [getattr(config, "sample_size", None) for config in configs]
+    for size in (*found, getattr(pipeline, "default_sample_size", None)):
         if isinstance(size, int):
             return size * scale, size * scale
         if isinstance(size, (list, tuple)) and len(size) == 2:
@@ -313,7 +287,6 @@ def import_diffusers() -> tuple[Any, Any]:
         import diffusers
         import transformers
     except ImportError as error:
-        raise InputError(
-            f"this model needs diffusers: pip install 'millijoule[diffusers]' ({error})"
-        ) from error
+        words = f"this model needs diffusers: pip install 'millijoule[diffusers]' ({error})"
+        raise InputError(words) from error
     return diffusers, transformers

@@ -193,11 +193,8 @@ def _save(entry: Path, kept: _Kept) -> None:
     """Under a name of its own, then renamed: a reader sees the old entry or the new one."""
     temporary = entry.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(file, encode(kept))
-        finally:
-            os.close(file)
+        temporary.touch(0o600, exist_ok=False)
+        temporary.write_bytes(encode(kept))
         temporary.replace(entry)
     except OSError as error:  # a full disk costs the others a second reading
         log.warning("%s: cannot be written (%s)", entry, error)

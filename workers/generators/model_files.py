@@ -113,8 +113,7 @@ def write_model_file(
 ) -> None:
     """Write a safetensors file; all of it appears at once or none.
 
-    Args:
-        check: called with the complete file before it gets its name; what it raises is raised, and nothing is written.
+    `check` is called with the complete file before it gets its name; what it raises is raised, and nothing is written.
 
     Raises:
         InputError: the file cannot be written.

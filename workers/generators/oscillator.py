@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,13 +95,12 @@ class OscillatorGenerator:
         )
 
     @staticmethod
-    def load(path: Path | str, *, device: str = "cpu") -> OscillatorGenerator:
+    def load(path: Path, *, device: str = "cpu") -> OscillatorGenerator:
         """Load weights written by `save_weights`.
 
         Raises:
             InputError: the file is not safetensors, or not a model this version knows.
         """
-        path = Path(path)
         metadata = read_own_header(path, "oscillator", FORMAT, FORMAT_VERSION).metadata
         with refusing_damage(path):
             config = read_settings(OscillatorConfig, metadata["config"])
@@ -119,31 +117,24 @@ class OscillatorGenerator:
         )
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
-        """Draw one image per request, all of one size and step count.
-
-        Raises:
-            InputError: a size or step count this model cannot make.
-        """
+        """See `Generator`; raises RowError for a size or step count this model cannot make."""
         check_requests(requests, self.info, MIN_STEPS)
         scenes, warnings = zip(*(parse_prompt(r.prompt) for r in requests), strict=True)
         tokens = scene_tokens([complete(s, r.seed) for s, r in zip(scenes, requests, strict=True)])
         if self.coupling is not None:
             phases = self.relax(tokens, requests)
-            images = self._decode([x.float() / AMPLITUDE for x in sin_cos(phases)])
+            waves = [x.float() / AMPLITUDE for x in sin_cos(phases)]
         else:
-            images = self._decode(self._float_waves(tokens, requests))
-        return GeneratedBatch(
-            images, tuple(w + unused_settings(r) for w, r in zip(warnings, requests, strict=True))
-        )
+            waves = self._float_waves(tokens, requests)
+        told = tuple(w + unused_settings(r) for w, r in zip(warnings, requests, strict=True))
+        return GeneratedBatch(self._decode(waves), told)
 
     @torch.inference_mode()
     def relax(self, tokens: np.ndarray, requests: Sequence[ImageRequest]) -> Tensor:
         """Final phases of the integer core, int32 `[batch, n]`, for token rows `[batch, tokens]` and the requests' seeds and steps."""
         assert self.coupling is not None
         steps = requests[0].num_inference_steps or self.config.steps
-        prompt = self._encode(tokens)
-        dt = self.config.horizon / steps
-        drive = quantize_drive(prompt.drive, prompt.source_gain, prompt.row_gain, self.coupling, dt)
+        drive = quantize_drive(*self._encode(tokens), self.coupling, self.config.horizon / steps)
         return relax(self._start(tokens, requests), self.coupling, drive, steps)
 
     @torch.inference_mode()
@@ -166,24 +157,19 @@ class OscillatorGenerator:
         """In double precision, so that rounding to integers is the same on every machine but for values within 1e-13
         of a boundary."""
         unique, inverse = np.unique(tokens, axis=0, return_inverse=True)
-        prompts = [
-            (self.model.encoder(torch.from_numpy(unique[rows]).to(self.device), static=self.on_gpu), count)
-            for rows, count in padded(len(unique), self.float_batch)
-        ]
         of_request = torch.from_numpy(inverse.reshape(-1)).to(self.device)
-
-        def joined(name: str) -> Tensor:
-            return torch.cat([getattr(prompt, name)[:count] for prompt, count in prompts])[of_request]
-
-        return PromptDrive(joined("drive"), joined("source_gain"), joined("row_gain"))
+        prompts = []
+        for rows, count in padded(len(unique), self.float_batch):
+            prompt = self.model.encoder(torch.from_numpy(unique[rows]).to(self.device), static=self.on_gpu)
+            prompts.append([x[:count] for x in prompt])
+        return PromptDrive(*(torch.cat(parts)[of_request] for parts in zip(*prompts, strict=True)))
 
     @torch.inference_mode()
     def _decode(self, waves: Sequence[Tensor]) -> np.ndarray:
         """uint8 `[batch, size, size, 3]` from sin and cos `[batch, n]`."""
         images = []
-        sin, cos = waves
-        for rows, count in padded(len(sin), self.float_batch):
-            features = grid_features(sin[rows], cos[rows], self.config)
+        for rows, count in padded(len(waves[0]), self.float_batch):
+            features = grid_features(waves[0][rows], waves[1][rows], self.config)
             pixels = torch.round((self.model.decoder(features)[:count] + 1) * 127.5).clamp_(0, 255)
             images.append(pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(images)
@@ -193,17 +179,16 @@ class OscillatorGenerator:
 
         The text's are those of its most expensive prompts (four icons).
         """
-        config = self.config
-        encoder = self.model.encoder
-        mlp: Any = getattr(self.model, "mlp", None)
+        config, encoder = self.config, self.model.encoder
         # look up and add drives; add, bound and apply gains
         text = config.cells * (2 * 3 * config.driven + 4 * 2 * config.channels)
         if isinstance(encoder, PromptEncoder):
             layers = [encoder.shape1, encoder.shape2, encoder.half_patch, encoder.gains, encoder.tint]
             text += MAX_COUNT * sum(2 * layer.weight.numel() for layer in layers)
         n, steps = config.oscillators, num_inference_steps or config.steps
-        if mlp is not None:
-            dynamics = config.cells * 2 * (mlp.hidden.weight.numel() + mlp.output.weight.numel())
+        if config.coupling == "mlp":
+            layers = [self.model.mlp.hidden, self.model.mlp.output]
+            dynamics = config.cells * sum(2 * layer.weight.numel() for layer in layers)
         else:
             sums = 0 if config.coupling == "none" else n * (5 * config.channels + 2 * config.rank)
             dynamics = steps * (2 * 2 * sums + ELEMENTWISE_OPERATIONS * n)
@@ -237,7 +222,7 @@ def save_weights(
         coupling = quantize_coupling(*(w.detach() for w in model.coupling.weights()))
         for field, key in _COUPLING.items():
             value = getattr(coupling, field)
-            tensors[key] = value.contiguous() if value.dtype == torch.int8 else value.float()
+            tensors[key] = value if value.dtype == torch.int8 else value.float()
     metadata = {
         **(extra or {}),
         "format": FORMAT,

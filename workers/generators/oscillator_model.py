@@ -13,9 +13,8 @@ what is learned about a noun in one place holds in all.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from msgspec import Meta
@@ -43,7 +42,6 @@ DRIVE_SCALE = 4.0
 SHAPES = len(NOUNS) * len(SIZES)
 
 GAIN_RANGE = 0.5  # gains are within 1 +- this
-
 
 Size = Annotated[int, Meta(ge=1, le=4096)]
 
@@ -89,8 +87,7 @@ class OscillatorConfig:
         return self.cells * self.channels
 
 
-@dataclass(frozen=True)
-class PromptDrive:
+class PromptDrive(NamedTuple):
     """`drive` `[batch, 3, n]`: a, b, omega in radians per unit of time; `source_gain` g and `row_gain` r `[batch, n]`."""
 
     drive: Tensor
@@ -138,8 +135,7 @@ class _PromptToDrive(nn.Module):
     def forward(self, tokens: Tensor, *, static: bool = False) -> PromptDrive:
         """With `static`, the same values by the same kernels whatever the tokens say, as the capture of a CUDA graph needs
         it; otherwise only what is there is looked up."""
-        batch, grid, c = len(tokens), self.config.grid, self.config.channels
-        d = self.config.driven
+        batch, grid, c, d = len(tokens), self.config.grid, self.config.channels, self.config.driven
         icons = tokens[:, :-1].reshape(batch, MAX_COUNT, ICON_TOKENS)
         base = self.background(tokens[:, -1]).view(batch, 1, 1, 3 * d)
         drive, gain = (self._lay_all if static else self._lay_present)(icons, base)
@@ -213,8 +209,8 @@ class PromptEncoder(_PromptToDrive):
             for layer in (self.whole_patch, self.half_patch, self.tint):
                 layer.weight.mul_(1 / DRIVE_SCALE)
                 layer.bias.mul_(1 / DRIVE_SCALE)
-            self.whole_table.weight.zero_()
-            self.half_table.weight.zero_()
+            for table in (self.whole_table, self.half_table):
+                table.weight.zero_()
 
     def look_up(self, noun: Tensor, colour: Tensor, size: Tensor, whole: bool) -> IconDrive:
         words = torch.cat([self.noun(noun), self.size(size if whole else size + len(SIZES))], 1)
@@ -290,15 +286,17 @@ class FloatCoupling(nn.Module):
         return local, gather, spread
 
     def forward(
-        self, sources: Tensor, weights: tuple[Tensor, Tensor, Tensor], quantized: bool, operands: torch.dtype
+        self, sources: Tensor, weights: tuple[Tensor, Tensor, Tensor], rounded: torch.dtype | None
     ) -> Tensor:
+        """`weights` are those of `weights`, quantized or not as this; see `OscillatorModel.forward` for `rounded`."""
+        operands = rounded or torch.float32
         local, gather, spread = (w.to(operands) for w in weights)
-        if quantized:
+        if rounded:
             sources = _round(sources, SOURCE_UNIT)
         narrow = sources.to(operands)
         near = neighbours(narrow, self.config.grid, self.config.channels) @ local.t()
         z = (narrow @ gather).float().clamp(-MAX_Z, MAX_Z)
-        if quantized:
+        if rounded:
             z = _round(z, AMPLITUDE / MAX_Z)
         return near.view(sources.shape).float() + (z.to(operands) @ spread.t()).float()
 
@@ -385,51 +383,42 @@ class OscillatorModel(nn.Module):
         prompt: PromptDrive,
         phases: Tensor,
         *,
-        quantized: bool = False,
-        operands: torch.dtype = torch.float32,
+        rounded: torch.dtype | None = None,
         steps: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """sin and cos of the final phases, `[batch, n]`; phases stay float, only matrix operands may be narrower."""
         config = self.config
-        drive = prompt.drive.to(phases.dtype)
+        drive, *gains = (x.to(phases.dtype) for x in prompt)
         if config.coupling == "mlp":
             sin, cos = self.mlp(drive, phases, config.channels).unbind(1)
             return sin, cos
         a, b, omega = drive.unbind(1)
         steps = steps or config.steps
         dt = config.horizon / steps
-        weights = self.coupling.weights(quantized) if config.coupling != "none" else None
-        gains = (prompt.source_gain, prompt.row_gain)
-        source_gain, row_gain = (g.to(phases.dtype).repeat(2, 1) for g in gains)
+        weights = self.coupling.weights(rounded is not None) if config.coupling != "none" else None
+        source_gain, row_gain = (g.repeat(2, 1) for g in gains)
         for _ in range(steps):
             sin, cos = torch.sin(phases), torch.cos(phases)
             if weights is None:
                 phases = phases + dt * (omega + cos * a - sin * b)
             else:
                 sources = torch.cat([sin, cos]) * source_gain
-                pulls = self.coupling(sources, weights, quantized, operands) * row_gain
+                pulls = self.coupling(sources, weights, rounded) * row_gain
                 from_sin, from_cos = pulls.chunk(2)
                 phases = phases + dt * (omega + cos * (from_sin + a) - sin * (from_cos + b))
         return torch.sin(phases), torch.cos(phases)
 
     def forward(
-        self,
-        tokens: Tensor,
-        phases: Tensor,
-        *,
-        quantized: bool = False,
-        operands: torch.dtype = torch.float32,
-        samples: int = 1,
+        self, tokens: Tensor, phases: Tensor, *, rounded: torch.dtype | None = None, samples: int = 1
     ) -> Tensor:
         """Images `[batch, 3, size, size]` in [-1, 1], `samples` of each row of tokens `[batch / samples, tokens]`.
 
-        With `quantized`, weights, sources and intermediates are rounded as in the integer core; `operands` is the type of the
-        coupling's matrix operands.
+        With `rounded`, weights, sources and intermediates are rounded as in the integer core, and the coupling's matrix
+        operands are of that type.
         """
         prompt = self.encoder(tokens, static=tokens.is_cuda)
-        parts = (prompt.drive, prompt.source_gain, prompt.row_gain)
-        prompt = PromptDrive(*(x.repeat_interleave(samples, 0) for x in parts))
-        sin, cos = self.waves(prompt, phases, quantized=quantized, operands=operands)
+        prompt = PromptDrive(*(x.repeat_interleave(samples, 0) for x in prompt))
+        sin, cos = self.waves(prompt, phases, rounded=rounded)
         return self.decoder(grid_features(sin, cos, self.config))
 
 
@@ -455,11 +444,6 @@ def cell_of_window(grid: int, device: torch.device | None = None) -> Tensor:
 def noise_size(config: OscillatorConfig) -> int:
     """Random phases that an image starts from."""
     return (1 + MAX_COUNT) * config.noise_channels
-
-
-def random_noise(count: int, config: OscillatorConfig, generator: torch.Generator) -> Tensor:
-    """Noise for training, float32 `[count, noise_size]` in radians, uniform on the circle."""
-    return torch.rand(count, noise_size(config), generator=generator) * (2 * math.pi)
 
 
 def start_phases(noise: Tensor, tokens: Tensor, config: OscillatorConfig) -> Tensor:

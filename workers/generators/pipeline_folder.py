@@ -17,7 +17,6 @@ from msgspec import Meta
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.model_files import read_header, refuse_lfs_pointer
-from millijoule.workers.generators.protocol import ModelIdentity
 from millijoule.workers.records import decode
 
 INDEX, DEFAULTS = "model_index.json", "millijoule.json"
@@ -65,26 +64,23 @@ def read_pipeline(path: Path) -> PipelineFolder:
     Raises:
         InputError: a file is missing or broken, weights are pickled, or the directory wants code of its own to be run.
     """
-    index = _read_json(path / INDEX)
+    where = path / INDEX
+    index = _read_json(where)
     class_name = index.get("_class_name")
     if not isinstance(class_name, str) or not class_name.isidentifier():
-        raise InputError(
-            f"{path / INDEX}: _class_name {class_name!r} is not the name of a diffusers pipeline"
-        )
+        raise InputError(f"{where}: _class_name {class_name!r} is not the name of a diffusers pipeline")
     components = {}
     for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list):
-            continue  # a setting of the pipeline
-        if value == [None, None]:
-            continue  # an optional component that is left out
+        if name.startswith("_") or not isinstance(value, list) or value == [None, None]:
+            continue  # a setting of the pipeline, or an optional component that is left out
         if len(value) != 2 or not all(isinstance(v, str) and v.isidentifier() for v in value):
             raise InputError(
-                f"{path / INDEX}: {name} is {value}; only classes of diffusers and transformers are loaded"
+                f"{where}: {name} is {value}; only classes of diffusers and transformers are loaded"
             )
         components[name] = (value[0], value[1])
     if not components:
-        raise InputError(f"{path / INDEX}: names no components")
-    files = [path / INDEX]
+        raise InputError(f"{where}: names no components")
+    files = [where]
     for name in components:
         files += _check_component(path / name)
     defaults = PipelineDefaults()
@@ -98,23 +94,14 @@ def read_pipeline(path: Path) -> PipelineFolder:
     return PipelineFolder(path, class_name, components, name, defaults, tuple(files))
 
 
-def describe_pipeline(path: Path) -> ModelIdentity:
-    """Name of a directory and the hash of its files; raises InputError as `read_pipeline`."""
-    folder = read_pipeline(path)
-    return ModelIdentity(folder.name, folder.sha256())
-
-
 def _check_component(folder: Path) -> list[Path]:
     """The files of one component; models must have a config and complete safetensors."""
     if not folder.is_dir():
         raise InputError(f"{folder}: missing; {INDEX} names it as a component")
     inside = (p for p in folder.rglob("*") if not any(x.startswith(".") for x in p.relative_to(folder).parts))
     files = sorted(p for p in inside if p.is_file())
-    for file in files:
-        if file.suffix == ".py":
-            raise InputError(
-                f"{file}: code in a model's directory is never run; remove it if it is not needed"
-            )
+    for code in (f for f in files if f.suffix == ".py"):
+        raise InputError(f"{code}: code in a model's directory is never run; remove it if it is not needed")
     weights = [f for f in files if f.suffix == ".safetensors"]
     pickled = [f for f in files if f.suffix in PICKLED]
     if pickled and not weights:

@@ -44,7 +44,6 @@ class Generator(Protocol):
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """Draw one image per request (all of one size and step count)."""
-        ...
 
 
 @runtime_checkable

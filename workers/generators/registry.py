@@ -9,7 +9,7 @@ from millijoule.workers import factories
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.model_files import read_header
-from millijoule.workers.generators.pipeline_folder import describe_pipeline, read_pipeline
+from millijoule.workers.generators.pipeline_folder import read_pipeline
 from millijoule.workers.generators.protocol import Generator, ModelIdentity
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -33,7 +33,8 @@ def describe_model(model: str) -> ModelIdentity:
         return ModelIdentity(model, hashlib.sha256(model.encode()).hexdigest())
     path = model_path(model)
     if path.is_dir():
-        return describe_pipeline(path)
+        folder = read_pipeline(path)
+        return ModelIdentity(folder.name, folder.sha256())
     return ModelIdentity(read_header(path).metadata.get("name", path.stem), file_sha256(path))
 
 

@@ -43,20 +43,11 @@ LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _ZIP_START = b"PK\x03\x04"
 
 _STORAGE_TYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "UntypedStorage": torch.uint8,
-}
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
+}  # fmt: skip
 
 _TENSORS = {f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3")}
 _PARAMETER, _TENSOR = "torch.nn.parameter.Parameter", "torch.Tensor"
@@ -141,11 +132,7 @@ class SavedCheckpoint:
     _arrays: dict[str, range]  # bytes of the file by storage key
 
     def place(self, stored: StoredTensor) -> range:
-        """The bytes of the file from the tensor's first number to its last.
-
-        Raises:
-            ValueError: the file does not have them.
-        """
+        """The bytes of the file from the tensor's first number to its last; ValueError where it has not got them."""
         array, size = self._arrays.get(stored.storage), stored.dtype.itemsize
         if array is None:
             raise ValueError("its numbers are not in the file")
@@ -165,9 +152,8 @@ class SavedCheckpoint:
             data = bytearray(file.read(len(place)))
         if len(data) < len(place):
             raise ValueError("the file ends within its numbers")
-        tensor = (
-            torch.frombuffer(data, dtype=stored.dtype).as_strided(stored.shape, stored.strides).contiguous()
-        )
+        numbers = torch.frombuffer(data, dtype=stored.dtype)
+        tensor = numbers.as_strided(stored.shape, stored.strides).contiguous()
         return -tensor if stored.negative else tensor
 
 
@@ -411,12 +397,10 @@ def _built(named: Unread, arguments: tuple[Any, ...]) -> Any:
         return arguments[0]
     if name == _FROM_TYPE:
         function, kind, inner, _ = arguments
-        plain = (
-            isinstance(function, Unread) and isinstance(kind, Unread) and kind.name in (_TENSOR, _PARAMETER)
-        )
-        if not plain or function.name not in _TENSORS or not isinstance(inner, tuple):
+        known = isinstance(kind, Unread) and kind.name in (_TENSOR, _PARAMETER)
+        if not known or not isinstance(function, Unread) or function.name not in _TENSORS:
             return named
-        return _built(function, inner)
+        return _built(function, inner) if isinstance(inner, tuple) else named
     if name in _PARAMETERS:
         return arguments[0] if arguments and isinstance(arguments[0], StoredTensor) else named
     if name in _TENSORS:

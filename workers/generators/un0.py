@@ -30,20 +30,12 @@ from torch import Tensor
 
 from millijoule.kernels.phase import TURN, random_phases
 from millijoule.workers.errors import RowError
+from millijoule.workers.generators import un0_checkpoint
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.fixed_size import check_requests, padded, unused_settings
 from millijoule.workers.generators.model_files import read_own_header, read_settings, refusing_damage
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
-from millijoule.workers.generators.un0_checkpoint import (
-    FORMAT,
-    FORMAT_VERSION,
-    MAX_STEPS,
-    STEM,
-    Un0Architecture,
-    canonical,
-    check_shapes,
-    check_values,
-)
+from millijoule.workers.generators.un0_checkpoint import STEM, Un0Architecture, canonical
 from millijoule.workers.records import decode
 from millijoule.workers.schemas import ImageRequest
 
@@ -102,35 +94,30 @@ class Un0Generator:
             height=size,
             num_inference_steps=architecture.steps,
             batch_size=BATCH_SIZE,
-            max_steps=MAX_STEPS,
+            max_steps=un0_checkpoint.MAX_STEPS,
             sizes=((size, size),),
         )
 
     @staticmethod
-    def load(path: Path | str, *, device: str = "cpu") -> Un0Generator:
+    def load(path: Path, *, device: str = "cpu") -> Un0Generator:
         """Load a file written by `millijoule convert`.
 
         Raises:
             InputError: the file is not safetensors, or not a model this version knows, or its numbers would overflow.
         """
-        path = Path(path)
-        header = read_own_header(path, "Un-0", FORMAT, FORMAT_VERSION)
+        header = read_own_header(path, "Un-0", un0_checkpoint.FORMAT, un0_checkpoint.FORMAT_VERSION)
         with refusing_damage(path):
             architecture = read_settings(Un0Architecture, header.metadata["architecture"])
             names = decode(list[str], header.metadata.get("class_names", "[]"))
             classes = ClassIndex(architecture.classes, names)
-            check_shapes(architecture, header.shapes)
+            un0_checkpoint.check_shapes(architecture, header.shapes)
             tensors = load_file(path)
-            check_values(architecture, tensors)
+            un0_checkpoint.check_values(architecture, tensors)
         name = header.metadata.get("name", path.stem)
         return Un0Generator(architecture, canonical(tensors), classes, name, file_sha256(path), device)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
-        """Draw one image per request, all of one size and step count.
-
-        Raises:
-            RowError: a prompt that is no class of this model, or a size or step count it cannot make.
-        """
+        """See `Generator`; raises RowError for a prompt, a size or a step count this model cannot make."""
         check_requests(requests, self.info, 1)
         classes = [self._classes.find(r.prompt) for r in requests]
         images = self.decode(self.relax(classes, requests))
@@ -146,7 +133,7 @@ class Un0Generator:
         """Final phases, float32 `[batch, n]` in radians, not wrapped, for the requests' seeds and steps."""
         a = self.architecture
         steps = requests[0].num_inference_steps or a.steps
-        advance = _ADVANCE[a.solver]
+        advance = _rk4 if a.solver == "rk4" else _euler
         final = []
         for rows, count in padded(len(requests), self._rows):
             start = start_angles([requests[i].seed for i in rows], a.oscillators + a.drivers)
@@ -291,9 +278,6 @@ def _rk4(velocity: Velocity, state: Tensor, dt: float) -> Tensor:
     c = velocity(state + dt * (b - a / 3))
     d = velocity(state + dt * (a - b + c))
     return state + dt / 8 * (a + 3 * (b + c) + d)
-
-
-_ADVANCE: dict[str, Callable[[Velocity, Tensor, float], Tensor]] = {"euler": _euler, "rk4": _rk4}
 
 
 def _between_others(coupling: Tensor, scale: float) -> Tensor:

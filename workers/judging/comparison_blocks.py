@@ -59,12 +59,8 @@ def draw_block(
     """Draw batches until at least `seconds` and at least `images` are done, and one batch in any case.
 
     Args:
-        requests: gone through from `first_request` on, round and round.
-        first_request: index.
+        requests: gone through from index `first_request` on, round and round, `batch_size` of them per call.
         meter: is read before the first and after the last batch.
-        batch_size: images per call.
-        seconds: the batch during which they pass is the last one, if there are enough `images` by then.
-        images: least number.
         telemetry: read the meter in between as well, every `READ_PERIOD_S`, and sample power.
         known: digests whose pixels need not be returned.
         sampler: not started yet, of this block alone; None: power is not sampled.

@@ -15,6 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from millijoule.workers.factories import find_factory
+from millijoule.workers.generators.file_hashes import file_sha256
+from millijoule.workers.scenes.prompts import parse_prompt
 
 ICON_JUDGE = "icon-scene"
 
@@ -43,15 +45,12 @@ class ImageJudge(Protocol):
 
     def judge(self, images: np.ndarray, prompts: Sequence[str], families: Sequence[str]) -> list[Judgement]:
         """Judge uint8 `[n, height, width, 3]`."""
-        ...
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """float32 `[n, d]`, for distances between sets of images."""
-        ...
 
     def reference_features(self, prompts: Sequence[str], seed: int) -> np.ndarray | None:
         """float32 `[m, d]` of images as they should be, or None where there are none."""
-        ...
 
 
 class ImageMetric(Protocol):
@@ -62,7 +61,6 @@ class ImageMetric(Protocol):
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> Sequence[float]:
         """Score uint8 `[n, height, width, 3]`."""
-        ...
 
 
 class IconJudge:
@@ -72,7 +70,6 @@ class IconJudge:
     rule = ICON_JUDGE
 
     def __init__(self) -> None:
-        from millijoule.workers.generators.file_hashes import file_sha256
         from millijoule.workers.judging.verifier import WEIGHTS, Verifier
 
         self.sha256 = file_sha256(WEIGHTS)
@@ -80,7 +77,6 @@ class IconJudge:
 
     def judge(self, images: np.ndarray, prompts: Sequence[str], families: Sequence[str]) -> list[Judgement]:
         from millijoule.workers.judging.quality import judge
-        from millijoule.workers.scenes.prompts import parse_prompt
 
         found = []
         for prompt, family, raw in zip(prompts, families, self._verifier.read(images), strict=True):
@@ -94,7 +90,6 @@ class IconJudge:
         return self._verifier.features(images)
 
     def reference_features(self, prompts: Sequence[str], seed: int) -> np.ndarray | None:
-        from millijoule.workers.scenes.prompts import parse_prompt
         from millijoule.workers.scenes.renderer import render_prompted
 
         scenes = [parse_prompt(prompt)[0] for prompt in prompts]

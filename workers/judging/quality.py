@@ -6,7 +6,7 @@ features. Nothing here draws or reads images.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class Verdict:
 
 def judge(scene: Scene, family: str, reading: SceneReading) -> Verdict:
     """Judge what was read from an image against the scene its prompt describes (open parts are free)."""
-    found = [_matching(group, reading.icons) for group in scene.groups]
+    found = [[icon for icon in reading.icons if _matches(icon, group)] for group in scene.groups]
     match family:
         case "counting":
             correct = len(found[0]) == scene.groups[0].count
@@ -63,12 +63,8 @@ def _apart(relation: str, first: IconReading, second: IconReading) -> tuple[floa
     }[relation]
 
 
-def _matching(group: Group, icons: Sequence[IconReading]) -> list[IconReading]:
-    return [
-        icon
-        for icon in icons
-        if icon.noun == group.noun and group.colour in (None, icon.colour) and group.size in (None, icon.size)
-    ]
+def _matches(icon: IconReading, group: Group) -> bool:
+    return icon.noun == group.noun and group.colour in (None, icon.colour) and group.size in (None, icon.size)
 
 
 def _is_exactly(scene: Scene, reading: SceneReading, found: list[list[IconReading]]) -> bool:
@@ -84,9 +80,6 @@ def _is_exactly(scene: Scene, reading: SceneReading, found: list[list[IconReadin
     return True
 
 
-# ---- sets of images ---------------------------------------------------------------------------------------------
-
-
 def frechet_distance(features: np.ndarray, true: np.ndarray) -> float:
     """Frechet distance between Gaussians fitted to two feature sets `[n, d]` (Heusel et al. 2017), in float64.
 
@@ -94,25 +87,20 @@ def frechet_distance(features: np.ndarray, true: np.ndarray) -> float:
     """
     a, b = features.astype(np.float64), true.astype(np.float64)
     ca, cb = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
-    root = _root(ca)
+    values, vectors = np.linalg.eigh(ca)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     middle = np.linalg.eigvalsh(root @ cb @ root).clip(min=0)
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     return float(max(0.0, mean + np.trace(ca) + np.trace(cb) - 2 * np.sqrt(middle).sum()))
 
 
-def _root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-
-
-def precision_recall(features: np.ndarray, true: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(features: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019) of feature sets `[n, d]` and `[m, d]`.
 
     Precision is the share of generated points that lie within the distance of some true point to its
-    `neighbours`-th neighbour among the true; recall the same with the sets exchanged.
+    `NEIGHBOURS`-th neighbour among the true; recall the same with the sets exchanged.
     """
-    true_reach = _reach(true, neighbours)
-    reach = _reach(features, neighbours)
+    true_reach, reach = _reach(true), _reach(features)
     inside = np.zeros(len(features), bool)
     covered = np.zeros(len(true), bool)
     for start in range(0, len(features), _BLOCK):
@@ -122,6 +110,7 @@ def precision_recall(features: np.ndarray, true: np.ndarray, neighbours: int = 3
     return float(inside.mean()), float(covered.mean())
 
 
+NEIGHBOURS = 3
 _BLOCK = 1000
 
 
@@ -130,26 +119,17 @@ def _squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum(np.square(x).sum(1)[:, None] + np.square(y).sum(1) - 2 * x @ y.T, 0)
 
 
-def _reach(points: np.ndarray, neighbours: int) -> np.ndarray:
-    """Squared distance of each point to its `neighbours`-th neighbour in the set."""
-    return np.concatenate(
-        [
-            np.partition(_squares(points[start : start + _BLOCK], points), neighbours, axis=1)[:, neighbours]
-            for start in range(0, len(points), _BLOCK)
-        ]
-    )
+def _reach(points: np.ndarray) -> np.ndarray:
+    """Squared distance of each point to its `NEIGHBOURS`-th neighbour in the set."""
+    blocks = (_squares(points[start : start + _BLOCK], points) for start in range(0, len(points), _BLOCK))
+    return np.concatenate([np.partition(d, NEIGHBOURS, axis=1)[:, NEIGHBOURS] for d in blocks])
 
 
 def duplicate_rates(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, float]:
-    """Share of images with an exact, and with a near duplicate among the images of the same prompt.
-
-    Args:
-        images: uint8 `[n, h, w, 3]`.
-        prompts: of each image.
-    """
-    by_prompt: dict[str, list[int]] = {}
+    """Share of images, uint8 `[n, h, w, 3]`, with an exact, and with a near duplicate among those of the same prompt."""
+    by_prompt: dict[str, list[int]] = defaultdict(list)
     for i, prompt in enumerate(prompts):
-        by_prompt.setdefault(prompt, []).append(i)
+        by_prompt[prompt].append(i)
     exact = near = 0
     for rows in by_prompt.values():
         flat = images[rows].reshape(len(rows), -1)
@@ -160,19 +140,14 @@ def duplicate_rates(images: np.ndarray, prompts: Sequence[str]) -> tuple[float, 
     return exact / len(images), near / len(images)
 
 
-# ---- intervals --------------------------------------------------------------------------------------------------
-
-
 def family_means(
-    correct: np.ndarray, families: np.ndarray, prompts: np.ndarray, *, seed: int = 0, resamples: int = 2000
+    correct: np.ndarray, families: np.ndarray, prompts: np.ndarray, *, resamples: int = 2000
 ) -> dict[str, tuple[float, float, float]]:
     """Share correct by family and their mean ("mean"), each with a 95 % bootstrap interval over prompts.
 
-    Args:
-        correct: bool `[n]`, one per image.
-        families, prompts: of each image; images of one prompt are resampled together.
+    All `[n]`, of each image; images of one prompt are resampled together.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     found, drawn = {}, []
     for family in dict.fromkeys(families):
         here = families == family

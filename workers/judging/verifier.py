@@ -29,9 +29,8 @@ FORMAT_VERSION = "1"
 #: The package's own verifier.
 WEIGHTS = Path(__file__).parents[1] / "weights" / "verifier.safetensors"
 
-STRIDE = (
-    8  # pixels from one cell to the next; cell (i, j) is centred at pixel (8 i, 8 j), counted from the edge
-)
+#: Pixels from one cell to the next; cell (i, j) is centred at pixel (8 i, 8 j), counted from the edge.
+STRIDE = 8
 GRID = IMAGE_SIZE // STRIDE
 #: A cell holds an icon where its probability of a centre is at least this, ...
 ICON_THRESHOLD = 0.5

@@ -13,9 +13,7 @@ from millijoule.workers.scenes.scenes import (
     MAX_COUNT,
     NOUNS,
     PALETTE,
-    RELATIONS,
     SIZES,
-    WINDOWS,
     Group,
     Scene,
     icons,
@@ -179,13 +177,10 @@ def write_prompt(scene: Scene, rng: np.random.Generator) -> str:
     return text
 
 
-assert set(RELATIONS) == {r for r in _WAYS if r}
-
 #: What captions call the windows, in the order of `WINDOWS`.
 PLACES = (
     "centre", "northwest", "north", "northeast", "west", "east", "southwest", "south", "southeast",
 )  # fmt: skip
-assert len(PLACES) == len(WINDOWS)
 
 #: Every word of a caption.
 CAPTION_WORDS = (*PLACES, *SIZES, *COLOURS, *NOUNS, "on", *sorted(set(BACKGROUNDS) - set(COLOURS)))

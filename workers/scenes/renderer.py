@@ -51,14 +51,8 @@ def find_icon_font() -> tuple[Path, dict[str, int]]:
         InputError: the package that carries the font is not installed.
     """
     spec = importlib.util.find_spec("qtawesome")  # importing it would need Qt
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    fonts = [
-        f
-        for folder in folders
-        for f in sorted(Path(folder, "fonts").glob("materialdesignicons6-webfont-*6*"))
-    ]
-    maps = [f for f in fonts if f.suffix == ".json"]
-    fonts = [f for f in fonts if f.suffix == ".ttf"]
+    folder = Path(spec.origin).with_name("fonts") if spec and spec.origin else Path("qtawesome")
+    fonts, maps = (sorted(folder.glob(f"materialdesignicons6-webfont-*6*.{x}")) for x in ("ttf", "json"))
     if not fonts or not maps:
         raise InputError("the icon font was not found: install it with `pip install 'millijoule[train]'`")
     charmap = json.loads(maps[-1].read_text())
@@ -80,9 +74,8 @@ def icon_masks() -> np.ndarray:
                 wanted = pixels * _SUPERSAMPLING
                 probe = ImageFont.truetype(str(font_path), wanted)
                 left, top, right, bottom = probe.getbbox(glyph)
-                font = ImageFont.truetype(
-                    str(font_path), round(wanted * wanted / max(right - left, bottom - top))
-                )
+                larger = wanted * wanted / max(right - left, bottom - top)
+                font = ImageFont.truetype(str(font_path), round(larger))
                 left, top, right, bottom = font.getbbox(glyph)
                 middle = tile * _SUPERSAMPLING / 2
                 canvas = Image.new("L", (tile * _SUPERSAMPLING,) * 2, 0)
@@ -118,29 +111,23 @@ class SceneRenderer:
         self._masks = masks.flatten().to(device)
         self._colours = on_device([PALETTE[c] for c in COLOURS], torch.int32)
         self._backgrounds = on_device([PALETTE[b] for b in BACKGROUNDS], torch.int32)
-        # of "no window" first: left, top, right, bottom in pixels, and which masks it takes
-        self._left = on_device([0, *(x * CELL for x, _, _ in WINDOWS)])
-        self._top = on_device([0, *(y * CELL for _, y, _ in WINDOWS)])
-        self._side = on_device([0, *(side * CELL for _, _, side in WINDOWS)])
+        # left, top, side in pixels; of "no window" first
+        self._windows = on_device([(0, 0, 0), *WINDOWS]) * CELL
         self._pixels = torch.arange(IMAGE_SIZE, device=device)
 
     def render(self, tokens: Tensor, shade: Tensor, jitter: Tensor) -> Tensor:
         """True images, uint8 `[scenes, renders, 3, 64, 64]`.
 
         Each icon is moved by up to a pixel; each icon and the background vary a little in lightness. No shape depends on
-        what the scenes hold, so that a training step can be captured as a CUDA graph.
-
-        Args:
-            tokens: of completed scenes (`scenes.scene_tokens`), int64 `[scenes, NUM_TOKENS]`.
-            shade: int32 `[scenes, renders, 1 + MAX_COUNT]`, as `draw_variation` draws it.
-            jitter: int32 `[scenes, renders, MAX_COUNT, 2]`, likewise.
+        what the scenes hold, so that a training step can be captured as a CUDA graph. `tokens` are of completed scenes
+        (`scenes.scene_tokens`), `shade` and `jitter` as `draw_variation` draws them.
         """
         ground = self._backgrounds[tokens[:, -1]][:, None] + shade[..., :1]
         image = ground.clamp(0, 255)[..., None, None].expand(-1, -1, -1, IMAGE_SIZE, IMAGE_SIZE)
         icons = tokens[:, :-1].unflatten(1, (MAX_COUNT, ICON_TOKENS))
         for k in range(MAX_COUNT):
             noun, colour, size, window = icons[:, k].unbind(1)
-            left, top, side = (t[window][:, None, None] for t in (self._left, self._top, self._side))
+            left, top, side = self._windows[window][..., None, None].unbind(1)  # [scenes, 1, 1]
             first = (self._tile - side) // 2
             moved = jitter[:, :, k].long()
             inside, at = [], []

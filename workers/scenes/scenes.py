@@ -130,9 +130,7 @@ def icons(scene: Scene) -> tuple[Icon, ...]:
         if scene.relation is None:
             raise ValueError(f"relation is open: {scene}")
         sides = _SIDES_OF_RELATION[scene.relation]
-        windows: list[tuple[int, ...]] = [
-            _SIDE[side][g.count - 1] for side, g in zip(sides, scene.groups, strict=True)
-        ]
+        windows = [_SIDE[side][g.count - 1] for side, g in zip(sides, scene.groups, strict=True)]
     else:
         windows = [_ALONE[g.count][scene.arrangement or 0] for g in scene.groups]
     found = []
@@ -168,12 +166,9 @@ def complete(scene: Scene, seed: int) -> Scene:
     choose = Choices(seed)
     given = {g.colour for g in scene.groups}
     background = scene.background or choose.of([b for b in BACKGROUNDS if b not in given])
+    colours = [c for c in COLOURS if c != background]
     groups = tuple(
-        replace(
-            g,
-            colour=g.colour or choose.of([c for c in COLOURS if c != background]),
-            size=g.size or choose.of(SIZES),
-        )
+        replace(g, colour=g.colour or choose.of(colours), size=g.size or choose.of(SIZES))
         for g in scene.groups
     )
     relation, arrangement = scene.relation, scene.arrangement
@@ -198,12 +193,9 @@ def scene_tokens(scenes: Sequence[Scene]) -> np.ndarray:
     tokens = np.zeros((len(scenes), NUM_TOKENS), np.int64)
     for row, scene in zip(tokens, scenes, strict=True):
         for k, icon in enumerate(icons(scene)):
-            row[ICON_TOKENS * k : ICON_TOKENS * (k + 1)] = (
-                _NOUN_TOKEN[icon.noun],
-                _COLOUR_TOKEN[icon.colour],
-                1 + SIZES.index(icon.size),
-                1 + icon.window,
-            )
+            noun, colour = _NOUN_TOKEN[icon.noun], _COLOUR_TOKEN[icon.colour]
+            token = noun, colour, 1 + SIZES.index(icon.size), 1 + icon.window
+            row[ICON_TOKENS * k : ICON_TOKENS * (k + 1)] = token
         row[-1] = BACKGROUNDS.index(scene.background or "")
     return tokens
 
@@ -263,6 +255,10 @@ def sample_scene(family: str, rng: np.random.Generator, *, held_out: bool = Fals
 
 def sample_training_scenes(rng: np.random.Generator, count: int) -> list[tuple[Scene, Scene]]:
     """Pairs of a scene as a prompt may say it (with open parts) and completed; never a held-out combination."""
+
+    def at_times(word: str | None, probability: float) -> str | None:
+        return word if rng.random() < probability else None
+
     pairs: list[tuple[Scene, Scene]] = []
     while len(pairs) < count:
         kind = rng.random()
@@ -274,26 +270,15 @@ def sample_training_scenes(rng: np.random.Generator, count: int) -> list[tuple[S
             scene = sample_scene("counting", rng)
         else:
             scene = sample_scene("position", rng)
-            if kind > 0.85:  # groups of one or two icons each
-                scene = replace(
-                    scene, groups=tuple(replace(g, count=int(rng.integers(1, 3))) for g in scene.groups)
-                )
+            if kind > 0.85:
+                one_or_two = tuple(replace(g, count=int(rng.integers(1, 3))) for g in scene.groups)
+                scene = replace(scene, groups=one_or_two)
         completed = complete(scene, int(rng.integers(2**63)))
         if is_held_out(completed):
             continue
-        said = replace(
-            completed,
-            groups=tuple(
-                replace(
-                    g,
-                    colour=g.colour if rng.random() < 0.6 else None,
-                    size=g.size if rng.random() < 0.3 else None,
-                )
-                for g in completed.groups
-            ),
-            relation=completed.relation if rng.random() < 0.6 else None,
-            background=completed.background if rng.random() < 0.3 else None,
-            arrangement=None,
+        groups = tuple(
+            replace(g, colour=at_times(g.colour, 0.6), size=at_times(g.size, 0.3)) for g in completed.groups
         )
-        pairs.append((said, completed))
+        relation, background = at_times(completed.relation, 0.6), at_times(completed.background, 0.3)
+        pairs.append((Scene(groups, relation, background), completed))
     return pairs

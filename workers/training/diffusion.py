@@ -11,6 +11,7 @@ averaged weights as a directory that `DiffusionPipeline.from_pretrained` loads, 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -40,20 +41,8 @@ from millijoule.workers.scenes.scenes import (
     Scene,
     scene_tokens,
 )
-from millijoule.workers.training.diffusion_networks import (
-    END,
-    VOCABULARY,
-    DiffusionConfig,
-    build_autoencoder,
-    build_scheduler,
-    build_text_encoder,
-    build_tokenizer,
-    build_unet,
-    caption_ids,
-    draw_images,
-    draw_scenes,
-    set_principal_encoder,
-)
+from millijoule.workers.training import diffusion_networks as networks
+from millijoule.workers.training.diffusion_networks import DiffusionConfig
 from millijoule.workers.training.graphed_step import GraphedStep
 from millijoule.workers.training.loop import GeneratorTrainer, newest_share, schedule, update_average
 from millijoule.workers.training.optimizer import adamw, clip_and_step, load_optimizer, set_learning_rate
@@ -71,25 +60,26 @@ class DiffusionData:
 
     config: DiffusionConfig
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
         config = self.config
         rng = np.random.default_rng((config.seed, step))
         if step < config.text_steps:
-            scenes = draw_scenes(config.text_batch, rng)
-            return {"tokens": torch.from_numpy(scene_tokens(scenes)), "ids": caption_ids(scenes, config)}
+            scenes = networks.draw_scenes(config.text_batch, rng)
+            ids = networks.caption_ids(scenes, config)
+            return {"tokens": torch.from_numpy(scene_tokens(scenes)), "ids": ids}
         if step < config.text_steps + config.autoencoder_steps:
             return self._scenes(config.autoencoder_batch, rng)[1] | _noise_seed(rng)
         scenes, made = self._scenes(config.batch, rng)
-        ids = caption_ids(scenes, config)
+        ids = networks.caption_ids(scenes, config)
         dropped = torch.from_numpy(rng.random(config.batch) < config.prompt_dropout)
-        ids[dropped, 1:] = VOCABULARY[END]
+        ids[dropped, 1:] = networks.VOCABULARY[networks.END]
         # stratified: one time from each of `batch` equal slices, for less variance
         times = (np.arange(config.batch) + rng.random(config.batch)) / config.batch
         return made | {"ids": ids, "times": torch.from_numpy(times)} | _noise_seed(rng)
 
     def _scenes(self, count: int, rng: np.random.Generator) -> tuple[list[Scene], dict[str, Tensor]]:
         """Scenes, and what their renders are drawn from."""
-        scenes = draw_scenes(count, rng)
+        scenes = networks.draw_scenes(count, rng)
         variation = draw_variation(count, 1, int(rng.integers(2**62)))
         return scenes, {"tokens": torch.from_numpy(scene_tokens(scenes)), **variation}
 
@@ -102,41 +92,28 @@ class DiffusionTrainer(GeneratorTrainer):
     """Autoencoder, text encoder and U-Net with their moving averages; a `loop.Trainer`."""
 
     def __init__(
-        self,
-        config: DiffusionConfig,
-        *,
-        device: str = "cpu",
-        compiled: bool = False,
-        data_processes: int = 0,
+        self, config: DiffusionConfig, *, device: str = "cpu", compiled: bool = False, data_processes: int = 0
     ) -> None:
         super().__init__(config, DiffusionData(config), device, data_processes)
         self.config = config
-        self.tokenizer = build_tokenizer(config)
-        self.scheduler = build_scheduler()
-        self.autoencoder: Any = build_autoencoder(config)
-        set_principal_encoder(self.autoencoder, draw_images(PRINCIPAL_IMAGES, config.seed))
-        text, unet = build_text_encoder(config, self.tokenizer), build_unet(config)
+        self.tokenizer = networks.build_tokenizer(config)
+        self.scheduler = networks.build_scheduler()
+        self.autoencoder: Any = networks.build_autoencoder(config)
+        networks.set_principal_encoder(self.autoencoder, networks.draw_images(PRINCIPAL_IMAGES, config.seed))
+        text, unet = networks.build_text_encoder(config, self.tokenizer), networks.build_unet(config)
         self.denoiser = nn.ModuleDict({"text": text, "unet": unet})
         self.reader = nn.Linear(config.text_width, sum(ICON_PARTS))
         layout = torch.channels_last if self.on_gpu else torch.preserve_format
         for model in (self.autoencoder, self.denoiser, self.reader):
             model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
-        self.average = nn.ModuleDict({"autoencoder": self.autoencoder, "denoiser": self.denoiser})
-        self.average = deepcopy(self.average).requires_grad_(False).eval()
-        self.optimizers = {
-            name: adamw(
-                model.parameters(),
-                device,
-                lr=config.learning_rate,
-                betas=(0.9, 0.99),
-                weight_decay=config.weight_decay,
-            )
-            for name, model in (
-                ("text", nn.ModuleList([text, self.reader])),
-                ("autoencoder", self.autoencoder.decoder),
-                ("denoiser", self.denoiser),
-            )
+        self.average = self._copied()
+        learning = {
+            "text": nn.ModuleList([text, self.reader]),
+            "autoencoder": self.autoencoder.decoder,
+            "denoiser": self.denoiser,
         }
+        settings = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+        self.optimizers = {name: adamw(m.parameters(), device, **settings) for name, m in learning.items()}
         self._predict = torch.compile(self._velocity) if compiled else self._velocity
         self._denoise = GraphedStep(self._compute_denoiser) if self.on_gpu else self._compute_denoiser
         signal = self.scheduler.alphas_cumprod
@@ -148,33 +125,42 @@ class DiffusionTrainer(GeneratorTrainer):
         Raises:
             InputError: not a diffusers directory, or what is to be taken has other sizes than this config.
         """
+        wrong = "no autoencoder of this recipe's sizes"
         try:
             scaling = json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
             self.autoencoder.load_state_dict(_read_weights(folder / "vae"))
             self.autoencoder.register_to_config(scaling_factor=float(scaling))
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise InputError(f"{folder}: no autoencoder of this recipe's sizes: {error}") from error
-        self.average["autoencoder"] = deepcopy(self.autoencoder).requires_grad_(False).eval()
-        if self.config.text_steps == 0:
-            try:
+            if self.config.text_steps == 0:
+                wrong = "with text_steps = 0, text encoder and U-Net are taken from there too, and do not fit"
                 self.denoiser["text"].load_state_dict(_read_weights(folder / "text_encoder"))
                 self.denoiser["unet"].load_state_dict(_read_weights(folder / "unet"))
-            except (OSError, ValueError, RuntimeError) as error:
-                raise InputError(
-                    f"{folder}: with text_steps = 0, text encoder and U-Net are taken from there too, and do not fit: {error}"
-                ) from error
-            self.average["denoiser"] = deepcopy(self.denoiser).requires_grad_(False).eval()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(f"{folder}: {wrong}: {error}") from error
+        self.average = self._copied()
+
+    def _copied(self) -> nn.ModuleDict:
+        """The weights as they are, for their moving averages to begin with."""
+        models = nn.ModuleDict({"autoencoder": self.autoencoder, "denoiser": self.denoiser})
+        return deepcopy(models).requires_grad_(False).eval()
 
     def train_step(self) -> dict[str, Tensor]:
         """One step of the phase that `step` lies in; "loss" means another thing in each."""
-        config = self.config
-        made = self.data.get(self.step)
-        if self.step < config.text_steps:
-            terms = self._text_step(**made)
-        elif self.step < config.text_steps + config.autoencoder_steps:
-            terms = self._autoencoder_step(**made)
+        config, warm_up = self.config, self.config.warm_up
+        begin, end = 0, config.text_steps
+        run: Callable[..., dict[str, Tensor]]
+        if self.step < end:
+            name, rate, run = "text", config.text_learning_rate, self._text_step
+            warm_up = min(warm_up, end // 10)
+        elif self.step < end + config.autoencoder_steps:
+            begin, end = end, end + config.autoencoder_steps
+            name, rate, run = "autoencoder", config.autoencoder_learning_rate, self._autoencoder_step
         else:
-            terms = self._denoiser_step(**made)
+            begin, end = end + config.autoencoder_steps, config.steps
+            name, rate, run = "denoiser", config.learning_rate, self._denoiser_step
+        first = self.step - begin
+        set_learning_rate(self.optimizers[name], rate * schedule(first, end - begin, warm_up))
+        self.newest_share.fill_(newest_share(config.ema, first))
+        terms = run(**self.data.get(self.step))
         self.step += 1
         return terms
 
@@ -199,9 +185,7 @@ class DiffusionTrainer(GeneratorTrainer):
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, state["optimizers"][name], self.device)
 
-    def export(
-        self, folder: Path, name: str = "", *, guidance_scale: float = 4.0, num_inference_steps: int = 50
-    ) -> Path:
+    def export(self, folder: Path, name: str = "") -> Path:
         """Write the averaged weights as diffusers directory `model`, in half precision, with our defaults in millijoule.json."""
         diffusers, _ = import_diffusers()
         average = deepcopy(self.average).to("cpu", torch.float16)
@@ -218,8 +202,8 @@ class DiffusionTrainer(GeneratorTrainer):
         )
         pipeline.save_pretrained(folder / "model", safe_serialization=True)
         defaults = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
+            "num_inference_steps": 50,
+            "guidance_scale": 4.0,
             "prompts": ICON_SCENES,
             "training": {**asdict(self.config), "steps_done": self.step},
         }
@@ -228,48 +212,35 @@ class DiffusionTrainer(GeneratorTrainer):
 
     def _text_step(self, tokens: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """From the code of each noun in a caption, the parts of its icon; cross entropies."""
-        config = self.config
         text: Any = self.denoiser["text"]
         with self._autocast():
             codes = text(ids)[0]
-        nouns = codes[:, CAPTION_WORDS_PER_ICON::CAPTION_WORDS_PER_ICON]  # after the start token
-        nouns = nouns[:, :MAX_COUNT]
+        # after the start token
+        nouns = codes[:, CAPTION_WORDS_PER_ICON::CAPTION_WORDS_PER_ICON][:, :MAX_COUNT]
         parts = tokens[:, :-1].unflatten(1, (MAX_COUNT, -1))
         there = parts[:, :, 0] > 0
         told = self.reader(nouns[there].float()).split(ICON_PARTS, 1)
         wanted = parts[there].sub(1).unbind(1)
         loss = torch.stack([F.cross_entropy(t, w) for t, w in zip(told, wanted, strict=True)]).sum()
-        share = schedule(self.step, config.text_steps, min(config.warm_up, config.text_steps // 10))
-        set_learning_rate(self.optimizers["text"], config.text_learning_rate * share)
         self._update("text", text, loss)
         averaged: Any = self.average["denoiser"]
         averaged["text"].load_state_dict(text.state_dict())  # what the denoiser's phase begins with
         return {"loss": loss.detach()}
 
     def _autoencoder_step(self, noise_seed: Tensor, **made: Tensor) -> dict[str, Tensor]:
-        config = self.config
-        first = self.step - config.text_steps
         images = self.true_images(**made)[:, 0]
         with self._autocast():
             latents = self.autoencoder.encode(images).latents.float()
             noise = self._normal(latents.shape, noise_seed)
-            decoded = self.autoencoder.decode(latents + config.latent_noise * noise).sample.float()
+            decoded = self.autoencoder.decode(latents + self.config.latent_noise * noise).sample.float()
         squared = F.mse_loss(decoded, images)
         loss = F.l1_loss(decoded, images) + squared
-        share = schedule(first, config.autoencoder_steps, config.warm_up)
-        set_learning_rate(self.optimizers["autoencoder"], config.autoencoder_learning_rate * share)
-        self.newest_share.fill_(newest_share(config.ema, first))
         self._update("autoencoder", self.autoencoder, loss)
         update_average(self.average["autoencoder"], self.autoencoder, self.newest_share)
         return {"loss": loss.detach(), "squared_error": squared.detach()}
 
     def _denoiser_step(self, noise_seed: Tensor, **made: Tensor) -> dict[str, Tensor]:
         config = self.config
-        before = config.text_steps + config.autoencoder_steps
-        first = self.step - before
-        share = schedule(first, config.steps - before, config.warm_up)
-        set_learning_rate(self.optimizers["denoiser"], config.learning_rate * share)
-        self.newest_share.fill_(newest_share(config.ema, first))
         side = IMAGE_SIZE // 2 ** (len(config.decoder_blocks) - 1)
         noise = self._normal((config.batch, config.latent_channels, side, side), noise_seed)
         return self._denoise(noise=noise, **made)

@@ -135,11 +135,8 @@ def set_principal_encoder(autoencoder: Any, images: Tensor) -> None:
     Its strided convolutions gather each patch's pixels into channels; the last convolution projects. Latents have
     mean 0, and all but one in a thousand lie within the decoder's linear range (it takes tanh(z / 3)): few patches show an
     edge, so in units of their standard deviation the fine components' largest values are far out. The `scaling_factor`
-    brings the mean variance to 1 for the denoiser.
-
-    Args:
-        autoencoder: its encoder's widths are the values of a patch.
-        images: `[count, 3, size, size]` in [-1, 1], to find the components from.
+    brings the mean variance to 1 for the denoiser. The encoder's widths are the values of a patch; the components are
+    found from `images` `[count, 3, size, size]` in [-1, 1].
     """
     first, *gathering, last = autoencoder.encoder.layers
     for layer in autoencoder.encoder.layers:

@@ -29,8 +29,8 @@ class GraphedStep:
         self._outputs: dict[str, Tensor] = {}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        if self._graph is None and self._calls < WARM_UP:
-            self._calls += 1
+        self._calls += 1
+        if self._calls <= WARM_UP:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 outputs = self._step(**inputs)

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.scenes.renderer import SceneRenderer
-from millijoule.workers.training.step_data import StepData
+from millijoule.workers.training.step_data import Draw, StepData
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
+
+#: Steps between lines of the log.
+REPORT_EVERY = 50
 
 #: Seconds between checkpoints: what is lost at most. On a GPU a minute is some thousand steps.
 CHECKPOINT_EVERY_S = 60
@@ -40,17 +43,14 @@ class Trainer(Protocol):
     def train_step(self) -> Mapping[str, float | Tensor]:
         """Do one step, add one to `step`; returns what to log, "loss" first. Tensors are read when they are logged, so
         that a GPU is not waited for at every step."""
-        ...
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values that `load_state` continues from."""
-        ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
 
     def export(self, folder: Path, name: str) -> Path:
         """Write the weights as model `name`, in the form that they are used in; returns where."""
-        ...
 
 
 class GeneratorTrainer:
@@ -58,9 +58,7 @@ class GeneratorTrainer:
 
     step = 0
 
-    def __init__(
-        self, config: Any, draw: Callable[[int], dict[str, Tensor]], device: str, data_processes: int
-    ) -> None:
+    def __init__(self, config: Any, draw: Draw, device: str, data_processes: int) -> None:
         """`config` has a `seed`; for the rest see `StepData`."""
         torch.manual_seed(config.seed)
         self.device = device
@@ -127,13 +125,12 @@ def run_training(
     *,
     minutes: float | None = None,
     resume: bool = False,
-    report_every: int = 50,
-    sample: Callable[[int], Any] | None = None,
+    sample: Callable[[int], Any] = lambda step: None,
     sample_every: int = 0,
 ) -> None:
     """Train to the config's last step, or as far as `minutes` or a SIGTERM allow.
 
-    Every `report_every` steps a line is printed and a JSON row (means since the row before, seconds per step) added to
+    Every `REPORT_EVERY` steps a line is printed and a JSON row (means since the row before, seconds per step) added to
     log.jsonl. A checkpoint is written every minute and at the end; `sample(step)` is called every
     `sample_every` steps. On SIGTERM (`timeout`, a node that goes away) the step is finished, the checkpoint written, and the
     function returns as when time is out.
@@ -151,7 +148,7 @@ def run_training(
             now = time.monotonic()
             out_of_time = asked.is_set() or (minutes is not None and now - began > 60 * minutes)
             last = trainer.step >= steps or out_of_time
-            if trainer.step % report_every == 0 or last:
+            if trainer.step % REPORT_EVERY == 0 or last:
                 means = {name: _mean_of_finite(values) for name, values in since.items()}
                 now = time.monotonic()  # a GPU may have been behind
                 done = len(since["loss"])
@@ -172,7 +169,7 @@ def run_training(
             if now - saved > CHECKPOINT_EVERY_S or last:
                 save_checkpoint(trainer, folder)
                 saved = now
-            if sample is not None and sample_every and trainer.step % sample_every == 0:
+            if sample_every and trainer.step % sample_every == 0:
                 sample(trainer.step)
             if out_of_time:
                 break

@@ -19,7 +19,6 @@ PATCHES = ((1, 8), (1, 4), (2, 8), (4, 8), (4, 0))
 #: Temperatures of the drifting field (Deng et al. 2026, arXiv 2602.04770, section 4).
 TEMPERATURES = (0.02, 0.05, 0.2)
 
-
 #: A patch shows something, and is not background alone, where a colour's mean render varies by more than this (of 2).
 INK = 0.1
 
@@ -27,7 +26,8 @@ INK = 0.1
 def energy_distance(
     images: Tensor, true: Tensor, offset: Tensor | None = None, *, ink_weight: float = 1.0
 ) -> Tensor:
-    """Sum over patch sets of the mean energy distance 2 E|x - y| - E|x - x'| - E|y - y'|, in the unit of a pixel.
+    """Sum over patch sets of the mean energy distance 2 E|x - y| - E|x - x'|, in the unit of a pixel; without the constant
+    term - E|y - y'|.
 
     A proper scoring rule (Szekely and Rizzo 2013), unbiased at any number of samples. The gradient of a norm has the
     same size however small the difference, so the many patches of plain background drown the few that show something;
@@ -37,9 +37,6 @@ def energy_distance(
         images: generated, `[scenes, samples, 3, size, size]`, differentiable, at least two samples.
         true: `[scenes, renders, 3, size, size]`.
         offset: where the patches begin, rows and columns, in pixels of each scale; int64 `[2]`, default 0.
-
-    Returns:
-        A scalar; the constant term E|y - y'| is left out.
     """
     total = images.new_zeros(())
     for scale, side in PATCHES:
@@ -48,18 +45,14 @@ def energy_distance(
         between = distances(x, y).mean((-1, -2))  # [scenes, positions]
         within = distances(x, x).sum((-1, -2)) / (samples * (samples - 1))
         if ink_weight != 1:
-            weight = 1 + (ink_weight - 1) * _shows_something(y)
+            pixels = y.mean(2).unflatten(-1, (3, -1))
+            shows_something = (pixels.amax(-1) - pixels.amin(-1)).amax(-1) > INK  # [scenes, positions]
+            weight = 1 + (ink_weight - 1) * shows_something.float()
             weight = weight / weight.mean()
             between, within = weight * between, weight * within
         between, within = between.mean(), within.mean()
         total = total + (2 * between - within) / math.sqrt(x.shape[-1])
     return total
-
-
-def _shows_something(true: Tensor) -> Tensor:
-    """1.0 where patches `[scenes, positions, renders, dimensions]` hold more than one colour, else 0.0; `[scenes, positions]`."""
-    pixels = true.mean(2).unflatten(-1, (3, -1))
-    return ((pixels.amax(-1) - pixels.amin(-1)).amax(-1) > INK).float()
 
 
 def drifting_loss(images: Tensor, true: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:

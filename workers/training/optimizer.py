@@ -42,9 +42,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], device: str) -> None:
     """Continue from a state that may have been saved on another kind of device."""
     optimizer.load_state_dict(state)
-    on_gpu = device.startswith("cuda")
     for group in optimizer.param_groups:
-        group["capturable"] = on_gpu
+        group["capturable"] = device.startswith("cuda")
     for moments in optimizer.state.values():
         moments["step"] = moments["step"].to(device)
     _keep_rates_on(optimizer, device)

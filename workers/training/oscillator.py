@@ -7,6 +7,7 @@ is exported. On a GPU a step is one CUDA graph, renders included, fed by process
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from millijoule.workers.generators.oscillator import OscillatorGenerator, save_w
 from millijoule.workers.generators.oscillator_model import (
     OscillatorConfig,
     OscillatorModel,
-    random_noise,
+    noise_size,
     start_phases,
 )
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
@@ -67,15 +68,16 @@ class OscillatorData:
 
     config: OscillatorTrainingConfig
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
         config = self.config
         rng = np.random.default_rng((config.seed, step))
         scenes = [completed for _, completed in sample_training_scenes(rng, config.scenes)]
         seed = int(rng.integers(2**62))
-        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        noise = torch.rand(config.scenes * config.samples, noise_size(config.model), generator=generator)
         return {
             "tokens": torch.from_numpy(scene_tokens(scenes)),
-            "noise": random_noise(config.scenes * config.samples, config.model, noise),
+            "noise": noise * (2 * math.pi),  # radians, uniform on the circle
             "offset": torch.from_numpy(rng.integers(8, size=2)),
             **draw_variation(config.scenes, config.renders, seed),
         }
@@ -98,13 +100,9 @@ class OscillatorTrainer(GeneratorTrainer):
         _scale_coupling(self.model, config.coupling_start)
         self.average = deepcopy(self.model).to(device).eval()
         self.model.to(device)
-        self.optimizer = adamw(
-            [p for p in self.model.parameters() if p.requires_grad],
-            device,
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
-        )
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        settings = {"lr": config.learning_rate, "betas": (0.9, 0.95), "weight_decay": config.weight_decay}
+        self.optimizer = adamw(learning, device, **settings)
         self.narrow = multiplies_bfloat16(device)
         self.compare = self._compare
         if compiled:
@@ -146,11 +144,9 @@ class OscillatorTrainer(GeneratorTrainer):
         phases = start_phases(noise, tokens.repeat_interleave(config.samples, 0), config.model)
         # without its cache of cast weights, which would outlive the capture of a graph
         kind = self.device.split(":")[0]
-        operands = torch.bfloat16 if self.narrow else torch.float32
+        rounded = torch.bfloat16 if self.narrow else torch.float32
         with torch.autocast(kind, torch.bfloat16, enabled=self.narrow, cache_enabled=False):
-            images = self.model(
-                tokens, phases, quantized=True, operands=operands, samples=config.samples
-            ).float()
+            images = self.model(tokens, phases, rounded=rounded, samples=config.samples).float()
         logged = self.compare(images.unflatten(0, (config.scenes, config.samples)), true, offset)
         self.optimizer.zero_grad(set_to_none=True)
         logged["loss"].backward()

@@ -20,17 +20,8 @@ from torch.nn import functional as F
 
 from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.generators.model_files import write_model_file
-from millijoule.workers.judging.verifier import (
-    CELL_PARTS,
-    FORMAT,
-    FORMAT_VERSION,
-    GLOBAL_PARTS,
-    GRID,
-    STRIDE,
-    VerifierNet,
-    VerifierShape,
-    to_input,
-)
+from millijoule.workers.judging import verifier
+from millijoule.workers.judging.verifier import GRID, STRIDE, VerifierNet, VerifierShape
 from millijoule.workers.scenes.renderer import icon_cover, render_scenes
 from millijoule.workers.scenes.scenes import (
     BACKGROUNDS,
@@ -132,12 +123,9 @@ class CollageMaker:
     def __init__(self) -> None:
         def covers(count: int) -> np.ndarray:
             """Of the first of `count` icons, `[noun, size, pixels, pixels]`."""
-            plain = (
-                Scene((Group(noun, "red", size, count),), None, "white", 0)
-                for noun in NOUNS
-                for size in SIZES
-            )
-            return np.array([icon_cover(scene)[0] for scene in plain]).reshape(len(NOUNS), len(SIZES), 64, 64)
+            groups = (Group(noun, "red", size, count) for noun in NOUNS for size in SIZES)
+            covers = [icon_cover(Scene((group,), None, "white", 0))[0] for group in groups]
+            return np.array(covers).reshape(len(NOUNS), len(SIZES), 64, 64)
 
         self._whole, self._half = covers(1), covers(4)[..., :32, :32]
         self._palette = np.array([PALETTE[c] for c in COLOURS], np.float32)
@@ -148,29 +136,23 @@ class CollageMaker:
         background = rng.integers(len(BACKGROUNDS), size=count)
         noun = np.full((count, MAX_COUNT), -1, np.int64)
         size = rng.integers(len(SIZES), size=noun.shape)
-        # half of the colours and nouns repeat the first icon's, as in true scenes
-        weights = np.where(self._same[background], 0.0, 1.0)
         # uniform, never the background's
-        colour = (rng.random((count, MAX_COUNT, len(COLOURS))) * weights[:, None]).argmax(2)
+        colour = (rng.random((*noun.shape, len(COLOURS))) * ~self._same[background][:, None]).argmax(2)
         nouns = rng.integers(len(NOUNS), size=noun.shape)
-        repeat = rng.random(noun.shape) < 0.3
-        nouns = np.where(repeat, nouns[:, :1], nouns)
-        repeat = rng.random(noun.shape) < 0.3
-        colour = np.where(repeat, colour[:, :1], colour)
+        # some of the nouns and colours repeat the first icon's, as in true scenes
+        nouns = np.where(rng.random(noun.shape) < 0.3, nouns[:, :1], nouns)
+        colour = np.where(rng.random(noun.shape) < 0.3, colour[:, :1], colour)
         centre = np.zeros((*noun.shape, 2), np.float32)
         side = IMAGE_SIZE + 2 * _PAD
         ground = self._grounds[background] + rng.integers(-14, 15, (count, 1))
-        canvas = np.empty((count, side, side, 3), np.float32)
-        canvas[:] = ground[:, None, None]
+        canvas = np.tile(ground[:, None, None], (1, side, side, 1)).astype(np.float32)
         for b in range(count):
             kind = rng.random()
             if kind < 0.25:  # one icon of the whole image
-                cover = self._whole
-                places: tuple[tuple[int, int], ...] = ((0, 0),)
+                cover, places = self._whole, [(0, 0)]
             else:
-                cover = self._half
-                places = _LAYOUTS[rng.integers(len(_LAYOUTS))]
-                places = tuple(p for p in places if rng.random() < 0.8)
+                layout = _LAYOUTS[rng.integers(len(_LAYOUTS))]
+                cover, places = self._half, [p for p in layout if rng.random() < 0.8]
             pixels = cover.shape[-1]
             for k, (x, y) in enumerate(places):
                 moved_x, moved_y = rng.integers(-_STRAY, _STRAY + 1, 2)
@@ -195,10 +177,6 @@ def _blob(pixels: int, rng: np.random.Generator) -> np.ndarray:
     axis = np.linspace(-1.2, 1.2, pixels, dtype=np.float32)
     hill = 1.0 - 1.6 * (axis[:, None] ** 2 + axis[None] ** 2)
     return np.clip((smooth * rng.uniform(0.1, 1.0) + hill) * rng.uniform(1.5, 8), 0, 1).astype(np.float32)
-
-
-def join(a: LabelledImages, b: LabelledImages) -> LabelledImages:
-    return LabelledImages(*(np.concatenate(pair) for pair in zip(a, b, strict=True)))
 
 
 def spoil(made: LabelledImages, share: float, rng: np.random.Generator) -> LabelledImages:
@@ -246,7 +224,7 @@ class Targets(NamedTuple):
     noun: Tensor  # int64 [b, 8, 8]
     colour: Tensor
     size: Tensor
-    offset: Tensor  # float32 [b, 2, 8, 8]
+    offset: Tensor  # float32 [b, 8, 8, 2]
     overall: tuple[Tensor, ...]  # what the pooled features must tell, as in `GLOBAL_PARTS`
 
 
@@ -258,10 +236,8 @@ def make_targets(made: LabelledImages) -> Targets:
     b = len(made.noun)
     there = made.noun >= 0  # [b, 4]
     axis = np.arange(GRID, dtype=np.float32) * STRIDE
-    away_x = made.centre[..., 0, None, None] - axis  # [b, 4, 1, 8]
-    away_y = made.centre[..., 1, None, None] - axis[:, None]  # [b, 4, 8, 1]
-    distance = np.maximum(np.abs(away_x), np.abs(away_y)) + np.where(there, 0, 1e6)[..., None, None]
-    distance = distance.astype(np.float32)
+    away = made.centre[:, :, None, None] - np.stack(np.meshgrid(axis, axis), 2)  # [b, 4, 8, 8, 2]
+    distance = np.abs(away).max(-1) + np.where(there, 0, 1e6).astype(np.float32)[..., None, None]
     which = distance.argmin(1)  # [b, 8, 8]
     nearest = distance.min(1)
     rows, i, j = np.ogrid[:b, :GRID, :GRID]
@@ -271,12 +247,11 @@ def make_targets(made: LabelledImages) -> Targets:
     def of(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.where(named, values[rows, which], -1))
 
-    offset = np.stack([(away_x + 0 * away_y)[rows, which, i, j], (away_y + 0 * away_x)[rows, which, i, j]], 1)
     nouns = np.zeros((b, len(NOUNS)), np.float32)
     colours = np.zeros((b, len(COLOURS)), np.float32)
-    image, icon = np.nonzero(there)
-    nouns[image, made.noun[image, icon]] = 1
-    colours[image, made.colour[image, icon]] = 1
+    image, _ = np.nonzero(there)
+    nouns[image, made.noun[there]] = 1
+    colours[image, made.colour[there]] = 1
     places = (nearest <= 0.5 * STRIDE).reshape(b, -1).astype(np.float32)
     overall = (nouns, colours, made.background, there.sum(1), places)
     return Targets(
@@ -284,14 +259,14 @@ def make_targets(made: LabelledImages) -> Targets:
         of(made.noun),
         of(made.colour),
         of(made.size),
-        torch.from_numpy((offset / STRIDE).astype(np.float32)),
+        torch.from_numpy(away[rows, which, i, j] / STRIDE),
         tuple(torch.from_numpy(x) for x in overall),
     )
 
 
 def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Tensor, dict[str, float]]:
     """Cross entropy of centres, nouns, colours, sizes and background, offsets, and what the features must tell."""
-    centre, noun, colour, size, offset = cells.float().split(CELL_PARTS, 1)
+    centre, noun, colour, size, offset = cells.float().split(verifier.CELL_PARTS, 1)
     sure = targets.centre >= 0
     loss_centre = 20 * F.binary_cross_entropy_with_logits(centre[:, 0][sure], targets.centre[sure])
     named = targets.noun >= 0
@@ -305,8 +280,8 @@ def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Ten
         parts["noun"] = F.cross_entropy(at_icons(noun), truth)
         parts["colour"] = F.cross_entropy(at_icons(colour), targets.colour[named])
         parts["size"] = 0.3 * F.cross_entropy(at_icons(size), targets.size[named])
-        parts["offset"] = F.smooth_l1_loss(at_icons(offset), at_icons(targets.offset))
-    told = overall.float().split(GLOBAL_PARTS, 1)
+        parts["offset"] = F.smooth_l1_loss(at_icons(offset), targets.offset[named])
+    told = overall.float().split(verifier.GLOBAL_PARTS, 1)
     nouns, colours, background, count, places = zip(told, targets.overall, strict=True)
     parts["background"] = F.cross_entropy(*background)
     parts["features"] = (
@@ -333,11 +308,10 @@ class VerifierTrainer:
         self.step = 0
         torch.manual_seed(config.seed)
         self.net = VerifierNet(config.shape).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        decayed = [p for p in self.net.parameters() if p.ndim > 1]
-        others = [p for p in self.net.parameters() if p.ndim <= 1]
+        parameters = list(self.net.parameters())
         groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = adamw(groups, "cpu", lr=config.learning_rate)
         with torch.no_grad():  # centres are rare
@@ -349,15 +323,15 @@ class VerifierTrainer:
         rng = np.random.Generator(np.random.Philox([self.config.seed, step]))
         collages = round(self.config.batch * self.config.collages)
         scenes = [sample_any_scene(rng) for _ in range(self.config.batch - collages)]
-        made = label_renders(scenes, int(rng.integers(2**62)))
-        made = join(made, self._collages.make(collages, rng))
-        return spoil(made, self.config.spoiled, rng)
+        renders = label_renders(scenes, int(rng.integers(2**62)))
+        pairs = zip(renders, self._collages.make(collages, rng), strict=True)
+        return spoil(LabelledImages(*map(np.concatenate, pairs)), self.config.spoiled, rng)
 
     def train_step(self) -> dict[str, float]:
         config = self.config
         made = self.batch(self.step)
         rng = np.random.Generator(np.random.Philox([config.seed, self.step, 1]))
-        pixels = roughen(to_input(made.images), rng).contiguous(memory_format=torch.channels_last)
+        pixels = roughen(verifier.to_input(made.images), rng).contiguous(memory_format=torch.channels_last)
         share = schedule(self.step, config.steps, config.warm_up)
         set_learning_rate(self.optimizer, config.learning_rate * share)
         self.net.train()
@@ -387,8 +361,8 @@ class VerifierTrainer:
         metadata = {
             "steps": str(self.step),
             "config": json.dumps(asdict(self.config)),
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "format": verifier.FORMAT,
+            "version": verifier.FORMAT_VERSION,
             "name": name,
             "shape": json.dumps(asdict(self.net.shape)),
         }

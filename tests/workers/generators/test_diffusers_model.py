@@ -38,7 +38,10 @@ PROMPTS = ("a red apple", "two blue stars", "a cat on a blue background", "a hea
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    made = DiffusionTrainer(SMALL).export(folder, guidance_scale=3.0, num_inference_steps=2)
+    made = DiffusionTrainer(SMALL).export(folder)
+    defaults = json.loads((made / "millijoule.json").read_text())
+    few = defaults | {"guidance_scale": 3.0, "num_inference_steps": 2}
+    (made / "millijoule.json").write_text(json.dumps(few))
     return made.rename(folder / "small")
 
 

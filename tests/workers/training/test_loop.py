@@ -82,18 +82,18 @@ def test_a_run_stops_where_most_losses_are_lost_and_not_for_one(tmp_path, bad):
     real = trainer.train_step
     trainer.train_step = lambda: real() | ({"loss": float("nan")} if trainer.step <= bad else {})
     if bad == 1:
-        run_training(trainer, tmp_path, report_every=5)
+        run_training(trainer, tmp_path)
         assert math.isfinite(json.loads((tmp_path / "log.jsonl").read_text())["loss"])
     else:
         with pytest.raises(RuntimeError, match="most losses of steps 0 to 5 are not finite"):
-            run_training(trainer, tmp_path, report_every=5)
+            run_training(trainer, tmp_path)
         assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_drives_and_gradients_are_the_same_whichever_way_they_are_laid():
     torch.manual_seed(0)
     encoder = OscillatorModel(replace(SMALL.model, channels=8, driven=6)).encoder
-    tokens = OscillatorData(replace(SMALL, scenes=60))(1)["tokens"]
+    tokens = OscillatorData(replace(SMALL, scenes=60))[1]["tokens"]
     drives, gradients = [], []
     for static in (False, True):
         prompt = encoder(tokens, static=static)

@@ -73,7 +73,7 @@ def test_exported_weights_keep_a_share_of_the_coupling():
     exported, averaged = (m.coupling for m in (trainer.exported_model(), trainer.average))
     sources = torch.randn(2, SMALL_MODEL.oscillators)
     with torch.no_grad():
-        weak, full = (c(sources, c.weights(), False, torch.float32) for c in (exported, averaged))
+        weak, full = (c(sources, c.weights(), None) for c in (exported, averaged))
     assert full.abs().max() > 0.01
     torch.testing.assert_close(weak, 0.25 * full)
 
