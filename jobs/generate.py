@@ -55,31 +55,31 @@ def run(
     from millijoule.workers.actor import remote_worker_class
     from millijoule.workers.storage.open import open_store
 
-    began = time.monotonic()
-    store = open_store(request.output)
-    with ray_cluster.connected(request.ray_address) as cluster:
-        if request.dry_run:
+    began, options = time.monotonic(), request.options
+    store = open_store(options.output)
+    with ray_cluster.connected(options.ray_address) as cluster:
+        if options.dry_run:
             plan = dry_run(request, cluster)
             seconds = time.monotonic() - began
             return JobResult("planned", store.url, 0, 0, plan.n_bad_rows, plan.n_shards, seconds)
         planned, workers = set_up_job(request, store, cluster)
-        store = open_store(request.output, patient=True)  # a job at work waits for storage
+        store = open_store(options.output, patient=True)  # a job at work waits for storage
         job_run = JobRun(
             store,
             planned,
             workers,
             worker_class or remote_worker_class(),
-            lease_s=request.lease_seconds,
-            speculate=request.speculate,
-            batch_size=request.batch_size,
+            lease_s=options.lease_seconds,
+            speculate=options.speculate,
+            batch_size=options.batch_size,
             spending=Spending(request.caps),
-            telemetry=request.telemetry,
+            telemetry=options.telemetry,
             node_meters=request.node_meters,
         )
-        metrics = LiveMetrics(planned.job, job_run) if request.telemetry else None
+        metrics = LiveMetrics(planned.job, job_run) if options.telemetry else None
         with (
             HeadWatch(ray_cluster.head_address(), on_head_lost or job_run.lose_head),
-            Progress(planned.job, job_run, quiet=request.quiet) as progress,
+            Progress(planned.job, job_run, quiet=options.quiet) as progress,
             signals_heeded(job_run),
         ):
 
