@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from millijoule.pipeline.running.bisection import Bisection
-from millijoule.workers.lease import AttemptResult, Lease
+from millijoule.workers.lease import AttemptResult, Lease, WorkerStatus
 from millijoule.workers.shard_rows import Shard
 
 #: After this many workers died on a shard, its rows are searched for the one that kills them.
@@ -178,16 +178,14 @@ class Coordinator:
                 return self._grant(shard_id, worker_id, now)
         return self._speculative(worker_id, now) if self.speculate else None
 
-    def renew(
-        self, attempt_id: str, images_done: int, steps: int, now: float, *, waits_for_store: bool = False
-    ) -> bool:
+    def renew(self, status: WorkerStatus, now: float) -> bool:
         """A worker answered: its lease lives on if it got further since, by images or by smaller steps, or waits for storage."""
-        entry = self.active.get(attempt_id)
-        if entry is None or (
-            (images_done, steps) <= (entry.images_done, entry.steps) and not waits_for_store
-        ):
+        entry = self.active.get(status.attempt_id or "")
+        done = status.images_done, status.steps
+        if entry is None or (done <= (entry.images_done, entry.steps) and not status.waits_for_store):
             return False
-        entry.images_done, entry.steps, entry.deadline = images_done, steps, now + self.lease_s
+        entry.images_done, entry.steps = done
+        entry.deadline = now + self.lease_s
         return True
 
     def complete(self, attempt_id: str, shard_id: int, now: float) -> bool:
