@@ -100,7 +100,7 @@ def run(
         images=job_run.counts.images_done,
         images_quarantined=job_run.counts.quarantined_this_run,
         rows_rejected=planned.job.bad_rows,
-        shards_left=job_run.remaining,
+        shards_left=job_run.coordinator.remaining,
         seconds=time.monotonic() - began,
         reason=job_run.cap_reached or "interrupted",
     )
@@ -117,11 +117,11 @@ def signals_heeded(job_run: JobRun) -> Iterator[None]:
         return
 
     def interrupt(signum: int, _frame: Any) -> None:
-        if signum == signal.SIGTERM or job_run.draining:
+        if signum == signal.SIGTERM or job_run.pool.draining:
             job_run.stop_now()
             return
         print("\nfinishing the shards at work; press Ctrl-C again to stop at once", file=sys.stderr)
-        job_run.drain("interrupted")
+        job_run.pool.drain("interrupted")
 
     before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -85,7 +85,7 @@ class LiveMetrics:
             grown = seconds - self._seconds_at_start.get(segment_class, 0.0)
             self._count("millijoule_worker_seconds", grown, **{"class": segment_class})
         self._set("millijoule_workers", run.pool.ready_workers)
-        self._set("millijoule_shards_remaining", run.remaining)
+        self._set("millijoule_shards_remaining", run.coordinator.remaining)
         self._set("millijoule_energy_unclaimed_joules", spending.unclaimed_mj / 1000)
         for cap, share in spending.used_shares().items():
             self._set("millijoule_cap_used_share", share, cap=cap)
