@@ -47,7 +47,7 @@ def run(
     from millijoule.jobs.set_up.dry_run import dry_run
     from millijoule.jobs.set_up.job import set_up_job
     from millijoule.pipeline.closing.finish import finish_job
-    from millijoule.pipeline.running.head_watch import HeadWatch
+    from millijoule.pipeline.running.head_watch import head_watched
     from millijoule.pipeline.running.live_metrics import LiveMetrics
     from millijoule.pipeline.running.progress import Progress
     from millijoule.pipeline.running.run import JobRun
@@ -78,7 +78,7 @@ def run(
         )
         metrics = LiveMetrics(planned.job, job_run) if options.telemetry else None
         with (
-            HeadWatch(ray_cluster.head_address(), on_head_lost or job_run.lose_head),
+            head_watched(ray_cluster.head_address(), on_head_lost or job_run.lose_head),
             Progress(planned.job, job_run, quiet=options.quiet) as progress,
             signals_heeded(job_run),
         ):

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -55,9 +54,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._draw()
             self._bar.stop()
@@ -85,23 +82,21 @@ class Progress:
         """ "41 images/s, 0:12 left, 3.1 J/image, 2 workers" as far as it is known."""
         run, counts = self.run, self.run.counts
         parts = []
-        rate = run.images_per_second()
-        if rate:
+        if rate := run.images_per_second():
             left = (self.job.images - counts.images_done) / rate
             parts.append(f"{rate:.3g} images/s, {clock(left)} left")
         if counts.images_this_run:
-            parts.append(energy_words(counts.energy_mj, counts.estimate_mj, counts.images_this_run))
+            if counts.energy_mj is not None:
+                parts.append(f"{joules(counts.energy_mj / counts.images_this_run)}/image")
+            else:
+                parts.append(f"~{joules(counts.estimate_mj / counts.images_this_run)}/image (modelled)")
         if counts.quarantined_this_run:
             parts.append(f"{counts.quarantined_this_run} quarantined")
         if run.writer.waiting_for():
             parts.append("waiting for storage")
-        if run.complete:
-            parts.append("done")
-        elif workers := run.pool.ready_workers:
-            parts.append(f"{workers} worker{'' if workers == 1 else 's'}")
-        else:
-            parts.append("starting workers")
-        return ", ".join(parts)
+        workers = run.pool.ready_workers
+        working = f"{workers} worker{'' if workers == 1 else 's'}" if workers else "starting workers"
+        return ", ".join([*parts, "done" if run.complete else working])
 
 
 def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> list[str]:
@@ -149,13 +144,6 @@ def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> 
 def cut(text: str) -> str:
     """As much of a reason or warning as a line has room for."""
     return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
-
-
-def energy_words(energy_mj: int | None, estimate_mj: int, images: int) -> str:
-    """Energy per image in words that say whether it was measured."""
-    if energy_mj is not None:
-        return f"{joules(energy_mj / images)}/image"
-    return f"~{joules(estimate_mj / images)}/image (modelled)"
 
 
 def joules(mj: float | None) -> str:

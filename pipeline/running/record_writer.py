@@ -7,13 +7,13 @@ own thread, by `settle`. The queue is short: who has something to write that can
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from millijoule.workers.errors import DamagedError, StoreError
 from millijoule.workers.storage.protocol import Store
@@ -34,8 +34,7 @@ NOTICE_PERIOD_S = 30.0
 REFUSED_FOR_S = 60.0
 
 
-@dataclass
-class _Work:
+class _Work(NamedTuple):
     what: str
     do: Callable[[], Any]
     then: Callable[[Any], None]
@@ -65,11 +64,10 @@ class RecordWriter:
 
     def waiting_for(self) -> str | None:
         """What storage is being waited for, in words; None where it answers."""
-        failing = self._failing
-        if failing is None:
-            return None
-        since, what, error = failing
-        return f"{what} for {time.monotonic() - since:.0f} s: {error}"
+        if failing := self._failing:
+            since, what, error = failing
+            return f"{what} for {time.monotonic() - since:.0f} s: {error}"
+        return None
 
     def submit(
         self, what: str, do: Callable[[], Any], then: Callable[[Any], None] = lambda result: None
@@ -108,13 +106,11 @@ class RecordWriter:
         Raises:
             StoreError: storage refuses for good, or the time is up; what was to be written is not.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._thread is not None and not self.idle:
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self.idle:
             self.settle()
-            failing = self._failing
-            if failing is not None and not failing[2].transient:
-                break
-            if deadline is not None and time.monotonic() > deadline:
+            refused = self._failing is not None and not self._failing[2].transient
+            if refused or time.monotonic() > deadline:
                 break
             time.sleep(0.01)
         with self._changed:
@@ -133,8 +129,7 @@ class RecordWriter:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._works and not self._closed:
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._works or self._closed)
                 if not self._works:
                     return
                 work = self._works[0]
@@ -155,9 +150,9 @@ class RecordWriter:
         while True:
             try:
                 value = work.do()
+            except DamagedError:
+                raise
             except StoreError as error:
-                if isinstance(error, DamagedError):
-                    raise
                 now = time.monotonic()
                 since = self._failing[0] if self._failing else now
                 self._failing = (since, work.what, error)
@@ -165,9 +160,7 @@ class RecordWriter:
                     said = now
                     log.warning("waiting for storage (%s): %s", work.what, error)
                 with self._changed:
-                    if not self._closed:
-                        self._changed.wait(pause)
-                    if self._closed:
+                    if self._changed.wait_for(lambda: self._closed, pause):
                         return None
                 pause = min(BACKOFF_MOST_S, 2 * pause)
             else:
