@@ -168,7 +168,6 @@ def _describe_options() -> None:
     words = (
         textwrap.fill(f"{name}: {text}", 110, initial_indent=" " * 8, subsequent_indent=" " * 12)
         for name, text in option_words().items()
-        if name != "rates"
     )
     before, returns, after = inspect.cleandoc(generate.__doc__ or "").partition("Returns:")
     options = textwrap.dedent("\n".join(("    Args:", *words)))
@@ -206,12 +205,9 @@ def run_options(options: GenerateOptions) -> int:
 
 def _end_process(reason: str) -> None:
     """End this process at once: without its head Ray answers no call, and ends the driver by itself only much later."""
-    print(
-        f"error: the head of the Ray cluster is gone ({reason}). Nothing that was committed is lost: run the same command "
-        "again, on this cluster when it is back or on another one, to resume",
-        file=sys.stderr,
-        flush=True,
-    )
+    from millijoule.pipeline.running.run import HEAD_LOST
+
+    print(f"error: {HEAD_LOST.format(reason)}", file=sys.stderr, flush=True)
     os._exit(entry.ERROR)
 
 

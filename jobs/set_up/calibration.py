@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 
 #: Enough images to see past start-up, few enough to wait for.
 CALIBRATION_IMAGES = 64
-
 #: A calibrated shard holds at least and at most this many images.
 MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 16, 100_000
 

@@ -16,10 +16,8 @@ from millijoule.workers.errors import InputError
 
 #: Image bytes never cross Ray's object store: it holds leases and commits, a few KB each.
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
-
 #: How long a cluster's address may take to accept a connection.
 CONNECT_TIMEOUT_S = 10.0
-
 #: Announces at every start that a local cluster is protected by a token, which is nothing to act on.
 _TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 

@@ -33,16 +33,12 @@ log = logging.getLogger(__name__)
 
 #: A reader that dies, or whose node does not answer, is tried this often.
 MAX_TRIES = 2
-
 #: At the end of a run the readers have this long: the start of an actor and the end of a killed process.
 CLOSE_TIMEOUT_S = 60.0
-
 #: The same where a person or the cluster cuts the run off.
 CUT_OFF_TIMEOUT_S = 8.0
-
 #: A process that was killed while it started may still open its account for so long.
 LAST_BREATH_S = 1.0
-
 #: Between two looks while the end waits.
 _POLL_S = 0.05
 

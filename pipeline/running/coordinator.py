@@ -23,25 +23,18 @@ from millijoule.workers.shard_rows import Shard
 
 #: After this many workers died on a shard, its rows are searched for the one that kills them.
 CRASHES_BEFORE_BISECTION = 2
-
 #: Where workers keep dying on a shard although no single row kills one, its rows are quarantined after this many searches.
 MAX_BISECTIONS = 2
-
 #: A node that dies takes its lease along for no fault of the rows, unless this many nodes died with the same shard.
 NODE_DEATHS_BEFORE_BLAME = 3
-
 #: A shard whose rows are all quarantined needs no model; a worker that dies even on that is tried again this often.
 MAX_EMPTY_ATTEMPTS = 5
-
 #: How long a row that failed waits for a second worker before the one that accused it may be asked again.
 SECOND_OPINION_PATIENCE_S = 30.0
-
 #: A second lease is given when the first has run this many times longer than the median shard ...
 SPECULATION_FACTOR = 1.5
-
 #: ... and at least this many seconds: shorter ones are not worth the energy.
 SPECULATION_MIN_S = 5.0
-
 #: Why a row that killed its workers stands quarantined.
 POISON_REASON = "every worker that generated this row died"
 HANG_REASON = "every worker that generated this row stood still, longer than --lease-seconds, and was ended"

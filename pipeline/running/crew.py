@@ -18,7 +18,6 @@ from millijoule.workers.lease import Lease, NodePlace, WorkerConfig, WorkerReady
 
 #: An idle worker's last words take a counter read; a worker that needs longer than this is as good as dead.
 STOP_TIMEOUT_S = 30.0
-
 #: Ray's label that holds a node's id.
 NODE_ID_LABEL = "ray.io/node-id"
 

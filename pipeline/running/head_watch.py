@@ -16,7 +16,6 @@ from contextlib import contextmanager
 #: Between two looks, and how long one may take.
 LOOK_PERIOD_S = 1.0
 CONNECT_TIMEOUT_S = 3.0
-
 #: A head that does not take connections for so long is gone.
 HEAD_AWAY_S = 8.0
 

@@ -13,19 +13,15 @@ from millijoule.workers.lease import NodePlace
 
 #: Faults in a row, each after a pause, before a node is out.
 FAULTS_BEFORE_OUT = 3
-
 #: Deaths in a row, without anything done on the node in between, before it is out: a search for the row that kills has
 #: fewer, because each narrowed search counts as something done.
 DEATHS_BEFORE_OUT = 12
-
 #: Pause after a first fault; doubles with each further one of this run.
 FAULT_PAUSE_FIRST_S = 1.0
 FAULT_PAUSE_MOST_S = 60.0
-
 #: Pause after a first death; doubles with each further one in a row.
 DEATH_PAUSE_FIRST_S = 0.5
 DEATH_PAUSE_MOST_S = 30.0
-
 #: Reasons kept per node.
 MAX_REASONS = 3
 

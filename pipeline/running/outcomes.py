@@ -23,14 +23,11 @@ log = logging.getLogger(__name__)
 
 #: How often busy workers are asked how far they are.
 STATUS_PERIOD_S = 1.0
-
 #: An answer that is there takes no time to fetch; one that takes so long is lost.
 FETCH_TIMEOUT_S = 60.0
-
 #: Workers may die this often in a row before it is known on which node, without a commit or a lease in hand elsewhere.
 UNPLACED_DEATHS = 16
 UNPLACED_PAUSE_FIRST_S, UNPLACED_PAUSE_MOST_S = 0.5, 30.0
-
 #: First pause before a shard that failed on storage comes again; doubles up to the most.
 STORE_BACKOFF_FIRST_S = 1.0
 STORE_BACKOFF_MOST_S = 60.0

@@ -24,13 +24,10 @@ log = logging.getLogger(__name__)
 
 #: The loop looks at clocks (deadlines, backoff, capacity) at least this often.
 TICK_S = 0.2
-
 #: Silence about missing capacity ends after this long, and is repeated that often.
 CAPACITY_NOTICE_S = 15.0
-
 #: Between two looks at which nodes the cluster has, while some are shunned.
 NODES_PERIOD_S = 1.0
-
 #: When a person or the cluster cuts the run off, idle workers have this long for their last words; nobody else has.
 CUT_OFF_S = 3.0
 

@@ -18,10 +18,8 @@ from millijoule.workers.visible_text import visible
 
 #: Between two lines where there is no terminal.
 LINE_PERIOD_S = 10.0
-
 #: Longest reason or warning that is printed; the manifest has them whole.
 MAX_WORDS = 200
-
 #: Between two redraws of the bar.
 BAR_PERIOD_S = 0.25
 
@@ -92,7 +90,7 @@ class Progress:
                 parts.append(f"~{joules(counts.estimate_mj / counts.images_this_run)}/image (modelled)")
         if counts.quarantined_this_run:
             parts.append(f"{counts.quarantined_this_run} quarantined")
-        if run.writer.waiting_for():
+        if run.writer.waits_for_storage:
             parts.append("waiting for storage")
         workers = run.pool.ready_workers
         working = f"{workers} worker{'' if workers == 1 else 's'}" if workers else "starting workers"

@@ -22,14 +22,11 @@ log = logging.getLogger(__name__)
 
 #: Works that may wait before `has_room` says no. Commits that only the driver can write come on top: one per worker.
 MAX_WAITING = 64
-
 #: First pause before a work is repeated; doubles up to the most.
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 30.0
-
 #: Waiting for storage is said after this long, and again that often.
 NOTICE_PERIOD_S = 30.0
-
 #: Storage that refuses (no permission, disk full), instead of being away, is waited for no longer than this.
 REFUSED_FOR_S = 60.0
 
@@ -49,7 +46,7 @@ class RecordWriter:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._failing: tuple[float, str, StoreError] | None = None  # since when, what, how
+        self._failing: tuple[float, StoreError] | None = None  # since when, how
         self._error: BaseException | None = None
 
     @property
@@ -62,12 +59,9 @@ class RecordWriter:
         """Whether nothing waits, neither to be done nor to be settled."""
         return not self._works and not self._results
 
-    def waiting_for(self) -> str | None:
-        """What storage is being waited for, in words; None where it answers."""
-        if failing := self._failing:
-            since, what, error = failing
-            return f"{what} for {time.monotonic() - since:.0f} s: {error}"
-        return None
+    @property
+    def waits_for_storage(self) -> bool:
+        return self._failing is not None
 
     def submit(
         self, what: str, do: Callable[[], Any], then: Callable[[Any], None] = lambda result: None
@@ -93,9 +87,9 @@ class RecordWriter:
             then(value)
         if self._error is not None:
             raise self._error
-        failing = self._failing
-        if failing and not failing[2].transient and time.monotonic() - failing[0] > REFUSED_FOR_S:
-            raise failing[2]
+        since, failing = self._failing or (0.0, None)
+        if failing and not failing.transient and time.monotonic() - since > REFUSED_FOR_S:
+            raise failing
 
     def close(self, timeout_s: float | None = None) -> None:
         """Wait until everything is written, and end the thread.
@@ -109,7 +103,7 @@ class RecordWriter:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while not self.idle:
             self.settle()
-            refused = self._failing is not None and not self._failing[2].transient
+            refused = self._failing is not None and not self._failing[1].transient
             if refused or time.monotonic() > deadline:
                 break
             time.sleep(0.01)
@@ -120,7 +114,7 @@ class RecordWriter:
             self._thread.join(timeout_s)
         self.settle()
         if self._works:
-            reason = f": {self._failing[2]}" if self._failing else ""
+            reason = f": {self._failing[1]}" if self._failing else ""
             raise StoreError(
                 f"{len(self._works)} records of this run could not be written{reason}. What is committed is safe: mend the "
                 "cause and run the same command again to go on"
@@ -155,7 +149,7 @@ class RecordWriter:
             except StoreError as error:
                 now = time.monotonic()
                 since = self._failing[0] if self._failing else now
-                self._failing = (since, work.what, error)
+                self._failing = since, error
                 if now - said >= NOTICE_PERIOD_S or since == now:
                     said = now
                     log.warning("waiting for storage (%s): %s", work.what, error)

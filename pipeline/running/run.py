@@ -37,15 +37,17 @@ log = logging.getLogger(__name__)
 
 #: What no commit carries, compacted commits and live energy tables are written out at least this often.
 FLUSH_PERIOD_S = 30.0
-
 #: A run that is cut off has this long for its last records.
 CUT_OFF_WRITES_S = 5.0
-
 #: Between two looks at what another driver has committed, besides ten times what a look takes.
 LOOK_PERIOD_S = 5.0
-
 #: Shards that could not be made and are named with the reason.
 MAX_NAMED_SHARDS = 20
+#: What to do when the cluster's head is gone, with the reason.
+HEAD_LOST = (
+    "the head of the Ray cluster is gone ({}). Nothing that was committed is lost: run the same job again, on this "
+    "cluster when it is back or on another one, to resume"
+)
 
 #: Throughput is averaged over this window for the progress line.
 RATE_WINDOW_S = 60.0
@@ -172,10 +174,7 @@ class JobRun:
             self.pool.run()
         except _StopNow:
             if self._head_lost is not None:
-                raise JobError(
-                    f"the head of the Ray cluster is gone ({self._head_lost}). Nothing that was committed is lost: run "
-                    "the same job again, on this cluster when it is back or on another one, to resume"
-                ) from None
+                raise JobError(HEAD_LOST.format(self._head_lost)) from None
             log.warning("stopped")
 
     def _close(self) -> None:
