@@ -49,14 +49,12 @@ def request_of(options: GenerateOptions) -> JobRequest:
     Raises:
         InputError: an option means nothing, no prompt file matches, or the model is not one; the message names it.
     """
-    if options.images_per_prompt < 1:
-        raise InputError(f"--images-per-prompt {options.images_per_prompt}: at least 1")
+    for name in ("images_per_prompt", "lease_seconds", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: at least 1")
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed}: from 0 to 2**63 - 1")
-    if options.lease_seconds < 1:
-        raise InputError(f"--lease-seconds {options.lease_seconds}: at least 1")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise InputError(f"--batch-size {options.batch_size}: at least 1")
     if options.node_meter is not None and not options.telemetry:
         raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
     _check_workers(options)
@@ -136,7 +134,7 @@ def parse_workers(text: str) -> tuple[int, int] | None:
         return None
     if match := re.fullmatch(r"([0-9]+)(?::([0-9]+))?", text):
         fewest = int(match[1])
-        most = int(match[2]) if match[2] is not None else fewest
+        most = int(match[2] or fewest)
         if most >= max(1, fewest):
             return fewest, most
     raise InputError(f"--workers {text}: a number such as 4, a range such as 0:8, or auto")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from millijoule.jobs.set_up import ray_cluster
-from millijoule.jobs.set_up.autoscaling import Prospect, prospect
+from millijoule.jobs.set_up.autoscaling import prospect
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.pipeline.running.cluster import words
@@ -38,17 +38,12 @@ class WorkerDevice:
 
 
 def choose_device(
-    request: JobRequest,
-    cluster: Cluster,
-    *,
-    has_work: Callable[[], bool] = lambda: True,
-    ask: Callable[[dict[str, float]], Prospect] = prospect,
+    request: JobRequest, cluster: Cluster, *, has_work: Callable[[], bool] = lambda: True
 ) -> WorkerDevice | None:
     """Decide and say so; None where that takes asking for a node that nobody needs.
 
     Args:
         has_work: whether a node that starts for the question would find work.
-        ask: `autoscaling.prospect`.
 
     Raises:
         InputError: there is no GPU, none can come, and one was asked for or is needed.
@@ -68,7 +63,7 @@ def choose_device(
         return _decided(gpus, asked_by or f"{cluster.name} has {have:g} GPU{'' if have == 1 else 's'}")
     if not has_work():
         return None
-    answer = ask({"CPU": options.cpus_per_worker, **request.resources, "GPU": gpus})
+    answer = prospect({"CPU": options.cpus_per_worker, **request.resources, "GPU": gpus})
     if answer.may_come:
         why = f"{asked_by}, and {answer.why}" if asked_by else answer.why
         return _decided(gpus, why, answer.most or AUTO_WORKERS_TO_COME)

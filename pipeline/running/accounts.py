@@ -211,8 +211,8 @@ class Accounts:
         self._calls[reader.read_for.remote(environment)] = account, node_id, reader
 
     def _give_up(self, account: _Open) -> None:
-        environment, host, held = account.environment, "?", "its devices"
-        if environment is not None:
+        host, held = "?", "its devices"
+        if (environment := account.environment) is not None:
             host, held = environment.host, ", ".join(environment.gpus or (environment.device,))
         log.warning(
             "worker %s on %s: what %s used after its last record is missing: %s",

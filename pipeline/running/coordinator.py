@@ -97,7 +97,6 @@ class Coordinator:
     """Hands out shards until all are committed.
 
     Args:
-        shards: the plan's shards.
         committed: bool `[n_shards]`, True where a commit exists.
         lease_s: a lease without progress for this long is taken back.
         driver_epoch: becomes part of attempt ids, so that `gc` can tell old attempts from live ones.
@@ -146,8 +145,6 @@ class Coordinator:
         """The next lease for an idle worker, or None where there is nothing to do for it at present.
 
         Args:
-            worker_id: the worker that asks.
-            now: seconds.
             peers: node id of every worker that can be leased to, idle or not, `worker_id` included.
             alone: no second worker can come: the only one may confirm its own failures at once.
         """
@@ -362,8 +359,7 @@ class Coordinator:
 
     def _lease_again_soon(self, shard_id: int) -> None:
         """Queue a shard, once, unless another lease on it is out already."""
-        out = (e.lease for e in self.active.values() if e.shard_id == shard_id)
-        if not any(lease.writes for lease in out):
+        if not any(e.lease.writes for e in self.active.values() if e.shard_id == shard_id):
             self._again[shard_id] = None
 
     def _open(self, shard_id: int) -> bool:
@@ -383,14 +379,8 @@ class Coordinator:
             return None
         patience = max(SPECULATION_MIN_S, SPECULATION_FACTOR * statistics.median(self._durations))
         leases = Counter(e.shard_id for e in self.active.values())
-        slow = [
-            e
-            for e in self.active.values()
-            if e.lease.writes
-            and e.lease.worker_id != worker_id
-            and now - e.started > patience
-            and leases[e.shard_id] == 1
-            and self._open(e.shard_id)
-        ]
+        alone = [e for e in self.active.values() if leases[e.shard_id] == 1 and self._open(e.shard_id)]
+        others = [e for e in alone if e.lease.writes and e.lease.worker_id != worker_id]
+        slow = [e for e in others if now - e.started > patience]
         oldest = min(slow, key=lambda e: (e.started, e.shard_id), default=None)
         return self._grant(oldest.shard_id, worker_id, now) if oldest else None

@@ -51,10 +51,7 @@ class Worker:
 class Crew:
     """All workers there are, by id, in the order they were asked for.
 
-    Args:
-        actor_class: what `ray.remote` returned for the worker.
-        config: handed to every worker.
-        gone: called with the id of a worker that ended without last words.
+    `gone` is called with the id of a worker that ended without last words.
     """
 
     def __init__(

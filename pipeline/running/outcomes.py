@@ -77,7 +77,7 @@ class Outcomes:
         try:
             value = ray.get(call, timeout=FETCH_TIMEOUT_S)
         except RayTaskError as error:
-            self._raised(worker, what, error.cause if error.cause is not None else error, now)
+            self._raised(worker, what, error.cause or error, now)
         except (RayError, GetTimeoutError) as error:
             if isinstance(error, ActorUnavailableError) and what in ("status", "place"):
                 worker.status_pending = False
@@ -159,7 +159,7 @@ class Outcomes:
         second = "itself, on a second try," if accusation.worker_id == witness.worker_id else "another worker"
         reason = f"failed on what {second} drew: {suspect.reason}"
         accuser = self.crew.workers.get(accusation.worker_id)
-        host = accuser.ready.host if accuser is not None and accuser.ready is not None else "?"
+        host = accuser.whereabouts().host if accuser is not None else "?"
         state = self.nodes.fault(NodePlace(accusation.node_id, host), reason, now).state
         log.warning("worker %s on %s %s (%s)", accusation.worker_id, host, reason, state)
         if accuser is not None and not accuser.stopping:
@@ -190,11 +190,10 @@ class Outcomes:
             log.warning("shard %d: %s; trying again in %.0f s", lease.shard.shard_id, reason, pause)
             self.coordinator.released(lease.attempt_id, now + pause)
             return
-        if lease is not None:
-            if isinstance(error, MillijouleError):
-                self.coordinator.released(lease.attempt_id)
-            else:  # not foreseen: it may be the shard that does it
-                self.coordinator.crashed(lease.attempt_id, reason)
+        if lease is not None and isinstance(error, MillijouleError):
+            self.coordinator.released(lease.attempt_id)
+        elif lease is not None:  # not foreseen: it may be the shard that does it
+            self.coordinator.crashed(lease.attempt_id, reason)
         place = worker.whereabouts()
         state = self.nodes.fault(place, reason, now).state
         log.warning("worker %s on %s cannot work: %s (%s)", worker.worker_id, place.host, reason, state)

@@ -33,13 +33,7 @@ CUT_OFF_S = 3.0
 
 
 class WorkerPool:
-    """Runs a coordinator's leases on Ray actors until it is done or told to drain.
-
-    Args:
-        actor_class: what `ray.remote` returned for the worker.
-        coordinator: decides who works on what.
-        config: handed to every worker.
-    """
+    """Runs a coordinator's leases on Ray actors, made of `actor_class`, until it is done or told to drain."""
 
     def __init__(
         self,
@@ -79,7 +73,9 @@ class WorkerPool:
         """
         try:
             try:
-                while not self.coordinator.done and not self._drained:
+                while not self.coordinator.done:
+                    if self.draining and not self.coordinator.active and not self._outcomes.committing:
+                        break
                     self.turn(time.monotonic())
             except MillijouleError:
                 self._collect_last_words()
@@ -97,10 +93,6 @@ class WorkerPool:
         self._outcomes.committing.pop(result.lease.attempt_id, None)
         outcome = "committed" if standing == result.commit_json else "exists"
         self._outcomes.complete(AttemptResult(result.lease, outcome, standing), time.monotonic())
-
-    @property
-    def _drained(self) -> bool:
-        return bool(self.draining) and not self.coordinator.active and not self._outcomes.committing
 
     # -- one turn of the loop ------------------------------------------------------------------------------------
 
@@ -247,7 +239,6 @@ class WorkerPool:
         """End what still runs: nothing, after a normal end. Idle workers may say their last words."""
         if self.abandoned:
             return
-        self._closing = True
         idle = [w for w in self.workers.values() if w.ready is not None and w.lease is None]
         try:
             calls = {worker.actor.stop.remote(): worker for worker in idle}

@@ -62,7 +62,9 @@ def choose(options, says: Prospect | None = None, cluster=HEAD, **more) -> Worke
         assert resources["GPU"] == (options.gpus_per_worker or 1.0)
         return says
 
-    return choose_device(request_of(options), cluster, ask=ask, **more)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("millijoule.jobs.set_up.worker_device.prospect", ask)
+        return choose_device(request_of(options), cluster, **more)
 
 
 def test_a_persons_word_comes_first(cluster, heavy):
