@@ -85,7 +85,7 @@ class Accounts:
             if of_earlier_runs:
                 log.info("accounts of devices that earlier runs left open: %d", len(of_earlier_runs))
             for worker_id in of_earlier_runs:
-                self.gone(worker_id, of_this_run=False)
+                self.gone(worker_id)
 
         self.writer.submit("looking for open accounts", self._list_open, found)
 
@@ -95,7 +95,7 @@ class Accounts:
             read = stopped.segments[-1].close
             self._close(WorkerClosing(stopped.worker_id, self.epoch, stopped.worker_id, read))
 
-    def gone(self, worker_id: str, *, of_this_run: bool = True) -> None:
+    def gone(self, worker_id: str) -> None:
         """A worker ended without last words."""
         account = self._open[worker_id] = _Open(worker_id)
         since = time.monotonic()
@@ -111,7 +111,7 @@ class Accounts:
                 return  # storage answered too late: what is not known by now is given up
             if environment is None or environment.opened is None or not environment.opened.energy_mj:
                 del self._open[worker_id]
-                if environment is None and of_this_run:
+                if environment is None:
                     self._unopened[worker_id] = since
                 return
             account.environment = environment
@@ -181,7 +181,7 @@ class Accounts:
         def found(opened: set[str]) -> None:
             for worker_id in self._unopened if not self._closed else ():
                 if worker_key(worker_id) in opened:
-                    self.gone(worker_id, of_this_run=False)
+                    self.gone(worker_id)
 
         self.writer.submit("looking for accounts opened late", self._opened, found)
 

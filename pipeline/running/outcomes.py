@@ -34,21 +34,21 @@ STORE_BACKOFF_MOST_S = 60.0
 
 
 class JobEvents(Protocol):
-    """What the pool tells its owner while it runs. Nothing of it may wait for storage."""
+    """What the pool tells its owner while it runs. Nothing of it may wait for storage.
+
+    Methods:
+        prepared: write the commit that the attempt prepared, and call `WorkerPool.commit_stands` once one stands.
+        discarded: the attempt's prepared commit will never stand: its energy is waste, its files go.
+        stopped: a worker's last words: it closed its account itself.
+        gone: a worker ended without last words: its account of its devices is open.
+        tick: one turn of the pool's loop is over.
+    """
 
     def committed(self, result: AttemptResult, *, news: bool) -> None: ...
-    def prepared(self, result: AttemptResult) -> None:
-        """Write the commit that the attempt prepared, and call `WorkerPool.commit_stands` once one stands."""
-
-    def discarded(self, result: AttemptResult) -> None:
-        """The attempt's prepared commit will never stand: its energy is waste, its files go."""
-
-    def stopped(self, stopped: WorkerStopped) -> None:
-        """A worker's last words: it closed its account itself."""
-
-    def gone(self, worker_id: str) -> None:
-        """A worker ended without last words: its account of its devices is open."""
-
+    def prepared(self, result: AttemptResult) -> None: ...
+    def discarded(self, result: AttemptResult) -> None: ...
+    def stopped(self, stopped: WorkerStopped) -> None: ...
+    def gone(self, worker_id: str) -> None: ...
     def tick(self) -> None: ...
 
 

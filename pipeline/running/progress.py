@@ -36,15 +36,9 @@ class Progress:
         self._bar: Bar | None = None
         widgets = self.console.is_jupyter and find_spec("ipywidgets") is not None  # rich draws with them
         if not quiet and (self.console.is_terminal or widgets):
-            self._bar = Bar(
-                SpinnerColumn(),
-                TextColumn("images"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}"),
-                console=self.console,
-                auto_refresh=False,
-            )
+            detail = TextColumn("{task.fields[detail]}")
+            columns = (SpinnerColumn(), TextColumn("images"), BarColumn(), MofNCompleteColumn(), detail)
+            self._bar = Bar(*columns, console=self.console, auto_refresh=False)
             self._task = self._bar.add_task("images", total=job.images, detail="starting workers")
 
     def __enter__(self) -> Progress:
