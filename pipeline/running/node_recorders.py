@@ -194,7 +194,6 @@ class NodeRecorders:
             failure = f"{meter} is also the meter of {twin.host}: one chassis cannot be two nodes"
         if failure:
             self._take(recorder, (NodeFailure(time.time_ns(), failure),))
-            recorder.node = None
             self._kill(recorder)
 
     def _take(self, recorder: _Recorder, taken: Sequence[NodeReading | NodeFailure]) -> None:
@@ -210,22 +209,22 @@ class NodeRecorders:
         else:
             self._say(recorder.place.host, f"the recorder of its meter did not start: {reason}")
         self._kill(recorder)
-        recorder.node = None
         if recorder.starts < MAX_STARTS and recorder.unneeded_since is None:
             self._start(recorder)
 
     def _remove(self, recorder: _Recorder) -> None:
         """End a recorder; a node of the same machine, if there is one, gets its own."""
+        node = recorder.node
         self._kill(recorder)
-        self._recorders.pop(recorder.place.node_id, None)
+        del self._recorders[recorder.place.node_id]
         for node_id, other in list(self._recorders.items()):
-            if recorder.node is not None and other.same_machine == recorder.node.boot_id:
+            if node is not None and other.same_machine == node.boot_id:
                 del self._recorders[node_id]
 
     def _kill(self, recorder: _Recorder) -> None:
         for future in [f for f, (r, _) in self._calls.items() if r is recorder]:
             del self._calls[future]
-        recorder.calls = 0
+        recorder.calls, recorder.node = 0, None
         if recorder.actor is not None:
             ray.kill(recorder.actor)
             recorder.actor = None

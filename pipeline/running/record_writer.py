@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from millijoule.workers.errors import DamagedError, StoreError
@@ -163,20 +162,15 @@ class RecordWriter:
 
 
 class QueuedWrites:
-    """The writing half of a store, through a `RecordWriter`: `put` and `put_file` return at once.
+    """What writes of a store, through a `RecordWriter`: `put` returns at once.
 
     For records whose reader comes later. What cannot wait for memory asks `RecordWriter.has_room` first.
     """
 
     def __init__(self, store: Store, writer: RecordWriter) -> None:
-        self.url = store.url
         self._store = store
         self._writer = writer
 
     def put(self, key: str, data: bytes) -> None:
         """As `Store.put`, later."""
         self._writer.submit(f"writing {key}", lambda: self._store.put(key, data))
-
-    def put_file(self, key: str, path: Path, on_part: Callable[[], None] = lambda: None) -> None:
-        """As `Store.put_file`, later; the file is read now."""
-        self.put(key, path.read_bytes())

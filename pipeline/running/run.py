@@ -140,6 +140,7 @@ class JobRun:
         self._head_lost: str | None = None
         self._warned_of_others = False
         self._look_not_before = 0.0
+        self._on_tick: Callable[[], None] = lambda: None
 
     def run(self, on_tick: Callable[[], None] = lambda: None) -> None:
         """Work until every shard is committed or given up, a cap is reached, or the run was drained or stopped.
@@ -147,7 +148,7 @@ class JobRun:
         Raises:
             MillijouleError: nothing more can be done before a person acts. What was committed stays.
         """
-        self._on_tick = on_tick  # called once a turn
+        self._on_tick = on_tick
         self._accounts.look_for_open()
         try:
             if self.complete or not self._check_caps():
