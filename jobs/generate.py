@@ -47,7 +47,7 @@ def run(
     from millijoule.jobs.set_up.dry_run import dry_run
     from millijoule.jobs.set_up.job import set_up_job
     from millijoule.pipeline.closing.finish import finish_job
-    from millijoule.pipeline.running.head_watch import HeadWatch
+    from millijoule.pipeline.running.head_watch import head_watched
     from millijoule.pipeline.running.live_metrics import LiveMetrics
     from millijoule.pipeline.running.progress import Progress
     from millijoule.pipeline.running.run import JobRun
@@ -55,31 +55,31 @@ def run(
     from millijoule.workers.actor import remote_worker_class
     from millijoule.workers.storage.open import open_store
 
-    began = time.monotonic()
-    store = open_store(request.output)
-    with ray_cluster.connected(request.ray_address) as cluster:
-        if request.dry_run:
+    began, options = time.monotonic(), request.options
+    store = open_store(options.output)
+    with ray_cluster.connected(options.ray_address) as cluster:
+        if options.dry_run:
             plan = dry_run(request, cluster)
             seconds = time.monotonic() - began
             return JobResult("planned", store.url, 0, 0, plan.n_bad_rows, plan.n_shards, seconds)
         planned, workers = set_up_job(request, store, cluster)
-        store = open_store(request.output, patient=True)  # a job at work waits for storage
+        store = open_store(options.output, patient=True)  # a job at work waits for storage
         job_run = JobRun(
             store,
             planned,
             workers,
             worker_class or remote_worker_class(),
-            lease_s=request.lease_seconds,
-            speculate=request.speculate,
-            batch_size=request.batch_size,
+            lease_s=options.lease_seconds,
+            speculate=options.speculate,
+            batch_size=options.batch_size,
             spending=Spending(request.caps),
-            telemetry=request.telemetry,
+            telemetry=options.telemetry,
             node_meters=request.node_meters,
         )
-        metrics = LiveMetrics(planned.job, job_run) if request.telemetry else None
+        metrics = LiveMetrics(planned.job, job_run) if options.telemetry else None
         with (
-            HeadWatch(ray_cluster.head_address(), on_head_lost or job_run.lose_head),
-            Progress(planned.job, job_run, quiet=request.quiet) as progress,
+            head_watched(ray_cluster.head_address(), on_head_lost or job_run.lose_head),
+            Progress(planned.job, job_run, quiet=options.quiet) as progress,
             signals_heeded(job_run),
         ):
 
@@ -100,7 +100,7 @@ def run(
         images=job_run.counts.images_done,
         images_quarantined=job_run.counts.quarantined_this_run,
         rows_rejected=planned.job.bad_rows,
-        shards_left=job_run.remaining,
+        shards_left=job_run.coordinator.remaining,
         seconds=time.monotonic() - began,
         reason=job_run.cap_reached or "interrupted",
     )
@@ -117,11 +117,11 @@ def signals_heeded(job_run: JobRun) -> Iterator[None]:
         return
 
     def interrupt(signum: int, _frame: Any) -> None:
-        if signum == signal.SIGTERM or job_run.draining:
+        if signum == signal.SIGTERM or job_run.pool.draining:
             job_run.stop_now()
             return
         print("\nfinishing the shards at work; press Ctrl-C again to stop at once", file=sys.stderr)
-        job_run.drain("interrupted")
+        job_run.pool.drain("interrupted")
 
     before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -168,7 +168,6 @@ def _describe_options() -> None:
     words = (
         textwrap.fill(f"{name}: {text}", 110, initial_indent=" " * 8, subsequent_indent=" " * 12)
         for name, text in option_words().items()
-        if name != "rates"
     )
     before, returns, after = inspect.cleandoc(generate.__doc__ or "").partition("Returns:")
     options = textwrap.dedent("\n".join(("    Args:", *words)))
@@ -206,12 +205,9 @@ def run_options(options: GenerateOptions) -> int:
 
 def _end_process(reason: str) -> None:
     """End this process at once: without its head Ray answers no call, and ends the driver by itself only much later."""
-    print(
-        f"error: the head of the Ray cluster is gone ({reason}). Nothing that was committed is lost: run the same command "
-        "again, on this cluster when it is back or on another one, to resume",
-        file=sys.stderr,
-        flush=True,
-    )
+    from millijoule.pipeline.running.run import HEAD_LOST
+
+    print(f"error: {HEAD_LOST.format(reason)}", file=sys.stderr, flush=True)
     os._exit(entry.ERROR)
 
 

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 ANSWER_TIMEOUT_S = 60.0
 POLL_S = 0.25
 RPC_TIMEOUT_S = 5.0
-
 #: Ray names the node types of a cluster without an autoscaler (version 1) after its nodes.
 _READ_ONLY_TYPE = "node_"
 
@@ -112,27 +111,22 @@ def _ask(gcs: Any, resources: Mapping[str, float]) -> Prospect:
     actor = asks.options(num_cpus=cpus, num_gpus=gpus, resources=custom or None).remote()
     try:
         placed = actor.here.remote()
-        return answer(
-            lambda: _status(gcs),
-            resources,
-            lambda: bool(ray.wait([placed], timeout=0)[0]),
-        )
+
+        def status() -> Any:
+            from ray.core.generated import autoscaler_pb2
+
+            messages: Any = autoscaler_pb2  # generated, without types
+            reply = messages.GetClusterStatusReply()
+            reply.ParseFromString(gcs.get_cluster_status(timeout_s=RPC_TIMEOUT_S))
+            return reply
+
+        return answer(status, resources, lambda: bool(ray.wait([placed], timeout=0)[0]))
     except Exception as error:
         log.debug("the autoscaler could not be asked", exc_info=True)
-        return Prospect(
-            None, f"the cluster's autoscaler could not be asked ({type(error).__name__}: {error})"
-        )
+        why = f"the cluster's autoscaler could not be asked ({type(error).__name__}: {error})"
+        return Prospect(None, why)
     finally:
         ray.kill(actor)
-
-
-def _status(gcs: Any) -> Any:
-    from ray.core.generated import autoscaler_pb2
-
-    messages: Any = autoscaler_pb2  # generated, without types
-    reply = messages.GetClusterStatusReply()
-    reply.ParseFromString(gcs.get_cluster_status(timeout_s=RPC_TIMEOUT_S))
-    return reply
 
 
 def answer(status: Callable[[], Any], resources: Mapping[str, float], placed: Callable[[], bool]) -> Prospect:

@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 
 #: Enough images to see past start-up, few enough to wait for.
 CALIBRATION_IMAGES = 64
-
 #: A calibrated shard holds at least and at most this many images.
 MIN_SHARD_IMAGES, MAX_SHARD_IMAGES = 16, 100_000
 
@@ -37,17 +36,18 @@ def calibrate(request: JobRequest, images: list[ImageRequest], pool: PoolOptions
     Raises:
         MillijouleError: the model cannot be loaded on the worker's node, or not used.
     """
+    options = request.options
     config = WorkerConfig(
         output_url="",
         fingerprint="",
-        job_seed=request.seed,
-        output_format=request.format,
-        model=request.model,
+        job_seed=options.seed,
+        output_format=options.format,
+        model=options.model,
         model_sha256=request.identity.sha256,
         driver_epoch=0,
-        batch_size=request.batch_size,
+        batch_size=options.batch_size,
         cpu_threads=max(1, int(pool.cpus_per_worker)),
-        telemetry=request.telemetry,
+        telemetry=options.telemetry,
     )
     actor = remote_worker_class().options(**pool.actor_options()).remote("calibration", config)
     try:

@@ -34,11 +34,11 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
         _, table = load_plan(store, plan.fingerprint)
         images: list[ImageRequest] = []
         for shard in JobShards(plan.fingerprint, table):
-            images += shard_requests(read_shard_rows(store, shard), request.seed)
+            images += shard_requests(read_shard_rows(store, shard), request.options.seed)
             if len(images) >= CALIBRATION_IMAGES:
                 break
     device = choose_device(request, cluster)
-    pool = pool_options(request.workers, device, cluster)
+    pool = pool_options(request, device, cluster)
     result = calibrate(request, images[:CALIBRATION_IMAGES], pool)
     workers = max(1, min(pool.max_workers, plan.n_shards))
     drawn = max(1, result.images)
@@ -50,7 +50,7 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
         f"device      {device}",
         f"calibrated  {result.images} images in {result.seconds:.2f} s on one worker",
         f"time        about {clock(plan.n_images * per_image / workers)} on {workers} workers, start-up not counted",
-        f"bytes       about {plan.n_images * result.encoded_bytes // drawn} of images in {request.output}",
+        f"bytes       about {plan.n_images * result.encoded_bytes // drawn} of images in {request.options.output}",
         *_energy_lines(request, result, plan.n_images),
         *_node_meter_lines(request),
     ]

@@ -11,15 +11,9 @@ from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options
 from millijoule.pipeline.output.commits import list_committed
-from millijoule.pipeline.output.job import (
-    JobSpec,
-    check_same_job,
-    publish_job,
-    read_job,
-    software_version,
-)
+from millijoule.pipeline.output.job import JobSpec, check_same_job, publish_job, read_job, software_version
 from millijoule.pipeline.planning.make_plan import plan_job
-from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
+from millijoule.pipeline.planning.plan_options import compute_fingerprint
 from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retry_round
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
@@ -43,7 +37,7 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
             images = existing.shard_size  # a calibration would not repeat; the first one counts
         else:
             device = choose_device(request, cluster)
-            workers = pool_options(request.workers, device, cluster)
+            workers = pool_options(request, device, cluster)
             images = calibrated_shard_size(request, request.shard_seconds, workers)
         request = replace(request, plan=replace(request.plan, shard_size=images))
     planned = open_or_plan(request, store, existing)
@@ -51,7 +45,7 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
         device = choose_device(
             request, cluster, has_work=lambda: not list_committed(store, len(planned.shards)).all()
         )
-    return planned, pool_options(request.workers, device, cluster)
+    return planned, pool_options(request, device, cluster)
 
 
 def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) -> PlannedJob:
@@ -61,18 +55,18 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
         InputError: the prompt files cannot be used, or the output holds another job.
         StoreError: storage failed.
     """
-    plan = request.plan
+    options, plan = request.options, request.plan
     extra = {
         "model_sha256": request.identity.sha256,
-        "job_seed": request.seed,
-        "output_format": request.format,
+        "job_seed": options.seed,
+        "output_format": options.format,
     }
     fingerprint = compute_fingerprint(request.files, plan, extra)
     exclusive = _probe(store)
     if existing is not None:
         asked = {
             **extra,
-            "model": request.model,
+            "model": options.model,
             "images_per_prompt": plan.images_per_prompt,
             "shard_size": plan.shard_size,
             "duplicate_ids": plan.duplicate_ids,
@@ -85,39 +79,36 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
             raise InputError(
                 f"{store.url}: has a {SUCCESS_KEY} but no job description; choose another --output"
             )
-        if request.retry_failed:
+        if options.retry_failed:
             raise InputError(f"--retry-failed: {store.url} holds no job yet")
         job = publish_job(store, _plan(request, store, extra, fingerprint))
-    if request.retry_failed:
+    if options.retry_failed:
         log.info("retrying %d quarantined images", plan_retry_round(store, job))
     return PlannedJob(job, load_job_shards(store, job), exclusive)
 
 
 def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerprint: str) -> JobSpec:
     began = time.monotonic()
-    options: PlanOptions = request.plan
-    plan = plan_job(request.files, options, store, extra, fingerprint=fingerprint)
+    options = request.options
+    plan = plan_job(request.files, request.plan, store, extra, fingerprint=fingerprint)
     log.info(
         "planned: %d images of %d prompts, shards: %d (%.1f s)",
-        plan.n_images,
-        plan.n_rows,
-        plan.n_shards,
-        time.monotonic() - began,
+        *(plan.n_images, plan.n_rows, plan.n_shards, time.monotonic() - began),
     )
     if plan.n_bad_rows:
         log.warning("%d input rows rejected; %s says which and why", plan.n_bad_rows, BAD_ROWS_KEY)
         store.put(BAD_ROWS_KEY, store.get(plan.bad_rows_key))
     return JobSpec(
         fingerprint=fingerprint,
-        model=request.model,
+        model=options.model,
         model_name=request.identity.name,
         model_sha256=request.identity.sha256,
-        job_seed=request.seed,
+        job_seed=options.seed,
         images_per_prompt=options.images_per_prompt,
-        output_format=request.format,
-        shard_size=options.shard_size,
+        output_format=options.format,
+        shard_size=request.plan.shard_size,
         duplicate_ids=options.duplicate_ids,
-        prompts=request.prompts,
+        prompts=options.prompts,
         rows=plan.n_rows,
         images=plan.n_images,
         shards=plan.n_shards,

@@ -18,10 +18,6 @@ from millijoule.jobs.rate_options import RateOptions
 from millijoule.workers.errors import InputError
 from millijoule.workers.records import convert
 
-Format = Literal["parquet", "webdataset", "files"]
-Device = Literal["auto", "gpu", "cpu"]
-DuplicatePolicy = Literal["error", "keep-first", "suffix"]
-
 
 @dataclass(frozen=True)
 class GenerateOptions:
@@ -49,7 +45,7 @@ class GenerateOptions:
     """`default` or `baseline` (models in the package), a .safetensors file, a diffusers directory, or
     python:MODULE:FACTORY for your own generator."""
 
-    format: Format = "parquet"
+    format: Literal["parquet", "webdataset", "files"] = "parquet"
     """How images are stored: parquet files, webdataset tars, or plain PNG files named by prompt id."""
 
     images_per_prompt: int = 1
@@ -66,7 +62,7 @@ class GenerateOptions:
     far as there is work for them. auto: one per device; where all devices are yet to come, one for each that the cluster
     says may come, or 0:8 if it does not say."""
 
-    device: Device = "auto"
+    device: Literal["auto", "gpu", "cpu"] = "auto"
     """What workers run on. auto: GPUs where the cluster has some, or where its autoscaler can start a node with one
     (asked when there is work to do); else CPUs, except for a diffusers pipeline too heavy for them. The log says what was
     decided and why. gpu: GPUs, or an error where none can come. cpu: never a GPU."""
@@ -96,7 +92,7 @@ class GenerateOptions:
     delimiter: Annotated[str | None, tyro.conf.arg(metavar="CHAR|comma|semicolon|pipe|tab")] = None
     """What stands between the fields of csv and tsv files. Default: what the header shows."""
 
-    duplicate_ids: DuplicatePolicy = "error"
+    duplicate_ids: Literal["error", "keep-first", "suffix"] = "error"
     """What to do with a prompt id that stands twice: refuse, keep the first row, or add ~2, ~3 to the later ones."""
 
     max_prompt_chars: int = 10_000
@@ -181,15 +177,12 @@ def options_of(keywords: Mapping[str, Any]) -> GenerateOptions:
 
 def parameters() -> list[inspect.Parameter]:
     """The options as keyword parameters of a function, those of `RateOptions` among them."""
-    flat = [f for f in fields(GenerateOptions) if f.name != "rates"] + list(fields(RateOptions))
-    return [
-        inspect.Parameter(
-            f.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if f.default is MISSING else f.default,
-        )
-        for f in flat
-    ]
+    found = []
+    for f in (*fields(GenerateOptions), *fields(RateOptions)):
+        if f.name != "rates":
+            default = inspect.Parameter.empty if f.default is MISSING else f.default
+            found.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default))
+    return found
 
 
 def option_words() -> dict[str, str]:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -16,10 +17,8 @@ from millijoule.workers.errors import InputError
 
 #: Image bytes never cross Ray's object store: it holds leases and commits, a few KB each.
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
-
 #: How long a cluster's address may take to accept a connection.
 CONNECT_TIMEOUT_S = 10.0
-
 #: Announces at every start that a local cluster is protected by a token, which is nothing to act on.
 _TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 
@@ -53,20 +52,15 @@ def connected(address: str | None) -> Iterator[Cluster]:
         yield Cluster(f"the cluster at {present}", own=False)
         return
     where = address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if where is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        ray.init("local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
     else:
         _check_reachable(where)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"--ray-address {where}: no Ray cluster answers there ({reason})") from error

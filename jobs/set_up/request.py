@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 from millijoule.jobs.node_meter_options import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
@@ -23,62 +22,25 @@ DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\
 #: Images per shard until a calibration has said how many take the seconds that were asked for.
 UNCALIBRATED_SHARD_SIZE = 256
 
-#: Fields of a request that are the options of the same name.
-AS_GIVEN = (
-    *(
-        "prompts",
-        "output",
-        "model",
-        "format",
-        "seed",
-        "batch_size",
-        "lease_seconds",
-        "speculate",
-        "telemetry",
-    ),
-    *("retry_failed", "dry_run", "ray_address", "quiet"),
-)
-
-
-@dataclass(frozen=True)
-class WorkersAsked:
-    """What was said about workers, by Ray's names; `gpus` each, None: nothing said; `bounds` (fewest, most), None: auto."""
-
-    device: Literal["auto", "gpu", "cpu"]
-    gpus: float | None
-    cpus: float
-    resources: dict[str, float]
-    bounds: tuple[int, int] | None
-
 
 @dataclass(frozen=True)
 class JobRequest:
-    """One job, as asked for.
+    """One job, as asked for: the options, and what those that are text, or name something else, stand for.
 
-    `files` are what `prompts` stood for when the request was made, and `identity` is the model's at that time.
-    Where `shard_seconds` is given, `plan.shard_size` only stands in until a calibration. Other fields as `GenerateOptions`.
+    `files` are what the prompts stood for when the request was made, and `identity` is the model's at that time.
+    Where `shard_seconds` is given, `plan.shard_size` only stands in until a calibration. `resources` are the custom ones a
+    worker asks for, by Ray's names; `bounds` the (fewest, most) workers, None: auto.
     """
 
-    prompts: tuple[str, ...]
+    options: GenerateOptions
     files: tuple[InputFile, ...]
-    output: str
-    model: str
     identity: ModelIdentity
-    format: str
-    seed: int
     plan: PlanOptions
     shard_seconds: float | None
-    workers: WorkersAsked
-    batch_size: int | None
-    lease_seconds: float
-    speculate: bool
+    resources: dict[str, float]
+    bounds: tuple[int, int] | None
     caps: Caps
     node_meters: tuple[NodeMeterConfig, ...]
-    telemetry: bool
-    retry_failed: bool
-    dry_run: bool
-    ray_address: str | None
-    quiet: bool
 
 
 def request_of(options: GenerateOptions) -> JobRequest:
@@ -87,19 +49,20 @@ def request_of(options: GenerateOptions) -> JobRequest:
     Raises:
         InputError: an option means nothing, no prompt file matches, or the model is not one; the message names it.
     """
-    if options.images_per_prompt < 1:
-        raise InputError(f"--images-per-prompt {options.images_per_prompt}: at least 1")
+    for name in ("images_per_prompt", "lease_seconds", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: at least 1")
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed}: from 0 to 2**63 - 1")
-    if options.lease_seconds < 1:
-        raise InputError(f"--lease-seconds {options.lease_seconds}: at least 1")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise InputError(f"--batch-size {options.batch_size}: at least 1")
     if options.node_meter is not None and not options.telemetry:
         raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
+    _check_workers(options)
     images, seconds = parse_shard_size(options.shard_size)
     return JobRequest(
-        workers=workers_asked(options),
+        options=options,
+        resources=parse_resources(options.resources),
+        bounds=parse_workers(options.workers),
         caps=caps_of(options),
         plan=PlanOptions(
             shard_size=images or UNCALIBRATED_SHARD_SIZE,
@@ -113,12 +76,11 @@ def request_of(options: GenerateOptions) -> JobRequest:
         node_meters=parse_node_meters(options.node_meter, options.node_rest),
         files=tuple(expand_inputs(options.prompts)),
         identity=describe_model(options.model),
-        **{name: getattr(options, name) for name in AS_GIVEN},
     )
 
 
-def workers_asked(options: GenerateOptions) -> WorkersAsked:
-    """What `options` say about workers; raises InputError for contradictions."""
+def _check_workers(options: GenerateOptions) -> None:
+    """Refuse what contradicts itself."""
     gpus, cpus = options.gpus_per_worker, options.cpus_per_worker
     if gpus is not None and gpus < 0:
         raise InputError(f"--gpus-per-worker {gpus:g}: 0 or more")
@@ -132,9 +94,6 @@ def workers_asked(options: GenerateOptions) -> WorkersAsked:
         raise InputError(f"--cpus-per-worker {cpus:g}: 0 or more")
     if cpus == 0 and not gpus and options.device != "gpu":
         raise InputError("--cpus-per-worker 0: a worker needs a CPU or a GPU")
-    return WorkersAsked(
-        options.device, gpus, cpus, parse_resources(options.resources), parse_workers(options.workers)
-    )
 
 
 def caps_of(options: GenerateOptions) -> Caps:
@@ -175,7 +134,7 @@ def parse_workers(text: str) -> tuple[int, int] | None:
         return None
     if match := re.fullmatch(r"([0-9]+)(?::([0-9]+))?", text):
         fewest = int(match[1])
-        most = int(match[2]) if match[2] is not None else fewest
+        most = int(match[2] or fewest)
         if most >= max(1, fewest):
             return fewest, most
     raise InputError(f"--workers {text}: a number such as 4, a range such as 0:8, or auto")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from millijoule.jobs.set_up import ray_cluster
-from millijoule.jobs.set_up.autoscaling import Prospect, prospect
+from millijoule.jobs.set_up.autoscaling import prospect
 from millijoule.jobs.set_up.ray_cluster import Cluster
-from millijoule.jobs.set_up.request import JobRequest, WorkersAsked
+from millijoule.jobs.set_up.request import JobRequest
 from millijoule.pipeline.running.cluster import words
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers.errors import InputError
@@ -38,35 +38,32 @@ class WorkerDevice:
 
 
 def choose_device(
-    request: JobRequest,
-    cluster: Cluster,
-    *,
-    has_work: Callable[[], bool] = lambda: True,
-    ask: Callable[[dict[str, float]], Prospect] = prospect,
+    request: JobRequest, cluster: Cluster, *, has_work: Callable[[], bool] = lambda: True
 ) -> WorkerDevice | None:
     """Decide and say so; None where that takes asking for a node that nobody needs.
 
     Args:
         has_work: whether a node that starts for the question would find work.
-        ask: `autoscaling.prospect`.
 
     Raises:
         InputError: there is no GPU, none can come, and one was asked for or is needed.
     """
-    workers = request.workers
-    if workers.device == "cpu":
+    options = request.options
+    if options.device == "cpu":
         return _decided(0.0, "--device cpu")
-    if workers.gpus == 0:
+    if options.gpus_per_worker == 0:
         return _decided(0.0, "--gpus-per-worker 0")
-    gpus = workers.gpus or 1.0
-    asked_by = "--device gpu" if workers.device == "gpu" else None
-    if workers.gpus and not asked_by:
+    gpus = options.gpus_per_worker or 1.0
+    asked_by = None
+    if options.device == "gpu":
+        asked_by = "--device gpu"
+    elif options.gpus_per_worker:
         asked_by = f"--gpus-per-worker {gpus:g}"
     if have := ray_cluster.gpus():
         return _decided(gpus, asked_by or f"{cluster.name} has {have:g} GPU{'' if have == 1 else 's'}")
     if not has_work():
         return None
-    answer = ask({"CPU": workers.cpus, **workers.resources, "GPU": gpus})
+    answer = prospect({"CPU": options.cpus_per_worker, **request.resources, "GPU": gpus})
     if answer.may_come:
         why = f"{asked_by}, and {answer.why}" if asked_by else answer.why
         return _decided(gpus, why, answer.most or AUTO_WORKERS_TO_COME)
@@ -79,9 +76,9 @@ def choose_device(
             )
         log.warning("%s: %s; waiting for one", asked_by, reason)
         return _decided(gpus, asked_by, AUTO_WORKERS_TO_COME)
-    if needs_gpu(request.model):
+    if needs_gpu(options.model):
         raise InputError(
-            f"--model {request.model}: this pipeline needs a GPU in practice, but {reason}. Two ways out: a cluster "
+            f"--model {options.model}: this pipeline needs a GPU in practice, but {reason}. Two ways out: a cluster "
             "with GPUs (--ray-address; --device gpu waits for nodes that may come), or --device cpu to run it "
             "anyway, slowly"
         )
@@ -96,22 +93,23 @@ def _decided(gpus: float, why: str, to_come: int | None = None) -> WorkerDevice:
     return device
 
 
-def pool_options(asked: WorkersAsked, device: WorkerDevice | None, cluster: Cluster) -> PoolOptions:
+def pool_options(request: JobRequest, device: WorkerDevice | None, cluster: Cluster) -> PoolOptions:
     """How many workers and what each asks for, as the cluster is now; without a device there is nothing to do for any.
 
     Raises:
         InputError: the cluster, which nobody will ever join, has no room for a worker.
     """
+    cpus = request.options.cpus_per_worker
     if device is None:
-        return PoolOptions(0, 1, asked.cpus, 0.0, asked.resources)
-    resources = {"CPU": asked.cpus, "GPU": device.gpus, **asked.resources}
+        return PoolOptions(0, 1, cpus, 0.0, request.resources)
+    resources = {"CPU": cpus, "GPU": device.gpus, **request.resources}
     room = ray_cluster.room(resources)
     if not room and cluster.own:
         raise InputError(
             f"this machine has no room for a worker that asks for {words(resources)}; lower --cpus-per-worker, "
             "--gpus-per-worker or --resources, or give --ray-address of a larger cluster"
         )
-    bounds = asked.bounds
+    bounds = request.bounds
     if bounds is None:
         bounds = (0, device.to_come or max(1, room))
         if device.to_come:
@@ -119,4 +117,4 @@ def pool_options(asked: WorkersAsked, device: WorkerDevice | None, cluster: Clus
                 "workers: up to %d on nodes to come, as far as there is work; --workers 0:N sets another bound",
                 bounds[1],
             )
-    return PoolOptions(*bounds, asked.cpus, device.gpus, asked.resources, at_once=room)
+    return PoolOptions(*bounds, cpus, device.gpus, request.resources, at_once=room)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,16 +33,13 @@ log = logging.getLogger(__name__)
 
 #: A reader that dies, or whose node does not answer, is tried this often.
 MAX_TRIES = 2
-
 #: At the end of a run the readers have this long: the start of an actor and the end of a killed process.
 CLOSE_TIMEOUT_S = 60.0
-
 #: The same where a person or the cluster cuts the run off.
 CUT_OFF_TIMEOUT_S = 8.0
-
 #: A process that was killed while it started may still open its account for so long.
 LAST_BREATH_S = 1.0
-
+#: Between two looks while the end waits.
 _POLL_S = 0.05
 
 
@@ -81,7 +79,15 @@ class Accounts:
 
     def look_for_open(self) -> None:
         """Find the accounts that earlier runs left open."""
-        self.writer.submit("looking for open accounts", self._list_open, self._found_open)
+
+        def found(worker_ids: list[str]) -> None:
+            of_earlier_runs = [w for w in worker_ids if not w.startswith(f"w{self.epoch:04d}-")]
+            if of_earlier_runs:
+                log.info("accounts of devices that earlier runs left open: %d", len(of_earlier_runs))
+            for worker_id in of_earlier_runs:
+                self.gone(worker_id)
+
+        self.writer.submit("looking for open accounts", self._list_open, found)
 
     def stopped(self, stopped: WorkerStopped) -> None:
         """A worker said its last words."""
@@ -89,7 +95,7 @@ class Accounts:
             read = stopped.segments[-1].close
             self._close(WorkerClosing(stopped.worker_id, self.epoch, stopped.worker_id, read))
 
-    def gone(self, worker_id: str, *, of_this_run: bool = True) -> None:
+    def gone(self, worker_id: str) -> None:
         """A worker ended without last words."""
         account = self._open[worker_id] = _Open(worker_id)
         since = time.monotonic()
@@ -97,7 +103,7 @@ class Accounts:
         def look_up() -> WorkerEnvironment | None:
             try:
                 return WorkerEnvironment.from_json(self.store.get(worker_key(worker_id)))
-            except (NotFoundError, ValueError, TypeError, KeyError):
+            except (NotFoundError, ValueError):
                 return None  # it ended before it opened one
 
         def found(environment: WorkerEnvironment | None) -> None:
@@ -105,7 +111,7 @@ class Accounts:
                 return  # storage answered too late: what is not known by now is given up
             if environment is None or environment.opened is None or not environment.opened.energy_mj:
                 del self._open[worker_id]
-                if environment is None and of_this_run:
+                if environment is None:
                     self._unopened[worker_id] = since
                 return
             account.environment = environment
@@ -129,8 +135,13 @@ class Accounts:
                 if self._readers.get(node_id) is reader:
                     self._end_reader(node_id)
                 self._try(account)
-            else:
-                self._answered(account, answer, node_id)
+                continue
+            if answer.read is None:
+                account.reason = answer.reason  # may have changed when the run ends
+                continue
+            del self._open[account.worker_id]
+            by = f"a reader on {node_id[:8]}"
+            self._close(WorkerClosing(account.worker_id, self.epoch, by, answer.read))
         busy = {node_id for _, node_id, _ in self._calls.values()}
         for node_id in self._readers.keys() - busy:
             self._end_reader(node_id)
@@ -150,12 +161,13 @@ class Accounts:
         self._closed = True
         for node_id in list(self._readers):
             self._end_reader(node_id)
-        for account in list(self._open.values()):
+        for account in self._open.values():
             if account.reading:
                 account.reason = "the one who was to read its devices did not answer in time"
             elif account.environment is None:
                 account.reason = "storage did not say in time which devices it had"
             self._give_up(account)
+        self._open.clear()
 
     def _wait(self, done: Callable[[], bool], deadline: float) -> None:
         while not done() and time.monotonic() < deadline:
@@ -165,17 +177,13 @@ class Accounts:
 
     def _look_again(self) -> None:
         """Whoever was killed while it started may have opened its account after it was looked for."""
-        unopened, self._unopened = self._unopened, {}
 
-        def list_opened() -> list[str]:
-            keys = {item.key for item in self.store.list(WORKERS_PREFIX)}
-            return [worker_id for worker_id in unopened if worker_key(worker_id) in keys]
+        def found(opened: set[str]) -> None:
+            for worker_id in self._unopened if not self._closed else ():
+                if worker_key(worker_id) in opened:
+                    self.gone(worker_id)
 
-        def found(opened: list[str]) -> None:
-            for worker_id in opened if not self._closed else ():
-                self.gone(worker_id)
-
-        self.writer.submit("looking for accounts opened late", list_opened, found)
+        self.writer.submit("looking for accounts opened late", self._opened, found)
 
     # -- the course of one account -------------------------------------------------------------------------------
 
@@ -200,20 +208,11 @@ class Accounts:
                 num_gpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             ).remote(f"r{self.epoch:04d}-{self._readers_started:04d}", self.config)
-        call = reader.read_for.remote(environment)
-        self._calls[call] = account, node_id, reader
-
-    def _answered(self, account: _Open, answer: AccountRead, node_id: str) -> None:
-        if answer.read is None:
-            account.reason = answer.reason  # may have changed when the run ends
-            return
-        del self._open[account.worker_id]
-        self._close(WorkerClosing(account.worker_id, self.epoch, f"a reader on {node_id[:8]}", answer.read))
+        self._calls[reader.read_for.remote(environment)] = account, node_id, reader
 
     def _give_up(self, account: _Open) -> None:
-        del self._open[account.worker_id]
-        environment, host, held = account.environment, "?", "its devices"
-        if environment is not None:
+        host, held = "?", "its devices"
+        if (environment := account.environment) is not None:
             host, held = environment.host, ", ".join(environment.gpus or (environment.device,))
         log.warning(
             "worker %s on %s: what %s used after its last record is missing: %s",
@@ -226,39 +225,27 @@ class Accounts:
 
         def write() -> None:
             # another driver that works on this output may have closed it, and a first read is as good as a later one
-            if closing.by == closing.worker_id or not self._is_closed(key):
-                self.store.put(key, body)
+            if closing.by != closing.worker_id and self.store.exists(key):
+                there = WorkerClosing.from_json(self.store.get(key))
+                if there.read is not None:
+                    return
+            self.store.put(key, body)
 
         self.writer.submit(f"closing the account of {closing.worker_id}", write)
 
-    def _is_closed(self, key: str) -> bool:
-        try:
-            return WorkerClosing.from_json(self.store.get(key)).read is not None
-        except NotFoundError:
-            return False
-
     def _end_reader(self, node_id: str) -> None:
-        reader = self._readers.pop(node_id, None)
-        if reader is not None:
-            ray.kill(reader)
-
-    # -- of earlier runs -----------------------------------------------------------------------------------------
+        ray.kill(self._readers.pop(node_id))
 
     def _list_open(self) -> list[str]:
         """Workers of earlier runs whose account nobody could close."""
         with ThreadPoolExecutor(READ_THREADS) as threads:
             bodies = threads.map(self.store.get, [item.key for item in self.store.list(CLOSINGS_PREFIX)])
             closings = [WorkerClosing.from_json(body) for body in bodies]
-        closed = {closing.worker_id for closing in closings if closing.read is not None}
-        workers = (item.key.removeprefix(WORKERS_PREFIX) for item in self.store.list(WORKERS_PREFIX))
-        return sorted({name.removesuffix(".json") for name in workers} - closed)
+        closed = {worker_key(closing.worker_id) for closing in closings if closing.read is not None}
+        return sorted(Path(key).stem for key in self._opened() - closed)
 
-    def _found_open(self, worker_ids: Iterable[str]) -> None:
-        found = [w for w in worker_ids if not w.startswith(f"w{self.epoch:04d}-")]
-        if found:
-            log.info("accounts of devices that earlier runs left open: %d", len(found))
-        for worker_id in found:
-            self.gone(worker_id, of_this_run=False)
+    def _opened(self) -> set[str]:
+        return {item.key for item in self.store.list(WORKERS_PREFIX)}
 
 
 def _node_of(environment: WorkerEnvironment) -> str | None:

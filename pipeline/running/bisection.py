@@ -25,15 +25,12 @@ class Bisection:
 
     def report(self, tried: tuple[int, int], survived: bool) -> None:
         """Take in the outcome for the range `next_range` gave."""
-        assert self._stack[-1] == tried, "a probe is reported once, in order"
-        self._stack.pop()
-        if survived:
-            return
-        start, stop = tried
-        if stop - start == 1:
+        start, stop = self._stack.pop()
+        assert (start, stop) == tried, "a probe is reported once, in order"
+        if not survived and stop - start > 1:
+            self._stack += _halves(start, stop)
+        elif not survived:
             self.poison.append(start)
-        else:
-            self._stack.extend(_halves(start, stop))
 
 
 def _halves(start: int, stop: int) -> list[tuple[int, int]]:

@@ -13,35 +13,28 @@ import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from millijoule.pipeline.running.bisection import Bisection
-from millijoule.workers.lease import AttemptResult, Lease, Suspect
+from millijoule.workers.lease import AttemptResult, Lease, WorkerStatus
 from millijoule.workers.shard_rows import Shard
 
 #: After this many workers died on a shard, its rows are searched for the one that kills them.
 CRASHES_BEFORE_BISECTION = 2
-
 #: Where workers keep dying on a shard although no single row kills one, its rows are quarantined after this many searches.
 MAX_BISECTIONS = 2
-
 #: A node that dies takes its lease along for no fault of the rows, unless this many nodes died with the same shard.
 NODE_DEATHS_BEFORE_BLAME = 3
-
 #: A shard whose rows are all quarantined needs no model; a worker that dies even on that is tried again this often.
 MAX_EMPTY_ATTEMPTS = 5
-
 #: How long a row that failed waits for a second worker before the one that accused it may be asked again.
 SECOND_OPINION_PATIENCE_S = 30.0
-
 #: A second lease is given when the first has run this many times longer than the median shard ...
 SPECULATION_FACTOR = 1.5
-
 #: ... and at least this many seconds: shorter ones are not worth the energy.
 SPECULATION_MIN_S = 5.0
-
 #: Why a row that killed its workers stands quarantined.
 POISON_REASON = "every worker that generated this row died"
 HANG_REASON = "every worker that generated this row stood still, longer than --lease-seconds, and was ended"
@@ -63,6 +56,10 @@ class ActiveLease:
     deadline: float
     images_done: int = 0
     steps: int = 0
+
+    @property
+    def shard_id(self) -> int:
+        return self.lease.shard.shard_id
 
 
 @dataclass
@@ -90,13 +87,16 @@ class Accusation:
     def worker_id(self) -> str:
         return self.result.lease.worker_id
 
+    @property
+    def shard_id(self) -> int:
+        return self.result.lease.shard.shard_id
+
 
 @dataclass
 class Coordinator:
     """Hands out shards until all are committed.
 
     Args:
-        shards: the plan's shards.
         committed: bool `[n_shards]`, True where a commit exists.
         lease_s: a lease without progress for this long is taken back.
         driver_epoch: becomes part of attempt ids, so that `gc` can tell old attempts from live ones.
@@ -116,7 +116,7 @@ class Coordinator:
         self._again: dict[int, None] = {}  # shards to lease again, before new ones; each once, in order
         self._later: list[tuple[float, int]] = []  # heap of (not before, shard)
         self._probing: deque[int] = deque()  # shards whose bisection waits for a worker
-        self._accused: deque[Accusation] = deque()  # that wait for a second worker
+        self._accused: list[Accusation] = []  # that wait for a second worker
         self._hearings: dict[str, Accusation] = {}  # by the attempt id of the lease that confirms them
         self._void: list[Accusation] = []  # whose attempts are to be discarded
         self._trouble: defaultdict[int, _Trouble] = defaultdict(_Trouble)
@@ -127,7 +127,7 @@ class Coordinator:
     @property
     def done(self) -> bool:
         """All shards are committed or given up."""
-        return self.n_committed + len(self.given_up) == len(self.shards)
+        return self.remaining == 0
 
     @property
     def remaining(self) -> int:
@@ -145,8 +145,6 @@ class Coordinator:
         """The next lease for an idle worker, or None where there is nothing to do for it at present.
 
         Args:
-            worker_id: the worker that asks.
-            now: seconds.
             peers: node id of every worker that can be leased to, idle or not, `worker_id` included.
             alone: no second worker can come: the only one may confirm its own failures at once.
         """
@@ -154,31 +152,30 @@ class Coordinator:
             shard_id = self._probing.popleft()
             bisection = self._trouble[shard_id].bisection
             assert bisection is not None
-            return self._grant(shard_id, worker_id, now, probe=bisection.next_range())
+            return self._grant(shard_id, worker_id, now, probe_rows=bisection.next_range())
         if lease := self._hearing(worker_id, now, peers or {worker_id: ""}, alone=alone):
             return lease
         while self._later and self._later[0][0] <= now:
             self._again[heapq.heappop(self._later)[1]] = None
         while self._again or self._cursor < len(self.shards):
-            shard_id = next(iter(self._again), self._cursor)
-            if shard_id in self._again:
+            if self._again:
+                shard_id = next(iter(self._again))
                 del self._again[shard_id]
             else:
+                shard_id = self._cursor
                 self._cursor += 1
             if self._open(shard_id):
                 return self._grant(shard_id, worker_id, now)
         return self._speculative(worker_id, now) if self.speculate else None
 
-    def renew(
-        self, attempt_id: str, images_done: int, steps: int, now: float, *, waits_for_store: bool = False
-    ) -> bool:
+    def renew(self, status: WorkerStatus, now: float) -> bool:
         """A worker answered: its lease lives on if it got further since, by images or by smaller steps, or waits for storage."""
-        entry = self.active.get(attempt_id)
-        if entry is None or (
-            (images_done, steps) <= (entry.images_done, entry.steps) and not waits_for_store
-        ):
+        entry = self.active.get(status.attempt_id or "")
+        done = status.images_done, status.steps
+        if entry is None or (done <= (entry.images_done, entry.steps) and not status.waits_for_store):
             return False
-        entry.images_done, entry.steps, entry.deadline = images_done, steps, now + self.lease_s
+        entry.images_done, entry.steps = done
+        entry.deadline = now + self.lease_s
         return True
 
     def complete(self, attempt_id: str, shard_id: int, now: float) -> bool:
@@ -206,61 +203,50 @@ class Coordinator:
     def confirmed(self, attempt_id: str) -> AttemptResult | None:
         """The suspects failed again: the waiting attempt's commit may stand. None where there is no such question."""
         self.active.pop(attempt_id, None)
-        accusation = self._hearings.pop(attempt_id, None)
-        if accusation is None:
-            return None
-        self.progress += 1
-        return accusation.result
+        if accusation := self._hearings.pop(attempt_id, None):
+            self.progress += 1
+            return accusation.result
+        return None
 
     def contradicted(self, attempt_id: str) -> Accusation | None:
         """A suspect was drawn: the accuser's attempt is void, and its shard is leased again."""
         self.active.pop(attempt_id, None)
-        accusation = self._hearings.pop(attempt_id, None)
-        if accusation is not None:
+        if accusation := self._hearings.pop(attempt_id, None):
             self._make_void(accusation)
         return accusation
 
     def _make_void(self, accusation: Accusation) -> None:
         self._void.append(accusation)
-        self._lease_again_soon(accusation.result.lease.shard.shard_id)
+        self._lease_again_soon(accusation.shard_id)
 
     def take_void(self, *, all_waiting: bool = False) -> list[AttemptResult]:
         """Attempts that will never be committed, each once: contradicted ones, and those whose shard another has committed.
 
         With `all_waiting` also those that still wait for a second opinion: the run ends.
         """
+        void, self._void = self._void, []
+        void += [a for a in self._accused if all_waiting or not self._open(a.shard_id)]
+        self._accused = [a for a in self._accused if a not in void]
         if all_waiting:
-            self._void += [*self._accused, *self._hearings.values()]
-            self._accused.clear()
+            void += self._hearings.values()
             self._hearings.clear()
-        else:
-            late = [a for a in self._accused if not self._open(a.result.lease.shard.shard_id)]
-            self._void += late
-            self._accused = deque(a for a in self._accused if a not in late)
-        void, self._void = [a.result for a in self._void], []
-        return void
+        return [a.result for a in void]
 
     def _hearing(self, worker_id: str, now: float, peers: Mapping[str, str], *, alone: bool) -> Lease | None:
         """A lease to confirm rows that failed elsewhere, if this worker is the best judge there is."""
-        for i, accusation in enumerate(self._accused):
-            accuser, node_id = accusation.worker_id, accusation.node_id
-
-            def rank(peer: str, accuser: str = accuser, node_id: str = node_id) -> int:
-                return 0 if peer == accuser else 1 if peers[peer] == node_id else 2
-
-            mine = rank(worker_id)
-            if mine < max(map(rank, peers)):
+        for accusation in self._accused:
+            waited = alone or now - accusation.since >= SECOND_OPINION_PATIENCE_S
+            # best is a worker of another node, then another worker, then the accuser itself
+            ranks = {
+                peer: (peer != accusation.worker_id, node != accusation.node_id)
+                for peer, node in peers.items()
+            }
+            if ranks[worker_id] < max(ranks.values()) or (worker_id == accusation.worker_id and not waited):
                 continue
-            if mine == 0 and not alone and now - accusation.since < SECOND_OPINION_PATIENCE_S:
-                continue
-            del self._accused[i]
+            self._accused.remove(accusation)
             result = accusation.result
             lease = self._grant(
-                result.lease.shard.shard_id,
-                worker_id,
-                now,
-                confirm=result.suspects,
-                healthy=result.healthy,
+                accusation.shard_id, worker_id, now, confirm=result.suspects, healthy=result.healthy
             )
             self._hearings[lease.attempt_id] = accusation
             return lease
@@ -268,9 +254,26 @@ class Coordinator:
 
     # -- leases that come back -----------------------------------------------------------------------------------
 
-    def probed(self, attempt_id: str) -> None:
-        """The rows of a probe survived."""
-        self._end_probe(attempt_id, survived=True)
+    def probed(self, attempt_id: str, *, survived: bool = True) -> None:
+        """The rows of a probe survived, or did not."""
+        entry = self.active.pop(attempt_id, None)
+        if entry is None:
+            return
+        shard_id, rows = entry.shard_id, entry.lease.probe_rows
+        trouble = self._trouble[shard_id]
+        bisection = trouble.bisection
+        assert rows is not None
+        assert bisection is not None
+        bisection.report(rows, survived)
+        self.progress += 1
+        if not bisection.done:
+            self._probing.append(shard_id)
+            return
+        reason = HANG_REASON if trouble.stood_still else POISON_REASON
+        trouble.quarantine.update(dict.fromkeys(bisection.poison, reason))
+        trouble.bisection = None
+        trouble.crashes = CRASHES_BEFORE_BISECTION - 1  # one more death starts the next search
+        self._lease_again_soon(shard_id)
 
     def released(self, attempt_id: str, not_before: float | None = None) -> None:
         """The lease came back for no fault of its rows: preemption, shutdown, a node's or the store's trouble.
@@ -280,7 +283,7 @@ class Coordinator:
         entry = self.active.pop(attempt_id, None)
         if entry is None:
             return
-        shard_id = entry.lease.shard.shard_id
+        shard_id = entry.shard_id
         if entry.lease.probe_rows is not None:
             self._probing.append(shard_id)
         elif accusation := self._hearings.pop(attempt_id, None):
@@ -295,7 +298,7 @@ class Coordinator:
         entry = self.active.get(attempt_id)
         if entry is None:
             return
-        trouble = self._trouble[entry.lease.shard.shard_id]
+        trouble = self._trouble[entry.shard_id]
         trouble.node_deaths += 1
         if trouble.node_deaths < NODE_DEATHS_BEFORE_BLAME:
             self.released(attempt_id)
@@ -307,13 +310,13 @@ class Coordinator:
         entry = self.active.get(attempt_id)
         if entry is None:
             return
-        shard_id, n_rows = entry.lease.shard.shard_id, entry.lease.shard.n_rows
+        shard_id, n_rows = entry.shard_id, entry.lease.shard.n_rows
         trouble = self._trouble[shard_id]
         trouble.stood_still = stood_still
         if entry.lease.probe_rows is not None:
-            self._end_probe(attempt_id, survived=False)
+            self.probed(attempt_id, survived=False)
             return
-        self.active.pop(attempt_id, None)
+        del self.active[attempt_id]
         if accusation := self._hearings.pop(attempt_id, None):
             # rows that made one worker raise kill another: let the search find out which
             trouble.crashes += 1
@@ -352,76 +355,32 @@ class Coordinator:
         """Let another worker have the shard too: this lease went quiet. The shard's commit will decide."""
         entry = self.active.get(attempt_id)
         if entry is not None and entry.lease.writes:
-            self._again[entry.lease.shard.shard_id] = None
+            self._again[entry.shard_id] = None
 
     def _lease_again_soon(self, shard_id: int) -> None:
         """Queue a shard, once, unless another lease on it is out already."""
-        out = (e.lease for e in self.active.values() if e.lease.shard.shard_id == shard_id)
-        if not any(lease.writes for lease in out):
+        if not any(e.lease.writes for e in self.active.values() if e.shard_id == shard_id):
             self._again[shard_id] = None
 
     def _open(self, shard_id: int) -> bool:
         return not self.committed[shard_id] and shard_id not in self.given_up
 
-    def _grant(
-        self,
-        shard_id: int,
-        worker_id: str,
-        now: float,
-        probe: tuple[int, int] | None = None,
-        confirm: tuple[Suspect, ...] = (),
-        healthy: tuple[int, int] | None = None,
-    ) -> Lease:
-        asks = probe is not None or bool(confirm)
-        quarantine = (
-            () if asks or shard_id not in self._trouble else self._trouble[shard_id].quarantine.items()
-        )
-        lease = Lease(
-            shard=self.shards[shard_id],
-            attempt_id=f"e{self.driver_epoch:04d}-{uuid.uuid4().hex[:12]}",
-            worker_id=worker_id,
-            probe_rows=probe,
-            confirm=confirm,
-            healthy=healthy,
-            quarantine=tuple(sorted(quarantine)),
-        )
-        self.active[lease.attempt_id] = ActiveLease(lease, now, now + self.lease_s)
+    def _grant(self, shard_id: int, worker_id: str, now: float, **question: Any) -> Lease:
+        """A lease; `question` are those fields of it that ask something instead of having the shard made."""
+        if not question and shard_id in self._trouble:
+            question["quarantine"] = tuple(sorted(self._trouble[shard_id].quarantine.items()))
+        attempt_id = f"e{self.driver_epoch:04d}-{uuid.uuid4().hex[:12]}"
+        lease = Lease(self.shards[shard_id], attempt_id, worker_id, **question)
+        self.active[attempt_id] = ActiveLease(lease, now, now + self.lease_s)
         return lease
 
     def _speculative(self, worker_id: str, now: float) -> Lease | None:
         if not self._durations:
             return None
         patience = max(SPECULATION_MIN_S, SPECULATION_FACTOR * statistics.median(self._durations))
-        leases = Counter(e.lease.shard.shard_id for e in self.active.values())
-        slow = [
-            e
-            for e in self.active.values()
-            if e.lease.writes
-            and e.lease.worker_id != worker_id
-            and now - e.started > patience
-            and leases[e.lease.shard.shard_id] == 1
-            and self._open(e.lease.shard.shard_id)
-        ]
-        if not slow:
-            return None
-        oldest = min(slow, key=lambda e: (e.started, e.lease.shard.shard_id))
-        return self._grant(oldest.lease.shard.shard_id, worker_id, now)
-
-    def _end_probe(self, attempt_id: str, *, survived: bool) -> None:
-        entry = self.active.pop(attempt_id, None)
-        if entry is None or entry.lease.probe_rows is None:
-            return
-        shard_id = entry.lease.shard.shard_id
-        trouble = self._trouble[shard_id]
-        if trouble.bisection is None:
-            return
-        trouble.bisection.report(entry.lease.probe_rows, survived)
-        self.progress += 1
-        if not trouble.bisection.done:
-            self._probing.append(shard_id)
-            return
-        reason = HANG_REASON if trouble.stood_still else POISON_REASON
-        trouble.quarantine.update(dict.fromkeys(trouble.bisection.poison, reason))
-        trouble.bisection = None
-        trouble.crashes = CRASHES_BEFORE_BISECTION - 1  # one more death starts the next search
-        self._lease_again_soon(shard_id)
+        leases = Counter(e.shard_id for e in self.active.values())
+        alone = [e for e in self.active.values() if leases[e.shard_id] == 1 and self._open(e.shard_id)]
+        others = [e for e in alone if e.lease.writes and e.lease.worker_id != worker_id]
+        slow = [e for e in others if now - e.started > patience]
+        oldest = min(slow, key=lambda e: (e.started, e.shard_id), default=None)
+        return self._grant(oldest.shard_id, worker_id, now) if oldest else None

@@ -18,7 +18,6 @@ from millijoule.workers.lease import Lease, NodePlace, WorkerConfig, WorkerReady
 
 #: An idle worker's last words take a counter read; a worker that needs longer than this is as good as dead.
 STOP_TIMEOUT_S = 30.0
-
 #: Ray's label that holds a node's id.
 NODE_ID_LABEL = "ray.io/node-id"
 
@@ -52,10 +51,7 @@ class Worker:
 class Crew:
     """All workers there are, by id, in the order they were asked for.
 
-    Args:
-        actor_class: what `ray.remote` returned for the worker.
-        config: handed to every worker.
-        gone: called with the id of a worker that ended without last words.
+    `gone` is called with the id of a worker that ended without last words.
     """
 
     def __init__(

@@ -19,14 +19,11 @@ from millijoule.pipeline.running.coordinator import Coordinator
 
 #: Before it is known how long a shard takes, this many are asked for on nodes yet to come: enough to find out.
 FIRST_WORKERS = 4
-
 #: A worker is worth asking for if there is work for it for as long as it took others to start (model and node included), and at
 #: least and at most this long: what a first worker waited for on a full cluster says nothing about the next.
 START_S, LEAST_START_S, MOST_START_S = 30.0, 10.0, 600.0
-
 #: What was asked for is withdrawn only when it is this many times what is worth asking for: estimates waver.
 HYSTERESIS = 2
-
 #: A worker with a node answers at once, while its model loads; one that has not for this long has none.
 PLACE_ANSWER_S = 1.0
 
@@ -70,10 +67,8 @@ class Demand:
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
         self._looked: float | None = None
-        self._committed_before = 0
-        self._committed = 0
-        self._active = 0
-        self._remaining = self._useful = 0
+        self._committed_before = self._committed = 0
+        self._active = self._remaining = self._useful = 0
         self._busy_s = 0.0  # worker-seconds spent on leases
         self._starts: deque[float] = deque(maxlen=256)
         self._started: set[str] = set()
@@ -96,8 +91,7 @@ class Demand:
 
     def wanted(self, factor: int = 1) -> int:
         """Workers there should be, where `factor` times what the work is worth is."""
-        options = self.options
-        useful = self._useful
+        options, useful = self.options, self._useful
         if options.at_once is not None:
             useful = min(useful, max(options.at_once, factor * self._worth()))
         return min(options.max_workers, max(options.min_workers, useful))

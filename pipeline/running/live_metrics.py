@@ -19,7 +19,6 @@ from millijoule.pipeline.running.run import JobRun
 
 #: Between two updates; Prometheus seldom looks more often.
 PERIOD_S = 5.0
-
 #: Name -> labels besides `job`, and what it says.
 COUNTERS = {
     "millijoule_images": (("status",), "Images of committed shards, by status ok or quarantined."),
@@ -57,8 +56,10 @@ class LiveMetrics:
             for name, (labels, text) in metrics.items()
         }
         self._published: dict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
-        self._at_start = run.spending.estimated_mj, {k: c.total_mj for k, c in run.spending.counters.items()}
-        self._seconds_at_start = dict(run.spending.seconds)
+        # what earlier runs used is no part of what this one counts
+        self._estimate_before = run.spending.estimated_mj
+        self._counters_before = {key: counter.total_mj for key, counter in run.spending.counters.items()}
+        self._seconds_before = dict(run.spending.seconds)
         self._next = 0.0
 
     def tick(self) -> None:
@@ -69,23 +70,22 @@ class LiveMetrics:
 
     def publish(self) -> None:
         run, spending = self.run, self.run.spending
-        estimate_before, counters_before = self._at_start
         self._count("millijoule_images", run.counts.images_this_run, status="ok")
         self._count("millijoule_images", run.counts.quarantined_this_run, status="quarantined")
         self._count("millijoule_lost_attempts", run.counts.lost_attempts)
         joules: dict[tuple[str, str], float] = defaultdict(float)
-        for key, counter in spending.counters.items():
-            boot_id, _, device = key
-            grown_mj = counter.total_mj - counters_before.get(key, 0)
+        for (boot_id, epoch, device), counter in spending.counters.items():
+            grown_mj = counter.total_mj - self._counters_before.get((boot_id, epoch, device), 0)
             joules[run.hosts.get(boot_id, boot_id), device] += grown_mj / 1000
         for (host, device), grown in joules.items():
             self._count("millijoule_energy_joules", grown, host=host, device=device)
-        self._count("millijoule_energy_estimate_joules", (spending.estimated_mj - estimate_before) / 1000)
-        for segment_class, seconds in spending.seconds.items():
-            grown = seconds - self._seconds_at_start.get(segment_class, 0.0)
-            self._count("millijoule_worker_seconds", grown, **{"class": segment_class})
+        estimate_mj = spending.estimated_mj - self._estimate_before
+        self._count("millijoule_energy_estimate_joules", estimate_mj / 1000)
+        for name, seconds in spending.seconds.items():
+            grown = seconds - self._seconds_before.get(name, 0.0)
+            self._count("millijoule_worker_seconds", grown, **{"class": name})
         self._set("millijoule_workers", run.pool.ready_workers)
-        self._set("millijoule_shards_remaining", run.remaining)
+        self._set("millijoule_shards_remaining", run.coordinator.remaining)
         self._set("millijoule_energy_unclaimed_joules", spending.unclaimed_mj / 1000)
         for cap, share in spending.used_shares().items():
             self._set("millijoule_cap_used_share", share, cap=cap)

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from millijoule.workers.lease import NodePlace
+
 #: Faults in a row, each after a pause, before a node is out.
 FAULTS_BEFORE_OUT = 3
-
 #: Deaths in a row, without anything done on the node in between, before it is out: a search for the row that kills has
 #: fewer, because each narrowed search counts as something done.
 DEATHS_BEFORE_OUT = 12
-
 #: Pause after a first fault; doubles with each further one of this run.
 FAULT_PAUSE_FIRST_S = 1.0
 FAULT_PAUSE_MOST_S = 60.0
-
 #: Pause after a first death; doubles with each further one in a row.
 DEATH_PAUSE_FIRST_S = 0.5
 DEATH_PAUSE_MOST_S = 30.0
-
 #: Reasons kept per node.
 MAX_REASONS = 3
 
@@ -60,25 +58,24 @@ class NodeHealth:
     def __init__(self) -> None:
         self._nodes: dict[str, NodeRecord] = {}
 
-    def fault(self, node_id: str, host: str, reason: str, now: float) -> NodeRecord:
+    def fault(self, place: NodePlace, reason: str, now: float) -> NodeRecord:
         """The node could not do what it was asked to. Faults while it cools off are of the same wave and count once."""
-        record = self._record(node_id, host, reason)
+        record = self._record(place, reason)
         if now < record.cool_until:
             return record
+        record.cool_until = now + min(FAULT_PAUSE_MOST_S, FAULT_PAUSE_FIRST_S * 2.0**record.faults)
         record.faults += 1
         record.faults_in_a_row += 1
-        pause = min(FAULT_PAUSE_MOST_S, FAULT_PAUSE_FIRST_S * 2.0 ** (record.faults - 1))
-        record.cool_until = now + pause
-        record.out = record.out or record.faults_in_a_row >= FAULTS_BEFORE_OUT
+        record.out |= record.faults_in_a_row >= FAULTS_BEFORE_OUT
         return record
 
-    def death(self, node_id: str, host: str, reason: str, now: float) -> NodeRecord:
+    def death(self, place: NodePlace, reason: str, now: float) -> NodeRecord:
         """A worker's process ended there, for whatever reason."""
-        record = self._record(node_id, host, reason)
-        record.deaths_in_a_row += 1
-        pause = min(DEATH_PAUSE_MOST_S, DEATH_PAUSE_FIRST_S * 2.0 ** (record.deaths_in_a_row - 1))
+        record = self._record(place, reason)
+        pause = min(DEATH_PAUSE_MOST_S, DEATH_PAUSE_FIRST_S * 2.0**record.deaths_in_a_row)
         record.cool_until = max(record.cool_until, now + pause)
-        record.out = record.out or record.deaths_in_a_row >= DEATHS_BEFORE_OUT
+        record.deaths_in_a_row += 1
+        record.out |= record.deaths_in_a_row >= DEATHS_BEFORE_OUT
         return record
 
     def worked(self, node_id: str) -> None:
@@ -98,13 +95,10 @@ class NodeHealth:
     @property
     def faulty(self) -> list[NodeRecord]:
         """Nodes to be named at the end of the run: out, or with faults of their own."""
-        return sorted(
-            (n for n in self._nodes.values() if n.out or n.faults), key=lambda n: (n.host, n.node_id)
-        )
+        faulty = [n for n in self._nodes.values() if n.out or n.faults]
+        return sorted(faulty, key=lambda n: (n.host, n.node_id))
 
-    def _record(self, node_id: str, host: str, reason: str) -> NodeRecord:
-        record = self._nodes.setdefault(node_id, NodeRecord(node_id, host))
-        if reason in record.reasons:
-            record.reasons.remove(reason)
-        record.reasons = [reason, *record.reasons][:MAX_REASONS]
+    def _record(self, place: NodePlace, reason: str) -> NodeRecord:
+        record = self._nodes.setdefault(place.node_id, NodeRecord(place.node_id, place.host))
+        record.reasons = [reason, *(r for r in record.reasons if r != reason)][:MAX_REASONS]
         return record

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +93,13 @@ class NodeRecorders:
         self._next_tick = now + TICK_S
         try:
             self._settle(0.0)
-            self._start_and_release({place.node_id: place for place in places}, now)
+            wanted = {place.node_id: place for place in places}
+            for node_id, place in wanted.items():
+                recorder = self._recorders.setdefault(node_id, _Recorder(place))
+                recorder.unneeded_since = None
+                if recorder.starts == 0:
+                    self._start(recorder)
+            self._release([r for node_id, r in self._recorders.items() if node_id not in wanted], now)
             for recorder in self._recorders.values():
                 if recorder.node is not None and not recorder.calls and now >= recorder.next_take:
                     recorder.next_take = now + TAKE_PERIOD_S
@@ -121,13 +127,8 @@ class NodeRecorders:
         self._recorders.clear()
         self._calls.clear()
 
-    def _start_and_release(self, wanted: Mapping[str, NodePlace], now: float) -> None:
-        for node_id, place in wanted.items():
-            recorder = self._recorders.setdefault(node_id, _Recorder(place))
-            recorder.unneeded_since = None
-            if recorder.starts == 0:
-                self._start(recorder)
-        for recorder in [r for node_id, r in self._recorders.items() if node_id not in wanted]:
+    def _release(self, unneeded: list[_Recorder], now: float) -> None:
+        for recorder in unneeded:
             recorder.unneeded_since = recorder.unneeded_since or now
             if now - recorder.unneeded_since >= RELEASE_AFTER_S and not recorder.calls:
                 if recorder.node is not None:
@@ -157,22 +158,21 @@ class NodeRecorders:
             return
         ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=timeout_s)
         for future in ready:
-            if call := self._calls.pop(future, None):
-                self._answered(*call, future)
-
-    def _answered(self, recorder: _Recorder, method: str, future: Any) -> None:
-        recorder.calls -= 1
-        try:
-            value = ray.get(future)
-        except RayError as error:
-            self._died(recorder, first_line(error))
-            return
-        if isinstance(value, NodeRecorderReady):
-            self._ready(recorder, value)
-            return
-        self._take(recorder, value)
-        if method == "stop":
-            self._remove(recorder)
+            if future not in self._calls:
+                continue  # its recorder was ended by an answer before
+            recorder, method = self._calls.pop(future)
+            recorder.calls -= 1
+            try:
+                value = ray.get(future)
+            except RayError as error:
+                self._died(recorder, first_line(error))
+                continue
+            if method == "start":
+                self._ready(recorder, value)
+            else:
+                self._take(recorder, value)
+            if method == "stop":
+                self._remove(recorder)
 
     def _ready(self, recorder: _Recorder, ready: NodeRecorderReady) -> None:
         config, place = recorder.config, recorder.place
@@ -194,7 +194,6 @@ class NodeRecorders:
             failure = f"{meter} is also the meter of {twin.host}: one chassis cannot be two nodes"
         if failure:
             self._take(recorder, (NodeFailure(time.time_ns(), failure),))
-            recorder.node = None
             self._kill(recorder)
 
     def _take(self, recorder: _Recorder, taken: Sequence[NodeReading | NodeFailure]) -> None:
@@ -210,23 +209,22 @@ class NodeRecorders:
         else:
             self._say(recorder.place.host, f"the recorder of its meter did not start: {reason}")
         self._kill(recorder)
-        recorder.node = None
         if recorder.starts < MAX_STARTS and recorder.unneeded_since is None:
             self._start(recorder)
 
     def _remove(self, recorder: _Recorder) -> None:
         """End a recorder; a node of the same machine, if there is one, gets its own."""
+        node = recorder.node
         self._kill(recorder)
-        self._recorders.pop(recorder.place.node_id, None)
-        boot_id = recorder.node.boot_id if recorder.node else None
+        del self._recorders[recorder.place.node_id]
         for node_id, other in list(self._recorders.items()):
-            if boot_id is not None and other.same_machine == boot_id:
+            if node is not None and other.same_machine == node.boot_id:
                 del self._recorders[node_id]
 
     def _kill(self, recorder: _Recorder) -> None:
         for future in [f for f, (r, _) in self._calls.items() if r is recorder]:
             del self._calls[future]
-        recorder.calls = 0
+        recorder.calls, recorder.node = 0, None
         if recorder.actor is not None:
             ray.kill(recorder.actor)
             recorder.actor = None
@@ -271,7 +269,6 @@ def look_once(configs: Sequence[NodeMeterConfig]) -> list[NodeLook]:
                 failure = first_line(error)
         ray.kill(actor)
         readings = tuple(t for t in taken if isinstance(t, NodeReading)) if not failure else ()
-        failures = [t.reason for t in taken if isinstance(t, NodeFailure)]
-        failure = failure or (failures or ["said nothing"])[-1]
-        looks.append(NodeLook(host, meter, readings, "" if readings else failure))
+        failures = ["said nothing", *(t.reason for t in taken if isinstance(t, NodeFailure))]
+        looks.append(NodeLook(host, meter, readings, "" if readings else failure or failures[-1]))
     return sorted(looks, key=lambda look: look.host)

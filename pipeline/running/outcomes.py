@@ -23,39 +23,32 @@ log = logging.getLogger(__name__)
 
 #: How often busy workers are asked how far they are.
 STATUS_PERIOD_S = 1.0
-
 #: An answer that is there takes no time to fetch; one that takes so long is lost.
 FETCH_TIMEOUT_S = 60.0
-
 #: Workers may die this often in a row before it is known on which node, without a commit or a lease in hand elsewhere.
 UNPLACED_DEATHS = 16
 UNPLACED_PAUSE_FIRST_S, UNPLACED_PAUSE_MOST_S = 0.5, 30.0
-
 #: First pause before a shard that failed on storage comes again; doubles up to the most.
 STORE_BACKOFF_FIRST_S = 1.0
 STORE_BACKOFF_MOST_S = 60.0
 
 
 class JobEvents(Protocol):
-    """What the pool tells its owner while it runs. Nothing of it may wait for storage."""
+    """What the pool tells its owner while it runs. Nothing of it may wait for storage.
+
+    Methods:
+        prepared: write the commit that the attempt prepared, and call `WorkerPool.commit_stands` once one stands.
+        discarded: the attempt's prepared commit will never stand: its energy is waste, its files go.
+        stopped: a worker's last words: it closed its account itself.
+        gone: a worker ended without last words: its account of its devices is open.
+        tick: one turn of the pool's loop is over.
+    """
 
     def committed(self, result: AttemptResult, *, news: bool) -> None: ...
-    def prepared(self, result: AttemptResult) -> None:
-        """Write the commit that the attempt prepared, and call `WorkerPool.commit_stands` once one stands."""
-        ...
-
-    def discarded(self, result: AttemptResult) -> None:
-        """The attempt's prepared commit will never stand: its energy is waste, its files go."""
-        ...
-
-    def stopped(self, stopped: WorkerStopped) -> None:
-        """A worker's last words: it closed its account itself."""
-        ...
-
-    def gone(self, worker_id: str) -> None:
-        """A worker ended without last words: its account of its devices is open."""
-        ...
-
+    def prepared(self, result: AttemptResult) -> None: ...
+    def discarded(self, result: AttemptResult) -> None: ...
+    def stopped(self, stopped: WorkerStopped) -> None: ...
+    def gone(self, worker_id: str) -> None: ...
     def tick(self) -> None: ...
 
 
@@ -84,7 +77,7 @@ class Outcomes:
         try:
             value = ray.get(call, timeout=FETCH_TIMEOUT_S)
         except RayTaskError as error:
-            self._raised(worker, what, error.cause if error.cause is not None else error, now)
+            self._raised(worker, what, error.cause or error, now)
         except (RayError, GetTimeoutError) as error:
             if isinstance(error, ActorUnavailableError) and what in ("status", "place"):
                 worker.status_pending = False
@@ -97,8 +90,7 @@ class Outcomes:
         if what == "place":
             worker.place = value
         elif what == "start":
-            worker.ready = value
-            worker.place = NodePlace(value.node_id, value.host)
+            worker.ready, worker.place = value, NodePlace(value.node_id, value.host)
         elif what == "run":
             self._attempt_ended(worker, value, now)
         elif what == "status":
@@ -108,50 +100,41 @@ class Outcomes:
             self.crew.remove(worker, last_words=True)
         elif what == "afterwards":
             assert worker.lease is not None
-            assert worker.ready is not None
-            self.nodes.worked(worker.ready.node_id)
+            self.nodes.worked(worker.whereabouts().node_id)
             self.coordinator.probed(worker.lease.attempt_id)
             worker.lease = None
 
     def _status(self, worker: Worker, status: WorkerStatus, now: float) -> None:
         worker.status_pending = False
         worker.next_status = now + STATUS_PERIOD_S
-        if worker.lease is None or status.attempt_id != worker.lease.attempt_id:
-            return
-        if self.coordinator.renew(
-            status.attempt_id, status.images_done, status.steps, now, waits_for_store=status.waits_for_store
-        ):
+        ours = worker.lease is not None and status.attempt_id == worker.lease.attempt_id
+        if ours and self.coordinator.renew(status, now):
             worker.late = 0
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
     def _attempt_ended(self, worker: Worker, result: AttemptResult, now: float) -> None:
         worker.lease = None
-        assert worker.ready is not None
-        lease, node_id = result.lease, worker.ready.node_id
+        lease, node_id = result.lease, worker.whereabouts().node_id
         if result.outcome == "cancelled":
             self.coordinator.released(lease.attempt_id)
-            return
-        if result.outcome == "probed":
+        elif result.outcome == "probed":
             # survived only if the process answers afterwards, too
             worker.lease = lease
             self.crew.expect(worker, "afterwards", worker.actor.status.remote())
-            return
-        if result.outcome == "suspect":
+        elif result.outcome == "suspect":
             self.coordinator.suspected(result, node_id, now)
-            return
-        if result.outcome == "contradicted":
+        elif result.outcome == "contradicted":
             self._contradicted(worker, result, now)
-            return
-        self.nodes.worked(node_id)
-        if result.outcome == "confirmed":
-            waiting = self.coordinator.confirmed(lease.attempt_id)
-            if waiting is not None:
-                self._commit(waiting)
-        elif result.outcome == "prepared":
-            self._commit(result)
         else:
-            self.complete(result, now)
+            self.nodes.worked(node_id)
+            if result.outcome == "confirmed":
+                if waiting := self.coordinator.confirmed(lease.attempt_id):
+                    self._commit(waiting)
+            elif result.outcome == "prepared":
+                self._commit(result)
+            else:
+                self.complete(result, now)
 
     def _commit(self, result: AttemptResult) -> None:
         self.committing[result.lease.attempt_id] = result
@@ -176,9 +159,9 @@ class Outcomes:
         second = "itself, on a second try," if accusation.worker_id == witness.worker_id else "another worker"
         reason = f"failed on what {second} drew: {suspect.reason}"
         accuser = self.crew.workers.get(accusation.worker_id)
-        host = accuser.ready.host if accuser is not None and accuser.ready is not None else "?"
-        record = self.nodes.fault(accusation.node_id, host, reason, now)
-        log.warning("worker %s on %s %s (%s)", accusation.worker_id, host, reason, record.state)
+        host = accuser.whereabouts().host if accuser is not None else "?"
+        state = self.nodes.fault(NodePlace(accusation.node_id, host), reason, now).state
+        log.warning("worker %s on %s %s (%s)", accusation.worker_id, host, reason, state)
         if accuser is not None and not accuser.stopping:
             if accuser.lease is not None:
                 self.coordinator.released(accuser.lease.attempt_id)
@@ -207,24 +190,17 @@ class Outcomes:
             log.warning("shard %d: %s; trying again in %.0f s", lease.shard.shard_id, reason, pause)
             self.coordinator.released(lease.attempt_id, now + pause)
             return
-        if lease is not None:
-            if isinstance(error, MillijouleError):
-                self.coordinator.released(lease.attempt_id)
-            else:  # not foreseen: it may be the shard that does it
-                self.coordinator.crashed(lease.attempt_id, reason)
+        if lease is not None and isinstance(error, MillijouleError):
+            self.coordinator.released(lease.attempt_id)
+        elif lease is not None:  # not foreseen: it may be the shard that does it
+            self.coordinator.crashed(lease.attempt_id, reason)
         place = worker.whereabouts()
-        record = self.nodes.fault(place.node_id, place.host, reason, now)
-        log.warning(
-            "worker %s on %s cannot work: %s (%s)", worker.worker_id, place.host, reason, record.state
-        )
+        state = self.nodes.fault(place, reason, now).state
+        log.warning("worker %s on %s cannot work: %s (%s)", worker.worker_id, place.host, reason, state)
         self.crew.stop(worker, now)
 
     def bury(self, worker: Worker, error: Exception, now: float) -> None:
-        """Take a dead, or useless, worker out.
-
-        Raises:
-            JobError: workers end before they start, one after another.
-        """
+        """Take a dead, or useless, worker out; raises JobError as `settle`."""
         self.crew.remove(worker)
         reason, lease, place = first_line(error), worker.lease, worker.whereabouts()
         progress = self.coordinator.progress
@@ -236,8 +212,9 @@ class Outcomes:
             elif lost_node:
                 self.coordinator.node_died(lease.attempt_id, reason)
             else:
-                stood_still = isinstance(error, TimeoutError)
-                self.coordinator.crashed(lease.attempt_id, reason, stood_still=stood_still)
+                self.coordinator.crashed(
+                    lease.attempt_id, reason, stood_still=isinstance(error, TimeoutError)
+                )
         shard = f" with shard {lease.shard.shard_id} in hand" if lease else ""
         log.warning("worker %s on %s is gone%s: %s", worker.worker_id, place.host, shard, reason)
         if not place.node_id:
@@ -245,10 +222,9 @@ class Outcomes:
         elif not lost_node:  # one that is gone, or is being taken away, gets no worker anyway
             if self.coordinator.progress > progress:  # a search was narrowed
                 self.nodes.worked(place.node_id)
-            if worker.ready is None:  # no row can have done that
-                self.nodes.fault(place.node_id, place.host, reason, now)
-            else:
-                self.nodes.death(place.node_id, place.host, reason, now)
+            # without `ready` no row can have done that
+            blame = self.nodes.fault if worker.ready is None else self.nodes.death
+            blame(place, reason, now)
 
     def _died_unplaced(self, reason: str, now: float) -> None:
         pause = min(UNPLACED_PAUSE_MOST_S, UNPLACED_PAUSE_FIRST_S * 2**self._unplaced_deaths)

@@ -24,25 +24,16 @@ log = logging.getLogger(__name__)
 
 #: The loop looks at clocks (deadlines, backoff, capacity) at least this often.
 TICK_S = 0.2
-
 #: Silence about missing capacity ends after this long, and is repeated that often.
 CAPACITY_NOTICE_S = 15.0
-
 #: Between two looks at which nodes the cluster has, while some are shunned.
 NODES_PERIOD_S = 1.0
-
 #: When a person or the cluster cuts the run off, idle workers have this long for their last words; nobody else has.
 CUT_OFF_S = 3.0
 
 
 class WorkerPool:
-    """Runs a coordinator's leases on Ray actors until it is done or told to drain.
-
-    Args:
-        actor_class: what `ray.remote` returned for the worker.
-        coordinator: decides who works on what.
-        config: handed to every worker.
-    """
+    """Runs a coordinator's leases on Ray actors, made of `actor_class`, until it is done or told to drain."""
 
     def __init__(
         self,
@@ -82,7 +73,9 @@ class WorkerPool:
         """
         try:
             try:
-                while not self.coordinator.done and not self._drained:
+                while not self.coordinator.done:
+                    if self.draining and not self.coordinator.active and not self._outcomes.committing:
+                        break
                     self.turn(time.monotonic())
             except MillijouleError:
                 self._collect_last_words()
@@ -100,10 +93,6 @@ class WorkerPool:
         self._outcomes.committing.pop(result.lease.attempt_id, None)
         outcome = "committed" if standing == result.commit_json else "exists"
         self._outcomes.complete(AttemptResult(result.lease, outcome, standing), time.monotonic())
-
-    @property
-    def _drained(self) -> bool:
-        return bool(self.draining) and not self.coordinator.active and not self._outcomes.committing
 
     # -- one turn of the loop ------------------------------------------------------------------------------------
 
@@ -128,7 +117,7 @@ class WorkerPool:
 
     def _resize(self, now: float) -> None:
         """Ask for the workers the work is worth, and take back requests it no longer is worth."""
-        demand, workers, draining = self._demand, self.workers.values(), self.draining is not None
+        demand, workers, draining = self._demand, self.workers.values(), bool(self.draining)
         demand.look(self.coordinator, workers, now)
         shunned = self._shunned(now)
         if shunned is not None:
@@ -156,10 +145,10 @@ class WorkerPool:
             self._candidates = [place.node_id for place in nodes_for(self.options.asked)]
         if not self._candidates or set(self._candidates) - shunned:
             return shunned
-        out = {n.node_id: n for n in self.nodes.out}
+        out = [n for n in self.nodes.out if n.node_id in self._candidates]
         at_work = any(w.place is not None for w in self.workers.values())
-        if not at_work and all(node_id in out for node_id in self._candidates):
-            reasons = "\n".join(f"  {out[node_id]}" for node_id in self._candidates)
+        if not at_work and len(out) == len(self._candidates):
+            reasons = "\n".join(f"  {node}" for node in out)
             raise JobError(
                 f"no node is left that can work:\n{reasons}\nNothing that was committed is lost: mend the cause and "
                 "run the same command again"
@@ -169,26 +158,25 @@ class WorkerPool:
     def _feed(self, now: float) -> None:
         if self.draining:
             return
-        workers = self.workers
-        peers = {
-            w.worker_id: w.ready.node_id for w in workers.values() if w.ready is not None and not w.stopping
-        }
+        ready = [w for w in self.workers.values() if w.ready is not None and not w.stopping]
+        peers = {w.worker_id: w.whereabouts().node_id for w in ready}
         alone = self.options.max_workers == 1
-        for worker in [workers[worker_id] for worker_id in peers]:
+        for worker in ready:
             if worker.lease is not None:
                 continue
             lease = self.coordinator.next_lease(worker.worker_id, now, peers, alone=alone)
             if lease is not None:
                 worker.lease, worker.late, worker.next_status = lease, 0, now + STATUS_PERIOD_S
                 self._crew.expect(worker, "run", worker.run(lease))
-            elif len(workers) > self.options.min_workers and self._surplus():
+                continue
+            # of use are as many as have work, and one more that may help a straggler
+            spare = 1 if self.coordinator.speculate and self.coordinator.remaining else 0
+            staying = sum(not w.stopping for w in self.workers.values())
+            if (
+                len(self.workers) > self.options.min_workers
+                and staying > self.coordinator.useful_workers + spare
+            ):
                 self._crew.stop(worker, now)
-
-    def _surplus(self) -> bool:
-        """An idle worker is of no use: the leases out are fewer than the workers, and it cannot help a straggler."""
-        staying = sum(not w.stopping for w in self.workers.values())
-        spare = 1 if self.coordinator.speculate and self.coordinator.remaining else 0
-        return staying > self.coordinator.useful_workers + spare
 
     # -- clocks --------------------------------------------------------------------------------------------------
 
@@ -207,10 +195,7 @@ class WorkerPool:
             elif not self._closing:  # then nobody needs the shard, but what it has in hand may end by itself
                 log.warning(
                     "worker %s on %s made no progress on shard %d for %.0f s; leasing the shard again",
-                    worker.worker_id,
-                    worker.whereabouts().host,
-                    entry.lease.shard.shard_id,
-                    self.coordinator.lease_s,
+                    *(worker.worker_id, worker.whereabouts().host, entry.shard_id, self.coordinator.lease_s),
                 )
                 self.coordinator.lease_again(attempt_id)
         for worker in list(self.workers.values()):
@@ -227,8 +212,7 @@ class WorkerPool:
             self._waiting_since = now
             log.warning(
                 "waiting for the cluster: %d workers asked for (%s each), none running yet",
-                len(self.workers),
-                words(self.options.asked),
+                *(len(self.workers), words(self.options.asked)),
             )
 
     # -- the end -------------------------------------------------------------------------------------------------
@@ -237,9 +221,7 @@ class WorkerPool:
         """Let every worker end what it has in hand and close its books; each by itself, so that none costs another's."""
         self._closing = True
         now = time.monotonic()
-        for worker in list(self.workers.values()):
-            if worker.stopping:
-                continue
+        for worker in [w for w in self.workers.values() if not w.stopping]:
             if worker.ready is None:
                 self._crew.remove(worker)
                 continue
@@ -257,7 +239,6 @@ class WorkerPool:
         """End what still runs: nothing, after a normal end. Idle workers may say their last words."""
         if self.abandoned:
             return
-        self._closing = True
         idle = [w for w in self.workers.values() if w.ready is not None and w.lease is None]
         try:
             calls = {worker.actor.stop.remote(): worker for worker in idle}

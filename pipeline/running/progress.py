@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -19,10 +18,8 @@ from millijoule.workers.visible_text import visible
 
 #: Between two lines where there is no terminal.
 LINE_PERIOD_S = 10.0
-
 #: Longest reason or warning that is printed; the manifest has them whole.
 MAX_WORDS = 200
-
 #: Between two redraws of the bar.
 BAR_PERIOD_S = 0.25
 
@@ -39,15 +36,9 @@ class Progress:
         self._bar: Bar | None = None
         widgets = self.console.is_jupyter and find_spec("ipywidgets") is not None  # rich draws with them
         if not quiet and (self.console.is_terminal or widgets):
-            self._bar = Bar(
-                SpinnerColumn(),
-                TextColumn("images"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}"),
-                console=self.console,
-                auto_refresh=False,
-            )
+            detail = TextColumn("{task.fields[detail]}")
+            columns = (SpinnerColumn(), TextColumn("images"), BarColumn(), MofNCompleteColumn(), detail)
+            self._bar = Bar(*columns, console=self.console, auto_refresh=False)
             self._task = self._bar.add_task("images", total=job.images, detail="starting workers")
 
     def __enter__(self) -> Progress:
@@ -55,9 +46,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._draw()
             self._bar.stop()
@@ -85,23 +74,21 @@ class Progress:
         """ "41 images/s, 0:12 left, 3.1 J/image, 2 workers" as far as it is known."""
         run, counts = self.run, self.run.counts
         parts = []
-        rate = run.images_per_second()
-        if rate:
+        if rate := run.images_per_second():
             left = (self.job.images - counts.images_done) / rate
             parts.append(f"{rate:.3g} images/s, {clock(left)} left")
         if counts.images_this_run:
-            parts.append(energy_words(counts.energy_mj, counts.estimate_mj, counts.images_this_run))
+            if counts.energy_mj is not None:
+                parts.append(f"{joules(counts.energy_mj / counts.images_this_run)}/image")
+            else:
+                parts.append(f"~{joules(counts.estimate_mj / counts.images_this_run)}/image (modelled)")
         if counts.quarantined_this_run:
             parts.append(f"{counts.quarantined_this_run} quarantined")
-        if run.writer.waiting_for():
+        if run.writer.waits_for_storage:
             parts.append("waiting for storage")
-        if run.complete:
-            parts.append("done")
-        elif workers := run.pool.ready_workers:
-            parts.append(f"{workers} worker{'' if workers == 1 else 's'}")
-        else:
-            parts.append("starting workers")
-        return ", ".join(parts)
+        workers = run.pool.ready_workers
+        working = f"{workers} worker{'' if workers == 1 else 's'}" if workers else "starting workers"
+        return ", ".join([*parts, "done" if run.complete else working])
 
 
 def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> list[str]:
@@ -149,13 +136,6 @@ def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> 
 def cut(text: str) -> str:
     """As much of a reason or warning as a line has room for."""
     return text if len(text) <= MAX_WORDS else f"{text[:MAX_WORDS]}..."
-
-
-def energy_words(energy_mj: int | None, estimate_mj: int, images: int) -> str:
-    """Energy per image in words that say whether it was measured."""
-    if energy_mj is not None:
-        return f"{joules(energy_mj / images)}/image"
-    return f"~{joules(estimate_mj / images)}/image (modelled)"
 
 
 def joules(mj: float | None) -> str:

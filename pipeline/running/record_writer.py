@@ -7,13 +7,12 @@ own thread, by `settle`. The queue is short: who has something to write that can
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from millijoule.workers.errors import DamagedError, StoreError
 from millijoule.workers.storage.protocol import Store
@@ -22,20 +21,16 @@ log = logging.getLogger(__name__)
 
 #: Works that may wait before `has_room` says no. Commits that only the driver can write come on top: one per worker.
 MAX_WAITING = 64
-
 #: First pause before a work is repeated; doubles up to the most.
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 30.0
-
 #: Waiting for storage is said after this long, and again that often.
 NOTICE_PERIOD_S = 30.0
-
 #: Storage that refuses (no permission, disk full), instead of being away, is waited for no longer than this.
 REFUSED_FOR_S = 60.0
 
 
-@dataclass
-class _Work:
+class _Work(NamedTuple):
     what: str
     do: Callable[[], Any]
     then: Callable[[Any], None]
@@ -50,7 +45,7 @@ class RecordWriter:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._failing: tuple[float, str, StoreError] | None = None  # since when, what, how
+        self._failing: tuple[float, StoreError] | None = None  # since when, how
         self._error: BaseException | None = None
 
     @property
@@ -63,13 +58,9 @@ class RecordWriter:
         """Whether nothing waits, neither to be done nor to be settled."""
         return not self._works and not self._results
 
-    def waiting_for(self) -> str | None:
-        """What storage is being waited for, in words; None where it answers."""
-        failing = self._failing
-        if failing is None:
-            return None
-        since, what, error = failing
-        return f"{what} for {time.monotonic() - since:.0f} s: {error}"
+    @property
+    def waits_for_storage(self) -> bool:
+        return self._failing is not None
 
     def submit(
         self, what: str, do: Callable[[], Any], then: Callable[[Any], None] = lambda result: None
@@ -95,9 +86,9 @@ class RecordWriter:
             then(value)
         if self._error is not None:
             raise self._error
-        failing = self._failing
-        if failing and not failing[2].transient and time.monotonic() - failing[0] > REFUSED_FOR_S:
-            raise failing[2]
+        since, failing = self._failing or (0.0, None)
+        if failing and not failing.transient and time.monotonic() - since > REFUSED_FOR_S:
+            raise failing
 
     def close(self, timeout_s: float | None = None) -> None:
         """Wait until everything is written, and end the thread.
@@ -108,13 +99,11 @@ class RecordWriter:
         Raises:
             StoreError: storage refuses for good, or the time is up; what was to be written is not.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._thread is not None and not self.idle:
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self.idle:
             self.settle()
-            failing = self._failing
-            if failing is not None and not failing[2].transient:
-                break
-            if deadline is not None and time.monotonic() > deadline:
+            refused = self._failing is not None and not self._failing[1].transient
+            if refused or time.monotonic() > deadline:
                 break
             time.sleep(0.01)
         with self._changed:
@@ -124,7 +113,7 @@ class RecordWriter:
             self._thread.join(timeout_s)
         self.settle()
         if self._works:
-            reason = f": {self._failing[2]}" if self._failing else ""
+            reason = f": {self._failing[1]}" if self._failing else ""
             raise StoreError(
                 f"{len(self._works)} records of this run could not be written{reason}. What is committed is safe: mend the "
                 "cause and run the same command again to go on"
@@ -133,8 +122,7 @@ class RecordWriter:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._works and not self._closed:
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._works or self._closed)
                 if not self._works:
                     return
                 work = self._works[0]
@@ -155,19 +143,17 @@ class RecordWriter:
         while True:
             try:
                 value = work.do()
+            except DamagedError:
+                raise
             except StoreError as error:
-                if isinstance(error, DamagedError):
-                    raise
                 now = time.monotonic()
                 since = self._failing[0] if self._failing else now
-                self._failing = (since, work.what, error)
+                self._failing = since, error
                 if now - said >= NOTICE_PERIOD_S or since == now:
                     said = now
                     log.warning("waiting for storage (%s): %s", work.what, error)
                 with self._changed:
-                    if not self._closed:
-                        self._changed.wait(pause)
-                    if self._closed:
+                    if self._changed.wait_for(lambda: self._closed, pause):
                         return None
                 pause = min(BACKOFF_MOST_S, 2 * pause)
             else:
@@ -176,20 +162,15 @@ class RecordWriter:
 
 
 class QueuedWrites:
-    """The writing half of a store, through a `RecordWriter`: `put` and `put_file` return at once.
+    """What writes of a store, through a `RecordWriter`: `put` returns at once.
 
     For records whose reader comes later. What cannot wait for memory asks `RecordWriter.has_room` first.
     """
 
     def __init__(self, store: Store, writer: RecordWriter) -> None:
-        self.url = store.url
         self._store = store
         self._writer = writer
 
     def put(self, key: str, data: bytes) -> None:
         """As `Store.put`, later."""
         self._writer.submit(f"writing {key}", lambda: self._store.put(key, data))
-
-    def put_file(self, key: str, path: Path, on_part: Callable[[], None] = lambda: None) -> None:
-        """As `Store.put_file`, later; the file is read now."""
-        self.put(key, path.read_bytes())

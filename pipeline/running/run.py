@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -36,15 +37,17 @@ log = logging.getLogger(__name__)
 
 #: What no commit carries, compacted commits and live energy tables are written out at least this often.
 FLUSH_PERIOD_S = 30.0
-
 #: A run that is cut off has this long for its last records.
 CUT_OFF_WRITES_S = 5.0
-
 #: Between two looks at what another driver has committed, besides ten times what a look takes.
 LOOK_PERIOD_S = 5.0
-
 #: Shards that could not be made and are named with the reason.
 MAX_NAMED_SHARDS = 20
+#: What to do when the cluster's head is gone, with the reason.
+HEAD_LOST = (
+    "the head of the Ray cluster is gone ({}). Nothing that was committed is lost: run the same job again, on this "
+    "cluster when it is back or on another one, to resume"
+)
 
 #: Throughput is averaged over this window for the progress line.
 RATE_WINDOW_S = 60.0
@@ -122,7 +125,9 @@ class JobRun:
         self.cap_reached: str | None = None  # in words
         self.hosts: dict[str, str] = {}  # by boot id
         if self.spending.caps.on_energy:
-            self._count_earlier_runs()
+            for commit in read_commits(store, len(planned.shards)):
+                self.spending.add(commit.segments)
+            self.spending.add(read_uncommitted(store).segments)
         later = cast(Store, QueuedWrites(store, self.writer))  # they only ever write
         self._compactor = CommitCompactor(later, self.epoch)
         self._live = LiveTables(later, job.fingerprint, self.epoch) if telemetry else None
@@ -134,7 +139,6 @@ class JobRun:
         self._stop_now = False
         self._head_lost: str | None = None
         self._warned_of_others = False
-        self._looking = False
         self._look_not_before = 0.0
         self._on_tick: Callable[[], None] = lambda: None
 
@@ -171,10 +175,7 @@ class JobRun:
             self.pool.run()
         except _StopNow:
             if self._head_lost is not None:
-                raise JobError(
-                    f"the head of the Ray cluster is gone ({self._head_lost}). Nothing that was committed is lost: run "
-                    "the same job again, on this cluster when it is back or on another one, to resume"
-                ) from None
+                raise JobError(HEAD_LOST.format(self._head_lost)) from None
             log.warning("stopped")
 
     def _close(self) -> None:
@@ -188,10 +189,6 @@ class JobRun:
             self.flush(everything=True)
             self.writer.close(CUT_OFF_WRITES_S if cut_off else None)
 
-    def drain(self, reason: str) -> None:
-        """Lease nothing more; `run` returns when the shards at work are done."""
-        self.pool.drain(reason)
-
     def stop_now(self) -> None:
         """Make `run` return at its next turn. Safe from a signal handler."""
         self._stop_now = True
@@ -201,16 +198,8 @@ class JobRun:
         self._head_lost, self.pool.abandoned, self._stop_now = reason, True, True
 
     @property
-    def draining(self) -> bool:
-        return self.pool.draining is not None
-
-    @property
     def complete(self) -> bool:
         return self.coordinator.n_committed == len(self.planned.shards)
-
-    @property
-    def remaining(self) -> int:
-        return self.coordinator.remaining
 
     def images_per_second(self) -> float | None:
         """Committed images per second over the last minute; None before the first commits."""
@@ -221,19 +210,17 @@ class JobRun:
 
     def images_at_work(self) -> int:
         """Images done in attempts that are not committed yet; of several at one shard, those of the furthest."""
-        furthest: dict[int, int] = {}
+        furthest: dict[int, int] = defaultdict(int)
         for entry in self.coordinator.active.values():
             if entry.lease.writes:
-                shard_id = entry.lease.shard.shard_id
-                furthest[shard_id] = max(furthest.get(shard_id, 0), entry.images_done)
+                furthest[entry.shard_id] = max(furthest[entry.shard_id], entry.images_done)
         return sum(furthest.values())
 
     # -- what the pool tells us ----------------------------------------------------------------------------------
 
     def committed(self, result: AttemptResult, *, news: bool) -> None:
         counts = self.counts
-        if result.commit_json is None:
-            return
+        assert result.commit_json is not None
         shard = result.lease.shard
         commit = parse_commit(self.store, shard.shard_id, result.commit_json)
         if result.outcome == "exists":
@@ -266,17 +253,14 @@ class JobRun:
             self._warned_of_others = True
             log.warning(
                 "another driver (number %d; this is %d) commits to %s too; that wastes energy but does no harm",
-                commit.driver_epoch,
-                self.epoch,
-                self.store.url,
+                *(commit.driver_epoch, self.epoch, self.store.url),
             )
         coordinator, now = self.coordinator, time.monotonic()
-        if self._looking or now < self._look_not_before:
+        if now < self._look_not_before:
             return
-        self._looking = True
+        self._look_not_before = math.inf  # while it looks
 
         def learn(committed: np.ndarray) -> None:
-            self._looking = False
             took = time.monotonic() - now
             self._look_not_before = time.monotonic() + LOOK_PERIOD_S + 10 * took
             for shard_id in (committed & ~coordinator.committed).nonzero()[0].tolist():
@@ -291,18 +275,18 @@ class JobRun:
         where only this process commits, one at a time."""
         shard_id, body = result.lease.shard.shard_id, result.commit_json
         assert body is not None
-        key, exclusive = commit_key(shard_id), self.planned.exclusive
+        key = commit_key(shard_id)
 
         def commit() -> bytes:
-            if exclusive:
+            if self.planned.exclusive:
                 try:
                     self.store.put_exclusive(key, body)
                 except AlreadyExistsError:
                     return self.store.get(key)
-                return body
-            if self.store.exists(key):
+            elif self.store.exists(key):
                 return self.store.get(key)
-            self.store.put(key, body)
+            else:
+                self.store.put(key, body)
             return body
 
         def stands(standing: bytes) -> None:
@@ -316,22 +300,21 @@ class JobRun:
         self.writer.submit(f"committing shard {shard_id}", commit, stands)
 
     def discarded(self, result: AttemptResult) -> None:
-        """An attempt's prepared commit will never stand: its energy is waste, its files go."""
         assert result.commit_json is not None
         lost = parse_commit(self.store, result.lease.shard.shard_id, result.commit_json)
-        segments = tuple(_as_loser(s, lost.attempt_id) for s in lost.segments)
+        segments = tuple(
+            replace(s, segment_class="loser") if s.attempt_id == lost.attempt_id else s for s in lost.segments
+        )
         self._uncommitted_records(lost.worker_id, segments, lost.power)
         self.counts.lost_attempts += 1
         files = [f.path for f in lost.files]
         self.writer.submit(f"removing files of {lost.attempt_id}", lambda: self.store.delete(files))
 
     def stopped(self, stopped: WorkerStopped) -> None:
-        """A worker's last words."""
         self._uncommitted_records(stopped.worker_id, stopped.segments, stopped.power)
         self._accounts.stopped(stopped)
 
     def gone(self, worker_id: str) -> None:
-        """A worker ended without last words."""
         self._accounts.gone(worker_id)
 
     def _uncommitted_records(
@@ -350,7 +333,6 @@ class JobRun:
             self._live.add_node_readings(kept)
 
     def tick(self) -> None:
-        """One turn of the pool's loop is over."""
         if self._stop_now:
             raise _StopNow
         self.writer.settle()
@@ -358,21 +340,15 @@ class JobRun:
         self._node_recorders.tick(w.place for w in self.pool.workers.values() if w.place is not None)
         if time.monotonic() >= self._next_flush:
             self.flush()
-        if not self.draining and self._check_caps():
-            self.drain(f"reached {self.cap_reached}")
+        if not self.pool.draining and self._check_caps():
+            self.pool.drain(f"reached {self.cap_reached}")
         self._on_tick()
 
     def _check_caps(self) -> bool:
-        at_work = sum(
-            e.lease.shard.n_images for e in self.coordinator.active.values() if e.lease.probe_rows is None
-        )
+        leases = [e.lease for e in self.coordinator.active.values()]
+        at_work = sum(lease.shard.n_images for lease in leases if lease.probe_rows is None)
         self.cap_reached = self.spending.reached(time.time(), at_work / max(1, self.counts.images_done))
         return self.cap_reached is not None
-
-    def _count_earlier_runs(self) -> None:
-        for commit in read_commits(self.store, len(self.planned.shards)):
-            self.spending.add(commit.segments)
-        self.spending.add(read_uncommitted(self.store).segments)
 
     def flush(self, *, everything: bool = False) -> None:
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
@@ -387,7 +363,3 @@ class JobRun:
 
 class _StopNow(Exception):
     """Leave the pool's loop at once."""
-
-
-def _as_loser(segment: Segment, attempt_id: str) -> Segment:
-    return replace(segment, segment_class="loser") if segment.attempt_id == attempt_id else segment

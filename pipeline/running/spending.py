@@ -40,7 +40,7 @@ class Caps:
 
     @property
     def on_energy(self) -> bool:
-        return any(v is not None for v in (self.max_kwh, self.max_cost, self.max_gco2))
+        return (self.max_kwh, self.max_cost, self.max_gco2) != (None, None, None)
 
 
 class Stretch(NamedTuple):
@@ -62,7 +62,7 @@ class CounterUse:
 
     def add(self, new: Stretch) -> int:
         """Count a segment's stretch; returns by how much `total_mj` grew."""
-        before = self.total_mj
+        total_before = self.total_mj
         apart = [s for s in self.stretches if s.t_last_ns < new.t_first_ns or new.t_last_ns < s.t_first_ns]
         joined = [s for s in self.stretches if s not in apart] + [new]
         first, last = min(joined), max(joined, key=lambda s: (s.t_last_ns, s.last_mj))
@@ -76,21 +76,7 @@ class CounterUse:
             for before, after in pairwise(self.stretches)
             if after.t_first_ns - before.t_last_ns <= MAX_GAP_NS
         )
-        return self.total_mj - before
-
-
-class _CapUse(NamedTuple):
-    """A cap and how much of it is used, both in `unit`; `option` is the cap as it was given."""
-
-    name: str
-    option: str
-    unit: str
-    used: float
-    limit: float
-
-    @property
-    def share(self) -> float:
-        return self.used / self.limit if self.limit else 1.0  # nothing may be used: that is reached at once
+        return self.total_mj - total_before
 
 
 @dataclass
@@ -109,17 +95,13 @@ class Spending:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
-    def total_mj(self) -> int:
-        return self.measured_mj + self.estimated_mj
-
-    @property
     def unclaimed_mj(self) -> int:
         """Counted during the job, but in no segment that arrived (yet): of workers that died, and of those at work."""
         return sum(c.total_mj - c.claimed_mj for c in self.counters.values())
 
     @property
     def basis(self) -> str:
-        """How `total_mj` came about: "measured", "estimated", or both."""
+        """How the millijoules came about: "measured", "estimated", or both."""
         if not self.estimated_mj:
             return "measured"
         return "partly estimated" if self.measured_mj else "estimated"
@@ -154,17 +136,20 @@ class Spending:
 
     def used_shares(self) -> dict[str, float]:
         """How much of each cap on energy is used, by the cap's name; 1 is all of it, and a cap of 0 is used up."""
-        return {cap.name: cap.share for cap in self._caps_on_energy()}
+        return {name: share for name, share, _, _ in self._caps_on_energy()}
 
-    def _caps_on_energy(self) -> Iterator[_CapUse]:
+    def _caps_on_energy(self) -> Iterator[tuple[str, float, str, str]]:
+        """Each cap's name, the share of it that is used, the option as it was given, and what is used in words."""
         caps = self.caps
         for name, option, unit, used, limit in (
-            ("kWh", "--max-kwh", " kWh", self.total_mj / MJ_PER_KWH, caps.max_kwh),
+            ("kWh", "--max-kwh", " kWh", (self.measured_mj + self.estimated_mj) / MJ_PER_KWH, caps.max_kwh),
             ("cost", "--max-cost", "", self.cost, caps.max_cost),
             ("gCO2e", "--max-gco2", " gCO2e", self.gco2, caps.max_gco2),
         ):
             if limit is not None:
-                yield _CapUse(name, f"{option} {limit:g}", unit, used, limit)
+                share = used / limit if limit else 1.0  # nothing may be used: that is reached at once
+                words = f"{used:.3g}{unit} used, {self.basis}" if used else "nothing used yet"
+                yield name, share, f"{option} {limit:g}", words
 
     def reached(self, now_unix: float, share_at_work: float = 0.0) -> str | None:
         """The cap that is reached, in words, or None.
@@ -176,14 +161,12 @@ class Spending:
         """
         deadline = self.caps.deadline_unix
         if deadline is not None and now_unix >= deadline:
-            return (
-                f"--deadline ({datetime.fromtimestamp(deadline).astimezone().isoformat(timespec='seconds')})"
-            )
-        for cap in self._caps_on_energy():
-            if cap.share * (1 + share_at_work) >= 1:
-                rest = "" if cap.share >= 1 else "; what is at work is expected to use the rest"
-                used = f"{cap.used:.3g}{cap.unit} used, {self.basis}" if cap.used else "nothing used yet"
-                return f"{cap.option} ({used}{rest})"
+            when = datetime.fromtimestamp(deadline).astimezone()
+            return f"--deadline ({when.isoformat(timespec='seconds')})"
+        for _, share, option, used in self._caps_on_energy():
+            if share * (1 + share_at_work) >= 1:
+                rest = "" if share >= 1 else "; what is at work is expected to use the rest"
+                return f"{option} ({used}{rest})"
         return None
 
 
@@ -197,10 +180,10 @@ def parse_deadline(text: str, now_unix: float) -> float:
         return now_unix + float(match[1]) * _DURATION_UNITS[match[2]]
     try:
         when = datetime.fromisoformat(text)
+        if when.tzinfo is not None:
+            return when.timestamp()
     except ValueError:
-        when = None
-    if when is None or when.tzinfo is None:
-        raise InputError(
-            f"--deadline {text}: a duration such as 90m or 2h, or a time with its zone such as 2026-03-01T18:00+01:00"
-        )
-    return when.timestamp()
+        pass
+    raise InputError(
+        f"--deadline {text}: a duration such as 90m or 2h, or a time with its zone such as 2026-03-01T18:00+01:00"
+    )

@@ -51,7 +51,7 @@ def exported(ray_address):
         hosts={"boot": "node-a"},
         counts=Counts(images_this_run=3, quarantined_this_run=1, lost_attempts=2),
         pool=SimpleNamespace(ready_workers=2),
-        remaining=7,
+        coordinator=SimpleNamespace(remaining=7),
     )
     ray.init(address=ray_address, log_to_driver=False)
     try:

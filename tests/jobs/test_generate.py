@@ -337,7 +337,7 @@ def test_a_lost_head_is_an_error_and_what_is_committed_stays(cluster, job, monke
 
     cluster()
     with monkeypatch.context() as patched:
-        patched.setattr(head_watch, "HeadWatch", Watch)
+        patched.setattr(head_watch, "head_watched", Watch)
         with pytest.raises(JobError, match="head of the Ray cluster is gone"):
             job()
     assert watches == ["127.0.0.1:1"]

@@ -21,6 +21,7 @@ class WriterAtOnce:
     """
 
     has_room = True
+    waits_for_storage = False
 
     def __init__(self) -> None:
         self.storage_is_away = False
@@ -30,9 +31,6 @@ class WriterAtOnce:
     @property
     def idle(self) -> bool:
         return not self._works and not self._results
-
-    def waiting_for(self) -> None:
-        return None
 
     def submit(self, what: str, do: Any, then: Any = lambda result: None) -> None:
         self._works.append((do, then))

@@ -27,19 +27,19 @@ def test_prompts_are_expanded_and_the_model_is_identified_once(options, tmp_path
     assert len(request.files) == 2
     assert request.identity.name == options.model
     with pytest.raises(dataclasses.FrozenInstanceError):
-        request.seed = 1
+        request.options = options
 
 
 def test_texts_are_read_into_values(options):
     read = request_of(
         replace(options, workers="0:8", resources=("spot=1", "disk=0.5"), shard_size="60s", delimiter="tab")
     )
-    assert (read.workers.bounds, read.workers.resources) == ((0, 8), {"spot": 1.0, "disk": 0.5})
+    assert (read.bounds, read.resources) == ((0, 8), {"spot": 1.0, "disk": 0.5})
     assert (read.shard_seconds, read.plan.shard_size) == (60.0, UNCALIBRATED_SHARD_SIZE)
     assert read.plan.delimiter == "\t"
     plain = request_of(replace(options, workers="4", shard_size="12"))
-    assert (plain.workers.bounds, plain.shard_seconds, plain.plan.shard_size) == ((4, 4), None, 12)
-    assert request_of(options).workers.bounds is None
+    assert (plain.bounds, plain.shard_seconds, plain.plan.shard_size) == ((4, 4), None, 12)
+    assert request_of(options).bounds is None
     rates = RateOptions(price_per_kwh="0.3", gco2_per_kwh="400", pue=1.2)
     caps = request_of(
         replace(options, max_cost=5, max_gco2=9, deadline="2030-01-01T00:00Z", rates=rates)

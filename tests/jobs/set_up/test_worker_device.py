@@ -62,7 +62,9 @@ def choose(options, says: Prospect | None = None, cluster=HEAD, **more) -> Worke
         assert resources["GPU"] == (options.gpus_per_worker or 1.0)
         return says
 
-    return choose_device(request_of(options), cluster, ask=ask, **more)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("millijoule.jobs.set_up.worker_device.prospect", ask)
+        return choose_device(request_of(options), cluster, **more)
 
 
 def test_a_persons_word_comes_first(cluster, heavy):
@@ -159,8 +161,8 @@ def test_contradictions_are_refused_by_name(changes, words):
 def test_workers_are_as_many_as_fit_unless_somebody_says(monkeypatch, caplog):
     def pool(room, device, own=False, **changes):
         monkeypatch.setattr(ray_cluster, "room", lambda resources: room)
-        asked = request_of(replace(OPTIONS, resources=("spot=1",), **changes)).workers
-        return pool_options(asked, device, Cluster("x", own))
+        request = request_of(replace(OPTIONS, resources=("spot=1",), **changes))
+        return pool_options(request, device, Cluster("x", own))
 
     cpus, to_come = WorkerDevice(0.0, "because"), WorkerDevice(1.0, "because", 12)
     assert pool(5, cpus) == PoolOptions(0, 5, 1.0, 0.0, {"spot": 1.0}, at_once=5)

@@ -137,7 +137,7 @@ def test_what_another_driver_has_read_stands(world, there):
     world.opened("w0002-0001")
     if not there:
         world.ray.lose_node(world.node)
-    world.accounts.gone("w0002-0001", of_this_run=False)
+    world.accounts.gone("w0002-0001")
     world.writer.settle()
     theirs = WorkerClosing("w0002-0001", 2, "w0002-0001", read(90))
     world.store.put(closing_key("w0002-0001"), theirs.to_json())

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from millijoule.pipeline.running import head_watch
-from millijoule.pipeline.running.head_watch import PATIENCE_VARIABLE, HeadWatch
+from millijoule.pipeline.running.head_watch import PATIENCE_VARIABLE, head_watched
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,12 @@ def test_a_head_that_goes_is_told_of_once():
             seen.set()
 
         threading.Thread(target=accept, daemon=True).start()
-        watch = HeadWatch(address, on_lost)
+        watch = head_watched(address, on_lost)
         watch.__enter__()
         assert seen.wait(60)
         assert lost == []
     assert told.wait(60)
-    watch.__exit__()
+    watch.__exit__(None, None, None)
     assert len(lost) == 1
     assert lost[0].startswith(f"{address}: ")
 
@@ -44,7 +44,7 @@ def test_a_head_that_never_answered_here_is_not_watched():
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     lost = []
-    with HeadWatch(address, lost.append):
+    with head_watched(address, lost.append):
         for thread in [t for t in threading.enumerate() if t.name == "head-watch"]:
             thread.join(60)
             assert not thread.is_alive()
