@@ -71,18 +71,6 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class WorkerReady:
-    """A worker's answer to `start`: where it runs and what it loaded."""
-
-    worker_id: str
-    node_id: str
-    host: str
-    device: str
-    energy_method: str
-    load_seconds: float
-
-
-@dataclass(frozen=True)
 class NodePlace:
     """A node of the Ray cluster: Ray's id, and its host name as the node itself says it."""
 
