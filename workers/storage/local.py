@@ -10,7 +10,6 @@ import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 
 import pyarrow as pa
@@ -244,24 +243,20 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def _write_new_file(path: Path, data: bytes) -> None:
-    with path.open("xb", buffering=0) as new:
-        _write_all(new, data)
+    with path.open("xb") as new:
+        new.write(data)
+        new.flush()
         os.fsync(new.fileno())
 
 
 def _copy(source: Path, target: Path, on_part: Callable[[], None]) -> None:
     """Copy a file part by part, each on the disk before the next: a slow file system shows that it gets on."""
-    with source.open("rb") as old, target.open("wb", buffering=0) as new:
+    with source.open("rb") as old, target.open("wb") as new:
         while part := old.read(COPY_PART_BYTES):
-            _write_all(new, part)
+            new.write(part)
+            new.flush()
             os.fdatasync(new.fileno())
             on_part()
-
-
-def _write_all(file: FileIO, data: bytes) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[file.write(view) :]
 
 
 def _flush_file(path: Path) -> None:
