@@ -98,7 +98,8 @@ class ShardWorker:
             _check_output_is_shared(store, config)
             self._open_account(store, worker)
         generator = load_generator(config.model, device="cuda" if gpus else "cpu")
-        _limit_threads(config.cpu_threads)
+        if torch := sys.modules.get("torch"):  # a generator that does without PyTorch needs no import
+            torch.set_num_threads(config.cpu_threads)  # the CPUs Ray counts for this worker
         _check_model(config, worker.host)
         if config.output_url:
             check_factory_model(store, config, generator.info.sha256)
@@ -198,12 +199,6 @@ def _assigned_gpus() -> list[str]:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return [v for v in visible.split(",") if v]
-
-
-def _limit_threads(threads: int) -> None:
-    """Keep PyTorch to the CPUs Ray counts for this worker; a generator that does without PyTorch needs no import."""
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(threads)
 
 
 def _check_model(config: WorkerConfig, host: str) -> None:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,15 +66,6 @@ PROBE_LINGER_S = 1.0
 
 class AttemptCancelled(Exception):
     """The driver called this attempt off between two batches."""
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """What became of one request. `suspect`: the failure is this worker's word alone, another has to confirm it."""
-
-    row: ImageRow
-    encoded: bytes | None
-    suspect: bool = False
 
 
 class AttemptRunner:
@@ -194,24 +185,24 @@ class AttemptRunner:
         suspects: list[Suspect] = []
         healthy: tuple[int, int] | None = None
         row_of = {
-            (row.prompt_id, row.first_image_index + k): i
-            for i, row in enumerate(rows)
-            for k in range(row.num_images)
+            (planned.prompt_id, planned.first_image_index + k): i
+            for i, planned in enumerate(rows)
+            for k in range(planned.num_images)
         }
         with _scratch_folder() as scratch:
             writer = open_writer(
                 self.config.output_format, scratch, data_prefix(shard.shard_id, lease.attempt_id)
             )
             unseen = {i for i, _ in lease.quarantine}
-            wanted = [row for i, row in enumerate(rows) if i not in unseen]
+            wanted = [planned for i, planned in enumerate(rows) if i not in unseen]
             for batch in batches(shard_requests(wanted, self.config.job_seed), self.batch_size):
-                for drawn in self._generate(batch):
-                    writer.add(drawn.row, drawn.encoded)
-                    request = drawn.row.request
+                for row, encoded, is_suspect in self._generate(batch):
+                    writer.add(row, encoded)
+                    request = row.request
                     at = (row_of[request.prompt_id, request.image_index], request.image_index)
-                    if drawn.suspect:
-                        suspects.append(Suspect(*at, drawn.row.error or ""))
-                    elif drawn.encoded is not None:
+                    if is_suspect:
+                        suspects.append(Suspect(*at, row.error or ""))
+                    elif encoded is not None:
                         healthy = healthy or at
                 self.images_done += len(batch)
                 self._check_cancelled()
@@ -271,8 +262,11 @@ class AttemptRunner:
             raise
         return AttemptResult(lease, "committed", body)
 
-    def _generate(self, batch: Sequence[ImageRequest]) -> Iterator[_Drawn]:
-        """Images of `batch`, in order; a request the generator fails on stands alone, without an image."""
+    def _generate(self, batch: Sequence[ImageRequest]) -> Iterator[tuple[ImageRow, bytes | None, bool]]:
+        """Rows and images of `batch`, in order; a request the generator fails on stands alone, without an image.
+
+        The last is True where that failure is this worker's word alone, so that another has to confirm it.
+        """
         info = self.generator.info
         for requests, outcome in isolate(self.generator, batch, self._check_health):
             self._step()
@@ -280,7 +274,7 @@ class AttemptRunner:
                 reason = _reason(outcome)
                 log.warning("%s: cannot be drawn: %s", requests[0].source or requests[0].prompt_id, reason)
                 row = ImageRow(requests[0], "quarantined", error=reason)
-                yield _Drawn(row, None, suspect=not isinstance(outcome, RowError))
+                yield row, None, not isinstance(outcome, RowError)
                 continue
             images, warnings = outcome
             for request, image, words in zip(requests, images, warnings, strict=True):
@@ -293,7 +287,7 @@ class AttemptRunner:
                 row = ImageRow(
                     request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
                 )
-                yield _Drawn(row, encoded)
+                yield row, encoded, False
             self._served = requests[0]
 
     def calibrate(self, requests: Sequence[ImageRequest]) -> Calibration:
@@ -301,9 +295,9 @@ class AttemptRunner:
         self.timeline.close("idle")
         began, size, images = time.monotonic(), 0, 0
         for batch in batches(requests, self.batch_size):
-            for drawn in self._generate(batch):
-                if drawn.encoded is not None:
-                    size, images = size + len(drawn.encoded), images + 1
+            for _, encoded, _ in self._generate(batch):
+                if encoded is not None:
+                    size, images = size + len(encoded), images + 1
         seconds = time.monotonic() - began
         segment = self.timeline.close("warmup")
         energy_mj, estimate_mj = self._energy_mj(segment), segment_estimate_mj(segment)

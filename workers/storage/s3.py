@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -366,12 +366,12 @@ class S3Store(Store):
         for i in range(0, len(raw), DELETE_BATCH):
             self._delete_batch(raw[i : i + DELETE_BATCH])
 
-    def _delete_batch(self, keys: list[str]) -> None:
+    def _delete_batch(self, keys: Sequence[str]) -> None:
         bucket = self._bucket
         request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
         try:
             answer = bucket.call_once("delete_objects", Delete=request)
-            remaining = [error["Key"] for error in answer.get("Errors", ())]
+            remaining: Sequence[str] = [error["Key"] for error in answer.get("Errors", ())]
         except S3Failure as failure:
             logger.debug("batch delete in %s failed (%s); deleting one by one", bucket.name, failure)
             remaining = keys

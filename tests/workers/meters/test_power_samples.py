@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pynvml
 import pytest
-from support.counters import GPU0, SECOND, UUIDS, Clock, FakeNvml
+from support.counters import GPU0, SECOND, UUIDS
 from support.local_job import plan, runner
 
 from millijoule.pipeline.output.commits import parse_commit, read_commits
@@ -24,31 +24,9 @@ from millijoule.workers.schemas import Commit, PowerSample
 
 
 @pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def nvml():
-    return FakeNvml()
-
-
-@pytest.fixture
-def sampler(tmp_path, nvml, clock):
+def sampler(open_fake, nvml):
     """Makes samplers of workers that share a host, each with GPU 0 unless said otherwise."""
-
-    def made(gpus=("0",), **options):
-        meter = open_meter(
-            gpus,
-            nvml=nvml,
-            powercap_root=tmp_path / "none",
-            boot_id="boot",
-            book_directory=tmp_path,
-            clock_ns=clock,
-        )
-        return PowerSampler(meter, **options)
-
-    return made
+    return lambda gpus=("0",), **options: PowerSampler(open_fake(gpus, nvml), **options)
 
 
 def watch(clock, samplers, seconds, each=lambda second: None):
