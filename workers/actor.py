@@ -96,7 +96,14 @@ class ShardWorker:
         worker = describe()
         if config.output_url:  # a calibration has no output
             _check_output_is_shared(store, config)
-            self._open_account(store, worker)
+            # from now on this worker owes an account of its devices, and whoever closes it can tell whether it lives
+            try:
+                hold_life_lock(life_path(config.output_url, self.worker_id))
+            except OSError as error:
+                log.warning(
+                    "no sign of life can be given (%s): should this worker die, its energy is missing", error
+                )
+            store.put(worker_key(self.worker_id), worker.to_json())
         generator = load_generator(config.model, device="cuda" if gpus else "cpu")
         if torch := sys.modules.get("torch"):  # a generator that does without PyTorch needs no import
             torch.set_num_threads(config.cpu_threads)  # the CPUs Ray counts for this worker
@@ -111,16 +118,6 @@ class ShardWorker:
         timeline.close("warmup")
         self._runner = runner
         return NodePlace(node_id, worker.host)
-
-    def _open_account(self, store: Store, environment: WorkerEnvironment) -> None:
-        """From now on this worker owes an account of its devices, and whoever closes it can tell whether it lives."""
-        try:
-            hold_life_lock(life_path(self.config.output_url, self.worker_id))
-        except OSError as error:
-            log.warning(
-                "no sign of life can be given (%s): should this worker die, its energy is missing", error
-            )
-        store.put(worker_key(self.worker_id), environment.to_json())
 
     def _open_meter(self, gpus: Sequence[str]) -> CounterMeter:
         """The counters of this worker: of `gpus`, as `CUDA_VISIBLE_DEVICES` lists them, and of the host."""

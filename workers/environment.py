@@ -28,15 +28,12 @@ def describe_worker(
     """The environment of this process; before its model is loaded, what the framework knows is not in it.
 
     Args:
-        driver_epoch: the run of the job that started it.
         assigned_gpus: as `CUDA_VISIBLE_DEVICES` lists them; empty on a CPU worker.
-        meter: the worker's own.
         opened: the worker's first read.
     """
     torch = sys.modules.get("torch")
-    gpus = (*meter.boards.uuids, *meter.boards.unreadable) or tuple(
-        assigned_gpus
-    )  # without telemetry as Ray names them
+    # without telemetry as Ray names them
+    gpus = (*meter.boards.uuids, *meter.boards.unreadable) or tuple(assigned_gpus)
     name: str | None
     if not assigned_gpus:
         name = cpu_name()

@@ -41,7 +41,6 @@ _COLUMNS: dict[str, tuple[Quantity, int]] = {"kwh": ("energy", MJ_PER_KWH), "wat
 
 def read_pdu_csv(
     path: Path,
-    host: str,
     *,
     outlet: str | None = None,
     time_zone: str | None = None,
@@ -51,8 +50,7 @@ def read_pdu_csv(
     """The readings of `path`, one series per column that has any.
 
     Args:
-        host: the node on this outlet, all of it and nothing else.
-        outlet: as the column `outlet` names it; None where all rows are of one.
+        outlet: the node's, all of it and nothing else, as the column `outlet` names it; None where all rows are of one.
         time_zone: of times without an offset, as "Europe/Berlin" or "UTC".
         clock_error_s: how far the strip's clock may be from the node's.
         accuracy_share: see `NodeSeries`.
@@ -70,7 +68,6 @@ def read_pdu_csv(
         raise InputError(f"{path}: is not UTF-8: {error}") from error
     found = tuple(
         NodeSeries(
-            host,
             f"pdu-csv-{quantity}",
             quantity,
             column.t_wall_ns,

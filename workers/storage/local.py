@@ -66,9 +66,6 @@ class LocalStore(Store):
         self.root = Path(os.path.abspath(root))
         self.url = str(self.root)
 
-    def __repr__(self) -> str:
-        return f"LocalStore({self.url!r})"
-
     def put_exclusive(self, key: str, data: bytes) -> None:
         path = self._path(key)
         with local_errors("create", path):

@@ -292,9 +292,6 @@ class S3Store(Store):
         self._start = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self.url = f"s3://{bucket}/{self._start}".rstrip("/")
 
-    def __repr__(self) -> str:
-        return f"S3Store({self.url!r}, endpoint_url={self._bucket.settings.endpoint_url!r})"
-
     def put_exclusive(self, key: str, data: bytes) -> None:
         bucket, raw = self._bucket, self._raw(key)
         backoff = Backoff(f"create {bucket.url(raw)}", bucket.settings.repeat_for_s)

@@ -19,7 +19,6 @@ from millijoule.workers.meters.meter import (
     estimate_cpu_mj,
     open_meter,
 )
-from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS
 from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import CounterRead, Segment
 
@@ -172,39 +171,6 @@ def test_a_slow_driver_shows_as_latency(open_fake, nvml, clock):
     read = meter.read()
     assert read.latency_ns == 1.5 * SECOND
     assert read.t_mono_ns == began + 1.5 * SECOND
-
-
-# --- read-rate guard --------------------------------------------------------------------------------------------------
-
-
-def test_quick_reads_leave_the_device_alone_and_the_sum_exact(open_fake, nvml, clock):
-    meter = open_fake(["0"], nvml)
-    timeline = SegmentTimeline("w", meter)
-    before = nvml.reads
-    for _ in range(100):
-        clock.advance(0.05)
-        nvml.energy_mj[UUIDS[0]] += 35
-        timeline.close("idle")
-    assert nvml.reads - before <= 100 * 0.05 * SECOND / MIN_READ_SPACING_NS
-    segments = timeline.take()
-    first, last = segments[0].open.energy_mj[GPU0], segments[-1].close.energy_mj[GPU0]
-    assert sum(segment_energy_mj(s) for s in segments) == last - first
-    assert segments[-1].close.latency_ns <= MIN_READ_SPACING_NS
-    clock.advance(0.2)
-    timeline.close("idle")
-    assert segments[0].open.energy_mj[GPU0] + 3500 == timeline.take()[0].close.energy_mj[GPU0]
-
-
-def test_workers_that_share_a_gpu_share_its_reads(open_fake, nvml, clock):
-    meters = [open_fake(["0"], nvml) for _ in range(4)]
-    clock.advance(0.2)
-    before, seen = nvml.reads, []
-    for meter in meters:
-        clock.advance(0.01)
-        nvml.energy_mj[UUIDS[0]] += 7
-        seen.append(meter.read())
-    assert nvml.reads - before == 1
-    assert [r.energy_mj[GPU0] for r in seen] == sorted(r.energy_mj[GPU0] for r in seen)
 
 
 # --- RAPL -------------------------------------------------------------------------------------------------------------
