@@ -33,7 +33,7 @@ from millijoule.workers.lease import (
     WorkerStopped,
 )
 from millijoule.workers.life import hold_life_lock, is_gone, life_path
-from millijoule.workers.meters.meter import CounterMeter, no_meter, open_meter
+from millijoule.workers.meters.meter import CounterMeter, open_meter, read_boot_id
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
@@ -120,8 +120,8 @@ class ShardWorker:
         return NodePlace(node_id, worker.host)
 
     def _open_meter(self, gpus: Sequence[str]) -> CounterMeter:
-        """The counters of this worker: of `gpus`, as `CUDA_VISIBLE_DEVICES` lists them, and of the host."""
-        return open_meter(gpus or None) if self.config.telemetry else no_meter()
+        """The counters of `gpus`, as `CUDA_VISIBLE_DEVICES` lists them, and of the host; without telemetry none."""
+        return open_meter(gpus) if self.config.telemetry else CounterMeter(read_boot_id(), (), None)
 
     @ray.method(concurrency_group="work")
     def run(self, lease: Lease) -> AttemptResult:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,13 +30,7 @@ from millijoule.workers.generators.protocol import Generator, ReportsSteps
 from millijoule.workers.images.encode import encode_png
 from millijoule.workers.images.writers import open_writer
 from millijoule.workers.layout import commit_key, data_prefix
-from millijoule.workers.lease import (
-    AttemptResult,
-    Calibration,
-    Lease,
-    Suspect,
-    WorkerConfig,
-)
+from millijoule.workers.lease import AttemptResult, Calibration, Lease, Suspect, WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.meters.power_samples import PowerSampler
@@ -52,6 +47,8 @@ from millijoule.workers.shard_rows import read_shard_rows, shard_requests
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: A commit names at most this many kinds of error; the rest is counted under "other".
 MAX_ERROR_KINDS = 20
@@ -153,12 +150,7 @@ class AttemptRunner:
         Raises:
             SickWorkerError: the healthy request fails here: this worker's word counts for nothing.
         """
-        rows = read_shard_rows(self.store, lease.shard)
-        requests = {
-            (i, request.image_index): request
-            for i, row in enumerate(rows)
-            for request in shard_requests([row], self.config.job_seed)
-        }
+        requests = self._requests(lease)
         healthy = self._served if lease.healthy is None else requests[lease.healthy]
         confirmed: list[Suspect] = []
         for suspect in lease.confirm:
@@ -181,34 +173,28 @@ class AttemptRunner:
     def _attempt(self, lease: Lease) -> AttemptResult:
         shard, store = lease.shard, self.store
         t_start = time.time_ns()
-        rows = read_shard_rows(store, shard)
+        requests = self._requests(lease)
+        reasons = dict(lease.quarantine)
         suspects: list[Suspect] = []
         healthy: tuple[int, int] | None = None
-        row_of = {
-            (planned.prompt_id, planned.first_image_index + k): i
-            for i, planned in enumerate(rows)
-            for k in range(planned.num_images)
-        }
         with _scratch_folder() as scratch:
             writer = open_writer(
                 self.config.output_format, scratch, data_prefix(shard.shard_id, lease.attempt_id)
             )
-            unseen = {i for i, _ in lease.quarantine}
-            wanted = [planned for i, planned in enumerate(rows) if i not in unseen]
-            for batch in batches(shard_requests(wanted, self.config.job_seed), self.batch_size):
-                for row, encoded, is_suspect in self._generate(batch):
+            wanted = [at for at in requests if at[0] not in reasons]
+            for batch in batches(wanted, self.batch_size):
+                drawn = self._generate([requests[at] for at in batch])
+                for at, (row, encoded, is_suspect) in zip(batch, drawn, strict=True):
                     writer.add(row, encoded)
-                    request = row.request
-                    at = (row_of[request.prompt_id, request.image_index], request.image_index)
                     if is_suspect:
                         suspects.append(Suspect(*at, row.error or ""))
                     elif encoded is not None:
                         healthy = healthy or at
                 self.images_done += len(batch)
                 self._check_cancelled()
-            for i, reason in lease.quarantine:
-                for request in shard_requests([rows[i]], self.config.job_seed):
-                    writer.add(ImageRow(request, "quarantined", error=reason), None)
+            for (i, _), request in requests.items():
+                if i in reasons:
+                    writer.add(ImageRow(request, "quarantined", error=reasons[i]), None)
             written = writer.finish()
             for file in written.files:
                 store.put_file(file.path, scratch / file.path, self._step)
@@ -261,6 +247,14 @@ class AttemptRunner:
             self.power.restore(commit.power)
             raise
         return AttemptResult(lease, "committed", body)
+
+    def _requests(self, lease: Lease) -> dict[tuple[int, int], ImageRequest]:
+        """The shard's images by (row, image index), in plan order."""
+        return {
+            (i, request.image_index): request
+            for i, row in enumerate(read_shard_rows(self.store, lease.shard))
+            for request in shard_requests([row], self.config.job_seed)
+        }
 
     def _generate(self, batch: Sequence[ImageRequest]) -> Iterator[tuple[ImageRow, bytes | None, bool]]:
         """Rows and images of `batch`, in order; a request the generator fails on stands alone, without an image.
@@ -414,10 +408,10 @@ def isolate(
     yield batch, images
 
 
-def batches(requests: Sequence[ImageRequest], size: int) -> Iterator[Sequence[ImageRequest]]:
-    """Consecutive slices of at most `size` requests."""
-    for start in range(0, len(requests), size):
-        yield requests[start : start + size]
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive slices of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 @contextmanager

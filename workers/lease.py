@@ -16,7 +16,6 @@ class WorkerConfig:
     """What every worker of a job needs to know; constant for the job's life.
 
     Attributes:
-        output_url: the output folder.
         fingerprint: of the plan; a worker that finds another one in the output refuses to start.
         commits_exclusively: True where the store has exclusive create and workers commit for themselves;
             False where the driver has to write the commits (see docs/commit-protocol.md).

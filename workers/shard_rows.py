@@ -88,7 +88,8 @@ class ShardRowReader:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._parts: dict[str, _Part] = {}
+        # by key: the footer, and the rows of each row group unless these are many
+        self._parts: dict[str, tuple[pq.FileMetaData, list[list[PlanRow]] | None]] = {}
         self._lock = Lock()
 
     def read(self, shard: Shard) -> list[PlanRow]:
@@ -99,31 +100,24 @@ class ShardRowReader:
                 part = self._parts[shard.key] = _open_part(self.store, shard)
                 if len(self._parts) > MAX_HELD_PARTS:
                     del self._parts[next(iter(self._parts))]
-        if part.shards is None or shard.row_group >= len(part.shards):
-            return read_shard_rows(self.store, shard, part.footer)
-        return _require_planned(self.store, shard, part.shards[shard.row_group])
+        footer, shards = part
+        if shards is None or shard.row_group >= len(shards):
+            return read_shard_rows(self.store, shard, footer)
+        return _require_planned(self.store, shard, shards[shard.row_group])
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A plan part; `shards` has the rows of each row group, None where these are many."""
-
-    footer: pq.FileMetaData
-    shards: list[list[PlanRow]] | None
-
-
-def _open_part(store: Store, shard: Shard) -> _Part:
+def _open_part(store: Store, shard: Shard) -> tuple[pq.FileMetaData, list[list[PlanRow]] | None]:
     with store.open_input(shard.key) as source, _damaged_plan(store, shard):
         file = pq.ParquetFile(source)
         footer = file.metadata
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         if sum(g.total_byte_size for g in groups) > MAX_HELD_BYTES:
-            return _Part(footer, None)
+            return footer, None
         try:
             rows = iter(_as_plan_rows(file.read(use_threads=False)))
         except (pa.ArrowException, OSError):  # whose row group is damaged is said when that is asked for
-            return _Part(footer, None)
-        return _Part(footer, [list(islice(rows, g.num_rows)) for g in groups])
+            return footer, None
+        return footer, [list(islice(rows, g.num_rows)) for g in groups]
 
 
 @contextmanager

@@ -296,14 +296,11 @@ def test_what_is_not_an_image_per_request_is_suspected_like_an_exception_and_the
 
 
 def test_a_request_the_model_draws_nowhere_is_quarantined_without_a_second_opinion(tmp_path):
-    class Refusing(Plain):
-        def generate(self, requests):
-            if any(r.prompt == "odd" for r in requests):
-                raise RowError("no such class")
-            return super().generate(requests)
+    def refuse(out):
+        raise RowError("no such class")
 
     store, job = plan(tmp_path, ["a", "odd"])
-    result = runner(store, job, 1, Refusing("cpu")).run(leases(store, job).next_lease("w1", 0.0))
+    result = runner(store, job, 1, Returning(refuse)).run(leases(store, job).next_lease("w1", 0.0))
     assert result.outcome == "committed"
     assert parse_commit(store, 0, result.commit_json).errors == {"RowError: no such class": 1}
 

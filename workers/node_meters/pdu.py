@@ -58,7 +58,10 @@ def read_pdu_csv(
     Raises:
         InputError: the file cannot be read as such; the message names file and line.
     """
-    zone = _zone(time_zone)
+    try:
+        zone = ZoneInfo(time_zone) if time_zone else None
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise InputError(f"time zone {time_zone!r} is not known: use one as Europe/Berlin or UTC") from error
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             columns = _read(path, lines, zone, outlet)
@@ -166,10 +169,3 @@ def _time_ns(cell: str, zone: ZoneInfo | None) -> int:
         if at.utcoffset() != at.replace(fold=1).utcoffset():
             raise ValueError(f"time {cell!r} is ambiguous or skipped in {zone.key} (clock change): use UTC")
     return (at - _EPOCH) // timedelta(microseconds=1) * 1000
-
-
-def _zone(name: str | None) -> ZoneInfo | None:
-    try:
-        return ZoneInfo(name) if name else None
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise InputError(f"time zone {name!r} is not known: use one as Europe/Berlin or UTC") from error

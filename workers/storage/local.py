@@ -68,40 +68,34 @@ class LocalStore(Store):
 
     def put_exclusive(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        with local_errors("create", path):
-            with _temporary_beside(path) as temporary:
-                _write_new_file(temporary, data)
-                try:
-                    _name_exclusively(temporary, path, data)
-                except FileExistsError:
-                    # Ours, when an NFS server's answer to an earlier try was lost.
-                    if not path.is_file() or path.read_bytes() != data:
-                        raise AlreadyExistsError(
-                            f"{path} already exists with other content; another writer was first"
-                        ) from None
-            _flush_folder(path.parent)
+        with _temporary_beside(path, "create") as temporary:
+            _write_new_file(temporary, data)
+            try:
+                _name_exclusively(temporary, path, data)
+            except FileExistsError:
+                # Ours, when an NFS server's answer to an earlier try was lost.
+                if not path.is_file() or path.read_bytes() != data:
+                    raise AlreadyExistsError(
+                        f"{path} already exists with other content; another writer was first"
+                    ) from None
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        with local_errors("write", path):
-            with _temporary_beside(path) as temporary:
-                _write_new_file(temporary, data)
-                os.replace(temporary, path)
-            _flush_folder(path.parent)
+        with _temporary_beside(path, "write") as temporary:
+            _write_new_file(temporary, data)
+            os.replace(temporary, path)
 
     def put_file(self, key: str, path: Path, on_part: Callable[[], None] = lambda: None) -> None:
         target = self._path(key)
-        with local_errors("write", target):
-            with _temporary_beside(target) as temporary:
-                try:
-                    os.link(path, temporary)
-                except OSError as e:
-                    if e.errno != errno.EXDEV and e.errno not in _NO_HARD_LINKS:
-                        raise
-                    _copy(path, temporary, on_part)
-                _flush_file(temporary)
-                os.replace(temporary, target)
-            _flush_folder(target.parent)
+        with _temporary_beside(target, "write") as temporary:
+            try:
+                os.link(path, temporary)
+            except OSError as e:
+                if e.errno != errno.EXDEV and e.errno not in _NO_HARD_LINKS:
+                    raise
+                _copy(path, temporary, on_part)
+            _flush_file(temporary)
+            os.replace(temporary, target)
         on_part()
 
     def get(self, key: str) -> bytes:
@@ -229,14 +223,19 @@ def _is_temporary(key: str) -> bool:
 
 
 @contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    """A temporary name in the folder of `path`, which is made; what still stands under it afterwards is removed."""
-    _make_folder(path.parent)
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-    try:
-        yield temporary
-    finally:
-        _unlink_if_present(temporary)
+def _temporary_beside(path: Path, action: str) -> Iterator[Path]:
+    """A temporary name in the folder of `path`, which is made; what still stands under it afterwards is removed.
+
+    The folder is flushed to the disk at the end. An OSError is a failure to `action` the file at `path`.
+    """
+    with local_errors(action, path):
+        _make_folder(path.parent)
+        temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            yield temporary
+        finally:
+            _unlink_if_present(temporary)
+        _flush_folder(path.parent)
 
 
 def _write_new_file(path: Path, data: bytes) -> None:

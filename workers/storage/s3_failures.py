@@ -29,19 +29,9 @@ LATER_TRIES_LOGGED = 10
 
 _TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 _TRANSIENT_CODES = {
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "RequestLimitExceeded",
-    "InternalError",
-    "ServiceUnavailable",
-    "ConditionalRequestConflict",
-    "OperationAborted",
-    # damaged on the way:
-    "IncompleteBody",
-    "BadDigest",
-    "XAmzContentSHA256Mismatch",
+    *("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"),
+    *("InternalError", "ServiceUnavailable", "ConditionalRequestConflict", "OperationAborted"),
+    *("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),  # damaged on the way
 }
 _NO_ANSWER = (
     *(HTTPClientError, NoConnection, ResponseParserError),  # botocore

@@ -16,19 +16,8 @@ from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, ImageRequest, ImageRow
 PREFIX = "data/000012-abc"
 any_id = st.text(st.characters(exclude_categories=()), max_size=200)
 hostile_ids = [
-    "../../etc/x",
-    "a/b",
-    "a%2Fb",
-    "con",
-    "\x00",
-    "",
-    ".",
-    "..",
-    "%",
-    "x" * 4000,
-    "é" * 90,
-    "a.b",
-    "\ud800",
+    *("../../etc/x", "a/b", "a%2Fb", "con", "\x00", "", ".", "..", "%"),
+    *("x" * 4000, "é" * 90, "a.b", "\ud800"),
 ]
 
 

@@ -13,12 +13,7 @@ from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS,
 
 from millijoule.workers.meters import counter_book
 from millijoule.workers.meters.counter_book import CounterBook
-from millijoule.workers.meters.meter import (
-    STALL_AFTER_NS,
-    WATTS_PER_CORE,
-    estimate_cpu_mj,
-    open_meter,
-)
+from millijoule.workers.meters.meter import STALL_AFTER_NS, WATTS_PER_CORE, estimate_cpu_mj, open_meter
 from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import CounterRead, Segment
 
