@@ -173,14 +173,14 @@ class ShardWorker:
         assert worker.opened is not None
         gone = is_gone(life_path(self.config.output_url, worker.worker_id), GONE_TIMEOUT_S)
         if gone is False:
-            return AccountRead(worker.worker_id, None, "its process still runs")
+            return AccountRead(None, "its process still runs")
         if gone is None:
-            return AccountRead(worker.worker_id, None, "whether its process has ended cannot be seen here")
+            return AccountRead(None, "whether its process has ended cannot be seen here")
         meter = self._open_meter(worker.gpus)
         try:
             if meter.boot_id != worker.opened.boot_id:
-                return AccountRead(worker.worker_id, None, "its host was started anew, or is another one")
-            return AccountRead(worker.worker_id, meter.read_afresh())
+                return AccountRead(None, "its host was started anew, or is another one")
+            return AccountRead(meter.read_afresh())
         finally:
             meter.close()
 

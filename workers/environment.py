@@ -14,8 +14,6 @@ from pathlib import Path
 from millijoule.workers.meters.meter import CounterMeter
 from millijoule.workers.schemas import CounterRead, WorkerEnvironment
 
-CPUINFO = Path("/proc/cpuinfo")
-
 
 def describe_worker(
     worker_id: str,
@@ -60,7 +58,7 @@ def describe_worker(
 def cpu_name() -> str | None:
     """The processor's product name as the kernel states it; None where it does not (most ARM machines)."""
     try:
-        lines = CPUINFO.read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return None
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)

@@ -125,7 +125,6 @@ class WorkerStopped:
 class AccountRead:
     """What a node reads for a worker that is gone: its devices' counters, or why there is nothing to be read."""
 
-    worker_id: str
     read: CounterRead | None
     reason: str = ""
 
