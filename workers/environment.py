@@ -27,7 +27,6 @@ def describe_worker(
 
     Args:
         assigned_gpus: as `CUDA_VISIBLE_DEVICES` lists them; empty on a CPU worker.
-        opened: the worker's first read.
     """
     torch = sys.modules.get("torch")
     # without telemetry as Ray names them

@@ -307,7 +307,6 @@ def open_meter(
         gpus: the worker's devices as `CUDA_VISIBLE_DEVICES` lists them: UUIDs ("GPU-...", beginnings will do) or
             indices. None or empty on a worker without one.
         nvml: what has the names of `pynvml`, the default.
-        book_directory: where the workers of a host share their counters; see `CounterBook`.
     """
     boot_id = boot_id or read_boot_id()
     boards = open_gpus(gpus, nvml) if gpus else Gpus()
