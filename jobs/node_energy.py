@@ -100,7 +100,6 @@ def read_feeds(options: NodeEnergyOptions) -> dict[str, Sequence[NodeSeries]]:
                 for path in options.pdu
                 for series in read_pdu_csv(
                     Path(path),
-                    options.node,
                     outlet=outlet,
                     time_zone=options.time_zone,
                     clock_error_s=options.clock_error,

@@ -1,8 +1,8 @@
 """The Ray actor: one process beside one device that loads a model once and runs leases.
 
-State: a runner (store, generator, meter) built by `start`, and the progress of the running attempt. `run` is
-called with one lease at a time; `status` answers beside it from a thread of its own. An actor never restarts by
-itself: the driver replaces it, and keeps the reason.
+State: a runner (store, generator, meter, the progress of the running attempt) built by `start`. `run` is called with
+one lease at a time; `status` answers beside it from a thread of its own. An actor never restarts by itself: the driver
+replaces it, and keeps the reason.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import logging
 import os
 import socket
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
 
-from millijoule.workers.attempt import AttemptCancelled, AttemptRunner
+from millijoule.workers.attempt import AttemptRunner
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.factory_model import check_factory_model
@@ -31,12 +29,11 @@ from millijoule.workers.lease import (
     Lease,
     NodePlace,
     WorkerConfig,
-    WorkerReady,
     WorkerStatus,
     WorkerStopped,
 )
-from millijoule.workers.life import LifeLock, is_gone, life_path
-from millijoule.workers.meters.meter import CounterMeter, no_meter, open_meter
+from millijoule.workers.life import hold_life_lock, is_gone, life_path
+from millijoule.workers.meters.meter import CounterMeter, open_meter, read_boot_id
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
@@ -60,18 +57,13 @@ class ShardWorker:
         log_to_stderr("%(levelname)s %(name)s: %(message)s")
         self.worker_id = worker_id
         self.config = config
-        self._attempt_id: str | None = None
-        self._images_done = 0
-        self._steps = 0
-        self._cancelled: str | None = None
+        self._runner: AttemptRunner | None = None
         self._timeline: SegmentTimeline | None = None
         self._power: PowerSampler | None = None
-        self._life: LifeLock | None = None
-        self._work_thread = 0
         exit_with_parent()
 
     @ray.method(concurrency_group="work")
-    def start(self) -> WorkerReady:
+    def start(self) -> NodePlace:
         """Open the account of the devices, check the output, load the model, draw one image.
 
         Raises:
@@ -87,8 +79,7 @@ class ShardWorker:
         except Exception as error:
             raise NodeError(f"cannot start: {type(error).__name__}: {error}") from error
 
-    def _start(self) -> WorkerReady:
-        began = time.monotonic()
+    def _start(self) -> NodePlace:
         config = self.config
         gpus = _assigned_gpus()
         meter = self._open_meter(gpus)
@@ -105,66 +96,43 @@ class ShardWorker:
         worker = describe()
         if config.output_url:  # a calibration has no output
             _check_output_is_shared(store, config)
-            self._open_account(store, worker)
+            # from now on this worker owes an account of its devices, and whoever closes it can tell whether it lives
+            try:
+                hold_life_lock(life_path(config.output_url, self.worker_id))
+            except OSError as error:
+                log.warning(
+                    "no sign of life can be given (%s): should this worker die, its energy is missing", error
+                )
+            store.put(worker_key(self.worker_id), worker.to_json())
         generator = load_generator(config.model, device="cuda" if gpus else "cpu")
-        _limit_threads(config.cpu_threads)
+        if torch := sys.modules.get("torch"):  # a generator that does without PyTorch needs no import
+            torch.set_num_threads(config.cpu_threads)  # the CPUs Ray counts for this worker
         _check_model(config, worker.host)
         if config.output_url:
             check_factory_model(store, config, generator.info.sha256)
         timeline.close("load")
-        self._runner = AttemptRunner(
-            config,
-            store,
-            generator,
-            meter,
-            timeline,
-            worker,
-            self._on_images,
-            self._power,
-            self._on_step,
-            self._check_cancelled,
-        )
-        self._runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
+        runner = AttemptRunner(config, store, generator, meter, timeline, worker, self._power)
+        runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
         if config.output_url:
             store.put(worker_key(self.worker_id), describe().to_json())
         timeline.close("warmup")
-        return WorkerReady(
-            node_id=node_id,
-            host=worker.host,
-            device=worker.device,
-            worker_id=self.worker_id,
-            energy_method=meter.method,
-            load_seconds=time.monotonic() - began,
-        )
-
-    def _open_account(self, store: Store, environment: WorkerEnvironment) -> None:
-        """From now on this worker owes an account of its devices, and whoever closes it can tell whether it lives."""
-        try:
-            self._life = LifeLock(life_path(self.config.output_url, self.worker_id))
-        except OSError as error:
-            log.warning(
-                "no sign of life can be given (%s): should this worker die, its energy is missing", error
-            )
-        store.put(worker_key(self.worker_id), environment.to_json())
+        self._runner = runner
+        return NodePlace(node_id, worker.host)
 
     def _open_meter(self, gpus: Sequence[str]) -> CounterMeter:
-        """The counters of this worker: of `gpus`, as `CUDA_VISIBLE_DEVICES` lists them, and of the host."""
-        return open_meter(gpus or None) if self.config.telemetry else no_meter()
+        """The counters of `gpus`, as `CUDA_VISIBLE_DEVICES` lists them, and of the host; without telemetry none."""
+        return open_meter(gpus) if self.config.telemetry else CounterMeter(read_boot_id(), (), None)
 
     @ray.method(concurrency_group="work")
     def run(self, lease: Lease) -> AttemptResult:
         """Attempt one lease; see `AttemptRunner.run`."""
-        self._images_done = self._steps = 0
-        self._work_thread = threading.get_ident()
-        self._attempt_id = lease.attempt_id
-        try:
-            return self._runner.run(lease)
-        finally:
-            self._attempt_id = None
+        assert self._runner is not None
+        return self._runner.run(lease)
 
     @ray.method(concurrency_group="work")
     def calibrate(self, requests: list[ImageRequest]) -> Calibration:
         """Draw and encode `requests` without writing anything; seconds, bytes and energy they took."""
+        assert self._runner is not None
         return self._runner.calibrate(requests)
 
     @ray.method(concurrency_group="status")
@@ -176,12 +144,15 @@ class ShardWorker:
     @ray.method(concurrency_group="status")
     def status(self) -> WorkerStatus:
         """What the worker is doing now; answers while `run` is busy."""
-        return WorkerStatus(self._attempt_id, self._images_done, self._steps, waits_for_store())
+        if (runner := self._runner) is None:
+            return WorkerStatus(None, 0)
+        return WorkerStatus(runner.attempt_id, runner.images_done, runner.steps, waits_for_store())
 
     @ray.method(concurrency_group="status")
     def cancel(self, attempt_id: str) -> None:
         """Call off an attempt after its current batch: another has won the shard, or the job is over."""
-        self._cancelled = attempt_id
+        assert self._runner is not None
+        self._runner.cancelled = attempt_id
 
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:
@@ -202,29 +173,16 @@ class ShardWorker:
         assert worker.opened is not None
         gone = is_gone(life_path(self.config.output_url, worker.worker_id), GONE_TIMEOUT_S)
         if gone is False:
-            return AccountRead(worker.worker_id, None, "its process still runs")
+            return AccountRead(None, "its process still runs")
         if gone is None:
-            return AccountRead(worker.worker_id, None, "whether its process has ended cannot be seen here")
+            return AccountRead(None, "whether its process has ended cannot be seen here")
         meter = self._open_meter(worker.gpus)
         try:
             if meter.boot_id != worker.opened.boot_id:
-                return AccountRead(worker.worker_id, None, "its host was started anew, or is another one")
-            return AccountRead(worker.worker_id, meter.read_afresh())
+                return AccountRead(None, "its host was started anew, or is another one")
+            return AccountRead(meter.read_afresh())
         finally:
             meter.close()
-
-    def _on_step(self) -> None:
-        self._steps += 1  # from any thread: one that is lost beside another does not matter
-
-    def _check_cancelled(self) -> None:
-        # a generator may report steps from threads of its own, which have nothing to unwind
-        if threading.get_ident() == self._work_thread:
-            self._on_images(self._images_done)
-
-    def _on_images(self, images_done: int) -> None:
-        self._images_done = images_done
-        if self._cancelled is not None and self._cancelled == self._attempt_id:
-            raise AttemptCancelled
 
 
 def remote_worker_class(worker=ShardWorker):
@@ -238,12 +196,6 @@ def _assigned_gpus() -> list[str]:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return [v for v in visible.split(",") if v]
-
-
-def _limit_threads(threads: int) -> None:
-    """Keep PyTorch to the CPUs Ray counts for this worker; a generator that does without PyTorch needs no import."""
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(threads)
 
 
 def _check_model(config: WorkerConfig, host: str) -> None:

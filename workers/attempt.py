@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,13 +30,7 @@ from millijoule.workers.generators.protocol import Generator, ReportsSteps
 from millijoule.workers.images.encode import encode_png
 from millijoule.workers.images.writers import open_writer
 from millijoule.workers.layout import commit_key, data_prefix
-from millijoule.workers.lease import (
-    AttemptResult,
-    Calibration,
-    Lease,
-    Suspect,
-    WorkerConfig,
-)
+from millijoule.workers.lease import AttemptResult, Calibration, Lease, Suspect, WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.meters.power_samples import PowerSampler
@@ -52,6 +48,8 @@ from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 #: A commit names at most this many kinds of error; the rest is counted under "other".
 MAX_ERROR_KINDS = 20
 
@@ -67,27 +65,20 @@ class AttemptCancelled(Exception):
     """The driver called this attempt off between two batches."""
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """What became of one request. `suspect`: the failure is this worker's word alone, another has to confirm it."""
-
-    row: ImageRow
-    encoded: bytes | None
-    suspect: bool = False
-
-
 class AttemptRunner:
-    """Runs leases one after another with one loaded generator.
+    """Runs leases one after another with one loaded generator; how far it got may be read from any thread.
 
     Args:
         worker: this one, as commits name it.
-        on_images: called with the number of images finished in the running attempt, between batches; may raise
-            `AttemptCancelled`.
-        power: gives commits the power samples to carry; None: they carry none.
-        on_step: called, from any thread, whenever an attempt got further: what keeps its lease during a long batch or
-            upload. Never called while nothing moves.
-        check_cancelled: raises `AttemptCancelled` where the running attempt was called off; asked between batches, and
-            between the steps of a generator that reports them.
+        power: gives commits the power samples to carry.
+
+    Attributes:
+        attempt_id: the running attempt; None between two.
+        images_done: images finished in the running attempt; grows between batches.
+        steps: grows, from any thread, whenever the attempt got further: what keeps its lease during a long batch or
+            upload. Stands while nothing moves.
+        cancelled: the attempt to call off; asked between batches, and between the steps of a generator that reports
+            them.
     """
 
     def __init__(
@@ -98,10 +89,7 @@ class AttemptRunner:
         meter: EnergyMeter,
         timeline: SegmentTimeline,
         worker: WorkerEnvironment,
-        on_images: Callable[[int], None],
-        power: PowerSampler | None = None,
-        on_step: Callable[[], None] = lambda: None,
-        check_cancelled: Callable[[], None] = lambda: None,
+        power: PowerSampler,
     ) -> None:
         self.config = config
         self.store = store
@@ -109,10 +97,11 @@ class AttemptRunner:
         self.meter = meter
         self.timeline = timeline
         self.worker = worker
-        self.on_images = on_images
         self.power = power
-        self.on_step = on_step
-        self.check_cancelled = check_cancelled
+        self.attempt_id: str | None = None
+        self.images_done = self.steps = 0
+        self.cancelled: str | None = None
+        self._thread = 0
         if isinstance(generator, ReportsSteps):
             generator.on_step = self._between_steps
         self.batch_size = config.batch_size or generator.info.batch_size
@@ -125,6 +114,9 @@ class AttemptRunner:
             StoreError: storage failed; nothing was committed by this attempt, or it cannot be known.
             NodeError: this worker must not be used again; another node may do better.
         """
+        self.images_done = self.steps = 0
+        self._thread = threading.get_ident()
+        self.attempt_id = lease.attempt_id
         self.timeline.close("idle")
         try:
             if lease.writes:
@@ -138,15 +130,16 @@ class AttemptRunner:
         except MillijouleError:
             self.timeline.close("retry", lease.shard.shard_id, lease.attempt_id)
             raise
+        finally:
+            self.attempt_id = None
 
     def _probe(self, lease: Lease) -> AttemptResult:
         """Draw some rows. What they raise is no matter here: the question is whether the process survives them."""
         assert lease.probe_rows is not None
         rows = read_shard_rows(self.store, lease.shard)[slice(*lease.probe_rows)]
-        done = 0
         for batch in batches(shard_requests(rows, self.config.job_seed), self.batch_size):
-            done += sum(1 for _ in self._generate(batch))
-            self.on_images(done)
+            self.images_done += sum(1 for _ in self._generate(batch))
+            self._check_cancelled()
         time.sleep(PROBE_LINGER_S)
         self._check_health()
         return AttemptResult(lease, "probed")
@@ -157,16 +150,11 @@ class AttemptRunner:
         Raises:
             SickWorkerError: the healthy request fails here: this worker's word counts for nothing.
         """
-        rows = read_shard_rows(self.store, lease.shard)
-        requests = {
-            (i, request.image_index): request
-            for i, row in enumerate(rows)
-            for request in shard_requests([row], self.config.job_seed)
-        }
+        requests = self._requests(lease)
         healthy = self._served if lease.healthy is None else requests[lease.healthy]
         confirmed: list[Suspect] = []
         for suspect in lease.confirm:
-            self.check_cancelled()
+            self._check_cancelled()
             if healthy is not None:
                 self._draw_healthy(healthy)
             try:
@@ -177,7 +165,7 @@ class AttemptRunner:
                 confirmed.append(replace(suspect, reason=_reason(error)))
             else:
                 return AttemptResult(lease, "contradicted", suspects=(suspect,))
-            self.on_step()
+            self._step()
         if healthy is not None:
             self._draw_healthy(healthy)
         return AttemptResult(lease, "confirmed", suspects=tuple(confirmed))
@@ -185,38 +173,31 @@ class AttemptRunner:
     def _attempt(self, lease: Lease) -> AttemptResult:
         shard, store = lease.shard, self.store
         t_start = time.time_ns()
-        rows = read_shard_rows(store, shard)
+        requests = self._requests(lease)
+        reasons = dict(lease.quarantine)
         suspects: list[Suspect] = []
         healthy: tuple[int, int] | None = None
-        row_of = {
-            (row.prompt_id, row.first_image_index + k): i
-            for i, row in enumerate(rows)
-            for k in range(row.num_images)
-        }
         with _scratch_folder() as scratch:
             writer = open_writer(
                 self.config.output_format, scratch, data_prefix(shard.shard_id, lease.attempt_id)
             )
-            done = 0
-            unseen = {i for i, _ in lease.quarantine}
-            wanted = [row for i, row in enumerate(rows) if i not in unseen]
-            for batch in batches(shard_requests(wanted, self.config.job_seed), self.batch_size):
-                for drawn in self._generate(batch):
-                    writer.add(drawn.row, drawn.encoded)
-                    done += 1
-                    request = drawn.row.request
-                    at = (row_of[request.prompt_id, request.image_index], request.image_index)
-                    if drawn.suspect:
-                        suspects.append(Suspect(*at, drawn.row.error or ""))
-                    elif drawn.encoded is not None:
+            wanted = [at for at in requests if at[0] not in reasons]
+            for batch in batches(wanted, self.batch_size):
+                drawn = self._generate([requests[at] for at in batch])
+                for at, (row, encoded, is_suspect) in zip(batch, drawn, strict=True):
+                    writer.add(row, encoded)
+                    if is_suspect:
+                        suspects.append(Suspect(*at, row.error or ""))
+                    elif encoded is not None:
                         healthy = healthy or at
-                self.on_images(done)
-            for i, reason in lease.quarantine:
-                for request in shard_requests([rows[i]], self.config.job_seed):
-                    writer.add(ImageRow(request, "quarantined", error=reason), None)
+                self.images_done += len(batch)
+                self._check_cancelled()
+            for (i, _), request in requests.items():
+                if i in reasons:
+                    writer.add(ImageRow(request, "quarantined", error=reasons[i]), None)
             written = writer.finish()
             for file in written.files:
-                store.put_file(file.path, scratch / file.path, self.on_step)
+                store.put_file(file.path, scratch / file.path, self._step)
         segment = self.timeline.close("shard", shard.shard_id, lease.attempt_id)
         carried = self.timeline.take()
         errors = Counter(r.error for r in written.rows if r.error)
@@ -239,7 +220,7 @@ class AttemptRunner:
             energy_estimate_mj=segment_estimate_mj(segment),
             energy_method=self.meter.method,
             segments=carried,
-            power=self.power.take() if self.power else (),
+            power=self.power.take(),
             rows=carried_rows(written.rows),
             worker_id=self.worker.worker_id,
             node_id=self.worker.node_id,
@@ -255,37 +236,39 @@ class AttemptRunner:
             store.put_exclusive(commit_key(shard.shard_id), body)
         except AlreadyExistsError:
             log.info("shard %d: another attempt committed first; discarding ours", shard.shard_id)
-            self.discard(commit)
+            self.timeline.restore(  # what it used is waste
+                replace(s, segment_class="loser") if s.attempt_id == lease.attempt_id else s for s in carried
+            )
+            self.power.restore(commit.power)
+            store.delete([f.path for f in commit.files])
             return AttemptResult(lease, "exists", store.get(commit_key(shard.shard_id)))
         except MillijouleError:
             self.timeline.restore(carried)
-            self._restore_power(commit)
+            self.power.restore(commit.power)
             raise
         return AttemptResult(lease, "committed", body)
 
-    def discard(self, commit: Commit) -> None:
-        """Give up an attempt that lost: its energy becomes waste, its files go."""
-        self.timeline.restore(
-            replace(s, segment_class="loser") if s.attempt_id == commit.attempt_id else s
-            for s in commit.segments
-        )
-        self._restore_power(commit)
-        self.store.delete([f.path for f in commit.files])
+    def _requests(self, lease: Lease) -> dict[tuple[int, int], ImageRequest]:
+        """The shard's images by (row, image index), in plan order."""
+        return {
+            (i, request.image_index): request
+            for i, row in enumerate(read_shard_rows(self.store, lease.shard))
+            for request in shard_requests([row], self.config.job_seed)
+        }
 
-    def _restore_power(self, commit: Commit) -> None:
-        if self.power:
-            self.power.restore(commit.power)
+    def _generate(self, batch: Sequence[ImageRequest]) -> Iterator[tuple[ImageRow, bytes | None, bool]]:
+        """Rows and images of `batch`, in order; a request the generator fails on stands alone, without an image.
 
-    def _generate(self, batch: Sequence[ImageRequest]) -> Iterator[_Drawn]:
-        """Images of `batch`, in order; a request the generator fails on stands alone, without an image."""
+        The last is True where that failure is this worker's word alone, so that another has to confirm it.
+        """
         info = self.generator.info
         for requests, outcome in isolate(self.generator, batch, self._check_health):
-            self.on_step()
+            self._step()
             if isinstance(outcome, Exception):
                 reason = _reason(outcome)
                 log.warning("%s: cannot be drawn: %s", requests[0].source or requests[0].prompt_id, reason)
                 row = ImageRow(requests[0], "quarantined", error=reason)
-                yield _Drawn(row, None, suspect=not isinstance(outcome, RowError))
+                yield row, None, not isinstance(outcome, RowError)
                 continue
             images, warnings = outcome
             for request, image, words in zip(requests, images, warnings, strict=True):
@@ -294,11 +277,11 @@ class AttemptRunner:
                 encoded = encode_png(
                     image, request, steps=steps, model_name=info.name, model_sha256=info.sha256
                 )
-                self.on_step()
+                self._step()
                 row = ImageRow(
                     request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
                 )
-                yield _Drawn(row, encoded)
+                yield row, encoded, False
             self._served = requests[0]
 
     def calibrate(self, requests: Sequence[ImageRequest]) -> Calibration:
@@ -306,9 +289,9 @@ class AttemptRunner:
         self.timeline.close("idle")
         began, size, images = time.monotonic(), 0, 0
         for batch in batches(requests, self.batch_size):
-            for drawn in self._generate(batch):
-                if drawn.encoded is not None:
-                    size, images = size + len(drawn.encoded), images + 1
+            for _, encoded, _ in self._generate(batch):
+                if encoded is not None:
+                    size, images = size + len(encoded), images + 1
         seconds = time.monotonic() - began
         segment = self.timeline.close("warmup")
         energy_mj, estimate_mj = self._energy_mj(segment), segment_estimate_mj(segment)
@@ -329,9 +312,18 @@ class AttemptRunner:
         self._draw_healthy(request)
         self._served = request
 
+    def _step(self) -> None:
+        self.steps += 1  # from any thread: one that is lost beside another does not matter
+
     def _between_steps(self) -> None:
-        self.on_step()
-        self.check_cancelled()
+        self._step()
+        # a generator may report steps from threads of its own, which have nothing to unwind
+        if threading.get_ident() == self._thread:
+            self._check_cancelled()
+
+    def _check_cancelled(self) -> None:
+        if self.cancelled is not None and self.cancelled == self.attempt_id:
+            raise AttemptCancelled
 
     def _check_health(self) -> None:
         if self._served is not None:
@@ -416,10 +408,10 @@ def isolate(
     yield batch, images
 
 
-def batches(requests: Sequence[ImageRequest], size: int) -> Iterator[Sequence[ImageRequest]]:
-    """Consecutive slices of at most `size` requests."""
-    for start in range(0, len(requests), size):
-        yield requests[start : start + size]
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive slices of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 @contextmanager

@@ -14,8 +14,6 @@ from pathlib import Path
 from millijoule.workers.meters.meter import CounterMeter
 from millijoule.workers.schemas import CounterRead, WorkerEnvironment
 
-CPUINFO = Path("/proc/cpuinfo")
-
 
 def describe_worker(
     worker_id: str,
@@ -28,15 +26,11 @@ def describe_worker(
     """The environment of this process; before its model is loaded, what the framework knows is not in it.
 
     Args:
-        driver_epoch: the run of the job that started it.
         assigned_gpus: as `CUDA_VISIBLE_DEVICES` lists them; empty on a CPU worker.
-        meter: the worker's own.
-        opened: the worker's first read.
     """
     torch = sys.modules.get("torch")
-    gpus = (*meter.boards.uuids, *meter.boards.unreadable) or tuple(
-        assigned_gpus
-    )  # without telemetry as Ray names them
+    # without telemetry as Ray names them
+    gpus = (*meter.boards.uuids, *meter.boards.unreadable) or tuple(assigned_gpus)
     name: str | None
     if not assigned_gpus:
         name = cpu_name()
@@ -63,7 +57,7 @@ def describe_worker(
 def cpu_name() -> str | None:
     """The processor's product name as the kernel states it; None where it does not (most ARM machines)."""
     try:
-        lines = CPUINFO.read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return None
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)

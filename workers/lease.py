@@ -16,7 +16,6 @@ class WorkerConfig:
     """What every worker of a job needs to know; constant for the job's life.
 
     Attributes:
-        output_url: the output folder.
         fingerprint: of the plan; a worker that finds another one in the output refuses to start.
         commits_exclusively: True where the store has exclusive create and workers commit for themselves;
             False where the driver has to write the commits (see docs/commit-protocol.md).
@@ -68,18 +67,6 @@ class Lease:
     def writes(self) -> bool:
         """Whether the attempt makes the shard, instead of asking a question about it."""
         return self.probe_rows is None and not self.confirm
-
-
-@dataclass(frozen=True)
-class WorkerReady:
-    """A worker's answer to `start`: where it runs and what it loaded."""
-
-    worker_id: str
-    node_id: str
-    host: str
-    device: str
-    energy_method: str
-    load_seconds: float
 
 
 @dataclass(frozen=True)
@@ -138,7 +125,6 @@ class WorkerStopped:
 class AccountRead:
     """What a node reads for a worker that is gone: its devices' counters, or why there is nothing to be read."""
 
-    worker_id: str
     read: CounterRead | None
     reason: str = ""
 

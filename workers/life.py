@@ -30,19 +30,15 @@ def life_path(output_url: str, worker_id: str, folder: Path | None = None) -> Pa
     return (folder or shared_folder()) / f"millijoule-{os.getuid()}-life-{name}"
 
 
-class LifeLock:
-    """Held from construction to the end of this process.
+def hold_life_lock(path: Path) -> None:
+    """Lock `path` from now to the end of this process.
 
     Raises:
         OSError: the folder cannot be written.
     """
-
-    def __init__(self, path: Path) -> None:
-        _remove_old(path.parent)
-        self.path = path
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = os.open(path, flags, 0o600)
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _remove_old(path.parent)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_gone(path: Path, timeout_s: float) -> bool | None:

@@ -143,25 +143,9 @@ def carried_rows(rows: Sequence[ImageRow]) -> tuple[CarriedRow, ...] | None:
     if len(rows) > MAX_CARRIED_ROWS:
         return None
     table = pa.Table.from_pylist([row.as_record() for row in rows], schema=IMAGE_ROW_SCHEMA)
-    carried: Any = tuple(
-        tuple(row.values()) for row in table.to_pylist()
-    )  # the very values that the file holds
+    # the very values that the file holds
+    carried: Any = tuple(tuple(row.values()) for row in table.to_pylist())
     return carried if len(encode(carried)) <= MAX_CARRIED_BYTES else None
-
-
-def parse_carried_rows(raw: Any) -> tuple[CarriedRow, ...]:
-    """The rows that a commit's parsed JSON carries; raises ValueError where they do not fit `IMAGE_ROW_SCHEMA`."""
-    return _require_seeds(
-        decode(tuple[CarriedRow, ...], encode(raw))
-    )  # by its text, which has whole characters only
-
-
-def _require_seeds(rows: tuple[CarriedRow, ...]) -> tuple[CarriedRow, ...]:
-    for row in rows:
-        seed = row[4]
-        if seed >= 2**64:
-            raise ValueError(f"a row has {seed} for seed")
-    return rows
 
 
 class Record:
@@ -176,11 +160,6 @@ class Record:
     def from_json(cls, data: bytes) -> Self:
         """Inverse of `to_json`; raises ValueError where `data` is not one."""
         return decode(cls, data)
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Self:
-        """The same of JSON that is parsed already."""
-        return msgspec.convert(raw, cls)
 
 
 #: A counter book has so many epochs of its own in `wrap_epoch`, and books on a boot differ in a number below the other.
@@ -360,7 +339,9 @@ class Commit(Record):
     def __post_init__(self) -> None:
         _intern(self, _REPEATED)
         object.__setattr__(self, "energy_domains", tuple(map(sys.intern, self.energy_domains)))
-        _require_seeds(self.rows or ())
+        for row in self.rows or ():
+            if row[4] >= 2**64:
+                raise ValueError(f"a row has {row[4]} for seed")
         for before, after in pairwise(self.segments):
             if after.open == before.close:  # one object: a ledger holds many
                 object.__setattr__(after, "open", before.close)

@@ -14,7 +14,6 @@ from itertools import islice
 from threading import Lock
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from millijoule.workers.errors import DamagedError
@@ -32,7 +31,7 @@ MAX_HELD_PARTS, MAX_HELD_BYTES = 4, 1 << 20
 class Shard:
     """A slice of the plan, homogeneous in size and steps: row group `row_group` of the plan part at `key`.
 
-    `rows_sha256` is `rows_digest` of its rows. `width`/`height` (pixels) and `num_inference_steps` are None for the
+    `rows_sha256` is SHA-256 in hex over `prompt_id NUL num_images NUL` of each row; ids hold no NUL. `width`/`height` (pixels) and `num_inference_steps` are None for the
     model's own default.
     """
 
@@ -69,14 +68,16 @@ class PlanRow:
     first_image_index: int = 0
 
 
-def read_shard_rows(store: Store, shard: Shard) -> list[PlanRow]:
-    """The rows of `shard`, in plan order.
+def read_shard_rows(store: Store, shard: Shard, footer: pq.FileMetaData | None = None) -> list[PlanRow]:
+    """The rows of `shard`, in plan order; `footer` of its plan part, if that was read before.
 
     Raises:
         NotFoundError: the plan part is gone.
         DamagedError: the part cannot be read, or holds other rows than the plan's index says.
     """
-    return _read_row_group(store, shard, None)
+    with store.open_input(shard.key) as source, _damaged_plan(store, shard):
+        table = pq.ParquetFile(source, metadata=footer).read_row_group(shard.row_group, use_threads=False)
+    return _require_planned(store, shard, _as_plan_rows(table))
 
 
 class ShardRowReader:
@@ -87,7 +88,8 @@ class ShardRowReader:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._parts: dict[str, _Part] = {}
+        # by key: the footer, and the rows of each row group unless these are many
+        self._parts: dict[str, tuple[pq.FileMetaData, list[list[PlanRow]] | None]] = {}
         self._lock = Lock()
 
     def read(self, shard: Shard) -> list[PlanRow]:
@@ -98,37 +100,24 @@ class ShardRowReader:
                 part = self._parts[shard.key] = _open_part(self.store, shard)
                 if len(self._parts) > MAX_HELD_PARTS:
                     del self._parts[next(iter(self._parts))]
-        if part.shards is None or shard.row_group >= len(part.shards):
-            return _read_row_group(self.store, shard, part.footer)
-        return _require_planned(self.store, shard, part.shards[shard.row_group])
+        footer, shards = part
+        if shards is None or shard.row_group >= len(shards):
+            return read_shard_rows(self.store, shard, footer)
+        return _require_planned(self.store, shard, shards[shard.row_group])
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A plan part; `shards` has the rows of each row group, None where these are many."""
-
-    footer: pq.FileMetaData
-    shards: list[list[PlanRow]] | None
-
-
-def _open_part(store: Store, shard: Shard) -> _Part:
+def _open_part(store: Store, shard: Shard) -> tuple[pq.FileMetaData, list[list[PlanRow]] | None]:
     with store.open_input(shard.key) as source, _damaged_plan(store, shard):
         file = pq.ParquetFile(source)
         footer = file.metadata
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         if sum(g.total_byte_size for g in groups) > MAX_HELD_BYTES:
-            return _Part(footer, None)
+            return footer, None
         try:
             rows = iter(_as_plan_rows(file.read(use_threads=False)))
         except (pa.ArrowException, OSError):  # whose row group is damaged is said when that is asked for
-            return _Part(footer, None)
-        return _Part(footer, [list(islice(rows, g.num_rows)) for g in groups])
-
-
-def _read_row_group(store: Store, shard: Shard, footer: pq.FileMetaData | None) -> list[PlanRow]:
-    with store.open_input(shard.key) as source, _damaged_plan(store, shard):
-        table = pq.ParquetFile(source, metadata=footer).read_row_group(shard.row_group, use_threads=False)
-    return _require_planned(store, shard, _as_plan_rows(table))
+            return footer, None
+        return footer, [list(islice(rows, g.num_rows)) for g in groups]
 
 
 @contextmanager
@@ -149,7 +138,7 @@ def _as_plan_rows(table: pa.Table) -> list[PlanRow]:
 
 
 def _require_planned(store: Store, shard: Shard, rows: list[PlanRow]) -> list[PlanRow]:
-    """`rows`, which must be those that the plan's index says; see `rows_digest`."""
+    """`rows`, which must be those that the plan's index says."""
     text = "".join(f"{row.prompt_id}\0{row.num_images}\0" for row in rows)
     if hashlib.sha256(text.encode()).hexdigest() != shard.rows_sha256:
         raise DamagedError(
@@ -191,15 +180,3 @@ def derive_seed(job_seed: int, prompt_id: str, image_index: int) -> int:
     """
     text = f"{job_seed}\0{prompt_id}\0{image_index}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
-
-
-def rows_digest(prompt_ids: pa.ChunkedArray, num_images: pa.ChunkedArray) -> str:
-    """SHA-256 in hex over `prompt_id NUL num_images NUL` of each row; ids hold no NUL."""
-    return hashlib.sha256("".join(digest_inputs(prompt_ids, num_images).to_pylist()).encode()).hexdigest()
-
-
-def digest_inputs(
-    prompt_ids: pa.Array | pa.ChunkedArray, num_images: pa.Array | pa.ChunkedArray
-) -> pa.Array | pa.ChunkedArray:
-    """The strings that `rows_digest` hashes, one per row."""
-    return pc.binary_join_element_wise(prompt_ids, pc.cast(num_images, pa.string()), "", "\0")

@@ -83,7 +83,6 @@ def leases(n: int) -> dict[str, Any]:
         Lease,
         NodePlace,
         WorkerConfig,
-        WorkerReady,
         WorkerStatus,
         WorkerStopped,
     )
@@ -98,8 +97,8 @@ def leases(n: int) -> dict[str, Any]:
         def place(self) -> NodePlace:
             return NodePlace("", "")
 
-        def start(self) -> WorkerReady:
-            return WorkerReady(self.worker_id, "", "", "cpu", "missing", 0.0)
+        def start(self) -> NodePlace:
+            return self.place()
 
         def run(self, lease: Lease) -> AttemptResult:
             return AttemptResult(lease, "committed", b"{}")

@@ -199,7 +199,8 @@ def _counter_series(boot: _Boot, domain: str, readings: np.ndarray) -> _Timed:
     """A counter without a reset as a series; `readings` as of `Entries.readings`."""
     readings = readings[np.diff(readings[:, 0], append=-1) != 0]
     series = NodeSeries(
-        *(boot.host, domain, "energy"),
+        domain,
+        "energy",
         (readings[:, 0] + boot.wall_minus_mono_ns).tolist(),
         readings[:, 1].tolist(),
         quantum=1,
@@ -240,7 +241,7 @@ def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
             )  # two drivers may have read at one time
             times, values, errors = columns[:, is_first].tolist()
             series = NodeSeries(
-                *(boot.host, source, quantity, times, values),
+                *(source, quantity, times, values),
                 quantum=pc.min(found[quantum]).as_py(),
                 max_gap_ns=last["max_gap_ns"],
                 clock_error_ns=boot.clock_moved_ns,

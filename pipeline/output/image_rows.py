@@ -35,7 +35,7 @@ class RowSpool:
         self._writer: pa.RecordBatchStreamWriter | None = None
 
     def add(self, rows: Iterable[CarriedRow] | None) -> None:
-        """Append the rows of the next commit, as `parse_carried_rows` makes them; None: it carries none."""
+        """Append the rows of the next commit, as it carries them; None: it carries none."""
         before = len(self._held)
         self._held += rows or ()
         self._counts.append(NOT_CARRIED if rows is None else len(self._held) - before)

@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.planning.plan import SHARD_INDEX_SCHEMA
-from millijoule.workers.shard_rows import digest_inputs
 
 #: Row groups of a part: enough to keep objects few, few enough for a quick footer.
 SHARDS_PER_PART = 256
@@ -176,8 +175,8 @@ class ShardWriter:
 
 
 def _rows_digests(rows: pa.RecordBatch, ranges: list[Range]) -> list[str]:
-    """`rows_digest` of each range, hashed straight from the Arrow buffer."""
-    texts = digest_inputs(rows["prompt_id"], rows["num_images"])
+    """`Shard.rows_sha256` of each range, hashed straight from the Arrow buffer."""
+    texts = pc.binary_join_element_wise(rows["prompt_id"], pc.cast(rows["num_images"], pa.string()), "", "\0")
     _, offsets, data = texts.buffers()
     ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
     view = memoryview(data)

@@ -14,7 +14,7 @@ import ray
 
 from millijoule.pipeline.running.cluster import place_of
 from millijoule.pipeline.running.demand import PoolOptions
-from millijoule.workers.lease import Lease, NodePlace, WorkerConfig, WorkerReady
+from millijoule.workers.lease import Lease, NodePlace, WorkerConfig
 
 #: An idle worker's last words take a counter read; a worker that needs longer than this is as good as dead.
 STOP_TIMEOUT_S = 30.0
@@ -32,7 +32,7 @@ class Worker:
     spawned: float
     away: frozenset[str]  # nodes it must not be placed on
     place: NodePlace | None = None  # None until it has said where it is
-    ready: WorkerReady | None = None  # None until its model is loaded
+    ready: NodePlace | None = None  # None until its model is loaded
     lease: Lease | None = None
     late: int = 0  # deadlines missed in a row by the lease in hand
     next_status: float = 0.0

@@ -17,7 +17,7 @@ from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.crew import Crew, Worker
 from millijoule.pipeline.running.node_health import NodeHealth
 from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
-from millijoule.workers.lease import AttemptResult, NodePlace, WorkerStatus, WorkerStopped
+from millijoule.workers.lease import AttemptResult, WorkerStatus, WorkerStopped
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Outcomes:
         if what == "place":
             worker.place = value
         elif what == "start":
-            worker.ready, worker.place = value, NodePlace(value.node_id, value.host)
+            worker.ready = worker.place = value
         elif what == "run":
             self._attempt_ended(worker, value, now)
         elif what == "status":

@@ -4,6 +4,7 @@ import pytest
 
 from millijoule.jobs.node_meter_options import parse_node_meters
 from millijoule.workers.errors import InputError
+from millijoule.workers.node_meters.actor import open_node_meter
 from millijoule.workers.node_meters.config import DeclaredRest, find_node_meter
 from millijoule.workers.node_meters.ipmi import IpmiMeter
 from millijoule.workers.node_meters.redfish import RedfishMeter
@@ -44,10 +45,10 @@ def test_a_word_and_a_url_are_for_every_node():
     (ipmi,) = parse_node_meters("ipmi", "180+-30")
     assert (ipmi.meter, ipmi.rest) == ("ipmi", DeclaredRest(180_000, 30_000))
     assert find_node_meter([ipmi], "any", "10.0.0.1") is ipmi
-    assert isinstance(ipmi.open("any"), IpmiMeter)
+    assert isinstance(open_node_meter(ipmi, "any"), IpmiMeter)
     (redfish,) = parse_node_meters(f"redfish:{CHASSIS}", None)
     assert redfish.rest is None
-    meter = redfish.open("gpu-17")
+    meter = open_node_meter(redfish, "gpu-17")
     assert isinstance(meter, RedfishMeter)
     assert meter.name == "https://bmc-gpu-17/redfish/v1/Chassis/1"
     assert redfish.name_on("gpu-17") == f"redfish {meter.name}"
@@ -71,7 +72,7 @@ def test_the_variables_are_those_of_the_node_and_asked_there(file, monkeypatch):
     monkeypatch.setenv("BMC_USER", "reader")
     monkeypatch.delenv("BMC_PASSWORD", raising=False)
     with pytest.raises(InputError, match="BMC_PASSWORD is not set"):
-        configs[0].open("gpu-17")
+        open_node_meter(configs[0], "gpu-17")
 
 
 @pytest.mark.parametrize(

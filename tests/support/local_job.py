@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from pathlib import Path
 
 from support.models import Plain
@@ -19,6 +18,7 @@ from millijoule.workers.attempt import AttemptRunner
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
+from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.schemas import WorkerEnvironment
 from millijoule.workers.storage.inputs import expand_inputs
@@ -71,7 +71,6 @@ def runner(
     generator: Generator | None = None,
     worker: str = "w1",
     meter: EnergyMeter | None = None,
-    on_step: Callable[[], None] = lambda: None,
 ) -> AttemptRunner:
     """A worker's half of the protocol."""
     config = WorkerConfig(
@@ -85,8 +84,7 @@ def runner(
         meter,
         SegmentTimeline(worker, meter),
         stand_in_worker(worker, "node", "host", "cpu" if meter.method != "nvml-counter" else "GPU-1", epoch),
-        lambda images: None,
-        on_step=on_step,
+        PowerSampler(meter),
     )
 
 

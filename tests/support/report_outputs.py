@@ -23,6 +23,7 @@ from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers import attempt
 from millijoule.workers.attempt import AttemptRunner
 from millijoule.workers.lease import WorkerConfig
+from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.schemas import CounterRead
 from millijoule.workers.storage.protocol import Store
@@ -99,9 +100,8 @@ def worker(
     itself = stand_in_worker(name, f"node-{host}", host, device, epoch)
     timeline = SegmentTimeline(name, meter)
     timeline.close("load")
-    return AttemptRunner(
-        config, store, Timed(meter.clock, seconds), meter, timeline, itself, lambda images: None
-    )
+    generator = Timed(meter.clock, seconds)
+    return AttemptRunner(config, store, generator, meter, timeline, itself, PowerSampler(meter))
 
 
 def finished(

@@ -21,7 +21,7 @@ from millijoule.pipeline.output.image_rows import rows_table
 from millijoule.pipeline.output.job import open_epoch
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.workers.attempt import AttemptCancelled, isolate
+from millijoule.workers.attempt import isolate
 from millijoule.workers.errors import NodeError, RowError, SickWorkerError, StoreError
 from millijoule.workers.generators.protocol import GeneratedBatch
 from millijoule.workers.layout import commit_key
@@ -36,14 +36,14 @@ from millijoule.workers.schemas import (
 )
 
 
-def leases(store, job, n):
+def leases(store, job):
     shards = load_job_shards(store, job)
     return Coordinator(shards, np.zeros(len(shards), bool), 60.0, open_epoch(store, exclusive=True))
 
 
 def test_the_second_of_two_attempts_loses_cleans_up_and_books_its_energy_as_waste(tmp_path):
     store, job = plan(tmp_path, ["a", "b", "c"])
-    first, second = (leases(store, job, 1).next_lease(w, 0.0) for w in ("w1", "w2"))
+    first, second = (leases(store, job).next_lease(w, 0.0) for w in ("w1", "w2"))
     winner, loser = runner(store, job, 1, worker="w1"), runner(store, job, 2, worker="w2")
     assert winner.run(first).outcome == "committed"
     lost = loser.run(second)
@@ -98,25 +98,24 @@ class Stepping(Plain):
 
 def test_every_step_forward_is_reported_and_nothing_else(tmp_path):
     store, job = plan(tmp_path, [f"p{i}" for i in range(8)])
-    lease = leases(store, job, 1).next_lease("w1", 0.0)
-    steps = []
-    attempt = runner(store, job, 1, Stepping(), on_step=lambda: steps.append(1))
-    commit = parse_commit(store, 0, attempt.run(lease).commit_json)
+    attempt = runner(store, job, 1, Stepping())
+    result = attempt.run(leases(store, job).next_lease("w1", 0.0))
+    commit = parse_commit(store, 0, result.commit_json)
     batches = 8 // attempt.batch_size
-    assert len(steps) == batches * (3 + 1) + 8 + len(commit.files)
+    assert attempt.steps == batches * (3 + 1) + 8 + len(commit.files)
 
 
 def test_a_generator_that_stands_still_reports_nothing(tmp_path):
     store, job = plan(tmp_path, ["a"])
-    steps, during = [], []
+    during = []
 
     class Stuck(Stepping):
         def generate(self, requests):
-            during.append(len(steps))
+            during.append(attempt.steps)
             return Plain.generate(self, requests)
 
-    attempt = runner(store, job, 1, Stuck(), on_step=lambda: steps.append(1))
-    attempt.run(leases(store, job, 1).next_lease("w1", 0.0))
+    attempt = runner(store, job, 1, Stuck())
+    attempt.run(leases(store, job).next_lease("w1", 0.0))
     assert during == [0]
 
 
@@ -150,7 +149,7 @@ def test_a_device_that_no_longer_works_blames_no_prompt(tmp_path):
     attempt.warm_up(ImageRequest("warm-up", 0, "fine", seed=0))
     generator.bad = {"fine", "a", "b"}
     with pytest.raises(SickWorkerError):
-        attempt.run(leases(store, job, 1).next_lease("w1", 0.0))
+        attempt.run(leases(store, job).next_lease("w1", 0.0))
     assert not store.exists(commit_key(0))
 
 
@@ -286,7 +285,7 @@ def test_what_is_not_an_image_per_request_is_suspected_like_an_exception_and_the
     tmp_path, answer, reason
 ):
     store, job = plan(tmp_path, ["a", "odd", "b", "c"])
-    result = runner(store, job, 1, Returning(answer)).run(leases(store, job, 1).next_lease("w1", 0.0))
+    result = runner(store, job, 1, Returning(answer)).run(leases(store, job).next_lease("w1", 0.0))
     assert (result.outcome, result.healthy) == ("suspect", (0, 0))
     (suspect,) = result.suspects
     assert (suspect.row, suspect.image_index) == (1, 0)
@@ -297,14 +296,11 @@ def test_what_is_not_an_image_per_request_is_suspected_like_an_exception_and_the
 
 
 def test_a_request_the_model_draws_nowhere_is_quarantined_without_a_second_opinion(tmp_path):
-    class Refusing(Plain):
-        def generate(self, requests):
-            if any(r.prompt == "odd" for r in requests):
-                raise RowError("no such class")
-            return super().generate(requests)
+    def refuse(out):
+        raise RowError("no such class")
 
     store, job = plan(tmp_path, ["a", "odd"])
-    result = runner(store, job, 1, Refusing("cpu")).run(leases(store, job, 1).next_lease("w1", 0.0))
+    result = runner(store, job, 1, Returning(refuse)).run(leases(store, job).next_lease("w1", 0.0))
     assert result.outcome == "committed"
     assert parse_commit(store, 0, result.commit_json).errors == {"RowError: no such class": 1}
 
@@ -314,20 +310,21 @@ def test_no_scratch_space_is_the_node_s_fault(tmp_path, monkeypatch):
     attempt = runner(store, job, 1)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(NodeError, match=r"scratch folder .*gone.*; free space there, or set TMPDIR"):
-        attempt.run(leases(store, job, 1).next_lease("w1", 0.0))
+        attempt.run(leases(store, job).next_lease("w1", 0.0))
 
 
 def test_a_cancelled_attempt_ends_between_two_steps_of_a_batch(tmp_path):
     store, job = plan(tmp_path, ["a", "b"])
+    lease = leases(store, job).next_lease("w1", 0.0)
     attempt = runner(store, job, 1, Stepping())
-    steps = []
+    go_on = attempt.generator.on_step
 
-    def cancelled():
-        steps.append(1)
-        if len(steps) == 2:
-            raise AttemptCancelled
+    def step():
+        if attempt.steps == 1:
+            attempt.cancelled = lease.attempt_id
+        go_on()
 
-    attempt.check_cancelled = cancelled
-    assert attempt.run(leases(store, job, 1).next_lease("w1", 0.0)).outcome == "cancelled"
-    assert len(steps) == 2
+    attempt.generator.on_step = step
+    assert attempt.run(lease).outcome == "cancelled"
+    assert attempt.steps == 2
     assert [s.segment_class for s in attempt.timeline.take()] == ["idle", "loser"]

@@ -8,13 +8,13 @@ import time
 import pytest
 
 from millijoule.workers import life
-from millijoule.workers.life import LifeLock, is_gone, life_path
+from millijoule.workers.life import hold_life_lock, is_gone, life_path
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from millijoule.workers.life import LifeLock
-lock = LifeLock(Path(sys.argv[1]))
+from millijoule.workers.life import hold_life_lock
+hold_life_lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
 """
@@ -58,5 +58,5 @@ def test_files_of_the_dead_are_removed_when_they_are_old_and_those_of_the_living
     long_ago = time.time() - life.KEEP_S - 60
     for file in (dead, path):
         os.utime(file, (long_ago, long_ago))
-    LifeLock(life_path("/somewhere/out", "next", tmp_path))
+    hold_life_lock(life_path("/somewhere/out", "next", tmp_path))
     assert (dead.exists(), young.exists(), path.exists()) == (False, True, True)

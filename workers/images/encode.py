@@ -39,8 +39,7 @@ def encode_png(
         image: uint8 `[height, width, 3]`.
         request: what was asked for; its prompt may hold any Unicode text.
         steps: the `num_inference_steps` that were really run.
-        model_name: as `GeneratorInfo.name`.
-        model_sha256: of the weights, hexadecimal.
+        model_name, model_sha256: as in `GeneratorInfo`.
 
     Raises:
         ValueError: `image` is not uint8 `[height, width, 3]`.

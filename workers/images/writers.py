@@ -117,11 +117,8 @@ class ShardWriter:
         self._pending_bytes = 0
         self._table: pq.ParquetWriter | None = None  # once it is known how many rows there are
 
-    def add(self, row: ImageRow, encoded: bytes | None) -> ImageRow:
-        """Add one row and, unless it is quarantined, its encoded image.
-
-        Returns:
-            The row with `path`, `sha256` and `size_bytes` filled.
+    def add(self, row: ImageRow, encoded: bytes | None) -> None:
+        """Add one row, whose `path`, `sha256` and `size_bytes` are filled, and unless quarantined its encoded image.
 
         Raises:
             ValueError: the image is missing for an "ok" row or given for another, or the row was added before.
@@ -147,7 +144,6 @@ class ShardWriter:
         self._pending.append(record)
         if self._pending_bytes >= ROW_GROUP_BYTES or len(self._pending) >= ROW_GROUP_ROWS:
             self._flush()
-        return row
 
     def finish(self) -> ShardFiles:
         """Close all files and describe them."""

@@ -97,11 +97,9 @@ def shared_folder() -> Path:
 
 
 class CounterBook:
-    """Access to the shared state; falls back to a private one where no file can be shared.
+    """Access to the state of boot `boot_id`, in a file of `directory` (default `shared_folder`).
 
-    Args:
-        boot_id: of the host; names the file.
-        directory: where the file lives, default `shared_folder`.
+    Falls back to a private state where no file can be shared.
     """
 
     def __init__(self, boot_id: str, directory: Path | None = None) -> None:

@@ -36,8 +36,8 @@ from millijoule.workers.meters.counter_book import (
     CounterBook,
     is_plausible,
 )
-from millijoule.workers.meters.nvml import GpuPower, Gpus, open_gpus
-from millijoule.workers.meters.rapl import MAX_PACKAGE_WATTS, POWERCAP_ROOT, find_rapl_counters
+from millijoule.workers.meters.nvml import GpuCounter, GpuPower, Gpus, open_gpus
+from millijoule.workers.meters.rapl import MAX_PACKAGE_WATTS, POWERCAP_ROOT, RaplCounter, find_rapl_counters
 from millijoule.workers.schemas import CounterRead, PowerSample
 
 log = logging.getLogger(__name__)
@@ -74,24 +74,9 @@ class EnergyMeter(Protocol):
     def close(self) -> None: ...
 
 
-class Counter(Protocol):
-    """One hardware counter. `units_per_mj` units are a millijoule; a counter with `wraps_at` restarts there.
-
-    Read no more often than every `min_spacing_ns`, and at least every `watch_period_ns`.
-    """
-
-    domain: str
-    units_per_mj: int
-    wraps_at: int | None
-    min_spacing_ns: int
-    watch_period_ns: int
-
-    def read(self) -> tuple[int, int]:
-        """The counter in its own unit, and how long ago (ns) the device says it sampled it (0: now).
-
-        Raises:
-            Exception: whatever the device's library raises where the counter cannot be read.
-        """
+#: One hardware counter. `units_per_mj` units are a millijoule; one with `wraps_at` restarts there. It is read no more often
+#: than every `min_spacing_ns`, and at least every `watch_period_ns`.
+Counter = GpuCounter | RaplCounter
 
 
 @dataclass
@@ -126,8 +111,8 @@ class CounterMeter:
         with self._state() as state:
             began_ns = self.clock_ns()
             if state is None:
-                path = self.book.path if self.book else ""
-                log.warning("%s: locked by another reader; energy is missing for now", path)
+                assert self.book is not None
+                log.warning("%s: locked by another reader; energy is missing for now", self.book.path)
             else:
                 values = self._read_counters(self.counters, state)
             now_ns = self.clock_ns()  # inside the lock: reads of a host are ordered in time as in value
@@ -322,8 +307,6 @@ def open_meter(
         gpus: the worker's devices as `CUDA_VISIBLE_DEVICES` lists them: UUIDs ("GPU-...", beginnings will do) or
             indices. None or empty on a worker without one.
         nvml: what has the names of `pynvml`, the default.
-        boot_id: of this host, default the kernel's.
-        book_directory: where the workers of a host share their counters; see `CounterBook`.
     """
     boot_id = boot_id or read_boot_id()
     boards = open_gpus(gpus, nvml) if gpus else Gpus()
@@ -334,11 +317,6 @@ def open_meter(
         boards,
         clock_ns,
     )
-
-
-def no_meter() -> CounterMeter:
-    """The meter of a job without telemetry: no device is opened; reads have a time and an estimate, no energy."""
-    return CounterMeter(read_boot_id(), (), None)
 
 
 def _shortest_round_ns(counter: Counter) -> float:

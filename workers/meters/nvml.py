@@ -49,7 +49,7 @@ class GpuCounter:
     watch_period_ns: int = WATCH_PERIOD_NS
 
     def read(self) -> tuple[int, int]:
-        """See `workers.meters.meter.Counter`."""
+        """The counter in its own unit, and how long ago (ns) the device says it sampled it (0: now)."""
         lib = self.lib
         try:
             (value,) = lib.nvmlDeviceGetFieldValues(self.handle, [lib.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION])
@@ -131,11 +131,7 @@ def _start(lib: Any) -> Any:
 
 
 def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
-    """Find `gpus` (as `CUDA_VISIBLE_DEVICES` names them); what has no counter of its own or cannot be found is left out.
-
-    Args:
-        lib: default `pynvml`; else what has its names.
-    """
+    """Find `gpus` (as `CUDA_VISIBLE_DEVICES` names them); what has no counter of its own or cannot be found is left out."""
     try:
         lib = _start(lib)
     except Exception as error:  # no driver, no library, no permission
@@ -165,10 +161,10 @@ def open_gpus(gpus: Sequence[str], lib: Any = None) -> Gpus:
     )
 
 
-def installed_gpus(lib: Any = None) -> tuple[str, ...]:
+def installed_gpus() -> tuple[str, ...]:
     """Full UUIDs of all boards NVML shows on this host; empty where it shows none or is not there."""
     try:
-        lib = _start(lib)
+        lib = _start(None)
     except Exception as error:  # as in `open_gpus`
         log.info("NVML is not available (%s)", error)
         return ()

@@ -10,7 +10,6 @@ class PeriodicThread(threading.Thread):
     """Calls `look` after every pause, until stopped. Its owner stops it; it does not keep a process alive.
 
     Args:
-        name: of the thread.
         look: must not raise.
         pause_s: how long to wait before the next look, asked before each.
         last_look: look once more when told to stop.

@@ -31,12 +31,7 @@ SOURCE = "nvml-fields-185-186"
 
 
 class PowerSampler:
-    """Watches a worker's devices until stopped.
-
-    Args:
-        meter: the worker's own; its reads and these take turns.
-        max_samples: per device; the oldest go first.
-    """
+    """Watches the devices of a worker's own `meter` until stopped; of more than `max_samples` per device the oldest go."""
 
     def __init__(self, meter: CounterMeter, max_samples: int = MAX_SAMPLES) -> None:
         self.meter = meter

@@ -36,7 +36,7 @@ class RaplCounter:
         self._file = str(self.zone / "energy_uj")
 
     def read(self) -> tuple[int, int]:
-        """See `workers.meters.meter.Counter`."""
+        """The counter in its own unit, and how long ago (ns) the device says it sampled it (0: now)."""
         # by descriptor: a tenth of what Path.read_text costs, and this runs every second for the life of a job
         file = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -10,25 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from millijoule.workers.schemas import SEGMENT_CLASSES, CounterRead, Segment
+from millijoule.workers.schemas import SEGMENT_CLASSES, Segment
 
 if TYPE_CHECKING:
     from millijoule.workers.meters.meter import EnergyMeter
 
 
 class SegmentTimeline:
-    """The segments of one worker; the first begins when the timeline is made."""
+    """The segments of one worker; the first begins when the timeline is made, each with `last_read`."""
 
     def __init__(self, worker_id: str, meter: EnergyMeter) -> None:
         self.worker_id = worker_id
         self.meter = meter
-        self._open = meter.read()
+        self.last_read = meter.read()
         self._closed: list[Segment] = []
-
-    @property
-    def last_read(self) -> CounterRead:
-        """The read that the next segment begins with."""
-        return self._open
 
     def close(
         self,
@@ -48,8 +43,8 @@ class SegmentTimeline:
         if segment_class not in SEGMENT_CLASSES:
             raise ValueError(f"segment class {segment_class!r}: use one of {', '.join(SEGMENT_CLASSES)}")
         read = self.meter.read_afresh() if last else self.meter.read()
-        segment = Segment(self.worker_id, segment_class, self._open, read, shard_id, attempt_id)
-        self._open = read
+        segment = Segment(self.worker_id, segment_class, self.last_read, read, shard_id, attempt_id)
+        self.last_read = read
         self._closed.append(segment)
         return segment
 

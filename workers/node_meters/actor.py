@@ -17,7 +17,9 @@ from millijoule.workers.meters import rapl
 from millijoule.workers.meters.meter import read_boot_id
 from millijoule.workers.meters.nvml import installed_gpus
 from millijoule.workers.node_meters.config import NodeMeterConfig
-from millijoule.workers.node_meters.meter import NodeFailure, NodeReading, NodeRecorder
+from millijoule.workers.node_meters.ipmi import IpmiMeter
+from millijoule.workers.node_meters.meter import NodeFailure, NodeMeter, NodeReading, NodeRecorder
+from millijoule.workers.node_meters.redfish import RedfishMeter
 from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.visible_text import log_to_stderr
 
@@ -48,7 +50,7 @@ class NodeMeterActor:
     def start(self) -> NodeRecorderReady:
         """Open the meter and begin to read it."""
         try:
-            meter = self.config.open(socket.gethostname())
+            meter = open_node_meter(self.config, socket.gethostname())
         except InputError as error:
             return NodeRecorderReady(read_boot_id(), node_domains(), str(error))
         self._recorder = NodeRecorder(meter, self.config.period_s)
@@ -64,6 +66,11 @@ class NodeMeterActor:
         if self._recorder:
             self._recorder.stop()
         return self.take()
+
+
+def open_node_meter(config: NodeMeterConfig, host: str) -> NodeMeter:
+    """The meter, on its node; raises InputError where it cannot be read whatever it says."""
+    return IpmiMeter() if config.meter == "ipmi" else RedfishMeter(config, host)
 
 
 def remote_node_recorder(node_id: str, config: NodeMeterConfig):

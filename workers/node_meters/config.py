@@ -9,15 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import msgspec
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.node_meters.ipmi import IpmiMeter
-from millijoule.workers.node_meters.meter import DEFAULT_PERIOD_S, MAX_NODE_WATTS, NodeMeter
-from millijoule.workers.node_meters.redfish import RedfishConfig, RedfishMeter, check_chassis_url
+from millijoule.workers.node_meters.meter import DEFAULT_PERIOD_S, MAX_NODE_WATTS
 
 #: Kinds of meter that can be read while a job runs.
 METERS = ("ipmi", "redfish")
@@ -26,6 +24,8 @@ MIN_PERIOD_S = 1.0
 MAX_PERIOD_S = 600.0
 #: In a URL, the node's host name.
 HOST = "{host}"
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,11 @@ class NodeMeterConfig:
         nodes: host names or IP addresses, with `*` and `?` as in a shell.
         meter: one of `METERS`.
         url: Redfish: the chassis that is the node, and no more; `{host}` stands for the node's host name.
-        user_variable, password_variable, ca_file, check_hostname: see `RedfishConfig`; variables and file are those
-            of the node.
+        user_variable: environment variable of the node with the user's name; None: no login.
+        password_variable: the one with the password.
+        ca_file: certificate (PEM) on the node to trust instead of the system's: a controller's own, or a company's
+            authority.
+        check_hostname: False for a controller's own certificate that does not name it; only with `ca_file`.
         period_s: between two readings.
         accuracy_share: of the instrument, see `NodeSeries`.
         rest_watts: see `DeclaredRest`; None: not declared, and then the node cannot close.
@@ -73,7 +76,11 @@ class NodeMeterConfig:
 
     def name_on(self, host: str) -> str:
         """The meter's name on a node, for messages and tables; no two nodes may have the same chassis."""
-        return "ipmi" if self.meter == "ipmi" else f"redfish {(self.url or '').replace(HOST, host)}"
+        return "ipmi" if self.meter == "ipmi" else f"redfish {self.url_on(host)}"
+
+    def url_on(self, host: str) -> str:
+        """The chassis of a node."""
+        return (self.url or "").replace(HOST, host)
 
     def check(self) -> None:
         """Raise InputError where this cannot work on any node."""
@@ -82,9 +89,7 @@ class NodeMeterConfig:
         if self.meter not in METERS:
             raise InputError(f"meter {self.meter!r}: one of {', '.join(METERS)}")
         if self.meter == "redfish":
-            if self.url is None:
-                raise InputError("redfish needs the url of the chassis: https://HOST/redfish/v1/Chassis/ID")
-            check_chassis_url(self._redfish("host"))
+            self._check_redfish()
         elif self.url or self.user_variable or self.password_variable or self.ca_file:
             raise InputError("ipmi is read on the node itself: url, login and certificate have no meaning")
         if not MIN_PERIOD_S <= self.period_s <= MAX_PERIOD_S:
@@ -92,22 +97,27 @@ class NodeMeterConfig:
         check_accuracy(self.accuracy_share, "accuracy_share")
         declared_rest(self.rest_watts, self.rest_tolerance_watts)
 
-    def open(self, host: str) -> NodeMeter:
-        """The meter, on its node.
-
-        Raises:
-            InputError: it cannot be read whatever it says, such as a variable that is not set here.
-        """
-        return IpmiMeter() if self.meter == "ipmi" else RedfishMeter(self._redfish(host))
-
-    def _redfish(self, host: str) -> RedfishConfig:
-        return RedfishConfig(
-            (self.url or "").replace(HOST, host),
-            self.user_variable,
-            self.password_variable,
-            Path(self.ca_file) if self.ca_file else None,
-            self.check_hostname,
-        )
+    def _check_redfish(self) -> None:
+        if self.url is None:
+            raise InputError("redfish needs the url of the chassis: https://HOST/redfish/v1/Chassis/ID")
+        name = self.url_on("host")
+        try:
+            parts = urlsplit(name)
+            host = parts.hostname
+        except ValueError as error:
+            raise InputError(f"a Redfish URL cannot be read: {error}") from error
+        if parts.username or parts.password:
+            raise InputError("a Redfish URL holds a user or password: name environment variables for them")
+        if parts.scheme not in ("https", "http") or not host or not parts.path.startswith("/redfish/"):
+            raise InputError(f"{name}: not a chassis, expected https://HOST/redfish/v1/Chassis/ID")
+        if parts.scheme == "http" and self.user_variable and host not in _LOOPBACK:
+            raise InputError(f"{name}: would send the password in the clear, use https")
+        if not self.check_hostname and not self.ca_file:
+            raise InputError(f"{name}: without a check of the host's name, name its certificate (ca_file)")
+        if bool(self.user_variable) != bool(self.password_variable):
+            raise InputError(
+                f"{name}: environment variable for user or password is not named: both or neither"
+            )
 
 
 def declared_rest(watts: float | None, tolerance_watts: float | None) -> DeclaredRest | None:

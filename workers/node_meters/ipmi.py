@@ -31,13 +31,14 @@ class IpmiMeter:
         """See `NodeMeter.read`."""
         began_ns = time.time_ns()
         try:
-            watts = _parse(self._run())
+            watts = self._ask()
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             raise MeterFailure(str(error)[:300] or type(error).__name__) from error
         at_ns, half_ns = middle_since(began_ns)
         return (NodeReading(SOURCE, "power", at_ns, watts * MW_PER_W, MW_PER_W, half_ns),)
 
-    def _run(self) -> str:
+    def _ask(self) -> int:
+        """Watts; raises ValueError where there are none."""
         done = subprocess.run(
             COMMAND,
             stdin=subprocess.DEVNULL,
@@ -49,16 +50,12 @@ class IpmiMeter:
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines()
             raise ValueError(f"exit status {done.returncode}: {said[-1][:200] if said else 'no message'}")
-        return done.stdout.decode(errors="replace")
-
-
-def _parse(text: str) -> int:
-    """Watts; raises ValueError where there are none."""
-    instant, state = _INSTANT.search(text), _STATE.search(text)
-    if instant is None:
-        raise ValueError("no instantaneous power in its answer")
-    if state is not None and state[1] != "activated":
-        raise ValueError(f"power reading is {state[1]}")
-    if not int(instant[1]):
-        raise ValueError("says 0 watts, which no node that runs draws")
-    return int(instant[1])
+        text = done.stdout.decode(errors="replace")
+        instant, state = _INSTANT.search(text), _STATE.search(text)
+        if instant is None:
+            raise ValueError("no instantaneous power in its answer")
+        if state is not None and state[1] != "activated":
+            raise ValueError(f"power reading is {state[1]}")
+        if not int(instant[1]):
+            raise ValueError("says 0 watts, which no node that runs draws")
+        return int(instant[1])

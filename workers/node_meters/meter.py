@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import partial
 from typing import Literal, Protocol
 
 from millijoule.workers.errors import InputError
@@ -101,26 +100,16 @@ def middle_since(began_ns: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class NodeEnergy:
-    """Energy of `host` between two wall times. `energy_mj` None: not known, `note` says why.
+    """Energy of a node between two wall times. `energy_mj` None: not known, `note` says why.
 
     The true difference of the meter lies within `tolerance_mj` of `energy_mj`, so far as the series can know: see
     `NodeSeries`.
     """
 
-    host: str
     source: str
-    t_open_wall_ns: int
-    t_close_wall_ns: int
     energy_mj: int | None
     tolerance_mj: int | None
     note: str
-
-    @property
-    def tolerance_share(self) -> float | None:
-        """`tolerance_mj` as a part of the energy."""
-        if self.energy_mj is None or self.tolerance_mj is None or not self.energy_mj:
-            return None
-        return self.tolerance_mj / self.energy_mj
 
 
 @dataclass(frozen=True)
@@ -137,7 +126,6 @@ class NodeSeries:
             the tolerance.
     """
 
-    host: str
     source: str
     quantity: Quantity
     t_wall_ns: Sequence[int]
@@ -155,21 +143,20 @@ class NodeSeries:
         between two samples, and is too small for a node that did something else in between.
         """
         times = self.t_wall_ns
-        answer = partial(NodeEnergy, self.host, self.source, t_open_wall_ns, t_close_wall_ns)
         if not times or not times[0] <= t_open_wall_ns < t_close_wall_ns <= times[-1]:
-            return answer(None, None, "the meter was not read before and after")
+            return NodeEnergy(self.source, None, None, "the meter was not read before and after")
         first = bisect_right(times, t_open_wall_ns) - 1
         last = bisect_left(times, t_close_wall_ns)
         between = self._growth if self.quantity == "energy" else self._integral
         found = between(first, last, t_open_wall_ns, t_close_wall_ns)
         if isinstance(found, str):
-            return answer(None, None, found)
+            return NodeEnergy(self.source, None, None, found)
         energy, tolerance = round(found[0]), found[1]
         note = "instrument's accuracy not stated"
         if self.accuracy_share is not None:
             tolerance += self.accuracy_share * energy
             note = f"instrument's accuracy {self.accuracy_share:g} included"
-        return answer(energy, math.ceil(tolerance), note)
+        return NodeEnergy(self.source, energy, math.ceil(tolerance), note)
 
     def _growth(self, first: int, last: int, t_open_ns: int, t_close_ns: int) -> tuple[float, float] | str:
         times, values = self.t_wall_ns, self.values
@@ -231,7 +218,8 @@ def best_energy(series: Sequence[NodeSeries], t_open_wall_ns: int, t_close_wall_
     if not known:
         return answers[0][1] if answers else None
     for s, answer in known:
-        if s.quantity == "energy" and (answer.tolerance_share or 0) <= GOOD_TOLERANCE_SHARE:
+        good_mj = GOOD_TOLERANCE_SHARE * (answer.energy_mj or math.inf)  # nothing has a share of 0
+        if s.quantity == "energy" and (answer.tolerance_mj or 0) <= good_mj:
             return answer
     return min((a for _, a in known), key=lambda a: a.tolerance_mj or 0)
 

@@ -41,7 +41,6 @@ _COLUMNS: dict[str, tuple[Quantity, int]] = {"kwh": ("energy", MJ_PER_KWH), "wat
 
 def read_pdu_csv(
     path: Path,
-    host: str,
     *,
     outlet: str | None = None,
     time_zone: str | None = None,
@@ -51,8 +50,7 @@ def read_pdu_csv(
     """The readings of `path`, one series per column that has any.
 
     Args:
-        host: the node on this outlet, all of it and nothing else.
-        outlet: as the column `outlet` names it; None where all rows are of one.
+        outlet: the node's, all of it and nothing else, as the column `outlet` names it; None where all rows are of one.
         time_zone: of times without an offset, as "Europe/Berlin" or "UTC".
         clock_error_s: how far the strip's clock may be from the node's.
         accuracy_share: see `NodeSeries`.
@@ -60,7 +58,10 @@ def read_pdu_csv(
     Raises:
         InputError: the file cannot be read as such; the message names file and line.
     """
-    zone = _zone(time_zone)
+    try:
+        zone = ZoneInfo(time_zone) if time_zone else None
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise InputError(f"time zone {time_zone!r} is not known: use one as Europe/Berlin or UTC") from error
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             columns = _read(path, lines, zone, outlet)
@@ -70,7 +71,6 @@ def read_pdu_csv(
         raise InputError(f"{path}: is not UTF-8: {error}") from error
     found = tuple(
         NodeSeries(
-            host,
             f"pdu-csv-{quantity}",
             quantity,
             column.t_wall_ns,
@@ -169,10 +169,3 @@ def _time_ns(cell: str, zone: ZoneInfo | None) -> int:
         if at.utcoffset() != at.replace(fold=1).utcoffset():
             raise ValueError(f"time {cell!r} is ambiguous or skipped in {zone.key} (clock change): use UTC")
     return (at - _EPOCH) // timedelta(microseconds=1) * 1000
-
-
-def _zone(name: str | None) -> ZoneInfo | None:
-    try:
-        return ZoneInfo(name) if name else None
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise InputError(f"time zone {name!r} is not known: use one as Europe/Berlin or UTC") from error

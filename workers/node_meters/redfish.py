@@ -16,13 +16,12 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.node_meters.meter import (
     MJ_PER_J,
     MJ_PER_KWH,
@@ -38,43 +37,23 @@ TIMEOUT_S = 10.0
 #: Metrics are a few kilobytes.
 MAX_ANSWER_BYTES = 1 << 20
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass(frozen=True)
-class RedfishConfig:
-    """Where a node's meter is and how to be let in.
-
-    Attributes:
-        chassis_url: "https://bmc-17/redfish/v1/Chassis/1": the chassis that is this node, and no more.
-        user_variable: environment variable with the user's name; None: no login.
-        password_variable: environment variable with the password.
-        ca_file: certificate (PEM) to trust instead of the system's: a controller's own, or a company's authority.
-        check_hostname: False for a controller's own certificate that does not name it; only with `ca_file`.
-    """
-
-    chassis_url: str
-    user_variable: str | None = None
-    password_variable: str | None = None
-    ca_file: Path | None = None
-    check_hostname: bool = True
-    timeout_s: float = TIMEOUT_S
-
 
 class RedfishMeter:
-    """The meter of one chassis.
+    """The chassis of the node `host`, with the login that the node's environment holds.
+
+    Args:
+        config: checked, see `NodeMeterConfig.check`.
 
     Raises:
-        InputError: the configuration cannot work, whatever the controller says.
+        InputError: a variable or the certificate that `config` names is not on this node.
     """
 
-    def __init__(self, config: RedfishConfig) -> None:
-        check_chassis_url(config)
-        parts = urlsplit(config.chassis_url)
-        self.name = config.chassis_url
+    def __init__(self, config: NodeMeterConfig, host: str, timeout_s: float = TIMEOUT_S) -> None:
+        self.name = config.url_on(host)
+        parts = urlsplit(self.name)
         self._base = f"{parts.scheme}://{parts.netloc}"
         self._path = parts.path
-        self._timeout_s = config.timeout_s
+        self._timeout_s = timeout_s
         self._headers = {"Accept": "application/json", **_login(self.name, config)}
         self._opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}),  # a proxy would see the password
@@ -119,32 +98,12 @@ class RedfishMeter:
         return answer, at_ns, half_ns
 
 
-def check_chassis_url(config: RedfishConfig) -> None:
-    """Raise InputError where `config` cannot work, whatever the machine it is used on."""
-    name = config.chassis_url
-    try:
-        parts = urlsplit(name)
-        host = parts.hostname
-    except ValueError as error:
-        raise InputError(f"a Redfish URL cannot be read: {error}") from error
-    if parts.username or parts.password:
-        raise InputError("a Redfish URL holds a user or password: name environment variables for them")
-    if parts.scheme not in ("https", "http") or not host or not parts.path.startswith("/redfish/"):
-        raise InputError(f"{name}: not a chassis, expected https://HOST/redfish/v1/Chassis/ID")
-    if parts.scheme == "http" and config.user_variable and host not in _LOOPBACK:
-        raise InputError(f"{name}: would send the password in the clear, use https")
-    if not config.check_hostname and config.ca_file is None:
-        raise InputError(f"{name}: without a check of the host's name, name its certificate (ca_file)")
-    if bool(config.user_variable) != bool(config.password_variable):
-        raise InputError(f"{name}: environment variable for user or password is not named: both or neither")
-
-
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
-def _login(name: str, config: RedfishConfig) -> dict[str, str]:
+def _login(name: str, config: NodeMeterConfig) -> dict[str, str]:
     secrets = []
     for variable in (config.user_variable, config.password_variable):
         if not variable:  # both or neither
@@ -155,9 +114,9 @@ def _login(name: str, config: RedfishConfig) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(":".join(secrets).encode()).decode()}
 
 
-def _tls(name: str, config: RedfishConfig) -> ssl.SSLContext:
+def _tls(name: str, config: NodeMeterConfig) -> ssl.SSLContext:
     try:
-        context = ssl.create_default_context(cafile=str(config.ca_file) if config.ca_file else None)
+        context = ssl.create_default_context(cafile=config.ca_file)
     except OSError as error:  # ssl.SSLError is one
         raise InputError(f"{config.ca_file}: cannot be used as certificate for {name}: {error}") from error
     context.check_hostname = config.check_hostname

@@ -10,7 +10,6 @@ import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 
 import pyarrow as pa
@@ -67,45 +66,36 @@ class LocalStore(Store):
         self.root = Path(os.path.abspath(root))
         self.url = str(self.root)
 
-    def __repr__(self) -> str:
-        return f"LocalStore({self.url!r})"
-
     def put_exclusive(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        with local_errors("create", path):
-            with _temporary_beside(path) as temporary:
-                _write_new_file(temporary, data)
-                try:
-                    _name_exclusively(temporary, path, data)
-                except FileExistsError:
-                    # Ours, when an NFS server's answer to an earlier try was lost.
-                    if not path.is_file() or path.read_bytes() != data:
-                        raise AlreadyExistsError(
-                            f"{path} already exists with other content; another writer was first"
-                        ) from None
-            _flush_folder(path.parent)
+        with _temporary_beside(path, "create") as temporary:
+            _write_new_file(temporary, data)
+            try:
+                _name_exclusively(temporary, path, data)
+            except FileExistsError:
+                # Ours, when an NFS server's answer to an earlier try was lost.
+                if not path.is_file() or path.read_bytes() != data:
+                    raise AlreadyExistsError(
+                        f"{path} already exists with other content; another writer was first"
+                    ) from None
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        with local_errors("write", path):
-            with _temporary_beside(path) as temporary:
-                _write_new_file(temporary, data)
-                os.replace(temporary, path)
-            _flush_folder(path.parent)
+        with _temporary_beside(path, "write") as temporary:
+            _write_new_file(temporary, data)
+            os.replace(temporary, path)
 
     def put_file(self, key: str, path: Path, on_part: Callable[[], None] = lambda: None) -> None:
         target = self._path(key)
-        with local_errors("write", target):
-            with _temporary_beside(target) as temporary:
-                try:
-                    os.link(path, temporary)
-                except OSError as e:
-                    if e.errno != errno.EXDEV and e.errno not in _NO_HARD_LINKS:
-                        raise
-                    _copy(path, temporary, on_part)
-                _flush_file(temporary)
-                os.replace(temporary, target)
-            _flush_folder(target.parent)
+        with _temporary_beside(target, "write") as temporary:
+            try:
+                os.link(path, temporary)
+            except OSError as e:
+                if e.errno != errno.EXDEV and e.errno not in _NO_HARD_LINKS:
+                    raise
+                _copy(path, temporary, on_part)
+            _flush_file(temporary)
+            os.replace(temporary, target)
         on_part()
 
     def get(self, key: str) -> bytes:
@@ -233,35 +223,36 @@ def _is_temporary(key: str) -> bool:
 
 
 @contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    """A temporary name in the folder of `path`, which is made; what still stands under it afterwards is removed."""
-    _make_folder(path.parent)
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-    try:
-        yield temporary
-    finally:
-        _unlink_if_present(temporary)
+def _temporary_beside(path: Path, action: str) -> Iterator[Path]:
+    """A temporary name in the folder of `path`, which is made; what still stands under it afterwards is removed.
+
+    The folder is flushed to the disk at the end. An OSError is a failure to `action` the file at `path`.
+    """
+    with local_errors(action, path):
+        _make_folder(path.parent)
+        temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            yield temporary
+        finally:
+            _unlink_if_present(temporary)
+        _flush_folder(path.parent)
 
 
 def _write_new_file(path: Path, data: bytes) -> None:
-    with path.open("xb", buffering=0) as new:
-        _write_all(new, data)
+    with path.open("xb") as new:
+        new.write(data)
+        new.flush()
         os.fsync(new.fileno())
 
 
 def _copy(source: Path, target: Path, on_part: Callable[[], None]) -> None:
     """Copy a file part by part, each on the disk before the next: a slow file system shows that it gets on."""
-    with source.open("rb") as old, target.open("wb", buffering=0) as new:
+    with source.open("rb") as old, target.open("wb") as new:
         while part := old.read(COPY_PART_BYTES):
-            _write_all(new, part)
+            new.write(part)
+            new.flush()
             os.fdatasync(new.fileno())
             on_part()
-
-
-def _write_all(file: FileIO, data: bytes) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[file.write(view) :]
 
 
 def _flush_file(path: Path) -> None:

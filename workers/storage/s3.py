@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -147,42 +147,6 @@ class Bucket:
     def open_input(self, key: str) -> BinaryIO:
         return io.BufferedReader(_RangedReader(self, key, self.head(key)["ContentLength"]), READ_BUFFER_BYTES)  # type: ignore[return-value]
 
-    def create(self, key: str, data: bytes) -> None:
-        """Create the object by a conditional PUT; see `Store.put_exclusive`.
-
-        Raises:
-            AlreadyExistsError: it holds other bytes.
-            StoreError: any other refusal, or the time is up.
-        """
-        backoff = Backoff(f"create {self.url(key)}", self.settings.repeat_for_s)
-        while True:
-            try:
-                self.call_once("put_object", Key=key, Body=data, IfNoneMatch="*")
-                return
-            except S3Failure as failure:
-                if failure.refused_because_present:
-                    # Whose it is, only its bytes tell: a lost answer makes our own success look like a defeat.
-                    if self._holds(key, data):
-                        return
-                elif not failure.transient:
-                    raise self.error(failure, "create", key) from failure
-                if not backoff.wait(failure):
-                    if failure.transient and self._holds(key, data):
-                        return
-                    raise self.error(failure, "create", key) from failure
-
-    def _holds(self, key: str, data: bytes) -> bool:
-        """True when the object holds `data`, False when there is none; raises AlreadyExistsError otherwise."""
-        try:
-            existing = self.get(key)
-        except NotFoundError:
-            return False
-        if existing != data:
-            raise AlreadyExistsError(
-                f"{self.url(key)} already exists with other content; another writer was first"
-            )
-        return True
-
     def upload(
         self,
         key: str,
@@ -239,37 +203,6 @@ class Bucket:
                 logger.warning(
                     "multipart upload %s of %s stays pending: %s", upload_id, self.url(key), failure
                 )
-
-    def delete(self, keys: list[str]) -> None:
-        """Delete up to DELETE_BATCH keys; missing ones are fine."""
-        request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        try:
-            answer = self.call_once("delete_objects", Delete=request)
-            remaining = [error["Key"] for error in answer.get("Errors", ())]
-        except S3Failure as failure:
-            logger.debug("batch delete in %s failed (%s); deleting one by one", self.name, failure)
-            remaining = keys
-        # Some servers know no batches, and a batch reports its failures without a reason we could act on.
-        for key in remaining:
-            try:
-                self.call("delete", "delete_object", key)
-            except NotFoundError:
-                continue
-
-    def list_uploads(self, prefix: str) -> Iterator[dict[str, Any]]:
-        """Pending multipart uploads (Key, UploadId, Initiated); none where the server cannot list them."""
-        markers: dict[str, str] = {}
-        while True:
-            try:
-                page = self.call_once("list_multipart_uploads", Prefix=prefix, **markers)
-            except S3Failure as failure:
-                if failure.status in (404, 405, 501) and failure.code != "NoSuchBucket":
-                    return
-                raise self.error(failure, "list the uploads of", prefix) from failure
-            yield from page.get("Uploads", ())
-            if not page.get("IsTruncated"):
-                return
-            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def _filesystem(self) -> s3fs.S3FileSystem:
         """This process's connection. Two threads may both make one; the loser's is dropped unused."""
@@ -359,11 +292,36 @@ class S3Store(Store):
         self._start = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self.url = f"s3://{bucket}/{self._start}".rstrip("/")
 
-    def __repr__(self) -> str:
-        return f"S3Store({self.url!r}, endpoint_url={self._bucket.settings.endpoint_url!r})"
-
     def put_exclusive(self, key: str, data: bytes) -> None:
-        self._bucket.create(self._raw(key), data)
+        bucket, raw = self._bucket, self._raw(key)
+        backoff = Backoff(f"create {bucket.url(raw)}", bucket.settings.repeat_for_s)
+        while True:
+            try:
+                bucket.call_once("put_object", Key=raw, Body=data, IfNoneMatch="*")
+                return
+            except S3Failure as failure:
+                if failure.refused_because_present:
+                    # Whose it is, only its bytes tell: a lost answer makes our own success look like a defeat.
+                    if self._holds(key, data):
+                        return
+                elif not failure.transient:
+                    raise bucket.error(failure, "create", raw) from failure
+                if not backoff.wait(failure):
+                    if failure.transient and self._holds(key, data):
+                        return
+                    raise bucket.error(failure, "create", raw) from failure
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        """True when the object holds `data`, False when there is none; raises AlreadyExistsError otherwise."""
+        try:
+            existing = self.get(key)
+        except NotFoundError:
+            return False
+        if existing != data:
+            raise AlreadyExistsError(
+                f"{self._bucket.url(self._raw(key))} already exists with other content; another writer was first"
+            )
+        return True
 
     def put(self, key: str, data: bytes) -> None:
         view = memoryview(data)
@@ -403,7 +361,23 @@ class S3Store(Store):
     def delete(self, keys: Iterable[str]) -> None:
         raw = [self._raw(key) for key in keys]
         for i in range(0, len(raw), DELETE_BATCH):
-            self._bucket.delete(raw[i : i + DELETE_BATCH])
+            self._delete_batch(raw[i : i + DELETE_BATCH])
+
+    def _delete_batch(self, keys: Sequence[str]) -> None:
+        bucket = self._bucket
+        request = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        try:
+            answer = bucket.call_once("delete_objects", Delete=request)
+            remaining: Sequence[str] = [error["Key"] for error in answer.get("Errors", ())]
+        except S3Failure as failure:
+            logger.debug("batch delete in %s failed (%s); deleting one by one", bucket.name, failure)
+            remaining = keys
+        # Some servers know no batches, and a batch reports its failures without a reason we could act on.
+        for key in remaining:
+            try:
+                bucket.call("delete", "delete_object", key)
+            except NotFoundError:
+                continue
 
     def open_input(self, key: str) -> BinaryIO:
         return self._bucket.open_input(self._raw(key))
@@ -418,9 +392,20 @@ class S3Store(Store):
             raise
 
     def list_temporary(self) -> Iterator[TemporaryObject]:
-        for upload in self._bucket.list_uploads(self._start):
-            key = upload["Key"][len(self._start) :]
-            yield TemporaryObject(key, _nanoseconds(upload["Initiated"]), upload["UploadId"])
+        markers: dict[str, str] = {}
+        while True:
+            try:
+                page = self._bucket.call_once("list_multipart_uploads", Prefix=self._start, **markers)
+            except S3Failure as failure:
+                if failure.status in (404, 405, 501) and failure.code != "NoSuchBucket":
+                    return  # the server cannot list them
+                raise self._bucket.error(failure, "list the uploads of", self._start) from failure
+            for upload in page.get("Uploads", ()):
+                key = upload["Key"][len(self._start) :]
+                yield TemporaryObject(key, _nanoseconds(upload["Initiated"]), upload["UploadId"])
+            if not page.get("IsTruncated"):
+                return
+            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def delete_temporary(self, leftovers: Iterable[TemporaryObject]) -> None:
         for leftover in leftovers:

@@ -29,19 +29,9 @@ LATER_TRIES_LOGGED = 10
 
 _TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 _TRANSIENT_CODES = {
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "RequestLimitExceeded",
-    "InternalError",
-    "ServiceUnavailable",
-    "ConditionalRequestConflict",
-    "OperationAborted",
-    # damaged on the way:
-    "IncompleteBody",
-    "BadDigest",
-    "XAmzContentSHA256Mismatch",
+    *("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"),
+    *("InternalError", "ServiceUnavailable", "ConditionalRequestConflict", "OperationAborted"),
+    *("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),  # damaged on the way
 }
 _NO_ANSWER = (
     *(HTTPClientError, NoConnection, ResponseParserError),  # botocore
@@ -54,8 +44,6 @@ _PERMISSION_ADVICE = (
     "check the credentials (AWS_ACCESS_KEY_ID, ...) and their permission to read, write and list"
 )
 _REGION_ADVICE = "the bucket is in another region: set AWS_REGION"
-_NO_ANSWER_ADVICE = "check the endpoint (AWS_ENDPOINT_URL) and the network, then try again"
-_OVERLOADED_ADVICE = "the server is overloaded or failing; try again later"
 _ADVICE_BY_CODE = {
     "NoSuchBucket": "create the bucket, or correct its name or the endpoint (AWS_ENDPOINT_URL)",
     "QuotaExceeded": _FULL_ADVICE,
@@ -97,16 +85,19 @@ class S3Failure(Exception):
 
     def as_store_error(self, action: str, url: str, endpoint: str | None) -> StoreError:
         """The same failure for a person: place, server's words, next step."""
+        if self.not_found:
+            return NotFoundError(f"{url} does not exist")
         where = f"cannot {action} {url}" + (f" at {endpoint}" if endpoint else "")
         said = f"{self.status} {self.code}" if self.status else self.code
         if self.detail and self.detail != self.code:
             said += f" ({self.detail})"
-        if self.not_found:
-            return NotFoundError(f"{url} does not exist")
-        advice = _ADVICE_BY_CODE.get(self.code) or _ADVICE_BY_STATUS.get(self.status or 0)
-        if advice is None and self.transient:
-            advice = _NO_ANSWER_ADVICE if self.status is None else _OVERLOADED_ADVICE
-        advice = advice or "see the server's log"
+        advice = "see the server's log"
+        if self.transient:
+            advice = "the server is overloaded or failing; try again later"
+            if self.status is None:
+                advice = "check the endpoint (AWS_ENDPOINT_URL) and the network, then try again"
+        advice = _ADVICE_BY_STATUS.get(self.status or 0, advice)
+        advice = _ADVICE_BY_CODE.get(self.code, advice)
         return StoreError(f"{where}: {said}; {advice}", transient=self.transient)
 
 

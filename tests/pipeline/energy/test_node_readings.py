@@ -65,7 +65,7 @@ def test_a_reading_and_a_failure_are_rows_of_the_table():
 
 
 def test_rows_of_a_series_are_its_readings():
-    series = NodeSeries("h", "pdu-csv-power", "power", [1, 2], [700, 701], 10, 30, 3, 0.01)
+    series = NodeSeries("pdu-csv-power", "power", [1, 2], [700, 701], 10, 30, 3, 0.01)
     assert NODE.rows_of(series) == [
         NODE.row(NodeReading("pdu-csv-power", "power", t, v, 10, 3)) for t, v in ((1, 700), (2, 701))
     ]

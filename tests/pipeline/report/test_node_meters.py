@@ -31,7 +31,7 @@ def store(tmp_path_factory):
     begin, end = node_times(load_records(made, len(shards)))["host-b"]
     times = list(range(begin - 9 * STEP_NS, end + 9 * STEP_NS, STEP_NS))
     watts = DEVICES_W + REST_W
-    power = NodeSeries("host-b", "pdu-csv-power", "power", times, [watts * 1000] * len(times), 1, 4 * STEP_NS)
+    power = NodeSeries("pdu-csv-power", "power", times, [watts * 1000] * len(times), 1, 4 * STEP_NS)
     rest = DeclaredRest(REST_W * 1000, 1000)
     import_readings(made, job, shards, "host-b", "<strip>", {"node": [power]}, rest)
     return made

@@ -51,8 +51,8 @@ class Reader:
         if self.dies:
             return Dies(1.0)
         if self.world.still_runs:
-            return AccountRead(worker.worker_id, None, "its process still runs")
-        return After(1.0, AccountRead(worker.worker_id, read(100)))
+            return AccountRead(None, "its process still runs")
+        return After(1.0, AccountRead(read(100)))
 
 
 @pytest.fixture

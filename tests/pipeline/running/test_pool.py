@@ -22,7 +22,6 @@ from millijoule.workers.lease import (
     NodePlace,
     Suspect,
     WorkerConfig,
-    WorkerReady,
     WorkerStatus,
     WorkerStopped,
 )
@@ -72,8 +71,7 @@ class ScriptedWorker:
     def start(self):
         answer = self.world.script.load(self)
         if type(answer) is After and answer.answer is None and answer is not NEVER:
-            ready = WorkerReady(self.worker_id, self.node.node_id, self.node.host, "cpu", "missing", 0.0)
-            return After(answer.seconds, ready)
+            return After(answer.seconds, NodePlace(self.node.node_id, self.node.host))
         return answer
 
     @real_ray.method(concurrency_group="work")

@@ -16,19 +16,8 @@ from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, ImageRequest, ImageRow
 PREFIX = "data/000012-abc"
 any_id = st.text(st.characters(exclude_categories=()), max_size=200)
 hostile_ids = [
-    "../../etc/x",
-    "a/b",
-    "a%2Fb",
-    "con",
-    "\x00",
-    "",
-    ".",
-    "..",
-    "%",
-    "x" * 4000,
-    "é" * 90,
-    "a.b",
-    "\ud800",
+    *("../../etc/x", "a/b", "a%2Fb", "con", "\x00", "", ".", "..", "%"),
+    *("x" * 4000, "é" * 90, "a.b", "\ud800"),
 ]
 
 
@@ -44,10 +33,9 @@ def quarantined_row(prompt_id="bad"):
 def write(tmp_path, format, rows):
     tmp_path.mkdir(exist_ok=True)
     writer = open_writer(format, tmp_path, PREFIX)
-    added = [writer.add(row, encoded) for row, encoded in rows]
-    shard = writer.finish()
-    assert list(shard.rows) == added
-    return shard
+    for row, encoded in rows:
+        writer.add(row, encoded)
+    return writer.finish()
 
 
 def image_bytes(tmp_path, row):

@@ -19,7 +19,7 @@ from pathlib import Path
 import pynvml
 import pytest
 from support.counter_worker import open_shared_meter, segment_from
-from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS, Clock, FakeNvml, FakePowercap
+from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS, FakeNvml, FakePowercap
 from support.ledgers import shard_mj
 
 from millijoule.pipeline.energy.ledger import build_ledger
@@ -32,28 +32,6 @@ from millijoule.workers.schemas import BOOK_EPOCHS
 TESTS = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def open_fake(tmp_path, clock):
-    """Opens meters of workers that share a host."""
-
-    def opened(gpus=None, nvml=None, powercap=None):
-        return open_meter(
-            gpus,
-            nvml=nvml,
-            powercap_root=powercap.root if powercap else tmp_path / "none",
-            boot_id="boot",
-            book_directory=tmp_path,
-            clock_ns=clock,
-        )
-
-    return opened
-
-
 def draw(nvml, clock, seconds, watts=500, uuid=UUIDS[0]):
     clock.advance(seconds)
     nvml.energy_mj[uuid] += round(seconds * watts * 1000)
@@ -63,9 +41,8 @@ def draw(nvml, clock, seconds, watts=500, uuid=UUIDS[0]):
 
 
 def test_a_wrap_seen_late_and_by_one_worker_after_another_is_a_small_positive_difference(
-    open_fake, tmp_path, clock
+    open_fake, powercap, clock
 ):
-    powercap = FakePowercap(tmp_path / "powercap")
     powercap.set("intel-rapl:0", INTEL_RANGE_UJ - 300_000)
     timelines = [SegmentTimeline(name, open_fake(powercap=powercap)) for name in ("a", "b")]
     clock.advance(1)
@@ -81,8 +58,7 @@ def test_a_wrap_seen_late_and_by_one_worker_after_another_is_a_small_positive_di
 # --- a failed read taken as 0, or the counter's lifetime taken as one interval (CodeCarbon) ---------------------------
 
 
-def test_a_failed_read_makes_its_segments_and_the_total_null(open_fake, clock):
-    nvml = FakeNvml()
+def test_a_failed_read_makes_its_segments_and_the_total_null(open_fake, nvml, clock):
     timeline = SegmentTimeline("w", open_fake(["0"], nvml))
     draw(nvml, clock, 10)
     timeline.close("shard", 0, "a")
@@ -96,8 +72,7 @@ def test_a_failed_read_makes_its_segments_and_the_total_null(open_fake, clock):
     assert summary["segments_not_measured"] == 1
 
 
-def test_the_first_read_after_a_failure_is_not_the_lifetime_of_the_counter(open_fake, clock):
-    nvml = FakeNvml()
+def test_the_first_read_after_a_failure_is_not_the_lifetime_of_the_counter(open_fake, nvml, clock):
     meter = open_fake(["0"], nvml)
     nvml.error = pynvml.NVML_ERROR_UNKNOWN
     clock.advance(1)
@@ -112,8 +87,7 @@ def test_the_first_read_after_a_failure_is_not_the_lifetime_of_the_counter(open_
 # --- a counter reset gives a negative number (Zeus) or 0 (Aitra) ------------------------------------------------------
 
 
-def test_a_reset_bumps_the_epoch_and_leaves_the_run_incomplete(open_fake, clock):
-    nvml = FakeNvml()
+def test_a_reset_bumps_the_epoch_and_leaves_the_run_incomplete(open_fake, nvml, clock):
     timeline = SegmentTimeline("w", open_fake(["0"], nvml))
     for shard_id in range(3):
         draw(nvml, clock, 10)
@@ -151,8 +125,7 @@ def test_what_is_not_a_uuid_finds_nothing_even_where_there_is_one_board_only(ope
 # --- N ranks count the node N times (CodeCarbon #544, #936, #1390) ----------------------------------------------------
 
 
-def test_processes_that_share_a_host_add_up_to_its_counters_exactly(tmp_path):
-    powercap = FakePowercap(tmp_path / "powercap")
+def test_processes_that_share_a_host_add_up_to_its_counters_exactly(tmp_path, powercap):
     true_uj = {"intel-rapl:0": INTEL_RANGE_UJ - 2_000_000, "intel-rapl:0:1": 7_000_000}
     gpu_mj = 5_000_000
 
@@ -337,8 +310,7 @@ def zones():
 # --- every MIG slice reports the board (dcgm-exporter #257, #317, #353) ----------------------------------------------
 
 
-def test_seven_slices_of_one_board_are_missing_not_seven_boards(open_fake, clock):
-    nvml = FakeNvml()
+def test_seven_slices_of_one_board_are_missing_not_seven_boards(open_fake, nvml, clock):
     nvml.mig[UUIDS[0]] = [1, 1]
     names = [f"MIG-{i}0000000-aaaa-bbbb-cccc-000000000000" for i in range(6)] + [UUIDS[0]]
     timelines = [SegmentTimeline(name, open_fake([name], nvml)) for name in names]
@@ -349,10 +321,8 @@ def test_seven_slices_of_one_board_are_missing_not_seven_boards(open_fake, clock
     assert build_ledger(segments).summary()["total_mj"] is None
 
 
-def test_a_slice_does_not_hide_that_the_gpu_is_missing_beside_a_measured_processor(
-    open_fake, tmp_path, clock
-):
-    meter = open_fake(["MIG-1"], FakeNvml(), FakePowercap(tmp_path / "powercap"))
+def test_a_slice_does_not_hide_that_the_gpu_is_missing_beside_a_measured_processor(open_fake, nvml, powercap):
+    meter = open_fake(["MIG-1"], nvml, powercap)
     assert (meter.method, set(meter.read().energy_mj)) == ("rapl", {PACKAGE, DRAM})
 
 
@@ -435,8 +405,7 @@ def test_many_workers_with_many_boundaries_do_not_poll_the_counter(open_fake, cl
     assert nvml.energy_mj[UUIDS[0]] - began_mj == 60_000_000
 
 
-def test_with_long_shards_the_counter_is_read_once_a_second_and_at_boundaries(open_fake, clock):
-    nvml = FakeNvml()
+def test_with_long_shards_the_counter_is_read_once_a_second_and_at_boundaries(open_fake, nvml, clock):
     timelines = [SegmentTimeline(f"w{i}", open_fake(["0"], nvml)) for i in range(4)]
     samplers = [PowerSampler(t.meter) for t in timelines]
     before = nvml.reads
@@ -450,8 +419,7 @@ def test_with_long_shards_the_counter_is_read_once_a_second_and_at_boundaries(op
     assert nvml.reads - before == 300 + 10
 
 
-def test_a_board_that_fails_is_not_hammered_either(open_fake, clock):
-    nvml = FakeNvml()
+def test_a_board_that_fails_is_not_hammered_either(open_fake, nvml, clock):
     meters = [open_fake(["0"], nvml) for _ in range(10)]
     nvml.error = pynvml.NVML_ERROR_TIMEOUT
     nvml.field_error = pynvml.NVML_ERROR_TIMEOUT
@@ -484,8 +452,7 @@ def test_the_ambiguous_power_call_is_never_made(open_fake):
 # --- an idle baseline, measured somehow, is subtracted (many) ---------------------------------------------------------
 
 
-def test_idle_draw_is_part_of_a_shard_and_states_are_told_apart(open_fake, clock):
-    nvml = FakeNvml()
+def test_idle_draw_is_part_of_a_shard_and_states_are_told_apart(open_fake, nvml, clock):
     timeline = SegmentTimeline("w", open_fake(["0"], nvml))
     for kind, watts in (("load", 90), ("warmup", 300), ("idle", 120), ("shard", 120)):
         draw(nvml, clock, 10, watts)
@@ -503,8 +470,7 @@ def test_idle_draw_is_part_of_a_shard_and_states_are_told_apart(open_fake, clock
 # --- short windows clipped at zero -------------------------------------------------------------------------------------
 
 
-def test_what_a_short_segment_does_not_see_the_next_one_gets(open_fake, clock):
-    nvml = FakeNvml()
+def test_what_a_short_segment_does_not_see_the_next_one_gets(open_fake, nvml, clock):
     timeline = SegmentTimeline("w", open_fake(["0"], nvml))
     began_mj = nvml.energy_mj[UUIDS[0]]
     for shard_id in range(50):

@@ -1,7 +1,6 @@
 """Power samples: both fields apart, once a second for all workers of a host, bounded, carried by commits."""
 
 import gc
-import json
 import time
 import tracemalloc
 from dataclasses import replace
@@ -10,10 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pynvml
 import pytest
-from support.counters import GPU0, SECOND, UUIDS, Clock, FakeNvml
+from support.counters import GPU0, SECOND, UUIDS
 from support.local_job import plan, runner
 
-from millijoule.pipeline.output.commits import parse_commit, read_commits
+from millijoule.pipeline.output.commits import read_commits
 from millijoule.pipeline.output.job import open_epoch
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
@@ -24,31 +23,9 @@ from millijoule.workers.schemas import Commit, PowerSample
 
 
 @pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def nvml():
-    return FakeNvml()
-
-
-@pytest.fixture
-def sampler(tmp_path, nvml, clock):
+def sampler(open_fake, nvml):
     """Makes samplers of workers that share a host, each with GPU 0 unless said otherwise."""
-
-    def made(gpus=("0",), **options):
-        meter = open_meter(
-            gpus,
-            nvml=nvml,
-            powercap_root=tmp_path / "none",
-            boot_id="boot",
-            book_directory=tmp_path,
-            clock_ns=clock,
-        )
-        return PowerSampler(meter, **options)
-
-    return made
+    return lambda gpus=("0",), **options: PowerSampler(open_fake(gpus, nvml), **options)
 
 
 def watch(clock, samplers, seconds, each=lambda second: None):
@@ -228,15 +205,6 @@ def test_samples_ride_with_the_commit_and_survive_its_json(sampler, clock, one_s
     assert isinstance(commit.power[0].samples[0], PowerSample)
     assert Commit.from_json(commit.to_json()) == commit
     assert attempts.power.take() == ()
-
-
-def test_a_commit_from_before_there_was_power_still_parses(one_shard):
-    store, job, coordinator = one_shard
-    runner(store, job, 1).run(coordinator.next_lease("w1", 0.0))
-    (commit,) = read_commits(store, 1)
-    raw = json.loads(commit.to_json())
-    del raw["power"]
-    assert parse_commit(store, 0, json.dumps(raw).encode()) == commit
 
 
 def test_an_attempt_that_lost_or_failed_keeps_its_samples(sampler, clock, one_shard, monkeypatch):

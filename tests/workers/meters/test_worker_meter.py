@@ -50,13 +50,10 @@ def worker(tmp_path, monkeypatch):
     context = SimpleNamespace(get_accelerator_ids=lambda: {"GPU": ["0"]}, get_node_id=lambda: "node")
     nvml = Working()
 
-    def opened(gpus):
-        return open_meter(
-            gpus, nvml=nvml, powercap_root=tmp_path / "none", boot_id="b", book_directory=tmp_path
-        )
+    options = {"powercap_root": tmp_path / "none", "boot_id": "b", "book_directory": tmp_path}
 
     monkeypatch.setattr(actor.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(actor, "open_meter", opened)
+    monkeypatch.setattr(actor, "open_meter", lambda gpus: open_meter(gpus, nvml=nvml, **options))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     store, job = plan(tmp_path, ["a", "b", "c"])
     config = WorkerConfig(
@@ -73,6 +70,13 @@ def worker(tmp_path, monkeypatch):
     return made, store, job
 
 
+def run_shard(made, store, job):
+    """A lease of the job's only shard, attempted."""
+    shards = load_job_shards(store, job)
+    coordinator = Coordinator(shards, np.zeros(1, bool), 60.0, made.config.driver_epoch)
+    return made.run(coordinator.next_lease("w1", 0.0))
+
+
 def close_books(made, store):
     """Stop a worker and keep its last words, as a driver does."""
     stopped = made.stop()
@@ -81,6 +85,13 @@ def close_books(made, store):
     writer.flush()
     closing = WorkerClosing("w1", made.config.driver_epoch, "w1", stopped.segments[-1].close)
     store.put(closing_key("w1"), closing.to_json())
+
+
+def flush(driver, stopped):
+    """Let a driver write down a worker's last words on its way out."""
+    driver.stopped(stopped)
+    with pytest.raises(StopIteration):
+        driver.run(on_tick=lambda: next(iter(())))
 
 
 def read_table(store, name):
@@ -92,11 +103,9 @@ def read_table(store, name):
 
 def test_a_gpu_given_by_index_is_named_by_its_uuid_in_commit_counter_and_power(worker):
     made, store, job = worker
-    assert made.start().device == UUIDS[0]
+    made.start()
     made._power.look()
-    shards = load_job_shards(store, job)
-    lease = Coordinator(shards, np.zeros(1, bool), 60.0, made.config.driver_epoch).next_lease("w1", 0.0)
-    assert made.run(lease).outcome == "committed"
+    assert run_shard(made, store, job).outcome == "committed"
     segments = made.stop().segments
     (commit,) = read_commits(store, 1)
     assert commit.device == UUIDS[0]
@@ -124,9 +133,7 @@ def test_what_a_worker_did_after_its_last_commit_is_in_the_tables(worker, monkey
     made._power.look()
     time.sleep(MIN_READ_SPACING_NS / SECOND)  # until then the last value stands
     stopped = made.stop()
-    driver.stopped(stopped)
-    with pytest.raises(StopIteration):
-        driver.run(on_tick=lambda: next(iter(())))  # flushes on its way out
+    flush(driver, stopped)
 
     stats = finish_job(store, job, shards)
     power = read_table(store, "power")
@@ -145,8 +152,9 @@ def test_without_telemetry_nothing_is_opened_and_energy_is_missing(worker):
     made, store, job = worker
     made.config = replace(made.config, telemetry=False)
     threads = threading.active_count()
-    ready = made.start()
-    assert (ready.energy_method, ready.device) == ("missing", "0")
+    made.start()
+    stated = read_uncommitted(store).workers["w1"]
+    assert (stated.energy_method, stated.device) == ("missing", "0")
     assert not [t for t in threading.enumerate() if t.name == "power-sampler"]
     assert threading.active_count() <= threads
     shards = load_job_shards(store, job)
@@ -159,9 +167,7 @@ def test_without_telemetry_nothing_is_opened_and_energy_is_missing(worker):
     made.run(driver.coordinator.next_lease("w1", 0.0))
     stopped = made.stop()
     assert stopped.power == ()
-    driver.stopped(stopped)
-    with pytest.raises(StopIteration):
-        driver.run(on_tick=lambda: next(iter(())))
+    flush(driver, stopped)
     assert list(store.list("energy/")) == []
     assert made.nvml.reads == made.nvml.power_reads == 0
     stats = finish_job(store, job, shards)
@@ -178,8 +184,7 @@ def test_a_worker_states_its_environment_once(worker):
     assert (stated.device, stated.gpus, stated.device_name) == (UUIDS[0], (UUIDS[0],), "NVIDIA H200")
     assert (stated.driver_version, stated.node_id, stated.host) == ("570.1", "node", socket.gethostname())
     assert stated.python_version == platform.python_version()
-    lease = Coordinator(load_job_shards(store, job), np.zeros(1, bool), 60.0, 1).next_lease("w1", 0.0)
-    made.run(lease)
+    run_shard(made, store, job)
     made.stop()
     finish_job(store, job, load_job_shards(store, job))
     (row,) = read_table(store, "env")
@@ -195,11 +200,10 @@ def test_a_board_without_a_counter_is_not_made_up_for_by_the_processor(worker, t
     made, store, job = worker
     FakePowercap(tmp_path / "none")
     made.nvml.mig[UUIDS[0]] = [1, 1]
-    assert made.start().device == UUIDS[0]
+    made.start()
     stated = read_uncommitted(store).workers["w1"]
     assert (stated.gpus, stated.energy_method) == ((UUIDS[0],), "rapl")
-    lease = Coordinator(load_job_shards(store, job), np.zeros(1, bool), 60.0, 1).next_lease("w1", 0.0)
-    made.run(lease)
+    run_shard(made, store, job)
     assert made.calibrate([ImageRequest("a", 0, "a", 1)]).energy_mj is None
     close_books(made, store)
     (commit,) = read_commits(store, 1)
@@ -223,8 +227,7 @@ def test_an_output_without_stated_environments_answers_for_the_device_its_commit
     FakePowercap(tmp_path / "none")
     made.nvml.mig[UUIDS[0]] = [1, 1]
     made.start()
-    lease = Coordinator(load_job_shards(store, job), np.zeros(1, bool), 60.0, 1).next_lease("w1", 0.0)
-    made.run(lease)
+    run_shard(made, store, job)
     made.stop()
     store.delete([worker_key("w1")])
     stats = finish_job(store, job, load_job_shards(store, job))
@@ -238,9 +241,8 @@ def test_a_worker_with_two_boards_of_which_one_is_partitioned_names_both(worker,
     made.start()
     stated = read_uncommitted(store).workers["w1"]
     assert (stated.device, stated.gpus) == (UUIDS[0], (UUIDS[0], UUIDS[1], "MIG-7"))
-    lease = Coordinator(load_job_shards(store, job), np.zeros(1, bool), 60.0, 1).next_lease("w1", 0.0)
     time.sleep(MIN_READ_SPACING_NS / SECOND)
-    made.run(lease)
+    run_shard(made, store, job)
     close_books(made, store)
     stats = finish_job(store, job, load_job_shards(store, job))
     assert (stats["energy"]["domains"], stats["energy"]["total_mj"]) == ([GPU0], None)
@@ -262,10 +264,7 @@ def test_a_driver_that_fails_costs_numbers_and_no_image(worker):
     made.start()
     made.nvml.error = made.nvml.power_error = pynvml.NVML_ERROR_GPU_IS_LOST
     time.sleep(MIN_READ_SPACING_NS / SECOND)  # until then the last value stands
-    lease = Coordinator(
-        load_job_shards(store, job), np.zeros(1, bool), 60.0, made.config.driver_epoch
-    ).next_lease("w1", 0.0)
-    assert made.run(lease).outcome == "committed"
+    assert run_shard(made, store, job).outcome == "committed"
     made.stop()
     (commit,) = read_commits(store, 1)
     assert (commit.images_ok, commit.energy_mj) == (3, None)

@@ -8,11 +8,14 @@ import pytest
 from support.redfish import Controller, own_certificate
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.node_meters.meter import MeterFailure
-from millijoule.workers.node_meters.redfish import MAX_ANSWER_BYTES, RedfishConfig, RedfishMeter
+from millijoule.workers.node_meters.redfish import MAX_ANSWER_BYTES, RedfishMeter
 
 S = 1_000_000_000
 KWH = 3_600_000_000
+PATH = "/redfish/v1/Chassis/1"
+BMC = f"https://bmc{PATH}"
 
 
 @pytest.fixture
@@ -23,16 +26,20 @@ def controller():
     server.server_close()
 
 
+def opened(url, timeout_s=10.0, **config):
+    config = NodeMeterConfig(("*",), "redfish", url, **config)
+    config.check()
+    return RedfishMeter(config, "host", timeout_s)
+
+
 def read(controller, **config):
-    return {
-        r.source: (r.value, r.quantum) for r in RedfishMeter(RedfishConfig(controller.url, **config)).read()
-    }
+    return {r.source: (r.value, r.quantum) for r in opened(controller.url, **config).read()}
 
 
 def test_energy_in_kwh_keeps_its_digits_and_power_comes_beside(controller):
     controller.environment(EnergykWh={"Reading": 10433.52}, PowerWatts={"Reading": 811.5})
     before = time.time_ns()
-    readings = RedfishMeter(RedfishConfig(controller.url)).read()
+    readings = opened(controller.url).read()
     assert {(r.source, r.quantity, r.value, r.quantum) for r in readings} == {
         ("redfish-energy", "energy", 37_560_672_000_000, 36_000_000),
         ("redfish-power", "power", 811_500, 100),
@@ -105,7 +112,7 @@ def test_the_login_comes_from_the_environment_and_never_into_the_log(controller,
     login = {"user_variable": "BMC_USER", "password_variable": "BMC_PASSWORD"}
     assert read(controller, **login) == {"redfish-power": (590_000, 1000)}
     controller.login = "Basic another"
-    meter = RedfishMeter(RedfishConfig(controller.url, **login))
+    meter = opened(controller.url, **login)
     with pytest.raises(MeterFailure, match="HTTP 401") as failure:
         meter.read()
     for secret in ("s3cret", controller.headers_seen[0][1][6:]):
@@ -113,25 +120,25 @@ def test_the_login_comes_from_the_environment_and_never_into_the_log(controller,
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("url", "config", "message"),
     [
-        (RedfishConfig("ftp://bmc/redfish/v1/Chassis/1"), "not a chassis"),
-        (RedfishConfig("https://bmc/"), "not a chassis"),
-        (RedfishConfig("http://bmc/redfish/v1/Chassis/1", "HOME", "HOME"), "in the clear"),
-        (RedfishConfig("https://bmc/redfish/v1/Chassis/1", "HOME"), "for user or password"),
-        (RedfishConfig("https://bmc/redfish/v1/Chassis/1", "HOME", "NOT_SET_ANYWHERE"), "NOT_SET_ANYWHERE"),
-        (RedfishConfig("https://bmc/redfish/v1/Chassis/1", check_hostname=False), "ca_file"),
-        (RedfishConfig("https://bmc/redfish/v1/Chassis/1", ca_file="/nowhere.pem"), "/nowhere.pem"),
+        ("ftp://bmc/redfish/v1/Chassis/1", {}, "not a chassis"),
+        ("https://bmc/", {}, "not a chassis"),
+        ("http://bmc" + PATH, {"user_variable": "HOME", "password_variable": "HOME"}, "in the clear"),
+        (BMC, {"user_variable": "HOME"}, "for user or password"),
+        (BMC, {"user_variable": "HOME", "password_variable": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE"),
+        (BMC, {"check_hostname": False}, "ca_file"),
+        (BMC, {"ca_file": "/nowhere.pem"}, "/nowhere.pem"),
     ],
 )
-def test_a_configuration_that_cannot_work_is_refused_at_once(config, message):
+def test_a_configuration_that_cannot_work_is_refused_at_once(url, config, message):
     with pytest.raises(InputError, match=message):
-        RedfishMeter(config)
+        opened(url, **config)
 
 
 def test_a_password_in_the_url_is_refused_without_repeating_it():
     with pytest.raises(InputError) as refused:
-        RedfishMeter(RedfishConfig("https://root:calvin@bmc/redfish/v1/Chassis/1"))
+        opened("https://root:calvin@bmc" + PATH)
     assert "calvin" not in str(refused.value)
 
 
@@ -160,9 +167,9 @@ def test_a_certificate_is_checked_unless_it_is_named(certificate, monkeypatch):
         with pytest.raises(
             MeterFailure, match="CERTIFICATE_VERIFY_FAILED"
         ):  # trusted, but names another host
-            read(server, ca_file=certificate, **login)
+            read(server, ca_file=str(certificate), **login)
         assert server.headers_seen == []  # the password did not leave
-        assert read(server, ca_file=certificate, check_hostname=False, **login) == {
+        assert read(server, ca_file=str(certificate), check_hostname=False, **login) == {
             "redfish-power": (590_000, 1000)
         }
     finally:

@@ -67,14 +67,8 @@ def _fill(url: str, files: dict[str, bytes]) -> None:
 def test_a_folder_stands_for_its_data_files(prompts: str) -> None:
     """As Spark leaves them: markers, checksums, empty parts and what an unfinished job wrote."""
     names = ["part-00000-a.snappy.parquet", "part-00001-a.snappy.parquet", "more/part-00002.parquet"]
-    markers = [
-        "_SUCCESS",
-        ".part-00000-a.snappy.parquet.crc",
-        "_temporary/0/part-9.parquet",
-        "x.crc",
-        "_metadata",
-    ]
-    files = {f"spark/{name}": b"x" for name in (*names, *markers)}
+    markers = [".part-00000-a.snappy.parquet.crc", "_temporary/0/part-9.parquet", "x.crc", "_metadata"]
+    files = {f"spark/{name}": b"x" for name in (*names, *markers, "_SUCCESS")}
     _fill(prompts, files | {"spark/part-00003.parquet": b"", "spark/_started": b""})
     found = [f"spark/{name}" for name in sorted(names)]
     assert _expand(prompts, "spark") == _expand(prompts, "spark/") == found
