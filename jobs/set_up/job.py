@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from importlib.metadata import version
 
 from millijoule.jobs.set_up.calibration import calibrated_shard_size
 from millijoule.jobs.set_up.ray_cluster import Cluster
@@ -16,7 +17,6 @@ from millijoule.pipeline.output.job import (
     check_same_job,
     publish_job,
     read_job,
-    software_version,
 )
 from millijoule.pipeline.planning.make_plan import plan_job
 from millijoule.pipeline.planning.plan_options import PlanOptions, compute_fingerprint
@@ -123,7 +123,7 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
         shards=plan.n_shards,
         bad_rows=plan.n_bad_rows,
         created_unix=time.time(),
-        millijoule_version=software_version(),
+        millijoule_version=version("millijoule"),
     )
 
 

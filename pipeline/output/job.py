@@ -11,7 +11,6 @@ import os
 import socket
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError
@@ -141,10 +140,6 @@ def last_epoch(store: Store) -> int:
     """The number of the driver that started last; 0 where there was none."""
     stems = (item.key.removeprefix(EPOCHS_PREFIX).removesuffix(".json") for item in store.list(EPOCHS_PREFIX))
     return max((int(stem) for stem in stems if stem.isdigit()), default=0)
-
-
-def software_version() -> str:
-    return version("millijoule")
 
 
 def _user() -> str:

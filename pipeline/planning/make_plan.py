@@ -103,15 +103,10 @@ class _Source:
             start = self._first_ordinal[chunk.file_index]
             ordinals = start + chunk.row_numbers - 1
             following = start + chunk.last_row
-            rows = _plan_rows(chunk, ordinals, self.options)
-            yield (
-                self._resolve(chunk, ordinals, rows, self.known)
-                if self.known
-                else (ordinals, rows, chunk.bad)
-            )
+            yield self._resolve(chunk, ordinals, _plan_rows(chunk, ordinals, self.options))
         self._first_ordinal += [following] * (len(self.files) + 1 - len(self._first_ordinal))
 
-    def place(self, ordinal: int) -> str:
+    def where(self, ordinal: int) -> str:
         """ "file:row" of the row with this ordinal, which the last pass has met."""
         i = bisect_right(self._first_ordinal, ordinal) - 1
         return f"{self.files[i].url}:{ordinal - self._first_ordinal[i] + 1}"
@@ -132,15 +127,19 @@ class _Source:
         return found
 
     def _resolve(
-        self, chunk: PromptChunk, ordinals: np.ndarray, rows: pa.RecordBatch, known: Duplicates
+        self, chunk: PromptChunk, ordinals: np.ndarray, rows: pa.RecordBatch
     ) -> tuple[np.ndarray, pa.RecordBatch, list[BadRow]]:
         """The chunk with later occurrences of an id renamed or dropped."""
-        at, ours = known.among(ordinals)
-        ids = rows["prompt_id"].to_pylist() if len(at) else []
-        if not ids:
+        known = self.known
+        start, end = 0, 0
+        if known is not None and len(ordinals):
+            start, end = np.searchsorted(known.ordinal, [ordinals[0], ordinals[-1] + 1]).tolist()
+        if known is None or start == end:
             return ordinals, rows, chunk.bad
+        at = np.searchsorted(ordinals, known.ordinal[start:end])
+        ids = rows["prompt_id"].to_pylist()
         if self.options.duplicate_ids == "suffix":
-            for i, nth in zip(at.tolist(), known.nth[ours].tolist(), strict=True):
+            for i, nth in zip(at.tolist(), known.nth[start:end].tolist(), strict=True):
                 ids[i] = f"{ids[i]}~{nth}"
             named = rows.set_column(0, PLAN_ROW_SCHEMA.field("prompt_id"), pa.array(ids, pa.string()))
             return ordinals, named, chunk.bad
@@ -149,11 +148,11 @@ class _Source:
                 file=self.files[chunk.file_index].url,
                 row=int(chunk.row_numbers[i]),
                 column=chunk.names.get("prompt_id"),
-                reason=f"prompt id {shown(ids[i])!r} is taken by {self.place(first)}",
+                reason=f"prompt id {shown(ids[i])!r} is taken by {self.where(first)}",
                 prompt_id=ids[i],
                 prompt=shown(rows["prompt"][i].as_py()),
             )
-            for i, first in zip(at.tolist(), known.first[ours].tolist(), strict=True)
+            for i, first in zip(at.tolist(), known.first[start:end].tolist(), strict=True)
         ]
         keep = np.ones(len(ordinals), bool)
         keep[at] = False
@@ -229,7 +228,7 @@ def _duplicates_message(source: _Source, found: Duplicates) -> str:
     first, later = (ordinals[:SHOWN_PROBLEMS].tolist() for ordinals in (found.first, found.ordinal))
     ids = source.ids(later)
     examples = "; ".join(
-        f"{shown(ids[b])!r} at {source.place(a)} and {source.place(b)}"
+        f"{shown(ids[b])!r} at {source.where(a)} and {source.where(b)}"
         for a, b in zip(first, later, strict=True)
     )
     rest = f" and {len(found) - len(later):,} more" if len(found) > len(later) else ""
