@@ -103,14 +103,12 @@ class Totals:
         self.errors.update(e for e in rows["error"].drop_null().to_pylist() if e)
         self.warnings.update(pc.list_flatten(rows["warnings"]).to_pylist())
         codes = [commits.name_codes(name)[part] for name in ("host", "device", "energy_method")]
-        kinds, first, kind = np.unique(
-            np.stack(codes, axis=1), axis=0, return_index=True, return_inverse=True
-        )
-        images = np.bincount(kind.ravel(), weights=made, minlength=len(kinds)).astype(int)
-        for i in np.argsort(first).tolist():
-            host, device, method = (commits.names[code] for code in kinds[i])
-            self.per_node[f"{host}/{device}"] += int(images[i])
-            self.energy_methods[method] += int(images[i])
+        kinds, kind = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
+        images = np.bincount(kind.ravel(), weights=made).astype(int).tolist()
+        for named, n in zip(kinds.tolist(), images, strict=True):
+            host, device, method = (commits.names[code] for code in named)
+            self.per_node[f"{host}/{device}"] += n
+            self.energy_methods[method] += n
         started = int(commits.number("t_start_wall_ns")[part].min())
         self.first_start_ns = min(self.first_start_ns or started, started)
         self.last_end_ns = max(self.last_end_ns or 0, int(commits.number("t_end_wall_ns")[part].max()))

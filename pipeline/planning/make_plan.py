@@ -72,8 +72,7 @@ def plan_job(
             draft = _Draft(source, Path(scratch, "again"))
         if draft.duplicates:
             raise InputError(_duplicates_message(source, draft.duplicates))
-        plan = draft.plan(fingerprint)
-        draft.publish(store, plan)
+        plan = draft.publish(store, fingerprint)
     for warning in plan.warnings:
         log.warning("%s", warning)
     return plan
@@ -189,8 +188,8 @@ class _Draft:
         self.duplicates = finder.duplicates()
         shutil.rmtree(ids_folder)
 
-    def plan(self, fingerprint: str) -> Plan:
-        """The draft's totals; raises InputError where no row can be used."""
+    def publish(self, store: Store, fingerprint: str) -> Plan:
+        """Upload the plan, the shard index last; raises InputError where no row can be used."""
         shards = self._shards
         if not shards.n_rows:
             raise InputError(
@@ -204,7 +203,7 @@ class _Draft:
                 f"{shards.n_shards:,} shards, where {full:,} of equal size and steps would do: the prompts ask for "
                 "very many combinations of width, height and num_inference_steps"
             )
-        return Plan(
+        plan = Plan(
             fingerprint=fingerprint,
             n_rows=shards.n_rows,
             n_images=shards.n_images,
@@ -214,14 +213,11 @@ class _Draft:
             warnings=tuple(warnings),
         )
 
-    def publish(self, store: Store, plan: Plan) -> None:
-        """Upload the plan, the shard index last."""
-        for part, path in enumerate(self._shards.parts):
-            store.put_file(plan_part_key(plan.fingerprint, part), path)
+        for part, path in enumerate(shards.parts):
+            store.put_file(plan_part_key(fingerprint, part), path)
         store.put_file(plan.bad_rows_key, self.folder / "bad_rows.parquet")
-        store.put_file(
-            plan_index_key(plan.fingerprint), self._shards.write_index(PLAN_METADATA, encode(plan))
-        )
+        store.put_file(plan_index_key(fingerprint), shards.write_index(PLAN_METADATA, encode(plan)))
+        return plan
 
 
 def _duplicates_message(source: _Source, found: Duplicates) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from millijoule.pipeline.planning.prompt_values import INTEGER_LIMITS
+from millijoule.pipeline.planning.prompt_values import LIMITS
 from millijoule.pipeline.planning.prompts import PromptOptions
 from millijoule.workers.errors import InputError
 from millijoule.workers.schemas import SCHEMA_VERSION
@@ -40,7 +40,7 @@ class PlanOptions(PromptOptions):
             raise InputError(f"shard size {self.shard_size}: must be at least 1 image")
         if self.duplicate_ids not in ("error", "keep-first", "suffix"):
             raise InputError(f"duplicate ids {self.duplicate_ids!r}: must be error, keep-first or suffix")
-        low, high = INTEGER_LIMITS["num_images"]
+        low, high = LIMITS["num_images"]
         if not low <= self.images_per_prompt <= high:
             raise InputError(f"num_images {self.images_per_prompt}: must be from {low} to {high}")
 

@@ -62,7 +62,7 @@ def read_chunks(
             else:
                 chunks = read_csv(text, USUAL_DELIMITERS[kind], delimiter, known, remarks)
         for chunk in chunks:
-            if twice := sorted(constants.keys() & set(chunk.names)):
+            if twice := sorted(constants.keys() & chunk.columns.keys()):
                 names = ", ".join(map(repr, twice))
                 raise InputError(
                     f"{file.url}: {names} is both a column and in the name of a folder; rename one"

@@ -83,11 +83,15 @@ def read_json(text: TextFile, known: KnownNames, remarks: Remarks) -> Iterator[R
 def _from_line(line: str, row: int, url: str, known: KnownNames) -> Record | BadRow:
     try:
         record = json.loads(line)
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg} at character {error.pos + 1}"
     except (ValueError, RecursionError) as error:
-        return BadRow(url, row, None, _problem(error), None, shown(line.strip()))
-    if type(record) is dict:
-        return _unwrapped(record, row, url, known)
-    return BadRow(url, row, None, f"each line must be a JSON object, not {shown(line.strip(), 40)}")
+        problem = str(error)
+    else:
+        if type(record) is dict:
+            return _unwrapped(record, row, url, known)
+        return BadRow(url, row, None, f"each line must be a JSON object, not {shown(line.strip(), 40)}")
+    return BadRow(url, row, None, f"not valid JSON: {problem}", None, shown(line.strip()))
 
 
 def _from_value(value: Any, row: int, url: str, known: KnownNames) -> Record | BadRow:
@@ -109,12 +113,6 @@ def _unwrapped(record: Record, row: int, url: str, known: KnownNames) -> Record 
         names = ", ".join(map(repr, sorted(twice)))
         return BadRow(url, row, None, f"{names} stands both beside and in 'body'; remove one of them")
     return outer | body
-
-
-def _problem(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} at character {error.pos + 1}"
-    return f"not valid JSON: {error}"
 
 
 @dataclass

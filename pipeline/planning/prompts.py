@@ -18,13 +18,12 @@ import pyarrow.compute as pc
 from millijoule.pipeline.planning.column_names import FileColumns, KnownNames, Remarks
 from millijoule.pipeline.planning.prompt_files import USUAL_DELIMITERS, read_chunks
 from millijoule.pipeline.planning.prompt_values import (
-    INTEGER_LIMITS,
+    LIMITS,
     MAX_ID_CHARS,
     Problems,
     as_text,
-    check_guidance,
     check_ids,
-    check_integers,
+    check_numbers,
     check_size,
     check_text,
     mask,
@@ -122,7 +121,7 @@ def _check(
 ) -> PromptChunk:
     """The chunk with every column in its type and the rows that break a rule set aside."""
     n, names, problems = len(raw.rows), {"prompt": "prompt"} | columns.names, Problems()
-    values = {ours: raw.column(name) for ours, name in columns.names.items() if name in raw.names}
+    values = {ours: raw.column(name) for ours, name in columns.names.items() if name in raw.columns}
     values.setdefault("prompt", [None] * n)
     out: dict[str, pa.Array] = {field.name: pa.nulls(n, field.type) for field in PROMPT_ROW_SCHEMA}
 
@@ -133,8 +132,9 @@ def _check(
     check("prompt_id", check_ids, file, raw.from_text)
     check("prompt", check_text, file, options.max_prompt_chars, False)
     check("negative_prompt", check_text, file, options.max_prompt_chars, True)
-    for ours in INTEGER_LIMITS:
-        check(ours, check_integers, ours, raw.decimal_comma)
+    *integers, guidance = LIMITS
+    for ours in integers:
+        check(ours, check_numbers, ours, raw.decimal_comma)
     if "size" in values:
         column = names["size"]
         out["width"], out["height"], unread = check_size(
@@ -146,7 +146,7 @@ def _check(
                 "not used (passed through)"
             )
             remarks.add(file, text, key=f"unreadable size {column}", level=logging.WARNING)
-    check("guidance_scale", check_guidance, raw.decimal_comma)
+    check(guidance, check_numbers, guidance, raw.decimal_comma)
     out["extra"] = _check_extra(raw, columns, problems)
     out["source"] = pc.binary_join_element_wise(file, pc.cast(pa.array(raw.rows), pa.string()), ":")
 
@@ -166,7 +166,7 @@ def _check(
 
 
 def _check_extra(raw: RawChunk, columns: FileColumns, problems: Problems) -> pa.Array:
-    others = ", ".join(columns.passed_through(raw.names))
+    others = ", ".join(name for name in raw.columns if name not in columns.used)
     try:
         extra = raw.extra(columns.used)
     except (TypeError, ValueError, RecursionError) as error:

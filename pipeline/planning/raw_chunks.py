@@ -59,7 +59,8 @@ class BadRow:
 class RawChunk:
     """Some rows of one file, before anything is checked; here of a format that has columns.
 
-    `rows` is int64 `[n]`, the row numbers; `last_row` the number of the last row read, bad rows included. In a chunk
+    `rows` is int64 `[n]`, the row numbers; `last_row` the number of the last row read, bad rows included. `columns` are
+    all that some row has; `column` gives the values of one, null where a row does not have it. In a chunk
     `from_text` an empty field is the only way to say that there is none; with `decimal_comma` 7,5 is a number.
     """
 
@@ -70,13 +71,7 @@ class RawChunk:
     from_text: bool = False
     decimal_comma: bool = False
 
-    @property
-    def names(self) -> Collection[str]:
-        """All columns that some row of the chunk has."""
-        return self.columns.keys()
-
     def column(self, name: str) -> Values:
-        """The values of a column of the chunk, null where a row does not have it."""
         return self.columns[name]
 
     def add_columns(self, constants: Mapping[str, str | None]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -48,26 +47,15 @@ _SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class NamedQuery:
-    """A file of `sql/`: its help is the first line, without the dashes."""
-
-    name: str
-    help: str
-    sql: str
-
-
-def named_queries() -> dict[str, NamedQuery]:
-    """The questions that come with the program, by name."""
-    found = {}
-    for file in sorted(files("millijoule.pipeline.sql").iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".sql"):
-            text, name = file.read_text(encoding="utf-8"), file.name.removesuffix(".sql")
-            found[name] = NamedQuery(name, text.partition("\n")[0].removeprefix("--").strip(), text)
-    return found
+def named_queries() -> dict[str, str]:
+    """The SQL of the questions that come with the program, by name; the first line is a comment that explains it."""
+    found = sorted(files("millijoule.pipeline.sql").iterdir(), key=lambda f: f.name)
+    return {
+        f.name.removesuffix(".sql"): f.read_text(encoding="utf-8") for f in found if f.name.endswith(".sql")
+    }
 
 
-def open_tables(stores: Sequence[Store], threads: int | None = None) -> duckdb.DuckDBPyConnection:
+def open_tables(stores: Sequence[Store]) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection that sees the energy tables of these outputs and nothing else.
 
     An output whose job has not finished yet is seen as of its last flush. Two outputs with the same job have the
@@ -85,7 +73,7 @@ def open_tables(stores: Sequence[Store], threads: int | None = None) -> duckdb.D
         run_id = f"{run_id}@{store.url}" if same[job.fingerprint] > 1 else run_id
         for name, dataset in _datasets(store, job, run_id):
             per_table[name].append(dataset)
-    return connect({name: ds.dataset(parts) for name, parts in per_table.items()}, threads)
+    return connect({name: ds.dataset(parts) for name, parts in per_table.items()})
 
 
 def connect(
@@ -126,7 +114,7 @@ def run_query(connection: duckdb.DuckDBPyConnection, query: str, params: Mapping
         questions = named_queries()
         if query not in questions:
             raise InputError(f"no question named {query!r}: there are {', '.join(questions)}; or give SQL")
-        sql = questions[query].sql
+        sql = questions[query]
     try:
         statements = connection.extract_statements(sql)
         wanted = set().union(*(s.named_parameters for s in statements))
