@@ -9,9 +9,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 
 from millijoule.pipeline.closing.finish import JobRecords, close_again, load_records, require_finished
+from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.node_readings import MeteredNode, store_import
 from millijoule.pipeline.energy.tables import EnergyResult
 from millijoule.pipeline.energy.uncommitted import read_uncommitted
@@ -59,10 +59,10 @@ def import_readings(
         for series in all_series:
             kept = _clipped(series, begin_ns, end_ns)
             if kept is None:
-                first, last = (_moment(series.t_wall_ns[i]) for i in (0, -1))
+                first, last = (utc_text(series.t_wall_ns[i]) for i in (0, -1))
                 raise InputError(
                     f"{series.source} of {feed}: its readings are from {first} to {last}, the job was on {host} from "
-                    f"{_moment(begin_ns)} to {_moment(end_ns)}"
+                    f"{utc_text(begin_ns)} to {utc_text(end_ns)}"
                 )
             node = MeteredNode(host, meter, series.max_gap_ns, series.accuracy_share, rest, feed=feed)
             rows += node.rows_of(kept)
@@ -91,7 +91,3 @@ def _clipped(series: NodeSeries, begin_ns: int, end_ns: int) -> NodeSeries | Non
     first = max(bisect_right(times, begin_ns) - MARGIN_READINGS, 0)
     last = bisect_left(times, end_ns) + MARGIN_READINGS
     return replace(series, t_wall_ns=times[first:last], values=series.values[first:last])
-
-
-def _moment(wall_ns: int) -> str:
-    return datetime.fromtimestamp(wall_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

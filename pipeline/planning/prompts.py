@@ -1,6 +1,6 @@
 """Prompt files as checked rows: every row of every file either becomes a row of the plan or a bad row with a reason.
 
-In go input files and the few options that say how to read them; out come chunks of normalised rows and bad rows, in
+In go input files and the options that say how to read them; out come chunks of normalised rows and bad rows, in
 input order, at bounded memory. Nothing here assigns ids, applies job defaults or knows about shards.
 """
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millijoule.pipeline.planning.column_names import FileColumns, KnownNames, Remarks
+from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.planning.prompt_files import USUAL_DELIMITERS, read_chunks
 from millijoule.pipeline.planning.prompt_values import (
     LIMITS,
@@ -53,23 +54,6 @@ BAD_ROW_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """How prompt files are read.
-
-    `prompt_column` names the column that holds the prompt where it has none of the usual names, or several;
-    `delimiter` is the character between the fields of csv and tsv, None to find out from the header.
-    """
-
-    prompt_column: str | None = None
-    delimiter: str | None = None
-    max_prompt_chars: int = 10_000
-
-    def __post_init__(self) -> None:
-        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
-            raise InputError(f"delimiter {self.delimiter!r}: must be one character, no quote and no line end")
-
-
 @dataclass(frozen=True)
 class PromptChunk:
     """Some rows of file number `file_index`.
@@ -87,7 +71,7 @@ class PromptChunk:
 
 
 def read_prompts(
-    files: Sequence[InputFile], options: PromptOptions, remarks: Remarks | None = None
+    files: Sequence[InputFile], options: PlanOptions, remarks: Remarks | None = None
 ) -> Iterator[PromptChunk]:
     """Read and check all files in order. A file without rows yields no chunk.
 
@@ -117,7 +101,7 @@ def read_prompts(
 
 
 def _check(
-    index: int, file: str, raw: RawChunk, columns: FileColumns, options: PromptOptions, remarks: Remarks
+    index: int, file: str, raw: RawChunk, columns: FileColumns, options: PlanOptions, remarks: Remarks
 ) -> PromptChunk:
     """The chunk with every column in its type and the rows that break a rule set aside."""
     n, names, problems = len(raw.rows), {"prompt": "prompt"} | columns.names, Problems()

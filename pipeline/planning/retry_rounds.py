@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ class RetryRound:
     """One round: its shards, and the (prompt id, image index) pairs it makes anew."""
 
     number: int
-    table: pa.RecordBatch = field(repr=False)  # SHARD_INDEX_SCHEMA
-    images: frozenset[ImageKey] = field(repr=False)
+    table: pa.RecordBatch  # SHARD_INDEX_SCHEMA
+    images: frozenset[ImageKey]
 
 
 class JobShards:

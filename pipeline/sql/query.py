@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -134,14 +135,14 @@ def run_query(connection: duckdb.DuckDBPyConnection, query: str, params: Mapping
 
 
 def _datasets(store: Store, job: JobSpec, run_id: str) -> Iterator[tuple[str, ds.Dataset]]:
-    finished: dict[str, list[str]] = {name: [] for name in ENERGY_SCHEMAS}
+    finished: dict[str, list[tuple[str, date]]] = {name: [] for name in ENERGY_SCHEMAS}
     for item in store.list(ENERGY_PREFIX):
         part = parse_part_key(item.key)
         if part and part[1] == run_id_of(job.fingerprint):
-            finished[part[0]].append(item.key)
+            finished[part[0]].append((item.key, part[2]))
     if finished["closure"]:  # written last
-        for name, keys in finished.items():
-            yield name, _stored(store, name, sorted(keys), run_id)
+        for name, parts in finished.items():
+            yield name, _stored(store, name, sorted(parts), run_id)
     elif live_parts(store):
         log.warning("%s: the job has not finished: rows as of its last flush, none of images yet", store.url)
         for name, rows in read_live_tables(store, job).items():
@@ -154,16 +155,14 @@ def _datasets(store: Store, job: JobSpec, run_id: str) -> Iterator[tuple[str, ds
         )
 
 
-def _stored(store: Store, name: str, keys: Sequence[str], run_id: str) -> ds.Dataset:
-    """The parts of a table as one dataset; files are opened when they are scanned."""
+def _stored(store: Store, name: str, parts: Sequence[tuple[str, date]], run_id: str) -> ds.Dataset:
+    """The parts of a table, by key and day, as one dataset; files are opened when they are scanned."""
     schema = _full_schema(name)
     repeated = [f.name for f in schema if pa.types.is_dictionary(f.type)]
     parquet = ds.ParquetFileFormat(read_options=ds.ParquetReadOptions(dictionary_columns=repeated))
     fragments = []
-    for key in keys:
-        part = parse_part_key(key)
-        assert part is not None
-        where = (ds.field("run_id") == run_id) & (ds.field("date") == pa.scalar(part[2], pa.date32()))
+    for key, day in parts:
+        where = (ds.field("run_id") == run_id) & (ds.field("date") == pa.scalar(day, pa.date32()))
         where &= ds.field("output") == store.url
         fragments.append(parquet.make_fragment(store.open_input(key), partition_expression=where))
     return ds.FileSystemDataset(fragments, schema, parquet)
