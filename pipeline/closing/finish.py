@@ -41,7 +41,6 @@ from millijoule.pipeline.output.commits import parsing_commit, read_commits
 from millijoule.pipeline.output.image_rows import RowReader
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.retry_rounds import JobShards
-from millijoule.workers.errors import InputError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.layout import MANIFEST_KEY, PREVIEW_KEY, STATS_KEY, SUCCESS_KEY
@@ -184,14 +183,6 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
     return stats
 
 
-def require_finished(store: Store) -> None:
-    """Raise InputError where the job in `store` has not finished."""
-    if not store.exists(SUCCESS_KEY) or not store.exists(STATS_KEY):
-        raise InputError(
-            f"{store.url}: the job has not finished; run the same `millijoule generate` again first"
-        )
-
-
 def close_again(store: Store, job: JobSpec, records: JobRecords) -> EnergyResult:
     """Write `energy/` of a finished job anew, and its verdicts into `stats.json`: readings of node meters came late."""
     energy = _write_energy(store, job, records)
@@ -303,12 +294,9 @@ def _per_image(total_mj: int | None, images: int) -> float | None:
 
 
 class ManifestRows:
-    """Gives the image table its rows from a manifest, so that no row table is opened twice.
+    """Gives the image table its rows from a manifest in shard order, so that no row table is opened twice.
 
     The manifest lacks images that a later round makes anew; those have no energy to be told of.
-
-    Args:
-        file: the manifest, in shard order.
     """
 
     def __init__(self, file: pq.ParquetFile) -> None:

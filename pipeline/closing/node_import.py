@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from millijoule.pipeline.closing.finish import JobRecords, close_again, load_records, require_finished
+from millijoule.pipeline.closing.finish import JobRecords, close_again, load_records
 from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.node_readings import MeteredNode, store_import
 from millijoule.pipeline.energy.tables import EnergyResult
@@ -18,6 +18,7 @@ from millijoule.pipeline.energy.uncommitted import read_uncommitted
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError
+from millijoule.workers.layout import STATS_KEY, SUCCESS_KEY
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeSeries
 from millijoule.workers.storage.protocol import Store
@@ -46,7 +47,10 @@ def import_readings(
         InputError: the job has not finished, has no such node, or the readings are not of its time.
         StoreError: storage failed. Importing again replaces the same objects.
     """
-    require_finished(store)
+    if not store.exists(SUCCESS_KEY) or not store.exists(STATS_KEY):
+        raise InputError(
+            f"{store.url}: the job has not finished; run the same `millijoule generate` again first"
+        )
     records = load_records(store, len(shards))
     times = node_times(records)
     if host not in times:

@@ -75,10 +75,7 @@ def require_job(store: Store) -> JobSpec:
 
 
 def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], url: str) -> None:
-    """Refuse to mix two jobs in one output.
-
-    Args:
-        asked: by the names of `JobSpec`, what decides whether it is the same job.
+    """Refuse to mix two jobs in one output; `asked` are the fields of `JobSpec` that tell jobs apart.
 
     Raises:
         InputError: the fingerprints differ; the message names the options that changed, or the input.

@@ -46,10 +46,7 @@ def in_threads(
 
 
 def read_objects(store: Store, prefix: str, parse: Callable[[bytes], T], what: str) -> list[T]:
-    """Every object under `prefix`, parsed, in order of their keys.
-
-    Args:
-        what: what an object should be, for messages.
+    """Every object under `prefix`, parsed, in order of their keys; `what` it should be is for messages.
 
     Raises:
         StoreError: storage failed, or `parse` refused an object; the message names it.

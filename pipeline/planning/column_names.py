@@ -99,11 +99,6 @@ class KnownNames:
         """Whether one of `names` is the prompt's."""
         return any(self.meaning(name) == "prompt" for name in names)
 
-    @property
-    def prompt_name(self) -> str:
-        """The name for prompts that come without one."""
-        return self.prompt_column or "prompt"
-
 
 class FileColumns:
     """Which column of one file has which meaning; `names` maps our names to the file's."""

@@ -52,9 +52,7 @@ def plan_job(
     """Read, check and shard all prompts, and write the plan to the store.
 
     Needs temporary disk space for the whole plan (TMPDIR). The input is read once more where ids occur twice.
-
-    Args:
-        fingerprint: what `compute_fingerprint` said, where the caller has asked already.
+    `fingerprint` is what `compute_fingerprint` said, where the caller has asked already.
 
     Raises:
         InputError: a file cannot be used, no row can, or a prompt id occurs twice and the options do not say what to
@@ -81,8 +79,7 @@ def plan_job(
 class _Source:
     """The input, which can be read several times: rows as the plan has them, each with an id and an ordinal.
 
-    Attributes:
-        known: the duplicates an earlier pass found; their rows are dropped or renamed as the options say.
+    The rows of the duplicates that an earlier pass found, `known`, are dropped or renamed as the options say.
     """
 
     def __init__(self, files: Sequence[InputFile], options: PlanOptions) -> None:

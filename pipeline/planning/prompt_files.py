@@ -39,8 +39,7 @@ def read_chunks(
 ) -> Iterator[RawChunk]:
     """All rows of one file, chunk by chunk in file order; nothing for a file without rows.
 
-    Args:
-        delimiter: between the fields of csv and tsv; None finds out.
+    `delimiter` stands between the fields of csv and tsv; None finds out.
 
     Raises:
         InputError: the file cannot be read any further; the message names the file and how far it went.
@@ -86,7 +85,7 @@ def _read_txt(text: TextFile, known: KnownNames) -> Iterator[RawChunk]:
                 yield row, prompt, len(line)
 
     def chunk(rows: np.ndarray, bad: list[BadRow], last: int, prompts: list[str]) -> RawChunk:
-        return RawChunk(rows, bad, last, {known.prompt_name: prompts})
+        return RawChunk(rows, bad, last, {known.prompt_column or "prompt": prompts})
 
     return gathered(items(), chunk)
 

@@ -96,7 +96,7 @@ def _from_line(line: str, row: int, url: str, known: KnownNames) -> Record | Bad
 
 def _from_value(value: Any, row: int, url: str, known: KnownNames) -> Record | BadRow:
     if type(value) is str:
-        return {known.prompt_name: value}
+        return {known.prompt_column or "prompt": value}
     if type(value) is dict:
         return _unwrapped(value, row, url, known)
     return BadRow(url, row, None, f"each element must be a JSON object or text, not {shown(value, 40)}")

@@ -66,8 +66,7 @@ class Problems:
 def check_ids(values: Values, column: str, problems: Problems, file: str, from_text: bool) -> pa.Array:
     """Ids as text, from text or integers, also those that pandas made floats of; null where a row has none.
 
-    Args:
-        from_text: an empty field says that there is none.
+    With `from_text` an empty field says that there is none.
     """
     if isinstance(values, pa.Array):
         if pa.types.is_integer(values.type):

@@ -75,8 +75,7 @@ def read_prompts(
 ) -> Iterator[PromptChunk]:
     """Read and check all files in order. A file without rows yields no chunk.
 
-    Args:
-        remarks: of an earlier pass over the same files, so that nothing is said twice; None: there was none.
+    `remarks` are those of an earlier pass over the same files, so that nothing is said twice.
 
     Raises:
         InputError: a file cannot be read, lacks a prompt column or has two columns of one meaning; or all files

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, time, timedelta
@@ -143,11 +144,7 @@ def refuse_repeated_names(names: list[str], url: str) -> None:
 
 def has_surrogates(text: str) -> bool:
     """Whether `text` has a code point that UTF-8 cannot hold: a byte that was not UTF-8, or half a pair from JSON."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    return re.search(r"[\ud800-\udfff]", text) is not None
 
 
 def shown(value: Any, chars: int = SHOWN_CHARS) -> str | None:

@@ -100,10 +100,7 @@ def connect(
 
 
 def run_query(connection: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any]) -> pa.Table:
-    """Run a question by name, or SQL, and return the last statement's rows.
-
-    Args:
-        params: values of `$name` in the SQL.
+    """Run a question by name, or SQL, with `params` for each `$name` in it; the last statement's rows.
 
     Raises:
         InputError: no such question, SQL that cannot be run, or a parameter missing or unknown.
