@@ -126,11 +126,6 @@ class _Outline:
     objects_only: bool = True
     is_record: bool = False
 
-    def __str__(self) -> str:
-        rest = ", ..." if len(self.kinds) > _SHOWN_MEMBERS else ""
-        members = ", ".join(f"{k!r} ({v})" for k, v in list(self.kinds.items())[:_SHOWN_MEMBERS])
-        return (members or "nothing") + rest
-
 
 def _outline(scanner: _Scanner, known: KnownNames) -> _Outline | None:
     """Walk through the outermost object; None where something comes after it, as in JSON lines."""
@@ -184,9 +179,12 @@ def _values(scanner: _Scanner, outline: _Outline, known: KnownNames, remarks: Re
             value = scanner.value()
             yield value if has_id else {"prompt_id": name} | value
         return
+    members = [f"{k!r} ({v})" for k, v in outline.kinds.items()]
+    if len(members) > _SHOWN_MEMBERS:
+        members[_SHOWN_MEMBERS:] = ["..."]
     hint = "; pandas writes one with to_json(orient='records')" if known.hold_prompt(outline.kinds) else ""
     raise InputError(
-        f"{url}: no list of records in this JSON object, which has {outline}; write a list of objects with a prompt "
+        f"{url}: no list of records in this JSON object, which has {', '.join(members) or 'nothing'}; write a list of objects with a prompt "
         f"each{hint}"
     )
 
