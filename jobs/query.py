@@ -51,8 +51,8 @@ def run(options: QueryOptions) -> int:
     from millijoule.workers.storage.open import open_store
 
     if options.list:
-        for query in named_queries().values():
-            print(f"{query.name:<28} {query.help}")
+        for name, sql in named_queries().items():
+            print(f"{name:<28} {sql.partition(chr(10))[0].removeprefix('--').strip()}")
         return COMPLETE
     if not options.query or not options.outputs:
         raise InputError("give a question or SQL, and at least one output folder; --list shows the questions")

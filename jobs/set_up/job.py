@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from importlib.metadata import version
 
 from millijoule.jobs.set_up.calibration import calibrated_shard_size
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options
 from millijoule.pipeline.output.commits import list_committed
-from millijoule.pipeline.output.job import JobSpec, check_same_job, publish_job, read_job, software_version
+from millijoule.pipeline.output.job import JobSpec, check_same_job, publish_job, read_job
 from millijoule.pipeline.planning.make_plan import plan_job
 from millijoule.pipeline.planning.plan_options import compute_fingerprint
 from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retry_round
@@ -114,7 +115,7 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
         shards=plan.n_shards,
         bad_rows=plan.n_bad_rows,
         created_unix=time.time(),
-        millijoule_version=software_version(),
+        millijoule_version=version("millijoule"),
     )
 
 

@@ -27,9 +27,10 @@ from millijoule.pipeline.closing.finish import (
 from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.lean_memory import lean_memory
 from millijoule.pipeline.energy.tables import compare_energy_tables
-from millijoule.pipeline.output.commits import READ_THREADS, in_threads, list_committed, parse_commit
+from millijoule.pipeline.output.commits import list_committed, parse_commit
 from millijoule.pipeline.output.image_rows import RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec, require_job
+from millijoule.pipeline.output.read_objects import READ_THREADS, in_threads
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.images.readers import read_images
@@ -82,8 +83,9 @@ def check_output(
             problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
             return commit, list(problems)
 
-        checked = in_threads(check, np.flatnonzero(done).tolist(), _threads(store))
-        for commit, problems in checked:
+        # a distant store keeps many threads waiting; from a disk more threads than cores only wait for each other
+        threads = READ_THREADS if is_s3_url(store.url) else min(READ_THREADS, os.cpu_count() or 1)
+        for commit, problems in in_threads(check, np.flatnonzero(done).tolist(), threads):
             on_shard(commit.shard_id)
             yield from problems
             records.add(commit)
@@ -106,11 +108,6 @@ def _check_finished(
         yield from compare_energy_tables(
             store, job, records.ledger, records.commits, records.uncommitted, images
         )
-
-
-def _threads(store: Store) -> int:
-    """A distant store keeps many threads waiting; from a disk more threads than cores only wait for each other."""
-    return READ_THREADS if is_s3_url(store.url) else min(READ_THREADS, os.cpu_count() or 1)
 
 
 def _check_shard(

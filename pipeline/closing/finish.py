@@ -41,7 +41,6 @@ from millijoule.pipeline.output.commits import parsing_commit, read_commits
 from millijoule.pipeline.output.image_rows import RowReader
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.retry_rounds import JobShards
-from millijoule.workers.errors import InputError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.layout import MANIFEST_KEY, PREVIEW_KEY, STATS_KEY, SUCCESS_KEY
@@ -103,14 +102,12 @@ class Totals:
         self.errors.update(e for e in rows["error"].drop_null().to_pylist() if e)
         self.warnings.update(pc.list_flatten(rows["warnings"]).to_pylist())
         codes = [commits.name_codes(name)[part] for name in ("host", "device", "energy_method")]
-        kinds, first, kind = np.unique(
-            np.stack(codes, axis=1), axis=0, return_index=True, return_inverse=True
-        )
-        images = np.bincount(kind.ravel(), weights=made, minlength=len(kinds)).astype(int)
-        for i in np.argsort(first).tolist():
-            host, device, method = (commits.names[code] for code in kinds[i])
-            self.per_node[f"{host}/{device}"] += int(images[i])
-            self.energy_methods[method] += int(images[i])
+        kinds, kind = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
+        images = np.bincount(kind.ravel(), weights=made).astype(int).tolist()
+        for named, n in zip(kinds.tolist(), images, strict=True):
+            host, device, method = (commits.names[code] for code in named)
+            self.per_node[f"{host}/{device}"] += n
+            self.energy_methods[method] += n
         started = int(commits.number("t_start_wall_ns")[part].min())
         self.first_start_ns = min(self.first_start_ns or started, started)
         self.last_end_ns = max(self.last_end_ns or 0, int(commits.number("t_end_wall_ns")[part].max()))
@@ -184,14 +181,6 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
     success = {"fingerprint": job.fingerprint, "shards": len(shards), "images_ok": totals.images_ok}
     store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
     return stats
-
-
-def require_finished(store: Store) -> None:
-    """Raise InputError where the job in `store` has not finished."""
-    if not store.exists(SUCCESS_KEY) or not store.exists(STATS_KEY):
-        raise InputError(
-            f"{store.url}: the job has not finished; run the same `millijoule generate` again first"
-        )
 
 
 def close_again(store: Store, job: JobSpec, records: JobRecords) -> EnergyResult:
@@ -305,12 +294,9 @@ def _per_image(total_mj: int | None, images: int) -> float | None:
 
 
 class ManifestRows:
-    """Gives the image table its rows from a manifest, so that no row table is opened twice.
+    """Gives the image table its rows from a manifest in shard order, so that no row table is opened twice.
 
     The manifest lacks images that a later round makes anew; those have no energy to be told of.
-
-    Args:
-        file: the manifest, in shard order.
     """
 
     def __init__(self, file: pq.ParquetFile) -> None:

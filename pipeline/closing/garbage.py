@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from millijoule.pipeline.output.commits import CommitBodies, in_threads, parse_commit
+from millijoule.pipeline.output.commits import CommitBodies, parse_commit
 from millijoule.pipeline.output.job import last_epoch, require_job
+from millijoule.pipeline.output.read_objects import in_threads
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.layout import DATA_PREFIX

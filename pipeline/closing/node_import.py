@@ -9,15 +9,16 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 
-from millijoule.pipeline.closing.finish import JobRecords, close_again, load_records, require_finished
+from millijoule.pipeline.closing.finish import JobRecords, close_again, load_records
+from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.node_readings import MeteredNode, store_import
 from millijoule.pipeline.energy.tables import EnergyResult
 from millijoule.pipeline.energy.uncommitted import read_uncommitted
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError
+from millijoule.workers.layout import STATS_KEY, SUCCESS_KEY
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeSeries
 from millijoule.workers.storage.protocol import Store
@@ -46,7 +47,10 @@ def import_readings(
         InputError: the job has not finished, has no such node, or the readings are not of its time.
         StoreError: storage failed. Importing again replaces the same objects.
     """
-    require_finished(store)
+    if not store.exists(SUCCESS_KEY) or not store.exists(STATS_KEY):
+        raise InputError(
+            f"{store.url}: the job has not finished; run the same `millijoule generate` again first"
+        )
     records = load_records(store, len(shards))
     times = node_times(records)
     if host not in times:
@@ -59,10 +63,10 @@ def import_readings(
         for series in all_series:
             kept = _clipped(series, begin_ns, end_ns)
             if kept is None:
-                first, last = (_moment(series.t_wall_ns[i]) for i in (0, -1))
+                first, last = (utc_text(series.t_wall_ns[i]) for i in (0, -1))
                 raise InputError(
                     f"{series.source} of {feed}: its readings are from {first} to {last}, the job was on {host} from "
-                    f"{_moment(begin_ns)} to {_moment(end_ns)}"
+                    f"{utc_text(begin_ns)} to {utc_text(end_ns)}"
                 )
             node = MeteredNode(host, meter, series.max_gap_ns, series.accuracy_share, rest, feed=feed)
             rows += node.rows_of(kept)
@@ -91,7 +95,3 @@ def _clipped(series: NodeSeries, begin_ns: int, end_ns: int) -> NodeSeries | Non
     first = max(bisect_right(times, begin_ns) - MARGIN_READINGS, 0)
     last = bisect_left(times, end_ns) + MARGIN_READINGS
     return replace(series, t_wall_ns=times[first:last], values=series.values[first:last])
-
-
-def _moment(wall_ns: int) -> str:
-    return datetime.fromtimestamp(wall_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

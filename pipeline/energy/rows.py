@@ -33,9 +33,9 @@ from millijoule.pipeline.energy.node_closure import NodeBooks, close_nodes
 from millijoule.pipeline.energy.packed import NONE, padded
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
 from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted, held_devices
-from millijoule.pipeline.output.commits import READ_THREADS
 from millijoule.pipeline.output.image_rows import NOT_CARRIED, RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec
+from millijoule.pipeline.output.read_objects import READ_THREADS
 from millijoule.workers.meters.segment_timeline import segment_estimate_mj
 from millijoule.workers.schemas import (
     IMAGE_ROW_SCHEMA,

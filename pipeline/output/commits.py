@@ -7,37 +7,25 @@ come from compacted Parquet parts (`_job/ledger/`, written by the driver while i
 from __future__ import annotations
 
 import io
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from threading import Lock
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from millijoule.pipeline.output.read_objects import in_threads
 from millijoule.workers.errors import DamagedError, StoreError
 from millijoule.workers.layout import COMMITS_PREFIX, COMPACTED_PREFIX, commit_key, shard_of_commit_key
 from millijoule.workers.schemas import Commit
 from millijoule.workers.storage.protocol import Store
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 #: Commits per compacted part: about a minute of a thousand GPUs, or 10 MB.
 COMPACT_EVERY = 4096
 
 #: Parts that are held at the same time: late shards and several drivers leave a shard's neighbours in several.
 MAX_PARTS = 8
-
-#: Concurrent requests when commits are read one by one.
-READ_THREADS = 16
-
-#: Items that a thread takes in one go: a short one takes less time than being handed over.
-ITEMS_PER_CALL = 16
 
 _COMPACTED_SCHEMA = pa.schema(
     [pa.field("shard_id", pa.int64(), nullable=False), pa.field("commit", pa.binary(), nullable=False)]
@@ -78,32 +66,10 @@ def parse_commit(store: Store, shard_id: int, body: bytes) -> Commit:
 
 def read_commits(store: Store, n_shards: int) -> Iterator[Commit]:
     """Every commit, in shard order, without holding them all."""
-    for shard_id, body in read_bodies(store, n_shards):
-        yield parse_commit(store, shard_id, body)
-
-
-def read_bodies(store: Store, n_shards: int) -> Iterator[tuple[int, bytes]]:
-    """Every commit's shard and JSON, in shard order, without holding them all."""
     bodies = CommitBodies(store, n_shards)
     committed = np.flatnonzero(list_committed(store, n_shards)).tolist()
-    return in_threads(lambda shard_id: (shard_id, bodies.get(shard_id)), committed)
-
-
-def in_threads(function: Callable[[T], R], items: Iterable[T], n_threads: int = READ_THREADS) -> Iterator[R]:
-    """`function` of each item, in order, by some threads; only few items are taken ahead."""
-
-    def some(batch: list[T]) -> list[R]:
-        return [function(item) for item in batch]
-
-    rest = iter(items)
-    waiting: deque[Future[list[R]]] = deque()
-    with ThreadPoolExecutor(n_threads) as threads:
-        while batch := list(islice(rest, ITEMS_PER_CALL)):
-            waiting.append(threads.submit(some, batch))
-            if len(waiting) >= 2 * n_threads:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+    for shard_id, body in in_threads(lambda shard_id: (shard_id, bodies.get(shard_id)), committed):
+        yield parse_commit(store, shard_id, body)
 
 
 class CommitBodies:

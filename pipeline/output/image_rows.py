@@ -80,10 +80,9 @@ def read_row_table(store: Store, commit: Commit, data: bytes | None = None) -> p
         file = pq.ParquetFile(source)
         plain = file.metadata.num_columns == len(IMAGE_ROW_SCHEMA)
         rows = file.read(columns=None if plain else IMAGE_ROW_SCHEMA.names, use_threads=False)
-    if rows.schema.equals(IMAGE_ROW_SCHEMA):
-        return rows
-    rows = rows.select(IMAGE_ROW_SCHEMA.names)
-    return rows if rows.schema.equals(IMAGE_ROW_SCHEMA) else rows.cast(IMAGE_ROW_SCHEMA)
+    if not rows.schema.equals(IMAGE_ROW_SCHEMA):
+        rows = rows.select(IMAGE_ROW_SCHEMA.names).cast(IMAGE_ROW_SCHEMA)
+    return rows
 
 
 class RowReader:

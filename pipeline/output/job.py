@@ -11,7 +11,6 @@ import os
 import socket
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError
@@ -76,10 +75,7 @@ def require_job(store: Store) -> JobSpec:
 
 
 def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], url: str) -> None:
-    """Refuse to mix two jobs in one output.
-
-    Args:
-        asked: by the names of `JobSpec`, what decides whether it is the same job.
+    """Refuse to mix two jobs in one output; `asked` are the fields of `JobSpec` that tell jobs apart.
 
     Raises:
         InputError: the fingerprints differ; the message names the options that changed, or the input.
@@ -141,10 +137,6 @@ def last_epoch(store: Store) -> int:
     """The number of the driver that started last; 0 where there was none."""
     stems = (item.key.removeprefix(EPOCHS_PREFIX).removesuffix(".json") for item in store.list(EPOCHS_PREFIX))
     return max((int(stem) for stem in stems if stem.isdigit()), default=0)
-
-
-def software_version() -> str:
-    return version("millijoule")
 
 
 def _user() -> str:

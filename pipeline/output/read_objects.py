@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 import pyarrow as pa
 
-from millijoule.pipeline.output.commits import READ_THREADS
 from millijoule.workers.errors import StoreError
 from millijoule.workers.storage.protocol import Store
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+#: Concurrent requests when objects are read one by one.
+READ_THREADS = 16
+
+#: Items that a thread takes in one go, where a short one takes less time than being handed over.
+ITEMS_PER_CALL = 16
+
+
+def in_threads(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    n_threads: int = READ_THREADS,
+    items_per_call: int = ITEMS_PER_CALL,
+) -> Iterator[R]:
+    """`function` of each item, in order, by some threads; only few items are taken ahead."""
+
+    def some(batch: list[T]) -> list[R]:
+        return [function(item) for item in batch]
+
+    rest = iter(items)
+    waiting: deque[Future[list[R]]] = deque()
+    with ThreadPoolExecutor(n_threads) as threads:
+        while batch := list(islice(rest, items_per_call)):
+            waiting.append(threads.submit(some, batch))
+            if len(waiting) >= 2 * n_threads:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
 
 
 def read_objects(store: Store, prefix: str, parse: Callable[[bytes], T], what: str) -> list[T]:
-    """Every object under `prefix`, parsed, in order of their keys.
-
-    Args:
-        what: what an object should be, for messages.
+    """Every object under `prefix`, parsed, in order of their keys; `what` it should be is for messages.
 
     Raises:
         StoreError: storage failed, or `parse` refused an object; the message names it.
@@ -31,5 +58,4 @@ def read_objects(store: Store, prefix: str, parse: Callable[[bytes], T], what: s
         except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
             raise StoreError(f"{store.url}/{key}: not {what}: {error}") from error
 
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        return list(threads.map(read, sorted(item.key for item in store.list(prefix))))
+    return list(in_threads(read, sorted(item.key for item in store.list(prefix)), items_per_call=1))

@@ -11,6 +11,7 @@ import logging
 import re
 import shlex
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 from millijoule.pipeline.planning.raw_chunks import RawChunk
@@ -81,11 +82,11 @@ class Remarks:
         return True
 
 
+@dataclass(frozen=True)
 class KnownNames:
     """The meaning of names, given the column that holds the prompt by exact name, if the user named one."""
 
-    def __init__(self, prompt_column: str | None = None) -> None:
-        self.prompt_column = prompt_column
+    prompt_column: str | None = None
 
     def meaning(self, name: str) -> str | None:
         """Our name of the column, None for one to pass through."""
@@ -97,16 +98,6 @@ class KnownNames:
     def hold_prompt(self, names: Iterable[str]) -> bool:
         """Whether one of `names` is the prompt's."""
         return any(self.meaning(name) == "prompt" for name in names)
-
-    @property
-    def prompt_name(self) -> str:
-        """The name for prompts that come without one."""
-        return self.prompt_column or "prompt"
-
-    @property
-    def expected(self) -> str:
-        """The names that a column of prompts may have, in words."""
-        return self.prompt_column or ", ".join(COLUMN_NAMES["prompt"])
 
 
 class FileColumns:
@@ -122,7 +113,7 @@ class FileColumns:
         """Take note of the chunk's columns; raises InputError where they are contradictory or hold no prompt."""
         read: list[str] = []
         idle: list[str] = []
-        for name in chunk.names:
+        for name in chunk.columns:
             ours = self._known.meaning(name)
             if ours is None:
                 if folded(name) in _NOT_USED and self._remarks.is_new(f"not used {name}"):
@@ -138,10 +129,11 @@ class FileColumns:
                 raise InputError(
                     f"{self.file}: columns {before!r} and {name!r} both mean {ours!r}; say which one counts: {hint}"
                 )
-        if "prompt" not in self.names and (chunk.names or len(chunk.rows)):
+        if "prompt" not in self.names and (chunk.columns or len(chunk.rows)):
+            expected = self._known.prompt_column or ", ".join(COLUMN_NAMES["prompt"])
             raise InputError(
-                f"{self.file}: no prompt column (looked for {self._known.expected}); the file has "
-                f"{_some(chunk.names)}. Name the right one with --prompt-column"
+                f"{self.file}: no prompt column (looked for {expected}); the file has "
+                f"{_some(chunk.columns)}. Name the right one with --prompt-column"
             )
         if read:
             self._remarks.add(self.file, ", ".join(read))
@@ -149,13 +141,9 @@ class FileColumns:
             text = f"not used: {', '.join(idle)} (passed through)"
             self._remarks.add(self.file, text, level=logging.WARNING)
 
-    def passed_through(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that a row keeps under their own name. A size does, too: it may say more than pixels."""
-        return [name for name in names if name not in self.used]
-
     @property
     def used(self) -> Collection[str]:
-        """The file's names of columns that are not passed through."""
+        """The file's names of columns that are not passed through. A size is: it may say more than pixels."""
         return [name for ours, name in self.names.items() if ours != "size"]
 
 

@@ -27,7 +27,7 @@ PENDING_RECORDS = 65_536
 class Duplicates:
     """Every occurrence of an id after its first, by ordinal.
 
-    `ordinal`, `first` (of the same id) are int64 `[n]`, `nth` (2 for the second) int32 `[n]`.
+    `ordinal`, `first` (of the same id) are int64 `[n]`, `nth` (2 for the second) int64 `[n]`.
     """
 
     ordinal: np.ndarray
@@ -37,21 +37,13 @@ class Duplicates:
     def __len__(self) -> int:
         return len(self.ordinal)
 
-    def among(self, ordinals: np.ndarray) -> tuple[np.ndarray, slice]:
-        """Where in the ascending `ordinals` duplicates stand, and which of ours these are."""
-        if not len(ordinals):
-            return ordinals, slice(0, 0)
-        ours = slice(*np.searchsorted(self.ordinal, [ordinals[0], ordinals[-1] + 1]).tolist())
-        return np.searchsorted(ordinals, self.ordinal[ours]), ours
-
 
 class DuplicateFinder:
-    """Collects ids; `folder` must exist and is the caller's to delete."""
+    """Collects ids; `folder` must exist, be empty, and is the caller's to delete."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._pending: list[np.ndarray] = []
-        self._n_pending = 0
+        self._pending = [np.empty(0, _RECORD)]
 
     def add(self, ids: pa.Array, ordinals: np.ndarray) -> None:
         """Take note of ids without nulls; ordinals ascend from call to call."""
@@ -61,32 +53,29 @@ class DuplicateFinder:
         records = np.empty(len(ordinals), _RECORD)
         records["high"], records["low"], records["ordinal"] = words[:, 0], words[:, 1], ordinals
         self._pending.append(records)
-        self._n_pending += len(records)
-        if self._n_pending >= PENDING_RECORDS:
+        if sum(map(len, self._pending)) >= PENDING_RECORDS:
             self._spill()
 
     def duplicates(self) -> Duplicates:
         """All duplicates among what was added."""
-        found = [_duplicates(np.empty(0, _RECORD))]
         if any(self._folder.iterdir()):
             self._spill()
-            found += [_duplicates(np.fromfile(path, _RECORD)) for path in sorted(self._folder.iterdir())]
-        elif self._pending:  # few enough to never have been spilled
-            found.append(_duplicates(np.concatenate(self._pending)))
-        columns = [np.concatenate(parts) for parts in zip(*found, strict=True)]
-        order = np.argsort(columns[0])
-        return Duplicates(*(column[order] for column in columns))
+            found = [_duplicates(np.fromfile(path, _RECORD)) for path in self._folder.iterdir()]
+        else:  # few enough to never have been spilled
+            found = [_duplicates(np.concatenate(self._pending))]
+        ordinal, first, nth = map(np.concatenate, zip(*found, strict=True))
+        order = np.argsort(ordinal)
+        return Duplicates(ordinal[order], first[order], nth[order])
 
     def _spill(self) -> None:
-        records = np.concatenate([np.empty(0, _RECORD), *self._pending])
+        records = np.concatenate(self._pending)
         partition = (records["high"] & (_PARTITIONS - 1)).astype(np.uint8)
-        records = records[np.argsort(partition, kind="stable")]
-        ends = np.cumsum(np.bincount(partition, minlength=_PARTITIONS)).tolist()
-        for p, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            if start < end:
+        ends = np.cumsum(np.bincount(partition, minlength=_PARTITIONS))
+        for p, part in enumerate(np.split(records[np.argsort(partition, kind="stable")], ends[:-1])):
+            if len(part):
                 with open(self._folder / f"ids-{p:03d}", "ab") as file:
-                    records[start:end].tofile(file)
-        self._pending, self._n_pending = [], 0
+                    part.tofile(file)
+        self._pending = [np.empty(0, _RECORD)]
 
 
 def _duplicates(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,5 +88,4 @@ def _duplicates(records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     is_first[1:] = (np.diff(records["high"]) != 0) | (np.diff(records["low"]) != 0)
     first = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]  # [n] index of the first record of the same id
     later = np.flatnonzero(~is_first)
-    nth = (later - first[later] + 1).astype(np.int32)
-    return records["ordinal"][later], records["ordinal"][first[later]], nth
+    return records["ordinal"][later], records["ordinal"][first[later]], later - first[later] + 1

@@ -52,9 +52,7 @@ def plan_job(
     """Read, check and shard all prompts, and write the plan to the store.
 
     Needs temporary disk space for the whole plan (TMPDIR). The input is read once more where ids occur twice.
-
-    Args:
-        fingerprint: what `compute_fingerprint` said, where the caller has asked already.
+    `fingerprint` is what `compute_fingerprint` said, where the caller has asked already.
 
     Raises:
         InputError: a file cannot be used, no row can, or a prompt id occurs twice and the options do not say what to
@@ -72,8 +70,7 @@ def plan_job(
             draft = _Draft(source, Path(scratch, "again"))
         if draft.duplicates:
             raise InputError(_duplicates_message(source, draft.duplicates))
-        plan = draft.plan(fingerprint)
-        draft.publish(store, plan)
+        plan = draft.publish(store, fingerprint)
     for warning in plan.warnings:
         log.warning("%s", warning)
     return plan
@@ -82,8 +79,7 @@ def plan_job(
 class _Source:
     """The input, which can be read several times: rows as the plan has them, each with an id and an ordinal.
 
-    Attributes:
-        known: the duplicates an earlier pass found; their rows are dropped or renamed as the options say.
+    The rows of the duplicates that an earlier pass found, `known`, are dropped or renamed as the options say.
     """
 
     def __init__(self, files: Sequence[InputFile], options: PlanOptions) -> None:
@@ -103,15 +99,10 @@ class _Source:
             start = self._first_ordinal[chunk.file_index]
             ordinals = start + chunk.row_numbers - 1
             following = start + chunk.last_row
-            rows = _plan_rows(chunk, ordinals, self.options)
-            yield (
-                self._resolve(chunk, ordinals, rows, self.known)
-                if self.known
-                else (ordinals, rows, chunk.bad)
-            )
+            yield self._resolve(chunk, ordinals, _plan_rows(chunk, ordinals, self.options))
         self._first_ordinal += [following] * (len(self.files) + 1 - len(self._first_ordinal))
 
-    def place(self, ordinal: int) -> str:
+    def where(self, ordinal: int) -> str:
         """ "file:row" of the row with this ordinal, which the last pass has met."""
         i = bisect_right(self._first_ordinal, ordinal) - 1
         return f"{self.files[i].url}:{ordinal - self._first_ordinal[i] + 1}"
@@ -132,15 +123,19 @@ class _Source:
         return found
 
     def _resolve(
-        self, chunk: PromptChunk, ordinals: np.ndarray, rows: pa.RecordBatch, known: Duplicates
+        self, chunk: PromptChunk, ordinals: np.ndarray, rows: pa.RecordBatch
     ) -> tuple[np.ndarray, pa.RecordBatch, list[BadRow]]:
         """The chunk with later occurrences of an id renamed or dropped."""
-        at, ours = known.among(ordinals)
-        ids = rows["prompt_id"].to_pylist() if len(at) else []
-        if not ids:
+        known = self.known
+        start, end = 0, 0
+        if known is not None and len(ordinals):
+            start, end = np.searchsorted(known.ordinal, [ordinals[0], ordinals[-1] + 1]).tolist()
+        if known is None or start == end:
             return ordinals, rows, chunk.bad
+        at = np.searchsorted(ordinals, known.ordinal[start:end])
+        ids = rows["prompt_id"].to_pylist()
         if self.options.duplicate_ids == "suffix":
-            for i, nth in zip(at.tolist(), known.nth[ours].tolist(), strict=True):
+            for i, nth in zip(at.tolist(), known.nth[start:end].tolist(), strict=True):
                 ids[i] = f"{ids[i]}~{nth}"
             named = rows.set_column(0, PLAN_ROW_SCHEMA.field("prompt_id"), pa.array(ids, pa.string()))
             return ordinals, named, chunk.bad
@@ -149,11 +144,11 @@ class _Source:
                 file=self.files[chunk.file_index].url,
                 row=int(chunk.row_numbers[i]),
                 column=chunk.names.get("prompt_id"),
-                reason=f"prompt id {shown(ids[i])!r} is taken by {self.place(first)}",
+                reason=f"prompt id {shown(ids[i])!r} is taken by {self.where(first)}",
                 prompt_id=ids[i],
                 prompt=shown(rows["prompt"][i].as_py()),
             )
-            for i, first in zip(at.tolist(), known.first[ours].tolist(), strict=True)
+            for i, first in zip(at.tolist(), known.first[start:end].tolist(), strict=True)
         ]
         keep = np.ones(len(ordinals), bool)
         keep[at] = False
@@ -190,8 +185,8 @@ class _Draft:
         self.duplicates = finder.duplicates()
         shutil.rmtree(ids_folder)
 
-    def plan(self, fingerprint: str) -> Plan:
-        """The draft's totals; raises InputError where no row can be used."""
+    def publish(self, store: Store, fingerprint: str) -> Plan:
+        """Upload the plan, the shard index last; raises InputError where no row can be used."""
         shards = self._shards
         if not shards.n_rows:
             raise InputError(
@@ -205,7 +200,7 @@ class _Draft:
                 f"{shards.n_shards:,} shards, where {full:,} of equal size and steps would do: the prompts ask for "
                 "very many combinations of width, height and num_inference_steps"
             )
-        return Plan(
+        plan = Plan(
             fingerprint=fingerprint,
             n_rows=shards.n_rows,
             n_images=shards.n_images,
@@ -215,21 +210,18 @@ class _Draft:
             warnings=tuple(warnings),
         )
 
-    def publish(self, store: Store, plan: Plan) -> None:
-        """Upload the plan, the shard index last."""
-        for part, path in enumerate(self._shards.parts):
-            store.put_file(plan_part_key(plan.fingerprint, part), path)
+        for part, path in enumerate(shards.parts):
+            store.put_file(plan_part_key(fingerprint, part), path)
         store.put_file(plan.bad_rows_key, self.folder / "bad_rows.parquet")
-        store.put_file(
-            plan_index_key(plan.fingerprint), self._shards.write_index(PLAN_METADATA, encode(plan))
-        )
+        store.put_file(plan_index_key(fingerprint), shards.write_index(PLAN_METADATA, encode(plan)))
+        return plan
 
 
 def _duplicates_message(source: _Source, found: Duplicates) -> str:
     first, later = (ordinals[:SHOWN_PROBLEMS].tolist() for ordinals in (found.first, found.ordinal))
     ids = source.ids(later)
     examples = "; ".join(
-        f"{shown(ids[b])!r} at {source.place(a)} and {source.place(b)}"
+        f"{shown(ids[b])!r} at {source.where(a)} and {source.where(b)}"
         for a, b in zip(first, later, strict=True)
     )
     rest = f" and {len(found) - len(later):,} more" if len(found) > len(later) else ""

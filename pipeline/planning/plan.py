@@ -6,7 +6,6 @@ knows about workers or leases.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +15,6 @@ import pyarrow.parquet as pq
 from millijoule.workers.errors import StoreError
 from millijoule.workers.layout import plan_bad_rows_key, plan_index_key
 from millijoule.workers.records import decode
-from millijoule.workers.shard_rows import Shard
 from millijoule.workers.storage.protocol import Store
 
 T = TypeVar("T")
@@ -55,14 +53,6 @@ class Plan:
     @property
     def bad_rows_key(self) -> str:
         return plan_bad_rows_key(self.fingerprint)
-
-
-def shard_at(table: pa.RecordBatch, i: int, key_of: Callable[[int], str]) -> Shard:
-    """Row `i` of a shard index; `key_of` gives the object key of a part."""
-    if not 0 <= i < table.num_rows:
-        raise IndexError(f"no shard {i} among {table.num_rows}")
-    row = {name: table[name][i].as_py() for name in table.schema.names}
-    return Shard(key=key_of(row.pop("part")), **row)
 
 
 def load_plan(store: Store, fingerprint: str) -> tuple[Plan, pa.RecordBatch]:

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from millijoule.pipeline.planning.prompt_values import INTEGER_LIMITS
-from millijoule.pipeline.planning.prompts import PromptOptions
+from millijoule.pipeline.planning.prompt_values import LIMITS
 from millijoule.workers.errors import InputError
 from millijoule.workers.schemas import SCHEMA_VERSION
 from millijoule.workers.storage.inputs import InputFile, open_input_file
@@ -22,25 +21,31 @@ _FORMER_OPTIONS = dict.fromkeys(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(PromptOptions):
+class PlanOptions:
     """How prompts become rows and shards. Every field is part of the fingerprint.
 
+    `prompt_column` names the column that holds the prompt where it has none of the usual names, or several;
+    `delimiter` is the character between the fields of csv and tsv, None to find out from the header.
     `images_per_prompt` serves rows that do not say their own. `shard_size` is in images: a shard takes rows until the
     next would exceed it, and a row alone may. `duplicate_ids` says what happens to a prompt id seen before: refuse the
     input, drop the later rows into quarantine, or name them "id~2", "id~3" and so on.
     """
 
+    prompt_column: str | None = None
+    delimiter: str | None = None
+    max_prompt_chars: int = 10_000
     shard_size: int = 256
     duplicate_ids: Literal["error", "keep-first", "suffix"] = "error"
     images_per_prompt: int = 1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise InputError(f"delimiter {self.delimiter!r}: must be one character, no quote and no line end")
         if self.shard_size < 1:
             raise InputError(f"shard size {self.shard_size}: must be at least 1 image")
         if self.duplicate_ids not in ("error", "keep-first", "suffix"):
             raise InputError(f"duplicate ids {self.duplicate_ids!r}: must be error, keep-first or suffix")
-        low, high = INTEGER_LIMITS["num_images"]
+        low, high = LIMITS["num_images"]
         if not low <= self.images_per_prompt <= high:
             raise InputError(f"num_images {self.images_per_prompt}: must be from {low} to {high}")
 

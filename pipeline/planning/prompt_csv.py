@@ -55,7 +55,7 @@ def read_csv(
         remarks.add(text.url, f"fields are separated by {words}; --delimiter forces another")
     reader = csv.reader(itertools.chain(first, lines), delimiter=delimiter, strict=True)
     header = _header(reader, text.url)
-    if header is None:
+    if not header:
         return
 
     def chunk(rows: np.ndarray, bad: list[BadRow], last: int, records: list[list[str]]) -> RawChunk:
@@ -84,10 +84,9 @@ def _first_lines(lines: Iterator[str]) -> Iterator[str]:
 
 def _recognised(lines: list[str], usual: str, known: KnownNames) -> str:
     """The delimiter with which the header has a prompt column; the usual one where that does not settle it."""
-    candidates = [usual, *(d for d in DELIMITERS if d != usual)]
     header = lines[-1] if lines else ""
-    fitting = [d for d in candidates if known.hold_prompt(_split(header, d))]
-    return fitting[0] if fitting and (fitting[0] == usual or len(fitting) == 1) else usual
+    fitting = [d for d in DELIMITERS if known.hold_prompt(_split(header, d))]
+    return fitting[0] if len(fitting) == 1 else usual
 
 
 def _split(line: str, delimiter: str) -> list[str]:
@@ -97,14 +96,12 @@ def _split(line: str, delimiter: str) -> list[str]:
         return []
 
 
-def _header(reader: Iterator[list[str]], url: str) -> list[str] | None:
+def _header(reader: Iterator[list[str]], url: str) -> list[str]:
     try:
-        header = next((fields for fields in reader if _has_content(fields)), None)
+        fields = next((fields for fields in reader if _has_content(fields)), [])
     except csv.Error as error:
         raise InputError(f"{url}: malformed header: {error}") from error
-    if header is None:
-        return None
-    header = [name.strip() for name in header]
+    header = [name.strip() for name in fields]
     if any(has_surrogates(name) for name in header):
         raise InputError(f"{url}: the header is not UTF-8; save the file as UTF-8")
     while len(header) > 1 and not header[-1]:  # empty columns at the right edge of a sheet

@@ -39,8 +39,7 @@ def read_chunks(
 ) -> Iterator[RawChunk]:
     """All rows of one file, chunk by chunk in file order; nothing for a file without rows.
 
-    Args:
-        delimiter: between the fields of csv and tsv; None finds out.
+    `delimiter` stands between the fields of csv and tsv; None finds out.
 
     Raises:
         InputError: the file cannot be read any further; the message names the file and how far it went.
@@ -62,7 +61,7 @@ def read_chunks(
             else:
                 chunks = read_csv(text, USUAL_DELIMITERS[kind], delimiter, known, remarks)
         for chunk in chunks:
-            if twice := sorted(constants.keys() & set(chunk.names)):
+            if twice := sorted(constants.keys() & chunk.columns.keys()):
                 names = ", ".join(map(repr, twice))
                 raise InputError(
                     f"{file.url}: {names} is both a column and in the name of a folder; rename one"
@@ -86,7 +85,7 @@ def _read_txt(text: TextFile, known: KnownNames) -> Iterator[RawChunk]:
                 yield row, prompt, len(line)
 
     def chunk(rows: np.ndarray, bad: list[BadRow], last: int, prompts: list[str]) -> RawChunk:
-        return RawChunk(rows, bad, last, {known.prompt_name: prompts})
+        return RawChunk(rows, bad, last, {known.prompt_column or "prompt": prompts})
 
     return gathered(items(), chunk)
 

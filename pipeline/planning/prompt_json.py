@@ -83,16 +83,20 @@ def read_json(text: TextFile, known: KnownNames, remarks: Remarks) -> Iterator[R
 def _from_line(line: str, row: int, url: str, known: KnownNames) -> Record | BadRow:
     try:
         record = json.loads(line)
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg} at character {error.pos + 1}"
     except (ValueError, RecursionError) as error:
-        return BadRow(url, row, None, _problem(error), None, shown(line.strip()))
-    if type(record) is dict:
-        return _unwrapped(record, row, url, known)
-    return BadRow(url, row, None, f"each line must be a JSON object, not {shown(line.strip(), 40)}")
+        problem = str(error)
+    else:
+        if type(record) is dict:
+            return _unwrapped(record, row, url, known)
+        return BadRow(url, row, None, f"each line must be a JSON object, not {shown(line.strip(), 40)}")
+    return BadRow(url, row, None, f"not valid JSON: {problem}", None, shown(line.strip()))
 
 
 def _from_value(value: Any, row: int, url: str, known: KnownNames) -> Record | BadRow:
     if type(value) is str:
-        return {known.prompt_name: value}
+        return {known.prompt_column or "prompt": value}
     if type(value) is dict:
         return _unwrapped(value, row, url, known)
     return BadRow(url, row, None, f"each element must be a JSON object or text, not {shown(value, 40)}")
@@ -111,12 +115,6 @@ def _unwrapped(record: Record, row: int, url: str, known: KnownNames) -> Record 
     return outer | body
 
 
-def _problem(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} at character {error.pos + 1}"
-    return f"not valid JSON: {error}"
-
-
 @dataclass
 class _Outline:
     """What the outermost object of a file holds, as far as it decides where the rows are; bounded in memory."""
@@ -127,11 +125,6 @@ class _Outline:
     first: Any = None  # value of the first member
     objects_only: bool = True
     is_record: bool = False
-
-    def __str__(self) -> str:
-        rest = ", ..." if len(self.kinds) > _SHOWN_MEMBERS else ""
-        members = ", ".join(f"{k!r} ({v})" for k, v in list(self.kinds.items())[:_SHOWN_MEMBERS])
-        return (members or "nothing") + rest
 
 
 def _outline(scanner: _Scanner, known: KnownNames) -> _Outline | None:
@@ -186,9 +179,12 @@ def _values(scanner: _Scanner, outline: _Outline, known: KnownNames, remarks: Re
             value = scanner.value()
             yield value if has_id else {"prompt_id": name} | value
         return
+    members = [f"{k!r} ({v})" for k, v in outline.kinds.items()]
+    if len(members) > _SHOWN_MEMBERS:
+        members[_SHOWN_MEMBERS:] = ["..."]
     hint = "; pandas writes one with to_json(orient='records')" if known.hold_prompt(outline.kinds) else ""
     raise InputError(
-        f"{url}: no list of records in this JSON object, which has {outline}; write a list of objects with a prompt "
+        f"{url}: no list of records in this JSON object, which has {', '.join(members) or 'nothing'}; write a list of objects with a prompt "
         f"each{hint}"
     )
 

@@ -19,15 +19,15 @@ from millijoule.pipeline.planning.raw_chunks import Values, has_surrogates, pyth
 from millijoule.workers.errors import InputError
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 
-#: Smallest and largest allowed value of the integer columns.
-INTEGER_LIMITS = {
+#: Smallest and largest allowed value of the columns of numbers.
+LIMITS = {
     "seed": (0, 2**64 - 1),
     "num_images": (1, 10_000),
     "width": (8, 8192),
     "height": (8, 8192),
     "num_inference_steps": (1, 1000),
+    "guidance_scale": (0, 100),
 }
-GUIDANCE_LIMITS = (0.0, 100.0)
 
 MAX_ID_CHARS = 512
 
@@ -66,8 +66,7 @@ class Problems:
 def check_ids(values: Values, column: str, problems: Problems, file: str, from_text: bool) -> pa.Array:
     """Ids as text, from text or integers, also those that pandas made floats of; null where a row has none.
 
-    Args:
-        from_text: an empty field says that there is none.
+    With `from_text` an empty field says that there is none.
     """
     if isinstance(values, pa.Array):
         if pa.types.is_integer(values.type):
@@ -144,18 +143,17 @@ def as_text(values: Values, column: str, problems: Problems, file: str, expected
         InputError: the whole column has another type.
     """
     if isinstance(values, pa.Array):
-        kind = values.type
-        if pa.types.is_null(kind):
-            return pa.nulls(len(values), pa.string())
-        if not _is_text(kind):
-            hint = "; name the right one with --prompt-column" if expected == "text" else ""
-            raise InputError(f"{file}: column {column!r} is {kind}, but must be {expected}{hint}")
         try:
-            # From bytes, since only that direction looks at the encoding.
-            return pc.cast(pc.cast(values, pa.large_binary()), pa.string())
+            raw = pc.cast(values, pa.large_binary())
+        except pa.ArrowNotImplementedError:  # neither text nor null
+            hint = "; name the right one with --prompt-column" if expected == "text" else ""
+            raise InputError(
+                f"{file}: column {column!r} is {values.type}, but must be {expected}{hint}"
+            ) from None
+        try:
+            return pc.cast(raw, pa.string())  # only this direction looks at the encoding
         except pa.ArrowInvalid:
-            raw = pc.cast(values, pa.large_binary()).to_pylist()
-            values = [None if v is None else v.decode("utf-8", "surrogateescape") for v in raw]
+            values = [None if v is None else v.decode("utf-8", "surrogateescape") for v in raw.to_pylist()]
     try:
         return pa.array(values, pa.string())
     except (UnicodeEncodeError, pa.ArrowTypeError, pa.ArrowInvalid):
@@ -175,41 +173,43 @@ def _encoding_problem(text: str) -> str:
     return f"half a surrogate pair, U+{ord(character):04X}, at character {position + 1}"
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    checks = ("string", "binary", "large_string", "large_binary", "string_view", "binary_view")
-    return any(getattr(pa.types, f"is_{check}")(kind) for check in (*checks, "fixed_size_binary"))
-
-
-def check_integers(
+def check_numbers(
     values: Values, column: str, problems: Problems, ours: str, decimal_comma: bool
 ) -> pa.Array:
-    """Integers within their limits, from integers, whole floats or their text; empty text and NaN are null.
+    """Numbers within the limits of column `ours`, from numbers or their text; empty text and NaN are null.
 
-    A seed of -1 is null, too.
+    Whole floats are integers, too. A seed of -1 is null.
     """
-    low, high = INTEGER_LIMITS[ours]
+    low, high = LIMITS[ours]
     kind = PLAN_ROW_SCHEMA.field(ours).type
+    integral = pa.types.is_integer(kind)
     if isinstance(values, pa.Array) and pa.types.is_integer(values.type):
         found = pc.min_max(values).as_py()
         if found["min"] is None or (low <= found["min"] and found["max"] <= high):
             return pc.cast(values, kind)
-    wrong = f"must be an integer from {low} to {'2**64 - 1' if high == 2**64 - 1 else high}"
+    wrong = (
+        f"must be {'an integer' if integral else 'a number'} from {low} to "
+        f"{'2**64 - 1' if high == 2**64 - 1 else high}"
+    )
 
-    def parse(value: Any) -> int | None:
-        number: int | None
-        if type(value) is int:
+    def parse(value: Any) -> float | None:
+        number: float | None = None
+        if type(value) is int or isinstance(value, float):
             number = value
-        elif isinstance(value, float):
-            if _EXACT_FLOAT < value <= high:
-                raise ValueError(
-                    f"{_quoted(value)} came as a float, which is not exact above 2**53; store the column as uint64"
-                )
-            number = int(value) if value.is_integer() else None
         else:
             text = _number_text(value, decimal_comma)
             if not text:
                 return None
-            number = int(text.partition(".")[0]) if _WHOLE_NUMBER.fullmatch(text) else None
+            if integral and _WHOLE_NUMBER.fullmatch(text):
+                number = int(text.partition(".")[0])
+            elif not integral and _NUMBER.fullmatch(text):
+                number = float(text)
+        if integral and isinstance(number, float):
+            if _EXACT_FLOAT < number <= high:
+                raise ValueError(
+                    f"{_quoted(value)} came as a float, which is not exact above 2**53; store the column as uint64"
+                )
+            number = int(number) if number.is_integer() else None
         if ours == "seed" and number == _NO_SEED:
             return None
         if number is None or not low <= number <= high:
@@ -217,24 +217,6 @@ def check_integers(
         return number
 
     return _parsed(values, column, problems, parse, kind)
-
-
-def check_guidance(values: Values, column: str, problems: Problems, decimal_comma: bool) -> pa.Array:
-    """Finite floats within their limits, from numbers or their text; empty text and NaN are null."""
-    low, high = GUIDANCE_LIMITS
-
-    def parse(value: Any) -> float | None:
-        number = value
-        if type(value) is not int and not isinstance(value, float):
-            text = _number_text(value, decimal_comma)
-            if not text:
-                return None
-            number = float(text) if _NUMBER.fullmatch(text) else -1.0
-        if not low <= number <= high:
-            raise ValueError(f"must be a number from {low:g} to {high:g}, not {_quoted(value)}")
-        return float(number)
-
-    return _parsed(values, column, problems, parse, pa.float64())
 
 
 def _parsed(
@@ -293,7 +275,7 @@ def check_size(
                 unread = shown(text, 40)
             continue
         for name, own in sides.items():
-            side, (low, high) = int(size[name]), INTEGER_LIMITS[name]
+            side, (low, high) = int(size[name]), LIMITS[name]
             if not low <= side <= high:
                 problems.note(i, column, f"{name} must be from {low} to {high}, not {_quoted(text)}")
             elif own[i] is None:

@@ -1,6 +1,6 @@
 """Prompt files as checked rows: every row of every file either becomes a row of the plan or a bad row with a reason.
 
-In go input files and the few options that say how to read them; out come chunks of normalised rows and bad rows, in
+In go input files and the options that say how to read them; out come chunks of normalised rows and bad rows, in
 input order, at bounded memory. Nothing here assigns ids, applies job defaults or knows about shards.
 """
 
@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millijoule.pipeline.planning.column_names import FileColumns, KnownNames, Remarks
+from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.planning.prompt_files import USUAL_DELIMITERS, read_chunks
 from millijoule.pipeline.planning.prompt_values import (
-    INTEGER_LIMITS,
+    LIMITS,
     MAX_ID_CHARS,
     Problems,
     as_text,
-    check_guidance,
     check_ids,
-    check_integers,
+    check_numbers,
     check_size,
     check_text,
     mask,
@@ -54,23 +54,6 @@ BAD_ROW_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """How prompt files are read.
-
-    `prompt_column` names the column that holds the prompt where it has none of the usual names, or several;
-    `delimiter` is the character between the fields of csv and tsv, None to find out from the header.
-    """
-
-    prompt_column: str | None = None
-    delimiter: str | None = None
-    max_prompt_chars: int = 10_000
-
-    def __post_init__(self) -> None:
-        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
-            raise InputError(f"delimiter {self.delimiter!r}: must be one character, no quote and no line end")
-
-
 @dataclass(frozen=True)
 class PromptChunk:
     """Some rows of file number `file_index`.
@@ -88,12 +71,11 @@ class PromptChunk:
 
 
 def read_prompts(
-    files: Sequence[InputFile], options: PromptOptions, remarks: Remarks | None = None
+    files: Sequence[InputFile], options: PlanOptions, remarks: Remarks | None = None
 ) -> Iterator[PromptChunk]:
     """Read and check all files in order. A file without rows yields no chunk.
 
-    Args:
-        remarks: of an earlier pass over the same files, so that nothing is said twice; None: there was none.
+    `remarks` are those of an earlier pass over the same files, so that nothing is said twice.
 
     Raises:
         InputError: a file cannot be read, lacks a prompt column or has two columns of one meaning; or all files
@@ -118,11 +100,11 @@ def read_prompts(
 
 
 def _check(
-    index: int, file: str, raw: RawChunk, columns: FileColumns, options: PromptOptions, remarks: Remarks
+    index: int, file: str, raw: RawChunk, columns: FileColumns, options: PlanOptions, remarks: Remarks
 ) -> PromptChunk:
     """The chunk with every column in its type and the rows that break a rule set aside."""
     n, names, problems = len(raw.rows), {"prompt": "prompt"} | columns.names, Problems()
-    values = {ours: raw.column(name) for ours, name in columns.names.items() if name in raw.names}
+    values = {ours: raw.column(name) for ours, name in columns.names.items() if name in raw.columns}
     values.setdefault("prompt", [None] * n)
     out: dict[str, pa.Array] = {field.name: pa.nulls(n, field.type) for field in PROMPT_ROW_SCHEMA}
 
@@ -133,8 +115,9 @@ def _check(
     check("prompt_id", check_ids, file, raw.from_text)
     check("prompt", check_text, file, options.max_prompt_chars, False)
     check("negative_prompt", check_text, file, options.max_prompt_chars, True)
-    for ours in INTEGER_LIMITS:
-        check(ours, check_integers, ours, raw.decimal_comma)
+    *integers, guidance = LIMITS
+    for ours in integers:
+        check(ours, check_numbers, ours, raw.decimal_comma)
     if "size" in values:
         column = names["size"]
         out["width"], out["height"], unread = check_size(
@@ -146,7 +129,7 @@ def _check(
                 "not used (passed through)"
             )
             remarks.add(file, text, key=f"unreadable size {column}", level=logging.WARNING)
-    check("guidance_scale", check_guidance, raw.decimal_comma)
+    check(guidance, check_numbers, guidance, raw.decimal_comma)
     out["extra"] = _check_extra(raw, columns, problems)
     out["source"] = pc.binary_join_element_wise(file, pc.cast(pa.array(raw.rows), pa.string()), ":")
 
@@ -166,7 +149,7 @@ def _check(
 
 
 def _check_extra(raw: RawChunk, columns: FileColumns, problems: Problems) -> pa.Array:
-    others = ", ".join(columns.passed_through(raw.names))
+    others = ", ".join(name for name in raw.columns if name not in columns.used)
     try:
         extra = raw.extra(columns.used)
     except (TypeError, ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, time, timedelta
@@ -59,7 +60,8 @@ class BadRow:
 class RawChunk:
     """Some rows of one file, before anything is checked; here of a format that has columns.
 
-    `rows` is int64 `[n]`, the row numbers; `last_row` the number of the last row read, bad rows included. In a chunk
+    `rows` is int64 `[n]`, the row numbers; `last_row` the number of the last row read, bad rows included. `columns` are
+    all that some row has; `column` gives the values of one, null where a row does not have it. In a chunk
     `from_text` an empty field is the only way to say that there is none; with `decimal_comma` 7,5 is a number.
     """
 
@@ -70,13 +72,7 @@ class RawChunk:
     from_text: bool = False
     decimal_comma: bool = False
 
-    @property
-    def names(self) -> Collection[str]:
-        """All columns that some row of the chunk has."""
-        return self.columns.keys()
-
     def column(self, name: str) -> Values:
-        """The values of a column of the chunk, null where a row does not have it."""
         return self.columns[name]
 
     def add_columns(self, constants: Mapping[str, str | None]) -> None:
@@ -148,11 +144,7 @@ def refuse_repeated_names(names: list[str], url: str) -> None:
 
 def has_surrogates(text: str) -> bool:
     """Whether `text` has a code point that UTF-8 cannot hold: a byte that was not UTF-8, or half a pair from JSON."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    return re.search(r"[\ud800-\udfff]", text) is not None
 
 
 def shown(value: Any, chars: int = SHOWN_CHARS) -> str | None:

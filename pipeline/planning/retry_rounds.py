@@ -8,9 +8,8 @@ of the plan. Round `r` lies in `_job/retry-RRRR/`, its index is created exclusiv
 from __future__ import annotations
 
 import tempfile
-from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 from millijoule.pipeline.output.commits import list_committed, read_commits
 from millijoule.pipeline.output.image_rows import read_row_table, rows_table
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.pipeline.planning.plan import load_plan, read_index, shard_at
+from millijoule.pipeline.planning.plan import load_plan, read_index
 from millijoule.pipeline.planning.shard_cutter import ShardCutter, ShardWriter
 from millijoule.workers.errors import AlreadyExistsError, InputError
 from millijoule.workers.layout import (
@@ -51,8 +50,8 @@ class RetryRound:
     """One round: its shards, and the (prompt id, image index) pairs it makes anew."""
 
     number: int
-    table: pa.RecordBatch = field(repr=False)  # SHARD_INDEX_SCHEMA
-    images: frozenset[ImageKey] = field(repr=False)
+    table: pa.RecordBatch  # SHARD_INDEX_SCHEMA
+    images: frozenset[ImageKey]
 
 
 class JobShards:
@@ -60,25 +59,26 @@ class JobShards:
 
     def __init__(self, fingerprint: str, table: pa.RecordBatch, rounds: tuple[RetryRound, ...] = ()) -> None:
         self.rounds = rounds
-        self._table = table
-        self._key_of = partial(plan_part_key, fingerprint)
-        self._starts = [table.num_rows]  # first shard id of each round, and the end
-        for r in rounds:
-            self._starts.append(self._starts[-1] + r.table.num_rows)
+        self._tables = [table, *(r.table for r in rounds)]
+        self._key_of = [
+            partial(plan_part_key, fingerprint),
+            *(partial(retry_part_key, r.number) for r in rounds),
+        ]
+        # first shard id of the plan and of each round, and the end
+        self._starts = np.cumsum([0, *(t.num_rows for t in self._tables)])
         self._last_round = {image: i for i, r in enumerate(rounds, 1) for image in r.images}
-        tables = [table, *(r.table for r in rounds)]
-        self._n_images = np.concatenate([table["n_images"].to_numpy() for table in tables])
+        self._n_images = np.concatenate([t["n_images"].to_numpy() for t in self._tables])
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return int(self._starts[-1])
 
     def __getitem__(self, shard_id: int) -> Shard:
-        if shard_id < self._starts[0]:
-            return shard_at(self._table, shard_id, self._key_of)
-        i = bisect_right(self._starts, shard_id) - 1
-        found = self.rounds[i]
-        shard = shard_at(found.table, shard_id - self._starts[i], partial(retry_part_key, found.number))
-        return replace(shard, shard_id=shard_id)
+        if not 0 <= shard_id < len(self):
+            raise IndexError(f"no shard {shard_id} among {len(self)}")
+        r = int(np.searchsorted(self._starts, shard_id, "right")) - 1
+        table, i = self._tables[r], shard_id - int(self._starts[r])
+        row = {name: table[name][i].as_py() for name in table.schema.names}
+        return Shard(key=self._key_of[r](row.pop("part")), **{**row, "shard_id": shard_id})
 
     def __iter__(self) -> Iterator[Shard]:
         return (self[i] for i in range(len(self)))
@@ -93,7 +93,7 @@ class JobShards:
             return np.ones(rows.num_rows, bool)
         keys = zip(rows["prompt_id"].to_pylist(), rows["image_index"].to_pylist(), strict=True)
         last = np.fromiter((self._last_round.get(key, 0) for key in keys), np.int64, rows.num_rows)
-        return last <= np.searchsorted(self._starts, shard_ids, "right")
+        return last < np.searchsorted(self._starts, shard_ids, "right")
 
 
 def load_job_shards(store: Store, job: JobSpec) -> JobShards:
@@ -103,9 +103,12 @@ def load_job_shards(store: Store, job: JobSpec) -> JobShards:
         StoreError: plan or rounds are missing or damaged.
     """
     found = (round_of_retry_index_key(item.key) for item in store.list(RETRY_PREFIX))
-    numbers = sorted(number for number in found if number is not None)
     _, table = load_plan(store, job.fingerprint)
-    return JobShards(job.fingerprint, table, tuple(_load_round(store, n) for n in numbers))
+    rounds = []
+    for number in sorted(number for number in found if number is not None):
+        of_round, images = read_index(store, retry_index_key(number), _IMAGES_METADATA, list[ImageKey])
+        rounds.append(RetryRound(number, of_round, frozenset(images)))
+    return JobShards(job.fingerprint, table, tuple(rounds))
 
 
 def plan_retry_round(store: Store, job: JobSpec) -> int:
@@ -156,8 +159,3 @@ def _quarantined(store: Store, shards: JobShards) -> pa.RecordBatch:
                 | {"first_image_index": k, "num_images": 1}
             )
     return pa.RecordBatch.from_pylist(found, RETRY_ROW_SCHEMA)
-
-
-def _load_round(store: Store, number: int) -> RetryRound:
-    table, images = read_index(store, retry_index_key(number), _IMAGES_METADATA, list[ImageKey])
-    return RetryRound(number, table, frozenset(images))

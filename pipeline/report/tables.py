@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS
-from millijoule.pipeline.output.commits import READ_THREADS
+from millijoule.pipeline.output.read_objects import in_threads
 from millijoule.workers.errors import StoreError
 from millijoule.workers.layout import ENERGY_PREFIX
 from millijoule.workers.storage.protocol import Store
@@ -71,8 +70,7 @@ def read_energy_table(store: Store, table: str, run_id: str | None = None) -> pa
     if not keys:
         return None
     columns = _COLUMNS[table]
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        tables = list(threads.map(lambda key: _read_part(store, key, columns), keys))
+    tables = list(in_threads(lambda key: _read_part(store, key, columns), keys, items_per_call=1))
     return pa.concat_tables(tables, promote_options="permissive")
 
 

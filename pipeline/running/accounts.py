@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from millijoule.pipeline.output.commits import READ_THREADS
+from millijoule.pipeline.output.read_objects import in_threads
 from millijoule.pipeline.running.cluster import living_nodes
 from millijoule.pipeline.running.record_writer import RecordWriter
 from millijoule.workers.errors import NotFoundError
@@ -238,9 +237,9 @@ class Accounts:
 
     def _list_open(self) -> list[str]:
         """Workers of earlier runs whose account nobody could close."""
-        with ThreadPoolExecutor(READ_THREADS) as threads:
-            bodies = threads.map(self.store.get, [item.key for item in self.store.list(CLOSINGS_PREFIX)])
-            closings = [WorkerClosing.from_json(body) for body in bodies]
+        keys = [item.key for item in self.store.list(CLOSINGS_PREFIX)]
+        bodies = in_threads(self.store.get, keys, items_per_call=1)
+        closings = [WorkerClosing.from_json(body) for body in bodies]
         closed = {worker_key(closing.worker_id) for closing in closings if closing.read is not None}
         return sorted(Path(key).stem for key in self._opened() - closed)
 

@@ -17,7 +17,7 @@ from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.crew import Crew, Worker
 from millijoule.pipeline.running.node_health import NodeHealth
 from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
-from millijoule.workers.lease import AttemptResult, WorkerStatus, WorkerStopped
+from millijoule.workers.lease import AttemptResult, NodePlace, WorkerStatus, WorkerStopped
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from datetime import date
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -48,26 +48,15 @@ _SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class NamedQuery:
-    """A file of `sql/`: its help is the first line, without the dashes."""
-
-    name: str
-    help: str
-    sql: str
-
-
-def named_queries() -> dict[str, NamedQuery]:
-    """The questions that come with the program, by name."""
-    found = {}
-    for file in sorted(files("millijoule.pipeline.sql").iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".sql"):
-            text, name = file.read_text(encoding="utf-8"), file.name.removesuffix(".sql")
-            found[name] = NamedQuery(name, text.partition("\n")[0].removeprefix("--").strip(), text)
-    return found
+def named_queries() -> dict[str, str]:
+    """The SQL of the questions that come with the program, by name; the first line is a comment that explains it."""
+    found = sorted(files("millijoule.pipeline.sql").iterdir(), key=lambda f: f.name)
+    return {
+        f.name.removesuffix(".sql"): f.read_text(encoding="utf-8") for f in found if f.name.endswith(".sql")
+    }
 
 
-def open_tables(stores: Sequence[Store], threads: int | None = None) -> duckdb.DuckDBPyConnection:
+def open_tables(stores: Sequence[Store]) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection that sees the energy tables of these outputs and nothing else.
 
     An output whose job has not finished yet is seen as of its last flush. Two outputs with the same job have the
@@ -85,7 +74,7 @@ def open_tables(stores: Sequence[Store], threads: int | None = None) -> duckdb.D
         run_id = f"{run_id}@{store.url}" if same[job.fingerprint] > 1 else run_id
         for name, dataset in _datasets(store, job, run_id):
             per_table[name].append(dataset)
-    return connect({name: ds.dataset(parts) for name, parts in per_table.items()}, threads)
+    return connect({name: ds.dataset(parts) for name, parts in per_table.items()})
 
 
 def connect(
@@ -111,10 +100,7 @@ def connect(
 
 
 def run_query(connection: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any]) -> pa.Table:
-    """Run a question by name, or SQL, and return the last statement's rows.
-
-    Args:
-        params: values of `$name` in the SQL.
+    """Run a question by name, or SQL, with `params` for each `$name` in it; the last statement's rows.
 
     Raises:
         InputError: no such question, SQL that cannot be run, or a parameter missing or unknown.
@@ -126,7 +112,7 @@ def run_query(connection: duckdb.DuckDBPyConnection, query: str, params: Mapping
         questions = named_queries()
         if query not in questions:
             raise InputError(f"no question named {query!r}: there are {', '.join(questions)}; or give SQL")
-        sql = questions[query].sql
+        sql = questions[query]
     try:
         statements = connection.extract_statements(sql)
         wanted = set().union(*(s.named_parameters for s in statements))
@@ -146,14 +132,14 @@ def run_query(connection: duckdb.DuckDBPyConnection, query: str, params: Mapping
 
 
 def _datasets(store: Store, job: JobSpec, run_id: str) -> Iterator[tuple[str, ds.Dataset]]:
-    finished: dict[str, list[str]] = {name: [] for name in ENERGY_SCHEMAS}
+    finished: dict[str, list[tuple[str, date]]] = {name: [] for name in ENERGY_SCHEMAS}
     for item in store.list(ENERGY_PREFIX):
         part = parse_part_key(item.key)
         if part and part[1] == run_id_of(job.fingerprint):
-            finished[part[0]].append(item.key)
+            finished[part[0]].append((item.key, part[2]))
     if finished["closure"]:  # written last
-        for name, keys in finished.items():
-            yield name, _stored(store, name, sorted(keys), run_id)
+        for name, parts in finished.items():
+            yield name, _stored(store, name, sorted(parts), run_id)
     elif live_parts(store):
         log.warning("%s: the job has not finished: rows as of its last flush, none of images yet", store.url)
         for name, rows in read_live_tables(store, job).items():
@@ -166,16 +152,14 @@ def _datasets(store: Store, job: JobSpec, run_id: str) -> Iterator[tuple[str, ds
         )
 
 
-def _stored(store: Store, name: str, keys: Sequence[str], run_id: str) -> ds.Dataset:
-    """The parts of a table as one dataset; files are opened when they are scanned."""
+def _stored(store: Store, name: str, parts: Sequence[tuple[str, date]], run_id: str) -> ds.Dataset:
+    """The parts of a table, by key and day, as one dataset; files are opened when they are scanned."""
     schema = _full_schema(name)
     repeated = [f.name for f in schema if pa.types.is_dictionary(f.type)]
     parquet = ds.ParquetFileFormat(read_options=ds.ParquetReadOptions(dictionary_columns=repeated))
     fragments = []
-    for key in keys:
-        part = parse_part_key(key)
-        assert part is not None
-        where = (ds.field("run_id") == run_id) & (ds.field("date") == pa.scalar(part[2], pa.date32()))
+    for key, day in parts:
+        where = (ds.field("run_id") == run_id) & (ds.field("date") == pa.scalar(day, pa.date32()))
         where &= ds.field("output") == store.url
         fragments.append(parquet.make_fragment(store.open_input(key), partition_expression=where))
     return ds.FileSystemDataset(fragments, schema, parquet)

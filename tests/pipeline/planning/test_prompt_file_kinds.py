@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from millijoule.pipeline.planning import prompt_json, raw_chunks
 from millijoule.pipeline.planning.column_names import KnownNames, Remarks
+from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.planning.prompt_json import read_json
 from millijoule.pipeline.planning.prompt_text import TextFile
-from millijoule.pipeline.planning.prompts import PromptOptions, read_prompts
+from millijoule.pipeline.planning.prompts import read_prompts
 from millijoule.workers.errors import InputError
 from millijoule.workers.storage.inputs import expand_inputs
 
@@ -36,7 +37,7 @@ def batch(custom_id, **body):
 
 def read(files, **options):
     """(rows, bad rows) of paths or patterns."""
-    chunks = list(read_prompts(expand_inputs(map(str, files)), PromptOptions(**options)))
+    chunks = list(read_prompts(expand_inputs(map(str, files)), PlanOptions(**options)))
     return [r for c in chunks for r in c.rows.to_pylist()], [b for c in chunks for b in c.bad]
 
 
@@ -320,7 +321,7 @@ def test_a_forced_delimiter_counts(tmp_path):
         read([put(tmp_path / "p.txt", "a\n")], delimiter=";")
     for wrong in ("", ";;", '"', "\n"):
         with pytest.raises(InputError, match="must be one character"):
-            PromptOptions(delimiter=wrong)
+            PlanOptions(delimiter=wrong)
 
 
 def test_the_prompt_column_is_found_between_other_delimiters(tmp_path):

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from millijoule.pipeline.planning import prompt_text, raw_chunks
-from millijoule.pipeline.planning.prompts import PROMPT_ROW_SCHEMA, PromptOptions, read_prompts
+from millijoule.pipeline.planning.plan_options import PlanOptions
+from millijoule.pipeline.planning.prompts import PROMPT_ROW_SCHEMA, read_prompts
 from millijoule.workers.errors import InputError
 from millijoule.workers.storage.inputs import expand_inputs
 
@@ -25,7 +26,7 @@ def read(tmp_path):
         else:
             data = content if isinstance(content, bytes) else content.encode()
             path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-        chunks = list(read_prompts(expand_inputs([str(path)]), PromptOptions(**options)))
+        chunks = list(read_prompts(expand_inputs([str(path)]), PlanOptions(**options)))
         for chunk in chunks:
             assert chunk.rows.schema == PROMPT_ROW_SCHEMA
             chunk.rows.validate(full=True)
@@ -408,21 +409,21 @@ def test_broken_gzip_names_file_and_line(tmp_path, kind):
     for data in (gzip.compress(line.encode() * 100_000)[:-300], b"no gzip at all"):
         path.write_bytes(data)
         with pytest.raises(InputError, match=rf"p\.{kind}\.gz: broken gzip data after line \d+"):
-            list(read_prompts(expand_inputs([str(path)]), PromptOptions()))
+            list(read_prompts(expand_inputs([str(path)]), PlanOptions()))
 
 
 def test_unreadable_parquet_names_file_and_row(tmp_path):
     path = tmp_path / "p.parquet"
     path.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(InputError, match=r"p\.parquet: unreadable Parquet after row 0"):
-        list(read_prompts(expand_inputs([str(path)]), PromptOptions()))
+        list(read_prompts(expand_inputs([str(path)]), PlanOptions()))
     pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(1000)]}), path, row_group_size=500)
     data = bytearray(path.read_bytes())
     second = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
     data[second : second + 40] = b"\xff" * 40
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"p\.parquet: unreadable Parquet after row"):
-        list(read_prompts(expand_inputs([str(path)]), PromptOptions()))
+        list(read_prompts(expand_inputs([str(path)]), PlanOptions()))
 
 
 @pytest.mark.parametrize(
