@@ -50,7 +50,6 @@ MIN_POWER_COVERAGE_SHARE = 0.90
 #: C6: a shard of a second needs its times to about 50 ms.
 CLOCK_TOLERANCE_NS = 50_000_000
 
-
 #: Entries whose domains are looked at together: some megabytes.
 ENTRIES_AT_ONCE = 1 << 12
 
@@ -157,15 +156,14 @@ def evidence_class(
         passed[row.check].add(row.passed)
     exact = all(passed[check] == {True} for check in EXACT_CHECKS)
     return evidence.evidence_class(
-        measured=exact and not any(_unread(commit, devices or {}) for commit in commits),
+        # every device that made a shard was read itself
+        measured=exact
+        and not any(
+            unread_domains((devices or {}).get(c.worker_id, (c.device,)), c.energy_domains) for c in commits
+        ),
         power_agrees=passed["C4"] == {True},
         node_closes=passed["C3"] == {True},
     )
-
-
-def _unread(commit: Commit, devices: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Counters of the devices that made the shard that were not read themselves."""
-    return unread_domains(devices.get(commit.worker_id, (commit.device,)), commit.energy_domains)
 
 
 def _exact(check: str, scope: str, expected_mj: int | None, found_mj: int | None, note: str) -> ClosureRow:

@@ -1,6 +1,6 @@
 """Energy tables of a job that is still running: what its commits and drivers reported, flush by flush.
 
-The driver writes the rows of `LIVE_TABLES` under `energy/_live/` at every flush of its other records. Commits stay the truth,
+The driver writes the rows of five tables under `energy/_live/` at every flush of its other records. Commits stay the truth,
 and the finished tables replace these. Workers that share a counter cannot be told apart before all of them have reported:
 a live segment has its worker's own difference (`quality` "undivided"), and `read_live_segments` gives the segments back for
 the ledger to divide.
@@ -44,8 +44,6 @@ LIVE_PART_ROWS = 4_096
 
 #: Tables whose files begin and end together: power has a row per device and second, and would cut the others short.
 _TABLE_GROUPS = (("counter", "segment", "attempt", "node_reading"), ("power",))
-
-LIVE_TABLES = tuple(name for group in _TABLE_GROUPS for name in group)
 
 _LIVE_PART = re.compile(rf"{LIVE_PREFIX}(?P<table>\w+)/run_id=(?P<run>[^/]+)/\d+-\d+\.parquet")
 

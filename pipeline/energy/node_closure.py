@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +36,7 @@ MIN_COVERAGE_SHARE = 0.90
 MAX_SNAP_SHARE = 0.02
 
 
-@dataclass(frozen=True)
-class NodePart:
+class NodePart(NamedTuple):
     """Energy of one part of a node over one stretch, right to `tolerance_mj`; a row of the `node_energy` table.
 
     `part` is "node" (its meter; `name` is the feed), "device" (`name` is the counter's domain) or "rest".
@@ -45,33 +45,15 @@ class NodePart:
     host: str
     boot_id: str
     meter: str
-    stretch: Interval  # CLOCK_MONOTONIC of the boot
-    wall_minus_mono_ns: int
+    t_open_mono_ns: int
+    t_close_mono_ns: int
+    t_open_wall_ns: int
+    t_close_wall_ns: int
     part: str
     name: str
     source: str
     energy_mj: int
     tolerance_mj: int
-
-    @property
-    def wall(self) -> Interval:
-        """The stretch by the wall clock."""
-        return self.stretch[0] + self.wall_minus_mono_ns, self.stretch[1] + self.wall_minus_mono_ns
-
-    def as_tuple(self) -> tuple:
-        """Values in the order of the table's columns."""
-        return (
-            *(self.host, self.boot_id, self.meter, *self.stretch, *self.wall),
-            *(self.part, self.name, self.source, self.energy_mj, self.tolerance_mj),
-        )
-
-
-@dataclass(frozen=True)
-class NodeBooks:
-    """The parts of all nodes, and one closure row per node and boot (more where several meters can tell)."""
-
-    parts: tuple[NodePart, ...]
-    closure: tuple[ClosureRow, ...]
 
 
 @dataclass(frozen=True)
@@ -121,8 +103,8 @@ def close_nodes(
     hosts: Mapping[str, str],
     devices: Mapping[str, Iterable[str]],
     readings: pa.Table,
-) -> NodeBooks:
-    """C3 of every node that has a worker.
+) -> tuple[list[NodePart], list[ClosureRow]]:
+    """C3 of every node that has a worker: its parts, and a row per node and boot (more where several meters can tell).
 
     Args:
         ledger: over the segments of all commits and drivers.
@@ -131,7 +113,7 @@ def close_nodes(
         readings: of the `node_reading` table.
     """
     if not readings.num_rows or not ledger.entries:
-        return NodeBooks((), (ClosureRow("C3", "node", None, None, None, None, "no node meter was read"),))
+        return [], [_unknown("node", "no node meter was read")]
     parts: list[NodePart] = []
     closure: list[ClosureRow] = []
     boots = _boots(ledger, hosts, devices)
@@ -144,7 +126,7 @@ def close_nodes(
         closure.extend(v.row for v in told)
         if not told:
             closure.append(_unknown(f"{boot.host} boot {boot.boot_id}", "no meter of this node was read"))
-    return NodeBooks(tuple(parts), tuple(closure))
+    return parts, closure
 
 
 def scope_of(host: str, boot_id: str, meter: str) -> str:
@@ -235,9 +217,8 @@ def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
             found = found.sort_by([("t_wall_ns", "ascending"), (value, "ascending")])
             last = found.slice(found.num_rows - 1).to_pylist()[0]
             columns = np.stack([found[c].fill_null(0).to_numpy() for c in ("t_wall_ns", value, "t_error_ns")])
-            is_first = (
-                np.diff(columns[0], prepend=columns[0, 0] - 1) != 0
-            )  # two drivers may have read at one time
+            # two drivers may have read at one time
+            is_first = np.diff(columns[0], prepend=columns[0, 0] - 1) != 0
             times, values, errors = columns[:, is_first].tolist()
             series = NodeSeries(
                 *(boot.host, source, quantity, times, values),
@@ -322,7 +303,7 @@ def _judged(scope: str, parts: Sequence[NodePart], coverage: float, silence: str
     note = (
         f"{', '.join(kinds)} counters and declared rest ({declared[0]} mJ) against "
         f"{', '.join(sorted({p.source for p in parts if p.part == 'node'}))}; known for {coverage:.1%} of the time its "
-        f"workers were there, stretches: {len({p.stretch for p in parts})}; error bounds: "
+        f"workers were there, stretches: {len({p.t_open_mono_ns for p in parts})}; error bounds: "
         f"meter {shares[0]:.1%}, rest {shares[1]:.1%}, counters {shares[2]:.1%}"
     )
     passed = abs(found_mj - node[0]) <= tolerance_mj
@@ -381,10 +362,8 @@ def _parts(
     begin, end = (t + boot.wall_minus_mono_ns for t in window)
 
     def part(kind: str, name: str, source: str, energy_mj: int, tolerance_mj: int) -> NodePart:
-        offset = boot.wall_minus_mono_ns
-        return NodePart(
-            *(boot.host, boot.boot_id, meter, window, offset, kind, name, source, energy_mj, tolerance_mj)
-        )
+        where = (boot.host, boot.boot_id, meter, *window, begin, end)
+        return NodePart(*where, kind, name, source, energy_mj, tolerance_mj)
 
     parts = []
     for feed, series in feeds.items():
