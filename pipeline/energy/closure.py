@@ -31,7 +31,15 @@ from millijoule.pipeline.energy.ledger import Ledger
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.schemas import Commit
 
-CHECKS = ("C1", "C2", "C3", "C4", "C5", "C6")
+#: What each check compares.
+CHECKS = {
+    "C1": "segments and gaps = the counter's growth",
+    "C2": "images and overhead = all segments and gaps",
+    "C3": "devices and declared rest = node meter",
+    "C4": "counter = integral of power",
+    "C5": "one attempt and one segment per shard",
+    "C6": "wall clock and monotonic clock",
+}
 
 #: Checks that must hold to the millijoule.
 EXACT_CHECKS = ("C1", "C2", "C5")
@@ -75,9 +83,8 @@ class ClosureRow:
 
     @property
     def residual_share(self) -> float | None:
-        return (
-            None if self.residual_mj is None or not self.expected_mj else self.residual_mj / self.expected_mj
-        )
+        residual_mj = self.residual_mj
+        return None if residual_mj is None or not self.expected_mj else residual_mj / self.expected_mj
 
     def as_tuple(self) -> tuple:
         """Values in the order of the `closure` table's columns."""
@@ -121,11 +128,7 @@ class ImageTotals:
 
 
 def close_ledger(
-    ledger: Ledger,
-    commits: CommitTable,
-    images: ImageTotals,
-    power: PowerSeries,
-    nodes: Sequence[ClosureRow],
+    ledger: Ledger, commits: CommitTable, images: ImageTotals, power: PowerSeries, nodes: Sequence[ClosureRow]
 ) -> list[ClosureRow]:
     """All checks over one job; `nodes` are the rows of C3, see `pipeline.energy.node_closure`."""
     shards, commit = ledger.entries.shards_of(commits.attempts())
@@ -167,10 +170,8 @@ def evidence_class(
 
 
 def _exact(check: str, scope: str, expected_mj: int | None, found_mj: int | None, note: str) -> ClosureRow:
-    comparable = expected_mj is not None and found_mj is not None
-    return ClosureRow(
-        check, scope, expected_mj, found_mj, 0.0, expected_mj == found_mj if comparable else None, note
-    )
+    passed = None if expected_mj is None or found_mj is None else expected_mj == found_mj
+    return ClosureRow(check, scope, expected_mj, found_mj, 0.0, passed, note)
 
 
 def _counters(ledger: Ledger) -> list[ClosureRow]:
@@ -183,7 +184,7 @@ def _counters(ledger: Ledger) -> list[ClosureRow]:
         return [ClosureRow("C1", "counter", None, None, 0.0, None, "no counter was read"), *open_ends]
     grown: dict[tuple[str, int, str], list[int]] = defaultdict(list)
     for run in ledger.runs:
-        grown[run.boot_id, run.epoch, run.domain].append(run.run.energy_mj)
+        grown[run.boot_id, run.epoch, run.domain].append(run.energy_mj)
     held = _held(ledger)
     for gap in ledger.gaps:
         held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
@@ -257,13 +258,10 @@ def _attempts(
     ]
     made = images.images[first]
     for i in np.flatnonzero(made != commits.number("images_ok")).tolist():
-        problems.append(
-            f"shard {commits[i].shard_id}: {made[i]} images, the commit says {commits[i].images_ok}"
-        )
+        c = commits[i]
+        problems.append(f"shard {c.shard_id}: {made[i]} images, the commit says {c.images_ok}")
     note = f"shards: {len(shard_ids)}, images: {int(images.images.sum())}, violations: {len(problems)}"
-    return ClosureRow(
-        "C5", "job", None, None, 0.0, not problems, "; ".join([note, *problems[:3]]) if problems else note
-    )
+    return ClosureRow("C5", "job", None, None, 0.0, not problems, "; ".join([note, *problems[:3]]))
 
 
 def _power(ledger: Ledger, power: PowerSeries) -> list[ClosureRow]:
@@ -299,15 +297,14 @@ def _power_of(
         return _unknown_power(scope, "power was not sampled for a minute")
     counted_ns = sum(readings[-1][0] - readings[0][0] for readings in stretches)
     coverage = compared_ns / counted_ns
-    passed = worst <= POWER_TOLERANCE_SHARE
+    passed: bool | None = worst <= POWER_TOLERANCE_SHARE
     note = (
         f"counter against power (NVML 186); blocks: {blocks}, worst block: {worst:.1%}, "
         f"compared: {coverage:.1%} of the counted time"
     )
     if passed and coverage < MIN_POWER_COVERAGE_SHARE:
-        note += f", less than {MIN_POWER_COVERAGE_SHARE:.0%}"
-    verdict = None if passed and coverage < MIN_POWER_COVERAGE_SHARE else passed
-    return ClosureRow("C4", scope, round(integral_mj), counter_mj, POWER_TOLERANCE_SHARE, verdict, note)
+        passed, note = None, f"{note}, less than {MIN_POWER_COVERAGE_SHARE:.0%}"
+    return ClosureRow("C4", scope, round(integral_mj), counter_mj, POWER_TOLERANCE_SHARE, passed, note)
 
 
 def _power_blocks(

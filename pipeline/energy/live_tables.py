@@ -62,9 +62,8 @@ class LiveTables:
         def key(table: str, part: int) -> str:
             return f"{LIVE_PREFIX}{table}/run_id={run_id}/{epoch:06d}-{part:06d}.parquet"
 
-        self._files = [
-            GrowingFiles(store, group, key, LIVE_PART_FLUSHES, LIVE_PART_ROWS) for group in _TABLE_GROUPS
-        ]
+        limits = (LIVE_PART_FLUSHES, LIVE_PART_ROWS)
+        self._files = [GrowingFiles(store, group, key, *limits) for group in _TABLE_GROUPS]
         self._of_table = {table: files for files in self._files for table in files.rows}
         self._last_read: dict[str, tuple[str, int]] = {}
         self._places: dict[str, tuple[str, str]] = {}  # node and host of each worker that committed
@@ -102,11 +101,7 @@ class LiveTables:
         self._of_table[table].add(table, rows)
 
     def flush(self) -> None:
-        """Store all that has been added since the current files began.
-
-        Raises:
-            StoreError: storage failed; nothing is lost yet, flush again.
-        """
+        """As `GrowingFiles.flush`."""
         for files in self._files:
             if files.flush() and "counter" in files.rows:
                 self._last_read.clear()  # a file holds both reads of each of its segments

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from millijoule.pipeline.energy.closure import ClosureRow
 from millijoule.pipeline.energy.intervals import Interval, common, merged, without
 from millijoule.pipeline.energy.ledger import Ledger
-from millijoule.workers.node_meters.meter import MAX_NODE_WATTS, NodeEnergy, NodeSeries, Quantity, best_energy
+from millijoule.workers.node_meters.meter import MAX_NODE_WATTS, NodeSeries, Quantity, best_energy
 
 #: How far a device's own counter may be off, as makers of boards state it.
 COUNTER_TOLERANCE_SHARE = 0.05
@@ -91,18 +91,14 @@ class _Boot:
     known: dict[str, list[Interval]] = field(default_factory=lambda: defaultdict(list))  # by domain
 
 
-@dataclass(frozen=True)
-class _Verdict:
+class _Verdict(NamedTuple):
     row: ClosureRow
     parts: list[NodePart]
     covered_ns: int
 
 
 def close_nodes(
-    ledger: Ledger,
-    hosts: Mapping[str, str],
-    devices: Mapping[str, Iterable[str]],
-    readings: pa.Table,
+    ledger: Ledger, hosts: Mapping[str, str], devices: Mapping[str, Iterable[str]], readings: pa.Table
 ) -> tuple[list[NodePart], list[ClosureRow]]:
     """C3 of every node that has a worker: its parts, and a row per node and boot (more where several meters can tell).
 
@@ -168,7 +164,7 @@ def _boots(
         if gap.segment_class == "off":
             off[gap.boot_id, gap.domain].append((gap.t_open_ns, gap.t_close_ns))
     for run, readings in ledger.series(ledger.runs):
-        boot, known = boots[run.boot_id], (run.run.first.t_ns, run.run.last.t_ns)
+        boot, known = boots[run.boot_id], (run.first.t_ns, run.last.t_ns)
         if known[0] < known[1]:
             boot.series[run.domain].append(_counter_series(boot, run.domain, readings))
             boot.known[run.domain] += without(known, off[run.boot_id, run.domain])
@@ -262,9 +258,8 @@ def _close(boot: _Boot, meter: str, rows: pa.Table) -> _Verdict:
     on_devices = windows
     for series in feeds.values():
         usable = merged(i for s in series for i in _usable(s.series) if i[0] < i[1])
-        windows = common(
-            windows, [(a - boot.wall_minus_mono_ns, b - boot.wall_minus_mono_ns) for a, b in usable]
-        )
+        offset = boot.wall_minus_mono_ns
+        windows = common(windows, [(a - offset, b - offset) for a, b in usable])
     rest = _declared(rows)
     parts: list[NodePart] = []
     covered_ns, reasons = 0, []
@@ -323,14 +318,8 @@ def _snapped(boot: _Boot, window: Interval) -> Interval:
     """`window` with its ends moved inwards, by at most `MAX_SNAP_SHARE` of it, to the reads of the counters that grow most."""
     begin, end = window
     most = (end - begin) * MAX_SNAP_SHARE
-    times = sorted(
-        {
-            t - boot.wall_minus_mono_ns
-            for stretches in boot.series.values()
-            for one in stretches
-            for t in one.series.t_wall_ns
-        }
-    )
+    read_at = {t for stretches in boot.series.values() for one in stretches for t in one.series.t_wall_ns}
+    times = sorted(t - boot.wall_minus_mono_ns for t in read_at)
     first = times[bisect_left(times, begin) : bisect_right(times, begin + most)]
     last = times[bisect_left(times, end - most) : bisect_right(times, end)]
     return (
@@ -373,9 +362,7 @@ def _parts(
         parts.append(part("node", feed, known.source, known.energy_mj, known.tolerance_mj))
     for domain, stretches in sorted(boot.series.items()):
         inside = [s for s in stretches if s.series.t_wall_ns[0] <= begin and end <= s.series.t_wall_ns[-1]]
-        counted: NodeEnergy | None = (
-            inside[0].around(begin, end).energy_between(begin, end) if inside else None
-        )
+        counted = inside[0].around(begin, end).energy_between(begin, end) if inside else None
         if counted is None or counted.energy_mj is None or counted.tolerance_mj is None:
             return f"{domain}: {counted.note if counted else 'it was not read'}"
         parts.append(part("device", domain, "counter", counted.energy_mj, counted.tolerance_mj))

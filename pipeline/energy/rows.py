@@ -161,14 +161,11 @@ class EnergyRows:
         images: ImageSource,
         uncommitted: Uncommitted = NOTHING,
     ) -> None:
-        self.job = job
-        self.ledger = ledger
+        self.job, self.ledger = job, ledger
         self.closure: list[ClosureRow] = []
         self.evidence_class = "E0"
         self.job_day = int(job.created_unix * 1e9) // DAY_NS  # of rows without a time, and of empty tables
-        self._commits = commits
-        self._source = images
-        self._uncommitted = uncommitted
+        self._commits, self._source, self._uncommitted = commits, images, uncommitted
         self._images = ImageTotals.of(commits)
         self._power: PowerSeries = {}
 
@@ -379,9 +376,8 @@ class EnergyRows:
         known = samples.filter(pc.is_valid(samples["power_instant_mw"]))
         for boot_id, device in {*zip(known["boot_id"].to_pylist(), known["device"].to_pylist(), strict=True)}:
             series = self._power.setdefault((boot_id, f"gpu:{device}"), (array("q"), array("q")))
-            mine = known.filter(
-                pc.and_(pc.equal(known["boot_id"], boot_id), pc.equal(known["device"], device))
-            )
+            is_its = pc.and_(pc.equal(known["boot_id"], boot_id), pc.equal(known["device"], device))
+            mine = known.filter(is_its)
             for column, name in zip(series, ("t_mono_ns", "power_instant_mw"), strict=True):
                 column.frombytes(mine[name].to_numpy().tobytes())
 
@@ -436,9 +432,8 @@ def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
 def _table(name: str, *columns: Any) -> pa.Table:
     """Columns (Arrow or numpy) in the order of a table's schema."""
     schema = ENERGY_SCHEMAS[name]
-    made = [
-        pa.array(c, f.type) if isinstance(c, np.ndarray) else c for c, f in zip(columns, schema, strict=True)
-    ]
+    pairs = zip(columns, schema, strict=True)
+    made = [pa.array(c, f.type) if isinstance(c, np.ndarray) else c for c, f in pairs]
     return pa.table(made, schema=schema)
 
 

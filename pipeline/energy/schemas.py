@@ -197,8 +197,7 @@ _FIELDS = {
 #: The tables by name. `closure` is written last: where it is, all others are complete.
 ENERGY_SCHEMAS = {
     table: pa.schema(
-        fields,
-        {"millijoule.table": table, "millijoule.schema_version": str(ENERGY_SCHEMA_VERSION)},
+        fields, {"millijoule.table": table, "millijoule.schema_version": str(ENERGY_SCHEMA_VERSION)}
     )
     for table, fields in _FIELDS.items()
 }

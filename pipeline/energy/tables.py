@@ -142,13 +142,7 @@ def write_energy_tables(
 ) -> EnergyResult:
     """Write all energy tables of a job whose shards are committed, then remove parts they replace.
 
-    Args:
-        store: the job's output.
-        job: names the tables' run and model.
-        ledger: over the segments of all commits and drivers.
-        commits: each committed shard once.
-        images: the rows of the commits; default: at the `rows_path` of each in `store`.
-        uncommitted: power samples and environments that no commit carries.
+    Args: as `EnergyRows`; by default `images` are at the `rows_path` of each commit in `store`.
 
     Raises:
         StoreError: storage failed. Writing again replaces the same parts.

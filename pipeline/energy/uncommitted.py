@@ -58,16 +58,15 @@ class UncommittedWriter:
     """Collects what one driver has to write; two drivers never write the same object."""
 
     def __init__(self, store: Store, epoch: int) -> None:
-        self.store = store
-        self.epoch = epoch
+        self.store, self.epoch = store, epoch
         self._segments: list[Segment] = []
-        self._power: list[tuple[str, PowerTrace]] = []
+        self._power: list[_SampledBy] = []
         self._parts = 0
 
     def add(self, worker_id: str, segments: Iterable[Segment], power: Iterable[PowerTrace]) -> None:
         """Take what worker `worker_id` did and sampled."""
         self._segments.extend(segments)
-        self._power.extend((worker_id, trace) for trace in power)
+        self._power.extend(_SampledBy(t.device, t.boot_id, t.source, t.samples, worker_id) for t in power)
 
     def flush(self) -> None:
         """Write what has been added since the last part, if anything.
@@ -77,9 +76,8 @@ class UncommittedWriter:
         """
         if not self._segments and not self._power:
             return
-        power = (_SampledBy(t.device, t.boot_id, t.source, t.samples, w) for w, t in self._power)
         key = f"{SEGMENTS_PREFIX}{self.epoch:06d}-{self._parts:06d}.json"
-        self.store.put(key, encode(_Part(tuple(self._segments), tuple(power))))
+        self.store.put(key, encode(_Part(tuple(self._segments), tuple(self._power))))
         self._parts += 1
         self._segments, self._power = [], []
 

@@ -122,7 +122,7 @@ def finished(
     turn = 0
     with patch.object(attempt, "time", clock):
         while (
-            lease := coordinator.next_lease(workers[turn % len(workers)].where.worker_id, 0.0)
+            lease := coordinator.next_lease(workers[turn % len(workers)].worker.worker_id, 0.0)
         ) is not None:
             result = workers[turn % len(workers)].run(lease)
             if turn == 0 and len(workers) > 1:
