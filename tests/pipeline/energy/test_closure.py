@@ -32,15 +32,15 @@ def build(segments, commits, devices=None):
     return tables, rows.closure
 
 
-def violations(tables):
-    """What each closure file of `sql/` finds."""
+def violations(tables, queries=CLOSURE_QUERIES):
+    """What each of these closure files of `sql/` finds."""
     with_run = {
         name: t.append_column("run_id", pa.array(["r"] * t.num_rows, pa.string()))
         for name, t in tables.items()
     }
     for name, table in with_run.items():
         DUCKDB.register(name, table)
-    return {q: run_query(DUCKDB, q, {}).to_pylist() for q in CLOSURE_QUERIES}
+    return {q: run_query(DUCKDB, q, {}).to_pylist() for q in queries}
 
 
 NONE: dict[str, list] = {q: [] for q in CLOSURE_QUERIES}
@@ -133,8 +133,9 @@ def test_a_changed_segment_is_found(history, data):
     assume(known)
     row = data.draw(st.sampled_from(known))
     by = data.draw(st.sampled_from([-1000, -1, 1, 1000]))
-    found = violations(changed(tables, "segment", row, "energy_mj", energies[row] + by))
-    assert [r["found_mj"] - r["expected_mj"] for r in found["closure_c1"]] == [by]
+    more = changed(tables, "segment", row, "energy_mj", energies[row] + by)
+    found = violations(more, ["closure_c1"])["closure_c1"]
+    assert [r["found_mj"] - r["expected_mj"] for r in found] == [by]
 
 
 @FEW
@@ -146,9 +147,9 @@ def test_a_changed_image_is_found(history, data):
     assume(known)
     row = data.draw(st.sampled_from(known))
     more = changed(tables, "image", row, "energy_direct_mj", rows[row]["energy_direct_mj"] + 1)
-    assert violations(more)["closure_c2"]
+    assert violations(more, ["closure_c2"])["closure_c2"]
     stolen = changed(tables, "image", row, "attempt_id", "nobody")
-    assert violations(stolen)["closure_c5"]
+    assert violations(stolen, ["closure_c5"])["closure_c5"]
 
 
 # --- Python's checks can fail -------------------------------------------------------------------------------------------
