@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.rate_options import RateOptions
+from millijoule.workers.errors import InputError
 
 #: The page's name in an output, where no --html says otherwise.
 PAGE_KEY = "report.html"
@@ -50,7 +52,6 @@ def run(options: ReportOptions) -> int:
     from millijoule.pipeline.report.data import collect_report
     from millijoule.pipeline.report.gpu_time import parse_gpu_prices
     from millijoule.pipeline.report.terminal import print_report
-    from millijoule.workers.errors import InputError
     from millijoule.workers.storage.open import open_store
 
     if not options.outputs:
@@ -75,8 +76,6 @@ def run(options: ReportOptions) -> int:
 
 
 def _render(report) -> bytes:
-    from millijoule.workers.errors import InputError
-
     try:
         from millijoule.pipeline.report.page import render_page
     except ModuleNotFoundError as error:
@@ -88,10 +87,6 @@ def _render(report) -> bytes:
 
 def _write(path: str, data: bytes) -> None:
     """Write a local file and say so; raises InputError where that is not possible."""
-    from pathlib import Path
-
-    from millijoule.workers.errors import InputError
-
     try:
         Path(path).write_bytes(data)
     except OSError as error:

@@ -87,18 +87,19 @@ def account_gaps(
     unclosed: list[Unclosed] = []
     for worker_id in sorted(chains.keys() | environments.keys()):
         own, chain = environments.get(worker_id), chains.get(worker_id)
-        if own is not None and own.opened is not None:
+        opened = own.opened if own is not None else None
+        if opened is not None:
             if chain is None:
-                chain = chains[worker_id] = Chain(own.opened, own.opened)
-            elif is_before(own.opened, chain.first):
-                chain.holes.insert(0, (own.opened, chain.first))
-            chain.domains.update(own.opened.energy_mj)
+                chain = chains[worker_id] = Chain(opened, opened)
+            elif is_before(opened, chain.first):
+                chain.holes.insert(0, (opened, chain.first))
+            chain.domains.update(opened.energy_mj)
         if chain is None:
             continue
         gaps += [AccountGap(Segment(worker_id, "gap", *hole)) for hole in chain.holes]
-        if own is not None and own.opened is not None:
+        if own is not None and opened is not None:
             end, without = _end_of(own, chain, closings.get(worker_id))
-            gaps += [end] if end is not None else []
+            gaps += end
             unclosed += without
     return gaps, tuple(unclosed)
 
@@ -110,15 +111,13 @@ def is_before(read: CounterRead, other: CounterRead) -> bool:
 
 def _end_of(
     own: WorkerEnvironment, chain: Chain, closing: WorkerClosing | None
-) -> tuple[AccountGap | None, list[Unclosed]]:
+) -> tuple[list[AccountGap], list[Unclosed]]:
     """What follows the last read of a worker's own records, and for which of its domains it has no end."""
     last, domains = chain.last, sorted(chain.domains)
     # an estimate is of the process that makes it
     moment = Segment(own.worker_id, "gap", last, replace(last, estimate_mj=None))
-    if (
-        not domains
-    ):  # nothing could be read from the beginning: no account, but a worker whose energy is missing
-        return (AccountGap(moment) if chain.first is last else None), []
+    if not domains:  # nothing could be read from the beginning: no account, but its energy is missing
+        return [AccountGap(moment)] if chain.first is last else [], []
     read = _closing_read(own, last, closing)
     if isinstance(read, str):
         unknown, end = dict.fromkeys(domains, read), moment
@@ -129,11 +128,11 @@ def _end_of(
         end = Segment(own.worker_id, "gap", last, replace(read, energy_mj=kept, estimate_mj=estimate))
         if not unknown and not is_before(last, read) and kept.keys() <= last.energy_mj.keys():
             # nothing to add; but a worker that recorded nothing was there all the same
-            return (AccountGap(replace(moment, close=last)) if chain.first is last else None), []
+            return [AccountGap(replace(moment, close=last))] if chain.first is last else [], []
     by_reason: dict[str, list[str]] = defaultdict(list)
     for domain, why in unknown.items():
         by_reason[why].append(domain)
-    return AccountGap(end, tuple(unknown)), [
+    return [AccountGap(end, tuple(unknown))], [
         Unclosed(own.worker_id, own.host, tuple(devices), last.t_wall_ns, why)
         for why, devices in by_reason.items()
     ]

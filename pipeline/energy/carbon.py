@@ -26,13 +26,7 @@ LONE_ROW_SECONDS = 3600.0
 
 _TIME_COLUMNS = ("time", "timestamp", "datetime", "date", "point_in_time", "from")
 _VALUE_COLUMNS = (
-    "value",
-    "price",
-    "carbon",
-    "intensity",
-    "carbon_intensity",
-    "gco2e_per_kwh",
-    "price_per_kwh",
+    *("value", "price", "carbon", "intensity", "carbon_intensity", "gco2e_per_kwh", "price_per_kwh"),
 )
 
 
@@ -125,34 +119,21 @@ def mean_rate(rate: Rate, begin_s: np.ndarray, end_s: np.ndarray, energy_mj: np.
         return None
     begin, weight = begin_s[known], energy_mj[known]
     end = np.maximum(end_s[known], begin + 1e-6)
-    times = np.asarray(rate.times_s)
-    knots, value = _steps(times, np.asarray(rate.values), rate.row_seconds, begin.min(), end.max())
-    mean = _mean_over(knots, value, begin, end)
-    covered = _mean_over(knots, _covered(knots[:-1], times, rate.row_seconds), begin, end)
-    total = weight.sum()
-    share = 1 - float((covered * weight).sum() / total)
-    return RateMean(float((mean * weight).sum() / total), 0.0 if share < 1e-9 else share)
+    times, first, last = np.asarray(rate.times_s), begin.min(), end.max()
+    # a step function over [first, last]: knots [k + 1], and what holds after each but the last [k]
+    inner = np.concatenate([times, times + rate.row_seconds])
+    knots = np.unique(np.concatenate([[first], inner[(inner > first) & (inner < last)], [last]]))
+    row = np.searchsorted(times, knots[:-1], side="right") - 1
+    nearest = np.maximum(row, 0)
+    covered = (row >= 0) & (knots[:-1] < times[nearest] + rate.row_seconds)
 
+    def mean(value: np.ndarray) -> float:
+        integral = np.concatenate([[0.0], np.cumsum(value * np.diff(knots))])
+        of_each = (np.interp(end, knots, integral) - np.interp(begin, knots, integral)) / (end - begin)
+        return float(np.average(of_each, weights=weight))
 
-def _steps(
-    times: np.ndarray, values: np.ndarray, row_seconds: float, first: float, last: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The step function over [first, last]: knots `[k + 1]` and the value after each but the last, `[k]`."""
-    inner = np.concatenate([times, times + row_seconds])
-    inner = inner[(inner > first) & (inner < last)]
-    knots = np.unique(np.concatenate([[first], inner, [last]]))
-    row = np.clip(np.searchsorted(times, knots[:-1], side="right") - 1, 0, len(times) - 1)
-    return knots, values[row]
-
-
-def _covered(at: np.ndarray, times: np.ndarray, row_seconds: float) -> np.ndarray:
-    row = np.searchsorted(times, at, side="right") - 1
-    return ((row >= 0) & (at < times[np.maximum(row, 0)] + row_seconds)).astype(float)
-
-
-def _mean_over(knots: np.ndarray, value: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    integral = np.concatenate([[0.0], np.cumsum(value * np.diff(knots))])
-    return (np.interp(end, knots, integral) - np.interp(begin, knots, integral)) / (end - begin)
+    share = 1 - mean(covered)
+    return RateMean(mean(np.asarray(rate.values)[nearest]), 0.0 if share < 1e-9 else share)
 
 
 def _read_table(path: Path, option: str, source: str | None, negative: bool) -> Rate:

@@ -31,7 +31,15 @@ from millijoule.pipeline.energy.ledger import Ledger
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.schemas import Commit
 
-CHECKS = ("C1", "C2", "C3", "C4", "C5", "C6")
+#: What each check compares.
+CHECKS = {
+    "C1": "segments and gaps = the counter's growth",
+    "C2": "images and overhead = all segments and gaps",
+    "C3": "devices and declared rest = node meter",
+    "C4": "counter = integral of power",
+    "C5": "one attempt and one segment per shard",
+    "C6": "wall clock and monotonic clock",
+}
 
 #: Checks that must hold to the millijoule.
 EXACT_CHECKS = ("C1", "C2", "C5")
@@ -49,7 +57,6 @@ MAX_EDGE_NS = 2_000_000_000
 MIN_POWER_COVERAGE_SHARE = 0.90
 #: C6: a shard of a second needs its times to about 50 ms.
 CLOCK_TOLERANCE_NS = 50_000_000
-
 
 #: Entries whose domains are looked at together: some megabytes.
 ENTRIES_AT_ONCE = 1 << 12
@@ -76,9 +83,8 @@ class ClosureRow:
 
     @property
     def residual_share(self) -> float | None:
-        return (
-            None if self.residual_mj is None or not self.expected_mj else self.residual_mj / self.expected_mj
-        )
+        residual_mj = self.residual_mj
+        return None if residual_mj is None or not self.expected_mj else residual_mj / self.expected_mj
 
     def as_tuple(self) -> tuple:
         """Values in the order of the `closure` table's columns."""
@@ -122,11 +128,7 @@ class ImageTotals:
 
 
 def close_ledger(
-    ledger: Ledger,
-    commits: CommitTable,
-    images: ImageTotals,
-    power: PowerSeries,
-    nodes: Sequence[ClosureRow],
+    ledger: Ledger, commits: CommitTable, images: ImageTotals, power: PowerSeries, nodes: Sequence[ClosureRow]
 ) -> list[ClosureRow]:
     """All checks over one job; `nodes` are the rows of C3, see `pipeline.energy.node_closure`."""
     shards, commit = ledger.entries.shards_of(commits.attempts())
@@ -157,22 +159,19 @@ def evidence_class(
         passed[row.check].add(row.passed)
     exact = all(passed[check] == {True} for check in EXACT_CHECKS)
     return evidence.evidence_class(
-        measured=exact and not any(_unread(commit, devices or {}) for commit in commits),
+        # every device that made a shard was read itself
+        measured=exact
+        and not any(
+            unread_domains((devices or {}).get(c.worker_id, (c.device,)), c.energy_domains) for c in commits
+        ),
         power_agrees=passed["C4"] == {True},
         node_closes=passed["C3"] == {True},
     )
 
 
-def _unread(commit: Commit, devices: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Counters of the devices that made the shard that were not read themselves."""
-    return unread_domains(devices.get(commit.worker_id, (commit.device,)), commit.energy_domains)
-
-
 def _exact(check: str, scope: str, expected_mj: int | None, found_mj: int | None, note: str) -> ClosureRow:
-    comparable = expected_mj is not None and found_mj is not None
-    return ClosureRow(
-        check, scope, expected_mj, found_mj, 0.0, expected_mj == found_mj if comparable else None, note
-    )
+    passed = None if expected_mj is None or found_mj is None else expected_mj == found_mj
+    return ClosureRow(check, scope, expected_mj, found_mj, 0.0, passed, note)
 
 
 def _counters(ledger: Ledger) -> list[ClosureRow]:
@@ -185,7 +184,7 @@ def _counters(ledger: Ledger) -> list[ClosureRow]:
         return [ClosureRow("C1", "counter", None, None, 0.0, None, "no counter was read"), *open_ends]
     grown: dict[tuple[str, int, str], list[int]] = defaultdict(list)
     for run in ledger.runs:
-        grown[run.boot_id, run.epoch, run.domain].append(run.run.energy_mj)
+        grown[run.boot_id, run.epoch, run.domain].append(run.energy_mj)
     held = _held(ledger)
     for gap in ledger.gaps:
         held[gap.boot_id, gap.epoch, gap.domain] += gap.energy_mj
@@ -259,13 +258,10 @@ def _attempts(
     ]
     made = images.images[first]
     for i in np.flatnonzero(made != commits.number("images_ok")).tolist():
-        problems.append(
-            f"shard {commits[i].shard_id}: {made[i]} images, the commit says {commits[i].images_ok}"
-        )
+        c = commits[i]
+        problems.append(f"shard {c.shard_id}: {made[i]} images, the commit says {c.images_ok}")
     note = f"shards: {len(shard_ids)}, images: {int(images.images.sum())}, violations: {len(problems)}"
-    return ClosureRow(
-        "C5", "job", None, None, 0.0, not problems, "; ".join([note, *problems[:3]]) if problems else note
-    )
+    return ClosureRow("C5", "job", None, None, 0.0, not problems, "; ".join([note, *problems[:3]]))
 
 
 def _power(ledger: Ledger, power: PowerSeries) -> list[ClosureRow]:
@@ -301,15 +297,14 @@ def _power_of(
         return _unknown_power(scope, "power was not sampled for a minute")
     counted_ns = sum(readings[-1][0] - readings[0][0] for readings in stretches)
     coverage = compared_ns / counted_ns
-    passed = worst <= POWER_TOLERANCE_SHARE
+    passed: bool | None = worst <= POWER_TOLERANCE_SHARE
     note = (
         f"counter against power (NVML 186); blocks: {blocks}, worst block: {worst:.1%}, "
         f"compared: {coverage:.1%} of the counted time"
     )
     if passed and coverage < MIN_POWER_COVERAGE_SHARE:
-        note += f", less than {MIN_POWER_COVERAGE_SHARE:.0%}"
-    verdict = None if passed and coverage < MIN_POWER_COVERAGE_SHARE else passed
-    return ClosureRow("C4", scope, round(integral_mj), counter_mj, POWER_TOLERANCE_SHARE, verdict, note)
+        passed, note = None, f"{note}, less than {MIN_POWER_COVERAGE_SHARE:.0%}"
+    return ClosureRow("C4", scope, round(integral_mj), counter_mj, POWER_TOLERANCE_SHARE, passed, note)
 
 
 def _power_blocks(

@@ -6,17 +6,16 @@ and names that manifest, energy tables and closure checks look at again.
 
 from __future__ import annotations
 
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from millijoule.pipeline.energy.packed import NONE, Names, Packed, Texts, column
-from millijoule.pipeline.output.image_rows import RowSpool
+from millijoule.pipeline.output.image_rows import RowSpool, Spool
 from millijoule.workers.schemas import Commit, PowerTrace
 
 #: Columns of names that stand in many commits, kept as places in `names`.
@@ -153,45 +152,25 @@ _SAMPLES = pa.schema(
 _SPOOL_ROWS = 16_384
 
 
-class PowerSpool:
-    """Power samples in the order in which they were added, in a temporary file once there are many."""
+class PowerSpool(Spool):
+    """Power samples of devices."""
 
     def __init__(self) -> None:
+        super().__init__(_SAMPLES, _SPOOL_ROWS)
         self.names: dict[str | None, int] = {}
-        self._held: list[tuple[int | None, ...]] = []
-        self._file: IO[bytes] | None = None
-        self._writer: pa.RecordBatchStreamWriter | None = None
 
     def add(self, trace: PowerTrace, node_id: str | None, host: str | None) -> None:
         """Append the samples of a device."""
         texts = (trace.boot_id, node_id, host, trace.device, trace.source)
         where = tuple(self.names.setdefault(text, len(self.names)) for text in texts)
-        self._held += [(*where, *sample) for sample in trace.samples]
-        if len(self._held) >= _SPOOL_ROWS:
-            self._file = self._file or tempfile.TemporaryFile(prefix="millijoule-")  # noqa: SIM115
-            self._writer = self._writer or pa.ipc.new_stream(pa.PythonFile(self._file, "w"), _SAMPLES)
-            self._writer.write_table(self._table())
-            self._held = []
+        self.extend((*where, *sample) for sample in trace.samples)
 
     def tables(self) -> Iterator[pa.Table]:
-        """All samples, some at a time: names as dictionaries, numbers as in `PowerSample`. Nothing can be added any more."""
-        if self._writer is not None and self._file is not None:
-            self._writer.close()
-            self._file.seek(0)
-            with pa.ipc.open_stream(pa.PythonFile(self._file, "r")) as stream:
-                for batch in stream:
-                    yield self._named(pa.Table.from_batches([batch]))
-        if self._held:
-            yield self._named(self._table())
-
-    def _table(self) -> pa.Table:
-        columns = zip(*self._held, strict=True)
-        return pa.table(
-            [pa.array(c, f.type) for c, f in zip(columns, _SAMPLES, strict=True)], schema=_SAMPLES
-        )
-
-    def _named(self, samples: pa.Table) -> pa.Table:
+        """All samples, some at a time: texts for `names`, numbers as in `PowerSample`. Nothing can be added any more."""
         names = pa.array(list(self.names), pa.string())
-        columns = [names.take(samples[f.name].combine_chunks()) for f in _SAMPLES if f.type == pa.int32()]
-        numbers = [samples[f.name] for f in _SAMPLES if f.type == pa.int64()]
-        return pa.table([*columns, *numbers], names=_SAMPLES.names)
+        for samples in super().tables():
+            columns = [
+                c.combine_chunks() if c.type == pa.int64() else names.take(c.combine_chunks())
+                for c in samples.columns
+            ]
+            yield pa.table(columns, names=_SAMPLES.names)

@@ -6,12 +6,14 @@ the workers in it (which is their Shapley value); the first of them have 1 mJ mo
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from millijoule.pipeline.energy.intervals import merged
 from millijoule.workers.meters.counter_book import MAX_DOMAIN_WATTS, POWER_SLACK_S
 
 #: An unclaimed stretch longer than this is not a pause of the job but the time between two runs of it. A worker that
@@ -125,9 +127,8 @@ def split_counter(claims: Claims) -> Split:
     intervals = len(readings.growth_mj)
     known = claims.opened & claims.closed
     before = readings.breaks_before
-    known[known] &= (opened_at[known] <= closed_at[known]) & (
-        before[opened_at[known]] == before[closed_at[known]]
-    )
+    begun, ended = opened_at[known], closed_at[known]
+    known[known] = (begun <= ended) & (before[begun] == before[ended])
     # where a worker could not read, the intervals around the times it states
     blind = ~known
     first, end = opened_at, closed_at
@@ -190,19 +191,12 @@ def _blind_workers(
     worker: np.ndarray, first: np.ndarray, end: np.ndarray, claims: np.ndarray, intervals: int
 ) -> np.ndarray:
     """How many workers that could not read were at work in each interval; a worker's claims may overlap."""
-    if not len(claims):
-        return np.zeros(intervals, np.int64)
-    firsts, ends = [], []
-    order = claims[np.lexsort((first[claims], worker[claims]))]
-    last_worker, reach = None, 0
-    for w, a, b in zip(worker[order].tolist(), first[order].tolist(), end[order].tolist(), strict=True):
-        if w != last_worker:
-            last_worker, reach = w, 0
-        if b > reach:
-            firsts.append(max(a, reach))
-            ends.append(b)
-            reach = b
-    return _covering(np.array(firsts, np.int64), np.array(ends, np.int64), intervals)
+    ranges: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for w, a, b in zip(*(column[claims].tolist() for column in (worker, first, end)), strict=True):
+        ranges[w].append((a, b))
+    apart = [(a, b) for of_worker in ranges.values() for a, b in merged(of_worker)]
+    firsts, ends = np.array(apart, np.int64).reshape(-1, 2).T
+    return _covering(firsts, ends, intervals)
 
 
 def _chunks(active: np.ndarray, rest: np.ndarray) -> Iterator[tuple[int, int]]:

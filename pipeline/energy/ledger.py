@@ -26,7 +26,14 @@ import pyarrow as pa
 
 from millijoule.pipeline.energy.account_gaps import Chain, Unclosed, account_gaps
 from millijoule.pipeline.energy.commit_table import AttemptIndex
-from millijoule.pipeline.energy.counter_split import MISSING, Claims, Run, split_counter, sum_or_none
+from millijoule.pipeline.energy.counter_split import (
+    MISSING,
+    Claims,
+    Run,
+    Unclaimed,
+    split_counter,
+    sum_or_none,
+)
 from millijoule.pipeline.energy.packed import NONE, Packed, padded
 from millijoule.pipeline.energy.packed_segments import PackedSegments
 from millijoule.workers.meters.own_devices import unread_domains
@@ -62,26 +69,21 @@ class LedgerEntry:
 
 
 @dataclass(frozen=True)
-class LedgerGap:
+class LedgerGap(Unclaimed):
     """Counted energy outside every usable segment; times are CLOCK_MONOTONIC of `boot_id`."""
 
     boot_id: str
     epoch: int
     domain: str
-    t_open_ns: int
-    t_close_ns: int
-    segment_class: str  # "gap", or "off": the job was not running
-    energy_mj: int
 
 
 @dataclass(frozen=True)
-class LedgerRun:
+class LedgerRun(Run):
     """A stretch of one counter without a reset; what the ledger divides is its growth."""
 
     boot_id: str
     epoch: int
     domain: str
-    run: Run
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Ledger:
             readings = self.entries.readings((boot_id, epoch), domain)
             t_ns, mj = readings[:, 0], readings[:, 1]
             for run in of_counter:
-                first, last = run.run.first, run.run.last
+                first, last = run.first, run.last
                 begun = (t_ns > first.t_ns) | ((t_ns == first.t_ns) & (mj >= first.energy_mj))
                 ended = (t_ns > last.t_ns) | ((t_ns == last.t_ns) & (mj > last.energy_mj))
                 yield run, readings[begun & ~ended]
@@ -206,10 +208,10 @@ def build_ledger(
         claims.closed[np.isin(at, unknown.get(domain, ()))] = False
         split = split_counter(claims)
         gaps.extend(
-            LedgerGap(*scale, domain, u.t_open_ns, u.t_close_ns, u.segment_class, u.energy_mj)
+            LedgerGap(u.t_open_ns, u.t_close_ns, u.segment_class, u.energy_mj, *scale, domain)
             for u in split.unclaimed
         )
-        runs.extend(LedgerRun(*scale, domain, run) for run in split.runs)
+        runs.extend(LedgerRun(run.first, run.last, *scale, domain) for run in split.runs)
         entries.set_shares(at, domain, split.shares)
         covered = split.covers(claims.t_open_ns, claims.t_close_ns) & entries.on_one_scale(at, domain)
         entries.lost[at[(split.shares == MISSING) & ~covered]] = True
@@ -398,9 +400,7 @@ class Entries(Packed[LedgerEntry]):
         np.minimum.at(least, place, offset)
         np.maximum.at(most, place, offset)
         values = np.stack([offset[first], least, most], axis=1).tolist()
-        return {
-            self.names[b]: (f, low, high) for b, (f, low, high) in zip(boots.tolist(), values, strict=True)
-        }
+        return {self.names[b]: (f, lo, hi) for b, (f, lo, hi) in zip(boots.tolist(), values, strict=True)}
 
     def of_class(self, name: str) -> np.ndarray:
         """Numbers of the entries of a class."""
@@ -499,13 +499,12 @@ def _drop_refused_books(packed: PackedSegments, numbers: np.ndarray) -> None:
     for k in np.unique(key[has_wrapping]).tolist():
         mine = reads[(key == k) & has_wrapping]
         t_ns = c.t_mono_ns[mine]
-        spans.append(
-            (c.names[c.boot[mine[0]]], k, int(t_ns.min()), int(t_ns.max()), c.wrap_epoch[mine[t_ns.argmin()]])
-        )
+        boot_id, epoch = c.names[c.boot[mine[0]]], c.wrap_epoch[mine[t_ns.argmin()]]
+        spans.append((boot_id, k, int(t_ns.min()), int(t_ns.max()), int(epoch)))
     kept: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for boot_id, k, first_ns, last_ns, epoch in sorted(spans, key=lambda s: (s[2] - s[3], s[0], s[1])):
         longer = next((b for b in kept[boot_id] if b[0] <= last_ns and first_ns <= b[1]), None)
         if longer is None:
-            kept[boot_id].append((first_ns, last_ns, int(epoch)))
+            kept[boot_id].append((first_ns, last_ns, epoch))
         else:
             packed.drop_wrapping_counters(reads[key == k].tolist(), longer[2])

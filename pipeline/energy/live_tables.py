@@ -1,6 +1,6 @@
 """Energy tables of a job that is still running: what its commits and drivers reported, flush by flush.
 
-The driver writes the rows of `LIVE_TABLES` under `energy/_live/` at every flush of its other records. Commits stay the truth,
+The driver writes the rows of five tables under `energy/_live/` at every flush of its other records. Commits stay the truth,
 and the finished tables replace these. Workers that share a counter cannot be told apart before all of them have reported:
 a live segment has its worker's own difference (`quality` "undivided"), and `read_live_segments` gives the segments back for
 the ledger to divide.
@@ -45,8 +45,6 @@ LIVE_PART_ROWS = 4_096
 #: Tables whose files begin and end together: power has a row per device and second, and would cut the others short.
 _TABLE_GROUPS = (("counter", "segment", "attempt", "node_reading"), ("power",))
 
-LIVE_TABLES = tuple(name for group in _TABLE_GROUPS for name in group)
-
 _LIVE_PART = re.compile(rf"{LIVE_PREFIX}(?P<table>\w+)/run_id=(?P<run>[^/]+)/\d+-\d+\.parquet")
 
 
@@ -64,9 +62,8 @@ class LiveTables:
         def key(table: str, part: int) -> str:
             return f"{LIVE_PREFIX}{table}/run_id={run_id}/{epoch:06d}-{part:06d}.parquet"
 
-        self._files = [
-            GrowingFiles(store, group, key, LIVE_PART_FLUSHES, LIVE_PART_ROWS) for group in _TABLE_GROUPS
-        ]
+        limits = (LIVE_PART_FLUSHES, LIVE_PART_ROWS)
+        self._files = [GrowingFiles(store, group, key, *limits) for group in _TABLE_GROUPS]
         self._of_table = {table: files for files in self._files for table in files.rows}
         self._last_read: dict[str, tuple[str, int]] = {}
         self._places: dict[str, tuple[str, str]] = {}  # node and host of each worker that committed
@@ -104,11 +101,7 @@ class LiveTables:
         self._of_table[table].add(table, rows)
 
     def flush(self) -> None:
-        """Store all that has been added since the current files began.
-
-        Raises:
-            StoreError: storage failed; nothing is lost yet, flush again.
-        """
+        """As `GrowingFiles.flush`."""
         for files in self._files:
             if files.flush() and "counter" in files.rows:
                 self._last_read.clear()  # a file holds both reads of each of its segments

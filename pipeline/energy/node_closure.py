@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 from millijoule.pipeline.energy.closure import ClosureRow
 from millijoule.pipeline.energy.intervals import Interval, common, merged, without
 from millijoule.pipeline.energy.ledger import Ledger
-from millijoule.workers.node_meters.meter import MAX_NODE_WATTS, NodeEnergy, NodeSeries, Quantity, best_energy
+from millijoule.workers.node_meters.meter import MAX_NODE_WATTS, NodeSeries, Quantity, best_energy
 
 #: How far a device's own counter may be off, as makers of boards state it.
 COUNTER_TOLERANCE_SHARE = 0.05
@@ -35,8 +36,7 @@ MIN_COVERAGE_SHARE = 0.90
 MAX_SNAP_SHARE = 0.02
 
 
-@dataclass(frozen=True)
-class NodePart:
+class NodePart(NamedTuple):
     """Energy of one part of a node over one stretch, right to `tolerance_mj`; a row of the `node_energy` table.
 
     `part` is "node" (its meter; `name` is the feed), "device" (`name` is the counter's domain) or "rest".
@@ -45,33 +45,15 @@ class NodePart:
     host: str
     boot_id: str
     meter: str
-    stretch: Interval  # CLOCK_MONOTONIC of the boot
-    wall_minus_mono_ns: int
+    t_open_mono_ns: int
+    t_close_mono_ns: int
+    t_open_wall_ns: int
+    t_close_wall_ns: int
     part: str
     name: str
     source: str
     energy_mj: int
     tolerance_mj: int
-
-    @property
-    def wall(self) -> Interval:
-        """The stretch by the wall clock."""
-        return self.stretch[0] + self.wall_minus_mono_ns, self.stretch[1] + self.wall_minus_mono_ns
-
-    def as_tuple(self) -> tuple:
-        """Values in the order of the table's columns."""
-        return (
-            *(self.host, self.boot_id, self.meter, *self.stretch, *self.wall),
-            *(self.part, self.name, self.source, self.energy_mj, self.tolerance_mj),
-        )
-
-
-@dataclass(frozen=True)
-class NodeBooks:
-    """The parts of all nodes, and one closure row per node and boot (more where several meters can tell)."""
-
-    parts: tuple[NodePart, ...]
-    closure: tuple[ClosureRow, ...]
 
 
 @dataclass(frozen=True)
@@ -109,20 +91,16 @@ class _Boot:
     known: dict[str, list[Interval]] = field(default_factory=lambda: defaultdict(list))  # by domain
 
 
-@dataclass(frozen=True)
-class _Verdict:
+class _Verdict(NamedTuple):
     row: ClosureRow
     parts: list[NodePart]
     covered_ns: int
 
 
 def close_nodes(
-    ledger: Ledger,
-    hosts: Mapping[str, str],
-    devices: Mapping[str, Iterable[str]],
-    readings: pa.Table,
-) -> NodeBooks:
-    """C3 of every node that has a worker.
+    ledger: Ledger, hosts: Mapping[str, str], devices: Mapping[str, Iterable[str]], readings: pa.Table
+) -> tuple[list[NodePart], list[ClosureRow]]:
+    """C3 of every node that has a worker: its parts, and a row per node and boot (more where several meters can tell).
 
     Args:
         ledger: over the segments of all commits and drivers.
@@ -131,7 +109,7 @@ def close_nodes(
         readings: of the `node_reading` table.
     """
     if not readings.num_rows or not ledger.entries:
-        return NodeBooks((), (ClosureRow("C3", "node", None, None, None, None, "no node meter was read"),))
+        return [], [_unknown("node", "no node meter was read")]
     parts: list[NodePart] = []
     closure: list[ClosureRow] = []
     boots = _boots(ledger, hosts, devices)
@@ -144,7 +122,7 @@ def close_nodes(
         closure.extend(v.row for v in told)
         if not told:
             closure.append(_unknown(f"{boot.host} boot {boot.boot_id}", "no meter of this node was read"))
-    return NodeBooks(tuple(parts), tuple(closure))
+    return parts, closure
 
 
 def scope_of(host: str, boot_id: str, meter: str) -> str:
@@ -186,7 +164,7 @@ def _boots(
         if gap.segment_class == "off":
             off[gap.boot_id, gap.domain].append((gap.t_open_ns, gap.t_close_ns))
     for run, readings in ledger.series(ledger.runs):
-        boot, known = boots[run.boot_id], (run.run.first.t_ns, run.run.last.t_ns)
+        boot, known = boots[run.boot_id], (run.first.t_ns, run.last.t_ns)
         if known[0] < known[1]:
             boot.series[run.domain].append(_counter_series(boot, run.domain, readings))
             boot.known[run.domain] += without(known, off[run.boot_id, run.domain])
@@ -236,9 +214,8 @@ def _feeds(boot: _Boot, rows: pa.Table) -> dict[str, list[_Timed]]:
             found = found.sort_by([("t_wall_ns", "ascending"), (value, "ascending")])
             last = found.slice(found.num_rows - 1).to_pylist()[0]
             columns = np.stack([found[c].fill_null(0).to_numpy() for c in ("t_wall_ns", value, "t_error_ns")])
-            is_first = (
-                np.diff(columns[0], prepend=columns[0, 0] - 1) != 0
-            )  # two drivers may have read at one time
+            # two drivers may have read at one time
+            is_first = np.diff(columns[0], prepend=columns[0, 0] - 1) != 0
             times, values, errors = columns[:, is_first].tolist()
             series = NodeSeries(
                 *(source, quantity, times, values),
@@ -282,9 +259,8 @@ def _close(boot: _Boot, meter: str, rows: pa.Table) -> _Verdict:
     on_devices = windows
     for series in feeds.values():
         usable = merged(i for s in series for i in _usable(s.series) if i[0] < i[1])
-        windows = common(
-            windows, [(a - boot.wall_minus_mono_ns, b - boot.wall_minus_mono_ns) for a, b in usable]
-        )
+        offset = boot.wall_minus_mono_ns
+        windows = common(windows, [(a - offset, b - offset) for a, b in usable])
     rest = _declared(rows)
     parts: list[NodePart] = []
     covered_ns, reasons = 0, []
@@ -323,7 +299,7 @@ def _judged(scope: str, parts: Sequence[NodePart], coverage: float, silence: str
     note = (
         f"{', '.join(kinds)} counters and declared rest ({declared[0]} mJ) against "
         f"{', '.join(sorted({p.source for p in parts if p.part == 'node'}))}; known for {coverage:.1%} of the time its "
-        f"workers were there, stretches: {len({p.stretch for p in parts})}; error bounds: "
+        f"workers were there, stretches: {len({p.t_open_mono_ns for p in parts})}; error bounds: "
         f"meter {shares[0]:.1%}, rest {shares[1]:.1%}, counters {shares[2]:.1%}"
     )
     passed = abs(found_mj - node[0]) <= tolerance_mj
@@ -343,14 +319,8 @@ def _snapped(boot: _Boot, window: Interval) -> Interval:
     """`window` with its ends moved inwards, by at most `MAX_SNAP_SHARE` of it, to the reads of the counters that grow most."""
     begin, end = window
     most = (end - begin) * MAX_SNAP_SHARE
-    times = sorted(
-        {
-            t - boot.wall_minus_mono_ns
-            for stretches in boot.series.values()
-            for one in stretches
-            for t in one.series.t_wall_ns
-        }
-    )
+    read_at = {t for stretches in boot.series.values() for one in stretches for t in one.series.t_wall_ns}
+    times = sorted(t - boot.wall_minus_mono_ns for t in read_at)
     first = times[bisect_left(times, begin) : bisect_right(times, begin + most)]
     last = times[bisect_left(times, end - most) : bisect_right(times, end)]
     return (
@@ -382,10 +352,8 @@ def _parts(
     begin, end = (t + boot.wall_minus_mono_ns for t in window)
 
     def part(kind: str, name: str, source: str, energy_mj: int, tolerance_mj: int) -> NodePart:
-        offset = boot.wall_minus_mono_ns
-        return NodePart(
-            *(boot.host, boot.boot_id, meter, window, offset, kind, name, source, energy_mj, tolerance_mj)
-        )
+        where = (boot.host, boot.boot_id, meter, *window, begin, end)
+        return NodePart(*where, kind, name, source, energy_mj, tolerance_mj)
 
     parts = []
     for feed, series in feeds.items():
@@ -395,9 +363,7 @@ def _parts(
         parts.append(part("node", feed, known.source, known.energy_mj, known.tolerance_mj))
     for domain, stretches in sorted(boot.series.items()):
         inside = [s for s in stretches if s.series.t_wall_ns[0] <= begin and end <= s.series.t_wall_ns[-1]]
-        counted: NodeEnergy | None = (
-            inside[0].around(begin, end).energy_between(begin, end) if inside else None
-        )
+        counted = inside[0].around(begin, end).energy_between(begin, end) if inside else None
         if counted is None or counted.energy_mj is None or counted.tolerance_mj is None:
             return f"{domain}: {counted.note if counted else 'it was not read'}"
         parts.append(part("device", domain, "counter", counted.energy_mj, counted.tolerance_mj))

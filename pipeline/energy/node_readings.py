@@ -7,7 +7,7 @@ meter, and importing again replaces it. A row holds a reading and all that bound
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -63,10 +63,10 @@ class MeteredNode:
             value = (said.source, said.t_wall_ns, said.t_error_ns, said.value, None, said.quantum, None)
         else:
             value = (said.source, said.t_wall_ns, said.t_error_ns, None, said.value, None, said.quantum)
+        rest = (self.rest.power_mw, self.rest.tolerance_mw) if self.rest else (None, None)
         return (
             *(self.host, self.node_id, self.boot_id, self.meter, self.feed, *value),
-            *(self.max_gap_ns, self.accuracy_share),
-            *((self.rest.power_mw, self.rest.tolerance_mw) if self.rest else (None, None)),
+            *(self.max_gap_ns, self.accuracy_share, *rest),
             None if self.domains is None else ",".join(self.domains),
             said.reason if isinstance(said, NodeFailure) else None,
         )
@@ -79,25 +79,13 @@ class MeteredNode:
         ]
 
 
-class NodeReadingsWriter:
-    """Collects the readings one driver has to write; two drivers never write the same object."""
+def node_reading_files(store: Store, epoch: int) -> GrowingFiles:
+    """For the readings (of `TABLE`) that one driver has to write; two drivers never write the same object."""
 
-    def __init__(self, store: Store, epoch: int) -> None:
-        def key(_: str, part: int) -> str:
-            return f"{NODE_METERS_PREFIX}{epoch:06d}-{part:06d}.parquet"
+    def key(_: str, part: int) -> str:
+        return f"{NODE_METERS_PREFIX}{epoch:06d}-{part:06d}.parquet"
 
-        self._files = GrowingFiles(store, (TABLE,), key, PART_FLUSHES, ROW_GROUP_ROWS)
-
-    def add(self, rows: Iterable[tuple]) -> None:
-        self._files.add(TABLE, rows)
-
-    def flush(self) -> None:
-        """Store all that was added since the current object began.
-
-        Raises:
-            StoreError: storage failed; nothing is lost yet, flush again.
-        """
-        self._files.flush()
+    return GrowingFiles(store, (TABLE,), key, PART_FLUSHES, ROW_GROUP_ROWS)
 
 
 def store_import(store: Store, host: str, meter: str, rows: Sequence[tuple]) -> str:

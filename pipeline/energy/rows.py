@@ -29,7 +29,7 @@ from millijoule.pipeline.energy.closure import (
 from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.energy.counter_split import MISSING, sum_or_none
 from millijoule.pipeline.energy.ledger import Ledger, LedgerEntry
-from millijoule.pipeline.energy.node_closure import NodeBooks, close_nodes
+from millijoule.pipeline.energy.node_closure import NodePart, close_nodes
 from millijoule.pipeline.energy.packed import NONE, padded
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
 from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted, held_devices
@@ -37,12 +37,7 @@ from millijoule.pipeline.output.image_rows import NOT_CARRIED, RowReader, read_r
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.output.read_objects import READ_THREADS
 from millijoule.workers.meters.segment_timeline import segment_estimate_mj
-from millijoule.workers.schemas import (
-    IMAGE_ROW_SCHEMA,
-    Commit,
-    CounterRead,
-    PowerTrace,
-)
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, PowerTrace
 from millijoule.workers.storage.open import is_s3_url
 from millijoule.workers.storage.protocol import Store
 
@@ -82,10 +77,7 @@ _COMMITS_AT_ONCE, _IMAGES_AT_ONCE = 1_024, 8_192
 _QUALITIES = ("measured", "short", "missing")
 
 #: Columns of an attempt that are those of its commit, in order.
-_ATTEMPT_NUMBERS = (
-    *("shard_id", "driver_epoch", "t_start_wall_ns", "t_end_wall_ns", "images_ok", "images_quarantined"),
-)
-_ATTEMPT_NAMES = ("worker_id", "node_id", "host", "device", "energy_method", "energy_domains")
+_ATTEMPT_NUMBERS = ("driver_epoch", "t_start_wall_ns", "t_end_wall_ns", "images_ok", "images_quarantined")
 
 
 class ImageSource(Protocol):
@@ -169,14 +161,11 @@ class EnergyRows:
         images: ImageSource,
         uncommitted: Uncommitted = NOTHING,
     ) -> None:
-        self.job = job
-        self.ledger = ledger
+        self.job, self.ledger = job, ledger
         self.closure: list[ClosureRow] = []
         self.evidence_class = "E0"
         self.job_day = int(job.created_unix * 1e9) // DAY_NS  # of rows without a time, and of empty tables
-        self._commits = commits
-        self._source = images
-        self._uncommitted = uncommitted
+        self._commits, self._source, self._uncommitted = commits, images, uncommitted
         self._images = ImageTotals.of(commits)
         self._power: PowerSeries = {}
 
@@ -188,10 +177,10 @@ class EnergyRows:
         yield "image", self._image_blocks()
         yield "power", self._power_samples()
         yield "env", _blocks("env", self._environments())
-        nodes = self._nodes()
+        parts, node_closure = self._nodes()
         yield "node_reading", _by_day(self._uncommitted.nodes)
-        yield "node_energy", _blocks("node_energy", (part.as_tuple() for part in nodes.parts))
-        self.closure = close_ledger(self.ledger, self._commits, self._images, self._power, nodes.closure)
+        yield "node_energy", _blocks("node_energy", parts)
+        self.closure = close_ledger(self.ledger, self._commits, self._images, self._power, node_closure)
         one_of_each = self._commits.first_of_each("worker_id", "device", "energy_domains")
         self.evidence_class = evidence_class(self.closure, one_of_each, self._devices())
         yield "closure", iter([(self.job_day, table_of("closure", [row.as_tuple() for row in self.closure]))])
@@ -291,23 +280,25 @@ class EnergyRows:
 
     def _attempts(self) -> Iterator[DayBlock]:
         commits = self._commits
-        attempts, began = commits.text("attempt_id"), commits.number("t_start_wall_ns")
+        attempts = commits.text("attempt_id")
         energy = self.ledger.entries.shard_energies(commits.attempts())
         names = pa.array(commits.names, pa.string())
         for begin in range(0, len(commits), ENTRIES_AT_ONCE):
             part = slice(begin, begin + ENTRIES_AT_ONCE)
-            number = {name: commits.number(name)[part] for name in _ATTEMPT_NUMBERS}
-            text = {name: names.take(pa.array(commits.name_codes(name)[part])) for name in _ATTEMPT_NAMES}
+
+            def texts(*columns: str) -> list[pa.Array]:
+                return [names.take(pa.array(commits.name_codes(c)[part])) for c in columns]  # noqa: B023
+
             table = _table(
                 "attempt",
-                number["shard_id"],
+                commits.number("shard_id")[part],
                 attempts[part],
-                pa.array(["committed"] * len(began[part]), pa.string()),
-                *(text[name] for name in ("worker_id", "node_id", "host", "device")),
-                *(number[name] for name in _ATTEMPT_NUMBERS[1:]),
+                pa.array(["committed"] * len(energy[part]), pa.string()),
+                *texts("worker_id", "node_id", "host", "device"),
+                *(commits.number(name)[part] for name in _ATTEMPT_NUMBERS),
                 _nullable(energy[part], MISSING),
                 _nullable(commits.number("energy_estimate_mj")[part], NONE),
-                *(text[name] for name in ("energy_method", "energy_domains")),
+                *texts("energy_method", "energy_domains"),
             )
             yield from _by_day(table)
         yield from _blocks("attempt", self._uncommitted_attempts())
@@ -385,13 +376,12 @@ class EnergyRows:
         known = samples.filter(pc.is_valid(samples["power_instant_mw"]))
         for boot_id, device in {*zip(known["boot_id"].to_pylist(), known["device"].to_pylist(), strict=True)}:
             series = self._power.setdefault((boot_id, f"gpu:{device}"), (array("q"), array("q")))
-            mine = known.filter(
-                pc.and_(pc.equal(known["boot_id"], boot_id), pc.equal(known["device"], device))
-            )
+            is_its = pc.and_(pc.equal(known["boot_id"], boot_id), pc.equal(known["device"], device))
+            mine = known.filter(is_its)
             for column, name in zip(series, ("t_mono_ns", "power_instant_mw"), strict=True):
                 column.frombytes(mine[name].to_numpy().tobytes())
 
-    def _nodes(self) -> NodeBooks:
+    def _nodes(self) -> tuple[list[NodePart], list[ClosureRow]]:
         hosts = {c.worker_id: c.host for c in self._commits.last_of_each_worker()}
         hosts |= {worker_id: own.host for worker_id, own in self._uncommitted.workers.items()}
         devices = {
@@ -442,9 +432,8 @@ def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
 def _table(name: str, *columns: Any) -> pa.Table:
     """Columns (Arrow or numpy) in the order of a table's schema."""
     schema = ENERGY_SCHEMAS[name]
-    made = [
-        pa.array(c, f.type) if isinstance(c, np.ndarray) else c for c, f in zip(columns, schema, strict=True)
-    ]
+    pairs = zip(columns, schema, strict=True)
+    made = [pa.array(c, f.type) if isinstance(c, np.ndarray) else c for c, f in pairs]
     return pa.table(made, schema=schema)
 
 

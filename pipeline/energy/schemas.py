@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from millijoule.pipeline.output.image_rows import rows_as_table
 from millijoule.workers.schemas import SEGMENT_CLASSES
 
 ENERGY_SCHEMA_VERSION = 3
@@ -26,7 +27,6 @@ ROW_GROUP_ROWS = 122_880
 RUN_ID_DIGITS = 12
 
 _UNITS = {"mj": "mJ", "mw": "mW", "ns": "ns", "share": "1"}
-
 
 TEXT, INT, INT32, FLOAT, BOOL = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
 
@@ -197,8 +197,7 @@ _FIELDS = {
 #: The tables by name. `closure` is written last: where it is, all others are complete.
 ENERGY_SCHEMAS = {
     table: pa.schema(
-        fields,
-        {"millijoule.table": table, "millijoule.schema_version": str(ENERGY_SCHEMA_VERSION)},
+        fields, {"millijoule.table": table, "millijoule.schema_version": str(ENERGY_SCHEMA_VERSION)}
     )
     for table, fields in _FIELDS.items()
 }
@@ -213,9 +212,7 @@ def run_id_of(fingerprint: str) -> str:
 
 def table_of(name: str, rows: list[tuple[Any, ...]]) -> pa.Table:
     """`rows`, whose values are in the order of the columns, as a table of `ENERGY_SCHEMAS[name]`."""
-    schema = ENERGY_SCHEMAS[name]
-    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    return rows_as_table(ENERGY_SCHEMAS[name], rows)
 
 
 def repeated_strings(name: str) -> list[pa.Field]:

@@ -75,12 +75,6 @@ class EnergyResult:
         return all(made) if made else None
 
 
-def part_key(table: str, run_id: str, day: int, part: int) -> str:
-    """Where part number `part` of a table's rows of a UTC day (days since 1970) lies."""
-    day_text = (_EPOCH_DAY + timedelta(days=day)).isoformat()
-    return f"{ENERGY_PREFIX}{table}/run_id={run_id}/date={day_text}/part-{part:05d}.parquet"
-
-
 def parse_part_key(key: str) -> tuple[str, str, date] | None:
     """(table, run id, date) of a finished part's key; None for any other key."""
     match = _PART.fullmatch(key)
@@ -104,8 +98,8 @@ def table_row_groups(
     for day, group in _regrouped(table, day_blocks, empty_day):
         n = written[day]
         written[day] += 1
-        key = part_key(table, run_id, day, n // PART_ROW_GROUPS)
-        yield RowGroup(table, key, n % PART_ROW_GROUPS, group)
+        folder = f"{ENERGY_PREFIX}{table}/run_id={run_id}/date={_EPOCH_DAY + timedelta(days=day)}"
+        yield RowGroup(table, f"{folder}/part-{n // PART_ROW_GROUPS:05d}.parquet", n % PART_ROW_GROUPS, group)
 
 
 def _regrouped(table: str, day_blocks: Iterator[DayBlock], empty_day: int) -> Iterator[DayBlock]:
@@ -148,13 +142,7 @@ def write_energy_tables(
 ) -> EnergyResult:
     """Write all energy tables of a job whose shards are committed, then remove parts they replace.
 
-    Args:
-        store: the job's output.
-        job: names the tables' run and model.
-        ledger: over the segments of all commits and drivers.
-        commits: each committed shard once.
-        images: the rows of the commits; default: at the `rows_path` of each in `store`.
-        uncommitted: power samples and environments that no commit carries.
+    Args: as `EnergyRows`; by default `images` are at the `rows_path` of each commit in `store`.
 
     Raises:
         StoreError: storage failed. Writing again replaces the same parts.
@@ -170,9 +158,8 @@ def write_row_groups(store: Store, groups: Iterator[RowGroup]) -> set[str]:
     """Write the files of `groups`, each table finished before the next begins; their keys."""
     written: set[str] = set()
     table = ""
-    writers: dict[
-        str, tuple[str, Path, pq.ParquetWriter]
-    ] = {}  # of each day of the table, by folder of the key
+    # of each day of the table, by folder of the key
+    writers: dict[str, tuple[str, Path, pq.ParquetWriter]] = {}
 
     def finish(folder: str) -> None:
         key, path, writer = writers.pop(folder)

@@ -6,9 +6,8 @@ its devices ended; a worker writes its own environment to `_job/workers/` before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import pyarrow as pa
 
@@ -16,18 +15,10 @@ from millijoule.pipeline.energy.node_readings import NO_READINGS, read_node_read
 from millijoule.pipeline.output.read_objects import read_objects
 from millijoule.workers.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
 from millijoule.workers.records import decode, encode
-from millijoule.workers.schemas import (
-    Commit,
-    CounterRead,
-    PowerSample,
-    PowerTrace,
-    Segment,
-    WorkerClosing,
-    WorkerEnvironment,
-)
+from millijoule.workers.schemas import Commit, PowerTrace, Segment, WorkerClosing, WorkerEnvironment
 from millijoule.workers.storage.protocol import Store
 
-T = TypeVar("T")
+_WHAT = "what a driver or worker wrote"
 
 
 @dataclass(frozen=True)
@@ -49,14 +40,10 @@ NOTHING = Uncommitted()
 
 
 @dataclass(frozen=True)
-class _SampledBy:
+class _SampledBy(PowerTrace):
     """A power trace, and the worker that sampled it."""
 
     worker_id: str
-    device: str
-    boot_id: str
-    source: str
-    samples: tuple[PowerSample, ...]
 
 
 @dataclass(frozen=True)
@@ -71,16 +58,15 @@ class UncommittedWriter:
     """Collects what one driver has to write; two drivers never write the same object."""
 
     def __init__(self, store: Store, epoch: int) -> None:
-        self.store = store
-        self.epoch = epoch
+        self.store, self.epoch = store, epoch
         self._segments: list[Segment] = []
-        self._power: list[tuple[str, PowerTrace]] = []
+        self._power: list[_SampledBy] = []
         self._parts = 0
 
     def add(self, worker_id: str, segments: Iterable[Segment], power: Iterable[PowerTrace]) -> None:
         """Take what worker `worker_id` did and sampled."""
         self._segments.extend(segments)
-        self._power.extend((worker_id, trace) for trace in power)
+        self._power.extend(_SampledBy(t.device, t.boot_id, t.source, t.samples, worker_id) for t in power)
 
     def flush(self) -> None:
         """Write what has been added since the last part, if anything.
@@ -90,9 +76,8 @@ class UncommittedWriter:
         """
         if not self._segments and not self._power:
             return
-        power = (_SampledBy(w, t.device, t.boot_id, t.source, t.samples) for w, t in self._power)
         key = f"{SEGMENTS_PREFIX}{self.epoch:06d}-{self._parts:06d}.json"
-        self.store.put(key, encode(_Part(tuple(self._segments), tuple(power))))
+        self.store.put(key, encode(_Part(tuple(self._segments), tuple(self._power))))
         self._parts += 1
         self._segments, self._power = [], []
 
@@ -103,12 +88,8 @@ def read_uncommitted(store: Store) -> Uncommitted:
     Raises:
         StoreError: storage failed, or an object is not what it should be; the message names it.
     """
-    parts = _read(
-        store,
-        SEGMENTS_PREFIX,
-        _parse_part,
-        lambda part: (r for s in part.segments for r in (s.open, s.close)),
-    )
+    parts = read_objects(store, SEGMENTS_PREFIX, _parse_part, _WHAT)
+    closings = read_objects(store, CLOSINGS_PREFIX, WorkerClosing.from_json, _WHAT)
     return Uncommitted(
         tuple(segment for part in parts for segment in part.segments),
         tuple(
@@ -118,47 +99,20 @@ def read_uncommitted(store: Store) -> Uncommitted:
         ),
         read_workers(store),
         read_node_readings(store),
-        {c.worker_id: c for c in _read(store, CLOSINGS_PREFIX, WorkerClosing.from_json, lambda c: [c.read])},
+        {closing.worker_id: closing for closing in closings},
     )
 
 
 def read_workers(store: Store) -> dict[str, WorkerEnvironment]:
     """The environments of a job's workers, by worker id; raises StoreError."""
-    found = _read(store, WORKERS_PREFIX, WorkerEnvironment.from_json, lambda worker: [worker.opened])
+    found = read_objects(store, WORKERS_PREFIX, WorkerEnvironment.from_json, _WHAT)
     return {worker.worker_id: worker for worker in found}
-
-
-def _read(
-    store: Store,
-    prefix: str,
-    parse: Callable[[bytes], T],
-    reads: Callable[[T], Iterable[CounterRead | None]],
-) -> list[T]:
-    """The objects under `prefix`, in order of their keys; `reads` are the counter reads of one."""
-
-    def parse_checked(data: bytes) -> T:
-        record = parse(data)
-        for read in reads(record):
-            _require_numbers(read)
-        return record
-
-    return read_objects(store, prefix, parse_checked, "what a driver or worker wrote")
 
 
 def _parse_part(data: bytes) -> _Part:
     if data.lstrip().startswith(b"["):  # as written before power was carried
         return _Part(decode(tuple[Segment, ...], data), ())
     return decode(_Part, data)
-
-
-def _require_numbers(read: CounterRead | None) -> None:
-    """Raise ValueError where a read has anything but whole numbers of 64 bits."""
-    if read is None:
-        return
-    numbers = [read.t_mono_ns, read.t_wall_ns, read.latency_ns, read.epoch, *read.energy_mj.values()]
-    numbers += [n for n in (read.estimate_mj, read.wrap_epoch) if n is not None]
-    if wrong := [n for n in numbers if type(n) is not int or not -(2**63) <= n < 2**63]:
-        raise ValueError(f"a counter read has {wrong[0]!r} for a number")
 
 
 def held_devices(

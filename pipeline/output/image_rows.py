@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 import numpy as np
@@ -25,36 +25,30 @@ NOT_CARRIED = -1
 SPOOL_ROWS = 2048
 
 
-class RowSpool:
-    """Rows that commits carry, in the order in which they were added."""
+class Spool:
+    """Rows in the order in which they were added, in a temporary file once there are `most_held`."""
 
-    def __init__(self) -> None:
-        self._counts = array("i")
-        self._held: list[CarriedRow] = []
+    def __init__(self, schema: pa.Schema, most_held: int) -> None:
+        self._schema, self._most_held = schema, most_held
+        self._held: list[tuple] = []
         self._file: IO[bytes] | None = None
         self._writer: pa.RecordBatchStreamWriter | None = None
 
-    def add(self, rows: Iterable[CarriedRow] | None) -> None:
-        """Append the rows of the next commit, as it carries them; None: it carries none."""
-        before = len(self._held)
-        self._held += rows or ()
-        self._counts.append(NOT_CARRIED if rows is None else len(self._held) - before)
-        if len(self._held) >= SPOOL_ROWS:
+    def extend(self, rows: Iterable[tuple]) -> None:
+        """Append `rows`, whose values are in the order of the columns."""
+        self._held += rows
+        if len(self._held) >= self._most_held:
             if self._writer is None:
                 self._file = tempfile.NamedTemporaryFile(prefix="millijoule-")  # noqa: SIM115
                 options = pa.ipc.IpcWriteOptions(compression="zstd")
                 self._writer = pa.ipc.new_stream(
-                    pa.PythonFile(self._file, "w"), IMAGE_ROW_SCHEMA, options=options
+                    pa.PythonFile(self._file, "w"), self._schema, options=options
                 )
-            self._writer.write_table(rows_table(self._held))
+            self._writer.write_table(rows_as_table(self._schema, self._held))
             self._held = []
 
-    def counts(self) -> np.ndarray:
-        """How many rows each commit carries, int32 `[n]`; `NOT_CARRIED` where none. A copy."""
-        return np.array(self._counts, np.int32)
-
     def tables(self) -> Iterator[pa.Table]:
-        """All rows, some thousand at a time, `IMAGE_ROW_SCHEMA`. Nothing can be added any more."""
+        """All rows, some thousand at a time. Nothing can be added any more."""
         if self._writer is not None and self._file is not None:
             self._writer.close()
             self._file.flush()
@@ -62,14 +56,35 @@ class RowSpool:
                 for batch in stream:
                     yield pa.Table.from_batches([batch])
         if self._held:
-            yield rows_table(self._held)
+            yield rows_as_table(self._schema, self._held)
+
+
+class RowSpool(Spool):
+    """Rows that commits carry, `IMAGE_ROW_SCHEMA`."""
+
+    def __init__(self) -> None:
+        super().__init__(IMAGE_ROW_SCHEMA, SPOOL_ROWS)
+        self._counts = array("i")
+
+    def add(self, rows: Sequence[CarriedRow] | None) -> None:
+        """Append the rows of the next commit, as it carries them; None: it carries none."""
+        self._counts.append(NOT_CARRIED if rows is None else len(rows))
+        self.extend(rows or ())
+
+    def counts(self) -> np.ndarray:
+        """How many rows each commit carries, int32 `[n]`; `NOT_CARRIED` where none. A copy."""
+        return np.array(self._counts, np.int32)
+
+
+def rows_as_table(schema: pa.Schema, rows: Iterable[tuple]) -> pa.Table:
+    """`rows`, whose values are in the order of the columns, as a table of `schema`."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
 
 
 def rows_table(rows: Iterable[CarriedRow]) -> pa.Table:
     """Carried rows as a table, `IMAGE_ROW_SCHEMA`."""
-    columns = list(zip(*rows, strict=True)) or [()] * len(IMAGE_ROW_SCHEMA)
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, IMAGE_ROW_SCHEMA, strict=True)]
-    return pa.table(arrays, schema=IMAGE_ROW_SCHEMA)
+    return rows_as_table(IMAGE_ROW_SCHEMA, rows)
 
 
 def read_row_table(store: Store, commit: Commit, data: bytes | None = None) -> pa.Table:

@@ -15,16 +15,6 @@ from millijoule.pipeline.report.words import count, energy, grams, money, second
 FIGURE_HEADS = ("", "direct", "full", "whole job")
 CLASS_HEADS = ("class", "counts as", "worker time", "share", "measured", "share", "estimate", "share")
 
-#: What each closure check compares.
-CHECKS = {
-    "C1": "segments and gaps = the counter's growth",
-    "C2": "images and overhead = all segments and gaps",
-    "C3": "devices and declared rest = node meter",
-    "C4": "counter = integral of power",
-    "C5": "one attempt and one segment per shard",
-    "C6": "wall clock and monotonic clock",
-}
-
 #: What became of a closure check.
 VERDICTS = {True: "passed", False: "FAILED", None: "not applicable"}
 

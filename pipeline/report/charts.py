@@ -19,14 +19,12 @@ from bokeh.models import (
     HoverTool,
     NumeralTickFormatter,
     PrintfTickFormatter,
-    Range,
     Range1d,
 )
 from bokeh.plotting import figure
 
 from millijoule.pipeline.report import words
 from millijoule.pipeline.report.data import JobReport
-from millijoule.pipeline.report.devices import DeviceRow
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.timeline import ESTIMATE_SOURCE, Timeline
 from millijoule.workers.schemas import SEGMENT_CLASSES
@@ -95,29 +93,19 @@ def power_chart(timeline: Timeline) -> Chart:
     """Power per device over time; modelled power is dashed and says so."""
     modelled = timeline.power[0].source == ESTIMATE_SOURCE
     unit, per_unit = _time_unit(timeline)
-    plot = _figure(260, unit, "W (estimate)" if modelled else "W", timeline)
+    plot = _figure(260, timeline, "W (estimate)" if modelled else "W")
     source = ColumnDataSource({"t": _times(timeline, per_unit)})
     lanes = []
     for number, lane in enumerate(timeline.power):
         name = f"lane:{number}"
         colour = LANE_COLOURS[number % len(LANE_COLOURS)]
         source.data[name] = [float("nan") if w is None else w for w in lane.watts]
-        line = plot.step(
-            "t",
-            name,
-            source=source,
-            mode="after",
-            line_width=2,
-            color=colour,
-            line_dash="dashed" if modelled else "solid",
-            name=name,
-        )
-        text = f"{lane.host} {lane.device}"
-        tooltips = [
-            (lane.source, f"@{{{name}}}{{0.[0]}} W"),
-            ("at", f"@t{{0.[00]}} {unit}"),
-            ("device", _plain(text)),
-        ]
+        look: dict[str, Any] = {"color": colour, "line_dash": "dashed" if modelled else "solid"}
+        line = plot.step("t", name, source=source, mode="after", line_width=2, name=name, **look)
+        # @ and $ would be read as fields, and tooltips are HTML
+        device = "".join(c for c in f"{lane.host} {lane.device}" if c.isalnum() or c in " -_.:/")
+        at = ("at", f"@t{{0.[00]}} {unit}")
+        tooltips = [(lane.source, f"@{{{name}}}{{0.[0]}} W"), at, ("device", device)]
         plot.add_tools(HoverTool(renderers=[line], tooltips=tooltips, line_policy="nearest", visible=False))
         label = f"{lane.host} {words.short_device(lane.device)}"
         lanes.append(Lane(name, lane.host, lane.device, label, colour))
@@ -138,16 +126,10 @@ def work_chart(timeline: Timeline) -> Chart:
     """What every worker did: one bar per segment."""
     unit, per_unit = _time_unit(timeline)
     marks = _unique_labels([f"{lane.host} {words.short_device(lane.device)}" for lane in timeline.work])
-    plot = _figure(
-        90 + 22 * len(marks), unit, None, timeline, FactorRange(factors=marks[::-1], range_padding=0.05)
-    )
+    marked = list(zip(marks, timeline.work, strict=True))
+    plot = _figure(90 + 22 * len(marks), timeline, marks=marks)
     for c in SEGMENT_CLASSES:
-        spans = [
-            (mark, lane, *span)
-            for mark, lane in zip(marks, timeline.work, strict=True)
-            for span in lane.spans
-            if span[2] == c
-        ]
+        spans = [(mark, lane, *span) for mark, lane in marked for span in lane.spans if span[2] == c]
         if not spans:
             continue
         columns: dict[str, list[Any]] = {
@@ -158,11 +140,7 @@ def work_chart(timeline: Timeline) -> Chart:
         }
         tooltips = [(c, f"@left{{0.[00]}} to @right{{0.[00]}} {unit}"), ("worker", "@worker")]
         _bars(plot, f"class:{c}", columns, CLASS_COLOURS[c], tooltips, height=0.8, line_width=0.5)
-    plot.ygrid.grid_line_color = None
-    lanes = tuple(
-        Lane(lane.worker, lane.host, lane.device, mark)
-        for mark, lane in zip(marks, timeline.work, strict=True)
-    )
+    lanes = tuple(Lane(lane.worker, lane.host, lane.device, mark) for mark, lane in marked)
     caption = "Time by the monotonic clock, measured whether or not there is an energy counter."
     if timeline.work_is_stepped:
         caption += f" Busy lanes are drawn in steps of {timeline.step_s:.3g} s, each in the class that took most of it."
@@ -174,7 +152,7 @@ def work_chart(timeline: Timeline) -> Chart:
 def throughput_chart(timeline: Timeline) -> Chart:
     """Images per second over time."""
     unit, per_unit = _time_unit(timeline)
-    plot = _figure(180, unit, "images/s", timeline)
+    plot = _figure(180, timeline, "images/s")
     source = ColumnDataSource({"t": _times(timeline, per_unit), "rate": list(timeline.images_per_second)})
     line = plot.step("t", "rate", source=source, mode="after", line_width=2, color=CLASS_COLOURS["shard"])
     tooltips = [("images/s", "@rate{0.[00]}"), ("at", f"@t{{0.[00]}} {unit}")]
@@ -186,28 +164,23 @@ def throughput_chart(timeline: Timeline) -> Chart:
 def share_chart(job: JobReport) -> Chart:
     """Parts of images, load, idle and waste: energy of the whole job, then worker time per device."""
     bars: list[tuple[str, str, str, dict[str, float]]] = []  # label, host, device, share per group
-    energy = _shares(job, "energy_share") or {}
-    modelled = {} if energy else _shares(job, "estimate_share")
+    energy, modelled = _shares(job, "energy_share"), _shares(job, "estimate_share")
     if energy:
         bars.append(("energy", "", "", energy))
     elif modelled:
         bars.append(("energy (estimate)", "", "", modelled))
     if times := _shares(job, "time_share"):
         bars.append(("worker time", "", "", times))
-    rows: Sequence[DeviceRow] = job.devices[:MAX_SHARE_BARS]
     bars += [
         (f"{r.host} {words.short_device(r.device)}", r.host, r.device, r.time_shares)
-        for r in rows
+        for r in job.devices[:MAX_SHARE_BARS]
         if r.time_shares
     ]
     marks = _unique_labels([bar[0] for bar in bars])
-    plot = _figure(
-        80 + 24 * len(bars), None, None, None, FactorRange(factors=marks[::-1], range_padding=0.05)
-    )
+    plot = _figure(80 + 24 * len(bars), marks=marks)
     plot.x_range = Range1d(start=0, end=1)
     plot.xaxis.formatter = NumeralTickFormatter(format="0%")
     plot.xaxis.ticker = FixedTicker(ticks=[0, 0.25, 0.5, 0.75, 1])
-    plot.ygrid.grid_line_color = None
     left = [0.0] * len(bars)
     for group in dict.fromkeys(GROUPS.values()):
         parts = [bar[3].get(group, 0.0) for bar in bars]
@@ -239,36 +212,25 @@ def _bars(
     line_width: float,
 ) -> None:
     """Horizontal bars from `left` to `right` at `y`, and what they say when one points at them."""
-    bars = plot.hbar(
-        y="y",
-        left="left",
-        right="right",
-        height=height,
-        source=ColumnDataSource(dict(columns)),
-        color=colour,
-        line_width=line_width,
-        name=name,
-    )
+    source = ColumnDataSource(dict(columns))
+    look: dict[str, Any] = {"height": height, "color": colour, "line_width": line_width}
+    bars = plot.hbar(y="y", left="left", right="right", source=source, name=name, **look)
     plot.add_tools(HoverTool(renderers=[bars], tooltips=tooltips, visible=False))
 
 
 def _shares(job: JobReport, field: str) -> dict[str, float]:
     shares: dict[str, float] = defaultdict(float)
     for row in job.classes:
-        value = getattr(row, field)
-        if value is not None:
+        if (value := getattr(row, field)) is not None:
             shares[row.group] += value
-    return dict(shares)
+    return shares
 
 
 def _figure(
-    height: int,
-    unit: str | None,
-    y_label: str | None,
-    timeline: Timeline | None,
-    y_range: Range | None = None,
+    height: int, timeline: Timeline | None = None, y_label: str | None = None, marks: Sequence[str] = ()
 ) -> figure:
-    """An empty chart; without `y_range` for amounts, which begin at 0."""
+    """An empty chart: over time where there is a `timeline`, of bars at `marks`, or else of amounts, from 0 on."""
+    amounts = DataRange1d(start=0, range_padding=0.15)
     plot = figure(
         height=height,
         sizing_mode="stretch_width",
@@ -279,15 +241,16 @@ def _figure(
         border_fill_color=None,
         outline_line_color=None,
         min_border_right=12,
-        y_range=y_range or DataRange1d(start=0, range_padding=0.15),
+        y_range=FactorRange(factors=marks[::-1], range_padding=0.05) if marks else amounts,
     )
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
-    if unit is not None:
-        plot.xaxis.formatter = PrintfTickFormatter(format=f"%.6g {unit}")  # since the start
+    if marks:
+        plot.ygrid.grid_line_color = None
     plot.yaxis.axis_label = y_label
     if timeline is not None:
-        _, per_unit = _time_unit(timeline)
+        unit, per_unit = _time_unit(timeline)
+        plot.xaxis.formatter = PrintfTickFormatter(format=f"%.6g {unit}")  # since the start
         plot.x_range = Range1d(start=0, end=timeline.steps * timeline.step_s / per_unit)
     return plot
 
@@ -315,8 +278,3 @@ def _unique_labels(texts: Sequence[str]) -> list[str]:
             label = f"{short} #{number}"
         labels[label] = None
     return list(labels)
-
-
-def _plain(text: str) -> str:
-    """`text` as a tooltip's words: @ and $ would be read as fields, and tooltips are HTML."""
-    return "".join(c for c in text if c.isalnum() or c in " -_.:/")

@@ -24,8 +24,6 @@ from millijoule.pipeline.report.devices import (
     device_rows,
     gpu_models,
     measure_speed,
-    model_rows,
-    node_rows,
     place_workers,
     unread_devices,
 )
@@ -34,8 +32,7 @@ from millijoule.pipeline.report.energy import (
     EnergyFigures,
     RateUsed,
     class_shares,
-    estimate_figures,
-    measured_figures,
+    energy_figures,
     rate_used,
 )
 from millijoule.pipeline.report.flags import Flag, flags_of
@@ -150,8 +147,8 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
     closure = _closure(closure_table)
     node_meters = node_meter_rows(closure_table, read("node_energy"))
     models = gpu_models(env)
-    devices = device_rows(work, places, attempts, models)
-    nodes = node_rows(work, places, attempts, models)
+    rows_by = partial(device_rows, work, places, attempts, models)
+    devices, nodes = rows_by("device"), rows_by("node")
     energy = stats["energy"]
     unclosed = {account["worker_id"] for account in energy.get("unclosed", ())}
     gpu_time = measure_gpu_time(work, places, env, models, stats["images_ok"], gpu_prices, unclosed)
@@ -171,8 +168,8 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         evidence_class=evidence if isinstance(evidence, str) else "not computed",
         is_measured=is_measured,
         domains=tuple(energy.get("domains", ())),
-        measured=measured_figures(stats, work, rates),
-        estimate=estimate_figures(stats, work, rates),
+        measured=energy_figures(stats, work, rates, measured=True),
+        estimate=energy_figures(stats, work, rates, measured=False),
         carbon=carbon_used,
         price=price_used,
         pue=rates.pue,
@@ -182,7 +179,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         devices_not_shown=max(0, len(devices) - MAX_DEVICE_ROWS),
         nodes=tuple(nodes[:MAX_DEVICE_ROWS]),
         nodes_not_shown=max(0, len(nodes) - MAX_DEVICE_ROWS),
-        models=tuple(model_rows(work, places, attempts, models)),
+        models=tuple(rows_by("model")),
         speed=measure_speed(stats, places, attempts),
         timeline=timeline,
         software=_software(env),
@@ -191,8 +188,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         node_meters_not_shown=max(0, len(node_meters) - MAX_DEVICE_ROWS),
         flags=flags_of(
             stats,
-            closure.rows is not None,
-            closure.failed,
+            None if closure.rows is None else closure.failed,
             power is not None and power.num_rows > 0,
             _short_share(segments),
             carbon_used,

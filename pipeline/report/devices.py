@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.tables import floats, labels
-from millijoule.pipeline.report.timeline import Place, Work, hosts_of_boots, unknown_host
+from millijoule.pipeline.report.timeline import Place, Work, hosts_of_boots
 from millijoule.workers.meters.own_devices import unread_domains
 
 #: A shard this much slower per image than the job's median is a straggler.
@@ -73,12 +73,9 @@ def place_workers(work: Work, attempts: pa.Table, env: pa.Table | None = None) -
         )
         if host is not None and device is not None
     }
-    for worker in work.workers:
-        places.setdefault(worker, Place(unknown_host(work.boot_of_worker[worker]), "unknown"))
     hosts = hosts_of_boots(work, places)
     for worker in work.workers:
-        if places[worker].device == "unknown":
-            places[worker] = Place(hosts[work.boot_of_worker[worker]], "unknown")
+        places.setdefault(worker, Place(hosts[work.boot_of_worker[worker]], "unknown"))
     return places
 
 
@@ -93,47 +90,6 @@ def unread_devices(env: pa.Table | None) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def device_rows(
-    work: Work, places: Mapping[str, Place], attempts: pa.Table, models: Mapping[tuple[str, str], str]
-) -> list[DeviceRow]:
-    """One row per device, by host and device."""
-    return _rows(
-        *(work, places, attempts),
-        lambda place: place,
-        lambda place, _: (place.host, place.device, model_of(place, models)),
-    )
-
-
-def model_rows(
-    work: Work, places: Mapping[str, Place], attempts: pa.Table, models: Mapping[tuple[str, str], str]
-) -> list[DeviceRow]:
-    """As `device_rows`, one row per kind of device; host and device say how many there are."""
-    return _rows(
-        *(work, places, attempts),
-        lambda place: Place("", model_of(place, models)),
-        lambda kind, members: (
-            _count(len({p.host for p in members}), "node"),
-            _count(len(members), "device"),
-            kind.device,
-        ),
-    )
-
-
-def node_rows(
-    work: Work, places: Mapping[str, Place], attempts: pa.Table, models: Mapping[tuple[str, str], str]
-) -> list[DeviceRow]:
-    """As `device_rows`, one row per node; device says how many it has."""
-    return _rows(
-        *(work, places, attempts),
-        lambda place: Place(place.host, ""),
-        lambda node, members: (
-            node.host,
-            _count(len(members), "device"),
-            ", ".join(sorted({model_of(p, models) for p in members})),
-        ),
-    )
-
-
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
@@ -142,25 +98,41 @@ def model_of(place: Place, models: Mapping[tuple[str, str], str]) -> str:
     """The kind of device a place has, as far as the output says."""
     if place.device in ("cpu", "unknown"):
         return place.device
-    return (
-        models.get((place.host, place.device)) or models.get(("", place.device)) or "GPU, model not recorded"
-    )
+    stated = models.get((place.host, place.device)) or models.get(("", place.device))
+    return stated or "GPU, model not recorded"
 
 
-def _rows(
+def device_rows(
     work: Work,
     places: Mapping[str, Place],
     attempts: pa.Table,
-    group_of: Callable[[Place], Place],
-    named: Callable[[Place, set[Place]], tuple[str, str, str]],
+    models: Mapping[tuple[str, str], str],
+    by: Literal["device", "node", "model"],
 ) -> list[DeviceRow]:
-    """One row per group of places, in order; `named` gives host, device and model of a group and its places."""
+    """One row per device, node or kind of device, in order of host and device.
+
+    The device of a node says how many it has; host and device of a kind say how many there are.
+    """
+
+    def group_of(place: Place) -> Place:
+        if by == "model":
+            return Place("", model_of(place, models))
+        return Place(place.host, "") if by == "node" else place
+
+    def named(group: Place, members: set[Place]) -> tuple[str, str, str]:
+        """Host, device and model."""
+        if by == "device":
+            return group.host, group.device, model_of(group, models)
+        nodes, devices = _count(len({p.host for p in members}), "node"), _count(len(members), "device")
+        if by == "model":
+            return nodes, devices, group.device
+        return group.host, devices, ", ".join(sorted({model_of(p, models) for p in members}))
+
     won = labels(attempts["outcome"]).where(["committed"])
     made = labels(attempts["worker_id"])
     images = floats(attempts["images_ok"])
     direct, direct_estimate = floats(attempts["energy_mj"]), floats(attempts["energy_estimate_mj"])
     seconds = work.end_s - work.begin_s
-    by_class = {c: work.of_class(c) for c in work.classes}
     groups: dict[Place, list[str]] = defaultdict(list)
     for worker in work.workers:
         groups[group_of(places[worker])].append(worker)
@@ -170,8 +142,8 @@ def _rows(
         theirs = won & made.where(workers)
         n = int(np.nansum(images[theirs]))
         by_group: dict[str, float] = defaultdict(float)
-        for c, rows_of_class in by_class.items():
-            by_group[GROUPS.get(c, c)] += float(seconds[mine & rows_of_class].sum())
+        for c in work.classes:
+            by_group[GROUPS.get(c, c)] += float(seconds[mine & work.of_class(c)].sum())
         busy = by_group.get("images", 0.0)
         all_seconds = sum(by_group.values())
         rows.append(
@@ -202,9 +174,7 @@ def gpu_models(env: pa.Table | None) -> dict[tuple[str, str], str]:
     if env is None:
         return {}
     rows = zip(*(env[c].to_pylist() for c in ("host", "device", "device_name")), strict=True)
-    return {
-        (host or "", device): name for host, device, name in rows if device is not None and name is not None
-    }
+    return {(host or "", device): name for host, device, name in rows if device and name}
 
 
 def measure_speed(stats: Mapping[str, Any], places: Mapping[str, Place], attempts: pa.Table) -> Speed:
@@ -229,8 +199,7 @@ def measure_speed(stats: Mapping[str, Any], places: Mapping[str, Place], attempt
             Straggler(
                 shard_id=row["shard_id"],
                 worker=row["worker_id"],
-                host=places[row["worker_id"]].host,
-                device=places[row["worker_id"]].device,
+                **vars(places[row["worker_id"]]),
                 images=row["images_ok"],
                 seconds=float(seconds[i]),
                 times_median=float(per_image[i]) / (median or 1.0),

@@ -80,31 +80,15 @@ class ClassShare:
     estimate_share: float | None
 
 
-def measured_figures(stats: Mapping[str, Any], work: Work, rates: Rates) -> EnergyFigures:
-    """What the counters say."""
-    methods = sorted(m for m in stats["energy_methods"] if m != "missing")
-    method = f"measured ({', '.join(methods)})" if methods else "not measured"
-    mj_per_image = (stats["direct_mj_per_image"], stats["full_mj_per_image"])
-    return _figures(method, mj_per_image, stats["energy"].get("total_mj"), work, rates, measured=True)
-
-
-def estimate_figures(stats: Mapping[str, Any], work: Work, rates: Rates) -> EnergyFigures:
-    """What the model of CPU time says."""
-    mj_per_image = (stats.get("direct_estimate_mj_per_image"), stats.get("full_estimate_mj_per_image"))
-    total_mj = stats["energy"].get("estimate_total_mj")
-    return _figures(ESTIMATE, mj_per_image, total_mj, work, rates, measured=False)
-
-
-def _figures(
-    method: str,
-    mj_per_image: tuple[float | None, float | None],
-    total_mj: int | None,
-    work: Work,
-    rates: Rates,
-    *,
-    measured: bool,
-) -> EnergyFigures:
-    """Figures of one method; `mj_per_image` is (direct, full)."""
+def energy_figures(stats: Mapping[str, Any], work: Work, rates: Rates, *, measured: bool) -> EnergyFigures:
+    """What the counters say where `measured`, else what the model of CPU time says."""
+    infix, total_mj = "", stats["energy"].get("total_mj" if measured else "estimate_total_mj")
+    if measured:
+        methods = sorted(m for m in stats["energy_methods"] if m != "missing")
+        method = f"measured ({', '.join(methods)})" if methods else "not measured"
+    else:
+        infix, method = "estimate_", ESTIMATE
+    direct, full = (stats.get(f"{share}_{infix}mj_per_image") for share in ("direct", "full"))
 
     def amount(rate: Rate | None, mj: float | None, is_direct: bool) -> float | None:
         if rate is None or mj is None:
@@ -112,7 +96,6 @@ def _figures(
         mean = mean_rate(rate, *_energy_over_time(work, measured, is_direct))
         return None if mean is None else mj / MJ_PER_KWH * mean.per_kwh * (rates.pue or 1.0)
 
-    direct, full = mj_per_image
     return EnergyFigures(
         method=method,
         direct_mj_per_image=direct,

@@ -24,8 +24,7 @@ class Flag:
 
 def flags_of(
     stats: Mapping[str, Any],
-    closure_recorded: bool,
-    closure_failed: int,
+    failed_checks: int | None,
     power_recorded: bool,
     short_share: float,
     carbon: RateUsed | None,
@@ -38,12 +37,13 @@ def flags_of(
     """All flags of a job, the worst first.
 
     Args:
+        failed_checks: of the closure table; None: it was not recorded.
         short_share: part of the measured segment rows near their counter's resolution.
         unread_devices: those that workers held and never read a counter of.
     """
     flags = [
         *_energy_flags(stats, short_share, unread_devices),
-        *_closure_flags(closure_recorded, closure_failed),
+        *_closure_flags(failed_checks),
         *_rate_flags(carbon, "carbon intensity", "--gco2-per-kwh (a number or a CSV file)"),
         *_rate_flags(price, "price", "--price-per-kwh (a number or a CSV file)"),
         *_gpu_flags(gpu_time, gpu_prices),
@@ -54,13 +54,12 @@ def flags_of(
         text = "Power is energy counter differences over time, or not shown."
         flags.append(Flag("note", "power not recorded", text))
     if pue is None:
-        text = "Grams and money are for the devices alone; --pue adds the building."
-        flags.append(Flag("note", "no PUE", text))
+        name, text = "no PUE", "Grams and money are for the devices alone; --pue adds the building."
     else:
+        name = "PUE declared"
         text = f"Grams and money are multiplied by a declared PUE of {pue:g}. Joules are not."
-        flags.append(Flag("note", "PUE declared", text))
-    order = {"problem": 0, "caution": 1, "note": 2}
-    return tuple(sorted(flags, key=lambda flag: order[flag.level]))
+    flags.append(Flag("note", name, text))
+    return tuple(sorted(flags, key=lambda flag: ("problem", "caution", "note").index(flag.level)))
 
 
 def _energy_flags(stats: Mapping[str, Any], short_share: float, unread_devices: Sequence[str]) -> list[Flag]:
@@ -116,12 +115,11 @@ def _account_flags(unclosed: Sequence[Mapping[str, Any]]) -> list[Flag]:
     return flags
 
 
-def _closure_flags(recorded: bool, failed: int) -> list[Flag]:
-    if not recorded:
+def _closure_flags(failed: int | None) -> list[Flag]:
+    if failed is None:
         return [Flag("note", "closure not recorded", "This output has no closure table.")]
-    if failed:
-        return [Flag("problem", "closure failed", f"{failed} checks found energy that does not add up.")]
-    return []
+    text = f"{failed} checks found energy that does not add up."
+    return [Flag("problem", "closure failed", text)] if failed else []
 
 
 def _rate_flags(rate: RateUsed | None, name: str, option: str) -> list[Flag]:
@@ -139,18 +137,18 @@ def _rate_flags(rate: RateUsed | None, name: str, option: str) -> list[Flag]:
 
 
 def _gpu_flags(time: GpuTime | None, prices: GpuPrices | None) -> list[Flag]:
+    if time is None:
+        text = f"No worker held a GPU, so {OPTION} has no time to multiply."
+        return [Flag("caution", "no GPU time", text)] if prices else []
     flags = []
-    if time is not None and time.workers_unknown:
+    if time.workers_unknown:
         text = f"{time.workers_unknown} workers did not say which GPUs they held; their time, and so the cost, is missing."
         flags.append(Flag("caution", "GPU time incomplete", text))
-    if time is not None and time.workers_unclosed:
+    if time.workers_unclosed:
         text = f"Until when {time.workers_unclosed} workers held their GPUs is not known; that time, and so the cost, is missing."
         flags.append(Flag("caution", "GPU time incomplete", text))
     if prices is None:
         return flags
-    if time is None:
-        text = f"No worker held a GPU, so {OPTION} has no time to multiply."
-        return [*flags, Flag("caution", "no GPU time", text)]
     if missing := [m.model for m in time.models if m.price_per_hour is None]:
         text = f"{OPTION} has no price for {', '.join(missing)}, so the cost is missing."
         flags.append(Flag("caution", "GPU price missing", text))

@@ -89,12 +89,7 @@ def _picture(data: bytes) -> str | None:
     """`data` as a data URI of at most its share of `MAX_SAMPLE_BYTES`, or None."""
     try:
         image = Image.open(io.BytesIO(data)).convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # SyntaxError: a broken PNG
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Syntax: a broken PNG
         log.warning("an image of the gallery cannot be read: %s", error)
         return None
     for kind, body in _encodings(image):

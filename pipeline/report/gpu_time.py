@@ -120,13 +120,10 @@ def measure_gpu_time(
     """
     held = _held_gpus(work, places, env)
     spans: dict[tuple[str, Place], list[Span]] = defaultdict(list)  # by group of GROUPS and GPU
-    for worker, number, begin, end in zip(
-        *(work.worker.tolist(), work.segment_class.tolist(), work.begin_s.tolist(), work.end_s.tolist()),
-        strict=True,
-    ):
-        group = GROUPS.get(work.classes[number], work.classes[number])
+    columns = (work.worker, work.segment_class, work.begin_s, work.end_s)
+    for worker, code, begin, end in zip(*(column.tolist() for column in columns), strict=True):
         for gpu in held[work.workers[worker]] or ():
-            spans[group, gpu].append((begin, end))
+            spans[GROUPS.get(work.classes[code], ""), gpu].append((begin, end))
     for number, worker in enumerate(work.workers):
         mine = work.worker == number
         for gpu in (held[worker] or ()) if mine.any() else ():
@@ -152,23 +149,28 @@ def measure_gpu_time(
     )
     hours = math.fsum(m.hours for m in by_model)
     direct = math.fsum(m.direct_hours for m in by_model)
-    total, direct_cost = None, None
     unknown = sum(gpus is None for gpus in held.values())
     endless = sum(1 for worker in set(unclosed) if held.get(worker))
-    if not unknown and not endless and all(m.price_per_hour is not None for m in by_model):
+    is_known = not unknown and not endless
+    total, direct_cost = None, None
+    if is_known and all(m.price_per_hour is not None for m in by_model):
         total = math.fsum(m.hours * (m.price_per_hour or 0.0) for m in by_model)
         direct_cost = math.fsum(m.direct_hours * (m.price_per_hour or 0.0) for m in by_model)
+
+    def per_image(amount: float | None) -> float | None:
+        return amount / images if images and amount is not None else None
+
     return GpuTime(
         gpus=len(every),
         hours=hours,
         direct_hours=direct,
         hours_by_group={g: math.fsum(h[n] for h in hours_of.values()) for n, g in enumerate(_ORDER)},
-        direct_seconds_per_image=direct * 3600 / images if images else None,
-        full_seconds_per_image=hours * 3600 / images if images and not unknown and not endless else None,
+        direct_seconds_per_image=per_image(direct * 3600),
+        full_seconds_per_image=per_image(hours * 3600 if is_known else None),
         models=by_model,
         workers_unknown=unknown,
-        direct_cost_per_image=direct_cost / images if images and direct_cost is not None else None,
-        full_cost_per_image=total / images if images and total is not None else None,
+        direct_cost_per_image=per_image(direct_cost),
+        full_cost_per_image=per_image(total),
         total_cost=total,
         workers_unclosed=endless,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from millijoule.pipeline.energy import evidence
+from millijoule.pipeline.energy.closure import CHECKS
 from millijoule.pipeline.report import cells, words
 from millijoule.pipeline.report.charts import CLASS_COLOURS, Chart
 from millijoule.pipeline.report.data import JobReport
@@ -30,7 +31,10 @@ def job_section(number: int, job: JobReport, charts: Sequence[Chart]) -> str:
             f"{escape(job.model_sha256[:12])} &middot; millijoule {escape(job.millijoule_version)}"
             + (f" &middot; began {words.moment(job.timeline.start_unix_s)}" if job.timeline else "")
             + "</p>",
-            "".join(f'<p class="soft">{escape(_versions(v))}</p>' for v in job.software),
+            _soft(
+                ", ".join(f"{name.removesuffix('_version')} {version}" for name, version in versions.items())
+                for versions in job.software
+            ),
             _cards(job),
             _flags(job),
             "<h3>Energy, carbon and money</h3>",
@@ -39,14 +43,29 @@ def job_section(number: int, job: JobReport, charts: Sequence[Chart]) -> str:
             _filters(job),
             *(_chart(number, chart) for chart in charts),
             "<h3>Where the energy and the time went</h3>",
-            _classes_table(job),
+            table(
+                cells.CLASS_HEADS,
+                [Row(cells.class_cells(row), {"class": row.segment_class}) for row in job.classes],
+                numbers=range(2, 8),
+            ),
             "<h3>Nodes</h3>",
-            _nodes_table(job),
+            _work_table(
+                ("node", "devices", "kind"),
+                [_work_row(r, r.host, r.device, r.model, host=r.host, device="") for r in job.nodes],
+            )
+            + _more(job.nodes_not_shown, " nodes"),
             "<h3>Devices</h3>",
             search_box(f"devices-{number}", "filter devices"),
-            _devices_table(f"devices-{number}", job),
+            _work_table(
+                ("node", "device", "kind"),
+                [_work_row(r, r.host, r.device, r.model, host=r.host, device=r.device) for r in job.devices],
+                f"devices-{number}",
+            )
+            + _more(job.devices_not_shown, " devices"),
             "<h3>Kinds of device</h3>",
-            _models_table(job),
+            _work_table(
+                ("kind", "nodes", "devices"), [_work_row(r, r.model, r.host, r.device) for r in job.models]
+            ),
             "<h3>Speed and stragglers</h3>",
             _speed(job),
             "<h3>Node meters beside devices</h3>",
@@ -59,10 +78,6 @@ def job_section(number: int, job: JobReport, charts: Sequence[Chart]) -> str:
             "</section>",
         ]
     )
-
-
-def _versions(software: dict[str, str]) -> str:
-    return ", ".join(f"{name.removesuffix('_version')} {version}" for name, version in software.items())
 
 
 def _cards(job: JobReport) -> str:
@@ -144,23 +159,23 @@ def _figures_table(job: JobReport) -> str:
         "Direct: used while images were made. Full: direct and an equal share of loading, idling, waste and gaps.",
         _rate_words("Carbon intensity, location-based", "gCO2e/kWh", job.carbon),
         _rate_words("Electricity price", "per kWh", job.price),
-        f"PUE: {job.pue:g}, declared; it multiplies grams and money, never joules."
-        if job.pue
-        else "PUE: not given.",
-        *([] if job.gpu_time is None else [cells.gpu_prices(job.gpu_time)]),
+        f"PUE: {f'{job.pue:g}, declared; it multiplies grams and money, never joules' if job.pue else 'not given'}.",
     ]
-    return table(cells.FIGURE_HEADS, rows, numbers=(1, 2, 3)) + "".join(
-        f'<p class="soft">{escape(n)}</p>' for n in notes
-    )
+    if job.gpu_time is not None:
+        notes.append(cells.gpu_prices(job.gpu_time))
+    return table(cells.FIGURE_HEADS, rows, numbers=(1, 2, 3)) + _soft(notes)
+
+
+def _soft(lines: Iterable[str]) -> str:
+    return "".join(f'<p class="soft">{escape(line)}</p>' for line in lines)
 
 
 def _rate_words(name: str, unit: str, used: RateUsed | None) -> str:
     if used is None:
         return f"{name}: not given."
     mean = "not applied" if used.mean_per_kwh is None else f"{used.mean_per_kwh:.4g} {unit}"
-    fallback = (
-        "none" if not used.fallback else f"yes, {words.share(used.fallback_share, 'unknown')} of the energy"
-    )
+    share = words.share(used.fallback_share, "unknown")
+    fallback = f"yes, {share} of the energy" if used.fallback else "none"
     return f"{name}: {mean}, weighted by {used.weighted_by}; source: {used.source}; fallback: {fallback}."
 
 
@@ -204,35 +219,15 @@ def _chart(number: int, chart: Chart) -> str:
     )
 
 
-def _classes_table(job: JobReport) -> str:
-    rows = [Row(cells.class_cells(row), {"class": row.segment_class}) for row in job.classes]
-    return table(cells.CLASS_HEADS, rows, numbers=range(2, 8))
+def _work_table(heads: Sequence[str], rows: Iterable[Row], name: str = "") -> str:
+    figures = (
+        *("workers", "images", "images/s per worker", "time: images", "load", "idle", "waste"),
+        *("direct per image", "full per image", "estimate direct", "estimate full"),
+    )
+    return table((*heads, *figures), rows, numbers=range(3, 14), name=name)
 
 
-def _devices_table(name: str, job: JobReport) -> str:
-    rows = [_work_row(r, (r.host, r.device, r.model), host=r.host, device=r.device) for r in job.devices]
-    more = _more(job.devices_not_shown, " devices")
-    return table(("node", "device", "kind", *_WORK_HEADS), rows, numbers=range(3, 14), name=name) + more
-
-
-def _nodes_table(job: JobReport) -> str:
-    rows = [_work_row(r, (r.host, r.device, r.model), host=r.host, device="") for r in job.nodes]
-    more = _more(job.nodes_not_shown, " nodes")
-    return table(("node", "devices", "kind", *_WORK_HEADS), rows, numbers=range(3, 14)) + more
-
-
-def _models_table(job: JobReport) -> str:
-    rows = [_work_row(r, (r.model, r.host, r.device)) for r in job.models]
-    return table(("kind", "nodes", "devices", *_WORK_HEADS), rows, numbers=range(3, 14))
-
-
-_WORK_HEADS = (
-    *("workers", "images", "images/s per worker", "time: images", "load", "idle", "waste"),
-    *("direct per image", "full per image", "estimate direct", "estimate full"),
-)
-
-
-def _work_row(row: DeviceRow, names: tuple[str, ...], **attributes: str) -> Row:
+def _work_row(row: DeviceRow, *names: str, **attributes: str) -> Row:
     shares = (words.share(row.time_shares.get(g, 0.0)) for g in ("images", "load", "idle", "waste"))
     speed = words.count(row.images_per_worker_second, "-")
     figures = (f"{row.workers:,}", f"{row.images:,}", speed, *shares, *cells.energy_cells(row))
@@ -247,13 +242,10 @@ def _speed(job: JobReport) -> str:
     lines = "".join(f"<p>{escape(line)}</p>" for line in cells.speed(job.speed))
     if not job.speed.slowest:
         return lines
-    rows = [
-        Row(
-            (str(r.shard_id), r.worker, r.host, r.device, *cells.straggler_cells(r)),
-            {"host": r.host, "device": r.device},
-        )
-        for r in job.speed.slowest
-    ]
+    rows = []
+    for r in job.speed.slowest:
+        texts = (str(r.shard_id), r.worker, r.host, r.device, *cells.straggler_cells(r))
+        rows.append(Row(texts, {"host": r.host, "device": r.device}))
     heads = ("shard", "worker", "node", "device", "images", "took", "times the median")
     return lines + table(heads, rows, numbers=(0, 4, 5, 6))
 
@@ -261,17 +253,12 @@ def _speed(job: JobReport) -> str:
 def _node_meters(job: JobReport) -> str:
     if not job.node_meters:
         return '<p class="soft">No node\'s own meter was read.</p>'
-    rows = [
-        Row(
-            (
-                *(r.scope, words.seconds(r.seconds), *cells.meter_cells(r)),
-                words.residual(r.residual_mj, r.residual_share, None),
-                words.residual(None, r.tolerance_share, None),
-                *(cells.VERDICTS[r.passed], r.note),
-            )
-        )
-        for r in job.node_meters
-    ]
+    rows = []
+    for r in job.node_meters:
+        residual = words.residual(r.residual_mj, r.residual_share, None)
+        tolerance = words.residual(None, r.tolerance_share, None)
+        figures = (words.seconds(r.seconds), *cells.meter_cells(r), residual, tolerance)
+        rows.append(Row((r.scope, *figures, cells.VERDICTS[r.passed], r.note)))
     heads = (
         *("node and meter", "both known for", "the node's meter", "its devices", "declared rest"),
         *("residual", "tolerance", "result", "note"),
@@ -285,7 +272,7 @@ def _closure(number: int, job: JobReport) -> str:
     if closure.rows is None:
         return '<p class="soft">Not recorded in this output.</p>'
     rows = [
-        Row((r["check"], cells.CHECKS.get(r["check"], ""), r["scope"], *cells.check_cells(r), r["note"]))
+        Row((r["check"], CHECKS.get(r["check"], ""), r["scope"], *cells.check_cells(r), r["note"]))
         for r in closure.rows
     ]
     text = f"{closure.checks:,} checks, {closure.failed:,} failed."
@@ -310,7 +297,7 @@ def _gallery(number: int, samples: Sequence[Sample]) -> str:
     if not samples:
         return '<p class="soft">No images in the manifest.</p>'
     name = f"gallery-{number}"
-    items = "".join(_sample(sample) for sample in samples)
+    items = "".join(map(_sample, samples))
     intro = f'<p class="soft">The first {len(samples)} images of the manifest, not picked.</p>'
     return f'{intro}{search_box(name, "filter prompts")}<ul class="gallery" id="{name}">{items}</ul>'
 

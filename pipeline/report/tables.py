@@ -40,48 +40,32 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
             *("python_version", "torch_version", "driver_version"),
         ),
         "closure": (
-            *(
-                "check",
-                "scope",
-                "expected_mj",
-                "found_mj",
-                "residual_mj",
-                "residual_share",
-                "tolerance_share",
-            ),
-            *("residual_ns", "tolerance_ns", "passed", "note"),
+            *("check", "scope", "expected_mj", "found_mj", "residual_mj", "residual_share"),
+            *("tolerance_share", "residual_ns", "tolerance_ns", "passed", "note"),
         ),
         "node_energy": ("host", "boot_id", "meter", "t_open_mono_ns", "t_close_mono_ns", "part", "energy_mj"),
     }.items()
 }
 
 
-def read_energy_table(store: Store, table: str, run_id: str | None = None) -> pa.Table | None:
+def read_energy_table(store: Store, table: str, run_id: str) -> pa.Table | None:
     """All parts of `energy/<table>/` as one table of the columns the report uses; None where there are none.
 
     Args:
-        run_id: beginning of the job's fingerprint; where parts are in `run_id=` folders and one of them has this
-            name, the others (of earlier jobs) are left out.
+        run_id: the job's fingerprint; where parts are in `run_id=` folders and one of them is named by its beginning,
+            the others (of earlier jobs) are left out.
 
     Raises:
         StoreError: a part cannot be read.
     """
-    keys = energy_parts(store, table, run_id)
+    listed = store.list(f"{ENERGY_PREFIX}{table}/")
+    keys = sorted(item.key for item in listed if item.key.endswith(".parquet"))
     if not keys:
         return None
+    ours = [k for k in keys if (m := re.search(r"/run_id=([^/]+)/", k)) and run_id.startswith(m[1])]
     columns = _COLUMNS[table]
-    tables = list(in_threads(lambda key: _read_part(store, key, columns), keys, items_per_call=1))
+    tables = list(in_threads(lambda key: _read_part(store, key, columns), ours or keys, items_per_call=1))
     return pa.concat_tables(tables, promote_options="permissive")
-
-
-def energy_parts(store: Store, table: str, run_id: str | None = None) -> list[str]:
-    """Keys of the Parquet files below `energy/<table>/`, in order."""
-    prefix = f"{ENERGY_PREFIX}{table}/"
-    keys = sorted(item.key for item in store.list(prefix) if item.key.endswith(".parquet"))
-    ours = [
-        k for k in keys if run_id and (m := re.search(r"/run_id=([^/]+)/", k)) and run_id.startswith(m[1])
-    ]
-    return ours or keys
 
 
 def _read_part(store: Store, key: str, columns: dict[str, pa.DataType]) -> pa.Table:

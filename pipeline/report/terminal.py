@@ -6,7 +6,7 @@ so that nothing in them can colour, move or clear the terminal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -96,9 +96,9 @@ def _work(job: JobReport) -> Table:
     heads = ("images", "images/s per worker", "time idle", f"{kind}direct per image", f"{kind}full per image")
     table = _table("", *heads, numbers=len(heads), number_width=_NUMBER_WIDTH)
 
-    def add(title: str, names: Iterable[str], rows: Sequence[DeviceRow], all_rows: int) -> None:
+    def add(title: str, rows: Sequence[tuple[str, DeviceRow]], not_shown: int = 0) -> None:
         table.add_row(_plain(f"{title}:", "bold"))
-        for name, row in list(zip(names, rows, strict=True))[:MAX_ROWS]:
+        for name, row in rows[:MAX_ROWS]:
             energy = cells.energy_cells(row)
             table.add_row(
                 _plain(name),
@@ -107,19 +107,16 @@ def _work(job: JobReport) -> Table:
                 words.share(row.time_shares.get("idle", 0.0)),
                 *(energy[:2] if measured else energy[2:]),
             )
-        if all_rows > MAX_ROWS:
-            table.add_row(_plain(_rest(all_rows)))
+        if len(rows) + not_shown > MAX_ROWS:
+            table.add_row(_plain(_rest(len(rows) + not_shown)))
 
-    nodes = (f"{r.host}, {r.device}" for r in job.nodes)
-    add("nodes", nodes, job.nodes, len(job.nodes) + job.nodes_not_shown)
-    kinds = (f"{r.model}, {r.device}, {r.host}" for r in job.models)
-    add("kinds of device", kinds, job.models, len(job.models))
-    devices = (
-        f"{r.host}, {words.short_device(r.device)}"
-        + (f", {r.model}" if len(job.models) > 1 and r.model != r.device else "")
-        for r in job.devices
-    )
-    add("devices", devices, job.devices, len(job.devices) + job.devices_not_shown)
+    def of_device(r: DeviceRow) -> str:
+        kind = f", {r.model}" if len(job.models) > 1 and r.model != r.device else ""
+        return f"{r.host}, {words.short_device(r.device)}{kind}"
+
+    add("nodes", [(f"{r.host}, {r.device}", r) for r in job.nodes], job.nodes_not_shown)
+    add("kinds of device", [(f"{r.model}, {r.device}, {r.host}", r) for r in job.models])
+    add("devices", [(of_device(r), r) for r in job.devices], job.devices_not_shown)
     return table
 
 

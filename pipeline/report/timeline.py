@@ -123,9 +123,7 @@ def read_work(segments: pa.Table) -> Work:
         for i, boot in enumerate(boots.names)
         if np.isfinite(offset := (wall - begin)[boots.codes == i]).any()
     }
-    shift = (
-        np.array([offsets.get(boot, np.nan) for boot in boots.names])[boots.codes] if boots.names else begin
-    )
+    shift = np.array([offsets.get(boot, np.nan) for boot in boots.names])[boots.codes]
 
     _, first, inverse = np.unique(ids[~is_gap], return_index=True, return_inverse=True)
     rows = np.flatnonzero(~is_gap)[first]
@@ -168,9 +166,8 @@ def build_timeline(
     step = max((stop - start) / STEPS, MIN_STEP_SECONDS)
     edges = start + step * np.arange(STEPS + 1)
     lanes = _power_lanes(work, places, counters, power, edges) or _estimate_lanes(work, places, edges)
-    lanes.sort(
-        key=lambda lane: (lane.host, lane.device)
-    )  # as the lanes of work, so that both show the same nodes
+    # as the lanes of work, so that both show the same nodes
+    lanes.sort(key=lambda lane: (lane.host, lane.device))
     done, stepped, hidden = _work_lanes(work, places, edges)
     return Timeline(
         start_unix_s=start,
@@ -290,11 +287,11 @@ def _estimate_lanes(work: Work, places: Mapping[str, Place], edges: np.ndarray) 
 
 def hosts_of_boots(work: Work, places: Mapping[str, Place]) -> dict[str, str]:
     """The host of each boot, from the workers that said theirs; the boot's id where none did."""
-    hosts: dict[str, str] = {}
+    hosts = {boot: unknown_host(boot) for boot in work.boot_of_worker.values()}
     for worker, boot in work.boot_of_worker.items():
         if worker in places and places[worker].host != unknown_host(boot):
             hosts[boot] = places[worker].host
-    return {boot: hosts.get(boot, unknown_host(boot)) for boot in set(work.boot_of_worker.values())}
+    return hosts
 
 
 def unknown_host(boot: str) -> str:
@@ -311,11 +308,12 @@ def _work_lanes(
     stepped = False
     lanes = []
     for name in shown:
-        rows = np.flatnonzero(work.worker == work.workers.index(name))
-        if len(rows) > MAX_SPANS // len(shown):
+        mine = work.worker == work.workers.index(name)
+        if mine.sum() > MAX_SPANS // len(shown):
             stepped = True
-            spans = _stepped_spans(work, work.worker == work.workers.index(name), edges)
+            spans = _stepped_spans(work, mine, edges)
         else:
+            rows = np.flatnonzero(mine)
             rows = rows[np.argsort(begin_s[rows], kind="stable")]
             classes = [work.classes[c] for c in work.segment_class[rows].tolist()]
             spans = list(zip(begin_s[rows].tolist(), end_s[rows].tolist(), classes, strict=True))
@@ -329,9 +327,9 @@ def _stepped_spans(work: Work, rows: np.ndarray, edges: np.ndarray) -> list[tupl
     present = [c for c in SEGMENT_CLASSES if c in work.classes]
     # [classes, steps]
     seconds = np.stack([work.seconds_per_step(rows & work.of_class(c), edges) for c in present])
-    best, any_work = seconds.argmax(axis=0), seconds.sum(axis=0) > 0
+    best = seconds.argmax(axis=0)
     spans: list[tuple[float, float, str]] = []
-    for i in np.flatnonzero(any_work).tolist():
+    for i in np.flatnonzero(seconds.sum(axis=0)).tolist():
         begin, end, name = float(edges[i] - edges[0]), float(edges[i + 1] - edges[0]), present[best[i]]
         if spans and spans[-1][2] == name and abs(spans[-1][1] - begin) < 1e-9:
             spans[-1] = (spans[-1][0], end, name)

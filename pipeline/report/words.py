@@ -65,14 +65,8 @@ def seconds(value: float | None, missing: str = "-") -> str:
     """A duration in its largest sensible unit."""
     if value is None:
         return missing
-    units = (
-        (172_800, "days", 86_400.0),
-        (7200, "h", 3600.0),
-        (120, "min", 60.0),
-        (1, "s", 1.0),
-        (0, "ms", 1e-3),
-    )
-    return _scaled(value, units)
+    long = ((172_800, "days", 86_400.0), (7200, "h", 3600.0), (120, "min", 60.0))
+    return _scaled(value, (*long, (1, "s", 1.0), (0, "ms", 1e-3)))
 
 
 def rate(value: float | None) -> str:
@@ -116,8 +110,5 @@ def shortened(text: str, chars: int) -> str:
 
 def _scaled(value: float, units: tuple[tuple, ...]) -> str:
     """`value` in the first unit it reaches: (from, name) or (from, name, size); the last one takes the rest."""
-    for begin, name, *size in units:
-        if abs(value) >= begin or (begin, name) == units[-1][:2]:
-            scaled = value / (size[0] if size else begin)
-            return f"{count(scaled)} {name}"
-    raise AssertionError("the last unit takes everything")
+    begin, name, *size = next((unit for unit in units if abs(value) >= unit[0]), units[-1])
+    return f"{count(value / (size[0] if size else begin))} {name}"

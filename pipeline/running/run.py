@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from millijoule.pipeline.energy.live_tables import LiveTables
-from millijoule.pipeline.energy.node_readings import NodeReadingsWriter
+from millijoule.pipeline.energy.node_readings import node_reading_files
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter, read_uncommitted
 from millijoule.pipeline.output.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.output.job import JobSpec, open_epoch
@@ -132,7 +132,7 @@ class JobRun:
         self._compactor = CommitCompactor(later, self.epoch)
         self._live = LiveTables(later, job.fingerprint, self.epoch) if telemetry else None
         self._uncommitted = UncommittedWriter(later, self.epoch)
-        self._node_readings = NodeReadingsWriter(later, self.epoch)
+        self._node_readings = node_reading_files(later, self.epoch)
         self._node_recorders = NodeRecorders(node_meters, self.node_was_read)
         self._next_flush = time.monotonic() + FLUSH_PERIOD_S
         self._arrivals: deque[tuple[float, int]] = deque()
@@ -328,7 +328,7 @@ class JobRun:
 
     def node_was_read(self, rows: Iterable[tuple]) -> None:
         kept = list(rows)
-        self._node_readings.add(kept)
+        self._node_readings.add("node_reading", kept)
         if self._live:
             self._live.add_node_readings(kept)
 

@@ -50,7 +50,7 @@ def as_columns(found):
 def test_columns_divide_as_the_plain_form_does(pairs, monkeypatch):
     monkeypatch.setattr(counter_split, "_PAIRS", pairs)
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=120, deadline=None)
     @given(claims())
     def compare(found):
         plain, columns = plain_split.split_counter(found), counter_split.split_counter(as_columns(found))

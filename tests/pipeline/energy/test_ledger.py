@@ -27,7 +27,7 @@ def totals(ledger):
 def growth(ledger):
     sums = Counter()
     for run in ledger.runs:
-        sums[run.domain] += run.run.energy_mj
+        sums[run.domain] += run.energy_mj
     return sums
 
 
@@ -319,13 +319,13 @@ def worlds(draw):
     return draw(st.permutations(segments + twice))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(worlds())
 def test_c1_segments_and_gaps_are_the_counters_growth(segments):
     ledger = build_ledger(segments)
     held, grown = Counter(), Counter()
     for run in ledger.runs:
-        grown[run.boot_id, run.epoch, run.domain] += run.run.energy_mj
+        grown[run.boot_id, run.epoch, run.domain] += run.energy_mj
     for entry in ledger.entries:
         for domain, mj in entry.energy_mj.items():
             held[entry.segment.open.boot_id, entry.segment.open.epoch, domain] += mj or 0
@@ -345,7 +345,7 @@ def test_c1_segments_and_gaps_are_the_counters_growth(segments):
             assert grown[key] == ordered[-1] - ordered[0]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(worlds(), st.sampled_from([("Z",), ("A", "Z")]))
 def test_a_device_that_was_not_read_changes_totals_and_nothing_that_was(segments, held):
     plain = build_ledger(segments)
@@ -361,7 +361,7 @@ def test_a_device_that_was_not_read_changes_totals_and_nothing_that_was(segments
             assert before.energy_mj.items() <= after.energy_mj.items()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(worlds())
 def test_a_lone_worker_gets_its_own_differences(segments):
     for worker in {s.worker_id for s in segments}:
@@ -372,13 +372,13 @@ def test_a_lone_worker_gets_its_own_differences(segments):
                     assert mj == after.energy_mj[domain] - before.energy_mj[domain]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(worlds())
 def test_the_order_of_reports_does_not_matter(segments):
     assert build_ledger(segments) == build_ledger(reversed(segments))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(worlds(), st.integers(1, 7))
 def test_c2_images_and_overhead_are_everything(segments, n_images):
     ledger = build_ledger(segments)

@@ -10,7 +10,7 @@ from support.local_job import plan
 from millijoule.pipeline.energy.live_tables import read_live_table
 from millijoule.pipeline.energy.node_readings import (
     MeteredNode,
-    NodeReadingsWriter,
+    node_reading_files,
     read_node_readings,
     store_import,
 )
@@ -73,9 +73,9 @@ def test_rows_of_a_series_are_its_readings():
 
 def test_a_driver_writes_one_object_that_grows_and_then_the_next(store, monkeypatch):
     monkeypatch.setattr("millijoule.pipeline.energy.node_readings.PART_FLUSHES", 2)
-    writer = NodeReadingsWriter(store, 3)
+    writer = node_reading_files(store, 3)
     for t in range(5):
-        writer.add([row(t)])
+        writer.add("node_reading", [row(t)])
         writer.flush()
         writer.flush()  # nothing new: nothing written
     assert sorted(i.key for i in store.list("_job/node_meters/")) == [
@@ -85,8 +85,8 @@ def test_a_driver_writes_one_object_that_grows_and_then_the_next(store, monkeypa
 
 
 def test_a_flush_that_failed_is_repeated(store, monkeypatch):
-    writer = NodeReadingsWriter(store, 1)
-    writer.add([row(1)])
+    writer = node_reading_files(store, 1)
+    writer.add("node_reading", [row(1)])
     with monkeypatch.context() as patch:
         patch.setattr(store, "put", lambda key, data: (_ for _ in ()).throw(StoreError("disk full")))
         with pytest.raises(StoreError):
@@ -97,8 +97,8 @@ def test_a_flush_that_failed_is_repeated(store, monkeypatch):
 
 def test_two_drivers_and_an_import_stand_beside_each_other_and_an_import_replaces_itself(store):
     for epoch in (1, 2):
-        writer = NodeReadingsWriter(store, epoch)
-        writer.add([row(epoch)])
+        writer = node_reading_files(store, epoch)
+        writer.add("node_reading", [row(epoch)])
         writer.flush()
     strip = replace(NODE, meter="pdu", node_id=None, boot_id=None)
     first = store_import(store, "h", "pdu", [row(7, strip), row(8, strip)])

@@ -49,7 +49,7 @@ SEGMENTS = st.lists(chains(), max_size=4).map(lambda lists: [s for made in lists
 
 
 @given(SEGMENTS)
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_what_comes_out_is_what_went_in(segments):
     packed = PackedSegments(segments[:1])
     packed.extend(segments[1:])
@@ -59,7 +59,7 @@ def test_what_comes_out_is_what_went_in(segments):
 
 
 @given(SEGMENTS)
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_stretches_are_in_order_of_time_and_hold_every_segment_once(segments):
     def stretch(s):
         return s.open.boot_id, s.open.t_mono_ns, s.worker_id, s.close.t_mono_ns
@@ -74,7 +74,7 @@ def test_stretches_are_in_order_of_time_and_hold_every_segment_once(segments):
 
 
 @given(SEGMENTS)
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_columns_are_of_the_segments(segments):
     columns = PackedSegments(segments).columns()
     assert [columns.names[w] for w in columns.worker] == [s.worker_id for s in segments]

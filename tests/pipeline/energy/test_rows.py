@@ -68,9 +68,10 @@ def test_a_commit_comes_out_of_the_table_as_it_went_in_but_for_its_bulk(history)
     st.integers(1, 5),
 )
 def test_power_samples_come_back_in_order_from_a_file_or_memory(added, rows):
-    spool, expected = PowerSpool(), []
+    expected = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commit_table, "_SPOOL_ROWS", rows)
+        spool = PowerSpool()
         for device, node, powers in added:
             samples = tuple(PowerSample(i, 10 * i, mw, 7) for i, mw in enumerate(powers))
             spool.add(PowerTrace(device, "boot", "nvml", samples), node, "host")

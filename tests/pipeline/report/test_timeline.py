@@ -16,7 +16,7 @@ from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.rows import RowTables
 from millijoule.pipeline.energy.tables import write_energy_tables
 from millijoule.pipeline.report.devices import place_workers
-from millijoule.pipeline.report.energy import measured_figures
+from millijoule.pipeline.report.energy import energy_figures
 from millijoule.pipeline.report.tables import read_energy_table
 from millijoule.pipeline.report.timeline import (
     MAX_LANES,
@@ -39,7 +39,8 @@ def timeline(tmp_path):
         write_energy_tables(
             store, JOB, build_ledger(segments), CommitTable.of(commits), RowTables(image_rows)
         )
-        tables = {t: read_energy_table(store, t) for t in ("segment", "attempt", "counter", "power")}
+        names = ("segment", "attempt", "counter", "power")
+        tables = {t: read_energy_table(store, t, JOB.fingerprint) for t in names}
         work = read_work(tables["segment"])
         places = place_workers(work, tables["attempt"])
         return build_timeline(work, places, tables["attempt"], tables["counter"], tables["power"]), work
@@ -189,6 +190,6 @@ def test_energy_between_two_runs_has_no_weight_in_a_mean_over_time(timeline):
         "full_mj_per_image": float(total),
         "energy": {"total_mj": total},
     }
-    figures = measured_figures(stats, work, Rates(carbon=rate))
+    figures = energy_figures(stats, work, Rates(carbon=rate), measured=True)
     assert figures.direct_gco2e_per_image == pytest.approx(1000 / 3.6e9 * 100)
     assert figures.full_gco2e_per_image == pytest.approx((1000 * 100 + 5000 * 200) / 3.6e9)
