@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from millijoule.jobs.bench.measurement import answer_of, describe, start_alone, write_result
-from millijoule.jobs.bench.ray_head import RayHead
+from millijoule.jobs.bench.ray_head import ray_head
 from millijoule.jobs.entry import COMPLETE
 
 #: Images per file of the bare loop, as in the job's default.
@@ -55,7 +55,7 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
     """Whole-process seconds of job and bare loop for the same prompts, in turn on the same machine."""
     rows: list[dict[str, Any]] = []
     n = options.processes
-    with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch, RayHead(n) as address:
+    with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch, ray_head(n) as address:
         prompts = Path(scratch, "prompts.txt")
         write_prompts(prompts, options.images)
 

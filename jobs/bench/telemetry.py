@@ -23,7 +23,8 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ from millijoule.jobs.bench.measurement import (
     write_result,
 )
 from millijoule.jobs.bench.pipeline import write_prompts
-from millijoule.jobs.bench.ray_head import RayHead
-from millijoule.jobs.bench.stand_ins import StandInPowercap
+from millijoule.jobs.bench.ray_head import ray_head
+from millijoule.jobs.bench.stand_ins import stand_in_powercap
 from millijoule.jobs.entry import COMPLETE
 from millijoule.pipeline.comparison.statistics import draw_indices, expanded_level
 from millijoule.workers.meters.meter import open_meter
@@ -90,7 +91,7 @@ def run(options: BenchOptions) -> int:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with (
         tempfile.TemporaryDirectory(prefix="millijoule-bench-", dir=memory) as scratch,
-        StandInPowercap(Path(scratch, "powercap")) as stand_in,
+        stand_in_powercap(Path(scratch, "powercap")) as stand_in,
     ):
         # Modules compiled before, as on every machine but the first time: compiling would be taken for telemetry's memory.
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -126,7 +127,7 @@ def compare(options: BenchOptions, scratch: Path, powercap: str | None) -> dict[
     prompts = scratch / "prompts.txt"
     write_prompts(prompts, options.images)
     rows = []
-    with RayHead(options.workers) as address:
+    with ray_head(options.workers) as address:
         job("A", options, prompts, address, powercap)  # not counted: files and modules are read and compiled
         for quadruple in range(options.quadruples):
             for block, side in enumerate(ORDERS[quadruple % 2]):
@@ -146,6 +147,9 @@ def job(
         driver = run_alone(probes.job, side == "A", *where, options.workers, powercap)
         stats = json.loads((output / "stats.json").read_text())
     workers, seconds = driver["workers"], stats["seconds_first_to_last_commit"]
+    worker_parts: Counter[str] = Counter()
+    for worker in workers:
+        worker_parts.update(worker["telemetry_cpu_s"])
     return {
         "images": stats["images_ok"],
         "seconds_first_to_last_commit": seconds,
@@ -153,17 +157,9 @@ def job(
         "domains": sorted({d.split(":")[0] for w in workers for d in w["domains"]}),
         "worker_cpu_s": sum(w["cpu_s_since_ready"] for w in workers),
         "job_cpu_s": sum(w["cpu_s"] for w in workers) + driver["cpu_s"],
-        "worker_parts_cpu_s": _added(w["telemetry_cpu_s"] for w in workers),
+        "worker_parts_cpu_s": worker_parts,
         "driver_parts_cpu_s": driver["telemetry_cpu_s"],
     }
-
-
-def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0) + value
-    return total
 
 
 def answers(rows: Sequence[Row]) -> dict[str, Any]:

@@ -24,8 +24,7 @@ ARMS = ("A", "B")
 #: 60 and 60.0 are different bytes, and so different hashes: both are kept as they were written.
 Number = float | int
 
-#: What a block is for. Only "compare" enters the ratio; warm-up and top-up are not scheduled, they come when needed.
-SCHEDULED_KINDS = ("idle", "same", "telemetry", "compare")
+#: Blocks that come when needed. Scheduled are "idle", "same", "telemetry" and "compare", which alone enters the ratio.
 UNSCHEDULED_KINDS = ("warmup", "topup")
 
 #: Whoever checks a stranger's bundle recomputes with these numbers: they bound time and memory.

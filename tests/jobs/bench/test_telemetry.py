@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from millijoule.jobs.bench.process import CpuParts, private_mb, thread_cpu_s
-from millijoule.jobs.bench.stand_ins import StandInNvml, StandInPowercap, board_uuid
+from millijoule.jobs.bench.stand_ins import StandInNvml, board_uuid, stand_in_powercap
 from millijoule.jobs.bench.telemetry import answers, interval, judged
 from millijoule.jobs.bench.telemetry_probes import stressed_driver
 from millijoule.workers.meters.meter import open_meter
@@ -99,7 +99,7 @@ def test_memory_that_is_used_is_seen():
 
 
 def test_the_product_meter_follows_the_stand_ins(tmp_path):
-    with StandInPowercap(Path(tmp_path, "powercap")) as root:
+    with stand_in_powercap(Path(tmp_path, "powercap")) as root:
         meter = open_meter(
             [board_uuid(1)], nvml=StandInNvml(2), powercap_root=root, book_directory=tmp_path, boot_id="b"
         )
