@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -54,3 +55,13 @@ def test_help_names_every_target_of_the_makefile() -> None:
     assert targets
     said = subprocess.check_output(["make", "--no-print-directory", "help"], cwd=ROOT, text=True)
     assert [t for t in targets[1].split() if t != "help" and f"make {t}" not in said] == []
+
+
+def test_the_ratio_of_int8_products_is_that_of_its_result() -> None:
+    result = json.loads((ROOT / "benchmarks/kernels/cpu-products.json").read_text())
+    assert result["same_bits"] is True
+    ratio, cpu = result["cpu"]["int8_over_float32"], result["cpu"]["ms_per_image"]
+    lines = (ROOT / "docs/measured.md").read_text().splitlines()
+    (row,) = (line for line in lines if "benchmarks/kernels/cpu-products.json" in line)
+    assert f"**{ratio['median']:.1f}x** ({ratio['least']:.1f} to {ratio['most']:.1f})" in row
+    assert f"{cpu['int8']['median']:.1f} to {cpu['float32']['median']:.1f} ms" in row

@@ -25,10 +25,7 @@ MATRIX = 4096
 
 
 class CudaBoard:
-    """One NVIDIA board, with matrix products as its load.
-
-    Args:
-        gpu: as `CUDA_VISIBLE_DEVICES` names it.
+    """The first board that CUDA would take, with matrix products as its load.
 
     Raises:
         InputError: its counter cannot be read.
@@ -36,7 +33,8 @@ class CudaBoard:
 
     stand_in = False
 
-    def __init__(self, gpu: str) -> None:
+    def __init__(self) -> None:
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
         self.nvml: Any = pynvml
         try:
             pynvml.nvmlInit()
@@ -228,11 +226,3 @@ class _BoardNvml(StandInNvml):
             value.nvmlReturn, value.valueType = pynvml.NVML_SUCCESS, pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
             value.value.ullVal = number
         return values
-
-
-def open_board(stand_in: bool) -> CudaBoard | StandInBoard:
-    """The first board that CUDA would take, or the made-up one."""
-    if stand_in:
-        return StandInBoard()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    return CudaBoard(visible or "0")

@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from millijoule.jobs.bench.board import CudaBoard, StandInBoard, open_board
+from millijoule.jobs.bench.board import CudaBoard, StandInBoard
 from millijoule.jobs.bench.measurement import ResultOptions, describe, save_result, write_result
 from millijoule.jobs.entry import COMPLETE
 from millijoule.workers.errors import InputError
@@ -330,7 +330,7 @@ def stretch_seconds(parts: Sequence[Part], within_s: float) -> float:
 
 
 def run(options: BenchOptions) -> int:
-    board = open_board(options.stand_in)
+    board = StandInBoard() if options.stand_in else CudaBoard()
     parts = [part for part in PARTS if part in options.parts]
     bench = CounterBench(board, stretch_seconds(parts, options.within))
     result: dict[str, Any] = {

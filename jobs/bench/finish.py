@@ -13,13 +13,12 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from millijoule.jobs.bench.measurement import ResultOptions, describe, run_alone, write_result
-from millijoule.jobs.bench.process import memory_mb, peak_mb
+from millijoule.jobs.bench.process import peak_mb
 from millijoule.jobs.entry import COMPLETE
 
 NODES, WORKERS, SHARD_S, IDLE_S = 2, 16, 30, 1
@@ -81,73 +80,55 @@ def make(folder: str, n: int) -> None:
     import pyarrow.parquet as pq
 
     from millijoule.jobs.bench.made_up import made_up_commit
-    from millijoule.workers.images.writers import row_table_options
-    from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, ImageRequest, ImageRow
-
-    fingerprint = plan_one_image_shards(folder, n)
-    rows = [
-        ImageRow(
-            ImageRequest(f"p{i}", 0, f"prompt {i}", i), "ok", 64, 64, 10, f"data/{i}.png", f"{i:064x}", 1
-        )
-        for i in range(ROW_TABLES)
-    ]
-    Path(folder, "out", "data").mkdir(exist_ok=True)
-    for i, row in enumerate(rows):
-        table = pa.Table.from_pylist([row.as_record()], schema=IMAGE_ROW_SCHEMA)
-        path = Path(folder, "out", f"data/{i}.rows.parquet")
-        with pq.ParquetWriter(path, table.schema, **row_table_options(table.schema, 1)) as writer:
-            writer.write_table(table)
-    bodies = (
-        made_up_commit(
-            shard_id,
-            shard_id % WORKERS,
-            shard_id // WORKERS * (SHARD_S + IDLE_S),
-            (IDLE_S, SHARD_S),
-            nodes=NODES,
-            fingerprint=fingerprint,
-            rows_path=f"data/{shard_id % ROW_TABLES}.rows.parquet",
-            rows=[rows[shard_id % ROW_TABLES]],
-        ).to_json()
-        for shard_id in range(n)
-    )
-    write_commits(folder, bodies)
-    Path(folder, MADE).touch()
-
-
-def plan_one_image_shards(folder: str, n: int) -> str:
-    """Plan and publish a job of `n` prompts in `folder`/out; its fingerprint."""
+    from millijoule.pipeline.output.commits import CommitCompactor
     from millijoule.pipeline.output.job import JobSpec, publish_job
     from millijoule.pipeline.planning.make_plan import plan_job
     from millijoule.pipeline.planning.plan_options import PlanOptions
+    from millijoule.workers.images.writers import row_table_options
+    from millijoule.workers.layout import commit_key
+    from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, ImageRequest, ImageRow
     from millijoule.workers.storage.inputs import expand_inputs
     from millijoule.workers.storage.open import open_store
 
-    prompts = Path(folder, "prompts.txt")
-    with prompts.open("w") as file:
-        file.writelines(f"prompt {i}\n" for i in range(n))
-    store = open_store(f"{folder}/out")
+    prompts, output = Path(folder, "prompts.txt"), Path(folder, "out")
+    prompts.write_text("".join(f"prompt {i}\n" for i in range(n)))
+    store = open_store(str(output))
     made = plan_job(expand_inputs([str(prompts)]), PlanOptions(shard_size=1), store, {})
     spec = JobSpec(
         *(made.fingerprint, "none", "none", "0" * 64, 0, 1, "parquet", 1, "error", (str(prompts),)),
         *(made.n_rows, made.n_images, made.n_shards, 0, 0.0, "bench"),
     )
     publish_job(store, spec)
-    return made.fingerprint
-
-
-def write_commits(folder: str, bodies: Iterable[bytes]) -> None:
-    """Commit shards 0, 1, ... of the job in `folder`, as the driver would have found and packed them."""
-    from millijoule.pipeline.output.commits import CommitCompactor
-    from millijoule.workers.layout import commit_key
-    from millijoule.workers.storage.open import open_store
-
-    compactor = CommitCompactor(open_store(f"{folder}/out"), 1)
-    for shard_id, body in enumerate(bodies):
-        path = Path(folder, "out", commit_key(shard_id))
+    rows = [
+        ImageRow(
+            ImageRequest(f"p{i}", 0, f"prompt {i}", i), "ok", 64, 64, 10, f"data/{i}.png", f"{i:064x}", 1
+        )
+        for i in range(ROW_TABLES)
+    ]
+    (output / "data").mkdir(exist_ok=True)
+    for i, row in enumerate(rows):
+        table = pa.Table.from_pylist([row.as_record()], schema=IMAGE_ROW_SCHEMA)
+        path = output / f"data/{i}.rows.parquet"
+        with pq.ParquetWriter(path, table.schema, **row_table_options(table.schema, 1)) as writer:
+            writer.write_table(table)
+    compactor = CommitCompactor(store, 1)
+    for shard_id in range(n):
+        body = made_up_commit(
+            shard_id,
+            shard_id % WORKERS,
+            shard_id // WORKERS * (SHARD_S + IDLE_S),
+            (IDLE_S, SHARD_S),
+            nodes=NODES,
+            fingerprint=made.fingerprint,
+            rows_path=f"data/{shard_id % ROW_TABLES}.rows.parquet",
+            rows=[rows[shard_id % ROW_TABLES]],
+        ).to_json()
+        path = output / commit_key(shard_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(body)
         compactor.add(shard_id, body)
     compactor.flush()
+    Path(folder, MADE).touch()
 
 
 def finish(folder: str, n: int) -> dict[str, Any]:
@@ -164,8 +145,7 @@ def finish(folder: str, n: int) -> dict[str, Any]:
     assert job is not None
     shards = load_job_shards(store, job)
     assert len(shards) == n
-    before, began, cpu = memory_mb()["private"], time.monotonic(), time.process_time()
-    peak_before = peak_mb()
+    began, cpu, peak_before = time.monotonic(), time.process_time(), peak_mb()
     stats = product.finish_job(store, job, shards)
     seconds = time.monotonic() - began
     assert all(stats["closure"][check] for check in EXACT_CHECKS)
@@ -173,7 +153,6 @@ def finish(folder: str, n: int) -> dict[str, Any]:
         "shards": n,
         "seconds": seconds,
         "cpu_seconds": time.process_time() - cpu,
-        "private_before_mb": before,
         "peak_added_mb": peak_mb() - peak_before,
         "peak_mb": peak_mb(),
         "segments": stats["energy"]["segments"],

@@ -13,13 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from millijoule.jobs.bench.measurement import ResultOptions, describe, write_result
-from millijoule.jobs.bench.scene_requests import scene_requests
 from millijoule.jobs.bench.stand_ins import StandInNvml, board_uuid
 from millijoule.jobs.entry import COMPLETE
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
+from millijoule.workers.scenes.prompts import write_prompt
+from millijoule.workers.scenes.scenes import FAMILIES, sample_scene
 from millijoule.workers.schemas import ImageRequest
 
 ORDER = "abba"
@@ -81,6 +84,13 @@ def run(options: BenchOptions) -> int:
     meter.close()
     write_result(result, options.result)
     return COMPLETE
+
+
+def scene_requests(count: int) -> list[ImageRequest]:
+    """One image of each of `count` prompts: the six families in turn, held-out combinations."""
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(FAMILIES[i % len(FAMILIES)], rng, held_out=True) for i in range(count)]
+    return [ImageRequest(str(i), 0, write_prompt(scene, rng), seed=i) for i, scene in enumerate(scenes)]
 
 
 def compare(

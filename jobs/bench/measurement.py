@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,15 +76,6 @@ def answer_of(process: subprocess.Popen[str]) -> Any:
 def run_alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(*arguments)`, from a process of its own; see `start_alone`."""
     return answer_of(start_alone(function, *arguments))
-
-
-def timed(run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of `run()`, and CPU seconds of the processes that it started and waited for."""
-    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    run()
-    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "child_cpu_seconds": cpu_s}
 
 
 if __name__ == "__main__":

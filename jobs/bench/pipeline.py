@@ -13,21 +13,15 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from millijoule.jobs.bench import bare_loop, probes
-from millijoule.jobs.bench.measurement import (
-    answer_of,
-    describe,
-    run_alone,
-    start_alone,
-    timed,
-    write_result,
-)
-from millijoule.jobs.bench.ray_head import RayHead
+from millijoule.jobs.bench.measurement import answer_of, describe, start_alone, write_result
+from millijoule.jobs.bench.ray_head import ray_head
 from millijoule.jobs.entry import COMPLETE
+
+#: Images per file of the bare loop, as in the job's default.
+IMAGES_PER_FILE = 256
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class BenchOptions:
     """Folder for the result file (JSON)."""
 
     images: int = 20_000
-    """Images per run of the throughput comparison."""
+    """Images per run."""
 
     pairs: int = 3
     """Runs of each side, in turn."""
@@ -46,21 +40,9 @@ class BenchOptions:
     processes: int = 2
     """Processes of the bare loop, and workers of the job."""
 
-    plan_rows: int = 1_000_000
-    """Rows of the large plan (the small one has 10,000)."""
-
-    resume_shards: int = 100_000
-    """Committed shards of the output that is resumed."""
-
-    leases: int = 5_000
-    """Leases of the lease-rate measurement."""
-
 
 def run(options: BenchOptions) -> int:
-    result = describe("pipeline", options)
-    for measure in (throughput, planning, resume, leases):
-        print(f"{measure.__name__} ...", file=sys.stderr, flush=True)
-        result[measure.__name__] = measure(options)
+    result = {**describe("pipeline", options), "throughput": throughput(options)}
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{time.strftime('%Y-%m-%d')}-{result['environment']['commit'][:7]}.json"
@@ -73,12 +55,12 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
     """Whole-process seconds of job and bare loop for the same prompts, in turn on the same machine."""
     rows: list[dict[str, Any]] = []
     n = options.processes
-    with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch, RayHead(n) as address:
+    with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch, ray_head(n) as address:
         prompts = Path(scratch, "prompts.txt")
         write_prompts(prompts, options.images)
 
         def bare(output: Path) -> None:
-            parts = [start_alone(bare_loop.draw_part, i, n, str(prompts), str(output)) for i in range(n)]
+            parts = [start_alone(draw_part, i, n, str(prompts), str(output)) for i in range(n)]
             for part in parts:
                 answer_of(part)
 
@@ -90,12 +72,15 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
         for pair in range(options.pairs):
             for side in (bare, job) if pair % 2 == 0 else (job, bare):
                 output = Path(scratch, f"{side.__name__}-{pair}")
-                rows.append({"side": side.__name__, "pair": pair, **timed(partial(side, output))})
+                began = time.monotonic()
+                side(output)
+                row = {"side": side.__name__, "pair": pair, "seconds": time.monotonic() - began}
                 if side is job:
                     stats = json.loads((output / "stats.json").read_text())
-                    rows[-1]["seconds_first_to_last_commit"] = stats["seconds_first_to_last_commit"]
-    seconds = {(row["side"], row["pair"]): row["seconds"] for row in rows}
-    ratios = [seconds["bare", pair] / seconds["job", pair] for pair in range(options.pairs)]
+                    row["seconds_first_to_last_commit"] = stats["seconds_first_to_last_commit"]
+                rows.append(row)
+    took = {(row["side"], row["pair"]): row["seconds"] for row in rows}
+    ratios = [took["bare", pair] / took["job", pair] for pair in range(options.pairs)]
     return {
         "images": options.images,
         "throughput_of_bare_loop": statistics.median(ratios),
@@ -117,36 +102,37 @@ def write_prompts(path: Path, n: int) -> None:
             file.write(f"a {colour} {noun} on a {ground} background\n")
 
 
-def planning(options: BenchOptions) -> dict[str, Any]:
-    """Seconds to plan a large Parquet file, and the planner's peak memory for a small and a large one."""
-    rows = [run_alone(probes.plan, n) for n in (10_000, options.plan_rows, 10_000, options.plan_rows)]
-    small = min(r["peak_rss_mb"] for r in rows if r["rows"] == 10_000)
-    large = max(r["peak_rss_mb"] for r in rows if r["rows"] == options.plan_rows)
-    seconds = statistics.median(r["seconds"] for r in rows if r["rows"] == options.plan_rows)
-    return {
-        "seconds": seconds,
-        "goal": "under 20 s for 1,000,000 rows",
-        "goal_met": seconds < 20,
-        "peak_rss_mb_small": small,
-        "peak_rss_mb_large": large,
-        "memory_ratio": large / small,
-        "rows": rows,
-    }
+def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
+    """The bare loop: draw, encode and write every `parts`-th prompt from `part` on, one image each, on one thread."""
+    import torch
 
+    from millijoule.workers.generators.registry import load_generator
+    from millijoule.workers.images.encode import encode_png
+    from millijoule.workers.images.writers import open_writer
+    from millijoule.workers.schemas import ImageRequest, ImageRow
+    from millijoule.workers.shard_rows import derive_seed
 
-def resume(options: BenchOptions) -> dict[str, Any]:
-    """Seconds from starting to resume an output with many committed shards to the first lease."""
-    row = run_alone(probes.resume, options.resume_shards)
-    return {
-        "seconds": row["seconds"],
-        "goal": "under 5 s",
-        "goal_met": row["seconds"] < 5,
-        "rows": [row],
-    }
-
-
-def leases(options: BenchOptions) -> dict[str, Any]:
-    """Leases per second through Ray, with workers that return at once."""
-    row = run_alone(probes.leases, options.leases)
-    rate = row["leases_per_second"]
-    return {"leases_per_second": rate, "goal": "at least 1,000", "goal_met": rate >= 1000, "rows": [row]}
+    torch.set_num_threads(1)
+    prompts = Path(prompts_file).read_text().splitlines()[part::parts]
+    generator = load_generator("default")
+    info = generator.info
+    steps = info.num_inference_steps
+    for start in range(0, len(prompts), IMAGES_PER_FILE):
+        chunk = prompts[start : start + IMAGES_PER_FILE]
+        requests = [
+            ImageRequest(f"{part}-{start + i}", 0, prompt, derive_seed(0, f"{part}-{start + i}", 0))
+            for i, prompt in enumerate(chunk)
+        ]
+        folder = Path(output, f"{part}-{start}")
+        folder.mkdir(parents=True)
+        writer = open_writer("parquet", folder, f"data/{part:04d}-{start:08d}")
+        for at in range(0, len(requests), info.batch_size):
+            batch = requests[at : at + info.batch_size]
+            for request, image in zip(batch, generator.generate(batch).images, strict=True):
+                height, width = image.shape[:2]
+                encoded = encode_png(
+                    image, request, steps=steps, model_name=info.name, model_sha256=info.sha256
+                )
+                row = ImageRow(request, "ok", width=width, height=height, num_inference_steps=steps)
+                writer.add(row, encoded)
+        writer.finish()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,45 +74,39 @@ class StandInNvml:
         return values
 
 
-class StandInPowercap:
-    """A powercap folder whose counters a thread moves on; for the length of a block.
+@contextmanager
+def stand_in_powercap(root: Path) -> Iterator[Path]:
+    """A powercap folder, made at `root`, whose counters a thread moves on; for `open_meter` as `powercap_root`."""
+    files: list[tuple[int, int]] = []  # descriptor, watts
+    stop = threading.Event()
 
-    Args:
-        root: made by this class; to be given to `open_meter` as `powercap_root`.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._move_on, name="stand-in-powercap", daemon=True)
-        self._files: list[tuple[int, int]] = []  # descriptor, watts
-
-    def __enter__(self) -> Path:
-        for package in range(PACKAGES):
-            self._add(f"intel-rapl:{package}", f"package-{package}", PACKAGE_WATTS)
-            self._add(f"intel-rapl:{package}:0", "dram", DRAM_WATTS)
-        self._thread.start()
-        return self.root
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        for descriptor, _watts in self._files:
-            os.close(descriptor)
-
-    def _add(self, zone: str, name: str, watts: int) -> None:
-        folder = self.root / zone
-        folder.mkdir(parents=True)
-        (folder / "name").write_text(f"{name}\n")
-        (folder / "max_energy_range_uj").write_text(f"{RANGE_UJ}\n")
-        self._files.append((os.open(folder / "energy_uj", os.O_WRONLY | os.O_CREAT, 0o600), watts))
-        self._write()
-
-    def _move_on(self) -> None:
-        while not self._stop.wait(UPDATE_PERIOD_S):
-            self._write()
-
-    def _write(self) -> None:
-        for descriptor, watts in self._files:
+    def write() -> None:
+        for descriptor, watts in files:
             # of one length and in one call: whoever reads meanwhile sees the old number or the new one
             os.pwrite(descriptor, b"%020d\n" % (time.monotonic_ns() // 1000 * watts % RANGE_UJ), 0)
+
+    def move_on() -> None:
+        while not stop.wait(UPDATE_PERIOD_S):
+            write()
+
+    for package in range(PACKAGES):
+        zone = f"intel-rapl:{package}"
+        for path, name, watts in (
+            (zone, f"package-{package}", PACKAGE_WATTS),
+            (f"{zone}:0", "dram", DRAM_WATTS),
+        ):
+            folder = root / path
+            folder.mkdir(parents=True)
+            (folder / "name").write_text(f"{name}\n")
+            (folder / "max_energy_range_uj").write_text(f"{RANGE_UJ}\n")
+            files.append((os.open(folder / "energy_uj", os.O_WRONLY | os.O_CREAT, 0o600), watts))
+    write()
+    thread = threading.Thread(target=move_on, name="stand-in-powercap", daemon=True)
+    thread.start()
+    try:
+        yield root
+    finally:
+        stop.set()
+        thread.join()
+        for descriptor, _watts in files:
+            os.close(descriptor)

@@ -1,17 +1,16 @@
 """`millijoule bench telemetry`: what measuring energy costs, in throughput, CPU time and memory.
 
 The same job runs with telemetry on (A) and with `--no-telemetry` (B), in quadruples ABBA and BAAB on one Ray cluster:
-drift that is linear in time cancels within a quadruple. Three answers, from least to most robust on a shared machine:
+drift that is linear in time cancels within a quadruple. Two answers:
 
 * **throughput** of A against B, images per second from first to last commit; every disturbance of the machine is in it;
-* **CPU time** of A's processes against B's, per image; waiting is not in it, but caches and clock frequency are;
 * **parts**: CPU time of the calls and threads that are telemetry, noted as they run, what the same calls take in B
   subtracted; as a share of the job's CPU time. Work on a thread that draws costs at most that share of throughput.
 
 An interval is over quadruples (the expanded percentile of `pipeline.comparison.statistics`). The goal is met only where
-the whole interval is below it, and missed where it is above; everything else is "not resolved". Memory is measured in the
-jobs, and stressed: the workers of a node of eight boards for minutes, each second a look at every device, with rings
-filled to their bound, and the driver's tables of the hours behind.
+the whole interval is below it, and missed where it is above; everything else is "not resolved". Memory is measured under
+stress: the workers of a node of eight boards for minutes, each second a look at every device, with rings filled to their
+bound, and the driver's tables of the hours behind.
 
 Counters that the machine does not have are stood in for (`stand_ins`); the result says which.
 """
@@ -24,10 +23,9 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +41,8 @@ from millijoule.jobs.bench.measurement import (
     write_result,
 )
 from millijoule.jobs.bench.pipeline import write_prompts
-from millijoule.jobs.bench.ray_head import RayHead
-from millijoule.jobs.bench.stand_ins import StandInPowercap
+from millijoule.jobs.bench.ray_head import ray_head
+from millijoule.jobs.bench.stand_ins import stand_in_powercap
 from millijoule.jobs.entry import COMPLETE
 from millijoule.pipeline.comparison.statistics import draw_indices, expanded_level
 from millijoule.workers.meters.meter import open_meter
@@ -57,14 +55,9 @@ GOAL_MB_PER_NODE = 30.0
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
-#: Calls that a job without telemetry needs too, though they take less there. The rest is telemetry's whole, also the
-#: tables of a job without it, which say that everything is missing.
+#: Calls that a job without telemetry needs too, though they take less there. The rest is telemetry's whole.
 IN_BOTH = ("boundary reads", "commit JSON", "running totals")
 
-#: What the driver does when no image is made any more; `bench finish` has it for many shards.
-AT_THE_END = ("ledger at the end", "tables at the end")
-
-SIDES = {"A": "on", "B": "off"}
 ORDERS = ("ABBA", "BAAB")
 
 
@@ -98,7 +91,7 @@ def run(options: BenchOptions) -> int:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with (
         tempfile.TemporaryDirectory(prefix="millijoule-bench-", dir=memory) as scratch,
-        StandInPowercap(Path(scratch, "powercap")) as stand_in,
+        stand_in_powercap(Path(scratch, "powercap")) as stand_in,
     ):
         # Modules compiled before, as on every machine but the first time: compiling would be taken for telemetry's memory.
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -130,11 +123,11 @@ def counters_here() -> dict[str, Any]:
 
 
 def compare(options: BenchOptions, scratch: Path, powercap: str | None) -> dict[str, Any]:
-    """The jobs' rows, and the three answers from them."""
+    """The jobs' rows, and the answers from them."""
     prompts = scratch / "prompts.txt"
     write_prompts(prompts, options.images)
     rows = []
-    with RayHead(options.workers) as address:
+    with ray_head(options.workers) as address:
         job("A", options, prompts, address, powercap)  # not counted: files and modules are read and compiled
         for quadruple in range(options.quadruples):
             for block, side in enumerate(ORDERS[quadruple % 2]):
@@ -149,77 +142,46 @@ def job(
 ) -> dict[str, Any]:
     """One job in processes of its own: seconds, CPU seconds and memory."""
     with tempfile.TemporaryDirectory(dir=prompts.parent) as folder:
-        output, began = Path(folder, "out"), time.monotonic()
+        output = Path(folder, "out")
         where = (str(prompts), str(output), address)
-        driver = run_alone(probes.job, SIDES[side] == "on", *where, options.workers, powercap)
-        whole_s = time.monotonic() - began
+        driver = run_alone(probes.job, side == "A", *where, options.workers, powercap)
         stats = json.loads((output / "stats.json").read_text())
     workers, seconds = driver["workers"], stats["seconds_first_to_last_commit"]
+    worker_parts: Counter[str] = Counter()
+    for worker in workers:
+        worker_parts.update(worker["telemetry_cpu_s"])
     return {
         "images": stats["images_ok"],
         "seconds_first_to_last_commit": seconds,
         "images_per_second": stats["images_ok"] / seconds,
-        "seconds_whole_job": whole_s,
         "domains": sorted({d.split(":")[0] for w in workers for d in w["domains"]}),
-        "worker_seconds": sum(w["seconds_since_ready"] for w in workers),
         "worker_cpu_s": sum(w["cpu_s_since_ready"] for w in workers),
-        "driver_cpu_s": driver["cpu_s"],
         "job_cpu_s": sum(w["cpu_s"] for w in workers) + driver["cpu_s"],
-        "worker_parts_cpu_s": _added(w["telemetry_cpu_s"] for w in workers),
+        "worker_parts_cpu_s": worker_parts,
         "driver_parts_cpu_s": driver["telemetry_cpu_s"],
-        "worker_calls": _added(w["calls"] for w in workers),
-        "driver_calls": driver["calls"],
-        "worker_pss_mb": sum(w["memory_mb"]["pss"] for w in workers),
-        "driver_pss_mb": driver["memory_mb"]["pss"],
-        "driver_peak_mb": driver["peak_mb"],
     }
-
-
-def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0) + value
-    return total
 
 
 def answers(rows: Sequence[Row]) -> dict[str, Any]:
     """Costs from the rows of the jobs; a share is what telemetry adds to, or takes off, the job without it."""
 
-    def parts_s(row: Row, who: str, at_the_end: bool = False) -> float:
-        return math.fsum(
-            seconds
-            for name, seconds in row[f"{who}_parts_cpu_s"].items()
-            if (name in AT_THE_END) == at_the_end and (row["side"] == "A" or name in IN_BOTH)
-        )
-
-    def added(value: Callable[[Row], float]) -> dict[str, float | None]:
-        return interval(effects(rows, value))
+    def parts_s(row: Row, who: str) -> float:
+        parts = row[f"{who}_parts_cpu_s"]
+        return math.fsum(s for name, s in parts.items() if row["side"] == "A" or name in IN_BOTH)
 
     def share(value: Callable[[Row], float]) -> dict[str, Any]:
-        found = added(value)
+        found = interval(effects(rows, value))
         return {"share": found, **judged(found, GOAL_SHARE)}
 
-    by_side = {side: [r for r in rows if r["side"] == side] for side in SIDES}
-    job_s, worker_s = (statistics.fmean(r[k] for r in by_side["B"]) for k in ("job_cpu_s", "worker_cpu_s"))
-    parts = {}
-    for who in ("worker", "driver"):
-        for side, own in by_side.items():
-            means = _added(r[f"{who}_parts_cpu_s"] for r in own)
-            parts[f"{who} {SIDES[side]}"] = {k: v / len(own) for k, v in sorted(means.items())}
+    job_s, worker_s = (
+        statistics.fmean(r[name] for r in rows if r["side"] == "B") for name in ("job_cpu_s", "worker_cpu_s")
+    )
     return {
         "throughput_lost": share(lambda r: -math.log(r["images_per_second"])),
-        "worker_cpu_added": share(lambda r: math.log(r["worker_cpu_s"] / r["images"])),
-        "job_cpu_added": share(lambda r: math.log(r["job_cpu_s"] / r["images"])),
         "parts_of_worker_cpu": share(lambda r: parts_s(r, "worker") / worker_s),
         "parts_of_job_cpu_while_it_runs": share(
             lambda r: (parts_s(r, "worker") + parts_s(r, "driver")) / job_s
         ),
-        "parts_cpu_s_at_the_end": added(lambda r: parts_s(r, "driver", at_the_end=True)),
-        "parts_cpu_s": parts,
-        "memory_added_mb": {
-            name: added(itemgetter(f"{name}_mb")) for name in ("worker_pss", "driver_pss", "driver_peak")
-        },
     }
 
 
@@ -263,7 +225,7 @@ def stress(options: BenchOptions, scratch: Path, powercap: str | None) -> dict[s
     ]
     workers = [answer_of(process) for process in watching]
     driver = run_alone(probes.stressed_driver, options.stress_devices, options.stress_hours)
-    node_mb = sum(w["private_added_mb"] for w in workers)
+    node_mb = sum(workers)
     total_mb = node_mb + driver["peak_added_mb"]
     return {
         "workers_private_added_mb": node_mb,
@@ -271,8 +233,6 @@ def stress(options: BenchOptions, scratch: Path, powercap: str | None) -> dict[s
         "node_with_driver_mb": total_mb,
         "goal": f"under {GOAL_MB_PER_NODE:g} MB per node",
         "goal_met": total_mb < GOAL_MB_PER_NODE,
-        "worker_share_of_a_core": statistics.fmean(w["cpu_s"] / w["seconds"] for w in workers),
-        "driver_share_of_a_core": driver["cpu_s"] / (3600 * options.stress_hours),
-        "workers": workers,
+        "workers_mb": workers,
         "driver": driver,
     }

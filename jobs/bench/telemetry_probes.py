@@ -20,7 +20,7 @@ from typing import Any
 import ray
 
 from millijoule.jobs.bench.made_up import BEGIN_S, SECOND_NS, made_up_commit
-from millijoule.jobs.bench.process import CpuParts, memory_mb, peak_mb, thread_cpu_s
+from millijoule.jobs.bench.process import CpuParts, peak_mb, private_mb, thread_cpu_s
 from millijoule.jobs.bench.stand_ins import GPU_WATTS, StandInNvml, board_uuid
 from millijoule.workers.actor import ShardWorker, remote_worker_class
 from millijoule.workers.lease import NodePlace, WorkerStopped
@@ -69,20 +69,17 @@ def measured_worker_class(notes: str, powercap: str | None) -> Any:
         @ray.method(concurrency_group="work")
         def start(self) -> NodePlace:
             ready = super().start()  # type: ignore[operator]
-            self._cpu_at_ready, self._ready_at = time.process_time(), time.monotonic()
+            self._cpu_at_ready = time.process_time()
             return ready
 
         @ray.method(concurrency_group="work")
         def stop(self) -> WorkerStopped:
-            now, cpu_s = time.monotonic(), time.process_time()
+            cpu_s = time.process_time()
             note = {
                 "domains": list(self._domains),
                 "cpu_s": cpu_s,
                 "cpu_s_since_ready": cpu_s - self._cpu_at_ready,
-                "seconds_since_ready": now - self._ready_at,
                 "telemetry_cpu_s": {**self._cpu.seconds, "one-second watch": thread_cpu_s("power-sampler")},
-                "calls": dict(self._cpu.calls),
-                "memory_mb": memory_mb(),
             }
             Path(notes, f"{self.worker_id}.json").write_text(json.dumps(note))
             return super().stop()  # type: ignore[operator]
@@ -97,7 +94,6 @@ def job(
     from millijoule.jobs.generate import run
     from millijoule.jobs.set_up.options import GenerateOptions
     from millijoule.jobs.set_up.request import request_of
-    from millijoule.pipeline.closing import finish
     from millijoule.pipeline.energy.live_tables import LiveTables
     from millijoule.pipeline.running import run as job_run
     from millijoule.pipeline.running.live_metrics import LiveMetrics
@@ -110,18 +106,6 @@ def job(
         cpu.wrap(LiveMetrics, method, "metrics")
     cpu.wrap(Spending, "add", "running totals")
     cpu.wrap(job_run, "parse_commit", "commit JSON")
-    cpu.wrap(finish, "load_records", "ledger at the end", all_threads=True)
-    cpu.wrap(finish, "write_energy_tables", "tables at the end", all_threads=True)
-    memory: dict[str, float] = {}
-
-    def note_memory(function: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            memory.update(memory_mb())
-            return function(*arguments)
-
-        return call
-
-    finish.finish_job = note_memory(finish.finish_job)  # the driver's memory when the last shard is in
     options = GenerateOptions(
         prompts=(prompts,),
         output=output,
@@ -139,41 +123,26 @@ def job(
         "workers": noted,
         "cpu_s": time.process_time(),
         "telemetry_cpu_s": dict(cpu.seconds),
-        "calls": dict(cpu.calls),
-        "memory_mb": memory,
-        "peak_mb": peak_mb(),
     }
 
 
-def stressed_worker(board: int | str, seconds: float, book: str, powercap: str | None) -> dict[str, Any]:
-    """Watch one board and the packages for `seconds`, then fill the ring of samples to its bound."""
+def stressed_worker(board: int | str, seconds: float, book: str, powercap: str | None) -> float:
+    """Watch one board and the packages for `seconds`, then fill the ring of samples to its bound; private memory added, MB."""
     from millijoule.workers.meters.power_samples import MAX_SAMPLES, PowerSampler
     from millijoule.workers.meters.segment_timeline import SegmentTimeline
 
-    before, cpu_before, began = memory_mb(), time.process_time(), time.monotonic()
+    before, began = private_mb(), time.monotonic()
     meter = open_counters(board, powercap, book_directory=Path(book))
     sampler, timeline = PowerSampler(meter), SegmentTimeline(f"w{board}", meter)
     sampler.start()
-    opened_s = time.process_time() - cpu_before
     while time.monotonic() - began < seconds:
         time.sleep(BOUNDARY_PERIOD_S)
         timeline.close("shard", 0, "a")
         timeline.take()
-    cpu_s, watched_s = time.process_time() - cpu_before - opened_s, time.monotonic() - began
     sampler.stop()
-    sampled = sum(len(t.samples) for t in sampler.take())
+    sampler.take()
     sampler.restore([_trace(0, 0, MAX_SAMPLES)])
-    after = memory_mb()
-    return {
-        "domains": list(meter.domains),
-        "seconds": watched_s,
-        "opening_cpu_s": opened_s,
-        "cpu_s": cpu_s,
-        "samples_taken": sampled,
-        "samples_held": MAX_SAMPLES,
-        "private_added_mb": after["private"] - before["private"],
-        "pss_added_mb": after["pss"] - before["pss"],
-    }
+    return private_mb() - before
 
 
 def stressed_driver(workers: int, hours: int) -> dict[str, Any]:
@@ -191,7 +160,7 @@ def stressed_driver(workers: int, hours: int) -> dict[str, Any]:
         compactor.add(0, _sampled_commit(0, 0, 0))
         compactor.flush()
         store.put("key", b"")
-        before, peak_before = memory_mb(), peak_mb()
+        peak_before = peak_mb()
         live, spending, cpu = LiveTables(store, "f" * 64, 1), Spending(), CpuParts()
 
         def receive(body: bytes) -> None:
@@ -207,12 +176,9 @@ def stressed_driver(workers: int, hours: int) -> dict[str, Any]:
             while next_flush_s < (turn + 1) * (SHARD_S + IDLE_S):
                 flush()
                 next_flush_s += FLUSH_PERIOD_S
-        after = memory_mb()
         return {
             "commits": turns * workers,
-            "flushes": cpu.calls["flush"],
             "cpu_s": sum(cpu.seconds.values()),
-            "private_added_mb": after["private"] - before["private"],
             "peak_added_mb": peak_mb() - peak_before,
             "live_bytes": sum(item.size_bytes for item in store.list("")),
         }

@@ -60,12 +60,12 @@ class ComparisonRun:
     open_sampler: Callable[[], PowerSampler | None] = lambda: None
 
     def __post_init__(self) -> None:
-        state = self.parts.state()
-        self._session = state.next_session
-        self._ordinal = len(state.blocks)
-        self._done = state.done
-        self._drawn = dict(state.drawn)
-        self._known = set(state.known)
+        blocks = self.parts.read("blocks").to_pylist()
+        self._session = max((b["session"] for b in blocks), default=-1) + 1
+        self._ordinal = len(blocks)
+        self._done = {b["block_id"] for b in blocks}
+        self._drawn = {arm: sum(b["images"] for b in blocks if b["arm"] == arm) for arm in ARMS}
+        self._known = set(self.parts.read("pixels", ["sha256"])["sha256"].to_pylist())
         self._warm = False
 
     def run(self) -> None:

@@ -35,15 +35,15 @@ from millijoule.pipeline.comparison.bundle import (
     STATEMENT,
     FileEntry,
     Manifest,
+    fill_blocks,
     hash_file,
     hash_inputs,
     predicate,
 )
 from millijoule.pipeline.comparison.protocol_check import StatedEnvironment, check_protocol
 from millijoule.pipeline.comparison.registration import ARMS, Registration, canonical_json
-from millijoule.pipeline.comparison.result import compute_result, index_images, measure_blocks
+from millijoule.pipeline.comparison.result import compute_result
 from millijoule.pipeline.comparison.rows import (
-    DERIVED_BLOCK_COLUMNS,
     OPTIONAL_TABLES,
     SCHEMAS,
     Rows,
@@ -147,17 +147,13 @@ def _check_files(folder: Path) -> Iterator[str]:
         yield f"{folder}: missing"
         return
     there = {p.name: p for p in folder.iterdir()}
-    required = {REGISTRATION, ENVIRONMENT, RESULT, MANIFEST, STATEMENT} | (
-        set(SCHEMAS) - set(OPTIONAL_TABLES)
-    )
-    yield from (f"{name}: missing" for name in sorted(required - set(there)))
-    allowed = required | set(OPTIONAL_TABLES)
-    for name, path in sorted(there.items()):
-        if name not in allowed:
-            yield f"{name!r}: not part of a bundle"
-        elif path.is_symlink() or not path.is_file():
-            yield f"{name}: missing, what is there is not a file"
-    if any(path.is_symlink() or not path.is_file() for path in there.values()) or required - set(there):
+    allowed = {REGISTRATION, ENVIRONMENT, RESULT, MANIFEST, STATEMENT, *SCHEMAS}
+    missing = sorted(allowed - set(OPTIONAL_TABLES) - set(there))
+    no_files = [name for name, path in sorted(there.items()) if path.is_symlink() or not path.is_file()]
+    yield from (f"{name}: missing" for name in missing)
+    yield from (f"{name!r}: not part of a bundle" for name in sorted(set(there) - allowed))
+    yield from (f"{name}: missing, what is there is not a file" for name in no_files if name in allowed)
+    if missing or no_files:
         return
     try:
         manifest = decode(Manifest, _read(folder / MANIFEST))
@@ -169,7 +165,7 @@ def _check_files(folder: Path) -> Iterator[str]:
         return
     if root != manifest.merkle_root:
         yield f"{MANIFEST}: Merkle root {manifest.merkle_root!r}, its entries give {root}"
-    present = {n for n in there if n in allowed and n not in (MANIFEST, STATEMENT)}
+    present = (there.keys() & allowed) - {MANIFEST, STATEMENT}
     for name in sorted(present | set(manifest.files)):
         if name not in manifest.files:
             yield f"{name}: not in the manifest"
@@ -240,11 +236,10 @@ def _read_rows(folder: Path) -> Rows:
 
 def _check_blocks(registration: Registration, rows: Rows) -> Iterator[str]:
     """The derived columns of the block table."""
-    numbers = measure_blocks(rows, index_images(registration, rows))
-    for row, found in zip(rows.blocks.to_pylist(), numbers, strict=True):
-        for name in DERIVED_BLOCK_COLUMNS:
-            for difference in differences(row[name], getattr(found, name), f"{name}."):
-                yield f"blocks.parquet: block {row['block_id']}: {difference}"
+    again = fill_blocks(registration, rows).blocks
+    for stated, found in zip(rows.blocks.to_pylist(), again.to_pylist(), strict=True):
+        for difference in differences(stated, found):
+            yield f"blocks.parquet: block {stated['block_id']}: {difference}"
 
 
 def _check_power(rows: Rows) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from millijoule.pipeline.comparison.registration import ARMS, Registration, ScheduledBlock
+from millijoule.pipeline.comparison.registration import Registration, ScheduledBlock
 from millijoule.pipeline.comparison.rows import (
     BLOCK_SCHEMA,
     IMAGE_SCHEMA,
@@ -35,23 +34,6 @@ _TABLES = {
     "pixels": PIXEL_SCHEMA,
     "power": POWER_SCHEMA,
 }
-
-
-@dataclass(frozen=True)
-class ComparisonState:
-    """Where a comparison stands: what the next session must know."""
-
-    blocks: tuple[dict[str, Any], ...]  # in order of execution
-    drawn: dict[str, int]  # images by arm
-    known: frozenset[str]  # digests whose pixels are stored
-
-    @property
-    def done(self) -> set[str]:
-        return {b["block_id"] for b in self.blocks}
-
-    @property
-    def next_session(self) -> int:
-        return max((b["session"] for b in self.blocks), default=-1) + 1
 
 
 class PartStore:
@@ -112,14 +94,6 @@ class PartStore:
         for name, table in tables.items():
             pq.write_table(table, unfinished / f"{name}.parquet", compression="zstd")
         os.rename(unfinished, part)
-
-    def state(self) -> ComparisonState:
-        """What is done so far."""
-        blocks = sorted(self.read("blocks").to_pylist(), key=lambda b: b["ordinal"])
-        drawn = {arm: sum(b["images"] for b in blocks if b["arm"] == arm) for arm in ARMS}
-        return ComparisonState(
-            tuple(blocks), drawn, frozenset(self.read("pixels", ["sha256"])["sha256"].to_pylist())
-        )
 
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """One table, or some of its columns, over all parts, in order of execution."""

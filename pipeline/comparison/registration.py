@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, Literal
 
 from millijoule.workers.errors import InputError
@@ -23,8 +24,7 @@ ARMS = ("A", "B")
 #: 60 and 60.0 are different bytes, and so different hashes: both are kept as they were written.
 Number = float | int
 
-#: What a block is for. Only "compare" enters the ratio; warm-up and top-up are not scheduled, they come when needed.
-SCHEDULED_KINDS = ("idle", "same", "telemetry", "compare")
+#: Blocks that come when needed. Scheduled are "idle", "same", "telemetry" and "compare", which alone enters the ratio.
 UNSCHEDULED_KINDS = ("warmup", "topup")
 
 #: Whoever checks a stranger's bundle recomputes with these numbers: they bound time and memory.
@@ -189,53 +189,43 @@ class ScheduledBlock:
     quadruple: int  # -1 when idle
 
 
+#: What numbers may be: in words, the test, and the fields it is for.
+_BOUNDS: tuple[tuple[str, Callable[[Number], bool], str], ...] = (
+    (
+        "above 0",
+        lambda value: 0 < value < math.inf,
+        "factor a.batch_size b.batch_size design.block_seconds design.quadruples design.warmup_window_seconds "
+        "design.warmup_windows gate.min_images gate.resamples gate.frechet_resamples statistics.resamples",
+    ),
+    (
+        "in [0, 1)",
+        lambda value: 0 <= value < 1,
+        "gate.score_margin gate.frechet_margin gate.max_blank gate.max_duplicates statistics.max_missing "
+        "systematics.max_control systematics.closure_tolerance",
+    ),
+    (
+        "at least 0",
+        lambda value: 0 <= value < math.inf,
+        "systematics.counter_delay_s systematics.offset_watts systematics.declared_rest_watts "
+        "systematics.declared_rest_tolerance_watts",
+    ),
+)
+
+
 def check_values(registration: Registration) -> None:
     """Raise ValueError for numbers that make no comparison. Looser ones than the protocol's are `protocol_floor`'s."""
     r, design, gate, limits = registration, registration.design, registration.gate, registration.systematics
     rest = (limits.declared_rest_watts, limits.declared_rest_tolerance_watts)
     if (rest[0] is None) != (rest[1] is None):
         raise ValueError("the rest of the node is declared with its tolerance")
-    _check_all(
-        "above 0",
-        lambda value: 0 < value < math.inf,
-        {
-            "factor": r.factor,
-            "block_seconds": design.block_seconds,
-            "quadruples": design.quadruples,
-            "warmup_window_seconds": design.warmup_window_seconds,
-            "warmup_windows": design.warmup_windows,
-            "min_images": gate.min_images,
-            "resamples": gate.resamples,
-            "frechet_resamples": gate.frechet_resamples,
-            "statistics.resamples": r.statistics.resamples,
-            "a.batch_size": r.a.batch_size,
-            "b.batch_size": r.b.batch_size,
-        },
-    )
-    _check_all(
-        "in [0, 1)",
-        lambda value: 0 <= value < 1,
-        {
-            "score_margin": gate.score_margin,
-            "frechet_margin": gate.frechet_margin,
-            "max_blank": gate.max_blank,
-            "max_duplicates": gate.max_duplicates,
-            "max_missing": r.statistics.max_missing,
-            "max_control": limits.max_control,
-            "closure_tolerance": limits.closure_tolerance,
-        },
-    )
-    _check_all(
-        "at least 0",
-        lambda value: 0 <= value < math.inf,
-        {
-            "counter_delay_s": limits.counter_delay_s,
-            "offset_watts": limits.offset_watts,
-            "declared_rest_watts": rest[0] or 0,
-            "declared_rest_tolerance_watts": rest[1] or 0,
-            **{f"margin of metric {m.name}": m.margin for m in gate.metrics},
-        },
-    )
+    for bounds, within, names in _BOUNDS:
+        for name in names.split():
+            value = attrgetter(name)(registration)
+            if value is not None and not within(value):
+                raise ValueError(f"{name} must be {bounds}, not {value}")
+    for metric in gate.metrics:
+        if not 0 <= metric.margin < math.inf:
+            raise ValueError(f"margin of metric {metric.name} must be at least 0, not {metric.margin}")
     if max(r.statistics.resamples, gate.resamples, gate.frechet_resamples) > MAX_RESAMPLES:
         raise ValueError(f"more than {MAX_RESAMPLES} resamples show nothing more")
     if max(design.quadruples, design.control_quadruples) > MAX_QUADRUPLES:
@@ -248,12 +238,6 @@ def check_values(registration: Registration) -> None:
         raise ValueError("requests must not be empty, their seeds in [0, 2**64)")
     if len(set(r.requests)) != len(r.requests):
         raise ValueError("a request (family, prompt, seed) stands there twice")
-
-
-def _check_all(bounds: str, within: Callable[[Number], bool], values: Mapping[str, Number]) -> None:
-    for name, value in values.items():
-        if not within(value):
-            raise ValueError(f"{name} must be {bounds}, not {value}")
 
 
 def schedule(registration: Registration) -> tuple[ScheduledBlock, ...]:

@@ -186,7 +186,7 @@ def compute_result(registration: Registration, rows: Rows) -> dict[str, Any]:
     prompts = accepted_spread(registration.gate, confidence, registration.requests, arms)
     budget = systematic_budget(compare, limits, measured=measured, controls=controls, prompts=prompts)
     systematic = total(budget)
-    stretches = _stretches(rows, domains, [b["block_id"] for b in blocks if b["kind"] == "compare"])
+    stretches = _stretches(rows, domains, blocks, numbers)
     closures = {
         source: check_closure(rows.second_meter, source, stretches, limits) for source in ("power", "node")
     }
@@ -333,17 +333,19 @@ def _second_meters(rows: Rows) -> dict[str, str]:
     return found
 
 
-def _stretches(rows: Rows, domains: Sequence[str], block_ids: Sequence[str]) -> list[CountedStretch]:
+def _stretches(
+    rows: Rows, domains: Sequence[str], blocks: Sequence[Mapping[str, Any]], numbers: Sequence[BlockNumbers]
+) -> list[CountedStretch]:
+    """What the counters say about the blocks of the comparison."""
     reads = reads_by_block(rows.reads)
     devices = [d for d in domains if d.startswith("gpu:")]
     found = []
-    for block_id in block_ids:
-        chain = reads.get(block_id, [])
-        if not chain:
+    for block, n in zip(blocks, numbers, strict=True):
+        chain = reads.get(block["block_id"], [])
+        if block["kind"] != "compare" or not chain:
             continue
-        everything = chain_energy_mj(chain, domains)
         device_mj = None
-        if everything is not None and devices:
+        if n.energy_mj is not None and devices:
             device_mj = sum(chain[-1].energy_mj[d] - chain[0].energy_mj[d] for d in devices)
-        found.append(CountedStretch(chain[0].t_wall_ns, chain[-1].t_wall_ns, device_mj, everything))
+        found.append(CountedStretch(chain[0].t_wall_ns, chain[-1].t_wall_ns, device_mj, n.energy_mj))
     return found

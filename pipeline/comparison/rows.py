@@ -7,7 +7,7 @@ Columns that follow from others (`DERIVED_BLOCK_COLUMNS`) are there for readers 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -184,28 +184,17 @@ def _encode(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
 def read_row(block_id: str, index: int, read: CounterRead) -> dict[str, object]:
     """A `CounterRead` as a row of `READ_SCHEMA`."""
     return {
+        **asdict(read),
         "block_id": block_id,
         "read_index": index,
-        "boot_id": read.boot_id,
-        "epoch": read.epoch,
-        "t_mono_ns": read.t_mono_ns,
-        "t_wall_ns": read.t_wall_ns,
-        "latency_ns": read.latency_ns,
         "energy": [{"domain": d, "energy_mj": mj} for d, mj in sorted(read.energy_mj.items())],
-        "estimate_mj": read.estimate_mj,
     }
 
 
 def power_rows(block_id: str, traces: Iterable[PowerTrace]) -> list[dict[str, object]]:
     """The samples of a block as rows of `POWER_SCHEMA`."""
     return [
-        {
-            "block_id": block_id,
-            "device": trace.device,
-            "t_mono_ns": sample.t_mono_ns,
-            "power_average_mw": sample.power_average_mw,
-            "power_instant_mw": sample.power_instant_mw,
-        }
+        {"block_id": block_id, "device": trace.device, **sample._asdict()}
         for trace in traces
         for sample in trace.samples
     ]

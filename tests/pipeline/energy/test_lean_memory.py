@@ -27,7 +27,7 @@ def test_arrows_allocator_comes_back_whatever_happens():
 GROW = """
 import sys
 from array import array
-from millijoule.jobs.bench.process import memory_mb
+from millijoule.jobs.bench.process import private_mb
 from millijoule.pipeline.energy.lean_memory import lean_memory
 import numpy as np
 def grow():
@@ -37,13 +37,13 @@ def grow():
         for column in columns:
             column.extend(range(1000))
     return columns
-before = memory_mb()["private"]
+before = private_mb()
 if sys.argv[1] == "lean":
     with lean_memory():
         columns = grow()
 else:
     columns = grow()
-print(memory_mb()["private"] - before)
+print(private_mb() - before)
 """
 
 
