@@ -46,7 +46,7 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
         raise InputError(
             f"{bundle}: there is a bundle already; check it with --check, or give another --output"
         )
-    device, gpus = _find_device(options)
+    device, gpus = find_device(options)
     generators = {arm: load_generator(model, device=device) for arm, model in models.items()}
     judge = load_judge(options.judge)
     metrics = _load_metrics(options)
@@ -161,7 +161,7 @@ def _load_metrics(options: VerifyOptions) -> list[tuple[ImageMetric, float]]:
     return metrics
 
 
-def _find_device(options: VerifyOptions) -> tuple[str, list[str] | None]:
+def find_device(options: VerifyOptions) -> tuple[str, list[str] | None]:
     """The device, and the GPUs to meter."""
     if options.threads is None and options.device == "cpu":
         return "cpu", None

@@ -59,7 +59,7 @@ class ShardWorker:
         self.config = config
         self._runner: AttemptRunner | None = None
         self._timeline: SegmentTimeline | None = None
-        self._power: PowerSampler | None = None
+        self.power: PowerSampler | None = None
         exit_with_parent()
 
     @ray.method(concurrency_group="work")
@@ -82,11 +82,11 @@ class ShardWorker:
     def _start(self) -> NodePlace:
         config = self.config
         gpus = _assigned_gpus()
-        meter = self._open_meter(gpus)
+        meter = self.open_own_meter(gpus)
         timeline = self._timeline = SegmentTimeline(self.worker_id, meter)
         opened = timeline.last_read
-        self._power = PowerSampler(meter)
-        self._power.start()
+        self.power = PowerSampler(meter)
+        self.power.start()
         store = open_store(config.output_url or ".", patient=True)
         node_id = ray.get_runtime_context().get_node_id()
 
@@ -111,7 +111,7 @@ class ShardWorker:
         if config.output_url:
             check_factory_model(store, config, generator.info.sha256)
         timeline.close("load")
-        runner = AttemptRunner(config, store, generator, meter, timeline, worker, self._power)
+        runner = AttemptRunner(config, store, generator, meter, timeline, worker, self.power)
         runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
         if config.output_url:
             store.put(worker_key(self.worker_id), describe().to_json())
@@ -119,7 +119,7 @@ class ShardWorker:
         self._runner = runner
         return NodePlace(node_id, worker.host)
 
-    def _open_meter(self, gpus: Sequence[str]) -> CounterMeter:
+    def open_own_meter(self, gpus: Sequence[str]) -> CounterMeter:
         """The counters of `gpus`, as `CUDA_VISIBLE_DEVICES` lists them, and of the host; without telemetry none."""
         return open_meter(gpus) if self.config.telemetry else CounterMeter(read_boot_id(), (), None)
 
@@ -157,11 +157,11 @@ class ShardWorker:
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:
         """Close the books; the actor is killed afterwards. Works after a failed start, too."""
-        if self._timeline is None or self._power is None:
+        if self._timeline is None or self.power is None:
             return WorkerStopped(self.worker_id, ())
-        self._power.stop()
+        self.power.stop()
         self._timeline.close("idle", last=True)
-        return WorkerStopped(self.worker_id, self._timeline.take(), self._power.take())
+        return WorkerStopped(self.worker_id, self._timeline.take(), self.power.take())
 
     @ray.method(concurrency_group="work")
     def read_for(self, worker: WorkerEnvironment) -> AccountRead:
@@ -176,7 +176,7 @@ class ShardWorker:
             return AccountRead(None, "its process still runs")
         if gone is None:
             return AccountRead(None, "whether its process has ended cannot be seen here")
-        meter = self._open_meter(worker.gpus)
+        meter = self.open_own_meter(worker.gpus)
         try:
             if meter.boot_id != worker.opened.boot_id:
                 return AccountRead(None, "its host was started anew, or is another one")

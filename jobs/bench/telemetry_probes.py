@@ -54,9 +54,9 @@ def measured_worker_class(notes: str, powercap: str | None) -> Any:
     """The product's worker, noting in the folder `notes` what its telemetry costs; `powercap` as in `open_counters`."""
 
     class MeasuredWorker(ShardWorker):
-        def _open_meter(self, gpus: Sequence[str]) -> CounterMeter:
+        def open_own_meter(self, gpus: Sequence[str]) -> CounterMeter:
             if not self.config.telemetry:
-                meter = super()._open_meter(gpus)
+                meter = super().open_own_meter(gpus)
             else:
                 number = int(self.worker_id.rpartition("-")[2])
                 meter = open_counters(gpus[0] if gpus else number, powercap)

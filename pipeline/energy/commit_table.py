@@ -149,14 +149,14 @@ _SAMPLES = pa.schema(
         *((name, pa.int64()) for name in ("t_mono_ns", "t_wall_ns", "power_average_mw", "power_instant_mw")),
     ]
 )
-_SPOOL_ROWS = 16_384
+SPOOLED_SAMPLES = 16_384
 
 
 class PowerSpool(Spool):
     """Power samples of devices."""
 
     def __init__(self) -> None:
-        super().__init__(_SAMPLES, _SPOOL_ROWS)
+        super().__init__(_SAMPLES, SPOOLED_SAMPLES)
         self.names: dict[str | None, int] = {}
 
     def add(self, trace: PowerTrace, node_id: str | None, host: str | None) -> None:

@@ -24,7 +24,7 @@ MAX_GAP_NS = 30 * 60 * 1_000_000_000
 MISSING = -1
 
 #: Pairs of an interval and a worker in it that are looked at together: some tens of megabytes.
-_PAIRS = 1 << 19
+PAIRS = 1 << 19
 
 _NS_MW_PER_MJ = 1_000_000 // MAX_DOMAIN_WATTS
 assert _NS_MW_PER_MJ * MAX_DOMAIN_WATTS == 1_000_000
@@ -200,14 +200,14 @@ def _blind_workers(
 
 
 def _chunks(active: np.ndarray, rest: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of intervals that have about `_PAIRS` workers at work; none where every interval comes out even."""
+    """Ranges of intervals that have about `PAIRS` workers at work; none where every interval comes out even."""
     if not rest.any():
         return
     pairs = np.cumsum(active)
     lo = 0
     while lo < len(active):
         done = pairs[lo - 1] if lo else 0
-        hi = max(lo + 1, int(np.searchsorted(pairs, done + _PAIRS, "right")))
+        hi = max(lo + 1, int(np.searchsorted(pairs, done + PAIRS, "right")))
         yield lo, hi
         lo = hi
 

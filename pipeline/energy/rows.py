@@ -72,7 +72,7 @@ ROW_COLUMNS = ("prompt_id", "image_index", "status", "sha256")
 BLOCK_ROWS = 8_192
 
 #: Commits, and images in them, whose row tables are looked at together: shards can be as small as one image.
-_COMMITS_AT_ONCE, _IMAGES_AT_ONCE = 1_024, 8_192
+COMMITS_AT_ONCE, IMAGES_AT_ONCE = 1_024, 8_192
 
 _QUALITIES = ("measured", "short", "missing")
 
@@ -132,8 +132,8 @@ def commit_blocks(commits: CommitTable) -> Iterator[range]:
     rows = np.cumsum(commits.number("images_ok") + commits.number("images_quarantined"))
     begin = 0
     while begin < len(commits):
-        most = (rows[begin - 1] if begin else 0) + _IMAGES_AT_ONCE
-        end = max(begin + 1, min(begin + _COMMITS_AT_ONCE, int(np.searchsorted(rows, most, "right"))))
+        most = (rows[begin - 1] if begin else 0) + IMAGES_AT_ONCE
+        end = max(begin + 1, min(begin + COMMITS_AT_ONCE, int(np.searchsorted(rows, most, "right"))))
         yield range(begin, end)
         begin = end
 

@@ -125,7 +125,7 @@ def power_chart(timeline: Timeline) -> Chart:
 def work_chart(timeline: Timeline) -> Chart:
     """What every worker did: one bar per segment."""
     unit, per_unit = _time_unit(timeline)
-    marks = _unique_labels([f"{lane.host} {words.short_device(lane.device)}" for lane in timeline.work])
+    marks = unique_labels([f"{lane.host} {words.short_device(lane.device)}" for lane in timeline.work])
     marked = list(zip(marks, timeline.work, strict=True))
     plot = _figure(90 + 22 * len(marks), timeline, marks=marks)
     for c in SEGMENT_CLASSES:
@@ -176,7 +176,7 @@ def share_chart(job: JobReport) -> Chart:
         for r in job.devices[:MAX_SHARE_BARS]
         if r.time_shares
     ]
-    marks = _unique_labels([bar[0] for bar in bars])
+    marks = unique_labels([bar[0] for bar in bars])
     plot = _figure(80 + 24 * len(bars), marks=marks)
     plot.x_range = Range1d(start=0, end=1)
     plot.xaxis.formatter = NumeralTickFormatter(format="0%")
@@ -266,7 +266,7 @@ def _times(timeline: Timeline, per_unit: float) -> list[float]:
     return [float(f"{i * timeline.step_s / per_unit:.6g}") for i in range(timeline.steps)]
 
 
-def _unique_labels(texts: Sequence[str]) -> list[str]:
+def unique_labels(texts: Sequence[str]) -> list[str]:
     """`texts` shortened, equal ones numbered: categories of an axis must differ."""
     labels: dict[str, None] = {}
     for text in texts:

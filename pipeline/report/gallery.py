@@ -59,7 +59,7 @@ def read_samples(store: Store) -> tuple[Sample, ...]:
             height=row["height"],
             energy_mj=row["energy_mj"],
             warnings=tuple(row["warnings"] or ()),
-            picture=None if data is None else _picture(data),
+            picture=None if data is None else data_url(data),
         )
         for row, data in _read(store, rows)
     )
@@ -85,7 +85,7 @@ def _first_rows(store: Store) -> list[dict[str, Any]]:
     return rows[:MAX_SAMPLES]
 
 
-def _picture(data: bytes) -> str | None:
+def data_url(data: bytes) -> str | None:
     """`data` as a data URI of at most its share of `MAX_SAMPLE_BYTES`, or None."""
     try:
         image = Image.open(io.BytesIO(data)).convert("RGB")

@@ -152,7 +152,7 @@ def board(world, monkeypatch):
         )
 
     monkeypatch.setattr(meter, "open_meter", open_board)
-    monkeypatch.setattr(verify, "_find_device", lambda options: ("cpu", ["0"]))
+    monkeypatch.setattr(verify, "find_device", lambda options: ("cpu", ["0"]))
     monkeypatch.setattr("millijoule.jobs.comparing.run.describe_gpu", lambda uuid: {})
     return world
 

@@ -285,8 +285,8 @@ class _Worker(ShardWorker):
         spending_model.passing("read")
         return answer
 
-    def _open_meter(self, gpus):
-        opened = super()._open_meter(gpus)
+    def open_own_meter(self, gpus):
+        opened = super().open_own_meter(gpus)
         if self.worker_id.startswith("r"):
             spending_model.passing("reader-opened")
         return opened

@@ -35,19 +35,19 @@ class PowerSampler:
 
     def __init__(self, meter: CounterMeter, max_samples: int = MAX_SAMPLES) -> None:
         self.meter = meter
-        self._rings: dict[str, deque[PowerSample]] = defaultdict(lambda: deque(maxlen=max_samples))
+        self.rings: dict[str, deque[PowerSample]] = defaultdict(lambda: deque(maxlen=max_samples))
         self._lock = threading.Lock()
         self._dropped = False
-        self._thread = PeriodicThread("power-sampler", self.look, self._until_next_period_s)
+        self.thread = PeriodicThread("power-sampler", self.look, self._until_next_period_s)
 
     def start(self) -> None:
         """Look in once per period; without a device there is nothing to watch and no thread."""
         if self.meter.counters or self.meter.boards.powers:
-            self._thread.start()
+            self.thread.start()
 
     def stop(self) -> None:
         """End the thread; what was sampled can still be taken."""
-        self._thread.stop(STOP_TIMEOUT_S)
+        self.thread.stop(STOP_TIMEOUT_S)
 
     def look(self) -> None:
         """One look at every device that nobody looked at in this period."""
@@ -61,21 +61,21 @@ class PowerSampler:
         with self._lock:
             taken = tuple(
                 PowerTrace(device, self.meter.boot_id, SOURCE, tuple(ring))
-                for device, ring in sorted(self._rings.items())
+                for device, ring in sorted(self.rings.items())
             )
-            self._rings.clear()
+            self.rings.clear()
         return taken
 
     def restore(self, traces: Iterable[PowerTrace]) -> None:
         """Take back samples that could not be recorded; where there is no room for all, the newest stay."""
         with self._lock:
             for trace in traces:
-                newer = self._rings.pop(trace.device, ())
+                newer = self.rings.pop(trace.device, ())
                 for sample in (*trace.samples, *newer):
                     self._append(trace.device, sample)
 
     def _append(self, device: str, sample: PowerSample) -> None:
-        ring = self._rings[device]
+        ring = self.rings[device]
         if len(ring) == ring.maxlen and not self._dropped:
             log.info("%s: more than %d power samples wait; the oldest are dropped", device, ring.maxlen)
             self._dropped = True

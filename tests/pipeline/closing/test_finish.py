@@ -90,7 +90,7 @@ def drop_carried_rows(store, shard_ids):
 @pytest.mark.parametrize("output_format", ["parquet", "webdataset", "files"])
 def test_rows_from_commits_and_from_row_tables_make_the_same_files(tmp_path, output_format, monkeypatch):
     monkeypatch.setattr(image_rows, "SPOOL_ROWS", 7)
-    monkeypatch.setattr(energy_rows, "_IMAGES_AT_ONCE", 11)
+    monkeypatch.setattr(energy_rows, "IMAGES_AT_ONCE", 11)
     prompts = [f"{'bad' if i % 9 == 4 else 'good'} prompt {i} \u2603" for i in range(60)]
     store, job = plan(tmp_path, prompts, shard_size=4, output_format=output_format)
     work(store, job, _Fussy("cpu"))

@@ -46,9 +46,9 @@ def as_columns(found):
     )
 
 
-@pytest.mark.parametrize("pairs", [1, 3, counter_split._PAIRS])
+@pytest.mark.parametrize("pairs", [1, 3, counter_split.PAIRS])
 def test_columns_divide_as_the_plain_form_does(pairs, monkeypatch):
-    monkeypatch.setattr(counter_split, "_PAIRS", pairs)
+    monkeypatch.setattr(counter_split, "PAIRS", pairs)
 
     @settings(max_examples=120, deadline=None)
     @given(claims())

@@ -23,7 +23,7 @@ def rows_of(blocks):
 @pytest.mark.parametrize("at_once", [1, 3, 4096])
 def test_columns_hold_the_rows_that_are_made_one_by_one(at_once, monkeypatch):
     monkeypatch.setattr(energy_rows, "ENTRIES_AT_ONCE", at_once)
-    monkeypatch.setattr(energy_rows, "_COMMITS_AT_ONCE", at_once)
+    monkeypatch.setattr(energy_rows, "COMMITS_AT_ONCE", at_once)
 
     @settings(max_examples=40, deadline=None)
     @given(histories())
@@ -70,7 +70,7 @@ def test_a_commit_comes_out_of_the_table_as_it_went_in_but_for_its_bulk(history)
 def test_power_samples_come_back_in_order_from_a_file_or_memory(added, rows):
     expected = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commit_table, "_SPOOL_ROWS", rows)
+        patch.setattr(commit_table, "SPOOLED_SAMPLES", rows)
         spool = PowerSpool()
         for device, node, powers in added:
             samples = tuple(PowerSample(i, 10 * i, mw, 7) for i, mw in enumerate(powers))

@@ -304,7 +304,7 @@ def test_damaged_images_leave_their_prompts_and_the_report(copy, keep):
 
 
 def test_an_image_that_is_none_is_not_shown(caplog):
-    assert report_gallery._picture(b"\x89PNG\r\n\x1a\n" + bytes(40)) is None
+    assert report_gallery.data_url(b"\x89PNG\r\n\x1a\n" + bytes(40)) is None
     assert "cannot be read" in caplog.text
 
 

@@ -13,7 +13,7 @@ from support.report_outputs import HOSTILE, measured_output, unmeasured_output
 
 from millijoule.pipeline.energy.carbon import Rates
 from millijoule.pipeline.report import words
-from millijoule.pipeline.report.charts import CLASS_COLOURS, LABEL_CHARS, _unique_labels, job_charts
+from millijoule.pipeline.report.charts import CLASS_COLOURS, LABEL_CHARS, job_charts, unique_labels
 from millijoule.pipeline.report.data import Report, collect_report
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.flags import Flag
@@ -191,7 +191,7 @@ def test_every_class_has_a_group_and_a_colour():
 
 
 def test_labels_of_an_axis_differ_and_are_short():
-    labels = _unique_labels(["a" * 40, "a" * 40, "b", "b #2", "b"])
+    labels = unique_labels(["a" * 40, "a" * 40, "b", "b #2", "b"])
     assert len(set(labels)) == 5
     assert all(len(label) <= LABEL_CHARS + 3 for label in labels)
 

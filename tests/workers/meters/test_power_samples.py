@@ -168,10 +168,10 @@ def test_the_thread_samples_by_itself_and_ends_when_told(tmp_path, nvml):
     worker = PowerSampler(meter)
     worker.start()
     deadline = time.monotonic() + 20
-    while not worker._rings and time.monotonic() < deadline:
+    while not worker.rings and time.monotonic() < deadline:
         time.sleep(0.02)
     worker.stop()
-    assert not worker._thread.is_alive()
+    assert not worker.thread.is_alive()
     assert worker.take()[0].samples[0].power_instant_mw == 700_000
 
 
@@ -179,7 +179,7 @@ def test_without_a_device_there_is_no_thread(tmp_path):
     meter = open_meter(powercap_root=tmp_path / "none", boot_id="b", book_directory=tmp_path)
     worker = PowerSampler(meter)
     worker.start()
-    assert worker._thread.ident is None
+    assert worker.thread.ident is None
     worker.stop()
 
 
@@ -221,7 +221,7 @@ def test_an_attempt_that_lost_or_failed_keeps_its_samples(sampler, clock, one_sh
         patch.setattr(type(store), "put_exclusive", refuse)
         with pytest.raises(StoreError):
             late.run(lease)
-    assert len(late.power._rings[UUIDS[0]]) == 3
+    assert len(late.power.rings[UUIDS[0]]) == 3
     runner(store, job, 1).run(replace(lease, attempt_id="e000001-first"))
     assert late.run(lease).outcome == "exists"
     assert len(late.power.take()[0].samples) == 3

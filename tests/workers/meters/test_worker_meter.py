@@ -104,7 +104,7 @@ def read_table(store, name):
 def test_a_gpu_given_by_index_is_named_by_its_uuid_in_commit_counter_and_power(worker):
     made, store, job = worker
     made.start()
-    made._power.look()
+    made.power.look()
     assert run_shard(made, store, job).outcome == "committed"
     segments = made.stop().segments
     (commit,) = read_commits(store, 1)
@@ -120,7 +120,7 @@ def test_a_gpu_given_by_index_is_named_by_its_uuid_in_commit_counter_and_power(w
 def test_what_a_worker_did_after_its_last_commit_is_in_the_tables(worker, monkeypatch):
     made, store, job = worker
     made.start()
-    monkeypatch.setattr(made._power.meter, "watch", dict)  # the sampler's thread sees nothing more
+    monkeypatch.setattr(made.power.meter, "watch", dict)  # the sampler's thread sees nothing more
     shards = load_job_shards(store, job)
     planned = PlannedJob(job, shards, exclusive=True)
     driver = JobRun(store, planned, PoolOptions(0, 0), None, lease_s=60.0, speculate=False)
@@ -128,9 +128,9 @@ def test_what_a_worker_did_after_its_last_commit_is_in_the_tables(worker, monkey
     (commit,) = read_commits(store, 1)
     now = time.monotonic_ns()
     monkeypatch.setattr(
-        made._power.meter, "watch", lambda: {UUIDS[0]: PowerSample(now, time.time_ns(), None, 123_456)}
+        made.power.meter, "watch", lambda: {UUIDS[0]: PowerSample(now, time.time_ns(), None, 123_456)}
     )
-    made._power.look()
+    made.power.look()
     time.sleep(MIN_READ_SPACING_NS / SECOND)  # until then the last value stands
     stopped = made.stop()
     flush(driver, stopped)
