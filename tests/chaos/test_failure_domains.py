@@ -134,7 +134,7 @@ def test_a_head_that_dies_ends_the_driver_within_seconds(tmp_path):
         assert driver.wait(120) == 1
     said = (tmp_path / "driver.log").read_text()
     assert "the head of the Ray cluster is gone" in said
-    assert "run the same command again" in said
+    assert "run the same job again" in said
 
 
 FROM_PYTHON = """

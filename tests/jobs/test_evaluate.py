@@ -72,6 +72,7 @@ def test_a_perfect_artist_scores_one(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "artist.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_noise_scores_nothing_and_is_far(tmp_path, monkeypatch):
     assert run(tmp_path, monkeypatch, "python:evaluate_models:noise", "--name", "n") == 0
     assert run(tmp_path, monkeypatch, "renders") == 0
@@ -101,6 +102,7 @@ def test_prompts_are_fixed_and_of_their_split(split):
     assert len({(i.prompt, i.seed) for i in many}) == len(many)
 
 
+@pytest.mark.long
 def test_processes_draw_the_same_images(tmp_path):
     options = EvaluateOptions("default", str(tmp_path), prompts_per_family=6, device="cpu")
     items = list_items(options)  # 72, more than a batch

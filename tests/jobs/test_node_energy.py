@@ -174,6 +174,7 @@ def test_a_job_that_has_not_finished_is_refused(output, log, capsys):
     assert not (output / "_job/node_meters").exists()
 
 
+@pytest.mark.long
 def test_on_s3_through_the_command(finished, log, moto_s3, s3_env, capsys):
     s3_env(moto_s3)
     url = f"s3://{moto_s3.make_bucket('job')}/out"

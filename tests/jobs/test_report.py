@@ -36,6 +36,7 @@ def test_files_go_where_they_are_asked_to(output, tmp_path, capsys):
     assert "my grid, 2025" in page.read_text()
 
 
+@pytest.mark.long
 def test_json_on_standard_output_stands_alone(output, tmp_path, capsys):
     assert main([output, output, "--json", "-", "--html", str(tmp_path / "p.html")]) == 0
     assert len(json.loads(capsys.readouterr().out)["jobs"]) == 2
@@ -55,6 +56,7 @@ def test_what_cannot_be_used_is_named(output, capsys, options, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_an_output_on_s3_gets_its_page_there(output, moto_s3, s3_env, capsys):
     s3_env(moto_s3)
     url = f"s3://{moto_s3.make_bucket('report')}/out"

@@ -64,6 +64,7 @@ def run(tmp_path, *more, coupling="trained"):
     return train.main(["--recipe", str(recipe), "--output", str(tmp_path / "out"), "--device", "cpu", *more])
 
 
+@pytest.mark.long
 def test_a_run_is_continued_and_leaves_weights_that_draw(tmp_path, capsys):
     assert run(tmp_path, "--minutes", "0", "--sample-every", "1") == 0
     assert "after 1 of 4 steps" in capsys.readouterr().out

@@ -79,6 +79,7 @@ def check(world, *more):
     return verify.main(["--check", str(world / "out" / "bundle"), *more])
 
 
+@pytest.mark.long
 def test_from_registration_to_a_checked_bundle(world, capsys):
     assert measure(world, "--register-only") == 0
     printed = capsys.readouterr().out
@@ -157,6 +158,7 @@ def board(world, monkeypatch):
     return world
 
 
+@pytest.mark.long
 def test_power_of_a_board_is_sampled_into_the_bundle(board, capsys):
     """Blocks of 0.1 s cannot close; that they do is shown on a made-up clock."""
     assert measure(board, "--omit-images") == NOT_SHOWN
@@ -177,6 +179,7 @@ def test_power_of_a_board_is_sampled_into_the_bundle(board, capsys):
     assert "power was sampled in the run" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on(world, capsys):
     assert measure(world, "--omit-images", a="dies_in_the_middle") == 1
     assert "died" in capsys.readouterr().err

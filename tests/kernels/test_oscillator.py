@@ -45,6 +45,7 @@ def quantized(weights, drive):
     return coupling, quantize_drive(*drive, coupling, DT)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 @given(
     grid=st.integers(1, 5),

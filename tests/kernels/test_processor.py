@@ -64,6 +64,7 @@ TRAINERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("does", [False, True])
 @pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS.keys())
 def test_training_uses_bfloat16_where_the_processor_multiplies_it_and_nowhere_else(

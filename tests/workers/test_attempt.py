@@ -197,6 +197,7 @@ ROWS = st.builds(
 )
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(st.lists(ROWS, max_size=16))
 def test_carried_rows_survive_their_json_and_are_the_row_tables(rows):
@@ -232,6 +233,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=300)
 @given(ROWS, st.integers(0, len(IMAGE_ROW_SCHEMA) - 1), JSON)
 def test_whatever_stands_in_a_carried_row_is_either_refused_or_fits_the_table(row, at, value):

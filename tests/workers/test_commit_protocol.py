@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.local_job import plan, runner, work
@@ -69,6 +70,7 @@ lives = st.lists(
 )
 
 
+@pytest.mark.long
 @given(lives)
 @settings(max_examples=40, deadline=None)
 def test_whatever_crashes_where_the_output_is_complete_and_sound(lives):

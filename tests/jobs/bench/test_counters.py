@@ -99,6 +99,7 @@ def test_stretches_fill_the_time_there_is():
     assert seconds_needed(parts, stretch_seconds(parts, 180)) == pytest.approx(180)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["start", "waves", "rates", "period"])
 def test_parts_take_as_long_as_is_said(part):
     """By the made-up board's clock; starting up takes it four seconds where 25 are allowed."""

@@ -1,11 +1,14 @@
 """The finishing benchmark's made-up job closes exactly, and its image table is the one made from commits."""
 
+import pytest
+
 from millijoule.jobs.bench.finish import finish, make
 from millijoule.jobs.bench.measurement import run_alone
 from millijoule.pipeline.closing.check import check_output
 from millijoule.workers.storage.open import open_store
 
 
+@pytest.mark.long
 def test_a_job_of_one_image_shards_closes_and_agrees_with_its_commits(tmp_path):
     make(str(tmp_path), 700)  # more than a block of the manifest
     found = run_alone(finish, str(tmp_path), 700)  # asserts C1, C2 and C5

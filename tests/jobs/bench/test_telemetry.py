@@ -115,6 +115,7 @@ def test_the_product_meter_follows_the_stand_ins(tmp_path):
         assert sample.power_instant_mw == 500_000
 
 
+@pytest.mark.long
 def test_the_stressed_driver_writes_what_it_received():
     found = stressed_driver(workers=2, hours=1)
     assert found["commits"] == 2 * 59

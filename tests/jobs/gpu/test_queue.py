@@ -83,6 +83,7 @@ def test_one_step_that_fails_does_not_stop_the_rest(tmp_path, capsys):
     assert "failed" in (tmp_path / "summary.txt").read_text()
 
 
+@pytest.mark.long
 def test_a_step_that_overruns_is_killed_with_all_it_started(tmp_path, no_rehearsal):
     """It ignores SIGTERM, and its child has left for a session of its own, as Ray's daemons do."""
     hangs = """
@@ -100,6 +101,7 @@ time.sleep(600)
     assert not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.long
 def test_a_step_is_told_before_it_is_killed(tmp_path, no_rehearsal):
     """A training that gets SIGTERM writes its weights."""
     told = """
@@ -114,6 +116,7 @@ time.sleep(600)
     assert statuses(state) == {"training": UNFINISHED}
 
 
+@pytest.mark.long
 def test_tests_that_overrun_leave_what_they_found(tmp_path):
     """The first test's result is in the XML though the second one never ends; what ends them is what the queue sends."""
     (tmp_path / "test_it.py").write_text(
@@ -132,6 +135,7 @@ def test_tests_that_overrun_leave_what_they_found(tmp_path):
     assert 'name="test_a"' in (tmp_path / "junit.xml").read_text()
 
 
+@pytest.mark.long
 def test_the_budget_holds(tmp_path, no_rehearsal):
     """No step gets more than is left, what does not fit is not begun, and being cut off is no failure."""
     sleeps = "import time; time.sleep(600)"
@@ -178,6 +182,7 @@ def count(path):
     return f"open({str(path)!r}, 'a').write('x')"
 
 
+@pytest.mark.long
 def test_a_second_call_goes_on(tmp_path):
     """Done steps are not repeated unless asked for; failed ones are, after those that never ran."""
     marks = {name: tmp_path / name for name in "abc"}
@@ -197,6 +202,7 @@ def test_a_second_call_goes_on(tmp_path):
     assert marks["c"].read_text() == "x"
 
 
+@pytest.mark.long
 def test_results_survive_a_kill_in_the_middle(tmp_path):
     """SIGKILL for the program while its second step works: the first is kept, the second's processes end, the next call goes on."""
     out, marks, pid_file = tmp_path / "out", tmp_path / "a", tmp_path / "pids"
@@ -249,6 +255,7 @@ def test_two_runs_do_not_work_on_one_folder(tmp_path, capsys):
     assert "another run is at work" in (out / "a.log").read_text()
 
 
+@pytest.mark.long
 def test_results_of_other_code_or_another_kind_of_board_are_not_continued(
     tmp_path, monkeypatch, capsys, no_rehearsal
 ):
@@ -279,6 +286,7 @@ def test_what_is_hashed_is_the_code(tmp_path):
     assert gpu_queue.hash_code(tmp_path) != before
 
 
+@pytest.mark.long
 def test_a_training_that_is_not_at_its_end_is_not_done(tmp_path, no_rehearsal):
     logs = "import sys, json; print(sys.argv); open(sys.argv[1] + '/log.jsonl', 'w').write(json.dumps({'step': 7}) + '\\n')"
     makes = "import os, sys; os.makedirs(sys.argv[1])"
@@ -372,6 +380,7 @@ def write_wheel(folder, name, version, body="", requires=()):
         wheel.writestr(f"{info}/RECORD", "")
 
 
+@pytest.mark.long
 def test_carried_wheels_are_installed_and_what_is_still_missing_is_named(tmp_path):
     wheels = tmp_path / "wheels"
     wheels.mkdir()
@@ -409,6 +418,7 @@ def test_what_is_slow_to_import_is_not_missing(tmp_path, monkeypatch, capsys):
     assert "not checked any further" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_wheels_that_do_not_install_are_reported_not_raised(tmp_path):
     (tmp_path / "mjbroken-1.0-py3-none-any.whl").write_text("no zip")
     lacks = gpu_set_up.prepare(tmp_path / "site", tmp_path, ["mjbroken"])
@@ -479,6 +489,7 @@ def rehearse(folder, steps):
     return statuses(state)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_quick_steps_are_rehearsed(tmp_path):
     found = rehearse(tmp_path, QUICK)

@@ -573,6 +573,7 @@ SIGNATURES = {
 # ---- a sound bundle ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_sound_bundle_is_found_sound(original):
     report = check_bundle(original, KEY.public_key())
     assert report.mismatches == ()
@@ -703,6 +704,7 @@ def test_the_suite_has_as_many_kinds_as_it_says():
 # ---- what is missing ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_read_without_counter_makes_its_block_missing(tmp_path):
     world = World()
     full = run_comparison(tmp_path / "full")

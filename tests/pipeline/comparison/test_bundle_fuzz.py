@@ -60,6 +60,7 @@ def altered(value, step=1):
     raise TypeError(type(value))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "column"), COLUMNS)
 def test_every_column_matters(name, column, bundle):
     path = bundle / f"{name}.parquet"
@@ -97,6 +98,7 @@ def test_every_entry_of_the_result_is_compared(original):
         assert list(differences(edited, result)), path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     sorted(
@@ -114,6 +116,7 @@ def test_any_flipped_byte_is_noticed(name, bundle):
         assert check_bundle(bundle).mismatches, at
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n for n in SCHEMAS if n not in POWERED])
 def test_damaged_tables_with_new_hashes_do_not_stop_the_check(name, bundle):
     data = (bundle / name).read_bytes()

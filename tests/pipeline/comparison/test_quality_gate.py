@@ -179,6 +179,7 @@ def test_prompts_without_a_scene_are_refused():
             shows_scene(prompt, family, [])
 
 
+@pytest.mark.long
 def test_the_rule_agrees_with_the_judge():
     """On scenes as drawn, and with icons moved, recoloured, dropped and doubled."""
     from millijoule.workers.judging.quality import judge

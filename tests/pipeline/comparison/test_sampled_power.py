@@ -186,6 +186,7 @@ def result_of(folder):
     return json.loads((folder / RESULT).read_bytes())
 
 
+@pytest.mark.long
 def test_power_that_agrees_in_every_block_makes_class_e2(original, rows):
     result = result_of(original)
     assert result["evidence_class"] == "E2"
@@ -207,6 +208,7 @@ def test_every_block_with_telemetry_is_sampled_once_a_second_and_no_other(rows):
     assert first >= START_NS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("power_error", [0.9, 1.1])
 def test_power_that_disagrees_leaves_class_e1(power_error, tmp_path):
     result = write_bundle(
@@ -250,6 +252,7 @@ def failing(board):
     board.nvml.power_error = pynvml.NVML_ERROR_GPU_IS_LOST
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prepare", [unsupported, failing])
 def test_without_power_fields_there_is_nothing_to_hand_over(prepare, tmp_path):
     rows = run(tmp_path / "run", prepare=prepare)
@@ -290,6 +293,7 @@ def with_node(folder, plan, watts):
     return run_comparison(parts, board, plan, second_meter=node)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("systematics", "watts", "expected"),
     [
@@ -392,6 +396,7 @@ def rehash(folder):
     seal(folder, None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_is_noticed_by_recomputation_alone(name, bundle):
     EDITS[name](bundle)
@@ -399,6 +404,7 @@ def test_an_edit_is_noticed_by_recomputation_alone(name, bundle):
     assert check_bundle(bundle).mismatches
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*EDITS, *QUIET])
 def test_a_naive_edit_is_noticed_by_its_hash(name, bundle):
     (EDITS | QUIET)[name](bundle)

@@ -108,6 +108,7 @@ def test_rows_are_read_from_csv(tmp_path):
         read_second_meter(tmp_path / "none.csv")
 
 
+@pytest.mark.long
 def test_the_class_of_a_bundle_follows_from_its_meters(tmp_path):
     """The world's own counter, handed in a second time as integrated power, and as a node with 40 W more."""
     small = small_registration()

@@ -206,6 +206,7 @@ def worlds(draw, fates=FATES, resets=True):
     return World(store, shards, accounts)
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(worlds())
 def test_what_is_certified_is_what_the_counters_ran(world):
@@ -218,6 +219,7 @@ def test_what_is_certified_is_what_the_counters_ran(world):
     assert silent <= {u.worker_id for u in ledger.unclosed}
 
 
+@pytest.mark.long
 @settings(max_examples=50, deadline=None)
 @given(worlds(fates=("said its last words", "read by another"), resets=False))
 def test_nothing_is_missing_where_every_account_was_closed(world):
@@ -227,6 +229,7 @@ def test_nothing_is_missing_where_every_account_was_closed(world):
     assert ledger.summary()["total_mj"] == world.ran_mj()
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(worlds())
 def test_c1_holds_for_what_was_read_however_accounts_end(world):

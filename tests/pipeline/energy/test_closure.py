@@ -52,6 +52,7 @@ def changed(tables, name, row, column, value):
     return tables | {name: pa.Table.from_pylist(rows, tables[name].schema)}
 
 
+@pytest.mark.long
 @settings(max_examples=75, deadline=None)
 @given(histories())
 def test_exact_checks_never_fail(history):
@@ -65,6 +66,7 @@ def test_exact_checks_never_fail(history):
             assert row.expected_mj == row.found_mj
 
 
+@pytest.mark.long
 @FEW
 @given(histories())
 def test_sql_agrees_from_the_rows_alone(history):
@@ -72,6 +74,7 @@ def test_sql_agrees_from_the_rows_alone(history):
     assert violations(tables) == NONE
 
 
+@pytest.mark.long
 @FEW
 @given(histories())
 def test_a_job_with_a_board_that_was_not_read_closes_for_what_was(history):
@@ -108,6 +111,7 @@ def test_a_package_in_two_books_closes_in_sql_too(later):
     assert verdicts["C2", "job, full"] is (None if later == 5 else True)
 
 
+@pytest.mark.long
 @settings(max_examples=50, deadline=None)
 @given(histories())
 def test_losers_and_retries_stay_in_the_books(history):
@@ -124,6 +128,7 @@ def test_losers_and_retries_stay_in_the_books(history):
     assert +per_class == +Counter(ledger.summary()["measured_mj"])
 
 
+@pytest.mark.long
 @FEW
 @given(histories(), st.data())
 def test_a_changed_segment_is_found(history, data):
@@ -138,6 +143,7 @@ def test_a_changed_segment_is_found(history, data):
     assert [r["found_mj"] - r["expected_mj"] for r in found] == [by]
 
 
+@pytest.mark.long
 @FEW
 @given(histories(), st.data())
 def test_a_changed_image_is_found(history, data):

@@ -46,6 +46,7 @@ def as_columns(found):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pairs", [1, 3, counter_split.PAIRS])
 def test_columns_divide_as_the_plain_form_does(pairs, monkeypatch):
     monkeypatch.setattr(counter_split, "PAIRS", pairs)

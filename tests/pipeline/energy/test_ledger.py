@@ -319,6 +319,7 @@ def worlds(draw):
     return draw(st.permutations(segments + twice))
 
 
+@pytest.mark.long
 @settings(max_examples=100, deadline=None)
 @given(worlds())
 def test_c1_segments_and_gaps_are_the_counters_growth(segments):
@@ -345,6 +346,7 @@ def test_c1_segments_and_gaps_are_the_counters_growth(segments):
             assert grown[key] == ordered[-1] - ordered[0]
 
 
+@pytest.mark.long
 @settings(max_examples=75, deadline=None)
 @given(worlds(), st.sampled_from([("Z",), ("A", "Z")]))
 def test_a_device_that_was_not_read_changes_totals_and_nothing_that_was(segments, held):
@@ -361,6 +363,7 @@ def test_a_device_that_was_not_read_changes_totals_and_nothing_that_was(segments
             assert before.energy_mj.items() <= after.energy_mj.items()
 
 
+@pytest.mark.long
 @settings(max_examples=75, deadline=None)
 @given(worlds())
 def test_a_lone_worker_gets_its_own_differences(segments):
@@ -372,12 +375,14 @@ def test_a_lone_worker_gets_its_own_differences(segments):
                     assert mj == after.energy_mj[domain] - before.energy_mj[domain]
 
 
+@pytest.mark.long
 @settings(max_examples=75, deadline=None)
 @given(worlds())
 def test_the_order_of_reports_does_not_matter(segments):
     assert build_ledger(segments) == build_ledger(reversed(segments))
 
 
+@pytest.mark.long
 @settings(max_examples=75, deadline=None)
 @given(worlds(), st.integers(1, 7))
 def test_c2_images_and_overhead_are_everything(segments, n_images):

@@ -47,6 +47,7 @@ def ask(store, query):
         return run_query(connection, query, {}).to_pylist()
 
 
+@pytest.mark.long
 def test_a_driver_killed_between_flushes_loses_one_interval_and_the_ledger_closes(tmp_path):
     store, job = plan(tmp_path, [f"prompt {i}" for i in range(2 * SHARDS)], shard_size=2)
     died = subprocess.run(

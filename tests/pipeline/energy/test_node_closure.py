@@ -311,6 +311,7 @@ def node_rows(drawn):
     return rows
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(histories(), READINGS)
 def test_the_residual_is_exactly_the_sum_of_the_rows(history, drawn):
@@ -346,6 +347,7 @@ def test_of_two_rests_declared_at_one_time_python_and_sql_take_the_same(other, s
     assert row.passed is (None if other is None else True)
 
 
+@pytest.mark.long
 @settings(max_examples=20, deadline=None)
 @given(histories(), READINGS)
 def test_sql_finds_the_same_parts_in_the_raw_rows(history, drawn):

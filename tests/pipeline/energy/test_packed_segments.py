@@ -58,6 +58,7 @@ def test_what_comes_out_is_what_went_in(segments):
     assert packed[1:-1] == segments[1:-1]
 
 
+@pytest.mark.long
 @given(SEGMENTS)
 @settings(max_examples=40, deadline=None)
 def test_stretches_are_in_order_of_time_and_hold_every_segment_once(segments):

@@ -20,6 +20,7 @@ def rows_of(blocks):
     return [tuple(row.values()) for _, block in blocks for row in block.to_pylist()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at_once", [1, 3, 4096])
 def test_columns_hold_the_rows_that_are_made_one_by_one(at_once, monkeypatch):
     monkeypatch.setattr(energy_rows, "ENTRIES_AT_ONCE", at_once)

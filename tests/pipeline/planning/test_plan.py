@@ -325,6 +325,7 @@ RECORDS = st.lists(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=30, deadline=None)
 @given(
     files=st.lists(RECORDS, min_size=1, max_size=3),
@@ -484,6 +485,7 @@ def test_an_s3_file_counts_by_size_and_etag():
     assert len({fingerprint(5, "e"), fingerprint(6, "e"), fingerprint(5, "f")}) == 3
 
 
+@pytest.mark.long
 def test_input_and_plan_on_s3(moto_s3, s3_env, world):
     s3_env(moto_s3)
     url = f"s3://{moto_s3.make_bucket()}"

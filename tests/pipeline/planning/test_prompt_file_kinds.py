@@ -412,6 +412,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=150, deadline=None)
 @given(
     records=st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=3), max_size=6),

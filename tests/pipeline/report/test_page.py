@@ -112,6 +112,7 @@ def test_nothing_is_loaded_from_anywhere(measured):
     assert "http" not in outside.replace("http-equiv", "")
 
 
+@pytest.mark.long
 def test_text_from_outside_is_never_markup(measured):
     page = render_page(hostile(measured)).decode()
     found = scripts(page)
@@ -158,6 +159,7 @@ def test_the_page_is_small(measured):
     assert len(render_page(measured)) < 2_000_000
 
 
+@pytest.mark.long
 def test_several_jobs_are_compared_above(measured, unmeasured):
     page = render_page(Report(measured.jobs + unmeasured.jobs)).decode()
     assert "2 jobs" in page

@@ -282,6 +282,7 @@ def test_a_running_job_beside_a_finished_one(store, tmp_path, caplog):
     assert "has not finished" in caplog.text
 
 
+@pytest.mark.long
 def test_tables_on_s3_answer_too(moto_s3, s3_env):
     s3_env(moto_s3)
     remote = finished(f"s3://{moto_s3.make_bucket('query')}/out")

@@ -59,6 +59,7 @@ def requests(count, **fields):
     return [ImageRequest("p", i, PROMPTS[i % 4], 2**64 - 1 - i, **fields) for i in range(count)]
 
 
+@pytest.mark.long
 def test_an_exported_model_loads_and_draws(generator):
     info = generator.info
     assert isinstance(generator, DiffusersGenerator)
@@ -86,6 +87,7 @@ def test_prompts_of_icon_scenes_are_said_in_full(generator, folder):
         load_generator(str(folder))
 
 
+@pytest.mark.long
 def test_an_image_does_not_depend_on_its_batch(generator):
     asked = requests(11)
     images = generator.generate(asked).images
@@ -94,6 +96,7 @@ def test_an_image_does_not_depend_on_its_batch(generator):
     assert np.array_equal(generator.generate(asked[::-1]).images[::-1], images)
 
 
+@pytest.mark.long
 def test_each_step_of_a_batch_is_reported_and_changes_nothing(generator, monkeypatch):
     steps = []
     asked = [ImageRequest("p", 0, "a red cat", seed=1, num_inference_steps=4)]
@@ -107,6 +110,7 @@ def test_each_step_of_a_batch_is_reported_and_changes_nothing(generator, monkeyp
     assert len(steps) == 4
 
 
+@pytest.mark.long
 def test_seed_prompt_guidance_and_negative_prompt_matter(generator):
     plain = ImageRequest("p", 0, "a red apple", 5)
     other = [
@@ -352,6 +356,7 @@ def hand_count(model, run):
     return total
 
 
+@pytest.mark.long
 def test_float16_weights_are_multiplied_in_bfloat16_where_the_processor_does(monkeypatch):
     """The shipped baseline: nearly the images of float32, and still none depends on its batch."""
     narrow = load_generator("baseline")

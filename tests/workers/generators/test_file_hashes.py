@@ -257,6 +257,7 @@ print(len(read), len(set(read)), *found)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", PACKAGED)
 def test_a_job_reads_its_model_once_on_a_host(tmp_path, model):
     """The driver describes it twice, a worker, which is another process, loads and describes it."""

@@ -54,6 +54,7 @@ def in_batches(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 7])
 def test_phases_and_images_do_not_depend_on_the_batch(generator, requests, size):
     tokens = scene_tokens([complete(parse_prompt(r.prompt)[0], r.seed) for r in requests])

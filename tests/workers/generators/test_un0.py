@@ -159,6 +159,7 @@ def test_more_steps_run_over_the_same_time(converted):
     assert np.abs(phases[0].numpy() - expected).max() < 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 7])
 def test_an_image_does_not_depend_on_its_batch(converted, size):
     _, _, generator = converted
@@ -569,6 +570,7 @@ def test_a_config_that_the_output_cannot_carry_is_refused(tmp_path, config, word
         read_checkpoint(publish(tmp_path / "p.pt", config={**CIFAR, **config}))
 
 
+@pytest.mark.long
 def test_a_large_config_is_carried(tmp_path):
     config = {
         **CIFAR,

@@ -171,6 +171,7 @@ VALUES = {
 }
 
 
+@pytest.mark.long
 def test_no_setting_makes_convert_hang_crash_or_run_code(tmp_path, published):
     content, name = published
     for number, (title, value) in enumerate(VALUES.items()):
@@ -263,6 +264,7 @@ def written_cases(folder, published, legacy, count, seed):
         (folder / f"old {number}.pt").write_bytes(mutated(legacy[:6000], source) + legacy[6000:])
 
 
+@pytest.mark.long
 def test_mutated_checkpoints_are_refused_or_draw(tmp_path, published):
     content, _ = published
     cases = tmp_path / "cases"

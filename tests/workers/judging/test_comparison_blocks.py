@@ -144,6 +144,7 @@ def live_samplers():
     return [t for t in threading.enumerate() if t.name == "power-sampler"]
 
 
+@pytest.mark.long
 def test_power_is_sampled_by_a_thread_that_ends_with_the_block(tmp_path):
     nvml = FakeNvml()
     world = Real(tmp_path, nvml)
@@ -170,6 +171,7 @@ def test_a_block_without_telemetry_samples_no_power(tmp_path):
     assert nvml.power_reads == 0
 
 
+@pytest.mark.long
 def test_rest_is_sampled_like_work(tmp_path):
     nvml = FakeNvml()
     world = Real(tmp_path, nvml)

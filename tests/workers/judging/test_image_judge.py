@@ -48,6 +48,7 @@ def test_renders_of_other_prompts_are_rejected(judge, scenes):
     assert np.mean([j.accepted for j in found]) < 0.2
 
 
+@pytest.mark.long
 def test_features_have_a_reference_of_the_same_width(judge, scenes):
     prompts, _, images = scenes
     features, reference = judge.features(images), judge.reference_features(prompts, 1)

@@ -22,6 +22,7 @@ def renders():
     return scenes, whole, render_scenes(whole, 1, 2**40)[:, 0]
 
 
+@pytest.mark.long
 def test_it_reads_whole_scenes(renders):
     scenes, whole, images = renders
     right = {name: [] for name in ("scene", "noun", "colour", "count", "background")}

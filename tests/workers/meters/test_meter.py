@@ -185,6 +185,7 @@ def test_microjoules_are_not_lost_to_rounding(open_fake, powercap, clock):
     assert sum(segment_energy_mj(s) for s in timeline.take()) == (333 * 300) // 1000
 
 
+@pytest.mark.long
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 20_000_000), min_size=1, max_size=40), st.integers(1, INTEL_RANGE_UJ))
 def test_unwrapping_follows_any_path(tmp_path_factory, steps, start):

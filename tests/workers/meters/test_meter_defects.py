@@ -125,6 +125,7 @@ def test_what_is_not_a_uuid_finds_nothing_even_where_there_is_one_board_only(ope
 # --- N ranks count the node N times (CodeCarbon #544, #936, #1390) ----------------------------------------------------
 
 
+@pytest.mark.long
 def test_processes_that_share_a_host_add_up_to_its_counters_exactly(tmp_path, powercap):
     true_uj = {"intel-rapl:0": INTEL_RANGE_UJ - 2_000_000, "intel-rapl:0:1": 7_000_000}
     gpu_mj = 5_000_000

@@ -148,6 +148,7 @@ def test_samples_come_back_before_newer_ones_and_within_the_bound(sampler, clock
     assert times == sorted(times)
 
 
+@pytest.mark.long
 def test_half_an_hour_of_samples_takes_less_than_a_megabyte(sampler, clock):
     worker = sampler()
     worker.look()
@@ -163,6 +164,7 @@ def test_half_an_hour_of_samples_takes_less_than_a_megabyte(sampler, clock):
     assert used < 1_000_000
 
 
+@pytest.mark.long
 def test_the_thread_samples_by_itself_and_ends_when_told(tmp_path, nvml):
     meter = open_meter(["0"], nvml=nvml, powercap_root=tmp_path / "no", boot_id="b", book_directory=tmp_path)
     worker = PowerSampler(meter)

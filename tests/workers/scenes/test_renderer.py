@@ -1,6 +1,7 @@
 """Renders: they show what the scene says, and the same seed gives the same pixels."""
 
 import numpy as np
+import pytest
 import torch
 
 from millijoule.workers.scenes.renderer import (
@@ -104,6 +105,7 @@ def drawn_plainly(scene: Scene, shade: np.ndarray, jitter: np.ndarray) -> np.nda
     return image
 
 
+@pytest.mark.long
 def test_renders_are_those_of_plain_pasting():
     chosen = scenes(100)
     variation = draw_variation(100, 3, 7)

@@ -35,6 +35,7 @@ def test_patterns_expand_to_sorted_distinct_files(prompts: str) -> None:
     assert _expand(prompts, "odd[1].csv") == ["odd[1].csv"]
 
 
+@pytest.mark.long
 def test_an_input_knows_its_size_and_on_s3_its_etag(prompts: str) -> None:
     (file,) = expand_inputs([f"{prompts}/deep/d.csv"])
     assert file.size_bytes == len("deep/d.csv")
@@ -78,6 +79,7 @@ def test_a_folder_stands_for_its_data_files(prompts: str) -> None:
     assert _expand(prompts, "deep") == ["deep/d.csv", "deep/er/c.csv"]
 
 
+@pytest.mark.long
 def test_an_output_among_the_prompts_is_no_prompt(prompts: str) -> None:
     output = ["_job/job.json", "manifest.parquet", "preview.png", "data/x.parquet"]
     _fill(prompts, {f"mine/{name}": b"x" for name in ("p.csv", "outer.csv", *(f"out/{n}" for n in output))})
@@ -97,6 +99,7 @@ def test_folders_of_partitions_add_columns(prompts: str) -> None:
     assert columns("hive/lang=de/style=a%2Fb/p.csv") == [{}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -47,6 +47,7 @@ def _impatient(proxy: FaultProxy, store: Store) -> Store:
     return open_store(store.url, S3Settings(proxy.url, "us-east-1", repeat_for_s=1.0))
 
 
+@pytest.mark.long
 def test_a_lost_acknowledgement_of_our_own_create_is_success(faulty: Faulty) -> None:
     proxy, store, direct = faulty
     lost = proxy.inject("ack_lost", "PUT .*/commits/1")
@@ -56,6 +57,7 @@ def test_a_lost_acknowledgement_of_our_own_create_is_success(faulty: Faulty) -> 
     assert direct.get("commits/1") == b"mine"
 
 
+@pytest.mark.long
 def test_a_lost_acknowledgement_does_not_make_a_foreign_commit_ours(faulty: Faulty) -> None:
     proxy, store, direct = faulty
     direct.put_exclusive("commits/1", b"theirs")
@@ -65,6 +67,7 @@ def test_a_lost_acknowledgement_does_not_make_a_foreign_commit_ours(faulty: Faul
     assert direct.get("commits/1") == b"theirs"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mode", "status", "code", "times"),
     [
@@ -90,6 +93,7 @@ def test_a_passing_fault_is_ridden_out(
         assert all(f"{status} {code}" in line and "commits/1" in line for line in said)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["truncate", "reset", "status"])
 def test_reading_and_listing_ride_out_faults(faulty: Faulty, mode: str) -> None:
     proxy, store, direct = faulty
@@ -109,6 +113,7 @@ def test_reading_and_listing_ride_out_faults(faulty: Faulty, mode: str) -> None:
     assert keys_of(direct) == []
 
 
+@pytest.mark.long
 def test_a_server_that_stays_overloaded_is_a_transient_error_in_bounded_time(faulty: Faulty) -> None:
     proxy, store, direct = faulty
     proxy.inject("status", "PUT ", times=float("inf"))
@@ -121,6 +126,7 @@ def test_a_server_that_stays_overloaded_is_a_transient_error_in_bounded_time(fau
     assert keys_of(direct) == []
 
 
+@pytest.mark.long
 def test_after_the_last_time_out_the_object_itself_decides(faulty: Faulty) -> None:
     proxy, store, _ = faulty
     proxy.inject("ack_lost", "PUT ", times=1)
@@ -145,6 +151,7 @@ def test_missing_permission_is_said_at_once(faulty: Faulty) -> None:
     assert len(fault.hits) == 5  # none was repeated
 
 
+@pytest.mark.long
 def test_a_server_without_conditional_writes_fails_the_probe(faulty: Faulty) -> None:
     proxy, store, direct = faulty
     fault = proxy.inject("status", "PUT ", times=float("inf"), status=501, code="NotImplemented")
@@ -169,6 +176,7 @@ def large_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["reset", "cut", "status"])
 def test_a_failed_upload_leaves_nothing(faulty: Faulty, large_file: Path, mode: str) -> None:
     proxy, store, direct = faulty
@@ -180,6 +188,7 @@ def test_a_failed_upload_leaves_nothing(faulty: Faulty, large_file: Path, mode: 
     assert list(direct.list_temporary()) == []
 
 
+@pytest.mark.long
 def test_an_interrupted_upload_keeps_the_old_object(
     faulty: Faulty, large_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +205,7 @@ def test_an_interrupted_upload_keeps_the_old_object(
     assert list(direct.list_temporary()) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["uploads", "partNumber=1", "uploadId=[^&]* "])
 def test_a_lost_acknowledgement_within_an_upload_is_ridden_out(
     faulty: Faulty, large_file: Path, which: str
@@ -218,6 +228,7 @@ open_store(sys.argv[1]).put_file("data/large.tar", Path(sys.argv[2]))
 """
 
 
+@pytest.mark.long
 def test_kill_9_in_the_middle_of_an_upload_leaves_only_a_pending_upload(
     faulty: Faulty, large_file: Path
 ) -> None:
@@ -257,6 +268,7 @@ def test_wrong_credentials_and_buckets_are_explained(
         open_store(f"s3://{bucket}").put("x", b"1")
 
 
+@pytest.mark.long
 def test_a_server_that_is_not_there_is_a_transient_error_naming_the_endpoint(
     moto_s3: S3Endpoint, s3_env: Callable[[S3Endpoint], None]
 ) -> None:

@@ -33,6 +33,7 @@ STRANGE_KEYS = ["ünïcødé/画像 🖼.json", "a b/c+d&e=f%41?#'\".json", "-/~
 # --- reading and writing
 
 
+@pytest.mark.long
 def test_what_is_put_can_be_read_listed_and_deleted(any_store: Store) -> None:
     before_ns = time.time_ns() - 3_000_000_000
     any_store.put("data/x.bin", b"old")
@@ -69,6 +70,7 @@ def test_strange_but_valid_keys_survive(any_store: Store) -> None:
     assert keys_of(any_store) == []
 
 
+@pytest.mark.long
 def test_a_listing_is_complete_and_fresh_beyond_one_page(
     store: Store, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +91,7 @@ def test_a_listing_is_complete_and_fresh_beyond_one_page(
     assert keys_of(store) == ["commits/99/late"]
 
 
+@pytest.mark.long
 def test_a_prefix_does_not_see_its_neighbours(store: Store) -> None:
     inner = open_store(f"{store.url}/job")
     neighbour = open_store(f"{store.url}/job2")
@@ -98,6 +101,7 @@ def test_a_prefix_does_not_see_its_neighbours(store: Store) -> None:
     assert keys_of(store) == ["job/a", "job2/b"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size_bytes", [0, 1000, PART_BYTES, 2 * PART_BYTES + 12345])
 def test_a_file_arrives_whole(any_store: Store, tmp_path: Path, size_bytes: int) -> None:
     source = tmp_path / "source.tar"
@@ -124,6 +128,7 @@ def test_a_missing_source_file_is_named(store: Store, tmp_path: Path) -> None:
     assert keys_of(store) == []
 
 
+@pytest.mark.long
 def test_parquet_is_read_by_ranges(any_store: Store, tmp_path: Path) -> None:
     table = pa.table({"id": range(300_000), "text": [f"prompt {i}" for i in range(300_000)]})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=10_000)
@@ -147,6 +152,7 @@ def test_an_input_file_seeks_and_ends_like_a_file(any_store: Store) -> None:
         assert file.read() == data
 
 
+@pytest.mark.long
 def test_readers_never_see_a_mixture(store: Store) -> None:
     """Atomic visibility: whole old or whole new bytes, at any moment, with the size that belongs to them."""
     versions = [bytes([65 + i]) * (200_000 + i) for i in range(2)]
@@ -204,6 +210,7 @@ def test_an_accepted_key_stays_inside_the_store(key: str) -> None:
 # --- the exclusive create
 
 
+@pytest.mark.long
 def test_the_second_writer_is_refused_and_the_first_bytes_stand(store: Store) -> None:
     store.put_exclusive("commits/1.json", b"first")
     with pytest.raises(AlreadyExistsError, match=r"commits/1\.json") as refusal:
@@ -235,6 +242,7 @@ def processes() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_of_eight_racing_writers_exactly_one_wins(
     store: Store, request: pytest.FixtureRequest, kind: str
@@ -260,6 +268,7 @@ def test_the_probe_tells_who_really_refuses(store: Store) -> None:
     assert keys_of(store) == []
 
 
+@pytest.mark.long
 def test_the_probe_unmasks_a_server_that_silently_overwrites(
     rclone_s3: S3Endpoint, s3_env: Callable[[S3Endpoint], None]
 ) -> None:
@@ -272,6 +281,7 @@ def test_the_probe_unmasks_a_server_that_silently_overwrites(
 # --- the same store elsewhere
 
 
+@pytest.mark.long
 def test_a_used_store_can_be_pickled_and_shared_by_threads(store: Store) -> None:
     store.put("x", b"1")
     copy = pickle.loads(pickle.dumps(store))

@@ -55,6 +55,7 @@ def whole(tmp_path_factory):
     return trainer
 
 
+@pytest.mark.long
 def test_the_text_encoder_learns_to_read_captions():
     config = replace(SMALL, text_steps=100, text_batch=16, text_learning_rate=4e-3, text_width=64)
     trainer = DiffusionTrainer(config)
@@ -64,6 +65,7 @@ def test_the_text_encoder_learns_to_read_captions():
     assert [k for k in ours if not torch.equal(ours[k], average[k])] == []
 
 
+@pytest.mark.long
 def test_the_autoencoder_comes_closer_to_the_data():
     trainer = DiffusionTrainer(
         replace(
@@ -81,6 +83,7 @@ def test_the_autoencoder_comes_closer_to_the_data():
         assert np.mean(values[-20:]) < 0.8 * np.mean(values[:20]), name
 
 
+@pytest.mark.long
 def test_the_encoder_keeps_what_a_projection_of_patches_keeps(monkeypatch):
     """Latents, projected back by least squares, are the best linear code of their size: nothing of a patch got lost on
     the way through the convolutions."""
@@ -103,6 +106,7 @@ def test_the_encoder_keeps_what_a_projection_of_patches_keeps(monkeypatch):
     assert scaled.var((0, 2, 3)).mean().item() == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.long
 def test_the_denoiser_comes_closer_to_the_data():
     # 32 channels: with fewer, group normalisation leaves nothing of a flat image's colour
     config = replace(SMALL, unet_widths=(32, 32), batch=8, learning_rate=4e-3)
@@ -112,6 +116,7 @@ def test_the_denoiser_comes_closer_to_the_data():
     assert np.mean(losses[-10:]) < 0.85 * np.mean(losses[2:12])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stop", [1, 2, 4, 5, 7])  # in every phase and at their borders
 def test_resuming_gives_the_bits_of_an_unbroken_run(tmp_path, whole, stop):
     broken, resumed = DiffusionTrainer(SMALL), DiffusionTrainer(SMALL)
@@ -126,6 +131,7 @@ def test_resuming_gives_the_bits_of_an_unbroken_run(tmp_path, whole, stop):
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
 
 
+@pytest.mark.long
 def test_a_run_can_start_from_a_finished_one(tmp_path):
     trainer = DiffusionTrainer(SMALL)
     for _ in range(4):

@@ -25,6 +25,7 @@ SMALL = OscillatorTrainingConfig(
 )
 
 
+@pytest.mark.long
 def test_data_drawn_by_processes_is_the_data_drawn_on_demand():
     draw = OscillatorData(SMALL)
     ahead, demand = StepData(draw, "cpu", 2), StepData(draw, "cpu", 0)
@@ -76,6 +77,7 @@ def test_the_average_forgets_as_it_is_told():
     assert newest_share(0.999, 10**6) == pytest.approx(0.001)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bad", [1, 5])
 def test_a_run_stops_where_most_losses_are_lost_and_not_for_one(tmp_path, bad):
     trainer = OscillatorTrainer(replace(SMALL, steps=5))

@@ -30,6 +30,7 @@ SMALL_MODEL = OscillatorConfig(
 SMALL = OscillatorTrainingConfig(steps=40, scenes=4, samples=3, renders=4, warm_up=4, model=SMALL_MODEL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loss", ["energy", "drifting"])
 def test_a_short_run_comes_closer_to_the_data(loss):
     trainer = OscillatorTrainer(replace(SMALL, steps=60, scenes=2, learning_rate=8e-3, loss=loss))
@@ -95,6 +96,7 @@ def test_the_mlp_control_has_as_many_parameters_as_the_coupling():
     assert abs(mlp / coupling - 1) < 0.02
 
 
+@pytest.mark.long
 def test_resuming_gives_the_bits_of_an_unbroken_run(tmp_path):
     config = replace(SMALL, steps=6)
     whole, broken, resumed = (OscillatorTrainer(config) for _ in range(3))
