@@ -27,7 +27,7 @@ from millijoule.workers.lease import (
     AttemptResult,
     Calibration,
     Lease,
-    NodePlace,
+    Node,
     WorkerConfig,
     WorkerStatus,
     WorkerStopped,
@@ -63,7 +63,7 @@ class ShardWorker:
         exit_with_parent()
 
     @ray.method(concurrency_group="work")
-    def start(self) -> NodePlace:
+    def start(self) -> Node:
         """Open the account of the devices, check the output, load the model, draw one image.
 
         Raises:
@@ -79,7 +79,7 @@ class ShardWorker:
         except Exception as error:
             raise NodeError(f"cannot start: {type(error).__name__}: {error}") from error
 
-    def _start(self) -> NodePlace:
+    def _start(self) -> Node:
         config = self.config
         gpus = _assigned_gpus()
         meter = self.open_own_meter(gpus)
@@ -117,7 +117,7 @@ class ShardWorker:
             store.put(worker_key(self.worker_id), describe().to_json())
         timeline.close("warmup")
         self._runner = runner
-        return NodePlace(node_id, worker.host)
+        return Node(node_id, worker.host)
 
     def open_own_meter(self, gpus: Sequence[str]) -> CounterMeter:
         """The counters of `gpus`, as `CUDA_VISIBLE_DEVICES` lists them, and of the host; without telemetry none."""
@@ -136,10 +136,10 @@ class ShardWorker:
         return self._runner.calibrate(requests)
 
     @ray.method(concurrency_group="status")
-    def place(self) -> NodePlace:
+    def locate(self) -> Node:
         """The node this worker is on; answers while the model loads."""
         node_id = ray.get_runtime_context().get_node_id()
-        return NodePlace(node_id, socket.gethostname())
+        return Node(node_id, socket.gethostname())
 
     @ray.method(concurrency_group="status")
     def status(self) -> WorkerStatus:

@@ -70,7 +70,7 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class NodePlace:
+class Node:
     """A node of the Ray cluster: Ray's id, and its host name as the node itself says it."""
 
     node_id: str

@@ -23,7 +23,7 @@ from millijoule.jobs.bench.made_up import BEGIN_S, SECOND_NS, made_up_commit
 from millijoule.jobs.bench.process import CpuParts, peak_mb, private_mb, thread_cpu_s
 from millijoule.jobs.bench.stand_ins import GPU_WATTS, StandInNvml, board_uuid
 from millijoule.workers.actor import ShardWorker, remote_worker_class
-from millijoule.workers.lease import NodePlace, WorkerStopped
+from millijoule.workers.lease import Node, WorkerStopped
 from millijoule.workers.meters.meter import CounterMeter, open_meter
 from millijoule.workers.meters.rapl import POWERCAP_ROOT
 from millijoule.workers.schemas import Commit, PowerSample, PowerTrace
@@ -67,7 +67,7 @@ def measured_worker_class(notes: str, powercap: str | None) -> Any:
             return meter
 
         @ray.method(concurrency_group="work")
-        def start(self) -> NodePlace:
+        def start(self) -> Node:
             ready = super().start()  # type: ignore[operator]
             self._cpu_at_ready = time.process_time()
             return ready

@@ -9,7 +9,7 @@ import ray
 from ray._private import state as ray_state
 from ray.exceptions import RayActorError
 
-from millijoule.workers.lease import NodePlace
+from millijoule.workers.lease import Node
 
 
 def living_nodes() -> list[dict[str, Any]]:
@@ -17,10 +17,10 @@ def living_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def nodes_for(asked: Mapping[str, float]) -> list[NodePlace]:
+def nodes_for(asked: Mapping[str, float]) -> list[Node]:
     """The nodes that could hold a worker that asks for `asked`, by Ray's names of resources, were they empty."""
     return [
-        NodePlace(node["NodeID"], node["NodeManagerHostname"])
+        Node(node["NodeID"], node["NodeManagerHostname"])
         for node in living_nodes()
         if how_many(node["Resources"], asked)
     ]
@@ -42,14 +42,14 @@ def is_alive(node_id: str) -> bool:
     return all(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
 
 
-def place_of(actor: Any) -> NodePlace:
-    """Where Ray says that an actor is, or was; `NodePlace("", "?")` where it does not know."""
+def node_of(actor: Any) -> Node:
+    """Where Ray says that an actor is, or was; `Node("", "?")` where it does not know."""
     try:
         node_id = ray_state.actors(actor._actor_id.hex())["Address"]["NodeID"]
         host = next(node["NodeManagerHostname"] for node in ray.nodes() if node["NodeID"] == node_id)
     except Exception:  # not a public interface: nothing may depend on its answer
-        return NodePlace("", "?")
-    return NodePlace(node_id, host)
+        return Node("", "?")
+    return Node(node_id, host)
 
 
 def first_line(error: BaseException) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 import ray
 
-from millijoule.pipeline.running.cluster import place_of
+from millijoule.pipeline.running.cluster import node_of
 from millijoule.pipeline.running.demand import PoolOptions
-from millijoule.workers.lease import Lease, NodePlace, WorkerConfig
+from millijoule.workers.lease import Lease, Node, WorkerConfig
 
 #: An idle worker's last words take a counter read; a worker that needs longer than this is as good as dead.
 STOP_TIMEOUT_S = 30.0
@@ -31,8 +31,8 @@ class Worker:
     run: Any  # the actor's method, looked up once
     spawned: float
     away: frozenset[str]  # nodes it must not be placed on
-    place: NodePlace | None = None  # None until it has said where it is
-    ready: NodePlace | None = None  # None until its model is loaded
+    node: Node | None = None  # None until it has said where it is
+    ready: Node | None = None  # None until its model is loaded
     lease: Lease | None = None
     late: int = 0  # deadlines missed in a row by the lease in hand
     next_status: float = 0.0
@@ -43,9 +43,9 @@ class Worker:
     def stopping(self) -> bool:
         return self.stop_by is not None
 
-    def whereabouts(self) -> NodePlace:
+    def last_node(self) -> Node:
         """Where it is, or was, by its own word or else by Ray's."""
-        return self.place or place_of(self.actor)
+        return self.node or node_of(self.actor)
 
 
 class Crew:
@@ -75,7 +75,7 @@ class Crew:
         ).remote(worker_id, self.config)
         worker = Worker(worker_id, actor, actor.run.remote, now, frozenset(shunned))
         self.workers[worker_id] = worker
-        self.expect(worker, "place", actor.place.remote())
+        self.expect(worker, "locate", actor.locate.remote())
         self.expect(worker, "start", actor.start.remote())
 
     def expect(self, worker: Worker, what: str, call: Any) -> None:

@@ -25,7 +25,7 @@ START_S, LEAST_START_S, MOST_START_S = 30.0, 10.0, 600.0
 #: What was asked for is withdrawn only when it is this many times what is worth asking for: estimates waver.
 HYSTERESIS = 2
 #: A worker with a node answers at once, while its model loads; one that has not for this long has none.
-PLACE_ANSWER_S = 1.0
+NODE_ANSWER_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PoolOptions:
 class Demand:
     """Watches one pool. Its owner calls `look`, then asks `wanted` and `withdrawable`.
 
-    A worker, for it, has `worker_id`, `spawned` (monotonic seconds), `place` (None while it has not said where it is), `ready`
+    A worker, for it, has `worker_id`, `spawned` (monotonic seconds), `node` (None while it has not said where it is), `ready`
     (None before) and `stopping`; they come in the order they were asked for.
     """
 
@@ -111,5 +111,5 @@ class Demand:
         if excess <= 0:
             return []
         waiting = [w for w in workers if w.ready is None and not w.stopping]
-        without = [w for w in reversed(waiting) if w.place is None and now - w.spawned >= PLACE_ANSWER_S]
+        without = [w for w in reversed(waiting) if w.node is None and now - w.spawned >= NODE_ANSWER_S]
         return without[:excess]

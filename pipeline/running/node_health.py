@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from millijoule.workers.lease import NodePlace
+from millijoule.workers.lease import Node
 
 #: Faults in a row, each after a pause, before a node is out.
 FAULTS_BEFORE_OUT = 3
@@ -58,9 +58,9 @@ class NodeHealth:
     def __init__(self) -> None:
         self._nodes: dict[str, NodeRecord] = {}
 
-    def fault(self, place: NodePlace, reason: str, now: float) -> NodeRecord:
+    def fault(self, node: Node, reason: str, now: float) -> NodeRecord:
         """The node could not do what it was asked to. Faults while it cools off are of the same wave and count once."""
-        record = self._record(place, reason)
+        record = self._record(node, reason)
         if now < record.cool_until:
             return record
         record.cool_until = now + min(FAULT_PAUSE_MOST_S, FAULT_PAUSE_FIRST_S * 2.0**record.faults)
@@ -69,9 +69,9 @@ class NodeHealth:
         record.out |= record.faults_in_a_row >= FAULTS_BEFORE_OUT
         return record
 
-    def death(self, place: NodePlace, reason: str, now: float) -> NodeRecord:
+    def death(self, node: Node, reason: str, now: float) -> NodeRecord:
         """A worker's process ended there, for whatever reason."""
-        record = self._record(place, reason)
+        record = self._record(node, reason)
         pause = min(DEATH_PAUSE_MOST_S, DEATH_PAUSE_FIRST_S * 2.0**record.deaths_in_a_row)
         record.cool_until = max(record.cool_until, now + pause)
         record.deaths_in_a_row += 1
@@ -98,7 +98,7 @@ class NodeHealth:
         faulty = [n for n in self._nodes.values() if n.out or n.faults]
         return sorted(faulty, key=lambda n: (n.host, n.node_id))
 
-    def _record(self, place: NodePlace, reason: str) -> NodeRecord:
-        record = self._nodes.setdefault(place.node_id, NodeRecord(place.node_id, place.host))
+    def _record(self, node: Node, reason: str) -> NodeRecord:
+        record = self._nodes.setdefault(node.node_id, NodeRecord(node.node_id, node.host))
         record.reasons = [reason, *(r for r in record.reasons if r != reason)][:MAX_REASONS]
         return record

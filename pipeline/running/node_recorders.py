@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from millijoule.pipeline.energy.node_readings import MeteredNode
 from millijoule.pipeline.running.cluster import first_line, living_nodes
-from millijoule.workers.lease import NodePlace
+from millijoule.workers.lease import Node
 from millijoule.workers.node_meters.actor import NodeRecorderReady, remote_node_recorder
 from millijoule.workers.node_meters.config import NodeMeterConfig, find_node_meter
 from millijoule.workers.node_meters.meter import MAX_MISSED_PERIODS, NodeFailure, NodeReading
@@ -46,11 +46,11 @@ STOP_TIMEOUT_S = 5.0
 class _Recorder:
     """A node's recorder. Without `actor` nothing is read there: no meter is named, or another reads it."""
 
-    place: NodePlace
+    node: Node
     starts: int = 0
     config: NodeMeterConfig | None = None
     actor: Any = None
-    node: MeteredNode | None = None  # known once it is ready
+    metered: MeteredNode | None = None  # known once it is ready
     calls: int = 0  # that are out
     next_take: float = 0.0
     unneeded_since: float | None = None
@@ -75,33 +75,33 @@ class NodeRecorders:
     _said: set[tuple[str, str]] = field(default_factory=set)
     _next_tick: float = 0.0
 
-    def start(self, nodes: Iterable[NodePlace]) -> None:
+    def start(self, nodes: Iterable[Node]) -> None:
         """Start on `nodes`, where workers are expected, ahead of them; a node that gets none is released."""
         if not self.configs:
             return
         try:
-            for place in nodes:
-                self._start(self._recorders.setdefault(place.node_id, _Recorder(place)))
+            for node in nodes:
+                self._start(self._recorders.setdefault(node.node_id, _Recorder(node)))
         except RayError as error:
             self._say("the cluster", f"recorders do not start: {first_line(error)}")
 
-    def tick(self, places: Iterable[NodePlace]) -> None:
-        """One turn; `places` are the nodes that have workers now, once for each worker."""
+    def tick(self, nodes: Iterable[Node]) -> None:
+        """One turn; `nodes` are the nodes that have workers now, once for each worker."""
         now = self.clock()
         if not self.configs or now < self._next_tick:
             return
         self._next_tick = now + TICK_S
         try:
             self._settle(0.0)
-            wanted = {place.node_id: place for place in places}
-            for node_id, place in wanted.items():
-                recorder = self._recorders.setdefault(node_id, _Recorder(place))
+            wanted = {node.node_id: node for node in nodes}
+            for node_id, node in wanted.items():
+                recorder = self._recorders.setdefault(node_id, _Recorder(node))
                 recorder.unneeded_since = None
                 if recorder.starts == 0:
                     self._start(recorder)
             self._release([r for node_id, r in self._recorders.items() if node_id not in wanted], now)
             for recorder in self._recorders.values():
-                if recorder.node is not None and not recorder.calls and now >= recorder.next_take:
+                if recorder.metered is not None and not recorder.calls and now >= recorder.next_take:
                     recorder.next_take = now + TAKE_PERIOD_S
                     self._call(recorder, "take")
         except RayError as error:
@@ -112,7 +112,7 @@ class NodeRecorders:
 
         With `wait` False there is no last reading: what the recorders have is taken if it comes at once.
         """
-        reading = [r for r in self._recorders.values() if r.node is not None]
+        reading = [r for r in self._recorders.values() if r.metered is not None]
         try:
             for recorder in reading:
                 self._call(recorder, "take")  # a last reading may hang; what there is already does not
@@ -131,20 +131,20 @@ class NodeRecorders:
         for recorder in unneeded:
             recorder.unneeded_since = recorder.unneeded_since or now
             if now - recorder.unneeded_since >= RELEASE_AFTER_S and not recorder.calls:
-                if recorder.node is not None:
+                if recorder.metered is not None:
                     self._call(recorder, "stop")
                 else:
                     self._remove(recorder)
 
     def _start(self, recorder: _Recorder) -> None:
         recorder.starts += 1
-        place = recorder.place
-        address = next((n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == place.node_id), "")
-        recorder.config = find_node_meter(self.configs, place.host, address)
+        node = recorder.node
+        address = next((n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == node.node_id), "")
+        recorder.config = find_node_meter(self.configs, node.host, address)
         if recorder.config is None:
-            self._say(place.host, NO_METER)
+            self._say(node.host, NO_METER)
             return
-        recorder.actor = remote_node_recorder(place.node_id, recorder.config)
+        recorder.actor = remote_node_recorder(node.node_id, recorder.config)
         self._call(recorder, "start")
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -175,17 +175,17 @@ class NodeRecorders:
                 self._remove(recorder)
 
     def _ready(self, recorder: _Recorder, ready: NodeRecorderReady) -> None:
-        config, place = recorder.config, recorder.place
+        config, node = recorder.config, recorder.node
         assert config is not None
-        meter = config.name_on(place.host)
-        others = [r.node for r in self._recorders.values() if r.node is not None]
-        if any(node.boot_id == ready.boot_id for node in others):
+        meter = config.name_on(node.host)
+        others = [r.metered for r in self._recorders.values() if r.metered is not None]
+        if any(other.boot_id == ready.boot_id for other in others):
             recorder.same_machine = ready.boot_id  # two nodes of the cluster, one machine, one meter
             self._kill(recorder)
             return
         max_gap_ns = round(config.period_s * MAX_MISSED_PERIODS * 1e9)
-        recorder.node = MeteredNode(
-            *(place.host, meter, max_gap_ns, config.accuracy_share, config.rest, place.node_id),
+        recorder.metered = MeteredNode(
+            *(node.host, meter, max_gap_ns, config.accuracy_share, config.rest, node.node_id),
             boot_id=ready.boot_id,
             domains=ready.domains,
         )
@@ -197,34 +197,34 @@ class NodeRecorders:
             self._kill(recorder)
 
     def _take(self, recorder: _Recorder, taken: Sequence[NodeReading | NodeFailure]) -> None:
-        assert recorder.node is not None
+        assert recorder.metered is not None
         for said in taken:
             if isinstance(said, NodeFailure):
-                self._say(recorder.node.host, f"{recorder.node.meter}: {said.reason}")
-        self.record(recorder.node.row(said) for said in taken)
+                self._say(recorder.metered.host, f"{recorder.metered.meter}: {said.reason}")
+        self.record(recorder.metered.row(said) for said in taken)
 
     def _died(self, recorder: _Recorder, reason: str) -> None:
-        if recorder.node is not None:
+        if recorder.metered is not None:
             self._take(recorder, (NodeFailure(time.time_ns(), f"its recorder ended: {reason}"),))
         else:
-            self._say(recorder.place.host, f"the recorder of its meter did not start: {reason}")
+            self._say(recorder.node.host, f"the recorder of its meter did not start: {reason}")
         self._kill(recorder)
         if recorder.starts < MAX_STARTS and recorder.unneeded_since is None:
             self._start(recorder)
 
     def _remove(self, recorder: _Recorder) -> None:
         """End a recorder; a node of the same machine, if there is one, gets its own."""
-        node = recorder.node
+        metered = recorder.metered
         self._kill(recorder)
-        del self._recorders[recorder.place.node_id]
+        del self._recorders[recorder.node.node_id]
         for node_id, other in list(self._recorders.items()):
-            if node is not None and other.same_machine == node.boot_id:
+            if metered is not None and other.same_machine == metered.boot_id:
                 del self._recorders[node_id]
 
     def _kill(self, recorder: _Recorder) -> None:
         for future in [f for f, (r, _) in self._calls.items() if r is recorder]:
             del self._calls[future]
-        recorder.calls, recorder.node = 0, None
+        recorder.calls, recorder.metered = 0, None
         if recorder.actor is not None:
             ray.kill(recorder.actor)
             recorder.actor = None

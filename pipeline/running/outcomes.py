@@ -17,7 +17,7 @@ from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.crew import Crew, Worker
 from millijoule.pipeline.running.node_health import NodeHealth
 from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
-from millijoule.workers.lease import AttemptResult, NodePlace, WorkerStatus, WorkerStopped
+from millijoule.workers.lease import AttemptResult, Node, WorkerStatus, WorkerStopped
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Outcomes:
         except RayTaskError as error:
             self._raised(worker, what, error.cause or error, now)
         except (RayError, GetTimeoutError) as error:
-            if isinstance(error, ActorUnavailableError) and what in ("status", "place"):
+            if isinstance(error, ActorUnavailableError) and what in ("status", "locate"):
                 worker.status_pending = False
             else:
                 self.bury(worker, error, now)
@@ -87,10 +87,10 @@ class Outcomes:
             self._answered(worker, what, value, now)
 
     def _answered(self, worker: Worker, what: str, value: Any, now: float) -> None:
-        if what == "place":
-            worker.place = value
+        if what == "locate":
+            worker.node = value
         elif what == "start":
-            worker.ready = worker.place = value
+            worker.ready = worker.node = value
         elif what == "run":
             self._attempt_ended(worker, value, now)
         elif what == "status":
@@ -100,7 +100,7 @@ class Outcomes:
             self.crew.remove(worker, last_words=True)
         elif what == "afterwards":
             assert worker.lease is not None
-            self.nodes.worked(worker.whereabouts().node_id)
+            self.nodes.worked(worker.last_node().node_id)
             self.coordinator.probed(worker.lease.attempt_id)
             worker.lease = None
 
@@ -115,7 +115,7 @@ class Outcomes:
 
     def _attempt_ended(self, worker: Worker, result: AttemptResult, now: float) -> None:
         worker.lease = None
-        lease, node_id = result.lease, worker.whereabouts().node_id
+        lease, node_id = result.lease, worker.last_node().node_id
         if result.outcome == "cancelled":
             self.coordinator.released(lease.attempt_id)
         elif result.outcome == "probed":
@@ -159,8 +159,8 @@ class Outcomes:
         second = "itself, on a second try," if accusation.worker_id == witness.worker_id else "another worker"
         reason = f"failed on what {second} drew: {suspect.reason}"
         accuser = self.crew.workers.get(accusation.worker_id)
-        host = accuser.whereabouts().host if accuser is not None else "?"
-        state = self.nodes.fault(NodePlace(accusation.node_id, host), reason, now).state
+        host = accuser.last_node().host if accuser is not None else "?"
+        state = self.nodes.fault(Node(accusation.node_id, host), reason, now).state
         log.warning("worker %s on %s %s (%s)", accusation.worker_id, host, reason, state)
         if accuser is not None and not accuser.stopping:
             if accuser.lease is not None:
@@ -174,7 +174,7 @@ class Outcomes:
     def _raised(self, worker: Worker, what: str, error: Exception, now: float) -> None:
         """A call raised in a worker that lives on."""
         reason = first_line(error)
-        if what in ("status", "place"):
+        if what in ("status", "locate"):
             worker.status_pending = False
             return
         if what == "stop":
@@ -194,18 +194,18 @@ class Outcomes:
             self.coordinator.released(lease.attempt_id)
         elif lease is not None:  # not foreseen: it may be the shard that does it
             self.coordinator.crashed(lease.attempt_id, reason)
-        place = worker.whereabouts()
-        state = self.nodes.fault(place, reason, now).state
-        log.warning("worker %s on %s cannot work: %s (%s)", worker.worker_id, place.host, reason, state)
+        node = worker.last_node()
+        state = self.nodes.fault(node, reason, now).state
+        log.warning("worker %s on %s cannot work: %s (%s)", worker.worker_id, node.host, reason, state)
         self.crew.stop(worker, now)
 
     def bury(self, worker: Worker, error: Exception, now: float) -> None:
         """Take a dead, or useless, worker out; raises JobError as `settle`."""
         self.crew.remove(worker)
-        reason, lease, place = first_line(error), worker.lease, worker.whereabouts()
+        reason, lease, node = first_line(error), worker.lease, worker.last_node()
         progress = self.coordinator.progress
         preempted = getattr(error, "preempted", False)
-        lost_node = preempted or not is_alive(place.node_id)
+        lost_node = preempted or not is_alive(node.node_id)
         if lease is not None:
             if preempted:
                 self.coordinator.released(lease.attempt_id)
@@ -216,15 +216,15 @@ class Outcomes:
                     lease.attempt_id, reason, stood_still=isinstance(error, TimeoutError)
                 )
         shard = f" with shard {lease.shard.shard_id} in hand" if lease else ""
-        log.warning("worker %s on %s is gone%s: %s", worker.worker_id, place.host, shard, reason)
-        if not place.node_id:
+        log.warning("worker %s on %s is gone%s: %s", worker.worker_id, node.host, shard, reason)
+        if not node.node_id:
             self._died_unplaced(reason, now)
         elif not lost_node:  # one that is gone, or is being taken away, gets no worker anyway
             if self.coordinator.progress > progress:  # a search was narrowed
-                self.nodes.worked(place.node_id)
+                self.nodes.worked(node.node_id)
             # without `ready` no row can have done that
             blame = self.nodes.fault if worker.ready is None else self.nodes.death
-            blame(place, reason, now)
+            blame(node, reason, now)
 
     def _died_unplaced(self, reason: str, now: float) -> None:
         pause = min(UNPLACED_PAUSE_MOST_S, UNPLACED_PAUSE_FIRST_S * 2**self._unplaced_deaths)

@@ -121,7 +121,7 @@ class WorkerPool:
         demand.look(self.coordinator, workers, now)
         shunned = self._shunned(now)
         if shunned is not None:
-            for worker in [w for w in workers if w.place is None and w.away - shunned]:
+            for worker in [w for w in workers if w.node is None and w.away - shunned]:
                 self._crew.remove(worker)  # it waits for other nodes, and may have this one now
             while not draining and len(workers) < demand.wanted() and now >= self._outcomes.spawn_not_before:
                 self._crew.spawn(now, shunned)
@@ -142,11 +142,11 @@ class WorkerPool:
             return shunned
         if now >= self._candidates_until:
             self._candidates_until = now + NODES_PERIOD_S
-            self._candidates = [place.node_id for place in nodes_for(self.options.asked)]
+            self._candidates = [node.node_id for node in nodes_for(self.options.asked)]
         if not self._candidates or set(self._candidates) - shunned:
             return shunned
         out = [n for n in self.nodes.out if n.node_id in self._candidates]
-        at_work = any(w.place is not None for w in self.workers.values())
+        at_work = any(w.node is not None for w in self.workers.values())
         if not at_work and len(out) == len(self._candidates):
             reasons = "\n".join(f"  {node}" for node in out)
             raise JobError(
@@ -159,7 +159,7 @@ class WorkerPool:
         if self.draining:
             return
         ready = [w for w in self.workers.values() if w.ready is not None and not w.stopping]
-        peers = {w.worker_id: w.whereabouts().node_id for w in ready}
+        peers = {w.worker_id: w.last_node().node_id for w in ready}
         alone = self.options.max_workers == 1
         for worker in ready:
             if worker.lease is not None:
@@ -195,7 +195,7 @@ class WorkerPool:
             elif not self._closing:  # then nobody needs the shard, but what it has in hand may end by itself
                 log.warning(
                     "worker %s on %s made no progress on shard %d for %.0f s; leasing the shard again",
-                    *(worker.worker_id, worker.whereabouts().host, entry.shard_id, self.coordinator.lease_s),
+                    *(worker.worker_id, worker.last_node().host, entry.shard_id, self.coordinator.lease_s),
                 )
                 self.coordinator.lease_again(attempt_id)
         for worker in list(self.workers.values()):

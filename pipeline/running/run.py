@@ -337,7 +337,7 @@ class JobRun:
             raise _StopNow
         self.writer.settle()
         self._accounts.tick()
-        self._node_recorders.tick(w.place for w in self.pool.workers.values() if w.place is not None)
+        self._node_recorders.tick(w.node for w in self.pool.workers.values() if w.node is not None)
         if time.monotonic() >= self._next_flush:
             self.flush()
         if not self.pool.draining and self._check_caps():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from millijoule.pipeline.running.demand import (
     FIRST_WORKERS,
     LEAST_START_S,
-    PLACE_ANSWER_S,
+    NODE_ANSWER_S,
     Demand,
     PoolOptions,
 )
@@ -22,7 +22,7 @@ class Worker:
     spawned: float = 0.0
     ready: object = None
     stopping: bool = False
-    place: object = None
+    node: object = None
 
 
 @dataclass
@@ -118,14 +118,14 @@ def test_the_newest_requests_are_taken_back_first_and_only_what_is_too_much():
     d = Demand(options(60, at_once=None))
     d.look(Work(3), workers, 0.0)
     assert d.withdrawable(workers, 0.0, draining=False) == []  # they may be starting
-    back = d.withdrawable(workers, PLACE_ANSWER_S, draining=False)
+    back = d.withdrawable(workers, NODE_ANSWER_S, draining=False)
     assert ids(back) == [f"w{i}" for i in range(59, 2, -1)]
 
 
 def test_a_worker_that_has_a_node_is_paid_for():
     workers = waiting(10)
     for w in workers[4:]:
-        w.place = "there"
+        w.node = "there"
     workers[0].ready, workers[1].stopping = "yes", True
     d = Demand(options(10, at_once=None))
     d.look(Work(1), workers, 0.0)
@@ -135,7 +135,7 @@ def test_a_worker_that_has_a_node_is_paid_for():
 
 def test_a_draining_job_waits_for_no_node():
     workers = waiting(4)
-    workers[0].place = "there"
+    workers[0].node = "there"
     d = Demand(options(4, least=4, at_once=None))
     d.look(Work(100), workers, 0.0)
     d.withdrawable(workers, 0.0, draining=True)

@@ -14,7 +14,7 @@ from millijoule.pipeline.running.node_recorders import (
     TAKE_PERIOD_S,
     NodeRecorders,
 )
-from millijoule.workers.lease import NodePlace
+from millijoule.workers.lease import Node
 from millijoule.workers.node_meters.actor import NodeMeterActor, NodeRecorderReady
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.node_meters.meter import NodeFailure, NodeReading
@@ -85,7 +85,7 @@ class World:
         return actor
 
     def worker(self, name, node_id, host=None):
-        self.workers[name] = NodePlace(node_id, host or node_id)
+        self.workers[name] = Node(node_id, host or node_id)
 
     def run(self, seconds=3 * node_recorders.TICK_S):
         end = self.now + seconds
@@ -153,7 +153,7 @@ def test_a_node_without_workers_is_released_but_not_at_once(world):
 
 def test_recorders_started_ahead_are_released_where_nobody_comes(world):
     w = world()
-    w.tested.start([NodePlace("n1", "h1"), NodePlace("n2", "h2")])
+    w.tested.start([Node("n1", "h1"), Node("n2", "h2")])
     w.worker("w1", "n1")
     w.run(RELEASE_AFTER_S + 5)
     assert w.running() == ["n1"]
@@ -235,7 +235,7 @@ def test_a_node_without_a_named_meter_is_said_once_and_has_no_recorder(world, ca
 
 def test_without_meters_nobody_is_asked_anything(monkeypatch):
     w = World(monkeypatch)
-    w.tested.start([NodePlace("n1", "h1")])
+    w.tested.start([Node("n1", "h1")])
     w.worker("w1", "n1")
     w.run()
     w.tested.close()

@@ -19,7 +19,7 @@ from millijoule.pipeline.running.pool import CUT_OFF_S, WorkerPool
 from millijoule.workers.errors import DamagedError, JobError, NodeError, StoreError
 from millijoule.workers.lease import (
     AttemptResult,
-    NodePlace,
+    Node,
     Suspect,
     WorkerConfig,
     WorkerStatus,
@@ -38,8 +38,8 @@ class Script:
     def load(self, worker):
         return After(2.0)
 
-    def place(self, worker):
-        return NodePlace(worker.node.node_id, worker.node.host)
+    def locate(self, worker):
+        return Node(worker.node.node_id, worker.node.host)
 
     def shard(self, worker, lease):
         """`After` some time committed; or the whole answer."""
@@ -71,7 +71,7 @@ class ScriptedWorker:
     def start(self):
         answer = self.world.script.load(self)
         if type(answer) is After and answer.answer is None and answer is not NEVER:
-            return After(answer.seconds, NodePlace(self.node.node_id, self.node.host))
+            return After(answer.seconds, Node(self.node.node_id, self.node.host))
         return answer
 
     @real_ray.method(concurrency_group="work")
@@ -92,8 +92,8 @@ class ScriptedWorker:
         return self.world.script.stop(self)
 
     @real_ray.method(concurrency_group="status")
-    def place(self):
-        return self.world.script.place(self)
+    def locate(self):
+        return self.world.script.locate(self)
 
     @real_ray.method(concurrency_group="status")
     def status(self):
@@ -464,7 +464,7 @@ def test_last_words_that_fail_leave_the_account_open(world, caplog):
 
 def test_workers_that_die_before_anybody_knows_where_end_the_job(world):
     dying = Script()
-    dying.place = dying.load = lambda worker: Dies(0.0)
+    dying.locate = dying.load = lambda worker: Dies(0.0)
     w = world(dying)
     w.ray.actors = lambda actor_id: {}  # Ray does not know either
     with pytest.raises(JobError, match=f"{UNPLACED_DEATHS + 1} workers in a row ended before they started"):
