@@ -22,9 +22,9 @@ from millijoule.pipeline.report.devices import (
     DeviceRow,
     Speed,
     device_rows,
+    devices_of_workers,
     gpu_models,
     measure_speed,
-    place_workers,
     unread_devices,
 )
 from millijoule.pipeline.report.energy import (
@@ -141,17 +141,17 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
             f"{store.url}: has no energy tables; run the same `millijoule generate` again to finish it"
         )
     work = read_work(segments)
-    places = place_workers(work, attempts, env)
-    timeline = build_timeline(work, places, attempts, read("counter"), power)
+    devices_of = devices_of_workers(work, attempts, env)
+    timeline = build_timeline(work, devices_of, attempts, read("counter"), power)
     closure_table = read("closure")
     closure = _closure(closure_table)
     node_meters = node_meter_rows(closure_table, read("node_energy"))
     models = gpu_models(env)
-    rows_by = partial(device_rows, work, places, attempts, models)
+    rows_by = partial(device_rows, work, devices_of, attempts, models)
     devices, nodes = rows_by("device"), rows_by("node")
     energy = stats["energy"]
     unclosed = {account["worker_id"] for account in energy.get("unclosed", ())}
-    gpu_time = measure_gpu_time(work, places, env, models, stats["images_ok"], gpu_prices, unclosed)
+    gpu_time = measure_gpu_time(work, devices_of, env, models, stats["images_ok"], gpu_prices, unclosed)
 
     is_measured = energy.get("total_mj") is not None
     carbon_used, price_used = (
@@ -180,7 +180,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         nodes=tuple(nodes[:MAX_DEVICE_ROWS]),
         nodes_not_shown=max(0, len(nodes) - MAX_DEVICE_ROWS),
         models=tuple(rows_by("model")),
-        speed=measure_speed(stats, places, attempts),
+        speed=measure_speed(stats, devices_of, attempts),
         timeline=timeline,
         software=_software(env),
         closure=closure,

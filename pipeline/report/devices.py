@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.tables import floats, labels
-from millijoule.pipeline.report.timeline import Place, Work, hosts_of_boots
+from millijoule.pipeline.report.timeline import HostDevice, Work, hosts_of_boots
 from millijoule.workers.meters.own_devices import unread_domains
 
 #: A shard this much slower per image than the job's median is a straggler.
@@ -62,10 +62,10 @@ class Speed:
     slowest: tuple[Straggler, ...]
 
 
-def place_workers(work: Work, attempts: pa.Table, env: pa.Table | None = None) -> dict[str, Place]:
+def devices_of_workers(work: Work, attempts: pa.Table, env: pa.Table | None = None) -> dict[str, HostDevice]:
     """Where each worker ran: what it or its commits say, else its machine with an unknown device."""
-    places = {
-        worker: Place(host, device)
+    devices_of = {
+        worker: HostDevice(host, device)
         for table in (attempts, env)
         if table is not None
         for worker, host, device in zip(
@@ -73,10 +73,10 @@ def place_workers(work: Work, attempts: pa.Table, env: pa.Table | None = None) -
         )
         if host is not None and device is not None
     }
-    hosts = hosts_of_boots(work, places)
+    hosts = hosts_of_boots(work, devices_of)
     for worker in work.workers:
-        places.setdefault(worker, Place(hosts[work.boot_of_worker[worker]], "unknown"))
-    return places
+        devices_of.setdefault(worker, HostDevice(hosts[work.boot_of_worker[worker]], "unknown"))
+    return devices_of
 
 
 def unread_devices(env: pa.Table | None) -> tuple[str, ...]:
@@ -94,17 +94,17 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def model_of(place: Place, models: Mapping[tuple[str, str], str]) -> str:
-    """The kind of device a place has, as far as the output says."""
-    if place.device in ("cpu", "unknown"):
-        return place.device
-    stated = models.get((place.host, place.device)) or models.get(("", place.device))
+def model_of(on: HostDevice, models: Mapping[tuple[str, str], str]) -> str:
+    """The kind of device it is, as far as the output says."""
+    if on.device in ("cpu", "unknown"):
+        return on.device
+    stated = models.get((on.host, on.device)) or models.get(("", on.device))
     return stated or "GPU, model not recorded"
 
 
 def device_rows(
     work: Work,
-    places: Mapping[str, Place],
+    devices_of: Mapping[str, HostDevice],
     attempts: pa.Table,
     models: Mapping[tuple[str, str], str],
     by: Literal["device", "node", "model"],
@@ -114,12 +114,12 @@ def device_rows(
     The device of a node says how many it has; host and device of a kind say how many there are.
     """
 
-    def group_of(place: Place) -> Place:
+    def group_of(on: HostDevice) -> HostDevice:
         if by == "model":
-            return Place("", model_of(place, models))
-        return Place(place.host, "") if by == "node" else place
+            return HostDevice("", model_of(on, models))
+        return HostDevice(on.host, "") if by == "node" else on
 
-    def named(group: Place, members: set[Place]) -> tuple[str, str, str]:
+    def named(group: HostDevice, members: set[HostDevice]) -> tuple[str, str, str]:
         """Host, device and model."""
         if by == "device":
             return group.host, group.device, model_of(group, models)
@@ -133,9 +133,9 @@ def device_rows(
     images = floats(attempts["images_ok"])
     direct, direct_estimate = floats(attempts["energy_mj"]), floats(attempts["energy_estimate_mj"])
     seconds = work.end_s - work.begin_s
-    groups: dict[Place, list[str]] = defaultdict(list)
+    groups: dict[HostDevice, list[str]] = defaultdict(list)
     for worker in work.workers:
-        groups[group_of(places[worker])].append(worker)
+        groups[group_of(devices_of[worker])].append(worker)
     rows = []
     for group, workers in sorted(groups.items(), key=lambda item: (item[0].host, item[0].device)):
         mine = np.isin(work.worker, [i for i, w in enumerate(work.workers) if w in set(workers)])
@@ -148,7 +148,7 @@ def device_rows(
         all_seconds = sum(by_group.values())
         rows.append(
             DeviceRow(
-                *named(group, {places[worker] for worker in workers}),
+                *named(group, {devices_of[worker] for worker in workers}),
                 workers=len(workers),
                 images=n,
                 images_per_worker_second=n / busy if busy and n else None,
@@ -177,7 +177,9 @@ def gpu_models(env: pa.Table | None) -> dict[tuple[str, str], str]:
     return {(host or "", device): name for host, device, name in rows if device and name}
 
 
-def measure_speed(stats: Mapping[str, Any], places: Mapping[str, Place], attempts: pa.Table) -> Speed:
+def measure_speed(
+    stats: Mapping[str, Any], devices_of: Mapping[str, HostDevice], attempts: pa.Table
+) -> Speed:
     """Throughput, seconds per image of the committed shards, and the slowest of them."""
     images = floats(attempts["images_ok"])
     rows = np.flatnonzero(labels(attempts["outcome"]).where(["committed"]) & (images > 0))
@@ -199,7 +201,7 @@ def measure_speed(stats: Mapping[str, Any], places: Mapping[str, Place], attempt
             Straggler(
                 shard_id=row["shard_id"],
                 worker=row["worker_id"],
-                **vars(places[row["worker_id"]]),
+                **vars(devices_of[row["worker_id"]]),
                 images=row["images_ok"],
                 seconds=float(seconds[i]),
                 times_median=float(per_image[i]) / (median or 1.0),

@@ -17,7 +17,7 @@ import pyarrow as pa
 from millijoule.pipeline.energy.intervals import merged
 from millijoule.pipeline.report.devices import model_of
 from millijoule.pipeline.report.energy import GROUPS
-from millijoule.pipeline.report.timeline import Place, Work
+from millijoule.pipeline.report.timeline import HostDevice, Work
 from millijoule.workers.errors import InputError
 
 OPTION = "--price-per-gpu-hour"
@@ -103,7 +103,7 @@ def parse_gpu_prices(texts: Sequence[str]) -> GpuPrices | None:
 
 def measure_gpu_time(
     work: Work,
-    places: Mapping[str, Place],
+    devices_of: Mapping[str, HostDevice],
     env: pa.Table | None,
     models: Mapping[tuple[str, str], str],
     images: int,
@@ -113,13 +113,13 @@ def measure_gpu_time(
     """The GPU time of one job; None where no worker held a GPU, as far as the output says.
 
     Args:
-        places: of the workers, for outputs in which they did not say what they held.
+        devices_of: of the workers, for outputs in which they did not say what they held.
         models: (host, device) -> product name.
         unclosed: workers whose end is not known.
         images: that the job made and kept.
     """
-    held = _held_gpus(work, places, env)
-    spans: dict[tuple[str, Place], list[Span]] = defaultdict(list)  # by group of GROUPS and GPU
+    held = _held_gpus(work, devices_of, env)
+    spans: dict[tuple[str, HostDevice], list[Span]] = defaultdict(list)  # by group of GROUPS and GPU
     columns = (work.worker, work.segment_class, work.begin_s, work.end_s)
     for worker, code, begin, end in zip(*(column.tolist() for column in columns), strict=True):
         for gpu in held[work.workers[worker]] or ():
@@ -132,7 +132,7 @@ def measure_gpu_time(
     every = sorted({gpu for _, gpu in spans}, key=lambda gpu: (gpu.host, gpu.device))
     if not every:
         return None
-    kinds = {gpu: model_of(places[worker], models) for worker, gpus in held.items() for gpu in gpus or ()}
+    kinds = {gpu: model_of(devices_of[worker], models) for worker, gpus in held.items() for gpu in gpus or ()}
     hours_of: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(_ORDER))  # by model, in `_ORDER`
     for gpu in every:
         so_far: list[Span] = []
@@ -177,18 +177,18 @@ def measure_gpu_time(
 
 
 def _held_gpus(
-    work: Work, places: Mapping[str, Place], env: pa.Table | None
-) -> dict[str, tuple[Place, ...] | None]:
+    work: Work, devices_of: Mapping[str, HostDevice], env: pa.Table | None
+) -> dict[str, tuple[HostDevice, ...] | None]:
     """The GPUs of each worker: what it stated, else the one its commits name; None: not known."""
     columns = () if env is None else (env["worker_id"].to_pylist(), env["gpus"].to_pylist())
     stated = {worker: gpus for worker, gpus in zip(*columns, strict=True) if gpus is not None}
-    held: dict[str, tuple[Place, ...] | None] = {}
+    held: dict[str, tuple[HostDevice, ...] | None] = {}
     for worker in work.workers:
-        place = places[worker]
+        on = devices_of[worker]
         if worker in stated:
-            held[worker] = tuple(Place(place.host, gpu) for gpu in stated[worker].split(",") if gpu)
-        elif place.device == "unknown":
+            held[worker] = tuple(HostDevice(on.host, gpu) for gpu in stated[worker].split(",") if gpu)
+        elif on.device == "unknown":
             held[worker] = None
         else:
-            held[worker] = () if place.device == "cpu" else (place,)
+            held[worker] = () if on.device == "cpu" else (on,)
     return held

@@ -180,10 +180,10 @@ def _rate_words(name: str, unit: str, used: RateUsed | None) -> str:
 
 
 def _filters(job: JobReport) -> str:
-    places = {(row.host, row.device) for row in job.devices}
+    pairs = {(row.host, row.device) for row in job.devices}
     if job.timeline is not None:
-        places |= {(lane.host, lane.device) for lane in job.timeline.power}
-    nodes, devices = sorted({p[0] for p in places}), sorted({p[1] for p in places})
+        pairs |= {(lane.host, lane.device) for lane in job.timeline.power}
+    nodes, devices = sorted({p[0] for p in pairs}), sorted({p[1] for p in pairs})
     boxes = "".join(
         f'<label><input type="checkbox" checked data-class="{escape(row.segment_class)}" '
         f'data-group="{escape(row.group)}"><span class="swatch" style="background:{CLASS_COLOURS[row.segment_class]}">'

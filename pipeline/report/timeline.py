@@ -30,7 +30,7 @@ POWER_SOURCE = "power reading"
 
 
 @dataclass(frozen=True)
-class Place:
+class HostDevice:
     """Where a worker ran."""
 
     host: str
@@ -154,7 +154,7 @@ def read_work(segments: pa.Table) -> Work:
 
 def build_timeline(
     work: Work,
-    places: Mapping[str, Place],
+    devices_of: Mapping[str, HostDevice],
     attempts: pa.Table,
     counters: pa.Table | None,
     power: pa.Table | None,
@@ -165,10 +165,10 @@ def build_timeline(
     start, stop = float(work.begin_s.min()), float(work.end_s.max())
     step = max((stop - start) / STEPS, MIN_STEP_SECONDS)
     edges = start + step * np.arange(STEPS + 1)
-    lanes = _power_lanes(work, places, counters, power, edges) or _estimate_lanes(work, places, edges)
+    lanes = _power_lanes(work, devices_of, counters, power, edges) or _estimate_lanes(work, devices_of, edges)
     # as the lanes of work, so that both show the same nodes
     lanes.sort(key=lambda lane: (lane.host, lane.device))
-    done, stepped, hidden = _work_lanes(work, places, edges)
+    done, stepped, hidden = _work_lanes(work, devices_of, edges)
     return Timeline(
         start_unix_s=start,
         step_s=step,
@@ -211,12 +211,12 @@ def _throughput(attempts: pa.Table, edges: np.ndarray) -> tuple[float, ...]:
 
 def _power_lanes(
     work: Work,
-    places: Mapping[str, Place],
+    devices_of: Mapping[str, HostDevice],
     counters: pa.Table | None,
     power: pa.Table | None,
     edges: np.ndarray,
 ) -> list[PowerLane]:
-    hosts = hosts_of_boots(work, places)
+    hosts = hosts_of_boots(work, devices_of)
     lanes = _read_power(power, hosts, edges) if power is not None else []
     seen = {(lane.host, lane.device) for lane in lanes}
     if counters is None or not counters.num_rows:
@@ -270,27 +270,27 @@ def _read_power(power: pa.Table, hosts_of: Mapping[str, str], edges: np.ndarray)
     return lanes
 
 
-def _estimate_lanes(work: Work, places: Mapping[str, Place], edges: np.ndarray) -> list[PowerLane]:
-    """For jobs without any counter: the modelled energy of each place's workers over the step."""
-    by_place: dict[Place, list[int]] = defaultdict(list)
+def _estimate_lanes(work: Work, devices_of: Mapping[str, HostDevice], edges: np.ndarray) -> list[PowerLane]:
+    """For jobs without any counter: the modelled energy of the workers of each device over the step."""
+    by_device: dict[HostDevice, list[int]] = defaultdict(list)
     for i, worker in enumerate(work.workers):
-        by_place[places[worker]].append(i)
+        by_device[devices_of[worker]].append(i)
     lanes = []
-    for place, members in by_place.items():
+    for on, members in by_device.items():
         rows = np.isin(work.worker, members) & np.isfinite(work.estimate_mj)
         if rows.any():
             mj = spread(work.begin_s[rows], work.end_s[rows], work.estimate_mj[rows], edges)
             watts, busy = mj / np.diff(edges) / 1000, work.seconds_per_step(rows, edges) > 0
-            lanes.append(PowerLane(place.host, place.device, ESTIMATE_SOURCE, _nullable(watts, busy)))
+            lanes.append(PowerLane(on.host, on.device, ESTIMATE_SOURCE, _nullable(watts, busy)))
     return lanes
 
 
-def hosts_of_boots(work: Work, places: Mapping[str, Place]) -> dict[str, str]:
+def hosts_of_boots(work: Work, devices_of: Mapping[str, HostDevice]) -> dict[str, str]:
     """The host of each boot, from the workers that said theirs; the boot's id where none did."""
     hosts = {boot: unknown_host(boot) for boot in work.boot_of_worker.values()}
     for worker, boot in work.boot_of_worker.items():
-        if worker in places and places[worker].host != unknown_host(boot):
-            hosts[boot] = places[worker].host
+        if worker in devices_of and devices_of[worker].host != unknown_host(boot):
+            hosts[boot] = devices_of[worker].host
     return hosts
 
 
@@ -300,9 +300,9 @@ def unknown_host(boot: str) -> str:
 
 
 def _work_lanes(
-    work: Work, places: Mapping[str, Place], edges: np.ndarray
+    work: Work, devices_of: Mapping[str, HostDevice], edges: np.ndarray
 ) -> tuple[tuple[WorkLane, ...], bool, int]:
-    names = sorted(work.workers, key=lambda w: (places[w].host, places[w].device, w))
+    names = sorted(work.workers, key=lambda w: (devices_of[w].host, devices_of[w].device, w))
     shown = names[:MAX_LANES]
     begin_s, end_s = work.begin_s - edges[0], work.end_s - edges[0]
     stepped = False
@@ -318,7 +318,7 @@ def _work_lanes(
             classes = [work.classes[c] for c in work.segment_class[rows].tolist()]
             spans = list(zip(begin_s[rows].tolist(), end_s[rows].tolist(), classes, strict=True))
         spans = [(round(b, 4), round(e, 4), c) for b, e, c in spans]
-        lanes.append(WorkLane(name, places[name].host, places[name].device, tuple(spans)))
+        lanes.append(WorkLane(name, devices_of[name].host, devices_of[name].device, tuple(spans)))
     return tuple(lanes), stepped, len(names) - len(shown)
 
 

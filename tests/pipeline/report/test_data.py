@@ -14,7 +14,7 @@ from millijoule.pipeline.energy.carbon import Rate, Rates, read_rate
 from millijoule.pipeline.report import gallery as report_gallery
 from millijoule.pipeline.report.data import collect_job, collect_report
 from millijoule.pipeline.report.devices import gpu_models, model_of
-from millijoule.pipeline.report.timeline import Place
+from millijoule.pipeline.report.timeline import HostDevice
 from millijoule.workers.errors import InputError, MillijouleError
 from millijoule.workers.storage.open import open_store
 
@@ -331,7 +331,7 @@ def test_kinds_of_device_come_from_the_environment():
         }
     )
     models = gpu_models(env)
-    assert model_of(Place("h1", "GPU-1"), models) == "NVIDIA H200"
-    assert model_of(Place("h2", "GPU-1"), models) == "GPU, model not recorded"
-    assert model_of(Place("h3", "GPU-2"), models) == "NVIDIA L4"
-    assert model_of(Place("h1", "cpu"), models) == "cpu"
+    assert model_of(HostDevice("h1", "GPU-1"), models) == "NVIDIA H200"
+    assert model_of(HostDevice("h2", "GPU-1"), models) == "GPU, model not recorded"
+    assert model_of(HostDevice("h3", "GPU-2"), models) == "NVIDIA L4"
+    assert model_of(HostDevice("h1", "cpu"), models) == "cpu"

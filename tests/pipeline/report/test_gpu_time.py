@@ -22,7 +22,7 @@ from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.gpu_time import GpuPrices, measure_gpu_time, parse_gpu_prices
 from millijoule.pipeline.report.page import render_page
 from millijoule.pipeline.report.terminal import print_report
-from millijoule.pipeline.report.timeline import Place, Work
+from millijoule.pipeline.report.timeline import HostDevice, Work
 from millijoule.workers.errors import InputError
 from millijoule.workers.layout import worker_key
 from millijoule.workers.schemas import WorkerEnvironment
@@ -59,7 +59,7 @@ def work_of(segments):
 def measure(segments, gpus, images=10, prices=None, models=None):
     """GPU time of `segments` whose workers state that they hold `gpus` (by worker: comma-separated, None: not stated)."""
     work = work_of(segments)
-    places = {w: Place("host", (gpus[w] or "unknown").split(",")[0]) for w in work.workers}
+    places = {w: HostDevice("host", (gpus[w] or "unknown").split(",")[0]) for w in work.workers}
     env = pa.table({"worker_id": [*gpus], "gpus": pa.array([*gpus.values()], pa.string())})
     return measure_gpu_time(work, places, env, models or {}, images, prices)
 

@@ -15,7 +15,7 @@ from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
 from millijoule.pipeline.energy.ledger import build_ledger
 from millijoule.pipeline.energy.rows import RowTables
 from millijoule.pipeline.energy.tables import write_energy_tables
-from millijoule.pipeline.report.devices import place_workers
+from millijoule.pipeline.report.devices import devices_of_workers
 from millijoule.pipeline.report.energy import energy_figures
 from millijoule.pipeline.report.tables import read_energy_table
 from millijoule.pipeline.report.timeline import (
@@ -42,7 +42,7 @@ def timeline(tmp_path):
         names = ("segment", "attempt", "counter", "power")
         tables = {t: read_energy_table(store, t, JOB.fingerprint) for t in names}
         work = read_work(tables["segment"])
-        places = place_workers(work, tables["attempt"])
+        places = devices_of_workers(work, tables["attempt"])
         return build_timeline(work, places, tables["attempt"], tables["counter"], tables["power"]), work
 
     return build
