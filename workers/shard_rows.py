@@ -127,7 +127,7 @@ def _damaged_plan(store: Store, shard: Shard) -> Iterator[None]:
     except (pa.ArrowException, IndexError, OSError) as error:
         raise DamagedError(
             f"{_where(store, shard)}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
-            "delete this output's _job folder and start again"
+            "start again in another --output"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 The job is made up to have as little as possible per shard but its records: one image, two segments with five counters,
 a commit and a row table; on a local disk, of sixteen workers on two nodes. `finish_job` is the product's own: ledger,
-manifest, seven energy tables, closure checks, `stats.json`. `check` compares the output with its commits afterwards, without
+manifest, nine energy tables, closure checks, `stats.json`. `check` compares the output with its commits afterwards, without
 images, because there are none. Each run is in a process of its own; `peak_mb` is what it held at
 most, `peak_added_mb` that above what it held before.
 """

@@ -22,6 +22,9 @@ DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\
 #: Images per shard until a calibration has said how many take the seconds that were asked for.
 UNCALIBRATED_SHARD_SIZE = 256
 
+#: Ray counts in ten-thousandths of a CPU.
+LEAST_CPUS = 0.0001
+
 
 @dataclass(frozen=True)
 class JobRequest:
@@ -49,9 +52,9 @@ def request_of(options: GenerateOptions) -> JobRequest:
     Raises:
         InputError: an option means nothing, no prompt file matches, or the model is not one; the message names it.
     """
-    for name in ("images_per_prompt", "lease_seconds", "batch_size"):
+    for name in ("images_per_prompt", "lease_seconds", "batch_size", "max_prompt_chars"):
         value = getattr(options, name)
-        if value is not None and value < 1:
+        if value is not None and not 1 <= value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} {value}: at least 1")
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed}: from 0 to 2**63 - 1")
@@ -82,7 +85,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
 def _check_workers(options: GenerateOptions) -> None:
     """Refuse what contradicts itself."""
     gpus, cpus = options.gpus_per_worker, options.cpus_per_worker
-    if gpus is not None and gpus < 0:
+    if gpus is not None and not 0 <= gpus < float("inf"):
         raise InputError(f"--gpus-per-worker {gpus:g}: 0 or more")
     if gpus is not None and gpus > 1 and gpus != int(gpus):
         raise InputError(f"--gpus-per-worker {gpus:g}: above 1 whole GPUs only")
@@ -90,8 +93,8 @@ def _check_workers(options: GenerateOptions) -> None:
         raise InputError(f"--device cpu and --gpus-per-worker {gpus:g} exclude each other: give one of them")
     if options.device == "gpu" and gpus == 0:
         raise InputError("--device gpu and --gpus-per-worker 0 exclude each other: give one of them")
-    if cpus < 0:
-        raise InputError(f"--cpus-per-worker {cpus:g}: 0 or more")
+    if cpus != 0 and not LEAST_CPUS <= cpus < float("inf"):
+        raise InputError(f"--cpus-per-worker {cpus:g}: 0, or {LEAST_CPUS:g} or more")
     if cpus == 0 and not gpus and options.device != "gpu":
         raise InputError("--cpus-per-worker 0: a worker needs a CPU or a GPU")
 
@@ -147,11 +150,13 @@ def parse_resources(pairs: tuple[str, ...]) -> dict[str, float]:
         name, _, amount = pair.partition("=")
         if name in ("CPU", "GPU"):
             raise InputError(f"--resources {pair}: give --{name.lower()}s-per-worker instead")
+        if name in ("memory", "object_store_memory"):
+            raise InputError(f"--resources {pair}: Ray takes only custom resources here, such as spot=1")
         try:
             resources[name] = float(amount)
         except ValueError:
             resources[name] = 0.0
-        if not name or resources[name] <= 0:
+        if not name or not 0 < resources[name] < float("inf"):
             raise InputError(f"--resources {pair}: NAME=AMOUNT with an amount over 0, such as spot=1")
     return resources
 

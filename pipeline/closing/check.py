@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,9 @@ from millijoule.pipeline.closing.finish import (
     JobRecords,
     ManifestRows,
     RecordReader,
+    Totals,
     manifest_tables,
+    summarise,
 )
 from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.lean_memory import lean_memory
@@ -32,13 +35,13 @@ from millijoule.pipeline.output.image_rows import RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec, require_job
 from millijoule.pipeline.output.read_objects import READ_THREADS, in_threads
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
-from millijoule.workers.errors import NotFoundError
+from millijoule.workers.errors import DamagedError, NotFoundError
 from millijoule.workers.images.readers import read_images
-from millijoule.workers.layout import MANIFEST_KEY, SUCCESS_KEY, commit_key
+from millijoule.workers.layout import MANIFEST_KEY, STATS_KEY, SUCCESS_KEY, commit_key
 from millijoule.workers.schemas import Commit
 from millijoule.workers.shard_rows import Shard, ShardRowReader, shard_requests
 from millijoule.workers.storage.open import is_s3_url
-from millijoule.workers.storage.protocol import Store
+from millijoule.workers.storage.protocol import Store, check_key
 
 #: Uncommitted shards that are named; the rest is counted.
 MAX_LISTED = 20
@@ -78,18 +81,25 @@ def check_output(
             yield f"{len(missing) - MAX_LISTED:,} more shards: not committed"
         records, plan = RecordReader(store), ShardRowReader(store)
 
-        def check(shard_id: int) -> tuple[Commit, list[str]]:
-            commit = parse_commit(store, shard_id, store.get(commit_key(shard_id)))
+        def check(shard_id: int) -> tuple[int, Commit | None, list[str]]:
+            try:
+                commit = parse_commit(store, shard_id, store.get(commit_key(shard_id)))
+            except DamagedError as error:
+                return shard_id, None, [str(error)]
             problems = _check_shard(store, job, index[shard_id], commit, plan, images=images)
-            return commit, list(problems)
+            return shard_id, commit, list(problems)
 
         # a distant store keeps many threads waiting; from a disk more threads than cores only wait for each other
         threads = READ_THREADS if is_s3_url(store.url) else min(READ_THREADS, os.cpu_count() or 1)
-        for commit, problems in in_threads(check, np.flatnonzero(done).tolist(), threads):
-            on_shard(commit.shard_id)
+        whole = not missing
+        for shard_id, commit, problems in in_threads(check, np.flatnonzero(done).tolist(), threads):
+            on_shard(shard_id)
             yield from problems
-            records.add(commit)
-        if not missing:
+            if commit is None:
+                whole = False
+            else:
+                records.add(commit)
+        if whole:
             yield from _check_finished(store, job, index, records.records(), on_note)
 
 
@@ -99,15 +109,34 @@ def _check_finished(
     """What must be there once all shards are committed."""
     for account in records.ledger.unclosed:
         on_note(f"energy is missing from {utc_text(account.since_wall_ns)} on: {account}")
-    differences = list(_check_manifest(store, job, index, records))
+    totals = Totals()
+    differences = list(_check_manifest(store, job, index, records, totals))
     yield from differences
     with ExitStack() as stack:
         images = None  # a manifest that says what the row tables say saves opening them again
         if not differences:
             images = ManifestRows(pq.ParquetFile(stack.enter_context(store.open_input(MANIFEST_KEY))))
-        yield from compare_energy_tables(
+        energy = yield from compare_energy_tables(
             store, job, records.ledger, records.commits, records.uncommitted, images
         )
+    if energy is not None and not differences:
+        yield from _compare_stats(
+            store, json.loads(json.dumps(summarise(job, totals, records.ledger, energy)))
+        )
+
+
+def _compare_stats(store: Store, expected: dict[str, Any]) -> Iterator[str]:
+    try:
+        stats = json.loads(store.get(STATS_KEY))
+        stored = {name: stats.get(name) for name in expected}
+    except NotFoundError:
+        yield f"{STATS_KEY}: missing; run the job again to write it"
+    except (ValueError, AttributeError) as error:
+        yield f"{STATS_KEY}: cannot be read: {error}"
+    else:
+        for name, value in expected.items():
+            if stored[name] != value:
+                yield f"{STATS_KEY}: {name} is {stored[name]!r:.200}, the commits make {value!r:.200}"
 
 
 def _check_shard(
@@ -118,6 +147,12 @@ def _check_shard(
         yield f"{where}: committed for another plan, {commit.plan_fingerprint[:12]}"
     if commit.model_sha256 != job.model_sha256:
         yield f"{where}: made by another model, {commit.model_sha256[:12]}"
+    for path in (commit.rows_path, *(file.path for file in commit.files)):
+        try:
+            check_key(path)
+        except ValueError as error:
+            yield f"{where}: {error}"
+            return
     table_bytes: bytes | None = None
     for file in commit.files:
         try:
@@ -137,6 +172,10 @@ def _check_shard(
     except (pa.ArrowException, OSError) as error:
         yield f"{commit.rows_path}: cannot be read as Parquet: {error}"
         return
+    named = {file.path for file in commit.files}
+    holding = {row["path"].partition("#")[0] for row in rows if row["path"]}
+    for path in sorted({commit.rows_path, *holding} - named):
+        yield f"{where}: {path} is not among the files of its commit"
     if commit.rows is not None and commit.rows != tuple(tuple(row.values()) for row in rows):
         yield f"{where}: the rows in its commit are not those of {commit.rows_path}"
     planned = {
@@ -161,7 +200,9 @@ def _check_shard(
             yield f"{where}: its images cannot be read: {error}"
 
 
-def _check_manifest(store: Store, job: JobSpec, shards: JobShards, records: JobRecords) -> Iterator[str]:
+def _check_manifest(
+    store: Store, job: JobSpec, shards: JobShards, records: JobRecords, totals: Totals
+) -> Iterator[str]:
     """Once all shards are committed there must be a manifest, and it must say what the commits say."""
     try:
         success = json.loads(store.get(SUCCESS_KEY))
@@ -171,6 +212,9 @@ def _check_manifest(store: Store, job: JobSpec, shards: JobShards, records: JobR
     except ValueError as error:
         yield f"{SUCCESS_KEY}: {error}"
         return
+    if not isinstance(success, dict):
+        yield f"{SUCCESS_KEY}: not what a finished job writes: {success!r:.100}"
+        return
     if success.get("fingerprint") != job.fingerprint or success.get("shards") != len(shards):
         yield f"{SUCCESS_KEY}: belongs to another state of the job; run the job again to finish it"
     if not store.exists(MANIFEST_KEY):
@@ -178,20 +222,20 @@ def _check_manifest(store: Store, job: JobSpec, shards: JobShards, records: JobR
         return
     try:
         with store.open_input(MANIFEST_KEY) as source:
-            yield from _compare_manifest(store, shards, records, pq.ParquetFile(source))
+            yield from _compare_manifest(store, shards, records, pq.ParquetFile(source), totals)
     except (pa.ArrowException, OSError, NotFoundError) as error:
         yield f"{MANIFEST_KEY}: it, or a row table to compare it with, cannot be read: {error}"
 
 
 def _compare_manifest(
-    store: Store, shards: JobShards, records: JobRecords, manifest: pq.ParquetFile
+    store: Store, shards: JobShards, records: JobRecords, manifest: pq.ParquetFile, totals: Totals
 ) -> Iterator[str]:
     if manifest.schema_arrow.names != MANIFEST_SCHEMA.names:
         yield f"{MANIFEST_KEY}: has columns {manifest.schema_arrow.names}"
         return
     batches = manifest.iter_batches(MANIFEST_BATCH_ROWS)
     stored, at = RowReader((pa.Table.from_batches([b]) for b in batches), manifest.schema_arrow), 0
-    for table in manifest_tables(store, shards, records):
+    for table in manifest_tables(store, shards, records, totals):
         part = stored.take(table.num_rows)
         at += table.num_rows
         for name in MANIFEST_SCHEMA.names:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -190,8 +190,12 @@ def compare_energy_tables(
     commits: CommitTable,
     uncommitted: Uncommitted,
     images: ImageSource | None = None,
-) -> Iterator[str]:
-    """Every difference between the stored energy tables and what commits say, and every exact check that fails."""
+) -> Generator[str, None, EnergyResult | None]:
+    """Every difference between the stored energy tables and what commits say, and every exact check that fails.
+
+    Returns:
+        What became of the ledger; None where it could not be told.
+    """
     rows = EnergyRows(job, ledger, commits, images or row_tables(store), uncommitted)
     stored = {item.key for item in store.list(ENERGY_PREFIX) if _PART.fullmatch(item.key)}
     expected: dict[str, int] = {}  # row groups
@@ -202,7 +206,7 @@ def compare_energy_tables(
                 yield problem
     except (pa.ArrowException, OSError, NotFoundError) as error:
         yield f"{ENERGY_PREFIX}: cannot be compared, a row table cannot be read: {error}"
-        return
+        return None
     for key in sorted(stored - expected.keys()):
         yield f"{key}: a part that the commits do not make"
     for key in sorted(stored & expected.keys()):
@@ -211,6 +215,7 @@ def compare_energy_tables(
     yield from (
         f"energy ledger: {row}" for row in rows.closure if row.passed is False and row.tolerance_share == 0
     )
+    return EnergyResult(tuple(rows.closure), rows.evidence_class)
 
 
 def _compare(store: Store, group: RowGroup) -> str | None:

@@ -7,6 +7,7 @@ come from compacted Parquet parts (`_job/ledger/`, written by the driver while i
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -20,6 +21,11 @@ from millijoule.workers.errors import DamagedError, StoreError
 from millijoule.workers.layout import COMMITS_PREFIX, COMPACTED_PREFIX, commit_key, shard_of_commit_key
 from millijoule.workers.schemas import Commit
 from millijoule.workers.storage.protocol import Store
+
+log = logging.getLogger(__name__)
+
+#: What reading a damaged part may raise: parts only save requests.
+_UNREADABLE = (pa.ArrowException, OSError, KeyError, ValueError)
 
 #: Commits per compacted part: about a minute of a thousand GPUs, or 10 MB.
 COMPACT_EVERY = 4096
@@ -84,7 +90,11 @@ class CommitBodies:
         self._part = np.full(n_shards, -1, np.int32)  # of each shard; -1: in none
         self._row = np.zeros(n_shards, np.int32)
         for number, key in enumerate(self._keys):
-            shard_ids = self._column(key, "shard_id").to_numpy()
+            try:
+                shard_ids = self._column(key, "shard_id").to_numpy()
+            except _UNREADABLE as error:
+                log.warning("%s/%s: passed over, commits are read one by one: %s", store.url, key, error)
+                continue
             rows = np.flatnonzero((shard_ids >= 0) & (shard_ids < n_shards))
             self._part[shard_ids[rows]] = number
             self._row[shard_ids[rows]] = rows
@@ -98,7 +108,10 @@ class CommitBodies:
             return self.store.get(commit_key(shard_id))
         with self._lock:
             if number not in self._held:
-                self._held[number] = self._column(self._keys[number], "commit").combine_chunks()
+                try:
+                    self._held[number] = self._column(self._keys[number], "commit").combine_chunks()
+                except _UNREADABLE:
+                    return self.store.get(commit_key(shard_id))
                 if len(self._held) > MAX_PARTS:
                     del self._held[next(iter(self._held))]
             body: bytes = self._held[number][int(self._row[shard_id])].as_py()

@@ -59,7 +59,10 @@ _IDENTITY = {
 def read_job(store: Store) -> JobSpec | None:
     """The job in this output, or None where there is none; raises InputError where it cannot be read."""
     try:
-        return decode(JobSpec, store.get(JOB_KEY))
+        job = decode(JobSpec, store.get(JOB_KEY))
+        if not job.fingerprint.isalnum():  # names of objects begin with it
+            raise ValueError(f"its fingerprint is {job.fingerprint!r:.100}")
+        return job
     except NotFoundError:
         return None
     except ValueError as error:

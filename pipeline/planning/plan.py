@@ -83,6 +83,6 @@ def read_index(store: Store, key: str, name: str, kind: type[T]) -> tuple[pa.Rec
             (batch,) = table.cast(SHARD_INDEX_SCHEMA).combine_chunks().to_batches()
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             raise StoreError(
-                f"{store.url}/{key}: damaged shard index: {error}. Delete this output's _job folder and start again"
+                f"{store.url}/{key}: damaged shard index: {error}. Start again in another --output"
             ) from error
     return batch, record

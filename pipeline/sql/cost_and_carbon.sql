@@ -1,4 +1,4 @@
--- Metered kWh, and money and grams of CO2e with PUE, per job and image: --param price_per_kwh=0.30 --param gco2_per_kwh=400 --param pue=1.2
+-- Metered kWh, and money and grams of CO2e with PUE, per job and image: --param price_per_kwh=0.30 gco2_per_kwh=400 pue=1.2
 -- PUE is declared, not measured: it multiplies money and grams, never energy. All null where an image's full energy is missing.
 WITH job AS (
     SELECT run_id, count(*) AS images,

@@ -1,7 +1,10 @@
 """Commits are read in the order of shards, wherever they lie."""
 
+import io
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from support.ledgers import commit
 
 from millijoule.pipeline.output.commits import CommitCompactor, read_commits
@@ -25,3 +28,16 @@ def test_commits_come_in_order_of_shards_from_parts_in_any_order_and_from_object
     second.flush()
     for _ in range(2):
         assert [c.attempt_id for c in read_commits(store, 9)] == [f"a{n}" for n in range(9)]
+    parts = sorted((tmp_path / "_job/ledger").iterdir())
+    assert len(parts) == 3
+    for part, junk in zip(
+        parts, (b"junk", b"", part_without_commits()), strict=True
+    ):  # they only save requests
+        part.write_bytes(junk)
+        assert [c.attempt_id for c in read_commits(store, 9)] == [f"a{n}" for n in range(9)]
+
+
+def part_without_commits() -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"shard_id": [1, 2]}), sink)
+    return sink.getvalue()

@@ -59,3 +59,9 @@ def test_each_driver_takes_the_next_epoch(store, exclusive):
     store.put("_job/epochs/note.txt", b"of a person")
     assert [open_epoch(store, exclusive=exclusive) for _ in range(3)] == [1, 2, 3]
     assert json.loads(store.get("_job/epochs/000002.json"))["pid"] > 0
+
+
+def test_a_fingerprint_that_could_lead_elsewhere_is_refused(store):
+    publish_job(store, replace(JOB, fingerprint="../" * 20))
+    with pytest.raises(InputError, match=r"job\.json: not a job description: its fingerprint is '\.\./"):
+        require_job(store)
