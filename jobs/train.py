@@ -70,7 +70,11 @@ def run(options: TrainOptions) -> int:
 
     from millijoule.workers.training.loop import run_training
 
-    if options.threads:
+    for name in ("steps", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: at least 1")
+    if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch_device(options.device)
     overrides = {k: v for k in ("steps", "seed") if (v := getattr(options, k)) is not None}

@@ -87,3 +87,10 @@ def test_controls_without_coupling_have_a_float_form_only(tmp_path, coupling):
     assert run(tmp_path, "--sample-every", "0", coupling=coupling) == 0
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert load_generator(str(tmp_path / "out" / "float.safetensors")).count_operations()["decoder"] > 0
+
+
+@pytest.mark.parametrize("option", ["steps", "threads"])
+def test_no_training_is_no_training(tmp_path, capsys, option):
+    assert train.main(["--recipe", "oscillator", "--output", str(tmp_path / "run"), f"--{option}", "0"]) == 1
+    assert f"--{option} 0: at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
