@@ -35,7 +35,7 @@ def run_command(
 
     Returns:
         What `run` returns; 2 for options that cannot be parsed; 1 after a `MillijouleError`, whose message is
-        printed; 5 after Ctrl-C outside the parts that handle it.
+        printed, or a file that cannot be used, which is named; 5 after Ctrl-C outside the parts that handle it.
     """
     log_to_stderr("%(message)s")
     for noisy in ("botocore", "aiobotocore", "s3fs", "ray", "asyncio", "urllib3"):
@@ -50,6 +50,11 @@ def run_command(
         return run(options)
     except MillijouleError as error:
         print(visible_lines(f"millijoule {name}: {error}"), file=sys.stderr)
+        return ERROR
+    except OSError as error:
+        if error.filename is None:  # not a file that somebody named
+            raise
+        print(visible_lines(f"millijoule {name}: {error.filename}: {error.strerror}"), file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
         print(f"millijoule {name}: interrupted", file=sys.stderr)

@@ -94,3 +94,12 @@ def test_no_training_is_no_training(tmp_path, capsys, option):
     assert train.main(["--recipe", "oscillator", "--output", str(tmp_path / "run"), f"--{option}", "0"]) == 1
     assert f"--{option} 0: at least 1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(TINY.replace("COUPLING", "none"))
+    output = tmp_path / "file" / "run"
+    assert train.main(["--recipe", str(recipe), "--output", str(output)]) == 1
+    assert f"millijoule train: {output}: Not a directory" in capsys.readouterr().err
