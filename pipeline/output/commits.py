@@ -103,19 +103,25 @@ class CommitBodies:
 
     def get(self, shard_id: int) -> bytes:
         """The body of a shard's commit; raises NotFoundError where it has none. From any thread."""
-        number = int(self._part[shard_id])
-        if number < 0:
-            return self.store.get(commit_key(shard_id))
         with self._lock:
-            if number not in self._held:
-                try:
-                    self._held[number] = self._column(self._keys[number], "commit").combine_chunks()
-                except _UNREADABLE:
-                    return self.store.get(commit_key(shard_id))
-                if len(self._held) > MAX_PARTS:
-                    del self._held[next(iter(self._held))]
-            body: bytes = self._held[number][int(self._row[shard_id])].as_py()
-            return body
+            number = int(self._part[shard_id])
+            held = self._hold(number) if number >= 0 else None
+            if held is not None:
+                body: bytes = held[int(self._row[shard_id])].as_py()
+                return body
+        return self.store.get(commit_key(shard_id))
+
+    def _hold(self, number: int) -> pa.Array | None:
+        """The commits of a part; None, from then on for all its shards, where they cannot be read."""
+        if number not in self._held:
+            try:
+                self._held[number] = self._column(self._keys[number], "commit").combine_chunks()
+            except _UNREADABLE:
+                self._part[self._part == number] = -1
+                return None
+            if len(self._held) > MAX_PARTS:
+                del self._held[next(iter(self._held))]
+        return self._held[number]
 
     def _column(self, key: str, name: str) -> pa.ChunkedArray:
         with self.store.open_input(key) as source:
