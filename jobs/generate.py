@@ -71,7 +71,7 @@ def run(
             worker_class or remote_worker_class(),
             lease_s=options.lease_seconds,
             speculate=options.speculate,
-            batch_size=options.batch_size,
+            model_options=request.model,
             spending=Spending(request.caps),
             telemetry=options.telemetry,
             node_meters=request.node_meters,

@@ -104,7 +104,7 @@ class ShardWorker:
                     "no sign of life can be given (%s): should this worker die, its energy is missing", error
                 )
             store.put(worker_key(self.worker_id), worker.to_json())
-        generator = load_generator(config.model, device="cuda" if gpus else "cpu")
+        generator = load_generator(config.model, device="cuda" if gpus else "cpu", options=config.options)
         if torch := sys.modules.get("torch"):  # a generator that does without PyTorch needs no import
             torch.set_num_threads(config.cpu_threads)  # the CPUs Ray counts for this worker
         _check_model(config, worker.host)

@@ -11,14 +11,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
-
+from millijoule.workers.drawing.isolate import AttemptCancelled, batches, draw, isolate
 from millijoule.workers.errors import (
     AlreadyExistsError,
     MillijouleError,
@@ -48,8 +46,6 @@ from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 #: A commit names at most this many kinds of error; the rest is counted under "other".
 MAX_ERROR_KINDS = 20
 
@@ -59,10 +55,6 @@ MAX_ERROR_CHARS = 500
 #: A probe's rows have survived only if their process still works this long after them: a signal to another thread, or
 #: the host's out-of-memory killer, comes a moment after the request has returned.
 PROBE_LINGER_S = 1.0
-
-
-class AttemptCancelled(Exception):
-    """The driver called this attempt off between two batches."""
 
 
 class AttemptRunner:
@@ -104,7 +96,7 @@ class AttemptRunner:
         self._thread = 0
         if isinstance(generator, ReportsSteps):
             generator.on_step = self._between_steps
-        self.batch_size = config.batch_size or generator.info.batch_size
+        self.batch_size = config.options.batch_size or generator.info.batch_size
         self._served: ImageRequest | None = None
 
     def run(self, lease: Lease) -> AttemptResult:
@@ -270,8 +262,16 @@ class AttemptRunner:
                 row = ImageRow(requests[0], "quarantined", error=reason)
                 yield row, None, not isinstance(outcome, RowError)
                 continue
-            images, warnings = outcome
-            for request, image, words in zip(requests, images, warnings, strict=True):
+            for request, image, words, rejected in zip(
+                requests, outcome.images, outcome.warnings, outcome.rejected, strict=True
+            ):
+                if rejected is not None:
+                    log.warning(
+                        "%s: %s: %s", request.source or request.prompt_id, rejected.status, rejected.reason
+                    )
+                    row = ImageRow(request, rejected.status, error=rejected.reason, warnings=words)
+                    yield row, None, False
+                    continue
                 height, width = image.shape[:2]
                 steps = request.num_inference_steps or info.num_inference_steps
                 encoded = encode_png(
@@ -337,81 +337,6 @@ class AttemptRunner:
         except Exception as error:
             what = "does not work" if self._served is None else "no longer works"
             raise SickWorkerError(f"the generator {what} on this device: {_reason(error)}") from error
-
-
-Images = tuple[np.ndarray, Sequence[tuple[str, ...]]]
-Outcome = Exception | Images
-
-
-def draw(generator: Generator, requests: Sequence[ImageRequest]) -> Images:
-    """Images of `requests`, uint8 `[batch, height, width, 3]`, and each one's warnings.
-
-    Raises:
-        ValueError: the generator returned something else.
-        Exception: what the generator raises.
-    """
-    try:
-        out = generator.generate(requests)
-    # of the model's own making: nothing here ends because of it
-    except (KeyboardInterrupt, SystemExit) as error:
-        raise RuntimeError(f"{type(error).__name__} {error}".strip()) from error
-    if not isinstance(getattr(out, "images", None), np.ndarray):
-        raise ValueError(
-            f"the generator returned {type(out).__name__}, not a GeneratedBatch of an array of uint8"
-        )
-    images, n = out.images, len(requests)
-    if images.dtype != np.uint8:
-        raise ValueError(f"the generator returned images as {images.dtype}, not as uint8")
-    if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
-        raise ValueError(
-            f"the generator returned images of shape {images.shape}, not [{n}, height, width, 3]"
-        )
-    if len(images) != n:
-        raise ValueError(f"the generator returned {len(images)} images for {n} requests")
-    info = generator.info
-    for request in requests:
-        asked = (request.height or info.height, request.width or info.width)
-        if images.shape[1:3] != asked:
-            got = f"{images.shape[2]}x{images.shape[1]}"
-            raise ValueError(
-                f"the generator returned images of {got} pixels where {asked[1]}x{asked[0]} were asked for"
-            )
-    warnings = out.warnings or tuple(() for _ in requests)
-    if len(warnings) != n:
-        raise ValueError(f"the generator returned warnings for {len(warnings)} images of {n}")
-    return images, warnings
-
-
-def isolate(
-    generator: Generator, batch: Sequence[ImageRequest], check_health: Callable[[], None]
-) -> Iterator[tuple[Sequence[ImageRequest], Outcome]]:
-    """Generate `batch`; where that fails, halve until the failing requests stand alone.
-
-    Yields `(requests, (images, warnings))` for parts that worked, `([request], error)` for one that did not.
-    `check_health` is called after each failure that the generator does not put down to a request itself, and may raise
-    to say that no request is to blame.
-    """
-    try:
-        images = draw(generator, batch)
-    except AttemptCancelled:
-        raise
-    except Exception as error:
-        if not isinstance(error, RowError):
-            check_health()
-        if len(batch) == 1:
-            yield batch, error
-            return
-        middle = len(batch) // 2
-        yield from isolate(generator, batch[:middle], check_health)
-        yield from isolate(generator, batch[middle:], check_health)
-        return
-    yield batch, images
-
-
-def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Consecutive slices of at most `size` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 @contextmanager

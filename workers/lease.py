@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.schemas import CounterRead, PowerTrace, Segment
 from millijoule.workers.shard_rows import Shard
 
@@ -19,6 +20,7 @@ class WorkerConfig:
         fingerprint: of the plan; a worker that finds another one in the output refuses to start.
         commits_exclusively: True where the store has exclusive create and workers commit for themselves;
             False where the driver has to write the commits (see docs/commit-protocol.md).
+        options: how the model is loaded and run.
         telemetry: False: open no meter and sample no power; energy is missing.
     """
 
@@ -29,10 +31,10 @@ class WorkerConfig:
     model: str
     model_sha256: str
     driver_epoch: int
-    batch_size: int | None = None
     commits_exclusively: bool = True
     cpu_threads: int = 1
     telemetry: bool = True
+    options: GeneratorOptions = GeneratorOptions()  # noqa: RUF009 (frozen)
 
 
 @dataclass(frozen=True)

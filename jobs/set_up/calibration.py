@@ -45,7 +45,7 @@ def calibrate(request: JobRequest, images: list[ImageRequest], pool: PoolOptions
         model=options.model,
         model_sha256=request.identity.sha256,
         driver_epoch=0,
-        batch_size=options.batch_size,
+        options=request.model,
         cpu_threads=max(1, int(pool.cpus_per_worker)),
         telemetry=options.telemetry,
     )

@@ -57,16 +57,19 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
         StoreError: storage failed.
     """
     options, plan = request.options, request.plan
-    extra = {
+    extra: dict[str, object] = {
         "model_sha256": request.identity.sha256,
         "job_seed": options.seed,
         "output_format": options.format,
     }
+    if said := request.model.identity():  # a job from before there were such options goes on
+        extra["model_options"] = said
     fingerprint = compute_fingerprint(request.files, plan, extra)
     exclusive = _probe(store)
     if existing is not None:
         asked = {
             **extra,
+            "model_options": said,
             "model": options.model,
             "images_per_prompt": plan.images_per_prompt,
             "shard_size": plan.shard_size,
@@ -107,6 +110,7 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
         job_seed=options.seed,
         images_per_prompt=options.images_per_prompt,
         output_format=options.format,
+        model_options=request.model.identity(),
         shard_size=request.plan.shard_size,
         duplicate_ids=options.duplicate_ids,
         prompts=options.prompts,

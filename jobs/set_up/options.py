@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from millijoule.jobs.entry import OnUnlessNo
+from millijoule.jobs.model_options import ModelOptions
 from millijoule.jobs.rate_options import RateOptions
 from millijoule.workers.errors import InputError
 from millijoule.workers.records import convert
@@ -45,6 +46,8 @@ class GenerateOptions:
     """`default` or `baseline` (models in the package), a .safetensors file, a diffusers directory, or
     python:MODULE:FACTORY for your own generator."""
 
+    model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
+
     format: Literal["parquet", "webdataset", "files"] = "parquet"
     """How images are stored: parquet files, webdataset tars, or plain PNG files named by prompt id."""
 
@@ -72,9 +75,6 @@ class GenerateOptions:
 
     cpus_per_worker: float = 1.0
     """CPUs each worker asks for, and threads it computes with."""
-
-    batch_size: int | None = None
-    """Images per call of the model. Default: what suits the model on the device."""
 
     resources: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=AMOUNT ...")] = ()
     """Custom Ray resources each worker asks for."""
@@ -142,7 +142,9 @@ class GenerateOptions:
 #: Options that are text because a number is one of several forms; as keyword arguments numbers are welcome.
 _ALSO_NUMBERS = ("workers", "shard_size", "price_per_kwh", "gco2_per_kwh")
 _SEQUENCES = ("prompts", "resources")
-_RATES = tuple(f.name for f in fields(RateOptions))
+#: Classes whose options stand among those of the command, by the field that holds one.
+_GROUPS: dict[str, type] = {"model_options": ModelOptions, "rates": RateOptions}
+_GROUP_OF = {f.name: group for group, kind in _GROUPS.items() for f in fields(kind)}
 
 
 def options_of(keywords: Mapping[str, Any]) -> GenerateOptions:
@@ -160,7 +162,7 @@ def options_of(keywords: Mapping[str, Any]) -> GenerateOptions:
             raise TypeError(f"generate() has no option {name!r}; {hint}")
     if missing := [name for name in ("prompts", "output") if name not in keywords]:
         raise TypeError(f"generate() needs {' and '.join(missing)}")
-    raw: dict[str, Any] = {"rates": {}}
+    raw: dict[str, Any] = {group: {} for group in _GROUPS}
     for name, value in keywords.items():
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
@@ -168,7 +170,7 @@ def options_of(keywords: Mapping[str, Any]) -> GenerateOptions:
             value = str(value)
         if name in _SEQUENCES:
             value = [value] if isinstance(value, str) else [os.fspath(v) for v in value]
-        (raw["rates"] if name in _RATES else raw)[name] = value
+        (raw[_GROUP_OF[name]] if name in _GROUP_OF else raw)[name] = value
     try:
         return convert(GenerateOptions, raw)
     except ValueError as error:
@@ -176,10 +178,10 @@ def options_of(keywords: Mapping[str, Any]) -> GenerateOptions:
 
 
 def parameters() -> list[inspect.Parameter]:
-    """The options as keyword parameters of a function, those of `RateOptions` among them."""
+    """The options as keyword parameters of a function, those of `_GROUPS` among them."""
     found = []
-    for f in (*fields(GenerateOptions), *fields(RateOptions)):
-        if f.name != "rates":
+    for f in (f for kind in (GenerateOptions, *_GROUPS.values()) for f in fields(kind)):
+        if f.name not in _GROUPS:
             default = inspect.Parameter.empty if f.default is MISSING else f.default
             found.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default))
     return found
@@ -188,7 +190,7 @@ def parameters() -> list[inspect.Parameter]:
 def option_words() -> dict[str, str]:
     """What the options' classes say of each option, by name."""
     found = {}
-    for kind in (GenerateOptions, RateOptions):
+    for kind in (GenerateOptions, *_GROUPS.values()):
         (parsed,) = ast.parse(inspect.getsource(kind)).body
         assert isinstance(parsed, ast.ClassDef)
         for option, words in pairwise(parsed.body):

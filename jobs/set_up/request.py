@@ -11,6 +11,7 @@ from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import ModelIdentity
 from millijoule.workers.generators.registry import describe_model
 from millijoule.workers.node_meters.config import NodeMeterConfig
@@ -30,7 +31,8 @@ LEAST_CPUS = 0.0001
 class JobRequest:
     """One job, as asked for: the options, and what those that are text, or name something else, stand for.
 
-    `files` are what the prompts stood for when the request was made, and `identity` is the model's at that time.
+    `files` are what the prompts stood for when the request was made, and `identity` is the model's at that time; `model` is how
+    it is loaded and run.
     Where `shard_seconds` is given, `plan.shard_size` only stands in until a calibration. `resources` are the custom ones a
     worker asks for, by Ray's names; `bounds` the (fewest, most) workers, None: auto.
     """
@@ -38,6 +40,7 @@ class JobRequest:
     options: GenerateOptions
     files: tuple[InputFile, ...]
     identity: ModelIdentity
+    model: GeneratorOptions
     plan: PlanOptions
     shard_seconds: float | None
     resources: dict[str, float]
@@ -52,7 +55,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
     Raises:
         InputError: an option means nothing, no prompt file matches, or the model is not one; the message names it.
     """
-    for name in ("images_per_prompt", "lease_seconds", "batch_size", "max_prompt_chars"):
+    for name in ("images_per_prompt", "lease_seconds", "max_prompt_chars"):
         value = getattr(options, name)
         if value is not None and not 1 <= value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} {value}: at least 1")
@@ -79,6 +82,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
         node_meters=parse_node_meters(options.node_meter, options.node_rest),
         files=tuple(expand_inputs(options.prompts)),
         identity=describe_model(options.model),
+        model=options.model_options.read(),
     )
 
 

@@ -10,7 +10,7 @@ import getpass
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError
@@ -43,6 +43,7 @@ class JobSpec:
     created_unix: float
     millijoule_version: str
     schema_version: int = 1
+    model_options: dict[str, Any] = field(default_factory=dict)  # `GeneratorOptions.identity`
 
 
 #: Options whose change makes another job, with the words a user knows them by.
@@ -89,6 +90,11 @@ def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], u
         f"{option} was {getattr(existing, name)!r}, now {asked[name]!r}"
         for name, option in _IDENTITY.items()
         if getattr(existing, name) != asked[name]
+    ]
+    changed += [
+        f"--{name.replace('_', '-')} was {existing.model_options.get(name, 'the default')}, now {asked['model_options'].get(name, 'the default')}"
+        for name in sorted(existing.model_options.keys() | asked["model_options"].keys())
+        if existing.model_options.get(name) != asked["model_options"].get(name)
     ]
     if existing.model_sha256 != asked["model_sha256"] and existing.model != asked["model"]:
         changed[0] = f"--model was {existing.model}, now {asked['model']}"

@@ -27,6 +27,7 @@ from millijoule.pipeline.running.pool import WorkerPool
 from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
 from millijoule.pipeline.running.spending import Spending
 from millijoule.workers.errors import AlreadyExistsError, JobError
+from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
@@ -93,7 +94,7 @@ class JobRun:
         *,
         lease_s: float,
         speculate: bool,
-        batch_size: int | None = None,
+        model_options: GeneratorOptions = GeneratorOptions(),  # noqa: B008 (frozen)
         spending: Spending | None = None,
         node_meters: Sequence[NodeMeterConfig] = (),
         telemetry: bool = True,
@@ -112,7 +113,7 @@ class JobRun:
             model=job.model,
             model_sha256=job.model_sha256,
             driver_epoch=self.epoch,
-            batch_size=batch_size,
+            options=model_options,
             commits_exclusively=planned.exclusive,
             cpu_threads=max(1, int(options.cpus_per_worker)),
             telemetry=telemetry,

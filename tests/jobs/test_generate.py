@@ -15,6 +15,7 @@ from support.jobs import assert_exactly_once, hashes, manifest, write_prompts
 from support.stand_in_jobs import start_cluster
 
 from millijoule.jobs import JobResult, generate
+from millijoule.jobs.model_options import ModelOptions
 from millijoule.jobs.rate_options import RateOptions
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.pipeline.running import head_watch, live_metrics
@@ -99,7 +100,8 @@ def test_the_module_runs_as_a_command():
 
 def test_every_option_is_a_keyword_with_the_commands_default_and_words():
     parameters = inspect.signature(generate).parameters
-    flat = [f for kind in (GenerateOptions, RateOptions) for f in fields(kind) if f.name != "rates"]
+    groups = (GenerateOptions, ModelOptions, RateOptions)
+    flat = [f for kind in groups for f in fields(kind) if f.name not in ("rates", "model_options")]
     assert set(parameters) == {f.name for f in flat}
     assert parameters["prompts"].default is inspect.Parameter.empty
     assert parameters["lease_seconds"].default == 120.0

@@ -49,6 +49,7 @@ from millijoule.workers import actor as actor_module
 from millijoule.workers import attempt, orphan
 from millijoule.workers.actor import ShardWorker
 from millijoule.workers.errors import JobError
+from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
 from millijoule.workers.meters import nvml
 from millijoule.workers.storage.local import LocalStore
@@ -313,7 +314,7 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
         ray.actor_class,
         lease_s=plan.lease_s,
         speculate=plan.speculate,
-        batch_size=plan.batch_size,
+        model_options=GeneratorOptions(batch_size=plan.batch_size),
     )
     with signals_heeded(job_run):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,11 +26,26 @@ class GeneratorInfo:
 
 
 @dataclass(frozen=True)
+class Rejection:
+    """Why an image that was drawn is not given to anybody.
+
+    Attributes:
+        status: "filtered" (the model's own safety checker hid it) or "quarantined" (it cannot be drawn: its pixels are not
+            finite numbers, say).
+    """
+
+    status: Literal["filtered", "quarantined"]
+    reason: str
+
+
+@dataclass(frozen=True)
 class GeneratedBatch:
-    """`images` is uint8 `[batch, height, width, 3]`, sRGB. `warnings[i]` are words for the user about image i."""
+    """`images` is uint8 `[batch, height, width, 3]`, sRGB. `warnings[i]` are words for the user about image i; where
+    `rejected[i]` is not None, image i is no image."""
 
     images: np.ndarray
     warnings: tuple[tuple[str, ...], ...] = ()
+    rejected: tuple[Rejection | None, ...] = ()
 
 
 class Generator(Protocol):

@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 
 from millijoule.workers import factories
+from millijoule.workers.diffusion.pipeline_folder import read_pipeline
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.model_files import read_header
-from millijoule.workers.generators.pipeline_folder import read_pipeline
+from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator, ModelIdentity
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -38,13 +39,19 @@ def describe_model(model: str) -> ModelIdentity:
     return ModelIdentity(read_header(path).metadata.get("name", path.stem), file_sha256(path))
 
 
-def load_generator(model: str, *, device: str = "cpu") -> Generator:
+def load_generator(
+    model: str,
+    *,
+    device: str = "cpu",
+    options: GeneratorOptions = GeneratorOptions(),  # noqa: B008 (frozen)
+) -> Generator:
     """Load `model`.
 
     Args:
         model: "default" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file or of a diffusers
             directory, or "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`.
         device: "cpu" or "cuda".
+        options: those that mean nothing to a model are refused, unless they are the defaults.
 
     Raises:
         InputError: the file is missing, is not safetensors (pickled files are never opened), or is not a model
@@ -54,9 +61,9 @@ def load_generator(model: str, *, device: str = "cpu") -> Generator:
         return factories.find_factory("--model", model)(device)
     path = model_path(model)
     if path.is_dir():
-        from millijoule.workers.generators.diffusers_model import DiffusersGenerator
+        from millijoule.workers.diffusion.generator import DiffusersGenerator
 
-        return DiffusersGenerator.load(path, device=device)
+        return DiffusersGenerator.load(path, device=device, options=options)
     if read_header(path).metadata.get("format") == "un0":
         from millijoule.workers.generators.un0 import Un0Generator
 

@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millijoule.kernels.processor import multiplies_bfloat16
+from millijoule.workers.diffusion.libraries import import_diffusers
+from millijoule.workers.diffusion.pipeline_folder import DEFAULTS, ICON_SCENES
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.diffusers_model import import_diffusers
 from millijoule.workers.generators.model_files import read_header
-from millijoule.workers.generators.pipeline_folder import DEFAULTS, ICON_SCENES
 from millijoule.workers.scenes.prompts import CAPTION_WORDS_PER_ICON
 from millijoule.workers.scenes.renderer import draw_variation
 from millijoule.workers.scenes.scenes import (

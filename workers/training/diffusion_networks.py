@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from millijoule.workers.generators.diffusers_model import import_diffusers
+from millijoule.workers.diffusion.libraries import import_diffusers
 from millijoule.workers.scenes.prompts import CAPTION_WORDS, CAPTION_WORDS_PER_ICON, write_caption
 from millijoule.workers.scenes.renderer import render_scenes
 from millijoule.workers.scenes.scenes import IMAGE_SIZE, MAX_COUNT, Scene, sample_training_scenes

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from millijoule.jobs.model_options import ModelOptions
 from millijoule.jobs.rate_options import RateOptions
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.request import UNCALIBRATED_SHARD_SIZE, request_of
@@ -58,7 +59,7 @@ def test_texts_are_read_into_values(options):
         ({"shard_size": "0s"}, "--shard-size 0s"),
         ({"images_per_prompt": 0}, "--images-per-prompt 0"),
         ({"seed": 2**63}, "--seed 9223372036854775808"),
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"model_options": ModelOptions(batch_size=0)}, "--batch-size 0"),
         ({"lease_seconds": 0.5}, "--lease-seconds 0.5"),
         ({"lease_seconds": float("nan")}, "--lease-seconds nan"),
         ({"max_prompt_chars": 0}, "--max-prompt-chars 0"),

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from millijoule.workers.diffusion.generator import DiffusersGenerator, seeded
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.diffusers_model import DiffusersGenerator, seeded
 from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
@@ -361,7 +361,7 @@ def test_float16_weights_are_multiplied_in_bfloat16_where_the_processor_does(mon
     """The shipped baseline: nearly the images of float32, and still none depends on its batch."""
     narrow = load_generator("baseline")
     monkeypatch.setattr(
-        "millijoule.workers.generators.diffusers_model.multiplies_bfloat16", lambda device="cpu": False
+        "millijoule.workers.diffusion.generator.multiplies_bfloat16", lambda device="cpu": False
     )
     exact = load_generator("baseline")
     assert not exact.mixed_precision

@@ -16,11 +16,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from millijoule.kernels.processor import multiplies_bfloat16
+from millijoule.workers.diffusion.libraries import import_diffusers
+from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, INDEX, PipelineFolder, read_pipeline
 from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generators.fixed_size import padded, unused_settings
 from millijoule.workers.generators.model_files import read_header
-from millijoule.workers.generators.pipeline_folder import ICON_SCENES, INDEX, PipelineFolder, read_pipeline
-from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
+from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, Rejection
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
@@ -62,7 +64,12 @@ class DiffusersGenerator:
         )
 
     @staticmethod
-    def load(path: Path, *, device: str = "cpu") -> DiffusersGenerator:
+    def load(
+        path: Path,
+        *,
+        device: str = "cpu",
+        options: GeneratorOptions = GeneratorOptions(),  # noqa: B008 (frozen)
+    ) -> DiffusersGenerator:
         """Load the pipeline in directory `path`. Nothing is downloaded.
 
         On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
@@ -104,14 +111,15 @@ class DiffusersGenerator:
             groups[request.guidance_scale, request.negative_prompt is None].append(i)
         images: list[Any] = [None] * len(requests)
         warnings = [self._warnings(r) for r in requests]
+        rejected: list[Rejection | None] = [None] * len(requests)
         for rows in groups.values():
             for part, count in padded(len(rows), self.info.batch_size):
                 drawn = self._draw([requests[rows[k]] for k in part])
                 for k, (image, blocked) in zip(part[:count], drawn, strict=False):
                     images[rows[k]] = image
                     if blocked:
-                        warnings[rows[k]] += ("the model's safety checker blanked this image",)
-        return GeneratedBatch(np.stack(images), tuple(warnings))
+                        rejected[rows[k]] = Rejection("filtered", "the model's safety checker hid this image")
+        return GeneratedBatch(np.stack(images), tuple(warnings), tuple(rejected))
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance, two per multiply-accumulate, of text, denoiser and decoder.
@@ -279,14 +287,3 @@ def _native_size(pipeline: Any, folder: PipelineFolder, scale: int) -> tuple[int
         if isinstance(size, (list, tuple)) and len(size) == 2:
             return int(size[1]) * scale, int(size[0]) * scale
     raise InputError(f"{folder.path}: {folder.class_name} does not say what size of image it makes")
-
-
-def import_diffusers() -> tuple[Any, Any]:
-    """diffusers and transformers; raises InputError where they are not installed."""
-    try:
-        import diffusers
-        import transformers
-    except ImportError as error:
-        words = f"this model needs diffusers: pip install 'millijoule[diffusers]' ({error})"
-        raise InputError(words) from error
-    return diffusers, transformers

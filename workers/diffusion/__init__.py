@@ -1,0 +1,1 @@
+"""Text-to-image pipelines of diffusers as generators: a folder checked, loaded, and drawn with."""
