@@ -17,10 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.diffusion.libraries import import_diffusers
-from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, INDEX, PipelineFolder, read_pipeline
+from millijoule.workers.diffusion.loras import LoraSwitch
+from millijoule.workers.diffusion.model_files import read_model
+from millijoule.workers.diffusion.open_pipeline import open_pipeline
+from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, INDEX, PipelineFolder
 from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generators.fixed_size import padded, unused_settings
-from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, Rejection
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
@@ -42,8 +44,16 @@ DENOISERS, DECODERS = ("unet", "transformer", "prior", "decoder"), ("vae", "vqva
 class DiffusersGenerator:
     """A loaded pipeline. Build with `load`; see `Generator` and `ReportsSteps` for the protocols."""
 
-    def __init__(self, pipeline: Any, folder: PipelineFolder, sha256: str, device: str) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        folder: PipelineFolder,
+        sha256: str,
+        device: str,
+        loras: LoraSwitch | None = None,
+    ) -> None:
         self.pipeline = pipeline
+        self.loras = loras or LoraSwitch(pipeline, ())
         self.device = device
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
@@ -81,7 +91,7 @@ class DiffusersGenerator:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
                 `read_pipeline`).
         """
-        folder = read_pipeline(path)
+        folder = read_model(path, options)
         diffusers, transformers = import_diffusers()
         _check_classes(folder, diffusers, transformers)
         dtype = torch.float32
@@ -90,25 +100,18 @@ class DiffusersGenerator:
             dtype = torch.float16 if _is_stored_in_float16(folder) else wide
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                str(folder.path),
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=dtype,
-            )
-        except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
-            raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
+        pipeline = open_pipeline(folder, options, dtype)
         pipeline.set_progress_bar_config(disable=True)
-        return DiffusersGenerator(pipeline.to(device), folder, folder.sha256(), device)
+        pipeline = pipeline.to(device)
+        loras = LoraSwitch(pipeline, options.loras)
+        return DiffusersGenerator(pipeline, folder, folder.sha256(), device, loras)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size this model cannot make."""
-        groups: dict[tuple[float | None, bool], list[int]] = defaultdict(list)
+        groups: dict[tuple[float | None, bool, str | None], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             self._check(request)
-            groups[request.guidance_scale, request.negative_prompt is None].append(i)
+            groups[request.guidance_scale, request.negative_prompt is None, request.lora].append(i)
         images: list[Any] = [None] * len(requests)
         warnings = [self._warnings(r) for r in requests]
         rejected: list[Rejection | None] = [None] * len(requests)
@@ -147,6 +150,7 @@ class DiffusersGenerator:
 
     def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
         """Images of a batch of requests that agree in all settings, and whether each was blanked."""
+        self.loras.use(requests[0].lora)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision):
             result = self.pipeline(**self._call(requests))
         pixels = np.asarray(result.images, dtype=np.float64)
@@ -219,8 +223,7 @@ class DiffusersGenerator:
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:
     """Whether all weights of the denoiser are."""
-    files = [f for f in folder.files if f.suffix == ".safetensors" and f.parent.name in DENOISERS]
-    return frozenset().union(*(read_header(f).dtypes for f in files)) == {"F16"}
+    return folder.weight_dtypes(DENOISERS) == {"F16"}
 
 
 def seeded(seed: int) -> Any:
