@@ -39,6 +39,7 @@ from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.records import decode
 from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
+from millijoule.workers.sources.copies import at_hand
 from millijoule.workers.storage.open import open_store
 from millijoule.workers.storage.protocol import Store
 from millijoule.workers.storage.trouble import waits_for_store
@@ -104,10 +105,11 @@ class ShardWorker:
                     "no sign of life can be given (%s): should this worker die, its energy is missing", error
                 )
             store.put(worker_key(self.worker_id), worker.to_json())
-        generator = load_generator(config.model, device="cuda" if gpus else "cpu", options=config.options)
+        model, options = at_hand(config.model, config.options, config.copies)
+        generator = load_generator(model, device="cuda" if gpus else "cpu", options=options)
         if torch := sys.modules.get("torch"):  # a generator that does without PyTorch needs no import
             torch.set_num_threads(config.cpu_threads)  # the CPUs Ray counts for this worker
-        _check_model(config, worker.host)
+        _check_model(config, describe_model(model, options).sha256, worker.host)
         if config.output_url:
             check_factory_model(store, config, generator.info.sha256)
         timeline.close("load")
@@ -198,8 +200,7 @@ def _assigned_gpus() -> list[str]:
     return [v for v in visible.split(",") if v]
 
 
-def _check_model(config: WorkerConfig, host: str) -> None:
-    found = describe_model(config.model).sha256
+def _check_model(config: WorkerConfig, found: str, host: str) -> None:
     if found != config.model_sha256:
         raise NodeError(
             f"{config.model}: the model on {host} has SHA-256 {found[:16]}, "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.schemas import CounterRead, PowerTrace, Segment
 from millijoule.workers.shard_rows import Shard
+from millijoule.workers.sources.copies import ModelCopy
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class WorkerConfig:
         commits_exclusively: True where the store has exclusive create and workers commit for themselves;
             False where the driver has to write the commits (see docs/commit-protocol.md).
         options: how the model is loaded and run.
+        copies: files that `model` and `options` name, for nodes that do not see them.
         telemetry: False: open no meter and sample no power; energy is missing.
     """
 
@@ -35,6 +37,7 @@ class WorkerConfig:
     cpu_threads: int = 1
     telemetry: bool = True
     options: GeneratorOptions = GeneratorOptions()  # noqa: RUF009 (frozen)
+    copies: tuple[ModelCopy, ...] = ()
 
 
 @dataclass(frozen=True)
