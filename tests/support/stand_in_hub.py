@@ -109,7 +109,7 @@ class StandInHub:
     def answer(self, handler: BaseHTTPRequestHandler, *, body: bool) -> None:
         if self.away:
             handler.close_connection = True
-            return
+            return None
         path = unquote(urlsplit(handler.path).path)
         token = (handler.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.requests.append((handler.command, path, token))
