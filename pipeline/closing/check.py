@@ -28,8 +28,8 @@ from millijoule.pipeline.closing.finish import (
     manifest_tables,
     summarise,
 )
-from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.closing.lean_memory import lean_memory
+from millijoule.pipeline.energy.account_gaps import utc_text
 from millijoule.pipeline.energy.tables import compare_energy_tables
 from millijoule.pipeline.output.commits import list_committed, parse_commit
 from millijoule.pipeline.output.image_rows import RowReader, read_row_table

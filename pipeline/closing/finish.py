@@ -22,11 +22,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from millijoule.pipeline.closing.lean_memory import lean_memory
+from millijoule.pipeline.closing.warning_kinds import WarningCounts
 from millijoule.pipeline.energy.closure import CHECKS
 from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.energy.counter_split import MISSING, sum_or_none
-from millijoule.pipeline.closing.lean_memory import lean_memory
-from millijoule.pipeline.closing.warning_kinds import WarningCounts
 from millijoule.pipeline.energy.ledger import Ledger, build_ledger
 from millijoule.pipeline.energy.packed_segments import PackedSegments
 from millijoule.pipeline.energy.rows import ROW_COLUMNS, ImageSource, commit_blocks, row_tables

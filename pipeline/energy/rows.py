@@ -32,7 +32,7 @@ from millijoule.pipeline.energy.ledger import Ledger, LedgerEntry
 from millijoule.pipeline.energy.node_closure import NodePart, close_nodes
 from millijoule.pipeline.energy.packed import NONE, padded
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
-from millijoule.pipeline.energy.shard_shares import equal_shares, shard_shares
+from millijoule.pipeline.energy.shard_shares import commit_shares, equal_shares
 from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted, held_devices
 from millijoule.pipeline.output.image_rows import NOT_CARRIED, RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec
@@ -133,9 +133,7 @@ class RowTables:
 
 def commit_blocks(commits: CommitTable) -> Iterator[range]:
     """Numbers of commits in order, few enough together that their row tables can be held."""
-    rows = np.cumsum(
-        sum(commits.number(f"images_{status}") for status in STATUSES), dtype=np.int64
-    )
+    rows = np.cumsum(sum(commits.number(f"images_{status}") for status in STATUSES), dtype=np.int64)
     begin = 0
     while begin < len(commits):
         most = (rows[begin - 1] if begin else 0) + IMAGES_AT_ONCE
@@ -477,12 +475,10 @@ def read_rows(worker_id: str, read: CounterRead) -> Iterator[tuple]:
 
 def committed_attempt(c: Commit, energy_mj: int | None) -> tuple:
     """The attempt row of a commit."""
-    numbers = (energy_mj, c.images_ok, c.images_filtered, c.images_drawn)
-    shares = shard_shares(*(np.array([NONE if n is None else n], np.int64) for n in numbers))
-    rejected = (shares.filtered_mj.item(), shares.quarantined_mj.item())
+    _, *rejected_mj = commit_shares(c, energy_mj)
     return (
         *(c.shard_id, c.attempt_id, "committed", c.worker_id, c.node_id, c.host, c.device, c.driver_epoch),
         *(c.t_start_wall_ns, c.t_end_wall_ns, c.images_ok, c.images_filtered, c.images_quarantined),
-        *(c.images_drawn, energy_mj, *(None if mj == MISSING else mj for mj in rejected)),
+        *(c.images_drawn, energy_mj, *rejected_mj),
         *(c.energy_estimate_mj, c.energy_method, ",".join(c.energy_domains)),
     )

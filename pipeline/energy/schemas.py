@@ -113,10 +113,14 @@ _FIELDS = {
         _maybe("images_ok", INT, "accepted; this and the next are null where nothing was committed"),
         _maybe("images_filtered", INT, "that the model's safety checker hid"),
         _maybe("images_quarantined", INT),
-        _maybe("images_drawn", INT, "to the end, whatever their status; null: not stated, only accepted ones"),
+        _maybe(
+            "images_drawn", INT, "to the end, whatever their status; null: not stated, only accepted ones"
+        ),
         _maybe("energy_mj", INT, "the attempt's share of all its domains; null: missing"),
         _maybe("energy_filtered_mj", INT, "part of energy_mj: share of the filtered images"),
-        _maybe("energy_quarantined_mj", INT, "part of energy_mj: share of the quarantined images that were drawn"),
+        _maybe(
+            "energy_quarantined_mj", INT, "part of energy_mj: share of the quarantined images that were drawn"
+        ),
         _maybe("energy_estimate_mj", INT, "modelled"),
         _maybe("energy_method", TEXT),
         _maybe("energy_domains", TEXT, "comma-separated"),
@@ -127,7 +131,9 @@ _FIELDS = {
         _field("shard_id", INT),
         _field("attempt_id", TEXT, "the winning one"),
         _maybe("sha256", TEXT, "of the encoded image"),
-        _maybe("energy_direct_mj", INT, "equal share of what the shard's accepted images used; null: missing"),
+        _maybe(
+            "energy_direct_mj", INT, "equal share of what the shard's accepted images used; null: missing"
+        ),
         _maybe(
             "energy_full_mj", INT, "direct and an equal share of all overhead; null: something is missing"
         ),

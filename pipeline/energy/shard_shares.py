@@ -17,6 +17,7 @@ import numpy as np
 
 from millijoule.pipeline.energy.counter_split import MISSING
 from millijoule.pipeline.energy.packed import NONE
+from millijoule.workers.schemas import Commit
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,22 @@ def shard_shares(
     known = energy_mj >= 0
     parts = (accepted, hidden, energy_mj - accepted - hidden)
     return ShardShares(*(np.where(known, part, MISSING) for part in parts))
+
+
+def commit_shares(commit: Commit, energy_mj: int | None) -> tuple[int | None, int | None, int | None]:
+    """`shard_shares` of one commit: what accepted, filtered and quarantined images used of `energy_mj`."""
+    numbers = (energy_mj, commit.images_ok, commit.images_filtered, commit.images_drawn)
+    shares = shard_shares(*(np.array([NONE if n is None else n], np.int64) for n in numbers))
+    accepted, filtered, quarantined = (
+        None if mj.item() == MISSING else mj.item()
+        for mj in (shares.accepted_mj, shares.filtered_mj, shares.quarantined_mj)
+    )
+    return accepted, filtered, quarantined
+
+
+def accepted_mj(commit: Commit, energy_mj: int | None) -> int | None:
+    """What the accepted images of a commit used of `energy_mj`."""
+    return commit_shares(commit, energy_mj)[0]
 
 
 def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
