@@ -103,6 +103,7 @@ def run(
         shards_left=job_run.coordinator.remaining,
         seconds=time.monotonic() - began,
         reason=job_run.cap_reached or "interrupted",
+        images_filtered=job_run.counts.filtered_this_run,
     )
 
 

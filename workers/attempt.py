@@ -37,6 +37,7 @@ from millijoule.workers.schemas import (
     Commit,
     ImageRequest,
     ImageRow,
+    RowCounts,
     Segment,
     WorkerEnvironment,
     carried_rows,
@@ -150,13 +151,15 @@ class AttemptRunner:
             if healthy is not None:
                 self._draw_healthy(healthy)
             try:
-                draw(self.generator, [requests[suspect.row, suspect.image_index]])
+                (rejected,) = draw(self.generator, [requests[suspect.row, suspect.image_index]]).rejected
             except AttemptCancelled:
                 raise
             except Exception as error:
                 confirmed.append(replace(suspect, reason=_reason(error)))
             else:
-                return AttemptResult(lease, "contradicted", suspects=(suspect,))
+                if rejected is None or rejected.status != "quarantined":
+                    return AttemptResult(lease, "contradicted", suspects=(suspect,))
+                confirmed.append(replace(suspect, reason=rejected.reason[:MAX_ERROR_CHARS]))
             self._step()
         if healthy is not None:
             self._draw_healthy(healthy)
@@ -193,7 +196,7 @@ class AttemptRunner:
         segment = self.timeline.close("shard", shard.shard_id, lease.attempt_id)
         carried = self.timeline.take()
         errors = Counter(r.error for r in written.rows if r.error)
-        ok = sum(r.status == "ok" for r in written.rows)
+        counts = RowCounts.of((r.status, r.width) for r in written.rows)
         commit = Commit(
             shard_id=shard.shard_id,
             attempt_id=lease.attempt_id,
@@ -202,8 +205,10 @@ class AttemptRunner:
             model_sha256=self.config.model_sha256,
             files=written.files,
             rows_path=written.rows_key,
-            images_ok=ok,
-            images_quarantined=len(written.rows) - ok,
+            images_ok=counts.ok,
+            images_filtered=counts.filtered,
+            images_quarantined=counts.quarantined,
+            images_drawn=counts.drawn,
             errors=_top_errors(errors),
             t_start_wall_ns=t_start,
             t_end_wall_ns=time.time_ns(),
@@ -265,23 +270,22 @@ class AttemptRunner:
             for request, image, words, rejected in zip(
                 requests, outcome.images, outcome.warnings, outcome.rejected, strict=True
             ):
-                if rejected is not None:
-                    log.warning(
-                        "%s: %s: %s", request.source or request.prompt_id, rejected.status, rejected.reason
-                    )
-                    row = ImageRow(request, rejected.status, error=rejected.reason, warnings=words)
-                    yield row, None, False
-                    continue
                 height, width = image.shape[:2]
                 steps = request.num_inference_steps or info.num_inference_steps
+                made = ImageRow(
+                    request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
+                )
+                if rejected is not None:
+                    status, reason = rejected.status, rejected.reason[:MAX_ERROR_CHARS]
+                    log.warning("%s: %s: %s", request.source or request.prompt_id, status, reason)
+                    # what a safety checker says is said of the image; numbers that are none may be the device's fault
+                    yield replace(made, status=status, error=reason), None, status == "quarantined"
+                    continue
                 encoded = encode_png(
                     image, request, steps=steps, model_name=info.name, model_sha256=info.sha256
                 )
                 self._step()
-                row = ImageRow(
-                    request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
-                )
-                yield row, encoded, False
+                yield made, encoded, False
             self._served = requests[0]
 
     def calibrate(self, requests: Sequence[ImageRequest]) -> Calibration:
