@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from millijoule.workers.diffusion.loading import DENOISERS, LoadedPipeline, load_pipeline
+from millijoule.workers.diffusion.loras import LoraSwitch
+from millijoule.workers.diffusion.model_files import read_model
 from millijoule.workers.diffusion.noise import seeded
 from millijoule.workers.diffusion.operations import count_operations
-from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, PipelineFolder, read_pipeline
+from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, PipelineFolder
 from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generators.fixed_size import padded, unused_settings
 from millijoule.workers.generators.options import GeneratorOptions
@@ -38,6 +40,7 @@ class DiffusersGenerator:
         self.pipeline, folder = loaded.pipeline, loaded.folder
         self.loaded = loaded
         self.options = options
+        self.loras = LoraSwitch(self.pipeline, options.loras)
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
         self.prompts = folder.defaults.prompts
@@ -67,14 +70,14 @@ class DiffusersGenerator:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
                 `read_pipeline`).
         """
-        return DiffusersGenerator(load_pipeline(read_pipeline(path), device, options), options)
+        return DiffusersGenerator(load_pipeline(read_model(path, options), device, options), options)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size this model cannot make."""
-        groups: dict[tuple[float | None, bool], list[int]] = defaultdict(list)
+        groups: dict[tuple[float | None, bool, str | None], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             self._check(request)
-            groups[request.guidance_scale, request.negative_prompt is None].append(i)
+            groups[request.guidance_scale, request.negative_prompt is None, request.lora].append(i)
         images: list[Any] = [None] * len(requests)
         warnings = [self._warnings(r) for r in requests]
         rejected: list[Rejection | None] = [None] * len(requests)
@@ -95,6 +98,7 @@ class DiffusersGenerator:
 
     def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
         """Images of a batch of requests that agree in all settings, and whether each was blanked."""
+        self.loras.use(requests[0].lora)
         with self.loaded.precision():
             result = self.pipeline(**self._call(requests))
         pixels = np.asarray(result.images, dtype=np.float64)

@@ -10,9 +10,9 @@ import torch
 
 from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.diffusion.libraries import import_diffusers
+from millijoule.workers.diffusion.open_pipeline import open_pipeline
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
@@ -72,16 +72,7 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
         dtype = torch.float16 if _is_stored_in_float16(folder) else wide
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder.path),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=dtype,
-        )
-    except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
-        raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
+    pipeline = open_pipeline(folder, options, dtype)
     pipeline.set_progress_bar_config(disable=True)
     arguments = _check_signature(pipeline, folder)
     mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
@@ -90,8 +81,7 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:
     """Whether all weights of the denoiser are."""
-    files = [f for f in folder.files if f.suffix == ".safetensors" and f.parent.name in DENOISERS]
-    return frozenset().union(*(read_header(f).dtypes for f in files)) == {"F16"}
+    return folder.weight_dtypes(DENOISERS) == {"F16"}
 
 
 def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
