@@ -6,35 +6,37 @@ Drawing needs the `diffusers` extra.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from millijoule.workers.diffusion.batch_shapes import BatchShapes
 from millijoule.workers.diffusion.loading import DENOISERS, LoadedPipeline, load_pipeline
 from millijoule.workers.diffusion.loras import LoraSwitch
+from millijoule.workers.diffusion.memory import PipelineMemory
 from millijoule.workers.diffusion.model_files import read_model
 from millijoule.workers.diffusion.noise import seeded
 from millijoule.workers.diffusion.operations import count_operations
 from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, PipelineFolder
 from millijoule.workers.errors import InputError, RowError
-from millijoule.workers.generators.fixed_size import padded, unused_settings
+from millijoule.workers.generators.fixed_size import unused_settings
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, Rejection
+from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo, Rejection
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
 
-#: The pipeline always sees this many rows; the rest is padding. A GPU is idle most of the time with 16 small images.
-BATCH_SIZE, GPU_BATCH_SIZE, GPU_BATCH_SIZE_SMALL = 8, 16, 256
-
-#: Images of at most this many pixels are small.
-SMALL_PIXELS = 128 * 128
-
 
 class DiffusersGenerator:
-    """A loaded pipeline. Build with `load`; see `Generator` and `ReportsSteps` for the protocols."""
+    """A loaded pipeline. Build with `load`; see `Generator`, `ReportsSteps`, `SizesBatches`, `SavesMemory` and `GroupsRequests`
+    for the protocols.
+
+    Attributes:
+        fixed_batch: whether a call of another number of rows costs a compilation or a capture: then a smaller batch is padded
+            to a number of rows that was called before.
+    """
 
     def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions) -> None:
         self.pipeline, folder = loaded.pipeline, loaded.folder
@@ -47,14 +49,16 @@ class DiffusersGenerator:
         self.arguments = loaded.arguments
         self.scale = int(getattr(self.pipeline, "vae_scale_factor", 1))
         width, height = _native_size(self.pipeline, folder, self.scale)
-        gpu_batch = GPU_BATCH_SIZE_SMALL if width * height <= SMALL_PIXELS else GPU_BATCH_SIZE
+        self.memory = PipelineMemory(self.pipeline, loaded.device)
+        self.fixed_batch = False
+        self._shapes = BatchShapes()
         self.info = GeneratorInfo(
             name=folder.name,
             sha256=loaded.sha256,
             width=width,
             height=height,
             num_inference_steps=folder.defaults.num_inference_steps,
-            batch_size=BATCH_SIZE if loaded.on_cpu else gpu_batch,
+            batch_size=self.memory.limits(width, height).first,
         )
 
     @staticmethod
@@ -74,27 +78,53 @@ class DiffusersGenerator:
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size this model cannot make."""
-        groups: dict[tuple[float | None, bool, str | None], list[int]] = defaultdict(list)
+        groups: dict[Hashable, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             self._check(request)
-            groups[request.guidance_scale, request.negative_prompt is None, request.lora].append(i)
+            groups[self.call_group(request)].append(i)
         images: list[Any] = [None] * len(requests)
         warnings = [self._warnings(r) for r in requests]
         rejected: list[Rejection | None] = [None] * len(requests)
         for rows in groups.values():
-            for part, count in padded(len(rows), self.info.batch_size):
-                drawn = self._draw([requests[rows[k]] for k in part])
-                for k, (image, blocked) in zip(part[:count], drawn, strict=False):
-                    images[rows[k]] = image
-                    if blocked:
-                        rejected[rows[k]] = Rejection("filtered", "the model's safety checker hid this image")
+            for i, (image, blocked) in zip(
+                rows, self._draw_padded([requests[i] for i in rows]), strict=False
+            ):
+                images[i] = image
+                if blocked:
+                    rejected[i] = Rejection("filtered", "the model's safety checker hid this image")
         return GeneratedBatch(np.stack(images), tuple(warnings), tuple(rejected))
+
+    def batch_limits(self, width: int, height: int) -> BatchLimits:
+        """See `SizesBatches`."""
+        return self.memory.limits(width, height)
+
+    def save_memory(self) -> str | None:
+        """See `SavesMemory`."""
+        return self.memory.save()
+
+    def call_group(self, request: ImageRequest) -> Hashable:
+        """See `GroupsRequests`: a call has one guidance scale, one set of LoRAs, and negative prompts for all its rows or for none."""
+        return request.guidance_scale, request.negative_prompt is None, request.lora
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""
         request = ImageRequest("", 0, "", 0, num_inference_steps=1)
         steps = num_inference_steps or self.info.num_inference_steps
         return count_operations(self.pipeline, lambda: self.pipeline(**self._call([request])), steps)
+
+    def _draw_padded(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
+        """As `_draw`; where the batch is fixed, with rows after them that fill it up."""
+        if not self.fixed_batch:
+            return self._draw(requests)
+        shape = requests[0].width or self.info.width, requests[0].height or self.info.height
+        rows = self._shapes.rows_for(shape, len(requests))
+        try:
+            drawn = self._draw([*requests, *[requests[0]] * (rows - len(requests))])
+        except Exception:
+            self._shapes.failed(shape, rows)
+            raise
+        self._shapes.ran(shape, rows)
+        return drawn
 
     def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
         """Images of a batch of requests that agree in all settings, and whether each was blanked."""
@@ -157,7 +187,8 @@ class DiffusersGenerator:
             length, limit = len(tokenizer(request.prompt).input_ids), tokenizer.model_max_length
             if length > limit:
                 words.append(f"the prompt is {length} tokens long, this model reads the first {limit}")
-        return (*words, *unused_settings(request, self.arguments))
+        size = request.width or self.info.width, request.height or self.info.height
+        return (*words, *unused_settings(request, self.arguments), *self.memory.warnings(*size))
 
 
 def _native_size(pipeline: Any, folder: PipelineFolder, scale: int) -> tuple[int, int]:
