@@ -16,8 +16,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from millijoule.kernels.processor import multiplies_bfloat16
+from millijoule.workers.diffusion.engine_modules import prepare_pipeline
 from millijoule.workers.diffusion.libraries import import_diffusers
 from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, INDEX, PipelineFolder, read_pipeline
+from millijoule.workers.engines.open import open_engine
+from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generators.fixed_size import padded, unused_settings
 from millijoule.workers.generators.model_files import read_header
@@ -42,8 +45,13 @@ DENOISERS, DECODERS = ("unet", "transformer", "prior", "decoder"), ("vae", "vqva
 class DiffusersGenerator:
     """A loaded pipeline. Build with `load`; see `Generator` and `ReportsSteps` for the protocols."""
 
-    def __init__(self, pipeline: Any, folder: PipelineFolder, sha256: str, device: str) -> None:
+    def __init__(
+        self, pipeline: Any, folder: PipelineFolder, sha256: str, device: str, engine: Engine
+    ) -> None:
+        """`engine` runs the modules of `pipeline` from now on."""
         self.pipeline = pipeline
+        self.engine = engine
+        prepare_pipeline(pipeline, engine)
         self.device = device
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
@@ -101,7 +109,9 @@ class DiffusersGenerator:
         except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
             raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
-        return DiffusersGenerator(pipeline.to(device), folder, folder.sha256(), device)
+        return DiffusersGenerator(
+            pipeline.to(device), folder, folder.sha256(), device, open_engine(options, device)
+        )
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size this model cannot make."""
@@ -129,7 +139,7 @@ class DiffusersGenerator:
         count, as `torch.utils.flop_counter` has it.
         """
         request = ImageRequest("", 0, "", 0, num_inference_steps=1)
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        with self.engine.plain(), FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             self.pipeline(**self._call([request]))
         by_class = {kind: sum(counts.values()) for kind, counts in counter.get_flop_counts().items()}
         components = {
