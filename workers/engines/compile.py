@@ -58,7 +58,7 @@ class CompileEngine(RoutingEngine):
 
     def release(self) -> bool:
         """See `Engine`."""
-        return any([calls.release_graphs() for calls in self._compiled])
+        return sum(calls.release_graphs() for calls in self._compiled) > 0
 
 
 def check_compiler(settings: EngineSettings) -> None:

@@ -69,7 +69,7 @@ class DeepSpeedEngine(RoutingEngine):
 
     def release(self) -> bool:
         """See `Engine`."""
-        return any([captured.stop() for captured in self._captured])
+        return sum(captured.stop() for captured in self._captured) > 0
 
     def _contain(self, contained: _Contained, **config: Any) -> Call:
         """The calls of a container around `contained`; as a function, for it is to become no part of the module."""
