@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from millijoule.workers.diffusion.batch_shapes import BatchShapes
+from millijoule.workers.diffusion.engine_modules import prepare_pipeline
 from millijoule.workers.diffusion.loading import DENOISERS, LoadedPipeline, load_pipeline
 from millijoule.workers.diffusion.loras import LoraSwitch
 from millijoule.workers.diffusion.memory import PipelineMemory
@@ -20,6 +21,8 @@ from millijoule.workers.diffusion.model_files import read_model
 from millijoule.workers.diffusion.noise import seeded
 from millijoule.workers.diffusion.operations import count_operations
 from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, PipelineFolder
+from millijoule.workers.engines.open import open_engine
+from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generators.fixed_size import unused_settings
 from millijoule.workers.generators.options import GeneratorOptions
@@ -38,11 +41,14 @@ class DiffusersGenerator:
             to a number of rows that was called before.
     """
 
-    def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions) -> None:
+    def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions, engine: Engine) -> None:
+        """`engine` runs the modules of the pipeline from now on."""
         self.pipeline, folder = loaded.pipeline, loaded.folder
         self.loaded = loaded
         self.options = options
         self.loras = LoraSwitch(self.pipeline, options.loras)
+        self.engine = engine
+        prepare_pipeline(self.pipeline, engine)
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
         self.prompts = folder.defaults.prompts
@@ -50,7 +56,7 @@ class DiffusersGenerator:
         self.scale = int(getattr(self.pipeline, "vae_scale_factor", 1))
         width, height = _native_size(self.pipeline, folder, self.scale)
         self.memory = PipelineMemory(self.pipeline, loaded.device)
-        self.fixed_batch = False
+        self.fixed_batch = engine.fixed_shapes
         self._shapes = BatchShapes()
         self.info = GeneratorInfo(
             name=folder.name,
@@ -74,7 +80,8 @@ class DiffusersGenerator:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
                 `read_pipeline`).
         """
-        return DiffusersGenerator(load_pipeline(read_model(path, options), device, options), options)
+        loaded = load_pipeline(read_model(path, options), device, options)
+        return DiffusersGenerator(loaded, options, open_engine(options, device))
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size this model cannot make."""
@@ -110,7 +117,8 @@ class DiffusersGenerator:
         """Operations per image at the default guidance (`operations.count_operations`)."""
         request = ImageRequest("", 0, "", 0, num_inference_steps=1)
         steps = num_inference_steps or self.info.num_inference_steps
-        return count_operations(self.pipeline, lambda: self.pipeline(**self._call([request])), steps)
+        with self.engine.plain():
+            return count_operations(self.pipeline, lambda: self.pipeline(**self._call([request])), steps)
 
     def _draw_padded(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
         """As `_draw`; where the batch is fixed, with rows after them that fill it up."""
@@ -128,7 +136,10 @@ class DiffusersGenerator:
 
     def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
         """Images of a batch of requests that agree in all settings, and whether each was blanked."""
+        switches = self.loras.switches
         self.loras.use(requests[0].lora)
+        if self.loras.switches != switches:
+            self.engine.renew()
         with self.loaded.precision():
             result = self.pipeline(**self._call(requests))
         pixels = np.asarray(result.images, dtype=np.float64)
