@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from millijoule.kernels.processor import multiplies_bfloat16
-from millijoule.workers.diffusion.libraries import import_diffusers
+from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libraries
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.model_files import read_header
@@ -31,7 +33,6 @@ class LoadedPipeline:
         folder: where it came from, with its defaults.
         sha256: of its files.
         device: "cpu" or "cuda".
-        arguments: names of the arguments that a call of it takes.
         mixed_precision: whether matrices and convolutions are to be multiplied in bfloat16 by autocast.
     """
 
@@ -39,7 +40,6 @@ class LoadedPipeline:
     folder: PipelineFolder
     sha256: str
     device: str
-    arguments: frozenset[str]
     mixed_precision: bool
 
     @property
@@ -70,22 +70,22 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
     if not on_cpu:
         wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
         dtype = torch.float16 if _is_stored_in_float16(folder) else wide
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder.path),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=dtype,
-        )
+        with quiet_libraries():
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                str(folder.path),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=dtype,
+                **_absent_components(folder),
+            )
     except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
         raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    arguments = _check_signature(pipeline, folder)
+    _check_signature(pipeline, folder)
     mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
-    return LoadedPipeline(pipeline.to(device), folder, folder.sha256(), device, arguments, mixed_precision)
+    return LoadedPipeline(pipeline.to(device), folder, folder.sha256(), device, mixed_precision)
 
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:
@@ -94,9 +94,16 @@ def _is_stored_in_float16(folder: PipelineFolder) -> bool:
     return frozenset().union(*(read_header(f).dtypes for f in files)) == {"F16"}
 
 
+def _absent_components(folder: PipelineFolder) -> dict[str, None]:
+    """Components that the directory leaves out, `[null, null]`: the library loads without them where it is told so."""
+    index = json.loads((folder.path / INDEX).read_bytes())
+    return {name: None for name, value in index.items() if value == [None, None]}
+
+
 def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
     """Every class must be one that the two libraries have; a component may also name a module of diffusers.pipelines."""
     where, pipeline = folder.path / INDEX, getattr(diffusers, folder.class_name, None)
+    own = _own_modules(pipeline)
     if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
         raise InputError(f"{where}: diffusers {diffusers.__version__} has no {folder.class_name}")
     libraries = {"diffusers": diffusers, "transformers": transformers}
@@ -106,12 +113,18 @@ def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) ->
             raise InputError(
                 f"{where}: {name} is of {library}; only classes of diffusers and transformers are loaded"
             )
-        if not hasattr(module, class_name):
+        if not any(hasattr(place, class_name) for place in (module, *own)):
             raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
 
 
-def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
-    """Names of the arguments the pipeline takes, if those are a text-to-image pipeline's."""
+def _own_modules(pipeline: Any) -> list[Any]:
+    """The folder of diffusers that a pipeline's class comes from: some keep networks of their own there."""
+    package = getattr(pipeline, "__module__", "").rpartition(".")[0]
+    return [sys.modules[package]] if package in sys.modules else []
+
+
+def _check_signature(pipeline: Any, folder: PipelineFolder) -> None:
+    """Raise InputError unless the arguments the pipeline takes are a text-to-image pipeline's."""
     parameters = inspect.signature(pipeline.__call__).parameters
     required = [
         n
@@ -125,4 +138,3 @@ def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
         where = folder.path / INDEX
         why = f"takes no {missing[0]}" if missing else f"is made for {other[0]}"
         raise InputError(f"{where}: {folder.class_name} {why}; only text-to-image pipelines are used")
-    return frozenset(parameters)
