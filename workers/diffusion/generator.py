@@ -14,9 +14,11 @@ import numpy as np
 
 from millijoule.workers.diffusion.families import check_long_prompts, describe_family
 from millijoule.workers.diffusion.loading import LoadedPipeline, load_pipeline
+from millijoule.workers.diffusion.loras import LoraSwitch
+from millijoule.workers.diffusion.model_files import read_model
 from millijoule.workers.diffusion.operations import count_operations
 from millijoule.workers.diffusion.pipeline_call import Drawn, PipelineCall, Row, Settings
-from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, read_pipeline
+from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES
 from millijoule.workers.diffusion.precision import is_narrow
 from millijoule.workers.diffusion.prompt_chunks import count_chunks
 from millijoule.workers.diffusion.prompt_tokens import open_prompt_reader
@@ -45,6 +47,7 @@ class DiffusersGenerator:
         self.loaded = loaded
         self.pipeline = loaded.pipeline
         self.options = options
+        self.loras = LoraSwitch(self.pipeline, options.loras)
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
         self.prompts = folder.defaults.prompts
@@ -73,9 +76,9 @@ class DiffusersGenerator:
 
         Raises:
             InputError: diffusers is not installed, the directory is not a pipeline that can be used (see
-                `read_pipeline`), or the options ask for what it cannot do.
+                `read_model`), or the options ask for what it cannot do.
         """
-        folder = read_pipeline(path)
+        folder = read_model(path, options)
         check_long_prompts(folder.class_name, options.long_prompts)
         return DiffusersGenerator(load_pipeline(folder, device, options), options)
 
@@ -94,6 +97,7 @@ class DiffusersGenerator:
             for part, count in padded(len(places), self.info.batch_size):
                 chosen = [requests[places[k]] for k in part]
                 settings = self._settings(chosen[0])
+                self.loras.use(chosen[0].lora)
                 drawn = self.call.draw([self._row(r) for r in chosen], settings)
                 for k in range(count):
                     i = places[part[k]]
@@ -145,7 +149,7 @@ class DiffusersGenerator:
     def _group(self, request: ImageRequest) -> Hashable:
         """Requests of one group may share a call of the pipeline."""
         settings = self._settings(request)
-        alike = (request.guidance_scale, request.negative_prompt is None, settings.chunks)
+        alike = (request.guidance_scale, request.negative_prompt is None, request.lora, settings.chunks)
         if self.family.fixed_length:
             return alike
         self._say_apart()

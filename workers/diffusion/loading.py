@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +10,10 @@ import torch
 
 from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libraries
+from millijoule.workers.diffusion.open_pipeline import open_pipeline
+from millijoule.workers.diffusion.own_classes import own_class
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
@@ -70,18 +69,8 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
     if not on_cpu:
         wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
         dtype = torch.float16 if _is_stored_in_float16(folder) else wide
-    try:
-        with quiet_libraries():
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                str(folder.path),
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=dtype,
-                **_absent_components(folder),
-            )
-    except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
-        raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
+    with quiet_libraries():
+        pipeline = open_pipeline(folder, options, dtype)
     pipeline.set_progress_bar_config(disable=True)
     _check_signature(pipeline, folder)
     mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
@@ -90,37 +79,25 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:
     """Whether all weights of the denoiser are."""
-    files = [f for f in folder.files if f.suffix == ".safetensors" and f.parent.name in DENOISERS]
-    return frozenset().union(*(read_header(f).dtypes for f in files)) == {"F16"}
-
-
-def _absent_components(folder: PipelineFolder) -> dict[str, None]:
-    """Components that the directory leaves out, `[null, null]`: the library loads without them where it is told so."""
-    index = json.loads((folder.path / INDEX).read_bytes())
-    return {name: None for name, value in index.items() if value == [None, None]}
+    return folder.weight_dtypes(DENOISERS) == {"F16"}
 
 
 def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
     """Every class must be one that the two libraries have; a component may also name a module of diffusers.pipelines."""
     where, pipeline = folder.path / INDEX, getattr(diffusers, folder.class_name, None)
-    own = _own_modules(pipeline)
     if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
         raise InputError(f"{where}: diffusers {diffusers.__version__} has no {folder.class_name}")
     libraries = {"diffusers": diffusers, "transformers": transformers}
     for name, (library, class_name) in folder.components.items():
+        if own_class(pipeline, library, class_name) is not None:
+            continue
         module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
         if not inspect.ismodule(module) or not module.__name__.startswith(("diffusers", "transformers")):
             raise InputError(
                 f"{where}: {name} is of {library}; only classes of diffusers and transformers are loaded"
             )
-        if not any(hasattr(place, class_name) for place in (module, *own)):
+        if not hasattr(module, class_name):
             raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
-
-
-def _own_modules(pipeline: Any) -> list[Any]:
-    """The folder of diffusers that a pipeline's class comes from: some keep networks of their own there."""
-    package = getattr(pipeline, "__module__", "").rpartition(".")[0]
-    return [sys.modules[package]] if package in sys.modules else []
 
 
 def _check_signature(pipeline: Any, folder: PipelineFolder) -> None:

@@ -234,7 +234,7 @@ BROKEN = {
     "not JSON": (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json: not JSON"),
     "config not JSON": (lambda f: (f / "unet/config.json").write_text("{"), r"unet/config\.json: not JSON"),
     "no shard": (
-        lambda f: (f / "unet/x.safetensors.index.json").write_text('{"weight_map": {"a": "y.safetensors"}}'),
+        lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "y.safetensors"}}'),
         r"unet/y\.safetensors: no such file",
     ),
 }
