@@ -32,10 +32,12 @@ class Rejection:
     Attributes:
         status: "filtered" (the model's own safety checker hid it) or "quarantined" (it cannot be drawn: its pixels are not
             finite numbers, say).
+        confirm: whether this may be the device's doing, so that another worker is asked before it counts.
     """
 
     status: Literal["filtered", "quarantined"]
     reason: str
+    confirm: bool = False
 
 
 @dataclass(frozen=True)
