@@ -58,6 +58,8 @@ def test_the_closing_lines_of_a_job():
     )
     stats |= {"direct_mj_per_image": None, "direct_estimate_mj_per_image": None}
     stats |= {"images_quarantined": 0, "input_rows_rejected": 0, "warnings": {f"unknown word {EVIL}": 3}}
+    stats |= {"images_filtered": 1, "filter_reasons": {EVIL: 1}, "rejected_mj": {"filtered": 1}}
+    stats |= {"images_with_warnings": 3, "warning_kinds": {f"unknown word {EVIL}": 3}}
     stats |= {"images_quarantined": 1, "errors": {f"cannot draw {EVIL}": 1}}
     stats |= {"energy": {"unclosed": [{"worker_id": "w1", "host": EVIL, "devices": ["cpu"], "reason": EVIL}]}}
     safe("\n".join(closing_lines(stats, "out")))
