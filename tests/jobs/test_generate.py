@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -438,6 +439,38 @@ def test_a_dry_run_prints_and_writes_nothing(cluster, job, tmp_path, capsys):
         assert words in said
     assert not (tmp_path / "out").exists()
     assert ray.running == []
+
+
+def test_a_dry_run_says_what_the_output_holds_already(cluster, job, tmp_path, capsys):
+    def said(**more):
+        capsys.readouterr()
+        assert job(dry_run=True, **more).status == "planned"
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("output ")]
+        return line
+
+    cluster()
+    assert said().endswith("out, no job yet")
+    job(deadline="2020-01-01T00:00Z")
+    assert "holds this job: 0 of 10 shards are done" in said()
+    job()
+    assert "holds this job: 10 of 10 shards are done" in said()
+    other = said(seed=7)
+    assert "generate will refuse it" in other
+    assert "--seed was 0, now 7" in other
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "_SUCCESS").touch()
+    assert "generate will refuse it" in said(output=tmp_path / "foreign")
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_says_nothing_below_a_warning(cluster, job, caplog, quiet):
+    caplog.set_level(logging.INFO)
+    product = logging.getLogger("millijoule")
+    cluster()
+    before = product.level
+    job(quiet=quiet)
+    assert any(r.getMessage().startswith("planned: 40 images") for r in caplog.records) != quiet
+    assert product.level == before
 
 
 def test_another_cluster_than_the_one_that_is_connected_is_refused(cluster, job):

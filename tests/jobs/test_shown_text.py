@@ -3,6 +3,8 @@
 import logging
 from dataclasses import dataclass
 
+import pytest
+
 from millijoule.jobs import check, entry, gc, query
 from millijoule.jobs.entry import run_command
 from millijoule.pipeline.closing.garbage import Orphan
@@ -50,6 +52,19 @@ def test_gc(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("millijoule.pipeline.closing.garbage.find_orphans", lambda store: iter(orphans))
     assert gc.run(gc.GcOptions(str(tmp_path))) == entry.COMPLETE
     safe(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", [check, gc])
+def test_an_output_is_given_by_place_or_by_name_and_once(command, capsys, tmp_path):
+    said = []
+    for words in (["OUT"], ["--output", "OUT"], [], ["OUT", "--output", "OUT"]):
+        assert command.main([word.replace("OUT", str(tmp_path)) for word in words]) == entry.ERROR
+        said.append(capsys.readouterr().err)
+    placed, named, none, both = said
+    assert "no job here" in placed
+    assert named == placed
+    assert "none is given" in none
+    assert "give one" in both
 
 
 def test_the_closing_lines_of_a_job():
