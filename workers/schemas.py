@@ -36,6 +36,9 @@ PLAN_ROW_SCHEMA = pa.schema(
             "extra", pa.string()
         ),  # JSON object of the columns passed through, null where there are none
         pa.field("source", pa.string(), nullable=False),  # "file:row", 1-based data row, for messages
+        pa.field(
+            "lora", pa.string()
+        ),  # as `diffusion.lora_words.read_cell` gives it; null: all declared ones
     ]
 )
 
@@ -71,7 +74,7 @@ class ImageRequest:
     """One image to draw.
 
     `width`/`height` (pixels), `num_inference_steps` and `guidance_scale` are None for the model's own default.
-    `seed` is in [0, 2**64).
+    `seed` is in [0, 2**64). `lora` says which of the declared LoRAs are used, None: all (`diffusion.lora_words`).
     """
 
     prompt_id: str
@@ -85,6 +88,7 @@ class ImageRequest:
     guidance_scale: float | None = None
     extra: str | None = None
     source: str = ""
+    lora: str | None = None
 
 
 @dataclass(frozen=True)
