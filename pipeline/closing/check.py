@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from millijoule.pipeline.closing.check_plan import check_plan
 from millijoule.pipeline.closing.finish import (
     MANIFEST_BATCH_ROWS,
     MANIFEST_SCHEMA,
@@ -81,6 +82,7 @@ def check_output(
     """
     with lean_memory():
         job = require_job(store)
+        yield from check_plan(store, job)
         index = load_job_shards(store, job)
         done = list_committed(store, len(index))
         missing = np.flatnonzero(~done).tolist()

@@ -32,7 +32,7 @@ from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
-from millijoule.workers.schemas import Commit, PowerTrace, Segment
+from millijoule.workers.schemas import Commit, CounterRead, PowerTrace, Segment
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -318,6 +318,9 @@ class JobRun:
     def stopped(self, stopped: WorkerStopped) -> None:
         self._uncommitted_records(stopped.worker_id, stopped.segments, stopped.power)
         self._accounts.stopped(stopped)
+
+    def loading(self, worker_id: str, read: CounterRead | None) -> None:
+        self._accounts.loading(worker_id, read)
 
     def gone(self, worker_id: str) -> None:
         self._accounts.gone(worker_id)
