@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from millijoule.workers.diffusion.lora_words import split_option
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
+from millijoule.workers.loras.words import split_option
 
 if TYPE_CHECKING:
     from millijoule.workers.sources.obtain import ObtainedModel

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from millijoule.workers.diffusion.libraries import import_diffusers
-from millijoule.workers.diffusion.other_decoder import load_decoder
 from millijoule.workers.diffusion.own_classes import load_own_classes
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
-from millijoule.workers.diffusion.scheduler_choice import change_scheduler
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.pipeline_parts.other_decoder import load_decoder
+from millijoule.workers.pipeline_parts.scheduler_choice import change_scheduler
 
 log = logging.getLogger(__name__)
 
