@@ -72,7 +72,7 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
     with quiet_libraries():
         pipeline = open_pipeline(folder, options, dtype)
     pipeline.set_progress_bar_config(disable=True)
-    _check_signature(pipeline, folder)
+    check_text_to_image(pipeline, folder)
     mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
     return LoadedPipeline(pipeline.to(device), folder, folder.sha256(), device, mixed_precision)
 
@@ -100,7 +100,7 @@ def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) ->
             raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
 
 
-def _check_signature(pipeline: Any, folder: PipelineFolder) -> None:
+def check_text_to_image(pipeline: Any, folder: PipelineFolder) -> None:
     """Raise InputError unless the arguments the pipeline takes are a text-to-image pipeline's."""
     parameters = inspect.signature(pipeline.__call__).parameters
     required = [
