@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class PipelineMemory:
                 if models:
                     yield (
                         f"offload of {words} to the host's memory",
-                        lambda models=models: self._offload(models),
+                        partial(self._offload, models),
                     )
 
     def _offload(self, models: list[torch.nn.Module]) -> None:

@@ -115,7 +115,7 @@ class Drawing:
     def isolate(
         self, batch: Sequence[ImageRequest], check_health: Callable[[], None]
     ) -> Iterator[tuple[Sequence[ImageRequest], Outcome]]:
-        """Generate `batch`; where that fails, halve until the failing requests stand alone.
+        """Generate `batch`, in calls that fit; where that fails, halve until the failing requests stand alone.
 
         Yields `(requests, batch)` for parts that worked, `([request], error)` for one that did not.
         `check_health` is called after each failure that the generator does not put down to a request itself, and may raise
@@ -124,10 +124,14 @@ class Drawing:
         Raises:
             NodeError: memory does not suffice for one request, whatever the generator does to save it.
         """
+        fits = self.rows_for(batch[0])
+        if len(batch) > fits:
+            for part in _slices(batch, fits):
+                yield from self.isolate(part, check_health)
+            return
         outcome = self._try(batch)
         if outcome is None:
-            for part in _slices(batch, self.rows_for(batch[0])):
-                yield from self.isolate(part, check_health)
+            yield from self.isolate(batch, check_health)
         elif isinstance(outcome, GeneratedBatch):
             yield batch, outcome
         else:
