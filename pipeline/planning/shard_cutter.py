@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -112,12 +113,16 @@ class ShardCutter:
 
     def _emit_shards(self, held: pa.RecordBatch, shards: list[list[int]]) -> None:
         """Emit the rows of `held` at these positions; the others wait on."""
-        if shards:
-            ends = np.cumsum([len(shard) for shard in shards]).tolist()
-            self._emit(held.take(pa.array(np.concatenate(shards))), list(zip([0, *ends], ends, strict=False)))
-        kept = np.sort(np.concatenate([[], *self._buckets.values()]).astype(np.int64))
+        if not shards:
+            self._rows = held
+            return
+        ends = np.cumsum([len(shard) for shard in shards]).tolist()
+        self._emit(held.take(pa.array(np.concatenate(shards))), list(zip([0, *ends], ends, strict=False)))
+        waiting = np.array([p for bucket in self._buckets.values() for p in bucket], np.int64)
+        kept = np.sort(waiting)
         self._rows = held.take(pa.array(kept))  # a copy, so that `held` can go
-        self._buckets = {k: np.searchsorted(kept, b).tolist() for k, b in self._buckets.items()}
+        moved = iter(np.searchsorted(kept, waiting).tolist())
+        self._buckets = {key: list(islice(moved, len(bucket))) for key, bucket in self._buckets.items()}
 
 
 def _cut(positions: list[int], images: list[int], shard_size: int) -> list[list[int]]:
