@@ -22,7 +22,7 @@ from support.un0_checkpoints import CIFAR, FLAVOURS, publish, random_model
 
 from millijoule.jobs import convert
 from millijoule.jobs.entry import COMPLETE, ERROR
-from millijoule.workers.attempt import isolate
+from millijoule.workers.drawing.isolate import isolate
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.model_files import read_settings
 from millijoule.workers.generators.registry import describe_model, load_generator
