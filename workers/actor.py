@@ -156,10 +156,10 @@ class ShardWorker:
         self._runner.cancel(attempt_id)
 
     @ray.method(concurrency_group="status")
-    def give_back(self, attempt_id: str) -> None:
-        """Call off an attempt whose drawing has not begun: another worker can begin with it now, or nobody is to."""
+    def give_back(self, attempt_id: str) -> bool:
+        """Call off an attempt whose drawing has not begun: another worker can begin with it now, or nobody is to. False: it has."""
         assert self._runner is not None
-        self._runner.give_back(attempt_id)
+        return self._runner.give_back(attempt_id)
 
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:

@@ -91,12 +91,14 @@ class AttemptProgress:
 
     `images_done` grows as batches are drawn; `steps` whenever the attempt got further in any stage: a step of a batch, an
     image encoded, a part of a file stored. `waits`: it only waits for its own worker's device, which draws another one.
+    `has_begun`: the device has come to it.
     """
 
     attempt_id: str
     images_done: int = 0
     steps: int = 0
     waits: bool = False
+    has_begun: bool = False
 
 
 @dataclass(frozen=True)

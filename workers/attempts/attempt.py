@@ -19,18 +19,25 @@ class Attempt:
         images_done: images that are drawn, or given up; grows between batches.
         steps: grows whenever the attempt got further in any stage, which keeps its lease; stands while nothing moves.
         waits: it has all it needs but the device, which draws another attempt of this worker.
+        has_begun: the device has come to it.
     """
 
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
         self.images_done = self.steps = 0
-        self.waits = False
+        self.waits = self.has_begun = False
         self._lock = threading.Lock()
         self._cancelled = self._abandoned = False
 
     @property
     def progress(self) -> AttemptProgress:
-        return AttemptProgress(self.lease.attempt_id, self.images_done, self.steps, self.waits)
+        return AttemptProgress(
+            self.lease.attempt_id, self.images_done, self.steps, self.waits, self.has_begun
+        )
+
+    def begin(self) -> None:
+        """The device has come to it."""
+        self.waits, self.has_begun = False, True
 
     def step(self) -> None:
         """It got further."""

@@ -75,7 +75,8 @@ class Drawing:
         """
         lease = attempt.lease
         self.timeline.close("idle")
-        self._attempt, self._thread, attempt.waits = attempt, threading.get_ident(), False
+        self._attempt, self._thread = attempt, threading.get_ident()
+        attempt.begin()
         ended_as = "retry"
         try:
             yield
@@ -115,9 +116,9 @@ class Drawing:
         for part, outcome in isolate(self.generator, requests, self.check_health):
             self._step()
             if isinstance(outcome, Exception):
-                words = reason(outcome)
-                log.warning("%s: cannot be drawn: %s", part[0].source or part[0].prompt_id, words)
-                row = ImageRow(part[0], "quarantined", error=words)
+                why = reason(outcome)
+                log.warning("%s: cannot be drawn: %s", part[0].source or part[0].prompt_id, why)
+                row = ImageRow(part[0], "quarantined", error=why)
                 drawn.append(DrawnImage(next(at), row, is_suspect=not isinstance(outcome, RowError)))
                 continue
             for request, image, words, rejected in zip(

@@ -155,12 +155,14 @@ class AttemptRunner:
             if handover is not None:
                 handover.withdraw()
 
-    def give_back(self, attempt_id: str) -> None:
-        """Call an attempt off if its drawing has not begun."""
+    def give_back(self, attempt_id: str) -> bool:
+        """Call an attempt off if its drawing has not begun; False where it has."""
         with self._changed:
             attempt, handover = self._at_work.get(attempt_id, (None, None))
-            if attempt is not None and attempt.lease.writes and (handover is None or handover.withdraw()):
-                attempt.cancel()
+            if attempt is None or not attempt.lease.writes or (handover and not handover.withdraw()):
+                return False
+            attempt.cancel()
+            return True
 
     def close(self) -> None:
         """Wait until no attempt is at work, and end the threads."""
