@@ -77,7 +77,7 @@ def draw(generator: Generator, requests: Sequence[ImageRequest]) -> GeneratedBat
     return GeneratedBatch(images, tuple(warnings), tuple(rejected))
 
 
-class Drawing:
+class FittedGenerator:
     """A generator with the batch size that fits its device: memory that runs out is never a request's fault.
 
     A call for which memory does not suffice is halved, and the smaller size remembered; where one request alone does not fit,

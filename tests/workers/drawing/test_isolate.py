@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from millijoule.workers.drawing.batch_size import BatchSizer
-from millijoule.workers.drawing.isolate import AttemptCancelled, Drawing, batch_limits
+from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator, batch_limits
 from millijoule.workers.drawing.out_of_memory import is_out_of_memory
 from millijoule.workers.errors import NodeError, RowError
 from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo
@@ -45,7 +45,7 @@ def requests(n, **fields):
 
 
 def drawing(generator, batch_size=None):
-    return Drawing(generator, BatchSizer(batch_limits(generator, batch_size)), "a small card")
+    return FittedGenerator(generator, BatchSizer(batch_limits(generator, batch_size)), "a small card")
 
 
 def unhealthy():
