@@ -5,32 +5,26 @@ Drawing needs the `diffusers` extra.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.diffusion.batch_shapes import BatchShapes
-from millijoule.workers.diffusion.libraries import import_diffusers
-from millijoule.workers.diffusion.memory import DECODERS, DENOISERS, PipelineMemory
-from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, INDEX, PipelineFolder, read_pipeline
+from millijoule.workers.diffusion.loading import DENOISERS, LoadedPipeline, load_pipeline
+from millijoule.workers.diffusion.memory import PipelineMemory
+from millijoule.workers.diffusion.noise import seeded
+from millijoule.workers.diffusion.operations import count_operations
+from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, PipelineFolder, read_pipeline
 from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generators.fixed_size import unused_settings
-from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo, Rejection
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
-
-#: A pipeline with one of these arguments wants more than text, or makes something other than an image.
-OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
 
 
 class DiffusersGenerator:
@@ -42,27 +36,26 @@ class DiffusersGenerator:
             to a number of rows that was called before.
     """
 
-    def __init__(self, pipeline: Any, folder: PipelineFolder, sha256: str, device: str) -> None:
-        self.pipeline = pipeline
-        self.device = device
+    def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions) -> None:
+        self.pipeline, folder = loaded.pipeline, loaded.folder
+        self.loaded = loaded
+        self.options = options
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
         self.prompts = folder.defaults.prompts
-        on_cpu = not device.startswith("cuda")
-        self.mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
-        self.arguments = _check_signature(pipeline, folder)
-        self.scale = int(getattr(pipeline, "vae_scale_factor", 1))
-        width, height = _native_size(pipeline, folder, self.scale)
-        self.memory = PipelineMemory(pipeline, device)
+        self.arguments = loaded.arguments
+        self.scale = int(getattr(self.pipeline, "vae_scale_factor", 1))
+        width, height = _native_size(self.pipeline, folder, self.scale)
+        self.memory = PipelineMemory(self.pipeline, loaded.device)
         self.fixed_batch = False
         self._shapes = BatchShapes()
         self.info = GeneratorInfo(
             name=folder.name,
-            sha256=sha256,
+            sha256=loaded.sha256,
             width=width,
             height=height,
             num_inference_steps=folder.defaults.num_inference_steps,
-            batch_size=self.memory.limits(width, height).first,
+            batch_size=options.batch_size or self.memory.limits(width, height).first,
         )
 
     @staticmethod
@@ -72,38 +65,13 @@ class DiffusersGenerator:
         device: str = "cpu",
         options: GeneratorOptions = GeneratorOptions(),  # noqa: B008 (frozen)
     ) -> DiffusersGenerator:
-        """Load the pipeline in directory `path`. Nothing is downloaded.
-
-        On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
-        may be out of float16's range, and run in bfloat16, or in float32 where the GPU only emulates bfloat16. On a CPU it runs
-        in float32, and matrices and convolutions of a denoiser that is stored in float16 are multiplied in bfloat16 where
-        the processor does that (half the time).
+        """Load the pipeline in directory `path` (see `load_pipeline`).
 
         Raises:
             InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
                 `read_pipeline`).
         """
-        folder = read_pipeline(path)
-        diffusers, transformers = import_diffusers()
-        _check_classes(folder, diffusers, transformers)
-        dtype = torch.float32
-        if device.startswith("cuda"):
-            wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-            dtype = torch.float16 if _is_stored_in_float16(folder) else wide
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                str(folder.path),
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=dtype,
-            )
-        except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
-            raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
-        pipeline.set_progress_bar_config(disable=True)
-        return DiffusersGenerator(pipeline.to(device), folder, folder.sha256(), device)
+        return DiffusersGenerator(load_pipeline(read_pipeline(path), device, options), options)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size this model cannot make."""
@@ -136,28 +104,10 @@ class DiffusersGenerator:
         return request.guidance_scale, request.negative_prompt is None
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
-        """Operations per image at the default guidance, two per multiply-accumulate, of text, denoiser and decoder.
-
-        One step of the real pipeline is counted and its denoiser multiplied by the schedule's number of evaluations.
-        What guidance doubles is doubled in that one step already. Only convolutions, matrix products and attention
-        count, as `torch.utils.flop_counter` has it.
-        """
+        """Operations per image at the default guidance (`operations.count_operations`)."""
         request = ImageRequest("", 0, "", 0, num_inference_steps=1)
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-            self.pipeline(**self._call([request]))
-        by_class = {kind: sum(counts.values()) for kind, counts in counter.get_flop_counts().items()}
-        components = {
-            type(model).__name__: name
-            for name, model in self.pipeline.components.items()
-            if isinstance(model, torch.nn.Module) and name not in DECODERS
-        }
-        counts = {name: by_class.get(kind, 0) for kind, name in components.items()}
-        decoder = by_class["Global"] - sum(counts.values())  # no module's call, and so not counted by class
-        text = sum(n for name, n in counts.items() if name.startswith("text_encoder"))
-        one_step = sum(n for name, n in counts.items() if name in DENOISERS)
         steps = num_inference_steps or self.info.num_inference_steps
-        denoiser = one_step * self._evaluations(steps) // self._evaluations(1)
-        return {"text": text, "denoiser": denoiser, "decoder": decoder}
+        return count_operations(self.pipeline, lambda: self.pipeline(**self._call([request])), steps)
 
     def _draw_padded(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
         """As `_draw`; where the batch is fixed, with rows after them that fill it up."""
@@ -175,7 +125,7 @@ class DiffusersGenerator:
 
     def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
         """Images of a batch of requests that agree in all settings, and whether each was blanked."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision):
+        with self.loaded.precision():
             result = self.pipeline(**self._call(requests))
         pixels = np.asarray(result.images, dtype=np.float64)
         if not np.isfinite(pixels).all():
@@ -212,15 +162,6 @@ class DiffusersGenerator:
         self.on_step()
         return kept  # nothing is changed
 
-    def _evaluations(self, steps: int) -> int:
-        """How often the scheduler has the denoiser evaluated in `steps` steps; second-order ones do so more often."""
-        scheduler = self.pipeline.scheduler
-        try:
-            scheduler.set_timesteps(steps)
-        except (TypeError, ValueError):  # it asks for the image's size; all such are first-order
-            return steps
-        return len(scheduler.timesteps)
-
     def _check(self, request: ImageRequest) -> None:
         width, height = request.width or self.info.width, request.height or self.info.height
         if "width" not in self.arguments and (width, height) != (self.info.width, self.info.height):
@@ -244,66 +185,6 @@ class DiffusersGenerator:
                 words.append(f"the prompt is {length} tokens long, this model reads the first {limit}")
         size = request.width or self.info.width, request.height or self.info.height
         return (*words, *unused_settings(request, self.arguments), *self.memory.warnings(*size))
-
-
-def _is_stored_in_float16(folder: PipelineFolder) -> bool:
-    """Whether all weights of the denoiser are."""
-    files = [f for f in folder.files if f.suffix == ".safetensors" and f.parent.name in DENOISERS]
-    return frozenset().union(*(read_header(f).dtypes for f in files)) == {"F16"}
-
-
-def seeded(seed: int) -> Any:
-    """A torch generator on the CPU that depends on all 64 bits of `seed`.
-
-    torch's `manual_seed` drops the upper 32, which would give two of some 65,000 images the same noise. Seeds below
-    2**32 mean what they mean everywhere else; the upper half of larger ones is mixed into the generator's state.
-    """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    if seed >= 2**32:
-        state = generator.get_state()
-        words = state.numpy()[24 : 24 + 8 * 624].view(np.uint64)  # of the Mersenne twister, 32 bits in each
-        words ^= np.random.SeedSequence(seed >> 32).generate_state(624)
-        generator.set_state(state)
-    return generator
-
-
-#: torch's counter knows the attention kernels of GPUs only. Its functions take the shapes of query, key and value first.
-_CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION = {_CPU_KERNEL: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
-
-
-def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
-    """Every class must be one that the two libraries have; a component may also name a module of diffusers.pipelines."""
-    where, pipeline = folder.path / INDEX, getattr(diffusers, folder.class_name, None)
-    if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
-        raise InputError(f"{where}: diffusers {diffusers.__version__} has no {folder.class_name}")
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    for name, (library, class_name) in folder.components.items():
-        module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
-        if not inspect.ismodule(module) or not module.__name__.startswith(("diffusers", "transformers")):
-            raise InputError(
-                f"{where}: {name} is of {library}; only classes of diffusers and transformers are loaded"
-            )
-        if not hasattr(module, class_name):
-            raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
-
-
-def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
-    """Names of the arguments the pipeline takes, if those are a text-to-image pipeline's."""
-    parameters = inspect.signature(pipeline.__call__).parameters
-    required = [
-        n
-        for n, p in parameters.items()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n != "prompt"
-    ]
-    needed = ("prompt", "generator", "num_inference_steps", "output_type")
-    missing = [n for n in needed if n not in parameters]
-    other = required + [n for n in OTHER_TASKS if n in parameters]
-    if missing or other:
-        where = folder.path / INDEX
-        why = f"takes no {missing[0]}" if missing else f"is made for {other[0]}"
-        raise InputError(f"{where}: {folder.class_name} {why}; only text-to-image pipelines are used")
-    return frozenset(parameters)
 
 
 def _native_size(pipeline: Any, folder: PipelineFolder, scale: int) -> tuple[int, int]:

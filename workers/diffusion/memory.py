@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from millijoule.workers.diffusion.loading import DECODERS, DENOISERS
 from millijoule.workers.drawing.out_of_memory import release_memory
 from millijoule.workers.generators.protocol import BatchLimits
 
@@ -35,8 +36,7 @@ USUAL_CHANNELS = 128
 #: Of the memory that is free, what a first guess may fill.
 GUESSED_SHARE = 0.8
 
-DECODERS = ("vae", "vqvae", "movq", "vqgan")
-DENOISERS = ("unet", "transformer", "prior", "decoder")
+#: Where pipelines keep what reads prompts.
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 _CGROUP = Path("/sys/fs/cgroup")

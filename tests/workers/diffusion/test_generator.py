@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from millijoule.workers.diffusion.generator import DiffusersGenerator, seeded
+from millijoule.workers.diffusion.generator import DiffusersGenerator
+from millijoule.workers.diffusion.noise import seeded
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
@@ -361,10 +362,10 @@ def test_float16_weights_are_multiplied_in_bfloat16_where_the_processor_does(mon
     """The shipped baseline: nearly the images of float32, and still none depends on its batch."""
     narrow = load_generator("baseline")
     monkeypatch.setattr(
-        "millijoule.workers.diffusion.generator.multiplies_bfloat16", lambda device="cpu": False
+        "millijoule.workers.diffusion.loading.multiplies_bfloat16", lambda device="cpu": False
     )
     exact = load_generator("baseline")
-    assert not exact.mixed_precision
+    assert not exact.loaded.mixed_precision
     wanted = [
         ImageRequest(str(i), 0, f"a red cat left of {i} blue stars", i, num_inference_steps=4)
         for i in (1, 2, 3)
@@ -372,5 +373,5 @@ def test_float16_weights_are_multiplied_in_bfloat16_where_the_processor_does(mon
     images = narrow.generate(wanted).images
     apart = np.abs(images.astype(int) - exact.generate(wanted).images.astype(int)).mean()
     assert apart < 3
-    assert (apart > 0) == narrow.mixed_precision
+    assert (apart > 0) == narrow.loaded.mixed_precision
     assert np.array_equal(narrow.generate(wanted[1:]).images, images[1:])
