@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import ray
 
 from millijoule.workers.attempts.runner import AttemptRunner, device_thread
+from millijoule.workers.drawing.out_of_memory import release_memory
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.factory_model import check_factory_model
@@ -114,6 +115,7 @@ class ShardWorker:
         timeline.close("load")
         runner = AttemptRunner(config, store, generator, meter, timeline, worker, self.power, device)
         runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
+        release_memory()  # what only loading needed
         if config.output_url:
             store.put(worker_key(self.worker_id), describe().to_json())
         timeline.close("warmup")

@@ -9,6 +9,7 @@ from millijoule.workers import factories
 from millijoule.workers.diffusion.pipeline_folder import read_pipeline
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
+from millijoule.workers.generators.load_turn import load_turn
 from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator, ModelIdentity
@@ -63,7 +64,8 @@ def load_generator(
     if path.is_dir():
         from millijoule.workers.diffusion.generator import DiffusersGenerator
 
-        return DiffusersGenerator.load(path, device=device, options=options)
+        with load_turn(path):
+            return DiffusersGenerator.load(path, device=device, options=options)
     if read_header(path).metadata.get("format") == "un0":
         from millijoule.workers.generators.un0 import Un0Generator
 
