@@ -353,7 +353,8 @@ class JobRun:
         self._on_tick()
 
     def _check_caps(self) -> bool:
-        leases = [e.lease for e in self.coordinator.active.values()]
+        # what nobody has come to is taken back when the cap is reached
+        leases = [e.lease for e in self.coordinator.active.values() if not e.is_ahead]
         at_work = sum(lease.shard.n_images for lease in leases if lease.probe_rows is None)
         self.cap_reached = self.spending.reached(time.time(), at_work / max(1, self.counts.images_done))
         return self.cap_reached is not None

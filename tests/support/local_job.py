@@ -14,7 +14,7 @@ from millijoule.pipeline.planning.make_plan import plan_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.workers.attempt import AttemptRunner
+from millijoule.workers.attempts.runner import AttemptRunner
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import WorkerConfig

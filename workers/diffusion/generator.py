@@ -71,7 +71,7 @@ class DiffusersGenerator:
             width=family.width,
             height=family.height,
             num_inference_steps=folder.defaults.num_inference_steps,
-            batch_size=self.memory.limits(family.width, family.height).first,
+            batch_size=options.batch_size or self.memory.limits(family.width, family.height).first,
         )
 
     @staticmethod
@@ -238,7 +238,7 @@ class DiffusersGenerator:
             return None
         for what, text in self._texts(request):
             if self.reader.lost(text):
-                return Rejection("quarantined", self.reader.warnings(text, what)[0])
+                return Rejection("quarantined", self.reader.warnings(text, what)[0], drawn=False)
         return None
 
     def _texts(self, request: ImageRequest) -> list[tuple[str, str]]:
