@@ -346,10 +346,14 @@ class JobRun:
         self._on_tick()
 
     def _check_caps(self) -> bool:
-        # what nobody has come to is taken back when the cap is reached
-        leases = [e.lease for e in self.coordinator.active.values() if not e.is_ahead]
-        at_work = sum(lease.shard.n_images for lease in leases if lease.probe_rows is None)
-        self.cap_reached = self.spending.reached(time.time(), at_work / max(1, self.counts.images_done))
+        out = [e for e in self.coordinator.active.values() if e.lease.probe_rows is None]
+        ahead = sum(e.lease.shard.n_images for e in out if e.is_ahead)
+        at_work = sum(e.lease.shard.n_images for e in out) - ahead
+        done, now = max(1, self.counts.images_done), time.time()
+        self.cap_reached = self.spending.reached(now, at_work / done)
+        # near a cap nobody comes to a shard of which it is not known whether it may still be made
+        more = max(ahead, at_work)
+        self.pool.leases_ahead = self.spending.reached(now, (at_work + more) / done) is None
         return self.cap_reached is not None
 
     def flush(self, *, everything: bool = False) -> None:
