@@ -28,6 +28,7 @@ from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
 from millijoule.pipeline.running.spending import Spending
 from millijoule.workers.errors import AlreadyExistsError, JobError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
@@ -114,6 +115,7 @@ class JobRun:
             model_sha256=job.model_sha256,
             driver_epoch=self.epoch,
             options=model_options,
+            image_format=ImageFormat(job.image_format, job.image_quality),
             commits_exclusively=planned.exclusive,
             cpu_threads=max(1, int(options.cpus_per_worker)),
             telemetry=telemetry,
