@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from millijoule.workers.diffusion.batch_shapes import BatchShapes
+from millijoule.workers.diffusion.engine_modules import prepare_pipeline
 from millijoule.workers.diffusion.families import check_long_prompts, describe_family
 from millijoule.workers.diffusion.loading import LoadedPipeline, load_pipeline
 from millijoule.workers.diffusion.loras import LoraSwitch
+from millijoule.workers.diffusion.memory import PipelineMemory
 from millijoule.workers.diffusion.model_files import read_model
 from millijoule.workers.diffusion.operations import count_operations
 from millijoule.workers.diffusion.pipeline_call import Drawn, PipelineCall, Row, Settings
@@ -22,32 +25,36 @@ from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES
 from millijoule.workers.diffusion.precision import is_narrow
 from millijoule.workers.diffusion.prompt_chunks import count_chunks
 from millijoule.workers.diffusion.prompt_tokens import open_prompt_reader
+from millijoule.workers.engines.open import open_engine
+from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.errors import RowError
-from millijoule.workers.generators.fixed_size import padded
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, Rejection
+from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo, Rejection
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
 
 log = logging.getLogger(__name__)
 
-#: The pipeline always sees this many rows; the rest is padding. A GPU is idle most of the time with 16 small images.
-BATCH_SIZE, GPU_BATCH_SIZE, GPU_BATCH_SIZE_SMALL = 8, 16, 256
-
-#: Images of at most this many pixels are small.
-SMALL_PIXELS = 128 * 128
-
 
 class DiffusersGenerator:
-    """A loaded pipeline. Build with `load`; see `Generator` and `ReportsSteps` for the protocols."""
+    """A loaded pipeline. Build with `load`; see `Generator`, `ReportsSteps`, `SizesBatches`, `SavesMemory` and `GroupsRequests`
+    for the protocols.
 
-    def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions) -> None:
+    Attributes:
+        fixed_batch: whether a call of another number of rows costs a compilation or a capture: then a smaller batch is padded
+            to a number of rows that was called before.
+    """
+
+    def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions, engine: Engine) -> None:
+        """`engine` runs the modules of the pipeline from now on."""
         folder = loaded.folder
         self.loaded = loaded
         self.pipeline = loaded.pipeline
         self.options = options
         self.loras = LoraSwitch(self.pipeline, options.loras)
+        self.engine = engine
+        prepare_pipeline(self.pipeline, engine)
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
         self.prompts = folder.defaults.prompts
@@ -55,14 +62,16 @@ class DiffusersGenerator:
         self.reader = open_prompt_reader(self.pipeline)
         self.call = PipelineCall(loaded, family, lambda: self.on_step())
         self._apart: set[str] = set()
-        gpu_batch = GPU_BATCH_SIZE_SMALL if family.width * family.height <= SMALL_PIXELS else GPU_BATCH_SIZE
+        self.memory = PipelineMemory(self.pipeline, loaded.device)
+        self.fixed_batch = engine.fixed_shapes
+        self._shapes = BatchShapes()
         self.info = GeneratorInfo(
             name=folder.name,
             sha256=loaded.sha256,
             width=family.width,
             height=family.height,
             num_inference_steps=folder.defaults.num_inference_steps,
-            batch_size=BATCH_SIZE if loaded.on_cpu else gpu_batch,
+            batch_size=self.memory.limits(family.width, family.height).first,
         )
 
     @staticmethod
@@ -80,7 +89,9 @@ class DiffusersGenerator:
         """
         folder = read_model(path, options)
         check_long_prompts(folder.class_name, options.long_prompts)
-        return DiffusersGenerator(load_pipeline(folder, device, options), options)
+        return DiffusersGenerator(
+            load_pipeline(folder, device, options), options, open_engine(options, device)
+        )
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size or a number of steps this model cannot make."""
@@ -92,25 +103,49 @@ class DiffusersGenerator:
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             if rejected[i] is None:
-                groups[self._group(request)].append(i)
+                groups[self.call_group(request)].append(i)
         for places in groups.values():
-            for part, count in padded(len(places), self.info.batch_size):
-                chosen = [requests[places[k]] for k in part]
-                settings = self._settings(chosen[0])
-                self.loras.use(chosen[0].lora)
-                drawn = self.call.draw([self._row(r) for r in chosen], settings)
-                for k in range(count):
-                    i = places[part[k]]
-                    images[i], words, rejected[i] = self._judge(requests[i], settings, drawn, k)
-                    warnings[i] += words
+            drawn, settings = self._draw([requests[i] for i in places])
+            for k, i in enumerate(places):
+                images[i], words, rejected[i] = self._judge(requests[i], settings, drawn, k)
+                warnings[i] += words
         return GeneratedBatch(np.stack(images), tuple(warnings), tuple(rejected))
+
+    def batch_limits(self, width: int, height: int) -> BatchLimits:
+        """See `SizesBatches`."""
+        return self.memory.limits(width, height)
+
+    def save_memory(self) -> str | None:
+        """See `SavesMemory`."""
+        return self.memory.save()
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""
         request = ImageRequest("", 0, "", 0, num_inference_steps=1)
         steps = num_inference_steps or self.info.num_inference_steps
         call = self.call.arguments([Row("", None, 0)], self._settings(request))
-        return count_operations(self.pipeline, lambda: self.pipeline(**call), steps)
+        with self.engine.plain():
+            return count_operations(self.pipeline, lambda: self.pipeline(**call), steps)
+
+    def _draw(self, requests: Sequence[ImageRequest]) -> tuple[Drawn, Settings]:
+        """A batch of requests of one group; where the batch is fixed, rows after them fill it up."""
+        settings = self._settings(requests[0])
+        switches = self.loras.switches
+        self.loras.use(requests[0].lora)
+        if self.loras.switches != switches:
+            self.engine.renew()
+        rows = [self._row(r) for r in requests]
+        if not self.fixed_batch:
+            return self.call.draw(rows, settings), settings
+        height, width, _ = self._shape(requests[0])
+        wanted = self._shapes.rows_for((width, height), len(rows))
+        try:
+            drawn = self.call.draw([*rows, *[rows[0]] * (wanted - len(rows))], settings)
+        except Exception:
+            self._shapes.failed((width, height), wanted)
+            raise
+        self._shapes.ran((width, height), wanted)
+        return drawn, settings
 
     def _judge(
         self, request: ImageRequest, settings: Settings, drawn: Drawn, k: int
@@ -136,7 +171,8 @@ class DiffusersGenerator:
             return Rejection("quarantined", "pixels are not finite numbers", confirm=True)
         log.warning("%s: pixels are not finite numbers; the image is drawn again in float32", where)
         try:
-            drawn = self.call.draw([self._row(request)], settings, float32=True)
+            with self.engine.plain():
+                drawn = self.call.draw([self._row(request)], settings, float32=True)
         except Exception as error:  # no memory for it, or a network that knows no other precision
             why = f"pixels are not finite numbers, and cannot be drawn in float32: {error}"
             return Rejection("quarantined", why[:500], confirm=True)
@@ -146,8 +182,9 @@ class DiffusersGenerator:
             )
         return drawn
 
-    def _group(self, request: ImageRequest) -> Hashable:
-        """Requests of one group may share a call of the pipeline."""
+    def call_group(self, request: ImageRequest) -> Hashable:
+        """See `GroupsRequests`: a call has one guidance scale, one mix of LoRAs, negative prompts for all its rows or for none,
+        and prompts of one length where the pipeline does not hide padding."""
         settings = self._settings(request)
         alike = (request.guidance_scale, request.negative_prompt is None, request.lora, settings.chunks)
         if self.family.fixed_length:
@@ -219,4 +256,5 @@ class DiffusersGenerator:
             for what, text in self._texts(request):
                 words += self.reader.warnings(text, what)
         scale = self._settings(request).guidance_scale
-        return (*words, *self.family.unused(request, scale))
+        size = request.width or self.info.width, request.height or self.info.height
+        return (*words, *self.family.unused(request, scale), *self.memory.warnings(*size))

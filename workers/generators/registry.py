@@ -81,13 +81,15 @@ def load_generator(
 
         return DiffusersGenerator.load(path, device=device, options=options)
     _refuse_pipeline_options(model, options)
+    from millijoule.workers.engines.open import open_engine
+
     if read_header(path).metadata.get("format") == "un0":
         from millijoule.workers.generators.un0 import Un0Generator
 
-        return Un0Generator.load(path, device=device)
+        return Un0Generator.load(path, device=device, engine=open_engine(options, device))
     from millijoule.workers.generators.oscillator import OscillatorGenerator
 
-    return OscillatorGenerator.load(path, device=device)
+    return OscillatorGenerator.load(path, device=device, engine=open_engine(options, device))
 
 
 def model_path(model: str) -> Path:
