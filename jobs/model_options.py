@@ -21,8 +21,14 @@ class ModelOptions:
     engine: Literal["deepspeed", "compile", "eager"] = "deepspeed"
     """What runs the networks: DeepSpeed-Inference, torch.compile, or PyTorch as it is."""
 
+    long_prompts: Literal["truncate", "reject", "chunk"] = "truncate"
+    """What happens to a prompt with more tokens than the model's text encoders read: its end is not read, which `warnings`
+    says with the lost words; its image is quarantined; or it is read in pieces (Stable Diffusion, SDXL, LCM)."""
+
     def read(self) -> GeneratorOptions:
         """What these options say; raises InputError, which names the option."""
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: at least 1")
-        return GeneratorOptions(engine=self.engine, batch_size=self.batch_size)
+        return GeneratorOptions(
+            engine=self.engine, batch_size=self.batch_size, long_prompts=self.long_prompts
+        )

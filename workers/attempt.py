@@ -166,7 +166,7 @@ class AttemptRunner:
             except Exception as error:
                 confirmed.append(replace(suspect, reason=_reason(error)))
             else:
-                if rejected is None or rejected.status != "quarantined":
+                if rejected is None or not rejected.may_be_the_device:
                     return AttemptResult(lease, "contradicted", suspects=(suspect,))
                 confirmed.append(replace(suspect, reason=rejected.reason[:MAX_ERROR_CHARS]))
             self._step()
@@ -288,14 +288,15 @@ class AttemptRunner:
                     status, reason = rejected.status, rejected.reason[:MAX_ERROR_CHARS]
                     log.warning("%s: %s: %s", request.source or request.prompt_id, status, reason)
                     # what a safety checker says is said of the image; numbers that are none may be the device's fault
-                    yield replace(made, status=status, error=reason), None, status == "quarantined"
+                    yield replace(made, status=status, error=reason), None, rejected.may_be_the_device
                     continue
                 encoded = encode_png(
                     image, request, steps=steps, model_name=info.name, model_sha256=info.sha256
                 )
                 self._step()
                 yield made, encoded, False
-            self._served = requests[0]
+            drawn = (r for r, why in zip(requests, outcome.rejected, strict=True) if why is None)
+            self._served = next(drawn, self._served)
 
     def calibrate(self, requests: Sequence[ImageRequest]) -> Calibration:
         """Draw and encode `requests` and throw them away."""
@@ -343,13 +344,15 @@ class AttemptRunner:
             self._draw_healthy(self._served)
 
     def _draw_healthy(self, request: ImageRequest) -> None:
+        what = "does not work" if self._served is None else "no longer works"
         try:
-            self.drawing.draw_one(request)
+            (rejected,) = self.drawing.draw_one(request).rejected
         except (AttemptCancelled, NodeError):
             raise
         except Exception as error:
-            what = "does not work" if self._served is None else "no longer works"
             raise SickWorkerError(f"the generator {what} on this device: {_reason(error)}") from error
+        if rejected is not None and rejected.may_be_the_device:
+            raise SickWorkerError(f"the generator {what} on this device: {rejected.reason}")
 
 
 @contextmanager

@@ -126,7 +126,14 @@ class PipelineCall:
                     return self.pipeline(**call)
             with self.loaded.precision():
                 return self.pipeline(**call)
-        except (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            NotImplementedError,
+            TypeError,
+            ValueError,
+        ) as error:
             if scheduler := self._scheduler_at_fault(error):
                 raise RowError(
                     f"num_inference_steps {settings.num_inference_steps}: {scheduler} does not draw in so many steps "
