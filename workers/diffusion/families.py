@@ -24,6 +24,11 @@ TRUE_CFG_SCALE = 4.0
 #: What stands for "no negative prompt" in guidance that needs one.
 NO_NEGATIVE_PROMPT = " "
 
+#: How far the same request's images may be from each other, in batches of other sizes or beside other prompts, computed in
+#: float32: sums are rounded otherwise in products of other shapes, so that now and then a value falls to the next of 255
+#: levels, in at most this share of an image's values.
+LEVELS, PIXELS = 1, 0.05
+
 #: Pipelines that read prompts to a fixed length, whatever stands beside them, or mask their padding: a neighbour is
 #: never seen (`tests/workers/diffusion/test_neighbours.py`). Prompts of any others share a batch only where they have
 #: equally many tokens.

@@ -143,9 +143,7 @@ class PipelineCall:
 
     def _scheduler_at_fault(self, error: BaseException) -> str | None:
         """The class of the scheduler that `error` comes from, or speaks of."""
-        classes = [
-            type(part) for part in self.pipeline.components.values() if callable(getattr(part, "step", None))
-        ]
+        classes = [type(part) for part in self.pipeline.components.values() if hasattr(part, "set_timesteps")]
         files = set()
         trace = error.__traceback__
         while trace is not None:
