@@ -51,6 +51,10 @@ class ModelOptions:
     """Folder, on every node, for models that are fetched from buckets. Default: MILLIJOULE_CACHE, else
     ~/.cache/millijoule/models."""
 
+    long_prompts: Literal["truncate", "reject", "chunk"] = "truncate"
+    """What happens to a prompt with more tokens than the model's text encoders read: its end is not read, which `warnings`
+    says with the lost words; its image is quarantined; or it is read in pieces (Stable Diffusion, SDXL, LCM)."""
+
     def read(self) -> GeneratorOptions:
         """What these options say; raises InputError, which names the option."""
         if self.batch_size is not None and self.batch_size < 1:
@@ -63,6 +67,7 @@ class ModelOptions:
             scheduler=self.scheduler,
             vae=None if self.vae is None else ModelPart(self.vae),
             config=self.config,
+            long_prompts=self.long_prompts,
         )
 
     def obtain(self, model: str, revision: str | None = None) -> ObtainedModel:

@@ -266,7 +266,7 @@ def test_numbers_that_are_none_on_one_device_only_are_no_rows_fault(cluster, job
             generator.rejection = lambda request: (
                 None
                 if request.prompt_id == "warm-up"
-                else Rejection("quarantined", "not finite", confirm=True)
+                else Rejection("quarantined", "not finite")
             )
         return generator
 

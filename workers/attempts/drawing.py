@@ -133,11 +133,11 @@ class Drawing:
                     continue
                 status, why = rejected.status, rejected.reason[:MAX_ERROR_CHARS]
                 log.warning("%s: %s: %s", request.source or request.prompt_id, status, why)
-                if rejected.drawn:
-                    row = replace(row, status=status, error=why)
-                else:
+                if rejected.certain:  # the device has not worked for it
                     row = ImageRow(request, status, error=why, warnings=words)
-                drawn.append(DrawnImage(next(at), row, is_suspect=rejected.confirm))
+                else:
+                    row = replace(row, status=status, error=why)
+                drawn.append(DrawnImage(next(at), row, is_suspect=rejected.may_be_the_device))
             self.served = part[0]
         return drawn
 

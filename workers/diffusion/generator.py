@@ -14,7 +14,7 @@ import numpy as np
 
 from millijoule.workers.diffusion.batch_shapes import BatchShapes
 from millijoule.workers.diffusion.engine_modules import prepare_pipeline
-from millijoule.workers.diffusion.families import check_long_prompts, describe_family
+from millijoule.workers.diffusion.families import describe_family
 from millijoule.workers.diffusion.loading import LoadedPipeline, load_pipeline
 from millijoule.workers.diffusion.memory import PipelineMemory
 from millijoule.workers.diffusion.operations import count_operations
@@ -88,7 +88,6 @@ class DiffusersGenerator:
                 `read_model`), or the options ask for what it cannot do.
         """
         folder = read_model(path, options)
-        check_long_prompts(folder.class_name, options.long_prompts)
         return DiffusersGenerator(
             load_pipeline(folder, device, options), options, open_engine(options, device)
         )
@@ -168,18 +167,16 @@ class DiffusersGenerator:
         """One more try for a row whose pixels were not finite numbers."""
         where = request.source or request.prompt_id
         if not (self.loaded.mixed_precision or is_narrow(self.pipeline)):
-            return Rejection("quarantined", "pixels are not finite numbers", confirm=True)
+            return Rejection("quarantined", "pixels are not finite numbers")
         log.warning("%s: pixels are not finite numbers; the image is drawn again in float32", where)
         try:
             with self.engine.plain():
                 drawn = self.call.draw([self._row(request)], settings, float32=True)
         except Exception as error:  # no memory for it, or a network that knows no other precision
             why = f"pixels are not finite numbers, and cannot be drawn in float32: {error}"
-            return Rejection("quarantined", why[:500], confirm=True)
+            return Rejection("quarantined", why[:500])
         if not drawn.finite[0]:
-            return Rejection(
-                "quarantined", "pixels are not finite numbers, not in float32 either", confirm=True
-            )
+            return Rejection("quarantined", "pixels are not finite numbers, not in float32 either")
         return drawn
 
     def call_group(self, request: ImageRequest) -> Hashable:
@@ -238,7 +235,7 @@ class DiffusersGenerator:
             return None
         for what, text in self._texts(request):
             if self.reader.lost(text):
-                return Rejection("quarantined", self.reader.warnings(text, what)[0], drawn=False)
+                return Rejection("quarantined", self.reader.warnings(text, what)[0], certain=True)
         return None
 
     def _texts(self, request: ImageRequest) -> list[tuple[str, str]]:
