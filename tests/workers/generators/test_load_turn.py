@@ -43,9 +43,7 @@ def holder(tmp_path):
 
 def test_one_process_loads_at_a_time(tmp_path):
     log = tmp_path / "log"
-    started = [
-        SPAWN.Process(target=load, args=(tmp_path / "a", tmp_path / "turns", log)) for _ in range(4)
-    ]
+    started = [SPAWN.Process(target=load, args=(tmp_path / "a", tmp_path / "turns", log)) for _ in range(4)]
     for process in started:
         process.start()
     for process in started:
