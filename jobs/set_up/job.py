@@ -19,6 +19,7 @@ from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retr
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
 from millijoule.workers.errors import InputError, StoreError
+from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import BAD_ROWS_KEY, SUCCESS_KEY
 from millijoule.workers.storage.protocol import Store
 
@@ -62,6 +63,9 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
         "job_seed": options.seed,
         "output_format": options.format,
     }
+    images = request.image_format
+    if images != ImageFormat():
+        extra |= {"image_format": images.name, "image_quality": images.quality}
     if said := request.model.identity():  # a job from before there were such options goes on
         extra["model_options"] = said
     fingerprint = compute_fingerprint(request.files, plan, extra)
@@ -70,6 +74,8 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
         asked = {
             **extra,
             "model_options": said,
+            "image_format": images.name,
+            "image_quality": images.quality,
             "model": options.model,
             "images_per_prompt": plan.images_per_prompt,
             "shard_size": plan.shard_size,
@@ -110,6 +116,8 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
         job_seed=options.seed,
         images_per_prompt=options.images_per_prompt,
         output_format=options.format,
+        image_format=request.image_format.name,
+        image_quality=request.image_format.quality,
         model_options=request.model.identity(),
         shard_size=request.plan.shard_size,
         duplicate_ids=options.duplicate_ids,

@@ -14,6 +14,7 @@ from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import ModelIdentity
 from millijoule.workers.generators.registry import describe_model
+from millijoule.workers.images.formats import ImageFormat, read_image_format
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.storage.inputs import InputFile, expand_inputs
 
@@ -32,7 +33,7 @@ class JobRequest:
     """One job, as asked for: the options, and what those that are text, or name something else, stand for.
 
     `files` are what the prompts stood for when the request was made, and `identity` is the model's at that time; `model` is how
-    it is loaded and run.
+    it is loaded and run, `image_format` what images are encoded as.
     Where `shard_seconds` is given, `plan.shard_size` only stands in until a calibration. `resources` are the custom ones a
     worker asks for, by Ray's names; `bounds` the (fewest, most) workers, None: auto.
     """
@@ -41,6 +42,7 @@ class JobRequest:
     files: tuple[InputFile, ...]
     identity: ModelIdentity
     model: GeneratorOptions
+    image_format: ImageFormat
     plan: PlanOptions
     shard_seconds: float | None
     resources: dict[str, float]
@@ -83,6 +85,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
         files=tuple(expand_inputs(options.prompts)),
         identity=describe_model(options.model),
         model=options.model_options.read(),
+        image_format=read_image_format(options.image_format, options.quality),
     )
 
 
