@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.attempts.encoding import DrawnImage
@@ -123,19 +123,21 @@ class Drawing:
             for request, image, words, rejected in zip(
                 part, outcome.images, outcome.warnings, outcome.rejected, strict=True
             ):
-                if rejected is not None:
-                    log.warning(
-                        "%s: %s: %s", request.source or request.prompt_id, rejected.status, rejected.reason
-                    )
-                    row = ImageRow(request, rejected.status, error=rejected.reason, warnings=words)
-                    drawn.append(DrawnImage(next(at), row))
-                    continue
                 height, width = image.shape[:2]
                 steps = request.num_inference_steps or self.generator.info.num_inference_steps
                 row = ImageRow(
                     request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
                 )
-                drawn.append(DrawnImage(next(at), row, image))
+                if rejected is None:
+                    drawn.append(DrawnImage(next(at), row, image))
+                    continue
+                status, why = rejected.status, rejected.reason[:MAX_ERROR_CHARS]
+                log.warning("%s: %s: %s", request.source or request.prompt_id, status, why)
+                if rejected.drawn:
+                    row = replace(row, status=status, error=why)
+                else:
+                    row = ImageRow(request, status, error=why, warnings=words)
+                drawn.append(DrawnImage(next(at), row, is_suspect=rejected.confirm))
             self.served = part[0]
         return drawn
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from millijoule.workers.attempts.attempt import Attempt
-from millijoule.workers.attempts.drawing import Drawing, Requests, reason
+from millijoule.workers.attempts.drawing import MAX_ERROR_CHARS, Drawing, Requests, reason
 from millijoule.workers.drawing.isolate import AttemptCancelled
 from millijoule.workers.errors import NodeError
 from millijoule.workers.lease import AttemptResult, Suspect
@@ -47,13 +47,15 @@ def confirm(drawing: Drawing, attempt: Attempt, requests: Requests) -> AttemptRe
             if healthy is not None:
                 drawing.draw_healthy(healthy)
             try:
-                drawing.fitted.draw_one(requests[suspect.row, suspect.image_index])
+                (rejected,) = drawing.fitted.draw_one(requests[suspect.row, suspect.image_index]).rejected
             except (AttemptCancelled, NodeError):
                 raise
             except Exception as error:
                 confirmed.append(replace(suspect, reason=reason(error)))
             else:
-                return AttemptResult(lease, "contradicted", suspects=(suspect,))
+                if rejected is None or rejected.status != "quarantined":
+                    return AttemptResult(lease, "contradicted", suspects=(suspect,))
+                confirmed.append(replace(suspect, reason=rejected.reason[:MAX_ERROR_CHARS]))
             attempt.step()
         if healthy is not None:
             drawing.draw_healthy(healthy)
