@@ -25,6 +25,7 @@ from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES
 from millijoule.workers.diffusion.precision import is_narrow
 from millijoule.workers.diffusion.prompt_chunks import count_chunks
 from millijoule.workers.diffusion.prompt_tokens import open_prompt_reader
+from millijoule.workers.drawing.out_of_memory import is_out_of_memory
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.errors import RowError
@@ -173,7 +174,9 @@ class DiffusersGenerator:
         try:
             with self.engine.plain():
                 drawn = self.call.draw([self._row(request)], settings, float32=True)
-        except Exception as error:  # no memory for it, or a network that knows no other precision
+        except Exception as error:  # a network that knows no other precision, say
+            if is_out_of_memory(error):
+                raise  # smaller batches and savers make room
             why = f"pixels are not finite numbers, and cannot be drawn in float32: {error}"
             return Rejection("quarantined", why[:500], confirm=True)
         if not drawn.finite[0]:
