@@ -63,7 +63,7 @@ class DiffusersGenerator:
         self.reader = open_prompt_reader(self.pipeline)
         self.call = PipelineCall(loaded, family, lambda: self.on_step())
         self._apart: set[str] = set()
-        self.memory = PipelineMemory(self.pipeline, loaded.device)
+        self.memory = PipelineMemory(self.pipeline, loaded.device, engine)
         self.fixed_batch = engine.fixed_shapes
         self._shapes = BatchShapes()
         self.info = GeneratorInfo(

@@ -175,9 +175,17 @@ def denoiser_work(folder, generator, calls, scales):
 
 
 @pytest.mark.long
-def test_three_guidance_scales_in_random_rows_cost_hardly_more_than_one(tmp_path, generator, calls):
+def test_three_guidance_scales_in_random_rows_cost_hardly_more_than_one(tmp_path, generator, monkeypatch):
     """Rows of the denoiser are what energy goes with; a call costs something, too, on a GPU. A padded call has 8 rows (16 with
-    guidance) whatever is in it."""
+    guidance) whatever is in it. Nothing is computed here: rows are counted."""
+    generator.pipeline.vae.decode = lambda latents, **_: (latents.new_zeros(len(latents), 3, 64, 64),)
+    calls = []
+
+    def forward(sample, *args, **kwargs):
+        calls.append(len(sample))
+        return (torch.zeros_like(sample),)
+
+    generator.pipeline.unet.forward = forward
     one_calls, one_rows = denoiser_work(tmp_path / "one", generator, calls, [4.0])
     three_calls, three_rows = denoiser_work(tmp_path / "three", generator, calls, [2.0, 4.0, 7.5])
     assert one_rows == 2 * 300
@@ -198,13 +206,18 @@ def names(memory):
 
 
 def test_savers_come_in_their_order_and_on_a_cpu_nothing_is_moved_to_the_host(generator):
-    on_gpu = PipelineMemory(generator.pipeline, "cpu", offload_from="cpu")
+    engine = generator.engine
+    engine.release = lambda: True  # as it is where calls were captured
+    before = generator.generate(requests(3)).images
+    on_gpu = PipelineMemory(generator.pipeline, "cpu", engine, offload_from="cpu")
     assert [name.split(" (")[0] for name in names(on_gpu)] == [
+        "the deepspeed engine's graphs are given up",
         "VAE slicing",
         "VAE tiling",
         "offload of text encoders to the host's memory",
         "offload of the denoiser to the host's memory",
     ]
+    assert differ(generator.generate(requests(3)).images, before) <= TOLERANCE
     other = load_generator(str(tiny_pipeline("sd15")))
     assert [other.save_memory() for _ in range(3)] == [
         "VAE slicing (images are decoded one by one)",
@@ -213,7 +226,8 @@ def test_savers_come_in_their_order_and_on_a_cpu_nothing_is_moved_to_the_host(ge
     ]
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "pixart_sigma", "qwen_image"])
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_no_saver_changes_a_small_image(family):
     """With a processor in the place of the GPU: each layer is moved to where it is."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(str(tiny_pipeline(family)))
@@ -304,7 +318,7 @@ def mapped_ranges(folder: Path):
     return ranges
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_weights_are_mapped_and_not_copied(family):
     folder = tiny_pipeline(family)
     pipeline = load_generator(str(folder)).pipeline
