@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from millijoule.workers.diffusion.batch_shapes import BatchShapes
 from millijoule.workers.diffusion.engine_modules import prepare_pipeline
 from millijoule.workers.diffusion.families import check_long_prompts, describe_family
 from millijoule.workers.diffusion.loading import LoadedPipeline, load_pipeline
@@ -25,6 +24,7 @@ from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES
 from millijoule.workers.diffusion.precision import is_narrow
 from millijoule.workers.diffusion.prompt_chunks import count_chunks
 from millijoule.workers.diffusion.prompt_tokens import open_prompt_reader
+from millijoule.workers.drawing.batch_shapes import BatchShapes
 from millijoule.workers.drawing.out_of_memory import is_out_of_memory
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.engines.protocol import Engine

@@ -17,8 +17,8 @@ from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers import host_folder
 from millijoule.workers.diffusion import memory
-from millijoule.workers.diffusion.batch_shapes import BatchShapes
 from millijoule.workers.diffusion.memory import PipelineMemory
+from millijoule.workers.drawing.batch_shapes import BatchShapes
 from millijoule.workers.drawing.batch_size import BatchSizer
 from millijoule.workers.drawing.isolate import FittedGenerator, batch_limits
 from millijoule.workers.generators.protocol import BatchLimits
