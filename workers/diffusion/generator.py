@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from millijoule.workers.diffusion.batch_shapes import BatchShapes
 from millijoule.workers.diffusion.engine_modules import prepare_pipeline
 from millijoule.workers.diffusion.families import describe_family
 from millijoule.workers.diffusion.loading import LoadedPipeline, load_pipeline
@@ -23,6 +22,8 @@ from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES
 from millijoule.workers.diffusion.precision import is_narrow
 from millijoule.workers.diffusion.prompt_chunks import count_chunks
 from millijoule.workers.diffusion.prompt_tokens import open_prompt_reader
+from millijoule.workers.drawing.batch_shapes import BatchShapes
+from millijoule.workers.drawing.out_of_memory import is_out_of_memory
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.errors import RowError
@@ -62,7 +63,7 @@ class DiffusersGenerator:
         self.reader = open_prompt_reader(self.pipeline)
         self.call = PipelineCall(loaded, family, lambda: self.on_step())
         self._apart: set[str] = set()
-        self.memory = PipelineMemory(self.pipeline, loaded.device)
+        self.memory = PipelineMemory(self.pipeline, loaded.device, engine)
         self.fixed_batch = engine.fixed_shapes
         self._shapes = BatchShapes()
         self.info = GeneratorInfo(
@@ -172,7 +173,9 @@ class DiffusersGenerator:
         try:
             with self.engine.plain():
                 drawn = self.call.draw([self._row(request)], settings, float32=True)
-        except Exception as error:  # no memory for it, or a network that knows no other precision
+        except Exception as error:  # a network that knows no other precision, say
+            if is_out_of_memory(error):
+                raise  # smaller batches and savers make room
             why = f"pixels are not finite numbers, and cannot be drawn in float32: {error}"
             return Rejection("quarantined", why[:500])
         if not drawn.finite[0]:
