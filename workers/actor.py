@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import ray
 
 from millijoule.workers.attempts.runner import AttemptRunner, device_thread
+from millijoule.workers.drawing.out_of_memory import release_memory
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.factory_model import check_factory_model
@@ -40,7 +41,7 @@ from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.records import decode
-from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
+from millijoule.workers.schemas import CounterRead, ImageRequest, WorkerEnvironment
 from millijoule.workers.storage.open import open_store
 from millijoule.workers.storage.protocol import Store
 from millijoule.workers.storage.trouble import waits_for_store
@@ -114,6 +115,7 @@ class ShardWorker:
         timeline.close("load")
         runner = AttemptRunner(config, store, generator, meter, timeline, worker, self.power, device)
         runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
+        release_memory()  # what only loading needed
         if config.output_url:
             store.put(worker_key(self.worker_id), describe().to_json())
         timeline.close("warmup")
@@ -160,6 +162,15 @@ class ShardWorker:
         """Call off an attempt whose drawing has not begun: another worker can begin with it now, or nobody is to. False: it has."""
         assert self._runner is not None
         return self._runner.give_back(attempt_id)
+
+    @ray.method(concurrency_group="status")
+    def read_while_loading(self) -> CounterRead | None:
+        """What the worker's own meter says while it loads; None where it has not opened it yet.
+
+        For a worker that nobody needs any more, and that has no counter somebody else could read once it is gone: the
+        estimate is of its process and ends with it.
+        """
+        return None if self._timeline is None else self._timeline.meter.read()
 
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:

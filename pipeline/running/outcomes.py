@@ -18,6 +18,7 @@ from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew, Worker
 from millijoule.pipeline.running.node_health import NodeHealth
 from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
 from millijoule.workers.lease import AttemptResult, Lease, Node, WorkerStatus, WorkerStopped
+from millijoule.workers.schemas import CounterRead
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class JobEvents(Protocol):
         prepared: write the commit that the attempt prepared, and call `WorkerPool.commit_stands` once one stands.
         discarded: the attempt's prepared commit will never stand: its energy is waste, its files go.
         stopped: a worker's last words: it closed its account itself.
+        loading: what the own meter of a worker said that still loads when nobody needs it any more; `gone` follows.
         gone: a worker ended without last words: its account of its devices is open.
         tick: one turn of the pool's loop is over.
     """
@@ -48,6 +50,7 @@ class JobEvents(Protocol):
     def prepared(self, result: AttemptResult) -> None: ...
     def discarded(self, result: AttemptResult) -> None: ...
     def stopped(self, stopped: WorkerStopped) -> None: ...
+    def loading(self, worker_id: str, read: CounterRead | None) -> None: ...
     def gone(self, worker_id: str) -> None: ...
     def tick(self) -> None: ...
 
@@ -98,6 +101,9 @@ class Outcomes:
         elif what == "stop":
             self.events.stopped(value)
             self.crew.remove(worker, last_words=True)
+        elif what == "loading":
+            self.events.loading(worker.worker_id, value)
+            self.crew.remove(worker)
         elif what == "give_back":
             if not value and lease is not None and lease.attempt_id in worker.held:
                 worker.held[lease.attempt_id].has_begun = True
@@ -233,6 +239,7 @@ class Outcomes:
                 self.coordinator.crashed(attempt_id, reason, stood_still=stood_still)
         numbers = [str(lease.shard.shard_id) for lease in worker.leases]
         in_hand = f" with shard{'s'[: len(numbers) - 1]} {' and '.join(numbers)} in hand" if numbers else ""
+        worker.held.clear()
         log.warning("worker %s on %s is gone%s: %s", worker.worker_id, node.host, in_hand, reason)
         if not node.node_id:
             self._died_unplaced(reason, now)

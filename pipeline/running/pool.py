@@ -204,6 +204,8 @@ class WorkerPool:
                 if attempt_id not in self._outcomes.committing:
                     self.coordinator.released(attempt_id)
                 continue
+            if attempt_id not in worker.held:
+                continue  # it was buried with the worker's other lease
             held = worker.held[attempt_id]
             held.late += 1
             if held.late > 1 or not entry.lease.writes:
@@ -240,7 +242,10 @@ class WorkerPool:
         now = time.monotonic()
         for worker in [w for w in self.workers.values() if not w.stopping]:
             if worker.ready is None:
-                self._crew.remove(worker)
+                if worker.node is None:
+                    self._crew.remove(worker)
+                else:
+                    self._crew.stop_loading(worker, now)
                 continue
             for lease in worker.leases:
                 self._crew.cancel(worker, lease)

@@ -11,13 +11,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.attempts.encoding import DrawnImage
-from millijoule.workers.drawing.isolate import AttemptCancelled, batches, draw, isolate
-from millijoule.workers.errors import RowError, SickWorkerError
-from millijoule.workers.generators.protocol import Generator, ReportsSteps
+from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator
+from millijoule.workers.errors import NodeError, RowError, SickWorkerError
+from millijoule.workers.generators.protocol import ReportsSteps
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.schemas import ImageRequest, ImageRow, PowerTrace, Segment
@@ -49,17 +49,15 @@ class Drawing:
     """One loaded generator and its device. All methods are for the device's thread.
 
     Args:
-        batch_size: most images per call of the generator.
+        fitted: the generator, in calls that fit the device.
         power: gives attempts the power samples to carry.
     """
 
-    def __init__(
-        self, generator: Generator, timeline: SegmentTimeline, power: PowerSampler, batch_size: int
-    ) -> None:
-        self.generator = generator
+    def __init__(self, fitted: FittedGenerator, timeline: SegmentTimeline, power: PowerSampler) -> None:
+        self.fitted = fitted
+        self.generator = generator = fitted.generator
         self.timeline = timeline
         self.power = power
-        self.batch_size = batch_size
         self.served: ImageRequest | None = None  # a request that was drawn: the health check
         self.is_sick = False
         self._attempt: Attempt | None = None
@@ -92,16 +90,17 @@ class Drawing:
             self.timeline.close(ended_as, lease.shard.shard_id, lease.attempt_id)
 
     def batches_of(self, attempt: Attempt | None, requests: Requests) -> Iterator[list[DrawnImage]]:
-        """All of `requests`, drawn in order, batch by batch; one the generator fails on has no image.
+        """All of `requests`, drawn batch by batch, those together that can share a call; one the generator fails on has no image.
 
         Args:
             attempt: for which it is done; None: a calibration.
 
         Raises:
             SickWorkerError: the device fails on what it drew before.
+            NodeError: its memory does not suffice for one image.
             AttemptCancelled, Abandoned: see `Attempt.check`.
         """
-        for places in batches(list(requests), self.batch_size):
+        for places in self.fitted.batches(requests):
             if attempt is not None:
                 attempt.check()
             yield self._draw_batch(places, [requests[at] for at in places])
@@ -113,7 +112,7 @@ class Drawing:
     ) -> list[DrawnImage]:
         drawn: list[DrawnImage] = []
         at = iter(places)
-        for part, outcome in isolate(self.generator, requests, self.check_health):
+        for part, outcome in self.fitted.isolate(requests, self.check_health):
             self._step()
             if isinstance(outcome, Exception):
                 why = reason(outcome)
@@ -124,19 +123,21 @@ class Drawing:
             for request, image, words, rejected in zip(
                 part, outcome.images, outcome.warnings, outcome.rejected, strict=True
             ):
-                if rejected is not None:
-                    log.warning(
-                        "%s: %s: %s", request.source or request.prompt_id, rejected.status, rejected.reason
-                    )
-                    row = ImageRow(request, rejected.status, error=rejected.reason, warnings=words)
-                    drawn.append(DrawnImage(next(at), row))
-                    continue
                 height, width = image.shape[:2]
                 steps = request.num_inference_steps or self.generator.info.num_inference_steps
                 row = ImageRow(
                     request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
                 )
-                drawn.append(DrawnImage(next(at), row, image))
+                if rejected is None:
+                    drawn.append(DrawnImage(next(at), row, image))
+                    continue
+                status, why = rejected.status, rejected.reason[:MAX_ERROR_CHARS]
+                log.warning("%s: %s: %s", request.source or request.prompt_id, status, why)
+                if rejected.drawn:
+                    row = replace(row, status=status, error=why)
+                else:
+                    row = ImageRow(request, status, error=why, warnings=words)
+                drawn.append(DrawnImage(next(at), row, is_suspect=rejected.confirm))
             self.served = part[0]
         return drawn
 
@@ -162,8 +163,8 @@ class Drawing:
     def draw_healthy(self, request: ImageRequest) -> None:
         """Draw what is known to be drawable; raises SickWorkerError where that fails."""
         try:
-            draw(self.generator, [request])
-        except AttemptCancelled:
+            self.fitted.draw_one(request)
+        except (AttemptCancelled, NodeError):
             raise
         except Exception as error:
             what = "does not work" if self.served is None else "no longer works"

@@ -29,7 +29,15 @@ from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
-from millijoule.workers.schemas import Commit, DataFile, ImageRow, Segment, WorkerEnvironment, carried_rows
+from millijoule.workers.schemas import (
+    Commit,
+    DataFile,
+    ImageRow,
+    RowCounts,
+    Segment,
+    WorkerEnvironment,
+    carried_rows,
+)
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -145,7 +153,7 @@ class Finishing:
 
     def _describe(self, attempt: Attempt, written: ShardFiles, device: DeviceTime) -> Commit:
         lease, worker, segment = attempt.lease, self.worker, device.segment
-        ok = sum(r.status == "ok" for r in written.rows)
+        counts = RowCounts.of((r.status, r.width) for r in written.rows)
         return Commit(
             shard_id=lease.shard.shard_id,
             attempt_id=lease.attempt_id,
@@ -154,8 +162,10 @@ class Finishing:
             model_sha256=self.config.model_sha256,
             files=written.files,
             rows_path=written.rows_key,
-            images_ok=ok,
-            images_quarantined=len(written.rows) - ok,
+            images_ok=counts.ok,
+            images_filtered=counts.filtered,
+            images_quarantined=counts.quarantined,
+            images_drawn=counts.drawn,
             errors=_top_errors(Counter(r.error for r in written.rows if r.error)),
             t_start_wall_ns=device.began_wall_ns,
             t_end_wall_ns=now_wall_ns(),
@@ -223,8 +233,7 @@ def _add(writer: ShardWriter, drawn: DrawnImage, outcome: bytes | Exception | No
     """Give one image to the writer; False where there is none."""
     row = drawn.row
     if isinstance(outcome, Exception):
-        row = ImageRow(row.request, "quarantined", error=reason(outcome), warnings=row.warnings)
-        writer.add(row, None)
+        writer.add(replace(row, status="quarantined", error=reason(outcome)), None)
         return False
     writer.add(row, outcome)
     return outcome is not None

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from millijoule.workers.attempts.attempt import Attempt
-from millijoule.workers.attempts.drawing import Drawing, Requests, reason
-from millijoule.workers.drawing.isolate import AttemptCancelled, draw
+from millijoule.workers.attempts.drawing import MAX_ERROR_CHARS, Drawing, Requests, reason
+from millijoule.workers.drawing.isolate import AttemptCancelled
+from millijoule.workers.errors import NodeError
 from millijoule.workers.lease import AttemptResult, Suspect
 from millijoule.workers.schemas import ImageRequest
 
@@ -34,6 +35,7 @@ def confirm(drawing: Drawing, attempt: Attempt, requests: Requests) -> AttemptRe
     """Draw suspects, each alone beside a healthy request; the first that can be drawn ends it.
 
     Raises:
+        NodeError: memory does not suffice for one of them: that says nothing about it.
         SickWorkerError: the healthy request fails here: this worker's word counts for nothing.
     """
     lease = attempt.lease
@@ -45,13 +47,15 @@ def confirm(drawing: Drawing, attempt: Attempt, requests: Requests) -> AttemptRe
             if healthy is not None:
                 drawing.draw_healthy(healthy)
             try:
-                draw(drawing.generator, [requests[suspect.row, suspect.image_index]])
-            except AttemptCancelled:
+                (rejected,) = drawing.fitted.draw_one(requests[suspect.row, suspect.image_index]).rejected
+            except (AttemptCancelled, NodeError):
                 raise
             except Exception as error:
                 confirmed.append(replace(suspect, reason=reason(error)))
             else:
-                return AttemptResult(lease, "contradicted", suspects=(suspect,))
+                if rejected is None or rejected.status != "quarantined":
+                    return AttemptResult(lease, "contradicted", suspects=(suspect,))
+                confirmed.append(replace(suspect, reason=rejected.reason[:MAX_ERROR_CHARS]))
             attempt.step()
         if healthy is not None:
             drawing.draw_healthy(healthy)

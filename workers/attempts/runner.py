@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TypeVar
 
 from millijoule.workers.attempts.attempt import Attempt
@@ -18,7 +19,9 @@ from millijoule.workers.attempts.encoding import Encoders, parts_of
 from millijoule.workers.attempts.finishing import Finishing
 from millijoule.workers.attempts.handover import ByteBudget, Handover
 from millijoule.workers.attempts.questions import confirm, probe
-from millijoule.workers.drawing.isolate import AttemptCancelled
+from millijoule.workers.drawing.batch_size import BatchNotes, BatchSizer
+from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator, batch_limits
+from millijoule.workers.errors import NodeError
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.lease import AttemptProgress, AttemptResult, Calibration, Lease, WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter
@@ -64,9 +67,10 @@ class AttemptRunner:
         self.generator = generator
         self.timeline = timeline
         self.worker = worker
-        self.drawing = Drawing(
-            generator, timeline, power, config.options.batch_size or generator.info.batch_size
+        fitted = FittedGenerator(
+            generator, _batch_sizer(config, generator, worker), worker.device_name or worker.device
         )
+        self.drawing = Drawing(fitted, timeline, power)
         self.finishing = Finishing(config, store, meter, timeline, power, worker)
         self.budget = ByteBudget(MAX_WAITING_BYTES)
         self._encoders = Encoders(config.cpu_threads, config.image_format, generator.info)
@@ -88,6 +92,10 @@ class AttemptRunner:
             return self._run(attempt)
         except AttemptCancelled:
             return AttemptResult(lease, "cancelled")
+        except MemoryError as error:
+            raise NodeError(
+                f"{self.worker.host}: out of memory ({error}); give workers more, or start fewer on a node"
+            ) from error
         finally:
             with self._changed:
                 del self._at_work[lease.attempt_id]
@@ -197,3 +205,14 @@ class AttemptRunner:
             energy_estimate_mj=segment_estimate_mj(segment),
             energy_method=self.finishing.meter.method,
         )
+
+
+def _batch_sizer(config: WorkerConfig, generator: Generator, worker: WorkerEnvironment) -> BatchSizer:
+    about = {
+        "model": generator.info.sha256,
+        "name": generator.info.name,
+        "device": worker.device_name,
+        "options": asdict(config.options),
+        "cpu_threads": config.cpu_threads,
+    }
+    return BatchSizer(batch_limits(generator, config.options.batch_size), BatchNotes(about))

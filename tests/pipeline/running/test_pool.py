@@ -61,6 +61,13 @@ class Script:
     def stop(self, worker):
         return After(0.1, WorkerStopped(worker.worker_id, ()))
 
+    def read_while_loading(self, worker):
+        return After(0.1, f"read of {worker.worker_id}")
+
+    def status(self, worker):
+        """The whole answer; None: what the worker does."""
+        return
+
     def steps(self, worker):
         """Progress that grows with time, while the worker is not stuck."""
         return int(10 * worker.world.ray.now)
@@ -126,13 +133,19 @@ class ScriptedWorker:
 
     @real_ray.method(concurrency_group="status")
     def status(self):
-        steps = self.world.script.steps(self)
+        steps, answer = self.world.script.steps(self), self.world.script.status(self)
+        if answer is not None:
+            return answer
         return WorkerStatus(
             tuple(
                 AttemptProgress(lease.attempt_id, 0, 0 if i else steps, waits=i > 0, has_begun=i == 0)
                 for i, (lease, _) in enumerate(self.line)
             )
         )
+
+    @real_ray.method(concurrency_group="status")
+    def read_while_loading(self):
+        return self.world.script.read_while_loading(self)
 
     @real_ray.method(concurrency_group="status")
     def cancel(self, attempt_id):
@@ -166,7 +179,7 @@ class World:
             self.ray.actor_class, self.coordinator, CONFIG, PoolOptions(least, most, **options), self
         )
         self.made, self.lost, self.void, self.words, self.left = [], [], [], [], []
-        self.cancelled, self.requests, self.leased = [], [], []
+        self.cancelled, self.requests, self.reads, self.leased = [], [], [], []
         self.begun, self.begun_at = [], []
         self.on_tick = lambda: None
 
@@ -187,6 +200,9 @@ class World:
 
     def stopped(self, stopped):
         self.words.append(stopped.worker_id)
+
+    def loading(self, worker_id, read):
+        self.reads.append((worker_id, read))
 
     def gone(self, worker_id):
         self.left.append(worker_id)
@@ -505,6 +521,25 @@ def test_last_words_that_never_come_are_waited_for_and_given_up(world, caplog):
     assert w.ray.now > STOP_TIMEOUT_S
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_worker_that_still_loads_at_the_end_says_what_its_meter_does_and_is_not_waited_for_long(
+    world, answers
+):
+    def loads_for_ever(usual):
+        return lambda worker: NEVER if worker.worker_id.endswith("2") else usual(worker)
+
+    made = Script()
+    made.load = loads_for_ever(made.load)
+    if not answers:
+        made.read_while_loading = lambda worker: NEVER
+    w = world(made)
+    w.run()
+    (late,) = [name for name in w.ray.asked_for if name.endswith("2")]
+    assert w.left == [late]
+    assert w.reads == ([(late, f"read of {late}")] if answers else [])
+    assert w.ray.now < 30.0
+
+
 def test_last_words_that_fail_leave_the_account_open(world, caplog):
     w = world(script("stop", lambda worker: After(0.1, OSError("no counter")))).run()
     assert len(w.left) == 1
@@ -603,6 +638,15 @@ def test_a_shard_that_waited_behind_one_that_hangs_is_not_blamed(world):
     assert quarantined == {0}
     asked = {lease.shard.shard_id for _, lease in w.leased if lease.probe_rows}
     assert asked == {0}
+
+
+def test_a_worker_that_stops_answering_is_replaced_once_and_both_its_shards_are_made(world, caplog):
+    stopped = script("shard", lambda worker, lease: NEVER)
+    stopped.status = lambda worker: NEVER if worker.worker_id == "w0001-0001" else None
+    w = world(stopped, shards=8, speculate=False).run()
+    assert sorted(shard for shard, _ in w.made) == list(range(8))
+    assert caplog.text.count("is gone with shards 0 and 1 in hand: stood still; killed") == 1
+    assert w.left == ["w0001-0001"]
 
 
 def test_a_sick_workers_other_lease_is_taken_back_and_its_node_blamed_once(world):

@@ -24,7 +24,8 @@ from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempts import runner as runner_module
 from millijoule.workers.attempts.attempt import Attempt
-from millijoule.workers.drawing.isolate import isolate
+from millijoule.workers.drawing.batch_size import BatchSizer
+from millijoule.workers.drawing.isolate import FittedGenerator, batch_limits
 from millijoule.workers.errors import NodeError, RowError, SickWorkerError, StoreError
 from millijoule.workers.generators.protocol import GeneratedBatch
 from millijoule.workers.layout import commit_key
@@ -118,7 +119,7 @@ def test_every_step_forward_is_reported_and_nothing_else(tmp_path, monkeypatch):
     made = watched(attempt, monkeypatch)
     result = attempt.run(leases(store, job).next_lease("w1", 0.0))
     commit = parse_commit(store, 0, result.commit_json)
-    batches = 8 // attempt.drawing.batch_size
+    batches = 8 // attempt.drawing.generator.info.batch_size
     rows_read = 1
     assert made[0].steps == rows_read + batches * (3 + 1) + 8 + len(commit.files)
 
@@ -156,7 +157,8 @@ def requests(n):
 
 @pytest.mark.parametrize("bad", [set(), {"3"}, {"0", "15"}, {str(i) for i in range(16)}])
 def test_failing_requests_are_isolated_and_the_order_kept(bad):
-    parts = list(isolate(Picky(bad), requests(16), lambda: None))
+    fitted = FittedGenerator(generator := Picky(bad), BatchSizer(batch_limits(generator, 16)))
+    parts = list(fitted.isolate(requests(16), lambda: None))
     assert [r.prompt for part, _ in parts for r in part] == [str(i) for i in range(16)]
     assert {p[0].prompt for p, outcome in parts if isinstance(outcome, Exception)} == bad
 
