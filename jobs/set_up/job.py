@@ -115,12 +115,9 @@ def _identity(request: JobRequest) -> dict[str, object]:
         "job_seed": request.options.seed,
         "output_format": request.options.format,
     }
-    # a job from before there were these options goes on
-    if request.image_format != ImageFormat():
-        extra |= {
-            "image_format": request.image_format.name,
-            "image_quality": request.image_format.quality,
-        }
+    # a job from before there were such options goes on
+    if (images := request.image_format) != ImageFormat():
+        extra |= {"image_format": images.name, "image_quality": images.quality}
     if said := request.model.identity():
         extra["model_options"] = said
     return extra
