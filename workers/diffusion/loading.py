@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from millijoule.kernels.processor import multiplies_bfloat16
-from millijoule.workers.diffusion.libraries import import_diffusers
-from millijoule.workers.diffusion.open_pipeline import open_pipeline
+from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libraries
+from millijoule.workers.diffusion.own_classes import own_class
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.pipeline_parts.open_pipeline import open_pipeline
 
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
 OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
@@ -31,7 +32,6 @@ class LoadedPipeline:
         folder: where it came from, with its defaults.
         sha256: of its files.
         device: "cpu" or "cuda".
-        arguments: names of the arguments that a call of it takes.
         mixed_precision: whether matrices and convolutions are to be multiplied in bfloat16 by autocast.
     """
 
@@ -39,7 +39,6 @@ class LoadedPipeline:
     folder: PipelineFolder
     sha256: str
     device: str
-    arguments: frozenset[str]
     mixed_precision: bool
 
     @property
@@ -70,13 +69,12 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
     if not on_cpu:
         wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
         dtype = torch.float16 if _is_stored_in_float16(folder) else wide
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    pipeline = open_pipeline(folder, options, dtype)
+    with quiet_libraries():
+        pipeline = open_pipeline(folder, options, dtype)
     pipeline.set_progress_bar_config(disable=True)
-    arguments = _check_signature(pipeline, folder)
+    _check_signature(pipeline, folder)
     mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
-    return LoadedPipeline(pipeline.to(device), folder, folder.sha256(), device, arguments, mixed_precision)
+    return LoadedPipeline(pipeline.to(device), folder, folder.sha256(), device, mixed_precision)
 
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:
@@ -91,6 +89,8 @@ def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) ->
         raise InputError(f"{where}: diffusers {diffusers.__version__} has no {folder.class_name}")
     libraries = {"diffusers": diffusers, "transformers": transformers}
     for name, (library, class_name) in folder.components.items():
+        if own_class(pipeline, library, class_name) is not None:
+            continue
         module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
         if not inspect.ismodule(module) or not module.__name__.startswith(("diffusers", "transformers")):
             raise InputError(
@@ -100,8 +100,8 @@ def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) ->
             raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
 
 
-def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
-    """Names of the arguments the pipeline takes, if those are a text-to-image pipeline's."""
+def _check_signature(pipeline: Any, folder: PipelineFolder) -> None:
+    """Raise InputError unless the arguments the pipeline takes are a text-to-image pipeline's."""
     parameters = inspect.signature(pipeline.__call__).parameters
     required = [
         n
@@ -115,4 +115,3 @@ def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
         where = folder.path / INDEX
         why = f"takes no {missing[0]}" if missing else f"is made for {other[0]}"
         raise InputError(f"{where}: {folder.class_name} {why}; only text-to-image pipelines are used")
-    return frozenset(parameters)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from millijoule.workers.diffusion.loading import DECODERS, DENOISERS
 from millijoule.workers.drawing.out_of_memory import release_memory
 from millijoule.workers.generators.protocol import BatchLimits
 
@@ -34,8 +36,7 @@ USUAL_CHANNELS = 128
 #: Of the memory that is free, what a first guess may fill.
 GUESSED_SHARE = 0.8
 
-DECODERS = ("vae", "vqvae", "movq", "vqgan")
-DENOISERS = ("unet", "transformer", "prior", "decoder")
+#: Where pipelines keep what reads prompts.
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -128,7 +129,7 @@ class PipelineMemory:
                 if models:
                     yield (
                         f"offload of {words} to the host's memory",
-                        lambda models=models: self._offload(models),
+                        partial(self._offload, models),
                     )
 
     def _offload(self, models: list[torch.nn.Module]) -> None:
