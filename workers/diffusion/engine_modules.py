@@ -8,6 +8,9 @@ from torch import nn
 
 from millijoule.workers.engines.protocol import Engine
 
+#: What a pipeline calls at every step, and has most of its weights in.
+DENOISERS = ("unet", "transformer", "prior", "decoder")
+
 #: A pipeline calls methods of its decoder (`vae.decode`), and these the part that does the work.
 DECODER_PART = "decoder"
 
@@ -25,4 +28,4 @@ def prepare_pipeline(pipeline: Any, engine: Engine) -> None:
         if isinstance(part, nn.Module) and hasattr(component, "decode"):
             engine.prepare(part, f"{name}.{DECODER_PART}")
         else:
-            engine.prepare(component, name)
+            engine.prepare(component, name, large=name in DENOISERS)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from millijoule.kernels.processor import multiplies_bfloat16
-from millijoule.workers.diffusion.engine_modules import prepare_pipeline
+from millijoule.workers.diffusion.engine_modules import DENOISERS, prepare_pipeline
 from millijoule.workers.diffusion.libraries import import_diffusers
 from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, INDEX, PipelineFolder, read_pipeline
 from millijoule.workers.engines.open import open_engine
@@ -39,7 +39,7 @@ SMALL_PIXELS = 128 * 128
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
 OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
 
-DENOISERS, DECODERS = ("unet", "transformer", "prior", "decoder"), ("vae", "vqvae", "movq", "vqgan")
+DECODERS = ("vae", "vqvae", "movq", "vqgan")
 
 
 class DiffusersGenerator:
@@ -48,10 +48,9 @@ class DiffusersGenerator:
     def __init__(
         self, pipeline: Any, folder: PipelineFolder, sha256: str, device: str, engine: Engine
     ) -> None:
-        """`engine` runs the modules of `pipeline` from now on."""
+        """`engine` runs the modules of `pipeline`."""
         self.pipeline = pipeline
         self.engine = engine
-        prepare_pipeline(pipeline, engine)
         self.device = device
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
@@ -109,9 +108,9 @@ class DiffusersGenerator:
         except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
             raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
-        return DiffusersGenerator(
-            pipeline.to(device), folder, folder.sha256(), device, open_engine(options, device)
-        )
+        engine = open_engine(options, device)
+        prepare_pipeline(pipeline, engine)  # on the host still: what is too large for the device stays there
+        return DiffusersGenerator(pipeline.to(device), folder, folder.sha256(), device, engine)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size this model cannot make."""

@@ -41,7 +41,7 @@ class CompileEngine(RoutingEngine):
         check_compiler(settings)
         self._compiled: list[_CompiledCalls] = []
 
-    def prepare(self, module: Module, name: str, *, static: bool = True) -> Module:
+    def prepare(self, module: Module, name: str, *, static: bool = True, large: bool = False) -> Module:
         """See `Engine`."""
         if static:
             graphs = self.settings.cuda_graphs and self.settings.on_gpu

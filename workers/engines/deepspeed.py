@@ -21,6 +21,7 @@ from millijoule.workers.engines.cuda_graphs import CapturedCalls
 from millijoule.workers.engines.deepspeed_library import import_deepspeed
 from millijoule.workers.engines.protocol import EngineSettings, Module
 from millijoule.workers.engines.routing import Call, RoutingEngine, float_dtypes, plain_call
+from millijoule.workers.engines.weight_offload import offload_weights
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +45,17 @@ class DeepSpeedEngine(RoutingEngine):
         self.deepspeed = import_deepspeed(settings.device)
         self.title = f"DeepSpeed-Inference {self.deepspeed.__version__}"
         self.fixed_shapes = settings.cuda_graphs and settings.on_gpu
-        self.exact = not settings.fused_modules
+        self.exact = not (settings.fused_modules or settings.offload_weights)
         self._fused = fused
         self._captured: list[CapturedCalls] = []
 
-    def prepare(self, module: Module, name: str, *, static: bool = True) -> Module:
+    def prepare(self, module: Module, name: str, *, static: bool = True, large: bool = False) -> Module:
         """See `Engine`."""
         replaced = self._inject(module) if self.settings.fused_modules else {}
-        if static and self.fixed_shapes:
+        if large and self.settings.offload_weights:
+            self._route(module, offload_weights(self.deepspeed, module, self.settings.device))
+            how = "offloaded"
+        elif static and self.fixed_shapes:
             captured = CapturedCalls(module, name, self._capture, self.events)
             self._captured.append(captured)
             self._route(module, captured)
