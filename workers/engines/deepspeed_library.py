@@ -26,7 +26,7 @@ def import_deepspeed(device: str) -> ModuleType:
         InputError: it is not installed, or not as this PyTorch needs it.
     """
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    if "deepspeed" in sys.modules:
+    if sys.modules.get("deepspeed"):
         import deepspeed
     else:
         with kept_environment(DS_ACCELERATOR=kind):
