@@ -38,7 +38,7 @@ from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.records import decode
-from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
+from millijoule.workers.schemas import CounterRead, ImageRequest, WorkerEnvironment
 from millijoule.workers.storage.open import open_store
 from millijoule.workers.storage.protocol import Store
 from millijoule.workers.storage.trouble import waits_for_store
@@ -153,6 +153,15 @@ class ShardWorker:
         """Call off an attempt after its current batch: another has won the shard, or the job is over."""
         assert self._runner is not None
         self._runner.cancelled = attempt_id
+
+    @ray.method(concurrency_group="status")
+    def read_while_loading(self) -> CounterRead | None:
+        """What the worker's own meter says while it loads; None where it has not opened it yet.
+
+        For a worker that nobody needs any more, and that has no counter somebody else could read once it is gone: the
+        estimate is of its process and ends with it.
+        """
+        return None if self._timeline is None else self._timeline.meter.read()
 
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:

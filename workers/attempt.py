@@ -13,10 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from millijoule.workers.drawing.isolate import AttemptCancelled, batches, draw, isolate
+from millijoule.workers.drawing.batch_size import BatchNotes, BatchSizer
+from millijoule.workers.drawing.isolate import AttemptCancelled, Drawing, batch_limits
 from millijoule.workers.errors import (
     AlreadyExistsError,
     MillijouleError,
@@ -37,6 +38,7 @@ from millijoule.workers.schemas import (
     Commit,
     ImageRequest,
     ImageRow,
+    RowCounts,
     Segment,
     WorkerEnvironment,
     carried_rows,
@@ -96,7 +98,9 @@ class AttemptRunner:
         self._thread = 0
         if isinstance(generator, ReportsSteps):
             generator.on_step = self._between_steps
-        self.batch_size = config.options.batch_size or generator.info.batch_size
+        self.drawing = Drawing(
+            generator, _batch_sizer(config, generator, worker), worker.device_name or worker.device
+        )
         self._served: ImageRequest | None = None
 
     def run(self, lease: Lease) -> AttemptResult:
@@ -122,6 +126,11 @@ class AttemptRunner:
         except MillijouleError:
             self.timeline.close("retry", lease.shard.shard_id, lease.attempt_id)
             raise
+        except MemoryError as error:
+            self.timeline.close("retry", lease.shard.shard_id, lease.attempt_id)
+            raise NodeError(
+                f"{self.worker.host}: out of memory ({error}); give workers more, or start fewer on a node"
+            ) from error
         finally:
             self.attempt_id = None
 
@@ -129,8 +138,9 @@ class AttemptRunner:
         """Draw some rows. What they raise is no matter here: the question is whether the process survives them."""
         assert lease.probe_rows is not None
         rows = read_shard_rows(self.store, lease.shard)[slice(*lease.probe_rows)]
-        for batch in batches(shard_requests(rows, self.config.job_seed), self.batch_size):
-            self.images_done += sum(1 for _ in self._generate(batch))
+        requests = dict(enumerate(shard_requests(rows, self.config.job_seed)))
+        for batch in self.drawing.batches(requests):
+            self.images_done += sum(1 for _ in self._generate([requests[i] for i in batch]))
             self._check_cancelled()
         time.sleep(PROBE_LINGER_S)
         self._check_health()
@@ -150,13 +160,15 @@ class AttemptRunner:
             if healthy is not None:
                 self._draw_healthy(healthy)
             try:
-                draw(self.generator, [requests[suspect.row, suspect.image_index]])
-            except AttemptCancelled:
+                (rejected,) = self.drawing.draw_one(requests[suspect.row, suspect.image_index]).rejected
+            except (AttemptCancelled, NodeError):
                 raise
             except Exception as error:
                 confirmed.append(replace(suspect, reason=_reason(error)))
             else:
-                return AttemptResult(lease, "contradicted", suspects=(suspect,))
+                if rejected is None or rejected.status != "quarantined":
+                    return AttemptResult(lease, "contradicted", suspects=(suspect,))
+                confirmed.append(replace(suspect, reason=rejected.reason[:MAX_ERROR_CHARS]))
             self._step()
         if healthy is not None:
             self._draw_healthy(healthy)
@@ -173,8 +185,8 @@ class AttemptRunner:
             writer = open_writer(
                 self.config.output_format, scratch, data_prefix(shard.shard_id, lease.attempt_id)
             )
-            wanted = [at for at in requests if at[0] not in reasons]
-            for batch in batches(wanted, self.batch_size):
+            wanted = {at: request for at, request in requests.items() if at[0] not in reasons}
+            for batch in self.drawing.batches(wanted):
                 drawn = self._generate([requests[at] for at in batch])
                 for at, (row, encoded, is_suspect) in zip(batch, drawn, strict=True):
                     writer.add(row, encoded)
@@ -193,7 +205,7 @@ class AttemptRunner:
         segment = self.timeline.close("shard", shard.shard_id, lease.attempt_id)
         carried = self.timeline.take()
         errors = Counter(r.error for r in written.rows if r.error)
-        ok = sum(r.status == "ok" for r in written.rows)
+        counts = RowCounts.of((r.status, r.width) for r in written.rows)
         commit = Commit(
             shard_id=shard.shard_id,
             attempt_id=lease.attempt_id,
@@ -202,8 +214,10 @@ class AttemptRunner:
             model_sha256=self.config.model_sha256,
             files=written.files,
             rows_path=written.rows_key,
-            images_ok=ok,
-            images_quarantined=len(written.rows) - ok,
+            images_ok=counts.ok,
+            images_filtered=counts.filtered,
+            images_quarantined=counts.quarantined,
+            images_drawn=counts.drawn,
             errors=_top_errors(errors),
             t_start_wall_ns=t_start,
             t_end_wall_ns=time.time_ns(),
@@ -254,7 +268,7 @@ class AttemptRunner:
         The last is True where that failure is this worker's word alone, so that another has to confirm it.
         """
         info = self.generator.info
-        for requests, outcome in isolate(self.generator, batch, self._check_health):
+        for requests, outcome in self.drawing.isolate(batch, self._check_health):
             self._step()
             if isinstance(outcome, Exception):
                 reason = _reason(outcome)
@@ -265,31 +279,30 @@ class AttemptRunner:
             for request, image, words, rejected in zip(
                 requests, outcome.images, outcome.warnings, outcome.rejected, strict=True
             ):
-                if rejected is not None:
-                    log.warning(
-                        "%s: %s: %s", request.source or request.prompt_id, rejected.status, rejected.reason
-                    )
-                    row = ImageRow(request, rejected.status, error=rejected.reason, warnings=words)
-                    yield row, None, False
-                    continue
                 height, width = image.shape[:2]
                 steps = request.num_inference_steps or info.num_inference_steps
+                made = ImageRow(
+                    request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
+                )
+                if rejected is not None:
+                    status, reason = rejected.status, rejected.reason[:MAX_ERROR_CHARS]
+                    log.warning("%s: %s: %s", request.source or request.prompt_id, status, reason)
+                    # what a safety checker says is said of the image; numbers that are none may be the device's fault
+                    yield replace(made, status=status, error=reason), None, status == "quarantined"
+                    continue
                 encoded = encode_png(
                     image, request, steps=steps, model_name=info.name, model_sha256=info.sha256
                 )
                 self._step()
-                row = ImageRow(
-                    request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
-                )
-                yield row, encoded, False
+                yield made, encoded, False
             self._served = requests[0]
 
     def calibrate(self, requests: Sequence[ImageRequest]) -> Calibration:
         """Draw and encode `requests` and throw them away."""
         self.timeline.close("idle")
         began, size, images = time.monotonic(), 0, 0
-        for batch in batches(requests, self.batch_size):
-            for _, encoded, _ in self._generate(batch):
+        for batch in self.drawing.batches(dict(enumerate(requests))):
+            for _, encoded, _ in self._generate([requests[i] for i in batch]):
                 if encoded is not None:
                     size, images = size + len(encoded), images + 1
         seconds = time.monotonic() - began
@@ -331,8 +344,8 @@ class AttemptRunner:
 
     def _draw_healthy(self, request: ImageRequest) -> None:
         try:
-            draw(self.generator, [request])
-        except AttemptCancelled:
+            self.drawing.draw_one(request)
+        except (AttemptCancelled, NodeError):
             raise
         except Exception as error:
             what = "does not work" if self._served is None else "no longer works"
@@ -350,6 +363,17 @@ def _scratch_folder() -> Iterator[Path]:
             f"scratch folder {error.filename or ''}: {error.strerror or error}; free space there, or set TMPDIR to "
             "another folder on this node"
         ) from error
+
+
+def _batch_sizer(config: WorkerConfig, generator: Generator, worker: WorkerEnvironment) -> BatchSizer:
+    about = {
+        "model": generator.info.sha256,
+        "name": generator.info.name,
+        "device": worker.device_name,
+        "options": asdict(config.options),
+        "cpu_threads": config.cpu_threads,
+    }
+    return BatchSizer(batch_limits(generator, config.options.batch_size), BatchNotes(about))
 
 
 def _reason(error: Exception) -> str:

@@ -18,6 +18,8 @@ from millijoule.workers.lease import Lease, Node, WorkerConfig
 
 #: An idle worker's last words take a counter read; a worker that needs longer than this is as good as dead.
 STOP_TIMEOUT_S = 30.0
+#: One that still loads answers from another thread, as far as what it imports lets it.
+LOADING_TIMEOUT_S = 3.0
 #: Ray's label that holds a node's id.
 NODE_ID_LABEL = "ray.io/node-id"
 
@@ -97,6 +99,11 @@ class Crew:
         """Ask for last words; they come once what the worker has in hand has ended."""
         worker.stop_by = now + STOP_TIMEOUT_S
         self.expect(worker, "stop", worker.actor.stop.remote())
+
+    def stop_loading(self, worker: Worker, now: float) -> None:
+        """Ask a worker that still loads what its own meter says, as its last words."""
+        worker.stop_by = now + LOADING_TIMEOUT_S
+        self.expect(worker, "loading", worker.actor.read_while_loading.remote())
 
     def remove(self, worker: Worker, *, last_words: bool = False) -> None:
         """End the worker's process and forget it and its calls."""

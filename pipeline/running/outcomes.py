@@ -18,6 +18,7 @@ from millijoule.pipeline.running.crew import Crew, Worker
 from millijoule.pipeline.running.node_health import NodeHealth
 from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
 from millijoule.workers.lease import AttemptResult, Node, WorkerStatus, WorkerStopped
+from millijoule.workers.schemas import CounterRead
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class JobEvents(Protocol):
         prepared: write the commit that the attempt prepared, and call `WorkerPool.commit_stands` once one stands.
         discarded: the attempt's prepared commit will never stand: its energy is waste, its files go.
         stopped: a worker's last words: it closed its account itself.
+        loading: what the own meter of a worker said that still loads when nobody needs it any more; `gone` follows.
         gone: a worker ended without last words: its account of its devices is open.
         tick: one turn of the pool's loop is over.
     """
@@ -48,6 +50,7 @@ class JobEvents(Protocol):
     def prepared(self, result: AttemptResult) -> None: ...
     def discarded(self, result: AttemptResult) -> None: ...
     def stopped(self, stopped: WorkerStopped) -> None: ...
+    def loading(self, worker_id: str, read: CounterRead | None) -> None: ...
     def gone(self, worker_id: str) -> None: ...
     def tick(self) -> None: ...
 
@@ -98,6 +101,9 @@ class Outcomes:
         elif what == "stop":
             self.events.stopped(value)
             self.crew.remove(worker, last_words=True)
+        elif what == "loading":
+            self.events.loading(worker.worker_id, value)
+            self.crew.remove(worker)
         elif what == "afterwards":
             assert worker.lease is not None
             self.nodes.worked(worker.last_node().node_id)

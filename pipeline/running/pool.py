@@ -223,7 +223,10 @@ class WorkerPool:
         now = time.monotonic()
         for worker in [w for w in self.workers.values() if not w.stopping]:
             if worker.ready is None:
-                self._crew.remove(worker)
+                if worker.node is None:
+                    self._crew.remove(worker)
+                else:
+                    self._crew.stop_loading(worker, now)
                 continue
             if worker.lease is not None:
                 worker.actor.cancel.remote(worker.lease.attempt_id)

@@ -21,7 +21,8 @@ from millijoule.pipeline.output.image_rows import rows_table
 from millijoule.pipeline.output.job import open_epoch
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.workers.attempt import isolate
+from millijoule.workers.drawing.batch_size import BatchSizer
+from millijoule.workers.drawing.isolate import Drawing, batch_limits
 from millijoule.workers.errors import NodeError, RowError, SickWorkerError, StoreError
 from millijoule.workers.generators.protocol import GeneratedBatch
 from millijoule.workers.layout import commit_key
@@ -101,7 +102,7 @@ def test_every_step_forward_is_reported_and_nothing_else(tmp_path):
     attempt = runner(store, job, 1, Stepping())
     result = attempt.run(leases(store, job).next_lease("w1", 0.0))
     commit = parse_commit(store, 0, result.commit_json)
-    batches = 8 // attempt.batch_size
+    batches = 8 // attempt.generator.info.batch_size
     assert attempt.steps == batches * (3 + 1) + 8 + len(commit.files)
 
 
@@ -136,7 +137,9 @@ def requests(n):
 
 @pytest.mark.parametrize("bad", [set(), {"3"}, {"0", "15"}, {str(i) for i in range(16)}])
 def test_failing_requests_are_isolated_and_the_order_kept(bad):
-    parts = list(isolate(Picky(bad), requests(16), lambda: None))
+    parts = list(
+        Drawing(Picky(bad), BatchSizer(batch_limits(Picky(bad), 64))).isolate(requests(16), lambda: None)
+    )
     assert [r.prompt for part, _ in parts for r in part] == [str(i) for i in range(16)]
     assert {p[0].prompt for p, outcome in parts if isinstance(outcome, Exception)} == bad
 

@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from millijoule.workers.diffusion.loading import DENOISERS
 from millijoule.workers.engines.protocol import Engine
-
-#: What a pipeline calls at every step, and has most of its weights in.
-DENOISERS = ("unet", "transformer", "prior", "decoder")
 
 #: A pipeline calls methods of its decoder (`vae.decode`), and these the part that does the work.
 DECODER_PART = "decoder"

@@ -41,7 +41,7 @@ ROW_GROUP_ROWS = 65_536
 #: Longest escaped prompt id in a file name. With index and suffix it stays under the 255 bytes of common systems.
 MAX_NAME_BYTES = 120
 
-#: `IMAGE_ROW_SCHEMA` and the encoded image; null where the row is quarantined.
+#: `IMAGE_ROW_SCHEMA` and the encoded image; null where the row's status is not "ok".
 PARQUET_SCHEMA = IMAGE_ROW_SCHEMA.append(pa.field("image", pa.binary()))
 
 _TAR_BLOCK = 512
@@ -53,7 +53,7 @@ _KEPT_CHARACTERS = re.compile(r"[A-Za-z0-9_-]+")
 class ShardFiles:
     """What a writer made. Each file lies at its key below the writer's folder.
 
-    `rows_key` is the Parquet file that describes every row, quarantined ones included.
+    `rows_key` is the Parquet file that describes every row, those without an image included.
     """
 
     files: tuple[DataFile, ...]
@@ -118,7 +118,7 @@ class ShardWriter:
         self._table: pq.ParquetWriter | None = None  # once it is known how many rows there are
 
     def add(self, row: ImageRow, encoded: bytes | None) -> None:
-        """Add one row, whose `path`, `sha256` and `size_bytes` are filled, and unless quarantined its encoded image.
+        """Add one row, whose `path`, `sha256` and `size_bytes` are filled, and where its status is "ok" its encoded image.
 
         Raises:
             ValueError: the image is missing for an "ok" row or given for another, or the row was added before.

@@ -54,6 +54,9 @@ class Script:
     def stop(self, worker):
         return After(0.1, WorkerStopped(worker.worker_id, ()))
 
+    def read_while_loading(self, worker):
+        return After(0.1, f"read of {worker.worker_id}")
+
     def steps(self, worker):
         """Progress that grows with time, while the worker is not stuck."""
         return int(10 * worker.world.ray.now)
@@ -100,6 +103,10 @@ class ScriptedWorker:
         return WorkerStatus(self.attempt_id, 0, self.world.script.steps(self))
 
     @real_ray.method(concurrency_group="status")
+    def read_while_loading(self):
+        return self.world.script.read_while_loading(self)
+
+    @real_ray.method(concurrency_group="status")
     def cancel(self, attempt_id):
         self.cancelled.add(attempt_id)
         self.world.cancelled.append((self.worker_id, attempt_id))
@@ -119,7 +126,7 @@ class World:
             self.ray.actor_class, self.coordinator, CONFIG, PoolOptions(least, most, **options), self
         )
         self.made, self.lost, self.void, self.words, self.left = [], [], [], [], []
-        self.cancelled, self.requests = [], []
+        self.cancelled, self.requests, self.reads = [], [], []
         self.on_tick = lambda: None
 
     def run(self):
@@ -139,6 +146,9 @@ class World:
 
     def stopped(self, stopped):
         self.words.append(stopped.worker_id)
+
+    def loading(self, worker_id, read):
+        self.reads.append((worker_id, read))
 
     def gone(self, worker_id):
         self.left.append(worker_id)
@@ -454,6 +464,25 @@ def test_last_words_that_never_come_are_waited_for_and_given_up(world, caplog):
     assert len(w.left) == 1
     assert "did not say its last words" in caplog.text
     assert w.ray.now > STOP_TIMEOUT_S
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_worker_that_still_loads_at_the_end_says_what_its_meter_does_and_is_not_waited_for_long(
+    world, answers
+):
+    def loads_for_ever(usual):
+        return lambda worker: NEVER if worker.worker_id.endswith("2") else usual(worker)
+
+    made = Script()
+    made.load = loads_for_ever(made.load)
+    if not answers:
+        made.read_while_loading = lambda worker: NEVER
+    w = world(made)
+    w.run()
+    (late,) = [name for name in w.ray.asked_for if name.endswith("2")]
+    assert w.left == [late]
+    assert w.reads == ([(late, f"read of {late}")] if answers else [])
+    assert w.ray.now < 30.0
 
 
 def test_last_words_that_fail_leave_the_account_open(world, caplog):

@@ -1,0 +1,119 @@
+"""From a checked directory to a pipeline on its device: which classes may be in it, and in which precision it runs."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from millijoule.kernels.processor import multiplies_bfloat16
+from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libraries
+from millijoule.workers.diffusion.open_pipeline import open_pipeline
+from millijoule.workers.diffusion.own_classes import own_class
+from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
+from millijoule.workers.errors import InputError
+from millijoule.workers.generators.options import GeneratorOptions
+
+#: A pipeline with one of these arguments wants more than text, or makes something other than an image.
+OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
+
+#: Where pipelines keep the network that is evaluated once per step, and the one that turns latents into pixels.
+DENOISERS, DECODERS = ("unet", "transformer", "prior", "decoder"), ("vae", "vqvae", "movq", "vqgan")
+
+
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """A pipeline on its device, and what was settled when it was loaded.
+
+    Attributes:
+        pipeline: an instance of a class of diffusers.
+        folder: where it came from, with its defaults.
+        sha256: of its files.
+        device: "cpu" or "cuda".
+        mixed_precision: whether matrices and convolutions are to be multiplied in bfloat16 by autocast.
+    """
+
+    pipeline: Any
+    folder: PipelineFolder
+    sha256: str
+    device: str
+    mixed_precision: bool
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on processor cores."""
+        return not self.device.startswith("cuda")
+
+    def precision(self) -> torch.autocast:
+        """The context in which it is to be called."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision)
+
+
+def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions) -> LoadedPipeline:
+    """Load the pipeline in `folder`. Nothing is downloaded, and no code in it is run.
+
+    On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
+    may be out of float16's range, and run in bfloat16, or in float32 where the GPU only emulates bfloat16. On a CPU it runs
+    in float32, and matrices and convolutions of a denoiser that is stored in float16 are multiplied in bfloat16 where
+    the processor does that (half the time).
+
+    Raises:
+        InputError: diffusers is not installed, or the directory is not a text-to-image pipeline that can be used.
+    """
+    diffusers, transformers = import_diffusers()
+    _check_classes(folder, diffusers, transformers)
+    on_cpu = not device.startswith("cuda")
+    dtype = torch.float32
+    if not on_cpu:
+        wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+        dtype = torch.float16 if _is_stored_in_float16(folder) else wide
+    with quiet_libraries():
+        pipeline = open_pipeline(folder, options, dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    _check_signature(pipeline, folder)
+    mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
+    if not options.offload_weights:  # else the engine says what of it comes to the device
+        pipeline.to(device)
+    return LoadedPipeline(pipeline, folder, folder.sha256(), device, mixed_precision)
+
+
+def _is_stored_in_float16(folder: PipelineFolder) -> bool:
+    """Whether all weights of the denoiser are."""
+    return folder.weight_dtypes(DENOISERS) == {"F16"}
+
+
+def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
+    """Every class must be one that the two libraries have; a component may also name a module of diffusers.pipelines."""
+    where, pipeline = folder.path / INDEX, getattr(diffusers, folder.class_name, None)
+    if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
+        raise InputError(f"{where}: diffusers {diffusers.__version__} has no {folder.class_name}")
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    for name, (library, class_name) in folder.components.items():
+        if own_class(pipeline, library, class_name) is not None:
+            continue
+        module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
+        if not inspect.ismodule(module) or not module.__name__.startswith(("diffusers", "transformers")):
+            raise InputError(
+                f"{where}: {name} is of {library}; only classes of diffusers and transformers are loaded"
+            )
+        if not hasattr(module, class_name):
+            raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
+
+
+def _check_signature(pipeline: Any, folder: PipelineFolder) -> None:
+    """Raise InputError unless the arguments the pipeline takes are a text-to-image pipeline's."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    required = [
+        n
+        for n, p in parameters.items()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n != "prompt"
+    ]
+    needed = ("prompt", "generator", "num_inference_steps", "output_type")
+    missing = [n for n in needed if n not in parameters]
+    other = required + [n for n in OTHER_TASKS if n in parameters]
+    if missing or other:
+        where = folder.path / INDEX
+        why = f"takes no {missing[0]}" if missing else f"is made for {other[0]}"
+        raise InputError(f"{where}: {folder.class_name} {why}; only text-to-image pipelines are used")
