@@ -11,6 +11,7 @@ DeepSpeed's own containers, a closed list of language models.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -94,19 +95,24 @@ class DeepSpeedEngine(RoutingEngine):
         """Put fused modules in place; how many, by the class they stand for."""
         from deepspeed.module_inject.replace_module import replace_module
 
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for original, make in self._fused(module, self.settings.device).items():
 
-            def replace(child: nn.Module, policy: Any, *_: Any, **__: Any) -> nn.Module:
-                counts[type(child).__name__] = counts.get(type(child).__name__, 0) + 1
-                return policy(child)
+            def replace(
+                child: nn.Module, make: Callable[[nn.Module], nn.Module], *_: Any, **__: Any
+            ) -> nn.Module:
+                kind = type(child)
+                fused = make(child)
+                if type(fused) is not kind:  # one that must stay as it is comes back as it is
+                    counts[kind.__name__] += 1
+                return fused
 
             replace_module(
                 model=module, orig_class=original, replace_fn=replace, _replace_policy=make, checkpoint=None
             )
         for part in module.modules():  # a method of DeepSpeed's language models, given to all it passes
             part.__dict__.pop("reset_cache", None)
-        return counts
+        return dict(counts)
 
 
 class _Contained(nn.Module):

@@ -22,8 +22,9 @@ def open_engine(options: GeneratorOptions, device: str) -> Engine:
         return CompileEngine(settings)
     if options.engine == "deepspeed":
         from millijoule.workers.engines.deepspeed import DeepSpeedEngine
+        from millijoule.workers.engines.injection.policy import fused_modules
 
-        return DeepSpeedEngine(settings, lambda module, device: {})
+        return DeepSpeedEngine(settings, fused_modules)
     from millijoule.workers.engines.eager import EagerEngine
 
     return EagerEngine()
