@@ -182,3 +182,17 @@ def test_options_that_no_engine_has_together_are_refused(options, words):
 def test_graphs_without_a_gpu_are_refused():
     with pytest.raises(InputError, match="--cuda-graphs: this worker has no GPU"):
         open_engine(GeneratorOptions(cuda_graphs=True), "cpu")
+
+
+def test_our_fused_modules_reach_a_pipeline_through_deepspeed(monkeypatch):
+    from diffusers import UNet2DConditionModel
+
+    monkeypatch.setattr("millijoule.workers.engines.injection.policy.fuses_on", lambda device: True)
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline("sd15"), subfolder="unet")
+    names = set(unet.state_dict())
+    engine = open_engine(GeneratorOptions(fused_modules=True), "cpu")
+    engine.prepare(unet, "unet")
+    (prepared,) = engine.report.modules
+    assert prepared.replaced["ResnetBlock2D"] >= 4
+    assert prepared.replaced["GEGLU"] >= 1
+    assert set(unet.state_dict()) == names
