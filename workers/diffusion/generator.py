@@ -56,6 +56,7 @@ class DiffusersGenerator:
         self.loras = LoraSwitch(self.pipeline, options.loras)
         self.engine = engine
         prepare_pipeline(self.pipeline, engine)
+        self.pipeline.to(loaded.device)
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
         self.prompts = folder.defaults.prompts
@@ -89,9 +90,8 @@ class DiffusersGenerator:
                 `read_model`), or the options ask for what it cannot do.
         """
         folder = read_model(path, options)
-        return DiffusersGenerator(
-            load_pipeline(folder, device, options), options, open_engine(options, device)
-        )
+        engine = open_engine(options, device)  # what it lacks is said before minutes are spent on loading
+        return DiffusersGenerator(load_pipeline(folder, device, options), options, engine)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size or a number of steps this model cannot make."""
@@ -117,7 +117,11 @@ class DiffusersGenerator:
 
     def save_memory(self) -> str | None:
         """See `SavesMemory`."""
-        return self.memory.save()
+        if self.engine.release():
+            return "without CUDA graphs"
+        saver = self.memory.save()
+        self.engine.renew()  # models that come and go have other calls
+        return saver
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""

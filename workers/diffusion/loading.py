@@ -74,7 +74,9 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
     pipeline.set_progress_bar_config(disable=True)
     _check_signature(pipeline, folder)
     mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
-    return LoadedPipeline(pipeline.to(device), folder, folder.sha256(), device, mixed_precision)
+    if not options.offload_weights:  # else the engine says what of it comes to the device
+        pipeline.to(device)
+    return LoadedPipeline(pipeline, folder, folder.sha256(), device, mixed_precision)
 
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:
