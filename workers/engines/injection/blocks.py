@@ -6,7 +6,7 @@ PyTorch's `addcmul`. The layers between are called as they are.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 from typing import Any
 
 import torch
@@ -309,7 +309,7 @@ def know_as_blocks() -> None:
             metadata = TransformerBlockRegistry.get(fusion.original)
         except ValueError:  # none of those they can skip
             continue
-        TransformerBlockRegistry.register(fusion.fused, replace(metadata, _cached_parameter_indices=None))
+        TransformerBlockRegistry.register(fusion.fused, copy.copy(metadata))
 
 
 know_as_blocks()
