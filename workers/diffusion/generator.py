@@ -50,8 +50,8 @@ class DiffusersGenerator:
             sha256=loaded.sha256,
             width=width,
             height=height,
-            num_inference_steps=folder.defaults.num_inference_steps,
-            batch_size=BATCH_SIZE if loaded.on_cpu else gpu_batch,
+            num_inference_steps=options.rungs.steps or folder.defaults.num_inference_steps,
+            batch_size=1 if loaded.rungs.draws_alone else BATCH_SIZE if loaded.on_cpu else gpu_batch,
         )
 
     @staticmethod
@@ -89,12 +89,15 @@ class DiffusersGenerator:
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""
-        request = ImageRequest("", 0, "", 0, num_inference_steps=1)
         steps = num_inference_steps or self.info.num_inference_steps
-        return count_operations(self.pipeline, lambda: self.pipeline(**self._call([request])), steps)
+        counted = steps if self.options.rungs.by_step else 1
+        request = ImageRequest("", 0, "", 0, num_inference_steps=counted)
+        self.loaded.rungs.begin(1)
+        return count_operations(self.pipeline, lambda: self.pipeline(**self._call([request])), steps, counted)
 
     def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
         """Images of a batch of requests that agree in all settings, and whether each was blanked."""
+        self.loaded.rungs.begin(len(requests))
         with self.loaded.precision():
             result = self.pipeline(**self._call(requests))
         pixels = np.asarray(result.images, dtype=np.float64)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.diffusion.libraries import import_diffusers
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.rungs.apply import ClimbedRungs
+from millijoule.workers.rungs.check import check_rungs
+from millijoule.workers.rungs.precision import settle_precision
+
+log = logging.getLogger(__name__)
 
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
 OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
@@ -33,6 +38,7 @@ class LoadedPipeline:
         device: "cpu" or "cuda".
         arguments: names of the arguments that a call of it takes.
         mixed_precision: whether matrices and convolutions are to be multiplied in bfloat16 by autocast.
+        rungs: what makes it cheaper.
     """
 
     pipeline: Any
@@ -41,6 +47,7 @@ class LoadedPipeline:
     device: str
     arguments: frozenset[str]
     mixed_precision: bool
+    rungs: ClimbedRungs
 
     @property
     def on_cpu(self) -> bool:
@@ -49,27 +56,22 @@ class LoadedPipeline:
 
     def precision(self) -> torch.autocast:
         """The context in which it is to be called."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision)
+        return self.rungs.precision.context()
 
 
 def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions) -> LoadedPipeline:
     """Load the pipeline in `folder`. Nothing is downloaded, and no code in it is run.
 
-    On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
-    may be out of float16's range, and run in bfloat16, or in float32 where the GPU only emulates bfloat16. On a CPU it runs
-    in float32, and matrices and convolutions of a denoiser that is stored in float16 are multiplied in bfloat16 where
-    the processor does that (half the time).
-
     Raises:
-        InputError: diffusers is not installed, or the directory is not a text-to-image pipeline that can be used.
+        InputError: diffusers is not installed, the directory is not a text-to-image pipeline that can be used, or a rung
+            is asked for that does not work here.
     """
     diffusers, transformers = import_diffusers()
     _check_classes(folder, diffusers, transformers)
-    on_cpu = not device.startswith("cuda")
-    dtype = torch.float32
-    if not on_cpu:
-        wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-        dtype = torch.float16 if _is_stored_in_float16(folder) else wide
+    check_rungs(options.rungs, folder, on_gpu=device.startswith("cuda"))
+    precision = settle_precision(
+        options.rungs.precision, device=device, stored_in_float16=_is_stored_in_float16(folder)
+    )
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -78,14 +80,19 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            dtype=dtype,
+            dtype=precision.dtype,
         )
     except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
         raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     arguments = _check_signature(pipeline, folder)
-    mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
-    return LoadedPipeline(pipeline.to(device), folder, folder.sha256(), device, arguments, mixed_precision)
+    pipeline.to(device)
+    rungs = ClimbedRungs(pipeline, options.rungs, precision)
+    rungs.prepare_weights()
+    rungs.skip_work()
+    if rungs.words:
+        log.info("%s: %s", folder.name, "; ".join(rungs.words))
+    return LoadedPipeline(pipeline, folder, folder.sha256(), device, arguments, precision.mixed, rungs)
 
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:

@@ -47,7 +47,7 @@ class GeneratorOptions:
 
     def identity(self) -> dict[str, Any]:
         """What of these changes pixels and is not the default, as JSON values."""
-        said = asdict(self)
+        said = asdict(self) | {"rungs": self.rungs.identity()}
         return {
             f.name: said[f.name]
             for f in fields(self)

@@ -33,6 +33,7 @@ def hook_cache(denoiser: Any, position: Position, rungs: Rungs) -> None:
 
     interval = rungs.step_cache_interval
     apply: Any
+    config: Any
     match rungs.step_cache:
         case "pyramid":
             config = PyramidAttentionBroadcastConfig(
@@ -78,5 +79,6 @@ def _hooks(module: Any) -> bool:
 
 
 def _unknown(denoiser: Any, rungs: Rungs) -> InputError:
-    return InputError(f"--step-cache {rungs.step_cache}: diffusers knows no blocks of {type(denoiser).__name__} for it")
-
+    return InputError(
+        f"--step-cache {rungs.step_cache}: diffusers knows no blocks of {type(denoiser).__name__} for it"
+    )
