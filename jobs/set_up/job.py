@@ -46,6 +46,8 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
         device = choose_device(
             request, cluster, has_work=lambda: not list_committed(store, len(planned.shards)).all()
         )
+    if device is not None:  # what a model cannot do on it is said before a worker starts
+        request.options.model_options.read(request.options.model, on_gpu=bool(device.gpus))
     return planned, pool_options(request, device, cluster)
 
 

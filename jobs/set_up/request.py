@@ -82,7 +82,9 @@ def request_of(options: GenerateOptions) -> JobRequest:
         node_meters=parse_node_meters(options.node_meter, options.node_rest),
         files=tuple(expand_inputs(options.prompts)),
         identity=describe_model(options.model),
-        model=options.model_options.read(),
+        model=options.model_options.read(
+            options.model, on_gpu={"cpu": False, "gpu": True}.get(options.device)
+        ),
     )
 
 
