@@ -123,9 +123,13 @@ def run(options: BenchOptions) -> int:
     result = _begin(output, options, folder, ground)
     climb = Climb(ground, gate, result["rows"], lambda: save_json(output / "ladder.json", result))
     extra = [
-        (f"preset {n}", GeneratorOptions(rungs=preset(n, folder)))
-        for n in PRESET_NAMES
-        if n in options.presets
+        (
+            f"preset {name}",
+            GeneratorOptions(rungs=preset(name, folder)),
+            ground.first_images if name == "lossless" else len(requests),  # rounding shows in few
+        )
+        for name in PRESET_NAMES
+        if name in options.presets
     ]
     try:
         climb.run(rungs, extra)

@@ -107,15 +107,17 @@ class Climb:
         self.standing, self.cost = GeneratorOptions(), 1.0
         self._dense: Drawer | None = None
 
-    def run(self, candidates: Sequence[Candidate], extra: Sequence[tuple[str, GeneratorOptions]]) -> None:
-        """Climb, then measure what stands at the end, and `extra` (a name and options), with all images."""
+    def run(
+        self, candidates: Sequence[Candidate], extra: Sequence[tuple[str, GeneratorOptions, int]] = ()
+    ) -> None:
+        """Climb, then measure what stands at the end with all images, and `extra` (name, options, images)."""
         try:
             self._draw_dense(self.ground.first_images)
             for candidate in candidates:
                 self._try(candidate)
-            for name, options in ((TOP, self.standing), *extra):
+            for name, options, count in ((TOP, self.standing, len(self.ground.requests)), *extra):
                 if self._row(name) is None:
-                    self._measure(name, "", options, len(self.ground.requests))
+                    self._measure(name, "all that was kept" if name == TOP else "", options, count)
         finally:
             if self._dense is not None:
                 self._dense.close()
@@ -148,7 +150,7 @@ class Climb:
     def _measured(self, name: str, options: GeneratorOptions, count: int) -> dict[str, Any]:
         ground = self.ground
         with Drawer(ground.model, ground.device, options, ground.threads) as drawer:
-            drawer.draw_for(ground.requests, 0)  # kernels are loaded, chosen and compiled
+            drawer.warm_up(ground.requests)
             blocks = [
                 self._block(arm, self._dense_drawer() if arm == "A" else drawer)
                 for _ in range(ground.rounds)
@@ -193,7 +195,7 @@ class Climb:
         if self._dense is None:
             ground = self.ground
             self._dense = Drawer(ground.model, ground.device, GeneratorOptions(), ground.threads)
-            self._dense.draw_for(ground.requests, 0)
+            self._dense.warm_up(ground.requests)
         return self._dense
 
     def _draw_dense(self, count: int) -> np.ndarray:

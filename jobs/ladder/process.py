@@ -9,7 +9,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,6 +22,8 @@ from millijoule.workers.schemas import ImageRequest
 
 #: A process that was asked to end and has not after this long is killed.
 END_SECONDS = 10.0
+#: Enough that work is left out in some of them.
+WARM_UP_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Drawer:
         """Draw `requests`, in batches."""
         self._pipe.send(("draw", (list(requests),)))
         return self._answer()
+
+    def warm_up(self, requests: Sequence[ImageRequest]) -> None:
+        """Draw a batch in few steps: kernels are loaded, chosen and compiled."""
+        few = [replace(r, num_inference_steps=WARM_UP_STEPS) for r in requests[: self.batch_size]]
+        self.draw_for(few, 0)
 
     def draw_for(self, requests: Sequence[ImageRequest], seconds: float) -> Drawn:
         """Draw `requests` in turn, batch after batch, for `seconds`, one batch at least; `images` is their number."""
