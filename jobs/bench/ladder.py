@@ -20,8 +20,9 @@ import tyro
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.ladder.candidates import candidates, choose
 from millijoule.jobs.ladder.climb import DENSE, TOP, Climb, Gate, Ground, describe, passing, save_json
+from millijoule.jobs.ladder.prompts import are_icon_scenes, file_requests, icon_requests
 from millijoule.jobs.machine import describe_machine
-from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, PipelineFolder, read_pipeline
+from millijoule.workers.diffusion.pipeline_folder import PipelineFolder, read_pipeline
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.registry import model_path
@@ -29,7 +30,6 @@ from millijoule.workers.judging.image_judge import ICON_JUDGE
 from millijoule.workers.meters.meter import open_meter
 from millijoule.workers.rungs.preset_file import FORMAT, PresetFile, write_preset
 from millijoule.workers.rungs.presets import PRESET_NAMES, preset
-from millijoule.workers.scenes.scenes import FAMILIES, sample_scene
 from millijoule.workers.schemas import ImageRequest
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def run(options: BenchOptions) -> int:
     device = torch_device(options.device)
     on_gpu = device.startswith("cuda")
     requests = _requests(options)
-    scored = options.features == ICON_JUDGE and _are_icon_scenes(folder, requests)
+    scored = options.features == ICON_JUDGE and are_icon_scenes(options.model, requests)
     psnr = MIN_PSNR_DB if options.min_psnr is None and not scored else options.min_psnr
     gate = Gate(psnr, options.max_score_loss if scored else None)
     rungs = choose(candidates(folder, on_gpu=on_gpu), options.rungs)
@@ -160,51 +160,7 @@ def _requests(options: BenchOptions) -> list[ImageRequest]:
     count = max(options.images, options.top_images or 0)
     if options.prompts == ICONS:
         return icon_requests(count, options.seed)
-    prompts = _file_prompts(options.prompts, -(-count // 2))
-    if not prompts:
-        raise InputError(f"--prompts {options.prompts}: no prompt in it")
-    rng = np.random.default_rng(options.seed)
-    seeds = rng.integers(2**63, size=2 * len(prompts))
-    return [
-        ImageRequest(str(i), 0, prompts[i // 2], int(seeds[i])) for i in range(min(count, 2 * len(prompts)))
-    ]
-
-
-def icon_requests(count: int, seed: int) -> list[ImageRequest]:
-    """Prompts of the six families in turn, combinations nobody was trained on, two seeds of each: those of `evaluate`."""
-    from millijoule.workers.scenes.prompts import write_prompt
-
-    found: list[ImageRequest] = []
-    k = 0
-    while len(found) < count:
-        for f, family in enumerate(FAMILIES):
-            rng = np.random.default_rng((seed, 1, f, k))
-            prompt = write_prompt(sample_scene(family, rng, held_out=True), rng)
-            found += [
-                ImageRequest(str(len(found) + i), 0, prompt, int(s))
-                for i, s in enumerate(rng.integers(2**63, size=2))
-            ]
-        k += 1
-    return found[:count]
-
-
-def _file_prompts(prompts: str, count: int) -> list[str]:
-    from millijoule.pipeline.planning.plan_options import PlanOptions
-    from millijoule.pipeline.planning.prompts import read_prompts
-    from millijoule.workers.storage.inputs import expand_inputs
-
-    found: list[str] = []
-    for chunk in read_prompts(tuple(expand_inputs((prompts,))), PlanOptions()):
-        found += chunk.rows.column("prompt").to_pylist()
-        if len(found) >= count:
-            break
-    return found[:count]
-
-
-def _are_icon_scenes(folder: PipelineFolder, requests: Sequence[ImageRequest]) -> bool:
-    from millijoule.workers.scenes.prompts import parse_prompt
-
-    return folder.defaults.prompts == ICON_SCENES and not any(parse_prompt(r.prompt)[1] for r in requests)
+    return file_requests(options.prompts, count, options.seed)
 
 
 def _gpus(device: str) -> list[str]:
