@@ -52,6 +52,7 @@ class Clocks:
     lib: Any
     handle: Any
     guardian: subprocess.Popen[str]
+    changing: bool = False
 
     def steps_mhz(self) -> list[int]:
         """SM clocks that the board supports at its highest memory clock, ascending."""
@@ -76,8 +77,11 @@ class Clocks:
         self._change(lambda: self.lib.nvmlDeviceSetPowerManagementLimit(self.handle, power_mw))
 
     def _change(self, call: Any) -> None:
-        if self.guardian.poll() is not None:
+        if self.guardian.poll() is not None or self.guardian.stdin is None:
             raise RuntimeError("the guardian of the clocks is gone; nothing more is changed")
+        self.guardian.stdin.write("changing\n")
+        self.guardian.stdin.flush()
+        self.changing = True
         try:
             call()
         except self.lib.NVMLError as error:
@@ -107,13 +111,16 @@ def guarded_clocks(uuid: str, binding: str = DRIVER) -> Iterator[Clocks]:
         text=True,
         start_new_session=True,
     )
-    assert guardian.stdin is not None and guardian.stdout is not None
+    clocks = Clocks(lib, handle, guardian)
+    assert guardian.stdin is not None
+    assert guardian.stdout is not None
     try:
         if guardian.stdout.readline().strip() != "ready":
             raise InputError(f"{uuid}: the guardian of its clocks did not start")
-        clocks = Clocks(lib, handle, guardian)
-        clocks.unlock()  # what is refused is refused before anything was measured
-        clocks.limit(limit_mw)
+        try:  # what is refused is refused before anything is measured
+            restore(lib, handle, limit_mw)
+        except lib.NVMLError as error:
+            raise InputError(_REFUSED.format(error=error)) from error
         yield clocks
     finally:
         try:
@@ -121,9 +128,7 @@ def guarded_clocks(uuid: str, binding: str = DRIVER) -> Iterator[Clocks]:
         except BrokenPipeError:
             pass
         guardian.wait(GUARDIAN_SECONDS)
-        if (
-            guardian.returncode != 0
-        ):  # it was killed, or the driver refused: what it could not do is tried here
+        if clocks.changing and guardian.returncode != 0:  # it was killed, or could not
             restore(lib, handle, limit_mw)
         guardian.stdout.close()
 
@@ -160,8 +165,11 @@ def main(binding: str, uuid: str) -> int:
     handle = lib.nvmlDeviceGetHandleByUUID(uuid)
     limit_mw = int(lib.nvmlDeviceGetPowerManagementLimit(handle))
     print("ready", flush=True)
+    changing = False
     while os.read(sys.stdin.fileno(), 4096):
-        pass
+        changing = True
+    if not changing:
+        return 0
     try:
         restore(lib, handle, limit_mw)
     except lib.NVMLError as error:

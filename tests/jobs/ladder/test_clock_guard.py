@@ -53,9 +53,13 @@ def test_clocks_are_held_inside_and_restored_after(board):
 
 
 def test_an_exception_restores(board):
-    with pytest.raises(ZeroDivisionError), guarded_clocks(UUID, str(board)) as clocks:
-        clocks.lock(990)
-        raise ZeroDivisionError
+    def sweep():
+        with guarded_clocks(UUID, str(board)) as clocks:
+            clocks.lock(990)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sweep()
     assert state(board) == RESTORED
 
 
@@ -79,11 +83,15 @@ def test_a_sweep_that_is_killed_leaves_a_restored_board(board, number):
 
 
 def test_a_guardian_that_is_killed_ends_the_sweep_and_the_board_is_restored(board):
-    with pytest.raises(RuntimeError, match="guardian"), guarded_clocks(UUID, str(board)) as clocks:
-        clocks.lock(990)
-        clocks.guardian.kill()
-        clocks.guardian.wait()
-        clocks.lock(500)
+    def sweep():
+        with guarded_clocks(UUID, str(board)) as clocks:
+            clocks.lock(990)
+            clocks.guardian.kill()
+            clocks.guardian.wait()
+            clocks.lock(500)
+
+    with pytest.raises(RuntimeError, match="guardian"):
+        sweep()
     assert state(board) == RESTORED
 
 
