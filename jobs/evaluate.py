@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from millijoule.jobs.entry import COMPLETE, run_command
+from millijoule.jobs.entry import COMPLETE, check_writable, run_command
 from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
@@ -101,6 +101,8 @@ def run(options: EvaluateOptions) -> int:
         raise InputError(
             "--processes must be at least 1; with several, each has one thread, and --threads says nothing"
         )
+    folder = Path(options.output)
+    check_writable(folder, "--output")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch_device(options.device)
@@ -122,8 +124,6 @@ def run(options: EvaluateOptions) -> int:
         "seconds": round(time.monotonic() - began, 1),
         **measure(items, images, true, Verifier.load()),
     }
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     name = options.name or about["name"].replace("/", "-")
     rows = result.pop("rows")
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

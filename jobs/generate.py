@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -57,7 +58,7 @@ def run(
 
     began, options = time.monotonic(), request.options
     store = open_store(options.output)
-    with ray_cluster.connected(options.ray_address) as cluster:
+    with quietly(options.quiet), ray_cluster.connected(options.ray_address) as cluster:
         if options.dry_run:
             plan = dry_run(request, cluster)
             seconds = time.monotonic() - began
@@ -103,7 +104,21 @@ def run(
         shards_left=job_run.coordinator.remaining,
         seconds=time.monotonic() - began,
         reason=job_run.cap_reached or "interrupted",
+        images_filtered=job_run.counts.filtered_this_run,
     )
+
+
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Where `quiet`, nothing below a warning is logged by the product meanwhile."""
+    product = logging.getLogger("millijoule")
+    before = product.level
+    if quiet:
+        product.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        product.setLevel(before)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from millijoule.jobs.comparing.options import VerifyOptions
-from millijoule.jobs.entry import COMPLETE, ERROR, run_command
+from millijoule.jobs.entry import COMPLETE, ERROR, check_writable, run_command
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.judging.image_judge import ImageMetric, load_judge, load_metric
@@ -46,6 +46,7 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
         raise InputError(
             f"{bundle}: there is a bundle already; check it with --check, or give another --output"
         )
+    check_writable(output, "--output")
     device, gpus = find_device(options)
     generators = {arm: load_generator(model, device=device) for arm, model in models.items()}
     judge = load_judge(options.judge)

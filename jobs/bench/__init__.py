@@ -16,6 +16,7 @@ BENCHES = {
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
     "ladder": "rungs of a diffusion pipeline one by one: joules or CPU time, and what they do to images",
+    "memory": "memory of several workers of one model on a host; time and memory of batches by their size",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",
 }
 

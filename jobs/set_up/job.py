@@ -58,26 +58,12 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
         InputError: the prompt files cannot be used, or the output holds another job.
         StoreError: storage failed.
     """
-    options, plan = request.options, request.plan
-    extra: dict[str, object] = {
-        "model_sha256": request.identity.sha256,
-        "job_seed": options.seed,
-        "output_format": options.format,
-    }
-    if said := request.model.identity():  # a job from before there were such options goes on
-        extra["model_options"] = said
-    fingerprint = compute_fingerprint(request.files, plan, extra)
+    options = request.options
+    extra = _identity(request)
+    fingerprint = compute_fingerprint(request.files, request.plan, extra)
     exclusive = _probe(store)
     if existing is not None:
-        asked = {
-            **extra,
-            "model_options": said,
-            "model": options.model,
-            "images_per_prompt": plan.images_per_prompt,
-            "shard_size": plan.shard_size,
-            "duplicate_ids": plan.duplicate_ids,
-        }
-        check_same_job(existing, fingerprint, asked, store.url)
+        check_is_asked_for(request, existing, store.url)
         log.info("continuing the job in %s", store.url)
         job = existing
     else:
@@ -91,6 +77,32 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
     if options.retry_failed:
         log.info("retrying %d quarantined images", plan_retry_round(store, job))
     return PlannedJob(job, load_job_shards(store, job), exclusive)
+
+
+def check_is_asked_for(request: JobRequest, existing: JobSpec, url: str) -> None:
+    """Raise InputError, which names what differs, where `existing` is another job than `request` asks for."""
+    extra = _identity(request)
+    asked = {
+        **extra,
+        "model_options": request.model.identity(),
+        "model": request.options.model,
+        "images_per_prompt": request.plan.images_per_prompt,
+        "shard_size": request.plan.shard_size,
+        "duplicate_ids": request.plan.duplicate_ids,
+    }
+    check_same_job(existing, compute_fingerprint(request.files, request.plan, extra), asked, url)
+
+
+def _identity(request: JobRequest) -> dict[str, object]:
+    """What tells the job apart besides prompts and plan."""
+    extra: dict[str, object] = {
+        "model_sha256": request.identity.sha256,
+        "job_seed": request.options.seed,
+        "output_format": request.options.format,
+    }
+    if said := request.model.identity():  # a job from before there were such options goes on
+        extra["model_options"] = said
+    return extra
 
 
 def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerprint: str) -> JobSpec:

@@ -32,8 +32,8 @@ class GenerateOptions:
     [steps, step], guidance_scale [cfg_scale, cfg, cfgs]; case, spaces, _ and - do not matter. Other columns are passed
     through. In a .txt file each line is a prompt. docs/prompt-files.md has the details.
 
-    Exit codes: 0 complete; 1 error; 2 a command line that does not parse; 3 complete, but some rows were quarantined; 4 a cap was
-    reached; 5 interrupted, resumable.
+    Exit codes: 0 complete (images that the model's own safety checker hid are counted in the last lines); 1 error; 2 a
+    command line that does not parse; 3 complete, but some rows were quarantined; 4 a cap was reached; 5 interrupted, resumable.
     """
 
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH|URL ...")]
@@ -130,7 +130,7 @@ class GenerateOptions:
     missing, and the finished tables say so."""
 
     retry_failed: bool = False
-    """Give quarantined rows of a finished job one more try, as new shards."""
+    """Give quarantined rows of a finished job one more try, as new shards. Filtered images stay as they are."""
 
     ray_address: str | None = None
     """Ray cluster to join, e.g. auto or ray-head:6379. Default: RAY_ADDRESS, else a local one."""

@@ -5,53 +5,76 @@ Drawing needs the `diffusers` extra.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from millijoule.workers.diffusion.loading import DENOISERS, LoadedPipeline, load_pipeline
-from millijoule.workers.diffusion.noise import seeded
+from millijoule.workers.diffusion.batch_shapes import BatchShapes
+from millijoule.workers.diffusion.engine_modules import prepare_pipeline
+from millijoule.workers.diffusion.families import check_long_prompts, describe_family
+from millijoule.workers.diffusion.loading import LoadedPipeline, load_pipeline
+from millijoule.workers.diffusion.loras import LoraSwitch
+from millijoule.workers.diffusion.memory import PipelineMemory
+from millijoule.workers.diffusion.model_files import read_model
 from millijoule.workers.diffusion.operations import count_operations
-from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, PipelineFolder, read_pipeline
-from millijoule.workers.errors import InputError, RowError
-from millijoule.workers.generators.fixed_size import padded, unused_settings
+from millijoule.workers.diffusion.pipeline_call import Drawn, PipelineCall, Row, Settings
+from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES
+from millijoule.workers.diffusion.precision import is_narrow
+from millijoule.workers.diffusion.prompt_chunks import count_chunks
+from millijoule.workers.diffusion.prompt_tokens import open_prompt_reader
+from millijoule.workers.engines.open import open_engine
+from millijoule.workers.engines.protocol import Engine
+from millijoule.workers.errors import RowError
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, Rejection
+from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo, Rejection
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
 
-#: The pipeline always sees this many rows; the rest is padding. A GPU is idle most of the time with 16 small images.
-BATCH_SIZE, GPU_BATCH_SIZE, GPU_BATCH_SIZE_SMALL = 8, 16, 256
-
-#: Images of at most this many pixels are small.
-SMALL_PIXELS = 128 * 128
+log = logging.getLogger(__name__)
 
 
 class DiffusersGenerator:
-    """A loaded pipeline. Build with `load`; see `Generator` and `ReportsSteps` for the protocols."""
+    """A loaded pipeline. Build with `load`; see `Generator`, `ReportsSteps`, `SizesBatches`, `SavesMemory` and `GroupsRequests`
+    for the protocols.
 
-    def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions) -> None:
-        self.pipeline, folder = loaded.pipeline, loaded.folder
+    Attributes:
+        fixed_batch: whether a call of another number of rows costs a compilation or a capture: then a smaller batch is padded
+            to a number of rows that was called before.
+    """
+
+    def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions, engine: Engine) -> None:
+        """`engine` runs the modules of the pipeline from now on."""
+        folder = loaded.folder
         self.loaded = loaded
+        self.pipeline = loaded.pipeline
         self.options = options
+        self.loras = LoraSwitch(self.pipeline, options.loras)
+        self.engine = engine
+        prepare_pipeline(self.pipeline, engine)
+        loaded.rungs.skip_work(captured=engine.fixed_shapes)
+        if loaded.rungs.words:
+            log.info("%s: %s", folder.name, "; ".join(loaded.rungs.words))
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
         self.prompts = folder.defaults.prompts
-        self.arguments = loaded.arguments
-        self.scale = int(getattr(self.pipeline, "vae_scale_factor", 1))
-        width, height = _native_size(self.pipeline, folder, self.scale)
-        gpu_batch = GPU_BATCH_SIZE_SMALL if width * height <= SMALL_PIXELS else GPU_BATCH_SIZE
+        self.family = family = describe_family(self.pipeline, str(folder.path))
+        self.reader = open_prompt_reader(self.pipeline)
+        self.call = PipelineCall(loaded, family, lambda: self.on_step())
+        self._apart: set[str] = set()
+        self.memory = PipelineMemory(self.pipeline, loaded.device)
+        self.fixed_batch = engine.fixed_shapes
+        self._shapes = BatchShapes()
         self.info = GeneratorInfo(
             name=folder.name,
             sha256=loaded.sha256,
-            width=width,
-            height=height,
+            width=family.width,
+            height=family.height,
             num_inference_steps=options.rungs.steps or folder.defaults.num_inference_steps,
-            batch_size=1 if loaded.rungs.draws_alone else BATCH_SIZE if loaded.on_cpu else gpu_batch,
+            batch_size=options.batch_size or self.memory.limits(family.width, family.height).first,
         )
 
     @staticmethod
@@ -64,108 +87,181 @@ class DiffusersGenerator:
         """Load the pipeline in directory `path` (see `load_pipeline`).
 
         Raises:
-            InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
-                `read_pipeline`).
+            InputError: diffusers is not installed, the directory is not a pipeline that can be used (see
+                `read_model`), or the options ask for what it cannot do.
         """
-        return DiffusersGenerator(load_pipeline(read_pipeline(path), device, options), options)
+        folder = read_model(path, options)
+        check_long_prompts(folder.class_name, options.long_prompts)
+        return DiffusersGenerator(
+            load_pipeline(folder, device, options), options, open_engine(options, device)
+        )
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
-        """See `Generator`; raises RowError for a size this model cannot make."""
-        groups: dict[tuple[float | None, bool], list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
+        """See `Generator`; raises RowError for a size or a number of steps this model cannot make."""
+        for request in requests:
             self._check(request)
-            groups[request.guidance_scale, request.negative_prompt is None].append(i)
-        images: list[Any] = [None] * len(requests)
+        images: list[np.ndarray] = [np.zeros(self._shape(r), np.uint8) for r in requests]
         warnings = [self._warnings(r) for r in requests]
-        rejected: list[Rejection | None] = [None] * len(requests)
-        for rows in groups.values():
-            for part, count in padded(len(rows), self.info.batch_size):
-                drawn = self._draw([requests[rows[k]] for k in part])
-                for k, (image, blocked) in zip(part[:count], drawn, strict=False):
-                    images[rows[k]] = image
-                    if blocked:
-                        rejected[rows[k]] = Rejection("filtered", "the model's safety checker hid this image")
+        rejected: list[Rejection | None] = [self._too_long(r) for r in requests]
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            if rejected[i] is None:
+                groups[self.call_group(request)].append(i)
+        for places in groups.values():
+            drawn, settings = self._draw([requests[i] for i in places])
+            for k, i in enumerate(places):
+                images[i], words, rejected[i] = self._judge(requests[i], settings, drawn, k)
+                warnings[i] += words
         return GeneratedBatch(np.stack(images), tuple(warnings), tuple(rejected))
+
+    def batch_limits(self, width: int, height: int) -> BatchLimits:
+        """See `SizesBatches`."""
+        return self.memory.limits(width, height)
+
+    def save_memory(self) -> str | None:
+        """See `SavesMemory`."""
+        return self.memory.save()
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""
         steps = num_inference_steps or self.info.num_inference_steps
         counted = steps if self.options.rungs.by_step else 1
         request = ImageRequest("", 0, "", 0, num_inference_steps=counted)
+        call = self.call.arguments([Row("", None, 0)], self._settings(request))
         self.loaded.rungs.begin(1)
-        return count_operations(self.pipeline, lambda: self.pipeline(**self._call([request])), steps, counted)
+        with self.engine.plain():
+            return count_operations(self.pipeline, lambda: self.pipeline(**call), steps, counted)
 
-    def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
-        """Images of a batch of requests that agree in all settings, and whether each was blanked."""
-        self.loaded.rungs.begin(len(requests))
-        with self.loaded.precision():
-            result = self.pipeline(**self._call(requests))
-        pixels = np.asarray(result.images, dtype=np.float64)
-        if not np.isfinite(pixels).all():
-            raise RuntimeError("the model made pixels that are not finite numbers")
-        blocked = getattr(result, "nsfw_content_detected", None) or [False] * len(requests)
-        return zip(np.round(pixels * 255).clip(0, 255).astype(np.uint8), map(bool, blocked), strict=True)
+    def _draw(self, requests: Sequence[ImageRequest]) -> tuple[Drawn, Settings]:
+        """A batch of requests of one group; where the batch is fixed, rows after them fill it up."""
+        settings = self._settings(requests[0])
+        switches = self.loras.switches
+        self.loras.use(requests[0].lora)
+        if self.loras.switches != switches:
+            self.engine.renew()
+        rows = [self._row(r) for r in requests]
+        if not self.fixed_batch:
+            return self.call.draw(rows, settings), settings
+        height, width, _ = self._shape(requests[0])
+        wanted = self._shapes.rows_for((width, height), len(rows))
+        try:
+            drawn = self.call.draw([*rows, *[rows[0]] * (wanted - len(rows))], settings)
+        except Exception:
+            self._shapes.failed((width, height), wanted)
+            raise
+        self._shapes.ran((width, height), wanted)
+        return drawn, settings
 
-    def _call(self, requests: Sequence[ImageRequest]) -> dict[str, Any]:
-        """Arguments for the pipeline. The noise of every image comes from a generator of its own, on the CPU."""
-        first = requests[0]
-        guidance = self.guidance_scale if first.guidance_scale is None else first.guidance_scale
-        call: dict[str, Any] = {
-            "prompt": [self._prompt(r) for r in requests],
-            "generator": [seeded(r.seed) for r in requests],
-            "num_inference_steps": first.num_inference_steps or self.info.num_inference_steps,
-            "output_type": "np",
-        }
-        if "width" in self.arguments and "height" in self.arguments:
-            call |= {"width": first.width or self.info.width, "height": first.height or self.info.height}
-        if guidance is not None and "guidance_scale" in self.arguments:
-            call["guidance_scale"] = guidance
-        if first.negative_prompt is not None and "negative_prompt" in self.arguments:
-            call["negative_prompt"] = [r.negative_prompt or "" for r in requests]
-        if "callback_on_step_end" in self.arguments:
-            call["callback_on_step_end"] = self._after_step
-        return call
+    def _judge(
+        self, request: ImageRequest, settings: Settings, drawn: Drawn, k: int
+    ) -> tuple[np.ndarray, tuple[str, ...], Rejection | None]:
+        """Row `k` of what was drawn: its image, words for the user, and why it is no image after all."""
+        words: tuple[str, ...] = ()
+        if not drawn.finite[k]:
+            again = self._in_float32(request, settings)
+            if isinstance(again, Rejection):
+                return drawn.images[k], (), again
+            words = ("pixels were not finite numbers, drawn again in float32",)
+            drawn, k = again, 0
+        if drawn.hidden[k]:
+            return drawn.images[k], words, Rejection("filtered", "the model's safety checker hid this image")
+        if not drawn.images[k].any():
+            words += ("the image is all black",)
+        return drawn.images[k], words, None
+
+    def _in_float32(self, request: ImageRequest, settings: Settings) -> Drawn | Rejection:
+        """One more try for a row whose pixels were not finite numbers."""
+        where = request.source or request.prompt_id
+        if not (self.loaded.mixed_precision or is_narrow(self.pipeline)):
+            return Rejection("quarantined", "pixels are not finite numbers", confirm=True)
+        log.warning("%s: pixels are not finite numbers; the image is drawn again in float32", where)
+        try:
+            with self.engine.plain():
+                drawn = self.call.draw([self._row(request)], settings, float32=True)
+        except Exception as error:  # no memory for it, or a network that knows no other precision
+            why = f"pixels are not finite numbers, and cannot be drawn in float32: {error}"
+            return Rejection("quarantined", why[:500], confirm=True)
+        if not drawn.finite[0]:
+            return Rejection(
+                "quarantined", "pixels are not finite numbers, not in float32 either", confirm=True
+            )
+        return drawn
+
+    def call_group(self, request: ImageRequest) -> Hashable:
+        """See `GroupsRequests`: a call has one guidance scale, one mix of LoRAs, negative prompts for all its rows or for none,
+        prompts of one length where the pipeline does not hide padding, and one image where a rung would look at neighbours."""
+        if self.loaded.rungs.draws_alone:
+            return request.prompt_id, request.image_index
+        settings = self._settings(request)
+        alike = (request.guidance_scale, request.negative_prompt is None, request.lora, settings.chunks)
+        if self.family.fixed_length:
+            return alike
+        self._say_apart()
+        prompts = (self._prompt(request), request.negative_prompt or "")
+        return (*alike, *(self.reader.lengths(text) for text in prompts))
+
+    def _say_apart(self) -> None:
+        if not self._apart:
+            self._apart.add(self.family.class_name)
+            log.info(
+                "%s: a prompt's image would depend on how long its neighbours are; only prompts of as many tokens "
+                "share a batch",
+                self.family.class_name,
+            )
+
+    def _settings(self, request: ImageRequest) -> Settings:
+        guidance = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        height, width, _ = self._shape(request)
+        steps = request.num_inference_steps or self.info.num_inference_steps
+        return Settings(width, height, steps, guidance, self._chunks(request))
+
+    def _chunks(self, request: ImageRequest) -> int:
+        if self.options.long_prompts != "chunk":
+            return 1
+        texts = (self._prompt(request), request.negative_prompt or "")
+        return max(count_chunks(self.pipeline, text) for text in texts)
+
+    def _shape(self, request: ImageRequest) -> tuple[int, int, int]:
+        return request.height or self.info.height, request.width or self.info.width, 3
+
+    def _row(self, request: ImageRequest) -> Row:
+        return Row(self._prompt(request), request.negative_prompt, request.seed)
 
     def _prompt(self, request: ImageRequest) -> str:
         if self.prompts == ICON_SCENES:
             return write_caption(complete(parse_prompt(request.prompt)[0], request.seed))
         return request.prompt
 
-    def _after_step(self, pipeline: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        self.on_step()
-        return kept  # nothing is changed
-
     def _check(self, request: ImageRequest) -> None:
-        width, height = request.width or self.info.width, request.height or self.info.height
-        if "width" not in self.arguments and (width, height) != (self.info.width, self.info.height):
+        height, width, _ = self._shape(request)
+        multiple = self.family.multiple
+        if not self.family.takes_size and (width, height) != (self.info.width, self.info.height):
             raise RowError(f"{width}x{height}: this model makes {self.info.width}x{self.info.height} pixels")
-        if width % self.scale or height % self.scale:
-            raise RowError(f"{width}x{height}: this model needs sides that are multiples of {self.scale}")
+        if width % multiple or height % multiple:
+            raise RowError(f"{width}x{height}: this model needs sides that are multiples of {multiple}")
+
+    def _too_long(self, request: ImageRequest) -> Rejection | None:
+        if self.options.long_prompts != "reject":
+            return None
+        for what, text in self._texts(request):
+            if self.reader.lost(text):
+                return Rejection("quarantined", self.reader.warnings(text, what)[0], drawn=False)
+        return None
+
+    def _texts(self, request: ImageRequest) -> list[tuple[str, str]]:
+        negative = [("negative prompt", request.negative_prompt)] if request.negative_prompt else []
+        return [("prompt", self._prompt(request)), *negative]
 
     def _warnings(self, request: ImageRequest) -> tuple[str, ...]:
         """What of the request the model cannot read or does not use."""
         words: list[str] = []
-        tokenizer = getattr(self.pipeline, "tokenizer", None)
         if self.prompts == ICON_SCENES:
             words += parse_prompt(request.prompt)[1]
-        elif tokenizer is not None:
-            unknown = getattr(tokenizer, "unk_token_id", None)
-            for word in dict.fromkeys(request.prompt.split() if unknown is not None else ()):
-                if unknown in tokenizer(word, add_special_tokens=False).input_ids:
-                    words.append(f"unknown word: {word.strip('.,;:!?()')!r}")
-            length, limit = len(tokenizer(request.prompt).input_ids), tokenizer.model_max_length
-            if length > limit:
-                words.append(f"the prompt is {length} tokens long, this model reads the first {limit}")
-        return (*words, *unused_settings(request, self.arguments))
-
-
-def _native_size(pipeline: Any, folder: PipelineFolder, scale: int) -> tuple[int, int]:
-    """Width and height in pixels of what the pipeline makes when not told."""
-    configs = [getattr(getattr(pipeline, n, None), "config", None) for n in DENOISERS]
-    found = [getattr(config, "sample_size", None) for config in configs]
-    for size in (*found, getattr(pipeline, "default_sample_size", None)):
-        if isinstance(size, int):
-            return size * scale, size * scale
-        if isinstance(size, (list, tuple)) and len(size) == 2:
-            return int(size[1]) * scale, int(size[0]) * scale
-    raise InputError(f"{folder.path}: {folder.class_name} does not say what size of image it makes")
+        else:
+            words += (f"unknown word: {word!r}" for word in self.reader.unknown_words(request.prompt))
+        if self.options.long_prompts != "chunk":
+            for what, text in self._texts(request):
+                words += self.reader.warnings(text, what)
+        scale = self._settings(request).guidance_scale
+        size = request.width or self.info.width, request.height or self.info.height
+        return (*words, *self.family.unused(request, scale), *self.memory.warnings(*size))

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from millijoule.workers.diffusion.libraries import import_diffusers
+from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libraries
+from millijoule.workers.diffusion.open_pipeline import open_pipeline
+from millijoule.workers.diffusion.own_classes import own_class
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.rungs.apply import ClimbedRungs
 from millijoule.workers.rungs.check import check_rungs
 from millijoule.workers.rungs.precision import settle_precision
-
-log = logging.getLogger(__name__)
 
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
 OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
@@ -36,7 +34,6 @@ class LoadedPipeline:
         folder: where it came from, with its defaults.
         sha256: of its files.
         device: "cpu" or "cuda".
-        arguments: names of the arguments that a call of it takes.
         mixed_precision: whether matrices and convolutions are to be multiplied in bfloat16 by autocast.
         rungs: what makes it cheaper.
     """
@@ -45,7 +42,6 @@ class LoadedPipeline:
     folder: PipelineFolder
     sha256: str
     device: str
-    arguments: frozenset[str]
     mixed_precision: bool
     rungs: ClimbedRungs
 
@@ -72,33 +68,20 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
     precision = settle_precision(
         options.rungs.precision, device=device, stored_in_float16=_is_stored_in_float16(folder)
     )
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder.path),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=precision.dtype,
-        )
-    except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
-        raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    arguments = _check_signature(pipeline, folder)
-    pipeline.to(device)
-    rungs = ClimbedRungs(pipeline, options.rungs, precision)
-    rungs.prepare_weights()
-    rungs.skip_work()
-    if rungs.words:
-        log.info("%s: %s", folder.name, "; ".join(rungs.words))
-    return LoadedPipeline(pipeline, folder, folder.sha256(), device, arguments, precision.mixed, rungs)
+    with quiet_libraries():
+        pipeline = open_pipeline(folder, options, precision.dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        _check_signature(pipeline, folder)
+        pipeline.to(device)
+        asked = replace(options.rungs, scheduler=None) if options.scheduler else options.rungs
+        rungs = ClimbedRungs(pipeline, asked, precision)
+        rungs.prepare_weights()
+    return LoadedPipeline(pipeline, folder, folder.sha256(), device, precision.mixed, rungs)
 
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:
     """Whether all weights of the denoiser are."""
-    files = [f for f in folder.files if f.suffix == ".safetensors" and f.parent.name in DENOISERS]
-    return frozenset().union(*(read_header(f).dtypes for f in files)) == {"F16"}
+    return folder.weight_dtypes(DENOISERS) == {"F16"}
 
 
 def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
@@ -108,6 +91,8 @@ def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) ->
         raise InputError(f"{where}: diffusers {diffusers.__version__} has no {folder.class_name}")
     libraries = {"diffusers": diffusers, "transformers": transformers}
     for name, (library, class_name) in folder.components.items():
+        if own_class(pipeline, library, class_name) is not None:
+            continue
         module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
         if not inspect.ismodule(module) or not module.__name__.startswith(("diffusers", "transformers")):
             raise InputError(
@@ -117,8 +102,8 @@ def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) ->
             raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
 
 
-def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
-    """Names of the arguments the pipeline takes, if those are a text-to-image pipeline's."""
+def _check_signature(pipeline: Any, folder: PipelineFolder) -> None:
+    """Raise InputError unless the arguments the pipeline takes are a text-to-image pipeline's."""
     parameters = inspect.signature(pipeline.__call__).parameters
     required = [
         n
@@ -132,4 +117,3 @@ def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
         where = folder.path / INDEX
         why = f"takes no {missing[0]}" if missing else f"is made for {other[0]}"
         raise InputError(f"{where}: {folder.class_name} {why}; only text-to-image pipelines are used")
-    return frozenset(parameters)

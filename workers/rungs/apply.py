@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from millijoule.workers.diffusion.scheduler_choice import change_scheduler
 from millijoule.workers.errors import InputError
 from millijoule.workers.rungs import check, hooked_caches, weights
 from millijoule.workers.rungs.deep_cache import cache_deep_blocks
@@ -53,7 +54,7 @@ class ClimbedRungs:
             format_ = self.precision.denoiser or self.precision.dtype
             self.words.append(f"{str(format_).removeprefix('torch.')} denoiser")
         if rungs.scheduler is not None:
-            self.pipeline.scheduler = _scheduler(self.pipeline.scheduler, rungs.scheduler)
+            change_scheduler(self.pipeline, rungs.scheduler)
             self.words.append(f"scheduler {rungs.scheduler}")
         if rungs.steps is not None:
             self.words.append(f"{rungs.steps} steps where a request does not say")
@@ -74,13 +75,20 @@ class ClimbedRungs:
         if rungs.sparsity is not None:
             self.words.append(f"2:4 of {weights.make_sparse(denoiser)} linear layers")
 
-    def skip_work(self) -> None:
+    def skip_work(self, *, captured: bool = False) -> None:
         """Let steps leave out what they can: after an engine has taken the networks, so that it sees them whole.
+
+        Args:
+            captured: whether the engine replays what the denoiser did once: then it cannot leave out a part of itself.
 
         Raises:
             InputError: as `prepare_weights`.
         """
         rungs, denoiser = self.rungs, self.denoiser
+        if captured and rungs.step_cache is not None:
+            raise InputError(
+                f"--step-cache {rungs.step_cache}: this engine runs the denoiser as a whole; take another --engine"
+            )
         if rungs.step_cache == "deep":
             cache_deep_blocks(denoiser, self._position, rungs.step_cache_interval)
         elif rungs.step_cache is not None:
@@ -90,7 +98,13 @@ class ClimbedRungs:
             self.words.append(f"{rungs.step_cache} step cache")
         if rungs.guidance_until < 1:
             in_one_batch = type(denoiser).__name__ in check.GUIDED_IN_ONE_BATCH
-            truncate_guidance(denoiser, self._position, rungs.guidance_until, in_one_batch=in_one_batch)
+            truncate_guidance(
+                denoiser,
+                self._position,
+                rungs.guidance_until,
+                in_one_batch=in_one_batch,
+                captured=captured,
+            )
             self.words.append(f"guidance in the first {rungs.guidance_until:.0%} of steps")
 
     @property
@@ -104,18 +118,3 @@ class ClimbedRungs:
             self._position.begin(rows)
             if self._hooked:
                 hooked_caches.forget(self.denoiser)
-
-
-def _scheduler(own: Any, name: str) -> Any:
-    """A scheduler of class `name` with the settings of the pipeline's `own`."""
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    known = sorted({k.__name__ for k in own.compatibles})
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise InputError(f"--scheduler {name}: diffusers has no such scheduler; there are {', '.join(known)}")
-    if name not in known:
-        raise InputError(
-            f"--scheduler {name}: not for a model of {type(own).__name__}; these are: {', '.join(known)}"
-        )
-    return kind.from_config(own.config)

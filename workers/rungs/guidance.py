@@ -8,6 +8,7 @@ pipeline's sum is then c itself, whatever the scale, and no pipeline has to know
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def truncate_guidance(
     until: float,
     *,
     in_one_batch: bool,
+    captured: bool = False,
 ) -> None:
     """Change `denoiser` (its `forward`) so that guidance ends after `until` of the schedule.
 
@@ -31,8 +33,9 @@ def truncate_guidance(
         until: part of the steps with guidance, 0 to 1.
         in_one_batch: whether rows without the prompt and rows with it come together, in this order; else they come in two
             calls, the one with the prompt first.
+        captured: whether an engine replays the denoiser's calls: what is left out is then left out before it sees them.
     """
-    forward = denoiser.forward
+    forward: Callable[..., Any] = denoiser._compiled_call_impl if captured else denoiser.forward  # type: ignore[assignment]
     kept: list[Any] = [None]
 
     def rows_with_prompt(*args: Any, **kwargs: Any) -> Any:
@@ -50,7 +53,11 @@ def truncate_guidance(
         kept[0] = forward(*args, **kwargs)
         return kept[0]
 
-    denoiser.forward = rows_with_prompt if in_one_batch else call_with_prompt  # type: ignore[method-assign]
+    less = rows_with_prompt if in_one_batch else call_with_prompt
+    if captured:
+        denoiser._compiled_call_impl = less
+    else:
+        denoiser.forward = less  # type: ignore[method-assign]
 
 
 def second_half(value: Any, rows: int) -> Any:

@@ -66,6 +66,7 @@ def round_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
     forward: Callable[..., Any] = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())  # a retry widens them
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         wide = torch.float32 if sample is None else sample.dtype
         # U-Nets take the time step as their second argument; eight bits are too few for it

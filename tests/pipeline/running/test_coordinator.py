@@ -15,7 +15,7 @@ from millijoule.pipeline.running.coordinator import (
     SPECULATION_MIN_S,
     Coordinator,
 )
-from millijoule.workers.lease import AttemptResult, Suspect, WorkerStatus
+from millijoule.workers.lease import AttemptProgress, AttemptResult, Suspect
 from millijoule.workers.shard_rows import Shard
 
 
@@ -43,10 +43,10 @@ def test_committed_shards_are_not_leased_again():
 def test_a_silent_lease_expires_and_progress_renews_it():
     c = coordinator(1, lease_s=10)
     lease = c.next_lease("a", 0.0)
-    assert c.renew(WorkerStatus(lease.attempt_id, images_done=1, steps=4), now=8.0)
+    assert c.renew(AttemptProgress(lease.attempt_id, images_done=1, steps=4), now=8.0)
     assert c.expired(12.0) == []
     assert not c.renew(
-        WorkerStatus(lease.attempt_id, images_done=1, steps=4), now=17.0
+        AttemptProgress(lease.attempt_id, images_done=1, steps=4), now=17.0
     )  # an answer without progress
     assert [e.lease for e in c.expired(18.5)] == [lease]
     c.lease_again(lease.attempt_id)
@@ -57,11 +57,11 @@ def test_steps_of_a_long_batch_or_upload_renew_a_lease_too():
     c = coordinator(1, lease_s=10)
     lease = c.next_lease("a", 0.0)
     for n in range(1, 9):
-        assert c.renew(WorkerStatus(lease.attempt_id, images_done=0, steps=n), now=8.0 * n)
+        assert c.renew(AttemptProgress(lease.attempt_id, images_done=0, steps=n), now=8.0 * n)
         assert c.expired(8.0 * n + 9) == []
     assert c.active[lease.attempt_id].images_done == 0
     assert [e.lease for e in c.expired(64 + 10.5)] == [lease]
-    assert not c.renew(WorkerStatus("another", images_done=5, steps=5), now=80.0)
+    assert not c.renew(AttemptProgress("another", images_done=5, steps=5), now=80.0)
 
 
 def test_a_straggler_gets_one_rival_at_the_tail_and_only_there():
@@ -185,7 +185,7 @@ def test_a_lease_that_waits_for_storage_does_not_expire():
     c = coordinator(1, lease_s=10)
     lease = c.next_lease("a", 0.0)
     for n in range(1, 50):
-        assert c.renew(WorkerStatus(lease.attempt_id, 0, 0, waits_for_store=True), 9.0 * n)
+        assert c.renew(AttemptProgress(lease.attempt_id), 9.0 * n, waits_for_store=True)
         assert c.expired(9.0 * n) == []
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import ray as real_ray
-from support.ray_stand_in import NEVER, After, Dies, RayStandIn, install
+from support.ray_stand_in import NEVER, After, Deferred, Dies, RayStandIn, install
 
 from millijoule.pipeline.running.coordinator import POISON_REASON, Coordinator
 from millijoule.pipeline.running.crew import STOP_TIMEOUT_S
@@ -18,6 +18,7 @@ from millijoule.pipeline.running.outcomes import UNPLACED_DEATHS
 from millijoule.pipeline.running.pool import CUT_OFF_S, WorkerPool
 from millijoule.workers.errors import DamagedError, JobError, NodeError, StoreError
 from millijoule.workers.lease import (
+    AttemptProgress,
     AttemptResult,
     Node,
     Suspect,
@@ -54,18 +55,20 @@ class Script:
     def stop(self, worker):
         return After(0.1, WorkerStopped(worker.worker_id, ()))
 
+    def read_while_loading(self, worker):
+        return After(0.1, f"read of {worker.worker_id}")
+
     def steps(self, worker):
         """Progress that grows with time, while the worker is not stuck."""
         return int(10 * worker.world.ray.now)
 
 
 class ScriptedWorker:
-    """An actor. `attempt_id` is of the lease at work, None beside it."""
+    """An actor. Its device does one lease after another: `line` are those in hand, the first is at work."""
 
     def __init__(self, world, node, worker_id, config):
         self.world, self.node, self.worker_id = world, node, worker_id
-        self.attempt_id = None
-        self.cancelled = set()
+        self.line = []
 
     @real_ray.method(concurrency_group="work")
     def start(self):
@@ -76,7 +79,23 @@ class ScriptedWorker:
 
     @real_ray.method(concurrency_group="work")
     def run(self, lease):
-        self.attempt_id = lease.attempt_id
+        self.world.leased.append((self.worker_id, lease))
+        self.line.append((lease, Deferred()))
+        if len(self.line) == 1:
+            self._begin()
+        return self.line[-1][1]
+
+    def _begin(self):
+        lease, answer = self.line[0]
+        self.world.begun.append((self.worker_id, lease.shard.shard_id))
+        made = self._work(lease)
+        if not isinstance(made, After):
+            made = After(0.0, made)
+        answer.settle(made)
+        if made.seconds < float("inf"):
+            self.world.ray.at(made.seconds, self._next)
+
+    def _work(self, lease):
         script = self.world.script
         if lease.probe_rows is not None:
             return script.probe(self, lease)
@@ -86,6 +105,11 @@ class ScriptedWorker:
         if type(answer) is After and answer.answer is None and answer is not NEVER:
             return After(answer.seconds, AttemptResult(lease, "committed", b"{}"))
         return answer
+
+    def _next(self):
+        del self.line[0]
+        if self.line and self.worker_id in self.world.ray.running:
+            self._begin()
 
     @real_ray.method(concurrency_group="work")
     def stop(self):
@@ -97,12 +121,34 @@ class ScriptedWorker:
 
     @real_ray.method(concurrency_group="status")
     def status(self):
-        return WorkerStatus(self.attempt_id, 0, self.world.script.steps(self))
+        steps = self.world.script.steps(self)
+        return WorkerStatus(
+            tuple(
+                AttemptProgress(lease.attempt_id, 0, 0 if i else steps, waits=i > 0, has_begun=i == 0)
+                for i, (lease, _) in enumerate(self.line)
+            )
+        )
+
+    @real_ray.method(concurrency_group="status")
+    def read_while_loading(self):
+        return self.world.script.read_while_loading(self)
 
     @real_ray.method(concurrency_group="status")
     def cancel(self, attempt_id):
-        self.cancelled.add(attempt_id)
         self.world.cancelled.append((self.worker_id, attempt_id))
+        self._withdraw(attempt_id)
+
+    @real_ray.method(concurrency_group="status")
+    def give_back(self, attempt_id):
+        return self._withdraw(attempt_id)
+
+    def _withdraw(self, attempt_id):
+        for lease, answer in self.line[1:]:
+            if lease.attempt_id == attempt_id:
+                self.line.remove((lease, answer))
+                answer.settle(AttemptResult(lease, "cancelled"))
+                return True
+        return False
 
 
 class World:
@@ -119,7 +165,8 @@ class World:
             self.ray.actor_class, self.coordinator, CONFIG, PoolOptions(least, most, **options), self
         )
         self.made, self.lost, self.void, self.words, self.left = [], [], [], [], []
-        self.cancelled, self.requests = [], []
+        self.cancelled, self.requests, self.reads = [], [], []
+        self.leased, self.begun = [], []
         self.on_tick = lambda: None
 
     def run(self):
@@ -139,6 +186,9 @@ class World:
 
     def stopped(self, stopped):
         self.words.append(stopped.worker_id)
+
+    def loading(self, worker_id, read):
+        self.reads.append((worker_id, read))
 
     def gone(self, worker_id):
         self.left.append(worker_id)
@@ -454,6 +504,25 @@ def test_last_words_that_never_come_are_waited_for_and_given_up(world, caplog):
     assert len(w.left) == 1
     assert "did not say its last words" in caplog.text
     assert w.ray.now > STOP_TIMEOUT_S
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_worker_that_still_loads_at_the_end_says_what_its_meter_does_and_is_not_waited_for_long(
+    world, answers
+):
+    def loads_for_ever(usual):
+        return lambda worker: NEVER if worker.worker_id.endswith("2") else usual(worker)
+
+    made = Script()
+    made.load = loads_for_ever(made.load)
+    if not answers:
+        made.read_while_loading = lambda worker: NEVER
+    w = world(made)
+    w.run()
+    (late,) = [name for name in w.ray.asked_for if name.endswith("2")]
+    assert w.left == [late]
+    assert w.reads == ([(late, f"read of {late}")] if answers else [])
+    assert w.ray.now < 30.0
 
 
 def test_last_words_that_fail_leave_the_account_open(world, caplog):

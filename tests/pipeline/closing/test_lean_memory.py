@@ -6,7 +6,7 @@ import sys
 import pyarrow as pa
 import pytest
 
-from millijoule.pipeline.energy.lean_memory import lean_memory
+from millijoule.pipeline.closing.lean_memory import lean_memory
 
 
 def test_arrows_allocator_comes_back_whatever_happens():
@@ -28,7 +28,7 @@ GROW = """
 import sys
 from array import array
 from millijoule.jobs.bench.process import private_mb
-from millijoule.pipeline.energy.lean_memory import lean_memory
+from millijoule.pipeline.closing.lean_memory import lean_memory
 import numpy as np
 def grow():
     np.ones(20 << 20, np.uint8)  # once freed, glibc keeps blocks up to its size in the heap

@@ -1,0 +1,72 @@
+"""From a checked folder to a pipeline of diffusers: with what the options put in the place of its parts.
+
+A loader sees nothing but the files that were checked and hashed (`PipelineFolder.shown_alone`). Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+from millijoule.workers.diffusion.libraries import import_diffusers
+from millijoule.workers.diffusion.other_decoder import load_decoder
+from millijoule.workers.diffusion.own_classes import load_own_classes
+from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
+from millijoule.workers.diffusion.scheduler_choice import change_scheduler
+from millijoule.workers.errors import InputError
+from millijoule.workers.generators.options import GeneratorOptions
+
+log = logging.getLogger(__name__)
+
+
+def open_pipeline(folder: PipelineFolder, options: GeneratorOptions, dtype: Any) -> Any:
+    """The pipeline of `folder` on the CPU, its networks in `dtype`, with the decoder and scheduler of `options`.
+
+    Raises:
+        InputError: diffusers cannot load it, or an option means nothing to it.
+    """
+    diffusers, _ = import_diffusers()
+    place = folder.checkpoint or folder.path
+    with folder.shown_alone() as shown:
+        parts: dict[str, Any] = {}
+        if options.vae is not None:
+            parts["vae"] = load_decoder(options.vae.path, folder, dtype)
+        try:
+            kind = getattr(diffusers, folder.class_name)
+            parts |= dict.fromkeys(_absent(kind, folder))
+            if folder.checkpoint is None:
+                parts |= load_own_classes(kind, folder, Path(shown), dtype)
+                pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                    str(shown),
+                    local_files_only=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    dtype=dtype,
+                    **parts,
+                )
+            else:
+                pipeline = kind.from_single_file(
+                    str(folder.checkpoint), config=str(shown), local_files_only=True, dtype=dtype, **parts
+                )
+        except InputError:
+            raise
+        except Exception as error:  # whatever the libraries make of files that are not as they wrote them
+            reason = str(error).replace(str(shown), str(folder.path))
+            raise InputError(f"{place}: diffusers cannot load it: {reason}") from error
+    if options.scheduler is not None:
+        change_scheduler(pipeline, options.scheduler)
+    return pipeline
+
+
+def _absent(kind: Any, folder: PipelineFolder) -> list[str]:
+    """Components of the folder's index that are left out and that the class `kind` wants to be told of."""
+    taken = inspect.signature(kind.__init__).parameters
+    optional = getattr(kind, "_optional_components", ())
+    return [name for name in folder.absent if name in taken and name not in optional]
+
+
+def place_of(folder: PipelineFolder) -> Path:
+    """Where a message says that the model lies."""
+    return folder.checkpoint or folder.path
