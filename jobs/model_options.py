@@ -1,17 +1,21 @@
-"""The options that say how a model is loaded and run: the same for every command that draws."""
+"""The options that say how a model is found, loaded and run: the same for every command that draws."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from millijoule.workers.diffusion.pipeline_folder import PipelineFolder, read_pipeline
+from millijoule.workers.diffusion.lora_words import split_option
+from millijoule.workers.diffusion.model_files import read_model
+from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
+from millijoule.workers.diffusion.scheduler_choice import check_scheduler
 from millijoule.workers.errors import InputError
 from millijoule.workers.factories import PREFIX
-from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.registry import model_path
+from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
+from millijoule.workers.generators.registry import is_pipeline, model_path
+from millijoule.workers.rungs.check import check_rungs
 from millijoule.workers.rungs.choose import choose_rungs
 from millijoule.workers.rungs.rungs import (
     AttentionBackend,
@@ -22,19 +26,48 @@ from millijoule.workers.rungs.rungs import (
     StepCache,
 )
 
+if TYPE_CHECKING:
+    from millijoule.workers.sources.obtain import ObtainedModel
+
 #: A scheduler may be given with settings, and is no switch.
 _SWITCHES = {f.name for f in fields(Rungs)} - {"scheduler"}
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How the model is loaded and run."""
+    """How the model is found, loaded and run."""
 
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Most images per call of the model. Default: what suits the model on the device."""
 
     engine: Literal["deepspeed", "compile", "eager"] = "deepspeed"
     """What runs the networks: DeepSpeed-Inference, torch.compile, or PyTorch as it is."""
+
+    revision: Annotated[str | None, tyro.conf.arg(metavar="BRANCH|TAG|COMMIT")] = None
+    """Of a model on the hub. A job keeps the commit that it began with. Default: the main branch."""
+
+    variant: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Weights of this variant, such as fp16, of a pipeline that holds several. Default: the fullest precision there is."""
+
+    lora: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH[=WEIGHT] ...")] = ()
+    """LoRAs of a diffusion pipeline: a .safetensors file, a folder, an s3:// URL or a hub id (also owner/name/FILE.safetensors).
+    All of them are used for every image, each with its weight (default 1), but for rows whose column `lora` chooses among
+    them by name: style, style=0.5, style+paint=0.3, none."""
+
+    scheduler: Annotated[str | None, tyro.conf.arg(metavar="NAME[:SETTING=VALUE,...]")] = None
+    """Another scheduler of diffusers in the place of the pipeline's own, such as
+    DPMSolverMultistepScheduler:use_karras_sigmas=true."""
+
+    vae: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Another decoder in the place of the pipeline's own: a folder, a .safetensors file, an s3:// URL or a hub id."""
+
+    config: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """For a checkpoint in one file: a pipeline of the same family (folder, s3:// prefix or hub id) whose configurations and
+    vocabularies are used, and whose weights only for what the file lacks."""
+
+    model_cache: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder, on every node, for models that are fetched from buckets. Default: MILLIJOULE_CACHE, else
+    ~/.cache/millijoule/models."""
 
     optimize: Annotated[str, tyro.conf.arg(metavar="none|lossless|balanced|max|FILE")] = "none"
     """Of a diffusers pipeline: rungs of the ladder that go together, or a preset file of `millijoule bench ladder`.
@@ -80,27 +113,65 @@ class ModelOptions:
     guidance_until: Annotated[float | None, tyro.conf.arg(metavar="PART")] = None
     """Guidance only in the first part of the steps, 0 to 1; the rest take half the work. Changes images a little to visibly."""
 
-    def read(self, model: str, *, on_gpu: bool | None = None) -> GeneratorOptions:
-        """What these options say of `model`, as `--model` takes it, on a GPU or not (None: not known yet).
-
-        Raises:
-            InputError: names the option that cannot be, and why.
-        """
+    def read(self) -> GeneratorOptions:
+        """What these options say, but for the rungs, which depend on the model; raises InputError, which names the option."""
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: at least 1")
+        return GeneratorOptions(
+            engine=self.engine,
+            batch_size=self.batch_size,
+            variant=self.variant,
+            loras=tuple(map(_lora, self.lora)),
+            scheduler=self.scheduler,
+            vae=None if self.vae is None else ModelPart(self.vae),
+            config=self.config,
+        )
+
+    def obtain(self, model: str, revision: str | None = None, *, on_gpu: bool | None = None) -> ObtainedModel:
+        """The model that the word `model` names, on this machine, with these options and its rungs; see `obtain_model`.
+
+        Args:
+            revision: of the hub, where these options give none.
+            on_gpu: whether it will run on one; None: not known yet.
+        """
+        from millijoule.workers.sources.obtain import obtain_model
+
+        obtained = obtain_model(
+            model, self.read(), revision=self.revision or revision, cache=self.model_cache
+        )
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         switches = {name: value for name, value in given.items() if name in _SWITCHES}
         if self.optimize == "none" and not switches:
-            return GeneratorOptions(engine=self.engine, batch_size=self.batch_size)
-        chosen = choose_rungs(self.optimize, switches, model, _pipeline(model), on_gpu=on_gpu)
-        engine = self.engine if chosen.engine is None or self.engine != "deepspeed" else chosen.engine
-        return GeneratorOptions(
-            engine=engine, batch_size=self.batch_size or chosen.batch_size, rungs=chosen.rungs
+            return obtained
+        folder = pipeline_of(obtained)
+        chosen = choose_rungs(self.optimize, switches, model, folder, on_gpu=on_gpu)
+        rungs = replace(chosen.rungs, scheduler=None) if self.scheduler else chosen.rungs
+        if rungs.scheduler is not None and folder is not None:
+            check_scheduler(rungs.scheduler, folder.components.get("scheduler", ("", ""))[1])
+        options = replace(
+            obtained.options,
+            rungs=rungs,
+            engine=self.engine if chosen.engine is None or self.engine != "deepspeed" else chosen.engine,
+            batch_size=self.batch_size or chosen.batch_size,
         )
+        return replace(obtained, options=options)
 
 
-def _pipeline(model: str) -> PipelineFolder | None:
-    """The diffusers directory that `model` is; None where it is something else."""
-    if model.startswith(PREFIX) or not (path := model_path(model)).is_dir():
+def pipeline_of(obtained: ObtainedModel) -> PipelineFolder | None:
+    """The diffusion pipeline that the model is; None: it is something else."""
+    if obtained.model.startswith(PREFIX) or not is_pipeline(path := model_path(obtained.model)):
         return None
-    return read_pipeline(path)
+    return read_model(path, obtained.options)
+
+
+def check_device(obtained: ObtainedModel, *, on_gpu: bool) -> None:
+    """Raise InputError, which names it, for a rung of `obtained` that needs another device."""
+    if obtained.options.rungs != Rungs() and (folder := pipeline_of(obtained)) is not None:
+        check_rungs(obtained.options.rungs, folder, on_gpu=on_gpu)
+
+
+def _lora(text: str) -> LoraChoice:
+    try:
+        return LoraChoice(*split_option(text))
+    except ValueError as error:
+        raise InputError(f"--lora {text}: {error}") from error

@@ -139,8 +139,9 @@ def _measure(
 
     usual_mw = int(clocks.lib.nvmlDeviceGetPowerManagementLimit(clocks.handle))
     settings = settings_of(options, clocks)
-    model = ModelOptions(optimize=options.optimize).read(options.model, on_gpu=device == "cuda")
-    generator = load_generator(options.model, device=device, options=model)
+    obtained = ModelOptions(optimize=options.optimize).obtain(options.model, on_gpu=device == "cuda")
+    model = obtained.options
+    generator = load_generator(obtained.model, device=device, options=model)
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     size = model.batch_size or generator.info.batch_size
     requests = icon_requests(size, 0)

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 
+from millijoule.jobs.model_options import check_device
 from millijoule.jobs.set_up.calibration import calibrated_shard_size
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
@@ -20,6 +21,8 @@ from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
 from millijoule.workers.errors import InputError, StoreError
 from millijoule.workers.layout import BAD_ROWS_KEY, SUCCESS_KEY
+from millijoule.workers.sources.copies import put_copy
+from millijoule.workers.sources.obtain import ObtainedModel
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -33,13 +36,14 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
         StoreError: storage failed.
     """
     existing, device = read_job(store), None
-    if request.shard_seconds is not None:
+    if (seconds := request.shard_seconds) is not None:
         if existing is not None:
             images = existing.shard_size  # a calibration would not repeat; the first one counts
         else:
             device = choose_device(request, cluster)
             workers = pool_options(request, device, cluster)
-            images = calibrated_shard_size(request, request.shard_seconds, workers)
+            request = replace(request, source=within_reach(request.source, store, cluster))
+            images = calibrated_shard_size(request, seconds, workers)
         request = replace(request, plan=replace(request.plan, shard_size=images))
     planned = open_or_plan(request, store, existing)
     if device is None:  # a calibration and its job run on the same kind of device
@@ -47,8 +51,19 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
             request, cluster, has_work=lambda: not list_committed(store, len(planned.shards)).all()
         )
     if device is not None:  # what a model cannot do on it is said before a worker starts
-        request.options.model_options.read(request.options.model, on_gpu=bool(device.gpus))
+        check_device(request.source, on_gpu=bool(device.gpus))
     return planned, pool_options(request, device, cluster)
+
+
+def within_reach(source: ObtainedModel, store: Store, cluster: Cluster) -> ObtainedModel:
+    """`source` with its files in the job's output, unless all workers run on this machine or fetch them elsewhere.
+
+    Raises:
+        StoreError: storage failed.
+    """
+    if cluster.own:
+        return source
+    return replace(source, copies=tuple(c if c.url else put_copy(store, c) for c in source.copies))
 
 
 def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) -> PlannedJob:
@@ -125,6 +140,7 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
         images_per_prompt=options.images_per_prompt,
         output_format=options.format,
         model_options=request.model.identity(),
+        model_revision=request.source.commit,
         shard_size=request.plan.shard_size,
         duplicate_ids=options.duplicate_ids,
         prompts=options.prompts,

@@ -44,6 +44,7 @@ class JobSpec:
     millijoule_version: str
     schema_version: int = 1
     model_options: dict[str, Any] = field(default_factory=dict)  # `GeneratorOptions.identity`
+    model_revision: str | None = None  # commit of the hub's repository
 
 
 #: Options whose change makes another job, with the words a user knows them by.
