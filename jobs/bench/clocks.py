@@ -23,7 +23,8 @@ from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.ladder.clock_guard import DRIVER, Clocks, guarded_clocks, open_binding
 from millijoule.jobs.ladder.prompts import are_icon_scenes, icon_requests
 from millijoule.jobs.ladder.quality import accepted, family_of
-from millijoule.jobs.model_options import ModelOptions
+from millijoule.jobs.model_options import ModelOptions, pipeline_of
+from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
 from millijoule.workers.schemas import ImageRequest
@@ -145,7 +146,7 @@ def _measure(
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     size = model.batch_size or generator.info.batch_size
     requests = icon_requests(size, 0)
-    share = _accepted_share(options.model, generator.generate(requests).images, requests)
+    share = _accepted_share(pipeline_of(obtained), generator.generate(requests).images, requests)
     rows = []
     for setting in (*settings, *reversed(settings)):
         clocks.limit(setting.power_mw or usual_mw)
@@ -177,13 +178,15 @@ def _measure(
     return {"accepted_share": share, "settings": summary(rows, share), "blocks": rows}
 
 
-def _accepted_share(model: str, images: Any, requests: Sequence[ImageRequest]) -> float | None:
+def _accepted_share(
+    folder: PipelineFolder | None, images: Any, requests: Sequence[ImageRequest]
+) -> float | None:
     """Share of images that show their prompt; None where nobody can tell."""
     from millijoule.workers.judging.image_judge import IconJudge
     from millijoule.workers.scenes.prompts import parse_prompt
     from millijoule.workers.scenes.scenes import IMAGE_SIZE
 
-    if not are_icon_scenes(model, requests) or images.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
+    if not are_icon_scenes(folder, requests) or images.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
         return None
     prompts = [r.prompt for r in requests]
     return float(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,15 +22,16 @@ from millijoule.jobs.ladder.candidates import candidates, choose
 from millijoule.jobs.ladder.climb import DENSE, TOP, Climb, Gate, Ground, describe, passing, save_json
 from millijoule.jobs.ladder.prompts import are_icon_scenes, file_requests, icon_requests
 from millijoule.jobs.machine import describe_machine
-from millijoule.workers.diffusion.pipeline_folder import PipelineFolder, read_pipeline
+from millijoule.jobs.model_options import ModelOptions, pipeline_of
+from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.registry import model_path
+from millijoule.workers.generators.options import GeneratorOptions, ModelPart
 from millijoule.workers.judging.image_judge import ICON_JUDGE
 from millijoule.workers.meters.meter import open_meter
 from millijoule.workers.rungs.preset_file import FORMAT, PresetFile, write_preset
 from millijoule.workers.rungs.presets import PRESET_NAMES, preset
 from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.sources.obtain import ObtainedModel
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class BenchOptions:
     """Climb the ladder of rungs of a diffusion pipeline, and recommend the cheapest combination whose images pass."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A diffusers directory, or `baseline`."""
+    """A diffusion pipeline, as `millijoule generate --model` takes it."""
 
     output: str = "ladder"
     """Folder for ladder.json, ladder.png, sheet.png and preset.json. A climb that was interrupted goes on there."""
@@ -57,6 +58,9 @@ class BenchOptions:
 
     top_images: int | None = None
     """Images of the combination at the top, and of --presets; default: as many as --images."""
+
+    tiny_decoder: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """A smaller decoder to try, such as an AutoencoderTiny, as `millijoule generate --vae` takes it."""
 
     rungs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Only these rungs; default: all that this pipeline can take here."""
@@ -91,23 +95,24 @@ class BenchOptions:
 
 
 def run(options: BenchOptions) -> int:
-    folder = _pipeline(options)
+    obtained, folder = _pipeline(options)
     from millijoule.jobs.torch_device import torch_device
     from millijoule.workers.judging.image_judge import load_judge
 
     device = torch_device(options.device)
     on_gpu = device.startswith("cuda")
     requests = _requests(options)
-    scored = options.features == ICON_JUDGE and are_icon_scenes(options.model, requests)
+    scored = options.features == ICON_JUDGE and are_icon_scenes(folder, requests)
     psnr = MIN_PSNR_DB if options.min_psnr is None and not scored else options.min_psnr
     gate = Gate(psnr, options.max_score_loss if scored else None)
-    rungs = choose(candidates(folder, on_gpu=on_gpu), options.rungs)
+    rungs = choose(candidates(folder, on_gpu=on_gpu, decoder=_decoder(options)), options.rungs)
     output = Path(options.output)
     (output / "images").mkdir(parents=True, exist_ok=True)
     meter = open_meter(_gpus(device))
     domains = _domains(meter.domains, on_gpu)
     ground = Ground(
-        model=options.model,
+        model=obtained.model,
+        base=obtained.options,
         device=device,
         requests=requests,
         threads=options.threads,
@@ -125,7 +130,7 @@ def run(options: BenchOptions) -> int:
     extra = [
         (
             f"preset {name}",
-            GeneratorOptions(rungs=preset(name, folder)),
+            replace(obtained.options, rungs=preset(name, folder)),
             ground.first_images if name == "lossless" else len(requests),  # rounding shows in few
         )
         for name in PRESET_NAMES
@@ -142,17 +147,23 @@ def run(options: BenchOptions) -> int:
     return COMPLETE
 
 
-def _pipeline(options: BenchOptions) -> PipelineFolder:
-    """The pipeline, and a look at the numbers."""
+def _pipeline(options: BenchOptions) -> tuple[ObtainedModel, PipelineFolder]:
+    """The model and its pipeline, and a look at the numbers."""
     for name in ("images", "rounds"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: at least 1")
     if options.block_seconds < 0:
         raise InputError(f"--block-seconds {options.block_seconds}: 0 or more")
-    path = model_path(options.model)
-    if not path.is_dir():
-        raise InputError(f"{options.model}: no diffusers directory; only pipelines have rungs")
-    return read_pipeline(path)
+    obtained = ModelOptions().obtain(options.model)
+    if (folder := pipeline_of(obtained)) is None:
+        raise InputError(f"{options.model}: no diffusion pipeline; only those have rungs")
+    return obtained, folder
+
+
+def _decoder(options: BenchOptions) -> ModelPart | None:
+    if options.tiny_decoder is None:
+        return None
+    return ModelOptions(vae=options.tiny_decoder).obtain(options.model).options.vae
 
 
 def _requests(options: BenchOptions) -> list[ImageRequest]:

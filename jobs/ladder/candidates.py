@@ -9,7 +9,7 @@ from typing import Any
 
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.generators.options import GeneratorOptions, ModelPart
 from millijoule.workers.rungs.check import check_rungs
 from millijoule.workers.rungs.families import denoiser_of, samples_flow
 from millijoule.workers.rungs.rungs import Rungs
@@ -41,8 +41,11 @@ class Candidate:
         return replace(standing, rungs=replace(standing.rungs, **self.rungs), **self.options)
 
 
-def candidates(folder: PipelineFolder, *, on_gpu: bool) -> list[Candidate]:
-    """All rungs that the pipeline in `folder` can take on the device, in the order of the climb."""
+def candidates(folder: PipelineFolder, *, on_gpu: bool, decoder: ModelPart | None = None) -> list[Candidate]:
+    """All rungs that the pipeline in `folder` can take on the device, in the order of the climb.
+
+    `decoder` is a smaller one to try in the place of the pipeline's own.
+    """
     steps = folder.defaults.num_inference_steps
     fewer = list(dict.fromkeys(max(2, round(steps * part)) for part in STEPS if steps * part >= 1))
     solver = "" if samples_flow(folder) else "DPMSolverMultistepScheduler"
@@ -71,6 +74,7 @@ def candidates(folder: PipelineFolder, *, on_gpu: bool) -> list[Candidate]:
             for cache in ("deep", "pyramid", "taylorseer")
             for n in (2, 3)
         ),
+        Candidate("decoder", "another decoder", options={"vae": decoder}),
         Candidate("half", "the device's half precision", {"precision": "half"}),
         Candidate("channels-last", "convolutions with channels last", {"channels_last": is_unet}),
         Candidate("fused-qkv", "query, key and value by one product", {"fuse_qkv": True}),

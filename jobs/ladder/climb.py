@@ -60,7 +60,8 @@ class Ground:
     """What all rungs of a climb have in common.
 
     Attributes:
-        model: as `--model` takes it.
+        model: as `load_generator` takes it.
+        base: how it is loaded without any rung.
         device: "cpu" or "cuda".
         requests: what is drawn, the same prompts and seeds on every rung.
         threads: of a process that draws; None: PyTorch's default.
@@ -74,6 +75,7 @@ class Ground:
     """
 
     model: str
+    base: GeneratorOptions
     device: str
     requests: Sequence[ImageRequest]
     threads: int | None
@@ -104,7 +106,7 @@ class Climb:
         self, ground: Ground, gate: Gate, rows: list[dict[str, Any]], save: Callable[[], None]
     ) -> None:
         self.ground, self.gate, self.rows, self._save = ground, gate, rows, save
-        self.standing, self.cost = GeneratorOptions(), 1.0
+        self.standing, self.cost = ground.base, 1.0
         self._dense: Drawer | None = None
 
     def run(
@@ -194,7 +196,7 @@ class Climb:
     def _dense_drawer(self) -> Drawer:
         if self._dense is None:
             ground = self.ground
-            self._dense = Drawer(ground.model, ground.device, GeneratorOptions(), ground.threads)
+            self._dense = Drawer(ground.model, ground.device, ground.base, ground.threads)
             self._dense.warm_up(ground.requests)
         return self._dense
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.planning.prompts import read_prompts
-from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, read_pipeline
+from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, PipelineFolder
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.registry import PACKAGED
 from millijoule.workers.scenes.prompts import parse_prompt, write_prompt
 from millijoule.workers.scenes.scenes import FAMILIES, sample_scene
 from millijoule.workers.schemas import ImageRequest
@@ -49,9 +47,9 @@ def file_requests(prompts: str, count: int, seed: int) -> list[ImageRequest]:
     return [ImageRequest(str(i), 0, found[i // 2], int(seeds[i])) for i in range(min(count, 2 * len(found)))]
 
 
-def are_icon_scenes(model: str, requests: Sequence[ImageRequest]) -> bool:
-    """Whether `model` reads icon scenes, and all prompts are some: the packaged verifier can then score images."""
-    path = PACKAGED.get(model) or Path(model)
-    if path.is_dir() and read_pipeline(path).defaults.prompts != ICON_SCENES:
-        return False
-    return not any(parse_prompt(r.prompt)[1] for r in requests)
+def are_icon_scenes(folder: PipelineFolder | None, requests: Sequence[ImageRequest]) -> bool:
+    """Whether the pipeline in `folder` (None: a model that is none) reads icon scenes, and all prompts are some: the packaged
+    verifier can then score images."""
+    return (folder is None or folder.defaults.prompts == ICON_SCENES) and not any(
+        parse_prompt(r.prompt)[1] for r in requests
+    )
