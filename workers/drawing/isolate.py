@@ -77,7 +77,7 @@ def draw(generator: Generator, requests: Sequence[ImageRequest]) -> GeneratedBat
     return GeneratedBatch(images, tuple(warnings), tuple(rejected))
 
 
-class Drawing:
+class FittedGenerator:
     """A generator with the batch size that fits its device: memory that runs out is never a request's fault.
 
     A call for which memory does not suffice is halved, and the smaller size remembered; where one request alone does not fit,
@@ -115,7 +115,7 @@ class Drawing:
     def isolate(
         self, batch: Sequence[ImageRequest], check_health: Callable[[], None]
     ) -> Iterator[tuple[Sequence[ImageRequest], Outcome]]:
-        """Generate `batch`; where that fails, halve until the failing requests stand alone.
+        """Generate `batch`, in calls that fit; where that fails, halve until the failing requests stand alone.
 
         Yields `(requests, batch)` for parts that worked, `([request], error)` for one that did not.
         `check_health` is called after each failure that the generator does not put down to a request itself, and may raise
@@ -124,10 +124,14 @@ class Drawing:
         Raises:
             NodeError: memory does not suffice for one request, whatever the generator does to save it.
         """
+        fits = self.rows_for(batch[0])
+        if len(batch) > fits:
+            for part in _slices(batch, fits):
+                yield from self.isolate(part, check_health)
+            return
         outcome = self._try(batch)
         if outcome is None:
-            for part in _slices(batch, self.rows_for(batch[0])):
-                yield from self.isolate(part, check_health)
+            yield from self.isolate(batch, check_health)
         elif isinstance(outcome, GeneratedBatch):
             yield batch, outcome
         else:

@@ -32,7 +32,8 @@ class Rejection:
     Attributes:
         status: "filtered" (the model's own safety checker hid it) or "quarantined" (it cannot be drawn: its pixels are not
             finite numbers, say).
-        certain: whether the request alone decides it, so that no other worker is asked before it counts.
+        certain: whether the request alone decides it, before anything is drawn, so that no other worker is asked before it
+            counts, and no energy is its own.
     """
 
     status: Literal["filtered", "quarantined"]
