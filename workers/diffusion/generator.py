@@ -15,9 +15,7 @@ import numpy as np
 from millijoule.workers.diffusion.engine_modules import prepare_pipeline
 from millijoule.workers.diffusion.families import check_long_prompts, describe_family
 from millijoule.workers.diffusion.loading import LoadedPipeline, load_pipeline
-from millijoule.workers.diffusion.loras import LoraSwitch
 from millijoule.workers.diffusion.memory import PipelineMemory
-from millijoule.workers.diffusion.model_files import read_model
 from millijoule.workers.diffusion.operations import count_operations
 from millijoule.workers.diffusion.pipeline_call import Drawn, PipelineCall, Row, Settings
 from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES
@@ -31,6 +29,8 @@ from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.errors import RowError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo, Rejection
+from millijoule.workers.loras.switch import LoraSwitch
+from millijoule.workers.pipeline_parts.model_files import read_model
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest

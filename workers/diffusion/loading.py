@@ -10,11 +10,11 @@ import torch
 
 from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libraries
-from millijoule.workers.diffusion.open_pipeline import open_pipeline
 from millijoule.workers.diffusion.own_classes import own_class
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.pipeline_parts.open_pipeline import open_pipeline
 
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
 OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")

@@ -44,7 +44,7 @@ class GeneratorOptions:
         batch_size: most images per call of the model; None: the worker finds it.
         variant: of the weight files, such as "fp16"; None: the fullest precision there is.
         loras: applied to every image whose row names none.
-        scheduler: name of a diffusers class, with settings (`diffusion.scheduler_choice`); None: the pipeline's own.
+        scheduler: name of a diffusers class, with settings (`pipeline_parts.scheduler_choice`); None: the pipeline's own.
         vae: folder or file of another decoder.
         long_prompts: what happens to a prompt that is longer than the text encoder reads.
         devices: how many the worker has.

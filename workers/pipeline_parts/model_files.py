@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from millijoule.workers.diffusion.checkpoint_layout import read_checkpoint_model
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder, read_pipeline
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.pipeline_parts.checkpoint_layout import read_checkpoint_model
 
 
 def read_model(path: Path, options: GeneratorOptions) -> PipelineFolder:
