@@ -4,6 +4,8 @@ A whole job on a Ray cluster, with one worker whose device is a clock (`stand_in
 a 1024x1024 one takes the host something like that, too. The stand-in itself notes when its device was busy. In the steady
 state, from the first image of the second shard to the last image of the job, what is not busy is idle.
 
+What an image costs the host in each format is measured beside it, as CPU time of one thread.
+
 With `--before` the same jobs run on the code of another checkout, in turn with this one's.
 """
 
@@ -25,11 +27,13 @@ from typing import Annotated, Any
 import tyro
 
 from millijoule.jobs.bench import stand_in_device
-from millijoule.jobs.bench.measurement import ResultOptions, describe, write_result
+from millijoule.jobs.bench.measurement import ResultOptions, describe, run_alone, write_result
 from millijoule.jobs.bench.ray_head import ray_head
 from millijoule.jobs.entry import COMPLETE
 
 GOAL_IDLE_SHARE = 0.05
+#: Images encoded per format, to know what one costs.
+ENCODINGS = 15
 #: Formats that the goal is stated for, and those that are only stated.
 GOAL_FORMATS, OTHER_FORMATS = ("jpeg",), ("png", "webp")
 
@@ -72,7 +76,13 @@ def run(options: BenchOptions) -> int:
         for number in range(options.rounds):
             for side, checkout, formats in sides if number % 2 == 0 else reversed(sides):
                 rows += measure_side(options, folder, number, side, checkout, formats)
-    result = {**describe("stages", options), "before": _commit(options.before), **answers(rows), "rows": rows}
+    result = {
+        **describe("stages", options),
+        "before": _commit(options.before),
+        **answers(rows),
+        "encoding": run_alone(measure_encoding, options.pixels),
+        "rows": rows,
+    }
     write_result(result, options.result)
     return COMPLETE
 
@@ -138,6 +148,37 @@ def device_times(log: str, shard_size: int) -> dict[str, Any]:
         "idle_share": 1 - used / span,
         "busy": [[round(begin - busy[0][0], 4), round(end - busy[0][0], 4)] for begin, end in busy],
     }
+
+
+def measure_encoding(pixels: int) -> list[dict[str, Any]]:
+    """CPU milliseconds and bytes of encoding one of the stand-in's images, the formats in turn."""
+    from millijoule.workers.images.encode import encode_image
+    from millijoule.workers.images.formats import read_image_format
+    from millijoule.workers.schemas import ImageRequest
+
+    image = stand_in_device.photograph(pixels, 0)
+    request = ImageRequest("p", 0, "a photograph", 1)
+    formats = [read_image_format(name, None) for name in ("png", "jpeg", "webp")]
+    cpu_ms: dict[str, list[float]] = {f.name: [] for f in formats}
+    n_bytes: dict[str, int] = {}
+    for _ in range(ENCODINGS):
+        for image_format in formats:
+            began = time.thread_time()
+            encoded = encode_image(
+                image_format, image, request, steps=1, model_name="stand-in", model_sha256="0" * 64
+            )
+            cpu_ms[image_format.name].append(1000 * (time.thread_time() - began))
+            n_bytes[image_format.name] = len(encoded)
+    return [
+        {
+            "image_format": f.name,
+            "quality": f.quality,
+            "median_cpu_ms": statistics.median(cpu_ms[f.name]),
+            "bytes": n_bytes[f.name],
+            "cpu_ms": [round(ms, 3) for ms in cpu_ms[f.name]],
+        }
+        for f in formats
+    ]
 
 
 def answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

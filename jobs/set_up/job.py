@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 
+from millijoule.jobs.model_options import check_device
 from millijoule.jobs.set_up.calibration import calibrated_shard_size
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
@@ -50,6 +51,8 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
         device = choose_device(
             request, cluster, has_work=lambda: not list_committed(store, len(planned.shards)).all()
         )
+    if device is not None:  # what a model cannot do on it is said before a worker starts
+        check_device(request.source, on_gpu=bool(device.gpus))
     return planned, pool_options(request, device, cluster)
 
 
@@ -115,12 +118,9 @@ def _identity(request: JobRequest) -> dict[str, object]:
         "job_seed": request.options.seed,
         "output_format": request.options.format,
     }
-    # a job from before there were these options goes on
-    if request.image_format != ImageFormat():
-        extra |= {
-            "image_format": request.image_format.name,
-            "image_quality": request.image_format.quality,
-        }
+    # a job from before there were such options goes on
+    if (images := request.image_format) != ImageFormat():
+        extra |= {"image_format": images.name, "image_quality": images.quality}
     if said := request.model.identity():
         extra["model_options"] = said
     return extra

@@ -242,6 +242,7 @@ class Outcomes:
                 self.coordinator.crashed(attempt_id, reason, stood_still=stood_still)
         numbers = [str(lease.shard.shard_id) for lease in worker.leases]
         in_hand = f" with shard{'s'[: len(numbers) - 1]} {' and '.join(numbers)} in hand" if numbers else ""
+        worker.held.clear()
         log.warning("worker %s on %s is gone%s: %s", worker.worker_id, node.host, in_hand, reason)
         if not node.node_id:
             self._died_unplaced(reason, now)

@@ -204,6 +204,8 @@ class WorkerPool:
                 if attempt_id not in self._outcomes.committing:
                     self.coordinator.released(attempt_id)
                 continue
+            if attempt_id not in worker.held:
+                continue  # it was buried with the worker's other lease
             held = worker.held[attempt_id]
             held.late += 1
             if held.late > 1 or not entry.lease.writes:

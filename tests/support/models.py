@@ -165,7 +165,7 @@ class Careful(Plain):
         if "hidden" in request.prompt:
             return Rejection("filtered", "the safety checker hid this image")
         if "nan" in request.prompt:
-            return Rejection("quarantined", "its pixels are not finite numbers", confirm=True)
+            return Rejection("quarantined", "its pixels are not finite numbers")
         return None
 
 

@@ -31,6 +31,7 @@ _OF_PIPELINES = {
     "scheduler": "--scheduler",
     "vae": "--vae",
     "config": "--config",
+    "long_prompts": "--long-prompts",
 }
 
 

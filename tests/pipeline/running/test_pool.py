@@ -64,6 +64,10 @@ class Script:
     def read_while_loading(self, worker):
         return After(0.1, f"read of {worker.worker_id}")
 
+    def status(self, worker):
+        """The whole answer; None: what the worker does."""
+        return
+
     def steps(self, worker):
         """Progress that grows with time, while the worker is not stuck."""
         return int(10 * worker.world.ray.now)
@@ -129,7 +133,9 @@ class ScriptedWorker:
 
     @real_ray.method(concurrency_group="status")
     def status(self):
-        steps = self.world.script.steps(self)
+        steps, answer = self.world.script.steps(self), self.world.script.status(self)
+        if answer is not None:
+            return answer
         return WorkerStatus(
             tuple(
                 AttemptProgress(lease.attempt_id, 0, 0 if i else steps, waits=i > 0, has_begun=i == 0)
@@ -653,6 +659,15 @@ def test_a_shard_that_waited_behind_one_that_hangs_is_not_blamed(world):
     assert quarantined == {0}
     asked = {lease.shard.shard_id for _, lease in w.leased if lease.probe_rows}
     assert asked == {0}
+
+
+def test_a_worker_that_stops_answering_is_replaced_once_and_both_its_shards_are_made(world, caplog):
+    stopped = script("shard", lambda worker, lease: NEVER)
+    stopped.status = lambda worker: NEVER if worker.worker_id == "w0001-0001" else None
+    w = world(stopped, shards=8, speculate=False).run()
+    assert sorted(shard for shard, _ in w.made) == list(range(8))
+    assert caplog.text.count("is gone with shards 0 and 1 in hand: stood still; killed") == 1
+    assert w.left == ["w0001-0001"]
 
 
 def test_a_sick_workers_other_lease_is_taken_back_and_its_node_blamed_once(world):
