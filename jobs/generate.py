@@ -46,7 +46,7 @@ def run(
     """
     from millijoule.jobs.set_up import ray_cluster
     from millijoule.jobs.set_up.dry_run import dry_run
-    from millijoule.jobs.set_up.job import set_up_job
+    from millijoule.jobs.set_up.job import set_up_job, within_reach
     from millijoule.pipeline.closing.finish import finish_job
     from millijoule.pipeline.running.head_watch import head_watched
     from millijoule.pipeline.running.live_metrics import LiveMetrics
@@ -72,7 +72,7 @@ def run(
             worker_class or remote_worker_class(),
             lease_s=options.lease_seconds,
             speculate=options.speculate,
-            model_options=request.model,
+            source=within_reach(request.source, store, cluster),
             spending=Spending(request.caps),
             telemetry=options.telemetry,
             node_meters=request.node_meters,

@@ -1,19 +1,23 @@
-"""The options that say how a model is loaded and run: the same for every command that draws."""
+"""The options that say how a model is found, loaded and run: the same for every command that draws."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
+from millijoule.workers.loras.words import split_option
+
+if TYPE_CHECKING:
+    from millijoule.workers.sources.obtain import ObtainedModel
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How the model is loaded and run."""
+    """How the model is found, loaded and run."""
 
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Most images per call of the model. Default: what suits the model on the device."""
@@ -21,8 +25,88 @@ class ModelOptions:
     engine: Literal["deepspeed", "compile", "eager"] = "deepspeed"
     """What runs the networks: DeepSpeed-Inference, torch.compile, or PyTorch as it is."""
 
+    cuda_graphs: bool = False
+    """Replay the model's calls from CUDA graphs: fewer launches, more memory. On GPUs, with engine deepspeed or compile."""
+
+    fused_modules: bool = False
+    """Run the fused forms of norms, modulations and gates, which round differently. With engine deepspeed."""
+
+    offload_weights: bool = False
+    """Keep a diffusion pipeline's denoiser in host memory and bring each layer's weights to the device as it runs, for
+    models larger than the device. Slow. With engine deepspeed (its ZeRO stage 3)."""
+
+    revision: Annotated[str | None, tyro.conf.arg(metavar="BRANCH|TAG|COMMIT")] = None
+    """Of a model on the hub. A job keeps the commit that it began with. Default: the main branch."""
+
+    variant: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Weights of this variant, such as fp16, of a pipeline that holds several. Default: the fullest precision there is."""
+
+    lora: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH[=WEIGHT] ...")] = ()
+    """LoRAs of a diffusion pipeline: a .safetensors file, a folder, an s3:// URL or a hub id (also owner/name/FILE.safetensors).
+    All of them are used for every image, each with its weight (default 1), but for rows whose column `lora` chooses among
+    them by name: style, style=0.5, style+paint=0.3, none."""
+
+    scheduler: Annotated[str | None, tyro.conf.arg(metavar="NAME[:SETTING=VALUE,...]")] = None
+    """Another scheduler of diffusers in the place of the pipeline's own, such as
+    DPMSolverMultistepScheduler:use_karras_sigmas=true."""
+
+    vae: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Another decoder in the place of the pipeline's own: a folder, a .safetensors file, an s3:// URL or a hub id."""
+
+    config: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """For a checkpoint in one file: a pipeline of the same family (folder, s3:// prefix or hub id) whose configurations and
+    vocabularies are used, and whose weights only for what the file lacks."""
+
+    model_cache: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder, on every node, for models that are fetched from buckets. Default: MILLIJOULE_CACHE, else
+    ~/.cache/millijoule/models."""
+
+    long_prompts: Literal["truncate", "reject", "chunk"] = "truncate"
+    """What happens to a prompt with more tokens than the model's text encoders read: its end is not read, which `warnings`
+    says with the lost words; its image is quarantined; or it is read in pieces (Stable Diffusion, SDXL, LCM)."""
+
     def read(self) -> GeneratorOptions:
         """What these options say; raises InputError, which names the option."""
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: at least 1")
-        return GeneratorOptions(engine=self.engine, batch_size=self.batch_size)
+        if self.cuda_graphs and self.engine == "eager":
+            raise InputError("--cuda-graphs: engine eager has none; take --engine deepspeed or compile")
+        for name in ("fused_modules", "offload_weights"):
+            if getattr(self, name) and self.engine != "deepspeed":
+                raise InputError(
+                    f"--{name.replace('_', '-')}: only --engine deepspeed does that, not {self.engine}"
+                )
+        if self.offload_weights and self.cuda_graphs:
+            raise InputError(
+                "--offload-weights: weights that come and go cannot be in a CUDA graph; drop --cuda-graphs"
+            )
+        return GeneratorOptions(
+            engine=self.engine,
+            cuda_graphs=self.cuda_graphs,
+            fused_modules=self.fused_modules,
+            offload_weights=self.offload_weights,
+            batch_size=self.batch_size,
+            variant=self.variant,
+            loras=tuple(map(_lora, self.lora)),
+            scheduler=self.scheduler,
+            vae=None if self.vae is None else ModelPart(self.vae),
+            config=self.config,
+            long_prompts=self.long_prompts,
+        )
+
+    def obtain(self, model: str, revision: str | None = None) -> ObtainedModel:
+        """The model that the word `model` names, on this machine, with these options; see `obtain_model`.
+
+        Args:
+            revision: of the hub, where these options give none.
+        """
+        from millijoule.workers.sources.obtain import obtain_model
+
+        return obtain_model(model, self.read(), revision=self.revision or revision, cache=self.model_cache)
+
+
+def _lora(text: str) -> LoraChoice:
+    try:
+        return LoraChoice(*split_option(text))
+    except ValueError as error:
+        raise InputError(f"--lora {text}: {error}") from error

@@ -21,6 +21,7 @@ from millijoule.workers.drawing.out_of_memory import release_memory
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.factory_model import check_factory_model
+from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.layout import JOB_KEY, worker_key
@@ -42,6 +43,7 @@ from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.records import decode
 from millijoule.workers.schemas import CounterRead, ImageRequest, WorkerEnvironment
+from millijoule.workers.sources.copies import at_hand
 from millijoule.workers.storage.open import open_store
 from millijoule.workers.storage.protocol import Store
 from millijoule.workers.storage.trouble import waits_for_store
@@ -107,9 +109,11 @@ class ShardWorker:
                     "no sign of life can be given (%s): should this worker die, its energy is missing", error
                 )
             store.put(worker_key(self.worker_id), worker.to_json())
+        model, model_options = at_hand(config.model, config.options, config.copies)
         device = device_thread()
-        generator = device.submit(_load, config, "cuda" if gpus else "cpu").result()
-        _check_model(config, worker.host)
+        where = "cuda" if gpus else "cpu"
+        generator = device.submit(_load, model, model_options, where, config.cpu_threads).result()
+        _check_model(config, describe_model(model, model_options).sha256, worker.host)
         if config.output_url:
             check_factory_model(store, config, generator.info.sha256)
         timeline.close("load")
@@ -165,12 +169,12 @@ class ShardWorker:
 
     @ray.method(concurrency_group="status")
     def read_while_loading(self) -> CounterRead | None:
-        """What the worker's own meter says while it loads; None where it has not opened it yet.
+        """The estimate of a worker that loads, which is of its process and ends with it.
 
-        For a worker that nobody needs any more, and that has no counter somebody else could read once it is gone: the
-        estimate is of its process and ends with it.
+        None where it has counters, which somebody else reads once it is gone, or has not opened its meter yet.
         """
-        return None if self._timeline is None else self._timeline.meter.read()
+        timeline = self._timeline
+        return None if timeline is None or timeline.last_read.energy_mj else timeline.meter.read()
 
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:
@@ -210,10 +214,10 @@ def remote_worker_class(worker=ShardWorker):
     return ray.remote(concurrency_groups={"work": MAX_LEASES, "status": 1}, max_restarts=0)(worker)
 
 
-def _load(config: WorkerConfig, device: str) -> Generator:
-    generator = load_generator(config.model, device=device, options=config.options)
+def _load(model: str, options: GeneratorOptions, device: str, cpu_threads: int) -> Generator:
+    generator = load_generator(model, device=device, options=options)
     if torch := sys.modules.get("torch"):  # a generator that does without PyTorch needs no import
-        torch.set_num_threads(config.cpu_threads)  # the CPUs Ray counts for this worker
+        torch.set_num_threads(cpu_threads)  # the CPUs Ray counts for this worker
     return generator
 
 
@@ -225,8 +229,7 @@ def _assigned_gpus() -> list[str]:
     return [v for v in visible.split(",") if v]
 
 
-def _check_model(config: WorkerConfig, host: str) -> None:
-    found = describe_model(config.model).sha256
+def _check_model(config: WorkerConfig, found: str, host: str) -> None:
     if found != config.model_sha256:
         raise NodeError(
             f"{config.model}: the model on {host} has SHA-256 {found[:16]}, "

@@ -11,6 +11,7 @@ from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.schemas import CounterRead, PowerTrace, Segment
 from millijoule.workers.shard_rows import Shard
+from millijoule.workers.sources.copies import ModelCopy
 
 #: A worker holds at most so many leases: one is drawn, the other is finished or waits for the device.
 MAX_LEASES = 2
@@ -26,6 +27,7 @@ class WorkerConfig:
             False where the driver has to write the commits (see docs/commit-protocol.md).
         options: how the model is loaded and run.
         image_format: what images are encoded as.
+        copies: files that `model` and `options` name, for nodes that do not see them.
         telemetry: False: open no meter and sample no power; energy is missing.
     """
 
@@ -41,6 +43,7 @@ class WorkerConfig:
     telemetry: bool = True
     options: GeneratorOptions = GeneratorOptions()  # noqa: RUF009 (frozen)
     image_format: ImageFormat = ImageFormat()  # noqa: RUF009 (frozen)
+    copies: tuple[ModelCopy, ...] = ()
 
 
 @dataclass(frozen=True)

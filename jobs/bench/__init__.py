@@ -14,8 +14,8 @@ BENCHES = {
     "counters": "a board's energy counter and power readings: period, read rates, square waves, idle states",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
-    "stages": "how long the device waits while images are encoded, written and stored",
     "memory": "memory of several workers of one model on a host; time and memory of batches by their size",
+    "stages": "how long the device waits while images are encoded, written and stored",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",
 }
 

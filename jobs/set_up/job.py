@@ -21,6 +21,8 @@ from millijoule.pipeline.running.run import PlannedJob
 from millijoule.workers.errors import InputError, StoreError
 from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import BAD_ROWS_KEY, SUCCESS_KEY
+from millijoule.workers.sources.copies import put_copy
+from millijoule.workers.sources.obtain import ObtainedModel
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -34,13 +36,14 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
         StoreError: storage failed.
     """
     existing, device = read_job(store), None
-    if request.shard_seconds is not None:
+    if (seconds := request.shard_seconds) is not None:
         if existing is not None:
             images = existing.shard_size  # a calibration would not repeat; the first one counts
         else:
             device = choose_device(request, cluster)
             workers = pool_options(request, device, cluster)
-            images = calibrated_shard_size(request, request.shard_seconds, workers)
+            request = replace(request, source=within_reach(request.source, store, cluster))
+            images = calibrated_shard_size(request, seconds, workers)
         request = replace(request, plan=replace(request.plan, shard_size=images))
     planned = open_or_plan(request, store, existing)
     if device is None:  # a calibration and its job run on the same kind of device
@@ -48,6 +51,17 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
             request, cluster, has_work=lambda: not list_committed(store, len(planned.shards)).all()
         )
     return planned, pool_options(request, device, cluster)
+
+
+def within_reach(source: ObtainedModel, store: Store, cluster: Cluster) -> ObtainedModel:
+    """`source` with its files in the job's output, unless all workers run on this machine or fetch them elsewhere.
+
+    Raises:
+        StoreError: storage failed.
+    """
+    if cluster.own:
+        return source
+    return replace(source, copies=tuple(c if c.url else put_copy(store, c) for c in source.copies))
 
 
 def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) -> PlannedJob:
@@ -131,6 +145,7 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
         image_format=request.image_format.name,
         image_quality=request.image_format.quality,
         model_options=request.model.identity(),
+        model_revision=request.source.commit,
         shard_size=request.plan.shard_size,
         duplicate_ids=options.duplicate_ids,
         prompts=options.prompts,

@@ -42,9 +42,10 @@ class GenerateOptions:
     output: Annotated[str, tyro.conf.arg(metavar="DIR|URL")]
     """Output folder, or s3://bucket/prefix. All nodes must see it."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="NAME|PATH")] = "default"
-    """`default` or `baseline` (models in the package), a .safetensors file, a diffusers directory, or
-    python:MODULE:FACTORY for your own generator."""
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|PATH|ID|URL")] = "default"
+    """`default` or `baseline` (models in the package), a .safetensors file (one of ours, or a checkpoint with --config), a
+    diffusers directory, a hub id (owner/name), s3://bucket/prefix, or python:MODULE:FACTORY for your own generator.
+    `millijoule models MODEL` says what one is and needs."""
 
     model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
@@ -148,7 +149,7 @@ class GenerateOptions:
 
 #: Options that are text because a number is one of several forms; as keyword arguments numbers are welcome.
 _ALSO_NUMBERS = ("workers", "shard_size", "price_per_kwh", "gco2_per_kwh")
-_SEQUENCES = ("prompts", "resources")
+_SEQUENCES = ("prompts", "resources", "lora")
 #: Classes whose options stand among those of the command, by the field that holds one.
 _GROUPS: dict[str, type] = {"model_options": ModelOptions, "rates": RateOptions}
 _GROUP_OF = {f.name: group for group, kind in _GROUPS.items() for f in fields(kind)}

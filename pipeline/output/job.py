@@ -47,6 +47,7 @@ class JobSpec:
     model_options: dict[str, Any] = field(default_factory=dict)  # `GeneratorOptions.identity`
     image_format: ImageFormatName = "png"
     image_quality: int | None = None
+    model_revision: str | None = None  # commit of the hub's repository
 
 
 #: Options whose change makes another job, with the words a user knows them by.

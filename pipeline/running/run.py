@@ -34,6 +34,7 @@ from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.schemas import Commit, CounterRead, PowerTrace, Segment
+from millijoule.workers.sources.obtain import ObtainedModel
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class JobRun:
 
     Args:
         worker_class: the Ray actor class.
+        source: the job's model as the driver found it; None: what the job's description names, with default options.
         spending: what the job uses, and its caps; without caps on energy, only this run's part of it.
         node_meters: meters of the nodes themselves, read while workers are there.
         telemetry: False: workers read no counters and sample no power, and no live tables are written.
@@ -97,7 +99,7 @@ class JobRun:
         *,
         lease_s: float,
         speculate: bool,
-        model_options: GeneratorOptions = GeneratorOptions(),  # noqa: B008 (frozen)
+        source: ObtainedModel | None = None,
         spending: Spending | None = None,
         node_meters: Sequence[NodeMeterConfig] = (),
         telemetry: bool = True,
@@ -113,10 +115,11 @@ class JobRun:
             fingerprint=job.fingerprint,
             job_seed=job.job_seed,
             output_format=job.output_format,
-            model=job.model,
+            model=source.model if source else job.model,
             model_sha256=job.model_sha256,
             driver_epoch=self.epoch,
-            options=model_options,
+            options=source.options if source else GeneratorOptions(),
+            copies=source.copies if source else (),
             image_format=ImageFormat(job.image_format, job.image_quality),
             commits_exclusively=planned.exclusive,
             cpu_threads=max(1, int(options.cpus_per_worker)),

@@ -10,11 +10,11 @@ import torch
 
 from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libraries
-from millijoule.workers.diffusion.open_pipeline import open_pipeline
 from millijoule.workers.diffusion.own_classes import own_class
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.pipeline_parts.open_pipeline import open_pipeline
 
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
 OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
@@ -74,7 +74,9 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
     pipeline.set_progress_bar_config(disable=True)
     _check_signature(pipeline, folder)
     mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
-    return LoadedPipeline(pipeline.to(device), folder, folder.sha256(), device, mixed_precision)
+    if not options.offload_weights:  # else the engine says what of it comes to the device
+        pipeline.to(device)
+    return LoadedPipeline(pipeline, folder, folder.sha256(), device, mixed_precision)
 
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:

@@ -105,7 +105,9 @@ def _scheduler(own: Any, name: str) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise InputError(f"--scheduler {name}: diffusers has no such scheduler; there are {', '.join(known)}")
     if name not in known:
-        raise InputError(f"--scheduler {name}: not for a model of {type(own).__name__}; these are: {', '.join(known)}")
+        raise InputError(
+            f"--scheduler {name}: not for a model of {type(own).__name__}; these are: {', '.join(known)}"
+        )
     return kind.from_config(own.config)
 
 

@@ -61,7 +61,9 @@ def check_rungs(rungs: Rungs, folder: PipelineFolder, *, on_gpu: bool | None = N
     if rungs.sparsity is not None and rungs.quantize is not None:
         raise InputError("--sparsity and --quantize exclude each other: give one of them")
     if rungs.quantize == "fp8" and rungs.precision == "float32":
-        raise InputError("--quantize fp8 and --precision float32 exclude each other: give --precision bfloat16")
+        raise InputError(
+            "--quantize fp8 and --precision float32 exclude each other: give --precision bfloat16"
+        )
     if rungs.step_cache is not None and denoiser not in CACHED[rungs.step_cache]:
         others = [name for name, kinds in CACHED.items() if denoiser in kinds]
         raise InputError(

@@ -78,5 +78,6 @@ def _hooks(module: Any) -> bool:
 
 
 def _unknown(denoiser: Any, rungs: Rungs) -> InputError:
-    return InputError(f"--step-cache {rungs.step_cache}: diffusers knows no blocks of {type(denoiser).__name__} for it")
-
+    return InputError(
+        f"--step-cache {rungs.step_cache}: diffusers knows no blocks of {type(denoiser).__name__} for it"
+    )

@@ -84,7 +84,9 @@ def quantize(denoiser: nn.Module, quantization: Quantization) -> int:
                 quantize_,
             )
     except ImportError as error:
-        raise InputError(f"--quantize {quantization}: needs torchao: pip install torchao ({error})") from error
+        raise InputError(
+            f"--quantize {quantization}: needs torchao: pip install torchao ({error})"
+        ) from error
     makers: dict[Quantization, Any] = {
         "int8-weights": Int8WeightOnlyConfig,
         "int8": Int8DynamicActivationInt8WeightConfig,

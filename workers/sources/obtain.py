@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from millijoule.workers import factories
-from millijoule.workers.diffusion.checkpoint_layout import find_layout
-from millijoule.workers.diffusion.lora_words import lora_name
-from millijoule.workers.diffusion.model_files import read_model
-from millijoule.workers.diffusion.other_decoder import decoder_sha256
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
-from millijoule.workers.diffusion.scheduler_choice import check_scheduler
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
 from millijoule.workers.generators.protocol import ModelIdentity
 from millijoule.workers.generators.registry import PACKAGED, describe_model, is_pipeline, model_path
+from millijoule.workers.loras.files import check_lora
+from millijoule.workers.loras.words import lora_name
+from millijoule.workers.pipeline_parts.checkpoint_layout import find_layout
+from millijoule.workers.pipeline_parts.model_files import read_model
+from millijoule.workers.pipeline_parts.other_decoder import decoder_sha256
+from millijoule.workers.pipeline_parts.scheduler_choice import check_scheduler
 from millijoule.workers.sources.bucket import fetch_from_bucket
 from millijoule.workers.sources.copies import ModelCopy
 from millijoule.workers.sources.hub import fetch_from_hub
-from millijoule.workers.sources.lora_files import check_lora
 from millijoule.workers.sources.node_cache import WantedFile
 from millijoule.workers.sources.remote_choice import component_files, lora_file, pipeline_files
-from millijoule.workers.sources.words import Place, find_place, refuse_pickled
+from millijoule.workers.sources.words import Place, find_place
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,6 @@ def obtain_model(
     if place.kind != "hub":
         _refuse_revision(revision, model)
     if place.kind == "here":
-        refuse_pickled("--model", model)
         return _with_parts(ObtainedModel(model, options, ModelIdentity("", "")), cache)
     if place.file is not None or model.endswith(".safetensors"):
         found = _fetch("--model", place, lambda names, read: [_named(place, names)], revision, cache)
@@ -194,7 +193,6 @@ def _obtain(option: str, word: str, choose: Chooser, cache: str | None) -> _Foun
         if place.file is not None:
             return _fetch(option, place, lambda names, read: [_named(place, names)], None, cache)
         return _fetch(option, place, choose, None, cache)
-    refuse_pickled(option, word)
     path = Path(word).expanduser().absolute()
     if path.is_file():
         return _Found(path, _copy(path.parent, [path.name]))
@@ -229,7 +227,7 @@ def _copy(
 
 
 def _named(place: Place, names: Collection[str]) -> str:
-    if place.file not in names:
+    if place.file is None or place.file not in names:
         raise InputError(f"{place.word}: {place.repository} has no file {place.file}")
     return place.file
 

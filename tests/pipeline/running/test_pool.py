@@ -179,8 +179,8 @@ class World:
             self.ray.actor_class, self.coordinator, CONFIG, PoolOptions(least, most, **options), self
         )
         self.made, self.lost, self.void, self.words, self.left = [], [], [], [], []
-        self.cancelled, self.requests, self.reads, self.leased = [], [], [], []
-        self.begun, self.begun_at = [], []
+        self.cancelled, self.requests, self.reads = [], [], []
+        self.leased, self.begun, self.begun_at = [], [], []
         self.on_tick = lambda: None
 
     def run(self):
@@ -306,6 +306,27 @@ def test_a_preempted_node_blames_nobody(world):
     assert sorted(shard for shard, _ in w.made) == list(range(8))
     assert w.coordinator.given_up == {}
     assert w.pool.nodes.faulty == []
+
+
+def test_workers_that_ray_takes_because_a_node_s_memory_is_full_are_the_node_s_trouble_and_no_row_s(world):
+    class Full(Script):
+        taken = 0
+
+        def shard(self, worker, lease):
+            if worker.node.host == "host-1":
+                self.taken += 1
+                return Dies(0.5, no_memory=True)
+            return After(5.0)
+
+    full = Full()
+    w = world(full, shards=6).run()
+    assert full.taken == FAULTS_BEFORE_OUT
+    assert {by for _, by in w.made} == {"w0001-0002"}
+    assert sorted(shard for shard, _ in w.made) == list(range(6))
+    assert w.coordinator.given_up == {}
+    assert not [lease for _, lease in w.leased if lease.probe_rows is not None]  # no row was suspected
+    (record,) = w.pool.nodes.out
+    assert "running low on memory" in str(record)
 
 
 def test_a_row_that_kills_is_found_by_halving_and_quarantined(world):

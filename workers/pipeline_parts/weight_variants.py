@@ -59,13 +59,10 @@ def choose_weights(names: Iterable[str], library: str, variant: str | None) -> W
     groups: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(names):
         if (parsed := _parse(name)) is not None:
-            prefix, of_variant = parsed
-            groups[prefix][of_variant].append(name)
-    groups = {prefix: found for prefix, found in groups.items() if any(map(_complete, found.values()))}
-    if not groups:
-        return None
+            groups[parsed[0]][parsed[1]].append(name)
+    usable = [prefix for prefix, found in groups.items() if any(map(_complete, found.values()))]
     wanted = [_PREFIXES.get(library, "model"), *_PREFIXES.values()]
-    prefix = next((p for p in wanted if p in groups), None)
+    prefix = next((p for p in wanted if p in usable), None)
     if prefix is None:
         return None
     found = groups[prefix]

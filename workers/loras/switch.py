@@ -7,13 +7,14 @@ it did. Nothing is merged into weights and taken out again, which would round.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from millijoule.workers.diffusion.lora_words import mix_of
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import LoraChoice
+from millijoule.workers.loras.words import mix_of
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class LoraSwitch:
             return
         for name in mix:
             self._bring(name, keep=set(mix))
+        self._keep_at_most(self._max_resident, keep=set(mix))
         self.switches += 1
         if mix:
             self.pipeline.enable_lora()
@@ -74,24 +76,28 @@ class LoraSwitch:
         if name in self._resident:
             self._resident.move_to_end(name)
             return
-        while len(self._resident) >= self._max_resident and (
-            spare := [n for n in self._resident if n not in keep]
-        ):
-            self.pipeline.delete_adapters(self._adapter(spare[0]))
-            del self._resident[spare[0]]
+        self._keep_at_most(self._max_resident - 1, keep)
         self._load(self._choices[name])
         self._resident[name] = None
+
+    def _keep_at_most(self, count: int, keep: set[str]) -> None:
+        """Take those away that were not used for longest; `keep` stay."""
+        while len(self._resident) > count and (spare := [n for n in self._resident if n not in keep]):
+            self.pipeline.delete_adapters(self._adapter(spare[0]))
+            del self._resident[spare[0]]
 
     def _load(self, choice: LoraChoice) -> None:
         path, adapter = Path(choice.path), self._adapter(choice.name)
         try:
-            self.pipeline.load_lora_weights(
-                str(path.parent),
-                weight_name=path.name,
-                adapter_name=adapter,
-                local_files_only=True,
-                use_safetensors=True,
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that there is more than one
+                self.pipeline.load_lora_weights(
+                    str(path.parent),
+                    weight_name=path.name,
+                    adapter_name=adapter,
+                    local_files_only=True,
+                    use_safetensors=True,
+                )
         except Exception as error:  # whatever the libraries make of a file that is not for this model
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(

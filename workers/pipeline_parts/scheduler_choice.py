@@ -79,10 +79,10 @@ def _find(diffusers: Any, text: str, own: Any) -> tuple[Any, dict[str, Any]]:
             f"--scheduler {name}: {hint}this pipeline's own is {getattr(own, '__name__', 'none')}, in its place can be "
             f"{', '.join(there) or 'no other'}"
         )
-    kind = getattr(diffusers, name)
+    kind: Any = getattr(diffusers, name)
     if not isinstance(kind, type):  # a stand-in of diffusers for a class whose library is missing
         raise InputError(f"--scheduler {name}: needs a library that is not installed")
-    known = [n for n in inspect.signature(kind.__init__).parameters if n != "self"]
+    known = list(inspect.signature(kind).parameters)
     for key in settings:
         if key not in known:
             raise InputError(
