@@ -12,6 +12,7 @@ from millijoule.jobs.cli import dispatch
 BENCHES = {
     "pipeline": "a job against a bare loop of the same generator, encoder and writer",
     "counters": "a board's energy counter and power readings: period, read rates, square waves, idle states",
+    "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",

@@ -63,7 +63,8 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
         InputError: diffusers is not installed, or the directory is not a text-to-image pipeline that can be used.
     """
     diffusers, transformers = import_diffusers()
-    _check_classes(folder, diffusers, transformers)
+    with quiet_libraries():  # the classes are imported as they are looked for
+        _check_classes(folder, diffusers, transformers)
     on_cpu = not device.startswith("cuda")
     dtype = torch.float32
     if not on_cpu:
