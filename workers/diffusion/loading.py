@@ -63,7 +63,8 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
             is asked for that does not work here.
     """
     diffusers, transformers = import_diffusers()
-    _check_classes(folder, diffusers, transformers)
+    with quiet_libraries():  # the classes are imported as they are looked for
+        _check_classes(folder, diffusers, transformers)
     check_rungs(options.rungs, folder, on_gpu=device.startswith("cuda"))
     precision = settle_precision(
         options.rungs.precision, device=device, stored_in_float16=_is_stored_in_float16(folder)
