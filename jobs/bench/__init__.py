@@ -14,6 +14,7 @@ BENCHES = {
     "counters": "a board's energy counter and power readings: period, read rates, square waves, idle states",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
+    "kernels": "time and joules of our fused GPU kernels against PyTorch's own operations, run plainly and compiled",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",
 }
 
