@@ -15,6 +15,8 @@ PyTorch's own does this in four passes and more, and a channels-last tensor is c
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -93,7 +95,7 @@ def group_norm_silu(
         )
     x, last = _laid_out(x)
     out = torch.empty_like(x)
-    n, channels, positions = x.shape[0], x.shape[1], x[0, 0].numel()
+    n, channels, positions = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     per_group = channels // num_groups
     channel_stride, position_stride = (1, channels) if last else (positions, 1)
     before, scale, shift = (_rows(t) for t in (before, scale, shift))

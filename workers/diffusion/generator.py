@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from millijoule.workers.diffusion.batch_shapes import BatchShapes
 from millijoule.workers.diffusion.engine_modules import prepare_pipeline
-from millijoule.workers.diffusion.families import check_long_prompts, describe_family
+from millijoule.workers.diffusion.families import describe_family
 from millijoule.workers.diffusion.loading import LoadedPipeline, load_pipeline
 from millijoule.workers.diffusion.memory import PipelineMemory
 from millijoule.workers.diffusion.operations import count_operations
@@ -23,6 +22,8 @@ from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES
 from millijoule.workers.diffusion.precision import is_narrow
 from millijoule.workers.diffusion.prompt_chunks import count_chunks
 from millijoule.workers.diffusion.prompt_tokens import open_prompt_reader
+from millijoule.workers.drawing.batch_shapes import BatchShapes
+from millijoule.workers.drawing.out_of_memory import is_out_of_memory
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.errors import RowError
@@ -55,6 +56,10 @@ class DiffusersGenerator:
         self.loras = LoraSwitch(self.pipeline, options.loras)
         self.engine = engine
         prepare_pipeline(self.pipeline, engine)
+        self.pipeline.to(loaded.device)
+        loaded.rungs.skip_work(captured=engine.fixed_shapes)
+        if loaded.rungs.words:
+            log.info("%s: %s", folder.name, "; ".join(loaded.rungs.words))
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
         self.prompts = folder.defaults.prompts
@@ -62,7 +67,7 @@ class DiffusersGenerator:
         self.reader = open_prompt_reader(self.pipeline)
         self.call = PipelineCall(loaded, family, lambda: self.on_step())
         self._apart: set[str] = set()
-        self.memory = PipelineMemory(self.pipeline, loaded.device)
+        self.memory = PipelineMemory(self.pipeline, loaded.device, engine)
         self.fixed_batch = engine.fixed_shapes
         self._shapes = BatchShapes()
         self.info = GeneratorInfo(
@@ -70,8 +75,8 @@ class DiffusersGenerator:
             sha256=loaded.sha256,
             width=family.width,
             height=family.height,
-            num_inference_steps=folder.defaults.num_inference_steps,
-            batch_size=self.memory.limits(family.width, family.height).first,
+            num_inference_steps=options.rungs.steps or folder.defaults.num_inference_steps,
+            batch_size=options.batch_size or self.memory.limits(family.width, family.height).first,
         )
 
     @staticmethod
@@ -88,10 +93,8 @@ class DiffusersGenerator:
                 `read_model`), or the options ask for what it cannot do.
         """
         folder = read_model(path, options)
-        check_long_prompts(folder.class_name, options.long_prompts)
-        return DiffusersGenerator(
-            load_pipeline(folder, device, options), options, open_engine(options, device)
-        )
+        engine = open_engine(options, device)  # what it lacks is said before minutes are spent on loading
+        return DiffusersGenerator(load_pipeline(folder, device, options), options, engine)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size or a number of steps this model cannot make."""
@@ -117,15 +120,21 @@ class DiffusersGenerator:
 
     def save_memory(self) -> str | None:
         """See `SavesMemory`."""
-        return self.memory.save()
+        if self.engine.release():
+            return "without CUDA graphs"
+        saver = self.memory.save()
+        self.engine.renew()  # models that come and go have other calls
+        return saver
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""
-        request = ImageRequest("", 0, "", 0, num_inference_steps=1)
         steps = num_inference_steps or self.info.num_inference_steps
+        counted = steps if self.options.rungs.by_step else 1
+        request = ImageRequest("", 0, "", 0, num_inference_steps=counted)
         call = self.call.arguments([Row("", None, 0)], self._settings(request))
+        self.loaded.rungs.begin(1)
         with self.engine.plain():
-            return count_operations(self.pipeline, lambda: self.pipeline(**call), steps)
+            return count_operations(self.pipeline, lambda: self.pipeline(**call), steps, counted)
 
     def _draw(self, requests: Sequence[ImageRequest]) -> tuple[Drawn, Settings]:
         """A batch of requests of one group; where the batch is fixed, rows after them fill it up."""
@@ -168,23 +177,25 @@ class DiffusersGenerator:
         """One more try for a row whose pixels were not finite numbers."""
         where = request.source or request.prompt_id
         if not (self.loaded.mixed_precision or is_narrow(self.pipeline)):
-            return Rejection("quarantined", "pixels are not finite numbers", confirm=True)
+            return Rejection("quarantined", "pixels are not finite numbers")
         log.warning("%s: pixels are not finite numbers; the image is drawn again in float32", where)
         try:
             with self.engine.plain():
                 drawn = self.call.draw([self._row(request)], settings, float32=True)
-        except Exception as error:  # no memory for it, or a network that knows no other precision
+        except Exception as error:  # a network that knows no other precision, say
+            if is_out_of_memory(error):
+                raise  # smaller batches and savers make room
             why = f"pixels are not finite numbers, and cannot be drawn in float32: {error}"
-            return Rejection("quarantined", why[:500], confirm=True)
+            return Rejection("quarantined", why[:500])
         if not drawn.finite[0]:
-            return Rejection(
-                "quarantined", "pixels are not finite numbers, not in float32 either", confirm=True
-            )
+            return Rejection("quarantined", "pixels are not finite numbers, not in float32 either")
         return drawn
 
     def call_group(self, request: ImageRequest) -> Hashable:
         """See `GroupsRequests`: a call has one guidance scale, one mix of LoRAs, negative prompts for all its rows or for none,
-        and prompts of one length where the pipeline does not hide padding."""
+        prompts of one length where the pipeline does not hide padding, and one image where a rung would look at neighbours."""
+        if self.loaded.rungs.draws_alone:
+            return request.prompt_id, request.image_index
         settings = self._settings(request)
         alike = (request.guidance_scale, request.negative_prompt is None, request.lora, settings.chunks)
         if self.family.fixed_length:
@@ -238,7 +249,7 @@ class DiffusersGenerator:
             return None
         for what, text in self._texts(request):
             if self.reader.lost(text):
-                return Rejection("quarantined", self.reader.warnings(text, what)[0])
+                return Rejection("quarantined", self.reader.warnings(text, what)[0], certain=True)
         return None
 
     def _texts(self, request: ImageRequest) -> list[tuple[str, str]]:

@@ -77,7 +77,7 @@ def draw(generator: Generator, requests: Sequence[ImageRequest]) -> GeneratedBat
     return GeneratedBatch(images, tuple(warnings), tuple(rejected))
 
 
-class Drawing:
+class FittedGenerator:
     """A generator with the batch size that fits its device: memory that runs out is never a request's fault.
 
     A call for which memory does not suffice is halved, and the smaller size remembered; where one request alone does not fit,
@@ -100,13 +100,20 @@ class Drawing:
         """
         groups: dict[Hashable, list[T]] = {}
         for key, request in requests.items():
-            group = self.generator.call_group(request) if isinstance(self.generator, GroupsRequests) else None
-            groups.setdefault(group, []).append(key)
+            groups.setdefault(self._group(key, request), []).append(key)
         for keys in groups.values():
             while keys:
                 rows = self.rows_for(requests[keys[0]])
                 yield keys[:rows]
                 del keys[:rows]
+
+    def _group(self, key: Hashable, request: ImageRequest) -> Hashable:
+        if not isinstance(self.generator, GroupsRequests):
+            return None
+        try:
+            return "together", self.generator.call_group(request)
+        except Exception:  # of a prompt's making: `generate` will say so, of this request alone
+            return "alone", key
 
     def rows_for(self, request: ImageRequest) -> int:
         """How many requests like this one the next call gets."""
@@ -115,7 +122,7 @@ class Drawing:
     def isolate(
         self, batch: Sequence[ImageRequest], check_health: Callable[[], None]
     ) -> Iterator[tuple[Sequence[ImageRequest], Outcome]]:
-        """Generate `batch`; where that fails, halve until the failing requests stand alone.
+        """Generate `batch`, in calls that fit; where that fails, halve until the failing requests stand alone.
 
         Yields `(requests, batch)` for parts that worked, `([request], error)` for one that did not.
         `check_health` is called after each failure that the generator does not put down to a request itself, and may raise
@@ -124,10 +131,14 @@ class Drawing:
         Raises:
             NodeError: memory does not suffice for one request, whatever the generator does to save it.
         """
+        fits = self.rows_for(batch[0])
+        if len(batch) > fits:
+            for part in _slices(batch, fits):
+                yield from self.isolate(part, check_health)
+            return
         outcome = self._try(batch)
         if outcome is None:
-            for part in _slices(batch, self.rows_for(batch[0])):
-                yield from self.isolate(part, check_health)
+            yield from self.isolate(batch, check_health)
         elif isinstance(outcome, GeneratedBatch):
             yield batch, outcome
         else:

@@ -40,6 +40,9 @@ class GeneratorOptions:
 
     Attributes:
         engine: what runs the networks (`workers.engines`).
+        cuda_graphs: replay their calls from CUDA graphs.
+        fused_modules: run fused forms of their parts.
+        offload_weights: keep a denoiser's weights in host memory.
         rungs: what makes a diffusion pipeline cheaper (`workers.rungs`).
         batch_size: most images per call of the model; None: the worker finds it.
         variant: of the weight files, such as "fp16"; None: the fullest precision there is.
@@ -54,6 +57,9 @@ class GeneratorOptions:
     """
 
     engine: EngineName = "deepspeed"
+    cuda_graphs: bool = False
+    fused_modules: bool = False
+    offload_weights: bool = False
     rungs: Rungs = Rungs()  # noqa: RUF009 (frozen)
     batch_size: int | None = None
     variant: str | None = None
@@ -67,7 +73,7 @@ class GeneratorOptions:
 
     def identity(self) -> dict[str, Any]:
         """What of these changes pixels and is not the default, as JSON values: files by their content, wherever they lie."""
-        said = asdict(self)
+        said = asdict(self) | {"rungs": self.rungs.identity()}
         for part in (*said["loras"], said["vae"] or {}):
             part.pop("path", None)
         return {

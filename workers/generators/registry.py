@@ -8,6 +8,7 @@ from pathlib import Path
 from millijoule.workers import factories
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
+from millijoule.workers.generators.load_turn import load_turn
 from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator, ModelIdentity
@@ -30,6 +31,7 @@ _OF_PIPELINES = {
     "scheduler": "--scheduler",
     "vae": "--vae",
     "config": "--config",
+    "long_prompts": "--long-prompts",
 }
 
 
@@ -79,7 +81,8 @@ def load_generator(
     if is_pipeline(path):
         from millijoule.workers.diffusion.generator import DiffusersGenerator
 
-        return DiffusersGenerator.load(path, device=device, options=options)
+        with load_turn(path):
+            return DiffusersGenerator.load(path, device=device, options=options)
     _refuse_pipeline_options(model, options)
     from millijoule.workers.engines.open import open_engine
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import tempfile
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -21,8 +22,10 @@ from millijoule.pipeline.output.image_rows import rows_table
 from millijoule.pipeline.output.job import open_epoch
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
+from millijoule.workers.attempts import runner as runner_module
+from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.drawing.batch_size import BatchSizer
-from millijoule.workers.drawing.isolate import Drawing, batch_limits
+from millijoule.workers.drawing.isolate import FittedGenerator, batch_limits
 from millijoule.workers.errors import NodeError, RowError, SickWorkerError, StoreError
 from millijoule.workers.generators.protocol import GeneratedBatch
 from millijoule.workers.layout import commit_key
@@ -84,6 +87,19 @@ def test_the_compacted_ledger_is_only_a_cache(tmp_path):
     assert list_committed(store, len(shards)).tolist() == [True, False, True]
 
 
+def watched(attempt, monkeypatch):
+    """All attempts that `attempt`, a runner, ever has at work, as they come."""
+    made = []
+
+    class Watched(Attempt):
+        def __init__(self, lease):
+            super().__init__(lease)
+            made.append(self)
+
+    monkeypatch.setattr(runner_module, "Attempt", Watched)
+    return made
+
+
 class Stepping(Plain):
     """Says after each of three steps of a batch that it got on, as a model with many steps does."""
 
@@ -97,13 +113,15 @@ class Stepping(Plain):
         return super().generate(requests)
 
 
-def test_every_step_forward_is_reported_and_nothing_else(tmp_path):
+def test_every_step_forward_is_reported_and_nothing_else(tmp_path, monkeypatch):
     store, job = plan(tmp_path, [f"p{i}" for i in range(8)])
     attempt = runner(store, job, 1, Stepping())
+    made = watched(attempt, monkeypatch)
     result = attempt.run(leases(store, job).next_lease("w1", 0.0))
     commit = parse_commit(store, 0, result.commit_json)
-    batches = 8 // attempt.generator.info.batch_size
-    assert attempt.steps == batches * (3 + 1) + 8 + len(commit.files)
+    batches = 8 // attempt.drawing.generator.info.batch_size
+    rows_read = 1
+    assert made[0].steps == rows_read + batches * (3 + 1) + 8 + len(commit.files)
 
 
 def test_a_generator_that_stands_still_reports_nothing(tmp_path):
@@ -112,12 +130,14 @@ def test_a_generator_that_stands_still_reports_nothing(tmp_path):
 
     class Stuck(Stepping):
         def generate(self, requests):
-            during.append(attempt.steps)
+            for _ in range(2):
+                during.append(attempt.progress[0].steps)
+                time.sleep(0.05)
             return Plain.generate(self, requests)
 
     attempt = runner(store, job, 1, Stuck())
     attempt.run(leases(store, job).next_lease("w1", 0.0))
-    assert during == [0]
+    assert during[0] == during[1]
 
 
 class Picky(Plain):
@@ -137,9 +157,8 @@ def requests(n):
 
 @pytest.mark.parametrize("bad", [set(), {"3"}, {"0", "15"}, {str(i) for i in range(16)}])
 def test_failing_requests_are_isolated_and_the_order_kept(bad):
-    parts = list(
-        Drawing(Picky(bad), BatchSizer(batch_limits(Picky(bad), 64))).isolate(requests(16), lambda: None)
-    )
+    fitted = FittedGenerator(generator := Picky(bad), BatchSizer(batch_limits(generator, 16)))
+    parts = list(fitted.isolate(requests(16), lambda: None))
     assert [r.prompt for part, _ in parts for r in part] == [str(i) for i in range(16)]
     assert {p[0].prompt for p, outcome in parts if isinstance(outcome, Exception)} == bad
 
@@ -322,14 +341,16 @@ def test_a_cancelled_attempt_ends_between_two_steps_of_a_batch(tmp_path):
     store, job = plan(tmp_path, ["a", "b"])
     lease = leases(store, job).next_lease("w1", 0.0)
     attempt = runner(store, job, 1, Stepping())
-    go_on = attempt.generator.on_step
+    go_on, steps = attempt.generator.on_step, 0
 
     def step():
-        if attempt.steps == 1:
-            attempt.cancelled = lease.attempt_id
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            attempt.cancel(lease.attempt_id)
         go_on()
 
     attempt.generator.on_step = step
     assert attempt.run(lease).outcome == "cancelled"
-    assert attempt.steps == 2
+    assert steps == 2
     assert [s.segment_class for s in attempt.timeline.take()] == ["idle", "loser"]

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from millijoule.workers.images.encode import encode_png
+from millijoule.workers.images.encode import encode_image
+from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.schemas import ImageRequest
 
 MODEL = {"model_name": "icon-scenes-32", "model_sha256": "0123456789abcdef" * 4}
@@ -22,7 +23,7 @@ def request(prompt="two red cats", **fields):
 
 
 def encode(image, req, **changes):
-    return encode_png(image, req, **{"steps": 16, **MODEL, **changes})
+    return encode_image(ImageFormat(), image, req, **{"steps": 16, **MODEL, **changes})
 
 
 def opened(png):
@@ -93,4 +94,4 @@ def test_any_text_gives_a_valid_png_and_an_exact_record(prompt, seed):
 )
 def test_an_array_that_is_not_an_rgb_image_is_refused_by_name(bad):
     with pytest.raises(ValueError, match="prompt 'p1', image 0: expected uint8"):
-        encode_png(bad, request(), steps=1, **MODEL)
+        encode(bad, request())
