@@ -214,7 +214,7 @@ class Climb:
             unfinished.replace(path)
             kept = np.load(path, mmap_mode="r")
         assert kept is not None
-        return np.asarray(kept[:count])
+        return np.array(kept[:count])
 
 
 def per_image(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
