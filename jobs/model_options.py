@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from millijoule.workers.diffusion.lora_words import split_option
-from millijoule.workers.diffusion.model_files import read_model
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
-from millijoule.workers.diffusion.scheduler_choice import check_scheduler
 from millijoule.workers.errors import InputError
 from millijoule.workers.factories import PREFIX
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
 from millijoule.workers.generators.registry import is_pipeline, model_path
+from millijoule.workers.loras.words import split_option
+from millijoule.workers.pipeline_parts.model_files import read_model
+from millijoule.workers.pipeline_parts.scheduler_choice import check_scheduler
 from millijoule.workers.rungs.check import check_rungs
 from millijoule.workers.rungs.choose import choose_rungs
 from millijoule.workers.rungs.rungs import (
@@ -43,6 +43,16 @@ class ModelOptions:
     engine: Literal["deepspeed", "compile", "eager"] = "deepspeed"
     """What runs the networks: DeepSpeed-Inference, torch.compile, or PyTorch as it is."""
 
+    cuda_graphs: bool = False
+    """Replay the model's calls from CUDA graphs: fewer launches, more memory. On GPUs, with engine deepspeed or compile."""
+
+    fused_modules: bool = False
+    """Run the fused forms of norms, modulations and gates, which round differently. With engine deepspeed."""
+
+    offload_weights: bool = False
+    """Keep a diffusion pipeline's denoiser in host memory and bring each layer's weights to the device as it runs, for
+    models larger than the device. Slow. With engine deepspeed (its ZeRO stage 3)."""
+
     revision: Annotated[str | None, tyro.conf.arg(metavar="BRANCH|TAG|COMMIT")] = None
     """Of a model on the hub. A job keeps the commit that it began with. Default: the main branch."""
 
@@ -68,6 +78,10 @@ class ModelOptions:
     model_cache: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder, on every node, for models that are fetched from buckets. Default: MILLIJOULE_CACHE, else
     ~/.cache/millijoule/models."""
+
+    long_prompts: Literal["truncate", "reject", "chunk"] = "truncate"
+    """What happens to a prompt with more tokens than the model's text encoders read: its end is not read, which `warnings`
+    says with the lost words; its image is quarantined; or it is read in pieces (Stable Diffusion, SDXL, LCM)."""
 
     optimize: Annotated[str, tyro.conf.arg(metavar="none|lossless|balanced|max|FILE")] = "none"
     """Of a diffusers pipeline: rungs of the ladder that go together, or a preset file of `millijoule bench ladder`.
@@ -117,14 +131,29 @@ class ModelOptions:
         """What these options say, but for the rungs, which depend on the model; raises InputError, which names the option."""
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: at least 1")
+        if self.cuda_graphs and self.engine == "eager":
+            raise InputError("--cuda-graphs: engine eager has none; take --engine deepspeed or compile")
+        for name in ("fused_modules", "offload_weights"):
+            if getattr(self, name) and self.engine != "deepspeed":
+                raise InputError(
+                    f"--{name.replace('_', '-')}: only --engine deepspeed does that, not {self.engine}"
+                )
+        if self.offload_weights and self.cuda_graphs:
+            raise InputError(
+                "--offload-weights: weights that come and go cannot be in a CUDA graph; drop --cuda-graphs"
+            )
         return GeneratorOptions(
             engine=self.engine,
+            cuda_graphs=self.cuda_graphs,
+            fused_modules=self.fused_modules,
+            offload_weights=self.offload_weights,
             batch_size=self.batch_size,
             variant=self.variant,
             loras=tuple(map(_lora, self.lora)),
             scheduler=self.scheduler,
             vae=None if self.vae is None else ModelPart(self.vae),
             config=self.config,
+            long_prompts=self.long_prompts,
         )
 
     def obtain(self, model: str, revision: str | None = None, *, on_gpu: bool | None = None) -> ObtainedModel:
@@ -153,7 +182,18 @@ class ModelOptions:
             rungs=rungs,
             engine=self.engine if chosen.engine is None or self.engine != "deepspeed" else chosen.engine,
             batch_size=self.batch_size or chosen.batch_size,
+            cuda_graphs=self.cuda_graphs or chosen.cuda_graphs,
+            fused_modules=self.fused_modules or chosen.fused_modules,
         )
+        if self.offload_weights and (rungs.quantize or rungs.sparsity):
+            raise InputError(
+                "--offload-weights: not with --quantize or --sparsity, whose weights stay on the device"
+            )
+        if rungs.step_cache and (options.engine == "compile" or options.cuda_graphs):
+            taken = "--cuda-graphs" if options.cuda_graphs else "--engine compile"
+            raise InputError(
+                f"--step-cache {rungs.step_cache} and {taken} exclude each other: it runs the denoiser as a whole"
+            )
         return replace(obtained, options=options)
 
 

@@ -105,6 +105,11 @@ def _promoted(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def _rows(values: Tensor) -> Tensor:
+    """`[n, width]` with a row's values next to each other."""
+    return values if values.stride(1) == 1 else values.contiguous()
+
+
 def _run(
     x: Tensor,
     update: Tensor | None,
@@ -119,16 +124,15 @@ def _run(
 ) -> None:
     n, tokens, width = x.shape
     x, update = x.contiguous(), None if update is None else update.contiguous()
-    scale, shift, gate = (
-        t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift, gate)
-    )
+    scale, shift, gate = _rows(scale), _rows(shift), None if gate is None else _rows(gate)
     block = triton.next_power_of_2(width)
     launch(
         _modulated_norm,
         n * tokens,
         x.device,
         *(x, update, gate, h, out, scale, shift, weight, bias),
-        *(0 if gate is None else gate.stride(0), scale.stride(0), shift.stride(0), tokens, width, eps),
+        *(0 if t is None else t.stride(0) for t in (gate, scale, shift)),
+        *(tokens, width, eps),
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
     )

@@ -37,7 +37,7 @@ def rms_norm_rope_reference(
     out: Tensor | None = None,
 ) -> Tensor:
     """The plain form; see `rms_norm_rope`."""
-    y = F.rms_norm(x, x.shape[-1:], weight, eps)
+    y = F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
     if cos is not None and sin is not None:
         even, odd = y.float().unflatten(-1, (-1, 2)).unbind(-1)  # [n, tokens, heads, width / 2]
         c, s = cos[:, None], sin[:, None]  # [tokens, 1, width / 2]

@@ -109,11 +109,11 @@ class ShardWorker:
                     "no sign of life can be given (%s): should this worker die, its energy is missing", error
                 )
             store.put(worker_key(self.worker_id), worker.to_json())
-        model, options = at_hand(config.model, config.options, config.copies)
+        model, model_options = at_hand(config.model, config.options, config.copies)
         device = device_thread()
-        loading = device.submit(_load, model, options, "cuda" if gpus else "cpu", config.cpu_threads)
-        generator = loading.result()
-        _check_model(config, describe_model(model, options).sha256, worker.host)
+        where = "cuda" if gpus else "cpu"
+        generator = device.submit(_load, model, model_options, where, config.cpu_threads).result()
+        _check_model(config, describe_model(model, model_options).sha256, worker.host)
         if config.output_url:
             check_factory_model(store, config, generator.info.sha256)
         timeline.close("load")
@@ -169,12 +169,12 @@ class ShardWorker:
 
     @ray.method(concurrency_group="status")
     def read_while_loading(self) -> CounterRead | None:
-        """What the worker's own meter says while it loads; None where it has not opened it yet.
+        """The estimate of a worker that loads, which is of its process and ends with it.
 
-        For a worker that nobody needs any more, and that has no counter somebody else could read once it is gone: the
-        estimate is of its process and ends with it.
+        None where it has counters, which somebody else reads once it is gone, or has not opened its meter yet.
         """
-        return None if self._timeline is None else self._timeline.meter.read()
+        timeline = self._timeline
+        return None if timeline is None or timeline.last_read.energy_mj else timeline.meter.read()
 
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:

@@ -36,9 +36,7 @@ PLAN_ROW_SCHEMA = pa.schema(
             "extra", pa.string()
         ),  # JSON object of the columns passed through, null where there are none
         pa.field("source", pa.string(), nullable=False),  # "file:row", 1-based data row, for messages
-        pa.field(
-            "lora", pa.string()
-        ),  # as `diffusion.lora_words.read_cell` gives it; null: all declared ones
+        pa.field("lora", pa.string()),  # as `loras.words.read_cell` gives it; null: all declared ones
     ]
 )
 
@@ -74,7 +72,7 @@ class ImageRequest:
     """One image to draw.
 
     `width`/`height` (pixels), `num_inference_steps` and `guidance_scale` are None for the model's own default.
-    `seed` is in [0, 2**64). `lora` says which of the declared LoRAs are used, None: all (`diffusion.lora_words`).
+    `seed` is in [0, 2**64). `lora` says which of the declared LoRAs are used, None: all (`loras.words`).
     """
 
     prompt_id: str

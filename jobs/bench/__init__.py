@@ -17,6 +17,7 @@ BENCHES = {
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
     "ladder": "rungs of a diffusion pipeline one by one: joules or CPU time, and what they do to images",
     "memory": "memory of several workers of one model on a host; time and memory of batches by their size",
+    "stages": "how long the device waits while images are encoded, written and stored",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",
 }
 

@@ -234,6 +234,8 @@ def _recommend(output: Path, climb: Climb, folder: PipelineFolder, ground: Groun
         standing.rungs,
         engine=engine,
         batch_size=standing.batch_size,
+        cuda_graphs=standing.cuda_graphs,
+        fused_modules=standing.fused_modules,
         model=folder.name,
         model_sha256=folder.sha256(),
         measured={"cost": ground.cost, **measured},

@@ -54,6 +54,9 @@ class BenchOptions(ResultOptions):
     workers: int = 4
     """Processes that load the model on this host."""
 
+    copied_workers: int = 2
+    """Processes that copy it, to compare with: each takes all of it."""
+
     engine: EngineName = "deepspeed"
     """What runs the networks."""
 
@@ -75,19 +78,22 @@ class BenchOptions(ResultOptions):
 
 def run(options: BenchOptions) -> int:
     """Run the measurement."""
-    if options.workers < 2:
-        raise InputError(f"--workers {options.workers}: at least 2, to be compared with one")
+    for name in ("workers", "copied_workers"):
+        if (count := getattr(options, name)) < 2:
+            raise InputError(f"--{name.replace('_', '-')} {count}: at least 2, to be compared with one")
     result = describe("memory", options)
     with tempfile.TemporaryDirectory(prefix="millijoule-memory-") as scratch:
         model = options.model or str(made_up_pipeline(Path(scratch, "model"), options.weights_gb))
         result["weights_mb"] = weights_bytes(model) / 1e6
         for name, copied in (("mapped", False), ("copied", True)):
-            rows = {n: measure_workers(model, n, copied, options.engine) for n in (1, options.workers)}
+            many = options.copied_workers if copied else options.workers
+            rows = {n: measure_workers(model, n, copied, options.engine) for n in (1, many)}
             total = {n: sum(row["pss_mb"] for row in found) for n, found in rows.items()}
             result[name] = {
+                "workers": many,
                 "one_worker_pss_mb": total[1],
-                "all_workers_pss_mb": total[options.workers],
-                "ratio": total[options.workers] / total[1],
+                "all_workers_pss_mb": total[many],
+                "ratio": total[many] / total[1],
                 "rows": {str(n): found for n, found in rows.items()},
             }
         result["goal_ratio"] = GOAL_RATIO
@@ -115,7 +121,7 @@ def made_up_pipeline(folder: Path, weights_gb: float) -> Path:
     )
     width = max(1, round(10 * (weights_gb / 3.8) ** 0.5)) * 32  # 320: 3.4 GB, beside a text encoder
     torch.manual_seed(0)
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=AutoencoderKL(
             block_out_channels=(32, 64, 64, 64),
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -234,6 +240,7 @@ def one_batch_size(
     """In a process of its own: draw `images` images in calls of `size`."""
     import torch
 
+    from millijoule.workers.drawing.out_of_memory import release_memory
     from millijoule.workers.generators.registry import load_generator
 
     torch.set_num_threads(1)
@@ -242,6 +249,7 @@ def one_batch_size(
         ImageRequest("p", i, "a red cat", i, num_inference_steps=steps) for i in range(max(images, size))
     ]
     generator.generate(requests[:size])
+    release_memory()
     before = _resident_mb()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     began = time.process_time()

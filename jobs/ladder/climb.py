@@ -229,9 +229,11 @@ def describe(options: GeneratorOptions) -> str:
     plain = GeneratorOptions()
     said = [
         f"--{name.replace('_', '-')} {getattr(options, name)}"
-        for name in ("engine", "batch_size")
+        for name in ("engine", "batch_size", "cuda_graphs", "fused_modules")
         if getattr(options, name) != getattr(plain, name)
     ]
+    if options.vae is not None:
+        said.append(f"--vae {options.vae.path}")
     rungs = options.rungs.words()
     return " ".join([*said, *([rungs] if rungs != DENSE else [])]) or DENSE
 

@@ -46,6 +46,7 @@ def calibrate(request: JobRequest, images: list[ImageRequest], pool: PoolOptions
         model_sha256=request.identity.sha256,
         driver_epoch=0,
         options=request.model,
+        image_format=request.image_format,
         copies=request.source.copies,
         cpu_threads=max(1, int(pool.cpus_per_worker)),
         telemetry=options.telemetry,

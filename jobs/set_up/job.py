@@ -20,6 +20,7 @@ from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retr
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
 from millijoule.workers.errors import InputError, StoreError
+from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import BAD_ROWS_KEY, SUCCESS_KEY
 from millijoule.workers.sources.copies import put_copy
 from millijoule.workers.sources.obtain import ObtainedModel
@@ -100,6 +101,8 @@ def check_is_asked_for(request: JobRequest, existing: JobSpec, url: str) -> None
     asked = {
         **extra,
         "model_options": request.model.identity(),
+        "image_format": request.image_format.name,
+        "image_quality": request.image_format.quality,
         "model": request.options.model,
         "images_per_prompt": request.plan.images_per_prompt,
         "shard_size": request.plan.shard_size,
@@ -115,7 +118,10 @@ def _identity(request: JobRequest) -> dict[str, object]:
         "job_seed": request.options.seed,
         "output_format": request.options.format,
     }
-    if said := request.model.identity():  # a job from before there were such options goes on
+    # a job from before there were such options goes on
+    if (images := request.image_format) != ImageFormat():
+        extra |= {"image_format": images.name, "image_quality": images.quality}
+    if said := request.model.identity():
         extra["model_options"] = said
     return extra
 
@@ -139,6 +145,8 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
         job_seed=options.seed,
         images_per_prompt=options.images_per_prompt,
         output_format=options.format,
+        image_format=request.image_format.name,
+        image_quality=request.image_format.quality,
         model_options=request.model.identity(),
         model_revision=request.source.commit,
         shard_size=request.plan.shard_size,

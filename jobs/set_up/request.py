@@ -16,6 +16,7 @@ from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import ModelIdentity
 from millijoule.workers.generators.registry import PACKAGED
+from millijoule.workers.images.formats import ImageFormat, read_image_format
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.sources.obtain import ObtainedModel
 from millijoule.workers.sources.words import find_place
@@ -36,7 +37,8 @@ LEAST_CPUS = 0.0001
 class JobRequest:
     """One job, as asked for: the options, and what those that are text, or name something else, stand for.
 
-    `files` are what the prompts stood for when the request was made, `source` what the model did.
+    `files` are what the prompts stood for when the request was made, `source` what the model did, `image_format` what images are
+    encoded as.
     Where `shard_seconds` is given, `plan.shard_size` only stands in until a calibration. `resources` are the custom ones a
     worker asks for, by Ray's names; `bounds` the (fewest, most) workers, None: auto.
     """
@@ -44,6 +46,7 @@ class JobRequest:
     options: GenerateOptions
     files: tuple[InputFile, ...]
     source: ObtainedModel
+    image_format: ImageFormat
     plan: PlanOptions
     shard_seconds: float | None
     resources: dict[str, float]
@@ -100,6 +103,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
         node_meters=parse_node_meters(options.node_meter, options.node_rest),
         files=files,
         source=source,
+        image_format=read_image_format(options.image_format, options.quality),
     )
 
 

@@ -121,7 +121,7 @@ def _end_of(
             return [], []
         said = closing.read if closing is not None and closing.by == own.worker_id else None
         if said is not None and is_before(last, said):  # while it loaded: its estimate is known
-            moment = replace(moment, close=said)
+            moment = replace(moment, close=replace(said, energy_mj={}))
         return [AccountGap(moment)], []
     read = _closing_read(own, last, closing)
     if isinstance(read, str):

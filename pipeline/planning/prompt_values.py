@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millijoule.pipeline.planning.raw_chunks import Values, has_surrogates, python_values, shown
-from millijoule.workers.diffusion.lora_words import read_cell
 from millijoule.workers.errors import InputError
+from millijoule.workers.loras.words import read_cell
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 
 #: Smallest and largest allowed value of the columns of numbers.
@@ -288,7 +288,7 @@ def check_size(
 
 
 def check_lora(values: Values, column: str, problems: Problems, declared: Mapping[str, float]) -> pa.Array:
-    """The LoRAs that rows choose among those `declared`, as `lora_words.read_cell` writes them; null: all of them."""
+    """The LoRAs that rows choose among those `declared`, as `loras.words.read_cell` writes them; null: all of them."""
 
     def parse(value: Any) -> str | None:
         if not isinstance(value, str):

@@ -124,8 +124,10 @@ class Accounts:
                     environment.opened is not None
                 ):  # nobody can read anything for it: it is not looked for again
                     own = self._while_loading.get(worker_id)
-                    by, reason = (worker_id, "") if own is not None else ("", NO_COUNTER)
-                    self._close(WorkerClosing(worker_id, self.epoch, by, own, reason))
+                    if own is None or own.energy_mj:
+                        self._close(WorkerClosing(worker_id, self.epoch, "", None, NO_COUNTER))
+                    else:
+                        self._close(WorkerClosing(worker_id, self.epoch, worker_id, own))
                 return
             account.environment = environment
             self._try(account)

@@ -13,13 +13,13 @@ import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from millijoule.pipeline.running.bisection import Bisection
+from millijoule.pipeline.running.lease_state import Accusation, ActiveLease, Shards, Trouble
 from millijoule.workers.lease import AttemptProgress, AttemptResult, Lease
-from millijoule.workers.shard_rows import Shard
 
 #: After this many workers died on a shard, its rows are searched for the one that kills them.
 CRASHES_BEFORE_BISECTION = 2
@@ -38,64 +38,6 @@ SPECULATION_MIN_S = 5.0
 #: Why a row that killed its workers stands quarantined.
 POISON_REASON = "every worker that generated this row died"
 HANG_REASON = "every worker that generated this row stood still, longer than --lease-seconds, and was ended"
-
-
-class Shards(Protocol):
-    """Shards by id, such as `pipeline.planning.retry_rounds.JobShards`."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, shard_id: int, /) -> Shard: ...
-
-
-@dataclass
-class ActiveLease:
-    """A lease that is out, and when it was last known to be alive.
-
-    Attributes:
-        started: since when its worker can have been at it: when it was given, or for a lease ahead when the one before ended.
-        is_ahead: it waits for the device of a worker that has another lease, as far as is known.
-    """
-
-    lease: Lease
-    started: float
-    deadline: float
-    images_done: int = 0
-    steps: int = 0
-    is_ahead: bool = False
-
-    @property
-    def shard_id(self) -> int:
-        return self.lease.shard.shard_id
-
-
-@dataclass
-class _Trouble:
-    """What went wrong with one shard so far."""
-
-    crashes: int = 0
-    node_deaths: int = 0
-    bisections: int = 0
-    bisection: Bisection | None = None
-    stood_still: bool = False  # so the last one ended
-    quarantine: dict[int, str] = field(default_factory=dict)  # reasons by row
-    empty_attempts: int = 0
-
-
-@dataclass(frozen=True)
-class Accusation:
-    """A finished attempt whose commit waits for a second opinion on the rows that failed in it."""
-
-    result: AttemptResult
-    node_id: str
-    since: float
-
-    @property
-    def worker_id(self) -> str:
-        return self.result.lease.worker_id
-
-    @property
-    def shard_id(self) -> int:
-        return self.result.lease.shard.shard_id
 
 
 @dataclass
@@ -125,7 +67,7 @@ class Coordinator:
         self._accused: list[Accusation] = []  # that wait for a second worker
         self._hearings: dict[str, Accusation] = {}  # by the attempt id of the lease that confirms them
         self._void: list[Accusation] = []  # whose attempts are to be discarded
-        self._trouble: defaultdict[int, _Trouble] = defaultdict(_Trouble)
+        self._trouble: defaultdict[int, Trouble] = defaultdict(Trouble)
         self._durations: deque[float] = deque(maxlen=256)
         self._ahead: dict[str, str] = {}  # attempt id of the lease that a worker holds ahead, by worker id
         self.progress = 0  # grows with every commit and every narrowed search: the respawn budget's clock

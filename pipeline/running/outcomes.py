@@ -10,7 +10,7 @@ import logging
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 
 from millijoule.pipeline.running.cluster import first_line, is_alive
 from millijoule.pipeline.running.coordinator import Coordinator
@@ -229,16 +229,20 @@ class Outcomes:
         reason, node, stood_still = first_line(error), worker.last_node(), isinstance(error, TimeoutError)
         progress = self.coordinator.progress
         preempted = getattr(error, "preempted", False)
+        no_memory = isinstance(
+            error, OutOfMemoryError
+        )  # Ray took it because its node's was full: no row's fault
         lost_node = preempted or not is_alive(node.node_id)
         for attempt_id, held in worker.held.items():
-            if preempted or (stood_still and not held.late):  # the other one stood still
+            if preempted or no_memory or (stood_still and not held.late):  # the other one stood still
                 self.coordinator.released(attempt_id)
             elif lost_node:
                 self.coordinator.node_died(attempt_id, reason)
             else:
                 self.coordinator.crashed(attempt_id, reason, stood_still=stood_still)
-        numbers = " and ".join(str(lease.shard.shard_id) for lease in worker.leases)
-        in_hand = f" with shard {numbers} in hand" if numbers else ""
+        numbers = [str(lease.shard.shard_id) for lease in worker.leases]
+        in_hand = f" with shard{'s'[: len(numbers) - 1]} {' and '.join(numbers)} in hand" if numbers else ""
+        worker.held.clear()
         log.warning("worker %s on %s is gone%s: %s", worker.worker_id, node.host, in_hand, reason)
         if not node.node_id:
             self._died_unplaced(reason, now)
@@ -246,7 +250,7 @@ class Outcomes:
             if self.coordinator.progress > progress:  # a search was narrowed
                 self.nodes.worked(node.node_id)
             # without `ready` no row can have done that
-            blame = self.nodes.fault if worker.ready is None else self.nodes.death
+            blame = self.nodes.fault if worker.ready is None or no_memory else self.nodes.death
             blame(node, reason, now)
 
     def _died_unplaced(self, reason: str, now: float) -> None:

@@ -47,6 +47,7 @@ class WorkerPool:
         self.options = options
         self.events = events
         self.draining: str | None = None  # why no more leases are given
+        self.leases_ahead = True  # whether a worker may hold a lease that it has not come to
         self.abandoned = False  # Ray answers no more: nothing is asked of it
         self._crew = Crew(actor_class, config, options, events.gone)
         self._outcomes = Outcomes(self._crew, coordinator, events)
@@ -156,9 +157,10 @@ class WorkerPool:
         return None
 
     def _feed(self, now: float) -> None:
-        if self.draining:
+        if self.draining or not self.leases_ahead:
             for worker in self.workers.values():
                 self._crew.take_back(worker)
+        if self.draining:
             return
         ready = [w for w in self.workers.values() if w.ready is not None and not w.stopping]
         peers = {w.worker_id: w.last_node().node_id for w in ready}
@@ -184,7 +186,7 @@ class WorkerPool:
                 and staying > self.coordinator.useful_workers + spare
             ):
                 self._crew.stop(worker, now)
-        for worker in ready:
+        for worker in ready if self.leases_ahead else ():
             if len(worker.held) == 1 and not worker.stopping:
                 (in_hand,) = worker.leases
                 lease = self.coordinator.next_lease_ahead(in_hand, now, len(ready))
@@ -202,6 +204,8 @@ class WorkerPool:
                 if attempt_id not in self._outcomes.committing:
                     self.coordinator.released(attempt_id)
                 continue
+            if attempt_id not in worker.held:
+                continue  # it was buried with the worker's other lease
             held = worker.held[attempt_id]
             held.late += 1
             if held.late > 1 or not entry.lease.writes:

@@ -29,6 +29,7 @@ from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
 from millijoule.pipeline.running.spending import Spending
 from millijoule.workers.errors import AlreadyExistsError, JobError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
@@ -119,6 +120,7 @@ class JobRun:
             driver_epoch=self.epoch,
             options=source.options if source else GeneratorOptions(),
             copies=source.copies if source else (),
+            image_format=ImageFormat(job.image_format, job.image_quality),
             commits_exclusively=planned.exclusive,
             cpu_threads=max(1, int(options.cpus_per_worker)),
             telemetry=telemetry,
@@ -356,10 +358,14 @@ class JobRun:
         self._on_tick()
 
     def _check_caps(self) -> bool:
-        # what nobody has come to is taken back when the cap is reached
-        leases = [e.lease for e in self.coordinator.active.values() if not e.is_ahead]
-        at_work = sum(lease.shard.n_images for lease in leases if lease.probe_rows is None)
-        self.cap_reached = self.spending.reached(time.time(), at_work / max(1, self.counts.images_done))
+        out = [e for e in self.coordinator.active.values() if e.lease.probe_rows is None]
+        ahead = sum(e.lease.shard.n_images for e in out if e.is_ahead)
+        at_work = sum(e.lease.shard.n_images for e in out) - ahead
+        done, now = max(1, self.counts.images_done), time.time()
+        self.cap_reached = self.spending.reached(now, at_work / done)
+        # near a cap nobody comes to a shard of which it is not known whether it may still be made
+        more = max(ahead, at_work)
+        self.pool.leases_ahead = self.spending.reached(now, (at_work + more) / done) is None
         return self.cap_reached is not None
 
     def flush(self, *, everything: bool = False) -> None:

@@ -264,9 +264,7 @@ def test_numbers_that_are_none_on_one_device_only_are_no_rows_fault(cluster, job
         generator = Careful(device)
         if len(devices) == 1:
             generator.rejection = lambda request: (
-                None
-                if request.prompt_id == "warm-up"
-                else Rejection("quarantined", "not finite", confirm=True)
+                None if request.prompt_id == "warm-up" else Rejection("quarantined", "not finite")
             )
         return generator
 

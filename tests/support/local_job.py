@@ -16,6 +16,7 @@ from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempts.runner import AttemptRunner
 from millijoule.workers.generators.protocol import Generator
+from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
@@ -75,7 +76,8 @@ def runner(
 ) -> AttemptRunner:
     """A worker's half of the protocol."""
     config = WorkerConfig(
-        store.url, job.fingerprint, job.job_seed, job.output_format, "plain", MODEL_SHA256, epoch
+        *(store.url, job.fingerprint, job.job_seed, job.output_format, "plain", MODEL_SHA256, epoch),
+        image_format=ImageFormat(job.image_format, job.image_quality),
     )
     meter = meter or open_meter()
     return AttemptRunner(

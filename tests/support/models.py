@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,6 +70,23 @@ class _ManySteps(Plain):
 
 def many_steps(device: str) -> Plain:
     return _ManySteps(device)
+
+
+class _Cramped(Plain):
+    """Memory for three images, for one of which a prompt "large" needs all."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.info = replace(self.info, name="cramped", batch_size=8)
+
+    def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
+        if sum(3 if "large" in r.prompt else 1 for r in requests) > 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 3.17 GiB")
+        return super().generate(requests)
+
+
+def cramped(device: str) -> Plain:
+    return _Cramped(device)
 
 
 class _Poison(Plain):
@@ -147,7 +165,7 @@ class Careful(Plain):
         if "hidden" in request.prompt:
             return Rejection("filtered", "the safety checker hid this image")
         if "nan" in request.prompt:
-            return Rejection("quarantined", "its pixels are not finite numbers", confirm=True)
+            return Rejection("quarantined", "its pixels are not finite numbers")
         return None
 
 

@@ -37,6 +37,7 @@ from support.ray_stand_in import install
 from millijoule.jobs.bench.measurement import write_result
 from millijoule.jobs.generate import signals_heeded
 from millijoule.jobs.machine import describe_machine
+from millijoule.jobs.model_options import ModelOptions
 from millijoule.jobs.set_up.job import open_or_plan
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.request import request_of
@@ -50,7 +51,6 @@ from millijoule.workers import orphan
 from millijoule.workers.actor import ShardWorker
 from millijoule.workers.attempts import questions
 from millijoule.workers.errors import JobError
-from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
 from millijoule.workers.meters import nvml
 from millijoule.workers.storage.local import LocalStore
@@ -303,9 +303,11 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
         output=str(folder / "out"),
         model=MODEL,
         shard_size=str(plan.shard_size),
+        model_options=ModelOptions(batch_size=plan.batch_size),
     )
     store = open_store(options.output)
-    planned = open_or_plan(request_of(options), store, read_job(store))
+    request = request_of(options)
+    planned = open_or_plan(request, store, read_job(store))
     store = open_store(options.output, patient=True)
     all_boards = sum(plan.hosts) * round(1 / plan.gpus_per_worker)
     job_run = run.JobRun(
@@ -315,7 +317,7 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
         ray.actor_class,
         lease_s=plan.lease_s,
         speculate=plan.speculate,
-        model_options=GeneratorOptions(batch_size=plan.batch_size),
+        source=request.source,
     )
     with signals_heeded(job_run):
         try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from millijoule.pipeline.running import accounts, cluster, crew, node_recorders, outcomes, pool, run
 from millijoule.workers.lease import MAX_LEASES
@@ -45,6 +45,7 @@ class Dies(After):
     """The actor's process ends in the call instead."""
 
     preempted: bool = False
+    no_memory: bool = False
 
 
 NEVER = After(float("inf"))
@@ -140,7 +141,7 @@ class _Actor:
     waiting: list[tuple[str, str, tuple]] = field(default_factory=list)  # call id, method, arguments
     busy: Counter[str] = field(default_factory=Counter)  # calls at work by concurrency group
     calls: set[str] = field(default_factory=set)  # without an answer
-    death: RayActorError | None = None
+    death: RayActorError | OutOfMemoryError | None = None
 
     @property
     def asked(self) -> dict[str, float]:
@@ -346,7 +347,9 @@ class RayStandIn:
         if actor.death is not None:
             return
         if isinstance(answer, Dies):
-            self._end(actor, "The worker process has died", preempted=answer.preempted)
+            self._end(
+                actor, "The worker process has died", preempted=answer.preempted, no_memory=answer.no_memory
+            )
             return
         failed = isinstance(answer.answer, Exception)
         self._answers[call_id] = (False, task_error(answer.answer)) if failed else (True, answer.answer)
@@ -354,10 +357,15 @@ class RayStandIn:
         actor.busy[group] -= 1
         self._serve(actor)
 
-    def _end(self, actor: _Actor, reason: str, *, preempted: bool = False) -> None:
+    def _end(self, actor: _Actor, reason: str, *, preempted: bool = False, no_memory: bool = False) -> None:
         if actor.death is not None:
             return
-        actor.death = RayActorError(actor.actor_id, f"{reason}: {actor.actor_id[:8]}", preempted=preempted)
+        words = f"{reason}: {actor.actor_id[:8]}"
+        actor.death = (
+            OutOfMemoryError(f"{words}, the node was running low on memory")
+            if no_memory
+            else RayActorError(actor.actor_id, words, preempted=preempted)
+        )
         del self._actors[actor.actor_id]
         if actor.node is not None:
             actor.node.take(actor.asked, -1)

@@ -27,7 +27,7 @@ def save_lora(
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "lora_" in name:
-                    weight.copy_(torch.randn(weight.shape, generator=generator))
+                    weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
         state = get_peft_model_state_dict(model)
         saved[f"{part}_lora_layers"] = (
             convert_state_dict_to_diffusers(state) if part.startswith("text_encoder") else state

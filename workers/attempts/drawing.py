@@ -133,12 +133,13 @@ class Drawing:
                     continue
                 status, why = rejected.status, rejected.reason[:MAX_ERROR_CHARS]
                 log.warning("%s: %s: %s", request.source or request.prompt_id, status, why)
-                if rejected.drawn:
-                    row = replace(row, status=status, error=why)
-                else:
+                if rejected.certain:  # the device has not worked for it
                     row = ImageRow(request, status, error=why, warnings=words)
-                drawn.append(DrawnImage(next(at), row, is_suspect=rejected.confirm))
-            self.served = part[0]
+                else:
+                    row = replace(row, status=status, error=why)
+                drawn.append(DrawnImage(next(at), row, is_suspect=rejected.may_be_the_device))
+            kept = (r for r, why in zip(part, outcome.rejected, strict=True) if why is None)
+            self.served = next(kept, self.served)
         return drawn
 
     def device_time(self, began_wall_ns: int) -> DeviceTime:
@@ -162,13 +163,15 @@ class Drawing:
 
     def draw_healthy(self, request: ImageRequest) -> None:
         """Draw what is known to be drawable; raises SickWorkerError where that fails."""
+        what = "does not work" if self.served is None else "no longer works"
         try:
-            self.fitted.draw_one(request)
+            (rejected,) = self.fitted.draw_one(request).rejected
         except (AttemptCancelled, NodeError):
             raise
         except Exception as error:
-            what = "does not work" if self.served is None else "no longer works"
             raise SickWorkerError(f"the generator {what} on this device: {reason(error)}") from error
+        if rejected is not None and rejected.may_be_the_device:
+            raise SickWorkerError(f"the generator {what} on this device: {rejected.reason}")
 
     def _step(self) -> None:
         if (attempt := self._attempt) is not None:

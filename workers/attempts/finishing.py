@@ -233,8 +233,7 @@ def _add(writer: ShardWriter, drawn: DrawnImage, outcome: bytes | Exception | No
     """Give one image to the writer; False where there is none."""
     row = drawn.row
     if isinstance(outcome, Exception):
-        row = ImageRow(row.request, "quarantined", error=reason(outcome), warnings=row.warnings)
-        writer.add(row, None)
+        writer.add(replace(row, status="quarantined", error=reason(outcome)), None)
         return False
     writer.add(row, outcome)
     return outcome is not None

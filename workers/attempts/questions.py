@@ -53,7 +53,7 @@ def confirm(drawing: Drawing, attempt: Attempt, requests: Requests) -> AttemptRe
             except Exception as error:
                 confirmed.append(replace(suspect, reason=reason(error)))
             else:
-                if rejected is None or rejected.status != "quarantined":
+                if rejected is None or not rejected.may_be_the_device:
                     return AttemptResult(lease, "contradicted", suspects=(suspect,))
                 confirmed.append(replace(suspect, reason=rejected.reason[:MAX_ERROR_CHARS]))
             attempt.step()

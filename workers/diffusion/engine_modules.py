@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from millijoule.workers.diffusion.loading import DENOISERS
 from millijoule.workers.engines.protocol import Engine
 
 #: A pipeline calls methods of its decoder (`vae.decode`), and these the part that does the work.
@@ -25,4 +26,4 @@ def prepare_pipeline(pipeline: Any, engine: Engine) -> None:
         if isinstance(part, nn.Module) and hasattr(component, "decode"):
             engine.prepare(part, f"{name}.{DECODER_PART}")
         else:
-            engine.prepare(component, name)
+            engine.prepare(component, name, large=name in DENOISERS)

@@ -24,6 +24,11 @@ TRUE_CFG_SCALE = 4.0
 #: What stands for "no negative prompt" in guidance that needs one.
 NO_NEGATIVE_PROMPT = " "
 
+#: How far the same request's images may be from each other, in batches of other sizes or beside other prompts, computed in
+#: float32: sums are rounded otherwise in products of other shapes, so that now and then a value falls to the next of 255
+#: levels, in at most this share of an image's values.
+LEVELS, PIXELS = 1, 0.05
+
 #: Pipelines that read prompts to a fixed length, whatever stands beside them, or mask their padding: a neighbour is
 #: never seen (`tests/workers/diffusion/test_neighbours.py`). Prompts of any others share a batch only where they have
 #: equally many tokens.
@@ -39,26 +44,28 @@ FIXED_LENGTH = frozenset(
         "Lumina2Pipeline",
         "PixArtAlphaPipeline",
         "PixArtSigmaPipeline",
+        "QwenImagePipeline",
         "SanaPipeline",
         "StableDiffusion3Pipeline",
         "StableDiffusionPipeline",
         "StableDiffusionXLPipeline",
         "WuerstchenCombinedPipeline",
+        "ZImagePipeline",
     }
 )
 
 #: Pipelines whose `output_type="pt"` gives tensors of pixels from 0 to 1. Others skip something for it (the safety checker, the
 #: scaling): they are asked for numpy arrays.
-TENSORS = FIXED_LENGTH - {"IFPipeline", "KandinskyV22CombinedPipeline"} | {
-    "QwenImagePipeline",
-    "ZImagePipeline",
-}
+TENSORS = FIXED_LENGTH - {"IFPipeline", "KandinskyV22CombinedPipeline"}
 
 #: Pipelines whose prior draws noise for the negative prompts after that for the prompts, all from the same list of generators.
 DRAWS_FOR_NEGATIVES = frozenset({"KandinskyV22CombinedPipeline", "KandinskyCombinedPipeline"})
 
 #: Pipelines that say nowhere but in their code what size they make: width and height in pixels.
 SIZES: Mapping[str, tuple[int, int]] = {"ZImagePipeline": (1024, 1024)}
+
+#: Of how many pixels sides have to be a multiple, where neither decoder nor network say it.
+MULTIPLES: Mapping[str, int] = {"WuerstchenCombinedPipeline": 128, "StableCascadeCombinedPipeline": 128}
 
 #: `sample_size` of transformers that have published sizes, which their pipelines draw at instead of those asked for
 #: (`use_resolution_binning`); with any other, they fail unless that is switched off.
@@ -233,6 +240,8 @@ def _scale_factor(pipeline: Any) -> int:
 
 def _multiple(pipeline: Any, name: str) -> int:
     """Of how many pixels sides have to be a multiple, lest the pipeline refuses or draws another size."""
+    if name in MULTIPLES:
+        return MULTIPLES[name]
     scale = _scale_factor(pipeline)
     if name.startswith("Kandinsky"):
         return scale * scale

@@ -12,24 +12,25 @@ from pathlib import Path
 
 import numpy as np
 
-from millijoule.workers.diffusion.batch_shapes import BatchShapes
 from millijoule.workers.diffusion.engine_modules import prepare_pipeline
-from millijoule.workers.diffusion.families import check_long_prompts, describe_family
+from millijoule.workers.diffusion.families import describe_family
 from millijoule.workers.diffusion.loading import LoadedPipeline, load_pipeline
-from millijoule.workers.diffusion.loras import LoraSwitch
 from millijoule.workers.diffusion.memory import PipelineMemory
-from millijoule.workers.diffusion.model_files import read_model
 from millijoule.workers.diffusion.operations import count_operations
 from millijoule.workers.diffusion.pipeline_call import Drawn, PipelineCall, Row, Settings
 from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES
 from millijoule.workers.diffusion.precision import is_narrow
 from millijoule.workers.diffusion.prompt_chunks import count_chunks
 from millijoule.workers.diffusion.prompt_tokens import open_prompt_reader
+from millijoule.workers.drawing.batch_shapes import BatchShapes
+from millijoule.workers.drawing.out_of_memory import is_out_of_memory
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.errors import RowError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo, Rejection
+from millijoule.workers.loras.switch import LoraSwitch
+from millijoule.workers.pipeline_parts.model_files import read_model
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
@@ -55,6 +56,7 @@ class DiffusersGenerator:
         self.loras = LoraSwitch(self.pipeline, options.loras)
         self.engine = engine
         prepare_pipeline(self.pipeline, engine)
+        self.pipeline.to(loaded.device)
         loaded.rungs.skip_work(captured=engine.fixed_shapes)
         if loaded.rungs.words:
             log.info("%s: %s", folder.name, "; ".join(loaded.rungs.words))
@@ -65,7 +67,7 @@ class DiffusersGenerator:
         self.reader = open_prompt_reader(self.pipeline)
         self.call = PipelineCall(loaded, family, lambda: self.on_step())
         self._apart: set[str] = set()
-        self.memory = PipelineMemory(self.pipeline, loaded.device)
+        self.memory = PipelineMemory(self.pipeline, loaded.device, engine)
         self.fixed_batch = engine.fixed_shapes
         self._shapes = BatchShapes()
         self.info = GeneratorInfo(
@@ -91,10 +93,8 @@ class DiffusersGenerator:
                 `read_model`), or the options ask for what it cannot do.
         """
         folder = read_model(path, options)
-        check_long_prompts(folder.class_name, options.long_prompts)
-        return DiffusersGenerator(
-            load_pipeline(folder, device, options), options, open_engine(options, device)
-        )
+        engine = open_engine(options, device)  # what it lacks is said before minutes are spent on loading
+        return DiffusersGenerator(load_pipeline(folder, device, options), options, engine)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size or a number of steps this model cannot make."""
@@ -120,7 +120,11 @@ class DiffusersGenerator:
 
     def save_memory(self) -> str | None:
         """See `SavesMemory`."""
-        return self.memory.save()
+        if self.engine.release():
+            return "without CUDA graphs"
+        saver = self.memory.save()
+        self.engine.renew()  # models that come and go have other calls
+        return saver
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""
@@ -173,18 +177,18 @@ class DiffusersGenerator:
         """One more try for a row whose pixels were not finite numbers."""
         where = request.source or request.prompt_id
         if not (self.loaded.mixed_precision or is_narrow(self.pipeline)):
-            return Rejection("quarantined", "pixels are not finite numbers", confirm=True)
+            return Rejection("quarantined", "pixels are not finite numbers")
         log.warning("%s: pixels are not finite numbers; the image is drawn again in float32", where)
         try:
             with self.engine.plain():
                 drawn = self.call.draw([self._row(request)], settings, float32=True)
-        except Exception as error:  # no memory for it, or a network that knows no other precision
+        except Exception as error:  # a network that knows no other precision, say
+            if is_out_of_memory(error):
+                raise  # smaller batches and savers make room
             why = f"pixels are not finite numbers, and cannot be drawn in float32: {error}"
-            return Rejection("quarantined", why[:500], confirm=True)
+            return Rejection("quarantined", why[:500])
         if not drawn.finite[0]:
-            return Rejection(
-                "quarantined", "pixels are not finite numbers, not in float32 either", confirm=True
-            )
+            return Rejection("quarantined", "pixels are not finite numbers, not in float32 either")
         return drawn
 
     def call_group(self, request: ImageRequest) -> Hashable:
@@ -245,7 +249,7 @@ class DiffusersGenerator:
             return None
         for what, text in self._texts(request):
             if self.reader.lost(text):
-                return Rejection("quarantined", self.reader.warnings(text, what)[0], drawn=False)
+                return Rejection("quarantined", self.reader.warnings(text, what)[0], certain=True)
         return None
 
     def _texts(self, request: ImageRequest) -> list[tuple[str, str]]:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libraries
-from millijoule.workers.diffusion.open_pipeline import open_pipeline
 from millijoule.workers.diffusion.own_classes import own_class
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.pipeline_parts.open_pipeline import open_pipeline
 from millijoule.workers.rungs.apply import ClimbedRungs
 from millijoule.workers.rungs.check import check_rungs
 from millijoule.workers.rungs.precision import settle_precision
@@ -72,7 +72,8 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
         pipeline = open_pipeline(folder, options, precision.dtype)
         pipeline.set_progress_bar_config(disable=True)
         _check_signature(pipeline, folder)
-        pipeline.to(device)
+        if not options.offload_weights:  # else the engine says what of it comes to the device
+            pipeline.to(device)
         asked = replace(options.rungs, scheduler=None) if options.scheduler else options.rungs
         rungs = ClimbedRungs(pipeline, asked, precision)
         rungs.prepare_weights()

@@ -1,7 +1,7 @@
 """A pipeline's memory: how many images a call may have on its device, and what can be done where not even one fits.
 
-The savers are diffusers' own, in the order of what they cost: the decoder image by image, the decoder in tiles (which changes
-pixels near their seams), text encoders in the host's memory, the denoiser in the host's memory.
+In the order of what they cost: the engine's graphs are given up; then come diffusers' own savers: the decoder image by image, the
+decoder in tiles (which changes pixels near their seams), text encoders in the host's memory, the denoiser in the host's memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from millijoule.workers.diffusion.loading import DECODERS, DENOISERS
 from millijoule.workers.drawing.out_of_memory import release_memory
+from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.generators.protocol import BatchLimits
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,15 @@ class PipelineMemory:
     Args:
         pipeline: of diffusers, on its device.
         device: "cpu", "cuda" or "cuda:N".
+        engine: what runs the pipeline's modules.
         offload_from: the device whose memory is saved by moving models to the host's; None where they are there already.
     """
 
-    def __init__(self, pipeline: Any, device: str, offload_from: str | None = None) -> None:
+    def __init__(
+        self, pipeline: Any, device: str, engine: Engine | None = None, *, offload_from: str | None = None
+    ) -> None:
         self.pipeline = pipeline
+        self.engine = engine
         self.device = device
         self._on_gpu = device.startswith("cuda")
         self._offload_from = offload_from or (device if self._on_gpu else None)
@@ -95,7 +100,8 @@ class PipelineMemory:
         """Take the next saver; see `SavesMemory`."""
         for name, take in self._left:
             try:
-                take()
+                if take() is False:
+                    continue
             except (
                 Exception
             ) as error:  # of whatever kind a library's hooks make of modules that others have changed
@@ -113,7 +119,10 @@ class PipelineMemory:
                 return ("decoded in tiles, to save memory",)
         return ()
 
-    def _savers(self) -> Iterator[tuple[str, Callable[[], None]]]:
+    def _savers(self) -> Iterator[tuple[str, Callable[[], bool | None]]]:
+        """Names of the savers and what takes each, which returns False where there is nothing to take."""
+        if self.engine is not None:
+            yield f"the {self.engine.name} engine's graphs are given up", self.engine.release
         decoders = [m for n in DECODERS if (m := getattr(self.pipeline, n, None)) is not None]
         for decoder in decoders:
             if getattr(decoder, "use_slicing", None) is False:
@@ -143,6 +152,8 @@ class PipelineMemory:
                 offload_device=torch.device("cpu"),
                 offload_type="leaf_level",
             )
+        if self.engine is not None:
+            self.engine.renew()
 
 
 def free_gpu_bytes(device: str) -> int:

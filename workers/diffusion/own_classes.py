@@ -1,11 +1,13 @@
-"""Networks that diffusers keeps beside a pipeline and nowhere else, such as Wuerstchen's: the library itself does not find them."""
+"""Networks that diffusers keeps beside a pipeline and nowhere else, such as Wuerstchen's: its own loader does not find them."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from millijoule.workers.diffusion.libraries import import_diffusers
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 
 
@@ -16,23 +18,33 @@ def own_class(pipeline_class: type, library: str, class_name: str) -> Any:
         library: as model_index.json names it; it has to be diffusers or that folder.
     """
     package = pipeline_class.__module__.rpartition(".")[0]
-    module = sys.modules.get(package)
-    if module is None or not package.startswith("diffusers.pipelines."):
+    if not package.startswith("diffusers.pipelines.") or package not in sys.modules:
         return None
-    if library not in ("diffusers", package.rpartition(".")[2]) or hasattr(
-        sys.modules["diffusers"], class_name
-    ):
+    diffusers, _ = import_diffusers()
+    if library not in ("diffusers", package.rpartition(".")[2]) or hasattr(diffusers, class_name):
         return None
-    found = getattr(module, class_name, None)
+    found = getattr(sys.modules[package], class_name, None)
     return found if isinstance(found, type) and hasattr(found, "from_pretrained") else None
 
 
-def load_own_classes(pipeline_class: type, folder: PipelineFolder, shown: Path, dtype: Any) -> dict[str, Any]:
-    """The components of `folder`, whose files lie in `shown`, that are of such classes, by name."""
-    loaded = {}
-    for name, (library, class_name) in folder.components.items():
+@contextmanager
+def own_classes_in_sight(pipeline_class: type, folder: PipelineFolder) -> Iterator[None]:
+    """While it lasts, diffusers' loader finds the classes of `folder`'s components that lie beside `pipeline_class`."""
+    diffusers, _ = import_diffusers()
+    package = sys.modules.get(pipeline_class.__module__.rpartition(".")[0])
+    shown = []
+    for library, class_name in folder.components.values():
         if (kind := own_class(pipeline_class, library, class_name)) is not None:
-            loaded[name] = kind.from_pretrained(
-                str(shown / name), local_files_only=True, use_safetensors=True, torch_dtype=dtype
+            where, name, what = (
+                (diffusers, class_name, kind)
+                if library == "diffusers"
+                else (diffusers.pipelines, library, package)
             )
-    return loaded
+            if not hasattr(where, name):
+                setattr(where, name, what)
+                shown.append((where, name))
+    try:
+        yield
+    finally:
+        for where, name in shown:
+            delattr(where, name)

@@ -127,7 +127,14 @@ class PipelineCall:
                     return self.pipeline(**call)
             with self.loaded.precision():
                 return self.pipeline(**call)
-        except (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            NotImplementedError,
+            TypeError,
+            ValueError,
+        ) as error:
             if scheduler := self._scheduler_at_fault(error):
                 raise RowError(
                     f"num_inference_steps {settings.num_inference_steps}: {scheduler} does not draw in so many steps "
@@ -137,9 +144,7 @@ class PipelineCall:
 
     def _scheduler_at_fault(self, error: BaseException) -> str | None:
         """The class of the scheduler that `error` comes from, or speaks of."""
-        classes = [
-            type(part) for part in self.pipeline.components.values() if callable(getattr(part, "step", None))
-        ]
+        classes = [type(part) for part in self.pipeline.components.values() if hasattr(part, "set_timesteps")]
         files = set()
         trace = error.__traceback__
         while trace is not None:

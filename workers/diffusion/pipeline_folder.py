@@ -18,15 +18,15 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from millijoule.workers.diffusion.weight_variants import (
+from millijoule.workers.errors import InputError
+from millijoule.workers.generators.file_hashes import file_sha256
+from millijoule.workers.generators.model_files import read_header, refuse_lfs_pointer
+from millijoule.workers.pipeline_parts.weight_variants import (
     READ_SUFFIXES,
     WeightChoice,
     choose_weights,
     is_weight_file,
 )
-from millijoule.workers.errors import InputError
-from millijoule.workers.generators.file_hashes import file_sha256
-from millijoule.workers.generators.model_files import read_header, refuse_lfs_pointer
 from millijoule.workers.records import decode
 
 log = logging.getLogger(__name__)

@@ -113,7 +113,7 @@ class BatchNotes:
             write_entry(entry, encode(_Kept(**asdict(state), key=key, written_unix=self._clock())))
 
     def _key(self, pixels: int) -> str:
-        return json.dumps([self._about, pixels], sort_keys=True)
+        return json.dumps([self._about, pixels], sort_keys=True, default=str)
 
 
 class BatchSizer:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from millijoule.workers.drawing.out_of_memory import is_out_of_memory
 from millijoule.workers.engines.cuda_graphs import signature_of
 from millijoule.workers.engines.protocol import EngineSettings, Module
 from millijoule.workers.engines.routing import RoutingEngine, plain_call
@@ -41,7 +42,7 @@ class CompileEngine(RoutingEngine):
         check_compiler(settings)
         self._compiled: list[_CompiledCalls] = []
 
-    def prepare(self, module: Module, name: str, *, static: bool = True) -> Module:
+    def prepare(self, module: Module, name: str, *, static: bool = True, large: bool = False) -> Module:
         """See `Engine`."""
         if static:
             graphs = self.settings.cuda_graphs and self.settings.on_gpu
@@ -114,9 +115,9 @@ class _CompiledCalls:
         before = _graphs_made()
         try:
             out = self._run(args, kwargs)
-        except torch.OutOfMemoryError:
-            raise
         except _compilation_errors() as error:
+            if is_out_of_memory(error):
+                raise
             self._failed = True
             self._events["not compiled"] += 1
             log.warning("%s: cannot be compiled, runs as it is: %s", self._name, str(error).splitlines()[0])

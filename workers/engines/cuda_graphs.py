@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from millijoule.workers.drawing.out_of_memory import is_out_of_memory
 from millijoule.workers.engines.routing import plain_call
 
 log = logging.getLogger(__name__)
@@ -78,11 +79,10 @@ class CapturedCalls:
                 self._events["captured"] += 1
             self._graphs.move_to_end(signature)
             return graph(tensors)
-        except torch.OutOfMemoryError:
-            self.clear()
-            raise
         except RuntimeError as error:
             self.clear()
+            if is_out_of_memory(error):
+                raise
             self._stopped = True
             self._events["not captured"] += 1
             log.warning(

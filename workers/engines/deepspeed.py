@@ -11,6 +11,7 @@ DeepSpeed's own containers, a closed list of language models.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from millijoule.workers.engines.cuda_graphs import CapturedCalls
 from millijoule.workers.engines.deepspeed_library import import_deepspeed
 from millijoule.workers.engines.protocol import EngineSettings, Module
 from millijoule.workers.engines.routing import Call, RoutingEngine, float_dtypes, plain_call
+from millijoule.workers.engines.weight_offload import offload_weights
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +46,17 @@ class DeepSpeedEngine(RoutingEngine):
         self.deepspeed = import_deepspeed(settings.device)
         self.title = f"DeepSpeed-Inference {self.deepspeed.__version__}"
         self.fixed_shapes = settings.cuda_graphs and settings.on_gpu
-        self.exact = not settings.fused_modules
+        self.exact = not (settings.fused_modules or settings.offload_weights)
         self._fused = fused
         self._captured: list[CapturedCalls] = []
 
-    def prepare(self, module: Module, name: str, *, static: bool = True) -> Module:
+    def prepare(self, module: Module, name: str, *, static: bool = True, large: bool = False) -> Module:
         """See `Engine`."""
         replaced = self._inject(module) if self.settings.fused_modules else {}
-        if static and self.fixed_shapes:
+        if large and self.settings.offload_weights:
+            self._route(module, offload_weights(self.deepspeed, module, self.settings.device))
+            how = "offloaded"
+        elif static and self.fixed_shapes:
             captured = CapturedCalls(module, name, self._capture, self.events)
             self._captured.append(captured)
             self._route(module, captured)
@@ -90,19 +95,24 @@ class DeepSpeedEngine(RoutingEngine):
         """Put fused modules in place; how many, by the class they stand for."""
         from deepspeed.module_inject.replace_module import replace_module
 
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for original, make in self._fused(module, self.settings.device).items():
 
-            def replace(child: nn.Module, policy: Any, *_: Any, **__: Any) -> nn.Module:
-                counts[type(child).__name__] = counts.get(type(child).__name__, 0) + 1
-                return policy(child)
+            def replace(
+                child: nn.Module, make: Callable[[nn.Module], nn.Module], *_: Any, **__: Any
+            ) -> nn.Module:
+                kind = type(child)
+                fused = make(child)
+                if type(fused) is not kind:  # one that must stay as it is comes back as it is
+                    counts[kind.__name__] += 1
+                return fused
 
             replace_module(
                 model=module, orig_class=original, replace_fn=replace, _replace_policy=make, checkpoint=None
             )
         for part in module.modules():  # a method of DeepSpeed's language models, given to all it passes
             part.__dict__.pop("reset_cache", None)
-        return counts
+        return dict(counts)
 
 
 class _Contained(nn.Module):

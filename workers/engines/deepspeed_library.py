@@ -26,10 +26,10 @@ def import_deepspeed(device: str) -> ModuleType:
         InputError: it is not installed, or not as this PyTorch needs it.
     """
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    if "deepspeed" in sys.modules:
+    if sys.modules.get("deepspeed"):
         import deepspeed
     else:
-        with _kept_environment(DS_ACCELERATOR=kind):
+        with kept_environment(DS_ACCELERATOR=kind):
             try:
                 import deepspeed
             except Exception as error:  # it looks at PyTorch, compilers and devices as it is imported
@@ -48,7 +48,7 @@ def import_deepspeed(device: str) -> ModuleType:
 
 
 @contextmanager
-def _kept_environment(**values: str) -> Iterator[None]:
+def kept_environment(**values: str) -> Iterator[None]:
     """`values` in the environment, which is put back as it was."""
     before = dict(os.environ)
     os.environ.update({name: value for name, value in values.items() if name not in before})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from millijoule.workers.engines.protocol import Engine, EngineSettings
+from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 
 
@@ -12,15 +13,18 @@ def open_engine(options: GeneratorOptions, device: str) -> Engine:
     Raises:
         InputError: what it needs is not installed, or an option is not for it.
     """
-    settings = EngineSettings(device)
+    settings = EngineSettings(device, options.cuda_graphs, options.fused_modules, options.offload_weights)
+    if settings.cuda_graphs and not settings.on_gpu:
+        raise InputError("--cuda-graphs: this worker has no GPU")
     if options.engine == "compile":
         from millijoule.workers.engines.compile import CompileEngine
 
         return CompileEngine(settings)
     if options.engine == "deepspeed":
         from millijoule.workers.engines.deepspeed import DeepSpeedEngine
+        from millijoule.workers.engines.injection.policy import fused_modules
 
-        return DeepSpeedEngine(settings, lambda module, device: {})
+        return DeepSpeedEngine(settings, fused_modules)
     from millijoule.workers.engines.eager import EagerEngine
 
     return EagerEngine()

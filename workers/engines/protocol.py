@@ -18,10 +18,10 @@ class EngineSettings:
     """What an engine is told.
 
     Attributes:
-        device: "cpu", "cuda" or "cuda:1": where the modules already are. Engines move nothing.
+        device: "cpu", "cuda" or "cuda:1": where the modules are, or will be when they run. Engines move nothing else there.
         cuda_graphs: capture the calls of modules on a GPU whose shapes repeat, and replay them.
         fused_modules: put our fused modules in the place of those they can stand for.
-        offload_weights: keep weights in host memory, and bring each layer's to the device when it runs.
+        offload_weights: keep weights of large modules in host memory, and bring each layer's to the device when it runs.
     """
 
     device: str = "cpu"
@@ -83,13 +83,14 @@ class Engine(Protocol):
     exact: bool
     fixed_shapes: bool
 
-    def prepare(self, module: Module, name: str, *, static: bool = True) -> Module:
+    def prepare(self, module: Module, name: str, *, static: bool = True, large: bool = False) -> Module:
         """Take over the calls of `module`, and return what is to be called from now on.
 
         Args:
-            module: in evaluation mode, on the device, in its final types.
+            module: in evaluation mode and in its final types.
             name: for reports and logs: "unet", "decoder".
             static: its shapes repeat, and what it does depends on no value of a tensor and on nothing that it remembers.
+            large: the module that a model is mostly made of.
         """
         ...
 

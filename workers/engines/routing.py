@@ -38,7 +38,7 @@ class RoutingEngine:
         self._modules: list[nn.Module] = []
         self._prepared: list[PreparedModule] = []
 
-    def prepare(self, module: Module, name: str, *, static: bool = True) -> Module:
+    def prepare(self, module: Module, name: str, *, static: bool = True, large: bool = False) -> Module:
         """See `Engine`."""
         self._note(module, name, "as it is")
         return module

@@ -40,11 +40,14 @@ class GeneratorOptions:
 
     Attributes:
         engine: what runs the networks (`workers.engines`).
+        cuda_graphs: replay their calls from CUDA graphs.
+        fused_modules: run fused forms of their parts.
+        offload_weights: keep a denoiser's weights in host memory.
         rungs: what makes a diffusion pipeline cheaper (`workers.rungs`).
         batch_size: most images per call of the model; None: the worker finds it.
         variant: of the weight files, such as "fp16"; None: the fullest precision there is.
         loras: applied to every image whose row names none.
-        scheduler: name of a diffusers class, with settings (`diffusion.scheduler_choice`); None: the pipeline's own.
+        scheduler: name of a diffusers class, with settings (`pipeline_parts.scheduler_choice`); None: the pipeline's own.
         vae: folder or file of another decoder.
         long_prompts: what happens to a prompt that is longer than the text encoder reads.
         devices: how many the worker has.
@@ -54,6 +57,9 @@ class GeneratorOptions:
     """
 
     engine: EngineName = "deepspeed"
+    cuda_graphs: bool = False
+    fused_modules: bool = False
+    offload_weights: bool = False
     rungs: Rungs = Rungs()  # noqa: RUF009 (frozen)
     batch_size: int | None = None
     variant: str | None = None

@@ -27,19 +27,23 @@ class GeneratorInfo:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why an image that was drawn is not given to anybody.
+    """Why there is no image of a request, beside the others of its batch.
 
     Attributes:
         status: "filtered" (the model's own safety checker hid it) or "quarantined" (it cannot be drawn: its pixels are not
             finite numbers, say).
-        confirm: whether this may be the device's doing, so that another worker is asked before it counts.
-        drawn: whether the device has worked for it, so that a share of its energy is for this image.
+        certain: whether the request alone decides it, before anything is drawn, so that no other worker is asked before it
+            counts, and no energy is its own.
     """
 
     status: Literal["filtered", "quarantined"]
     reason: str
-    confirm: bool = False
-    drawn: bool = True
+    certain: bool = False
+
+    @property
+    def may_be_the_device(self) -> bool:
+        """Whether another worker could well draw it."""
+        return self.status == "quarantined" and not self.certain
 
 
 @dataclass(frozen=True)

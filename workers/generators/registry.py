@@ -6,13 +6,13 @@ import hashlib
 from pathlib import Path
 
 from millijoule.workers import factories
-from millijoule.workers.diffusion.model_files import read_model
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.load_turn import load_turn
 from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator, ModelIdentity
+from millijoule.workers.pipeline_parts.model_files import read_model
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -31,6 +31,7 @@ _OF_PIPELINES = {
     "scheduler": "--scheduler",
     "vae": "--vae",
     "config": "--config",
+    "long_prompts": "--long-prompts",
 }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from millijoule.workers.diffusion.scheduler_choice import change_scheduler
 from millijoule.workers.errors import InputError
+from millijoule.workers.pipeline_parts.scheduler_choice import change_scheduler
 from millijoule.workers.rungs import check, hooked_caches, weights
 from millijoule.workers.rungs.deep_cache import cache_deep_blocks
 from millijoule.workers.rungs.families import DENOISERS

@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from millijoule.workers import factories
-from millijoule.workers.diffusion.checkpoint_layout import find_layout
-from millijoule.workers.diffusion.lora_words import lora_name
-from millijoule.workers.diffusion.model_files import read_model
-from millijoule.workers.diffusion.other_decoder import decoder_sha256
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
-from millijoule.workers.diffusion.scheduler_choice import check_scheduler
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
 from millijoule.workers.generators.protocol import ModelIdentity
 from millijoule.workers.generators.registry import PACKAGED, describe_model, is_pipeline, model_path
+from millijoule.workers.loras.files import check_lora
+from millijoule.workers.loras.words import lora_name
+from millijoule.workers.pipeline_parts.checkpoint_layout import find_layout
+from millijoule.workers.pipeline_parts.model_files import read_model
+from millijoule.workers.pipeline_parts.other_decoder import decoder_sha256
+from millijoule.workers.pipeline_parts.scheduler_choice import check_scheduler
 from millijoule.workers.sources.bucket import fetch_from_bucket
 from millijoule.workers.sources.copies import ModelCopy
 from millijoule.workers.sources.hub import fetch_from_hub
-from millijoule.workers.sources.lora_files import check_lora
 from millijoule.workers.sources.node_cache import WantedFile
 from millijoule.workers.sources.remote_choice import component_files, lora_file, pipeline_files
 from millijoule.workers.sources.words import Place, find_place

@@ -6,13 +6,13 @@ from collections.abc import Collection
 from typing import Any
 
 from millijoule.workers.diffusion.pipeline_folder import DEFAULTS, INDEX, check_variant, read_index
-from millijoule.workers.diffusion.weight_variants import (
+from millijoule.workers.errors import InputError
+from millijoule.workers.pipeline_parts.weight_variants import (
     READ_SUFFIXES,
     WeightChoice,
     choose_weights,
     is_weight_file,
 )
-from millijoule.workers.errors import InputError
 from millijoule.workers.sources.words import PICKLED
 
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from support.tiny_pipelines import tiny_pipeline
 
 from millijoule.workers.diffusion.pipeline_folder import read_pipeline
-from millijoule.workers.diffusion.weight_variants import choose_weights
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions, ModelPart
 from millijoule.workers.generators.registry import describe_model, load_generator
+from millijoule.workers.pipeline_parts.weight_variants import choose_weights
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.sources.obtain import obtain_model
 

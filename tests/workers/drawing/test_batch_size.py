@@ -51,6 +51,7 @@ def test_a_batch_that_is_not_full_says_nothing():
     assert found.rows(SIZE) == 4
 
 
+@settings(deadline=None)
 @given(
     first=st.integers(1, 300),
     most=st.integers(1, 300),
@@ -81,6 +82,7 @@ def test_sizes_of_one_class_share_what_is_learnt_and_others_do_not():
     assert found.rows((512, 512)) == 8
 
 
+@settings(deadline=None)
 @given(st.integers(8, 8192), st.integers(8, 8192))
 def test_a_class_holds_its_sizes_and_little_more(width, height):
     assert width * height <= size_class(width, height) <= width * height * math.sqrt(2) * 1.001 + 1

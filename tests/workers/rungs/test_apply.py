@@ -226,7 +226,9 @@ def test_weights_are_narrow_and_time_steps_are_not():
     wanted = {int(t) for t in generator.pipeline.scheduler.timesteps}
     assert {int(t) for x in seen for t in x} == wanted
     assert 0 < np.abs(images.astype(int) - dense.astype(int)).max() < 24
-    assert levels_apart(generator.generate(requests()[1:2]).images[0], images[1]) <= 3 * ROUNDING  # eight bits
+    assert (
+        levels_apart(generator.generate(requests()[1:2]).images[0], images[1]) <= 3 * ROUNDING
+    )  # eight bits
 
 
 @pytest.mark.parametrize(

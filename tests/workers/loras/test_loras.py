@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 from support.tiny_loras import save_lora
 from support.tiny_pipelines import tiny_pipeline
 
-from millijoule.workers.diffusion.lora_words import lora_name, mix_of, read_cell, split_option
-from millijoule.workers.diffusion.loras import LoraSwitch
 from millijoule.workers.diffusion.pipeline_folder import read_pipeline
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice
 from millijoule.workers.generators.registry import load_generator
+from millijoule.workers.loras.files import check_lora
+from millijoule.workers.loras.switch import LoraSwitch
+from millijoule.workers.loras.words import lora_name, mix_of, read_cell, split_option
 from millijoule.workers.schemas import ImageRequest
-from millijoule.workers.sources.lora_files import check_lora
 from millijoule.workers.sources.obtain import obtain_model
 
 pytest.importorskip("peft")
@@ -92,8 +92,10 @@ def test_files_are_loaded_once_and_rows_are_grouped(files):
     rows = [replace(ASKED, seed=i, lora=("paint=1.0", "ink=1.0")[i % 2]) for i in range(6)]
     images = generator.generate(rows).images
     assert (generator.loras.loads, generator.loras.switches) == (2, 3)
-    for row, image in zip(rows, images, strict=True):
-        assert np.array_equal(generator.generate([row]).images[0], image)
+    alone = [generator.generate([row]).images[0].astype(int) for row in rows]
+    apart = [[np.abs(one - image.astype(int)).mean() for one in alone] for image in images]
+    assert [int(np.argmin(row)) for row in apart] == list(range(6))
+    assert max(row[i] for i, row in enumerate(apart)) < 3  # rounding in a batch of another size
 
 
 def test_what_does_not_fit_on_the_device_is_loaded_again_to_the_same_bits(files, both):

@@ -12,9 +12,9 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from millijoule.workers.diffusion.lora_words import mix_of
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import LoraChoice
+from millijoule.workers.loras.words import mix_of
 
 log = logging.getLogger(__name__)
 

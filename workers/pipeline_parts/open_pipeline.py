@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from millijoule.workers.diffusion.libraries import import_diffusers
-from millijoule.workers.diffusion.other_decoder import load_decoder
-from millijoule.workers.diffusion.own_classes import load_own_classes
+from millijoule.workers.diffusion.own_classes import own_classes_in_sight
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
-from millijoule.workers.diffusion.scheduler_choice import change_scheduler
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.pipeline_parts.other_decoder import load_decoder
+from millijoule.workers.pipeline_parts.scheduler_choice import change_scheduler
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +37,15 @@ def open_pipeline(folder: PipelineFolder, options: GeneratorOptions, dtype: Any)
             kind = getattr(diffusers, folder.class_name)
             parts |= dict.fromkeys(_absent(kind, folder))
             if folder.checkpoint is None:
-                parts |= load_own_classes(kind, folder, Path(shown), dtype)
-                pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                    str(shown),
-                    local_files_only=True,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    dtype=dtype,
-                    **parts,
-                )
+                with own_classes_in_sight(kind, folder):
+                    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                        str(shown),
+                        local_files_only=True,
+                        use_safetensors=True,
+                        trust_remote_code=False,
+                        dtype=dtype,
+                        **parts,
+                    )
             else:
                 for name in (
                     folder.variants.keys() - parts.keys()
