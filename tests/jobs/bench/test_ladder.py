@@ -29,8 +29,8 @@ def test_a_ladder_of_any_pipeline_gives_rows_pictures_and_a_preset(sdxl, tmp_pat
     command += ["--block-seconds", "0", "--threads", "1", "--min-psnr", "1", "--device", "cpu"]
     assert main([*command, "--rungs", "steps-3"]) == 0
     result = json.loads((output / "ladder.json").read_text())
-    rung, top = result["rows"]
-    assert (rung["rung"], top["rung"]) == ("steps-3", "top")
+    rung = result["rows"][0]
+    assert rung["rung"] == "steps-3"
     assert result["cost"] in ("cpu_seconds", "joules")
     assert result["environment"]["commit"]
     assert 0 < rung["cost_ratio"] < 1.2
@@ -39,6 +39,7 @@ def test_a_ladder_of_any_pipeline_gives_rows_pictures_and_a_preset(sdxl, tmp_pat
     for name in ("ladder.png", "sheet.png"):
         assert Image.open(output / name).width > 100
     if rung["kept"]:  # three steps of six cost less, unless the machine was too busy to tell
+        assert result["rows"][1]["rung"] == "top: steps-3"
         preset = read_preset(output / "preset.json")
         assert preset.rungs.steps == 3
         assert ModelOptions(optimize=str(output / "preset.json")).obtain(str(sdxl)).options.rungs.steps == 3

@@ -114,12 +114,13 @@ def test_a_rung_stays_if_it_is_cheaper_and_passes(ground):
         "ten": True,
         "five": False,  # its images are not the dense ones
         "thirty again": False,  # dearer than what stands
-        TOP: None,
+        "top: ten": None,
     }
     assert climb.standing == replace(GeneratorOptions(), rungs=replace(GeneratorOptions().rungs, steps=10))
     assert "not here" in found["int8"]["refused"]
     assert "PSNR" in found["five"]["failing"]
-    assert passing(rows)[0]["rung"] in ("ten", TOP)
+    assert climb.top == climb.standing
+    assert passing(rows)[0]["rung"] in ("ten", "top: ten")
 
 
 def test_cost_is_that_of_blocks_a_b_b_a_against_the_dense_pipeline(ground):
@@ -140,8 +141,20 @@ def test_the_top_is_measured_with_all_images(ground):
     rows = []
     climbed(ground, rows)
     assert {r["rung"]: r.get("images") for r in rows}["ten"] == 6
-    assert rows[-1]["rung"] == TOP
+    assert rows[-1]["rung"] == f"{TOP}: ten"
     assert rows[-1]["images"] == 12
+
+
+def test_a_rung_that_fails_with_all_images_is_climbed_down_from(ground, monkeypatch):
+    few = Gate.failing
+    monkeypatch.setattr(
+        Gate, "failing", lambda gate, q: "too far" if q.images == 12 and q.psnr_db < 40 else few(gate, q)
+    )
+    rows = []
+    climb = climbed(ground, rows)
+    assert [r["rung"] for r in rows[-2:]] == ["top: ten", "top: thirty"]
+    assert climb.standing.rungs.steps == 10
+    assert climb.top.rungs.steps == 30
 
 
 def test_a_climb_that_was_killed_goes_on_and_comes_to_the_same(ground):
@@ -224,7 +237,7 @@ def test_rungs_are_those_that_the_pipeline_can_take_on_the_device():
     assert {"steps-10", "dpm-10", "guidance-0.6", "deep-2", "half", "int8", "compile", "batch-16"} <= set(
         on_cpu
     )
-    assert set(on_gpu) - set(on_cpu) == {"fp8", "2:4", "cudnn"}
+    assert set(on_gpu) - set(on_cpu) == {"fp8", "2:4", "cudnn", "fused", "graphs"}
     assert "taylorseer-2" not in on_gpu
     assert [c.name for c in choose(candidates(folder, on_gpu=False), ("half", "steps-10"))] == [
         "steps-10",
