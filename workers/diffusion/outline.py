@@ -28,6 +28,9 @@ from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.pipeline_parts.scheduler_choice import change_scheduler, compatible_schedulers
+from millijoule.workers.rungs.apply import ClimbedRungs
+from millijoule.workers.rungs.precision import SettledPrecision
+from millijoule.workers.rungs.rungs import Rungs
 
 META = "meta"
 
@@ -151,7 +154,8 @@ def _count(
     pipeline: Any, folder: PipelineFolder, family: Family, steps: int, guidance: float | None
 ) -> tuple[dict[str, int] | None, str | None]:
     """Operations per image, or why they could not be counted."""
-    loaded = LoadedPipeline(pipeline, folder, "", META, False)
+    none = ClimbedRungs(pipeline, Rungs(), SettledPrecision(torch.float32))
+    loaded = LoadedPipeline(pipeline, folder, "", META, False, none)
     call = PipelineCall(loaded, family, lambda: None)
     settings = Settings(family.width, family.height, 1, guidance, 1)
     arguments = call.arguments([Row("", None, 0)], settings) | {"output_type": "pt"}
