@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from millijoule.jobs.entry import COMPLETE, ERROR, run_command
-from millijoule.jobs.model_options import ModelOptions
+from millijoule.jobs.options.model import ModelOptions
 from millijoule.workers.errors import InputError, NodeError
 from millijoule.workers.visible_text import visible_lines
 

@@ -17,8 +17,14 @@ from typing import Any, Literal
 import numpy as np
 
 from millijoule.jobs.bench.gpu import scene_requests
-from millijoule.jobs.bench.measurement import ResultOptions, describe, run_alone, save_result, write_result
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.measurement import (
+    ResultOptions,
+    describe,
+    run_alone,
+    save_result,
+    write_result,
+)
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator

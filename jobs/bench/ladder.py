@@ -19,10 +19,10 @@ import tyro
 
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.ladder.candidates import candidates, choose
-from millijoule.jobs.ladder.climb import DENSE, TOP, Climb, Gate, Ground, describe, passing, save_json
+from millijoule.jobs.ladder.climb import DENSE, TOP, Climb, Gate, Ground, describe, save_json
 from millijoule.jobs.ladder.prompts import are_icon_scenes, file_requests, icon_requests
 from millijoule.jobs.machine import describe_machine
-from millijoule.jobs.model_options import ModelOptions, pipeline_of
+from millijoule.jobs.options.model import ModelOptions, pipeline_of
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions, ModelPart
@@ -220,11 +220,11 @@ def _begin(output: Path, options: BenchOptions, folder: PipelineFolder, ground: 
 
 
 def _recommend(output: Path, climb: Climb, folder: PipelineFolder, ground: Ground) -> dict[str, Any] | None:
-    """The combination at the top as a preset, if it passes with all images, too."""
-    row = next(r for r in climb.rows if r["rung"] == TOP)
-    if row not in passing(climb.rows):
+    """The combination at the top as a preset."""
+    if climb.top is None:
         return None
-    standing = climb.standing
+    standing = climb.top
+    row = [r for r in climb.rows if r["rung"].startswith(f"{TOP}:")][-1]
     measured = {
         k: row[k] for k in ("cost_ratio", "seconds_ratio", "images", "psnr_db", "score", "score_loss")
     }
@@ -234,6 +234,8 @@ def _recommend(output: Path, climb: Climb, folder: PipelineFolder, ground: Groun
         standing.rungs,
         engine=engine,
         batch_size=standing.batch_size,
+        cuda_graphs=standing.cuda_graphs,
+        fused_modules=standing.fused_modules,
         model=folder.name,
         model_sha256=folder.sha256(),
         measured={"cost": ground.cost, **measured},
@@ -262,7 +264,7 @@ def _say(result: dict[str, Any], ground: Ground, output: Path) -> None:
     print_table(result["rows"], ground.cost)
     found = result["recommended"]
     if found is None:
-        print("nothing to recommend: what was kept does not pass with all images")
+        print("nothing to recommend: no rung is cheaper with images that pass")
     else:
         print(
             f"recommended: {found['options']}\n{output / 'preset.json'}: for --optimize, {1 / found['cost_ratio']:.1f} times less"

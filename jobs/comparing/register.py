@@ -11,7 +11,7 @@ import numpy as np
 
 from millijoule.jobs.comparing.options import VerifyOptions
 from millijoule.jobs.evaluate import EvaluateOptions, list_items
-from millijoule.jobs.node_meter_options import parse_rest
+from millijoule.jobs.options.node_meters import parse_rest
 from millijoule.pipeline.comparison.registration import (
     Arm,
     Design,

@@ -18,6 +18,8 @@ from millijoule.workers.rungs.rungs import Rungs
 STEPS = (0.5, 0.3, 0.2, 0.16, 0.12)
 GUIDANCE = (0.8, 0.6, 0.4)
 BATCHES = (1, 4, 16, 32)
+#: What only DeepSpeed does, or does its own way.
+_OTHERS = {"cuda_graphs": False, "fused_modules": False}
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,10 @@ def candidates(folder: PipelineFolder, *, on_gpu: bool, decoder: ModelPart | Non
         Candidate("int8", "8-bit weights and activations of linear layers", {"quantize": "int8"}),
         Candidate("fp8", "8-bit float weights and activations", {"quantize": "fp8"}),
         Candidate("2:4", "two of four weights", {"quantize": None, "sparsity": "2:4"}),
-        Candidate("eager", "PyTorch as it is", options={"engine": "eager"}),
-        Candidate("compile", "torch.compile", options={"engine": "compile"}),
+        Candidate("fused", "fused modules", options={"fused_modules": on_gpu}),
+        Candidate("graphs", "calls replayed from CUDA graphs", options={"cuda_graphs": on_gpu}),
+        Candidate("eager", "PyTorch as it is", options={"engine": "eager", **_OTHERS}),
+        Candidate("compile", "torch.compile", options={"engine": "compile", **_OTHERS}),
         *(Candidate(f"batch-{n}", f"{n} images per call", options={"batch_size": n}) for n in BATCHES),
     ]
     return [c for c in found if _changes(c) and _can(c, folder, on_gpu)]

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 ORDER = "ABBA"
 #: The pipeline without any rung.
 DENSE = "none"
-#: Rungs that were kept when the climb ended, measured once more with more images.
+#: Rungs that were kept are measured once more with all images, from the last one downwards, until some pass.
 TOP = "top"
 
 
@@ -100,6 +100,7 @@ class Climb:
     Attributes:
         standing: the options with all rungs that were kept.
         cost: of these, as a part of the dense pipeline's.
+        top: the highest combination whose images pass in full number; None: there is none.
     """
 
     def __init__(
@@ -107,19 +108,29 @@ class Climb:
     ) -> None:
         self.ground, self.gate, self.rows, self._save = ground, gate, rows, save
         self.standing, self.cost = ground.base, 1.0
+        self.top: GeneratorOptions | None = None
+        self._kept: list[tuple[str, GeneratorOptions]] = []
         self._dense: Drawer | None = None
 
     def run(
         self, candidates: Sequence[Candidate], extra: Sequence[tuple[str, GeneratorOptions, int]] = ()
     ) -> None:
-        """Climb, then measure what stands at the end with all images, and `extra` (name, options, images)."""
+        """Climb, then find the top with all images, then measure `extra` (name, options, images)."""
         try:
             self._draw_dense(self.ground.first_images)
             for candidate in candidates:
                 self._try(candidate)
-            for name, options, count in ((TOP, self.standing, len(self.ground.requests)), *extra):
+            for rung, options in reversed(self._kept):
+                name = f"{TOP}: {rung}"
+                row = self._row(name) or self._measure(
+                    name, f"all that was kept up to {rung}", options, len(self.ground.requests)
+                )
+                if row in passing(self.rows):
+                    self.top = options
+                    break
+            for name, options, count in extra:
                 if self._row(name) is None:
-                    self._measure(name, "all that was kept" if name == TOP else "", options, count)
+                    self._measure(name, "", options, count)
         finally:
             if self._dense is not None:
                 self._dense.close()
@@ -136,6 +147,7 @@ class Climb:
             self._save()
         if row["kept"]:
             self.standing, self.cost = options, row["cost_ratio"]
+            self._kept.append((candidate.name, options))
 
     def _measure(self, name: str, what: str, options: GeneratorOptions, count: int) -> dict[str, Any]:
         row: dict[str, Any] = {"rung": name, "what": what, "options": describe(options)}
@@ -214,7 +226,7 @@ class Climb:
             unfinished.replace(path)
             kept = np.load(path, mmap_mode="r")
         assert kept is not None
-        return np.asarray(kept[:count])
+        return np.array(kept[:count])
 
 
 def per_image(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -229,9 +241,11 @@ def describe(options: GeneratorOptions) -> str:
     plain = GeneratorOptions()
     said = [
         f"--{name.replace('_', '-')} {getattr(options, name)}"
-        for name in ("engine", "batch_size")
+        for name in ("engine", "batch_size", "cuda_graphs", "fused_modules")
         if getattr(options, name) != getattr(plain, name)
     ]
+    if options.vae is not None:
+        said.append(f"--vae {options.vae.path}")
     rungs = options.rungs.words()
     return " ".join([*said, *([rungs] if rungs != DENSE else [])]) or DENSE
 

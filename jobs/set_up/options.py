@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from millijoule.jobs.entry import OnUnlessNo
-from millijoule.jobs.model_options import ModelOptions
-from millijoule.jobs.rate_options import RateOptions
+from millijoule.jobs.options.model import ModelOptions
+from millijoule.jobs.options.rates import RateOptions
 from millijoule.workers.errors import InputError
 from millijoule.workers.records import convert
 

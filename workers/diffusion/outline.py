@@ -30,7 +30,7 @@ from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.pipeline_parts.scheduler_choice import change_scheduler, compatible_schedulers
 from millijoule.workers.rungs.apply import ClimbedRungs
-from millijoule.workers.rungs.precision import settle_precision
+from millijoule.workers.rungs.precision import SettledPrecision
 from millijoule.workers.rungs.rungs import Rungs
 
 META = "meta"
@@ -172,8 +172,8 @@ def _count(
     pipeline: Any, folder: PipelineFolder, family: Family, steps: int, guidance: float | None
 ) -> tuple[dict[str, int] | None, str | None]:
     """Operations per image, or why they could not be counted."""
-    precision = settle_precision("float32", device=META, stored_in_float16=False)
-    loaded = LoadedPipeline(pipeline, folder, "", META, False, ClimbedRungs(pipeline, Rungs(), precision))
+    none = ClimbedRungs(pipeline, Rungs(), SettledPrecision(torch.float32))
+    loaded = LoadedPipeline(pipeline, folder, "", META, False, none)
     call = PipelineCall(loaded, family, lambda: None)
     settings = Settings(family.width, family.height, 1, guidance, 1)
     arguments = call.arguments([Row("", None, 0)], settings) | {"output_type": "pt"}

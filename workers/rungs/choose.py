@@ -21,11 +21,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ChosenRungs:
-    """The rungs, and what a preset file says of engine and batch size (None: nothing)."""
+    """The rungs, and what a preset file says of the options of these names (None: nothing)."""
 
     rungs: Rungs = Rungs()  # noqa: RUF009 (frozen)
     engine: Literal["deepspeed", "compile", "eager"] | None = None
     batch_size: int | None = None
+    cuda_graphs: bool = False
+    fused_modules: bool = False
 
 
 def choose_rungs(
@@ -54,7 +56,7 @@ def choose_rungs(
         if not path.is_file():
             raise InputError(f"--optimize {optimize}: neither {', '.join(PRESET_NAMES)} nor a file")
         file = read_preset(path)
-        chosen = ChosenRungs(file.rungs, file.engine, file.batch_size)
+        chosen = ChosenRungs(file.rungs, file.engine, file.batch_size, file.cuda_graphs, file.fused_modules)
         if folder is not None and file.model_sha256 not in (None, folder.sha256()):
             log.warning(
                 "--optimize %s was measured on %s, whose files are not those of this model: nobody knows what it does here",

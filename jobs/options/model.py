@@ -182,7 +182,18 @@ class ModelOptions:
             rungs=rungs,
             engine=self.engine if chosen.engine is None or self.engine != "deepspeed" else chosen.engine,
             batch_size=self.batch_size or chosen.batch_size,
+            cuda_graphs=self.cuda_graphs or chosen.cuda_graphs,
+            fused_modules=self.fused_modules or chosen.fused_modules,
         )
+        if self.offload_weights and (rungs.quantize or rungs.sparsity):
+            raise InputError(
+                "--offload-weights: not with --quantize or --sparsity, whose weights stay on the device"
+            )
+        if rungs.step_cache and (options.engine == "compile" or options.cuda_graphs):
+            taken = "--cuda-graphs" if options.cuda_graphs else "--engine compile"
+            raise InputError(
+                f"--step-cache {rungs.step_cache} and {taken} exclude each other: it runs the denoiser as a whole"
+            )
         return replace(obtained, options=options)
 
 

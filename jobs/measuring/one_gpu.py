@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from millijoule.jobs.bench.stand_ins import StandInNvml, board_uuid
+from millijoule.jobs.measuring.stand_ins import StandInNvml, board_uuid
 from millijoule.workers.errors import InputError
 from millijoule.workers.meters.meter import CounterMeter, open_meter
 from millijoule.workers.schemas import CounterRead
