@@ -7,16 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.factories import PREFIX
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
-from millijoule.workers.generators.registry import is_pipeline, model_path
 from millijoule.workers.loras.words import split_option
-from millijoule.workers.pipeline_parts.model_files import read_model
-from millijoule.workers.pipeline_parts.scheduler_choice import check_scheduler
-from millijoule.workers.rungs.check import check_rungs
-from millijoule.workers.rungs.choose import choose_rungs
 from millijoule.workers.rungs.rungs import (
     AttentionBackend,
     Precision,
@@ -27,6 +21,7 @@ from millijoule.workers.rungs.rungs import (
 )
 
 if TYPE_CHECKING:
+    from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
     from millijoule.workers.sources.obtain import ObtainedModel
 
 #: A scheduler may be given with settings, and is no switch.
@@ -163,6 +158,8 @@ class ModelOptions:
             revision: of the hub, where these options give none.
             on_gpu: whether it will run on one; None: not known yet.
         """
+        from millijoule.workers.pipeline_parts.scheduler_choice import check_scheduler
+        from millijoule.workers.rungs.choose import choose_rungs
         from millijoule.workers.sources.obtain import obtain_model
 
         obtained = obtain_model(
@@ -199,6 +196,9 @@ class ModelOptions:
 
 def pipeline_of(obtained: ObtainedModel) -> PipelineFolder | None:
     """The diffusion pipeline that the model is; None: it is something else."""
+    from millijoule.workers.generators.registry import is_pipeline, model_path
+    from millijoule.workers.pipeline_parts.model_files import read_model
+
     if obtained.model.startswith(PREFIX) or not is_pipeline(path := model_path(obtained.model)):
         return None
     return read_model(path, obtained.options)
@@ -206,6 +206,8 @@ def pipeline_of(obtained: ObtainedModel) -> PipelineFolder | None:
 
 def check_device(obtained: ObtainedModel, *, on_gpu: bool) -> None:
     """Raise InputError, which names it, for a rung of `obtained` that needs another device."""
+    from millijoule.workers.rungs.check import check_rungs
+
     if obtained.options.rungs != Rungs() and (folder := pipeline_of(obtained)) is not None:
         check_rungs(obtained.options.rungs, folder, on_gpu=on_gpu)
 
