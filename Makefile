@@ -12,6 +12,8 @@ GPU_OUT ?= benchmarks/gpu
 GPU_QUEUE = PYTHONPATH=infra/typing$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m millijoule.jobs.gpu.queue
 GPU_PLATFORMS := $(foreach n,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014,--platform $(n)_x86_64)
 export RAY_USAGE_STATS_ENABLED := 0
+# DeepSpeed is built from source, without its CUDA kernels: seconds, no compiler.
+export DS_BUILD_OPS := 0
 
 .PHONY: help demo test test-fast lint chaos slow accelerator gpu gpu-list gpu-rehearsal gpu-wheels bench install install-test clean
 
@@ -90,6 +92,7 @@ gpu-rehearsal: $(VENV)/installed-test
 gpu-wheels: $(VENV)/installed-run
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  $(GPU_PLATFORMS) -d $(or $(WHEELS),wheels) -r infra/gpu-wheels.txt
+	$(BIN)/python -m pip wheel --quiet --no-deps -w $(or $(WHEELS),wheels) $(addprefix -c ,$(CONSTRAINTS)) deepspeed
 
 bench: $(VENV)/installed-test
 	$(BIN)/millijoule bench pipeline --output benchmarks/pipeline

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
-from millijoule.jobs.entry import COMPLETE, ERROR, run_command
+import tyro
+
+from millijoule.jobs.entry import COMPLETE, ERROR, NamedOutput, run_command, the_output
 
 #: Differences printed in full; the rest is counted.
 MAX_PRINTED = 100
@@ -19,8 +22,11 @@ class CheckOptions:
     end is said in a line that begins with "note:" and is no difference.
     """
 
-    output: str
+    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")] = ""
     """Output folder or s3:// URL of a job."""
+
+    named: NamedOutput = ""
+    """The same, as an option."""
 
     quick: bool = False
     """Compare sizes and tables only; do not read the image bytes again."""
@@ -31,10 +37,11 @@ def run(options: CheckOptions) -> int:
     from millijoule.workers.storage.open import open_store
     from millijoule.workers.visible_text import visible
 
+    output = the_output(options.output, options.named)
     checked: list[int] = []
     problems = 0
     found = check_output(
-        open_store(options.output),
+        open_store(output),
         images=not options.quick,
         on_shard=checked.append,
         on_note=lambda text: print(f"note: {text}"),
@@ -45,7 +52,7 @@ def run(options: CheckOptions) -> int:
             print(visible(problem))
     if problems > MAX_PRINTED:
         print(f"... and {problems - MAX_PRINTED} more")
-    print(f"{options.output}: {len(checked)} shards checked, {problems} differences")
+    print(f"{output}: {len(checked)} shards checked, {problems} differences")
     return ERROR if problems else COMPLETE
 
 

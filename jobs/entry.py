@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import tyro
 
-from millijoule.workers.errors import MillijouleError
+from millijoule.workers.errors import InputError, MillijouleError
 from millijoule.workers.visible_text import log_to_stderr, visible_lines
 
 COMPLETE = 0
@@ -23,6 +25,37 @@ Options = TypeVar("Options")
 
 #: A switch that is on unless `--no-...` is given: what its help says of its default would be read the wrong way round.
 OnUnlessNo = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+
+
+#: The output of a command that takes it by its place, by name: people know it from `generate`.
+NamedOutput = Annotated[str, tyro.conf.arg(name="output", metavar="DIR|URL")]
+NamedOutputs = Annotated[tuple[str, ...], tyro.conf.arg(name="output", metavar="DIR|URL ...")]
+
+
+def the_output(placed: str, named: str) -> str:
+    """The output of a command that takes one, given by its place or by name.
+
+    Raises:
+        InputError: it was given in neither way, or in both.
+    """
+    if bool(placed) == bool(named):
+        given = f"both {placed} and --output {named} are given; give one" if placed else "none is given"
+        raise InputError(f"which output? {given}: an output folder or s3:// URL of a job")
+    return placed or named
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make `folder`, and see that a file can be written there, before anything is done that costs time.
+
+    Raises:
+        InputError: it cannot; the message names `option`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{option} {folder}: nothing can be written there ({error.strerror})") from error
 
 
 def run_command(

@@ -9,22 +9,26 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tyro
 
-from millijoule.jobs.entry import COMPLETE, run_command
+from millijoule.jobs.entry import COMPLETE, check_writable, run_command
 from millijoule.jobs.machine import describe_machine
+from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
 from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.sources.obtain import ObtainedModel
 
 RENDERS = "renders"
 SHEET_IMAGES = 32
@@ -78,6 +82,8 @@ class EvaluateOptions:
     processes: int = 1
     """Processes that draw, each with a model and, where there are several, one thread of its own; the images are the same."""
 
+    model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
+
 
 @dataclass(frozen=True)
 class Item:
@@ -101,6 +107,8 @@ def run(options: EvaluateOptions) -> int:
         raise InputError(
             "--processes must be at least 1; with several, each has one thread, and --threads says nothing"
         )
+    folder = Path(options.output)
+    check_writable(folder, "--output")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch_device(options.device)
@@ -122,8 +130,6 @@ def run(options: EvaluateOptions) -> int:
         "seconds": round(time.monotonic() - began, 1),
         **measure(items, images, true, Verifier.load()),
     }
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     name = options.name or about["name"].replace("/", "-")
     rows = result.pop("rows")
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -160,7 +166,8 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
 
     from millijoule.workers.generators.registry import load_generator
 
-    generator = load_generator(options.model, device=device)
+    obtained = options.model_options.obtain(options.model)
+    generator = load_generator(obtained.model, device=device, options=obtained.options)
     info = generator.info
     size = (IMAGE_SIZE, IMAGE_SIZE)
     if (info.width, info.height) != size and size not in info.sizes:
@@ -172,10 +179,11 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
         "guidance_scale": options.guidance_scale,
     }
     requests = [ImageRequest(str(i), 0, item.prompt, item.seed, **asked) for i, item in enumerate(items)]
-    batches = [requests[i : i + info.batch_size] for i in range(0, len(requests), info.batch_size)]
+    most = options.model_options.batch_size or info.batch_size
+    batches = [requests[i : i + most] for i in range(0, len(requests), most)]
     drawn: Iterator[np.ndarray] = (generator.generate(batch).images for batch in batches)
     if options.processes > 1:
-        drawn = _draw_in_processes(options, device, batches)
+        drawn = _draw_in_processes(options.processes, obtained, device, batches)
     words = f"drawing {len(requests)} images"
     images = list(track(drawn, words, total=len(batches), console=Console(stderr=True)))
     count = getattr(generator, "count_operations", None)
@@ -189,26 +197,28 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
 
 
 def _draw_in_processes(
-    options: EvaluateOptions, device: str, batches: list[list[ImageRequest]]
+    processes: int, obtained: ObtainedModel, device: str, batches: list[list[ImageRequest]]
 ) -> Iterator[np.ndarray]:
     """Images of each batch, in order."""
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(partial(_draw_in_process, options.model, device), batches)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(partial(_draw_in_process, obtained.model, obtained.options, device), batches)
 
 
-def _draw_in_process(model: str, device: str, batch: list[ImageRequest]) -> np.ndarray:
-    return _loaded(model, device).generate(batch).images
+def _draw_in_process(
+    model: str, options: GeneratorOptions, device: str, batch: list[ImageRequest]
+) -> np.ndarray:
+    return _loaded(model, options, device).generate(batch).images
 
 
 @cache
-def _loaded(model: str, device: str) -> Generator:
+def _loaded(model: str, options: GeneratorOptions, device: str) -> Generator:
     """The model of a process that draws, on one thread."""
     import torch
 
     from millijoule.workers.generators.registry import load_generator
 
     torch.set_num_threads(1)
-    return load_generator(model, device=device)
+    return load_generator(model, device=device, options=options)
 
 
 def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:

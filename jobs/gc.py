@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
-from millijoule.jobs.entry import COMPLETE, run_command
+import tyro
+
+from millijoule.jobs.entry import COMPLETE, NamedOutput, run_command, the_output
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,11 @@ class GcOptions:
     its driver was replaced and the file is more than a day old.
     """
 
-    output: str
+    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")] = ""
     """Output folder or s3:// URL of a job."""
+
+    named: NamedOutput = ""
+    """The same, as an option."""
 
     delete: bool = False
     """Remove what is removable, interrupted writes over a day old included."""
@@ -28,7 +34,7 @@ def run(options: GcOptions) -> int:
     from millijoule.workers.storage.open import open_store
     from millijoule.workers.visible_text import visible
 
-    store = open_store(options.output)
+    store = open_store(the_output(options.output, options.named))
     removable, size = 0, 0
     orphans = find_orphans(store)
     for orphan in remove(store, orphans) if options.delete else orphans:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -45,7 +46,7 @@ def run(
     """
     from millijoule.jobs.set_up import ray_cluster
     from millijoule.jobs.set_up.dry_run import dry_run
-    from millijoule.jobs.set_up.job import set_up_job
+    from millijoule.jobs.set_up.job import set_up_job, within_reach
     from millijoule.pipeline.closing.finish import finish_job
     from millijoule.pipeline.running.head_watch import head_watched
     from millijoule.pipeline.running.live_metrics import LiveMetrics
@@ -57,7 +58,7 @@ def run(
 
     began, options = time.monotonic(), request.options
     store = open_store(options.output)
-    with ray_cluster.connected(options.ray_address) as cluster:
+    with quietly(options.quiet), ray_cluster.connected(options.ray_address) as cluster:
         if options.dry_run:
             plan = dry_run(request, cluster)
             seconds = time.monotonic() - began
@@ -71,7 +72,7 @@ def run(
             worker_class or remote_worker_class(),
             lease_s=options.lease_seconds,
             speculate=options.speculate,
-            model_options=request.model,
+            source=within_reach(request.source, store, cluster),
             spending=Spending(request.caps),
             telemetry=options.telemetry,
             node_meters=request.node_meters,
@@ -103,7 +104,21 @@ def run(
         shards_left=job_run.coordinator.remaining,
         seconds=time.monotonic() - began,
         reason=job_run.cap_reached or "interrupted",
+        images_filtered=job_run.counts.filtered_this_run,
     )
+
+
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Where `quiet`, nothing below a warning is logged by the product meanwhile."""
+    product = logging.getLogger("millijoule")
+    before = product.level
+    if quiet:
+        product.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        product.setLevel(before)
 
 
 @contextmanager

@@ -17,8 +17,12 @@ class JobResult:
         status: "complete"; "complete_with_quarantined": every image is there but for rows that no worker could draw, or that
             were rejected; "cap_reached" and "interrupted": the same call goes on where this one ended; "planned": a dry run.
         output: the output folder or URL.
-        images: images there are. Until the job is complete: of finished shards, those quarantined included.
+        images: images there are. Until the job is complete: of finished shards, those that are no images included.
         images_quarantined: images that could not be drawn. Until the job is complete: those of this run.
+        images_filtered: images that the model's own safety checker hid, of which there are no files. Until the job is
+            complete: those of this run. They change neither status nor exit code: the model did what it does with them.
+        images_with_warnings: images of which the model said something, such as words it did not read; None until the job is
+            complete. `totals["warning_kinds"]` counts them by kind.
         rows_rejected: input rows that are no prompts; `bad_rows.parquet` says why.
         shards_left: shards neither finished nor given up.
         seconds: this call took.
@@ -44,6 +48,8 @@ class JobResult:
     full_joules_per_image: float | None = None
     evidence_class: str | None = None
     totals: Mapping[str, Any] | None = field(default=None, repr=False)
+    images_filtered: int = 0
+    images_with_warnings: int | None = None
 
     @staticmethod
     def of_complete(output: str, totals: Mapping[str, Any], seconds: float) -> JobResult:
@@ -62,6 +68,8 @@ class JobResult:
             full_joules_per_image=_joules(totals["full_mj_per_image"]),
             evidence_class=totals["evidence_class"],
             totals=totals,
+            images_filtered=totals["images_filtered"],
+            images_with_warnings=totals["images_with_warnings"],
         )
 
     @property

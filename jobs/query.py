@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from millijoule.jobs.entry import COMPLETE, run_command
+from millijoule.jobs.entry import COMPLETE, NamedOutputs, run_command
 from millijoule.workers.visible_text import visible
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class QueryOptions:
 
     outputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="OUTPUT ...")] = ()
     """Output folders or s3:// URLs of jobs."""
+
+    named: NamedOutputs = ()
+    """The same, as an option."""
 
     format: Format = "table"
     """How rows are printed; json is one object per line."""
@@ -54,10 +58,11 @@ def run(options: QueryOptions) -> int:
         for name, sql in named_queries().items():
             print(f"{name:<28} {sql.partition(chr(10))[0].removeprefix('--').strip()}")
         return COMPLETE
-    if not options.query or not options.outputs:
+    outputs = (*options.outputs, *options.named)
+    if not options.query or not outputs:
         raise InputError("give a question or SQL, and at least one output folder; --list shows the questions")
     params = parse_params(options.param)
-    with open_tables([open_store(url) for url in dict.fromkeys(options.outputs)]) as connection:
+    with open_tables([open_store(url) for url in dict.fromkeys(outputs)]) as connection:
         rows = run_query(connection, options.query, params)
     data = encode(rows, options.format)
     if options.save is not None:
@@ -96,7 +101,6 @@ def _number_or_text(value: str) -> int | float | str:
 def encode(rows: pa.Table, format: Format) -> bytes:
     """`rows` as the bytes to print."""
     import io
-    import json
 
     import pyarrow.csv
     import pyarrow.parquet as pq
@@ -105,13 +109,39 @@ def encode(rows: pa.Table, format: Format) -> bytes:
     if format == "parquet":
         pq.write_table(rows, sink, compression="zstd")
     elif format == "csv":
-        pyarrow.csv.write_csv(rows, sink)
+        pyarrow.csv.write_csv(_flat(rows), sink)
     elif format == "json":
         for row in rows.to_pylist():
-            sink.write(json.dumps(row, default=str, ensure_ascii=False).encode() + b"\n")
+            sink.write(_as_json(row) + b"\n")
     else:
         sink.write(as_text(rows).encode())
     return sink.getvalue()
+
+
+def _as_json(value: Any) -> bytes:
+    """`value` as JSON of any reader: what is no number, as NaN, is null; a half of a surrogate pair becomes "?"."""
+    import json
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, float) and not math.isfinite(part):
+            return None
+        if isinstance(part, dict):
+            return {str(k): finite(v) for k, v in part.items()}
+        return [finite(v) for v in part] if isinstance(part, list | tuple) else part
+
+    text = json.dumps(finite(value), default=str, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "replace")
+
+
+def _flat(rows: pa.Table) -> pa.Table:
+    """`rows` with columns of lists and records as JSON, for what has cells of text."""
+    import pyarrow as pa
+
+    for i, field in enumerate(rows.schema):
+        if pa.types.is_nested(field.type):
+            texts = [None if v is None else _as_json(v).decode() for v in rows.column(i).to_pylist()]
+            rows = rows.set_column(i, field.name, pa.array(texts, pa.string()))
+    return rows
 
 
 def as_text(rows: pa.Table) -> str:

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from millijoule.jobs.entry import COMPLETE, run_command
-from millijoule.jobs.rate_options import RateOptions
+from millijoule.jobs.entry import COMPLETE, NamedOutputs, run_command
+from millijoule.jobs.options.rates import RateOptions
 from millijoule.workers.errors import InputError
 
 #: The page's name in an output, where no --html says otherwise.
@@ -27,8 +27,11 @@ class ReportOptions:
     Needs the `report` extra: pip install "millijoule[report]".
     """
 
-    outputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+    outputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")] = ()
     """Output folders or s3:// URLs of finished jobs."""
+
+    named: NamedOutputs = ()
+    """The same, as an option."""
 
     html: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Where to write the page. Default: report.html in the first output."""
@@ -54,11 +57,12 @@ def run(options: ReportOptions) -> int:
     from millijoule.pipeline.report.terminal import print_report
     from millijoule.workers.storage.open import open_store
 
-    if not options.outputs:
+    outputs = (*options.outputs, *options.named)
+    if not outputs:
         raise InputError("name at least one output folder or s3:// URL of a finished job")
     rates = options.rates.read(options.carbon_source)
     gpu_prices = parse_gpu_prices(options.price_per_gpu_hour)
-    stores = [open_store(url) for url in options.outputs]
+    stores = [open_store(url) for url in outputs]
     report = collect_report(stores, rates, gpu_prices)
     if options.json == "-":
         sys.stdout.write(report.to_json().decode())

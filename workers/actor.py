@@ -1,8 +1,8 @@
 """The Ray actor: one process beside one device that loads a model once and runs leases.
 
-State: a runner (store, generator, meter, the progress of the running attempt) built by `start`. `run` is called with
-one lease at a time; `status` answers beside it from a thread of its own. An actor never restarts by itself: the driver
-replaces it, and keeps the reason.
+State: a runner (store, generator, meter, attempts at work) built by `start`. `run` is called with at most two leases at a
+time, of which one is drawn while the other is finished or waits; `status` answers beside them from a thread of its own. An
+actor never restarts by itself: the driver replaces it, and keeps the reason.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from dataclasses import dataclass
 
 import ray
 
-from millijoule.workers.attempt import AttemptRunner
+from millijoule.workers.attempts.runner import AttemptRunner, device_thread
+from millijoule.workers.drawing.out_of_memory import release_memory
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.factory_model import check_factory_model
+from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.layout import JOB_KEY, worker_key
 from millijoule.workers.lease import (
+    MAX_LEASES,
     AccountRead,
     AttemptResult,
     Calibration,
@@ -38,7 +42,8 @@ from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.orphan import exit_with_parent
 from millijoule.workers.records import decode
-from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
+from millijoule.workers.schemas import CounterRead, ImageRequest, WorkerEnvironment
+from millijoule.workers.sources.copies import at_hand
 from millijoule.workers.storage.open import open_store
 from millijoule.workers.storage.protocol import Store
 from millijoule.workers.storage.trouble import waits_for_store
@@ -104,15 +109,17 @@ class ShardWorker:
                     "no sign of life can be given (%s): should this worker die, its energy is missing", error
                 )
             store.put(worker_key(self.worker_id), worker.to_json())
-        generator = load_generator(config.model, device="cuda" if gpus else "cpu", options=config.options)
-        if torch := sys.modules.get("torch"):  # a generator that does without PyTorch needs no import
-            torch.set_num_threads(config.cpu_threads)  # the CPUs Ray counts for this worker
-        _check_model(config, worker.host)
+        model, options = at_hand(config.model, config.options, config.copies)
+        device = device_thread()
+        loading = device.submit(_load, model, options, "cuda" if gpus else "cpu", config.cpu_threads)
+        generator = loading.result()
+        _check_model(config, describe_model(model, options).sha256, worker.host)
         if config.output_url:
             check_factory_model(store, config, generator.info.sha256)
         timeline.close("load")
-        runner = AttemptRunner(config, store, generator, meter, timeline, worker, self.power)
+        runner = AttemptRunner(config, store, generator, meter, timeline, worker, self.power, device)
         runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
+        release_memory()  # what only loading needed
         if config.output_url:
             store.put(worker_key(self.worker_id), describe().to_json())
         timeline.close("warmup")
@@ -125,7 +132,7 @@ class ShardWorker:
 
     @ray.method(concurrency_group="work")
     def run(self, lease: Lease) -> AttemptResult:
-        """Attempt one lease; see `AttemptRunner.run`."""
+        """Attempt one lease; see `AttemptRunner.run`. A second one may be given meanwhile."""
         assert self._runner is not None
         return self._runner.run(lease)
 
@@ -145,18 +152,35 @@ class ShardWorker:
     def status(self) -> WorkerStatus:
         """What the worker is doing now; answers while `run` is busy."""
         if (runner := self._runner) is None:
-            return WorkerStatus(None, 0)
-        return WorkerStatus(runner.attempt_id, runner.images_done, runner.steps, waits_for_store())
+            return WorkerStatus()
+        return WorkerStatus(runner.progress, waits_for_store())
 
     @ray.method(concurrency_group="status")
     def cancel(self, attempt_id: str) -> None:
         """Call off an attempt after its current batch: another has won the shard, or the job is over."""
         assert self._runner is not None
-        self._runner.cancelled = attempt_id
+        self._runner.cancel(attempt_id)
+
+    @ray.method(concurrency_group="status")
+    def give_back(self, attempt_id: str) -> bool:
+        """Call off an attempt whose drawing has not begun: another worker can begin with it now, or nobody is to. False: it has."""
+        assert self._runner is not None
+        return self._runner.give_back(attempt_id)
+
+    @ray.method(concurrency_group="status")
+    def read_while_loading(self) -> CounterRead | None:
+        """The estimate of a worker that loads, which is of its process and ends with it.
+
+        None where it has counters, which somebody else reads once it is gone, or has not opened its meter yet.
+        """
+        timeline = self._timeline
+        return None if timeline is None or timeline.last_read.energy_mj else timeline.meter.read()
 
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:
-        """Close the books; the actor is killed afterwards. Works after a failed start, too."""
+        """Close the books once no attempt is at work; the actor is killed afterwards. Works after a failed start, too."""
+        if self._runner is not None:
+            self._runner.close()
         if self._timeline is None or self.power is None:
             return WorkerStopped(self.worker_id, ())
         self.power.stop()
@@ -186,8 +210,15 @@ class ShardWorker:
 
 
 def remote_worker_class(worker=ShardWorker):
-    """The actor class, with one thread for work and one for status."""
-    return ray.remote(concurrency_groups={"work": 1, "status": 1}, max_restarts=0)(worker)
+    """The actor class, with a thread for each lease that it may hold, and one for status."""
+    return ray.remote(concurrency_groups={"work": MAX_LEASES, "status": 1}, max_restarts=0)(worker)
+
+
+def _load(model: str, options: GeneratorOptions, device: str, cpu_threads: int) -> Generator:
+    generator = load_generator(model, device=device, options=options)
+    if torch := sys.modules.get("torch"):  # a generator that does without PyTorch needs no import
+        torch.set_num_threads(cpu_threads)  # the CPUs Ray counts for this worker
+    return generator
 
 
 def _assigned_gpus() -> list[str]:
@@ -198,8 +229,7 @@ def _assigned_gpus() -> list[str]:
     return [v for v in visible.split(",") if v]
 
 
-def _check_model(config: WorkerConfig, host: str) -> None:
-    found = describe_model(config.model).sha256
+def _check_model(config: WorkerConfig, found: str, host: str) -> None:
     if found != config.model_sha256:
         raise NodeError(
             f"{config.model}: the model on {host} has SHA-256 {found[:16]}, "

@@ -8,8 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.schemas import CounterRead, PowerTrace, Segment
 from millijoule.workers.shard_rows import Shard
+from millijoule.workers.sources.copies import ModelCopy
+
+#: A worker holds at most so many leases: one is drawn, the other is finished or waits for the device.
+MAX_LEASES = 2
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,8 @@ class WorkerConfig:
         commits_exclusively: True where the store has exclusive create and workers commit for themselves;
             False where the driver has to write the commits (see docs/commit-protocol.md).
         options: how the model is loaded and run.
+        image_format: what images are encoded as.
+        copies: files that `model` and `options` name, for nodes that do not see them.
         telemetry: False: open no meter and sample no power; energy is missing.
     """
 
@@ -35,6 +42,8 @@ class WorkerConfig:
     cpu_threads: int = 1
     telemetry: bool = True
     options: GeneratorOptions = GeneratorOptions()  # noqa: RUF009 (frozen)
+    image_format: ImageFormat = ImageFormat()  # noqa: RUF009 (frozen)
+    copies: tuple[ModelCopy, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,16 +89,26 @@ class Node:
 
 
 @dataclass(frozen=True)
-class WorkerStatus:
-    """Progress of the running attempt.
+class AttemptProgress:
+    """How far one attempt is.
 
-    `images_done` grows as batches finish; `steps` whenever the attempt got further at all: a step of a batch, an image
-    encoded, a part of a file stored. `waits_for_store`: storage has just failed, and the worker repeats its request.
+    `images_done` grows as batches are drawn; `steps` whenever the attempt got further in any stage: a step of a batch, an
+    image encoded, a part of a file stored. `waits`: it only waits for its own worker's device, which draws another one.
+    `has_begun`: the device has come to it.
     """
 
-    attempt_id: str | None
-    images_done: int
+    attempt_id: str
+    images_done: int = 0
     steps: int = 0
+    waits: bool = False
+    has_begun: bool = False
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """The attempts at work. `waits_for_store`: storage has just failed, and the worker repeats its request."""
+
+    attempts: tuple[AttemptProgress, ...] = ()
     waits_for_store: bool = False
 
 

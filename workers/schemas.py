@@ -7,7 +7,8 @@ integer millijoules, sizes bytes or pixels. A missing measurement is `None`, nev
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -35,10 +36,15 @@ PLAN_ROW_SCHEMA = pa.schema(
             "extra", pa.string()
         ),  # JSON object of the columns passed through, null where there are none
         pa.field("source", pa.string(), nullable=False),  # "file:row", 1-based data row, for messages
+        pa.field("lora", pa.string()),  # as `loras.words.read_cell` gives it; null: all declared ones
     ]
 )
 
-#: One row per (prompt id, image index) as a worker writes it, without the image bytes.
+#: What became of an image: it is there; the model's own safety checker hid it, so that there is none; it could not be drawn.
+STATUSES = ("ok", "filtered", "quarantined")
+
+#: One row per (prompt id, image index) as a worker writes it, without the image bytes. `width` and `height` are those of what
+#: was drawn to the end, whether or not there is an image of it, else null.
 IMAGE_ROW_SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
@@ -50,11 +56,11 @@ IMAGE_ROW_SCHEMA = pa.schema(
         pa.field("height", pa.int32()),
         pa.field("num_inference_steps", pa.int32()),
         pa.field("guidance_scale", pa.float64()),
-        pa.field("status", pa.string(), nullable=False),  # "ok" | "quarantined"
-        pa.field("error", pa.string()),
+        pa.field("status", pa.string(), nullable=False),  # see STATUSES
+        pa.field("error", pa.string()),  # why there is no image; null where the status is "ok"
         pa.field("warnings", pa.list_(pa.string())),
         pa.field("path", pa.string()),  # of the object with the image, below the output; tar: "x.tar#member"
-        pa.field("sha256", pa.string()),  # of the encoded image bytes; null when quarantined
+        pa.field("sha256", pa.string()),  # of the encoded image bytes; null where there is no image
         pa.field("size_bytes", pa.int64()),
         pa.field("extra", pa.string()),
     ]
@@ -66,7 +72,7 @@ class ImageRequest:
     """One image to draw.
 
     `width`/`height` (pixels), `num_inference_steps` and `guidance_scale` are None for the model's own default.
-    `seed` is in [0, 2**64).
+    `seed` is in [0, 2**64). `lora` says which of the declared LoRAs are used, None: all (`loras.words`).
     """
 
     prompt_id: str
@@ -80,11 +86,15 @@ class ImageRequest:
     guidance_scale: float | None = None
     extra: str | None = None
     source: str = ""
+    lora: str | None = None
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """The outcome of one `ImageRequest`; the fields are the columns of `IMAGE_ROW_SCHEMA`."""
+    """The outcome of one `ImageRequest`; the fields are the columns of `IMAGE_ROW_SCHEMA`.
+
+    Only a row with status "ok" has an image, and so a path.
+    """
 
     request: ImageRequest
     status: str
@@ -123,7 +133,7 @@ CarriedRow = tuple[
     Int32 | None,  # height
     Int32 | None,  # num_inference_steps
     float | None,  # guidance_scale
-    Literal["ok", "quarantined"],  # status
+    Literal["ok", "filtered", "quarantined"],  # status
     str | None,  # error
     list[str] | None,  # warnings
     str | None,  # path
@@ -146,6 +156,25 @@ def carried_rows(rows: Sequence[ImageRow]) -> tuple[CarriedRow, ...] | None:
     # the very values that the file holds
     carried: Any = tuple(tuple(row.values()) for row in table.to_pylist())
     return carried if len(encode(carried)) <= MAX_CARRIED_BYTES else None
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows of a shard ended how; `drawn` were drawn to the end, whatever their status."""
+
+    ok: int
+    filtered: int
+    quarantined: int
+    drawn: int
+
+    @staticmethod
+    def of(outcomes: Iterable[tuple[str, int | None]]) -> RowCounts:
+        """Of rows by status and width; a row of an unknown status counts as quarantined."""
+        rows = list(outcomes)
+        statuses = Counter(status for status, _ in rows)
+        ok, filtered = statuses["ok"], statuses["filtered"]
+        drawn = sum(width is not None for _, width in rows)
+        return RowCounts(ok, filtered, len(rows) - ok - filtered, drawn)
 
 
 class Record:
@@ -324,7 +353,7 @@ class Commit(Record):
     rows_path: str  # Parquet file whose IMAGE_ROW_SCHEMA columns describe every row of the shard
     images_ok: int
     images_quarantined: int
-    errors: dict[str, int]  # message -> count, at most 20 kinds
+    errors: dict[str, int]  # why rows have no image -> count, at most 20 kinds
     t_start_wall_ns: int
     t_end_wall_ns: int
     energy_mj: int | None  # counter difference over the shard, all measured domains; None: not measured
@@ -334,6 +363,8 @@ class Commit(Record):
     segments: tuple[Segment, ...]  # all that this worker closed since its last commit, this shard's included
     power: tuple[PowerTrace, ...] = ()  # what this worker sampled since its previous commit
     rows: tuple[CarriedRow, ...] | None = None  # what the file at rows_path says, see `carried_rows`
+    images_filtered: int = 0
+    images_drawn: int | None = None  # to the end, whatever their status; None: from before it was stated
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

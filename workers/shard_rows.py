@@ -51,7 +51,8 @@ class Shard:
 class PlanRow:
     """One prompt of the plan; the fields are the columns of `PLAN_ROW_SCHEMA`.
 
-    `first_image_index` is a column of retry rounds only: there a row stands for one image of its prompt.
+    `first_image_index` is a column of retry rounds only: there a row stands for one image of its prompt. Plans from before
+    there were LoRAs have no column `lora`.
     """
 
     prompt_id: str
@@ -65,6 +66,7 @@ class PlanRow:
     guidance_scale: float | None
     extra: str | None
     source: str
+    lora: str | None = None
     first_image_index: int = 0
 
 
@@ -132,9 +134,11 @@ def _damaged_plan(store: Store, shard: Shard) -> Iterator[None]:
 
 
 def _as_plan_rows(table: pa.Table) -> list[PlanRow]:
-    names = [*PLAN_ROW_SCHEMA.names, *({"first_image_index"} & set(table.column_names))]
+    there = set(table.column_names)
+    names = [name for name in PLAN_ROW_SCHEMA.names if name != "lora" or name in there]
+    names += {"first_image_index"} & there
     columns = [table[name].to_pylist() for name in names]
-    return [PlanRow(*values) for values in zip(*columns, strict=True)]
+    return [PlanRow(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
 
 
 def _require_planned(store: Store, shard: Shard, rows: list[PlanRow]) -> list[PlanRow]:
@@ -167,6 +171,7 @@ def shard_requests(rows: Iterable[PlanRow], job_seed: int) -> list[ImageRequest]
             guidance_scale=row.guidance_scale,
             extra=row.extra,
             source=row.source,
+            lora=row.lora,
         )
         for row in rows
         for k in range(row.first_image_index, row.first_image_index + row.num_images)

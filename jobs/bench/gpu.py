@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from millijoule.jobs.bench.measurement import ResultOptions, describe, write_result
-from millijoule.jobs.bench.one_gpu import joules_between, open_one_gpu
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
+from millijoule.jobs.measuring.one_gpu import joules_between, open_one_gpu
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.scenes.prompts import write_prompt

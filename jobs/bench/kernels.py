@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from millijoule.jobs.bench.kernel_cases import Case, make_cases
-from millijoule.jobs.bench.measurement import ResultOptions, describe, write_result
-from millijoule.jobs.bench.one_gpu import OneGpu, joules_between, open_one_gpu
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
+from millijoule.jobs.measuring.one_gpu import OneGpu, joules_between, open_one_gpu
 
 Form = Literal["eager", "compile", "fused"]
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from millijoule.jobs.bench.measurement import answer_of, describe, start_alone, write_result
-from millijoule.jobs.bench.ray_head import ray_head
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.measurement import answer_of, describe, start_alone, write_result
+from millijoule.jobs.measuring.ray_head import ray_head
 
 #: Images per file of the bare loop, as in the job's default.
 IMAGES_PER_FILE = 256
@@ -107,7 +107,8 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
     import torch
 
     from millijoule.workers.generators.registry import load_generator
-    from millijoule.workers.images.encode import encode_png
+    from millijoule.workers.images.encode import encode_image
+    from millijoule.workers.images.formats import ImageFormat
     from millijoule.workers.images.writers import open_writer
     from millijoule.workers.schemas import ImageRequest, ImageRow
     from millijoule.workers.shard_rows import derive_seed
@@ -130,8 +131,8 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
             batch = requests[at : at + info.batch_size]
             for request, image in zip(batch, generator.generate(batch).images, strict=True):
                 height, width = image.shape[:2]
-                encoded = encode_png(
-                    image, request, steps=steps, model_name=info.name, model_sha256=info.sha256
+                encoded = encode_image(
+                    ImageFormat(), image, request, steps=steps, model_name=info.name, model_sha256=info.sha256
                 )
                 row = ImageRow(request, "ok", width=width, height=height, num_inference_steps=steps)
                 writer.add(row, encoded)

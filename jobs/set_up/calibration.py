@@ -42,10 +42,12 @@ def calibrate(request: JobRequest, images: list[ImageRequest], pool: PoolOptions
         fingerprint="",
         job_seed=options.seed,
         output_format=options.format,
-        model=options.model,
+        model=request.source.model,
         model_sha256=request.identity.sha256,
         driver_epoch=0,
         options=request.model,
+        image_format=request.image_format,
+        copies=request.source.copies,
         cpu_threads=max(1, int(pool.cpus_per_worker)),
         telemetry=options.telemetry,
     )

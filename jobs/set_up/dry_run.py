@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 
+from millijoule.jobs.models import describe_obtained, words_of
 from millijoule.jobs.set_up.calibration import CALIBRATION_IMAGES, calibrate
+from millijoule.jobs.set_up.job import check_is_asked_for
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH
+from millijoule.pipeline.output.commits import list_committed
+from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.planning.make_plan import plan_job
 from millijoule.pipeline.planning.plan import Plan, load_plan
-from millijoule.pipeline.planning.retry_rounds import JobShards
+from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.pipeline.running.node_recorders import look_once
 from millijoule.pipeline.running.progress import clock, joules
+from millijoule.workers.errors import InputError
+from millijoule.workers.layout import SUCCESS_KEY
 from millijoule.workers.lease import Calibration
 from millijoule.workers.node_meters.meter import MW_PER_W
 from millijoule.workers.schemas import ImageRequest
@@ -46,11 +53,12 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
     lines = [
         f"prompts     {plan.n_rows} usable, {plan.n_bad_rows} rejected",
         f"images      {plan.n_images} in {plan.n_shards} shards",
-        f"model       {request.identity.name} ({request.identity.sha256[:12]})",
+        *_model_lines(request),
         f"device      {device}",
         f"calibrated  {result.images} images in {result.seconds:.2f} s on one worker",
         f"time        about {clock(plan.n_images * per_image / workers)} on {workers} workers, start-up not counted",
         f"bytes       about {plan.n_images * result.encoded_bytes // drawn} of images in {request.options.output}",
+        f"output      {_output_words(request)}",
         *_energy_lines(request, result, plan.n_images),
         *_node_meter_lines(request),
     ]
@@ -58,6 +66,33 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
         lines.append(f"shard size  about {max(1, round(request.shard_seconds / per_image))} images")
     print(visible_lines("\n".join(lines)))
     return plan
+
+
+def _output_words(request: JobRequest) -> str:
+    """What is in the output already."""
+    url = request.options.output
+    try:
+        store = open_store(url)
+        existing = read_job(store)
+        if existing is None:
+            other = store.exists(SUCCESS_KEY)
+            return (
+                f"{url} has a {SUCCESS_KEY} but no job: generate will refuse it"
+                if other
+                else f"{url}, no job yet"
+            )
+        if request.shard_seconds is not None:
+            request = replace(request, plan=replace(request.plan, shard_size=existing.shard_size))
+        check_is_asked_for(request, existing, store.url)
+    except InputError as error:
+        return f"generate will refuse it: {error}"
+    shards = load_job_shards(store, existing)
+    return f"{url} holds this job: {int(list_committed(store, len(shards)).sum())} of {len(shards)} shards are done"
+
+
+def _model_lines(request: JobRequest) -> list[str]:
+    """What the model is, and what of it will not work."""
+    return words_of(describe_obtained(request.source))
 
 
 def _energy_lines(request: JobRequest, result: Calibration, n_images: int) -> list[str]:

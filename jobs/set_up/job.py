@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 
+from millijoule.jobs.options.model import check_device
 from millijoule.jobs.set_up.calibration import calibrated_shard_size
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
@@ -19,7 +20,10 @@ from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retr
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
 from millijoule.workers.errors import InputError, StoreError
+from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import BAD_ROWS_KEY, SUCCESS_KEY
+from millijoule.workers.sources.copies import put_copy
+from millijoule.workers.sources.obtain import ObtainedModel
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -33,20 +37,34 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
         StoreError: storage failed.
     """
     existing, device = read_job(store), None
-    if request.shard_seconds is not None:
+    if (seconds := request.shard_seconds) is not None:
         if existing is not None:
             images = existing.shard_size  # a calibration would not repeat; the first one counts
         else:
             device = choose_device(request, cluster)
             workers = pool_options(request, device, cluster)
-            images = calibrated_shard_size(request, request.shard_seconds, workers)
+            request = replace(request, source=within_reach(request.source, store, cluster))
+            images = calibrated_shard_size(request, seconds, workers)
         request = replace(request, plan=replace(request.plan, shard_size=images))
     planned = open_or_plan(request, store, existing)
     if device is None:  # a calibration and its job run on the same kind of device
         device = choose_device(
             request, cluster, has_work=lambda: not list_committed(store, len(planned.shards)).all()
         )
+    if device is not None:  # what a model cannot do on it is said before a worker starts
+        check_device(request.source, on_gpu=bool(device.gpus))
     return planned, pool_options(request, device, cluster)
+
+
+def within_reach(source: ObtainedModel, store: Store, cluster: Cluster) -> ObtainedModel:
+    """`source` with its files in the job's output, unless all workers run on this machine or fetch them elsewhere.
+
+    Raises:
+        StoreError: storage failed.
+    """
+    if cluster.own:
+        return source
+    return replace(source, copies=tuple(c if c.url else put_copy(store, c) for c in source.copies))
 
 
 def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) -> PlannedJob:
@@ -56,26 +74,12 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
         InputError: the prompt files cannot be used, or the output holds another job.
         StoreError: storage failed.
     """
-    options, plan = request.options, request.plan
-    extra: dict[str, object] = {
-        "model_sha256": request.identity.sha256,
-        "job_seed": options.seed,
-        "output_format": options.format,
-    }
-    if said := request.model.identity():  # a job from before there were such options goes on
-        extra["model_options"] = said
-    fingerprint = compute_fingerprint(request.files, plan, extra)
+    options = request.options
+    extra = _identity(request)
+    fingerprint = compute_fingerprint(request.files, request.plan, extra)
     exclusive = _probe(store)
     if existing is not None:
-        asked = {
-            **extra,
-            "model_options": said,
-            "model": options.model,
-            "images_per_prompt": plan.images_per_prompt,
-            "shard_size": plan.shard_size,
-            "duplicate_ids": plan.duplicate_ids,
-        }
-        check_same_job(existing, fingerprint, asked, store.url)
+        check_is_asked_for(request, existing, store.url)
         log.info("continuing the job in %s", store.url)
         job = existing
     else:
@@ -89,6 +93,37 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
     if options.retry_failed:
         log.info("retrying %d quarantined images", plan_retry_round(store, job))
     return PlannedJob(job, load_job_shards(store, job), exclusive)
+
+
+def check_is_asked_for(request: JobRequest, existing: JobSpec, url: str) -> None:
+    """Raise InputError, which names what differs, where `existing` is another job than `request` asks for."""
+    extra = _identity(request)
+    asked = {
+        **extra,
+        "model_options": request.model.identity(),
+        "image_format": request.image_format.name,
+        "image_quality": request.image_format.quality,
+        "model": request.options.model,
+        "images_per_prompt": request.plan.images_per_prompt,
+        "shard_size": request.plan.shard_size,
+        "duplicate_ids": request.plan.duplicate_ids,
+    }
+    check_same_job(existing, compute_fingerprint(request.files, request.plan, extra), asked, url)
+
+
+def _identity(request: JobRequest) -> dict[str, object]:
+    """What tells the job apart besides prompts and plan."""
+    extra: dict[str, object] = {
+        "model_sha256": request.identity.sha256,
+        "job_seed": request.options.seed,
+        "output_format": request.options.format,
+    }
+    # a job from before there were such options goes on
+    if (images := request.image_format) != ImageFormat():
+        extra |= {"image_format": images.name, "image_quality": images.quality}
+    if said := request.model.identity():
+        extra["model_options"] = said
+    return extra
 
 
 def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerprint: str) -> JobSpec:
@@ -110,7 +145,10 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
         job_seed=options.seed,
         images_per_prompt=options.images_per_prompt,
         output_format=options.format,
+        image_format=request.image_format.name,
+        image_quality=request.image_format.quality,
         model_options=request.model.identity(),
+        model_revision=request.source.commit,
         shard_size=request.plan.shard_size,
         duplicate_ids=options.duplicate_ids,
         prompts=options.prompts,

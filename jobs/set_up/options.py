@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from millijoule.jobs.entry import OnUnlessNo
-from millijoule.jobs.model_options import ModelOptions
-from millijoule.jobs.rate_options import RateOptions
+from millijoule.jobs.options.model import ModelOptions
+from millijoule.jobs.options.rates import RateOptions
 from millijoule.workers.errors import InputError
 from millijoule.workers.records import convert
 
@@ -32,8 +32,8 @@ class GenerateOptions:
     [steps, step], guidance_scale [cfg_scale, cfg, cfgs]; case, spaces, _ and - do not matter. Other columns are passed
     through. In a .txt file each line is a prompt. docs/prompt-files.md has the details.
 
-    Exit codes: 0 complete; 1 error; 2 a command line that does not parse; 3 complete, but some rows were quarantined; 4 a cap was
-    reached; 5 interrupted, resumable.
+    Exit codes: 0 complete (images that the model's own safety checker hid are counted in the last lines); 1 error; 2 a
+    command line that does not parse; 3 complete, but some rows were quarantined; 4 a cap was reached; 5 interrupted, resumable.
     """
 
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH|URL ...")]
@@ -42,14 +42,22 @@ class GenerateOptions:
     output: Annotated[str, tyro.conf.arg(metavar="DIR|URL")]
     """Output folder, or s3://bucket/prefix. All nodes must see it."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="NAME|PATH")] = "default"
-    """`default` or `baseline` (models in the package), a .safetensors file, a diffusers directory, or
-    python:MODULE:FACTORY for your own generator."""
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|PATH|ID|URL")] = "default"
+    """`default` or `baseline` (models in the package), a .safetensors file (one of ours, or a checkpoint with --config), a
+    diffusers directory, a hub id (owner/name), s3://bucket/prefix, or python:MODULE:FACTORY for your own generator.
+    `millijoule models MODEL` says what one is and needs."""
 
     model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
     format: Literal["parquet", "webdataset", "files"] = "parquet"
-    """How images are stored: parquet files, webdataset tars, or plain PNG files named by prompt id."""
+    """How images are stored: parquet files, webdataset tars, or plain image files named by prompt id."""
+
+    image_format: Literal["png", "jpeg", "webp"] = "png"
+    """What each image is encoded as. png loses nothing; jpeg takes a third of its time and half its size; webp is smallest
+    and takes longest. Each carries prompt, seed and model."""
+
+    quality: Annotated[int | None, tyro.conf.arg(metavar="1-100")] = None
+    """Of jpeg (default 95) and webp (default 90)."""
 
     images_per_prompt: int = 1
     """For rows without a num_images column."""
@@ -130,7 +138,7 @@ class GenerateOptions:
     missing, and the finished tables say so."""
 
     retry_failed: bool = False
-    """Give quarantined rows of a finished job one more try, as new shards."""
+    """Give quarantined rows of a finished job one more try, as new shards. Filtered images stay as they are."""
 
     ray_address: str | None = None
     """Ray cluster to join, e.g. auto or ray-head:6379. Default: RAY_ADDRESS, else a local one."""
@@ -141,7 +149,7 @@ class GenerateOptions:
 
 #: Options that are text because a number is one of several forms; as keyword arguments numbers are welcome.
 _ALSO_NUMBERS = ("workers", "shard_size", "price_per_kwh", "gco2_per_kwh")
-_SEQUENCES = ("prompts", "resources")
+_SEQUENCES = ("prompts", "resources", "lora")
 #: Classes whose options stand among those of the command, by the field that holds one.
 _GROUPS: dict[str, type] = {"model_options": ModelOptions, "rates": RateOptions}
 _GROUP_OF = {f.name: group for group, kind in _GROUPS.items() for f in fields(kind)}

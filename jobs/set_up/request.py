@@ -6,16 +6,22 @@ import re
 import time
 from dataclasses import dataclass
 
-from millijoule.jobs.node_meter_options import parse_node_meters
+from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
+from millijoule.workers import factories
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import ModelIdentity
-from millijoule.workers.generators.registry import describe_model
+from millijoule.workers.generators.registry import PACKAGED
+from millijoule.workers.images.formats import ImageFormat, read_image_format
 from millijoule.workers.node_meters.config import NodeMeterConfig
+from millijoule.workers.sources.obtain import ObtainedModel
+from millijoule.workers.sources.words import find_place
 from millijoule.workers.storage.inputs import InputFile, expand_inputs
+from millijoule.workers.storage.open import open_store
 
 #: Words for delimiters that are hard to type.
 DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\t": "\t"}
@@ -31,22 +37,32 @@ LEAST_CPUS = 0.0001
 class JobRequest:
     """One job, as asked for: the options, and what those that are text, or name something else, stand for.
 
-    `files` are what the prompts stood for when the request was made, and `identity` is the model's at that time; `model` is how
-    it is loaded and run.
+    `files` are what the prompts stood for when the request was made, `source` what the model did, `image_format` what images are
+    encoded as.
     Where `shard_seconds` is given, `plan.shard_size` only stands in until a calibration. `resources` are the custom ones a
     worker asks for, by Ray's names; `bounds` the (fewest, most) workers, None: auto.
     """
 
     options: GenerateOptions
     files: tuple[InputFile, ...]
-    identity: ModelIdentity
-    model: GeneratorOptions
+    source: ObtainedModel
+    image_format: ImageFormat
     plan: PlanOptions
     shard_seconds: float | None
     resources: dict[str, float]
     bounds: tuple[int, int] | None
     caps: Caps
     node_meters: tuple[NodeMeterConfig, ...]
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What tells the model from others."""
+        return self.source.identity
+
+    @property
+    def model(self) -> GeneratorOptions:
+        """How the model is loaded and run."""
+        return self.source.options
 
 
 def request_of(options: GenerateOptions) -> JobRequest:
@@ -65,6 +81,10 @@ def request_of(options: GenerateOptions) -> JobRequest:
         raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
     _check_workers(options)
     images, seconds = parse_shard_size(options.shard_size)
+    files = tuple(expand_inputs(options.prompts))  # what costs nothing is refused first
+    source = options.model_options.obtain(
+        options.model, _begun_with(options), on_gpu={"cpu": False, "gpu": True}.get(options.device)
+    )
     return JobRequest(
         options=options,
         resources=parse_resources(options.resources),
@@ -77,13 +97,24 @@ def request_of(options: GenerateOptions) -> JobRequest:
             prompt_column=options.prompt_column,
             delimiter=parse_delimiter(options.delimiter),
             max_prompt_chars=options.max_prompt_chars,
+            loras=tuple((choice.name, choice.weight) for choice in source.options.loras),
         ),
         shard_seconds=seconds,
         node_meters=parse_node_meters(options.node_meter, options.node_rest),
-        files=tuple(expand_inputs(options.prompts)),
-        identity=describe_model(options.model),
-        model=options.model_options.read(),
+        files=files,
+        source=source,
+        image_format=read_image_format(options.image_format, options.quality),
     )
+
+
+def _begun_with(options: GenerateOptions) -> str | None:
+    """The commit of the hub's model with which the job in the output began: a branch may have moved since."""
+    if options.model in PACKAGED or options.model.startswith(factories.PREFIX):
+        return None
+    if options.model_options.revision or find_place("--model", options.model).kind != "hub":
+        return None
+    job = read_job(open_store(options.output))
+    return job.model_revision if job is not None and job.model == options.model else None
 
 
 def _check_workers(options: GenerateOptions) -> None:

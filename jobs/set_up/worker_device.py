@@ -76,7 +76,7 @@ def choose_device(
             )
         log.warning("%s: %s; waiting for one", asked_by, reason)
         return _decided(gpus, asked_by, AUTO_WORKERS_TO_COME)
-    if needs_gpu(options.model):
+    if needs_gpu(request.source.model, request.model):
         raise InputError(
             f"--model {options.model}: this pipeline needs a GPU in practice, but {reason}. Two ways out: a cluster "
             "with GPUs (--ray-address; --device gpu waits for nodes that may come), or --device cpu to run it "

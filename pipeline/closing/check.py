@@ -11,12 +11,14 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from millijoule.pipeline.closing.check_plan import check_plan
 from millijoule.pipeline.closing.finish import (
     MANIFEST_BATCH_ROWS,
     MANIFEST_SCHEMA,
@@ -27,8 +29,8 @@ from millijoule.pipeline.closing.finish import (
     manifest_tables,
     summarise,
 )
+from millijoule.pipeline.closing.lean_memory import lean_memory
 from millijoule.pipeline.energy.account_gaps import utc_text
-from millijoule.pipeline.energy.lean_memory import lean_memory
 from millijoule.pipeline.energy.tables import compare_energy_tables
 from millijoule.pipeline.output.commits import list_committed, parse_commit
 from millijoule.pipeline.output.image_rows import RowReader, read_row_table
@@ -38,7 +40,7 @@ from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.workers.errors import DamagedError, NotFoundError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.layout import MANIFEST_KEY, STATS_KEY, SUCCESS_KEY, commit_key
-from millijoule.workers.schemas import Commit
+from millijoule.workers.schemas import STATUSES, Commit, RowCounts
 from millijoule.workers.shard_rows import Shard, ShardRowReader, shard_requests
 from millijoule.workers.storage.open import is_s3_url
 from millijoule.workers.storage.protocol import Store, check_key
@@ -48,6 +50,14 @@ MAX_LISTED = 20
 
 #: A row table of at most so many bytes is not read a second time after its hash was taken.
 _SMALL_TABLE_BYTES = 1 << 20
+
+#: What `stats.json` of earlier versions lacks.
+_ADDED_STATS = frozenset(
+    {
+        *("images_filtered", "filter_reasons", "images_with_warnings", "warning_kinds"),
+        *("rejected_mj", "rejected_estimate_mj"),
+    }
+)
 
 #: Columns that must equal between plan and row table.
 _KEY = ("prompt_id", "image_index", "prompt", "seed")
@@ -72,6 +82,7 @@ def check_output(
     """
     with lean_memory():
         job = require_job(store)
+        yield from check_plan(store, job)
         index = load_job_shards(store, job)
         done = list_committed(store, len(index))
         missing = np.flatnonzero(~done).tolist()
@@ -121,13 +132,16 @@ def _check_finished(
         )
     if energy is not None and not differences:
         yield from _compare_stats(
-            store, json.loads(json.dumps(summarise(job, totals, records.ledger, energy)))
+            store,
+            json.loads(json.dumps(summarise(job, totals, records.ledger, records.commits, energy))),
         )
 
 
 def _compare_stats(store: Store, expected: dict[str, Any]) -> Iterator[str]:
     try:
         stats = json.loads(store.get(STATS_KEY))
+        if not stats.keys() & _ADDED_STATS:  # written before there were any of them
+            expected = {name: value for name, value in expected.items() if name not in _ADDED_STATS}
         stored = {name: stats.get(name) for name in expected}
     except NotFoundError:
         yield f"{STATS_KEY}: missing; run the job again to write it"
@@ -188,9 +202,8 @@ def _check_shard(
         yield f"{where}: a row for image {key[1]} of prompt {key[0]!r} that the plan does not have"
     if len(found) != len(set(found)):
         yield f"{where}: {len(found) - len(set(found))} rows stand twice"
+    yield from _check_statuses(where, rows, commit)
     ok = [row for row in rows if row["status"] == "ok"]
-    if (len(ok), len(rows) - len(ok)) != (commit.images_ok, commit.images_quarantined):
-        yield f"{where}: rows say {len(ok)} ok of {len(rows)}, the commit says {commit.images_ok}"
     if images:
         try:
             for row, data in read_images(store, ok):
@@ -198,6 +211,28 @@ def _check_shard(
                     yield f"{row['path']}: image {row['image_index']} of prompt {row['prompt_id']!r} is not what was made"
         except (pa.ArrowException, OSError, ValueError) as error:
             yield f"{where}: its images cannot be read: {error}"
+
+
+def _check_statuses(where: str, rows: list[dict[str, Any]], commit: Commit) -> Iterator[str]:
+    counts = RowCounts.of((row["status"], row["width"]) for row in rows)
+    said = RowCounts(
+        commit.images_ok,
+        commit.images_filtered,
+        commit.images_quarantined,
+        counts.drawn if commit.images_drawn is None else commit.images_drawn,
+    )
+    if counts != said:
+        yield f"{where}: rows say {_count_words(counts)}; the commit says {_count_words(said)}"
+    for row in rows:
+        image = f"image {row['image_index']} of prompt {row['prompt_id']!r}"
+        if row["status"] not in STATUSES:
+            yield f"{where}: {image} has status {row['status']!r:.100}"
+        elif (row["status"] == "ok") != (row["path"] is not None):
+            yield f"{where}: {image} is {row['status']} and has {'a' if row['path'] else 'no'} path"
+
+
+def _count_words(counts: RowCounts) -> str:
+    return ", ".join(f"{n} {name}" for name, n in asdict(counts).items())
 
 
 def _check_manifest(

@@ -11,7 +11,7 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from millijoule.pipeline.closing.lean_memory import lean_memory
+from millijoule.pipeline.closing.warning_kinds import WarningCounts
 from millijoule.pipeline.energy.closure import CHECKS
 from millijoule.pipeline.energy.commit_table import CommitTable
-from millijoule.pipeline.energy.counter_split import MISSING
-from millijoule.pipeline.energy.lean_memory import lean_memory
+from millijoule.pipeline.energy.counter_split import MISSING, sum_or_none
 from millijoule.pipeline.energy.ledger import Ledger, build_ledger
 from millijoule.pipeline.energy.packed_segments import PackedSegments
-from millijoule.pipeline.energy.rows import (
-    ROW_COLUMNS,
-    ImageSource,
-    commit_blocks,
-    equal_shares,
-    row_tables,
-)
+from millijoule.pipeline.energy.rows import ROW_COLUMNS, ImageSource, commit_blocks, row_tables
+from millijoule.pipeline.energy.shard_shares import ShardShares, equal_shares
 from millijoule.pipeline.energy.tables import EnergyResult, write_energy_tables
 from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, read_uncommitted
 from millijoule.pipeline.output.commits import parsing_commit, read_commits
@@ -44,7 +40,7 @@ from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.layout import MANIFEST_KEY, PREVIEW_KEY, STATS_KEY, SUCCESS_KEY
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, STATUSES, Commit
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -80,10 +76,12 @@ class Totals:
 
     shards: int = 0
     images_ok: int = 0
+    images_filtered: int = 0
     images_quarantined: int = 0
     encoded_bytes: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    warnings: Counter[str] = field(default_factory=Counter)
+    filter_reasons: Counter[str] = field(default_factory=Counter)
+    warnings: WarningCounts = field(default_factory=WarningCounts)
     per_node: Counter[str] = field(default_factory=Counter)
     energy_methods: Counter[str] = field(default_factory=Counter)
     first_start_ns: int | None = None
@@ -97,10 +95,13 @@ class Totals:
         made = np.bincount(commit[ok] - numbers.start, minlength=len(numbers))
         self.shards += len(numbers)
         self.images_ok += int(ok.sum())
+        filtered = pc.equal(status, "filtered")
+        self.images_filtered += pc.sum(filtered).as_py() or 0
         self.images_quarantined += pc.sum(pc.equal(status, "quarantined")).as_py() or 0
         self.encoded_bytes += pc.sum(rows["size_bytes"]).as_py() or 0
-        self.errors.update(e for e in rows["error"].drop_null().to_pylist() if e)
-        self.warnings.update(pc.list_flatten(rows["warnings"]).to_pylist())
+        for reasons, of_which in ((self.errors, pc.invert(filtered)), (self.filter_reasons, filtered)):
+            reasons.update(e for e in rows["error"].filter(of_which).drop_null().to_pylist() if e)
+        self.warnings.add(rows["warnings"])
         codes = [commits.name_codes(name)[part] for name in ("host", "device", "energy_method")]
         kinds, kind = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
         images = np.bincount(kind.ravel(), weights=made).astype(int).tolist()
@@ -176,9 +177,13 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
         store.put_file(MANIFEST_KEY, path)
         energy = _write_energy(store, job, records, ManifestRows(pq.ParquetFile(path)))
         write_preview(store, pq.ParquetFile(path))
-    stats = summarise(job, totals, records.ledger, energy)
+    stats = summarise(job, totals, records.ledger, records.commits, energy)
     _put_stats(store, stats)
-    success = {"fingerprint": job.fingerprint, "shards": len(shards), "images_ok": totals.images_ok}
+    success = {
+        "fingerprint": job.fingerprint,
+        "shards": len(shards),
+        **{f"images_{status}": getattr(totals, f"images_{status}") for status in STATUSES},
+    }
     store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
     return stats
 
@@ -221,22 +226,22 @@ def manifest_tables(
     """The manifest in shard order, some shards at a time: `IMAGE_ROW_SCHEMA` plus energy, as `MANIFEST_SCHEMA`."""
     commits = records.commits
     shard_ids, attempt_ids = commits.number("shard_id"), commits.text("attempt_id")
-    measured = records.ledger.entries.shard_energies(commits.attempts())
-    estimated = commits.number("energy_estimate_mj")
+    measured = commits.shares(records.ledger.entries.shard_energies(commits.attempts()))
+    estimated = commits.shares(commits.number("energy_estimate_mj"))
 
     for block, (commit, rows) in zip(commit_blocks(commits), row_tables(store).blocks(commits), strict=True):
+        mj = [_spread(shares, commit, rows) for shares in (measured, estimated)]
         if shards.rounds:
             last = shards.is_last_round(shard_ids[commit], rows)
             commit, rows = commit[last], rows.filter(pa.array(last)).combine_chunks()
+            mj = [part[last] for part in mj]
         if totals is not None:
             totals.add(commits, block, commit, rows)
-        ok = pc.equal(rows["status"], "ok").combine_chunks().to_numpy(zero_copy_only=False)
         columns = [
             *rows.columns,
             pa.array(shard_ids[commit]),
             attempt_ids.take(pa.array(commit)),
-            _spread(measured, commit, ok),
-            _spread(estimated, commit, ok),
+            *(pa.array(part, mask=part == MISSING) for part in mj),
         ]
         yield pa.table(columns, schema=MANIFEST_SCHEMA)
 
@@ -256,13 +261,16 @@ def write_preview(store: Store, manifest: pq.ParquetFile) -> None:
         store.put(PREVIEW_KEY, draw_contact_sheet(images, prompts))
 
 
-def summarise(job: JobSpec, totals: Totals, ledger: Ledger, tables: EnergyResult) -> dict[str, Any]:
+def summarise(
+    job: JobSpec, totals: Totals, ledger: Ledger, commits: CommitTable, tables: EnergyResult
+) -> dict[str, Any]:
     """The content of `stats.json`: counts, speed, and energy with its method; null where nothing was measured."""
     seconds = None
     if totals.first_start_ns is not None and totals.last_end_ns is not None:
         seconds = (totals.last_end_ns - totals.first_start_ns) / 1e9
-    energy = ledger.summary()
-    ok = totals.images_ok
+    energy, ok = ledger.summary(), totals.images_ok
+    rejected_mj = _rejected(commits, ledger.entries.shard_energies(commits.attempts()))
+    rejected_estimate_mj = _rejected(commits, commits.number("energy_estimate_mj"))
     return {
         "fingerprint": job.fingerprint,
         "model": job.model_name,
@@ -270,23 +278,49 @@ def summarise(job: JobSpec, totals: Totals, ledger: Ledger, tables: EnergyResult
         "format": job.output_format,
         "shards": totals.shards,
         "images_ok": ok,
+        "images_filtered": totals.images_filtered,
         "images_quarantined": totals.images_quarantined,
         "input_rows_rejected": job.bad_rows,
         "encoded_bytes": totals.encoded_bytes,
         "seconds_first_to_last_commit": seconds,
         "images_per_second": ok / seconds if seconds else None,
         "errors": dict(totals.errors.most_common(MAX_ERROR_KINDS)),
-        "warnings": dict(totals.warnings.most_common(MAX_ERROR_KINDS)),
+        "filter_reasons": dict(totals.filter_reasons.most_common(MAX_ERROR_KINDS)),
+        "images_with_warnings": totals.warnings.images,
+        "warning_kinds": dict(totals.warnings.kinds.most_common(MAX_ERROR_KINDS)),
+        "warnings": dict(totals.warnings.texts.most_common(MAX_ERROR_KINDS)),
         "images_per_node": dict(sorted(totals.per_node.items())),
         "energy_methods": dict(sorted(totals.energy_methods.items())),
         "energy": energy,
         **_verdicts(tables),
-        "direct_mj_per_image": _per_image(energy.get("shard_mj"), ok),
+        "rejected_mj": rejected_mj,
+        "rejected_estimate_mj": rejected_estimate_mj,
+        "direct_mj_per_image": _per_image(_accepted(energy.get("shard_mj"), rejected_mj), ok),
         "full_mj_per_image": _per_image(energy.get("total_mj"), ok),
-        "direct_estimate_mj_per_image": _per_image(energy["estimate_mj"].get("shard"), ok),
+        "direct_estimate_mj_per_image": _per_image(
+            _accepted(energy["estimate_mj"].get("shard"), rejected_estimate_mj), ok
+        ),
         "full_estimate_mj_per_image": _per_image(energy.get("estimate_total_mj"), ok),
         "millijoule_version": job.millijoule_version,
     }
+
+
+def _rejected(commits: CommitTable, energy_mj: np.ndarray) -> dict[str, int | None]:
+    """What shards used for images that nobody got, by status; None where that of a shard is not known.
+
+    Args:
+        energy_mj: of each commit, `MISSING` where it is not known.
+    """
+    shares = commits.shares(energy_mj)
+    parts = {"filtered": shares.filtered_mj, "quarantined": shares.quarantined_mj}
+    known = bool(len(energy_mj)) and bool((energy_mj != MISSING).all())
+    return {status: int(mj.sum()) if known else None for status, mj in parts.items()}
+
+
+def _accepted(shard_mj: int | None, rejected_mj: Mapping[str, int | None]) -> int | None:
+    """What shards used for the images that were accepted."""
+    rejected = sum_or_none(rejected_mj.values())
+    return None if shard_mj is None or rejected is None else shard_mj - rejected
 
 
 def _per_image(total_mj: int | None, images: int) -> float | None:
@@ -317,8 +351,18 @@ class ManifestRows:
             yield np.searchsorted(shard_ids, held["shard_id"].to_numpy()), held
 
 
-def _spread(energy_mj: np.ndarray, commit: np.ndarray, ok: np.ndarray) -> pa.Array:
-    """Equal shares of each commit's energy for its images that are `ok`; equal is also the Shapley value."""
+def _spread(shares: ShardShares, commit: np.ndarray, rows: pa.Table) -> np.ndarray:
+    """What each row used, accepted or not; `MISSING` where it was not drawn to the end. Equal is also the Shapley value.
+
+    `rows` are all rows of each commit, `commit` the number of each one's.
+    """
     mj = np.full(len(commit), MISSING, np.int64)
-    mj[ok] = equal_shares(energy_mj, commit[ok])
-    return pa.array(mj, mask=mj == MISSING)
+    status = rows["status"].combine_chunks()
+    drawn = rows["width"].combine_chunks().is_valid().to_numpy(zero_copy_only=False)
+    of_status = (shares.accepted_mj, shares.filtered_mj, shares.quarantined_mj)
+    for name, energy_mj in zip(STATUSES, of_status, strict=True):
+        mine = pc.equal(status, name).to_numpy(zero_copy_only=False)
+        if name != "ok":
+            mine &= drawn
+        mj[mine] = equal_shares(energy_mj, commit[mine])
+    return mj

@@ -2,7 +2,7 @@
 
     C1  per counter (boot, epoch, domain): segments and gaps = the counter's growth           exact
         per account that nobody closed: cannot be made, so it does not hold for the job
-    C2  per job: energy of images + everything no image used = segments and gaps              exact
+    C2  per job: energy of accepted images + everything else = segments and gaps              exact
         per job: full energies of all images = everything used while the job ran              exact
     C3  per node: its devices and the declared rest = the node's own meter                    tolerance
     C4  per device: the counter's growth = the integral of its power, block by block          tolerance
@@ -134,7 +134,7 @@ def close_ledger(
     shards, commit = ledger.entries.shards_of(commits.attempts())
     return [
         *_counters(ledger),
-        *_images(ledger, images, shards[commit >= 0], commit[commit >= 0]),
+        *_images(ledger, commits, images, shards[commit >= 0], commit[commit >= 0]),
         *nodes,
         *_power(ledger, power),
         _attempts(ledger, commits, images, shards, commit),
@@ -215,13 +215,18 @@ def _held(ledger: Ledger) -> Counter[tuple[str, int, str]]:
     return held
 
 
-def _images(ledger: Ledger, images: ImageTotals, shards: np.ndarray, commit: np.ndarray) -> list[ClosureRow]:
+def _images(
+    ledger: Ledger, commits: CommitTable, images: ImageTotals, shards: np.ndarray, commit: np.ndarray
+) -> list[ClosureRow]:
     """C2; `shards` are the entries of committed shards, `commit` the number of each one's commit."""
     entries = ledger.entries
     gaps = sum(g.energy_mj for g in ledger.gaps)
     measured = int(entries.known_mj.sum()) + gaps
     of_images = shards[images.charged[commit]]
     overhead = measured - int(entries.known_mj[of_images].sum())
+    # what a shard used for those of its images that nobody got
+    shares = commits.shares(entries.shard_energies(commits.attempts()))
+    overhead += int((shares.filtered_mj + shares.quarantined_mj)[images.charged].sum())
     off = sum(g.energy_mj for g in ledger.gaps if g.segment_class == "off")
     n = int(images.images.sum())
     direct: tuple[int | None, int | None] = (None, None)

@@ -15,15 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from millijoule.pipeline.energy.packed import NONE, Names, Packed, Texts, column
+from millijoule.pipeline.energy.shard_shares import ShardShares, shard_shares
 from millijoule.pipeline.output.image_rows import RowSpool, Spool
 from millijoule.workers.schemas import Commit, PowerTrace
 
 #: Columns of names that stand in many commits, kept as places in `names`.
 _NAMES = ("worker_id", "node_id", "host", "device", "plan_fingerprint", "model_sha256", "energy_method")
 _NUMBERS = (
-    *("shard_id", "driver_epoch", "images_ok", "images_quarantined", "t_start_wall_ns", "t_end_wall_ns"),
-    *("energy_estimate_mj", "schema_version"),
+    *("shard_id", "driver_epoch", "images_ok", "images_filtered", "images_quarantined", "images_drawn"),
+    *("t_start_wall_ns", "t_end_wall_ns", "energy_estimate_mj", "schema_version"),
 )
+#: Of these, those that may be None.
+_MAYBE = ("images_drawn", "energy_estimate_mj")
 
 
 class AttemptIndex:
@@ -84,7 +87,7 @@ class CommitTable(Packed[Commit]):
         """Append a commit; its segments are not looked at."""
         for name, numbers in self._numbers.items():
             value = getattr(commit, name)
-            numbers.append(NONE if value is None and name == "energy_estimate_mj" else value)
+            numbers.append(NONE if value is None and name in _MAYBE else value)
         for name in _NAMES:
             self._named[name].append(self._names.number(getattr(commit, name)))
         self._named["energy_domains"].append(self._names.number(",".join(commit.energy_domains)))
@@ -102,8 +105,7 @@ class CommitTable(Packed[Commit]):
         values: dict[str, Any] = {name: numbers[number] for name, numbers in self._numbers.items()}
         values |= {name: self.names[codes[number]] for name, codes in self._named.items()}
         values |= {name: texts[number] for name, texts in self._texts.items()}
-        if values["energy_estimate_mj"] == NONE:
-            values["energy_estimate_mj"] = None
+        values |= {name: None for name in _MAYBE if values[name] == NONE}
         values["energy_domains"] = tuple(d for d in values["energy_domains"].split(",") if d)
         return Commit(**values, files=(), errors={}, energy_mj=None, segments=())
 
@@ -136,6 +138,11 @@ class CommitTable(Packed[Commit]):
         """The last commit of every worker."""
         _, last = np.unique(self.name_codes("worker_id")[::-1], return_index=True)
         return [self[len(self) - 1 - n] for n in np.sort(last).tolist()]
+
+    def shares(self, energy_mj: np.ndarray) -> ShardShares:
+        """Divide `energy_mj` of each commit, int64 `[n]`, among the images it accepted and those it did not."""
+        ok, filtered, drawn = (self.number(f"images_{kind}") for kind in ("ok", "filtered", "drawn"))
+        return shard_shares(energy_mj, ok, filtered, drawn)
 
     def attempts(self) -> AttemptIndex:
         """Finds a commit by its shard and attempt."""

@@ -6,7 +6,7 @@ account that nobody recorded, gaps for the energy nobody can be charged with, an
 domain) entries and gaps add up to its last reading minus its first, exactly:
 
     C1   sum(segments) + sum(gaps) = sum over runs of (last reading - first reading)    per boot, epoch and domain
-    C2   sum(image direct) + overhead = sum(segments) + sum(gaps)
+    C2   sum(direct of accepted images) + overhead = sum(segments) + sum(gaps)
 
 A missing measurement is None, and so is every sum it belongs to; a worker's own device whose counter nobody could read
 is missing, whatever else the worker read. Estimates have columns of their own. Nothing here does I/O.

@@ -136,7 +136,8 @@ def read_live_table(store: Store, name: str) -> pa.Table:
     for key in live_parts(store).get(name, ()):
         with store.open_input(key) as source:
             tables.append(pq.ParquetFile(source).read())
-    return pa.concat_tables(tables)
+    # parts of a driver of an earlier version may lack columns
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def read_live_segments(store: Store) -> list[Segment]:
@@ -194,5 +195,6 @@ def _as_commit(row: dict[str, Any], job: JobSpec) -> Commit:
     """What an attempt row says of its commit."""
     known = {f.name: row[f.name] for f in fields(Commit) if f.name in row}
     known["energy_domains"] = tuple(d for d in row["energy_domains"].split(",") if d)
+    known["images_filtered"] = row["images_filtered"] or 0
     known |= {"plan_fingerprint": job.fingerprint, "model_sha256": job.model_sha256}
     return Commit(**known, files=(), rows_path="", errors={}, segments=())

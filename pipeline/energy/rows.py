@@ -32,12 +32,13 @@ from millijoule.pipeline.energy.ledger import Ledger, LedgerEntry
 from millijoule.pipeline.energy.node_closure import NodePart, close_nodes
 from millijoule.pipeline.energy.packed import NONE, padded
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, table_of
+from millijoule.pipeline.energy.shard_shares import commit_shares, equal_shares
 from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted, held_devices
 from millijoule.pipeline.output.image_rows import NOT_CARRIED, RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.output.read_objects import READ_THREADS
 from millijoule.workers.meters.segment_timeline import segment_estimate_mj
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, Commit, CounterRead, PowerTrace
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, STATUSES, Commit, CounterRead, PowerTrace
 from millijoule.workers.storage.open import is_s3_url
 from millijoule.workers.storage.protocol import Store
 
@@ -77,7 +78,10 @@ COMMITS_AT_ONCE, IMAGES_AT_ONCE = 1_024, 8_192
 _QUALITIES = ("measured", "short", "missing")
 
 #: Columns of an attempt that are those of its commit, in order.
-_ATTEMPT_NUMBERS = ("driver_epoch", "t_start_wall_ns", "t_end_wall_ns", "images_ok", "images_quarantined")
+_ATTEMPT_NUMBERS = (
+    *("driver_epoch", "t_start_wall_ns", "t_end_wall_ns"),
+    *("images_ok", "images_filtered", "images_quarantined"),
+)
 
 
 class ImageSource(Protocol):
@@ -129,7 +133,7 @@ class RowTables:
 
 def commit_blocks(commits: CommitTable) -> Iterator[range]:
     """Numbers of commits in order, few enough together that their row tables can be held."""
-    rows = np.cumsum(commits.number("images_ok") + commits.number("images_quarantined"))
+    rows = np.cumsum(sum(commits.number(f"images_{status}") for status in STATUSES), dtype=np.int64)
     begin = 0
     while begin < len(commits):
         most = (rows[begin - 1] if begin else 0) + IMAGES_AT_ONCE
@@ -282,6 +286,7 @@ class EnergyRows:
         commits = self._commits
         attempts = commits.text("attempt_id")
         energy = self.ledger.entries.shard_energies(commits.attempts())
+        shares = commits.shares(energy)
         names = pa.array(commits.names, pa.string())
         for begin in range(0, len(commits), ENTRIES_AT_ONCE):
             part = slice(begin, begin + ENTRIES_AT_ONCE)
@@ -296,7 +301,10 @@ class EnergyRows:
                 pa.array(["committed"] * len(energy[part]), pa.string()),
                 *texts("worker_id", "node_id", "host", "device"),
                 *(commits.number(name)[part] for name in _ATTEMPT_NUMBERS),
+                _nullable(commits.number("images_drawn")[part], NONE),
                 _nullable(energy[part], MISSING),
+                _nullable(shares.filtered_mj[part], MISSING),
+                _nullable(shares.quarantined_mj[part], MISSING),
                 _nullable(commits.number("energy_estimate_mj")[part], NONE),
                 *texts("energy_method", "energy_domains"),
             )
@@ -317,8 +325,9 @@ class EnergyRows:
             domains = {d for e in mine for d in self.ledger.read_domains(e.segment.worker_id)}
             yield (
                 *(shard_id, attempt_id, outcome, first.worker_id, None, None, None, None),
-                *(first.open.t_wall_ns, last.close.t_wall_ns, None, None),
+                *(first.open.t_wall_ns, last.close.t_wall_ns, None, None, None, None),
                 sum_or_none(e.total_mj for e in mine),
+                *(None, None),
                 sum_or_none(segment_estimate_mj(e.segment) for e in mine),
                 *(None, ",".join(sorted(domains))),
             )
@@ -327,7 +336,8 @@ class EnergyRows:
         commits, made = self._commits, 0
         shard_ids, attempts = commits.number("shard_id"), commits.text("attempt_id")
         ended, estimate = commits.number("t_end_wall_ns"), commits.number("energy_estimate_mj")
-        energy = self.ledger.entries.shard_energies(commits.attempts())
+        energy = commits.shares(self.ledger.entries.shard_energies(commits.attempts())).accepted_mj
+        estimate = commits.shares(estimate).accepted_mj
         overhead = self._overhead_shares(energy)
         for commit, rows in self._source.blocks(commits):
             ok = pc.equal(rows["status"], "ok").combine_chunks().to_numpy(zero_copy_only=False)
@@ -354,7 +364,10 @@ class EnergyRows:
             yield from _by_day(table, ended[commit])
 
     def _overhead_shares(self, energy: np.ndarray) -> tuple[int, int] | None:
-        """Each image's share of all that no image used directly, and how many of the first get 1 mJ more."""
+        """Each image's share of all that no accepted image used directly, and how many of the first get 1 mJ more.
+
+        `energy` is what the accepted images of each commit used.
+        """
         images = self._commits.number("images_ok")
         total_mj, direct = self.ledger.summary()["total_mj"], energy[images > 0]
         if total_mj is None or not len(direct) or (direct == MISSING).any():
@@ -416,19 +429,6 @@ class EnergyRows:
             yield worker_id, boot_id, *where, *gpus, epoch, t_wall_ns, method, domains, *model, *software
 
 
-def equal_shares(energy_mj: np.ndarray, commit: np.ndarray) -> np.ndarray:
-    """Divide `energy_mj` of each commit (negative: missing) equally among its images; the first have 1 mJ more.
-
-    `commit` is the number of each image's commit, the images of one commit together.
-    """
-    lengths = np.diff(np.flatnonzero(np.diff(commit, prepend=-1, append=-1)))
-    of_commit = np.repeat(lengths, lengths)
-    turn = np.arange(len(commit)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    mine = energy_mj[commit]
-    base, rest = np.divmod(mine, np.maximum(of_commit, 1))
-    return np.where(mine < 0, mine, base + (turn < rest))
-
-
 def _table(name: str, *columns: Any) -> pa.Table:
     """Columns (Arrow or numpy) in the order of a table's schema."""
     schema = ENERGY_SCHEMAS[name]
@@ -475,8 +475,10 @@ def read_rows(worker_id: str, read: CounterRead) -> Iterator[tuple]:
 
 def committed_attempt(c: Commit, energy_mj: int | None) -> tuple:
     """The attempt row of a commit."""
+    _, *rejected_mj = commit_shares(c, energy_mj)
     return (
         *(c.shard_id, c.attempt_id, "committed", c.worker_id, c.node_id, c.host, c.device, c.driver_epoch),
-        *(c.t_start_wall_ns, c.t_end_wall_ns, c.images_ok, c.images_quarantined, energy_mj),
+        *(c.t_start_wall_ns, c.t_end_wall_ns, c.images_ok, c.images_filtered, c.images_quarantined),
+        *(c.images_drawn, energy_mj, *rejected_mj),
         *(c.energy_estimate_mj, c.energy_method, ",".join(c.energy_domains)),
     )

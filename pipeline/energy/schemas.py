@@ -18,7 +18,12 @@ import pyarrow.parquet as pq
 from millijoule.pipeline.output.image_rows import rows_as_table
 from millijoule.workers.schemas import SEGMENT_CLASSES
 
-ENERGY_SCHEMA_VERSION = 3
+ENERGY_SCHEMA_VERSION = 4
+
+#: Columns that files of an earlier version lack; what they say is null of all that was committed then, or 0.
+ADDED_COLUMNS = {
+    "3": {"attempt": ("images_filtered", "images_drawn", "energy_filtered_mj", "energy_quarantined_mj")}
+}
 
 #: Rows per row group: DuckDB's own default, its unit of parallel work.
 ROW_GROUP_ROWS = 122_880
@@ -105,9 +110,17 @@ _FIELDS = {
         _maybe("driver_epoch", INT),
         _field("t_start_wall_ns", INT, "since 1970"),
         _field("t_end_wall_ns", INT, "since 1970"),
-        _maybe("images_ok", INT),
+        _maybe("images_ok", INT, "accepted; this and the next are null where nothing was committed"),
+        _maybe("images_filtered", INT, "that the model's safety checker hid"),
         _maybe("images_quarantined", INT),
+        _maybe(
+            "images_drawn", INT, "to the end, whatever their status; null: not stated, only accepted ones"
+        ),
         _maybe("energy_mj", INT, "the attempt's share of all its domains; null: missing"),
+        _maybe("energy_filtered_mj", INT, "part of energy_mj: share of the filtered images"),
+        _maybe(
+            "energy_quarantined_mj", INT, "part of energy_mj: share of the quarantined images that were drawn"
+        ),
         _maybe("energy_estimate_mj", INT, "modelled"),
         _maybe("energy_method", TEXT),
         _maybe("energy_domains", TEXT, "comma-separated"),
@@ -118,7 +131,9 @@ _FIELDS = {
         _field("shard_id", INT),
         _field("attempt_id", TEXT, "the winning one"),
         _maybe("sha256", TEXT, "of the encoded image"),
-        _maybe("energy_direct_mj", INT, "equal share of the shard; null: missing"),
+        _maybe(
+            "energy_direct_mj", INT, "equal share of what the shard's accepted images used; null: missing"
+        ),
         _maybe(
             "energy_full_mj", INT, "direct and an equal share of all overhead; null: something is missing"
         ),

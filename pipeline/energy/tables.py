@@ -23,6 +23,7 @@ from millijoule.pipeline.energy.commit_table import CommitTable
 from millijoule.pipeline.energy.ledger import Ledger
 from millijoule.pipeline.energy.rows import DayBlock, EnergyRows, ImageSource, row_tables
 from millijoule.pipeline.energy.schemas import (
+    ADDED_COLUMNS,
     ENERGY_SCHEMA_VERSION,
     ENERGY_SCHEMAS,
     ROW_GROUP_ROWS,
@@ -223,7 +224,7 @@ def _compare(store: Store, group: RowGroup) -> str | None:
         with store.open_input(group.key) as source:
             file = pq.ParquetFile(source)
             version = (file.schema_arrow.metadata or {}).get(b"millijoule.schema_version", b"none").decode()
-            if version != str(ENERGY_SCHEMA_VERSION):
+            if version != str(ENERGY_SCHEMA_VERSION) and version not in ADDED_COLUMNS:
                 return f"{group.key}: has schema version {version}; run the job again to write it anew"
             if group.number >= file.num_row_groups:
                 return f"{group.key}: has no row group {group.number}"
@@ -232,7 +233,8 @@ def _compare(store: Store, group: RowGroup) -> str | None:
         return f"{group.key}: missing; run the job again to write it"
     except (pa.ArrowException, OSError) as error:
         return f"{group.key}: cannot be read as Parquet: {error}"
-    if found.schema.names != group.rows.schema.names:
+    added = ADDED_COLUMNS.get(version, {}).get(group.table, ())
+    if found.schema.names != [name for name in group.rows.schema.names if name not in added]:
         return f"{group.key}: has columns {found.schema.names}"
     for name in found.schema.names:
         if found[name].combine_chunks() != group.rows[name].combine_chunks():

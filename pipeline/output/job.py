@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError
+from millijoule.workers.images.formats import ImageFormatName
 from millijoule.workers.layout import EPOCHS_PREFIX, JOB_KEY, epoch_key
 from millijoule.workers.records import decode, encode
 from millijoule.workers.storage.protocol import Store
@@ -44,6 +45,9 @@ class JobSpec:
     millijoule_version: str
     schema_version: int = 1
     model_options: dict[str, Any] = field(default_factory=dict)  # `GeneratorOptions.identity`
+    image_format: ImageFormatName = "png"
+    image_quality: int | None = None
+    model_revision: str | None = None  # commit of the hub's repository
 
 
 #: Options whose change makes another job, with the words a user knows them by.
@@ -52,6 +56,8 @@ _IDENTITY = {
     "job_seed": "--seed",
     "images_per_prompt": "--images-per-prompt",
     "output_format": "--format",
+    "image_format": "--image-format",
+    "image_quality": "--quality",
     "shard_size": "--shard-size",
     "duplicate_ids": "--duplicate-ids",
 }

@@ -31,6 +31,7 @@ COLUMN_NAMES = {
     "size": ("size", "image_size"),
     "num_inference_steps": ("num_inference_steps", "steps", "step"),
     "guidance_scale": ("guidance_scale", "cfg_scale", "cfg", "cfgs"),
+    "lora": ("lora", "loras"),
 }
 
 #: What other programs let a row ask for and a job here cannot give it. Passed through, and said.
@@ -84,15 +85,21 @@ class Remarks:
 
 @dataclass(frozen=True)
 class KnownNames:
-    """The meaning of names, given the column that holds the prompt by exact name, if the user named one."""
+    """The meaning of names, given the column that holds the prompt by exact name, if the user named one.
+
+    `loras` says whether there are LoRAs for a column `lora` to choose among.
+    """
 
     prompt_column: str | None = None
+    loras: bool = False
 
     def meaning(self, name: str) -> str | None:
         """Our name of the column, None for one to pass through."""
         if name == self.prompt_column:
             return "prompt"
         ours = _MEANINGS.get(folded(name))
+        if ours == "lora" and not self.loras:
+            return None
         return None if ours == "prompt" and self.prompt_column is not None else ours
 
     def hold_prompt(self, names: Iterable[str]) -> bool:
@@ -143,8 +150,9 @@ class FileColumns:
 
     @property
     def used(self) -> Collection[str]:
-        """The file's names of columns that are not passed through. A size is: it may say more than pixels."""
-        return [name for ours, name in self.names.items() if ours != "size"]
+        """The file's names of columns that are not passed through. A size is: it may say more than pixels. So are LoRAs: what a
+        row asked for stands in the manifest."""
+        return [name for ours, name in self.names.items() if ours not in ("size", "lora")]
 
 
 def _some(names: Collection[str]) -> str:

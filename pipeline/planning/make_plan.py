@@ -253,7 +253,7 @@ def _generated_ids(rows: pa.RecordBatch, ordinals: np.ndarray) -> pa.Array:
         *(
             pc.cast(rows[name], pa.string())
             for name in rows.schema.names
-            if name not in ("prompt_id", "source")
+            if name not in ("prompt_id", "source", "lora")  # `extra` has the LoRAs as the row says them
         ),
         "\x1f",  # neither this nor NUL occurs in a checked row
         null_handling="replace",

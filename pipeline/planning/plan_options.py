@@ -22,13 +22,15 @@ _FORMER_OPTIONS = dict.fromkeys(
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """How prompts become rows and shards. Every field is part of the fingerprint.
+    """How prompts become rows and shards. Every field but `loras` is part of the fingerprint.
 
     `prompt_column` names the column that holds the prompt where it has none of the usual names, or several;
     `delimiter` is the character between the fields of csv and tsv, None to find out from the header.
     `images_per_prompt` serves rows that do not say their own. `shard_size` is in images: a shard takes rows until the
     next would exceed it, and a row alone may. `duplicate_ids` says what happens to a prompt id seen before: refuse the
-    input, drop the later rows into quarantine, or name them "id~2", "id~3" and so on.
+    input, drop the later rows into quarantine, or name them "id~2", "id~3" and so on. `loras` are the names that rows may
+    choose among, with weights; where there are none, a column `lora` has no meaning. Their files are in the fingerprint
+    elsewhere, with these.
     """
 
     prompt_column: str | None = None
@@ -37,6 +39,7 @@ class PlanOptions:
     shard_size: int = 256
     duplicate_ids: Literal["error", "keep-first", "suffix"] = "error"
     images_per_prompt: int = 1
+    loras: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
@@ -63,6 +66,7 @@ def compute_fingerprint(
         StoreError: a file cannot be read.
     """
     said = asdict(options) | _FORMER_OPTIONS
+    del said["loras"]
     if options.delimiter is None:
         del said["delimiter"]  # a job from before there was the option goes on
     content = {

@@ -7,7 +7,7 @@ value that cannot be used becomes null and a problem of its row, never something
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from millijoule.pipeline.planning.raw_chunks import Values, has_surrogates, python_values, shown
 from millijoule.workers.errors import InputError
+from millijoule.workers.loras.words import read_cell
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 
 #: Smallest and largest allowed value of the columns of numbers.
@@ -284,6 +285,17 @@ def check_size(
                 reason = f"{_quoted(text)} contradicts the row's {name} of {own[i]}; give one of them"
                 problems.note(i, column, reason)
     return pa.array(sides["width"], pa.int32()), pa.array(sides["height"], pa.int32()), unread
+
+
+def check_lora(values: Values, column: str, problems: Problems, declared: Mapping[str, float]) -> pa.Array:
+    """The LoRAs that rows choose among those `declared`, as `loras.words.read_cell` writes them; null: all of them."""
+
+    def parse(value: Any) -> str | None:
+        if not isinstance(value, str):
+            raise ValueError(f"must be text such as {next(iter(declared))}=0.5, not {shown(value, 40)}")
+        return read_cell(value, declared)
+
+    return _parsed(values, column, problems, parse, pa.string())
 
 
 def mask(array: pa.Array) -> np.ndarray:

@@ -24,6 +24,7 @@ from millijoule.pipeline.planning.prompt_values import (
     Problems,
     as_text,
     check_ids,
+    check_lora,
     check_numbers,
     check_size,
     check_text,
@@ -84,7 +85,7 @@ def read_prompts(
     """
     any_row = False
     remarks = remarks or Remarks()
-    known = KnownNames(options.prompt_column)
+    known = KnownNames(options.prompt_column, loras=bool(options.loras))
     if options.delimiter is not None and not any(file_format(f.url)[0] in USUAL_DELIMITERS for f in files):
         raise InputError(f"--delimiter {options.delimiter!r}: none of the prompt files is csv or tsv")
     for index, file in enumerate(files):
@@ -130,6 +131,7 @@ def _check(
             )
             remarks.add(file, text, key=f"unreadable size {column}", level=logging.WARNING)
     check(guidance, check_numbers, guidance, raw.decimal_comma)
+    check("lora", check_lora, dict(options.loras))
     out["extra"] = _check_extra(raw, columns, problems)
     out["source"] = pc.binary_join_element_wise(file, pc.cast(pa.array(raw.rows), pa.string()), ":")
 

@@ -1,10 +1,14 @@
-"""Rows become shards: alike in size and steps, cut when they have enough images, written as Parquet row groups."""
+"""Rows become shards: alike in size and steps, and as far as it goes in guidance and in having a negative prompt; cut when they
+have enough images, written as Parquet row groups.
+
+A call of a model has one guidance scale, and negative prompts for all its rows or for none."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +25,25 @@ SHARDS_PER_PART = 256
 #: up for each of them, which took two thirds of the time that a plan of one-row shards takes.
 _MIN_COMPRESSED_IMAGES = 16
 
-#: Rows that wait for their shard to fill; above either limit the fullest bucket's shard is cut early.
+#: Rows that wait for their shard to fill; above either limit those of one size are cut into shards as they are.
 MAX_WAITING_ROWS = 200_000
 MAX_WAITING_BYTES = 128 * 2**20
 
 #: Rows of one shard are equal in these.
 _ALIKE = ("width", "height", "num_inference_steps")
 
+#: Size and steps in one number; guidance scale; whether there is a negative prompt.
+BucketKey = tuple[int, float, bool]
+
 #: Start and end of a shard, or of what waits to become one, among rows.
 Range = tuple[int, int]
 
 
 class ShardCutter:
-    """Sorts rows into buckets of one size and step count, and cuts a shard whenever a bucket has enough images.
+    """Sorts rows into buckets of what can share a call of a model, and cuts a shard whenever a bucket has enough images.
+
+    What of a bucket does not fill a shard shares one with other buckets of the same size and step count: at the end, and when
+    too many rows wait. Its rows are then in order of their buckets, so that each model's calls are of neighbours.
 
     Shards come in the order in which they become full. Rows keep their order within a bucket.
 
@@ -46,8 +56,8 @@ class ShardCutter:
         self._shard_size = shard_size
         self._emit = emit
         self._rows: pa.RecordBatch | None = None  # those that wait, in input order
-        self._buckets: dict[int, list[int]] = {}  # their positions
-        self._images: dict[int, int] = {}  # in each bucket
+        self._buckets: dict[BucketKey, list[int]] = {}  # their positions
+        self._images: dict[BucketKey, int] = {}  # in each bucket
 
     def add(self, rows: pa.RecordBatch) -> None:
         """Take rows in input order; emits the shards they complete."""
@@ -56,12 +66,12 @@ class ShardCutter:
         shards: list[list[int]] = []
         buckets, images, size = self._buckets, self._images, self._shard_size
 
-        def complete(key: int) -> None:
+        def complete(key: BucketKey) -> None:
             shards.append(buckets.pop(key))
             del images[key]
 
-        row_keys, row_images = _bucket_keys(rows).tolist(), rows["num_images"].to_pylist()
-        for position, (key, n) in enumerate(zip(row_keys, row_images, strict=True), first):
+        row_images = rows["num_images"].to_pylist()
+        for position, (key, n) in enumerate(zip(_bucket_keys(rows), row_images, strict=True), first):
             if key in buckets and images[key] + n > size:
                 complete(key)
             if key in buckets:
@@ -73,36 +83,72 @@ class ShardCutter:
                 complete(key)
         waiting = sum(map(len, buckets.values()))
         allowed = min(MAX_WAITING_ROWS, int(MAX_WAITING_BYTES * held.num_rows / max(held.nbytes, 1)))
-        for key in sorted(buckets, key=lambda key: -len(buckets[key])):
-            if waiting <= allowed:
-                break
-            waiting -= len(buckets[key])
-            complete(key)
+        if waiting > allowed:
+            shards += self._merge(held, allowed)
         self._emit_shards(held, shards)
 
     def finish(self) -> None:
-        """Emit what is left, each bucket as a shard, in the order of their first rows."""
+        """Emit what is left, in the order of the first rows."""
         if self._rows is not None:
-            shards = sorted(self._buckets.values())
-            self._buckets, self._images = {}, {}
-            self._emit_shards(self._rows, shards)
+            self._emit_shards(self._rows, sorted(self._merge(self._rows, 0), key=min))
+
+    def _merge(self, held: pa.RecordBatch, allowed: int) -> list[list[int]]:
+        """Shards of the buckets of one size and step count together, the fullest first, until `allowed` rows wait."""
+        alike: dict[int, list[BucketKey]] = {}
+        for key in self._buckets:
+            alike.setdefault(key[0], []).append(key)
+        waiting = {size: sum(len(self._buckets[key]) for key in keys) for size, keys in alike.items()}
+        images = held["num_images"].to_numpy()
+        shards: list[list[int]] = []
+        left = sum(waiting.values())
+        for size in sorted(alike, key=lambda size: -waiting[size]):
+            if left <= allowed:
+                break
+            left -= waiting[size]
+            positions = [p for key in sorted(alike[size]) for p in self._buckets.pop(key)]
+            for key in alike[size]:
+                del self._images[key]
+            shards += _cut(positions, images[positions].tolist(), self._shard_size)
+        return shards
 
     def _emit_shards(self, held: pa.RecordBatch, shards: list[list[int]]) -> None:
         """Emit the rows of `held` at these positions; the others wait on."""
-        if shards:
-            ends = np.cumsum([len(shard) for shard in shards]).tolist()
-            self._emit(held.take(pa.array(np.concatenate(shards))), list(zip([0, *ends], ends, strict=False)))
-        kept = np.sort(np.concatenate([[], *self._buckets.values()]).astype(np.int64))
+        if not shards:
+            self._rows = held
+            return
+        ends = np.cumsum([len(shard) for shard in shards]).tolist()
+        self._emit(held.take(pa.array(np.concatenate(shards))), list(zip([0, *ends], ends, strict=False)))
+        waiting = np.array([p for bucket in self._buckets.values() for p in bucket], np.int64)
+        kept = np.sort(waiting)
         self._rows = held.take(pa.array(kept))  # a copy, so that `held` can go
-        self._buckets = {k: np.searchsorted(kept, b).tolist() for k, b in self._buckets.items()}
+        moved = iter(np.searchsorted(kept, waiting).tolist())
+        self._buckets = {key: list(islice(moved, len(bucket))) for key, bucket in self._buckets.items()}
 
 
-def _bucket_keys(rows: pa.RecordBatch) -> np.ndarray:
-    """int64 `[n]`: equal where size and steps are equal; null counts as 0, which no row may have."""
+def _cut(positions: list[int], images: list[int], shard_size: int) -> list[list[int]]:
+    """`positions` in runs of at most `shard_size` images, or of a single row that has more."""
+    shards: list[list[int]] = []
+    n_images = shard_size
+    for position, n in zip(positions, images, strict=True):
+        if n_images + n > shard_size:
+            shards.append([])
+            n_images = 0
+        shards[-1].append(position)
+        n_images += n
+    return shards
+
+
+def _bucket_keys(rows: pa.RecordBatch) -> Iterator[BucketKey]:
+    """A key per row: its first part is equal where size and steps are equal, all of it where rows can share a call.
+
+    Null counts as 0 for sizes and steps, which no row may have, and as infinity for guidance.
+    """
     width, height, steps = (
         pc.fill_null(rows[name], 0).to_numpy(zero_copy_only=False).astype(np.int64) for name in _ALIKE
     )
-    return ((width << 14) | height) << 10 | steps
+    guidance = pc.fill_null(rows["guidance_scale"], float("inf")).to_pylist()
+    negative = pc.is_valid(rows["negative_prompt"]).to_pylist()
+    return zip((((width << 14) | height) << 10 | steps).tolist(), guidance, negative, strict=True)
 
 
 class ShardWriter:

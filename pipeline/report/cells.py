@@ -19,6 +19,23 @@ CLASS_HEADS = ("class", "counts as", "worker time", "share", "measured", "share"
 VERDICTS = {True: "passed", False: "FAILED", None: "not applicable"}
 
 
+def not_made(job: JobReport) -> list[str]:
+    """How many images nobody got, by status."""
+    counts = {"filtered": job.images_filtered, "quarantined": job.images_quarantined}
+    return [f"{n:,} {status}" for status, n in counts.items() if n]
+
+
+def messages(job: JobReport) -> list[tuple[str, dict[str, int]]]:
+    """Why images are not there, and what was said of those that are: title, and images by message."""
+    warned = f" ({job.images_with_warnings:,} images)" if job.images_with_warnings else ""
+    every = [
+        ("Errors", job.errors),
+        ("Filtered by the model", job.filter_reasons),
+        (f"Warnings{warned}", job.warnings),
+    ]
+    return [(title, found) for title, found in every if found]
+
+
 def figure_sections(job: JobReport) -> list[tuple[str, list[tuple[str, ...]]]]:
     """Measured figures, estimates and, where GPUs were held, their time: title, and rows under `FIGURE_HEADS`."""
     sections = [(f.method, _figures(f)) for f in (job.measured, job.estimate)]

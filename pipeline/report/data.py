@@ -79,7 +79,9 @@ class JobReport:
     model_sha256: str
     millijoule_version: str
     images_ok: int
+    images_filtered: int
     images_quarantined: int
+    images_with_warnings: int | None  # None: the output does not say
     input_rows_rejected: int
     encoded_bytes: int
     evidence_class: str  # "E0".."E4", or "not computed"
@@ -105,7 +107,8 @@ class JobReport:
     node_meters_not_shown: int
     flags: tuple[Flag, ...]
     errors: dict[str, int]
-    warnings: dict[str, int]
+    filter_reasons: dict[str, int]
+    warnings: dict[str, int]  # by kind, where the output says it
     samples: tuple[Sample, ...]
 
 
@@ -165,6 +168,8 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         output=store.url,
         fingerprint=job.fingerprint,
         **{name: stats[name] for name in _TAKEN_OVER},
+        images_filtered=stats.get("images_filtered", 0),
+        images_with_warnings=stats.get("images_with_warnings"),
         evidence_class=evidence if isinstance(evidence, str) else "not computed",
         is_measured=is_measured,
         domains=tuple(energy.get("domains", ())),
@@ -174,7 +179,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         price=price_used,
         pue=rates.pue,
         gpu_time=gpu_time,
-        classes=class_shares(work, energy),
+        classes=class_shares(work, stats),
         devices=tuple(devices[:MAX_DEVICE_ROWS]),
         devices_not_shown=max(0, len(devices) - MAX_DEVICE_ROWS),
         nodes=tuple(nodes[:MAX_DEVICE_ROWS]),
@@ -199,7 +204,8 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
             unread_devices(env),
         ),
         errors=_first(stats["errors"]),
-        warnings=_first(stats["warnings"]),
+        filter_reasons=_first(stats.get("filter_reasons", {})),
+        warnings=_first(stats.get("warning_kinds", stats["warnings"])),
         samples=read_samples(store),
     )
 

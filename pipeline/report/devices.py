@@ -10,6 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from millijoule.pipeline.energy.counter_split import MISSING
+from millijoule.pipeline.energy.packed import NONE
+from millijoule.pipeline.energy.shard_shares import shard_shares
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.tables import floats, labels
 from millijoule.pipeline.report.timeline import HostDevice, Work, hosts_of_boots
@@ -131,7 +134,7 @@ def device_rows(
     won = labels(attempts["outcome"]).where(["committed"])
     made = labels(attempts["worker_id"])
     images = floats(attempts["images_ok"])
-    direct, direct_estimate = floats(attempts["energy_mj"]), floats(attempts["energy_estimate_mj"])
+    direct, direct_estimate = (_accepted_mj(attempts, c) for c in ("energy_mj", "energy_estimate_mj"))
     seconds = work.end_s - work.begin_s
     groups: dict[HostDevice, list[str]] = defaultdict(list)
     for worker in work.workers:
@@ -162,6 +165,19 @@ def device_rows(
     return rows
 
 
+def _accepted_mj(attempts: pa.Table, column: str) -> np.ndarray:
+    """Of `column`, what the accepted images of each attempt used, float64 `[n]`; NaN where it is not known."""
+    energy, *numbers = (
+        np.nan_to_num(floats(attempts[name]), nan=missing).astype(np.int64)
+        for name, missing in (
+            *((column, MISSING), ("images_ok", 0), ("images_filtered", 0)),
+            ("images_drawn", NONE),
+        )
+    )
+    accepted = shard_shares(energy, *numbers).accepted_mj
+    return np.where(accepted == MISSING, np.nan, accepted)
+
+
 def _per_image(energy_mj: np.ndarray, images: int) -> float | None:
     """The sum over images; None where any part of it is missing."""
     if not images or not len(energy_mj) or not np.isfinite(energy_mj).all():
@@ -180,8 +196,8 @@ def gpu_models(env: pa.Table | None) -> dict[tuple[str, str], str]:
 def measure_speed(
     stats: Mapping[str, Any], devices_of: Mapping[str, HostDevice], attempts: pa.Table
 ) -> Speed:
-    """Throughput, seconds per image of the committed shards, and the slowest of them."""
-    images = floats(attempts["images_ok"])
+    """Throughput, seconds per image drawn of the committed shards, and the slowest of them."""
+    images = np.fmax(floats(attempts["images_ok"]), floats(attempts["images_drawn"]))
     rows = np.flatnonzero(labels(attempts["outcome"]).where(["committed"]) & (images > 0))
     seconds = (floats(attempts["t_end_wall_ns"]) - floats(attempts["t_start_wall_ns"]))[rows] / 1e9
     per_image = seconds / images[rows]

@@ -31,6 +31,10 @@ GROUPS = {
     "gap": "gap",
 }
 
+#: Statuses of images that nobody got: their part of the energy of shards is shown beside the classes of segments.
+REJECTED = ("filtered", "quarantined")
+SHARD = "shard"
+
 
 @dataclass(frozen=True)
 class RateUsed:
@@ -48,8 +52,8 @@ class RateUsed:
 class EnergyFigures:
     """Energy, and what follows from it, by one method.
 
-    `direct` is what was used while the images were made; `full` adds an equal share of loading, idling, waste and
-    gaps. Null: not measured, or no price or intensity was given.
+    `direct` is what the accepted images used while they were made; `full` adds an equal share of loading, idling, waste
+    and gaps. Null: not measured, or no price or intensity was given.
     """
 
     method: str
@@ -68,7 +72,10 @@ class EnergyFigures:
 
 @dataclass(frozen=True)
 class ClassShare:
-    """What one class of segments took; `worker_seconds` is None for gaps without a worker."""
+    """What one class of segments took, or the images of a status in `REJECTED` took of the shards.
+
+    `worker_seconds` is None for gaps without a worker, and for images: the time of a shard is not divided.
+    """
 
     segment_class: str
     group: str
@@ -148,12 +155,17 @@ def rate_used(rate: Rate, work: Work, is_measured: bool, *, constant_is_fallback
     )
 
 
-def class_shares(work: Work, energy: Mapping[str, Any]) -> tuple[ClassShare, ...]:
-    """One row per class that occurs, in the order of `SEGMENT_CLASSES`."""
+def class_shares(work: Work, stats: Mapping[str, Any]) -> tuple[ClassShare, ...]:
+    """One row per class that occurs, in the order of `SEGMENT_CLASSES`, images that nobody got after the shards."""
+    energy = stats["energy"]
     seconds = {c: float((work.end_s - work.begin_s)[work.of_class(c)].sum()) for c in work.classes}
     total_mj, estimate_mj = energy.get("total_mj"), energy.get("estimate_total_mj")
-    measured = {} if total_mj is None else energy.get("measured_mj", {})
-    estimates = {} if estimate_mj is None else energy.get("estimate_mj", {})
+    measured = {} if total_mj is None else _divided(energy.get("measured_mj", {}), stats.get("rejected_mj"))
+    estimates = (
+        {}
+        if estimate_mj is None
+        else _divided(energy.get("estimate_mj", {}), stats.get("rejected_estimate_mj"))
+    )
 
     def share(part: float | None, whole: float | None) -> float | None:
         return part / whole if part is not None and whole else None
@@ -161,7 +173,7 @@ def class_shares(work: Work, energy: Mapping[str, Any]) -> tuple[ClassShare, ...
     return tuple(
         ClassShare(
             segment_class=c,
-            group=GROUPS[c],
+            group="waste" if c in REJECTED else GROUPS[c],
             worker_seconds=seconds.get(c),
             time_share=share(seconds.get(c), sum(seconds.values())),
             energy_mj=measured.get(c),
@@ -169,6 +181,18 @@ def class_shares(work: Work, energy: Mapping[str, Any]) -> tuple[ClassShare, ...
             estimate_mj=estimates.get(c),
             estimate_share=share(estimates.get(c), estimate_mj),
         )
-        for c in SEGMENT_CLASSES
+        for c in (SHARD, *REJECTED, *(c for c in SEGMENT_CLASSES if c != SHARD))
         if c in measured or seconds.get(c) or c in estimates
     )
+
+
+def _divided(
+    mj_by_class: Mapping[str, int | None], rejected_mj: Mapping[str, int | None] | None
+) -> dict[str, int | None]:
+    """Energy by class, with what shards used for images that nobody got as classes of their own."""
+    divided = dict(mj_by_class)
+    for status, mj in (rejected_mj or {}).items():
+        shard_mj = divided.get(SHARD)
+        if mj and shard_mj is not None and status in REJECTED:
+            divided |= {SHARD: shard_mj - mj, status: mj}
+    return divided

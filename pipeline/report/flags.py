@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from millijoule.pipeline.report import words
 from millijoule.pipeline.report.energy import RateUsed
 from millijoule.pipeline.report.gpu_time import OPTION, GpuPrices, GpuTime
 
 #: A flag names at most this many devices, or workers.
 MAX_DEVICES_NAMED = 8
+
+#: And so many kinds of warning.
+MAX_KINDS_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ def flags_of(
         unread_devices: those that workers held and never read a counter of.
     """
     flags = [
+        *_image_flags(stats),
         *_energy_flags(stats, short_share, unread_devices),
         *_closure_flags(failed_checks),
         *_rate_flags(carbon, "carbon intensity", "--gco2-per-kwh (a number or a CSV file)"),
@@ -60,6 +65,22 @@ def flags_of(
         text = f"Grams and money are multiplied by a declared PUE of {pue:g}. Joules are not."
     flags.append(Flag("note", name, text))
     return tuple(sorted(flags, key=lambda flag: ("problem", "caution", "note").index(flag.level)))
+
+
+def _image_flags(stats: Mapping[str, Any]) -> list[Flag]:
+    """What became of images that a reader might take to be there, or to be what was asked for."""
+    flags = []
+    if filtered := stats.get("images_filtered", 0):
+        mj = (stats.get("rejected_mj") or {}).get("filtered")
+        used = "" if mj is None else f" What they used, {words.energy(mj)}, counts as waste."
+        text = f"The model's own safety checker hid {filtered:,} images: there are no files of them.{used}"
+        flags.append(Flag("caution", "images filtered", text))
+    if warned := stats.get("images_with_warnings", 0):
+        kinds = list(stats.get("warning_kinds", {}).items())
+        said = "; ".join(f"{n:,} x {kind}" for kind, n in kinds[:MAX_KINDS_NAMED])
+        more = "; ..." if len(kinds) > MAX_KINDS_NAMED else ""
+        flags.append(Flag("note", "images with warnings", f"{warned:,} images with warnings: {said}{more}."))
+    return flags
 
 
 def _energy_flags(stats: Mapping[str, Any], short_share: float, unread_devices: Sequence[str]) -> list[Flag]:

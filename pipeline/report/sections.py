@@ -11,7 +11,7 @@ from millijoule.pipeline.report import cells, words
 from millijoule.pipeline.report.charts import CLASS_COLOURS, Chart
 from millijoule.pipeline.report.data import JobReport
 from millijoule.pipeline.report.devices import DeviceRow
-from millijoule.pipeline.report.energy import RateUsed
+from millijoule.pipeline.report.energy import REJECTED, SHARD, ClassShare, RateUsed
 from millijoule.pipeline.report.gallery import Sample
 from millijoule.pipeline.report.markup import Row, search_box, table
 
@@ -45,7 +45,7 @@ def job_section(number: int, job: JobReport, charts: Sequence[Chart]) -> str:
             "<h3>Where the energy and the time went</h3>",
             table(
                 cells.CLASS_HEADS,
-                [Row(cells.class_cells(row), {"class": row.segment_class}) for row in job.classes],
+                [Row(cells.class_cells(row), {"class": _segments_of(row)}) for row in job.classes],
                 numbers=range(2, 8),
             ),
             "<h3>Nodes</h3>",
@@ -94,8 +94,7 @@ def _cards(job: JobReport) -> str:
         full = f"direct; {words.money(gpu.full_cost_per_image)} full, with loading, idling and waste"
         cards.append(_card("GPU time per image", words.money(gpu.direct_cost_per_image), full))
     rest = [words.byte_count(job.encoded_bytes)]
-    if job.images_quarantined:
-        rest.append(f"{job.images_quarantined:,} quarantined")
+    rest += cells.not_made(job)
     if job.input_rows_rejected:
         rest.append(f"{job.input_rows_rejected:,} input rows rejected")
     took = f"{words.seconds(job.speed.seconds)} from first start to last commit"
@@ -189,11 +188,17 @@ def _filters(job: JobReport) -> str:
         f'data-group="{escape(row.group)}"><span class="swatch" style="background:{CLASS_COLOURS[row.segment_class]}">'
         f"</span>{escape(row.segment_class)}</label>"
         for row in job.classes
+        if row.segment_class == _segments_of(row)
     )
     return (
         f'<div class="filters">{_select("node", nodes)}{_select("device", devices)}</div>'
         f'<div class="filters" role="group" aria-label="segment classes">{boxes}</div>'
     )
+
+
+def _segments_of(row: ClassShare) -> str:
+    """The class of the segments that hold the energy of `row`."""
+    return SHARD if row.segment_class in REJECTED else row.segment_class
 
 
 def _select(name: str, values: Iterable[str]) -> str:
@@ -286,10 +291,9 @@ def _closure(number: int, job: JobReport) -> str:
 
 def _messages(job: JobReport) -> str:
     parts = []
-    for title, messages in (("Errors", job.errors), ("Warnings", job.warnings)):
-        if messages:
-            rows = [Row((f"{n:,}", text)) for text, n in messages.items()]
-            parts.append(f"<h3>{title}</h3>" + table(("images", "message"), rows, numbers=(0,)))
+    for title, messages in cells.messages(job):
+        rows = [Row((f"{n:,}", text)) for text, n in messages.items()]
+        parts.append(f"<h3>{escape(title)}</h3>" + table(("images", "message"), rows, numbers=(0,)))
     return "".join(parts)
 
 

@@ -32,7 +32,8 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         ),
         "attempt": (
             *("shard_id", "attempt_id", "outcome", "worker_id", "host", "device", "t_start_wall_ns"),
-            *("t_end_wall_ns", "images_ok", "energy_mj", "energy_estimate_mj"),
+            *("t_end_wall_ns", "images_ok", "images_filtered", "images_drawn"),
+            *("energy_mj", "energy_estimate_mj"),
         ),
         "power": ("boot_id", "host", "device", "t_wall_ns", "power_average_mw", "power_instant_mw"),
         "env": (

@@ -41,8 +41,7 @@ def print_report(report: Report, console: Console) -> None:
 def _print_job(job: JobReport, console: Console) -> None:
     console.print(_plain(f"{job.model}  {job.output}", "bold"))
     made = f"{job.images_ok:,} images, {words.rate(job.speed.images_per_second)}"
-    if job.images_quarantined:
-        made += f", {job.images_quarantined:,} quarantined"
+    made = ", ".join([made, *cells.not_made(job)])
     meaning = evidence.MEANINGS.get(job.evidence_class)
     why = f" ({meaning})" if meaning else ""
     console.print(_plain(f"{made}; evidence class: {job.evidence_class}{why}"))
@@ -60,8 +59,12 @@ def _print_job(job: JobReport, console: Console) -> None:
         console.print(_prompts(job))
     for flag in job.flags:
         console.print(_plain(f"{flag.level}: {flag.name}: {flag.text}", _LEVEL_STYLES.get(flag.level, "")))
-    for text, n in [*job.errors.items(), *job.warnings.items()][:MAX_ROWS]:
-        console.print(_plain(f"{n:,} x {text}"))
+    for title, messages in cells.messages(job):
+        console.print(_plain(f"{title}:", "bold"))
+        for text, n in list(messages.items())[:MAX_ROWS]:
+            console.print(_plain(f"{n:,} x {text}"))
+        if len(messages) > MAX_ROWS:
+            console.print(_plain(_rest(len(messages))))
 
 
 def _figures(job: JobReport) -> Table:

@@ -25,7 +25,7 @@ from millijoule.pipeline.running.record_writer import RecordWriter
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.layout import CLOSINGS_PREFIX, WORKERS_PREFIX, closing_key, worker_key
 from millijoule.workers.lease import AccountRead, WorkerConfig, WorkerStopped
-from millijoule.workers.schemas import WorkerClosing, WorkerEnvironment
+from millijoule.workers.schemas import CounterRead, WorkerClosing, WorkerEnvironment
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ CLOSE_TIMEOUT_S = 60.0
 CUT_OFF_TIMEOUT_S = 8.0
 #: A process that was killed while it started may still open its account for so long.
 LAST_BREATH_S = 1.0
+#: Why the account of a worker without counters has no end, once and for all.
+NO_COUNTER = "it had no counter that somebody else could read"
 #: Between two looks while the end waits.
 _POLL_S = 0.05
 
@@ -70,6 +72,7 @@ class Accounts:
         self.actor_class = actor_class
         self.config = config
         self._open: dict[str, _Open] = {}
+        self._while_loading: dict[str, CounterRead] = {}
         self._unopened: dict[str, float] = {}  # workers that had none when they were gone, and when that was
         self._closed = False
         self._readers: dict[str, Any] = {}  # by node id
@@ -94,6 +97,11 @@ class Accounts:
             read = stopped.segments[-1].close
             self._close(WorkerClosing(stopped.worker_id, self.epoch, stopped.worker_id, read))
 
+    def loading(self, worker_id: str, read: CounterRead | None) -> None:
+        """What a worker's own meter said while it still loaded; it is ended next."""
+        if read is not None:
+            self._while_loading[worker_id] = read
+
     def gone(self, worker_id: str) -> None:
         """A worker ended without last words."""
         account = self._open[worker_id] = _Open(worker_id)
@@ -112,6 +120,14 @@ class Accounts:
                 del self._open[worker_id]
                 if environment is None:
                     self._unopened[worker_id] = since
+                elif (
+                    environment.opened is not None
+                ):  # nobody can read anything for it: it is not looked for again
+                    own = self._while_loading.get(worker_id)
+                    if own is None or own.energy_mj:
+                        self._close(WorkerClosing(worker_id, self.epoch, "", None, NO_COUNTER))
+                    else:
+                        self._close(WorkerClosing(worker_id, self.epoch, worker_id, own))
                 return
             account.environment = environment
             self._try(account)
@@ -240,7 +256,11 @@ class Accounts:
         keys = [item.key for item in self.store.list(CLOSINGS_PREFIX)]
         bodies = in_threads(self.store.get, keys, items_per_call=1)
         closings = [WorkerClosing.from_json(body) for body in bodies]
-        closed = {worker_key(closing.worker_id) for closing in closings if closing.read is not None}
+        closed = {
+            worker_key(closing.worker_id)
+            for closing in closings
+            if closing.read is not None or closing.reason == NO_COUNTER
+        }
         return sorted(Path(key).stem for key in self._opened() - closed)
 
     def _opened(self) -> set[str]:

@@ -13,13 +13,13 @@ import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from millijoule.pipeline.running.bisection import Bisection
-from millijoule.workers.lease import AttemptResult, Lease, WorkerStatus
-from millijoule.workers.shard_rows import Shard
+from millijoule.pipeline.running.lease_state import Accusation, ActiveLease, Shards, Trouble
+from millijoule.workers.lease import AttemptProgress, AttemptResult, Lease
 
 #: After this many workers died on a shard, its rows are searched for the one that kills them.
 CRASHES_BEFORE_BISECTION = 2
@@ -38,58 +38,6 @@ SPECULATION_MIN_S = 5.0
 #: Why a row that killed its workers stands quarantined.
 POISON_REASON = "every worker that generated this row died"
 HANG_REASON = "every worker that generated this row stood still, longer than --lease-seconds, and was ended"
-
-
-class Shards(Protocol):
-    """Shards by id, such as `pipeline.planning.retry_rounds.JobShards`."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, shard_id: int, /) -> Shard: ...
-
-
-@dataclass
-class ActiveLease:
-    """A lease that is out, and when it was last known to be alive."""
-
-    lease: Lease
-    started: float
-    deadline: float
-    images_done: int = 0
-    steps: int = 0
-
-    @property
-    def shard_id(self) -> int:
-        return self.lease.shard.shard_id
-
-
-@dataclass
-class _Trouble:
-    """What went wrong with one shard so far."""
-
-    crashes: int = 0
-    node_deaths: int = 0
-    bisections: int = 0
-    bisection: Bisection | None = None
-    stood_still: bool = False  # so the last one ended
-    quarantine: dict[int, str] = field(default_factory=dict)  # reasons by row
-    empty_attempts: int = 0
-
-
-@dataclass(frozen=True)
-class Accusation:
-    """A finished attempt whose commit waits for a second opinion on the rows that failed in it."""
-
-    result: AttemptResult
-    node_id: str
-    since: float
-
-    @property
-    def worker_id(self) -> str:
-        return self.result.lease.worker_id
-
-    @property
-    def shard_id(self) -> int:
-        return self.result.lease.shard.shard_id
 
 
 @dataclass
@@ -119,8 +67,9 @@ class Coordinator:
         self._accused: list[Accusation] = []  # that wait for a second worker
         self._hearings: dict[str, Accusation] = {}  # by the attempt id of the lease that confirms them
         self._void: list[Accusation] = []  # whose attempts are to be discarded
-        self._trouble: defaultdict[int, _Trouble] = defaultdict(_Trouble)
+        self._trouble: defaultdict[int, Trouble] = defaultdict(Trouble)
         self._durations: deque[float] = deque(maxlen=256)
+        self._ahead: dict[str, str] = {}  # attempt id of the lease that a worker holds ahead, by worker id
         self.progress = 0  # grows with every commit and every narrowed search: the respawn budget's clock
         self.n_committed = int(self.committed.sum())
 
@@ -138,6 +87,16 @@ class Coordinator:
     def useful_workers(self) -> int:
         """An upper bound on useful workers: one per shard, and a second one where a row waits for it."""
         return self.remaining + (1 if self._accused else 0)
+
+    @property
+    def at_work(self) -> int:
+        """Leases that are out, those ahead not counted."""
+        return len(self.active) - len(self._ahead)
+
+    @property
+    def unleased(self) -> int:
+        """At most so many shards are left that could be leased as they are."""
+        return min(self.remaining - len(self.active), len(self._again) + len(self.shards) - self._cursor)
 
     def next_lease(
         self, worker_id: str, now: float, peers: Mapping[str, str] | None = None, *, alone: bool = False
@@ -168,19 +127,70 @@ class Coordinator:
                 return self._grant(shard_id, worker_id, now)
         return self._speculative(worker_id, now) if self.speculate else None
 
-    def renew(self, status: WorkerStatus, now: float) -> bool:
-        """A worker answered: its lease lives on if it got further since, by images or by smaller steps, or waits for storage."""
-        entry = self.active.get(status.attempt_id or "")
-        done = status.images_done, status.steps
-        if entry is None or (done <= (entry.images_done, entry.steps) and not status.waits_for_store):
+    def next_lease_ahead(self, in_hand: Lease, now: float, workers: int) -> Lease | None:
+        """One more shard for a worker that has `in_hand`, to begin with when its device is free; None where it is to have none.
+
+        That is where one of all `workers` could have to wait for it, where a question waits for a worker, which is asked only
+        of one that has nothing in hand, and beside a shard that made trouble: should the worker die, it must be known of what.
+        """
+        if self._probing or self._accused or self.unleased < workers:
+            return None
+        if not in_hand.writes or in_hand.shard.shard_id in self._trouble or in_hand.worker_id in self._ahead:
+            return None
+        while self._again or self._cursor < len(self.shards):
+            shard_id = next(iter(self._again), self._cursor)
+            if shard_id in self._trouble:
+                return None
+            if shard_id in self._again:
+                del self._again[shard_id]
+            else:
+                self._cursor += 1
+            if self._open(shard_id):
+                lease = self._grant(shard_id, in_hand.worker_id, now)
+                self.active[lease.attempt_id].is_ahead = True
+                self._ahead[lease.worker_id] = lease.attempt_id
+                return lease
+        return None
+
+    def renew(self, progress: AttemptProgress, now: float, *, waits_for_store: bool = False) -> bool:
+        """A worker answered: a lease lives on if it got further since, by images or by smaller steps, or waits for storage or
+        for its worker's device: then it is for the lease that is drawn to get on."""
+        entry = self.active.get(progress.attempt_id)
+        if entry is None:
+            return False
+        if progress.has_begun:
+            self._begun(entry, now)
+        done = progress.images_done, progress.steps
+        if done <= (entry.images_done, entry.steps) and not waits_for_store and not progress.waits:
             return False
         entry.images_done, entry.steps = done
         entry.deadline = now + self.lease_s
         return True
 
+    def _begun(self, entry: ActiveLease, now: float | None) -> None:
+        """A lease is ahead no longer: its worker has come to it."""
+        if not entry.is_ahead:
+            return
+        entry.is_ahead = False
+        del self._ahead[entry.lease.worker_id]
+        if now is not None:
+            entry.started = now
+
+    def _end(self, attempt_id: str, now: float | None = None) -> ActiveLease | None:
+        """Take a lease that is out back in; None where it was not out. The one that its worker holds ahead is next there."""
+        entry = self.active.pop(attempt_id, None)
+        if entry is None:
+            return None
+        ahead = self.active.get(self._ahead.get(entry.lease.worker_id, ""))
+        if entry.is_ahead:
+            del self._ahead[entry.lease.worker_id]
+        elif ahead is not None:
+            self._begun(ahead, now)
+        return entry
+
     def complete(self, attempt_id: str, shard_id: int, now: float) -> bool:
         """Shard `shard_id` has a commit in storage, by this attempt or another. True where that is news."""
-        entry = self.active.pop(attempt_id, None)
+        entry = self._end(attempt_id, now)
         if entry is not None:
             self._durations.append(now - entry.started)
         if self.committed[shard_id]:
@@ -196,13 +206,13 @@ class Coordinator:
 
     def suspected(self, result: AttemptResult, node_id: str, now: float) -> None:
         """The attempt is finished but for rows that failed: they are to be tried by another worker, elsewhere if there is one."""
-        self.active.pop(result.lease.attempt_id, None)
+        self._end(result.lease.attempt_id, now)
         if not self.committed[result.lease.shard.shard_id]:
             self._accused.append(Accusation(result, node_id, now))
 
     def confirmed(self, attempt_id: str) -> AttemptResult | None:
         """The suspects failed again: the waiting attempt's commit may stand. None where there is no such question."""
-        self.active.pop(attempt_id, None)
+        self._end(attempt_id)
         if accusation := self._hearings.pop(attempt_id, None):
             self.progress += 1
             return accusation.result
@@ -210,7 +220,7 @@ class Coordinator:
 
     def contradicted(self, attempt_id: str) -> Accusation | None:
         """A suspect was drawn: the accuser's attempt is void, and its shard is leased again."""
-        self.active.pop(attempt_id, None)
+        self._end(attempt_id)
         if accusation := self._hearings.pop(attempt_id, None):
             self._make_void(accusation)
         return accusation
@@ -256,7 +266,7 @@ class Coordinator:
 
     def probed(self, attempt_id: str, *, survived: bool = True) -> None:
         """The rows of a probe survived, or did not."""
-        entry = self.active.pop(attempt_id, None)
+        entry = self._end(attempt_id)
         if entry is None:
             return
         shard_id, rows = entry.shard_id, entry.lease.probe_rows
@@ -280,7 +290,7 @@ class Coordinator:
 
         With `not_before` the shard is not leased again until then.
         """
-        entry = self.active.pop(attempt_id, None)
+        entry = self._end(attempt_id)
         if entry is None:
             return
         shard_id = entry.shard_id
@@ -306,7 +316,10 @@ class Coordinator:
             self.crashed(attempt_id, error)
 
     def crashed(self, attempt_id: str, error: str, *, stood_still: bool = False) -> None:
-        """The worker died, or was killed because it stood still, with this lease in hand."""
+        """The worker died, or was killed because it stood still, with this lease in hand.
+
+        Where it had two, nobody knows which it was; both count, and from then on neither is leased beside another.
+        """
         entry = self.active.get(attempt_id)
         if entry is None:
             return
@@ -316,7 +329,7 @@ class Coordinator:
         if entry.lease.probe_rows is not None:
             self.probed(attempt_id, survived=False)
             return
-        del self.active[attempt_id]
+        self._end(attempt_id)
         if accusation := self._hearings.pop(attempt_id, None):
             # rows that made one worker raise kill another: let the search find out which
             trouble.crashes += 1
@@ -380,7 +393,7 @@ class Coordinator:
         patience = max(SPECULATION_MIN_S, SPECULATION_FACTOR * statistics.median(self._durations))
         leases = Counter(e.shard_id for e in self.active.values())
         alone = [e for e in self.active.values() if leases[e.shard_id] == 1 and self._open(e.shard_id)]
-        others = [e for e in alone if e.lease.writes and e.lease.worker_id != worker_id]
+        others = [e for e in alone if e.lease.writes and not e.is_ahead and e.lease.worker_id != worker_id]
         slow = [e for e in others if now - e.started > patience]
         oldest = min(slow, key=lambda e: (e.started, e.shard_id), default=None)
         return self._grant(oldest.shard_id, worker_id, now) if oldest else None

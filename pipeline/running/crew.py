@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -18,8 +18,20 @@ from millijoule.workers.lease import Lease, Node, WorkerConfig
 
 #: An idle worker's last words take a counter read; a worker that needs longer than this is as good as dead.
 STOP_TIMEOUT_S = 30.0
+#: One that still loads answers from another thread, as far as what it imports lets it.
+LOADING_TIMEOUT_S = 3.0
 #: Ray's label that holds a node's id.
 NODE_ID_LABEL = "ray.io/node-id"
+
+
+@dataclass(eq=False)
+class HeldLease:
+    """A lease in a worker's hands."""
+
+    lease: Lease
+    late: int = 0  # deadlines missed in a row
+    asked_back: bool = False
+    has_begun: bool = False  # by the worker's word, when it was asked for
 
 
 @dataclass(eq=False)
@@ -33,8 +45,7 @@ class Worker:
     away: frozenset[str]  # nodes it must not be placed on
     node: Node | None = None  # None until it has said where it is
     ready: Node | None = None  # None until its model is loaded
-    lease: Lease | None = None
-    late: int = 0  # deadlines missed in a row by the lease in hand
+    held: dict[str, HeldLease] = field(default_factory=dict)  # by attempt id, in the order they were given
     next_status: float = 0.0
     status_pending: bool = False
     stop_by: float | None = None  # its last words were asked for, and are due then
@@ -42,6 +53,11 @@ class Worker:
     @property
     def stopping(self) -> bool:
         return self.stop_by is not None
+
+    @property
+    def leases(self) -> list[Lease]:
+        """Those in hand, in the order they were given."""
+        return [held.lease for held in self.held.values()]
 
     def last_node(self) -> Node:
         """Where it is, or was, by its own word or else by Ray's."""
@@ -62,7 +78,7 @@ class Crew:
         self.options = options
         self.workers: dict[str, Worker] = {}
         self._gone = gone
-        self._calls: dict[Any, tuple[Worker, str]] = {}
+        self._calls: dict[Any, tuple[Worker, str, Lease | None]] = {}
         self._spawned = 0
 
     def spawn(self, now: float, shunned: Set[str]) -> None:
@@ -78,11 +94,36 @@ class Crew:
         self.expect(worker, "locate", actor.locate.remote())
         self.expect(worker, "start", actor.start.remote())
 
-    def expect(self, worker: Worker, what: str, call: Any) -> None:
-        """`call` is out; `answers` will give it back as `what`."""
-        self._calls[call] = worker, what
+    def expect(self, worker: Worker, what: str, call: Any, lease: Lease | None = None) -> None:
+        """`call` is out, about `lease` if any; `answers` will give it back as `what`."""
+        self._calls[call] = worker, what, lease
 
-    def answers(self, timeout_s: float) -> list[tuple[Worker, str, Any]]:
+    def lease(self, worker: Worker, lease: Lease) -> None:
+        """Put `lease` into the worker's hands."""
+        worker.held[lease.attempt_id] = HeldLease(lease)
+        self.expect(worker, "run", worker.run(lease), lease)
+
+    def take_back(self, worker: Worker) -> bool:
+        """Ask for a lease that the worker may not have come to yet: it then ends as cancelled. False where there is none."""
+        for held in list(worker.held.values())[1:]:
+            if not held.asked_back:
+                held.asked_back = True
+                call = worker.actor.give_back.remote(held.lease.attempt_id)
+                self.expect(worker, "give_back", call, held.lease)
+                return True
+        return False
+
+    @property
+    def coming_back(self) -> int:
+        """Leases that were asked for and may still come."""
+        held = (h for worker in self.workers.values() for h in worker.held.values())
+        return sum(h.asked_back and not h.has_begun for h in held)
+
+    def cancel(self, worker: Worker, lease: Lease) -> None:
+        """Tell the worker that nobody needs what it makes of `lease`."""
+        worker.actor.cancel.remote(lease.attempt_id)
+
+    def answers(self, timeout_s: float) -> list[tuple[Worker, str, Lease | None, Any]]:
         """Calls that came back, each once: wait up to `timeout_s` for the first, and take what else is there."""
         calls = list(self._calls)
         if not calls:
@@ -98,10 +139,15 @@ class Crew:
         worker.stop_by = now + STOP_TIMEOUT_S
         self.expect(worker, "stop", worker.actor.stop.remote())
 
+    def stop_loading(self, worker: Worker, now: float) -> None:
+        """Ask a worker that still loads what its own meter says, as its last words."""
+        worker.stop_by = now + LOADING_TIMEOUT_S
+        self.expect(worker, "loading", worker.actor.read_while_loading.remote())
+
     def remove(self, worker: Worker, *, last_words: bool = False) -> None:
         """End the worker's process and forget it and its calls."""
         self.workers.pop(worker.worker_id, None)
-        for call in [call for call, (of, _) in self._calls.items() if of is worker]:
+        for call in [call for call, (of, *_) in self._calls.items() if of is worker]:
             del self._calls[call]
         ray.kill(worker.actor)
         if not last_words:

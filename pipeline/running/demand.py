@@ -81,7 +81,7 @@ class Demand:
             self._busy_s += self._active * (now - self._looked)
         self._looked = now
         self._committed = coordinator.n_committed - self._committed_before
-        self._active = len(coordinator.active)
+        self._active = coordinator.at_work
         self._remaining = coordinator.remaining
         self._useful = coordinator.useful_workers
         for worker in workers:

@@ -21,7 +21,7 @@ from millijoule.pipeline.running.run import JobRun
 PERIOD_S = 5.0
 #: Name -> labels besides `job`, and what it says.
 COUNTERS = {
-    "millijoule_images": (("status",), "Images of committed shards, by status ok or quarantined."),
+    "millijoule_images": (("status",), "Images of committed shards, by status: ok, filtered or quarantined."),
     "millijoule_energy_joules": (
         ("host", "device"),
         "Growth of the energy counters, each counted once however many workers share it. Absent without counters.",
@@ -71,6 +71,7 @@ class LiveMetrics:
     def publish(self) -> None:
         run, spending = self.run, self.run.spending
         self._count("millijoule_images", run.counts.images_this_run, status="ok")
+        self._count("millijoule_images", run.counts.filtered_this_run, status="filtered")
         self._count("millijoule_images", run.counts.quarantined_this_run, status="quarantined")
         self._count("millijoule_lost_attempts", run.counts.lost_attempts)
         joules: dict[tuple[str, str], float] = defaultdict(float)

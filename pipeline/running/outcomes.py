@@ -10,14 +10,15 @@ import logging
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 
 from millijoule.pipeline.running.cluster import first_line, is_alive
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.pipeline.running.crew import Crew, Worker
+from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew, Worker
 from millijoule.pipeline.running.node_health import NodeHealth
 from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
-from millijoule.workers.lease import AttemptResult, Node, WorkerStatus, WorkerStopped
+from millijoule.workers.lease import AttemptResult, Lease, Node, WorkerStatus, WorkerStopped
+from millijoule.workers.schemas import CounterRead
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class JobEvents(Protocol):
         prepared: write the commit that the attempt prepared, and call `WorkerPool.commit_stands` once one stands.
         discarded: the attempt's prepared commit will never stand: its energy is waste, its files go.
         stopped: a worker's last words: it closed its account itself.
+        loading: what the own meter of a worker said that still loads when nobody needs it any more; `gone` follows.
         gone: a worker ended without last words: its account of its devices is open.
         tick: one turn of the pool's loop is over.
     """
@@ -48,6 +50,7 @@ class JobEvents(Protocol):
     def prepared(self, result: AttemptResult) -> None: ...
     def discarded(self, result: AttemptResult) -> None: ...
     def stopped(self, stopped: WorkerStopped) -> None: ...
+    def loading(self, worker_id: str, read: CounterRead | None) -> None: ...
     def gone(self, worker_id: str) -> None: ...
     def tick(self) -> None: ...
 
@@ -65,8 +68,8 @@ class Outcomes:
         self._unplaced_deaths = 0
         self._store_failures = 0
 
-    def settle(self, worker: Worker, what: str, call: Any, now: float) -> None:
-        """Take the answer to `call`, or the worker's death.
+    def settle(self, worker: Worker, what: str, lease: Lease | None, call: Any, now: float) -> None:
+        """Take the answer to `call`, which was about `lease` if any, or the worker's death.
 
         Raises:
             DamagedError: the plan or a commit is not what was written.
@@ -77,16 +80,16 @@ class Outcomes:
         try:
             value = ray.get(call, timeout=FETCH_TIMEOUT_S)
         except RayTaskError as error:
-            self._raised(worker, what, error.cause or error, now)
+            self._raised(worker, what, lease, error.cause or error, now)
         except (RayError, GetTimeoutError) as error:
             if isinstance(error, ActorUnavailableError) and what in ("status", "locate"):
                 worker.status_pending = False
             else:
                 self.bury(worker, error, now)
         else:
-            self._answered(worker, what, value, now)
+            self._answered(worker, what, lease, value, now)
 
-    def _answered(self, worker: Worker, what: str, value: Any, now: float) -> None:
+    def _answered(self, worker: Worker, what: str, lease: Lease | None, value: Any, now: float) -> None:
         if what == "locate":
             worker.node = value
         elif what == "start":
@@ -98,30 +101,37 @@ class Outcomes:
         elif what == "stop":
             self.events.stopped(value)
             self.crew.remove(worker, last_words=True)
+        elif what == "loading":
+            self.events.loading(worker.worker_id, value)
+            self.crew.remove(worker)
+        elif what == "give_back":
+            if not value and lease is not None and lease.attempt_id in worker.held:
+                worker.held[lease.attempt_id].has_begun = True
         elif what == "afterwards":
-            assert worker.lease is not None
+            assert lease is not None
             self.nodes.worked(worker.last_node().node_id)
-            self.coordinator.probed(worker.lease.attempt_id)
-            worker.lease = None
+            self.coordinator.probed(lease.attempt_id)
+            self._ended(worker, lease, now)
 
     def _status(self, worker: Worker, status: WorkerStatus, now: float) -> None:
         worker.status_pending = False
         worker.next_status = now + STATUS_PERIOD_S
-        ours = worker.lease is not None and status.attempt_id == worker.lease.attempt_id
-        if ours and self.coordinator.renew(status, now):
-            worker.late = 0
+        for progress in status.attempts:
+            held = worker.held.get(progress.attempt_id)
+            if held and self.coordinator.renew(progress, now, waits_for_store=status.waits_for_store):
+                held.late = 0
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
     def _attempt_ended(self, worker: Worker, result: AttemptResult, now: float) -> None:
-        worker.lease = None
         lease, node_id = result.lease, worker.last_node().node_id
+        if result.outcome == "probed":
+            # survived only if the process answers afterwards, too
+            self.crew.expect(worker, "afterwards", worker.actor.status.remote(), lease)
+            return
+        self._ended(worker, lease, now)
         if result.outcome == "cancelled":
             self.coordinator.released(lease.attempt_id)
-        elif result.outcome == "probed":
-            # survived only if the process answers afterwards, too
-            worker.lease = lease
-            self.crew.expect(worker, "afterwards", worker.actor.status.remote())
         elif result.outcome == "suspect":
             self.coordinator.suspected(result, node_id, now)
         elif result.outcome == "contradicted":
@@ -136,6 +146,12 @@ class Outcomes:
             else:
                 self.complete(result, now)
 
+    def _ended(self, worker: Worker, lease: Lease, now: float) -> None:
+        """`lease` is in the worker's hands no longer."""
+        worker.held.pop(lease.attempt_id, None)
+        if worker.stopping:
+            worker.stop_by = now + STOP_TIMEOUT_S  # counts from the end of what it has in hand
+
     def _commit(self, result: AttemptResult) -> None:
         self.committing[result.lease.attempt_id] = result
         self.events.prepared(result)
@@ -145,8 +161,9 @@ class Outcomes:
         lease = result.lease
         news = self.coordinator.complete(lease.attempt_id, lease.shard.shard_id, now)
         for worker in self.crew.workers.values():
-            if worker.lease is not None and worker.lease.shard.shard_id == lease.shard.shard_id:
-                worker.actor.cancel.remote(worker.lease.attempt_id)
+            for other in worker.leases:
+                if other.shard.shard_id == lease.shard.shard_id:
+                    self.crew.cancel(worker, other)
         self._unplaced_deaths = self._store_failures = 0
         self.events.committed(result, news=news)
 
@@ -163,19 +180,21 @@ class Outcomes:
         state = self.nodes.fault(Node(accusation.node_id, host), reason, now).state
         log.warning("worker %s on %s %s (%s)", accusation.worker_id, host, reason, state)
         if accuser is not None and not accuser.stopping:
-            if accuser.lease is not None:
-                self.coordinator.released(accuser.lease.attempt_id)
-                accuser.actor.cancel.remote(accuser.lease.attempt_id)
-                accuser.lease = None
+            for lease in accuser.leases:
+                self.coordinator.released(lease.attempt_id)
+                self.crew.cancel(accuser, lease)
+            accuser.held.clear()
             self.crew.stop(accuser, now)
 
     # -- failures ------------------------------------------------------------------------------------------------
 
-    def _raised(self, worker: Worker, what: str, error: Exception, now: float) -> None:
+    def _raised(self, worker: Worker, what: str, lease: Lease | None, error: Exception, now: float) -> None:
         """A call raised in a worker that lives on."""
         reason = first_line(error)
         if what in ("status", "locate"):
             worker.status_pending = False
+            return
+        if what == "give_back":
             return
         if what == "stop":
             log.warning("worker %s could not close its books: %s", worker.worker_id, reason)
@@ -183,7 +202,8 @@ class Outcomes:
             return
         if isinstance(error, DamagedError):
             raise error
-        lease, worker.lease = worker.lease, None
+        if lease is not None:
+            self._ended(worker, lease, now)
         if isinstance(error, StoreError) and error.transient and lease is not None:
             pause = min(STORE_BACKOFF_MOST_S, STORE_BACKOFF_FIRST_S * 2**self._store_failures)
             self._store_failures += 1
@@ -194,36 +214,43 @@ class Outcomes:
             self.coordinator.released(lease.attempt_id)
         elif lease is not None:  # not foreseen: it may be the shard that does it
             self.coordinator.crashed(lease.attempt_id, reason)
+        if worker.stopping:
+            return  # its other lease has ended in the same way
         node = worker.last_node()
         state = self.nodes.fault(node, reason, now).state
         log.warning("worker %s on %s cannot work: %s (%s)", worker.worker_id, node.host, reason, state)
+        for other in worker.leases:
+            self.crew.cancel(worker, other)
         self.crew.stop(worker, now)
 
     def bury(self, worker: Worker, error: Exception, now: float) -> None:
         """Take a dead, or useless, worker out; raises JobError as `settle`."""
         self.crew.remove(worker)
-        reason, lease, node = first_line(error), worker.lease, worker.last_node()
+        reason, node, stood_still = first_line(error), worker.last_node(), isinstance(error, TimeoutError)
         progress = self.coordinator.progress
         preempted = getattr(error, "preempted", False)
+        no_memory = isinstance(
+            error, OutOfMemoryError
+        )  # Ray took it because its node's was full: no row's fault
         lost_node = preempted or not is_alive(node.node_id)
-        if lease is not None:
-            if preempted:
-                self.coordinator.released(lease.attempt_id)
+        for attempt_id, held in worker.held.items():
+            if preempted or no_memory or (stood_still and not held.late):  # the other one stood still
+                self.coordinator.released(attempt_id)
             elif lost_node:
-                self.coordinator.node_died(lease.attempt_id, reason)
+                self.coordinator.node_died(attempt_id, reason)
             else:
-                self.coordinator.crashed(
-                    lease.attempt_id, reason, stood_still=isinstance(error, TimeoutError)
-                )
-        shard = f" with shard {lease.shard.shard_id} in hand" if lease else ""
-        log.warning("worker %s on %s is gone%s: %s", worker.worker_id, node.host, shard, reason)
+                self.coordinator.crashed(attempt_id, reason, stood_still=stood_still)
+        numbers = [str(lease.shard.shard_id) for lease in worker.leases]
+        in_hand = f" with shard{'s'[: len(numbers) - 1]} {' and '.join(numbers)} in hand" if numbers else ""
+        worker.held.clear()
+        log.warning("worker %s on %s is gone%s: %s", worker.worker_id, node.host, in_hand, reason)
         if not node.node_id:
             self._died_unplaced(reason, now)
         elif not lost_node:  # one that is gone, or is being taken away, gets no worker anyway
             if self.coordinator.progress > progress:  # a search was narrowed
                 self.nodes.worked(node.node_id)
             # without `ready` no row can have done that
-            blame = self.nodes.fault if worker.ready is None else self.nodes.death
+            blame = self.nodes.fault if worker.ready is None or no_memory else self.nodes.death
             blame(node, reason, now)
 
     def _died_unplaced(self, reason: str, now: float) -> None:

@@ -47,6 +47,7 @@ class WorkerPool:
         self.options = options
         self.events = events
         self.draining: str | None = None  # why no more leases are given
+        self.leases_ahead = True  # whether a worker may hold a lease that it has not come to
         self.abandoned = False  # Ray answers no more: nothing is asked of it
         self._crew = Crew(actor_class, config, options, events.gone)
         self._outcomes = Outcomes(self._crew, coordinator, events)
@@ -105,7 +106,7 @@ class WorkerPool:
 
     def _look_after(self, now: float) -> None:
         for worker in self.workers.values():
-            if worker.lease is not None and not worker.status_pending and now >= worker.next_status:
+            if worker.held and not worker.status_pending and now >= worker.next_status:
                 worker.status_pending = True
                 self._crew.expect(worker, "status", worker.actor.status.remote())
         for answer in self._crew.answers(TICK_S):
@@ -156,18 +157,26 @@ class WorkerPool:
         return None
 
     def _feed(self, now: float) -> None:
+        if self.draining or not self.leases_ahead:
+            for worker in self.workers.values():
+                self._crew.take_back(worker)
         if self.draining:
             return
         ready = [w for w in self.workers.values() if w.ready is not None and not w.stopping]
         peers = {w.worker_id: w.last_node().node_id for w in ready}
         alone = self.options.max_workers == 1
+        coming = self._crew.coming_back if any(not w.held for w in ready) else 0
         for worker in ready:
-            if worker.lease is not None:
+            if worker.held:
                 continue
             lease = self.coordinator.next_lease(worker.worker_id, now, peers, alone=alone)
             if lease is not None:
-                worker.lease, worker.late, worker.next_status = lease, 0, now + STATUS_PERIOD_S
-                self._crew.expect(worker, "run", worker.run(lease))
+                self._crew.lease(worker, lease)
+                worker.next_status = now + STATUS_PERIOD_S
+                continue
+            # what another worker has not come to yet is better done here
+            if coming or any(self._crew.take_back(w) for w in ready):
+                coming = max(0, coming - 1)
                 continue
             # of use are as many as have work, and one more that may help a straggler
             spare = 1 if self.coordinator.speculate and self.coordinator.remaining else 0
@@ -177,11 +186,17 @@ class WorkerPool:
                 and staying > self.coordinator.useful_workers + spare
             ):
                 self._crew.stop(worker, now)
+        for worker in ready if self.leases_ahead else ():
+            if len(worker.held) == 1 and not worker.stopping:
+                (in_hand,) = worker.leases
+                lease = self.coordinator.next_lease_ahead(in_hand, now, len(ready))
+                if lease is not None:
+                    self._crew.lease(worker, lease)
 
     # -- clocks --------------------------------------------------------------------------------------------------
 
     def _watch_deadlines(self, now: float) -> None:
-        by_attempt = {w.lease.attempt_id: w for w in self.workers.values() if w.lease is not None}
+        by_attempt = {attempt_id: w for w in self.workers.values() for attempt_id in w.held}
         for entry in self.coordinator.expired(now):
             attempt_id = entry.lease.attempt_id
             worker = by_attempt.get(attempt_id)
@@ -189,8 +204,11 @@ class WorkerPool:
                 if attempt_id not in self._outcomes.committing:
                     self.coordinator.released(attempt_id)
                 continue
-            worker.late += 1
-            if worker.late > 1 or not entry.lease.writes:
+            if attempt_id not in worker.held:
+                continue  # it was buried with the worker's other lease
+            held = worker.held[attempt_id]
+            held.late += 1
+            if held.late > 1 or not entry.lease.writes:
                 self._outcomes.bury(worker, TimeoutError("stood still; killed"), now)
             elif not self._closing:  # then nobody needs the shard, but what it has in hand may end by itself
                 log.warning(
@@ -198,8 +216,9 @@ class WorkerPool:
                     *(worker.worker_id, worker.last_node().host, entry.shard_id, self.coordinator.lease_s),
                 )
                 self.coordinator.lease_again(attempt_id)
+                self._crew.take_back(worker)  # what waits behind it
         for worker in list(self.workers.values()):
-            if worker.stop_by is not None and worker.lease is None and now > worker.stop_by:
+            if worker.stop_by is not None and not worker.held and now > worker.stop_by:
                 log.warning("worker %s did not say its last words; killed", worker.worker_id)
                 self._crew.remove(worker)
 
@@ -223,15 +242,18 @@ class WorkerPool:
         now = time.monotonic()
         for worker in [w for w in self.workers.values() if not w.stopping]:
             if worker.ready is None:
-                self._crew.remove(worker)
+                if worker.node is None:
+                    self._crew.remove(worker)
+                else:
+                    self._crew.stop_loading(worker, now)
                 continue
-            if worker.lease is not None:
-                worker.actor.cancel.remote(worker.lease.attempt_id)
+            for lease in worker.leases:
+                self._crew.cancel(worker, lease)
             self._crew.stop(worker, now)
         while self.workers or self._outcomes.committing:
             now = time.monotonic()
             for worker in self.workers.values():
-                if worker.lease is not None:
+                if worker.held:
                     worker.stop_by = now + STOP_TIMEOUT_S  # counts from the end of what it has in hand
             self._look_after(now)
 
@@ -239,7 +261,7 @@ class WorkerPool:
         """End what still runs: nothing, after a normal end. Idle workers may say their last words."""
         if self.abandoned:
             return
-        idle = [w for w in self.workers.values() if w.ready is not None and w.lease is None]
+        idle = [w for w in self.workers.values() if w.ready is not None and not w.held]
         try:
             calls = {worker.actor.stop.remote(): worker for worker in idle}
             done = ray.wait(list(calls), num_returns=len(calls), timeout=CUT_OFF_S)[0] if calls else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from millijoule.pipeline.closing.warning_kinds import kind_of
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.running.run import JobRun
 from millijoule.workers.visible_text import visible
@@ -20,6 +22,8 @@ from millijoule.workers.visible_text import visible
 LINE_PERIOD_S = 10.0
 #: Longest reason or warning that is printed; the manifest has them whole.
 MAX_WORDS = 200
+#: Kinds of warning that are printed.
+MAX_KINDS = 5
 #: Between two redraws of the bar.
 BAR_PERIOD_S = 0.25
 
@@ -82,8 +86,8 @@ class Progress:
                 parts.append(f"{joules(counts.energy_mj / counts.images_this_run)}/image")
             else:
                 parts.append(f"~{joules(counts.estimate_mj / counts.images_this_run)}/image (modelled)")
-        if counts.quarantined_this_run:
-            parts.append(f"{counts.quarantined_this_run} quarantined")
+        rejected = (counts.filtered_this_run, "filtered"), (counts.quarantined_this_run, "quarantined")
+        parts += [f"{n} {status}" for n, status in rejected if n]
         if run.writer.waits_for_storage:
             parts.append("waiting for storage")
         workers = run.pool.ready_workers
@@ -115,6 +119,14 @@ def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> 
             f"warning: energy is missing, so there is no total: worker {first['worker_id']} on {first['host']}, "
             f"{', '.join(first['devices'])}: {first['reason']}" + (f" (and {more} more)" if more else "")
         )
+    if stats["images_filtered"]:
+        mj = stats["rejected_mj"]["filtered"]
+        used = "" if mj is None else f"; {joules(mj)} of waste"
+        lines.append(
+            f"images filtered: {stats['images_filtered']:,}, hidden by the model's own safety checker; there are no files of them, "
+            f"manifest.parquet has their rows{used}"
+        )
+        lines += [f"  {n} x {cut(reason)}" for reason, n in list(stats["filter_reasons"].items())[:3]]
     if stats["images_quarantined"]:
         lines.append(
             f"images quarantined: {stats['images_quarantined']}; manifest.parquet has status and error of each, "
@@ -123,14 +135,34 @@ def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> 
         lines += [f"  {n} x {cut(reason)}" for reason, n in list(stats["errors"].items())[:3]]
     if stats["input_rows_rejected"]:
         lines.append(f"{stats['input_rows_rejected']} input rows rejected, see bad_rows.parquet")
-    for words, n in list(stats["warnings"].items())[:5]:
-        lines.append(f"{n} x {cut(words)}")
+    if stats["images_with_warnings"]:
+        lines.append(
+            f"images with warnings: {stats['images_with_warnings']:,}; manifest.parquet has those of each image"
+        )
+        lines += [
+            f"  {line}" for line in warning_lines(stats["warning_kinds"], stats["warnings"])[:MAX_KINDS]
+        ]
     if hints:
         look = "look at preview.png; " if stats["images_ok"] else ""
         lines.append(
             f"{look}manifest.parquet lists every image, energy/ is the ledger, stats.json the totals"
         )
     return [visible(line) for line in lines]
+
+
+def warning_lines(kinds: Mapping[str, int], texts: Mapping[str, int]) -> list[str]:
+    """Each kind of warning with how many images have it, and the warning itself, or a common one of them."""
+    examples: dict[str, list[str]] = defaultdict(list)
+    for text in texts:
+        examples[kind_of(text)].append(text)
+    lines = []
+    for kind, n in kinds.items():
+        said = examples[kind][:2]
+        if len(said) == 1 and texts[said[0]] == n:
+            lines.append(f"{n} x {cut(said[0])}")
+        else:
+            lines.append(f"{n} x {cut(kind)}" + (f', such as "{cut(said[0])}"' if said else ""))
+    return lines
 
 
 def cut(text: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from millijoule.pipeline.energy.live_tables import LiveTables
 from millijoule.pipeline.energy.node_readings import node_reading_files
+from millijoule.pipeline.energy.shard_shares import accepted_mj
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter, read_uncommitted
 from millijoule.pipeline.output.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.output.job import JobSpec, open_epoch
@@ -28,10 +29,12 @@ from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
 from millijoule.pipeline.running.spending import Spending
 from millijoule.workers.errors import AlreadyExistsError, JobError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
-from millijoule.workers.schemas import Commit, PowerTrace, Segment
+from millijoule.workers.schemas import Commit, CounterRead, PowerTrace, Segment
+from millijoule.workers.sources.obtain import ObtainedModel
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -69,8 +72,9 @@ class Counts:
 
     images_done: int = 0  # of committed shards, earlier runs included
     images_this_run: int = 0
+    filtered_this_run: int = 0
     quarantined_this_run: int = 0
-    energy_mj: int | None = 0  # this run's committed shards; None once one was not measured
+    energy_mj: int | None = 0  # of this run's accepted images; None once a shard was not measured
     estimate_mj: int = 0
     lost_attempts: int = 0
 
@@ -80,6 +84,7 @@ class JobRun:
 
     Args:
         worker_class: the Ray actor class.
+        source: the job's model as the driver found it; None: what the job's description names, with default options.
         spending: what the job uses, and its caps; without caps on energy, only this run's part of it.
         node_meters: meters of the nodes themselves, read while workers are there.
         telemetry: False: workers read no counters and sample no power, and no live tables are written.
@@ -94,7 +99,7 @@ class JobRun:
         *,
         lease_s: float,
         speculate: bool,
-        model_options: GeneratorOptions = GeneratorOptions(),  # noqa: B008 (frozen)
+        source: ObtainedModel | None = None,
         spending: Spending | None = None,
         node_meters: Sequence[NodeMeterConfig] = (),
         telemetry: bool = True,
@@ -110,10 +115,12 @@ class JobRun:
             fingerprint=job.fingerprint,
             job_seed=job.job_seed,
             output_format=job.output_format,
-            model=job.model,
+            model=source.model if source else job.model,
             model_sha256=job.model_sha256,
             driver_epoch=self.epoch,
-            options=model_options,
+            options=source.options if source else GeneratorOptions(),
+            copies=source.copies if source else (),
+            image_format=ImageFormat(job.image_format, job.image_quality),
             commits_exclusively=planned.exclusive,
             cpu_threads=max(1, int(options.cpus_per_worker)),
             telemetry=telemetry,
@@ -237,12 +244,14 @@ class JobRun:
         self.hosts.update({s.open.boot_id: commit.host for s in commit.segments})
         counts.images_done += shard.n_images
         counts.images_this_run += commit.images_ok
+        counts.filtered_this_run += commit.images_filtered
         counts.quarantined_this_run += commit.images_quarantined
-        counts.estimate_mj += commit.energy_estimate_mj or 0
-        if commit.energy_mj is None:
+        counts.estimate_mj += accepted_mj(commit, commit.energy_estimate_mj) or 0
+        used_mj = accepted_mj(commit, commit.energy_mj)
+        if used_mj is None:
             counts.energy_mj = None
         elif counts.energy_mj is not None:
-            counts.energy_mj += commit.energy_mj
+            counts.energy_mj += used_mj
         now = time.monotonic()
         self._arrivals.append((now, commit.images_ok))
         while self._arrivals[0][0] < now - RATE_WINDOW_S and len(self._arrivals) > 2:
@@ -315,6 +324,9 @@ class JobRun:
         self._uncommitted_records(stopped.worker_id, stopped.segments, stopped.power)
         self._accounts.stopped(stopped)
 
+    def loading(self, worker_id: str, read: CounterRead | None) -> None:
+        self._accounts.loading(worker_id, read)
+
     def gone(self, worker_id: str) -> None:
         self._accounts.gone(worker_id)
 
@@ -346,9 +358,14 @@ class JobRun:
         self._on_tick()
 
     def _check_caps(self) -> bool:
-        leases = [e.lease for e in self.coordinator.active.values()]
-        at_work = sum(lease.shard.n_images for lease in leases if lease.probe_rows is None)
-        self.cap_reached = self.spending.reached(time.time(), at_work / max(1, self.counts.images_done))
+        out = [e for e in self.coordinator.active.values() if e.lease.probe_rows is None]
+        ahead = sum(e.lease.shard.n_images for e in out if e.is_ahead)
+        at_work = sum(e.lease.shard.n_images for e in out) - ahead
+        done, now = max(1, self.counts.images_done), time.time()
+        self.cap_reached = self.spending.reached(now, at_work / done)
+        # near a cap nobody comes to a shard of which it is not known whether it may still be made
+        more = max(ahead, at_work)
+        self.pool.leases_ahead = self.spending.reached(now, (at_work + more) / done) is None
         return self.cap_reached is not None
 
     def flush(self, *, everything: bool = False) -> None:

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from difflib import get_close_matches
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +109,12 @@ def run_query(connection: duckdb.DuckDBPyConnection, query: str, params: Mapping
     import duckdb
 
     sql = query
-    if query.replace("_", "").isalnum():
+    if query.replace("_", "").replace("-", "").isalnum():
         questions = named_queries()
         if query not in questions:
-            raise InputError(f"no question named {query!r}: there are {', '.join(questions)}; or give SQL")
+            near = get_close_matches(query.replace("-", "_"), questions, 1)
+            meant = f"did you mean {near[0]}? There" if near else "there"
+            raise InputError(f"no question named {query!r}: {meant} are {', '.join(questions)}; or give SQL")
         sql = questions[query]
     try:
         statements = connection.extract_statements(sql)

@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.jobs import assert_exactly_once, environment, generate, hashes, manifest, write_prompts
+from support.models import Plain
+
+from millijoule.workers.schemas import ImageRequest
 
 
 @pytest.fixture
@@ -262,3 +265,29 @@ def test_the_function_uses_a_connection_that_is_there_and_leaves_it(finished, tm
     for name in ("one", "two"):
         assert_exactly_once(tmp_path / name, 80)
         assert hashes(tmp_path / name) == hashes(folder / "out")
+
+
+def test_a_device_that_is_too_small_for_the_batch_costs_no_row_and_no_worker(run, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.txt", 24)
+    with open(prompts, "a") as file:
+        file.write("a large cat\n")
+    arguments = ("--prompts", prompts, "--shard-size", 8, "--workers", 1)
+    small = run(*arguments, "--model", "python:support.models:cramped", "--output", tmp_path / "small")
+    assert small.returncode == 0, small.stderr
+    assert_exactly_once(tmp_path / "small", 25)
+    assert {row["status"] for row in manifest(tmp_path / "small")} == {"ok"}
+    assert "cannot work" not in small.stderr
+    rows = {row["prompt"]: row for row in manifest(tmp_path / "small")}
+    plain = Plain("cpu")
+    for prompt, picture in pixels(tmp_path / "small").items():
+        row = rows[prompt]
+        assert picture == plain.draw(ImageRequest(row["prompt_id"], 0, prompt, row["seed"])).tobytes()
+
+
+def pixels(output):
+    """The picture of each prompt, decoded."""
+    return {
+        row["prompt"]: Image.open(io.BytesIO(row["image"])).tobytes()
+        for path in {row["path"] for row in manifest(output)}
+        for row in pq.read_table(output / path).to_pylist()
+    }

@@ -49,7 +49,7 @@ def exported(ray_address):
     run = SimpleNamespace(
         spending=spending,
         hosts={"boot": "node-a"},
-        counts=Counts(images_this_run=3, quarantined_this_run=1, lost_attempts=2),
+        counts=Counts(images_this_run=3, filtered_this_run=5, quarantined_this_run=1, lost_attempts=2),
         pool=SimpleNamespace(ready_workers=2),
         coordinator=SimpleNamespace(remaining=7),
     )
@@ -79,6 +79,7 @@ def test_every_metric_is_exported_with_its_value(exported):
     counters = {f"ray_{name}_total" for name in COUNTERS}
     assert set(exported) == counters | {f"ray_{name}" for name in GAUGES}
     assert value(exported, "ray_millijoule_images_total", status="ok") == 8
+    assert value(exported, "ray_millijoule_images_total", status="filtered") == 5
     assert value(exported, "ray_millijoule_images_total", status="quarantined") == 1
     joules = value(exported, "ray_millijoule_energy_joules_total", host="node-a", device="gpu:GPU-1")
     assert joules == pytest.approx(33.998)  # from the end of what was counted before to the last read

@@ -89,6 +89,13 @@ def test_models_of_another_size_are_refused(tmp_path, monkeypatch, capsys):
     assert "32x32" in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").write_text("a file")
+    monkeypatch.setattr(evaluate, "draw_items", lambda *_: pytest.fail("something was drawn"))
+    assert run(tmp_path, monkeypatch, "python:evaluate_models:artist") == 1
+    assert f"--output {tmp_path / 'out'}: nothing can be written there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("split", ["held-out", "train"])
 def test_prompts_are_fixed_and_of_their_split(split):
     few, many = (

@@ -2,25 +2,31 @@
 
 import inspect
 import json
+import logging
 import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import support.models
 from support.jobs import assert_exactly_once, hashes, manifest, write_prompts
+from support.models import Careful
 from support.stand_in_jobs import start_cluster
 
 from millijoule.jobs import JobResult, generate
-from millijoule.jobs.model_options import ModelOptions
-from millijoule.jobs.rate_options import RateOptions
+from millijoule.jobs.generate import main
+from millijoule.jobs.options.model import ModelOptions
+from millijoule.jobs.options.rates import RateOptions
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.pipeline.running import head_watch, live_metrics
 from millijoule.workers.actor import ShardWorker
 from millijoule.workers.errors import InputError, JobError
+from millijoule.workers.generators.protocol import Rejection
 
 PLAIN = "python:support.models:plain"
 
@@ -198,6 +204,8 @@ def test_a_complete_job_says_what_was_made_and_where(cluster, job, tmp_path):
 def test_energy_is_what_the_totals_say():
     totals = {
         "images_ok": 10,
+        "images_filtered": 0,
+        "images_with_warnings": 0,
         "images_quarantined": 0,
         "input_rows_rejected": 0,
         "energy": {"total_mj": 5000},
@@ -236,6 +244,77 @@ def test_a_row_that_cannot_be_drawn_costs_that_row_alone_and_nobody_dies_for_it(
     assert len(ray.asked_for) == (1 if workers == 1 else 2)
     assert "is gone" not in caplog.text
     assert "node host-1" not in caplog.text
+
+
+@pytest.mark.parametrize("workers", [1, "0:2"])
+def test_an_image_that_is_no_numbers_is_heard_twice_like_a_row_that_fails(cluster, job, tmp_path, workers):
+    cluster()
+    (tmp_path / "q.txt").write_text("\n".join(f"{'nan' if i in (2, 9) else 'a'} {i}" for i in range(12)))
+    result = job(prompts=tmp_path / "q.txt", model="python:support.models:careful", workers=workers)
+    assert (result.status, result.images, result.images_quarantined) == ("complete_with_quarantined", 10, 2)
+    assert_exactly_once(tmp_path / "out", 12)
+
+
+def test_numbers_that_are_none_on_one_device_only_are_no_rows_fault(cluster, job, tmp_path, monkeypatch):
+    """The first worker draws nothing but what is no image; the second is asked, and is believed."""
+    devices = []
+
+    def odd(device):
+        devices.append(device)
+        generator = Careful(device)
+        if len(devices) == 1:
+            generator.rejection = lambda request: (
+                None if request.prompt_id == "warm-up" else Rejection("quarantined", "not finite")
+            )
+        return generator
+
+    monkeypatch.setattr(support.models, "careful", odd)
+    ray = cluster()
+    ray.add_node("host-2", CPU=2.0)
+    result = job(model="python:support.models:careful", workers=2)
+    assert (result.status, result.images, result.images_quarantined) == ("complete", 40, 0)
+    assert_exactly_once(tmp_path / "out", 40)
+
+
+def test_filtered_images_are_counted_said_and_change_no_exit_code(cluster, tmp_path, monkeypatch, capsys):
+    published = Counter()
+
+    class Recorded:
+        """Ray's metrics, which need a node to send to."""
+
+        def __init__(self, name, description="", tag_keys=()):
+            self.name = name
+
+        def inc(self, by, tags):
+            if self.name == "millijoule_images":
+                published[tags["status"]] += by
+
+        def set(self, value, tags): ...
+
+    for kind in ("Counter", "Gauge"):
+        monkeypatch.setattr(live_metrics, kind, Recorded)
+    monkeypatch.setattr("millijoule.pipeline.running.progress.LINE_PERIOD_S", 0.0)
+    cluster()
+    prompts = tmp_path / "q.txt"
+    prompts.write_text("\n".join(f"{'hidden' if i % 4 == 1 else 'strange'} {i}" for i in range(12)))
+    words = ["--prompts", str(prompts), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*words, "--shard-size", "4", "--model", "python:support.models:careful"]) == 0
+    said = capsys.readouterr().err
+    assert published == {"ok": 9, "filtered": 3}
+    assert "3 filtered" in said
+    assert "images filtered: 3, hidden by the model's own safety checker" in said
+    assert "images with warnings: 9" in said
+    rows = manifest(tmp_path / "out")
+    assert {r["prompt"] for r in rows if r["status"] == "filtered"} == {"hidden 1", "hidden 5", "hidden 9"}
+    assert_exactly_once(tmp_path / "out", 12)
+
+
+def test_a_result_says_how_many_images_were_filtered_and_warned_of(cluster, job, tmp_path):
+    cluster()
+    (tmp_path / "q.txt").write_text("hidden 1\nstrange 2\na 3\n")
+    result = job(prompts=tmp_path / "q.txt", model="python:support.models:careful")
+    assert (result.status, result.images) == ("complete", 2)
+    assert (result.images_filtered, result.images_quarantined, result.images_with_warnings) == (1, 0, 1)
 
 
 def test_bad_rows_are_rejected_with_file_and_row_and_the_rest_is_made(cluster, job, tmp_path):
@@ -360,6 +439,38 @@ def test_a_dry_run_prints_and_writes_nothing(cluster, job, tmp_path, capsys):
         assert words in said
     assert not (tmp_path / "out").exists()
     assert ray.running == []
+
+
+def test_a_dry_run_says_what_the_output_holds_already(cluster, job, tmp_path, capsys):
+    def said(**more):
+        capsys.readouterr()
+        assert job(dry_run=True, **more).status == "planned"
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("output ")]
+        return line
+
+    cluster()
+    assert said().endswith("out, no job yet")
+    job(deadline="2020-01-01T00:00Z")
+    assert "holds this job: 0 of 10 shards are done" in said()
+    job()
+    assert "holds this job: 10 of 10 shards are done" in said()
+    other = said(seed=7)
+    assert "generate will refuse it" in other
+    assert "--seed was 0, now 7" in other
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "_SUCCESS").touch()
+    assert "generate will refuse it" in said(output=tmp_path / "foreign")
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_says_nothing_below_a_warning(cluster, job, caplog, quiet):
+    caplog.set_level(logging.INFO)
+    product = logging.getLogger("millijoule")
+    cluster()
+    before = product.level
+    job(quiet=quiet)
+    assert any(r.getMessage().startswith("planned: 40 images") for r in caplog.records) != quiet
+    assert product.level == before
 
 
 def test_another_cluster_than_the_one_that_is_connected_is_refused(cluster, job):

@@ -24,6 +24,13 @@ def test_the_page_goes_into_the_output_and_the_tables_to_the_terminal(output, tm
         assert page.readline() == "<!DOCTYPE html>\n"
 
 
+def test_outputs_are_given_by_place_or_by_name(output, capsys):
+    assert main(["--output", output]) == 0
+    assert "energy per image" in capsys.readouterr().out
+    assert main([]) == 1
+    assert "name at least one output" in capsys.readouterr().err
+
+
 def test_files_go_where_they_are_asked_to(output, tmp_path, capsys):
     page, data = tmp_path / "page.html", tmp_path / "report.json"
     options = ["--html", str(page), "--json", str(data), "--gco2-per-kwh", "400", "--price-per-kwh", "0.3"]

@@ -3,6 +3,8 @@
 import logging
 from dataclasses import dataclass
 
+import pytest
+
 from millijoule.jobs import check, entry, gc, query
 from millijoule.jobs.entry import run_command
 from millijoule.pipeline.closing.garbage import Orphan
@@ -52,12 +54,27 @@ def test_gc(capsys, monkeypatch, tmp_path):
     safe(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("command", [check, gc])
+def test_an_output_is_given_by_place_or_by_name_and_once(command, capsys, tmp_path):
+    said = []
+    for words in (["OUT"], ["--output", "OUT"], [], ["OUT", "--output", "OUT"]):
+        assert command.main([word.replace("OUT", str(tmp_path)) for word in words]) == entry.ERROR
+        said.append(capsys.readouterr().err)
+    placed, named, none, both = said
+    assert "no job here" in placed
+    assert named == placed
+    assert "none is given" in none
+    assert "give one" in both
+
+
 def test_the_closing_lines_of_a_job():
     stats = dict.fromkeys(
         ("images_ok", "images_per_second", "direct_mj_per_image", "direct_estimate_mj_per_image"), 0
     )
     stats |= {"direct_mj_per_image": None, "direct_estimate_mj_per_image": None}
     stats |= {"images_quarantined": 0, "input_rows_rejected": 0, "warnings": {f"unknown word {EVIL}": 3}}
+    stats |= {"images_filtered": 1, "filter_reasons": {EVIL: 1}, "rejected_mj": {"filtered": 1}}
+    stats |= {"images_with_warnings": 3, "warning_kinds": {f"unknown word {EVIL}": 3}}
     stats |= {"images_quarantined": 1, "errors": {f"cannot draw {EVIL}": 1}}
     stats |= {"energy": {"unclosed": [{"worker_id": "w1", "host": EVIL, "devices": ["cpu"], "reason": EVIL}]}}
     safe("\n".join(closing_lines(stats, "out")))

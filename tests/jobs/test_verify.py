@@ -238,6 +238,13 @@ def test_options_that_make_no_comparison_are_refused(world, capsys, more, messag
     assert not (world / "out" / "parts").exists()
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(world, capsys, monkeypatch):
+    (world / "out").write_text("a file")
+    monkeypatch.setattr(verify, "find_device", lambda options: pytest.fail("a device was looked for"))
+    assert measure(world) == 1
+    assert "nothing can be written there" in capsys.readouterr().err
+
+
 def test_unequal_sizes_are_refused(world, capsys):
     assert measure(world, b="wide") == 1
     assert "only equal sizes" in capsys.readouterr().err

@@ -113,5 +113,5 @@ def test_no_module_decides_for_itself():
     text = {str(p.relative_to(root)): p.read_text() for f in folders for p in (root / f).rglob("*.py")}
     assert len(text) > 150
     deciding = {name for name in text if "torch.bfloat16" in text[name]} - NO_DECISION
-    assert {"workers/training/oscillator.py", "workers/diffusion/generator.py"} <= deciding
+    assert {"workers/training/oscillator.py", "workers/rungs/precision.py"} <= deciding
     assert {name for name in deciding if "multiplies_bfloat16" not in text[name]} == set()

@@ -3,7 +3,7 @@
 `Cluster` is head and raylets in one process without threads: it forks drivers and actors, carries calls and answers between
 them as bytes, gives boards and CPUs, notices who is gone and tells the driver a moment later, and ends the actors of a
 driver that is gone. `ForkedRay` is what a driver has for `ray`, `ActorContext` what an actor has. Like Ray's, a request
-to kill returns before the process has ended, calls of one concurrency group are done in order, and a call to a dead actor
+to kill returns before the process has ended, calls of one concurrency group are begun in order, and a call to a dead actor
 fails with `RayActorError`. What a process does at its end is up to the kernel: no process is told.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ray.exceptions import GetTimeoutError, RayActorError
-from support.ray_stand_in import ActorClass, ActorHandle, shunned_nodes, task_error
+from support.ray_stand_in import GROUPS, ActorClass, ActorHandle, shunned_nodes, task_error
 
 #: A worker's process has ended, and its driver knows; an actor has a place, and a process: not at the same moment.
 NOTICE_MOST_S = 0.05
@@ -388,7 +388,7 @@ def _serve(
     os.environ["CUDA_VISIBLE_DEVICES"] = context.board or ""
     actor = main(context, pickle.loads(arguments))
     lock = threading.Lock()
-    queues: dict[str, queue.SimpleQueue] = {"work": queue.SimpleQueue(), "status": queue.SimpleQueue()}
+    queues: dict[str, queue.SimpleQueue] = {group: queue.SimpleQueue() for group in GROUPS}
 
     def work(calls: queue.SimpleQueue) -> None:
         while True:
@@ -401,8 +401,9 @@ def _serve(
             with lock:
                 conn.send(("result", call_id, ok, pickle.dumps(answer)))
 
-    for calls in queues.values():
-        threading.Thread(target=work, args=(calls,), daemon=True).start()
+    for group, threads in GROUPS.items():
+        for _ in range(threads):
+            threading.Thread(target=work, args=(queues[group],), daemon=True).start()
     while True:
         call = conn.recv()
         group = getattr(getattr(type(actor), call[1]), "__ray_concurrency_group__", "work")

@@ -93,7 +93,7 @@ def histories(draw) -> History:
                 s = replace(s, segment_class="loser")
             carried.append(s)
             if s.segment_class == "shard" and won[s.shard_id] == s.attempt_id:
-                commits.append(_commit(s, carried, draw(st.integers(0, 3))))
+                commits.append(_commit(s, carried, draw(outcomes())))
                 reported += carried
                 carried = []
         if draw(st.booleans()):
@@ -104,14 +104,30 @@ def histories(draw) -> History:
     return History(tuple(commits), tuple(draw(st.permutations(reported))))
 
 
-def _commit(shard: Segment, carried: Sequence[Segment], images_ok: int) -> Commit:
+@st.composite
+def outcomes(draw) -> dict[str, int | None]:
+    """How the images of a shard ended: fields of its commit; one from before there were filtered images, too."""
+    ok, quarantined = draw(st.integers(0, 3)), draw(st.integers(0, 2))
+    if draw(st.booleans()):
+        return {"images_ok": ok, "images_quarantined": quarantined}
+    filtered = draw(st.integers(0, 2))
+    return {
+        "images_ok": ok,
+        "images_filtered": filtered,
+        "images_quarantined": quarantined,
+        "images_drawn": ok + filtered + draw(st.integers(0, quarantined)),
+    }
+
+
+def _commit(shard: Segment, carried: Sequence[Segment], images: dict[str, int | None]) -> Commit:
     assert shard.shard_id is not None
     assert shard.attempt_id is not None
     return commit(
         shard.shard_id,
         shard.attempt_id,
-        images_ok,
+        images.pop("images_ok"),
         carried,
+        **images,
         worker=shard.worker_id,
         host=shard.open.boot_id,
         t_start_wall_ns=shard.open.t_wall_ns,

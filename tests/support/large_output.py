@@ -49,7 +49,8 @@ def write_output(store: Store, images: int) -> None:
         key=lambda c: c.shard_id,
     )
     ledger = build_ledger(s for c in commits for s in c.segments)
-    energy = write_energy_tables(store, job, ledger, CommitTable.of(commits), RowTables(image_rows))
+    table = CommitTable.of(commits)
+    energy = write_energy_tables(store, job, ledger, table, RowTables(image_rows))
     totals = Totals(
         shards=shards,
         images_ok=images,
@@ -57,7 +58,7 @@ def write_output(store: Store, images: int) -> None:
         first_start_ns=min(c.t_start_wall_ns for c in commits),
         last_end_ns=max(c.t_end_wall_ns for c in commits),
     )
-    store.put(STATS_KEY, json.dumps(summarise(job, totals, ledger, energy)).encode())
+    store.put(STATS_KEY, json.dumps(summarise(job, totals, ledger, table, energy)).encode())
     noise = np.random.default_rng(0)
     for i in range(PICTURES):
         buffer = io.BytesIO()

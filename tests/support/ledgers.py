@@ -88,13 +88,24 @@ def shard_mj(ledger, shard_id, attempt_id):
 
 
 def image_rows(commit):
-    """The row table of a commit: its ok images and its quarantined ones."""
+    """The row table of a commit: its ok images, its filtered and its quarantined ones."""
     rows = [
-        ImageRow(ImageRequest(f"p{commit.shard_id}-{i}", 0, "x", 1), "ok", sha256=f"{i:064x}")
+        ImageRow(ImageRequest(f"p{commit.shard_id}-{i}", 0, "x", 1), "ok", 8, 8, sha256=f"{i:064x}")
         for i in range(commit.images_ok)
     ]
-    bad = [
-        ImageRow(ImageRequest(f"p{commit.shard_id}-bad{i}", 0, "x", 1), "quarantined", error="bad")
+    rows += [
+        ImageRow(ImageRequest(f"p{commit.shard_id}-hid{i}", 0, "x", 1), "filtered", 8, 8, error="hidden")
+        for i in range(commit.images_filtered)
+    ]
+    drawn = (commit.images_drawn or 0) - len(rows)
+    rows += [
+        ImageRow(
+            ImageRequest(f"p{commit.shard_id}-bad{i}", 0, "x", 1),
+            "quarantined",
+            8 if i < drawn else None,
+            8 if i < drawn else None,
+            error="bad",
+        )
         for i in range(commit.images_quarantined)
     ]
-    return pa.Table.from_pylist([r.as_record() for r in rows + bad], schema=IMAGE_ROW_SCHEMA)
+    return pa.Table.from_pylist([r.as_record() for r in rows], schema=IMAGE_ROW_SCHEMA)

@@ -14,8 +14,10 @@ from millijoule.pipeline.planning.make_plan import plan_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.workers.attempt import AttemptRunner
+from millijoule.workers.attempts.runner import AttemptRunner
 from millijoule.workers.generators.protocol import Generator
+from millijoule.workers.images.formats import ImageFormat
+from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
 from millijoule.workers.meters.power_samples import PowerSampler
@@ -74,7 +76,8 @@ def runner(
 ) -> AttemptRunner:
     """A worker's half of the protocol."""
     config = WorkerConfig(
-        store.url, job.fingerprint, job.job_seed, job.output_format, "plain", MODEL_SHA256, epoch
+        *(store.url, job.fingerprint, job.job_seed, job.output_format, "plain", MODEL_SHA256, epoch),
+        image_format=ImageFormat(job.image_format, job.image_quality),
     )
     meter = meter or open_meter()
     return AttemptRunner(
@@ -98,6 +101,9 @@ def work(
     attempts = runner(store, job, epoch, generator, f"w{epoch}", meter)
     while (lease := coordinator.next_lease("w1", 0.0)) is not None:
         result = attempts.run(lease)
+        if result.outcome == "suspect":  # a second worker says the same, and the driver commits
+            assert result.commit_json is not None
+            store.put_exclusive(commit_key(lease.shard.shard_id), result.commit_json)
         coordinator.complete(lease.attempt_id, result.lease.shard.shard_id, 1.0)
     assert coordinator.done
     finish_job(store, job, shards)

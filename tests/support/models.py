@@ -13,11 +13,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
+from millijoule.workers.errors import RowError
+from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, Rejection
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.storage.local import LocalStore
 
@@ -69,6 +72,23 @@ def many_steps(device: str) -> Plain:
     return _ManySteps(device)
 
 
+class _Cramped(Plain):
+    """Memory for three images, for one of which a prompt "large" needs all."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.info = replace(self.info, name="cramped", batch_size=8)
+
+    def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
+        if sum(3 if "large" in r.prompt else 1 for r in requests) > 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 3.17 GiB")
+        return super().generate(requests)
+
+
+def cramped(device: str) -> Plain:
+    return _Cramped(device)
+
+
 class _Poison(Plain):
     def __init__(self, device: str, act: Callable[[], None], seconds: float = 0.0) -> None:
         super().__init__(device, seconds)
@@ -111,6 +131,46 @@ def returns_nonsense_on_poison(device: str) -> Plain:
             return GeneratedBatch(out.images[:-1] if len(requests) > 1 else out.images / np.float32("nan"))
 
     return Nonsense(device)
+
+
+class Careful(Plain):
+    """Has a safety checker, and numbers that overflow: what becomes of an image follows from the words of its prompt.
+
+    "hidden": filtered; "nan": drawn, but no image; "refused": not drawn at all; "strange WORD": drawn, with a warning.
+
+    Args:
+        on_image: called for each image it draws.
+    """
+
+    def __init__(self, device: str, on_image: Callable[[], None] = lambda: None) -> None:
+        super().__init__(device)
+        self.on_image = on_image
+
+    def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
+        for request in requests:
+            if "refused" in request.prompt:
+                raise RowError("no such picture")
+        images = super().generate(requests).images
+        for _ in requests:
+            self.on_image()
+        return GeneratedBatch(
+            images, tuple(map(self.warnings, requests)), tuple(map(self.rejection, requests))
+        )
+
+    def warnings(self, request: ImageRequest) -> tuple[str, ...]:
+        words = request.prompt.split()
+        return tuple(f"unknown word: '{b}'" for a, b in pairwise(words) if a == "strange")
+
+    def rejection(self, request: ImageRequest) -> Rejection | None:
+        if "hidden" in request.prompt:
+            return Rejection("filtered", "the safety checker hid this image")
+        if "nan" in request.prompt:
+            return Rejection("quarantined", "its pixels are not finite numbers")
+        return None
+
+
+def careful(device: str) -> Plain:
+    return Careful(device)
 
 
 def _here_is_bad() -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from support.ledgers import shard_mj
-from support.plain_split import image_energy
+from support.plain_split import shard_energy
 
-from millijoule.pipeline.energy.rows import SHORT_CPU_NS, SHORT_GPU_NS, committed_attempt, read_rows
+from millijoule.pipeline.energy.rows import SHORT_CPU_NS, SHORT_GPU_NS, read_rows
 from millijoule.workers.meters.segment_timeline import segment_estimate_mj
 
 
@@ -40,15 +40,30 @@ def segment_rows(ledger):
 def attempt_rows(ledger, commits):
     """The committed attempts."""
     for c in commits:
-        yield committed_attempt(c, shard_mj(ledger, c.shard_id, c.attempt_id))
+        mj = shard_mj(ledger, c.shard_id, c.attempt_id)
+        _, *rejected = shard_energy(mj, c.images_ok, c.images_filtered, c.images_drawn)
+        who = (
+            c.shard_id,
+            c.attempt_id,
+            "committed",
+            c.worker_id,
+            c.node_id,
+            c.host,
+            c.device,
+            c.driver_epoch,
+        )
+        images = (c.images_ok, c.images_filtered, c.images_quarantined, c.images_drawn)
+        how = (c.energy_estimate_mj, c.energy_method, ",".join(c.energy_domains))
+        yield (*who, c.t_start_wall_ns, c.t_end_wall_ns, *images, mj, *rejected, *how)
 
 
 def image_rows_of(ledger, commits, read):
     """The images of all commits with their direct energy and estimate; full energies are not divided here."""
     for c in commits:
         ok = [row for row in read(c).to_pylist() if row["status"] == "ok"]
-        direct = image_energy(shard_mj(ledger, c.shard_id, c.attempt_id), len(ok))
-        estimates = image_energy(c.energy_estimate_mj, len(ok))
+        counts = (len(ok), c.images_filtered, c.images_drawn)
+        direct, *_ = shard_energy(shard_mj(ledger, c.shard_id, c.attempt_id), *counts)
+        estimates, *_ = shard_energy(c.energy_estimate_mj, *counts)
         for row, mj, estimate in zip(ok, direct, estimates, strict=True):
             name = (row["prompt_id"], row["image_index"], c.shard_id, c.attempt_id, row["sha256"])
             yield (*name, mj, estimate)

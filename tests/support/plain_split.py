@@ -41,6 +41,23 @@ def image_energy(shard_energy_mj: int | None, n_images: int) -> list[int | None]
     return list(apportion(shard_energy_mj, [1] * n_images)) if n_images else []
 
 
+def shard_energy(
+    shard_energy_mj: int | None, ok: int, filtered: int, drawn: int | None
+) -> tuple[list[int | None], int | None, int | None]:
+    """The share of each accepted image of a shard, and those of its filtered and its quarantined images together.
+
+    `drawn` images share equally, accepted ones first, then filtered ones; None: the accepted ones alone do.
+    """
+    if shard_energy_mj is None:
+        return [None] * ok, None, None
+    if drawn is None:
+        return image_energy(shard_energy_mj, ok), 0, 0
+    if not drawn:
+        return [], 0, shard_energy_mj
+    shares = apportion(shard_energy_mj, [1] * drawn)
+    return list(shares[:ok]), sum(shares[ok : ok + filtered]), sum(shares[ok + filtered :])
+
+
 class Claim(NamedTuple):
     """A worker was busy from `t_open_ns` to `t_close_ns`; a reading is None where the worker could not read."""
 

@@ -34,9 +34,10 @@ from support.fault_plans import KNOWN, DriverPlan, Plan, make_plan
 from support.forked_cluster import ActorContext, Cluster, Driver, ForkedRay, Node
 from support.ray_stand_in import install
 
-from millijoule.jobs.bench.measurement import write_result
 from millijoule.jobs.generate import signals_heeded
 from millijoule.jobs.machine import describe_machine
+from millijoule.jobs.measuring.measurement import write_result
+from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.set_up.job import open_or_plan
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.request import request_of
@@ -46,10 +47,10 @@ from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.running import accounts, coordinator, crew, node_health, outcomes, pool, run
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers import actor as actor_module
-from millijoule.workers import attempt, orphan
+from millijoule.workers import orphan
 from millijoule.workers.actor import ShardWorker
+from millijoule.workers.attempts import questions
 from millijoule.workers.errors import JobError
-from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
 from millijoule.workers.meters import nvml
 from millijoule.workers.storage.local import LocalStore
@@ -224,7 +225,7 @@ def enter_host(node: Node | None, plan: Plan, folder: Path) -> None:
     coordinator.SPECULATION_MIN_S, coordinator.SECOND_OPINION_PATIENCE_S = 0.3, 1.0
     node_health.DEATH_PAUSE_FIRST_S, node_health.FAULT_PAUSE_FIRST_S = 0.02, 0.05
     accounts.CLOSE_TIMEOUT_S, accounts.CUT_OFF_TIMEOUT_S, actor_module.GONE_TIMEOUT_S = 15.0, 4.0, 3.0
-    attempt.PROBE_LINGER_S, orphan.ORPHAN_CHECK_S, run.FLUSH_PERIOD_S = 0.05, 0.3, 0.2
+    questions.PROBE_LINGER_S, orphan.ORPHAN_CHECK_S, run.FLUSH_PERIOD_S = 0.05, 0.3, 0.2
     nvml.GpuCounter.__init__.__defaults__ = (1, None, plan.spacing_ms * 1_000_000, nvml.WATCH_PERIOD_NS)
     spending_model.passing = lambda point: pass_point(plan, folder, point)
     _wrap_store(lambda point: pass_point(plan, folder, point), of_driver=node is None)
@@ -302,9 +303,11 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
         output=str(folder / "out"),
         model=MODEL,
         shard_size=str(plan.shard_size),
+        model_options=ModelOptions(batch_size=plan.batch_size),
     )
     store = open_store(options.output)
-    planned = open_or_plan(request_of(options), store, read_job(store))
+    request = request_of(options)
+    planned = open_or_plan(request, store, read_job(store))
     store = open_store(options.output, patient=True)
     all_boards = sum(plan.hosts) * round(1 / plan.gpus_per_worker)
     job_run = run.JobRun(
@@ -314,7 +317,7 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
         ray.actor_class,
         lease_s=plan.lease_s,
         speculate=plan.speculate,
-        model_options=GeneratorOptions(batch_size=plan.batch_size),
+        source=request.source,
     )
     with signals_heeded(job_run):
         try:

@@ -2,21 +2,26 @@
 
 `RayStandIn` stands for the `ray` module wherever `install` puts it, and its `time` for the `time` module: time passes only
 where the driver waits. Actors are plain objects made where their node is known; what a method returns is its answer, which
-may be `After` some seconds, or never, or the actor `Dies` of the call. As in Ray, calls of one concurrency group are done in
-order, calls to an actor without a node wait, calls to a dead one fail with `RayActorError`. No process, no thread.
+may be `After` some seconds, or never, or the actor `Dies` of the call. As in Ray, calls of one concurrency group are begun in
+order, as many at once as it has threads, calls to an actor without a node wait, calls to a dead one fail with `RayActorError`. No process, no thread.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from millijoule.pipeline.running import accounts, cluster, crew, node_recorders, outcomes, pool, run
+from millijoule.workers.lease import MAX_LEASES
+
+#: Concurrency groups of a worker, and the threads of each: as `workers.actor` asks Ray for them.
+GROUPS = {"work": MAX_LEASES, "status": 1}
 
 MODULES = (accounts, cluster, crew, node_recorders, outcomes, pool, run)
 
@@ -40,9 +45,28 @@ class Dies(After):
     """The actor's process ends in the call instead."""
 
     preempted: bool = False
+    no_memory: bool = False
 
 
 NEVER = After(float("inf"))
+
+
+class Deferred:
+    """An answer that the actor gives when it likes, with `settle`: what its method would have returned."""
+
+    def __init__(self) -> None:
+        self._answer: Any = None
+        self._take: Callable[[Any], None] | None = None
+
+    def settle(self, answer: Any) -> None:
+        self._answer = answer
+        if self._take is not None:
+            self._take(answer)
+
+    def then(self, take: Callable[[Any], None]) -> None:
+        self._take = take
+        if self._answer is not None:
+            take(self._answer)
 
 
 class _ActorId(str):
@@ -115,9 +139,9 @@ class _Actor:
     node: StandInNode | None = None
     instance: Any = None
     waiting: list[tuple[str, str, tuple]] = field(default_factory=list)  # call id, method, arguments
-    busy: set[str] = field(default_factory=set)  # concurrency groups
+    busy: Counter[str] = field(default_factory=Counter)  # calls at work by concurrency group
     calls: set[str] = field(default_factory=set)  # without an answer
-    death: RayActorError | None = None
+    death: RayActorError | OutOfMemoryError | None = None
 
     @property
     def asked(self) -> dict[str, float]:
@@ -298,37 +322,50 @@ class RayStandIn:
         for call in list(actor.waiting):
             call_id, method, args = call
             group = getattr(getattr(actor.instance, method), "__ray_concurrency_group__", "work")
-            if group in actor.busy or call not in actor.waiting:
+            if actor.busy[group] >= GROUPS[group] or call not in actor.waiting:
                 continue
             actor.waiting.remove(call)
-            actor.busy.add(group)
+            actor.busy[group] += 1
             try:
                 answer = getattr(actor.instance, method)(*args)
             except Exception as error:
                 answer = After(0.0, error)
-            if not isinstance(answer, After):
-                answer = After(0.0, answer)
-            if answer.seconds <= 0:
-                self._finish(actor, call_id, group, answer)
-            elif answer is not NEVER:
-                self.at(answer.seconds, lambda c=call_id, g=group, a=answer: self._finish(actor, c, g, a))
+            if isinstance(answer, Deferred):
+                answer.then(lambda a, c=call_id, g=group: self._answer(actor, c, g, a))
+            else:
+                self._answer(actor, call_id, group, answer)
+
+    def _answer(self, actor: _Actor, call_id: str, group: str, answer: Any) -> None:
+        if not isinstance(answer, After):
+            answer = After(0.0, answer)
+        if answer.seconds <= 0:
+            self._finish(actor, call_id, group, answer)
+        elif answer is not NEVER:
+            self.at(answer.seconds, lambda: self._finish(actor, call_id, group, answer))
 
     def _finish(self, actor: _Actor, call_id: str, group: str, answer: After) -> None:
         if actor.death is not None:
             return
         if isinstance(answer, Dies):
-            self._end(actor, "The worker process has died", preempted=answer.preempted)
+            self._end(
+                actor, "The worker process has died", preempted=answer.preempted, no_memory=answer.no_memory
+            )
             return
         failed = isinstance(answer.answer, Exception)
         self._answers[call_id] = (False, task_error(answer.answer)) if failed else (True, answer.answer)
         actor.calls.discard(call_id)
-        actor.busy.discard(group)
+        actor.busy[group] -= 1
         self._serve(actor)
 
-    def _end(self, actor: _Actor, reason: str, *, preempted: bool = False) -> None:
+    def _end(self, actor: _Actor, reason: str, *, preempted: bool = False, no_memory: bool = False) -> None:
         if actor.death is not None:
             return
-        actor.death = RayActorError(actor.actor_id, f"{reason}: {actor.actor_id[:8]}", preempted=preempted)
+        words = f"{reason}: {actor.actor_id[:8]}"
+        actor.death = (
+            OutOfMemoryError(f"{words}, the node was running low on memory")
+            if no_memory
+            else RayActorError(actor.actor_id, words, preempted=preempted)
+        )
         del self._actors[actor.actor_id]
         if actor.node is not None:
             actor.node.take(actor.asked, -1)

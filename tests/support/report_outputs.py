@@ -20,8 +20,8 @@ from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import JobSpec, open_epoch
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.workers import attempt
-from millijoule.workers.attempt import AttemptRunner
+from millijoule.workers.attempts import drawing
+from millijoule.workers.attempts.runner import AttemptRunner
 from millijoule.workers.lease import WorkerConfig
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
@@ -120,7 +120,7 @@ def finished(
     clock = Clock()
     workers = make_workers(clock, store, job, epoch)
     turn = 0
-    with patch.object(attempt, "time", clock):
+    with patch.object(drawing, "time", clock):
         while (
             lease := coordinator.next_lease(workers[turn % len(workers)].worker.worker_id, 0.0)
         ) is not None:

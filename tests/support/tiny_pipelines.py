@@ -22,7 +22,7 @@ import torch
 
 #: Words that the tokenizers know as one token each, so that tests can count tokens; other words are read by letters.
 WORDS = (
-    *("a", "an", "and", "the", "of", "on", "in", "with", "red", "blue", "green", "dog", "cat", "apple", "star", "heart"),
+    *("a", "an", "and", "the", "of", "on", "in", "red", "blue", "green", "dog", "cat", "apple", "star", "heart"),
     *("house", "moon", "tree", "very", "big", "small", "old", "new", "photo", "ugly", "blurry"),
 )  # fmt: skip
 
@@ -106,7 +106,7 @@ def qwen2_tokenizer(max_length: int = 1024) -> Any:
     from transformers import Qwen2Tokenizer
 
     pieces, merges = _merged((*WORDS, *_QWEN_WORDS), "", start="Ġ")
-    heads, head_merges = _merged(("system", "user", "assistant", "Describe"), "")
+    heads, head_merges = _merged(("system", "user", "assistant", "Describe", *WORDS), "")
     merges = list(dict.fromkeys([*merges, *head_merges]))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -123,9 +123,12 @@ def qwen2_tokenizer(max_length: int = 1024) -> Any:
 
 
 def _merged(words: tuple[str, ...], end: str, start: str = "") -> tuple[list[str], list[tuple[str, str]]]:
-    """The tokens and merges of byte-pair encoding that make each word one token, read from its front."""
+    """The tokens and merges of byte-pair encoding that make each word one token, read from its front.
+
+    Earlier merges win: those of long words come first, or "moon" would be read as "mo" and "on".
+    """
     pieces, merges = [], []
-    for word in words:
+    for word in sorted(words, key=lambda word: (word not in ("photo", "the"), -len(word))):
         parts = [*start, *word]
         parts[-1] += end
         whole = parts[0]
@@ -174,7 +177,7 @@ def _clip(cls: str = "CLIPTextModel", projection: int = WIDTH, tokenizer: Any = 
 def _t5(cls: str = "T5EncoderModel") -> Any:
     import transformers
 
-    config = transformers.T5Config(
+    config = (transformers.UMT5Config if cls.startswith("UMT5") else transformers.T5Config)(
         d_model=WIDTH,
         d_kv=8,
         d_ff=WIDTH,
@@ -371,6 +374,12 @@ def _pixart_sigma() -> Any:
         tokenizer=t5_tokenizer(),
         scheduler=DPMSolverMultistepScheduler(),
     )
+
+
+def _pixart_alpha() -> Any:
+    from diffusers import PixArtAlphaPipeline
+
+    return PixArtAlphaPipeline(**_pixart_sigma().components)
 
 
 def _sana() -> Any:
@@ -687,6 +696,134 @@ def _deepfloyd_if() -> Any:
     )
 
 
+def _wuerstchen() -> Any:
+    from diffusers import DDPMWuerstchenScheduler, WuerstchenCombinedPipeline
+    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
+
+    return WuerstchenCombinedPipeline(
+        tokenizer=clip_tokenizer(),
+        text_encoder=_clip(),
+        decoder=WuerstchenDiffNeXt(
+            c_cond=WIDTH,
+            c_hidden=[32],
+            nhead=[2],
+            blocks=[1],
+            level_config=["CT"],
+            clip_embd=WIDTH,
+            inject_effnet=[False],
+        ),
+        scheduler=DDPMWuerstchenScheduler(),
+        vqgan=PaellaVQModel(bottleneck_blocks=1, num_vq_embeddings=2),
+        prior_tokenizer=clip_tokenizer(),
+        prior_text_encoder=_clip(),
+        prior_prior=WuerstchenPrior(c_in=2, c=8, depth=2, c_cond=WIDTH, c_r=8, nhead=2),
+        prior_scheduler=DDPMWuerstchenScheduler(),
+    )
+
+
+def _hunyuan_dit() -> Any:
+    from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
+    from transformers import BertConfig, BertModel
+
+    tokenizer = t5_tokenizer(77)
+    encoder = BertConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        vocab_size=len(tokenizer),
+        initializer_range=0.5,
+    )
+    return HunyuanDiTPipeline(
+        transformer=HunyuanDiT2DModel(
+            sample_size=8,
+            num_layers=2,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            in_channels=4,
+            cross_attention_dim=WIDTH,
+            cross_attention_dim_t5=WIDTH,
+            pooled_projection_dim=16,
+            hidden_size=32,
+            activation_fn="gelu-approximate",
+        ),
+        vae=_vae(),
+        text_encoder=BertModel(encoder).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5(),
+        tokenizer_2=t5_tokenizer(256),
+        scheduler=DDPMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _aura_flow() -> Any:
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=WIDTH,
+        pos_embed_max_size=64,
+    )
+    with torch.no_grad():  # most of what it reads are 248 tokens of padding
+        transformer.context_embedder.weight.mul_(20.0)
+    return AuraFlowPipeline(
+        transformer=_attend_more(transformer, factor=40.0),
+        vae=_vae(),
+        text_encoder=_t5("UMT5EncoderModel"),
+        tokenizer=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def _lumina2() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    tokenizer = gemma_tokenizer()
+    encoder = Gemma2Config(
+        head_dim=8,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        vocab_size=len(tokenizer),
+        initializer_range=0.5,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=24,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=3,
+            num_kv_heads=1,
+            multiple_of=2,
+            axes_dim_rope=(4, 2, 2),
+            axes_lens=(512, 128, 128),
+            cap_feat_dim=WIDTH,
+        ),
+        vae=_vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5305),
+        text_encoder=Gemma2Model(encoder).eval(),
+        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
 #: Every family by name.
 FAMILIES: dict[str, Callable[[], Any]] = {
     "sd15": _sd15,
@@ -695,6 +832,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "sdxl": _sdxl,
     "sd3": _sd3,
     "pixart_sigma": _pixart_sigma,
+    "pixart_alpha": _pixart_alpha,
     "sana": _sana,
     "flux": _flux,
     "flux_schnell": _flux_schnell,
@@ -703,13 +841,19 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "z_image": _z_image,
     "kandinsky22": _kandinsky22,
     "deepfloyd_if": _deepfloyd_if,
+    "wuerstchen": _wuerstchen,
+    "hunyuan_dit": _hunyuan_dit,
+    "aura_flow": _aura_flow,
+    "lumina2": _lumina2,
 }
 
 #: Width and height at which each is quick, in pixels.
-SIZES: dict[str, int] = {name: 32 if name == "deepfloyd_if" else 64 for name in FAMILIES}
+SIZES: dict[str, int] = dict.fromkeys(FAMILIES, 64) | {"deepfloyd_if": 32, "wuerstchen": 128}
 
 #: What a plain call of the pipeline needs besides: these families draw at the nearest of their published sizes otherwise.
 CALL: dict[str, dict[str, Any]] = {
     "pixart_sigma": {"use_resolution_binning": False},
+    "pixart_alpha": {"use_resolution_binning": False},
     "sana": {"use_resolution_binning": False},
+    "hunyuan_dit": {"use_resolution_binning": False},
 }

@@ -1,7 +1,9 @@
 """The commit protocol as a property: crashes at any store operation, before or after it took effect, lose nothing."""
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Lock
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from support.local_job import plan, runner, work
 
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import load_records
-from millijoule.pipeline.output.commits import list_committed
+from millijoule.pipeline.output.commits import list_committed, read_commits
 from millijoule.pipeline.output.job import open_epoch
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
@@ -50,12 +52,29 @@ class CrashingStore:
 
 
 def attempt_everything(store, job, epoch: int, worker: str) -> None:
+    """One worker that holds two leases at a time, until one of its attempts dies."""
     shards = load_job_shards(store, job)
     coordinator = Coordinator(shards, list_committed(store, len(shards)), 60.0, epoch)
     attempts = runner(store, job, epoch, worker=worker)
-    while (lease := coordinator.next_lease(worker, 0.0)) is not None:
-        attempts.run(lease)
-        coordinator.complete(lease.attempt_id, lease.shard.shard_id, 1.0)
+    lock, died = Lock(), Event()
+
+    def call() -> None:
+        while not died.is_set():
+            with lock:
+                lease = coordinator.next_lease(worker, 0.0)
+            if lease is None:
+                return
+            try:
+                attempts.run(lease)
+            except BaseException:
+                died.set()
+                raise
+            with lock:
+                coordinator.complete(lease.attempt_id, lease.shard.shard_id, 1.0)
+
+    with ThreadPoolExecutor(2) as callers:
+        for done in [callers.submit(call) for _ in range(2)]:
+            done.result()
 
 
 lives = st.lists(
@@ -87,6 +106,9 @@ def test_whatever_crashes_where_the_output_is_complete_and_sound(lives):
         ledger = load_records(store, len(shards)).ledger
         winners = [e for e in ledger.entries if e.segment_class == "shard"]
         assert sorted(e.segment.shard_id for e in winners) == list(range(len(shards)))
+        # nothing is carried twice
+        segments = [s for c in read_commits(store, len(shards)) for s in c.segments]
+        assert len(segments) == len({(s.worker_id, s.open.t_mono_ns, s.close.t_mono_ns) for s in segments})
 
 
 @given(st.permutations(["w1", "w2", "w3"]))

@@ -5,62 +5,78 @@ Drawing needs the `diffusers` extra.
 
 from __future__ import annotations
 
-import inspect
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from millijoule.kernels.processor import multiplies_bfloat16
-from millijoule.workers.diffusion.libraries import import_diffusers
-from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES, INDEX, PipelineFolder, read_pipeline
-from millijoule.workers.errors import InputError, RowError
-from millijoule.workers.generators.fixed_size import padded, unused_settings
-from millijoule.workers.generators.model_files import read_header
+from millijoule.workers.diffusion.engine_modules import prepare_pipeline
+from millijoule.workers.diffusion.families import describe_family
+from millijoule.workers.diffusion.loading import LoadedPipeline, load_pipeline
+from millijoule.workers.diffusion.memory import PipelineMemory
+from millijoule.workers.diffusion.operations import count_operations
+from millijoule.workers.diffusion.pipeline_call import Drawn, PipelineCall, Row, Settings
+from millijoule.workers.diffusion.pipeline_folder import ICON_SCENES
+from millijoule.workers.diffusion.precision import is_narrow
+from millijoule.workers.diffusion.prompt_chunks import count_chunks
+from millijoule.workers.diffusion.prompt_tokens import open_prompt_reader
+from millijoule.workers.drawing.batch_shapes import BatchShapes
+from millijoule.workers.drawing.out_of_memory import is_out_of_memory
+from millijoule.workers.engines.open import open_engine
+from millijoule.workers.engines.protocol import Engine
+from millijoule.workers.errors import RowError
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, Rejection
+from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo, Rejection
+from millijoule.workers.loras.switch import LoraSwitch
+from millijoule.workers.pipeline_parts.model_files import read_model
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
 
-#: The pipeline always sees this many rows; the rest is padding. A GPU is idle most of the time with 16 small images.
-BATCH_SIZE, GPU_BATCH_SIZE, GPU_BATCH_SIZE_SMALL = 8, 16, 256
-
-#: Images of at most this many pixels are small.
-SMALL_PIXELS = 128 * 128
-
-#: A pipeline with one of these arguments wants more than text, or makes something other than an image.
-OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
-
-DENOISERS, DECODERS = ("unet", "transformer", "prior", "decoder"), ("vae", "vqvae", "movq", "vqgan")
+log = logging.getLogger(__name__)
 
 
 class DiffusersGenerator:
-    """A loaded pipeline. Build with `load`; see `Generator` and `ReportsSteps` for the protocols."""
+    """A loaded pipeline. Build with `load`; see `Generator`, `ReportsSteps`, `SizesBatches`, `SavesMemory` and `GroupsRequests`
+    for the protocols.
 
-    def __init__(self, pipeline: Any, folder: PipelineFolder, sha256: str, device: str) -> None:
-        self.pipeline = pipeline
-        self.device = device
+    Attributes:
+        fixed_batch: whether a call of another number of rows costs a compilation or a capture: then a smaller batch is padded
+            to a number of rows that was called before.
+    """
+
+    def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions, engine: Engine) -> None:
+        """`engine` runs the modules of the pipeline from now on."""
+        folder = loaded.folder
+        self.loaded = loaded
+        self.pipeline = loaded.pipeline
+        self.options = options
+        self.loras = LoraSwitch(self.pipeline, options.loras)
+        self.engine = engine
+        prepare_pipeline(self.pipeline, engine)
+        self.pipeline.to(loaded.device)
+        loaded.rungs.skip_work(captured=engine.fixed_shapes)
+        if loaded.rungs.words:
+            log.info("%s: %s", folder.name, "; ".join(loaded.rungs.words))
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
         self.prompts = folder.defaults.prompts
-        on_cpu = not device.startswith("cuda")
-        self.mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
-        self.arguments = _check_signature(pipeline, folder)
-        self.scale = int(getattr(pipeline, "vae_scale_factor", 1))
-        width, height = _native_size(pipeline, folder, self.scale)
-        gpu_batch = GPU_BATCH_SIZE_SMALL if width * height <= SMALL_PIXELS else GPU_BATCH_SIZE
+        self.family = family = describe_family(self.pipeline, str(folder.path))
+        self.reader = open_prompt_reader(self.pipeline)
+        self.call = PipelineCall(loaded, family, lambda: self.on_step())
+        self._apart: set[str] = set()
+        self.memory = PipelineMemory(self.pipeline, loaded.device, engine)
+        self.fixed_batch = engine.fixed_shapes
+        self._shapes = BatchShapes()
         self.info = GeneratorInfo(
             name=folder.name,
-            sha256=sha256,
-            width=width,
-            height=height,
-            num_inference_steps=folder.defaults.num_inference_steps,
-            batch_size=BATCH_SIZE if on_cpu else gpu_batch,
+            sha256=loaded.sha256,
+            width=family.width,
+            height=family.height,
+            num_inference_steps=options.rungs.steps or folder.defaults.num_inference_steps,
+            batch_size=options.batch_size or self.memory.limits(family.width, family.height).first,
         )
 
     @staticmethod
@@ -70,220 +86,186 @@ class DiffusersGenerator:
         device: str = "cpu",
         options: GeneratorOptions = GeneratorOptions(),  # noqa: B008 (frozen)
     ) -> DiffusersGenerator:
-        """Load the pipeline in directory `path`. Nothing is downloaded.
-
-        On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
-        may be out of float16's range, and run in bfloat16, or in float32 where the GPU only emulates bfloat16. On a CPU it runs
-        in float32, and matrices and convolutions of a denoiser that is stored in float16 are multiplied in bfloat16 where
-        the processor does that (half the time).
+        """Load the pipeline in directory `path` (see `load_pipeline`).
 
         Raises:
-            InputError: diffusers is not installed, or the directory is not a pipeline that can be used (see
-                `read_pipeline`).
+            InputError: diffusers is not installed, the directory is not a pipeline that can be used (see
+                `read_model`), or the options ask for what it cannot do.
         """
-        folder = read_pipeline(path)
-        diffusers, transformers = import_diffusers()
-        _check_classes(folder, diffusers, transformers)
-        dtype = torch.float32
-        if device.startswith("cuda"):
-            wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-            dtype = torch.float16 if _is_stored_in_float16(folder) else wide
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                str(folder.path),
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=dtype,
-            )
-        except Exception as error:  # whatever the libraries make of a directory that is not as they wrote it
-            raise InputError(f"{folder.path}: diffusers cannot load it: {error}") from error
-        pipeline.set_progress_bar_config(disable=True)
-        return DiffusersGenerator(pipeline.to(device), folder, folder.sha256(), device)
+        folder = read_model(path, options)
+        engine = open_engine(options, device)  # what it lacks is said before minutes are spent on loading
+        return DiffusersGenerator(load_pipeline(folder, device, options), options, engine)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
-        """See `Generator`; raises RowError for a size this model cannot make."""
-        groups: dict[tuple[float | None, bool], list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
+        """See `Generator`; raises RowError for a size or a number of steps this model cannot make."""
+        for request in requests:
             self._check(request)
-            groups[request.guidance_scale, request.negative_prompt is None].append(i)
-        images: list[Any] = [None] * len(requests)
+        images: list[np.ndarray] = [np.zeros(self._shape(r), np.uint8) for r in requests]
         warnings = [self._warnings(r) for r in requests]
-        rejected: list[Rejection | None] = [None] * len(requests)
-        for rows in groups.values():
-            for part, count in padded(len(rows), self.info.batch_size):
-                drawn = self._draw([requests[rows[k]] for k in part])
-                for k, (image, blocked) in zip(part[:count], drawn, strict=False):
-                    images[rows[k]] = image
-                    if blocked:
-                        rejected[rows[k]] = Rejection("filtered", "the model's safety checker hid this image")
+        rejected: list[Rejection | None] = [self._too_long(r) for r in requests]
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            if rejected[i] is None:
+                groups[self.call_group(request)].append(i)
+        for places in groups.values():
+            drawn, settings = self._draw([requests[i] for i in places])
+            for k, i in enumerate(places):
+                images[i], words, rejected[i] = self._judge(requests[i], settings, drawn, k)
+                warnings[i] += words
         return GeneratedBatch(np.stack(images), tuple(warnings), tuple(rejected))
 
+    def batch_limits(self, width: int, height: int) -> BatchLimits:
+        """See `SizesBatches`."""
+        return self.memory.limits(width, height)
+
+    def save_memory(self) -> str | None:
+        """See `SavesMemory`."""
+        if self.engine.release():
+            return "without CUDA graphs"
+        saver = self.memory.save()
+        self.engine.renew()  # models that come and go have other calls
+        return saver
+
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
-        """Operations per image at the default guidance, two per multiply-accumulate, of text, denoiser and decoder.
-
-        One step of the real pipeline is counted and its denoiser multiplied by the schedule's number of evaluations.
-        What guidance doubles is doubled in that one step already. Only convolutions, matrix products and attention
-        count, as `torch.utils.flop_counter` has it.
-        """
-        request = ImageRequest("", 0, "", 0, num_inference_steps=1)
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-            self.pipeline(**self._call([request]))
-        by_class = {kind: sum(counts.values()) for kind, counts in counter.get_flop_counts().items()}
-        components = {
-            type(model).__name__: name
-            for name, model in self.pipeline.components.items()
-            if isinstance(model, torch.nn.Module) and name not in DECODERS
-        }
-        counts = {name: by_class.get(kind, 0) for kind, name in components.items()}
-        decoder = by_class["Global"] - sum(counts.values())  # no module's call, and so not counted by class
-        text = sum(n for name, n in counts.items() if name.startswith("text_encoder"))
-        one_step = sum(n for name, n in counts.items() if name in DENOISERS)
+        """Operations per image at the default guidance (`operations.count_operations`)."""
         steps = num_inference_steps or self.info.num_inference_steps
-        denoiser = one_step * self._evaluations(steps) // self._evaluations(1)
-        return {"text": text, "denoiser": denoiser, "decoder": decoder}
+        counted = steps if self.options.rungs.by_step else 1
+        request = ImageRequest("", 0, "", 0, num_inference_steps=counted)
+        call = self.call.arguments([Row("", None, 0)], self._settings(request))
+        self.loaded.rungs.begin(1)
+        with self.engine.plain():
+            return count_operations(self.pipeline, lambda: self.pipeline(**call), steps, counted)
 
-    def _draw(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[np.ndarray, bool]]:
-        """Images of a batch of requests that agree in all settings, and whether each was blanked."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision):
-            result = self.pipeline(**self._call(requests))
-        pixels = np.asarray(result.images, dtype=np.float64)
-        if not np.isfinite(pixels).all():
-            raise RuntimeError("the model made pixels that are not finite numbers")
-        blocked = getattr(result, "nsfw_content_detected", None) or [False] * len(requests)
-        return zip(np.round(pixels * 255).clip(0, 255).astype(np.uint8), map(bool, blocked), strict=True)
+    def _draw(self, requests: Sequence[ImageRequest]) -> tuple[Drawn, Settings]:
+        """A batch of requests of one group; where the batch is fixed, rows after them fill it up."""
+        settings = self._settings(requests[0])
+        switches = self.loras.switches
+        self.loras.use(requests[0].lora)
+        if self.loras.switches != switches:
+            self.engine.renew()
+        rows = [self._row(r) for r in requests]
+        if not self.fixed_batch:
+            return self.call.draw(rows, settings), settings
+        height, width, _ = self._shape(requests[0])
+        wanted = self._shapes.rows_for((width, height), len(rows))
+        try:
+            drawn = self.call.draw([*rows, *[rows[0]] * (wanted - len(rows))], settings)
+        except Exception:
+            self._shapes.failed((width, height), wanted)
+            raise
+        self._shapes.ran((width, height), wanted)
+        return drawn, settings
 
-    def _call(self, requests: Sequence[ImageRequest]) -> dict[str, Any]:
-        """Arguments for the pipeline. The noise of every image comes from a generator of its own, on the CPU."""
-        first = requests[0]
-        guidance = self.guidance_scale if first.guidance_scale is None else first.guidance_scale
-        call: dict[str, Any] = {
-            "prompt": [self._prompt(r) for r in requests],
-            "generator": [seeded(r.seed) for r in requests],
-            "num_inference_steps": first.num_inference_steps or self.info.num_inference_steps,
-            "output_type": "np",
-        }
-        if "width" in self.arguments and "height" in self.arguments:
-            call |= {"width": first.width or self.info.width, "height": first.height or self.info.height}
-        if guidance is not None and "guidance_scale" in self.arguments:
-            call["guidance_scale"] = guidance
-        if first.negative_prompt is not None and "negative_prompt" in self.arguments:
-            call["negative_prompt"] = [r.negative_prompt or "" for r in requests]
-        if "callback_on_step_end" in self.arguments:
-            call["callback_on_step_end"] = self._after_step
-        return call
+    def _judge(
+        self, request: ImageRequest, settings: Settings, drawn: Drawn, k: int
+    ) -> tuple[np.ndarray, tuple[str, ...], Rejection | None]:
+        """Row `k` of what was drawn: its image, words for the user, and why it is no image after all."""
+        words: tuple[str, ...] = ()
+        if not drawn.finite[k]:
+            again = self._in_float32(request, settings)
+            if isinstance(again, Rejection):
+                return drawn.images[k], (), again
+            words = ("pixels were not finite numbers, drawn again in float32",)
+            drawn, k = again, 0
+        if drawn.hidden[k]:
+            return drawn.images[k], words, Rejection("filtered", "the model's safety checker hid this image")
+        if not drawn.images[k].any():
+            words += ("the image is all black",)
+        return drawn.images[k], words, None
+
+    def _in_float32(self, request: ImageRequest, settings: Settings) -> Drawn | Rejection:
+        """One more try for a row whose pixels were not finite numbers."""
+        where = request.source or request.prompt_id
+        if not (self.loaded.mixed_precision or is_narrow(self.pipeline)):
+            return Rejection("quarantined", "pixels are not finite numbers")
+        log.warning("%s: pixels are not finite numbers; the image is drawn again in float32", where)
+        try:
+            with self.engine.plain():
+                drawn = self.call.draw([self._row(request)], settings, float32=True)
+        except Exception as error:  # a network that knows no other precision, say
+            if is_out_of_memory(error):
+                raise  # smaller batches and savers make room
+            why = f"pixels are not finite numbers, and cannot be drawn in float32: {error}"
+            return Rejection("quarantined", why[:500])
+        if not drawn.finite[0]:
+            return Rejection("quarantined", "pixels are not finite numbers, not in float32 either")
+        return drawn
+
+    def call_group(self, request: ImageRequest) -> Hashable:
+        """See `GroupsRequests`: a call has one guidance scale, one mix of LoRAs, negative prompts for all its rows or for none,
+        prompts of one length where the pipeline does not hide padding, and one image where a rung would look at neighbours."""
+        if self.loaded.rungs.draws_alone:
+            return request.prompt_id, request.image_index
+        settings = self._settings(request)
+        alike = (request.guidance_scale, request.negative_prompt is None, request.lora, settings.chunks)
+        if self.family.fixed_length:
+            return alike
+        self._say_apart()
+        prompts = (self._prompt(request), request.negative_prompt or "")
+        return (*alike, *(self.reader.lengths(text) for text in prompts))
+
+    def _say_apart(self) -> None:
+        if not self._apart:
+            self._apart.add(self.family.class_name)
+            log.info(
+                "%s: a prompt's image would depend on how long its neighbours are; only prompts of as many tokens "
+                "share a batch",
+                self.family.class_name,
+            )
+
+    def _settings(self, request: ImageRequest) -> Settings:
+        guidance = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        height, width, _ = self._shape(request)
+        steps = request.num_inference_steps or self.info.num_inference_steps
+        return Settings(width, height, steps, guidance, self._chunks(request))
+
+    def _chunks(self, request: ImageRequest) -> int:
+        if self.options.long_prompts != "chunk":
+            return 1
+        texts = (self._prompt(request), request.negative_prompt or "")
+        return max(count_chunks(self.pipeline, text) for text in texts)
+
+    def _shape(self, request: ImageRequest) -> tuple[int, int, int]:
+        return request.height or self.info.height, request.width or self.info.width, 3
+
+    def _row(self, request: ImageRequest) -> Row:
+        return Row(self._prompt(request), request.negative_prompt, request.seed)
 
     def _prompt(self, request: ImageRequest) -> str:
         if self.prompts == ICON_SCENES:
             return write_caption(complete(parse_prompt(request.prompt)[0], request.seed))
         return request.prompt
 
-    def _after_step(self, pipeline: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        self.on_step()
-        return kept  # nothing is changed
-
-    def _evaluations(self, steps: int) -> int:
-        """How often the scheduler has the denoiser evaluated in `steps` steps; second-order ones do so more often."""
-        scheduler = self.pipeline.scheduler
-        try:
-            scheduler.set_timesteps(steps)
-        except (TypeError, ValueError):  # it asks for the image's size; all such are first-order
-            return steps
-        return len(scheduler.timesteps)
-
     def _check(self, request: ImageRequest) -> None:
-        width, height = request.width or self.info.width, request.height or self.info.height
-        if "width" not in self.arguments and (width, height) != (self.info.width, self.info.height):
+        height, width, _ = self._shape(request)
+        multiple = self.family.multiple
+        if not self.family.takes_size and (width, height) != (self.info.width, self.info.height):
             raise RowError(f"{width}x{height}: this model makes {self.info.width}x{self.info.height} pixels")
-        if width % self.scale or height % self.scale:
-            raise RowError(f"{width}x{height}: this model needs sides that are multiples of {self.scale}")
+        if width % multiple or height % multiple:
+            raise RowError(f"{width}x{height}: this model needs sides that are multiples of {multiple}")
+
+    def _too_long(self, request: ImageRequest) -> Rejection | None:
+        if self.options.long_prompts != "reject":
+            return None
+        for what, text in self._texts(request):
+            if self.reader.lost(text):
+                return Rejection("quarantined", self.reader.warnings(text, what)[0], certain=True)
+        return None
+
+    def _texts(self, request: ImageRequest) -> list[tuple[str, str]]:
+        negative = [("negative prompt", request.negative_prompt)] if request.negative_prompt else []
+        return [("prompt", self._prompt(request)), *negative]
 
     def _warnings(self, request: ImageRequest) -> tuple[str, ...]:
         """What of the request the model cannot read or does not use."""
         words: list[str] = []
-        tokenizer = getattr(self.pipeline, "tokenizer", None)
         if self.prompts == ICON_SCENES:
             words += parse_prompt(request.prompt)[1]
-        elif tokenizer is not None:
-            unknown = getattr(tokenizer, "unk_token_id", None)
-            for word in dict.fromkeys(request.prompt.split() if unknown is not None else ()):
-                if unknown in tokenizer(word, add_special_tokens=False).input_ids:
-                    words.append(f"unknown word: {word.strip('.,;:!?()')!r}")
-            length, limit = len(tokenizer(request.prompt).input_ids), tokenizer.model_max_length
-            if length > limit:
-                words.append(f"the prompt is {length} tokens long, this model reads the first {limit}")
-        return (*words, *unused_settings(request, self.arguments))
-
-
-def _is_stored_in_float16(folder: PipelineFolder) -> bool:
-    """Whether all weights of the denoiser are."""
-    files = [f for f in folder.files if f.suffix == ".safetensors" and f.parent.name in DENOISERS]
-    return frozenset().union(*(read_header(f).dtypes for f in files)) == {"F16"}
-
-
-def seeded(seed: int) -> Any:
-    """A torch generator on the CPU that depends on all 64 bits of `seed`.
-
-    torch's `manual_seed` drops the upper 32, which would give two of some 65,000 images the same noise. Seeds below
-    2**32 mean what they mean everywhere else; the upper half of larger ones is mixed into the generator's state.
-    """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    if seed >= 2**32:
-        state = generator.get_state()
-        words = state.numpy()[24 : 24 + 8 * 624].view(np.uint64)  # of the Mersenne twister, 32 bits in each
-        words ^= np.random.SeedSequence(seed >> 32).generate_state(624)
-        generator.set_state(state)
-    return generator
-
-
-#: torch's counter knows the attention kernels of GPUs only. Its functions take the shapes of query, key and value first.
-_CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION = {_CPU_KERNEL: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
-
-
-def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
-    """Every class must be one that the two libraries have; a component may also name a module of diffusers.pipelines."""
-    where, pipeline = folder.path / INDEX, getattr(diffusers, folder.class_name, None)
-    if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
-        raise InputError(f"{where}: diffusers {diffusers.__version__} has no {folder.class_name}")
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    for name, (library, class_name) in folder.components.items():
-        module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
-        if not inspect.ismodule(module) or not module.__name__.startswith(("diffusers", "transformers")):
-            raise InputError(
-                f"{where}: {name} is of {library}; only classes of diffusers and transformers are loaded"
-            )
-        if not hasattr(module, class_name):
-            raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
-
-
-def _check_signature(pipeline: Any, folder: PipelineFolder) -> frozenset[str]:
-    """Names of the arguments the pipeline takes, if those are a text-to-image pipeline's."""
-    parameters = inspect.signature(pipeline.__call__).parameters
-    required = [
-        n
-        for n, p in parameters.items()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n != "prompt"
-    ]
-    needed = ("prompt", "generator", "num_inference_steps", "output_type")
-    missing = [n for n in needed if n not in parameters]
-    other = required + [n for n in OTHER_TASKS if n in parameters]
-    if missing or other:
-        where = folder.path / INDEX
-        why = f"takes no {missing[0]}" if missing else f"is made for {other[0]}"
-        raise InputError(f"{where}: {folder.class_name} {why}; only text-to-image pipelines are used")
-    return frozenset(parameters)
-
-
-def _native_size(pipeline: Any, folder: PipelineFolder, scale: int) -> tuple[int, int]:
-    """Width and height in pixels of what the pipeline makes when not told."""
-    configs = [getattr(getattr(pipeline, n, None), "config", None) for n in DENOISERS]
-    found = [getattr(config, "sample_size", None) for config in configs]
-    for size in (*found, getattr(pipeline, "default_sample_size", None)):
-        if isinstance(size, int):
-            return size * scale, size * scale
-        if isinstance(size, (list, tuple)) and len(size) == 2:
-            return int(size[1]) * scale, int(size[0]) * scale
-    raise InputError(f"{folder.path}: {folder.class_name} does not say what size of image it makes")
+        else:
+            words += (f"unknown word: {word!r}" for word in self.reader.unknown_words(request.prompt))
+        if self.options.long_prompts != "chunk":
+            for what, text in self._texts(request):
+                words += self.reader.warnings(text, what)
+        scale = self._settings(request).guidance_scale
+        size = request.width or self.info.width, request.height or self.info.height
+        return (*words, *self.family.unused(request, scale), *self.memory.warnings(*size))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from millijoule.workers.errors import InputError
@@ -16,3 +20,35 @@ def import_diffusers() -> tuple[Any, Any]:
         words = f"this model needs diffusers: pip install 'millijoule[diffusers]' ({error})"
         raise InputError(words) from error
     return diffusers, transformers
+
+
+#: What the two import, and what logs to every user which of its parts this machine cannot use.
+IMPORTED = ("torchao", "torch.utils._pytree")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """While it lasts, diffusers and transformers log errors alone, show no progress and Python's warnings are not shown.
+
+    What they have to say at every load and of every long prompt is said by us, once per image and of that image alone.
+    """
+    diffusers, transformers = import_diffusers()
+    loggers = [library.utils.logging for library in (diffusers, transformers)]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in loggers]
+    imported = [(logging.getLogger(name), logging.getLogger(name).level) for name in IMPORTED]
+    for logger, _ in imported:
+        logger.setLevel(logging.ERROR)
+    for log in loggers:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in imported:
+            logger.setLevel(level)
+        for log, (verbosity, progress) in zip(loggers, before, strict=True):
+            log.set_verbosity(verbosity)
+            if progress:
+                log.enable_progress_bar()

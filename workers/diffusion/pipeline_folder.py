@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import logging
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +21,15 @@ from msgspec import Meta
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.model_files import read_header, refuse_lfs_pointer
+from millijoule.workers.pipeline_parts.weight_variants import (
+    READ_SUFFIXES,
+    WeightChoice,
+    choose_weights,
+    is_weight_file,
+)
 from millijoule.workers.records import decode
+
+log = logging.getLogger(__name__)
 
 INDEX, DEFAULTS = "model_index.json", "millijoule.json"
 
@@ -41,48 +53,91 @@ class PipelineDefaults:
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A checked directory. `components` maps a folder to its library and class."""
+    """A checked directory: what of it is loaded, and nothing else.
+
+    Attributes:
+        components: a folder's library and class, by name.
+        files: everything that can influence an image.
+        shown: every file under the name a loader finds it by, relative to the directory: weights without their variant.
+        weights: the safetensors files of each component that has some; for a checkpoint in one file, that file of each.
+        variants: which of the weights each component has, None: the files without a variant.
+        absent: components that the index says are left out.
+        checkpoint: weights of all components in one file, in the layout they were published in.
+    """
 
     path: Path
     class_name: str
     components: dict[str, tuple[str, str]]
     name: str
     defaults: PipelineDefaults
-    files: tuple[Path, ...]  # everything that can influence an image
+    files: tuple[Path, ...]
+    shown: dict[str, Path] = field(default_factory=dict)
+    weights: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    variants: dict[str, str | None] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    checkpoint: Path | None = None
 
     def sha256(self) -> str:
         """The hash over all files, each by relative path and content."""
         whole = hashlib.sha256()
         for name, file in sorted((f.relative_to(self.path).as_posix(), f) for f in self.files):
             whole.update(f"{name}\0{file_sha256(file)}\n".encode())
+        if self.checkpoint is not None:
+            whole.update(f"\0{file_sha256(self.checkpoint)}\n".encode())
         return whole.hexdigest()
 
+    def weight_dtypes(self, names: Collection[str]) -> frozenset[str]:
+        """The floating-point types, as safetensors names them, in which the components `names` are stored."""
+        files = {file for name in names for file in self.weights.get(name, ())}
+        stored = frozenset[str]().union(*(read_header(file).dtypes for file in files))
+        return frozenset(kind for kind in stored if kind[0] in "FB" and kind != "BOOL")
 
-def read_pipeline(path: Path) -> PipelineFolder:
+    @contextmanager
+    def shown_alone(self) -> Iterator[Path]:
+        """A folder of links to `shown`: a loader finds in it what was checked and hashed, under the usual names."""
+        with tempfile.TemporaryDirectory(prefix="millijoule-model-") as name:
+            for relative, file in self.shown.items():
+                link = Path(name, relative)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+            yield Path(name)
+
+
+def read_pipeline(
+    path: Path,
+    *,
+    variant: str | None = None,
+    weights_elsewhere: Collection[str] = (),
+    checkpoint: Path | None = None,
+    name: str | None = None,
+) -> PipelineFolder:
     """Check a diffusers directory and read what it says of itself.
 
+    Args:
+        variant: of the weights; where a component does not have it, and by default, the fullest precision.
+        weights_elsewhere: components of which only configurations and vocabularies are read,
+        checkpoint: and the file that has their weights.
+        name: of the model; default what the directory says.
+
     Raises:
-        InputError: a file is missing or broken, weights are pickled, or the directory wants code of its own to be run.
+        InputError: a file is missing or broken, weights are pickled, no component has `variant`, or the directory wants
+            code of its own to be run.
     """
     where = path / INDEX
     index = _read_json(where)
-    class_name = index.get("_class_name")
-    if not isinstance(class_name, str) or not class_name.isidentifier():
-        raise InputError(f"{where}: _class_name {class_name!r} is not the name of a diffusers pipeline")
-    components = {}
-    for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list) or value == [None, None]:
-            continue  # a setting of the pipeline, or an optional component that is left out
-        if len(value) != 2 or not all(isinstance(v, str) and v.isidentifier() for v in value):
-            raise InputError(
-                f"{where}: {name} is {value}; only classes of diffusers and transformers are loaded"
-            )
-        components[name] = (value[0], value[1])
-    if not components:
-        raise InputError(f"{where}: names no components")
-    files = [where]
-    for name in components:
-        files += _check_component(path / name)
+    class_name, components, absent = read_index(where, index)
+    files, shown = [where], {INDEX: where}
+    choices: dict[str, WeightChoice] = {}
+    for component, (library, _) in components.items():
+        weightless = component in weights_elsewhere
+        found, choice = _check_component(path / component, library, variant, weightless=weightless)
+        files += found
+        shown |= {f"{component}/{file.relative_to(path / component).as_posix()}": file for file in found}
+        if choice is not None:
+            choices[component] = choice
+            for real, usual in zip(choice.files, choice.shown, strict=True):
+                shown[f"{component}/{usual}"] = shown.pop(f"{component}/{real}")
+    check_variant(f"--variant {variant}: {path}", choices, variant)
     defaults = PipelineDefaults()
     if (path / DEFAULTS).exists():
         files.append(path / DEFAULTS)
@@ -90,41 +145,135 @@ def read_pipeline(path: Path) -> PipelineFolder:
             defaults = decode(PipelineDefaults, (path / DEFAULTS).read_bytes())
         except ValueError as error:
             raise InputError(f"{path / DEFAULTS}: {error}") from error
-    name = defaults.name or path.resolve().name
-    return PipelineFolder(path, class_name, components, name, defaults, tuple(files))
+    weights = {
+        component: tuple(path / component / f for f in choice.files if f.endswith(".safetensors"))
+        for component, choice in choices.items()
+    }
+    if checkpoint is not None:
+        read_header(checkpoint)
+        weights |= {c: (checkpoint,) for c in weights_elsewhere if c in components}
+    own = checkpoint.stem if checkpoint is not None else defaults.name or path.resolve().name
+    return PipelineFolder(
+        path=path,
+        class_name=class_name,
+        components=components,
+        name=name or own,
+        defaults=defaults,
+        files=tuple(files),
+        shown=shown,
+        weights=weights,
+        variants={component: choice.variant for component, choice in choices.items()},
+        absent=absent,
+        checkpoint=checkpoint,
+    )
 
 
-def _check_component(folder: Path) -> list[Path]:
-    """The files of one component; models must have a config and complete safetensors."""
+def read_component(path: Path, *, variant: str | None = None) -> PipelineFolder:
+    """Check a folder that holds one model as diffusers saves it, config.json and weights; `class_name` is the model's.
+
+    Raises:
+        InputError: a file is missing or broken, or weights are pickled.
+    """
+    config = _read_json(path / "config.json")
+    class_name = config.get("_class_name")
+    if not isinstance(class_name, str) or not class_name.isidentifier():
+        raise InputError(
+            f"{path / 'config.json'}: _class_name {class_name!r} is not the name of a class of diffusers"
+        )
+    found, choice = _check_component(path, "diffusers", variant, weightless=False)
+    if choice is None:
+        raise InputError(f"{path}: has no .safetensors file")
+    shown = {file.relative_to(path).as_posix(): file for file in found}
+    for real, usual in zip(choice.files, choice.shown, strict=True):
+        shown[usual] = shown.pop(real)
+    return PipelineFolder(path, class_name, {}, path.name, PipelineDefaults(), tuple(found), shown)
+
+
+def read_index(
+    where: Path | str, index: dict[str, Any]
+) -> tuple[str, dict[str, tuple[str, str]], tuple[str, ...]]:
+    """Class, components and left-out components of a model_index.json that lies at `where`; raises InputError."""
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str) or not class_name.isidentifier():
+        raise InputError(f"{where}: _class_name {class_name!r} is not the name of a diffusers pipeline")
+    components, absent = {}, []
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list):
+            continue  # a setting of the pipeline
+        if value == [None, None]:
+            absent.append(name)
+            continue
+        if len(value) != 2 or not all(isinstance(v, str) and v.isidentifier() for v in value):
+            raise InputError(
+                f"{where}: {name} is {value}; only classes of diffusers and transformers are loaded"
+            )
+        if Path(name).name != name:
+            raise InputError(f"{where}: {name!r} is not the name of a folder beside it")
+        components[name] = (value[0], value[1])
+    if not components:
+        raise InputError(f"{where}: names no components")
+    return class_name, components, tuple(absent)
+
+
+def check_variant(where: str, choices: Mapping[str, WeightChoice], variant: str | None) -> None:
+    """Raise InputError where no component has `variant`; say what is taken where there was a choice."""
+    others = {v for choice in choices.values() for v in (choice.variant, *choice.others)}
+    if variant is not None and choices and variant not in others:
+        named = ", ".join(sorted(v for v in others if v is not None)) or "none"
+        raise InputError(f"{where} has no weights of that variant; its variants: {named}")
+    for component, choice in choices.items():
+        if variant is not None and choice.variant != variant:
+            log.warning("%s: has no variant %s, %s are loaded", component, variant, _words(choice.variant))
+        elif choice.others or choice.variant is not None:
+            besides = ", ".join(map(_words, choice.others))
+            log.info("%s: %s%s", component, _words(choice.variant), f"; besides {besides}" if besides else "")
+
+
+def _words(variant: str | None) -> str:
+    return "weights without a variant" if variant is None else f"weights of variant {variant}"
+
+
+def _check_component(
+    folder: Path, library: str, variant: str | None, *, weightless: bool
+) -> tuple[list[Path], WeightChoice | None]:
+    """The files of one component that are read, and which its weights are; models have a config and complete safetensors."""
     if not folder.is_dir():
         raise InputError(f"{folder}: missing; {INDEX} names it as a component")
     inside = (p for p in folder.rglob("*") if not any(x.startswith(".") for x in p.relative_to(folder).parts))
     files = sorted(p for p in inside if p.is_file())
     for code in (f for f in files if f.suffix == ".py"):
         raise InputError(f"{code}: code in a model's directory is never run; remove it if it is not needed")
-    weights = [f for f in files if f.suffix == ".safetensors"]
+    names = [f.name for f in files if f.parent == folder]
+    choice = None if weightless else choose_weights(names, library, variant)
     pickled = [f for f in files if f.suffix in PICKLED]
-    if pickled and not weights:
-        raise InputError(
-            f"{pickled[0]}: a pickled file; loading one can run any code, so it is not read. Save the pipeline with "
-            "save_pretrained(DIR, safe_serialization=True) and give that directory"
-        )
     config = folder / "config.json"
-    if weights and not config.is_file():
+    if choice is None and not weightless:
+        if pickled:
+            raise InputError(
+                f"{pickled[0]}: a pickled file; loading one can run any code, so it is not read. Save the pipeline with "
+                "save_pretrained(DIR, safe_serialization=True) and give that directory"
+            )
+        if config.is_file():
+            raise InputError(f"{folder}: has no .safetensors file")
+    if choice is not None and not config.is_file():
         raise InputError(f"{config}: no such file")
-    if config.is_file() and not weights:
-        raise InputError(f"{folder}: has no .safetensors file")
-    used = [f for f in files if f not in pickled]
+    chosen = set(choice.files) if choice is not None else set()
+    used = [
+        f
+        for f in files
+        if f.suffix in READ_SUFFIXES
+        and (f.name in chosen or f.parent != folder or not is_weight_file(f.name))
+    ]
     for file in used:
         with file.open("rb") as opened:
             refuse_lfs_pointer(file, opened.read(64))
         if file.suffix == ".json":
             content = _read_json(file)
-            if file.name.endswith(".safetensors.index.json"):
+            if choice is not None and file.name == choice.index and file.parent == folder:
                 _check_shards(file, content)
-    for file in weights:
-        read_header(file)
-    return used
+        elif file.name in chosen and file.parent == folder:
+            read_header(file)
+    return used, choice
 
 
 def _check_shards(file: Path, content: dict[str, Any]) -> None:

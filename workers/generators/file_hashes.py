@@ -9,17 +9,11 @@ Nothing depends on the folder: what is missing, foreign or damaged there is foun
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import logging
 import os
-import secrets
-import stat
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,19 +21,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from millijoule.workers.host_folder import HostFolder, locked, read_entry, write_entry
 from millijoule.workers.records import convert, encode
-
-log = logging.getLogger(__name__)
 
 #: A file that changed within this time before it was read is not kept: its next change may show the same times.
 RACY_NS = 2_000_000_000
 
 #: How long to wait for another process that reads the same file. A hundred gigabytes take minutes; then each reads alone.
 LOCK_TIMEOUT_S = 600.0
-_LOCK_POLL_S = 0.02
-
-#: Larger entries are not ours.
-_MAX_ENTRY_BYTES = 16_384
 
 
 @dataclass(frozen=True)
@@ -69,16 +58,11 @@ class FileHashes:
     """The hashes this process knows, and those that all processes of this user and host share.
 
     Args:
-        folder: the shared one, made when it is missing; default in shared memory, else in the temporary folder. Where it
-            belongs to somebody else or others can enter it, nothing is shared.
+        folder: the shared one (see `HostFolder`).
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        if folder is None:
-            shm = Path("/dev/shm")
-            above = shm if os.access(shm, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-            folder = above / f"millijoule-{os.getuid()}-hashes"
-        self.folder = folder
+        self.folder = HostFolder("hashes", folder)
         self._known: dict[str, tuple[FileState, str]] = {}
         self._mutex = threading.Lock()
 
@@ -95,8 +79,8 @@ class FileHashes:
             return known[1] if known is not None and known[0] == state else self._find(state)
 
     def _find(self, state: FileState) -> str:
-        entry = self._entry(state.path)
-        with _locked(entry) if entry else nullcontext():
+        entry = self.folder.entry(state.path)
+        with locked(entry, LOCK_TIMEOUT_S, "read the same file") if entry else nullcontext():
             digest = _load(entry, state) if entry else None
             if digest is None:
                 settled, digest = _read(state.path)
@@ -104,21 +88,9 @@ class FileHashes:
                     return digest
                 state = settled
                 if entry:
-                    _save(entry, _Kept(**asdict(state), sha256=digest))
+                    write_entry(entry, encode(_Kept(**asdict(state), sha256=digest)))
         self._known[state.path] = (state, digest)
         return digest
-
-    def _entry(self, path: str) -> Path | None:
-        """The shared file for `path`; None where the folder is not ours alone."""
-        try:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-            info = self.folder.lstat()
-            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-                raise OSError("not a folder that only this user can enter, remove it")
-        except OSError as error:
-            log.warning("%s: %s; processes of this host do not share the hashes of files", self.folder, error)
-            return None
-        return self.folder / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
 
 
 #: Of this process and this host.
@@ -141,61 +113,13 @@ def _read(path: str) -> tuple[FileState | None, str]:
     return (state if settled else None), digest
 
 
-@contextmanager
-def _locked(entry: Path) -> Iterator[None]:
-    """With the exclusive lock of an entry, so that one process reads and the others find what it read; or without it,
-    where its holder takes too long."""
-    file = None
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        file = os.open(entry.with_suffix(".lock"), flags, 0o600)
-        _wait_for(file)
-    except OSError as error:
-        log.warning("%s: %s; this process does not wait for others that read the same file", entry, error)
-    try:
-        yield
-    finally:
-        if file is not None:
-            os.close(file)
-
-
-def _wait_for(file: int) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_LOCK_POLL_S)
-
-
 def _load(entry: Path, state: FileState) -> str | None:
     """The hash in `entry` if it is one of ours and of this very state."""
-    try:
-        file = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+    content = read_entry(entry)
+    if content is None:
         return None  # nobody has read the file yet
     try:
-        info = os.fstat(file)
-        ours = stat.S_ISREG(info.st_mode) and info.st_uid == os.getuid()
-        if not ours or info.st_size > _MAX_ENTRY_BYTES:
-            return None
-        kept = convert(_Kept, msgspec.json.decode(os.read(file, _MAX_ENTRY_BYTES)))
-    except (OSError, ValueError, RecursionError):
+        kept = convert(_Kept, msgspec.json.decode(content))
+    except (ValueError, RecursionError):
         return None
-    finally:
-        os.close(file)
     return kept.sha256 if kept == _Kept(**asdict(state), sha256=kept.sha256) else None
-
-
-def _save(entry: Path, kept: _Kept) -> None:
-    """Under a name of its own, then renamed: a reader sees the old entry or the new one."""
-    temporary = entry.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        temporary.touch(0o600, exist_ok=False)
-        temporary.write_bytes(encode(kept))
-        temporary.replace(entry)
-    except OSError as error:  # a full disk costs the others a second reading
-        log.warning("%s: cannot be written (%s)", entry, error)
-        temporary.unlink(missing_ok=True)

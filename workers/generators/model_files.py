@@ -34,7 +34,12 @@ class ModelHeader:
 
     metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
-    dtypes: frozenset[str]
+    dtype_of: dict[str, str]
+
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """All types that occur."""
+        return frozenset(self.dtype_of.values())
 
 
 def read_header(path: Path) -> ModelHeader:
@@ -63,7 +68,7 @@ def read_header(path: Path) -> ModelHeader:
             return ModelHeader(
                 opened.metadata() or {},
                 {name: tuple(part.get_shape()) for name, part in slices.items()},
-                frozenset(part.get_dtype() for part in slices.values()),
+                {name: part.get_dtype() for name, part in slices.items()},
             )
     except (SafetensorError, OSError) as error:
         raise InputError(

@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from millijoule.kernels.oscillator import Coupling, quantize_coupling, quantize_drive, relax
+from millijoule.kernels.oscillator import Coupling, Drive, quantize_coupling, quantize_drive, relax
 from millijoule.kernels.phase import AMPLITUDE, TURN, random_phases, sin_cos
+from millijoule.workers.engines.eager import EagerEngine
+from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.fixed_size import check_requests, padded, unused_settings
 from millijoule.workers.generators.model_files import (
@@ -72,9 +74,15 @@ class OscillatorGenerator:
     """A loaded oscillator model. Build with `load`; see `Generator` for the protocol."""
 
     def __init__(
-        self, model: OscillatorModel, coupling: Coupling | None, name: str, sha256: str, device: str
+        self,
+        model: OscillatorModel,
+        coupling: Coupling | None,
+        name: str,
+        sha256: str,
+        device: str,
+        engine: Engine | None = None,
     ) -> None:
-        """`coupling` of the integer form; None runs the float form with the model's own."""
+        """`coupling` of the integer form; None runs the float form with the model's own. `engine`: None runs it plainly."""
         self.model = model.eval()
         self.model.encoder.double()
         self.config = model.config
@@ -83,6 +91,13 @@ class OscillatorGenerator:
         self.float_batch = GPU_FLOAT_BATCH if self.on_gpu else FLOAT_BATCH
         self.model.to(device)
         self.coupling = coupling.to(device) if coupling else None
+        self.engine = engine or EagerEngine()
+        # on a GPU every prompt takes the same way through it, on a CPU only what is there is looked up
+        self.engine.prepare(self.model.encoder, "encoder", static=self.on_gpu)
+        self.engine.prepare(self.model.decoder, "decoder")
+        if self.coupling is not None:
+            # compiled, it takes a CPU longer
+            self.core = self.engine.prepare(IntegerCore(self.coupling), "core", static=self.on_gpu)
         self.info = GeneratorInfo(
             name=name,
             sha256=sha256,
@@ -95,8 +110,8 @@ class OscillatorGenerator:
         )
 
     @staticmethod
-    def load(path: Path, *, device: str = "cpu") -> OscillatorGenerator:
-        """Load weights written by `save_weights`.
+    def load(path: Path, *, device: str = "cpu", engine: Engine | None = None) -> OscillatorGenerator:
+        """Load weights written by `save_weights`; `engine` runs them, None: PyTorch as it is.
 
         Raises:
             InputError: the file is not safetensors, or not a model this version knows.
@@ -113,7 +128,7 @@ class OscillatorGenerator:
             model = OscillatorModel(config, shipped=integer)
             model.load_state_dict({k: v.float() for k, v in tensors.items()})
         return OscillatorGenerator(
-            model, coupling, metadata.get("name", path.stem), file_sha256(path), device
+            model, coupling, metadata.get("name", path.stem), file_sha256(path), device, engine
         )
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
@@ -135,7 +150,8 @@ class OscillatorGenerator:
         assert self.coupling is not None
         steps = requests[0].num_inference_steps or self.config.steps
         drive = quantize_drive(*self._encode(tokens), self.coupling, self.config.horizon / steps)
-        return relax(self._start(tokens, requests), self.coupling, drive, steps)
+        step = (getattr(drive, name) for name in Drive.__dataclass_fields__)
+        return self.core(self._start(tokens, requests), *step, steps=steps)
 
     @torch.inference_mode()
     def _float_waves(self, tokens: np.ndarray, requests: Sequence[ImageRequest]) -> list[Tensor]:
@@ -192,10 +208,22 @@ class OscillatorGenerator:
         else:
             sums = 0 if config.coupling == "none" else n * (5 * config.channels + 2 * config.rank)
             dynamics = steps * (2 * 2 * sums + ELEMENTWISE_OPERATIONS * n)
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        with self.engine.plain(), FlopCounterMode(display=False) as counter, torch.inference_mode():
             self.model.decoder(torch.zeros(1, 2 * config.read, config.grid, config.grid, device=self.device))
         decoder = counter.get_total_flops() + BLENDING_OPERATIONS * IMAGE_SIZE**2
         return {"text": text, "dynamics": dynamics, "decoder": decoder}
+
+
+class IntegerCore(nn.Module):
+    """`kernels.oscillator.relax` as a module, which engines can run: tensors in, a tensor out, the same bits in all of them."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        super().__init__()
+        self._coupling = coupling
+
+    def forward(self, phases: Tensor, *drive: Tensor, steps: int) -> Tensor:
+        """Phases int32 `[batch, n]` after `steps` steps; `drive` has the fields of `Drive` in their order."""
+        return relax(phases, self._coupling, Drive(*drive), steps)
 
 
 def save_weights(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -27,15 +27,23 @@ class GeneratorInfo:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why an image that was drawn is not given to anybody.
+    """Why there is no image of a request, beside the others of its batch.
 
     Attributes:
         status: "filtered" (the model's own safety checker hid it) or "quarantined" (it cannot be drawn: its pixels are not
             finite numbers, say).
+        certain: whether the request alone decides it, before anything is drawn, so that no other worker is asked before it
+            counts, and no energy is its own.
     """
 
     status: Literal["filtered", "quarantined"]
     reason: str
+    certain: bool = False
+
+    @property
+    def may_be_the_device(self) -> bool:
+        """Whether another worker could well draw it."""
+        return self.status == "quarantined" and not self.certain
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,41 @@ class ReportsSteps(Protocol):
     """
 
     on_step: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """Images per call: a first guess, and how many are never worth a try on this device."""
+
+    first: int
+    most: int
+
+
+@runtime_checkable
+class SizesBatches(Protocol):
+    """What a generator may have besides whose batches depend on an image's size. Without it `info.batch_size` serves all."""
+
+    def batch_limits(self, width: int, height: int) -> BatchLimits:
+        """Limits for images of that many pixels."""
+
+
+@runtime_checkable
+class SavesMemory(Protocol):
+    """What a generator may have besides that can do with less memory at the price of time."""
+
+    def save_memory(self) -> str | None:
+        """Take the next memory saver, for good, and return what it is; None: none is left.
+
+        Called where not even one image fits the device, and then as often as it takes.
+        """
+
+
+@runtime_checkable
+class GroupsRequests(Protocol):
+    """What a generator may have besides that cannot draw all requests of one size and step count in one call."""
+
+    def call_group(self, request: ImageRequest) -> Hashable:
+        """Requests of which this is equal can share a call."""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ import hashlib
 from pathlib import Path
 
 from millijoule.workers import factories
-from millijoule.workers.diffusion.pipeline_folder import read_pipeline
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
+from millijoule.workers.generators.load_turn import load_turn
 from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator, ModelIdentity
+from millijoule.workers.pipeline_parts.model_files import read_model
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -23,19 +24,33 @@ PACKAGED = {"default": _WEIGHTS / "default.safetensors", "baseline": _WEIGHTS / 
 CPU_WEIGHTS_BYTES = 256 * 2**20
 
 
-def describe_model(model: str) -> ModelIdentity:
+#: Options that only diffusion pipelines have, by the names a user knows them by.
+_OF_PIPELINES = {
+    "variant": "--variant",
+    "loras": "--lora",
+    "scheduler": "--scheduler",
+    "vae": "--vae",
+    "config": "--config",
+    "long_prompts": "--long-prompts",
+}
+
+
+def describe_model(model: str, options: GeneratorOptions = GeneratorOptions()) -> ModelIdentity:  # noqa: B008 (frozen)
     """Identify `model` (see `load_generator`) by its files, without torch; their hashes are found once per host (`file_hashes`).
 
     Raises:
-        InputError: a file is missing or is not safetensors, or the factory's name is malformed.
+        InputError: a file is missing or is not safetensors, the factory's name is malformed, or an option means nothing to
+            such a model.
     """
     if model.startswith(factories.PREFIX):
         factories.split_name("--model", model)
+        _refuse_pipeline_options(model, options)
         return ModelIdentity(model, hashlib.sha256(model.encode()).hexdigest())
     path = model_path(model)
-    if path.is_dir():
-        folder = read_pipeline(path)
+    if is_pipeline(path):
+        folder = read_model(path, options)
         return ModelIdentity(folder.name, folder.sha256())
+    _refuse_pipeline_options(model, options)
     return ModelIdentity(read_header(path).metadata.get("name", path.stem), file_sha256(path))
 
 
@@ -48,8 +63,10 @@ def load_generator(
     """Load `model`.
 
     Args:
-        model: "default" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file or of a diffusers
-            directory, or "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`.
+        model: "default" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file (one of ours, or a
+            checkpoint of a diffusion model with `options.config`) or of a diffusers directory, or
+            "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`. What else
+            `--model` takes becomes one of these first (`sources.obtain`).
         device: "cpu" or "cuda".
         options: those that mean nothing to a model are refused, unless they are the defaults.
 
@@ -58,19 +75,24 @@ def load_generator(
             this version knows; the factory cannot be imported.
     """
     if model.startswith(factories.PREFIX):
+        _refuse_pipeline_options(model, options)
         return factories.find_factory("--model", model)(device)
     path = model_path(model)
-    if path.is_dir():
+    if is_pipeline(path):
         from millijoule.workers.diffusion.generator import DiffusersGenerator
 
-        return DiffusersGenerator.load(path, device=device, options=options)
+        with load_turn(path):
+            return DiffusersGenerator.load(path, device=device, options=options)
+    _refuse_pipeline_options(model, options)
+    from millijoule.workers.engines.open import open_engine
+
     if read_header(path).metadata.get("format") == "un0":
         from millijoule.workers.generators.un0 import Un0Generator
 
-        return Un0Generator.load(path, device=device)
+        return Un0Generator.load(path, device=device, engine=open_engine(options, device))
     from millijoule.workers.generators.oscillator import OscillatorGenerator
 
-    return OscillatorGenerator.load(path, device=device)
+    return OscillatorGenerator.load(path, device=device, engine=open_engine(options, device))
 
 
 def model_path(model: str) -> Path:
@@ -81,8 +103,26 @@ def model_path(model: str) -> Path:
     return path
 
 
-def needs_gpu(model: str) -> bool:
-    """Whether `model` is a diffusers directory of more than `CPU_WEIGHTS_BYTES`. Raises InputError as `describe_model`."""
-    if model.startswith(factories.PREFIX) or not (path := model_path(model)).is_dir():
+def is_pipeline(path: Path) -> bool:
+    """Whether the model at `path` is a diffusion pipeline: a directory, or a checkpoint of one in a file.
+
+    Raises:
+        InputError: the file is no safetensors file.
+    """
+    return path.is_dir() or "format" not in (said := read_header(path).metadata) or said["format"] == "pt"
+
+
+def needs_gpu(model: str, options: GeneratorOptions = GeneratorOptions()) -> bool:  # noqa: B008 (frozen)
+    """Whether `model` is a diffusion pipeline of more than `CPU_WEIGHTS_BYTES`. Raises InputError as `describe_model`."""
+    if model.startswith(factories.PREFIX) or not is_pipeline(path := model_path(model)):
         return False
-    return sum(file.stat().st_size for file in read_pipeline(path).files) > CPU_WEIGHTS_BYTES
+    folder = read_model(path, options)
+    files = {*folder.files, *(file for files in folder.weights.values() for file in files)}
+    return sum(file.stat().st_size for file in files) > CPU_WEIGHTS_BYTES
+
+
+def _refuse_pipeline_options(model: str, options: GeneratorOptions) -> None:
+    default = GeneratorOptions()
+    for name, option in _OF_PIPELINES.items():
+        if getattr(options, name) != getattr(default, name):
+            raise InputError(f"{option}: {model} is not a diffusion pipeline, only those take it")

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 from millijoule.kernels.phase import TURN, random_phases
+from millijoule.workers.engines.eager import EagerEngine
+from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.errors import RowError
 from millijoule.workers.generators import un0_checkpoint
 from millijoule.workers.generators.file_hashes import file_sha256
@@ -36,24 +37,18 @@ from millijoule.workers.generators.fixed_size import check_requests, padded, unu
 from millijoule.workers.generators.model_files import read_own_header, read_settings, refusing_damage
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.generators.un0_checkpoint import STEM, Un0Architecture, canonical
+from millijoule.workers.generators.un0_model import Un0Decoder, Un0Dynamics
 from millijoule.workers.records import decode
 from millijoule.workers.schemas import ImageRequest
 
 #: Rows the model always sees, the rest being padding. A GPU needs more of them to be busy.
 FLOAT_BATCH = {"cpu": 16, "cuda": 64}
 
-#: What the coupling's sums are made in. On a CPU, float32 sums depend on the number of threads; float64 sums do too, but
-#: so little that hardly any phase, being float32, is rounded differently.
-FIELD_TYPE = {"cpu": torch.float64, "cuda": torch.float32}
-
 #: Images per call that the worker sends.
 BATCH_SIZE = 64
 
 #: Enough to see whether a model draws anything.
 TRIAL_STEPS = 10
-
-#: Slope of the decoder's activation below zero.
-LEAK = 0.2
 
 #: What the model draws for an empty prompt: nothing drives the oscillators, as in a tenth of its training.
 NO_CLASS = -1
@@ -72,20 +67,19 @@ class Un0Generator:
         name: str,
         sha256: str,
         device: str,
+        engine: Engine | None = None,
     ) -> None:
+        """`engine`: None runs it plainly."""
         self.architecture = architecture
         self.device = device
         self._classes = classes
         kind = "cuda" if device.startswith("cuda") else "cpu"
         self._rows = FLOAT_BATCH[kind]
         weights = {key: value.to(device, torch.float32) for key, value in tensors.items()}
-        self._frequency = weights["dynamics.omega"]  # [1, n]
-        self._driver_frequency = weights["dynamics.omega_cond"]  # [1, m]
-        coupling = _between_others(weights.pop("dynamics.K"), architecture.coupling_scale)
-        self._coupling = coupling.to(FIELD_TYPE[kind])  # [n, n]
-        self._driver_coupling = _between_others(weights.pop("dynamics.K_cond"), architecture.driver_scale)
-        self._drive = weights.pop("dynamics.K_drive")  # [classes, n, m], as stored
-        self._weights = weights
+        self._drive = weights["dynamics.K_drive"]  # [classes, n, m], as stored
+        self.engine = engine or EagerEngine()
+        self._velocity = self.engine.prepare(Un0Dynamics(architecture, weights, kind), "dynamics")
+        self._decoder = self.engine.prepare(Un0Decoder(architecture, weights), "decoder")
         size = architecture.image_size
         self.info = GeneratorInfo(
             name=name,
@@ -99,8 +93,8 @@ class Un0Generator:
         )
 
     @staticmethod
-    def load(path: Path, *, device: str = "cpu") -> Un0Generator:
-        """Load a file written by `millijoule convert`.
+    def load(path: Path, *, device: str = "cpu", engine: Engine | None = None) -> Un0Generator:
+        """Load a file written by `millijoule convert`; `engine` runs it, None: PyTorch as it is.
 
         Raises:
             InputError: the file is not safetensors, or not a model this version knows, or its numbers would overflow.
@@ -114,7 +108,8 @@ class Un0Generator:
             tensors = load_file(path)
             un0_checkpoint.check_values(architecture, tensors)
         name = header.metadata.get("name", path.stem)
-        return Un0Generator(architecture, canonical(tensors), classes, name, file_sha256(path), device)
+        sha256 = file_sha256(path)
+        return Un0Generator(architecture, canonical(tensors), classes, name, sha256, device, engine)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a prompt, a size or a step count this model cannot make."""
@@ -144,19 +139,6 @@ class Un0Generator:
             final.append(state[:count, : a.oscillators])
         return torch.cat(final)
 
-    def _velocity(self, state: Tensor, drive: Tensor) -> Tensor:
-        """Time derivative of `state`, both `[batch, n + m]`, under `drive` `[batch, n, m]`."""
-        n, batch = self.architecture.oscillators, len(state)
-        sin, cos = torch.sin(state), torch.cos(state)
-        sources = torch.cat([sin, cos])  # [2 batch, n + m]
-        main, drivers = sources[:, :n], sources[:, n:]
-        waves = drivers.view(2, batch, -1).permute(1, 2, 0)  # [batch, m, 2]
-        driven = torch.bmm(drive, waves).permute(2, 0, 1).reshape(2 * batch, n)
-        coupled = (main.to(self._coupling.dtype) @ self._coupling.T).float()
-        field = torch.cat([coupled + driven, drivers @ self._driver_coupling.T], dim=1)
-        frequency = torch.cat([self._frequency, self._driver_frequency], dim=1)
-        return frequency + cos * field[:batch] - sin * field[batch:]
-
     def _drive_of(self, classes: Sequence[int]) -> Tensor:
         """`[batch, n, m]`; zero where there is no class."""
         index = torch.tensor(classes, device=self.device)
@@ -168,21 +150,13 @@ class Un0Generator:
         """uint8 `[batch, size, size, 3]` from final phases `[batch, n]`."""
         images = []
         for rows, count in padded(len(phases), self._rows):
-            x = readout(phases[rows], self.architecture)
-            for block in range(self.architecture.blocks):
-                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-                for place in (1, 3):
-                    x = F.leaky_relu(self._convolve(x, f"decoder.cascade.{block}.net.{place}"), LEAK)
-            x = self._convolve(x, "decoder.to_output")
+            x = self._decoder(readout(phases[rows], self.architecture))
             if not bool(torch.isfinite(x).all()):  # `check_values` rules it out, so it is not the prompt
                 raise RuntimeError("the model made pixels that are not finite numbers")
             x = torch.tanh(x)
             pixels = torch.round((x[:count] + 1) * 127.5).clamp_(0, 255).to(torch.uint8)
             images.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(images)
-
-    def _convolve(self, x: Tensor, name: str) -> Tensor:
-        return F.conv2d(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], padding=1)
 
 
 def check_images(generator: Un0Generator) -> None:
@@ -278,11 +252,6 @@ def _rk4(velocity: Velocity, state: Tensor, dt: float) -> Tensor:
     c = velocity(state + dt * (b - a / 3))
     d = velocity(state + dt * (a - b + c))
     return state + dt / 8 * (a + 3 * (b + c) + d)
-
-
-def _between_others(coupling: Tensor, scale: float) -> Tensor:
-    """The effective coupling: scaled, and no oscillator coupled to itself."""
-    return (coupling * scale).fill_diagonal_(0)
 
 
 def _simplified(text: str) -> str:

@@ -1,14 +1,17 @@
-"""Reading back what `workers.images.writers` wrote: the encoded image of a row, whatever the output format."""
+"""Reading back what a job wrote: the encoded image of a row whatever the output format, and what an image says of itself."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
-from millijoule.workers.errors import NotFoundError
+from millijoule.workers.errors import InputError, NotFoundError
+from millijoule.workers.images.exif import read_exif
 from millijoule.workers.storage.protocol import Store
 
 
@@ -48,3 +51,23 @@ def _parquet_images(store: Store, key: str) -> dict[tuple[str, int], bytes]:
         table = pq.ParquetFile(source).read(columns=["prompt_id", "image_index", "image"])
     keys = zip(table["prompt_id"].to_pylist(), table["image_index"].to_pylist(), strict=True)
     return dict(zip(keys, table["image"].to_pylist(), strict=True))
+
+
+def read_provenance(encoded: bytes) -> tuple[str, dict[str, Any]]:
+    """(A1111 parameters, exact record) that an image of a job carries: PNG, JPEG or WebP; see `workers.images.provenance`.
+
+    Raises:
+        InputError: it is none of these, or carries no record.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG", "WEBP")) as image:
+            if isinstance(image, PngImagePlugin.PngImageFile):
+                image.load()
+                parameters, record = image.text.get("parameters", ""), image.text.get("millijoule", "")
+            else:
+                parameters, record = read_exif(image.getexif())
+                if not record and isinstance(image, JpegImagePlugin.JpegImageFile):
+                    record = b"".join(data for kind, data in image.applist if kind == "COM").decode()
+            return parameters, json.loads(record)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"not an image of a job: {error}") from error

@@ -4,9 +4,9 @@ A writer lives for one attempt: rows and encoded images go in one by one, files 
 only row metadata is held. Three formats:
 
 * `parquet`: one file of `IMAGE_ROW_SCHEMA` columns plus `image` (binary); row groups small enough to stream.
-* `webdataset`: a tar with `<name>.png`, `.txt` (the prompt) and `.json` (the row) per image, an index of where each
+* `webdataset`: a tar with `<name>.png` (or .jpg, .webp), `.txt` (the prompt) and `.json` (the row) per image, an index of where each
   member's bytes are (so that one image is one range request), and the rows as Parquet.
-* `files`: a folder with one `.png` per image and the rows as Parquet.
+* `files`: a folder with one file per image and the rows as Parquet.
 
 The same rows and images give the same bytes, except that `path` columns name the attempt.
 """
@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, DataFile, ImageRow
 
 FORMATS = ("parquet", "webdataset", "files")
@@ -41,7 +42,7 @@ ROW_GROUP_ROWS = 65_536
 #: Longest escaped prompt id in a file name. With index and suffix it stays under the 255 bytes of common systems.
 MAX_NAME_BYTES = 120
 
-#: `IMAGE_ROW_SCHEMA` and the encoded image; null where the row is quarantined.
+#: `IMAGE_ROW_SCHEMA` and the encoded image; null where the row's status is not "ok".
 PARQUET_SCHEMA = IMAGE_ROW_SCHEMA.append(pa.field("image", pa.binary()))
 
 _TAR_BLOCK = 512
@@ -53,7 +54,7 @@ _KEPT_CHARACTERS = re.compile(r"[A-Za-z0-9_-]+")
 class ShardFiles:
     """What a writer made. Each file lies at its key below the writer's folder.
 
-    `rows_key` is the Parquet file that describes every row, quarantined ones included.
+    `rows_key` is the Parquet file that describes every row, those without an image included.
     """
 
     files: tuple[DataFile, ...]
@@ -61,11 +62,17 @@ class ShardFiles:
     rows_key: str
 
 
-def open_writer(format: str, directory: Path, data_prefix: str) -> ShardWriter:
+def open_writer(
+    format: str,
+    directory: Path,
+    data_prefix: str,
+    image_format: ImageFormat = ImageFormat(),  # noqa: B008 (frozen)
+) -> ShardWriter:
     """A writer of `format` that keeps its files at `directory / key` (local scratch, the caller removes it).
 
     Args:
         data_prefix: what every key starts with, unique to the attempt, such as "data/000012-<attempt>".
+        image_format: of the encoded images it is given: they are named after it.
 
     Raises:
         InputError: no such format.
@@ -75,9 +82,9 @@ def open_writer(format: str, directory: Path, data_prefix: str) -> ShardWriter:
         case "parquet":
             return ParquetShardWriter(directory, f"{data_prefix}.parquet", PARQUET_SCHEMA)
         case "webdataset":
-            return WebdatasetShardWriter(directory, data_prefix)
+            return WebdatasetShardWriter(directory, data_prefix, image_format.suffix)
         case "files":
-            return FilesShardWriter(directory, data_prefix)
+            return FilesShardWriter(directory, data_prefix, image_format.suffix)
     raise InputError(f"output format {format!r} is not known: use one of {', '.join(FORMATS)}")
 
 
@@ -118,7 +125,7 @@ class ShardWriter:
         self._table: pq.ParquetWriter | None = None  # once it is known how many rows there are
 
     def add(self, row: ImageRow, encoded: bytes | None) -> None:
-        """Add one row, whose `path`, `sha256` and `size_bytes` are filled, and unless quarantined its encoded image.
+        """Add one row, whose `path`, `sha256` and `size_bytes` are filled, and where its status is "ok" its encoded image.
 
         Raises:
             ValueError: the image is missing for an "ok" row or given for another, or the row was added before.
@@ -193,16 +200,17 @@ class ParquetShardWriter(ShardWriter):
 
 
 class FilesShardWriter(ShardWriter):
-    """One folder of `.png` files and `rows.parquet`."""
+    """One folder of image files and `rows.parquet`."""
 
-    def __init__(self, directory: Path, data_prefix: str) -> None:
+    def __init__(self, directory: Path, data_prefix: str, suffix: str) -> None:
         (directory / data_prefix).mkdir()
         super().__init__(directory, f"{data_prefix}/rows.parquet")
         self._prefix = data_prefix
+        self._suffix = suffix
         self._images: list[DataFile] = []
 
     def _path(self, name: str) -> str:
-        return f"{self._prefix}/{name}.png"
+        return f"{self._prefix}/{name}.{self._suffix}"
 
     def _add_image(self, name: str, encoded: bytes, record: dict[str, Any]) -> None:
         (self._directory / record["path"]).write_bytes(encoded)
@@ -219,19 +227,20 @@ class WebdatasetShardWriter(ShardWriter):
     with fixed time and owner; names too long for that get a pax header, which every reader understands.
     """
 
-    def __init__(self, directory: Path, data_prefix: str) -> None:
+    def __init__(self, directory: Path, data_prefix: str, suffix: str) -> None:
         super().__init__(directory, f"{data_prefix}.rows.parquet")
+        self._suffix = suffix
         self._key = f"{data_prefix}.tar"
         self._index_key = f"{data_prefix}.index.json"
         self._tar = (directory / self._key).open("xb", buffering=1 << 20)
         self._index: dict[str, tuple[int, int]] = {}
 
     def _path(self, name: str) -> str:
-        return f"{self._key}#{name}.png"
+        return f"{self._key}#{name}.{self._suffix}"
 
     def _add_image(self, name: str, encoded: bytes, record: dict[str, Any]) -> None:
         told = {k: v for k, v in record.items() if k != "path"}  # the only field that names the attempt
-        self._add_member(f"{name}.png", encoded)
+        self._add_member(f"{name}.{self._suffix}", encoded)
         self._add_member(f"{name}.txt", record["prompt"].encode("utf-8", "replace"))
         self._add_member(f"{name}.json", json.dumps(told, separators=(",", ":")).encode())
 

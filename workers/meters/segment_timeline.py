@@ -1,12 +1,13 @@
 """What a worker did between counter reads: a gapless chain of segments.
 
 Each close read is the next segment's open read, so the segments of a worker add up to its last read minus its first,
-whatever their lengths. A timeline belongs to one thread. Energy is a difference of two reads and exists only where
-both have it.
+whatever their lengths. One thread closes segments; what is closed may be taken and restored by others. Energy is a difference
+of two reads and exists only where both have it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ class SegmentTimeline:
         self.meter = meter
         self.last_read = meter.read()
         self._closed: list[Segment] = []
+        self._lock = threading.Lock()
 
     def close(
         self,
@@ -45,18 +47,21 @@ class SegmentTimeline:
         read = self.meter.read_afresh() if last else self.meter.read()
         segment = Segment(self.worker_id, segment_class, self.last_read, read, shard_id, attempt_id)
         self.last_read = read
-        self._closed.append(segment)
+        with self._lock:
+            self._closed.append(segment)
         return segment
 
     def take(self) -> tuple[Segment, ...]:
         """Hand over all segments closed and not taken yet, oldest first. The taker must record them or `restore`."""
-        taken = tuple(self._closed)
-        self._closed.clear()
+        with self._lock:
+            taken = tuple(self._closed)
+            self._closed.clear()
         return taken
 
     def restore(self, segments: Iterable[Segment]) -> None:
         """Take back segments that could not be recorded; the next `take` has them first."""
-        self._closed[:0] = segments
+        with self._lock:
+            self._closed[:0] = segments
 
 
 def segment_energy_mj(segment: Segment) -> int | None:

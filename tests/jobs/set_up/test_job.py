@@ -1,5 +1,6 @@
 """From a request to a planned job: what is decided once, resumed, and refused before anything is written."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,10 @@ from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import request_of
 from millijoule.jobs.set_up.worker_device import WorkerDevice
 from millijoule.pipeline.output.job import read_job
+from millijoule.pipeline.planning.plan_options import compute_fingerprint
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers.errors import InputError
-from millijoule.workers.layout import commit_key
+from millijoule.workers.layout import JOB_KEY, commit_key
 from millijoule.workers.storage.open import open_store
 
 HERE = Cluster("this machine", own=True)
@@ -96,3 +98,27 @@ def test_another_job_is_refused_and_the_option_named(options, decisions):
         file.write("one more\n")
     with pytest.raises(InputError, match="prompt files"):
         set_up(options)
+
+
+def test_another_image_format_or_quality_is_another_job(options, decisions):
+    jpeg = replace(options, image_format="jpeg")
+    job = set_up(jpeg)[0].job
+    assert (job.image_format, job.image_quality) == ("jpeg", 95)
+    assert set_up(replace(jpeg, quality=95))[0].job == job  # what it is by default
+    with pytest.raises(InputError, match=r"\(--quality was 95, now 80\)"):
+        set_up(replace(jpeg, quality=80))
+    with pytest.raises(
+        InputError, match=r"\(--image-format was 'jpeg', now 'png'; --quality was 95, now None\)"
+    ):
+        set_up(options)
+
+
+def test_a_job_of_png_has_the_fingerprint_that_it_had_before_there_was_a_choice(options, decisions):
+    planned, _ = set_up(options)
+    request = request_of(options)
+    before = {"model_sha256": request.identity.sha256, "job_seed": 0, "output_format": "parquet"}
+    assert planned.job.fingerprint == compute_fingerprint(request.files, request.plan, before)
+    raw = json.loads(open_store(options.output).get(JOB_KEY))
+    del raw["image_format"], raw["image_quality"]
+    open_store(options.output).put(JOB_KEY, json.dumps(raw).encode())
+    assert set_up(options)[0].job == planned.job

@@ -491,3 +491,24 @@ def test_the_last_line_of_a_job_warns(output):
     (line,) = [line for line in closing_lines(stats, store.url) if line.startswith("warning: ")]
     assert "w2 on host-b" in line
     assert NEVER_CLOSED in line
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_worker_that_loaded_without_counters_has_the_estimate_that_it_stated_and_else_none(said):
+    def estimated(t, mj):
+        return CounterRead("boot", t * SECOND, t * SECOND, 0, {}, mj)
+
+    done = [
+        Segment("w1", c, estimated(t, 10 * t), estimated(t + 1, 10 * t + 10))
+        for t, c in enumerate(("load", "idle"))
+    ]
+    own = environment("w2", estimated(1, 100), gpus=())
+    closing = (
+        WorkerClosing("w2", 1, "w2", estimated(4, 170)) if said else WorkerClosing("w2", 1, "", None, "none")
+    )
+    ledger = build_ledger(done, environments={"w2": own}, closings={"w2": closing})
+    summary = ledger.summary()
+    assert summary["unclosed"] == []
+    assert summary["total_mj"] is None
+    assert summary["estimate_mj"]["gap"] == (70 if said else None)
+    assert summary["estimate_total_mj"] == (90 if said else None)

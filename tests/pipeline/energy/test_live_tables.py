@@ -1,11 +1,13 @@
 """Energy tables of a running job: what a killed driver leaves closes, and lacks at most one flush interval."""
 
+import io
 import json
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.dies_between_flushes import SteadyMeter
@@ -121,6 +123,30 @@ def test_live_segments_come_back_as_they_were(output):
     assert after.gaps == before.gaps
     assert after.runs == before.runs
     assert read_live_table(output, "segment")["energy_estimate_mj"].to_pylist() == [3, *[None] * 4]
+
+
+def test_live_attempts_say_what_was_filtered_and_those_of_an_earlier_version_are_read(output):
+    output.put("_job/job.json", encode(JOB))
+    live = LiveTables(output, JOB.fingerprint, 1)
+    segments = chain([read(0, 0), read(9, 1003)], ["shard"])
+    kinds = {"images_filtered": 2, "images_quarantined": 3, "images_drawn": 6}
+    live.add_commit(commit(1, "a1", 3, segments, energy_mj=1003, **kinds))
+    live.flush()
+    # as a driver of the version before wrote it
+    (key,) = live_parts(output)["attempt"]
+    with output.open_input(key) as source:
+        row = pq.ParquetFile(source).read()
+    old = row.drop_columns(["images_filtered", "images_drawn", "energy_filtered_mj", "energy_quarantined_mj"])
+    old = old.set_column(0, old.schema.field(0), pa.array([2], pa.int64()))
+    sink = io.BytesIO()
+    pq.write_table(old, sink)
+    output.put(key.replace("000001-", "000000-"), sink.getvalue())
+
+    columns = ["shard_id", "images_ok", "images_filtered", "energy_filtered_mj", "energy_quarantined_mj"]
+    found = read_live_tables(output, JOB)["attempt"].select(columns).to_pylist()
+    rows = {r.pop("shard_id"): tuple(r.values()) for r in found}
+    assert rows[1] == (3, 2, 334, 167)  # of 1003: 168 mJ for one accepted image, 167 for every other image
+    assert rows[2][:2] == (3, 0)
 
 
 def test_live_segments_keep_the_book_of_counters_that_wrap(output):

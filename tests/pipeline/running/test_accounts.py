@@ -28,11 +28,11 @@ class World:
         self.still_runs = False
         self.accounts = Accounts(store, 1, self.writer, self.ray.actor_class, None)
 
-    def opened(self, *worker_ids, host="host-a"):
+    def opened(self, *worker_ids, host="host-a", first=None):
         for worker_id in worker_ids:
             environment = WorkerEnvironment(
                 *(worker_id, 1, self.node.node_id, host, "GPU-1", ("GPU-1",)),
-                *(None, None, "3", None, "nvml-counter", read(5)),
+                *(None, None, "3", None, "nvml-counter", first or read(5)),
             )
             self.store.put(worker_key(worker_id), environment.to_json())
 
@@ -119,6 +119,51 @@ def test_where_nobody_can_read_the_closing_says_why(world):
     end = world.closing("w0001-0001")
     assert end.read is None
     assert end.reason == "its node is gone"
+
+
+def estimate(mj):
+    """A read where no counter can be read."""
+    return CounterRead("boot", mj, mj, 0, {}, mj)
+
+
+def log_of_open_accounts(world, caplog):
+    """What the next run of the job says of accounts that earlier ones left open."""
+    caplog.clear()
+    caplog.set_level("INFO")
+    later = Accounts(world.store, 2, world.writer, world.ray.actor_class, None)
+    later.look_for_open()
+    later.close()
+    return [r.getMessage() for r in caplog.records if "left open" in r.getMessage()]
+
+
+def test_a_worker_without_counters_is_not_looked_for_again_by_every_later_run(world, caplog):
+    world.opened("w0001-0001", first=estimate(3))
+    assert log_of_open_accounts(world, caplog) == ["accounts of devices that earlier runs left open: 1"]
+    assert log_of_open_accounts(world, caplog) == []
+    assert world.readers == []
+    assert world.closing("w0001-0001").read is None
+
+
+def test_what_a_worker_without_counters_said_while_it_loaded_ends_its_account(world, caplog):
+    world.opened("w0001-0001", "w0001-0002", first=estimate(3))
+    world.accounts.loading("w0001-0001", estimate(9))
+    world.accounts.loading("w0001-0002", None)  # it had not opened its meter yet
+    for name in ("w0001-0001", "w0001-0002"):
+        world.accounts.gone(name)
+    world.accounts.close()
+    end = world.closing("w0001-0001")
+    assert (end.read, end.by) == (estimate(9), "w0001-0001")
+    assert world.closing("w0001-0002").read is None
+    assert log_of_open_accounts(world, caplog) == []
+
+
+def test_what_a_worker_with_counters_said_while_it_loaded_is_no_end_of_its_account(world):
+    """It went on until it was killed; a reader says what it used until then."""
+    world.opened("w0001-0001")
+    world.accounts.loading("w0001-0001", read(50))
+    world.accounts.gone("w0001-0001")
+    world.accounts.close()
+    assert world.closing("w0001-0001").read == read(100)
 
 
 def test_an_answer_of_storage_after_the_end_starts_no_reader(world):

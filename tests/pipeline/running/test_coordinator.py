@@ -15,7 +15,7 @@ from millijoule.pipeline.running.coordinator import (
     SPECULATION_MIN_S,
     Coordinator,
 )
-from millijoule.workers.lease import AttemptResult, Suspect, WorkerStatus
+from millijoule.workers.lease import AttemptProgress, AttemptResult, Suspect
 from millijoule.workers.shard_rows import Shard
 
 
@@ -43,10 +43,10 @@ def test_committed_shards_are_not_leased_again():
 def test_a_silent_lease_expires_and_progress_renews_it():
     c = coordinator(1, lease_s=10)
     lease = c.next_lease("a", 0.0)
-    assert c.renew(WorkerStatus(lease.attempt_id, images_done=1, steps=4), now=8.0)
+    assert c.renew(AttemptProgress(lease.attempt_id, images_done=1, steps=4), now=8.0)
     assert c.expired(12.0) == []
     assert not c.renew(
-        WorkerStatus(lease.attempt_id, images_done=1, steps=4), now=17.0
+        AttemptProgress(lease.attempt_id, images_done=1, steps=4), now=17.0
     )  # an answer without progress
     assert [e.lease for e in c.expired(18.5)] == [lease]
     c.lease_again(lease.attempt_id)
@@ -57,11 +57,11 @@ def test_steps_of_a_long_batch_or_upload_renew_a_lease_too():
     c = coordinator(1, lease_s=10)
     lease = c.next_lease("a", 0.0)
     for n in range(1, 9):
-        assert c.renew(WorkerStatus(lease.attempt_id, images_done=0, steps=n), now=8.0 * n)
+        assert c.renew(AttemptProgress(lease.attempt_id, images_done=0, steps=n), now=8.0 * n)
         assert c.expired(8.0 * n + 9) == []
     assert c.active[lease.attempt_id].images_done == 0
     assert [e.lease for e in c.expired(64 + 10.5)] == [lease]
-    assert not c.renew(WorkerStatus("another", images_done=5, steps=5), now=80.0)
+    assert not c.renew(AttemptProgress("another", images_done=5, steps=5), now=80.0)
 
 
 def test_a_straggler_gets_one_rival_at_the_tail_and_only_there():
@@ -185,7 +185,7 @@ def test_a_lease_that_waits_for_storage_does_not_expire():
     c = coordinator(1, lease_s=10)
     lease = c.next_lease("a", 0.0)
     for n in range(1, 50):
-        assert c.renew(WorkerStatus(lease.attempt_id, 0, 0, waits_for_store=True), 9.0 * n)
+        assert c.renew(AttemptProgress(lease.attempt_id), 9.0 * n, waits_for_store=True)
         assert c.expired(9.0 * n) == []
 
 
@@ -277,6 +277,86 @@ def test_an_attempt_that_waits_when_the_run_ends_or_another_commits_is_void():
     assert [r.lease for r in c.take_void(all_waiting=True)] == [second]
 
 
+# -- leases ahead ------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_ahead_is_given_only_where_as_many_shards_are_left_as_there_are_workers():
+    c = coordinator(5)
+    first = c.next_lease("a", 0.0)
+    assert c.next_lease_ahead(first, 0.0, workers=5) is None
+    ahead = c.next_lease_ahead(first, 0.0, workers=4)
+    assert ahead.shard.shard_id == 1
+    assert c.next_lease_ahead(first, 0.0, workers=1) is None  # one at most
+    assert (len(c.active), c.at_work) == (2, 1)
+
+
+def test_a_lease_ahead_begins_when_the_one_before_has_ended():
+    c = coordinator(4)
+    first = c.next_lease("a", 0.0)
+    ahead = c.next_lease_ahead(first, 0.0, 1)
+    c.complete(first.attempt_id, 0, 7.0)
+    entry = c.active[ahead.attempt_id]
+    assert (entry.is_ahead, entry.started, c.at_work) == (False, 7.0, 1)
+    assert c.next_lease_ahead(ahead, 7.0, 1).shard.shard_id == 2
+
+
+def test_or_when_its_worker_says_so():
+    c = coordinator(4)
+    ahead = c.next_lease_ahead(c.next_lease("a", 0.0), 0.0, 1)
+    c.renew(AttemptProgress(ahead.attempt_id, waits=True), 3.0)
+    assert c.active[ahead.attempt_id].is_ahead
+    c.renew(AttemptProgress(ahead.attempt_id, has_begun=True), 5.0)
+    assert (c.active[ahead.attempt_id].is_ahead, c.active[ahead.attempt_id].started) == (False, 5.0)
+
+
+def test_a_lease_that_only_waits_for_its_own_workers_device_does_not_expire():
+    c = coordinator(4, lease_s=10)
+    first = c.next_lease("a", 0.0)
+    ahead = c.next_lease_ahead(first, 0.0, 1)
+    for n in range(1, 9):
+        c.renew(AttemptProgress(ahead.attempt_id, waits=True), 8.0 * n)
+    assert [e.lease for e in c.expired(64.0)] == [first]
+
+
+def test_a_straggler_is_not_raced_for_what_it_holds_ahead():
+    c = coordinator(4)
+    done, slow = c.next_lease("a", 0.0), c.next_lease("b", 0.0)
+    ahead = c.next_lease_ahead(slow, 0.0, 1)
+    c.complete(done.attempt_id, 0, 1.0)
+    c.complete(c.next_lease("a", 1.0).attempt_id, 3, 2.0)
+    assert c.next_lease("a", 100.0).shard.shard_id == slow.shard.shard_id
+    assert c.next_lease("c", 100.0) is None
+    assert c.active[ahead.attempt_id].is_ahead
+
+
+def test_a_shard_that_made_trouble_is_leased_beside_no_other():
+    c = coordinator(6)
+    first = c.next_lease("a", 0.0)
+    ahead = c.next_lease_ahead(first, 0.0, 1)
+    for lease in (first, ahead):
+        c.crashed(lease.attempt_id, "killed")
+    fresh = c.next_lease("b", 0.0)
+    assert fresh.shard.shard_id == 0
+    assert c.next_lease_ahead(fresh, 0.0, 1) is None
+    c.complete(fresh.attempt_id, 0, 1.0)
+    other = c.next_lease("b", 1.0)
+    assert other.shard.shard_id == 1
+    c.complete(other.attempt_id, 1, 1.0)
+    assert c.next_lease_ahead(c.next_lease("b", 1.0), 1.0, 1)
+
+
+def test_no_lease_ahead_while_a_question_waits_for_a_worker_with_empty_hands():
+    c = coordinator(9)
+    accuse(c)
+    assert c.next_lease_ahead(c.next_lease("b", 0.0, PEERS), 0.0, 1) is None
+    c = coordinator(9)
+    for _ in range(2):
+        c.crashed(c.next_lease("a", 0.0).attempt_id, "killed")
+    lease = c.next_lease("b", 0.0)
+    assert lease.probe_rows
+    assert c.next_lease_ahead(lease, 0.0, 1) is None  # nor beside one
+
+
 @given(
     seed=st.integers(0, 2**32),
     n=st.integers(1, 12),
@@ -293,6 +373,7 @@ def test_whatever_happens_every_shard_is_committed_once_and_only_poison_is_skipp
     peers = {"a": "1", "b": "2", "c": "2"}
     commits: dict[int, set[int]] = {}
     held = {}
+    waiting = {}  # leases ahead, by worker
     now = 0.0
     for turn in range(20_000):
         if c.done:
@@ -303,14 +384,30 @@ def test_whatever_happens_every_shard_is_committed_once_and_only_poison_is_skipp
             if worker not in held and (lease := c.next_lease(worker, now, peers)) is not None:
                 assert not c.committed[lease.shard.shard_id]
                 held[worker] = lease
+            if worker in held and worker not in waiting:
+                ahead = c.next_lease_ahead(held[worker], now, len(peers))
+                if ahead is not None:
+                    assert not c.committed[ahead.shard.shard_id]
+                    assert held[worker].writes
+                    assert ahead.writes
+                    assert not ahead.quarantine
+                    waiting[worker] = ahead
+        for worker, lease in list(waiting.items()):
+            if rng.random() < 0.1:  # taken back
+                del waiting[worker]
+                c.released(lease.attempt_id)
         for entry in c.expired(now):
             c.lease_again(entry.lease.attempt_id)
         c.take_void()
+        assert {a for a, e in c.active.items() if e.is_ahead} == {x.attempt_id for x in waiting.values()}
+        assert c.at_work == len(c.active) - len(waiting)
         for worker, lease in list(held.items()):
             fate = rng.random()
             if fate < 0.5:
                 continue
             del held[worker]
+            if worker in waiting:
+                held[worker] = waiting.pop(worker)  # the device comes to it
             shard_id = lease.shard.shard_id
             if lease.probe_rows:
                 rows = set(range(*lease.probe_rows))
@@ -322,11 +419,13 @@ def test_whatever_happens_every_shard_is_committed_once_and_only_poison_is_skipp
             if worker == "a" and not calm and rng.random() < 0.3:
                 failing |= set(rng.sample(sorted(rows), k=1))  # this node's own fault
             if any(8 * shard_id + r in poison for r in rows):
-                c.crashed(lease.attempt_id, "poison")
+                for lost in dict.fromkeys((lease, held.pop(worker, lease))):  # nobody knows of which it died
+                    c.crashed(lost.attempt_id, "poison")
             elif not calm and fate < 0.52:
                 c.released(lease.attempt_id, *([now + 1] if rng.random() < 0.5 else []))
             elif not calm and fate < 0.53:
-                c.node_died(lease.attempt_id, "gone")
+                for lost in dict.fromkeys((lease, held.pop(worker, lease))):
+                    c.node_died(lost.attempt_id, "gone")
             elif lease.probe_rows:
                 c.probed(lease.attempt_id)
             elif lease.confirm:

@@ -37,6 +37,10 @@ class Work:
     def useful_workers(self) -> int:
         return self.remaining
 
+    @property
+    def at_work(self) -> int:
+        return len(self.active)
+
 
 def waiting(n: int) -> list[Worker]:
     return [Worker(f"w{i}") for i in range(n)]

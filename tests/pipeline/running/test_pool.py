@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import ray as real_ray
-from support.ray_stand_in import NEVER, After, Dies, RayStandIn, install
+from support.ray_stand_in import NEVER, After, Deferred, Dies, RayStandIn, install
 
 from millijoule.pipeline.running.coordinator import POISON_REASON, Coordinator
 from millijoule.pipeline.running.crew import STOP_TIMEOUT_S
@@ -18,6 +19,8 @@ from millijoule.pipeline.running.outcomes import UNPLACED_DEATHS
 from millijoule.pipeline.running.pool import CUT_OFF_S, WorkerPool
 from millijoule.workers.errors import DamagedError, JobError, NodeError, StoreError
 from millijoule.workers.lease import (
+    MAX_LEASES,
+    AttemptProgress,
     AttemptResult,
     Node,
     Suspect,
@@ -45,6 +48,10 @@ class Script:
         """`After` some time committed; or the whole answer."""
         return After(1.0)
 
+    def finishing_s(self, worker, lease):
+        """How long a shard is finished after the device has done with it."""
+        return 0.0
+
     def probe(self, worker, lease):
         return After(0.1, AttemptResult(lease, "probed"))
 
@@ -54,18 +61,24 @@ class Script:
     def stop(self, worker):
         return After(0.1, WorkerStopped(worker.worker_id, ()))
 
+    def read_while_loading(self, worker):
+        return After(0.1, f"read of {worker.worker_id}")
+
+    def status(self, worker):
+        """The whole answer; None: what the worker does."""
+        return
+
     def steps(self, worker):
         """Progress that grows with time, while the worker is not stuck."""
         return int(10 * worker.world.ray.now)
 
 
 class ScriptedWorker:
-    """An actor. `attempt_id` is of the lease at work, None beside it."""
+    """An actor. Its device does one lease after another: `line` are those in hand, the first is at work."""
 
     def __init__(self, world, node, worker_id, config):
         self.world, self.node, self.worker_id = world, node, worker_id
-        self.attempt_id = None
-        self.cancelled = set()
+        self.line = []
 
     @real_ray.method(concurrency_group="work")
     def start(self):
@@ -76,7 +89,25 @@ class ScriptedWorker:
 
     @real_ray.method(concurrency_group="work")
     def run(self, lease):
-        self.attempt_id = lease.attempt_id
+        self.world.leased.append((self.worker_id, lease))
+        self.line.append((lease, Deferred()))
+        if len(self.line) == 1:
+            self._begin()
+        return self.line[-1][1]
+
+    def _begin(self):
+        lease, answer = self.line[0]
+        self.world.begun.append((self.worker_id, lease.shard.shard_id))
+        self.world.begun_at.append(self.world.ray.now)
+        made = self._work(lease)
+        if not isinstance(made, After):
+            made = After(0.0, made)
+        finishing_s = self.world.script.finishing_s(self, lease) if type(made) is After else 0.0
+        answer.settle(replace(made, seconds=made.seconds + finishing_s) if finishing_s else made)
+        if made.seconds < float("inf") and not isinstance(made, Dies):
+            self.world.ray.at(made.seconds, self._next)
+
+    def _work(self, lease):
         script = self.world.script
         if lease.probe_rows is not None:
             return script.probe(self, lease)
@@ -86,6 +117,11 @@ class ScriptedWorker:
         if type(answer) is After and answer.answer is None and answer is not NEVER:
             return After(answer.seconds, AttemptResult(lease, "committed", b"{}"))
         return answer
+
+    def _next(self):
+        del self.line[0]
+        if self.line and self.worker_id in self.world.ray.running:
+            self._begin()
 
     @real_ray.method(concurrency_group="work")
     def stop(self):
@@ -97,12 +133,36 @@ class ScriptedWorker:
 
     @real_ray.method(concurrency_group="status")
     def status(self):
-        return WorkerStatus(self.attempt_id, 0, self.world.script.steps(self))
+        steps, answer = self.world.script.steps(self), self.world.script.status(self)
+        if answer is not None:
+            return answer
+        return WorkerStatus(
+            tuple(
+                AttemptProgress(lease.attempt_id, 0, 0 if i else steps, waits=i > 0, has_begun=i == 0)
+                for i, (lease, _) in enumerate(self.line)
+            )
+        )
+
+    @real_ray.method(concurrency_group="status")
+    def read_while_loading(self):
+        return self.world.script.read_while_loading(self)
 
     @real_ray.method(concurrency_group="status")
     def cancel(self, attempt_id):
-        self.cancelled.add(attempt_id)
         self.world.cancelled.append((self.worker_id, attempt_id))
+        self._withdraw(attempt_id)
+
+    @real_ray.method(concurrency_group="status")
+    def give_back(self, attempt_id):
+        return self._withdraw(attempt_id)
+
+    def _withdraw(self, attempt_id):
+        for lease, answer in self.line[1:]:
+            if lease.attempt_id == attempt_id:
+                self.line.remove((lease, answer))
+                answer.settle(AttemptResult(lease, "cancelled"))
+                return True
+        return False
 
 
 class World:
@@ -119,7 +179,8 @@ class World:
             self.ray.actor_class, self.coordinator, CONFIG, PoolOptions(least, most, **options), self
         )
         self.made, self.lost, self.void, self.words, self.left = [], [], [], [], []
-        self.cancelled, self.requests = [], []
+        self.cancelled, self.requests, self.reads = [], [], []
+        self.leased, self.begun, self.begun_at = [], [], []
         self.on_tick = lambda: None
 
     def run(self):
@@ -139,6 +200,9 @@ class World:
 
     def stopped(self, stopped):
         self.words.append(stopped.worker_id)
+
+    def loading(self, worker_id, read):
+        self.reads.append((worker_id, read))
 
     def gone(self, worker_id):
         self.left.append(worker_id)
@@ -230,7 +294,7 @@ def test_a_worker_that_dies_with_a_lease_costs_the_shard_a_second_lease(world, c
     w = world(script("shard", lambda worker, lease: Dies(0.5)), shards=3).run()
     assert sorted(shard for shard, _ in w.made) == [0, 1, 2]
     assert caplog.text.count("is gone") == 1
-    assert "worker w0001-0001 on host-1 is gone with shard 0 in hand" in caplog.text
+    assert "worker w0001-0001 on host-1 is gone with shards 0 and 1 in hand" in caplog.text
     assert w.pool.nodes.faulty == []
 
 
@@ -238,10 +302,31 @@ def test_a_preempted_node_blames_nobody(world):
     w = world(shards=8)
     w.ray.at(4.5, lambda: w.ray.lose_node(w.nodes[0], preempted=True))
     w.run()
-    assert w.shards_of("w0001-0001") == [0, 2]
+    assert w.shards_of("w0001-0001") == [0, 1]
     assert sorted(shard for shard, _ in w.made) == list(range(8))
     assert w.coordinator.given_up == {}
     assert w.pool.nodes.faulty == []
+
+
+def test_workers_that_ray_takes_because_a_node_s_memory_is_full_are_the_node_s_trouble_and_no_row_s(world):
+    class Full(Script):
+        taken = 0
+
+        def shard(self, worker, lease):
+            if worker.node.host == "host-1":
+                self.taken += 1
+                return Dies(0.5, no_memory=True)
+            return After(5.0)
+
+    full = Full()
+    w = world(full, shards=6).run()
+    assert full.taken == FAULTS_BEFORE_OUT
+    assert {by for _, by in w.made} == {"w0001-0002"}
+    assert sorted(shard for shard, _ in w.made) == list(range(6))
+    assert w.coordinator.given_up == {}
+    assert not [lease for _, lease in w.leased if lease.probe_rows is not None]  # no row was suspected
+    (record,) = w.pool.nodes.out
+    assert "running low on memory" in str(record)
 
 
 def test_a_row_that_kills_is_found_by_halving_and_quarantined(world):
@@ -303,7 +388,7 @@ def test_a_slow_worker_that_gets_on_keeps_its_shard(world, caplog):
 
 def test_a_straggler_is_raced_and_the_loser_is_told(world):
     w = world(script("shard", lambda worker, lease: After(60.0)), workers=(2, 2)).run()
-    assert w.shards_of("w0001-0002") == [1, 2, 3, 4, 5, 0]
+    assert w.shards_of("w0001-0002") == [2, 3, 4, 5, 1, 0]  # what the straggler held ahead, too
     assert [by for by, _ in w.cancelled].count("w0001-0001") >= 1
 
 
@@ -402,7 +487,8 @@ def test_a_drained_job_finishes_what_is_at_work_and_leases_nothing_more(world):
     w = world()
     w.on_tick = lambda: w.pool.drain("reached a cap") if w.made else None
     w.run()
-    assert 1 <= len(w.made) <= 2
+    assert sorted(w.made) == sorted((shard, by) for by, shard in w.begun)
+    assert len(w.made) <= 4  # two were at work, and two were begun when these ended
     assert w.coordinator.remaining == 6 - len(w.made)
     assert w.left == []
 
@@ -456,6 +542,25 @@ def test_last_words_that_never_come_are_waited_for_and_given_up(world, caplog):
     assert w.ray.now > STOP_TIMEOUT_S
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_worker_that_still_loads_at_the_end_says_what_its_meter_does_and_is_not_waited_for_long(
+    world, answers
+):
+    def loads_for_ever(usual):
+        return lambda worker: NEVER if worker.worker_id.endswith("2") else usual(worker)
+
+    made = Script()
+    made.load = loads_for_ever(made.load)
+    if not answers:
+        made.read_while_loading = lambda worker: NEVER
+    w = world(made)
+    w.run()
+    (late,) = [name for name in w.ray.asked_for if name.endswith("2")]
+    assert w.left == [late]
+    assert w.reads == ([(late, f"read of {late}")] if answers else [])
+    assert w.ray.now < 30.0
+
+
 def test_last_words_that_fail_leave_the_account_open(world, caplog):
     w = world(script("stop", lambda worker: After(0.1, OSError("no counter")))).run()
     assert len(w.left) == 1
@@ -470,6 +575,137 @@ def test_workers_that_die_before_anybody_knows_where_end_the_job(world):
     with pytest.raises(JobError, match=f"{UNPLACED_DEATHS + 1} workers in a row ended before they started"):
         w.pool.run()
     assert w.ray.now > 60  # with growing pauses
+
+
+# -- leases ahead -----------------------------------------------------------------------------------------------------
+
+
+class Finishes(Script):
+    """Each shard takes the device 1 s, and then somebody else almost as long."""
+
+    def finishing_s(self, worker, lease):
+        return 0.9
+
+
+def test_the_device_begins_with_a_shard_while_the_one_before_is_finished(world):
+    w = world(Finishes(), shards=8, nodes=1, workers=(0, 1)).run()
+    assert [round(b - a, 3) for a, b in pairwise(w.begun_at)] == [1.0] * 7
+    assert len(w.made) == 8
+
+
+def test_a_worker_never_holds_more_than_one_lease_ahead(world):
+    w = world(Finishes(), shards=20)
+    most = []
+    w.on_tick = lambda: most.extend(len(x.held) for x in w.pool.workers.values())
+    w.run()
+    assert max(most) == MAX_LEASES == 2
+
+
+def test_at_the_end_a_lease_ahead_goes_to_the_worker_that_can_begin_at_once(world):
+    """The first that is ready gets both shards; the second one is there a moment later."""
+
+    class Later(Script):
+        def load(self, worker):
+            return After(2.0 if worker.worker_id == "w0001-0001" else 5.0)
+
+        def shard(self, worker, lease):
+            return After(30.0)
+
+    w = world(Later(), shards=2, speculate=False).run()
+    assert sorted(w.begun) == [("w0001-0001", 0), ("w0001-0002", 1)]
+    assert w.ray.now < 60
+
+
+def test_nobody_waits_for_a_lease_that_has_begun_and_only_as_many_are_asked_for_as_are_needed(world):
+    class Uneven(Script):
+        def shard(self, worker, lease):
+            return After(1.0 if worker.worker_id == "w0001-0003" else 20.0)
+
+    w = world(Uneven(), shards=12, nodes=3, workers=(3, 3), speculate=False).run()
+    assert len(w.begun) == 12  # none twice
+    by = [by for by, _ in w.begun]
+    assert by.count("w0001-0003") > 8
+
+
+def test_of_two_shards_in_a_dead_workers_hands_neither_is_leased_beside_another_again(world):
+    w = world(script("shard", lambda worker, lease: Dies(0.5)), shards=12, workers=(1, 1), nodes=1).run()
+    assert sorted(shard for shard, _ in w.made) == list(range(12))
+    first = [lease.shard.shard_id for _, lease in w.leased[:2]]
+    assert first == [0, 1]
+    again = [lease.shard.shard_id for by, lease in w.leased if by == "w0001-0002"]
+    assert again[:2] == first
+    begun_then = w.begun[1:3]
+    assert begun_then == [("w0001-0002", 0), ("w0001-0002", 1)]
+    assert w.coordinator.given_up == {}
+
+
+def test_a_shard_that_waited_behind_one_that_hangs_is_not_blamed(world):
+    """The row that hangs is found and quarantined; the other shard is made, whole, by somebody."""
+
+    class Hangs(Script):
+        def shard(self, worker, lease):
+            return NEVER if lease.shard.shard_id == 0 and not lease.quarantine else After(1.0)
+
+        def probe(self, worker, lease):
+            first, end = lease.probe_rows
+            return NEVER if first <= 2 < end else super().probe(worker, lease)
+
+        def steps(self, worker):
+            return 0
+
+    w = world(Hangs(), shards=4, nodes=1, workers=(1, 1), speculate=False).run()
+    assert sorted(shard for shard, _ in w.made) == [0, 1, 2, 3]
+    quarantined = {lease.shard.shard_id for _, lease in w.leased if lease.quarantine}
+    assert quarantined == {0}
+    asked = {lease.shard.shard_id for _, lease in w.leased if lease.probe_rows}
+    assert asked == {0}
+
+
+def test_a_worker_that_stops_answering_is_replaced_once_and_both_its_shards_are_made(world, caplog):
+    stopped = script("shard", lambda worker, lease: NEVER)
+    stopped.status = lambda worker: NEVER if worker.worker_id == "w0001-0001" else None
+    w = world(stopped, shards=8, speculate=False).run()
+    assert sorted(shard for shard, _ in w.made) == list(range(8))
+    assert caplog.text.count("is gone with shards 0 and 1 in hand: stood still; killed") == 1
+    assert w.left == ["w0001-0001"]
+
+
+def test_a_sick_workers_other_lease_is_taken_back_and_its_node_blamed_once(world):
+    sick = script("shard", lambda worker, lease: After(0.5, NodeError("the device fails")))
+    w = world(sick, shards=8).run()
+    assert sorted(shard for shard, _ in w.made) == list(range(8))
+    (record,) = w.pool.nodes.faulty
+    assert record.faults == 1
+    assert "w0001-0001" in w.words
+
+
+def test_a_hearing_finds_a_worker_with_empty_hands(world):
+    """While a row waits for a second opinion nobody gets a lease ahead."""
+    heard = []
+
+    class Hearing(Script):
+        def shard(self, worker, lease):
+            return suspected(worker, lease) if lease.shard.shard_id == 0 else After(1.0)
+
+        def confirm(self, worker, lease):
+            heard.append(w.ray.now)
+            assert len(w.pool.workers[worker.worker_id].held) == 1
+            return super().confirm(worker, lease)
+
+    w = world(Hearing(), shards=40)
+    w.run()
+    assert len(heard) == 1
+    assert heard[0] < 8
+
+
+def test_near_a_cap_no_lease_is_held_ahead(world):
+    w = world(shards=12)
+    w.pool.leases_ahead = False
+    most = []
+    w.on_tick = lambda: most.extend(len(x.held) for x in w.pool.workers.values())
+    w.run()
+    assert max(most) == 1
+    assert len(w.made) == 12
 
 
 # -- requests for nodes ------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Questions and SQL over the energy tables: answers, many outputs, and what a query may not do."""
 
+import csv
+import io
 import json
 import re
 from dataclasses import replace
@@ -400,6 +402,31 @@ def test_the_command_prints_what_is_asked(store, capsysbinary, tmp_path):
     assert pq.read_table(tmp_path / "x.parquet")["mj"].to_pylist() == [7, 40]
 
 
+def test_lists_and_what_is_no_number_have_cells_in_every_format(store, capsysbinary, tmp_path):
+    sql = "SELECT [1, 2] AS list, {'a': 'x,y', 'b': NULL} AS record, 'nan'::DOUBLE AS odd, [1.5, '-inf'::DOUBLE] AS far"
+    assert main([sql, store.url, "--format", "csv"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsysbinary.readouterr().out.decode()))
+    assert json.loads(row["list"]) == [1, 2]
+    assert json.loads(row["record"]) == {"a": "x,y", "b": None}
+    assert json.loads(row["far"]) == [1.5, None]
+    assert main([sql, store.url, "--format", "json"]) == 0
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads(capsysbinary.readouterr().out, parse_constant=refuse)
+    assert found == {"list": [1, 2], "record": {"a": "x,y", "b": None}, "odd": None, "far": [1.5, None]}
+    for form in ("table", "parquet"):
+        assert main([sql, store.url, "--format", form, "--save", str(tmp_path / form)]) == 0
+
+
+def test_outputs_are_given_by_place_or_by_name(store, capsysbinary):
+    assert main(["idle_share", "--output", store.url]) == 0
+    named = capsysbinary.readouterr().out
+    assert main(["idle_share", store.url]) == 0
+    assert capsysbinary.readouterr().out == named
+
+
 def test_the_command_takes_parameters_and_lists_questions(store, capsysbinary):
     params = [f"{k}={v}" for k, v in COST.items()]
     assert main(["cost_and_carbon", store.url, "--format", "json", "--param", *params]) == 0
@@ -412,7 +439,8 @@ def test_the_command_explains_what_is_wrong(store, capsysbinary):
     for arguments, words in (
         (["waste"], b"at least one output"),
         (["waste", store.url, "--param", "pue"], b"--param pue: NAME=VALUE"),
-        (["wast", store.url], b"no question named 'wast'"),
+        (["wast", store.url], b"no question named 'wast': did you mean waste?"),
+        (["idle-share", store.url], b"no question named 'idle-share': did you mean idle_share?"),
     ):
         assert main(arguments) == 1
         assert words in capsysbinary.readouterr().err

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from millijoule.workers.diffusion.generator import DiffusersGenerator, seeded
+from millijoule.workers.diffusion.generator import DiffusersGenerator
+from millijoule.workers.diffusion.noise import seeded
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
@@ -105,7 +106,9 @@ def test_each_step_of_a_batch_is_reported_and_changes_nothing(generator, monkeyp
     assert np.array_equal(generator.generate(asked).images, before)
     assert len(steps) == 4
     # a pipeline that cannot tell is not asked
-    monkeypatch.setattr(generator, "arguments", generator.arguments - {"callback_on_step_end"})
+    family = generator.call.family
+    silent = replace(family, arguments=family.arguments - {"callback_on_step_end"})
+    monkeypatch.setattr(generator.call, "family", silent)
     assert np.array_equal(generator.generate(asked).images, before)
     assert len(steps) == 4
 
@@ -145,7 +148,7 @@ def test_noise_depends_on_all_bits_of_the_seed_and_small_seeds_are_torchs():
 def test_a_request_may_ask_for_size_and_steps(generator):
     batch = generator.generate(requests(2, width=96, height=64, num_inference_steps=1))
     assert batch.images.shape == (2, 64, 96, 3)
-    with pytest.raises(InputError, match="multiples of 4"):
+    with pytest.raises(InputError, match="multiples of 8"):
         generator.generate(requests(1, width=63))
 
 
@@ -156,7 +159,8 @@ def test_unknown_words_and_long_prompts_are_named(folder):
     batch = load_generator(str(folder)).generate([ImageRequest("p", i, p, i) for i, p in enumerate(prompts)])
     assert batch.warnings[0] == ("unknown word: 'zorgon'",)
     assert batch.warnings[1] == ()
-    assert batch.warnings[2] == ("the prompt is 42 tokens long, this model reads the first 20",)
+    words = "the prompt is 42 tokens long, this model reads the first 20: lost are "
+    assert batch.warnings[2] == (words + repr(" ".join(["apple"] * 22)),)
 
 
 def test_describe_model_gives_the_loaded_models_hash_without_torch(exported, generator):
@@ -230,7 +234,7 @@ BROKEN = {
     "not JSON": (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json: not JSON"),
     "config not JSON": (lambda f: (f / "unet/config.json").write_text("{"), r"unet/config\.json: not JSON"),
     "no shard": (
-        lambda f: (f / "unet/x.safetensors.index.json").write_text('{"weight_map": {"a": "y.safetensors"}}'),
+        lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "y.safetensors"}}'),
         r"unet/y\.safetensors: no such file",
     ),
 }
@@ -360,11 +364,9 @@ def hand_count(model, run):
 def test_float16_weights_are_multiplied_in_bfloat16_where_the_processor_does(monkeypatch):
     """The shipped baseline: nearly the images of float32, and still none depends on its batch."""
     narrow = load_generator("baseline")
-    monkeypatch.setattr(
-        "millijoule.workers.diffusion.generator.multiplies_bfloat16", lambda device="cpu": False
-    )
+    monkeypatch.setattr("millijoule.workers.rungs.precision.multiplies_bfloat16", lambda device="cpu": False)
     exact = load_generator("baseline")
-    assert not exact.mixed_precision
+    assert not exact.loaded.mixed_precision
     wanted = [
         ImageRequest(str(i), 0, f"a red cat left of {i} blue stars", i, num_inference_steps=4)
         for i in (1, 2, 3)
@@ -372,5 +374,5 @@ def test_float16_weights_are_multiplied_in_bfloat16_where_the_processor_does(mon
     images = narrow.generate(wanted).images
     apart = np.abs(images.astype(int) - exact.generate(wanted).images.astype(int)).mean()
     assert apart < 3
-    assert (apart > 0) == narrow.mixed_precision
+    assert (apart > 0) == narrow.loaded.mixed_precision
     assert np.array_equal(narrow.generate(wanted[1:]).images, images[1:])

@@ -22,7 +22,8 @@ from support.un0_checkpoints import CIFAR, FLAVOURS, publish, random_model
 
 from millijoule.jobs import convert
 from millijoule.jobs.entry import COMPLETE, ERROR
-from millijoule.workers.attempt import isolate
+from millijoule.workers.drawing.batch_size import BatchSizer
+from millijoule.workers.drawing.isolate import FittedGenerator, batch_limits
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.model_files import read_settings
 from millijoule.workers.generators.registry import describe_model, load_generator
@@ -279,7 +280,9 @@ def test_only_the_row_with_an_unknown_class_is_lost(small):
     requests = [request("zebra" if i == 5 else "cat", i) for i in range(9)]
     lost = [
         r.seed
-        for rows, outcome in isolate(generator, requests, lambda: None)
+        for rows, outcome in FittedGenerator(generator, BatchSizer(batch_limits(generator, None))).isolate(
+            requests, lambda: None
+        )
         if isinstance(outcome, Exception)
         for r in rows
     ]
