@@ -23,7 +23,8 @@ from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.ladder.clock_guard import DRIVER, Clocks, guarded_clocks, open_binding
 from millijoule.jobs.ladder.prompts import are_icon_scenes, icon_requests
 from millijoule.jobs.ladder.quality import accepted, family_of
-from millijoule.jobs.model_options import ModelOptions, pipeline_of
+from millijoule.jobs.model_options import ModelOptions
+from millijoule.jobs.model_rungs import pipeline_of
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.meters.meter import EnergyMeter, open_meter

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 
-from millijoule.jobs.model_options import check_device
+from millijoule.jobs.model_rungs import check_device
 from millijoule.jobs.set_up.calibration import calibrated_shard_size
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
