@@ -156,7 +156,7 @@ class ModelOptions:
             revision: of the hub, where these options give none.
             on_gpu: whether it will run on one; None: not known yet.
         """
-        from millijoule.jobs.model_rungs import with_rungs
+        from millijoule.jobs.set_up.model_rungs import with_rungs
         from millijoule.workers.sources.obtain import obtain_model
 
         obtained = obtain_model(

@@ -24,7 +24,7 @@ from millijoule.jobs.ladder.clock_guard import DRIVER, Clocks, guarded_clocks, o
 from millijoule.jobs.ladder.prompts import are_icon_scenes, icon_requests
 from millijoule.jobs.ladder.quality import accepted, family_of
 from millijoule.jobs.model_options import ModelOptions
-from millijoule.jobs.model_rungs import pipeline_of
+from millijoule.jobs.set_up.model_rungs import pipeline_of
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
