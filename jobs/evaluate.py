@@ -9,19 +9,22 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tyro
 
 from millijoule.jobs.entry import COMPLETE, check_writable, run_command
 from millijoule.jobs.machine import describe_machine
+from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
 from millijoule.workers.schemas import ImageRequest
@@ -47,6 +50,8 @@ class EvaluateOptions:
     output: str
     """Folder for NAME.json (results), NAME.parquet (every image: prompt, seed, what was read) and NAME.png (the first 32
     prompts, not picked)."""
+
+    model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
     name: str | None = None
     """Name of the files; the model's own by default."""
@@ -118,7 +123,9 @@ def run(options: EvaluateOptions) -> int:
     result = {
         "format_version": FORMAT_VERSION,
         "model": about,
-        "options": {k: v for k, v in asdict(options).items() if k not in ("model", "output")},
+        "options": {
+            k: v for k, v in asdict(options).items() if k not in ("model", "output", "model_options")
+        },
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "environment": describe_machine(),
         "seconds": round(time.monotonic() - began, 1),
@@ -160,7 +167,9 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
 
     from millijoule.workers.generators.registry import load_generator
 
-    generator = load_generator(options.model, device=device)
+    obtained = options.model_options.obtain(options.model, on_gpu=device.startswith("cuda"))
+    how = obtained.options
+    generator = load_generator(obtained.model, device=device, options=how)
     info = generator.info
     size = (IMAGE_SIZE, IMAGE_SIZE)
     if (info.width, info.height) != size and size not in info.sizes:
@@ -172,16 +181,18 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
         "guidance_scale": options.guidance_scale,
     }
     requests = [ImageRequest(str(i), 0, item.prompt, item.seed, **asked) for i, item in enumerate(items)]
-    batches = [requests[i : i + info.batch_size] for i in range(0, len(requests), info.batch_size)]
+    many = how.batch_size or info.batch_size
+    batches = [requests[i : i + many] for i in range(0, len(requests), many)]
     drawn: Iterator[np.ndarray] = (generator.generate(batch).images for batch in batches)
     if options.processes > 1:
-        drawn = _draw_in_processes(options, device, batches)
+        drawn = _draw_in_processes(obtained.model, how, options.processes, device, batches)
     words = f"drawing {len(requests)} images"
     images = list(track(drawn, words, total=len(batches), console=Console(stderr=True)))
     count = getattr(generator, "count_operations", None)
     about = {
         "name": info.name,
         "sha256": info.sha256,
+        "options": how.identity(),
         "num_inference_steps": options.num_inference_steps or info.num_inference_steps,
         "operations_per_image": count(options.num_inference_steps) if count else None,
     }
@@ -189,26 +200,26 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
 
 
 def _draw_in_processes(
-    options: EvaluateOptions, device: str, batches: list[list[ImageRequest]]
+    model: str, how: GeneratorOptions, processes: int, device: str, batches: list[list[ImageRequest]]
 ) -> Iterator[np.ndarray]:
     """Images of each batch, in order."""
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(partial(_draw_in_process, options.model, device), batches)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(partial(_draw_in_process, model, how, device), batches)
 
 
-def _draw_in_process(model: str, device: str, batch: list[ImageRequest]) -> np.ndarray:
-    return _loaded(model, device).generate(batch).images
+def _draw_in_process(model: str, how: GeneratorOptions, device: str, batch: list[ImageRequest]) -> np.ndarray:
+    return _loaded(model, how, device).generate(batch).images
 
 
 @cache
-def _loaded(model: str, device: str) -> Generator:
+def _loaded(model: str, how: GeneratorOptions, device: str) -> Generator:
     """The model of a process that draws, on one thread."""
     import torch
 
     from millijoule.workers.generators.registry import load_generator
 
     torch.set_num_threads(1)
-    return load_generator(model, device=device)
+    return load_generator(model, device=device, options=how)
 
 
 def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:

@@ -11,9 +11,13 @@ from millijoule.jobs.cli import dispatch
 
 BENCHES = {
     "pipeline": "a job against a bare loop of the same generator, encoder and writer",
+    "clocks": "joules per accepted image over clocks and power limits of a GPU, which it changes and puts back",
     "counters": "a board's energy counter and power readings: period, read rates, square waves, idle states",
+    "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
+    "kernels": "time and joules of our fused GPU kernels against PyTorch's own operations, run plainly and compiled",
+    "ladder": "rungs of a diffusion pipeline one by one: joules or CPU time, and what they do to images",
     "memory": "memory of several workers of one model on a host; time and memory of batches by their size",
     "stages": "how long the device waits while images are encoded, written and stored",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",

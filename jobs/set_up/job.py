@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 from millijoule.jobs.set_up.calibration import calibrated_shard_size
+from millijoule.jobs.set_up.model_rungs import check_device
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options
@@ -50,6 +51,8 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
         device = choose_device(
             request, cluster, has_work=lambda: not list_committed(store, len(planned.shards)).all()
         )
+    if device is not None:  # what a model cannot do on it is said before a worker starts
+        check_device(request.source, on_gpu=bool(device.gpus))
     return planned, pool_options(request, device, cluster)
 
 

@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import dataclass
 
-from millijoule.jobs.node_meter_options import parse_node_meters
+from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
@@ -82,7 +82,9 @@ def request_of(options: GenerateOptions) -> JobRequest:
     _check_workers(options)
     images, seconds = parse_shard_size(options.shard_size)
     files = tuple(expand_inputs(options.prompts))  # what costs nothing is refused first
-    source = options.model_options.obtain(options.model, _begun_with(options))
+    source = options.model_options.obtain(
+        options.model, _begun_with(options), on_gpu={"cpu": False, "gpu": True}.get(options.device)
+    )
     return JobRequest(
         options=options,
         resources=parse_resources(options.resources),

@@ -57,6 +57,9 @@ class DiffusersGenerator:
         self.engine = engine
         prepare_pipeline(self.pipeline, engine)
         self.pipeline.to(loaded.device)
+        loaded.rungs.skip_work(captured=engine.fixed_shapes)
+        if loaded.rungs.words:
+            log.info("%s: %s", folder.name, "; ".join(loaded.rungs.words))
         self.on_step: Callable[[], None] = lambda: None
         self.guidance_scale = folder.defaults.guidance_scale
         self.prompts = folder.defaults.prompts
@@ -72,7 +75,7 @@ class DiffusersGenerator:
             sha256=loaded.sha256,
             width=family.width,
             height=family.height,
-            num_inference_steps=folder.defaults.num_inference_steps,
+            num_inference_steps=options.rungs.steps or folder.defaults.num_inference_steps,
             batch_size=options.batch_size or self.memory.limits(family.width, family.height).first,
         )
 
@@ -117,19 +120,17 @@ class DiffusersGenerator:
 
     def save_memory(self) -> str | None:
         """See `SavesMemory`."""
-        if self.engine.release():
-            return "without CUDA graphs"
-        saver = self.memory.save()
-        self.engine.renew()  # models that come and go have other calls
-        return saver
+        return self.memory.save()
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""
-        request = ImageRequest("", 0, "", 0, num_inference_steps=1)
         steps = num_inference_steps or self.info.num_inference_steps
+        counted = steps if self.options.rungs.by_step else 1
+        request = ImageRequest("", 0, "", 0, num_inference_steps=counted)
         call = self.call.arguments([Row("", None, 0)], self._settings(request))
+        self.loaded.rungs.begin(1)
         with self.engine.plain():
-            return count_operations(self.pipeline, lambda: self.pipeline(**call), steps)
+            return count_operations(self.pipeline, lambda: self.pipeline(**call), steps, counted)
 
     def _draw(self, requests: Sequence[ImageRequest]) -> tuple[Drawn, Settings]:
         """A batch of requests of one group; where the batch is fixed, rows after them fill it up."""
@@ -188,7 +189,9 @@ class DiffusersGenerator:
 
     def call_group(self, request: ImageRequest) -> Hashable:
         """See `GroupsRequests`: a call has one guidance scale, one mix of LoRAs, negative prompts for all its rows or for none,
-        and prompts of one length where the pipeline does not hide padding."""
+        prompts of one length where the pipeline does not hide padding, and one image where a rung would look at neighbours."""
+        if self.loaded.rungs.draws_alone:
+            return request.prompt_id, request.image_index
         settings = self._settings(request)
         alike = (request.guidance_scale, request.negative_prompt is None, request.lora, settings.chunks)
         if self.family.fixed_length:

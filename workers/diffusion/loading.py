@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libraries
 from millijoule.workers.diffusion.own_classes import own_class
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.pipeline_parts.open_pipeline import open_pipeline
+from millijoule.workers.rungs.apply import ClimbedRungs
+from millijoule.workers.rungs.check import check_rungs
+from millijoule.workers.rungs.precision import settle_precision
 
 #: A pipeline with one of these arguments wants more than text, or makes something other than an image.
 OTHER_TASKS = ("strength", "mask_image", "num_frames", "audio_length_in_s")
@@ -33,6 +35,7 @@ class LoadedPipeline:
         sha256: of its files.
         device: "cpu" or "cuda".
         mixed_precision: whether matrices and convolutions are to be multiplied in bfloat16 by autocast.
+        rungs: what makes it cheaper.
     """
 
     pipeline: Any
@@ -40,6 +43,7 @@ class LoadedPipeline:
     sha256: str
     device: str
     mixed_precision: bool
+    rungs: ClimbedRungs
 
     @property
     def on_cpu(self) -> bool:
@@ -48,35 +52,33 @@ class LoadedPipeline:
 
     def precision(self) -> torch.autocast:
         """The context in which it is to be called."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision)
+        return self.rungs.precision.context()
 
 
 def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions) -> LoadedPipeline:
     """Load the pipeline in `folder`. Nothing is downloaded, and no code in it is run.
 
-    On a GPU it runs in float16 if its denoiser is stored so, whose rounding is an eighth of bfloat16's; other weights
-    may be out of float16's range, and run in bfloat16, or in float32 where the GPU only emulates bfloat16. On a CPU it runs
-    in float32, and matrices and convolutions of a denoiser that is stored in float16 are multiplied in bfloat16 where
-    the processor does that (half the time).
-
     Raises:
-        InputError: diffusers is not installed, or the directory is not a text-to-image pipeline that can be used.
+        InputError: diffusers is not installed, the directory is not a text-to-image pipeline that can be used, or a rung
+            is asked for that does not work here.
     """
     diffusers, transformers = import_diffusers()
-    _check_classes(folder, diffusers, transformers)
-    on_cpu = not device.startswith("cuda")
-    dtype = torch.float32
-    if not on_cpu:
-        wide = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-        dtype = torch.float16 if _is_stored_in_float16(folder) else wide
+    with quiet_libraries():  # the classes are imported as they are looked for
+        _check_classes(folder, diffusers, transformers)
+    check_rungs(options.rungs, folder, on_gpu=device.startswith("cuda"))
+    precision = settle_precision(
+        options.rungs.precision, device=device, stored_in_float16=_is_stored_in_float16(folder)
+    )
     with quiet_libraries():
-        pipeline = open_pipeline(folder, options, dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    _check_signature(pipeline, folder)
-    mixed_precision = on_cpu and _is_stored_in_float16(folder) and multiplies_bfloat16()
-    if not options.offload_weights:  # else the engine says what of it comes to the device
-        pipeline.to(device)
-    return LoadedPipeline(pipeline, folder, folder.sha256(), device, mixed_precision)
+        pipeline = open_pipeline(folder, options, precision.dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        check_text_to_image(pipeline, folder)
+        if not options.offload_weights:  # else the engine says what of it comes to the device
+            pipeline.to(device)
+        asked = replace(options.rungs, scheduler=None) if options.scheduler else options.rungs
+        rungs = ClimbedRungs(pipeline, asked, precision)
+        rungs.prepare_weights()
+    return LoadedPipeline(pipeline, folder, folder.sha256(), device, precision.mixed, rungs)
 
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:
@@ -102,7 +104,7 @@ def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) ->
             raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
 
 
-def _check_signature(pipeline: Any, folder: PipelineFolder) -> None:
+def check_text_to_image(pipeline: Any, folder: PipelineFolder) -> None:
     """Raise InputError unless the arguments the pipeline takes are a text-to-image pipeline's."""
     parameters = inspect.signature(pipeline.__call__).parameters
     required = [

@@ -15,20 +15,23 @@ _CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION = {_CPU_KERNEL: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
 
 
-def count_operations(pipeline: Any, draw_one_step: Callable[[], Any], steps: int) -> dict[str, int]:
+def count_operations(
+    pipeline: Any, draw: Callable[[], Any], steps: int, counted_steps: int = 1
+) -> dict[str, int]:
     """Operations per image in `steps` steps, two per multiply-accumulate, of text, denoiser and decoder.
 
-    One step of the real pipeline is counted and its denoiser multiplied by the schedule's number of evaluations.
-    What guidance doubles is doubled in that one step already. Only convolutions, matrix products and attention
+    A few steps of the real pipeline are counted and their denoiser multiplied by the schedule's number of evaluations.
+    What guidance doubles is doubled in these already. Only convolutions, matrix products and attention
     count, as `torch.utils.flop_counter` has it.
 
     Args:
         pipeline: of diffusers.
-        draw_one_step: calls it for one image in one step.
+        draw: calls it for one image in `counted_steps` steps.
         steps: of the schedule that is asked about.
+        counted_steps: all `steps` where they do not need the same work.
     """
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-        draw_one_step()
+        draw()
     by_class = {kind: sum(counts.values()) for kind, counts in counter.get_flop_counts().items()}
     components = {
         type(model).__name__: name
@@ -38,8 +41,8 @@ def count_operations(pipeline: Any, draw_one_step: Callable[[], Any], steps: int
     counts = {name: by_class.get(kind, 0) for kind, name in components.items()}
     decoder = by_class["Global"] - sum(counts.values())  # no module's call, and so not counted by class
     text = sum(n for name, n in counts.items() if name.startswith("text_encoder"))
-    one_step = sum(n for name, n in counts.items() if name in DENOISERS)
-    denoiser = one_step * _evaluations(pipeline, steps) // _evaluations(pipeline, 1)
+    counted = sum(n for name, n in counts.items() if name in DENOISERS)
+    denoiser = counted * _evaluations(pipeline, steps) // _evaluations(pipeline, counted_steps)
     return {"text": text, "denoiser": denoiser, "decoder": decoder}
 
 

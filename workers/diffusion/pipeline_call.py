@@ -100,6 +100,7 @@ class PipelineCall:
     def _draw(self, rows: Sequence[Row], settings: Settings, float32: bool, seed: int) -> tuple[Drawn, bool]:
         """What was drawn, and whether the global generators, started from `seed`, had a part in it."""
         call = self.arguments(rows, settings)
+        self.loaded.rungs.begin(len(rows))
         decoded: list[torch.Tensor] = []
         seeds = [row.seed for row in rows]
         with (

@@ -73,7 +73,7 @@ class GeneratorOptions:
 
     def identity(self) -> dict[str, Any]:
         """What of these changes pixels and is not the default, as JSON values: files by their content, wherever they lie."""
-        said = asdict(self)
+        said = asdict(self) | {"rungs": self.rungs.identity()}
         for part in (*said["loras"], said["vae"] or {}):
             part.pop("path", None)
         return {

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
 import torch
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.pipeline_parts.scheduler_choice import change_scheduler
 from millijoule.workers.rungs import check, hooked_caches, weights
 from millijoule.workers.rungs.deep_cache import cache_deep_blocks
 from millijoule.workers.rungs.families import DENOISERS
 from millijoule.workers.rungs.guidance import truncate_guidance
 from millijoule.workers.rungs.position import Position
+from millijoule.workers.rungs.precision import SettledPrecision, round_weights
 from millijoule.workers.rungs.rungs import Rungs
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,9 @@ class ClimbedRungs:
         words: what was done, one line each.
     """
 
-    def __init__(self, pipeline: Any, rungs: Rungs) -> None:
+    def __init__(self, pipeline: Any, rungs: Rungs, precision: SettledPrecision) -> None:
         self.pipeline = pipeline
+        self.precision = precision
         self.rungs = rungs
         self.words: list[str] = []
         self._position = Position(pipeline)
@@ -46,8 +48,13 @@ class ClimbedRungs:
             InputError: a rung does not work here; the message names its option.
         """
         rungs, denoiser = self.rungs, self.denoiser
+        if self.precision.denoiser is not None:
+            round_weights(denoiser, self.precision.denoiser)
+        if rungs.precision is not None:
+            format_ = self.precision.denoiser or self.precision.dtype
+            self.words.append(f"{str(format_).removeprefix('torch.')} denoiser")
         if rungs.scheduler is not None:
-            self.pipeline.scheduler = _scheduler(self.pipeline.scheduler, rungs.scheduler)
+            change_scheduler(self.pipeline, rungs.scheduler)
             self.words.append(f"scheduler {rungs.scheduler}")
         if rungs.steps is not None:
             self.words.append(f"{rungs.steps} steps where a request does not say")
@@ -68,14 +75,20 @@ class ClimbedRungs:
         if rungs.sparsity is not None:
             self.words.append(f"2:4 of {weights.make_sparse(denoiser)} linear layers")
 
-    def skip_work(self) -> None:
+    def skip_work(self, *, captured: bool = False) -> None:
         """Let steps leave out what they can: after an engine has taken the networks, so that it sees them whole.
+
+        Args:
+            captured: whether the engine replays what the denoiser did once: then it cannot leave out a part of itself.
 
         Raises:
             InputError: as `prepare_weights`.
         """
         rungs, denoiser = self.rungs, self.denoiser
-        kind = type(denoiser).__name__
+        if captured and rungs.step_cache is not None:
+            raise InputError(
+                f"--step-cache {rungs.step_cache}: this engine runs the denoiser as a whole; take another --engine"
+            )
         if rungs.step_cache == "deep":
             cache_deep_blocks(denoiser, self._position, rungs.step_cache_interval)
         elif rungs.step_cache is not None:
@@ -84,9 +97,20 @@ class ClimbedRungs:
         if rungs.step_cache is not None:
             self.words.append(f"{rungs.step_cache} step cache")
         if rungs.guidance_until < 1:
-            batch = "one batch" if kind in check.GUIDED_IN_ONE_BATCH else "two calls"
-            truncate_guidance(denoiser, self._position, rungs.guidance_until, batch)
+            in_one_batch = type(denoiser).__name__ in check.GUIDED_IN_ONE_BATCH
+            truncate_guidance(
+                denoiser,
+                self._position,
+                rungs.guidance_until,
+                in_one_batch=in_one_batch,
+                captured=captured,
+            )
             self.words.append(f"guidance in the first {rungs.guidance_until:.0%} of steps")
+
+    @property
+    def draws_alone(self) -> bool:
+        """Whether a neighbour in the batch would change an image."""
+        return self.rungs.step_cache == "first-block"
 
     def begin(self, rows: int) -> None:
         """The pipeline is about to draw `rows` images."""
@@ -94,41 +118,3 @@ class ClimbedRungs:
             self._position.begin(rows)
             if self._hooked:
                 hooked_caches.forget(self.denoiser)
-
-
-def _scheduler(own: Any, name: str) -> Any:
-    """A scheduler of class `name` with the settings of the pipeline's `own`."""
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    known = sorted({k.__name__ for k in own.compatibles})
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise InputError(f"--scheduler {name}: diffusers has no such scheduler; there are {', '.join(known)}")
-    if name not in known:
-        raise InputError(
-            f"--scheduler {name}: not for a model of {type(own).__name__}; these are: {', '.join(known)}"
-        )
-    return kind.from_config(own.config)
-
-
-def cast_inputs(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Let `module`, whose weights are `dtype`, take floats of any width and give them back as wide as the first one came."""
-    forward = module.forward
-
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        wide = next(x.dtype for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        return _cast(forward(*_cast(args, dtype), **_cast(kwargs, dtype)), wide)
-
-    module.forward = run  # type: ignore[method-assign]
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        changed = {k: _cast(v, dtype) for k, v in value.items()}
-        return changed if type(value) is dict else type(value)(**changed)
-    if isinstance(value, list | tuple):
-        return type(value)(_cast(v, dtype) for v in value)
-    return value

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from millijoule.workers.rungs.position import Position
+from millijoule.workers.rungs.tensors import map_tensors
 
 
-def cache_deep_blocks(unet: torch.nn.Module, position: Position, interval: int) -> None:
+def cache_deep_blocks(unet: Any, position: Position, interval: int) -> None:
     """Change `unet` (an `UNet2DConditionModel`) so that its deep blocks are computed every `interval`-th step only.
 
     Rows that are gone since the last full step, those without guidance, are left out of what is kept.
@@ -36,15 +35,6 @@ def _cached(forward: Callable[..., Any], position: Position, interval: int) -> C
             kept[0] = forward(*args, **kwargs)
             return kept[0]
         rows = len(args[0] if args else kwargs["hidden_states"])
-        return last_rows(kept[0], rows)
+        return map_tensors(kept[0], lambda x: x[-rows:])
 
     return run
-
-
-def last_rows(value: Any, rows: int) -> Any:
-    """The last `rows` rows of every tensor in `value`."""
-    if isinstance(value, torch.Tensor):
-        return value[-rows:]
-    if isinstance(value, list | tuple):
-        return type(value)(last_rows(v, rows) for v in value)
-    return value

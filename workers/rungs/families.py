@@ -25,7 +25,11 @@ DENOISERS = ("transformer", "unet", "decoder", "prior")
 
 def family_of(folder: PipelineFolder) -> Family:
     """The family of the pipeline in `folder`; "icon-unet" is that of the packaged baseline."""
-    found = next((family for start, family in _BEGINNINGS if folder.class_name.startswith(start)), "other")
+    found: Family = "other"
+    for start, family in _BEGINNINGS:
+        if folder.class_name.startswith(start):
+            found = family
+            break
     return "icon-unet" if found == "sd" and folder.defaults.prompts == ICON_SCENES else found
 
 

@@ -9,18 +9,21 @@ pipeline's sum is then c itself, whatever the scale, and no pipeline has to know
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from millijoule.workers.rungs.position import Position
+from millijoule.workers.rungs.tensors import map_tensors
 
 
 def truncate_guidance(
     denoiser: torch.nn.Module,
     position: Position,
     until: float,
-    guided: Literal["one batch", "two calls"],
+    *,
+    in_one_batch: bool,
+    captured: bool = False,
 ) -> None:
     """Change `denoiser` (its `forward`) so that guidance ends after `until` of the schedule.
 
@@ -28,13 +31,14 @@ def truncate_guidance(
         denoiser: of the pipeline that `position` follows.
         position: where the call stands.
         until: part of the steps with guidance, 0 to 1.
-        guided: rows without the prompt and rows with it come "one batch", in this order, or in "two calls", the one with
-            the prompt first.
+        in_one_batch: whether rows without the prompt and rows with it come together, in this order; else they come in two
+            calls, the one with the prompt first.
+        captured: whether an engine replays the denoiser's calls: what is left out is then left out before it sees them.
     """
-    forward = denoiser.forward
+    forward: Callable[..., Any] = denoiser._compiled_call_impl if captured else denoiser.forward  # type: ignore[assignment]
     kept: list[Any] = [None]
 
-    def in_one_batch(*args: Any, **kwargs: Any) -> Any:
+    def rows_with_prompt(*args: Any, **kwargs: Any) -> Any:
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         rows = position.rows
         if not position.is_past(until) or sample is None or len(sample) != 2 * rows:
@@ -42,32 +46,25 @@ def truncate_guidance(
         args, kwargs = second_half((args, kwargs), 2 * rows)
         return twice(forward(*args, **kwargs))
 
-    def in_two_calls(*args: Any, **kwargs: Any) -> Any:
+    def call_with_prompt(*args: Any, **kwargs: Any) -> Any:
         position.calls += 1
         if position.calls == 2 and position.is_past(until):
             return kept[0]
         kept[0] = forward(*args, **kwargs)
         return kept[0]
 
-    denoiser.forward = in_one_batch if guided == "one batch" else in_two_calls
+    less = rows_with_prompt if in_one_batch else call_with_prompt
+    if captured:
+        denoiser._compiled_call_impl = less
+    else:
+        denoiser.forward = less  # type: ignore[method-assign]
 
 
 def second_half(value: Any, rows: int) -> Any:
     """`value` with the second half of every tensor in it that has `rows` rows; other things as they are."""
-    return _map(value, lambda x: x[rows // 2 :] if x.ndim and len(x) == rows else x)
+    return map_tensors(value, lambda x: x[rows // 2 :] if x.ndim and len(x) == rows else x)
 
 
 def twice(value: Any) -> Any:
     """`value` with every tensor in it beside itself, row after row."""
-    return _map(value, lambda x: torch.cat([x, x]))
-
-
-def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):  # outputs of diffusers are ordered dictionaries with attributes
-        changed = {k: _map(v, change) for k, v in value.items()}
-        return changed if type(value) is dict else type(value)(**changed)
-    if isinstance(value, list | tuple):
-        return type(value)(_map(v, change) for v in value)
-    return value
+    return map_tensors(value, lambda x: torch.cat([x, x]))

@@ -33,6 +33,7 @@ def hook_cache(denoiser: Any, position: Position, rungs: Rungs) -> None:
 
     interval = rungs.step_cache_interval
     apply: Any
+    config: Any
     match rungs.step_cache:
         case "pyramid":
             config = PyramidAttentionBroadcastConfig(

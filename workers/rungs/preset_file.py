@@ -27,7 +27,7 @@ class PresetFile:
 
     Attributes:
         rungs: those that are switched on.
-        engine, batch_size, vae: as the options of these names; None: nothing is said.
+        engine, batch_size, cuda_graphs, fused_modules: as the options of these names; None: nothing is said.
         model: name of the model it was measured on, for people.
         model_sha256: of that model's files; None: of no one in particular. Another model takes the preset with a warning.
         measured: what the measurement said, for people; never read.
@@ -38,7 +38,8 @@ class PresetFile:
     format_version: Literal[1] = FORMAT_VERSION
     engine: Literal["deepspeed", "compile", "eager"] | None = None
     batch_size: Annotated[int, Meta(ge=1)] | None = None
-    vae: str | None = None
+    cuda_graphs: bool = False
+    fused_modules: bool = False
     model: str | None = None
     model_sha256: str | None = None
     measured: dict[str, Any] = field(default_factory=dict)

@@ -9,23 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from millijoule.kernels.processor import multiplies_bfloat16
 from millijoule.workers.errors import InputError
-from millijoule.workers.rungs.rungs import Precision, Quantization
+from millijoule.workers.rungs.rungs import Quantization
 
 #: Linear layers with fewer weights than this cost nothing, and time embeddings among them decide much.
 LEAST_WEIGHTS = 64 * 64
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def dtype_of(precision: Precision, *, device: str, stored_in_float16: bool) -> torch.dtype:
-    """The number format that `precision` stands for on `device`."""
-    if precision != "half":
-        return _DTYPES[precision]
-    if device.startswith("cuda") and stored_in_float16:
-        return torch.float16
-    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
 
 def put_channels_last(module: nn.Module) -> None:
@@ -113,9 +101,8 @@ def make_sparse(denoiser: nn.Module) -> int:
     """
     from torch.sparse import to_sparse_semi_structured
 
-    layers = [
-        m for m in denoiser.modules() if _is_large(m) and m.in_features % 64 == 0 and m.out_features % 32 == 0
-    ]
+    linear = [m for m in denoiser.modules() if isinstance(m, nn.Linear) and _is_large(m)]
+    layers = [m for m in linear if m.in_features % 64 == 0 and m.out_features % 32 == 0]
     if not layers:
         raise InputError(f"--sparsity 2:4: {type(denoiser).__name__} has no linear layer of a size for it")
     try:
@@ -136,4 +123,4 @@ def two_of_four(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _is_large(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.weight.numel() >= LEAST_WEIGHTS
+    return isinstance(module, nn.Linear) and module.weight.shape.numel() >= LEAST_WEIGHTS

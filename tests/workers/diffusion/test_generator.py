@@ -364,9 +364,7 @@ def hand_count(model, run):
 def test_float16_weights_are_multiplied_in_bfloat16_where_the_processor_does(monkeypatch):
     """The shipped baseline: nearly the images of float32, and still none depends on its batch."""
     narrow = load_generator("baseline")
-    monkeypatch.setattr(
-        "millijoule.workers.diffusion.loading.multiplies_bfloat16", lambda device="cpu": False
-    )
+    monkeypatch.setattr("millijoule.workers.rungs.precision.multiplies_bfloat16", lambda device="cpu": False)
     exact = load_generator("baseline")
     assert not exact.loaded.mixed_precision
     wanted = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -10,9 +10,20 @@ import tyro
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
 from millijoule.workers.loras.words import split_option
+from millijoule.workers.rungs.rungs import (
+    AttentionBackend,
+    Precision,
+    Quantization,
+    Rungs,
+    Sparsity,
+    StepCache,
+)
 
 if TYPE_CHECKING:
     from millijoule.workers.sources.obtain import ObtainedModel
+
+#: A scheduler may be given with settings, and is no switch.
+_SWITCHES = {f.name for f in fields(Rungs)} - {"scheduler"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,52 @@ class ModelOptions:
     """What happens to a prompt with more tokens than the model's text encoders read: its end is not read, which `warnings`
     says with the lost words; its image is quarantined; or it is read in pieces (Stable Diffusion, SDXL, LCM)."""
 
+    optimize: Annotated[str, tyro.conf.arg(metavar="none|lossless|balanced|max|FILE")] = "none"
+    """Of a diffusers pipeline: rungs of the ladder that go together, or a preset file of `millijoule bench ladder`.
+    lossless: half precision and layouts, images change by rounding. balanced: fewer steps too. max: as few as a
+    family's habits allow, and work left out of them. docs/ladder.md says what was measured; the switches below change one
+    rung each, over a preset too."""
+
+    precision: Precision | None = None
+    """Number format of the denoiser: changes images by rounding. half: the device's own, float16 or bfloat16, float32 where
+    it has none. Default: what suits weights and device."""
+
+    channels_last: bool = False
+    """Convolutions with channels last in memory: changes images by rounding, if at all. Faster for U-Nets in half precision."""
+
+    fuse_qkv: bool = False
+    """One matrix product for query, key and value in place of three: the same images up to rounding."""
+
+    attention_backend: AttentionBackend | None = None
+    """diffusers' attention kernel, such as flash, sage or _native_cudnn: the same images up to rounding (sage: 8 bits)."""
+
+    quantize: Quantization | None = None
+    """Linear layers of the denoiser in fewer bits (torchao): int8 and fp8 of weights and activations, -weights of weights
+    alone, which saves memory and not always time. Changes images a little to visibly. fp8 and int4 need a GPU."""
+
+    sparsity: Sparsity | None = None
+    """Drop the two smaller of every four weights of the denoiser's linear layers, for sparse tensor cores. Changes images
+    visibly where the model was not trained for it. Needs a GPU."""
+
+    step_cache: StepCache | None = None
+    """Take what changes little from an earlier step. deep: a U-Net's inner blocks; pyramid: attention; taylorseer:
+    attention, extrapolated; first-block: all but the first block while that changes little, one image at a time. Changes
+    images a little to visibly."""
+
+    step_cache_interval: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """With --step-cache: every N-th step is computed in full, default 2."""
+
+    step_cache_threshold: float | None = None
+    """With --step-cache first-block: how much of a change counts, default 0.08."""
+
+    steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Denoising steps of rows that do not say. Default: the model's own. Changes images."""
+
+    guidance_until: Annotated[float | None, tyro.conf.arg(metavar="PART")] = None
+    """Guidance only in the first part of the steps, 0 to 1; the rest take half the work. Changes images a little to visibly."""
+
     def read(self) -> GeneratorOptions:
-        """What these options say; raises InputError, which names the option."""
+        """What these options say, but for the rungs, which depend on the model; raises InputError, which names the option."""
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: at least 1")
         if self.cuda_graphs and self.engine == "eager":
@@ -94,15 +149,24 @@ class ModelOptions:
             long_prompts=self.long_prompts,
         )
 
-    def obtain(self, model: str, revision: str | None = None) -> ObtainedModel:
-        """The model that the word `model` names, on this machine, with these options; see `obtain_model`.
+    def obtain(self, model: str, revision: str | None = None, *, on_gpu: bool | None = None) -> ObtainedModel:
+        """The model that the word `model` names, on this machine, with these options and its rungs; see `obtain_model`.
 
         Args:
             revision: of the hub, where these options give none.
+            on_gpu: whether it will run on one; None: not known yet.
         """
+        from millijoule.jobs.set_up.model_rungs import with_rungs
         from millijoule.workers.sources.obtain import obtain_model
 
-        return obtain_model(model, self.read(), revision=self.revision or revision, cache=self.model_cache)
+        obtained = obtain_model(
+            model, self.read(), revision=self.revision or revision, cache=self.model_cache
+        )
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        switches = {name: value for name, value in given.items() if name in _SWITCHES}
+        if self.optimize == "none" and not switches:
+            return obtained
+        return with_rungs(obtained, model, self.optimize, switches, on_gpu=on_gpu)
 
 
 def _lora(text: str) -> LoraChoice:
