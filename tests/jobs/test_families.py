@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -36,7 +37,7 @@ def job(tmp_path, monkeypatch):
     ray.add_node("host-1", CPU=2.0)
     ray.shutdown = lambda: None
 
-    def run(model, rows, output=tmp_path / "out", **more):
+    def run(model, rows, output=tmp_path / "out", side=64, **more):
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return generate(
@@ -46,6 +47,8 @@ def job(tmp_path, monkeypatch):
             shard_size=4,
             device="cpu",
             engine="eager",
+            width=side,
+            height=side,
             quiet=True,
             telemetry=False,
             **more,
@@ -55,14 +58,21 @@ def job(tmp_path, monkeypatch):
 
 
 def rows_of(family):
-    side = {"width": SIZES[family], "height": SIZES[family], "num_inference_steps": 2}
+    few = {"num_inference_steps": 2}
     return [
-        {"prompt_id": "short", "prompt": "a red dog", "seed": 1, **side},
-        {"prompt_id": "long", "prompt": "a big blue cat " * 200, "seed": 2, **side},
-        {"prompt_id": "guided", "prompt": "a red dog", "seed": 3, "guidance_scale": 6.0, **side},
-        {"prompt_id": "away", "prompt": "a red dog", "seed": 4, "negative_prompt": "ugly", **side},
-        {"prompt_id": "odd", "prompt": "a red dog", "seed": 5, **side, "width": SIZES[family] + 1},
+        {"prompt_id": "short", "prompt": "a red dog", "seed": 1, **few},
+        {"prompt_id": "long", "prompt": "a big blue cat " * 200, "seed": 2, **few},
+        {"prompt_id": "guided", "prompt": "a red dog", "seed": 3, "guidance_scale": 6.0, **few},
+        {"prompt_id": "away", "prompt": "a red dog", "seed": 4, "negative_prompt": "ugly", **few},
+        {"prompt_id": "odd", "prompt": "a red dog", "seed": 5, **few, "width": SIZES[family] + 1},
     ]
+
+
+def quick(family, tmp_path):
+    """The pipeline, which a worker that starts tries with its default of steps."""
+    folder = shutil.copytree(tiny_pipeline(family), tmp_path / family)
+    (folder / "millijoule.json").write_text(json.dumps({"num_inference_steps": 1}))
+    return folder
 
 
 def pixels(output, row):
@@ -74,7 +84,8 @@ def pixels(output, row):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_job_from_a_folder(job, family, tmp_path):
-    result = job(tiny_pipeline(family), rows_of(family))
+    side = SIZES[family]
+    result = job(quick(family, tmp_path), rows_of(family), side=side)
     assert (result.images, result.images_quarantined) == (4, 1)
     rows = {row["prompt_id"]: row for row in manifest(tmp_path / "out")}
     assert_exactly_once(tmp_path / "out", 5)
@@ -83,7 +94,8 @@ def test_a_job_from_a_folder(job, family, tmp_path):
     assert "this model needs sides that are multiples of" in rows["odd"]["error"]
     assert not rows["short"]["warnings"]
     assert "lost are" in rows["long"]["warnings"][0]
-    generator = DiffusersGenerator.load(tiny_pipeline(family), options=GeneratorOptions(engine="eager"))
+    options = GeneratorOptions(engine="eager", width=side, height=side)
+    generator = DiffusersGenerator.load(tiny_pipeline(family), options=options)
     asked = rows_of(family)[0]
     del asked["prompt_id"]
     alone = generator.generate([ImageRequest("short", 0, **asked)]).images[0]
@@ -95,10 +107,10 @@ def test_a_job_from_a_folder(job, family, tmp_path):
 @pytest.mark.parametrize(
     "family", ["sd15", "sdxl", "sd3", "flux", "qwen_image", "pixart_sigma", "sana", "lcm", "z_image"]
 )
-def test_a_job_to_a_bucket(job, family, moto_s3, s3_env):
+def test_a_job_to_a_bucket(job, family, moto_s3, s3_env, tmp_path):
     s3_env(moto_s3)
     output = f"s3://{moto_s3.make_bucket('families')}/out"
-    result = job(tiny_pipeline(family), rows_of(family), output)
+    result = job(quick(family, tmp_path), rows_of(family), output)
     assert (result.images, result.images_quarantined) == (4, 1)
     assert_exactly_once(output, 5)
 
@@ -117,7 +129,7 @@ def test_hidden_and_rejected_images_have_their_statuses(job, tmp_path, monkeypat
     monkeypatch.setattr(StableDiffusionSafetyChecker, "forward", hides_two)
     rows = [{"prompt_id": str(i), "prompt": "a red dog", "num_inference_steps": 1} for i in range(4)]
     rows.append({"prompt_id": "long", "prompt": "apple " * 80, "num_inference_steps": 1})
-    result = job(tiny_pipeline("sd15_safety"), rows, long_prompts="reject")
+    result = job(quick("sd15_safety", tmp_path), rows, long_prompts="reject")
     found = {row["prompt_id"]: row for row in manifest(tmp_path / "out")}
     assert {name: row["status"] for name, row in found.items()} == {
         "0": "ok",
@@ -133,11 +145,12 @@ def test_hidden_and_rejected_images_have_their_statuses(job, tmp_path, monkeypat
 
 
 def test_what_changes_pixels_is_part_of_the_job(job, tmp_path):
+    folder = quick("sd15", tmp_path)
     rows = [{"prompt": "a red dog", "num_inference_steps": 1}]
-    job(tiny_pipeline("sd15"), rows)
-    assert job(tiny_pipeline("sd15"), rows).images == 1
+    job(folder, rows)
+    assert job(folder, rows).images == 1
     with pytest.raises(InputError, match="long_prompts"):
-        job(tiny_pipeline("sd15"), rows, long_prompts="chunk")
+        job(folder, rows, long_prompts="chunk")
     with pytest.raises(InputError, match="--long-prompts chunk: StableDiffusion3Pipeline"):
         job(tiny_pipeline("sd3"), rows, tmp_path / "other", long_prompts="chunk")
     assert not (tmp_path / "other").exists()
