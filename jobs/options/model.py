@@ -120,10 +120,19 @@ class ModelOptions:
     guidance_until: Annotated[float | None, tyro.conf.arg(metavar="PART")] = None
     """Guidance only in the first part of the steps, 0 to 1; the rest take half the work. Changes images a little to visibly."""
 
+    width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Of a diffusion pipeline's images whose row says no width. Default: the pipeline's own."""
+
+    height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Of a diffusion pipeline's images whose row says no height. Default: the pipeline's own."""
+
     def read(self) -> GeneratorOptions:
         """What these options say, but for the rungs, which depend on the model; raises InputError, which names the option."""
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: at least 1")
+        for name in ("width", "height"):
+            if (side := getattr(self, name)) is not None and not 8 <= side <= 8192:
+                raise InputError(f"--{name} {side}: from 8 to 8192")
         if self.cuda_graphs and self.engine == "eager":
             raise InputError("--cuda-graphs: engine eager has none; take --engine deepspeed or compile")
         for name in ("fused_modules", "offload_weights"):
@@ -147,6 +156,8 @@ class ModelOptions:
             vae=None if self.vae is None else ModelPart(self.vae),
             config=self.config,
             long_prompts=self.long_prompts,
+            width=self.width,
+            height=self.height,
         )
 
     def obtain(self, model: str, revision: str | None = None, *, on_gpu: bool | None = None) -> ObtainedModel:

@@ -26,7 +26,7 @@ from millijoule.workers.drawing.batch_shapes import BatchShapes
 from millijoule.workers.drawing.out_of_memory import is_out_of_memory
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.engines.protocol import Engine
-from millijoule.workers.errors import RowError
+from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo, Rejection
 from millijoule.workers.loras.switch import LoraSwitch
@@ -70,13 +70,16 @@ class DiffusersGenerator:
         self.memory = PipelineMemory(self.pipeline, loaded.device, engine)
         self.fixed_batch = engine.fixed_shapes
         self._shapes = BatchShapes()
+        width, height = options.width or family.width, options.height or family.height
+        if why := family.refused_size(width, height):
+            raise InputError(f"--width {width} --height {height}: {why}")
         self.info = GeneratorInfo(
             name=folder.name,
             sha256=loaded.sha256,
-            width=family.width,
-            height=family.height,
+            width=width,
+            height=height,
             num_inference_steps=options.rungs.steps or folder.defaults.num_inference_steps,
-            batch_size=options.batch_size or self.memory.limits(family.width, family.height).first,
+            batch_size=options.batch_size or self.memory.limits(width, height).first,
         )
 
     @staticmethod
@@ -234,11 +237,8 @@ class DiffusersGenerator:
 
     def _check(self, request: ImageRequest) -> None:
         height, width, _ = self._shape(request)
-        multiple = self.family.multiple
-        if not self.family.takes_size and (width, height) != (self.info.width, self.info.height):
-            raise RowError(f"{width}x{height}: this model makes {self.info.width}x{self.info.height} pixels")
-        if width % multiple or height % multiple:
-            raise RowError(f"{width}x{height}: this model needs sides that are multiples of {multiple}")
+        if why := self.family.refused_size(width, height):
+            raise RowError(f"{width}x{height}: {why}")
 
     def _too_long(self, request: ImageRequest) -> Rejection | None:
         if self.options.long_prompts != "reject":

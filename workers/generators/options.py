@@ -50,6 +50,7 @@ class GeneratorOptions:
         scheduler: name of a diffusers class, with settings (`pipeline_parts.scheduler_choice`); None: the pipeline's own.
         vae: folder or file of another decoder.
         long_prompts: what happens to a prompt that is longer than the text encoder reads.
+        width, height: of images whose row says nothing, in pixels; None: the model's own.
         devices: how many the worker has.
         config: folder of a pipeline whose configurations and vocabularies serve a checkpoint in one file; its content is in
             the model's own hash.
@@ -67,6 +68,8 @@ class GeneratorOptions:
     scheduler: str | None = None
     vae: ModelPart | None = None
     long_prompts: LongPrompts = "truncate"
+    width: int | None = None
+    height: int | None = None
     devices: int = 1
     config: str | None = None
     name: str | None = None
