@@ -123,6 +123,16 @@ def test_models_without_rungs_say_so():
         ModelOptions(optimize="fastest").obtain("baseline")
 
 
+def test_what_an_engine_cannot_bear_is_refused():
+    for options, message in (
+        (ModelOptions(step_cache="deep", engine="compile"), "--step-cache deep and --engine compile"),
+        (ModelOptions(step_cache="deep", cuda_graphs=True), "--step-cache deep and --cuda-graphs"),
+        (ModelOptions(quantize="int8", offload_weights=True), "--offload-weights: not with --quantize"),
+    ):
+        with pytest.raises(InputError, match=message):
+            options.obtain("baseline")
+
+
 def test_refusals_need_no_torch():
     program = (
         "import sys\nfrom millijoule.jobs.model_options import ModelOptions\n"
