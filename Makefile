@@ -92,6 +92,7 @@ gpu-rehearsal: $(VENV)/installed-test
 gpu-wheels: $(VENV)/installed-run
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  $(GPU_PLATFORMS) -d $(or $(WHEELS),wheels) -r infra/gpu-wheels.txt
+	$(BIN)/python -m pip wheel --quiet --no-deps -w $(or $(WHEELS),wheels) $(addprefix -c ,$(CONSTRAINTS)) deepspeed
 
 bench: $(VENV)/installed-test
 	$(BIN)/millijoule bench pipeline --output benchmarks/pipeline

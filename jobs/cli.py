@@ -14,6 +14,7 @@ from importlib.metadata import version
 COMMANDS = {
     "generate": "make images from prompt files on a Ray cluster, with a joule ledger",
     "report": "a page, JSON or table of what a job made and used: joules, cost, carbon, closure",
+    "models": "what a model is and needs, without a GPU: parts, memory, operations, options, problems",
     "query": "SQL over the energy tables of one job or many",
     "node-energy": "compare a finished job's devices with its node's power strip",
     "verify": "measure two models against each other, or check such a bundle offline",

@@ -21,7 +21,7 @@ import tyro
 
 from millijoule.jobs.entry import COMPLETE, check_writable, run_command
 from millijoule.jobs.machine import describe_machine
-from millijoule.jobs.model_options import ModelOptions
+from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions

@@ -55,7 +55,7 @@ class NodeEnergyOptions:
 
 
 def run(options: NodeEnergyOptions) -> int:
-    from millijoule.jobs.node_meter_options import parse_rest
+    from millijoule.jobs.options.node_meters import parse_rest
     from millijoule.pipeline.closing.node_import import import_readings
     from millijoule.pipeline.output.job import require_job
     from millijoule.pipeline.planning.retry_rounds import load_job_shards

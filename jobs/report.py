@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from millijoule.jobs.entry import COMPLETE, NamedOutputs, run_command
-from millijoule.jobs.rate_options import RateOptions
+from millijoule.jobs.options.rates import RateOptions
 from millijoule.workers.errors import InputError
 
 #: The page's name in an output, where no --html says otherwise.

@@ -39,6 +39,7 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     from millijoule.workers.generators.registry import load_generator
     from millijoule.workers.judging.comparison_blocks import open_sampler
     from millijoule.workers.meters.meter import open_meter
+    from millijoule.workers.sources.obtain import obtain_model
 
     key = load_private_key(read_file(options.key), where=options.key) if options.key else None
     bundle = output / "bundle"
@@ -48,7 +49,8 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
         )
     check_writable(output, "--output")
     device, gpus = find_device(options)
-    generators = {arm: load_generator(model, device=device) for arm, model in models.items()}
+    found = {arm: obtain_model(model) for arm, model in models.items()}
+    generators = {arm: load_generator(f.model, device=device, options=f.options) for arm, f in found.items()}
     judge = load_judge(options.judge)
     metrics = _load_metrics(options)
     planned = plan_comparison(options, generators, judge, metrics, device)

@@ -14,10 +14,14 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+#: Whether kernels of this process are interpreted, which is decided when they are made.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
 def runs_on(*tensors: Tensor | None) -> bool:
     """Whether kernels take these tensors: of a known type and on a GPU, or anywhere in Triton's interpreter."""
     here = [t for t in tensors if t is not None]
-    on_device = triton.knobs.runtime.interpret or all(t.is_cuda for t in here)
+    on_device = INTERPRETED or all(t.is_cuda for t in here)
     return on_device and all(t.dtype in DTYPES for t in here) and all(t.numel() > 0 for t in here)
 
 

@@ -109,11 +109,11 @@ class ShardWorker:
                     "no sign of life can be given (%s): should this worker die, its energy is missing", error
                 )
             store.put(worker_key(self.worker_id), worker.to_json())
-        model, model_options = at_hand(config.model, config.options, config.copies)
+        model, options = at_hand(config.model, config.options, config.copies)
         device = device_thread()
-        where = "cuda" if gpus else "cpu"
-        generator = device.submit(_load, model, model_options, where, config.cpu_threads).result()
-        _check_model(config, describe_model(model, model_options).sha256, worker.host)
+        loading = device.submit(_load, model, options, "cuda" if gpus else "cpu", config.cpu_threads)
+        generator = loading.result()
+        _check_model(config, describe_model(model, options).sha256, worker.host)
         if config.output_url:
             check_factory_model(store, config, generator.info.sha256)
         timeline.close("load")

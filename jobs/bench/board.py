@@ -17,7 +17,7 @@ from typing import Any
 
 import pynvml
 
-from millijoule.jobs.bench.stand_ins import StandInNvml, board_uuid
+from millijoule.jobs.measuring.stand_ins import StandInNvml, board_uuid
 from millijoule.workers.errors import InputError
 from millijoule.workers.meters.nvml import open_gpus
 

@@ -17,13 +17,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from millijoule.jobs.bench.measurement import describe, write_result
-from millijoule.jobs.bench.stand_ins import board_uuid
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.ladder.clock_guard import DRIVER, Clocks, guarded_clocks, open_binding
 from millijoule.jobs.ladder.prompts import are_icon_scenes, icon_requests
 from millijoule.jobs.ladder.quality import accepted, family_of
-from millijoule.jobs.model_options import ModelOptions
+from millijoule.jobs.measuring.measurement import describe, write_result
+from millijoule.jobs.measuring.stand_ins import board_uuid
+from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.set_up.model_rungs import pipeline_of
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError

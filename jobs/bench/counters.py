@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from millijoule.jobs.bench.board import CudaBoard, StandInBoard
-from millijoule.jobs.bench.measurement import ResultOptions, describe, save_result, write_result
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
 from millijoule.workers.errors import InputError
 from millijoule.workers.meters.meter import open_meter
 from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS, open_gpus

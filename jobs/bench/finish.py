@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from millijoule.jobs.bench.measurement import ResultOptions, describe, run_alone, write_result
-from millijoule.jobs.bench.process import peak_mb
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.measurement import ResultOptions, describe, run_alone, write_result
+from millijoule.jobs.measuring.process import peak_mb
 
 NODES, WORKERS, SHARD_S, IDLE_S = 2, 16, 30, 1
 #: Row tables that differ; the commits take turns, because a hundred thousand files would only measure the disk.
@@ -79,7 +79,7 @@ def make(folder: str, n: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from millijoule.jobs.bench.made_up import made_up_commit
+    from millijoule.jobs.measuring.made_up import made_up_commit
     from millijoule.pipeline.output.commits import CommitCompactor
     from millijoule.pipeline.output.job import JobSpec, publish_job
     from millijoule.pipeline.planning.make_plan import plan_job

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from millijoule.jobs.bench.measurement import ResultOptions, describe, write_result
-from millijoule.jobs.bench.stand_ins import StandInNvml, board_uuid
 from millijoule.jobs.entry import COMPLETE
-from millijoule.workers.errors import InputError
+from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
+from millijoule.jobs.measuring.one_gpu import joules_between, open_one_gpu
 from millijoule.workers.generators.protocol import Generator
-from millijoule.workers.meters.meter import EnergyMeter, open_meter
+from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.scenes.prompts import write_prompt
 from millijoule.workers.scenes.scenes import FAMILIES, sample_scene
 from millijoule.workers.schemas import ImageRequest
@@ -55,33 +54,18 @@ class BenchOptions(ResultOptions):
 
 
 def run(options: BenchOptions) -> int:
-    import torch
-
     from millijoule.workers.generators.registry import load_generator
 
-    if options.stand_in:
-        uuid, name, device = board_uuid(0), "stand-in", "cpu"
-        meter = open_meter([uuid], nvml=StandInNvml(1))
-    else:
-        if not torch.cuda.is_available():
-            raise InputError("bench gpu: PyTorch finds no GPU here")
-        torch.cuda.set_device(options.device)
-        uuid = f"GPU-{torch.cuda.get_device_properties(options.device).uuid}"
-        name, device = torch.cuda.get_device_name(options.device), "cuda"
-        meter = open_meter([uuid])
-    domain = next((d for d in meter.domains if uuid in d), None)
-    if domain is None:
-        raise InputError(f"bench gpu: the energy counter of {uuid} cannot be read")
-    models = {arm: load_generator(getattr(options, arm), device=device) for arm in "ab"}
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    gpu = open_one_gpu("bench gpu", options.device, stand_in=options.stand_in)
+    models = {arm: load_generator(getattr(options, arm), device=gpu.device) for arm in "ab"}
     result = {
         **describe("joules of one board, by its counter, per image; the CPU's are not in it", options),
         "stand_in": options.stand_in,
-        "device": name,
-        "driver": meter.boards.driver_version,
-        **compare(models, scene_requests(4096), meter, domain, options, synchronize),
+        "device": gpu.name,
+        "driver": gpu.meter.boards.driver_version,
+        **compare(models, scene_requests(4096), gpu.meter, gpu.domain, options, gpu.synchronize),
     }
-    meter.close()
+    gpu.meter.close()
     write_result(result, options.result)
     return COMPLETE
 
@@ -136,10 +120,7 @@ def compare(
             images = draw(models[arm], began + options.seconds)
         synchronize()
         seconds, after = clock() - began, meter.read()
-        read = domain in before.energy_mj and domain in after.energy_mj
-        if not read or before.epoch_of(domain) != after.epoch_of(domain):
-            raise RuntimeError(f"{domain}: the counter was reset or lost during a block; run it again")
-        joules = (after.energy_mj[domain] - before.energy_mj[domain]) / 1000
+        joules = joules_between(domain, before, after)
         return {
             "arm": arm,
             "images": images,

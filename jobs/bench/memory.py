@@ -20,7 +20,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from millijoule.jobs.bench.measurement import (
+from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.measurement import (
     ResultOptions,
     answer_of,
     describe,
@@ -28,8 +29,7 @@ from millijoule.jobs.bench.measurement import (
     start_alone,
     write_result,
 )
-from millijoule.jobs.bench.process import peak_mb
-from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.process import peak_mb
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import EngineName, GeneratorOptions
 from millijoule.workers.schemas import ImageRequest

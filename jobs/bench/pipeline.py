@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from millijoule.jobs.bench.measurement import answer_of, describe, start_alone, write_result
-from millijoule.jobs.bench.ray_head import ray_head
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.measurement import answer_of, describe, start_alone, write_result
+from millijoule.jobs.measuring.ray_head import ray_head
 
 #: Images per file of the bare loop, as in the job's default.
 IMAGES_PER_FILE = 256

@@ -26,10 +26,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from millijoule.jobs.bench import stand_in_device
-from millijoule.jobs.bench.measurement import ResultOptions, describe, run_alone, write_result
-from millijoule.jobs.bench.ray_head import ray_head
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring import stand_in_device
+from millijoule.jobs.measuring.measurement import ResultOptions, describe, run_alone, write_result
+from millijoule.jobs.measuring.ray_head import ray_head
 
 GOAL_IDLE_SHARE = 0.05
 #: Images encoded per format, to know what one costs.

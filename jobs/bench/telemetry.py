@@ -32,7 +32,9 @@ from typing import Any
 import numpy as np
 
 from millijoule.jobs.bench import telemetry_probes as probes
-from millijoule.jobs.bench.measurement import (
+from millijoule.jobs.bench.pipeline import write_prompts
+from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.measurement import (
     ResultOptions,
     answer_of,
     describe,
@@ -40,10 +42,8 @@ from millijoule.jobs.bench.measurement import (
     start_alone,
     write_result,
 )
-from millijoule.jobs.bench.pipeline import write_prompts
-from millijoule.jobs.bench.ray_head import ray_head
-from millijoule.jobs.bench.stand_ins import stand_in_powercap
-from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.ray_head import ray_head
+from millijoule.jobs.measuring.stand_ins import stand_in_powercap
 from millijoule.pipeline.comparison.statistics import draw_indices, expanded_level
 from millijoule.workers.meters.meter import open_meter
 from millijoule.workers.meters.nvml import Gpus, installed_gpus, open_gpus

@@ -19,9 +19,9 @@ from typing import Any
 
 import ray
 
-from millijoule.jobs.bench.made_up import BEGIN_S, SECOND_NS, made_up_commit
-from millijoule.jobs.bench.process import CpuParts, peak_mb, private_mb, thread_cpu_s
-from millijoule.jobs.bench.stand_ins import GPU_WATTS, StandInNvml, board_uuid
+from millijoule.jobs.measuring.made_up import BEGIN_S, SECOND_NS, made_up_commit
+from millijoule.jobs.measuring.process import CpuParts, peak_mb, private_mb, thread_cpu_s
+from millijoule.jobs.measuring.stand_ins import GPU_WATTS, StandInNvml, board_uuid
 from millijoule.workers.actor import ShardWorker, remote_worker_class
 from millijoule.workers.lease import Node, WorkerStopped
 from millijoule.workers.meters.meter import CounterMeter, open_meter

@@ -11,7 +11,7 @@ import numpy as np
 
 from millijoule.jobs.comparing.options import VerifyOptions
 from millijoule.jobs.evaluate import EvaluateOptions, list_items
-from millijoule.jobs.node_meter_options import parse_rest
+from millijoule.jobs.options.node_meters import parse_rest
 from millijoule.pipeline.comparison.registration import (
     Arm,
     Design,
@@ -25,8 +25,8 @@ from millijoule.pipeline.comparison.registration import (
 from millijoule.workers import factories
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.protocol import Generator
-from millijoule.workers.generators.registry import describe_model
 from millijoule.workers.judging.image_judge import ImageJudge, ImageMetric
+from millijoule.workers.sources.obtain import obtain_model
 
 
 def read_file(path: str) -> bytes:
@@ -115,7 +115,7 @@ def plan_comparison(
 
 def _describe_arm(options: VerifyOptions, arm: str, generator: Generator) -> Arm:
     model = getattr(options, arm)
-    identity = describe_model(model)
+    identity = obtain_model(model).identity
     return Arm(
         model=model if model.startswith(factories.PREFIX) else Path(model).name,
         name=identity.name,

@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 #: What every step imports.
-BASE = ("torch", "numpy", "pyarrow", "msgspec", "nvidia-ml-py", "pillow", "rich", "safetensors", "tyro")
+BASE = (
+    "torch",
+    "deepspeed",
+    "numpy",
+    "pyarrow",
+    "msgspec",
+    "nvidia-ml-py",
+    "pillow",
+    "rich",
+    "safetensors",
+    "tyro",
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pynvml
 
-from millijoule.jobs.bench.stand_ins import StandInNvml
+from millijoule.jobs.measuring.stand_ins import StandInNvml
 
 CLOCKS_MHZ = tuple(range(345, 1981, 15))
 HIGHEST_MW, LOWEST_MW, USUAL_MW = 700_000, 200_000, 600_000

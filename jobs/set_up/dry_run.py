@@ -6,6 +6,7 @@ import tempfile
 import time
 from dataclasses import replace
 
+from millijoule.jobs.models import describe_obtained, words_of
 from millijoule.jobs.set_up.calibration import CALIBRATION_IMAGES, calibrate
 from millijoule.jobs.set_up.job import check_is_asked_for
 from millijoule.jobs.set_up.ray_cluster import Cluster
@@ -52,7 +53,7 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
     lines = [
         f"prompts     {plan.n_rows} usable, {plan.n_bad_rows} rejected",
         f"images      {plan.n_images} in {plan.n_shards} shards",
-        f"model       {request.identity.name} ({request.identity.sha256[:12]})",
+        *_model_lines(request),
         f"device      {device}",
         f"calibrated  {result.images} images in {result.seconds:.2f} s on one worker",
         f"time        about {clock(plan.n_images * per_image / workers)} on {workers} workers, start-up not counted",
@@ -87,6 +88,11 @@ def _output_words(request: JobRequest) -> str:
         return f"generate will refuse it: {error}"
     shards = load_job_shards(store, existing)
     return f"{url} holds this job: {int(list_committed(store, len(shards)).sum())} of {len(shards)} shards are done"
+
+
+def _model_lines(request: JobRequest) -> list[str]:
+    """What the model is, and what of it will not work."""
+    return words_of(describe_obtained(request.source))
 
 
 def _energy_lines(request: JobRequest, result: Calibration, n_images: int) -> list[str]:

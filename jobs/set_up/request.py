@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import dataclass
 
-from millijoule.jobs.node_meter_options import parse_node_meters
+from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.planning.plan_options import PlanOptions

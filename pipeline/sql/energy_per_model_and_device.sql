@@ -8,6 +8,11 @@ WITH job AS (
         coalesce(energy_filtered_mj, 0) + coalesce(energy_quarantined_mj, 0) AS rejected_mj
     FROM attempt
     WHERE outcome = 'committed'
+), drawn AS (  -- device time: attempts of a worker overlap while one is stored
+    SELECT run_id, attempt_id, max(t_close_mono_ns - t_open_mono_ns) / 1e9 AS seconds
+    FROM segment
+    WHERE segment_class = 'shard'
+    GROUP BY ALL
 )
 SELECT model, coalesce(device_name, device) AS device, energy_method,
     count(DISTINCT run_id) AS jobs,
@@ -19,7 +24,8 @@ SELECT model, coalesce(device_name, device) AS device, energy_method,
     CASE WHEN bool_and(energy_mj IS NOT NULL) THEN sum(rejected_mj)::BIGINT END AS rejected_mj,
     sum(energy_mj)::BIGINT AS known_mj,
     count(*) FILTER (energy_mj IS NULL) AS shards_not_measured,
-    sum(images_ok) / nullif(sum(t_end_wall_ns - t_start_wall_ns) / 1e9, 0) AS images_per_device_second
+    sum(images_ok) / nullif(sum(drawn.seconds), 0) AS images_per_device_second
 FROM made LEFT JOIN job USING (run_id) LEFT JOIN named USING (run_id, worker_id)
+    LEFT JOIN drawn USING (run_id, attempt_id)
 GROUP BY ALL
 ORDER BY model, device

@@ -20,8 +20,8 @@ from support.stand_in_jobs import start_cluster
 
 from millijoule.jobs import JobResult, generate
 from millijoule.jobs.generate import main
-from millijoule.jobs.model_options import ModelOptions
-from millijoule.jobs.rate_options import RateOptions
+from millijoule.jobs.options.model import ModelOptions
+from millijoule.jobs.options.rates import RateOptions
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.pipeline.running import head_watch, live_metrics
 from millijoule.workers.actor import ShardWorker

@@ -34,10 +34,10 @@ from support.fault_plans import KNOWN, DriverPlan, Plan, make_plan
 from support.forked_cluster import ActorContext, Cluster, Driver, ForkedRay, Node
 from support.ray_stand_in import install
 
-from millijoule.jobs.bench.measurement import write_result
 from millijoule.jobs.generate import signals_heeded
 from millijoule.jobs.machine import describe_machine
-from millijoule.jobs.model_options import ModelOptions
+from millijoule.jobs.measuring.measurement import write_result
+from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.set_up.job import open_or_plan
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.request import request_of

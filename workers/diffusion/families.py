@@ -246,6 +246,10 @@ def _multiple(pipeline: Any, name: str) -> int:
     if name.startswith("Kandinsky"):
         return scale * scale
     transformer = getattr(getattr(pipeline, "transformer", None), "config", None)
+    if name.startswith("Sana"):
+        return max(scale, 32)
+    if name.startswith("IF"):
+        return int(2 ** (len(pipeline.unet.config.block_out_channels) - 1))
     if transformer is None:
         # Stable Diffusion's pipelines want multiples of 8 pixels, however small the decoder is
         return max(scale, 8) if name.startswith("StableDiffusion") else scale

@@ -120,11 +120,7 @@ class DiffusersGenerator:
 
     def save_memory(self) -> str | None:
         """See `SavesMemory`."""
-        if self.engine.release():
-            return "without CUDA graphs"
-        saver = self.memory.save()
-        self.engine.renew()  # models that come and go have other calls
-        return saver
+        return self.memory.save()
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""

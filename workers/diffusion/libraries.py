@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ def import_diffusers() -> tuple[Any, Any]:
     return diffusers, transformers
 
 
+#: What the two import, and what logs to every user which of its parts this machine cannot use.
+IMPORTED = ("torchao", "torch.utils._pytree")
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """While it lasts, diffusers and transformers log errors alone, show no progress and Python's warnings are not shown.
@@ -30,6 +35,9 @@ def quiet_libraries() -> Iterator[None]:
     diffusers, transformers = import_diffusers()
     loggers = [library.utils.logging for library in (diffusers, transformers)]
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in loggers]
+    imported = [(logging.getLogger(name), logging.getLogger(name).level) for name in IMPORTED]
+    for logger, _ in imported:
+        logger.setLevel(logging.ERROR)
     for log in loggers:
         log.set_verbosity_error()
         log.disable_progress_bar()
@@ -38,6 +46,8 @@ def quiet_libraries() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        for logger, level in imported:
+            logger.setLevel(level)
         for log, (verbosity, progress) in zip(loggers, before, strict=True):
             log.set_verbosity(verbosity)
             if progress:

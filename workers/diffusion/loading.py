@@ -63,7 +63,8 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
             is asked for that does not work here.
     """
     diffusers, transformers = import_diffusers()
-    _check_classes(folder, diffusers, transformers)
+    with quiet_libraries():  # the classes are imported as they are looked for
+        _check_classes(folder, diffusers, transformers)
     check_rungs(options.rungs, folder, on_gpu=device.startswith("cuda"))
     precision = settle_precision(
         options.rungs.precision, device=device, stored_in_float16=_is_stored_in_float16(folder)
@@ -71,7 +72,7 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
     with quiet_libraries():
         pipeline = open_pipeline(folder, options, precision.dtype)
         pipeline.set_progress_bar_config(disable=True)
-        _check_signature(pipeline, folder)
+        check_text_to_image(pipeline, folder)
         if not options.offload_weights:  # else the engine says what of it comes to the device
             pipeline.to(device)
         asked = replace(options.rungs, scheduler=None) if options.scheduler else options.rungs
@@ -103,7 +104,7 @@ def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) ->
             raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
 
 
-def _check_signature(pipeline: Any, folder: PipelineFolder) -> None:
+def check_text_to_image(pipeline: Any, folder: PipelineFolder) -> None:
     """Raise InputError unless the arguments the pipeline takes are a text-to-image pipeline's."""
     parameters = inspect.signature(pipeline.__call__).parameters
     required = [

@@ -100,13 +100,20 @@ class FittedGenerator:
         """
         groups: dict[Hashable, list[T]] = {}
         for key, request in requests.items():
-            group = self.generator.call_group(request) if isinstance(self.generator, GroupsRequests) else None
-            groups.setdefault(group, []).append(key)
+            groups.setdefault(self._group(key, request), []).append(key)
         for keys in groups.values():
             while keys:
                 rows = self.rows_for(requests[keys[0]])
                 yield keys[:rows]
                 del keys[:rows]
+
+    def _group(self, key: Hashable, request: ImageRequest) -> Hashable:
+        if not isinstance(self.generator, GroupsRequests):
+            return None
+        try:
+            return "together", self.generator.call_group(request)
+        except Exception:  # of a prompt's making: `generate` will say so, of this request alone
+            return "alone", key
 
     def rows_for(self, request: ImageRequest) -> int:
         """How many requests like this one the next call gets."""

@@ -1,6 +1,6 @@
 """Which meter a node has, and what a person declares about it: the rest of the node that no counter sees.
 
-`jobs.node_meter_options` reads it from the command line; `workers.node_meters.actor` opens the meter on the node.
+`jobs.options.node_meters` reads it from the command line; `workers.node_meters.actor` opens the meter on the node.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import pytest
 
 from millijoule.jobs.bench.finish import finish, make
-from millijoule.jobs.bench.measurement import run_alone
+from millijoule.jobs.measuring.measurement import run_alone
 from millijoule.pipeline.closing.check import check_output
 from millijoule.workers.storage.open import open_store
 

@@ -57,7 +57,8 @@ def test_a_board_without_a_counter_is_refused(monkeypatch, tmp_path, capsys):
     nvml, real = FakeNvml(), meter.open_meter
     nvml.error = nvml.NVMLError(1)
     monkeypatch.setattr(
-        "millijoule.jobs.bench.gpu.open_meter", lambda gpus: real(gpus, nvml=nvml, book_directory=tmp_path)
+        "millijoule.jobs.measuring.one_gpu.open_meter",
+        lambda gpus: real(gpus, nvml=nvml, book_directory=tmp_path),
     )
     for name, value in (
         ("is_available", lambda: True),

@@ -8,7 +8,7 @@ from PIL import Image
 from support.tiny_pipelines import tiny_pipeline
 
 from millijoule.jobs.bench import main
-from millijoule.jobs.model_options import ModelOptions
+from millijoule.jobs.options.model import ModelOptions
 from millijoule.workers.rungs.preset_file import read_preset
 
 

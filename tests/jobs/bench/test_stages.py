@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from millijoule.jobs.bench import stand_in_device
 from millijoule.jobs.bench.stages import answers, device_times
+from millijoule.jobs.measuring import stand_in_device
 from millijoule.workers.schemas import ImageRequest
 
 

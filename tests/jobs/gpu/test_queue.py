@@ -38,7 +38,8 @@ OPTIONS = {
     "millijoule.jobs.verify": "VerifyOptions",
 }
 
-QUICK = tuple(s for s in STEPS if s.name in ("joules-per-image", "meter", "counter", "verify"))
+QUICK_NAMES = ("joules-per-image", "fused-kernels", "meter", "counter", "verify")
+QUICK = tuple(s for s in STEPS if s.name in QUICK_NAMES)
 
 
 def step(name, *codes, shortest_s=1.0, longest_s=60.0, grace_s=0.5, **more):
@@ -494,7 +495,12 @@ def rehearse(folder, steps):
 def test_quick_steps_are_rehearsed(tmp_path):
     found = rehearse(tmp_path, QUICK)
     assert found == dict.fromkeys((s.name for s in QUICK), DONE)
-    for path in ("joules-per-image/gpu.json", "meter/meter.json", "counter/counter.json"):
+    for path in (
+        "joules-per-image/gpu.json",
+        "fused-kernels/kernels.json",
+        "meter/meter.json",
+        "counter/counter.json",
+    ):
         assert json.loads((tmp_path / path).read_text())["stand_in"] is True
     assert (tmp_path / "verify/comparison/bundle").is_dir()
 

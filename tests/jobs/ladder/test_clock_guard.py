@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from millijoule.jobs.bench.stand_ins import board_uuid
 from millijoule.jobs.ladder.clock_guard import guarded_clocks, open_binding
 from millijoule.jobs.ladder.stand_in_clocks import CLOCKS_MHZ, USUAL_MW, make_state, power_mw
+from millijoule.jobs.measuring.stand_ins import board_uuid
 from millijoule.workers.errors import InputError
 
 UUID = board_uuid(0)

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from millijoule.jobs.model_options import ModelOptions
-from millijoule.jobs.rate_options import RateOptions
+from millijoule.jobs.options.model import ModelOptions
+from millijoule.jobs.options.rates import RateOptions
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.request import UNCALIBRATED_SHARD_SIZE, request_of
 from millijoule.workers.errors import InputError

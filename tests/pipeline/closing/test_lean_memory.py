@@ -27,7 +27,7 @@ def test_arrows_allocator_comes_back_whatever_happens():
 GROW = """
 import sys
 from array import array
-from millijoule.jobs.bench.process import private_mb
+from millijoule.jobs.measuring.process import private_mb
 from millijoule.pipeline.closing.lean_memory import lean_memory
 import numpy as np
 def grow():

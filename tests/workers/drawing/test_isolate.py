@@ -158,6 +158,16 @@ def test_requests_that_cannot_share_a_call_are_drawn_group_by_group():
     assert [batch[0] % 3 for batch in batches] == [0, 0, 1, 1, 2, 2]
 
 
+def test_a_request_of_which_the_model_cannot_say_what_it_goes_with_goes_alone():
+    def group(request):
+        if request.seed == 2:
+            raise UnicodeError("no such letter")
+
+    device = Device(100)
+    device.call_group = group
+    assert list(drawing(device).batches(dict(enumerate(requests(5))))) == [[0, 1, 3, 4], [2]]
+
+
 def real_host_error():
     torch.empty(2**48)
 

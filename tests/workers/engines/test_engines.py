@@ -11,7 +11,7 @@ from support.un0_checkpoints import publish
 from torch import nn
 
 from millijoule.jobs import convert
-from millijoule.jobs.model_options import ModelOptions
+from millijoule.jobs.options.model import ModelOptions
 from millijoule.workers.engines.deepspeed import DeepSpeedEngine
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.engines.protocol import EngineSettings

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.tiny_pipelines import tiny_pipeline
 
-from millijoule.jobs.model_options import ModelOptions
+from millijoule.jobs.options.model import ModelOptions
 from millijoule.workers.diffusion.pipeline_folder import read_pipeline
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
@@ -135,7 +135,7 @@ def test_what_an_engine_cannot_bear_is_refused():
 
 def test_refusals_need_no_torch():
     program = (
-        "import sys\nfrom millijoule.jobs.model_options import ModelOptions\n"
+        "import sys\nfrom millijoule.jobs.options.model import ModelOptions\n"
         "try: ModelOptions(optimize='max', step_cache='taylorseer').obtain('baseline')\n"
         "except Exception as error: print(type(error).__name__, 'torch' in sys.modules)"
     )

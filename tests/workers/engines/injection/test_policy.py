@@ -247,3 +247,13 @@ def test_feed_forward_layers_in_parts_stay_in_parts(on_cpu):
     for block in denoiser.transformer_blocks:
         block.set_chunk_feed_forward(1, dim=1)
     torch.testing.assert_close(call(), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd15"])
+def test_projections_in_one_stay_right(family, on_cpu):
+    """Query, key and value from one product, asked for afterwards."""
+    denoiser, call = first_call(family)
+    before = call()
+    inject(denoiser, "cpu")
+    denoiser.fuse_qkv_projections()
+    torch.testing.assert_close(call(), before, rtol=1e-4, atol=1e-4)

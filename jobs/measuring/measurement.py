@@ -1,6 +1,6 @@
 """What every measurement does alike: options, result file, processes of their own.
 
-`python -m millijoule.jobs.bench.measurement MODULE FUNCTION ARGUMENTS` is what `start_alone` runs.
+`python -m millijoule.jobs.measuring.measurement MODULE FUNCTION ARGUMENTS` is what `start_alone` runs.
 """
 
 from __future__ import annotations

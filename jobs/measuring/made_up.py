@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from millijoule.jobs.bench.stand_ins import DRAM_WATTS, GPU_WATTS, PACKAGE_WATTS, PACKAGES, board_uuid
+from millijoule.jobs.measuring.stand_ins import DRAM_WATTS, GPU_WATTS, PACKAGE_WATTS, PACKAGES, board_uuid
 from millijoule.workers.schemas import Commit, CounterRead, ImageRow, PowerTrace, Segment, carried_rows
 
 SECOND_NS = 1_000_000_000

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from millijoule.jobs import bench
-from millijoule.jobs.bench.measurement import (
+from millijoule.jobs.measuring.measurement import (
     ResultOptions,
     answer_of,
     describe,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from millijoule.jobs.node_meter_options import parse_node_meters
+from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.workers.errors import InputError
 from millijoule.workers.node_meters.actor import open_node_meter
 from millijoule.workers.node_meters.config import DeclaredRest, find_node_meter
