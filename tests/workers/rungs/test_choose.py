@@ -8,6 +8,7 @@ import sys
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.tiny_loras import save_lora
 from support.tiny_pipelines import tiny_pipeline
 
 from millijoule.jobs.options.model import ModelOptions
@@ -131,6 +132,12 @@ def test_what_an_engine_cannot_bear_is_refused():
     ):
         with pytest.raises(InputError, match=message):
             options.obtain("baseline")
+
+
+def test_a_lora_and_layers_that_are_not_as_they_were_saved_exclude_each_other(tmp_path):
+    lora = str(save_lora(tiny_pipeline("sd15"), tmp_path / "ink.safetensors", 2))
+    with pytest.raises(InputError, match="--lora and --fuse-qkv"):
+        ModelOptions(lora=(lora,), fuse_qkv=True).obtain(str(tiny_pipeline("sd15")))
 
 
 def test_refusals_need_no_torch():
