@@ -50,7 +50,7 @@ class GeneratorOptions:
         scheduler: name of a diffusers class, with settings (`pipeline_parts.scheduler_choice`); None: the pipeline's own.
         vae: folder or file of another decoder.
         long_prompts: what happens to a prompt that is longer than the text encoder reads.
-        devices: how many the worker has.
+        ranks: processes of one worker, each with a device, among which a denoiser is spread (`workers.ranks`).
         config: folder of a pipeline whose configurations and vocabularies serve a checkpoint in one file; its content is in
             the model's own hash.
         name: what images call the model; None: what its files say.
@@ -67,7 +67,7 @@ class GeneratorOptions:
     scheduler: str | None = None
     vae: ModelPart | None = None
     long_prompts: LongPrompts = "truncate"
-    devices: int = 1
+    ranks: int = 1
     config: str | None = None
     name: str | None = None
 
@@ -84,4 +84,4 @@ class GeneratorOptions:
 
 
 #: What does not change pixels, or is in the model's hash, as the weights of a variant and the files of `config` are.
-_ELSEWHERE = ("batch_size", "devices", "variant", "config", "name")
+_ELSEWHERE = ("batch_size", "ranks", "variant", "config", "name")
