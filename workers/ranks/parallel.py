@@ -139,10 +139,8 @@ def _attention(attention: Any, out: str | None) -> Unit | None:
     if size % heads or attention.to_k.out_features != size:  # heads that share keys
         return None
     for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-        norm = getattr(attention, name, None)
-        weight = getattr(norm, "weight", None)
-        if norm is not None and (weight is None or weight.numel() != size // heads):
-            return None  # over all heads at once
+        if not _is_per_head(getattr(attention, name, None), size // heads):
+            return None
     columns = [
         n
         for n in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -153,6 +151,15 @@ def _attention(attention: Any, out: str | None) -> Unit | None:
         rows.append("to_add_out")
     parts = [Part(attention, n, "column") for n in columns] + [Part(attention, n, "row") for n in rows]
     return Unit(tuple(parts), attention)
+
+
+def _is_per_head(norm: Any, size: int) -> bool:
+    """Whether `norm` (None: nothing) looks at `size` numbers, those of one head, and not at all heads at once."""
+    if norm is None:
+        return True
+    if (weight := getattr(norm, "weight", None)) is not None:
+        return weight.numel() == size
+    return tuple(getattr(norm, "normalized_shape", ())) == (size,)
 
 
 def _is_single_block(block: Any) -> bool:
