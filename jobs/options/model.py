@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.factories import PREFIX
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
 from millijoule.workers.loras.words import split_option
 from millijoule.workers.rungs.rungs import (
@@ -21,7 +20,6 @@ from millijoule.workers.rungs.rungs import (
 )
 
 if TYPE_CHECKING:
-    from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
     from millijoule.workers.sources.obtain import ObtainedModel
 
 #: A scheduler may be given with settings, and is no switch.
@@ -122,10 +120,19 @@ class ModelOptions:
     guidance_until: Annotated[float | None, tyro.conf.arg(metavar="PART")] = None
     """Guidance only in the first part of the steps, 0 to 1; the rest take half the work. Changes images a little to visibly."""
 
+    width: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Of a diffusion pipeline's images whose row says no width. Default: the pipeline's own."""
+
+    height: Annotated[int | None, tyro.conf.arg(metavar="PIXELS")] = None
+    """Of a diffusion pipeline's images whose row says no height. Default: the pipeline's own."""
+
     def read(self) -> GeneratorOptions:
         """What these options say, but for the rungs, which depend on the model; raises InputError, which names the option."""
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: at least 1")
+        for name in ("width", "height"):
+            if (side := getattr(self, name)) is not None and not 8 <= side <= 8192:
+                raise InputError(f"--{name} {side}: from 8 to 8192")
         if self.cuda_graphs and self.engine == "eager":
             raise InputError("--cuda-graphs: engine eager has none; take --engine deepspeed or compile")
         for name in ("fused_modules", "offload_weights"):
@@ -149,6 +156,8 @@ class ModelOptions:
             vae=None if self.vae is None else ModelPart(self.vae),
             config=self.config,
             long_prompts=self.long_prompts,
+            width=self.width,
+            height=self.height,
         )
 
     def obtain(self, model: str, revision: str | None = None, *, on_gpu: bool | None = None) -> ObtainedModel:
@@ -158,8 +167,7 @@ class ModelOptions:
             revision: of the hub, where these options give none.
             on_gpu: whether it will run on one; None: not known yet.
         """
-        from millijoule.workers.pipeline_parts.scheduler_choice import check_scheduler
-        from millijoule.workers.rungs.choose import choose_rungs
+        from millijoule.jobs.set_up.model_rungs import with_rungs
         from millijoule.workers.sources.obtain import obtain_model
 
         obtained = obtain_model(
@@ -169,47 +177,7 @@ class ModelOptions:
         switches = {name: value for name, value in given.items() if name in _SWITCHES}
         if self.optimize == "none" and not switches:
             return obtained
-        folder = pipeline_of(obtained)
-        chosen = choose_rungs(self.optimize, switches, model, folder, on_gpu=on_gpu)
-        rungs = replace(chosen.rungs, scheduler=None) if self.scheduler else chosen.rungs
-        if rungs.scheduler is not None and folder is not None:
-            check_scheduler(rungs.scheduler, folder.components.get("scheduler", ("", ""))[1])
-        options = replace(
-            obtained.options,
-            rungs=rungs,
-            engine=self.engine if chosen.engine is None or self.engine != "deepspeed" else chosen.engine,
-            batch_size=self.batch_size or chosen.batch_size,
-            cuda_graphs=self.cuda_graphs or chosen.cuda_graphs,
-            fused_modules=self.fused_modules or chosen.fused_modules,
-        )
-        if self.offload_weights and (rungs.quantize or rungs.sparsity):
-            raise InputError(
-                "--offload-weights: not with --quantize or --sparsity, whose weights stay on the device"
-            )
-        if rungs.step_cache and (options.engine == "compile" or options.cuda_graphs):
-            taken = "--cuda-graphs" if options.cuda_graphs else "--engine compile"
-            raise InputError(
-                f"--step-cache {rungs.step_cache} and {taken} exclude each other: it runs the denoiser as a whole"
-            )
-        return replace(obtained, options=options)
-
-
-def pipeline_of(obtained: ObtainedModel) -> PipelineFolder | None:
-    """The diffusion pipeline that the model is; None: it is something else."""
-    from millijoule.workers.generators.registry import is_pipeline, model_path
-    from millijoule.workers.pipeline_parts.model_files import read_model
-
-    if obtained.model.startswith(PREFIX) or not is_pipeline(path := model_path(obtained.model)):
-        return None
-    return read_model(path, obtained.options)
-
-
-def check_device(obtained: ObtainedModel, *, on_gpu: bool) -> None:
-    """Raise InputError, which names it, for a rung of `obtained` that needs another device."""
-    from millijoule.workers.rungs.check import check_rungs
-
-    if obtained.options.rungs != Rungs() and (folder := pipeline_of(obtained)) is not None:
-        check_rungs(obtained.options.rungs, folder, on_gpu=on_gpu)
+        return with_rungs(obtained, model, self.optimize, switches, on_gpu=on_gpu)
 
 
 def _lora(text: str) -> LoraChoice:

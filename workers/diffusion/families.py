@@ -123,6 +123,14 @@ class Family:
         """Whether it draws at any size."""
         return {"width", "height"} <= self.arguments
 
+    def refused_size(self, width: int, height: int) -> str | None:
+        """Why it draws no images of that many pixels; None: it does."""
+        if not self.takes_size and (width, height) != (self.width, self.height):
+            return f"this model makes {self.width}x{self.height} pixels"
+        if width % self.multiple or height % self.multiple:
+            return f"this model needs sides that are multiples of {self.multiple}"
+        return None
+
     def guide(self, scale: float | None, negatives: list[str] | None) -> dict[str, Any]:
         """Arguments for guidance at `scale` (None: the default) away from `negatives` (None: nothing)."""
         call: dict[str, Any] = {}

@@ -26,11 +26,12 @@ from millijoule.workers.drawing.batch_shapes import BatchShapes
 from millijoule.workers.drawing.out_of_memory import is_out_of_memory
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.engines.protocol import Engine
-from millijoule.workers.errors import RowError
+from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo, Rejection
 from millijoule.workers.loras.switch import LoraSwitch
 from millijoule.workers.pipeline_parts.model_files import read_model
+from millijoule.workers.ranks.group import RankGroup
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
@@ -39,17 +40,24 @@ log = logging.getLogger(__name__)
 
 
 class DiffusersGenerator:
-    """A loaded pipeline. Build with `load`; see `Generator`, `ReportsSteps`, `SizesBatches`, `SavesMemory` and `GroupsRequests`
-    for the protocols.
+    """A loaded pipeline. Build with `load`; see `Generator`, `ReportsSteps`, `SizesBatches`, `SavesMemory`, `GroupsRequests`
+    and `HoldsProcesses` for the protocols.
 
     Attributes:
         fixed_batch: whether a call of another number of rows costs a compilation or a capture: then a smaller batch is padded
             to a number of rows that was called before.
     """
 
-    def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions, engine: Engine) -> None:
-        """`engine` runs the modules of the pipeline from now on."""
+    def __init__(
+        self,
+        loaded: LoadedPipeline,
+        options: GeneratorOptions,
+        engine: Engine,
+        group: RankGroup | None = None,
+    ) -> None:
+        """`engine` runs the modules of the pipeline from now on; `group`: the other ranks that hold a part of it."""
         folder = loaded.folder
+        self.group = group
         self.loaded = loaded
         self.pipeline = loaded.pipeline
         self.options = options
@@ -65,18 +73,21 @@ class DiffusersGenerator:
         self.prompts = folder.defaults.prompts
         self.family = family = describe_family(self.pipeline, str(folder.path))
         self.reader = open_prompt_reader(self.pipeline)
-        self.call = PipelineCall(loaded, family, lambda: self.on_step())
+        self.call = PipelineCall(loaded, family, lambda: self.on_step(), group)
         self._apart: set[str] = set()
         self.memory = PipelineMemory(self.pipeline, loaded.device, engine)
         self.fixed_batch = engine.fixed_shapes
         self._shapes = BatchShapes()
+        width, height = options.width or family.width, options.height or family.height
+        if why := family.refused_size(width, height):
+            raise InputError(f"--width {width} --height {height}: {why}")
         self.info = GeneratorInfo(
             name=folder.name,
             sha256=loaded.sha256,
-            width=family.width,
-            height=family.height,
+            width=width,
+            height=height,
             num_inference_steps=options.rungs.steps or folder.defaults.num_inference_steps,
-            batch_size=options.batch_size or self.memory.limits(family.width, family.height).first,
+            batch_size=options.batch_size or self.memory.limits(width, height).first,
         )
 
     @staticmethod
@@ -94,7 +105,23 @@ class DiffusersGenerator:
         """
         folder = read_model(path, options)
         engine = open_engine(options, device)  # what it lacks is said before minutes are spent on loading
-        return DiffusersGenerator(load_pipeline(folder, device, options), options, engine)
+        if options.ranks == 1:
+            return DiffusersGenerator(load_pipeline(folder, device, options), options, engine)
+        group = RankGroup.start(str(path), device, options)
+        try:
+            loaded = load_pipeline(folder, device, options)
+            generator = DiffusersGenerator(loaded, options, engine, group)
+            log.info("rank 0 of %d: %s", options.ranks, loaded.spread_words)
+            group.join()
+        except BaseException:
+            group.close()
+            raise
+        return generator
+
+    def close(self) -> None:
+        """See `HoldsProcesses`."""
+        if self.group is not None:
+            self.group.close()
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size or a number of steps this model cannot make."""
@@ -120,11 +147,7 @@ class DiffusersGenerator:
 
     def save_memory(self) -> str | None:
         """See `SavesMemory`."""
-        if self.engine.release():
-            return "without CUDA graphs"
-        saver = self.memory.save()
-        self.engine.renew()  # models that come and go have other calls
-        return saver
+        return self.group.together(self.memory.save) if self.group is not None else self.memory.save()
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""
@@ -238,11 +261,8 @@ class DiffusersGenerator:
 
     def _check(self, request: ImageRequest) -> None:
         height, width, _ = self._shape(request)
-        multiple = self.family.multiple
-        if not self.family.takes_size and (width, height) != (self.info.width, self.info.height):
-            raise RowError(f"{width}x{height}: this model makes {self.info.width}x{self.info.height} pixels")
-        if width % multiple or height % multiple:
-            raise RowError(f"{width}x{height}: this model needs sides that are multiples of {multiple}")
+        if why := self.family.refused_size(width, height):
+            raise RowError(f"{width}x{height}: {why}")
 
     def _too_long(self, request: ImageRequest) -> Rejection | None:
         if self.options.long_prompts != "reject":

@@ -13,12 +13,16 @@ from millijoule.workers.errors import InputError
 
 def import_diffusers() -> tuple[Any, Any]:
     """diffusers and transformers; raises InputError where they are not installed."""
+    before = logging.root.manager.disable
     try:
+        logging.disable(max(before, logging.WARNING))  # of other packages, about what is not installed
         import diffusers
         import transformers
     except ImportError as error:
         words = f"this model needs diffusers: pip install 'millijoule[diffusers]' ({error})"
         raise InputError(words) from error
+    finally:
+        logging.disable(before)
     return diffusers, transformers
 
 

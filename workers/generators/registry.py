@@ -32,6 +32,8 @@ _OF_PIPELINES = {
     "vae": "--vae",
     "config": "--config",
     "long_prompts": "--long-prompts",
+    "width": "--width",
+    "height": "--height",
 }
 
 

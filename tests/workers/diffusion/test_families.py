@@ -130,6 +130,7 @@ def test_sd3_without_its_t5_is_loaded(tmp_path):
     assert drawn.warnings[0][0].endswith("lost are 'apple'")  # nothing reads on
 
 
+@pytest.mark.long
 def test_wuerstchens_networks_are_found_in_its_own_folder_of_diffusers(tmp_path):
     import diffusers
 
@@ -162,3 +163,16 @@ def test_kandinsky_is_guided_away_from_negative_prompts_in_any_batch(tiny):
     for image, r in zip(together, asked, strict=True):
         assert np.abs(generator.generate([r]).images[0].astype(int) - image.astype(int)).max() <= 1
         assert not np.array_equal(generator.generate([replace(r, negative_prompt=None)]).images[0], image)
+
+
+def test_a_job_may_have_a_size_of_its_own():
+    sized = DiffusersGenerator.load(tiny_pipeline("flux"), options=replace(EAGER, width=64, height=32))
+    assert (sized.info.width, sized.info.height) == (64, 32)
+    asked = [ImageRequest("p", 0, "a dog", 1, num_inference_steps=1)]
+    assert sized.generate(asked).images.shape == (1, 32, 64, 3)
+    with pytest.raises(
+        InputError, match="--width 60 --height 32: this model needs sides that are multiples of 16"
+    ):
+        DiffusersGenerator.load(tiny_pipeline("flux"), options=replace(EAGER, width=60, height=32))
+    assert replace(EAGER, width=64).identity()["width"] == 64
+    assert "width" not in EAGER.identity()
