@@ -28,7 +28,6 @@ from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
 from millijoule.workers.schemas import ImageRequest
-from millijoule.workers.sources.obtain import ObtainedModel
 
 RENDERS = "renders"
 SHEET_IMAGES = 32
@@ -51,6 +50,8 @@ class EvaluateOptions:
     output: str
     """Folder for NAME.json (results), NAME.parquet (every image: prompt, seed, what was read) and NAME.png (the first 32
     prompts, not picked)."""
+
+    model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
     name: str | None = None
     """Name of the files; the model's own by default."""
@@ -81,8 +82,6 @@ class EvaluateOptions:
 
     processes: int = 1
     """Processes that draw, each with a model and, where there are several, one thread of its own; the images are the same."""
-
-    model_options: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,9 @@ def run(options: EvaluateOptions) -> int:
     result = {
         "format_version": FORMAT_VERSION,
         "model": about,
-        "options": {k: v for k, v in asdict(options).items() if k not in ("model", "output")},
+        "options": {
+            k: v for k, v in asdict(options).items() if k not in ("model", "output", "model_options")
+        },
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "environment": describe_machine(),
         "seconds": round(time.monotonic() - began, 1),
@@ -166,8 +167,9 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
 
     from millijoule.workers.generators.registry import load_generator
 
-    obtained = options.model_options.obtain(options.model)
-    generator = load_generator(obtained.model, device=device, options=obtained.options)
+    obtained = options.model_options.obtain(options.model, on_gpu=device.startswith("cuda"))
+    how = obtained.options
+    generator = load_generator(obtained.model, device=device, options=how)
     info = generator.info
     size = (IMAGE_SIZE, IMAGE_SIZE)
     if (info.width, info.height) != size and size not in info.sizes:
@@ -179,17 +181,18 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
         "guidance_scale": options.guidance_scale,
     }
     requests = [ImageRequest(str(i), 0, item.prompt, item.seed, **asked) for i, item in enumerate(items)]
-    most = options.model_options.batch_size or info.batch_size
-    batches = [requests[i : i + most] for i in range(0, len(requests), most)]
+    many = how.batch_size or info.batch_size
+    batches = [requests[i : i + many] for i in range(0, len(requests), many)]
     drawn: Iterator[np.ndarray] = (generator.generate(batch).images for batch in batches)
     if options.processes > 1:
-        drawn = _draw_in_processes(options.processes, obtained, device, batches)
+        drawn = _draw_in_processes(obtained.model, how, options.processes, device, batches)
     words = f"drawing {len(requests)} images"
     images = list(track(drawn, words, total=len(batches), console=Console(stderr=True)))
     count = getattr(generator, "count_operations", None)
     about = {
         "name": info.name,
         "sha256": info.sha256,
+        "options": how.identity(),
         "num_inference_steps": options.num_inference_steps or info.num_inference_steps,
         "operations_per_image": count(options.num_inference_steps) if count else None,
     }
@@ -197,28 +200,26 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
 
 
 def _draw_in_processes(
-    processes: int, obtained: ObtainedModel, device: str, batches: list[list[ImageRequest]]
+    model: str, how: GeneratorOptions, processes: int, device: str, batches: list[list[ImageRequest]]
 ) -> Iterator[np.ndarray]:
     """Images of each batch, in order."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(partial(_draw_in_process, obtained.model, obtained.options, device), batches)
+        yield from pool.map(partial(_draw_in_process, model, how, device), batches)
 
 
-def _draw_in_process(
-    model: str, options: GeneratorOptions, device: str, batch: list[ImageRequest]
-) -> np.ndarray:
-    return _loaded(model, options, device).generate(batch).images
+def _draw_in_process(model: str, how: GeneratorOptions, device: str, batch: list[ImageRequest]) -> np.ndarray:
+    return _loaded(model, how, device).generate(batch).images
 
 
 @cache
-def _loaded(model: str, options: GeneratorOptions, device: str) -> Generator:
+def _loaded(model: str, how: GeneratorOptions, device: str) -> Generator:
     """The model of a process that draws, on one thread."""
     import torch
 
     from millijoule.workers.generators.registry import load_generator
 
     torch.set_num_threads(1)
-    return load_generator(model, device=device, options=options)
+    return load_generator(model, device=device, options=how)
 
 
 def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from millijoule.kernels.triton_launch import launch, runs_on
 MAX_WIDTH = 16384
 
 #: See `group_norm_silu`.
-MAX_REGISTERS, MAX_SHARED_BYTES = 96, 64
+MAX_REGISTERS, MAX_SHARED_BYTES = 112, 64
 
 
 def ada_layer_norm_reference(

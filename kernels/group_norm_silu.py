@@ -123,6 +123,7 @@ def group_norm_silu(
     means, squares = torch.empty(2, n, channels, chunks, dtype=torch.float32, device=x.device).unbind()
     mean, factor = torch.empty(2, n, num_groups, dtype=torch.float32, device=x.device).unbind()
     launch(_partial_moments, programs, x.device, *(x, means, squares, chunks, *shape), **blocks)
+    block_s = min(triton.next_power_of_2(chunks), max(TILE // triton.next_power_of_2(per_group), 1))
     launch(
         _group_moments,
         n * num_groups,
@@ -131,7 +132,8 @@ def group_norm_silu(
         *(chunks, channels, positions, per_group, num_groups, eps),
         CHUNK=block_p * TILES_PER_PROGRAM,
         BLOCK_C=triton.next_power_of_2(per_group),
-        BLOCK_S=min(triton.next_power_of_2(chunks), max(TILE // triton.next_power_of_2(per_group), 1)),
+        BLOCK_S=block_s,
+        STEPS=triton.next_power_of_2(triton.cdiv(chunks, block_s)),
     )
     launch(
         _normalise,
@@ -272,7 +274,7 @@ def _partial_moments(
 def _group_moments(
     means, squares, mean, factor, before, before_stride,
     chunks, channels, positions, per_group, num_groups, eps,
-    CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / sqrt(variance + eps) of one group, from its channels' moments -> mean, factor `[n, num_groups]`."""
     program = tl.program_id(0)
@@ -286,15 +288,15 @@ def _group_moments(
         added = tl.load(before + n * before_stride + c, keep_c, 0.0).to(tl.float32)  # [BLOCK_C]
     total = 1.0 * per_group * positions
     whole_mean = 0.0
-    for start in range(0, chunks, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
+    for i in range(STEPS):
+        s = i * BLOCK_S + tl.arange(0, BLOCK_S)
         keep = keep_c[:, None] & (s < chunks)[None, :]
         share = tl.minimum(positions - s * CHUNK, CHUNK).to(tl.float32) / total  # [BLOCK_S]
         part = tl.load(means + rows[:, None] + s[None, :], keep, 0.0) + added[:, None]  # [BLOCK_C, BLOCK_S]
         whole_mean += tl.sum(tl.sum(tl.where(keep, part * share[None, :], 0.0), 1), 0)
     variance = 0.0
-    for start in range(0, chunks, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
+    for i in range(STEPS):
+        s = i * BLOCK_S + tl.arange(0, BLOCK_S)
         keep = keep_c[:, None] & (s < chunks)[None, :]
         share = tl.minimum(positions - s * CHUNK, CHUNK).to(tl.float32) / total  # [BLOCK_S]
         part = tl.load(means + rows[:, None] + s[None, :], keep, 0.0) + added[:, None]  # [BLOCK_C, BLOCK_S]

@@ -23,7 +23,8 @@ from millijoule.jobs.ladder.prompts import are_icon_scenes, icon_requests
 from millijoule.jobs.ladder.quality import accepted, family_of
 from millijoule.jobs.measuring.measurement import describe, write_result
 from millijoule.jobs.measuring.stand_ins import board_uuid
-from millijoule.jobs.options.model import ModelOptions, pipeline_of
+from millijoule.jobs.options.model import ModelOptions
+from millijoule.jobs.set_up.model_rungs import pipeline_of
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.meters.meter import EnergyMeter, open_meter

@@ -22,7 +22,8 @@ from millijoule.jobs.ladder.candidates import candidates, choose
 from millijoule.jobs.ladder.climb import DENSE, TOP, Climb, Gate, Ground, describe, save_json
 from millijoule.jobs.ladder.prompts import are_icon_scenes, file_requests, icon_requests
 from millijoule.jobs.machine import describe_machine
-from millijoule.jobs.options.model import ModelOptions, pipeline_of
+from millijoule.jobs.options.model import ModelOptions
+from millijoule.jobs.set_up.model_rungs import pipeline_of
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions, ModelPart

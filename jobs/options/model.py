@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
-from millijoule.workers.factories import PREFIX
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
-from millijoule.workers.generators.registry import is_pipeline, model_path
 from millijoule.workers.loras.words import split_option
-from millijoule.workers.pipeline_parts.model_files import read_model
-from millijoule.workers.pipeline_parts.scheduler_choice import check_scheduler
-from millijoule.workers.rungs.check import check_rungs
-from millijoule.workers.rungs.choose import choose_rungs
 from millijoule.workers.rungs.rungs import (
     AttentionBackend,
     Precision,
@@ -163,6 +156,7 @@ class ModelOptions:
             revision: of the hub, where these options give none.
             on_gpu: whether it will run on one; None: not known yet.
         """
+        from millijoule.jobs.set_up.model_rungs import with_rungs
         from millijoule.workers.sources.obtain import obtain_model
 
         obtained = obtain_model(
@@ -172,42 +166,7 @@ class ModelOptions:
         switches = {name: value for name, value in given.items() if name in _SWITCHES}
         if self.optimize == "none" and not switches:
             return obtained
-        folder = pipeline_of(obtained)
-        chosen = choose_rungs(self.optimize, switches, model, folder, on_gpu=on_gpu)
-        rungs = replace(chosen.rungs, scheduler=None) if self.scheduler else chosen.rungs
-        if rungs.scheduler is not None and folder is not None:
-            check_scheduler(rungs.scheduler, folder.components.get("scheduler", ("", ""))[1])
-        options = replace(
-            obtained.options,
-            rungs=rungs,
-            engine=self.engine if chosen.engine is None or self.engine != "deepspeed" else chosen.engine,
-            batch_size=self.batch_size or chosen.batch_size,
-            cuda_graphs=self.cuda_graphs or chosen.cuda_graphs,
-            fused_modules=self.fused_modules or chosen.fused_modules,
-        )
-        if self.offload_weights and (rungs.quantize or rungs.sparsity):
-            raise InputError(
-                "--offload-weights: not with --quantize or --sparsity, whose weights stay on the device"
-            )
-        if rungs.step_cache and (options.engine == "compile" or options.cuda_graphs):
-            taken = "--cuda-graphs" if options.cuda_graphs else "--engine compile"
-            raise InputError(
-                f"--step-cache {rungs.step_cache} and {taken} exclude each other: it runs the denoiser as a whole"
-            )
-        return replace(obtained, options=options)
-
-
-def pipeline_of(obtained: ObtainedModel) -> PipelineFolder | None:
-    """The diffusion pipeline that the model is; None: it is something else."""
-    if obtained.model.startswith(PREFIX) or not is_pipeline(path := model_path(obtained.model)):
-        return None
-    return read_model(path, obtained.options)
-
-
-def check_device(obtained: ObtainedModel, *, on_gpu: bool) -> None:
-    """Raise InputError, which names it, for a rung of `obtained` that needs another device."""
-    if obtained.options.rungs != Rungs() and (folder := pipeline_of(obtained)) is not None:
-        check_rungs(obtained.options.rungs, folder, on_gpu=on_gpu)
+        return with_rungs(obtained, model, self.optimize, switches, on_gpu=on_gpu)
 
 
 def _lora(text: str) -> LoraChoice:

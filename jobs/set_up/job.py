@@ -7,8 +7,8 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 
-from millijoule.jobs.options.model import check_device
 from millijoule.jobs.set_up.calibration import calibrated_shard_size
+from millijoule.jobs.set_up.model_rungs import check_device
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options

@@ -55,9 +55,8 @@ def test_a_store_without_exclusive_create_is_named_and_still_exactly_once(
 ):
     s3_env(rclone_s3)
     url = bucket(rclone_s3)
-    done = generate(
-        tmp_path, "--prompts", prompts, "--output", f"{url}/out", "--shard-size", 8, *PLAIN, ray=ray_address
-    )
+    arguments = ("--prompts", prompts, "--output", f"{url}/out", "--shard-size", 8, *PLAIN)
+    done = generate(tmp_path, *arguments, "--format", "files", "--image-format", "webp", ray=ray_address)
     assert done.returncode == 0, done.stderr
     assert "no exclusive create" in done.stderr
     assert_exactly_once(f"{url}/out", 40)
