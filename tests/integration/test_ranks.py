@@ -40,7 +40,9 @@ def arguments(tmp_path_factory):
 
 def pictures(output):
     """Pixels by prompt id."""
-    rows = [r for path in {r["path"] for r in manifest(output)} for r in pq.read_table(output / path).to_pylist()]
+    rows = [
+        r for path in {r["path"] for r in manifest(output)} for r in pq.read_table(output / path).to_pylist()
+    ]
     return {r["prompt_id"]: np.asarray(Image.open(io.BytesIO(r["image"]))).astype(int) for r in rows}
 
 
