@@ -54,7 +54,11 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
         f"images      {plan.n_images} in {plan.n_shards} shards",
         f"model       {request.identity.name} ({request.identity.sha256[:12]})",
         f"device      {device}",
-        *([f"ranks       {ranks} in each worker" + (", one per GPU" if pool.gpus else "")] if ranks > 1 else []),
+        *(
+            [f"ranks       {ranks} in each worker" + (", one per GPU" if pool.gpus_per_worker else "")]
+            if ranks > 1
+            else []
+        ),
         f"calibrated  {result.images} images in {result.seconds:.2f} s on one worker",
         f"time        about {clock(plan.n_images * per_image / workers)} on {workers} workers, start-up not counted",
         f"bytes       about {plan.n_images * result.encoded_bytes // drawn} of images in {request.options.output}",

@@ -148,7 +148,9 @@ def _check_workers(options: GenerateOptions) -> None:
 
 def too_few_cpus(ranks: int) -> InputError:
     """Of a worker on CPUs with so many ranks."""
-    return InputError(f"--ranks-per-worker {ranks}: on CPUs each rank needs one; give --cpus-per-worker {ranks}")
+    return InputError(
+        f"--ranks-per-worker {ranks}: on CPUs each rank needs one; give --cpus-per-worker {ranks}"
+    )
 
 
 def with_ranks(options: GenerateOptions, source: ObtainedModel) -> ObtainedModel:

@@ -163,9 +163,7 @@ class PipelineCall:
                 hidden |= np.array([bool(each) for each in found])
         return Drawn(images, finite, hidden), mixed
 
-    def _result_of(
-        self, one: OneCall, call: dict[str, Any], decoded: list[torch.Tensor]
-    ) -> tuple[Any, bool]:
+    def _result_of(self, one: OneCall, call: dict[str, Any], decoded: list[torch.Tensor]) -> tuple[Any, bool]:
         """What the pipeline returns for the arguments `call`, and whether the global generators had a part in it."""
         self.loaded.rungs.begin(len(one.rows))
         with (

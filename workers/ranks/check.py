@@ -19,7 +19,9 @@ def check_ranks(model: str, options: GeneratorOptions) -> None:
         return
     asked = f"--ranks-per-worker {options.ranks}"
     if model.startswith(factories.PREFIX) or not is_pipeline(path := model_path(model)):
-        raise InputError(f"{asked}: {model} is not a diffusion pipeline, only those are spread over several devices")
+        raise InputError(
+            f"{asked}: {model} is not a diffusion pipeline, only those are spread over several devices"
+        )
     for name, is_given in _not_together(options).items():
         if is_given:
             raise InputError(f"{asked}: not together with {name}")

@@ -75,7 +75,9 @@ class RankGroup:
         self._closing = False
         self._lock = threading.Lock()
         for member in members:
-            threading.Thread(target=self._listen, args=(member,), name=f"rank-{member.rank}", daemon=True).start()
+            threading.Thread(
+                target=self._listen, args=(member,), name=f"rank-{member.rank}", daemon=True
+            ).start()
 
     @staticmethod
     def start(model: str, device: str, options: GeneratorOptions) -> RankGroup:
@@ -84,7 +86,7 @@ class RankGroup:
         members: list[_Member] = []
         try:
             for rank in range(1, options.ranks):
-                members.append(_start_member(Task(rank, options.ranks, model, device, options)))
+                members.append(_start_member(Task(rank, options.ranks, model, device, options, str(folder))))
         except BaseException:
             for member in members:
                 member.process.kill()
@@ -293,7 +295,9 @@ def _device_of(rank: int, ranks: int) -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
     if len(names) < ranks:
-        raise InputError(f"--ranks-per-worker {ranks}: this worker has {len(names)} GPUs; give --gpus-per-worker {ranks}")
+        raise InputError(
+            f"--ranks-per-worker {ranks}: this worker has {len(names)} GPUs; give --gpus-per-worker {ranks}"
+        )
     return names[rank]
 
 

@@ -22,7 +22,9 @@ PROMPTS = ("a red dog", "a blue cat on the moon and a house with a tree", "the m
 
 
 def load(family, ranks=1):
-    return DiffusersGenerator.load(tiny_pipeline(family), options=GeneratorOptions(engine="eager", ranks=ranks))
+    return DiffusersGenerator.load(
+        tiny_pipeline(family), options=GeneratorOptions(engine="eager", ranks=ranks)
+    )
 
 
 @functools.cache
@@ -82,7 +84,9 @@ def test_what_the_ranks_hold_together_is_every_weight_once_and_the_rest_twice(fa
         assert said.spread + said.whole == sum(p.numel() for p in after.values())
         parts.append(after)
     cut = {name for name in before if parts[0][name].numel() < before[name]}
-    attention = {n for n in before if n.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))}
+    attention = {
+        n for n in before if n.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))
+    }
     assert attention
     assert attention <= cut
     values = dict(whole.named_parameters())
