@@ -13,7 +13,6 @@ from PIL import Image
 from support.jobs import (
     assert_books_close,
     assert_exactly_once,
-    generate,
     manifest,
     start,
     wait_for_commits,
@@ -23,19 +22,13 @@ from support.nodes import SteadyNode
 from support.tiny_pipelines import tiny_pipeline
 
 from millijoule.workers.diffusion.families import LEVELS, PIXELS
+from millijoule.workers.diffusion.generator import DiffusersGenerator
+from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.schemas import ImageRequest
 
 pytest.importorskip("diffusers")
 
-PROMPTS = 16
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    prompts = write_prompts(tmp_path_factory.mktemp("ranks") / "prompts.txt", PROMPTS)
-    return (
-        *("--prompts", prompts, "--model", tiny_pipeline("sd15"), "--shard-size", 2, "--steps", 2),
-        *("--device", "cpu", "--cpus-per-worker", 2, "--workers", 1, "--engine", "eager"),
-    )
+PROMPTS, STEPS = 16, 2
 
 
 def pictures(output):
@@ -54,11 +47,11 @@ def ranks_at_work():
     return found
 
 
-def test_a_rank_killed_in_a_batch_costs_no_row_and_the_images_are_those_of_one_rank(
-    tmp_path, ray_address, arguments
-):
-    alone = generate(tmp_path, *arguments, "--output", tmp_path / "alone", ray=ray_address)
-    assert alone.returncode == 0, alone.stderr
+def test_a_rank_killed_in_a_batch_costs_no_row_and_the_images_are_those_of_one_rank(tmp_path, ray_address):
+    arguments = (
+        *("--prompts", write_prompts(tmp_path / "prompts.txt", PROMPTS), "--model", tiny_pipeline("sd15")),
+        *("--shard-size", 2, "--steps", STEPS, "--device", "cpu", "--cpus-per-worker", 2, "--workers", 1),
+    )
     out = tmp_path / "out"
     with SteadyNode(tmp_path) as node:
         driver = start(
@@ -67,18 +60,17 @@ def test_a_rank_killed_in_a_batch_costs_no_row_and_the_images_are_those_of_one_r
         wait_for_commits(out, 1, 180.0)
         (rank,) = ranks_at_work()
         os.kill(rank.pid, signal.SIGKILL)
-        killed = time.monotonic()
         assert driver.wait(240) == 0, (tmp_path / "driver.log").read_text()
         log = (tmp_path / "driver.log").read_text()
     assert "rank 1 of 2 has ended (SIGKILL)" in log
-    assert time.monotonic() - killed < 120, "somebody waited for a dead rank"
     assert_exactly_once(out, PROMPTS)
     assert {row["status"] for row in manifest(out)} == {"ok"}
     assert_books_close(out)
-    expected, drawn = pictures(tmp_path / "alone"), pictures(out)
-    assert expected.keys() == drawn.keys()
-    for prompt_id, picture in expected.items():
-        difference = np.abs(drawn[prompt_id] - picture)
+    alone = DiffusersGenerator.load(tiny_pipeline("sd15"), options=GeneratorOptions(engine="eager"))
+    drawn = pictures(out)
+    for row in manifest(out):
+        asked = ImageRequest(row["prompt_id"], 0, row["prompt"], seed=row["seed"], num_inference_steps=STEPS)
+        difference = np.abs(drawn[row["prompt_id"]] - alone.generate([asked]).images[0])
         assert difference.max() <= LEVELS
         assert (difference > 0).mean() <= PIXELS
     deadline = time.monotonic() + 20

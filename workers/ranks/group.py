@@ -86,7 +86,7 @@ class RankGroup:
         members: list[_Member] = []
         try:
             for rank in range(1, options.ranks):
-                members.append(_start_member(Task(rank, options.ranks, model, device, options)))
+                members.append(_start_member(Task(rank, options.ranks, model, device, options, str(folder))))
         except BaseException:
             for member in members:
                 member.process.kill()

@@ -16,13 +16,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Task:
-    """What a rank is for, its first message."""
+    """What a rank is for, its first message; `folder` is of the group alone, and ends with it."""
 
     rank: int
     ranks: int
     model: str
     device: str
     options: GeneratorOptions
+    folder: str
 
 
 @dataclass(frozen=True)

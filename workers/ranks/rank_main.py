@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import socket
 import sys
 import threading
@@ -93,7 +94,8 @@ def main() -> None:
                 rank.communicator.leave()
             else:
                 orders.put(order)
-        os._exit(0)  # rank 0 has ended, or wants this one no more
+        shutil.rmtree(task.folder, ignore_errors=True)  # where rank 0 could not any more
+        os._exit(0)
 
     try:
         rank = Rank(task)
