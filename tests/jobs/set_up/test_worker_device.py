@@ -72,7 +72,9 @@ def test_a_persons_word_comes_first(cluster, heavy):
     assert choose(replace(heavy, device="cpu")) == WorkerDevice(0.0, "--device cpu")
     assert choose(replace(heavy, gpus_per_worker=0)) == WorkerDevice(0.0, "--gpus-per-worker 0")
     assert choose(replace(OPTIONS, gpus_per_worker=0.5)) == WorkerDevice(0.5, "--gpus-per-worker 0.5")
-    assert choose(replace(heavy, device="gpu", gpus_per_worker=2)) == WorkerDevice(2, "--device gpu")
+    assert choose(replace(heavy, device="gpu", gpus_per_worker=2, ranks_per_worker=1)) == WorkerDevice(
+        2, "--device gpu"
+    )
     cluster(0)
     assert choose(replace(heavy, device="cpu")).gpus == 0
 
