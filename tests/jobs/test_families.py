@@ -71,7 +71,7 @@ def rows_of(family):
 def quick(family, tmp_path):
     """The pipeline, which a worker that starts tries with its default of steps."""
     folder = shutil.copytree(tiny_pipeline(family), tmp_path / family)
-    (folder / "millijoule.json").write_text(json.dumps({"num_inference_steps": 1}))
+    (folder / "millijoule.json").write_text(json.dumps({"num_inference_steps": 2}))
     return folder
 
 
@@ -104,9 +104,7 @@ def test_a_job_from_a_folder(job, family, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "family", ["sd15", "sdxl", "sd3", "flux", "qwen_image", "pixart_sigma", "sana", "lcm", "z_image"]
-)
+@pytest.mark.parametrize("family", ["sdxl", "qwen_image", "sana"])
 def test_a_job_to_a_bucket(job, family, moto_s3, s3_env, tmp_path):
     s3_env(moto_s3)
     output = f"s3://{moto_s3.make_bucket('families')}/out"
@@ -149,7 +147,7 @@ def test_what_changes_pixels_is_part_of_the_job(job, tmp_path):
     rows = [{"prompt": "a red dog", "num_inference_steps": 1}]
     job(folder, rows)
     assert job(folder, rows).images == 1
-    with pytest.raises(InputError, match="long_prompts"):
+    with pytest.raises(InputError, match="--long-prompts was the default, now chunk"):
         job(folder, rows, long_prompts="chunk")
     with pytest.raises(InputError, match="--long-prompts chunk: StableDiffusion3Pipeline"):
         job(tiny_pipeline("sd3"), rows, tmp_path / "other", long_prompts="chunk")
