@@ -106,7 +106,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], cost: str) -> None:
         "features",
     )
     for i, heading in enumerate((*names, "score", "lost (95 %)", "")):
-        table.add_column(heading, justify="left" if i in (0, 8) else "right")
+        table.add_column(heading, justify="left" if i in (0, 8) else "right", no_wrap=i < 8)
     for row in rows:
         if "refused" in row:
             table.add_row(row["rung"], *[""] * 7, f"not measured: {row['refused']}")

@@ -64,8 +64,8 @@ def read_preset(path: Path) -> PresetFile:
 
 
 def write_preset(path: Path, preset: PresetFile) -> None:
-    """Write `preset` as JSON, only those rungs that are switched on."""
-    raw = json.loads(encode(preset))
+    """Write `preset` as JSON: what is switched on, and where it was measured."""
+    raw = {name: value for name, value in json.loads(encode(preset)).items() if value not in (None, False)}
     raw["rungs"] = preset.rungs.identity()
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.write_text(json.dumps(raw, indent=2) + "\n")
