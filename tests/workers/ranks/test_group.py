@@ -182,9 +182,13 @@ def test_a_closed_group_leaves_nothing_behind(forked_ranks, tmp_path, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", None)
     threads, before = threading.active_count(), dict(os.environ)
     generator = load()
+    loaded = generator.cpu_ns
+    assert loaded > 0
     generator.generate([request(0)])
+    assert generator.cpu_ns > loaded  # what an estimate counts for the other rank
     assert dist.is_initialized()
     generator.close()
+    assert generator.cpu_ns == 0
     assert list(tmp_path.glob("millijoule-ranks-*")) == []
     assert_nothing_is_left(threads, before)
 
