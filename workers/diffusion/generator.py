@@ -118,6 +118,11 @@ class DiffusersGenerator:
             raise
         return generator
 
+    @property
+    def cpu_ns(self) -> int:
+        """See `HoldsProcesses`."""
+        return self.group.cpu_ns if self.group is not None else 0
+
     def close(self) -> None:
         """See `HoldsProcesses`."""
         if self.group is not None:
