@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -75,7 +76,10 @@ def run_command(
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         options = tyro.cli(
-            options_class, prog=f"millijoule {name}", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
+            options_class,
+            prog=f"millijoule {name}",
+            args=joined(sys.argv[1:] if argv is None else argv, options_class),
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
     except SystemExit as exit_request:
         return int(exit_request.code or 0)
@@ -92,3 +96,35 @@ def run_command(
     except KeyboardInterrupt:
         print(f"millijoule {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def joined(argv: Sequence[str], options_class: type) -> list[str]:
+    """`argv` in which an option of several values that is given twice has all of them: the parser would keep the last alone."""
+    several = _of_several_values(options_class)
+    current: list[str] = []
+    parts, given = [current], dict[str, list[str]]()
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name in several:
+            if name not in given:
+                given[name] = [name]
+                parts.append(given[name])
+            given[name] += [value] if equals else []
+            current = given[name]
+        elif word.startswith("--"):
+            current = [word]
+            parts.append(current)
+        else:
+            current.append(word)
+    return [word for part in parts for word in part]
+
+
+def _of_several_values(options_class: type) -> set[str]:
+    """Options whose values are a tuple of any length, as the command line names them; those of groups among them."""
+    found = set()
+    for name, hint in get_type_hints(options_class).items():
+        if isinstance(hint, type) and is_dataclass(hint):
+            found |= _of_several_values(hint)
+        elif get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
+            found.add(f"--{name.replace('_', '-')}")
+    return found

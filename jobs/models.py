@@ -142,6 +142,7 @@ def _pipeline(obtained: ObtainedModel, notes: list[str]) -> dict[str, Any]:
             "an image depends on its neighbours' prompts: only prompts of as many tokens share a batch"
         )
     return said | {
+        "problems": list(found.misfits),
         "width": family.width,
         "height": family.height,
         "num_inference_steps": found.num_inference_steps,

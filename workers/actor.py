@@ -217,7 +217,7 @@ def remote_worker_class(worker=ShardWorker):
 def _load(model: str, options: GeneratorOptions, device: str, cpu_threads: int) -> Generator:
     generator = load_generator(model, device=device, options=options)
     if torch := sys.modules.get("torch"):  # a generator that does without PyTorch needs no import
-        torch.set_num_threads(cpu_threads)  # the CPUs Ray counts for this worker
+        torch.set_num_threads(max(1, cpu_threads // options.ranks))  # of the CPUs Ray counts for this worker
     return generator
 
 

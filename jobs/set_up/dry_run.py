@@ -48,13 +48,18 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
     pool = pool_options(request, device, cluster)
     result = calibrate(request, images[:CALIBRATION_IMAGES], pool)
     workers = max(1, min(pool.max_workers, plan.n_shards))
-    drawn = max(1, result.images)
+    drawn, ranks = max(1, result.images), request.model.ranks
     per_image = result.seconds / drawn
     lines = [
         f"prompts     {plan.n_rows} usable, {plan.n_bad_rows} rejected",
         f"images      {plan.n_images} in {plan.n_shards} shards",
         *_model_lines(request),
         f"device      {device}",
+        *(
+            [f"ranks       {ranks} in each worker" + (", one per GPU" if pool.gpus_per_worker else "")]
+            if ranks > 1
+            else []
+        ),
         f"calibrated  {result.images} images in {result.seconds:.2f} s on one worker",
         f"time        about {clock(plan.n_images * per_image / workers)} on {workers} workers, start-up not counted",
         f"bytes       about {plan.n_images * result.encoded_bytes // drawn} of images in {request.options.output}",

@@ -49,6 +49,11 @@ def with_rungs(
         raise InputError(
             "--offload-weights: not with --quantize or --sparsity, whose weights stay on the device"
         )
+    changed = [name for name in ("fuse_qkv", "quantize", "sparsity") if getattr(rungs, name)]
+    if options.loras and changed:
+        raise InputError(
+            f"--lora and --{changed[0].replace('_', '-')} exclude each other: a LoRA changes layers that are as they were saved"
+        )
     if rungs.step_cache and (options.engine == "compile" or options.cuda_graphs):
         taken = "--cuda-graphs" if options.cuda_graphs else "--engine compile"
         raise InputError(

@@ -79,7 +79,12 @@ class GenerateOptions:
     decided and why. gpu: GPUs, or an error where none can come. cpu: never a GPU."""
 
     gpus_per_worker: float | None = None
-    """GPUs each worker asks for, may be fractional. Default: 1, or 0 on CPUs."""
+    """GPUs each worker asks for, may be fractional. Default: --ranks-per-worker, or 0 on CPUs. 2 or more, for models too large
+    for one: the denoiser of a diffusers pipeline is spread over them."""
+
+    ranks_per_worker: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Processes of each worker, one per GPU (on CPUs, one per CPU it asks for), that draw each image together: the weights of a
+    diffusers pipeline's denoiser are spread over them. Changes images by rounding. Default: --gpus-per-worker, or 1."""
 
     cpus_per_worker: float = 1.0
     """CPUs each worker asks for, and threads it computes with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
@@ -18,6 +18,7 @@ from millijoule.workers.generators.protocol import ModelIdentity
 from millijoule.workers.generators.registry import PACKAGED
 from millijoule.workers.images.formats import ImageFormat, read_image_format
 from millijoule.workers.node_meters.config import NodeMeterConfig
+from millijoule.workers.ranks.check import check_ranks
 from millijoule.workers.sources.obtain import ObtainedModel
 from millijoule.workers.sources.words import find_place
 from millijoule.workers.storage.inputs import InputFile, expand_inputs
@@ -85,6 +86,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
     source = options.model_options.obtain(
         options.model, _begun_with(options), on_gpu={"cpu": False, "gpu": True}.get(options.device)
     )
+    source = with_ranks(options, source)
     return JobRequest(
         options=options,
         resources=parse_resources(options.resources),
@@ -128,10 +130,43 @@ def _check_workers(options: GenerateOptions) -> None:
         raise InputError(f"--device cpu and --gpus-per-worker {gpus:g} exclude each other: give one of them")
     if options.device == "gpu" and gpus == 0:
         raise InputError("--device gpu and --gpus-per-worker 0 exclude each other: give one of them")
+    if (ranks := options.ranks_per_worker) is not None:
+        if ranks < 1:
+            raise InputError(f"--ranks-per-worker {ranks}: at least 1")
+        if gpus and ranks > 1 and gpus != ranks:
+            raise InputError(
+                f"--ranks-per-worker {ranks} and --gpus-per-worker {gpus:g}: each rank has one GPU of its own; "
+                "give the same number"
+            )
+        if (options.device == "cpu" or gpus == 0) and 1 < ranks > cpus:
+            raise too_few_cpus(ranks)
     if cpus != 0 and not LEAST_CPUS <= cpus < float("inf"):
         raise InputError(f"--cpus-per-worker {cpus:g}: 0, or {LEAST_CPUS:g} or more")
     if cpus == 0 and not gpus and options.device != "gpu":
         raise InputError("--cpus-per-worker 0: a worker needs a CPU or a GPU")
+
+
+def too_few_cpus(ranks: int) -> InputError:
+    """Of a worker on CPUs with so many ranks."""
+    return InputError(
+        f"--ranks-per-worker {ranks}: on CPUs each rank needs one; give --cpus-per-worker {ranks}"
+    )
+
+
+def with_ranks(options: GenerateOptions, source: ObtainedModel) -> ObtainedModel:
+    """`source`, to be spread over the ranks that `options` ask for.
+
+    Raises:
+        InputError: it cannot be spread, or not with these options.
+    """
+    ranks = options.ranks_per_worker
+    if ranks is None:
+        ranks = max(1, int(options.gpus_per_worker or 0))
+        if options.model.startswith(factories.PREFIX):
+            ranks = 1  # it may use several devices in its own way
+    source = replace(source, options=replace(source.options, ranks=ranks))
+    check_ranks(source.model, source.options)
+    return source
 
 
 def caps_of(options: GenerateOptions) -> Caps:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from millijoule.jobs.set_up import ray_cluster
 from millijoule.jobs.set_up.autoscaling import prospect
 from millijoule.jobs.set_up.ray_cluster import Cluster
-from millijoule.jobs.set_up.request import JobRequest
+from millijoule.jobs.set_up.request import JobRequest, too_few_cpus
 from millijoule.pipeline.running.cluster import words
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers.errors import InputError
@@ -53,7 +53,7 @@ def choose_device(
         return _decided(0.0, "--device cpu")
     if options.gpus_per_worker == 0:
         return _decided(0.0, "--gpus-per-worker 0")
-    gpus = options.gpus_per_worker or 1.0
+    gpus = options.gpus_per_worker or float(request.model.ranks)
     asked_by = None
     if options.device == "gpu":
         asked_by = "--device gpu"
@@ -97,11 +97,13 @@ def pool_options(request: JobRequest, device: WorkerDevice | None, cluster: Clus
     """How many workers and what each asks for, as the cluster is now; without a device there is nothing to do for any.
 
     Raises:
-        InputError: the cluster, which nobody will ever join, has no room for a worker.
+        InputError: the cluster, which nobody will ever join, has no room for a worker; or a worker asks for too few CPUs.
     """
     cpus = request.options.cpus_per_worker
     if device is None:
         return PoolOptions(0, 1, cpus, 0.0, request.resources)
+    if not device.gpus and 1 < request.model.ranks > cpus:
+        raise too_few_cpus(request.model.ranks)
     resources = {"CPU": cpus, "GPU": device.gpus, **request.resources}
     room = ray_cluster.room(resources)
     if not room and cluster.own:

@@ -1,7 +1,7 @@
-"""Rows become shards: alike in size and steps, and as far as it goes in guidance and in having a negative prompt; cut when they
+"""Rows become shards: alike in size and steps, and as far as it goes in LoRAs, guidance and having a negative prompt; cut when they
 have enough images, written as Parquet row groups.
 
-A call of a model has one guidance scale, and negative prompts for all its rows or for none."""
+A call of a model has one mix of LoRAs, one guidance scale, and negative prompts for all its rows or for none."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ MAX_WAITING_BYTES = 128 * 2**20
 #: Rows of one shard are equal in these.
 _ALIKE = ("width", "height", "num_inference_steps")
 
-#: Size and steps in one number; guidance scale; whether there is a negative prompt.
-BucketKey = tuple[int, float, bool]
+#: Size and steps in one number; mix of LoRAs; guidance scale; whether there is a negative prompt.
+BucketKey = tuple[int, str, float, bool]
 
 #: Start and end of a shard, or of what waits to become one, among rows.
 Range = tuple[int, int]
@@ -141,14 +141,16 @@ def _cut(positions: list[int], images: list[int], shard_size: int) -> list[list[
 def _bucket_keys(rows: pa.RecordBatch) -> Iterator[BucketKey]:
     """A key per row: its first part is equal where size and steps are equal, all of it where rows can share a call.
 
-    Null counts as 0 for sizes and steps, which no row may have, and as infinity for guidance.
+    Null counts as 0 for sizes and steps, which no row may have, as infinity for guidance and as no text for LoRAs.
     """
     width, height, steps = (
         pc.fill_null(rows[name], 0).to_numpy(zero_copy_only=False).astype(np.int64) for name in _ALIKE
     )
     guidance = pc.fill_null(rows["guidance_scale"], float("inf")).to_pylist()
     negative = pc.is_valid(rows["negative_prompt"]).to_pylist()
-    return zip((((width << 14) | height) << 10 | steps).tolist(), guidance, negative, strict=True)
+    loras = pc.fill_null(rows["lora"], "").to_pylist()
+    sizes = (((width << 14) | height) << 10 | steps).tolist()
+    return zip(sizes, loras, guidance, negative, strict=True)
 
 
 class ShardWriter:

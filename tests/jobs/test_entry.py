@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-from millijoule.jobs.entry import COMPLETE, USAGE, OnUnlessNo, run_command
+import pytest
+
+from millijoule.jobs.entry import COMPLETE, USAGE, OnUnlessNo, joined, run_command
+from millijoule.jobs.set_up.options import GenerateOptions
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,19 @@ def test_a_switch_that_is_turned_off_says_no_default_in_its_help(capsys):
     assert "(default: 3)" in text
     assert "True" not in text
     assert run_command("x", Options, run, ["--share"]) == USAGE
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("--lora a b=0.5 --seed 3", "--lora a b=0.5 --seed 3"),
+        ("--lora a --seed 3 --lora b=0.5", "--lora a b=0.5 --seed 3"),
+        ("--lora=a=0.5 --quiet --lora=b", "--lora a=0.5 b --quiet"),
+        ("--prompts a --lora x --prompts b c --output o", "--prompts a b c --lora x --output o"),
+        ("--seed 1 --seed 2", "--seed 1 --seed 2"),
+        ("out --help", "out --help"),
+        ("", ""),
+    ],
+)
+def test_an_option_of_several_values_may_be_given_several_times(given, read):
+    assert joined(given.split(), GenerateOptions) == read.split()

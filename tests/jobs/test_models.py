@@ -55,12 +55,15 @@ def test_what_cannot_be_counted_says_why(capsys):
 
 
 def test_a_models_size_decides_nothing_about_the_time_or_memory(folder, capsys):
-    """A denoiser of three billion parameters, of which only the header is there."""
+    """A denoiser of three billion parameters by its configuration, which its small file does not have."""
     unet = folder / "unet"
     change_json(unet / "config.json", block_out_channels=[2560, 5120])
     code, said = describe(capsys, folder)
-    assert code == 0
     assert said["gpu_weight_bytes_estimate"] > 5e9
+    assert code == 1
+    (problem,) = said["problems"]
+    assert "unet/diffusion_pytorch_model.safetensors: " in problem
+    assert "config.json makes it [" in problem
 
 
 @pytest.mark.parametrize(

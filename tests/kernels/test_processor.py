@@ -99,6 +99,8 @@ def test_a_gpu_that_emulates_it_does_not_count(monkeypatch, emulated):
 #: They list types that they read or are given, and choose none; the last three run on GPUs only, but for a rehearsal.
 NO_DECISION = {
     "kernels/triton_launch.py",
+    "workers/diffusion/outline.py",  # without storage: nothing is computed
+    "workers/engines/weight_offload.py",
     "workers/generators/un0_checkpoint.py",
     "workers/generators/saved_checkpoint.py",
     "jobs/bench/board.py",

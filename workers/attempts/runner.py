@@ -22,7 +22,7 @@ from millijoule.workers.attempts.questions import confirm, probe
 from millijoule.workers.drawing.batch_size import BatchNotes, BatchSizer
 from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator, batch_limits
 from millijoule.workers.errors import NodeError
-from millijoule.workers.generators.protocol import Generator
+from millijoule.workers.generators.protocol import Generator, HoldsProcesses
 from millijoule.workers.lease import AttemptProgress, AttemptResult, Calibration, Lease, WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.power_samples import PowerSampler
@@ -176,6 +176,8 @@ class AttemptRunner:
         """Wait until no attempt is at work, and end the threads."""
         with self._changed:
             self._changed.wait_for(lambda: not self._at_work)
+        if isinstance(self.generator, HoldsProcesses):
+            self._device.submit(self.generator.close).result()
         self._device.shutdown()
         self._encoders.close()
 

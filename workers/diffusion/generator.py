@@ -31,6 +31,7 @@ from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo, Rejection
 from millijoule.workers.loras.switch import LoraSwitch
 from millijoule.workers.pipeline_parts.model_files import read_model
+from millijoule.workers.ranks.group import RankGroup
 from millijoule.workers.scenes.prompts import parse_prompt, write_caption
 from millijoule.workers.scenes.scenes import complete
 from millijoule.workers.schemas import ImageRequest
@@ -39,17 +40,24 @@ log = logging.getLogger(__name__)
 
 
 class DiffusersGenerator:
-    """A loaded pipeline. Build with `load`; see `Generator`, `ReportsSteps`, `SizesBatches`, `SavesMemory` and `GroupsRequests`
-    for the protocols.
+    """A loaded pipeline. Build with `load`; see `Generator`, `ReportsSteps`, `SizesBatches`, `SavesMemory`, `GroupsRequests`
+    and `HoldsProcesses` for the protocols.
 
     Attributes:
         fixed_batch: whether a call of another number of rows costs a compilation or a capture: then a smaller batch is padded
             to a number of rows that was called before.
     """
 
-    def __init__(self, loaded: LoadedPipeline, options: GeneratorOptions, engine: Engine) -> None:
-        """`engine` runs the modules of the pipeline from now on."""
+    def __init__(
+        self,
+        loaded: LoadedPipeline,
+        options: GeneratorOptions,
+        engine: Engine,
+        group: RankGroup | None = None,
+    ) -> None:
+        """`engine` runs the modules of the pipeline from now on; `group`: the other ranks that hold a part of it."""
         folder = loaded.folder
+        self.group = group
         self.loaded = loaded
         self.pipeline = loaded.pipeline
         self.options = options
@@ -65,7 +73,7 @@ class DiffusersGenerator:
         self.prompts = folder.defaults.prompts
         self.family = family = describe_family(self.pipeline, str(folder.path))
         self.reader = open_prompt_reader(self.pipeline)
-        self.call = PipelineCall(loaded, family, lambda: self.on_step())
+        self.call = PipelineCall(loaded, family, lambda: self.on_step(), group)
         self._apart: set[str] = set()
         self.memory = PipelineMemory(self.pipeline, loaded.device, engine)
         self.fixed_batch = engine.fixed_shapes
@@ -97,7 +105,23 @@ class DiffusersGenerator:
         """
         folder = read_model(path, options)
         engine = open_engine(options, device)  # what it lacks is said before minutes are spent on loading
-        return DiffusersGenerator(load_pipeline(folder, device, options), options, engine)
+        if options.ranks == 1:
+            return DiffusersGenerator(load_pipeline(folder, device, options), options, engine)
+        group = RankGroup.start(str(path), device, options)
+        try:
+            loaded = load_pipeline(folder, device, options)
+            generator = DiffusersGenerator(loaded, options, engine, group)
+            log.info("rank 0 of %d: %s", options.ranks, loaded.spread_words)
+            group.join()
+        except BaseException:
+            group.close()
+            raise
+        return generator
+
+    def close(self) -> None:
+        """See `HoldsProcesses`."""
+        if self.group is not None:
+            self.group.close()
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size or a number of steps this model cannot make."""
@@ -123,7 +147,7 @@ class DiffusersGenerator:
 
     def save_memory(self) -> str | None:
         """See `SavesMemory`."""
-        return self.memory.save()
+        return self.group.together(self.memory.save) if self.group is not None else self.memory.save()
 
     def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
         """Operations per image at the default guidance (`operations.count_operations`)."""

@@ -14,6 +14,7 @@ from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.pipeline_parts.open_pipeline import open_pipeline
+from millijoule.workers.ranks.parallel import spread_module
 from millijoule.workers.rungs.apply import ClimbedRungs
 from millijoule.workers.rungs.check import check_rungs
 from millijoule.workers.rungs.precision import settle_precision
@@ -36,6 +37,7 @@ class LoadedPipeline:
         device: "cpu" or "cuda".
         mixed_precision: whether matrices and convolutions are to be multiplied in bfloat16 by autocast.
         rungs: what makes it cheaper.
+        spread_words: what this rank holds of it, where there are several.
     """
 
     pipeline: Any
@@ -44,6 +46,7 @@ class LoadedPipeline:
     device: str
     mixed_precision: bool
     rungs: ClimbedRungs
+    spread_words: str = ""
 
     @property
     def on_cpu(self) -> bool:
@@ -55,8 +58,13 @@ class LoadedPipeline:
         return self.rungs.precision.context()
 
 
-def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions) -> LoadedPipeline:
+def load_pipeline(
+    folder: PipelineFolder, device: str, options: GeneratorOptions, rank: int = 0
+) -> LoadedPipeline:
     """Load the pipeline in `folder`. Nothing is downloaded, and no code in it is run.
+
+    Args:
+        rank: of `options.ranks`, which of them this process is.
 
     Raises:
         InputError: diffusers is not installed, the directory is not a text-to-image pipeline that can be used, or a rung
@@ -73,12 +81,24 @@ def load_pipeline(folder: PipelineFolder, device: str, options: GeneratorOptions
         pipeline = open_pipeline(folder, options, precision.dtype)
         pipeline.set_progress_bar_config(disable=True)
         check_text_to_image(pipeline, folder)
+        words = _spread(pipeline, rank, options.ranks) if options.ranks > 1 else ""
         if not options.offload_weights:  # else the engine says what of it comes to the device
             pipeline.to(device)
         asked = replace(options.rungs, scheduler=None) if options.scheduler else options.rungs
         rungs = ClimbedRungs(pipeline, asked, precision)
         rungs.prepare_weights()
-    return LoadedPipeline(pipeline, folder, folder.sha256(), device, precision.mixed, rungs)
+    return LoadedPipeline(pipeline, folder, folder.sha256(), device, precision.mixed, rungs, words)
+
+
+def _spread(pipeline: Any, rank: int, ranks: int) -> str:
+    """Leave in `pipeline` what this rank computes, before it goes to a device; returns that in words."""
+    name, denoiser = next((n, m) for n in DENOISERS if (m := getattr(pipeline, n, None)) is not None)
+    spread = spread_module(denoiser, rank, ranks)
+    if not spread.spread:
+        raise InputError(
+            f"--ranks-per-worker {ranks}: nothing of this pipeline's {name} can be cut into so many parts; take 1"
+        )
+    return f"holds {spread.share:.0%} of the {name}'s {spread.all:,} weights"
 
 
 def _is_stored_in_float16(folder: PipelineFolder) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from millijoule.workers.diffusion.own_classes import own_class
 from millijoule.workers.diffusion.pipeline_call import PipelineCall, Row, Settings
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.pipeline_parts.scheduler_choice import change_scheduler, compatible_schedulers
 from millijoule.workers.rungs.apply import ClimbedRungs
@@ -48,6 +49,7 @@ class Outline:
         schedulers: names of those that can take the place of its own, which is the first.
         takes_loras: whether it can be given LoRAs.
         long_prompts: what can be done with prompts that are too long.
+        misfits: words for weights that have other shapes than their configuration says, so that they cannot be loaded.
     """
 
     family: Family
@@ -60,6 +62,7 @@ class Outline:
     schedulers: tuple[str, ...]
     takes_loras: bool
     long_prompts: tuple[str, ...]
+    misfits: tuple[str, ...]
 
 
 def outline(folder: PipelineFolder, options: GeneratorOptions) -> Outline:
@@ -97,8 +100,23 @@ def outline(folder: PipelineFolder, options: GeneratorOptions) -> Outline:
         image_bytes=PipelineMemory(pipeline, "cpu").image_bytes(family.width, family.height),
         schedulers=(type(own).__name__, *others) if own is not None else (),
         takes_loras=hasattr(pipeline, "load_lora_weights"),
+        misfits=tuple(_misfits(pipeline, folder)),
         long_prompts=tuple(w for w in ("truncate", "reject", "chunk") if _can(folder.class_name, w)),
     )
+
+
+def _misfits(pipeline: Any, folder: PipelineFolder) -> Iterator[str]:
+    """Of each network of diffusers, the first tensor whose stored shape is not the one that its configuration makes."""
+    for name, (library, _) in folder.components.items():
+        network = getattr(pipeline, name, None)
+        if library != "diffusers" or not isinstance(network, torch.nn.Module):
+            continue
+        shapes = {key: tuple(t.shape) for key, t in network.state_dict().items()}
+        for file in folder.weights.get(name, ()):
+            for key, stored in read_header(file).shapes.items() if file != folder.checkpoint else ():
+                if key in shapes and shapes[key] != stored:
+                    yield f"{file}: {key} is {list(stored)}, config.json makes it {list(shapes[key])}"
+                    break
 
 
 def _can(class_name: str, long_prompts: str) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -56,18 +57,64 @@ class Drawn:
     hidden: np.ndarray
 
 
+@dataclass(frozen=True)
+class OneCall:
+    """One call of a pipeline: all that its result depends on.
+
+    Attributes:
+        float32: compute in it, whatever precision the pipeline was loaded in.
+        seed: that torch's global generators start from.
+    """
+
+    rows: tuple[Row, ...]
+    settings: Settings
+    float32: bool = False
+    seed: int = 0
+
+
+class DrawsAlong(Protocol):
+    """Other processes that compute a part of each call of this one's pipeline (`workers.ranks`)."""
+
+    def drawing(self, call: OneCall) -> AbstractContextManager[None]:
+        """The time in which this process draws `call`: the others do, too."""
+        ...
+
+    def agree(self, step: Callable[[], None]) -> None:
+        """Call `step`, which may raise; then nobody goes on."""
+        ...
+
+
+class _Nobody:
+    """See `DrawsAlong`."""
+
+    @contextmanager
+    def drawing(self, call: OneCall) -> Iterator[None]:
+        yield
+
+    def agree(self, step: Callable[[], None]) -> None:
+        step()
+
+
 class PipelineCall:
     """Draws rows with a loaded pipeline, the noise of each from a generator of its own on the CPU.
 
     Args:
         after_step: called after each step of the pipelines that tell.
+        others: have their part in each call.
     """
 
-    def __init__(self, loaded: LoadedPipeline, family: Family, after_step: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loaded: LoadedPipeline,
+        family: Family,
+        after_step: Callable[[], None],
+        others: DrawsAlong | None = None,
+    ) -> None:
         self.loaded = loaded
         self.pipeline = loaded.pipeline
         self.family = family
         self.after_step = after_step
+        self.others = others or _Nobody()
         self.alone = False
 
     def draw(self, rows: Sequence[Row], settings: Settings, *, float32: bool = False) -> Drawn:
@@ -82,7 +129,7 @@ class PipelineCall:
             RowError: the scheduler cannot be used in so many steps.
         """
         if not self.alone:
-            drawn, mixed = self._draw(rows, settings, float32, seed=0)
+            drawn, mixed = self._draw(OneCall(tuple(rows), settings, float32))
             if not mixed:
                 return drawn
             log.warning(
@@ -90,7 +137,7 @@ class PipelineCall:
                 self.family.class_name,
             )
             self.alone = True
-        one_by_one = [self._draw([row], settings, float32, row.seed)[0] for row in rows]
+        one_by_one = [self._draw(OneCall((row,), settings, float32, row.seed))[0] for row in rows]
         return Drawn(
             *(
                 np.concatenate([getattr(d, name) for d in one_by_one])
@@ -98,19 +145,15 @@ class PipelineCall:
             )
         )
 
-    def _draw(self, rows: Sequence[Row], settings: Settings, float32: bool, seed: int) -> tuple[Drawn, bool]:
-        """What was drawn, and whether the global generators, started from `seed`, had a part in it."""
-        call = self.arguments(rows, settings)
-        self.loaded.rungs.begin(len(rows))
-        decoded: list[torch.Tensor] = []
-        seeds = [row.seed for row in rows]
-        with (
-            quiet_libraries(),
-            GlobalNoise(self.loaded.device, seed) as noise,
-            noise_per_row(self.pipeline, call["generator"], seeds),
-            watch_decoded(self.pipeline, decoded),
-        ):
-            result = self._run(call, settings, float32)
+    def draw_along(self, one: OneCall) -> None:
+        """Compute what rank 0 does in `one`, up to where the latents are decoded."""
+        self._result_of(one, {**self.arguments(one.rows, one.settings), "output_type": "latent"}, [])
+
+    def _draw(self, one: OneCall) -> tuple[Drawn, bool]:
+        """What was drawn, and whether the global generators had a part in it."""
+        rows, decoded = one.rows, list[torch.Tensor]()
+        with self.others.drawing(one):
+            result, mixed = self._result_of(one, self.arguments(rows, one.settings), decoded)
         images, finite = quantised(result.images)
         for mask in decoded:
             if len(mask) == len(finite):
@@ -119,7 +162,19 @@ class PipelineCall:
         for name in ("nsfw_content_detected", "nsfw_detected"):
             if (found := getattr(result, name, None)) is not None:
                 hidden |= np.array([bool(each) for each in found])
-        return Drawn(images, finite, hidden), noise.used
+        return Drawn(images, finite, hidden), mixed
+
+    def _result_of(self, one: OneCall, call: dict[str, Any], decoded: list[torch.Tensor]) -> tuple[Any, bool]:
+        """What the pipeline returns for the arguments `call`, and whether the global generators had a part in it."""
+        self.loaded.rungs.begin(len(one.rows))
+        with (
+            quiet_libraries(),
+            GlobalNoise(self.loaded.device, one.seed) as noise,
+            noise_per_row(self.pipeline, call["generator"], [row.seed for row in one.rows]),
+            watch_decoded(self.pipeline, decoded),
+        ):
+            result = self._run(call, one.settings, one.float32)
+        return result, noise.used
 
     def _run(self, call: dict[str, Any], settings: Settings, float32: bool) -> Any:
         try:
@@ -182,5 +237,5 @@ class PipelineCall:
         return call
 
     def _after_step(self, pipeline: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        self.after_step()
+        self.others.agree(self.after_step)
         return kept  # nothing is changed

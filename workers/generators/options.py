@@ -51,7 +51,7 @@ class GeneratorOptions:
         vae: folder or file of another decoder.
         long_prompts: what happens to a prompt that is longer than the text encoder reads.
         width, height: of images whose row says nothing, in pixels; None: the model's own.
-        devices: how many the worker has.
+        ranks: processes of one worker, each with a device, among which a denoiser is spread (`workers.ranks`).
         config: folder of a pipeline whose configurations and vocabularies serve a checkpoint in one file; its content is in
             the model's own hash.
         name: what images call the model; None: what its files say.
@@ -70,7 +70,7 @@ class GeneratorOptions:
     long_prompts: LongPrompts = "truncate"
     width: int | None = None
     height: int | None = None
-    devices: int = 1
+    ranks: int = 1
     config: str | None = None
     name: str | None = None
 
@@ -87,4 +87,4 @@ class GeneratorOptions:
 
 
 #: What does not change pixels, or is in the model's hash, as the weights of a variant and the files of `config` are.
-_ELSEWHERE = ("batch_size", "devices", "variant", "config", "name")
+_ELSEWHERE = ("batch_size", "ranks", "variant", "config", "name")

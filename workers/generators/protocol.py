@@ -113,6 +113,14 @@ class GroupsRequests(Protocol):
         """Requests of which this is equal can share a call."""
 
 
+@runtime_checkable
+class HoldsProcesses(Protocol):
+    """What a generator may have besides that computes in other processes, too."""
+
+    def close(self) -> None:
+        """End them; nothing is drawn any more."""
+
+
 @dataclass(frozen=True)
 class ModelIdentity:
     """What tells one model from another without loading it: part of a job's fingerprint."""

@@ -28,13 +28,13 @@ def cache_deep_blocks(unet: Any, position: Position, interval: int) -> None:
 
 
 def _cached(forward: Callable[..., Any], position: Position, interval: int) -> Callable[..., Any]:
-    kept: list[Any] = [None]
+    key = object()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if position.index % interval == 0:
-            kept[0] = forward(*args, **kwargs)
-            return kept[0]
+            position.kept[key] = forward(*args, **kwargs)
+            return position.kept[key]
         rows = len(args[0] if args else kwargs["hidden_states"])
-        return map_tensors(kept[0], lambda x: x[-rows:])
+        return map_tensors(position.kept[key], lambda x: x[-rows:])
 
     return run

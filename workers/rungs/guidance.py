@@ -36,7 +36,6 @@ def truncate_guidance(
         captured: whether an engine replays the denoiser's calls: what is left out is then left out before it sees them.
     """
     forward: Callable[..., Any] = denoiser._compiled_call_impl if captured else denoiser.forward  # type: ignore[assignment]
-    kept: list[Any] = [None]
 
     def rows_with_prompt(*args: Any, **kwargs: Any) -> Any:
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
@@ -49,9 +48,9 @@ def truncate_guidance(
     def call_with_prompt(*args: Any, **kwargs: Any) -> Any:
         position.calls += 1
         if position.calls == 2 and position.is_past(until):
-            return kept[0]
-        kept[0] = forward(*args, **kwargs)
-        return kept[0]
+            return position.kept[call_with_prompt]
+        position.kept[call_with_prompt] = forward(*args, **kwargs)
+        return position.kept[call_with_prompt]
 
     less = rows_with_prompt if in_one_batch else call_with_prompt
     if captured:

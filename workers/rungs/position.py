@@ -18,6 +18,7 @@ class Position:
         rows: images of the running call.
         index: of the running step, from 0.
         calls: of the denoiser in the running step, so far.
+        kept: what rungs keep of earlier steps of the running call, each under a key of its own; gone after the last step.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -25,10 +26,12 @@ class Position:
         self.rows = 0
         self.index = 0
         self.calls = 0
+        self.kept: dict[object, Any] = {}
 
     def begin(self, rows: int) -> None:
         """A call for `rows` images begins."""
         self.rows, self.index, self.calls = rows, 0, 0
+        self.kept.clear()
         scheduler = self._pipeline.scheduler
         if not hasattr(scheduler.step, "counts_for"):
             self._follow(scheduler)
@@ -54,6 +57,8 @@ class Position:
         def count(*args: Any, **kwargs: Any) -> Any:
             self.index += 1
             self.calls = 0
+            if self.index >= self.total:  # the decoder needs the memory
+                self.kept.clear()
             return step(*args, **kwargs)
 
         count.counts_for = self  # type: ignore[attr-defined]

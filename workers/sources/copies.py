@@ -13,6 +13,7 @@ from pathlib import Path
 from millijoule.workers.errors import NodeError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.layout import MODEL_PREFIX
 from millijoule.workers.sources.node_cache import WantedFile, cache_folder, content_entry, fetch_once
 from millijoule.workers.storage.open import open_store
 from millijoule.workers.storage.protocol import Store
@@ -39,7 +40,7 @@ class ModelCopy:
 
 def copy_key(files: Sequence[WantedFile]) -> str:
     """The prefix of a job's output under which the driver puts files for nodes that do not see them."""
-    return f"_job/model/{content_entry(files)}"
+    return f"{MODEL_PREFIX}{content_entry(files)}"
 
 
 def put_copy(store: Store, copy: ModelCopy) -> ModelCopy:

@@ -154,7 +154,8 @@ def _diffusion_folder(model: str, options: GeneratorOptions) -> PipelineFolder |
 
 def _held_by(model: str) -> tuple[str, ...]:
     """Components whose weights the checkpoint `model` has, so that no folder of configurations needs them."""
-    path = model_path(model)
+    if model.startswith(factories.PREFIX) or not is_pipeline(path := model_path(model)):
+        raise InputError(f"--config: {model} is not a diffusion pipeline, only those take it")
     if path.is_dir():
         raise InputError(
             f"--config: {model} is a folder with its own configurations; only a single file takes one"

@@ -10,6 +10,7 @@ from millijoule.jobs.options.rates import RateOptions
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.request import UNCALIBRATED_SHARD_SIZE, request_of
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.registry import PACKAGED
 
 
 @pytest.fixture
@@ -105,3 +106,56 @@ def test_the_words_of_delimiters(options):
 
     found = [delimiter(t) for t in (None, ";", "semicolon", "Tab", "\\t", "pipe", "comma", "\t")]
     assert found == [None, ";", ";", "\t", "\t", "|", ",", "\t"]
+
+
+BASELINE = str(PACKAGED["baseline"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks"),
+    [
+        ({}, 1),
+        ({"gpus_per_worker": 0.5}, 1),
+        ({"gpus_per_worker": 2}, 2),
+        ({"gpus_per_worker": 2, "ranks_per_worker": 1}, 1),
+        ({"ranks_per_worker": 3}, 3),
+        ({"ranks_per_worker": 2, "cpus_per_worker": 2, "device": "cpu"}, 2),
+    ],
+)
+def test_a_worker_has_a_rank_per_gpu_unless_told_otherwise(options, changes, ranks):
+    request = request_of(replace(options, model=BASELINE, **changes))
+    assert request.model.ranks == ranks
+    assert "ranks" not in request.model.identity()  # a job may go on with another number
+
+
+def test_a_factory_has_its_gpus_for_itself(options):
+    assert request_of(replace(options, gpus_per_worker=2)).model.ranks == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ranks_per_worker": 0}, "--ranks-per-worker 0: at least 1"),
+        ({"ranks_per_worker": 2, "gpus_per_worker": 0.5}, "each rank has one GPU of its own"),
+        ({"ranks_per_worker": 2, "gpus_per_worker": 4}, "give the same number"),
+        ({"ranks_per_worker": 2, "device": "cpu"}, "on CPUs each rank needs one; give --cpus-per-worker 2"),
+        ({"ranks_per_worker": 2, "model": "default"}, "default is not a diffusion pipeline"),
+        ({"gpus_per_worker": 2, "model": "default"}, "default is not a diffusion pipeline"),
+        ({"ranks_per_worker": 2, "model": "python:support.models:plain"}, "is not a diffusion pipeline"),
+        (
+            {"ranks_per_worker": 2, "model_options": ModelOptions(engine="compile")},
+            "--ranks-per-worker 2: not together with --engine compile",
+        ),
+        (
+            {"ranks_per_worker": 2, "model_options": ModelOptions(offload_weights=True)},
+            "not together with --offload-weights",
+        ),
+        (
+            {"ranks_per_worker": 2, "model_options": ModelOptions(quantize="int8")},
+            "not together with --quantize",
+        ),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused_by_name(options, changes, words):
+    with pytest.raises(InputError, match=words):
+        request_of(replace(options, **({"model": BASELINE} | changes)))

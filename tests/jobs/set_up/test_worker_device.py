@@ -72,7 +72,9 @@ def test_a_persons_word_comes_first(cluster, heavy):
     assert choose(replace(heavy, device="cpu")) == WorkerDevice(0.0, "--device cpu")
     assert choose(replace(heavy, gpus_per_worker=0)) == WorkerDevice(0.0, "--gpus-per-worker 0")
     assert choose(replace(OPTIONS, gpus_per_worker=0.5)) == WorkerDevice(0.5, "--gpus-per-worker 0.5")
-    assert choose(replace(OPTIONS, device="gpu", gpus_per_worker=2)) == WorkerDevice(2, "--device gpu")
+    assert choose(replace(heavy, device="gpu", gpus_per_worker=2, ranks_per_worker=1)) == WorkerDevice(
+        2, "--device gpu"
+    )
     cluster(0)
     assert choose(replace(heavy, device="cpu")).gpus == 0
 
@@ -175,3 +177,14 @@ def test_workers_are_as_many_as_fit_unless_somebody_says(monkeypatch, caplog):
     assert pool(7, to_come, workers="2:4") == PoolOptions(2, 4, 1.0, 1.0, {"spot": 1.0}, at_once=7)
     nothing = pool(7, None)
     assert (nothing.min_workers, nothing.gpus_per_worker) == (0, 0.0)
+
+
+def test_a_worker_of_several_ranks_asks_for_a_gpu_or_a_cpu_for_each(cluster, heavy):
+    cluster(4)
+    asked = replace(heavy, ranks_per_worker=2)
+    assert choose(asked).gpus == 2.0
+    cluster(0)
+    light = replace(asked, device="auto", model=str(PACKAGED["baseline"]), cpus_per_worker=1.0)
+    on_cpus = WorkerDevice(0.0, "there is no GPU")
+    with pytest.raises(InputError, match="--ranks-per-worker 2: on CPUs each rank needs one"):
+        pool_options(request_of(light), on_cpus, HEAD)

@@ -1,5 +1,7 @@
 """A column `lora` chooses among the LoRAs that the command declares, and means nothing where it declares none."""
 
+from itertools import pairwise
+
 import pyarrow.parquet as pq
 import pytest
 
@@ -56,6 +58,21 @@ def test_without_declared_ones_the_column_is_passed_through_as_ever(planned, cap
     assert (made.n_rows, bad) == (6, [])
     assert {r["lora"] for r in rows} == {None}
     assert "not used: LoRA (passed through)" in caplog.text
+
+
+def test_rows_of_one_mix_are_neighbours_in_a_shard(tmp_path):
+    source = tmp_path / "p.csv"
+    cells = ("ink", "paint", "none", "")
+    source.write_text("prompt,lora\n" + "".join(f"p{i},{cells[i % 4]}\n" for i in range(40)))
+    store = open_store(str(tmp_path / "out"))
+    plan_job(expand_inputs([str(source)]), PlanOptions(shard_size=8, loras=DECLARED), store, {})
+    (part,) = (tmp_path / "out").glob("_job/plan-*/part-*.parquet")
+    file = pq.ParquetFile(part)
+    shards = [file.read_row_group(i)["lora"].to_pylist() for i in range(file.num_row_groups)]
+    changes = [sum(a != b for a, b in pairwise(loras)) for loras in shards]
+    assert sum(map(len, shards)) == 40
+    assert sorted(changes)[:4] == [0, 0, 0, 0]  # of each mix, one full shard
+    assert sum(changes) == 3  # what is left of them shares one, in order
 
 
 def test_ids_do_not_depend_on_the_option(planned):

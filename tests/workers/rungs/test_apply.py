@@ -4,16 +4,18 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from support.tiny_loras import save_lora
 from support.tiny_pipelines import SIZES, tiny_pipeline
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.generators.options import GeneratorOptions, LoraChoice
 from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.rungs.apply import ClimbedRungs
 from millijoule.workers.rungs.precision import SettledPrecision, settle_precision
 from millijoule.workers.rungs.rungs import Rungs
 from millijoule.workers.rungs.weights import quantize, two_of_four
 from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.sources.obtain import obtain_model
 
 STEPS = 6
 PROMPTS = ("a red cat", "two blue stars on a white house", "a moon")
@@ -178,6 +180,33 @@ def test_what_one_row_is_rounded_to_does_not_depend_on_another():
     rows = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
     alone = network(rows[:1])
     assert torch.equal(network(torch.stack([rows[0], 1000 * rows[1]]))[:1], alone)
+
+
+def test_a_lora_changes_what_runs_with_rungs(tmp_path):
+    file = save_lora(tiny_pipeline("sd15"), tmp_path / "ink.safetensors", 2)
+    rungs = Rungs(precision="bfloat16", guidance_until=0.5, step_cache="deep", channels_last=True)
+    found = obtain_model(
+        str(tiny_pipeline("sd15")), GeneratorOptions(rungs=rungs, loras=(LoraChoice(str(file)),))
+    )
+    generator = load_generator(found.model, options=found.options)
+    with_it, without = (generator.generate(requests(1, lora=mix)).images for mix in (None, "none"))
+    assert levels_apart(with_it, without) > ROUNDING
+    assert np.array_equal(generator.generate(requests(1, lora=None)).images, with_it)
+
+
+def test_what_is_kept_of_a_call_is_gone_when_its_steps_are():
+    pipeline, ladder, _ = climbed("sd15", Rungs(step_cache="deep", scheduler="DDIMScheduler"))
+    ladder.begin(2)
+    seen = []
+    decode = pipeline.vae.decode
+
+    def look(*args, **kwargs):
+        seen.append(len(ladder._position.kept))
+        return decode(*args, **kwargs)
+
+    pipeline.vae.decode = look
+    call("sd15", pipeline)
+    assert seen == [0]
 
 
 def test_operations_follow_what_is_left_out():

@@ -8,6 +8,7 @@ import sys
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.tiny_loras import save_lora
 from support.tiny_pipelines import tiny_pipeline
 
 from millijoule.jobs.options.model import ModelOptions
@@ -121,6 +122,22 @@ def test_models_without_rungs_say_so():
         ModelOptions(guidance_until=0.5).obtain("default")
     with pytest.raises(InputError, match="neither none, lossless, balanced, max nor a file"):
         ModelOptions(optimize="fastest").obtain("baseline")
+
+
+def test_what_an_engine_cannot_bear_is_refused():
+    for options, message in (
+        (ModelOptions(step_cache="deep", engine="compile"), "--step-cache deep and --engine compile"),
+        (ModelOptions(step_cache="deep", cuda_graphs=True), "--step-cache deep and --cuda-graphs"),
+        (ModelOptions(quantize="int8", offload_weights=True), "--offload-weights: not with --quantize"),
+    ):
+        with pytest.raises(InputError, match=message):
+            options.obtain("baseline")
+
+
+def test_a_lora_and_layers_that_are_not_as_they_were_saved_exclude_each_other(tmp_path):
+    lora = str(save_lora(tiny_pipeline("sd15"), tmp_path / "ink.safetensors", 2))
+    with pytest.raises(InputError, match="--lora and --fuse-qkv"):
+        ModelOptions(lora=(lora,), fuse_qkv=True).obtain(str(tiny_pipeline("sd15")))
 
 
 def test_refusals_need_no_torch():

@@ -15,12 +15,15 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from support.interpreted import interpreted
 from support.networks import draw, first_call, interpreted_call, load, networks
-from support.tiny_pipelines import FAMILIES
+from support.tiny_pipelines import FAMILIES as ALL_FAMILIES
 from torch import nn
 
 from millijoule.workers.engines.injection import fused as fused_forms
 from millijoule.workers.engines.injection import policy
 from millijoule.workers.engines.injection.policy import fused_modules, inject
+
+#: All but one that diffusers itself does not load; its parts are none of those that are fused.
+FAMILIES = [family for family in ALL_FAMILIES if family != "wuerstchen"]
 
 #: Of 255 levels: what float32's roundings leave after two steps.
 LEVELS = 0.05

@@ -1,0 +1,213 @@
+"""A group of two ranks when things go wrong: in one of them, in both, and when it is to end."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from support.tiny_pipelines import SIZES, tiny_pipeline
+from torch import distributed as dist
+
+from millijoule.workers.diffusion.generator import DiffusersGenerator
+from millijoule.workers.diffusion.pipeline_call import PipelineCall
+from millijoule.workers.drawing.batch_size import BatchSizer
+from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator, batch_limits
+from millijoule.workers.errors import NodeError, SickWorkerError
+from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.generators.protocol import GeneratedBatch
+from millijoule.workers.ranks.rank_main import Rank
+from millijoule.workers.schemas import ImageRequest
+
+SIDE = SIZES["sd15"]
+
+
+def request(i, steps=2, **fields):
+    return ImageRequest(
+        "p", i, "a red dog", seed=i, width=SIDE, height=SIDE, num_inference_steps=steps, **fields
+    )
+
+
+def load(ranks=2):
+    return DiffusersGenerator.load(
+        tiny_pipeline("sd15"), options=GeneratorOptions(engine="eager", ranks=ranks)
+    )
+
+
+@pytest.fixture
+def patched(monkeypatch, forked_ranks):
+    """`patched(change)`: a generator of two ranks, the second of which has `change(monkeypatch)` done to it."""
+    made = []
+
+    def make(change=lambda patch: None):
+        with (
+            monkeypatch.context() as patch
+        ):  # the fork takes it along; this process has it no more once it has forked
+            change(patch)
+            generator = load()
+        made.append(generator)
+        return generator
+
+    yield make
+    for generator in made:
+        generator.close()
+
+
+def failing_once(error, *, rank, rows=1):
+    """Rank `rank` raises `error` in its first step of the first call with more than `rows` rows."""
+
+    def change(patch):
+        original = PipelineCall._after_step
+        parent = os.getpid()
+
+        def step(self, *args):
+            here = 0 if os.getpid() == parent else 1
+            if here == rank and args[3]["latents"].shape[0] > rows and not getattr(self, "raised", False):
+                self.raised = True
+                raise error
+            return original(self, *args)
+
+        patch.setattr(PipelineCall, "_after_step", step)
+
+    return change
+
+
+def fitted(generator):
+    return FittedGenerator(generator, BatchSizer(batch_limits(generator, 4)))
+
+
+def test_memory_that_runs_out_in_one_rank_halves_the_batches_of_all(patched):
+    expected = load(1).generate([request(i) for i in range(4)]).images
+    generator = patched(failing_once(MemoryError("rank 1 is full"), rank=1))
+    drawing = fitted(generator)
+    parts = list(drawing.isolate([request(i) for i in range(4)], lambda: pytest.fail("no row is suspect")))
+    assert [len(part) for part, _ in parts] == [2, 2]
+    images = np.concatenate([outcome.images for _, outcome in parts])
+    assert np.abs(images.astype(int) - expected).max() <= 1
+
+
+def test_a_rank_that_fails_where_another_does_not_is_sick_and_no_row_is_to_blame(patched):
+    generator = patched(failing_once(ValueError("a bad card"), rank=1))
+    with pytest.raises(
+        SickWorkerError, match="rank 1 of 2 fails where another does not: ValueError: a bad card"
+    ):
+        list(fitted(generator).isolate([request(0), request(1)], lambda: None))
+    assert generator.generate([request(0)]).images.any()  # the group stands again
+
+
+@pytest.mark.parametrize("in_all_ranks", [True, False])
+def test_what_this_rank_raises_is_the_row_s(patched, monkeypatch, in_all_ranks):
+    original = PipelineCall.arguments
+
+    def arguments(self, rows, settings):
+        if any(row.seed == 1 for row in rows):
+            raise ValueError("cannot draw this")
+        return original(self, rows, settings)
+
+    def change(patch):
+        if in_all_ranks:
+            patch.setattr(PipelineCall, "arguments", arguments)
+
+    generator = patched(change)
+    monkeypatch.setattr(PipelineCall, "arguments", arguments)
+    healthy = []
+    parts = list(fitted(generator).isolate([request(i) for i in range(3)], lambda: healthy.append(1)))
+    outcomes = {r.seed: outcome for part, outcome in parts for r in part}
+    assert str(outcomes[1]) == "cannot draw this"
+    assert all(isinstance(outcomes[i], GeneratedBatch) for i in (0, 2))
+    assert healthy  # the caller was asked whether this device still works
+
+
+def test_a_call_that_is_called_off_ends_between_two_steps_in_all_ranks(patched, monkeypatch):
+    steps = []
+
+    def change(patch):
+        def along(self, one):
+            original(self, one)
+            raise AssertionError("rank 1 went on to the end")
+
+        original = PipelineCall.draw_along
+        patch.setattr(PipelineCall, "draw_along", along)
+
+    generator = patched(change)
+
+    def on_step():
+        steps.append(1)
+        if len(steps) == 2:
+            raise AttemptCancelled
+
+    generator.on_step = on_step
+    with pytest.raises(AttemptCancelled):
+        generator.generate([request(0, steps=6)])
+    assert len(steps) == 2
+    steps.extend([1] * 10)
+    with pytest.raises(SickWorkerError, match="went on to the end"):  # it answers, and draws again
+        generator.generate([request(0)])
+
+
+def test_a_rank_that_dies_ends_the_call_at_once_and_is_named(patched):
+    generator = patched()
+    (member,) = generator.group.members
+    generator.on_step = lambda: os.kill(member.process.pid, signal.SIGKILL)
+    with pytest.raises(SickWorkerError, match=r"rank 1 of 2 has ended \(SIGKILL\)"):
+        list(fitted(generator).isolate([request(0, steps=4)], lambda: None))
+    with pytest.raises(SickWorkerError, match="SIGKILL"):
+        generator.generate([request(0)])
+
+
+def test_memory_savers_are_taken_by_all_ranks(patched):
+    generator = patched()
+    expected = generator.generate([request(0)]).images
+    for words in ("VAE slicing", "VAE tiling"):
+        assert generator.save_memory().startswith(words)
+    assert np.abs(generator.generate([request(0)]).images.astype(int) - expected).max() <= 1
+
+
+def test_a_rank_that_cannot_load_is_named_and_nothing_is_left(forked_ranks, monkeypatch):
+    threads, before = threading.active_count(), dict(os.environ)
+
+    def fail(self, task):
+        raise OSError("no such device")
+
+    monkeypatch.setattr(Rank, "__init__", fail)
+    with pytest.raises(NodeError, match="rank 1 of 2 cannot load the model: OSError: no such device"):
+        load()
+    assert_nothing_is_left(threads, before)
+
+
+def test_a_closed_group_leaves_nothing_behind(forked_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    threads, before = threading.active_count(), dict(os.environ)
+    generator = load()
+    generator.generate([request(0)])
+    assert dist.is_initialized()
+    generator.close()
+    assert list(tmp_path.glob("millijoule-ranks-*")) == []
+    assert_nothing_is_left(threads, before)
+
+
+def test_two_groups_of_a_node_do_not_meet(patched):
+    """Each has its own file to meet in; this process leaves one to be in another."""
+    first = patched()
+    point = first.group._folder
+    first.close()
+    second = patched()
+    assert second.group._folder != point
+    assert second.generate([request(0)]).images.any()
+
+
+def assert_nothing_is_left(threads, environment):
+    assert not dist.is_initialized()
+    assert dict(os.environ) == environment
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (threading.active_count() > threads or _children()):
+        time.sleep(0.05)
+    assert threading.active_count() <= threads
+    assert _children() == []
+
+
+def _children():
+    return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
