@@ -73,7 +73,8 @@ def _load_encoders(folder: PipelineFolder, names: Collection[str], shown: Path, 
     return {
         name: _load_part(folder, name, shown, dtype)
         for name in sorted(names)
-        if isinstance(kind := _class_of(folder, name), type) and issubclass(kind, transformers.PreTrainedModel)
+        if isinstance(kind := _class_of(folder, name), type)
+        and issubclass(kind, transformers.PreTrainedModel)
     }
 
 
@@ -100,9 +101,9 @@ def _class_of(folder: PipelineFolder, name: str) -> Any:
 def _check_complete(pipeline: Any, place: Path) -> None:
     """Raise InputError where a network of diffusers was left without some of its weights: these stay on the meta device."""
     for name, part in pipeline.components.items():
-        if callable(getattr(part, "state_dict", None)) and hasattr(part, "named_parameters"):
-            if missing := [key for key, tensor in part.named_parameters() if tensor.is_meta]:
-                raise _incomplete(place / name if place.is_dir() else place, missing)
+        parameters = part.named_parameters() if hasattr(part, "named_parameters") else ()
+        if missing := [key for key, tensor in parameters if tensor.is_meta]:
+            raise _incomplete(place / name if place.is_dir() else place, missing)
 
 
 def _incomplete(place: Path, missing: list[str]) -> InputError:
