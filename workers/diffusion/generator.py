@@ -86,7 +86,7 @@ class DiffusersGenerator:
             sha256=loaded.sha256,
             width=width,
             height=height,
-            num_inference_steps=options.rungs.steps or folder.defaults.num_inference_steps,
+            num_inference_steps=options.rungs.steps or folder.num_inference_steps,
             batch_size=options.batch_size or self.memory.limits(width, height).first,
         )
 
