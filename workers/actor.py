@@ -22,7 +22,7 @@ from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.factory_model import check_factory_model
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import Generator
+from millijoule.workers.generators.protocol import Generator, HoldsProcesses
 from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.layout import JOB_KEY, worker_key
 from millijoule.workers.lease import (
@@ -113,6 +113,8 @@ class ShardWorker:
         device = device_thread()
         loading = device.submit(_load, model, options, "cuda" if gpus else "cpu", config.cpu_threads)
         generator = loading.result()
+        if isinstance(generator, HoldsProcesses):
+            meter.cpu_ns_elsewhere = lambda: generator.cpu_ns
         _check_model(config, describe_model(model, options).sha256, worker.host)
         if config.output_url:
             check_factory_model(store, config, generator.info.sha256)

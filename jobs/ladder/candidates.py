@@ -48,7 +48,7 @@ def candidates(folder: PipelineFolder, *, on_gpu: bool, decoder: ModelPart | Non
 
     `decoder` is a smaller one to try in the place of the pipeline's own.
     """
-    steps = folder.defaults.num_inference_steps
+    steps = folder.num_inference_steps
     fewer = list(dict.fromkeys(max(2, round(steps * part)) for part in STEPS if steps * part >= 1))
     solver = "" if samples_flow(folder) else "DPMSolverMultistepScheduler"
     is_unet = denoiser_of(folder)[1].startswith("UNet")

@@ -97,10 +97,11 @@ def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], u
         for name, option in _IDENTITY.items()
         if getattr(existing, name) != asked[name]
     ]
+    was, now = _as_given(existing.model_options), _as_given(asked["model_options"])
     changed += [
-        f"--{name.replace('_', '-')} was {existing.model_options.get(name, 'the default')}, now {asked['model_options'].get(name, 'the default')}"
-        for name in sorted(existing.model_options.keys() | asked["model_options"].keys())
-        if existing.model_options.get(name) != asked["model_options"].get(name)
+        f"--{name.replace('_', '-')} was {was.get(name, 'the default')}, now {now.get(name, 'the default')}"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name)
     ]
     if existing.model_sha256 != asked["model_sha256"] and existing.model != asked["model"]:
         changed[0] = f"--model was {existing.model}, now {asked['model']}"
@@ -159,3 +160,16 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container user without a name
         return str(os.getuid())
+
+
+def _as_given(model_options: dict[str, Any]) -> dict[str, str]:
+    """`JobSpec.model_options` by the names of the command line's options; files by the beginning of their SHA-256."""
+    given = {}
+    for name, value in (model_options | model_options.get("rungs", {})).items():
+        if name == "loras":
+            given["lora"] = " ".join(
+                f"{part['name']}={part['weight']:g} ({part['sha256'][:12]})" for part in value
+            )
+        elif name != "rungs":
+            given[name] = value["sha256"][:12] if isinstance(value, dict) else str(value)
+    return given

@@ -229,6 +229,12 @@ class WorkerPool:
             self._waiting_since = now
         elif now - self._waiting_since > CAPACITY_NOTICE_S:
             self._waiting_since = now
+            there = sum(w.node is not None for w in self.workers.values())
+            if there:
+                log.warning(
+                    "waiting: workers there: %d, none has loaded its model and drawn its first image", there
+                )
+                return
             log.warning(
                 "waiting for the cluster: %d workers asked for (%s each), none running yet",
                 *(len(self.workers), words(self.options.asked)),

@@ -16,6 +16,7 @@ from millijoule.jobs import generate
 from millijoule.workers.diffusion.generator import DiffusersGenerator
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.images.readers import read_provenance
 from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.storage.open import open_store
 
@@ -152,3 +153,20 @@ def test_what_changes_pixels_is_part_of_the_job(job, tmp_path):
     with pytest.raises(InputError, match="--long-prompts chunk: StableDiffusion3Pipeline"):
         job(tiny_pipeline("sd3"), rows, tmp_path / "other", long_prompts="chunk")
     assert not (tmp_path / "other").exists()
+
+
+def test_each_of_four_images_of_a_prompt_can_be_drawn_again_from_what_its_file_says(job, tmp_path):
+    rows = [{"prompt_id": "p", "prompt": "a red dog", "num_inference_steps": 2}]
+    assert job(quick("sd15", tmp_path), rows, images_per_prompt=4, format="files").images == 4
+    options = GeneratorOptions(engine="eager", width=64, height=64)
+    generator = DiffusersGenerator.load(tiny_pipeline("sd15"), options=options)
+    seeds = set()
+    for row in manifest(tmp_path / "out"):
+        encoded = (tmp_path / "out" / row["path"]).read_bytes()
+        _, said = read_provenance(encoded)
+        request = ImageRequest("", 0, said["prompt"], said["seed"], num_inference_steps=2)
+        alone = generator.generate([request]).images[0]
+        kept = np.asarray(Image.open(io.BytesIO(encoded)))
+        assert np.abs(alone.astype(int) - kept.astype(int)).max() <= 1
+        seeds.add(said["seed"])
+    assert len(seeds) == 4

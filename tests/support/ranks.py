@@ -22,20 +22,20 @@ class ForkedProcess:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._code: int | None = None
+        self.returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
         deadline = time.monotonic() + (timeout or 60)
-        while self._code is None:
+        while self.returncode is None:
             with suppress(ChildProcessError):
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
                 if pid:
-                    self._code = os.waitstatus_to_exitcode(status)
+                    self.returncode = os.waitstatus_to_exitcode(status)
                     break
             if time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired("rank", timeout or 60)
             time.sleep(0.005)
-        return self._code
+        return self.returncode
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):

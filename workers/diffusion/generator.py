@@ -23,7 +23,7 @@ from millijoule.workers.diffusion.precision import is_narrow
 from millijoule.workers.diffusion.prompt_chunks import count_chunks
 from millijoule.workers.diffusion.prompt_tokens import open_prompt_reader
 from millijoule.workers.drawing.batch_shapes import BatchShapes
-from millijoule.workers.drawing.out_of_memory import is_out_of_memory
+from millijoule.workers.drawing.out_of_memory import is_out_of_memory, release_memory
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.errors import InputError, RowError
@@ -86,7 +86,7 @@ class DiffusersGenerator:
             sha256=loaded.sha256,
             width=width,
             height=height,
-            num_inference_steps=options.rungs.steps or folder.defaults.num_inference_steps,
+            num_inference_steps=options.rungs.steps or folder.num_inference_steps,
             batch_size=options.batch_size or self.memory.limits(width, height).first,
         )
 
@@ -117,6 +117,11 @@ class DiffusersGenerator:
             group.close()
             raise
         return generator
+
+    @property
+    def cpu_ns(self) -> int:
+        """See `HoldsProcesses`."""
+        return self.group.cpu_ns if self.group is not None else 0
 
     def close(self) -> None:
         """See `HoldsProcesses`."""
@@ -205,9 +210,11 @@ class DiffusersGenerator:
         try:
             with self.engine.plain():
                 drawn = self.call.draw([self._row(request)], settings, float32=True)
-        except Exception as error:  # a network that knows no other precision, say
+        except Exception as error:
+            # of a network that knows no other precision; or no memory: this row is none in the job's precision, and a worker
+            # with more memory is asked, but the job's other rows need neither savers nor another node for it
             if is_out_of_memory(error):
-                raise  # smaller batches and savers make room
+                release_memory()
             why = f"pixels are not finite numbers, and cannot be drawn in float32: {error}"
             return Rejection("quarantined", why[:500])
         if not drawn.finite[0]:

@@ -83,7 +83,7 @@ def outline(folder: PipelineFolder, options: GeneratorOptions) -> Outline:
             change_scheduler(pipeline, options.scheduler)
         family = describe_family(pipeline, str(folder.path))
         guidance = folder.defaults.guidance_scale
-        steps = folder.defaults.num_inference_steps
+        steps = folder.num_inference_steps
         operations, why = _count(pipeline, folder, family, steps, guidance)
     networks = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
     tensors = [t for m in networks for t in (*m.parameters(), *m.buffers())]

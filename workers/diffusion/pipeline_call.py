@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -198,14 +199,12 @@ class PipelineCall:
             raise
 
     def _scheduler_at_fault(self, error: BaseException) -> str | None:
-        """The class of the scheduler that `error` comes from, or speaks of."""
+        """The class of the scheduler that `error` comes from, or speaks of, or whose answer the pipeline did not expect."""
         classes = [type(part) for part in self.pipeline.components.values() if hasattr(part, "set_timesteps")]
-        files = set()
-        trace = error.__traceback__
-        while trace is not None:
-            files.add(trace.tb_frame.f_globals.get("__name__"))
-            trace = trace.tb_next
-        return next((c.__name__ for c in classes if c.__module__ in files or c.__name__ in str(error)), None)
+        modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        named = (c.__name__ for c in classes if c.__module__ in modules or c.__name__ in str(error))
+        asked = "self.scheduler." in (traceback.extract_tb(error.__traceback__)[-1].line or "")
+        return next(named, type(self.pipeline.scheduler).__name__ if asked else None)
 
     def arguments(self, rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
         """Arguments of the call."""

@@ -36,6 +36,36 @@ INDEX, DEFAULTS = "model_index.json", "millijoule.json"
 #: Files that can run code when they are read. They are never read; a component that has only these is refused.
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 
+#: How many steps a pipeline takes that is not told, where that is not `USUAL_STEPS`: the default of its `__call__` in diffusers.
+#: Written down here so that a job is planned without importing diffusers.
+OWN_STEPS: Mapping[str, int] = {
+    "AmusedPipeline": 12,
+    "BriaFiboPipeline": 30,
+    "BriaPipeline": 30,
+    "ChromaPipeline": 35,
+    "Cosmos2TextToImagePipeline": 35,
+    "FluxPipeline": 28,
+    "IFPipeline": 100,
+    "Kandinsky3Pipeline": 25,
+    "KandinskyCombinedPipeline": 100,
+    "KandinskyV22CombinedPipeline": 100,
+    "LatentConsistencyModelPipeline": 4,
+    "Lumina2Pipeline": 30,
+    "LuminaPipeline": 30,
+    "PRXPipeline": 28,
+    "PixArtAlphaPipeline": 20,
+    "PixArtSigmaPAGPipeline": 20,
+    "PixArtSigmaPipeline": 20,
+    "SanaPAGPipeline": 20,
+    "SanaPipeline": 20,
+    "SanaSprintPipeline": 2,
+    "StableCascadeCombinedPipeline": 12,
+    "StableDiffusion3PAGPipeline": 28,
+    "StableDiffusion3Pipeline": 28,
+    "WuerstchenCombinedPipeline": 12,
+}
+USUAL_STEPS = 50
+
 #: `prompts` in millijoule.json: the pipeline reads captions of icon scenes (`scenes.prompts.write_caption`). Prompts are parsed,
 #: and what they leave open is settled from the image's seed, as for the oscillator model.
 ICON_SCENES: Literal["icon scenes"] = "icon scenes"
@@ -46,7 +76,7 @@ class PipelineDefaults:
     """What millijoule.json may say of a pipeline."""
 
     name: Annotated[str, Meta(min_length=1)] | None = None  # None: that of the directory
-    num_inference_steps: Annotated[int, Meta(ge=1, le=1000)] = 50
+    num_inference_steps: Annotated[int, Meta(ge=1, le=1000)] | None = None  # None: the pipeline's own default
     guidance_scale: Annotated[float, Meta(ge=0, lt=1e6)] | None = None  # None: the pipeline's own default
     prompts: Literal["icon scenes"] | None = None  # None: the pipeline gets prompts as they are
 
@@ -77,13 +107,20 @@ class PipelineFolder:
     absent: tuple[str, ...] = ()
     checkpoint: Path | None = None
 
+    @property
+    def num_inference_steps(self) -> int:
+        """Steps of a request that does not say: what millijoule.json says, else the pipeline's own default."""
+        return self.defaults.num_inference_steps or OWN_STEPS.get(self.class_name, USUAL_STEPS)
+
     def sha256(self) -> str:
-        """The hash over all files, each by relative path and content."""
+        """The hash over all files, each by relative path and content, and over the steps where no file says them."""
         whole = hashlib.sha256()
         for name, file in sorted((f.relative_to(self.path).as_posix(), f) for f in self.files):
             whole.update(f"{name}\0{file_sha256(file)}\n".encode())
         if self.checkpoint is not None:
             whole.update(f"\0{file_sha256(self.checkpoint)}\n".encode())
+        if self.defaults.num_inference_steps is None and self.num_inference_steps != USUAL_STEPS:
+            whole.update(f"\0{self.num_inference_steps} steps\n".encode())  # a job keeps those it began with
         return whole.hexdigest()
 
     def weight_dtypes(self, names: Collection[str]) -> frozenset[str]:

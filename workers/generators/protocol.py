@@ -115,7 +115,14 @@ class GroupsRequests(Protocol):
 
 @runtime_checkable
 class HoldsProcesses(Protocol):
-    """What a generator may have besides that computes in other processes, too."""
+    """What a generator may have besides that computes in other processes, too.
+
+    Attributes:
+        cpu_ns: processor time that those have used, up to the end of the last call.
+    """
+
+    @property
+    def cpu_ns(self) -> int: ...
 
     def close(self) -> None:
         """End them; nothing is drawn any more."""

@@ -88,6 +88,9 @@ class CounterMeter:
     book: CounterBook | None  # None: there is nothing to follow
     boards: Gpus = Gpus()  # noqa: RUF009 (frozen)
     clock_ns: Callable[[], int] = time.monotonic_ns
+    cpu_ns_elsewhere: Callable[[], int] = lambda: (
+        0
+    )  # processor time of living processes that compute for this one
     method: str = field(init=False)
     domains: tuple[str, ...] = field(init=False)
 
@@ -123,7 +126,7 @@ class CounterMeter:
             t_wall_ns=time.time_ns(),
             latency_ns=now_ns - min(oldest_ns, began_ns),
             energy_mj={domain: mj for domain, (mj, _) in values.items()},
-            estimate_mj=estimate_cpu_mj(),
+            estimate_mj=estimate_cpu_mj(self.cpu_ns_elsewhere()),
             epoch=self._epoch,
             wrap_epoch=self._wrap_epoch,
         )
@@ -334,8 +337,12 @@ def read_boot_id() -> str:
         return f"unknown-{socket.gethostname()}"
 
 
-def estimate_cpu_mj() -> int:
-    """Energy of this process and its finished children by `ESTIMATE_METHOD`, in millijoules since its start."""
+def estimate_cpu_mj(elsewhere_ns: int = 0) -> int:
+    """Energy of this process and its finished children by `ESTIMATE_METHOD`, in millijoules since its start.
+
+    Args:
+        elsewhere_ns: processor time of others to count with it.
+    """
     children = os.times()
     cpu_ns = time.process_time_ns() + round((children.children_user + children.children_system) * 1e9)
-    return cpu_ns * WATTS_PER_CORE // 1_000_000
+    return (cpu_ns + elsewhere_ns) * WATTS_PER_CORE // 1_000_000

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def open_pipeline(folder: PipelineFolder, options: GeneratorOptions, dtype: Any)
             kind = getattr(diffusers, folder.class_name)
             parts |= dict.fromkeys(_absent(kind, folder))
             if folder.checkpoint is None:
+                parts |= _load_encoders(folder, folder.components.keys() - parts.keys(), shown, dtype)
                 with own_classes_in_sight(kind, folder):
                     pipeline = diffusers.DiffusionPipeline.from_pretrained(
                         str(shown),
@@ -59,18 +61,56 @@ def open_pipeline(folder: PipelineFolder, options: GeneratorOptions, dtype: Any)
         except Exception as error:  # whatever the libraries make of files that are not as they wrote them
             reason = str(error).replace(str(shown), str(folder.path))
             raise InputError(f"{place}: diffusers cannot load it: {reason}") from error
+    _check_complete(pipeline, place)
     if options.scheduler is not None:
         change_scheduler(pipeline, options.scheduler)
     return pipeline
 
 
+def _load_encoders(folder: PipelineFolder, names: Collection[str], shown: Path, dtype: Any) -> dict[str, Any]:
+    """Those of the components `names` that transformers loads: it would draw weights that are not there at random."""
+    _, transformers = import_diffusers()
+    return {
+        name: _load_part(folder, name, shown, dtype)
+        for name in sorted(names)
+        if isinstance(kind := _class_of(folder, name), type)
+        and issubclass(kind, transformers.PreTrainedModel)
+    }
+
+
 def _load_part(folder: PipelineFolder, name: str, shown: Path, dtype: Any) -> Any:
+    _, transformers = import_diffusers()
+    kind = _class_of(folder, name)
+    where: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    if not issubclass(kind, transformers.PreTrainedModel):
+        return kind.from_pretrained(str(shown / name), torch_dtype=dtype, **where)
+    part, info = kind.from_pretrained(str(shown / name), dtype=dtype, output_loading_info=True, **where)
+    if missing := sorted(info["missing_keys"]):
+        raise _incomplete(folder.path / name, missing)
+    return part
+
+
+def _class_of(folder: PipelineFolder, name: str) -> Any:
+    """The class of a component; None: it lies beside the pipeline's own (`own_class`)."""
     diffusers, transformers = import_diffusers()
     library, class_name = folder.components[name]
     libraries = {"diffusers": diffusers, "transformers": transformers}
-    kind = getattr(libraries.get(library) or getattr(diffusers.pipelines, library), class_name)
-    return kind.from_pretrained(
-        str(shown / name), local_files_only=True, use_safetensors=True, torch_dtype=dtype
+    return getattr(libraries.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
+
+
+def _check_complete(pipeline: Any, place: Path) -> None:
+    """Raise InputError where a network of diffusers was left without some of its weights: these stay on the meta device."""
+    for name, part in pipeline.components.items():
+        parameters = part.named_parameters() if hasattr(part, "named_parameters") else ()
+        if missing := [key for key, tensor in parameters if tensor.is_meta]:
+            raise _incomplete(place / name if place.is_dir() else place, missing)
+
+
+def _incomplete(place: Path, missing: list[str]) -> InputError:
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return InputError(
+        f"{place}: weights are missing: {missing[0]}{more}; save or download the model again, "
+        "and see that config.json belongs to the weights"
     )
 
 

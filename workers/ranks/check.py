@@ -7,7 +7,21 @@ from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.registry import is_pipeline, model_path
 from millijoule.workers.pipeline_parts.model_files import read_model
-from millijoule.workers.ranks.parallel import DENOISERS
+
+#: Denoisers that are made of layers that can be spread (`ranks.parallel`), by class; the share of their weights that is spread is most of a large one's.
+DENOISERS = frozenset(
+    {
+        "AuraFlowTransformer2DModel",
+        "ChromaTransformer2DModel",
+        "FluxTransformer2DModel",
+        "HunyuanDiT2DModel",
+        "PixArtTransformer2DModel",
+        "QwenImageTransformer2DModel",
+        "SD3Transformer2DModel",
+        "UNet2DConditionModel",
+        "ZImageTransformer2DModel",
+    }
+)
 
 #: Where pipelines keep what is spread.
 _COMPONENTS = ("unet", "transformer")

@@ -55,6 +55,7 @@ class _Member:
     process: subprocess.Popen[bytes]
     channel: Channel
     answers: queue.Queue[Answer | None] = field(default_factory=queue.Queue)  # None: it has ended
+    cpu_ns: int = 0
 
 
 class RankGroup:
@@ -143,6 +144,11 @@ class RankGroup:
         self._settle(number, None)
         return done
 
+    @property
+    def cpu_ns(self) -> int:
+        """Processor time of the other ranks up to their last answers; of those that have ended none, which the system counts."""
+        return sum(member.cpu_ns for member in self.members if member.process.returncode is None)
+
     def close(self) -> None:
         """End the other ranks; nothing is drawn any more."""
         self._closing = True
@@ -229,6 +235,7 @@ class RankGroup:
     def _listen(self, member: _Member) -> None:
         """The thread of one rank's answers; its end is the rank's."""
         for answer in member.channel.receive(Answer):
+            member.cpu_ns = answer.cpu_ns
             if answer.outcome not in ("done", "called off"):
                 self._cut_off()
             member.answers.put(answer)

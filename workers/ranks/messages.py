@@ -50,11 +50,13 @@ class Answer:
     Attributes:
         outcome: "cut off": another rank has left in the middle of it.
         words: why it failed; of loading, what was done.
+        cpu_ns: processor time that the rank has used since it began.
     """
 
     number: int
     outcome: Literal["done", "called off", "out of memory", "cut off", "failed"]
     words: str = ""
+    cpu_ns: int = 0
 
 
 class Channel:

@@ -31,21 +31,6 @@ PROCESSORS = frozenset(
     }
 )
 
-#: Denoisers that are made of such layers, by class; the share of their weights that is spread is most of a large one's.
-DENOISERS = frozenset(
-    {
-        "AuraFlowTransformer2DModel",
-        "ChromaTransformer2DModel",
-        "FluxTransformer2DModel",
-        "HunyuanDiT2DModel",
-        "PixArtTransformer2DModel",
-        "QwenImageTransformer2DModel",
-        "SD3Transformer2DModel",
-        "UNet2DConditionModel",
-        "ZImageTransformer2DModel",
-    }
-)
-
 #: First layers of a feed-forward network whose two halves meet: by class.
 _GATED = ("GEGLU", "SwiGLU")
 #: Sequences of an activation and a linear layer that make shifts, scales and gates from a vector per image.

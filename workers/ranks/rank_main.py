@@ -11,6 +11,8 @@ import shutil
 import socket
 import sys
 import threading
+import time
+from dataclasses import replace
 
 import torch
 
@@ -103,9 +105,10 @@ def main() -> None:
         channel.send(Answer(0, "failed", f"{type(error).__name__}: {error}"[:500]))
         raise
     threading.Thread(target=listen, name="orders", daemon=True).start()
-    channel.send(Answer(0, "done", rank.loaded.spread_words))
+    channel.send(Answer(0, "done", rank.loaded.spread_words, time.process_time_ns()))
     while True:
-        channel.send(rank.answer(orders.get()))
+        answer = rank.answer(orders.get())
+        channel.send(replace(answer, cpu_ns=time.process_time_ns()))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def choose_rungs(
         try:
             convert(Rungs, {name: value})
         except ValueError as error:
-            raise InputError(f"--{name.replace('_', '-')} {value}: {error}") from error
+            why = str(error).partition(" - at ")[0]  # where it stands is said already
+            raise InputError(f"--{name.replace('_', '-')} {value}: {why}") from error
     chosen = replace(chosen, rungs=replace(chosen.rungs, **switches))
     if folder is None:
         if optimize != "none" or switches:

@@ -79,7 +79,7 @@ def preset(name: PresetName, folder: PipelineFolder) -> Rungs:
     if name == "none":
         return Rungs()
     rungs = _LADDERS[family_of(folder)][PRESET_NAMES.index(name) - 1]
-    own = folder.defaults.num_inference_steps
+    own = folder.num_inference_steps
     if rungs.steps is not None and own <= rungs.steps:  # made for few steps: its solver is part of it
         rungs = replace(rungs, steps=None, scheduler=None)
     return rungs

@@ -8,6 +8,8 @@ from support.ledgers import JOB
 
 from millijoule.pipeline.output.job import check_same_job, open_epoch, publish_job, read_job, require_job
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
+from millijoule.workers.rungs.rungs import Rungs
 from millijoule.workers.storage.open import open_store
 
 
@@ -52,6 +54,28 @@ def test_another_job_is_refused_with_what_changed(store):
         check_same_job(JOB, "0" * 64, {**asdict(JOB), "model": "other", "model_sha256": "1" * 64}, store.url)
     with pytest.raises(InputError, match="the prompt files' content or column options changed"):
         check_same_job(JOB, "0" * 64, asdict(JOB), store.url)
+
+
+def test_options_of_the_model_that_changed_are_named_as_they_are_given(store):
+    """As job.json has them, after JSON, beside as they are read from the command line."""
+    options = GeneratorOptions(
+        rungs=Rungs(steps=5, fuse_qkv=True),
+        loras=(LoraChoice("/a/style.safetensors", 0.8, "style", "1" * 64),),
+        vae=ModelPart("/a/vae", "2" * 64),
+    )
+    job = replace(JOB, model_options=json.loads(json.dumps(options.identity())))
+
+    def refusal(**changes):
+        asked = {**asdict(job), "model_options": replace(options, **changes).identity()}
+        with pytest.raises(InputError) as refused:
+            check_same_job(job, "0" * 64, asked, store.url)
+        return str(refused.value).partition("another job (")[2].partition("). Give")[0]
+
+    assert refusal(rungs=Rungs(steps=6, fuse_qkv=True)) == "--steps was 5, now 6"
+    assert refusal(loras=()) == "--lora was style=0.8 (111111111111), now the default"
+    assert refusal(vae=None, engine="eager") == (
+        "--engine was the default, now eager; --vae was 222222222222, now the default"
+    )
 
 
 @pytest.mark.parametrize("exclusive", [True, False])

@@ -16,7 +16,7 @@ from millijoule.pipeline.running.crew import STOP_TIMEOUT_S
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.node_health import FAULTS_BEFORE_OUT
 from millijoule.pipeline.running.outcomes import UNPLACED_DEATHS
-from millijoule.pipeline.running.pool import CUT_OFF_S, WorkerPool
+from millijoule.pipeline.running.pool import CAPACITY_NOTICE_S, CUT_OFF_S, WorkerPool
 from millijoule.workers.errors import DamagedError, JobError, NodeError, StoreError
 from millijoule.workers.lease import (
     MAX_LEASES,
@@ -727,6 +727,15 @@ def test_a_cluster_without_nodes_is_asked_for_a_few_and_scaled_down_again(world,
     assert max(w.requests) == 4
     assert len(brought) == 4
     assert "waiting for the cluster: 4 workers asked for (1 CPU each), none running yet" in caplog.text
+
+
+def test_workers_that_take_long_to_load_are_not_said_to_be_missing(world, caplog):
+    w = world(shards=4, workers=(2, 2))
+    w.script.load = lambda worker: After(CAPACITY_NOTICE_S + 5)
+    w.run()
+    assert len(w.made) == 4
+    assert "waiting: workers there: 2, none has loaded its model and drawn its first image" in caplog.text
+    assert "none running yet" not in caplog.text
 
 
 def test_requests_that_are_no_longer_worth_a_node_are_taken_back_and_are_no_deaths(world, caplog):

@@ -185,7 +185,7 @@ def test_name_and_defaults_come_from_millijoule_json(folder):
     info = load_generator(str(folder)).info
     assert (info.name, info.num_inference_steps) == ("mine", 50)
     (folder / "millijoule.json").write_text(json.dumps({"num_inference_steps": "many"}))
-    with pytest.raises(InputError, match=r"millijoule\.json: Expected `int`.*num_inference_steps"):
+    with pytest.raises(InputError, match=r"millijoule\.json: Expected `int \| null`.*num_inference_steps"):
         describe_model(str(folder))
 
 

@@ -199,6 +199,13 @@ def test_pipelines_that_draw_from_the_global_generator_draw_each_image_alone(tin
     assert caplog.text.count("drawn alone") == 1
 
 
+def test_a_pipeline_that_expects_another_schedulers_answer_names_its_own(tiny):
+    """PixArt-alpha in one step is for the distilled models, whose scheduler returns more."""
+    asked = [ImageRequest("p", 0, "a dog", 1, num_inference_steps=1)]
+    with pytest.raises(RowError, match="num_inference_steps 1: DPMSolverMultistepScheduler does not draw"):
+        tiny("pixart_alpha").generate(asked)
+
+
 def test_nothing_stays_patched(tiny):
     generator = tiny("sd15")
     generator.generate(requests(1, 1))

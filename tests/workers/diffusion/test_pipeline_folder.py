@@ -1,5 +1,6 @@
 """Folders that hold weights several times, in shards, or not for every part: what is loaded is what is hashed, and nothing else."""
 
+import inspect
 import json
 import shutil
 
@@ -7,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_pipelines import tiny_pipeline
+from support.tiny_pipelines import FAMILIES, tiny_pipeline
 
-from millijoule.workers.diffusion.pipeline_folder import read_pipeline
+from millijoule.workers.diffusion.pipeline_folder import OWN_STEPS, read_pipeline
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions, ModelPart
 from millijoule.workers.generators.registry import describe_model, load_generator
@@ -168,6 +169,39 @@ def test_files_that_no_loader_reads_are_not_in_the_hash(folder):
     assert describe_model(str(folder)) == before
     (folder / "tokenizer/more.json").write_text("{}")
     assert describe_model(str(folder)) != before
+
+
+def test_steps_are_the_pipelines_own_where_no_file_says_them():
+    """The table is read against diffusers: every class in it, and every text-to-image class that has been tried."""
+    diffusers = pytest.importorskip("diffusers")
+
+    def in_diffusers(name):
+        return inspect.signature(getattr(diffusers, name).__call__).parameters["num_inference_steps"].default
+
+    assert {name: in_diffusers(name) for name in OWN_STEPS} == OWN_STEPS
+    for family in FAMILIES:
+        pipeline = read_pipeline(tiny_pipeline(family))
+        assert pipeline.num_inference_steps == in_diffusers(pipeline.class_name), family
+
+
+def test_what_a_file_says_of_steps_comes_first_and_makes_another_model(tmp_path):
+    folder = shutil.copytree(tiny_pipeline("lcm"), tmp_path / "lcm")
+    own = load_generator(str(folder)).info
+    (folder / "millijoule.json").write_text('{"num_inference_steps": 6}')
+    told = load_generator(str(folder)).info
+    assert (own.num_inference_steps, told.num_inference_steps) == (4, 6)
+    assert own.sha256 != told.sha256
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet", "vae"])
+def test_weights_that_are_missing_are_not_made_up(folder, component):
+    (file,) = (folder / component).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(n for n in sorted(tensors) if n.endswith(("fc2.weight", "conv_in.weight")))
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"{component}: weights are missing: .*{name}"):
+        load_generator(str(folder))
 
 
 # a decoder and a scheduler in the place of the pipeline's own

@@ -8,10 +8,11 @@ import torch
 from support.tiny_pipelines import SIZES, tiny_pipeline
 
 from millijoule.workers.diffusion.generator import DiffusersGenerator
-from millijoule.workers.diffusion.loading import LoadedPipeline
 from millijoule.workers.diffusion.precision import in_float32, is_narrow, quantised
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.rungs.precision import SettledPrecision
+from millijoule.workers.rungs.rungs import Rungs
 from millijoule.workers.schemas import ImageRequest
 
 EAGER = GeneratorOptions(engine="eager")
@@ -112,12 +113,23 @@ def test_no_memory_for_float32_quarantines_and_says_so(narrow, monkeypatch):
 def test_mixed_precision_is_left_for_the_second_try():
     """On a processor that multiplies bfloat16 weights are float32 already; only autocast has to go."""
     loaded = DiffusersGenerator.load(tiny_pipeline("sd15"), options=EAGER).loaded
+    loaded.rungs.precision = SettledPrecision(torch.float32, mixed=True)
     mixed = DiffusersGenerator(replace(loaded, mixed_precision=True), EAGER, open_engine(EAGER, "cpu"))
-    assert isinstance(loaded, LoadedPipeline)
     spoil(mixed, float("nan"), when=lambda image: torch.is_autocast_enabled("cpu"))
     drawn = mixed.generate(requests(2))
     assert drawn.rejected == (None, None)
     assert drawn.warnings[1] == ("pixels were not finite numbers, drawn again in float32",)
+
+
+def test_a_denoiser_that_a_rung_rounds_is_float32_for_the_second_try():
+    rounded = GeneratorOptions(engine="eager", rungs=Rungs(precision="bfloat16"))
+    generator = DiffusersGenerator.load(tiny_pipeline("sd15"), options=rounded)
+    narrow = [p.dtype for p in generator.pipeline.unet.parameters()]
+    assert torch.bfloat16 in narrow
+    spoil(generator, float("nan"), when=lambda image: torch.is_autocast_enabled("cpu"))
+    drawn = generator.generate(requests(2))
+    assert drawn.rejected == (None, None)
+    assert [p.dtype for p in generator.pipeline.unet.parameters()] == narrow
 
 
 @pytest.mark.parametrize("family", ["sd15_safety", "deepfloyd_if"])

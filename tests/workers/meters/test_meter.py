@@ -13,7 +13,13 @@ from support.counters import DRAM, GPU0, INTEL_RANGE_UJ, PACKAGE, SECOND, UUIDS,
 
 from millijoule.workers.meters import counter_book
 from millijoule.workers.meters.counter_book import CounterBook
-from millijoule.workers.meters.meter import STALL_AFTER_NS, WATTS_PER_CORE, estimate_cpu_mj, open_meter
+from millijoule.workers.meters.meter import (
+    STALL_AFTER_NS,
+    WATTS_PER_CORE,
+    CounterMeter,
+    estimate_cpu_mj,
+    open_meter,
+)
 from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_energy_mj, segment_estimate_mj
 from millijoule.workers.schemas import CounterRead, Segment
 
@@ -52,6 +58,13 @@ def test_the_estimate_is_cpu_time_at_a_named_power():
         pass
     cpu_s = time.process_time() - cpu_before
     assert estimate_cpu_mj() - before == pytest.approx(cpu_s * WATTS_PER_CORE * 1000, abs=50)
+
+
+def test_processes_that_compute_for_a_worker_are_in_its_estimate():
+    meter = CounterMeter("boot", (), None)
+    before = meter.read().estimate_mj
+    meter.cpu_ns_elsewhere = lambda: 1_000 * SECOND
+    assert meter.read().estimate_mj - before == pytest.approx(1_000_000 * WATTS_PER_CORE, abs=5_000)
 
 
 # --- which device (CodeCarbon: lstrip drops a device chosen by UUID; Kepler, dcgm: MIG shows the board) ---------------

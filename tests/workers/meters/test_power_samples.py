@@ -196,25 +196,31 @@ def one_shard(tmp_path):
     return store, job, coordinator
 
 
+def sampled_by(attempts, power):
+    """`attempts`, whose samples come from `power`."""
+    attempts.drawing.power = attempts.finishing.power = power
+    return power
+
+
 def test_samples_ride_with_the_commit_and_survive_its_json(sampler, clock, one_shard):
     store, job, coordinator = one_shard
     attempts = runner(store, job, 1)
-    attempts.power = sampler()
-    watch(clock, [attempts.power], 3)
+    power = sampled_by(attempts, sampler())
+    watch(clock, [power], 3)
     assert attempts.run(coordinator.next_lease("w1", 0.0)).outcome == "committed"
     (commit,) = read_commits(store, 1)
     assert [len(t.samples) for t in commit.power] == [3]
     assert isinstance(commit.power[0].samples[0], PowerSample)
     assert Commit.from_json(commit.to_json()) == commit
-    assert attempts.power.take() == ()
+    assert power.take() == ()
 
 
 def test_an_attempt_that_lost_or_failed_keeps_its_samples(sampler, clock, one_shard, monkeypatch):
     store, job, coordinator = one_shard
     lease = coordinator.next_lease("w1", 0.0)
     late = runner(store, job, 2, worker="w2")
-    late.power = sampler()
-    watch(clock, [late.power], 3)
+    power = sampled_by(late, sampler())
+    watch(clock, [power], 3)
 
     def refuse(self, key, body):
         raise StoreError("no")
@@ -223,10 +229,10 @@ def test_an_attempt_that_lost_or_failed_keeps_its_samples(sampler, clock, one_sh
         patch.setattr(type(store), "put_exclusive", refuse)
         with pytest.raises(StoreError):
             late.run(lease)
-    assert len(late.power.rings[UUIDS[0]]) == 3
+    assert len(power.rings[UUIDS[0]]) == 3
     runner(store, job, 1).run(replace(lease, attempt_id="e000001-first"))
     assert late.run(lease).outcome == "exists"
-    assert len(late.power.take()[0].samples) == 3
+    assert len(power.take()[0].samples) == 3
 
 
 def test_the_watch_sees_a_counter_reset_between_two_boundaries(sampler, nvml, clock):

@@ -19,6 +19,7 @@ from millijoule.workers.errors import NodeError, SickWorkerError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import GeneratedBatch
 from millijoule.workers.ranks.rank_main import Rank
+from millijoule.workers.rungs.rungs import Rungs
 from millijoule.workers.schemas import ImageRequest
 
 SIDE = SIZES["sd15"]
@@ -30,10 +31,9 @@ def request(i, steps=2, **fields):
     )
 
 
-def load(ranks=2):
-    return DiffusersGenerator.load(
-        tiny_pipeline("sd15"), options=GeneratorOptions(engine="eager", ranks=ranks)
-    )
+def load(ranks=2, options=None):
+    options = options or GeneratorOptions(engine="eager", ranks=ranks)
+    return DiffusersGenerator.load(tiny_pipeline("sd15"), options=options)
 
 
 @pytest.fixture
@@ -41,12 +41,10 @@ def patched(monkeypatch, forked_ranks):
     """`patched(change)`: a generator of two ranks, the second of which has `change(monkeypatch)` done to it."""
     made = []
 
-    def make(change=lambda patch: None):
-        with (
-            monkeypatch.context() as patch
-        ):  # the fork takes it along; this process has it no more once it has forked
+    def make(change=lambda patch: None, options=None):
+        with monkeypatch.context() as patch:  # the fork takes it along, and keeps it
             change(patch)
-            generator = load()
+            generator = load(options=options)
         made.append(generator)
         return generator
 
@@ -165,6 +163,17 @@ def test_memory_savers_are_taken_by_all_ranks(patched):
     assert np.abs(generator.generate([request(0)]).images.astype(int) - expected).max() <= 1
 
 
+def test_a_row_is_drawn_again_in_float32_by_all_ranks(patched):
+    """Pixels that are no finite numbers are seen by rank 0 alone."""
+    generator = patched(options=GeneratorOptions(engine="eager", ranks=2, rungs=Rungs(precision="bfloat16")))
+    (request_,) = asked = [request(0)]
+    expected = generator.generate(asked).images
+    again = generator._in_float32(request_, generator._settings(request_))
+    assert again.finite.all()
+    assert np.abs(again.images.astype(int) - expected).mean() < 8  # bfloat16's own roundings
+    assert isinstance(generator.generate(asked), GeneratedBatch)  # nobody is a call behind
+
+
 def test_a_rank_that_cannot_load_is_named_and_nothing_is_left(forked_ranks, monkeypatch):
     threads, before = threading.active_count(), dict(os.environ)
 
@@ -182,9 +191,13 @@ def test_a_closed_group_leaves_nothing_behind(forked_ranks, tmp_path, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", None)
     threads, before = threading.active_count(), dict(os.environ)
     generator = load()
+    loaded = generator.cpu_ns
+    assert loaded > 0
     generator.generate([request(0)])
+    assert generator.cpu_ns > loaded  # what an estimate counts for the other rank
     assert dist.is_initialized()
     generator.close()
+    assert generator.cpu_ns == 0
     assert list(tmp_path.glob("millijoule-ranks-*")) == []
     assert_nothing_is_left(threads, before)
 

@@ -102,7 +102,7 @@ REFUSED = [
     ("sd15", {"quantize": "fp8"}, False, "--quantize fp8: needs a GPU"),
     ("sd15", {"sparsity": "2:4"}, False, "--sparsity 2:4: needs a GPU"),
     ("sd15", {"sparsity": "2:4", "quantize": "int8"}, None, "--sparsity and --quantize"),
-    ("sd15", {"guidance_until": 1.5}, None, "--guidance-until 1.5"),
+    ("sd15", {"guidance_until": 1.5}, None, "--guidance-until 1.5: Expected `float` <= 1.0$"),
     ("sd15", {"steps": 0}, None, "--steps 0"),
     ("sd15", {"step_cache_interval": 1}, None, "--step-cache-interval 1"),
 ]
