@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from support.jobs import assert_exactly_once, manifest
 from support.stand_in_jobs import start_cluster
+from support.tiny_loras import save_lora
 from support.tiny_pipelines import SIZES, tiny_pipeline
 
 from millijoule.jobs import generate
@@ -170,3 +171,38 @@ def test_each_of_four_images_of_a_prompt_can_be_drawn_again_from_what_its_file_s
         assert np.abs(alone.astype(int) - kept.astype(int)).max() <= 1
         seeds.add(said["seed"])
     assert len(seeds) == 4
+
+
+#: Families whose pipelines take LoRAs, and the part that these are for.
+WITH_LORAS = {"sd15": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "transformer"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    ["sd15", "sdxl", "sd3", "pixart_sigma", "sana", "flux", "qwen_image", "lcm", "kandinsky22", "z_image"],
+)
+def test_a_job_whose_model_is_in_a_bucket(job, family, moto_s3, s3_env, tmp_path):
+    """With a LoRA where the tiny family has one, which changes the image and leaves that of a row without it alone."""
+    s3_env(moto_s3)
+    url = f"s3://{moto_s3.make_bucket('models')}/{family}"
+    folder, bucket = quick(family, tmp_path), open_store(url)
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        bucket.put(file.relative_to(folder).as_posix(), file.read_bytes())
+    lora = ()
+    rows = [{"prompt_id": name, "prompt": "a red dog", "seed": 1, "num_inference_steps": 2} for name in "ab"]
+    if part := WITH_LORAS.get(family):
+        lora = (str(save_lora(folder, tmp_path / "style.safetensors", 3, parts=(part,))),)
+        rows[1]["lora"] = "none"
+    side = SIZES[family]
+    result = job(url, rows, side=side, lora=lora, model_cache=str(tmp_path / "cache"))
+    assert (result.images, result.images_quarantined) == (2, 0)
+    assert_exactly_once(tmp_path / "out", 2)
+    found = {
+        row["prompt_id"]: pixels(tmp_path / "out", row).astype(int) for row in manifest(tmp_path / "out")
+    }
+    options = GeneratorOptions(engine="eager", width=side, height=side)
+    asked = ImageRequest("b", 0, "a red dog", 1, num_inference_steps=2)
+    plain = DiffusersGenerator.load(tiny_pipeline(family), options=options).generate([asked]).images[0]
+    assert np.abs(found["b"] - plain.astype(int)).max() <= 1
+    assert bool(lora) == (np.abs(found["a"] - found["b"]).max() > 1)
