@@ -174,7 +174,10 @@ def test_each_of_four_images_of_a_prompt_can_be_drawn_again_from_what_its_file_s
 
 
 #: Families whose pipelines take LoRAs, and the part that these are for.
-WITH_LORAS = {"sd15": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "transformer"}
+WITH_LORAS = {
+    **dict.fromkeys(("sd15", "sdxl", "lcm"), "unet"),
+    **dict.fromkeys(("sd3", "flux", "qwen_image", "sana", "z_image"), "transformer"),
+}
 
 
 @pytest.mark.slow
