@@ -175,6 +175,7 @@ def test_a_row_is_drawn_again_in_float32_by_all_ranks(patched):
 
 
 def test_a_rank_that_cannot_load_is_named_and_nothing_is_left(forked_ranks, monkeypatch):
+    libraries_have_settled()
     threads, before = threading.active_count(), dict(os.environ)
 
     def fail(self, task):
@@ -189,6 +190,7 @@ def test_a_rank_that_cannot_load_is_named_and_nothing_is_left(forked_ranks, monk
 def test_a_closed_group_leaves_nothing_behind(forked_ranks, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
+    libraries_have_settled()
     threads, before = threading.active_count(), dict(os.environ)
     generator = load()
     loaded = generator.cpu_ns
@@ -210,6 +212,13 @@ def test_two_groups_of_a_node_do_not_meet(patched):
     second = patched()
     assert second.group._folder != point
     assert second.generate([request(0)]).images.any()
+
+
+def libraries_have_settled():
+    """The first load in a process starts threads of the libraries' own, with ranks or without."""
+    from millijoule.workers.generators.registry import load_generator
+
+    load_generator(str(tiny_pipeline("sd15"))).generate([request(0)])
 
 
 def assert_nothing_is_left(threads, environment):
