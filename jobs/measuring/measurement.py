@@ -19,7 +19,7 @@ import tyro
 from millijoule.jobs.machine import describe_machine
 
 #: Options that are paths of whoever measured: in no result.
-PATHS = ("result", "output", "folder")
+PATHS = ("result", "output", "folder", "before")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ from typing import Any
 
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
-from millijoule.workers.factories import PREFIX
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.registry import is_pipeline, model_path
-from millijoule.workers.pipeline_parts.model_files import read_model
+from millijoule.workers.generators.registry import read_pipeline_model
 from millijoule.workers.pipeline_parts.scheduler_choice import check_scheduler
 from millijoule.workers.rungs.check import check_rungs
 from millijoule.workers.rungs.choose import choose_rungs
@@ -63,10 +61,8 @@ def with_rungs(
 
 
 def pipeline_of(obtained: ObtainedModel) -> PipelineFolder | None:
-    """The diffusion pipeline that the model is; None: it is something else."""
-    if obtained.model.startswith(PREFIX) or not is_pipeline(path := model_path(obtained.model)):
-        return None
-    return read_model(path, obtained.options)
+    """See `read_pipeline_model`."""
+    return read_pipeline_model(obtained.model, obtained.options)
 
 
 def check_device(obtained: ObtainedModel, *, on_gpu: bool) -> None:

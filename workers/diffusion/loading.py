@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ class LoadedPipeline:
         folder: where it came from, with its defaults.
         sha256: of its files.
         device: "cpu" or "cuda".
-        mixed_precision: whether matrices and convolutions are to be multiplied in bfloat16 by autocast.
         rungs: what makes it cheaper.
         spread_words: what this rank holds of it, where there are several.
     """
@@ -44,7 +43,6 @@ class LoadedPipeline:
     folder: PipelineFolder
     sha256: str
     device: str
-    mixed_precision: bool
     rungs: ClimbedRungs
     spread_words: str = ""
 
@@ -52,6 +50,11 @@ class LoadedPipeline:
     def on_cpu(self) -> bool:
         """Whether it runs on processor cores."""
         return not self.device.startswith("cuda")
+
+    @property
+    def mixed_precision(self) -> bool:
+        """Whether matrices and convolutions are to be multiplied in bfloat16 by autocast."""
+        return self.rungs.precision.mixed
 
     def precision(self) -> torch.autocast:
         """The context in which it is to be called."""
@@ -84,10 +87,9 @@ def load_pipeline(
         words = _spread(pipeline, rank, options.ranks) if options.ranks > 1 else ""
         if not options.offload_weights:  # else the engine says what of it comes to the device
             pipeline.to(device)
-        asked = replace(options.rungs, scheduler=None) if options.scheduler else options.rungs
-        rungs = ClimbedRungs(pipeline, asked, precision)
+        rungs = ClimbedRungs(pipeline, options.rungs, precision)
         rungs.prepare_weights()
-    return LoadedPipeline(pipeline, folder, folder.sha256(), device, precision.mixed, rungs, words)
+    return LoadedPipeline(pipeline, folder, folder.sha256(), device, rungs, words)
 
 
 def _spread(pipeline: Any, rank: int, ranks: int) -> str:

@@ -173,7 +173,7 @@ def _count(
 ) -> tuple[dict[str, int] | None, str | None]:
     """Operations per image, or why they could not be counted."""
     none = ClimbedRungs(pipeline, Rungs(), SettledPrecision(torch.float32))
-    loaded = LoadedPipeline(pipeline, folder, "", META, False, none)
+    loaded = LoadedPipeline(pipeline, folder, "", META, none)
     call = PipelineCall(loaded, family, lambda: None)
     settings = Settings(family.width, family.height, 1, guidance, 1)
     arguments = call.arguments([Row("", None, 0)], settings) | {"output_type": "pt"}

@@ -325,15 +325,19 @@ def _check_shards(file: Path, content: dict[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object with all that Python reads in one: schedulers have -Infinity among their settings."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     text = path.read_bytes()
     refuse_lfs_pointer(path, text)
+    return json_object(path, text)
+
+
+def json_object(where: Path | str, text: bytes) -> dict[str, Any]:
+    """A JSON object with all that Python reads in one: schedulers have -Infinity among their settings; raises InputError."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
+        raise InputError(f"{where}: not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object")
+        raise InputError(f"{where}: not a JSON object")
     return content

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from millijoule.workers import factories
+from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.load_turn import load_turn
@@ -48,9 +49,8 @@ def describe_model(model: str, options: GeneratorOptions = GeneratorOptions()) -
         factories.split_name("--model", model)
         _refuse_pipeline_options(model, options)
         return ModelIdentity(model, hashlib.sha256(model.encode()).hexdigest())
-    path = model_path(model)
-    if is_pipeline(path):
-        folder = read_model(path, options)
+    folder, path = read_pipeline_model(model, options), model_path(model)
+    if folder is not None:
         return ModelIdentity(folder.name, folder.sha256())
     _refuse_pipeline_options(model, options)
     return ModelIdentity(read_header(path).metadata.get("name", path.stem), file_sha256(path))
@@ -114,11 +114,17 @@ def is_pipeline(path: Path) -> bool:
     return path.is_dir() or "format" not in (said := read_header(path).metadata) or said["format"] == "pt"
 
 
+def read_pipeline_model(model: str, options: GeneratorOptions) -> PipelineFolder | None:
+    """The diffusion pipeline that `model` is, checked; None: it is something else. Raises InputError as `describe_model`."""
+    if model.startswith(factories.PREFIX) or not is_pipeline(path := model_path(model)):
+        return None
+    return read_model(path, options)
+
+
 def needs_gpu(model: str, options: GeneratorOptions = GeneratorOptions()) -> bool:  # noqa: B008 (frozen)
     """Whether `model` is a diffusion pipeline of more than `CPU_WEIGHTS_BYTES`. Raises InputError as `describe_model`."""
-    if model.startswith(factories.PREFIX) or not is_pipeline(path := model_path(model)):
+    if (folder := read_pipeline_model(model, options)) is None:
         return False
-    folder = read_model(path, options)
     files = {*folder.files, *(file for files in folder.weights.values() for file in files)}
     return sum(file.stat().st_size for file in files) > CPU_WEIGHTS_BYTES
 

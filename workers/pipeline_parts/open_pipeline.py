@@ -119,8 +119,3 @@ def _absent(kind: Any, folder: PipelineFolder) -> list[str]:
     taken = inspect.signature(kind.__init__).parameters
     optional = getattr(kind, "_optional_components", ())
     return [name for name in folder.absent if name in taken and name not in optional]
-
-
-def place_of(folder: PipelineFolder) -> Path:
-    """Where a message says that the model lies."""
-    return folder.checkpoint or folder.path

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from millijoule.workers import factories
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.registry import is_pipeline, model_path
-from millijoule.workers.pipeline_parts.model_files import read_model
+from millijoule.workers.generators.registry import read_pipeline_model
 
 #: Denoisers that are made of layers that can be spread (`ranks.parallel`), by class; the share of their weights that is spread is most of a large one's.
 DENOISERS = frozenset(
@@ -32,14 +30,13 @@ def check_ranks(model: str, options: GeneratorOptions) -> None:
     if options.ranks == 1:
         return
     asked = f"--ranks-per-worker {options.ranks}"
-    if model.startswith(factories.PREFIX) or not is_pipeline(path := model_path(model)):
+    if (folder := read_pipeline_model(model, options)) is None:
         raise InputError(
             f"{asked}: {model} is not a diffusion pipeline, only those are spread over several devices"
         )
     for name, is_given in _not_together(options).items():
         if is_given:
             raise InputError(f"{asked}: not together with {name}")
-    folder = read_model(path, options)
     found = [folder.components[name][1] for name in _COMPONENTS if name in folder.components]
     if not found or found[0] not in DENOISERS:
         what = f"a {found[0]}" if found else folder.class_name

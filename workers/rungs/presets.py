@@ -33,15 +33,13 @@ _LADDERS: dict[Family, tuple[Rungs, Rungs, Rungs]] = {  # lossless, balanced, ma
     ),
     # DPM-Solver++ in 20 to 25 steps is near 50 of DDIM or PNDM (Lu et al. 2022); guidance matters least in the last steps, which
     # settle detail (Kynkaanniemi et al. 2024); deep features of a U-Net change little from step to step (Ma et al. 2023, DeepCache).
-    "sd": (
-        _UNET,
-        replace(_UNET, scheduler=_DPM, steps=25, guidance_until=0.8),
-        replace(_UNET, scheduler=_DPM, steps=20, guidance_until=0.6, step_cache="deep"),
-    ),
-    "sdxl": (
-        _UNET,
-        replace(_UNET, scheduler=_DPM, steps=25, guidance_until=0.8),
-        replace(_UNET, scheduler=_DPM, steps=20, guidance_until=0.6, step_cache="deep"),
+    **dict.fromkeys(
+        ("sd", "sdxl"),
+        (
+            _UNET,
+            replace(_UNET, scheduler=_DPM, steps=25, guidance_until=0.8),
+            replace(_UNET, scheduler=_DPM, steps=20, guidance_until=0.6, step_cache="deep"),
+        ),
     ),
     # Flow matching goes on with its own solver: the paths are nearly straight, and fewer steps do.
     "sd3": (
@@ -49,15 +47,13 @@ _LADDERS: dict[Family, tuple[Rungs, Rungs, Rungs]] = {  # lossless, balanced, ma
         replace(_TRANSFORMER, steps=24, guidance_until=0.8),
         replace(_TRANSFORMER, steps=20, guidance_until=0.6),
     ),
-    "pixart": (
-        _TRANSFORMER,
-        replace(_TRANSFORMER, steps=18, guidance_until=0.8),
-        replace(_TRANSFORMER, steps=14, guidance_until=0.6),
-    ),
-    "sana": (
-        _TRANSFORMER,
-        replace(_TRANSFORMER, steps=18, guidance_until=0.8),
-        replace(_TRANSFORMER, steps=14, guidance_until=0.6),
+    **dict.fromkeys(
+        ("pixart", "sana"),
+        (
+            _TRANSFORMER,
+            replace(_TRANSFORMER, steps=18, guidance_until=0.8),
+            replace(_TRANSFORMER, steps=14, guidance_until=0.6),
+        ),
     ),
     # Guidance is distilled into the model: one pass per step. Taylor-expanded features skip by schedule (Liu et al. 2025).
     "flux": (

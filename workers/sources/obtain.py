@@ -5,25 +5,28 @@ The driver of a job, and every command that draws on this machine, asks here onc
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from millijoule.workers import factories
-from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
+from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder, json_object
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.model_files import read_header
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
 from millijoule.workers.generators.protocol import ModelIdentity
-from millijoule.workers.generators.registry import PACKAGED, describe_model, is_pipeline, model_path
+from millijoule.workers.generators.registry import (
+    PACKAGED,
+    describe_model,
+    is_pipeline,
+    model_path,
+    read_pipeline_model,
+)
 from millijoule.workers.loras.files import check_lora
 from millijoule.workers.loras.words import lora_name
 from millijoule.workers.pipeline_parts.checkpoint_layout import find_layout
-from millijoule.workers.pipeline_parts.model_files import read_model
 from millijoule.workers.pipeline_parts.other_decoder import decoder_sha256
 from millijoule.workers.pipeline_parts.scheduler_choice import check_scheduler
 from millijoule.workers.sources.bucket import fetch_from_bucket
@@ -130,7 +133,7 @@ def _with_parts(obtained: ObtainedModel, cache: str | None) -> ObtainedModel:
         held = _held_by(obtained.model)
         found = _obtain("--config", options.config, _pipeline_chooser(options.config, None, held), cache)
         options = replace(options, config=str(take(found)))
-    folder = _diffusion_folder(obtained.model, options)
+    folder = read_pipeline_model(obtained.model, options)
     if options.vae is not None:
         path = take(_obtain("--vae", options.vae.path, _one_model, cache))
         options = replace(options, vae=ModelPart(str(path), decoder_sha256(path)))
@@ -144,12 +147,6 @@ def _with_parts(obtained: ObtainedModel, cache: str | None) -> ObtainedModel:
         check_scheduler(options.scheduler, folder.components.get("scheduler", ("", ""))[1])
     identity = describe_model(obtained.model, options)
     return replace(obtained, options=options, identity=identity, copies=tuple(copies))
-
-
-def _diffusion_folder(model: str, options: GeneratorOptions) -> PipelineFolder | None:
-    if model.startswith(factories.PREFIX) or not is_pipeline(path := model_path(model)):
-        return None
-    return read_model(path, options)
 
 
 def _held_by(model: str) -> tuple[str, ...]:
@@ -243,7 +240,7 @@ def _pipeline_chooser(where: str, variant: str | None, weights_elsewhere: Collec
             hint = f"; of its files {', '.join(single[:5])} one can be named behind it" if single else ""
             raise InputError(f"{where}: has no {INDEX}: not a pipeline of diffusers{hint}")
         return pipeline_files(
-            where, names, _json(f"{where}/{INDEX}", read(INDEX)), variant, weights_elsewhere
+            where, names, json_object(f"{where}/{INDEX}", read(INDEX)), variant, weights_elsewhere
         )
 
     return choose
@@ -261,13 +258,3 @@ def _one_model(names: Collection[str], read: Callable[[str], bytes]) -> Collecti
 
 def _lora_chooser(where: str) -> Chooser:
     return lambda names, read: [lora_file(where, names)]
-
-
-def _json(where: str, data: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: not a JSON object")
-    return content

@@ -114,7 +114,7 @@ def test_mixed_precision_is_left_for_the_second_try():
     """On a processor that multiplies bfloat16 weights are float32 already; only autocast has to go."""
     loaded = DiffusersGenerator.load(tiny_pipeline("sd15"), options=EAGER).loaded
     loaded.rungs.precision = SettledPrecision(torch.float32, mixed=True)
-    mixed = DiffusersGenerator(replace(loaded, mixed_precision=True), EAGER, open_engine(EAGER, "cpu"))
+    mixed = DiffusersGenerator(loaded, EAGER, open_engine(EAGER, "cpu"))
     spoil(mixed, float("nan"), when=lambda image: torch.is_autocast_enabled("cpu"))
     drawn = mixed.generate(requests(2))
     assert drawn.rejected == (None, None)

@@ -171,11 +171,11 @@ def test_the_libraries_say_nothing_themselves(capfd, caplog):
     import diffusers
     import transformers
 
+    folder = tiny_pipeline("deepfloyd_if")
+    capfd.readouterr()  # saving it says something
     before = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
     with caplog.at_level(logging.DEBUG):
-        generator = load_generator(
-            str(tiny_pipeline("deepfloyd_if")), options=GeneratorOptions(engine="eager")
-        )
+        generator = load_generator(str(folder), options=GeneratorOptions(engine="eager"))
         drawn = draw(generator, "deepfloyd_if", "apple " * 100)
     out, err = capfd.readouterr()
     assert out + err == ""
