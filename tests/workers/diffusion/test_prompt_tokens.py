@@ -172,7 +172,8 @@ def test_the_libraries_say_nothing_themselves(capfd, caplog):
     import transformers
 
     folder = tiny_pipeline("deepfloyd_if")
-    capfd.readouterr()  # saving it says something
+    capfd.readouterr()  # making it says something
+    caplog.clear()
     before = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
     with caplog.at_level(logging.DEBUG):
         generator = load_generator(str(folder), options=GeneratorOptions(engine="eager"))
