@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libraries
-from millijoule.workers.diffusion.own_classes import own_class
+from millijoule.workers.diffusion.own_classes import component_class
 from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
@@ -73,9 +73,9 @@ def load_pipeline(
         InputError: diffusers is not installed, the directory is not a text-to-image pipeline that can be used, or a rung
             is asked for that does not work here.
     """
-    diffusers, transformers = import_diffusers()
+    diffusers, _ = import_diffusers()
     with quiet_libraries():  # the classes are imported as they are looked for
-        _check_classes(folder, diffusers, transformers)
+        _check_classes(folder, diffusers)
     check_rungs(options.rungs, folder, on_gpu=device.startswith("cuda"))
     precision = settle_precision(
         options.rungs.precision, device=device, stored_in_float16=_is_stored_in_float16(folder)
@@ -108,22 +108,13 @@ def _is_stored_in_float16(folder: PipelineFolder) -> bool:
     return folder.weight_dtypes(DENOISERS) == {"F16"}
 
 
-def _check_classes(folder: PipelineFolder, diffusers: Any, transformers: Any) -> None:
+def _check_classes(folder: PipelineFolder, diffusers: Any) -> None:
     """Every class must be one that the two libraries have; a component may also name a module of diffusers.pipelines."""
     where, pipeline = folder.path / INDEX, getattr(diffusers, folder.class_name, None)
     if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
         raise InputError(f"{where}: diffusers {diffusers.__version__} has no {folder.class_name}")
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    for name, (library, class_name) in folder.components.items():
-        if own_class(pipeline, library, class_name) is not None:
-            continue
-        module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
-        if not inspect.ismodule(module) or not module.__name__.startswith(("diffusers", "transformers")):
-            raise InputError(
-                f"{where}: {name} is of {library}; only classes of diffusers and transformers are loaded"
-            )
-        if not hasattr(module, class_name):
-            raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
+    for name in folder.components:
+        component_class(pipeline, folder, name)
 
 
 def check_text_to_image(pipeline: Any, folder: PipelineFolder) -> None:

@@ -22,7 +22,7 @@ from millijoule.workers.diffusion.libraries import import_diffusers, quiet_libra
 from millijoule.workers.diffusion.loading import LoadedPipeline, check_text_to_image
 from millijoule.workers.diffusion.memory import PipelineMemory
 from millijoule.workers.diffusion.operations import count_operations
-from millijoule.workers.diffusion.own_classes import own_class
+from millijoule.workers.diffusion.own_classes import component_class
 from millijoule.workers.diffusion.pipeline_call import PipelineCall, Row, Settings
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
@@ -129,18 +129,14 @@ def _can(class_name: str, long_prompts: str) -> bool:
 
 def _on_meta(folder: PipelineFolder, dtype: torch.dtype) -> Any:
     """An instance of the pipeline's class with real tokenizers and schedulers, and networks without numbers."""
-    diffusers, transformers = import_diffusers()
+    diffusers, _ = import_diffusers()
     kind: Any = getattr(diffusers, folder.class_name, None)
     if kind is None:
         raise InputError(f"{folder.path}: diffusers {diffusers.__version__} has no {folder.class_name}")
-    libraries = {"diffusers": diffusers, "transformers": transformers}
     parts: dict[str, Any] = dict.fromkeys(folder.absent)
     with folder.shown_alone() as shown:
-        for name, (library, class_name) in folder.components.items():
-            module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
-            part: Any = own_class(kind, library, class_name) or getattr(module, class_name, None)
-            if part is None:
-                raise InputError(f"{folder.path}: {name} is a {class_name}, which {library} does not have")
+        for name in folder.components:
+            part = component_class(kind, folder, name)
             try:
                 parts[name] = _without_weights(part, shown / name, dtype)
             except Exception as error:  # whatever the libraries make of a configuration

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from millijoule.workers.diffusion.libraries import import_diffusers
-from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
+from millijoule.workers.diffusion.pipeline_folder import INDEX, PipelineFolder
+from millijoule.workers.errors import InputError
 
 
 def own_class(pipeline_class: type, library: str, class_name: str) -> Any:
@@ -25,6 +27,28 @@ def own_class(pipeline_class: type, library: str, class_name: str) -> Any:
         return None
     found = getattr(sys.modules[package], class_name, None)
     return found if isinstance(found, type) and hasattr(found, "from_pretrained") else None
+
+
+def component_class(pipeline_class: type, folder: PipelineFolder, name: str) -> Any:
+    """The class of the component `name`, of diffusers, transformers, or a module of diffusers.pipelines.
+
+    Raises:
+        InputError: it is of something else, or not there.
+    """
+    library, class_name = folder.components[name]
+    if (own := own_class(pipeline_class, library, class_name)) is not None:
+        return own
+    diffusers, transformers = import_diffusers()
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    module = libraries.get(library) or getattr(diffusers.pipelines, library, None)
+    where = folder.path / INDEX
+    if not inspect.ismodule(module) or not module.__name__.startswith(("diffusers", "transformers")):
+        raise InputError(
+            f"{where}: {name} is of {library}; only classes of diffusers and transformers are loaded"
+        )
+    if (found := getattr(module, class_name, None)) is None:
+        raise InputError(f"{where}: {name} is a {class_name}, which {library} does not have")
+    return found
 
 
 @contextmanager

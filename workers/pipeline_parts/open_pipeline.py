@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from millijoule.workers.diffusion.libraries import import_diffusers
-from millijoule.workers.diffusion.own_classes import own_classes_in_sight
+from millijoule.workers.diffusion.own_classes import component_class, own_classes_in_sight
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
@@ -91,11 +91,8 @@ def _load_part(folder: PipelineFolder, name: str, shown: Path, dtype: Any) -> An
 
 
 def _class_of(folder: PipelineFolder, name: str) -> Any:
-    """The class of a component; None: it lies beside the pipeline's own (`own_class`)."""
-    diffusers, transformers = import_diffusers()
-    library, class_name = folder.components[name]
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    return getattr(libraries.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
+    diffusers, _ = import_diffusers()
+    return component_class(getattr(diffusers, folder.class_name), folder, name)
 
 
 def _check_complete(pipeline: Any, place: Path) -> None:
