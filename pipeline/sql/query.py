@@ -24,6 +24,7 @@ from millijoule.pipeline.energy.tables import parse_part_key
 from millijoule.pipeline.output.job import JobSpec, require_job
 from millijoule.workers.errors import InputError
 from millijoule.workers.layout import ENERGY_PREFIX
+from millijoule.workers.storage.arrow import arrow_filesystem
 from millijoule.workers.storage.protocol import Store
 
 if TYPE_CHECKING:
@@ -160,11 +161,12 @@ def _stored(store: Store, name: str, parts: Sequence[tuple[str, date]], run_id: 
     schema = _full_schema(name)
     repeated = [f.name for f in schema if pa.types.is_dictionary(f.type)]
     parquet = ds.ParquetFileFormat(read_options=ds.ParquetReadOptions(dictionary_columns=repeated))
+    filesystem = arrow_filesystem(store)
     fragments = []
     for key, day in parts:
         where = (ds.field("run_id") == run_id) & (ds.field("date") == pa.scalar(day, pa.date32()))
         where &= ds.field("output") == store.url
-        fragments.append(parquet.make_fragment(store.open_input(key), partition_expression=where))
+        fragments.append(parquet.make_fragment(key, filesystem, partition_expression=where))
     return ds.FileSystemDataset(fragments, schema, parquet)
 
 

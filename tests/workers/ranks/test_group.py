@@ -176,7 +176,7 @@ def test_a_row_is_drawn_again_in_float32_by_all_ranks(patched):
 
 def test_a_rank_that_cannot_load_is_named_and_nothing_is_left(forked_ranks, monkeypatch):
     libraries_have_settled()
-    threads, before = threading.active_count(), dict(os.environ)
+    before = what_is_here()
 
     def fail(self, task):
         raise OSError("no such device")
@@ -184,14 +184,14 @@ def test_a_rank_that_cannot_load_is_named_and_nothing_is_left(forked_ranks, monk
     monkeypatch.setattr(Rank, "__init__", fail)
     with pytest.raises(NodeError, match="rank 1 of 2 cannot load the model: OSError: no such device"):
         load()
-    assert_nothing_is_left(threads, before)
+    assert_nothing_is_left(before)
 
 
 def test_a_closed_group_leaves_nothing_behind(forked_ranks, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     libraries_have_settled()
-    threads, before = threading.active_count(), dict(os.environ)
+    before = what_is_here()
     generator = load()
     loaded = generator.cpu_ns
     assert loaded > 0
@@ -201,7 +201,7 @@ def test_a_closed_group_leaves_nothing_behind(forked_ranks, tmp_path, monkeypatc
     generator.close()
     assert generator.cpu_ns == 0
     assert list(tmp_path.glob("millijoule-ranks-*")) == []
-    assert_nothing_is_left(threads, before)
+    assert_nothing_is_left(before)
 
 
 def test_two_groups_of_a_node_do_not_meet(patched):
@@ -221,17 +221,22 @@ def libraries_have_settled():
     load_generator(str(tiny_pipeline("sd15"))).generate([request(0)])
 
 
-def assert_nothing_is_left(threads, environment):
+def what_is_here():
+    """What other tests' fixtures have running in this process is theirs; so is what a load sets once."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTORCH_NVML_BASED_CUDA_CHECK"}
+    return set(threading.enumerate()), environment, children()
+
+
+def assert_nothing_is_left(before):
     assert not dist.is_initialized()
-    # which PyTorch's users set on their first load, with ranks or without
-    own = {name: value for name, value in os.environ.items() if name != "PYTORCH_NVML_BASED_CUDA_CHECK"}
-    assert own == {name: environment[name] for name in environment if name != "PYTORCH_NVML_BASED_CUDA_CHECK"}
+    threads, environment, processes = before
+    assert what_is_here()[1] == environment
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and (threading.active_count() > threads or _children()):
+    while time.monotonic() < deadline and (set(threading.enumerate()) - threads or children() - processes):
         time.sleep(0.05)
-    assert threading.active_count() <= threads
-    assert _children() == []
+    assert set(threading.enumerate()) - threads == set()
+    assert children() - processes == set()
 
 
-def _children():
-    return [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+def children():
+    return {p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE}
