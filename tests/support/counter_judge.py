@@ -3,6 +3,7 @@
 What the job certifies must be the growth of its boards' counters from the first reading that opened an account to a reading
 after all that its workers ever spent and read; or it must be missing, with the workers named whose energy nobody knows.
 Several such readings may stand at the end, a millijoule apart: of readers, and of workers that ended before they had an account.
+A host counts the resets of all its boards as one: while a board that was not reset had no account open, its pause may be left out.
 The job's own record is asked one thing only: which readings opened accounts; the history shows that they were made, and that
 nothing was spent before them.
 """
@@ -10,8 +11,10 @@ nothing was spent before them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -50,9 +53,13 @@ def judge(
     verdict = Verdict("missing")
     ran: dict[tuple[str, str], set[int]] = {}
     reset = False
+    resets: dict[str, list[int]] = defaultdict(list)
+    for boots, records in history.values():
+        for boot_id, (_, *later) in zip(boots, _split(records, boards.REBOOT), strict=True):
+            resets[boot_id] += [r.t_mono_ns for r in later if r.kind == boards.RESET]
     for uuid, (boots, records) in history.items():
         for boot_id, records_of_boot in zip(boots, _split(records, boards.REBOOT), strict=True):
-            found = _ran(uuid, records_of_boot, workers, names, verdict.problems)
+            found = _ran(uuid, records_of_boot, workers, names, resets.get(boot_id, []), verdict.problems)
             if found is not None:
                 ran[boot_id, f"gpu:{uuid}"] = found
         reset = reset or any(r.kind in (boards.RESET, boards.REBOOT) for r in records[1:])
@@ -106,9 +113,13 @@ def _ran(
     records: Sequence[boards.Record],
     workers: Sequence[WorkerEnvironment],
     names: Mapping[int, str],
+    resets: Sequence[int],
     problems: list[str],
 ) -> set[int] | None:
-    """What the job may say that it ran on a board during one boot; None where it had no worker there."""
+    """What the job may say that it ran on a board during one boot; None where it had no worker there.
+
+    `resets`: when any board of the host was reset in that boot, on the monotonic clock.
+    """
     opened = {
         w.worker_id: (w.opened.energy_mj[f"gpu:{uuid}"], w.opened.t_mono_ns)
         for w in workers
@@ -136,7 +147,19 @@ def _ran(
         ends = {part[max(first, last)].value_mj}
         ends |= {r.value_mj for r in part[last:] if r.kind == boards.READ}
         totals = _sums(totals or {0}, {end - part[first].value_mj for end in ends})
+        for at in (t for t in resets if part[0].t_mono_ns < t < part[-1].t_mono_ns):
+            totals = _sums(totals, {0} | {-mj for mj in _pauses(part[first:], began.values(), at, first)})
     return totals
+
+
+def _pauses(part: Sequence[boards.Record], began: Iterable[int], at_ns: int, first: int) -> set[int]:
+    """What may lie between two accounts, the later of which began after `at_ns`: only readings do, nothing is spent."""
+    pauses = set()
+    for i in (i - first for i in began):
+        if i > 0 and part[i].t_mono_ns > at_ns:
+            before = takewhile(lambda r: r.kind == boards.READ, reversed(part[:i]))
+            pauses |= {part[i].value_mj - r.value_mj for r in before}
+    return pauses
 
 
 def _device_totals(output: Path) -> dict[tuple[str, str], int | None]:

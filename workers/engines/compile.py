@@ -112,6 +112,8 @@ class _CompiledCalls:
         if new and (signature is None or len(self._known) == MAX_COMPILED):
             self._warn_once("more than %d kinds of calls: the others run as they are", MAX_COMPILED)
             return plain_call(self._module)(*args, **kwargs)
+        if new:
+            log.info("%s: compiles for a new kind of call, which can take minutes", self._name)
         before = _graphs_made()
         try:
             out = self._run(args, kwargs)
