@@ -93,11 +93,13 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
 
 def write_prompts(path: Path, n: int) -> None:
     """`n` prompts of one icon each, one a line."""
-    from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, NOUNS
+    from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS
+    from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUNS
 
+    nouns = NOUNS[:DEFAULT_NOUNS]
     with path.open("w") as file:
         for i in range(n):
-            noun, colour = NOUNS[i % len(NOUNS)], COLOURS[i // len(NOUNS) % len(COLOURS)]
+            noun, colour = nouns[i % len(nouns)], COLOURS[i // len(nouns) % len(COLOURS)]
             ground = BACKGROUNDS[i // 7 % len(BACKGROUNDS)]
             file.write(f"a {colour} {noun} on a {ground} background\n")
 

@@ -30,16 +30,16 @@ from millijoule.workers.scenes.scenes import (
     ICON_TOKENS,
     IMAGE_SIZE,
     MAX_COUNT,
-    NOUNS,
     SIZES,
     WINDOWS,
 )
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS
 
 #: Forward scale of the drive, so that Adam's rate lets it grow: phases must be pulled by radians within the horizon.
 DRIVE_SCALE = 4.0
 
 #: Nouns at a size; shape = noun * len(SIZES) + size.
-SHAPES = len(NOUNS) * len(SIZES)
+SHAPES = DEFAULT_NOUNS * len(SIZES)
 
 GAIN_RANGE = 0.5  # gains are within 1 +- this
 
@@ -193,7 +193,7 @@ class PromptEncoder(_PromptToDrive):
     def __init__(self, config: OscillatorConfig) -> None:
         super().__init__(config)
         c, d, width = config.channels, config.driven, config.noun_width
-        self.noun = _Rows(len(NOUNS), width)
+        self.noun = _Rows(DEFAULT_NOUNS, width)
         self.size = _Rows(2 * len(SIZES), width)  # of icons in the whole image, in half windows
         self.colour = _Rows(len(COLOURS), config.colour_width)
         self.shape1 = nn.Linear(2 * width, config.hidden)

@@ -11,40 +11,21 @@ from millijoule.workers.scenes.scenes import (
     BACKGROUNDS,
     COLOURS,
     MAX_COUNT,
-    NOUNS,
+    MAX_GROUPS,
     PALETTE,
     SIZES,
     Group,
     Scene,
     icons,
 )
-
-_PLURALS = {
-    noun: {
-        "axe": "axes", "bus": "buses", "butterfly": "butterflies", "cactus": "cacti", "church": "churches",
-        "fish": "fish", "leaf": "leaves",
-    }.get(noun, noun + "s")
-    for noun in NOUNS
-}  # fmt: skip
-_SYNONYMS = {
-    "airplane": ("plane", "aeroplane", "aircraft", "jet"), "bike": ("bicycle",), "bus": ("coach",),
-    "butterfly": (), "cactus": ("cactuses",), "car": ("automobile",), "cat": ("kitten", "kitty"), "cup": ("glass",),
-    "church": ("chapel",), "diamond": ("rhombus",), "dog": ("puppy", "hound"), "duck": ("duckling",),
-    "fish": ("fishes",), "flower": ("blossom",), "ghost": ("spook",), "gift": ("present",), "hand": ("palm",),
-    "hat": ("fedora",), "helicopter": ("chopper",), "horse": ("pony",), "house": ("home",), "lock": ("padlock",),
-    "moon": ("crescent",), "mushroom": ("toadstool",), "pig": ("piglet", "hog"), "rabbit": ("bunny", "hare"),
-    "robot": ("android",), "rocket": ("spaceship",), "sailboat": ("yacht",), "snowflake": ("flake",),
-    "train": ("locomotive",), "tree": ("fir", "pine"), "truck": ("lorry",), "umbrella": ("parasol",),
-}  # fmt: skip
-_SYNONYM_PLURALS = {
-    "puppy": "puppies", "kitty": "kitties", "pony": "ponies", "bunny": "bunnies", "lorry": "lorries",
-    "aircraft": "aircraft", "glass": "glasses", "coach": "coaches", "cactuses": "cactuses", "fishes": "fishes",
-}  # fmt: skip
-_NOUN_WORDS = {noun: noun for noun in NOUNS} | {plural: noun for noun, plural in _PLURALS.items()}
-for _noun, _words in _SYNONYMS.items():
-    for _word in _words:
-        _NOUN_WORDS[_word] = _noun
-        _NOUN_WORDS[_SYNONYM_PLURALS.get(_word, _word + "s")] = _noun
+from millijoule.workers.scenes.vocabulary import (
+    DEFAULT_NOUNS,
+    ENTRIES,
+    NOUN_NUMBER,
+    NOUNS,
+    WORD_NUMBER,
+    similar_noun,
+)
 
 _COLOUR_WORDS = {c: c for c in PALETTE} | {
     "violet": "purple", "scarlet": "red", "crimson": "red", "golden": "yellow", "gold": "yellow", "grey": "gray",
@@ -73,23 +54,45 @@ _FILLER = frozenset(
 )
 
 
-def parse_prompt(prompt: str) -> tuple[Scene, tuple[str, ...]]:
-    """Read a prompt into a scene; never fails.
+#: What captions call the windows, in the order of `WINDOWS`.
+PLACES = (
+    "centre", "northwest", "north", "northeast", "west", "east", "southwest", "south", "southeast",
+)  # fmt: skip
+
+#: Words of the grammar: they never stand for a similar noun.
+GRAMMAR_WORDS = _FILLER.union(
+    _COLOUR_WORDS, _SIZE_WORDS, _COUNT_WORDS, _RELATION_WORDS, _BACKGROUND_WORDS, PLACES
+)
+_PAIR_WORDS = frozenset(form for e in ENTRIES for word in e.pairs for form in (word, e.plural_of(word)))
+_SAME_GROUP = frozenset(("of", *_COLOUR_WORDS, *_SIZE_WORDS))
+
+
+def parse_prompt(prompt: str, nouns: int = DEFAULT_NOUNS) -> tuple[Scene, tuple[str, ...]]:
+    """Read a prompt into a scene of the first `nouns`; never fails.
+
+    A word that none of them has is replaced by a similar one's (`vocabulary.similar_noun`) where the scene has a place left
+    beside those that the prompt does name.
 
     Returns:
-        The scene, with open parts where the prompt says nothing, and warnings in the user's words: unknown words,
-        icons beyond what a scene holds, no icon at all.
+        The scene, with open parts where the prompt says nothing, and warnings in the user's words: substitutes, unknown
+        words, icons beyond what a scene holds, no icon at all.
     """
-    words = re.findall(r"[^\W_]+", prompt.lower())
+    words = _join_names(re.findall(r"[^\W_]+", prompt.lower()), nouns)
+    numbers = [WORD_NUMBER.get(word, nouns) for word in words]
+    named = [NOUNS[n] if n < nouns else None for n in numbers]
     warnings: list[str] = []
+    _substitute(words, named, nouns, warnings)
     groups: list[Group] = []
     colour = size = relation = background = None
     count = 1
     i = 0
     while i < len(words):
-        word, following = words[i], words[i + 1] if i + 1 < len(words) else ""
+        word, following, noun = words[i], words[i + 1] if i + 1 < len(words) else "", named[i]
         i += 1
-        if word in _COLOUR_WORDS and following in _BACKGROUND_WORDS:
+        if noun is not None:
+            groups.append(Group(noun, colour, size, count))
+            colour, size, count = None, None, 1
+        elif word in _COLOUR_WORDS and following in _BACKGROUND_WORDS:
             background = _COLOUR_WORDS[word] if _COLOUR_WORDS[word] in BACKGROUNDS else None
             if background is None:
                 warnings.append(f"unknown background: '{word}'")
@@ -100,11 +103,8 @@ def parse_prompt(prompt: str) -> tuple[Scene, tuple[str, ...]]:
             warnings.append(f"'{word}' can only be a background")
         elif word in _SIZE_WORDS:
             size = _SIZE_WORDS[word]
-        elif word in ("pine", "fir", "rocket") and following in ("tree", "trees", "ship"):
-            continue  # "pine tree" is one tree
-        elif word in _NOUN_WORDS:
-            groups.append(Group(_NOUN_WORDS[word], colour, size, count))
-            colour, size, count = None, None, 1
+        elif word in ("pair", "pairs") and _next_name(words[i:]) in _PAIR_WORDS:
+            continue  # a pair of scissors is one icon
         elif word in _COUNT_WORDS:
             count = _COUNT_WORDS[word]
         elif word in _RELATION_WORDS:
@@ -114,9 +114,9 @@ def parse_prompt(prompt: str) -> tuple[Scene, tuple[str, ...]]:
                 warnings.append(f"'{word}' has nothing before it")
         elif word not in _FILLER and word not in _BACKGROUND_WORDS:
             warnings.append(f"unknown word: '{word}'")
-    for group in groups[2:]:
+    for group in groups[MAX_GROUPS:]:
         warnings.append(f"a scene has two kinds of icons at most: '{group.noun}' is left out")
-    groups = groups[:2]
+    groups = groups[:MAX_GROUPS]
     if len(groups) == 2 and relation is None and groups[0] == groups[1] and groups[0].count == 1:
         groups = [replace(groups[0], count=2)]  # "a cat and a cat"
     limit = MAX_COUNT if len(groups) == 1 else 2
@@ -132,6 +132,35 @@ def parse_prompt(prompt: str) -> tuple[Scene, tuple[str, ...]]:
     return scene, tuple(dict.fromkeys(warnings))
 
 
+def _join_names(words: list[str], nouns: int) -> list[str]:
+    """`words` with names of two words joined, as far as the first `nouns` have any."""
+    joined = []
+    i = 0
+    while i < len(words):
+        two = " ".join(words[i : i + 2])
+        length = 2 if " " in two and WORD_NUMBER.get(two, nouns) < nouns else 1
+        joined.append(" ".join(words[i : i + length]))
+        i += length
+    return joined
+
+
+def _substitute(words: list[str], named: list[str | None], nouns: int, warnings: list[str]) -> None:
+    """Name unknown words' similar nouns in `named`, from left to right, while fewer than two groups are named."""
+    places = MAX_GROUPS - sum(noun is not None for noun in named)
+    for i, word in enumerate(words):
+        if places <= 0:
+            return
+        if named[i] is None and word not in GRAMMAR_WORDS and (noun := similar_noun(word, nouns)) is not None:
+            named[i] = noun
+            places -= 1
+            warnings.append(f"drew '{noun}' for '{word}'")
+
+
+def _next_name(words: list[str]) -> str:
+    """The first of `words` that does not only describe the group it belongs to."""
+    return next((word for word in words if word not in _SAME_GROUP), "")
+
+
 _NUMBERS = {2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
 _WAYS = {
     None: ("and", "and", "next to", "with"),
@@ -143,6 +172,15 @@ _WAYS = {
 _OPENINGS = ("", "", "", "a photo of ", "a picture of ", "an icon of ", "draw ")
 
 
+def _article(word: str) -> str:
+    """ "a " or "an ", by how `word` begins when spoken."""
+    vowel = word.startswith(("a", "e", "i", "o", "u", "hour"))
+    return "an " if vowel and not word.startswith(_SPOKEN_WITH_Y) else "a "
+
+
+_SPOKEN_WITH_Y = ("eu", "uk", "uni", "usb", "use", "ufo", "uti")
+
+
 def write_prompt(scene: Scene, rng: np.random.Generator) -> str:
     """A prompt that says what `scene` fixes, and nothing else, in one of many ways; `parse_prompt` reads it back.
 
@@ -152,20 +190,29 @@ def write_prompt(scene: Scene, rng: np.random.Generator) -> str:
     def of(options: tuple[str, ...]) -> str:
         return options[rng.integers(len(options))]
 
-    def noun_word(noun: str, many: bool) -> str:
-        if rng.random() < 0.85 or not _SYNONYMS.get(noun):
-            return _PLURALS[noun] if many else noun
-        word = of(_SYNONYMS[noun])
-        if word == _SYNONYM_PLURALS.get(word):  # a second plural form
-            return word if many else noun
-        return _SYNONYM_PLURALS.get(word, word + "s") if many else word
+    def noun_word(group: Group) -> str:
+        """The noun or one of its aliases, in the singular."""
+        entry = ENTRIES[NOUN_NUMBER[group.noun]]
+        if rng.random() < 0.85 or not entry.aliases:
+            return group.noun
+        word = of(entry.aliases)
+        if group.count == 1 and word == entry.plural_of(word) and word not in entry.pairs + entry.bare:
+            return group.noun  # a second plural form
+        return word
 
     def phrase(group: Group) -> str:
-        words = [w for w in (group.size, group.colour) if w] + [noun_word(group.noun, group.count > 1)]
+        entry = ENTRIES[NOUN_NUMBER[group.noun]]
+        noun = noun_word(group)
+        words = [w for w in (group.size, group.colour) if w]
         if group.count > 1:
-            return " ".join([of(_NUMBERS[group.count]), *words])
-        article = "an" if words[0][0] in "aeiou" else "a"
-        return " ".join(words if rng.random() < 0.15 else [article, *words])
+            return " ".join([of(_NUMBERS[group.count]), *words, entry.plural_of(noun)])
+        words.append(noun)
+        article = _article(words[0])
+        if noun in entry.pairs:
+            article = of(("", "a pair of "))
+        elif noun in entry.bare:
+            article = ""
+        return ("" if rng.random() < 0.15 else article) + " ".join(words)
 
     text = of(_OPENINGS)
     if scene.groups:
@@ -177,13 +224,15 @@ def write_prompt(scene: Scene, rng: np.random.Generator) -> str:
     return text
 
 
-#: What captions call the windows, in the order of `WINDOWS`.
-PLACES = (
-    "centre", "northwest", "north", "northeast", "west", "east", "southwest", "south", "southeast",
-)  # fmt: skip
-
-#: Every word of a caption.
-CAPTION_WORDS = (*PLACES, *SIZES, *COLOURS, *NOUNS, "on", *sorted(set(BACKGROUNDS) - set(COLOURS)))
+#: Every word of a caption of the nouns that the conventional model knows.
+CAPTION_WORDS = (
+    *PLACES,
+    *SIZES,
+    *COLOURS,
+    *NOUNS[:DEFAULT_NOUNS],
+    "on",
+    *sorted(set(BACKGROUNDS) - set(COLOURS)),
+)
 
 
 def write_caption(scene: Scene) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,6 @@ from millijoule.workers.scenes.scenes import (
     ICON_TOKENS,
     IMAGE_SIZE,
     MAX_COUNT,
-    NOUN_GLYPHS,
-    NOUNS,
     PALETTE,
     SIZES,
     WINDOWS,
@@ -34,6 +32,7 @@ from millijoule.workers.scenes.scenes import (
     icons,
     scene_tokens,
 )
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, ENTRIES, NOUN_NUMBER
 
 #: Side of an icon's em box in pixels, by size, in the whole image and in a half window. Its ink is a little smaller.
 ICON_PIXELS = {8: (30, 42, 56), 4: (20, 25, 30)}
@@ -42,8 +41,10 @@ _JITTER = 1  # pixels; each icon moves by -1, 0 or 1 in x and in y
 _SHADE = 14  # levels; the lightness of each colour moves by at most this much
 _SUPERSAMPLING = 8
 _MARGIN = 4  # empty pixels around the atlas' tiles, so that what lies outside a tile reads as empty
+_TILE = IMAGE_SIZE + 2 * _MARGIN  # pixels, both sides
 
 
+@cache
 def find_icon_font() -> tuple[Path, dict[str, int]]:
     """Path of the Material Design Icons font and its map from glyph name to code point.
 
@@ -59,30 +60,37 @@ def find_icon_font() -> tuple[Path, dict[str, int]]:
     return fonts[-1], {name: int(code, 16) for name, code in charmap.items()}
 
 
-@lru_cache(maxsize=1)
-def icon_masks() -> np.ndarray:
-    """Coverage of every icon, uint8 `[noun, side of the window // 8, size, tile, tile]`, centred in its tile."""
+@cache
+def icon_mask(noun: int) -> np.ndarray:
+    """Coverage of the icon of noun number `noun`, uint8 `[side of the window // 8, size, tile, tile]`, centred in its tile.
+
+    Made when first asked for, and kept.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    font_path, code_points = find_icon_font()
-    tile = IMAGE_SIZE + 2 * _MARGIN
-    masks = np.zeros((len(NOUNS), 2, len(SIZES), tile, tile), np.uint8)
-    for n, noun in enumerate(NOUNS):
-        glyph = chr(code_points[NOUN_GLYPHS[noun]])
-        for side, all_pixels in ICON_PIXELS.items():
-            for s, pixels in enumerate(all_pixels):
-                wanted = pixels * _SUPERSAMPLING
-                probe = ImageFont.truetype(str(font_path), wanted)
-                left, top, right, bottom = probe.getbbox(glyph)
-                larger = wanted * wanted / max(right - left, bottom - top)
-                font = ImageFont.truetype(str(font_path), round(larger))
-                left, top, right, bottom = font.getbbox(glyph)
-                middle = tile * _SUPERSAMPLING / 2
-                canvas = Image.new("L", (tile * _SUPERSAMPLING,) * 2, 0)
-                at = (round(middle - (left + right) / 2), round(middle - (top + bottom) / 2))
-                ImageDraw.Draw(canvas).text(at, glyph, fill=255, font=font)
-                masks[n, side // 8, s] = np.asarray(canvas.reduce(_SUPERSAMPLING))
+    path, code_points = find_icon_font()
+    font_file = str(path)
+    glyph = chr(code_points[ENTRIES[noun].glyph])
+    masks = np.zeros((2, len(SIZES), _TILE, _TILE), np.uint8)
+    for side, all_pixels in ICON_PIXELS.items():
+        for s, pixels in enumerate(all_pixels):
+            wanted = pixels * _SUPERSAMPLING
+            left, top, right, bottom = ImageFont.truetype(font_file, wanted).getbbox(glyph)
+            larger = wanted * wanted / max(right - left, bottom - top)
+            font = ImageFont.truetype(font_file, round(larger))
+            left, top, right, bottom = font.getbbox(glyph)
+            middle = _TILE * _SUPERSAMPLING / 2
+            canvas = Image.new("L", (_TILE * _SUPERSAMPLING,) * 2, 0)
+            at = (round(middle - (left + right) / 2), round(middle - (top + bottom) / 2))
+            ImageDraw.Draw(canvas).text(at, glyph, fill=255, font=font)
+            masks[side // 8, s] = np.asarray(canvas.reduce(_SUPERSAMPLING))
+    masks.flags.writeable = False
     return masks
+
+
+def icon_masks(nouns: int = DEFAULT_NOUNS) -> np.ndarray:
+    """`icon_mask` of the first `nouns`, uint8 `[noun, side of the window // 8, size, tile, tile]`."""
+    return np.stack([icon_mask(n) for n in range(nouns)])
 
 
 def draw_variation(scenes: int, renders: int, seed: int) -> dict[str, Tensor]:
@@ -101,14 +109,16 @@ def draw_variation(scenes: int, renders: int, seed: int) -> dict[str, Tensor]:
 class SceneRenderer:
     """Draws scenes that are given as tokens, in integers: the same pixels on every device."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(
+        self, device: str = "cpu", nouns: int = DEFAULT_NOUNS, *, masks: np.ndarray | None = None
+    ) -> None:
+        """`nouns`: how many of the first can be drawn. `masks`: those of what noun tokens count, in place of the first."""
+
         def on_device(values: object, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.as_tensor(values, dtype=dtype).to(device)
 
-        masks = torch.from_numpy(icon_masks())
-        self._tile = masks.shape[-1]
-        self._sizes = masks.shape[2]
-        self._masks = masks.flatten().to(device)
+        masks = icon_masks(nouns) if masks is None else masks
+        self._masks = torch.from_numpy(masks).flatten().to(device)
         self._colours = on_device([PALETTE[c] for c in COLOURS], torch.int32)
         self._backgrounds = on_device([PALETTE[b] for b in BACKGROUNDS], torch.int32)
         # left, top, side in pixels; of "no window" first
@@ -128,17 +138,17 @@ class SceneRenderer:
         for k in range(MAX_COUNT):
             noun, colour, size, window = icons[:, k].unbind(1)
             left, top, side = self._windows[window][..., None, None].unbind(1)  # [scenes, 1, 1]
-            first = (self._tile - side) // 2
+            first = (_TILE - side) // 2
             moved = jitter[:, :, k].long()
             inside, at = [], []
             for begin, shift in ((top, moved[..., 1]), (left, moved[..., 0])):
                 offset = self._pixels - begin  # [scenes, 1, 64]
                 inside.append((offset >= 0) & (offset < side))
-                at.append((first + offset - shift[..., None]).clamp(0, self._tile - 1))
+                at.append((first + offset - shift[..., None]).clamp(0, _TILE - 1))
             rows, columns = at  # [scenes, renders, 64]
-            which = ((noun - 1).clamp_min(0) * 2 + side[:, 0, 0] // IMAGE_SIZE) * self._sizes
-            which = (which + (size - 1).clamp_min(0)) * self._tile**2
-            index = which[:, None, None, None] + rows[..., :, None] * self._tile + columns[..., None, :]
+            which = ((noun - 1).clamp_min(0) * 2 + side[:, 0, 0] // IMAGE_SIZE) * len(SIZES)
+            which = (which + (size - 1).clamp_min(0)) * _TILE**2
+            index = which[:, None, None, None] + rows[..., :, None] * _TILE + columns[..., None, :]
             cover = self._masks[index].int() * (inside[0][..., :, None] & inside[1][..., None, :])
             cover = cover[:, :, None]
             paint = self._colours[(colour - 1).clamp_min(0)][:, None] + shade[..., 1 + k, None]
@@ -149,8 +159,14 @@ class SceneRenderer:
 
 def render_scenes(scenes: Sequence[Scene], renders: int, seed: int) -> np.ndarray:
     """True images of completed scenes, uint8 `[scenes, renders, 64, 64, 3]`; the same seed gives the same pixels."""
-    tokens = torch.from_numpy(scene_tokens(scenes))
-    images = SceneRenderer().render(tokens, **draw_variation(len(scenes), renders, seed))
+    tokens = scene_tokens(scenes)
+    nouns = tokens[:, :-1:ICON_TOKENS]
+    shown = np.unique(nouns[nouns > 0])
+    nouns[nouns > 0] = 1 + np.searchsorted(shown, nouns[nouns > 0])  # masks of what is shown suffice
+    masks = np.stack([icon_mask(n - 1) for n in shown.tolist() or [1]])
+    images = SceneRenderer(masks=masks).render(
+        torch.from_numpy(tokens), **draw_variation(len(scenes), renders, seed)
+    )
     return images.permute(0, 1, 3, 4, 2).contiguous().numpy()
 
 
@@ -170,7 +186,7 @@ def icon_cover(scene: Scene) -> np.ndarray:
     covers = []
     for icon in icons(scene):
         x, y, side = WINDOWS[icon.window]
-        mask = icon_masks()[NOUNS.index(icon.noun), side // 8, SIZES.index(icon.size)]
+        mask = icon_mask(NOUN_NUMBER[icon.noun])[side // 8, SIZES.index(icon.size)]
         pixels = side * CELL
         inside = slice((len(mask) - pixels) // 2, (len(mask) + pixels) // 2)
         full = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)

@@ -12,28 +12,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUN_NUMBER, NOUNS
+
 IMAGE_SIZE = 64  # pixels, both sides
 CELL = 8  # pixels; windows of icons lie on this grid
-
-#: noun -> glyph name in Material Design Icons 6
-NOUN_GLYPHS = {
-    "airplane": "airplane", "anchor": "anchor", "apple": "food-apple", "axe": "axe", "balloon": "balloon",
-    "bat": "bat", "bed": "bed", "bell": "bell", "bike": "bicycle", "bone": "bone", "book": "book",
-    "bottle": "bottle-wine", "broom": "broom", "bus": "bus-side", "butterfly": "butterfly", "cactus": "cactus",
-    "cake": "cake", "camera": "camera", "candle": "candle", "car": "car-side", "carrot": "carrot", "castle": "castle",
-    "cat": "cat", "chair": "chair-rolling", "church": "church", "clock": "clock", "cloud": "cloud", "cow": "cow",
-    "crown": "crown", "cup": "cup", "diamond": "diamond", "dog": "dog-side", "dolphin": "dolphin", "door": "door",
-    "duck": "duck", "elephant": "elephant", "eye": "eye", "feather": "feather", "fish": "fish", "flag": "flag",
-    "flower": "flower", "ghost": "ghost", "gift": "gift", "guitar": "guitar-acoustic", "hammer": "hammer",
-    "hand": "hand-back-right", "hat": "hat-fedora", "heart": "cards-heart", "helicopter": "helicopter",
-    "horse": "horse", "house": "home", "key": "key", "kite": "kite", "ladder": "ladder", "lamp": "lamp",
-    "leaf": "leaf", "lock": "lock", "magnet": "magnet", "moon": "moon-waning-crescent", "mushroom": "mushroom",
-    "owl": "owl", "pencil": "pencil", "penguin": "penguin", "pig": "pig", "pizza": "pizza", "rabbit": "rabbit",
-    "robot": "robot", "rocket": "rocket", "sailboat": "sail-boat", "skull": "skull", "snail": "snail",
-    "snowflake": "snowflake", "spider": "spider", "star": "star", "sun": "weather-sunny", "table": "table-furniture",
-    "train": "train", "tree": "pine-tree", "truck": "truck", "umbrella": "umbrella",
-}  # fmt: skip
-NOUNS = tuple(NOUN_GLYPHS)
 
 #: colour -> sRGB, for icons and backgrounds alike
 PALETTE = {
@@ -54,6 +36,7 @@ BACKGROUNDS = ("white", "black", "gray", "yellow", "blue")
 SIZES = ("small", "medium", "big")
 RELATIONS = ("left of", "right of", "above", "below")
 MAX_COUNT = 4
+MAX_GROUPS = 2
 
 #: GenEval's task families (Ghosh et al. 2023), which prompts are drawn from and scored by.
 FAMILIES = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
@@ -184,7 +167,6 @@ def complete(scene: Scene, seed: int) -> Scene:
 ICON_TOKENS = 4  # noun, colour, size, window; 0 where there is no icon, else 1 + the index
 NUM_TOKENS = MAX_COUNT * ICON_TOKENS + 1  # the icons, then the background (its index)
 
-_NOUN_TOKEN = {noun: 1 + i for i, noun in enumerate(NOUNS)}
 _COLOUR_TOKEN = {colour: 1 + i for i, colour in enumerate(COLOURS)}
 
 
@@ -193,7 +175,7 @@ def scene_tokens(scenes: Sequence[Scene]) -> np.ndarray:
     tokens = np.zeros((len(scenes), NUM_TOKENS), np.int64)
     for row, scene in zip(tokens, scenes, strict=True):
         for k, icon in enumerate(icons(scene)):
-            noun, colour = _NOUN_TOKEN[icon.noun], _COLOUR_TOKEN[icon.colour]
+            noun, colour = 1 + NOUN_NUMBER[icon.noun], _COLOUR_TOKEN[icon.colour]
             token = noun, colour, 1 + SIZES.index(icon.size), 1 + icon.window
             row[ICON_TOKENS * k : ICON_TOKENS * (k + 1)] = token
         row[-1] = BACKGROUNDS.index(scene.background or "")
@@ -204,13 +186,13 @@ def scene_tokens(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def is_held_out_colour(noun: str, colour: str) -> bool:
-    """True for the 80 of 800 noun-colour pairs (10 %) that training never shows; one colour of every noun."""
-    return (NOUNS.index(noun) + 3 * COLOURS.index(colour)) % 10 == 0
+    """True for the tenth of all noun-colour pairs that training never shows; one colour of every noun."""
+    return (NOUN_NUMBER[noun] + 3 * COLOURS.index(colour)) % 10 == 0
 
 
 def is_held_out_pair(noun: str, other: str) -> bool:
     """True for the ninth of all noun pairs that training never shows in one image; the order does not matter."""
-    return noun != other and (NOUNS.index(noun) + NOUNS.index(other)) % 9 == 0
+    return noun != other and (NOUN_NUMBER[noun] + NOUN_NUMBER[other]) % 9 == 0
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -221,14 +203,16 @@ def is_held_out(scene: Scene) -> bool:
     )
 
 
-def sample_scene(family: str, rng: np.random.Generator, *, held_out: bool = False) -> Scene:
-    """A scene that says what prompts of `family` say, and leaves the rest open.
+def sample_scene(
+    family: str, rng: np.random.Generator, *, held_out: bool = False, nouns: int = DEFAULT_NOUNS
+) -> Scene:
+    """A scene of the first `nouns` that says what prompts of `family` say, and leaves the rest open.
 
     With `held_out`, its nouns and colours are combinations that training never shows, where the family names any
     combination at all; otherwise, combinations that it does show.
     """
     while True:
-        first, second = (NOUNS[i] for i in rng.choice(len(NOUNS), 2, replace=False))
+        first, second = (NOUNS[i] for i in rng.choice(nouns, 2, replace=False))
         colour, other = (COLOURS[i] for i in rng.choice(len(COLOURS), 2, replace=False))
         relation = RELATIONS[rng.integers(4)]
         match family:
@@ -253,8 +237,13 @@ def sample_scene(family: str, rng: np.random.Generator, *, held_out: bool = Fals
                 raise ValueError(f"no such family: {family}")
 
 
-def sample_training_scenes(rng: np.random.Generator, count: int) -> list[tuple[Scene, Scene]]:
-    """Pairs of a scene as a prompt may say it (with open parts) and completed; never a held-out combination."""
+def sample_training_scenes(
+    rng: np.random.Generator, count: int, nouns: int = DEFAULT_NOUNS
+) -> list[tuple[Scene, Scene]]:
+    """Pairs of a scene as a prompt may say it (with open parts) and completed; never a held-out combination.
+
+    All are of the first `nouns`.
+    """
 
     def at_times(word: str | None, probability: float) -> str | None:
         return word if rng.random() < probability else None
@@ -265,11 +254,11 @@ def sample_training_scenes(rng: np.random.Generator, count: int) -> list[tuple[S
         if kind < 0.02:
             scene = Scene(())
         elif kind < 0.25:
-            scene = sample_scene("single object", rng)
+            scene = sample_scene("single object", rng, nouns=nouns)
         elif kind < 0.5:
-            scene = sample_scene("counting", rng)
+            scene = sample_scene("counting", rng, nouns=nouns)
         else:
-            scene = sample_scene("position", rng)
+            scene = sample_scene("position", rng, nouns=nouns)
             if kind > 0.85:
                 one_or_two = tuple(replace(g, count=int(rng.integers(1, 3))) for g in scene.groups)
                 scene = replace(scene, groups=one_or_two)

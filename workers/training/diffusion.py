@@ -35,12 +35,12 @@ from millijoule.workers.scenes.scenes import (
     COLOURS,
     IMAGE_SIZE,
     MAX_COUNT,
-    NOUNS,
     SIZES,
     WINDOWS,
     Scene,
     scene_tokens,
 )
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS
 from millijoule.workers.training import diffusion_networks as networks
 from millijoule.workers.training.diffusion_networks import DiffusionConfig
 from millijoule.workers.training.graphed_step import GraphedStep
@@ -51,7 +51,7 @@ from millijoule.workers.training.optimizer import adamw, clip_and_step, load_opt
 PRINCIPAL_IMAGES = 2048
 
 #: What the text encoder learns to tell of an icon, in the order of its scene tokens, and how many of each there are.
-ICON_PARTS = (len(NOUNS), len(COLOURS), len(SIZES), len(WINDOWS))
+ICON_PARTS = (DEFAULT_NOUNS, len(COLOURS), len(SIZES), len(WINDOWS))
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from millijoule.workers.scenes.prompts import parse_prompt
 from millijoule.workers.scenes.scenes import (
     BACKGROUNDS,
     COLOURS,
-    NOUNS,
     PALETTE,
     WINDOWS,
     complete,
     icons,
     scene_tokens,
 )
+from millijoule.workers.scenes.vocabulary import NOUNS
 from millijoule.workers.schemas import ImageRequest
 
 DEFAULT = model_path("default")

@@ -1,5 +1,6 @@
 """Icon scenes: what they hold, what is settled by a seed, and what training never sees."""
 
+import hashlib
 from dataclasses import replace
 from itertools import combinations
 
@@ -13,7 +14,6 @@ from millijoule.workers.scenes.scenes import (
     COLOURS,
     FAMILIES,
     MAX_COUNT,
-    NOUNS,
     NUM_TOKENS,
     RELATIONS,
     SIZES,
@@ -30,10 +30,11 @@ from millijoule.workers.scenes.scenes import (
     sample_training_scenes,
     scene_tokens,
 )
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUN_NUMBER, NOUNS
 
 
 def test_the_domain_is_as_large_as_promised():
-    assert len(NOUNS) >= 80
+    assert len(NOUNS) >= 1000
     assert len(COLOURS) >= 10
     assert len(BACKGROUNDS) >= 3
     assert MAX_COUNT == 4
@@ -65,6 +66,36 @@ def test_families_draw_held_out_combinations_where_they_name_any(family):
         for scene in (sample_scene(family, rng, held_out=held_out) for _ in range(200)):
             named = family not in ("single object", "counting")
             assert is_held_out(scene) == (held_out and named)
+
+
+def test_scenes_are_of_the_first_nouns_and_of_all_of_these():
+    rng = np.random.default_rng(2)
+    drawn = {
+        nouns: [
+            *(sample_scene(f, rng, held_out=h, nouns=nouns) for f in FAMILIES for h in (False, True)),
+            *(said for said, _ in sample_training_scenes(rng, 2000, nouns)),
+        ]
+        for nouns in (2 * DEFAULT_NOUNS, len(NOUNS))
+    }
+    for nouns, scenes in drawn.items():
+        numbers = {NOUN_NUMBER[g.noun] for scene in scenes for g in scene.groups}
+        assert max(numbers) < nouns
+        assert len(numbers) > 0.85 * nouns
+
+
+def test_scenes_of_the_first_80_nouns_are_drawn_as_ever():
+    """The fingerprints were taken when there were no other nouns: suites and trainings of these go on as they began."""
+
+    def fingerprint(values: object) -> str:
+        return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+    rng = np.random.default_rng(14)
+    drawn = [sample_scene(f, rng, held_out=h) for f in FAMILIES for h in (False, True) for _ in range(50)]
+    assert fingerprint(drawn) == "7aef803f1b9a8871"
+    pairs = sample_training_scenes(rng, 300)
+    assert fingerprint(pairs) == "36d97f6655e5a1e4"
+    tokens = scene_tokens([completed for _, completed in pairs])
+    assert hashlib.sha256(tokens.tobytes()).hexdigest()[:16] == "347d2d8b459af761"
 
 
 scenes = st.builds(
