@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.model_files import read_own_header, read_settings, refusing_damage
-from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, MAX_COUNT, NOUNS, SIZES
+from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, MAX_COUNT, SIZES
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUNS, check_count
 
 FORMAT = "millijoule-verifier"
 FORMAT_VERSION = "1"
@@ -39,10 +40,15 @@ NOUN_THRESHOLD = 0.5
 
 _BATCH = 64  # images per pass: fits the second-level cache of one core
 
-#: What each cell says, in order of channels: centre, noun, colour, size, offset of the centre in cells (x, y).
-CELL_PARTS = (1, len(NOUNS), len(COLOURS), len(SIZES), 2)
-#: What the pooled features must tell in training: nouns and colours present, background, count, places of centres.
-GLOBAL_PARTS = (len(NOUNS), len(COLOURS), len(BACKGROUNDS), MAX_COUNT + 1, GRID * GRID)
+
+def cell_parts(nouns: int) -> tuple[int, ...]:
+    """What each cell says, as numbers of channels in order: centre, noun, colour, size, offset of the centre in cells (x, y)."""
+    return (1, nouns, len(COLOURS), len(SIZES), 2)
+
+
+def global_parts(nouns: int) -> tuple[int, ...]:
+    """What the pooled features must tell in training: nouns and colours present, background, count, places of centres."""
+    return (nouns, len(COLOURS), len(BACKGROUNDS), MAX_COUNT + 1, GRID * GRID)
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ class SceneReading:
 
 
 class _Outputs(NamedTuple):
-    cells: Tensor  # [b, sum(CELL_PARTS), 8, 8]
-    overall: Tensor  # [b, sum(GLOBAL_PARTS)]
+    cells: Tensor  # [b, sum(cell_parts), 8, 8]
+    overall: Tensor  # [b, sum(global_parts)]
     features: Tensor  # [b, 4 * feature_channels]
 
 
@@ -96,20 +102,21 @@ class _Block(nn.Module):
 
 
 class VerifierNet(nn.Module):
-    """Images `[b, 3, 64, 64]` in [-1, 1] to `_Outputs`."""
+    """Images `[b, 3, 64, 64]` in [-1, 1] to `_Outputs`; knows the first `nouns` of the vocabulary."""
 
-    def __init__(self, shape: VerifierShape) -> None:
+    def __init__(self, shape: VerifierShape, nouns: int = DEFAULT_NOUNS) -> None:
         super().__init__()
         self.shape = shape
+        self.nouns = nouns
         self.stem = _convolution(3, shape.stem, 2)
         self.down = _convolution(shape.stem, shape.middle, 2)
         self.middle = nn.Sequential(*(_Block(shape.middle) for _ in range(shape.middle_blocks)))
         self.narrow = _convolution(shape.middle, shape.trunk, 2)
         self.trunk = nn.Sequential(*(_Block(shape.trunk) for _ in range(shape.trunk_blocks)))
         self.hidden = nn.Conv2d(shape.trunk, 2 * shape.trunk, 1)
-        self.cells = nn.Conv2d(2 * shape.trunk, sum(CELL_PARTS), 1)
+        self.cells = nn.Conv2d(2 * shape.trunk, sum(cell_parts(nouns)), 1)
         self.pooled = nn.Conv2d(shape.trunk, shape.feature_channels, 1)
-        self.overall = nn.Linear(4 * shape.feature_channels, sum(GLOBAL_PARTS))
+        self.overall = nn.Linear(4 * shape.feature_channels, sum(global_parts(nouns)))
 
     def forward(self, images: Tensor) -> _Outputs:
         x = F.relu(self.stem(images))  # [b, stem, 32, 32]
@@ -136,6 +143,11 @@ class Verifier:
     def __init__(self, net: VerifierNet) -> None:
         self.net = net.eval()
 
+    @property
+    def nouns(self) -> int:
+        """How many of the vocabulary's first nouns it knows."""
+        return self.net.nouns
+
     @staticmethod
     def load(path: Path = WEIGHTS) -> Verifier:
         """Load weights as `millijoule train` writes them.
@@ -147,13 +159,14 @@ class Verifier:
             raise InputError(f"{path}: no such file; `millijoule train` makes a verifier's weights")
         metadata = read_own_header(path, "verifier", FORMAT, FORMAT_VERSION).metadata
         with refusing_damage(path):
-            net = VerifierNet(read_settings(VerifierShape, metadata["shape"]))
+            nouns = check_count(int(metadata.get("nouns", DEFAULT_NOUNS)))
+            net = VerifierNet(read_settings(VerifierShape, metadata["shape"]), nouns)
             net.load_state_dict({name: t.float() for name, t in load_file(path).items()}, strict=False)
         return Verifier(net)
 
     def read(self, images: np.ndarray) -> list[SceneReading]:
         """Read uint8 `[b, 64, 64, 3]`."""
-        return [reading for outputs in self._look(images) for reading in _readings(outputs)]
+        return [reading for outputs in self._look(images) for reading in _readings(outputs, self.nouns)]
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Features of uint8 `[b, 64, 64, 3]`, float32 `[b, d]`: of each image quarter, so that place counts."""
@@ -170,15 +183,15 @@ class Verifier:
             yield outputs
 
 
-def _readings(outputs: _Outputs) -> list[SceneReading]:
+def _readings(outputs: _Outputs, nouns: int) -> list[SceneReading]:
     """Pick the peaks of the grid and name what stands there."""
-    centre, noun, colour, size, offset = outputs.cells.split(CELL_PARTS, 1)
+    centre, noun, colour, size, offset = outputs.cells.split(cell_parts(nouns), 1)
     centre = torch.sigmoid(centre[:, 0])  # [b, 8, 8]
     noun_probability, noun_index = noun.softmax(1).max(1)
     peak = (centre == F.max_pool2d(centre[:, None], 3, 1, 1)[:, 0]) & (centre >= ICON_THRESHOLD)
     peak &= noun_probability >= NOUN_THRESHOLD
     colour_index, size_index = colour.argmax(1), size.argmax(1)
-    background = outputs.overall.split(GLOBAL_PARTS, 1)[2].argmax(1)
+    background = outputs.overall.split(global_parts(nouns), 1)[2].argmax(1)
     found: list[list[IconReading]] = [[] for _ in range(len(centre))]
     for b, i, j in peak.nonzero().tolist():
         x, y = STRIDE * (j + float(offset[b, 0, i, j])), STRIDE * (i + float(offset[b, 1, i, j]))

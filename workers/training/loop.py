@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.scenes.renderer import SceneRenderer
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS
 from millijoule.workers.training.step_data import Draw, StepData
 
 CHECKPOINT = "checkpoint.pt"
@@ -58,12 +59,14 @@ class GeneratorTrainer:
 
     step = 0
 
-    def __init__(self, config: Any, draw: Draw, device: str, data_processes: int) -> None:
-        """`config` has a `seed`; for the rest see `StepData`."""
+    def __init__(
+        self, config: Any, draw: Draw, device: str, data_processes: int, nouns: int = DEFAULT_NOUNS
+    ) -> None:
+        """`config` has a `seed`; true images are of the first `nouns`; for the rest see `StepData`."""
         torch.manual_seed(config.seed)
         self.device = device
         self.on_gpu = device.startswith("cuda")
-        self.renderer = SceneRenderer(device)
+        self.renderer = SceneRenderer(device, nouns)
         self.data = StepData(draw, device, data_processes)
         self.newest_share = torch.ones((), device=device)
 
@@ -110,6 +113,9 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     """
     state = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
     before, now = json.loads(state["config"]), json.loads(json.dumps(asdict(trainer.config)))
+    for field in fields(trainer.config):  # settings that the program which wrote it had not yet
+        if field.default is not MISSING:
+            before.setdefault(field.name, field.default)
     if before != now:
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         raise InputError(

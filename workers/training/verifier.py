@@ -30,7 +30,6 @@ from millijoule.workers.scenes.scenes import (
     ICON_TOKENS,
     IMAGE_SIZE,
     MAX_COUNT,
-    NOUNS,
     PALETTE,
     SIZES,
     WINDOWS,
@@ -39,6 +38,7 @@ from millijoule.workers.scenes.scenes import (
     complete,
     scene_tokens,
 )
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUNS, check_count
 from millijoule.workers.training.loop import schedule
 from millijoule.workers.training.optimizer import adamw, clip_and_step, set_learning_rate
 
@@ -55,17 +55,21 @@ class VerifierConfig(VerifierShape):
     seed: int = 0
     collages: float = 0.5  # share of collages in a batch; the others are renders of scenes
     spoiled: float = 0.06  # share of images in which nothing is left to be found
+    nouns: int = DEFAULT_NOUNS  # how many of the vocabulary's first it learns
+
+    def __post_init__(self) -> None:
+        check_count(self.nouns)
 
     @property
     def shape(self) -> VerifierShape:
         return VerifierShape(**{f.name: getattr(self, f.name) for f in fields(VerifierShape)})
 
 
-def sample_any_scene(rng: np.random.Generator) -> Scene:
-    """A completed scene of any nouns, colours, counts and layout; held-out combinations are as likely as others."""
+def sample_any_scene(rng: np.random.Generator, nouns: int = DEFAULT_NOUNS) -> Scene:
+    """A completed scene of any of the first `nouns`, colours, counts and layout; held-out combinations are as likely as others."""
 
     def group(count: int) -> Group:
-        return Group(NOUNS[rng.integers(len(NOUNS))], count=count)
+        return Group(NOUNS[rng.integers(nouns)], count=count)
 
     kind = rng.random()
     if kind < 0.02:
@@ -118,15 +122,16 @@ _PAD = 8
 
 
 class CollageMaker:
-    """Puts icons that need not match, and blobs, at places that need not be windows."""
+    """Puts icons of the first `nouns` that need not match, and blobs, at places that need not be windows."""
 
-    def __init__(self) -> None:
+    def __init__(self, nouns: int = DEFAULT_NOUNS) -> None:
         def covers(count: int) -> np.ndarray:
             """Of the first of `count` icons, `[noun, size, pixels, pixels]`."""
-            groups = (Group(noun, "red", size, count) for noun in NOUNS for size in SIZES)
+            groups = (Group(noun, "red", size, count) for noun in NOUNS[:nouns] for size in SIZES)
             covers = [icon_cover(Scene((group,), None, "white", 0))[0] for group in groups]
-            return np.array(covers).reshape(len(NOUNS), len(SIZES), 64, 64)
+            return np.array(covers).reshape(nouns, len(SIZES), 64, 64)
 
+        self._nouns = nouns
         self._whole, self._half = covers(1), covers(4)[..., :32, :32]
         self._palette = np.array([PALETTE[c] for c in COLOURS], np.float32)
         self._grounds = np.array([PALETTE[b] for b in BACKGROUNDS], np.float32)
@@ -138,7 +143,7 @@ class CollageMaker:
         size = rng.integers(len(SIZES), size=noun.shape)
         # uniform, never the background's
         colour = (rng.random((*noun.shape, len(COLOURS))) * ~self._same[background][:, None]).argmax(2)
-        nouns = rng.integers(len(NOUNS), size=noun.shape)
+        nouns = rng.integers(self._nouns, size=noun.shape)
         # some of the nouns and colours repeat the first icon's, as in true scenes
         nouns = np.where(rng.random(noun.shape) < 0.3, nouns[:, :1], nouns)
         colour = np.where(rng.random(noun.shape) < 0.3, colour[:, :1], colour)
@@ -225,13 +230,13 @@ class Targets(NamedTuple):
     colour: Tensor
     size: Tensor
     offset: Tensor  # float32 [b, 8, 8, 2]
-    overall: tuple[Tensor, ...]  # what the pooled features must tell, as in `GLOBAL_PARTS`
+    overall: tuple[Tensor, ...]  # what the pooled features must tell, as in `global_parts`
 
 
 _NEAR = 0.5 * STRIDE + 0.75  # pixels: an icon's centre that lies so near a cell's is named by it
 
 
-def make_targets(made: LabelledImages) -> Targets:
+def make_targets(made: LabelledImages, nouns: int = DEFAULT_NOUNS) -> Targets:
     """Dense targets: the cell nearest to an icon's centre must find it, those about as near may."""
     b = len(made.noun)
     there = made.noun >= 0  # [b, 4]
@@ -247,13 +252,13 @@ def make_targets(made: LabelledImages) -> Targets:
     def of(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.where(named, values[rows, which], -1))
 
-    nouns = np.zeros((b, len(NOUNS)), np.float32)
+    present = np.zeros((b, nouns), np.float32)
     colours = np.zeros((b, len(COLOURS)), np.float32)
     image, _ = np.nonzero(there)
-    nouns[image, made.noun[there]] = 1
+    present[image, made.noun[there]] = 1
     colours[image, made.colour[there]] = 1
     places = (nearest <= 0.5 * STRIDE).reshape(b, -1).astype(np.float32)
-    overall = (nouns, colours, made.background, there.sum(1), places)
+    overall = (present, colours, made.background, there.sum(1), places)
     return Targets(
         torch.from_numpy(centre.astype(np.float32)),
         of(made.noun),
@@ -266,7 +271,8 @@ def make_targets(made: LabelledImages) -> Targets:
 
 def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Tensor, dict[str, float]]:
     """Cross entropy of centres, nouns, colours, sizes and background, offsets, and what the features must tell."""
-    centre, noun, colour, size, offset = cells.float().split(verifier.CELL_PARTS, 1)
+    known = targets.overall[0].shape[1]
+    centre, noun, colour, size, offset = cells.float().split(verifier.cell_parts(known), 1)
     sure = targets.centre >= 0
     loss_centre = 20 * F.binary_cross_entropy_with_logits(centre[:, 0][sure], targets.centre[sure])
     named = targets.noun >= 0
@@ -281,11 +287,13 @@ def verifier_loss(cells: Tensor, overall: Tensor, targets: Targets) -> tuple[Ten
         parts["colour"] = F.cross_entropy(at_icons(colour), targets.colour[named])
         parts["size"] = 0.3 * F.cross_entropy(at_icons(size), targets.size[named])
         parts["offset"] = F.smooth_l1_loss(at_icons(offset), targets.offset[named])
-    told = overall.float().split(verifier.GLOBAL_PARTS, 1)
+    told = overall.float().split(verifier.global_parts(known), 1)
     nouns, colours, background, count, places = zip(told, targets.overall, strict=True)
     parts["background"] = F.cross_entropy(*background)
     parts["features"] = (
-        8 * F.binary_cross_entropy_with_logits(*nouns)
+        known
+        / 10
+        * F.binary_cross_entropy_with_logits(*nouns)  # a tenth of each noun's, however many there are
         + F.binary_cross_entropy_with_logits(*colours)
         + 0.3 * F.cross_entropy(*count)
         + 4 * F.binary_cross_entropy_with_logits(*places)
@@ -307,7 +315,7 @@ class VerifierTrainer:
         self.config = config
         self.step = 0
         torch.manual_seed(config.seed)
-        self.net = VerifierNet(config.shape).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = VerifierNet(config.shape, config.nouns).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         parameters = list(self.net.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -316,13 +324,13 @@ class VerifierTrainer:
         self.optimizer = adamw(groups, "cpu", lr=config.learning_rate)
         with torch.no_grad():  # centres are rare
             self.net.cells.bias[0] = -3.0  # type: ignore[index]
-        self._collages = CollageMaker()
+        self._collages = CollageMaker(config.nouns)
 
     def batch(self, step: int) -> LabelledImages:
         """The images of one step, which follow from config and step."""
         rng = np.random.Generator(np.random.Philox([self.config.seed, step]))
         collages = round(self.config.batch * self.config.collages)
-        scenes = [sample_any_scene(rng) for _ in range(self.config.batch - collages)]
+        scenes = [sample_any_scene(rng, self.config.nouns) for _ in range(self.config.batch - collages)]
         renders = label_renders(scenes, int(rng.integers(2**62)))
         pairs = zip(renders, self._collages.make(collages, rng), strict=True)
         return spoil(LabelledImages(*map(np.concatenate, pairs)), self.config.spoiled, rng)
@@ -337,7 +345,7 @@ class VerifierTrainer:
         self.net.train()
         with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
             outputs = self.net(pixels)
-        loss, log = verifier_loss(outputs.cells, outputs.overall, make_targets(made))
+        loss, log = verifier_loss(outputs.cells, outputs.overall, make_targets(made, config.nouns))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         clip_and_step(self.optimizer, self.net.parameters(), 5.0)
@@ -352,19 +360,25 @@ class VerifierTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def export(self, folder: Path, name: str) -> Path:
-        """Write the net in float16 (its batch statistics in float32) with what it was made from."""
-        tensors = {
-            key: (t.float() if "running" in key else t.half()).contiguous()
-            for key, t in self.net.state_dict().items()
-            if "num_batches" not in key
-        }
-        metadata = {
-            "steps": str(self.step),
-            "config": json.dumps(asdict(self.config)),
-            "format": verifier.FORMAT,
-            "version": verifier.FORMAT_VERSION,
-            "name": name,
-            "shape": json.dumps(asdict(self.net.shape)),
-        }
-        write_model_file(tensors, folder / "verifier.safetensors", metadata)
-        return folder / "verifier.safetensors"
+        """See `export_verifier`."""
+        return export_verifier(self.net, folder, name, self.step, self.config)
+
+
+def export_verifier(net: VerifierNet, folder: Path, name: str, steps: int, config: VerifierConfig) -> Path:
+    """Write the net in float16 (its batch statistics in float32) with what it was made from; returns where."""
+    tensors = {
+        key: (t.float() if "running" in key else t.half()).contiguous()
+        for key, t in net.state_dict().items()
+        if "num_batches" not in key
+    }
+    metadata = {
+        "steps": str(steps),
+        "config": json.dumps(asdict(config)),
+        "format": verifier.FORMAT,
+        "version": verifier.FORMAT_VERSION,
+        "name": name,
+        "shape": json.dumps(asdict(net.shape)),
+        "nouns": str(net.nouns),
+    }
+    write_model_file(tensors, folder / "verifier.safetensors", metadata)
+    return folder / "verifier.safetensors"
