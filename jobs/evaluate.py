@@ -24,9 +24,11 @@ from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
+from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import Generator
+from millijoule.workers.generators.protocol import Generator, KnowsNouns
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, VOCABULARIES
 from millijoule.workers.schemas import ImageRequest
 
 RENDERS = "renders"
@@ -68,6 +70,13 @@ class EvaluateOptions:
     seed: int = 0
     """Seed of prompts, images and renders."""
 
+    suite: Literal["icons-80", "icons-1000"] | None = None
+    """What nouns prompts are of: the first 80, or all of the list (a little over a thousand). By default the larger one of
+    which the model knows every noun; of renders, the verifier."""
+
+    verifier: str | None = None
+    """Weights of another verifier, from `millijoule train`; the package's own by default. It must know the suite's nouns."""
+
     num_inference_steps: int | None = None
     """Steps, in place of the model's default."""
 
@@ -97,7 +106,7 @@ class Item:
 def run(options: EvaluateOptions) -> int:
     import torch
 
-    from millijoule.workers.judging.verifier import Verifier
+    from millijoule.workers.judging.verifier import WEIGHTS, Verifier
     from millijoule.workers.scenes.renderer import render_prompted
 
     if options.prompts_per_family < 1 or options.images_per_prompt < 1:
@@ -111,25 +120,38 @@ def run(options: EvaluateOptions) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch_device(options.device)
-    items = list_items(options)
+    weights = Path(options.verifier) if options.verifier else WEIGHTS
+    verifier = Verifier.load(weights)
+    model = None if options.model == RENDERS else open_model(options, device)
+    suite = options.suite or largest_suite(model.nouns if model else verifier.nouns)
+    if VOCABULARIES[suite] > verifier.nouns:
+        raise InputError(
+            f"suite {suite} has {VOCABULARIES[suite]} nouns, the verifier knows the first {verifier.nouns}: give "
+            "--verifier one that was trained on all of them, or another --suite"
+        )
+    items = list_items(options, VOCABULARIES[suite])
     scenes = [item.scene for item in items]
     began = time.monotonic()
-    if options.model == RENDERS:
+    if model is None:
         images = np.concatenate(list(render_prompted(scenes, options.seed + 2)))
         about: dict[str, Any] = {"name": RENDERS, "sha256": None}
     else:
-        images, about = draw_items(items, options, device)
+        images, about = draw_items(items, model, options)
     true = np.concatenate(list(render_prompted(scenes, options.seed + 1)))
     result = {
         "format_version": FORMAT_VERSION,
         "model": about,
         "options": {
-            k: v for k, v in asdict(options).items() if k not in ("model", "output", "model_options")
+            k: v
+            for k, v in asdict(options).items()
+            if k not in ("model", "output", "model_options", "suite", "verifier")
         },
+        "suite": {"name": suite, "nouns": VOCABULARIES[suite]},
+        "verifier_sha256": file_sha256(weights),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "environment": describe_machine(),
         "seconds": round(time.monotonic() - began, 1),
-        **measure(items, images, true, Verifier.load()),
+        **measure(items, images, true, verifier),
     }
     name = options.name or about["name"].replace("/", "-")
     rows = result.pop("rows")
@@ -141,8 +163,14 @@ def run(options: EvaluateOptions) -> int:
     return COMPLETE
 
 
-def list_items(options: EvaluateOptions) -> list[Item]:
-    """Every image to draw, families in turn; depends on seed, split and the two counts alone.
+def largest_suite(nouns: int) -> str:
+    """The largest of `VOCABULARIES` that is known to who knows the first `nouns`; the smallest, if none is."""
+    first, *larger = VOCABULARIES
+    return max((first, *(v for v in larger if VOCABULARIES[v] <= nouns)), key=VOCABULARIES.__getitem__)
+
+
+def list_items(options: EvaluateOptions, nouns: int = DEFAULT_NOUNS) -> list[Item]:
+    """Every image to draw, families in turn; depends on seed, split, the two counts and `nouns` alone.
 
     The first k prompts of each family are the same for any larger number of prompts.
     """
@@ -153,29 +181,56 @@ def list_items(options: EvaluateOptions) -> list[Item]:
     for k in range(options.prompts_per_family):
         for f, family in enumerate(FAMILIES):
             rng = np.random.default_rng((options.seed, int(held_out), f, k))
-            scene = sample_scene(family, rng, held_out=held_out)
+            scene = sample_scene(family, rng, held_out=held_out, nouns=nouns)
             prompt = write_prompt(scene, rng)
             seeds = rng.integers(2**63, size=options.images_per_prompt)
             items += [Item(family, prompt, scene, int(seed)) for seed in seeds]
     return items
 
 
-def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """uint8 `[n, 64, 64, 3]`, and what there is to say about the model."""
-    from rich.console import Console
-    from rich.progress import track
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model to judge: loaded, and what another process needs to load it again."""
 
+    generator: Generator
+    model: str
+    how: GeneratorOptions
+    device: str
+
+    @property
+    def nouns(self) -> int:
+        """How many of the vocabulary's first nouns it knows."""
+        return self.generator.nouns if isinstance(self.generator, KnowsNouns) else DEFAULT_NOUNS
+
+
+def open_model(options: EvaluateOptions, device: str) -> OpenedModel:
+    """Load the model.
+
+    Raises:
+        InputError: it cannot be loaded, or makes images of a size that the verifier does not read.
+    """
     from millijoule.workers.generators.registry import load_generator
 
     obtained = options.model_options.obtain(options.model, on_gpu=device.startswith("cuda"))
-    how = obtained.options
-    generator = load_generator(obtained.model, device=device, options=how)
+    generator = load_generator(obtained.model, device=device, options=obtained.options)
     info = generator.info
     size = (IMAGE_SIZE, IMAGE_SIZE)
     if (info.width, info.height) != size and size not in info.sizes:
         raise InputError(
             f"--model {options.model}: makes {info.width}x{info.height}, the verifier reads {IMAGE_SIZE}x{IMAGE_SIZE}"
         )
+    return OpenedModel(generator, obtained.model, obtained.options, device)
+
+
+def draw_items(
+    items: list[Item], model: OpenedModel, options: EvaluateOptions
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """uint8 `[n, 64, 64, 3]`, and what there is to say about the model."""
+    from rich.console import Console
+    from rich.progress import track
+
+    generator, how = model.generator, model.how
+    info = generator.info
     asked: dict[str, Any] = {
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
@@ -185,7 +240,7 @@ def draw_items(items: list[Item], options: EvaluateOptions, device: str) -> tupl
     batches = [requests[i : i + many] for i in range(0, len(requests), many)]
     drawn: Iterator[np.ndarray] = (generator.generate(batch).images for batch in batches)
     if options.processes > 1:
-        drawn = _draw_in_processes(obtained.model, how, options.processes, device, batches)
+        drawn = _draw_in_processes(model.model, how, options.processes, model.device, batches)
     words = f"drawing {len(requests)} images"
     images = list(track(drawn, words, total=len(batches), console=Console(stderr=True)))
     count = getattr(generator, "count_operations", None)
@@ -279,7 +334,10 @@ def print_table(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result['model']['name']}: {result['images']} images", title_justify="left")
+    table = Table(
+        title=f"{result['model']['name']}: {result['images']} images, {result['suite']['name']}",
+        title_justify="left",
+    )
     for heading in ("", "score", "95 % interval", "strict"):
         table.add_column(heading, justify="left" if not heading else "right")
     for family, (value, low, high) in result["score"].items():

@@ -1,5 +1,6 @@
 """`millijoule evaluate`: true renders score one, noise scores nothing, and the file holds what was seen."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -10,9 +11,12 @@ import pytest
 from millijoule.jobs import evaluate
 from millijoule.jobs.evaluate import EvaluateOptions, list_items
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
+from millijoule.workers.judging.verifier import VerifierNet
 from millijoule.workers.scenes.prompts import parse_prompt
 from millijoule.workers.scenes.renderer import render_scenes
 from millijoule.workers.scenes.scenes import FAMILIES, complete, is_held_out
+from millijoule.workers.scenes.vocabulary import NOUN_NUMBER, NOUNS
+from millijoule.workers.training.verifier import VerifierConfig, export_verifier
 
 
 class Artist:
@@ -45,12 +49,19 @@ def small(device):
     return Artist(size=32)
 
 
+def learned(device):
+    """Says that it knows the whole vocabulary."""
+    artist = Artist()
+    artist.nouns = len(NOUNS)
+    return artist
+
+
 def run(tmp_path, monkeypatch, model, *more):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "evaluate_models.py").write_text(
         f"import importlib.util\nspec = importlib.util.spec_from_file_location('m', {__file__!r})\n"
         "m = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(m)\n"
-        "artist, noise, small = m.artist, m.noise, m.small\n"
+        "artist, noise, small, learned = m.artist, m.noise, m.small, m.learned\n"
     )
     argv = ["--model", model, "--output", str(tmp_path / "out"), "--prompts-per-family", "5", *more]
     return evaluate.main(argv)
@@ -89,6 +100,36 @@ def test_models_of_another_size_are_refused(tmp_path, monkeypatch, capsys):
     assert "32x32" in capsys.readouterr().err
 
 
+def test_a_suite_that_the_verifier_does_not_know_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "draw_items", lambda *_: pytest.fail("something was drawn"))
+    for arguments in (["python:evaluate_models:learned"], ["renders", "--suite", "icons-1000"]):
+        assert run(tmp_path, monkeypatch, *arguments) == 1
+        error = capsys.readouterr().err
+        assert f"icons-1000 has {len(NOUNS)} nouns, the verifier knows the first 80" in error
+        assert "--verifier" in error
+
+
+def test_the_models_vocabulary_decides_the_suite():
+    known = {n: evaluate.largest_suite(n) for n in (12, 80, len(NOUNS) - 1, len(NOUNS))}
+    assert list(known.values()) == ["icons-80", "icons-80", "icons-80", "icons-1000"]
+    assert evaluate.OpenedModel(Artist(), "m", None, "cpu").nouns == 80
+    assert evaluate.OpenedModel(learned("cpu"), "m", None, "cpu").nouns == len(NOUNS)
+
+
+def test_all_nouns_are_judged_by_a_verifier_that_knows_them(tmp_path, monkeypatch):
+    config = VerifierConfig(stem=8, middle=8, trunk=8, nouns=len(NOUNS))
+    net = VerifierNet(config.shape, config.nouns)
+    weights = export_verifier(net, tmp_path, "v", 0, config)
+    more = ["--verifier", str(weights), "--prompts-per-family", "2"]
+    assert run(tmp_path, monkeypatch, "renders", *more) == 0
+    result = json.loads((tmp_path / "out" / "renders.json").read_text())
+    assert result["suite"] == {"name": "icons-1000", "nouns": len(NOUNS)}
+    assert result["verifier_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    drawn = list_items(EvaluateOptions("m", "o", prompts_per_family=40), len(NOUNS))
+    numbers = {NOUN_NUMBER[g.noun] for item in drawn for g in item.scene.groups}
+    assert max(numbers) > 1000
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
     (tmp_path / "out").write_text("a file")
     monkeypatch.setattr(evaluate, "draw_items", lambda *_: pytest.fail("something was drawn"))
@@ -113,8 +154,9 @@ def test_prompts_are_fixed_and_of_their_split(split):
 def test_processes_draw_the_same_images(tmp_path):
     options = EvaluateOptions("default", str(tmp_path), prompts_per_family=6, device="cpu")
     items = list_items(options)  # 72, more than a batch
-    alone, about = evaluate.draw_items(items, options, "cpu")
-    together, same = evaluate.draw_items(items, replace(options, processes=2), "cpu")
+    model = evaluate.open_model(options, "cpu")
+    alone, about = evaluate.draw_items(items, model, options)
+    together, same = evaluate.draw_items(items, model, replace(options, processes=2))
     assert np.array_equal(alone, together)
     assert about == same
 

@@ -114,6 +114,17 @@ class GroupsRequests(Protocol):
 
 
 @runtime_checkable
+class KnowsNouns(Protocol):
+    """What a generator of icon scenes may have besides that knows more nouns than the first 80.
+
+    Attributes:
+        nouns: how many of the vocabulary's first it knows (`scenes.vocabulary`).
+    """
+
+    nouns: int
+
+
+@runtime_checkable
 class HoldsProcesses(Protocol):
     """What a generator may have besides that computes in other processes, too.
 
