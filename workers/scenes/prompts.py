@@ -64,22 +64,24 @@ GRAMMAR_WORDS = _FILLER.union(
     _COLOUR_WORDS, _SIZE_WORDS, _COUNT_WORDS, _RELATION_WORDS, _BACKGROUND_WORDS, PLACES
 )
 _PAIR_WORDS = frozenset(form for e in ENTRIES for word in e.pairs for form in (word, e.plural_of(word)))
+#: Words that names of two words begin with.
+_FIRST_WORDS = frozenset(word.split()[0] for word in WORD_NUMBER if " " in word)
+#: Words that only describe the group they belong to.
 _SAME_GROUP = frozenset(("of", *_COLOUR_WORDS, *_SIZE_WORDS))
 
 
 def parse_prompt(prompt: str, nouns: int = DEFAULT_NOUNS) -> tuple[Scene, tuple[str, ...]]:
     """Read a prompt into a scene of the first `nouns`; never fails.
 
-    A word that none of them has is replaced by a similar one's (`vocabulary.similar_noun`) where the scene has a place left
-    beside those that the prompt does name.
+    A word that none of them has is replaced by a similar one's (`vocabulary.similar_noun`) where it stands for a thing and the
+    scene has a place left beside those that the prompt does name.
 
     Returns:
         The scene, with open parts where the prompt says nothing, and warnings in the user's words: substitutes, unknown
         words, icons beyond what a scene holds, no icon at all.
     """
     words = _join_names(re.findall(r"[^\W_]+", prompt.lower()), nouns)
-    numbers = [WORD_NUMBER.get(word, nouns) for word in words]
-    named = [NOUNS[n] if n < nouns else None for n in numbers]
+    named = [NOUNS[n] if (n := WORD_NUMBER.get(word, nouns)) < nouns else None for word in words]
     warnings: list[str] = []
     _substitute(words, named, nouns, warnings)
     groups: list[Group] = []
@@ -134,6 +136,8 @@ def parse_prompt(prompt: str, nouns: int = DEFAULT_NOUNS) -> tuple[Scene, tuple[
 
 def _join_names(words: list[str], nouns: int) -> list[str]:
     """`words` with names of two words joined, as far as the first `nouns` have any."""
+    if _FIRST_WORDS.isdisjoint(words):
+        return words
     joined = []
     i = 0
     while i < len(words):
@@ -145,19 +149,30 @@ def _join_names(words: list[str], nouns: int) -> list[str]:
 
 
 def _substitute(words: list[str], named: list[str | None], nouns: int, warnings: list[str]) -> None:
-    """Name unknown words' similar nouns in `named`, from left to right, while fewer than two groups are named."""
-    places = MAX_GROUPS - sum(noun is not None for noun in named)
-    for i, word in enumerate(words):
-        if places <= 0:
-            return
-        if named[i] is None and word not in GRAMMAR_WORDS and (noun := similar_noun(word, nouns)) is not None:
+    """Name unknown words' similar nouns in `named`, from left to right, while fewer than two groups are named.
+
+    A word right before a noun describes it ("a peach cat"), and one before "background" names no icon.
+    """
+    places = MAX_GROUPS - len(named) + named.count(None)
+    if places <= 0:
+        return
+    similar = [
+        similar_noun(word, nouns) if noun is None and word not in GRAMMAR_WORDS else None
+        for word, noun in zip(words, named, strict=True)
+    ]
+    followed = [
+        after in _BACKGROUND_WORDS or noun is not None or other is not None
+        for after, noun, other in zip(words[1:], named[1:], similar[1:], strict=True)
+    ]
+    for i, noun in enumerate(similar):
+        if noun is not None and places > 0 and not any(followed[i : i + 1]):
             named[i] = noun
             places -= 1
-            warnings.append(f"drew '{noun}' for '{word}'")
+            warnings.append(f"drew '{noun}' for '{words[i]}'")
 
 
 def _next_name(words: list[str]) -> str:
-    """The first of `words` that does not only describe the group it belongs to."""
+    """The first of `words` that is not in `_SAME_GROUP`."""
     return next((word for word in words if word not in _SAME_GROUP), "")
 
 

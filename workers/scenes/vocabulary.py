@@ -1,6 +1,6 @@
 """The nouns of icon scenes, and the words that stand for them: one list, of which a model knows the first N.
 
-The list (`nouns.json`) only grows at its end, so what a model learned of its first nouns stays true. Words that no noun has
+The list (`nouns.json`) changes at its end only, so what a model learned of its first nouns stays true. Words that no noun has
 are looked up in `similar_words.tsv.xz`, "poodle" -> "dog", which is opened when the first such word comes. Nothing here
 reads prompts; that is `prompts`.
 """

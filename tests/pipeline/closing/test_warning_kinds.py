@@ -15,6 +15,7 @@ from millijoule.pipeline.closing.warning_kinds import OTHER, WarningCounts, kind
     ("warning", "kind"),
     [
         ("unknown word: 'zorgon'", "unknown word"),
+        ("drew 'dog' for 'vixen'", "drew '...' for '...'"),
         ("only 4 of 7 are drawn: 'cat'", "only N of N are drawn"),
         ("'red' can only be a background", "'...' can only be a background"),
         (

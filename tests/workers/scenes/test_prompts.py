@@ -110,6 +110,11 @@ def test_a_model_knows_its_own_nouns_only():
             (Group("dog"), Group("key")),
             ["drew 'dog' for 'vixen'", "unknown word: 'bear'"],
         ),
+        # words that describe something are no things
+        ("a peach cat", ALL, (Group("cat"),), ["unknown word: 'peach'"]),
+        ("a salmon vixen", ALL, (Group("dog"),), ["drew 'dog' for 'vixen'", "unknown word: 'salmon'"]),
+        ("a key, salmon background", ALL, (Group("key"),), ["unknown word: 'salmon'"]),
+        ("a peach and a cat", ALL, (Group("apple"), Group("cat")), ["drew 'apple' for 'peach'"]),
         # words of the grammar are never replaced
         ("a gold key on a gray background", ALL, (Group("key", "yellow"),), []),
     ],
