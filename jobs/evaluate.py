@@ -165,8 +165,8 @@ def run(options: EvaluateOptions) -> int:
 
 def largest_suite(nouns: int) -> str:
     """The largest of `VOCABULARIES` that is known to who knows the first `nouns`; the smallest, if none is."""
-    first, *larger = VOCABULARIES
-    return max((first, *(v for v in larger if VOCABULARIES[v] <= nouns)), key=VOCABULARIES.__getitem__)
+    known = [name for name, size in VOCABULARIES.items() if size <= nouns]
+    return known[-1] if known else next(iter(VOCABULARIES))
 
 
 def list_items(options: EvaluateOptions, nouns: int = DEFAULT_NOUNS) -> list[Item]:
