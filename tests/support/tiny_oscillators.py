@@ -7,9 +7,8 @@ import torch
 from millijoule.workers.oscillators.config import OscillatorConfig
 from millijoule.workers.oscillators.draw import Painter
 from millijoule.workers.oscillators.float_network import FloatNetwork
-from millijoule.workers.oscillators.ink import InkCells
 from millijoule.workers.oscillators.quantize import quantize
-from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, PALETTE, SIZES
+from millijoule.workers.scenes.scenes import SIZES
 
 NOUNS = 7
 
@@ -39,6 +38,4 @@ def tiny_oscillators(coupling="none", seed=0):
 
 
 def painter_of(network):
-    integers = quantize(network)
-    levels = [torch.tensor([PALETTE[c] for c in names]) for names in (COLOURS, BACKGROUNDS)]
-    return Painter(integers, InkCells.of(integers), *levels)
+    return Painter.of(quantize(network))

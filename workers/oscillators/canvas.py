@@ -35,9 +35,9 @@ class Icons:
     window: Tensor
 
     @staticmethod
-    def of(tokens: np.ndarray) -> Icons:
+    def of(tokens: Tensor) -> Icons:
         """From `scenes.scene_tokens`."""
-        icons = torch.from_numpy(tokens[:, :-1]).view(len(tokens), MAX_COUNT, ICON_TOKENS)
+        icons = tokens[:, :-1].reshape(len(tokens), MAX_COUNT, ICON_TOKENS)
         image, slot = (icons[..., 0] > 0).nonzero(as_tuple=True)
         noun, colour, size, window = (icons[image, slot] - 1).unbind(1)
         return Icons(image, slot, noun, colour, size, window)
@@ -45,7 +45,8 @@ class Icons:
     @property
     def whole(self) -> Tensor:
         """Whether an icon stands in the whole image, bool `[icons]`."""
-        return torch.tensor([side == max(SIDES) for _, _, side in WINDOWS])[self.window]
+        sides = torch.tensor([side for *_, side in WINDOWS], device=self.window.device)
+        return sides[self.window] == max(SIDES)
 
     def chosen(self, which: Tensor) -> Icons:
         return Icons(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
@@ -60,9 +61,9 @@ class Variation:
     shift: Tensor
 
     @staticmethod
-    def of(seeds: np.ndarray) -> Variation:
+    def of(seeds: np.ndarray, device: str = "cpu") -> Variation:
         """Uniform whole numbers from uint64 seeds `[images]`."""
-        noise = random_phases(seeds, _NOISE).to(torch.int64)
+        noise = random_phases(seeds, _NOISE).to(device, torch.int64)
         shade = (noise[:, :_SHADES] * (2 * SHADE + 1)).div(TURN, rounding_mode="floor") - SHADE
         shift = (noise[:, _SHADES : _SHADES + 2 * MAX_COUNT] * (2 * JITTER + 1)).div(
             TURN, rounding_mode="floor"
@@ -88,8 +89,8 @@ def lay(
     """
     pixels = cover.shape[-1]
     shift = variation.shift[icons.image, icons.slot]
-    corner = torch.tensor([(x, y) for x, y, _ in WINDOWS])[icons.window] * CELL
-    steps = torch.arange(pixels)
+    corner = torch.tensor([(x, y) for x, y, _ in WINDOWS], device=shift.device)[icons.window] * CELL
+    steps = torch.arange(pixels, device=shift.device)
     x, y = (steps - shift[:, axis, None] for axis in (0, 1))  # of the window, where a pixel's share stands
     inside = [(at >= 0) & (at < pixels) for at in (x, y)]
     share = cover[of_icon[:, None, None], y.clamp(0, pixels - 1)[:, :, None], x.clamp(0, pixels - 1)[:, None]]
@@ -108,7 +109,7 @@ def lay(
 def window_covers(shares: Tensor, icon: Tensor, cell: Tensor, shapes: int, whole: bool) -> Tensor:
     """Shares of listed cells uint8 `[cells, 64]` put together to windows, uint8 `[shapes, pixels, pixels]`; 0 elsewhere."""
     side = SIDES[whole]
-    covers = torch.zeros(shapes, side * side, CELL * CELL, dtype=torch.uint8)
-    covers[icon, cell] = shares.cpu()
+    covers = shares.new_zeros(shapes, side * side, CELL * CELL)
+    covers[icon, cell] = shares
     covers = covers.view(shapes, side, side, CELL, CELL).transpose(2, 3)
     return covers.reshape(shapes, side * CELL, side * CELL)

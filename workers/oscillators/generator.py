@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
+from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.fixed_size import check_requests, unused_settings
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
-from millijoule.workers.oscillators.draw import Painter
+from millijoule.workers.oscillators.draw import Drawing, Painter
 from millijoule.workers.oscillators.model_file import load_model
 from millijoule.workers.scenes.prompts import parse_prompt
 from millijoule.workers.scenes.scenes import IMAGE_SIZE, complete, scene_tokens
 from millijoule.workers.schemas import ImageRequest
 
 #: Images per call: enough for the products, few enough to isolate a bad prompt.
-BATCH_SIZE = 64
+BATCH_SIZE, GPU_BATCH_SIZE = 64, 1024
 
 #: Step counts that keep the integer step in range and the model in the regime it was trained for.
 MIN_STEPS, MAX_STEPS = 4, 100
@@ -26,8 +27,10 @@ MIN_STEPS, MAX_STEPS = 4, 100
 class OscillatorGenerator:
     """A loaded oscillator model. Build with `load`; see `Generator` for the protocol."""
 
-    def __init__(self, painter: Painter, name: str, sha256: str) -> None:
-        self.painter = painter
+    def __init__(
+        self, painter: Painter, name: str, sha256: str, device: str = "cpu", engine: Engine | None = None
+    ) -> None:
+        self.drawing = Drawing(painter, device, engine)
         config = painter.network.config
         self.nouns = config.nouns
         self.info = GeneratorInfo(
@@ -36,16 +39,16 @@ class OscillatorGenerator:
             width=IMAGE_SIZE,
             height=IMAGE_SIZE,
             num_inference_steps=config.steps,
-            batch_size=BATCH_SIZE,
+            batch_size=GPU_BATCH_SIZE if device.startswith("cuda") else BATCH_SIZE,
             max_steps=MAX_STEPS,
             sizes=((IMAGE_SIZE, IMAGE_SIZE),),
         )
 
     @staticmethod
-    def load(path: Path) -> OscillatorGenerator:
-        """Raises InputError: see `load_model`."""
+    def load(path: Path, *, device: str = "cpu", engine: Engine | None = None) -> OscillatorGenerator:
+        """Load a model's file; `engine` runs it, None: PyTorch as it is. Raises InputError as `load_model`."""
         painter, name = load_model(path)
-        return OscillatorGenerator(painter, name, file_sha256(path))
+        return OscillatorGenerator(painter, name, file_sha256(path), device, engine)
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size or step count this model cannot make."""
@@ -53,6 +56,6 @@ class OscillatorGenerator:
         scenes, warnings = zip(*(parse_prompt(r.prompt, self.nouns) for r in requests), strict=True)
         tokens = scene_tokens([complete(s, r.seed) for s, r in zip(scenes, requests, strict=True)])
         seeds = np.array([r.seed for r in requests], dtype=np.uint64)
-        images = self.painter.draw(tokens, seeds, requests[0].num_inference_steps)
+        images = self.drawing.draw(tokens, seeds, requests[0].num_inference_steps)
         told = tuple(w + unused_settings(r) for w, r in zip(warnings, requests, strict=True))
         return GeneratedBatch(images, told)

@@ -27,7 +27,7 @@ class InkCells:
         if packed.dtype != torch.uint8 or packed.shape[1:] != (BITS // 8,):
             raise ValueError(f"ink cells {list(packed.shape)}, {packed.dtype}")
         self.packed = packed
-        bits = torch.from_numpy(np.unpackbits(packed.numpy(), axis=1)).bool()
+        bits = torch.from_numpy(np.unpackbits(packed.cpu().numpy(), axis=1)).bool().to(packed.device)
         parts = bits.split([len(SIZES) * side * side for side in SIDES], 1)
         self._inked = [part.unflatten(1, (len(SIZES), -1)) for part in parts]
 
@@ -39,6 +39,9 @@ class InkCells:
     def counts(self, whole: bool) -> Tensor:
         """How many cells each noun has at each size, int64 `[nouns, sizes]`."""
         return self._inked[whole].sum(2)
+
+    def to(self, device: str) -> InkCells:
+        return InkCells(self.packed.to(device))
 
     @staticmethod
     @torch.inference_mode()

@@ -32,7 +32,7 @@ def operations(
     """
     network, config = painter.network, painter.network.config
     steps = steps or config.steps
-    icons = Icons.of(tokens)
+    icons = Icons.of(torch.from_numpy(tokens))
     once = torch.unique(torch.stack([icons.image, icons.whole.long(), icons.noun, icons.size], 1), dim=0)
     image, whole, noun, size = once.unbind(1)
     counts = torch.stack([painter.ink.counts(bool(kind)) for kind in range(len(SIDES))])

@@ -7,19 +7,37 @@ need no training. In its last part the network trains with the integer form's ro
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from millijoule.kernels.processor import multiplies_bfloat16
+from millijoule.workers.generators.model_files import (
+    read_own_header,
+    read_settings,
+    refusing_damage,
+    write_model_file,
+)
+from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.oscillators.config import SIDES, OscillatorConfig
+from millijoule.workers.oscillators.draw import Painter
 from millijoule.workers.oscillators.float_network import FloatNetwork
+from millijoule.workers.oscillators.generator import OscillatorGenerator
+from millijoule.workers.oscillators.model_file import save_model
+from millijoule.workers.oscillators.quantize import quantize
+from millijoule.workers.scenes.prompts import write_prompt
 from millijoule.workers.scenes.renderer import icon_masks
-from millijoule.workers.scenes.scenes import CELL, SIZES
+from millijoule.workers.scenes.scenes import CELL, FAMILIES, SIZES, sample_scene
+from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.training.graphed_step import GraphedStep
 from millijoule.workers.training.loop import newest_share, schedule, update_average
 from millijoule.workers.training.optimizer import (
@@ -30,6 +48,9 @@ from millijoule.workers.training.optimizer import (
     set_learning_rate,
 )
 from millijoule.workers.training.step_data import StepData
+
+#: Of the file that a further training begins with.
+FLOAT_FORMAT = "millijoule-oscillator-training"
 
 
 @dataclass(frozen=True)
@@ -138,6 +159,36 @@ class IconTrainer:
         load_optimizer(self.optimizer, state["optimizer"], self.device)
         load_optimizer(self.muon, state["muon"], self.device)
 
+    def start_from(self, path: Path) -> None:
+        """Begin with the weights of a finished run, its float.safetensors.
+
+        Raises:
+            InputError: not such a file, or of a network with other sizes.
+        """
+        metadata = read_own_header(path, "oscillator training", FLOAT_FORMAT, "1").metadata
+        with refusing_damage(path):
+            if read_settings(OscillatorConfig, metadata["config"]) != self.config.model:
+                raise ValueError("its network has other sizes than this recipe's")
+            tensors = load_file(path)
+            self.model.load_state_dict(tensors)
+            self.average.load_state_dict(tensors)
+
+    def export(self, folder: Path, name: str, sheet: str = "samples.png") -> Path:
+        """Write float.safetensors, to go on from; where the network has an integer form, model.safetensors and a sheet of it."""
+        network = self.exported_network()
+        config = self.config
+        made = {"steps": str(self.step), "planned_steps": str(config.steps), "seed": str(config.seed)}
+        settings = {"format": FLOAT_FORMAT, "version": "1", "config": json.dumps(asdict(config.model))}
+        weights = folder / "float.safetensors"
+        write_model_file(
+            {k: v.contiguous() for k, v in network.state_dict().items()}, weights, made | settings
+        )
+        if config.model.coupling != "mlp":
+            weights = folder / "model.safetensors"
+            save_model(Painter.of(quantize(network)), weights, name, made)
+            write_sample_sheet(weights, folder / sheet)
+        return weights
+
     def exported_network(self) -> FloatNetwork:
         """The averaged weights, with the ranges of activations that the training saw last."""
         network = deepcopy(self.average).cpu()
@@ -170,3 +221,15 @@ def overlap(network: FloatNetwork, covers: list[Tensor]) -> Tensor:
                 both, either = torch.minimum(drawn, true), torch.maximum(drawn, true)
                 found[noun, whole, size] = both.sum((1, 2, 3)) / either.sum((1, 2, 3))
     return found
+
+
+def write_sample_sheet(weights: Path, path: Path, count: int = 32) -> None:
+    """Draw fixed prompts of the six families, in held-out combinations, with seeds 0, 1, 2 ... as one PNG. None are picked."""
+    generator = OscillatorGenerator.load(weights)
+    rng = np.random.default_rng(0)
+    families = [FAMILIES[i % len(FAMILIES)] for i in range(count)]
+    scenes = [sample_scene(family, rng, held_out=True, nouns=generator.nouns) for family in families]
+    prompts = [write_prompt(scene, rng) for scene in scenes]
+    requests = [ImageRequest(str(i), 0, prompt, seed=i) for i, prompt in enumerate(prompts)]
+    images = generator.generate(requests).images
+    path.write_bytes(draw_contact_sheet([Image.fromarray(image) for image in images], prompts))

@@ -31,7 +31,7 @@ def levels(names):
 def test_with_true_shares_images_are_the_renderer_s(tokens):
     variation = Variation.of(np.arange(len(tokens), dtype=np.uint64))
     images = ground(torch.from_numpy(tokens[:, -1]), levels(BACKGROUNDS), variation)
-    icons = Icons.of(tokens)
+    icons = Icons.of(torch.from_numpy(tokens))
     masks = torch.from_numpy(icon_masks(NOUNS))
     assert icons.whole.any()
     assert not icons.whole.all()

@@ -6,6 +6,7 @@ import torch
 from support.tiny_oscillators import NOUNS
 
 from millijoule.workers.oscillators.config import SIDES
+from millijoule.workers.oscillators.draw import Drawing
 from millijoule.workers.oscillators.operations import BLENDING, GROUND, operations
 from millijoule.workers.scenes.scenes import FAMILIES, complete, sample_scene, scene_tokens
 
@@ -24,22 +25,24 @@ SEEDS = np.arange(60, dtype=np.uint64)
 
 
 def test_leaving_out_cells_without_ink_changes_no_pixel(painter, tokens):
-    drawn = painter.draw(tokens, SEEDS)
-    assert np.array_equal(drawn, painter.draw(tokens, SEEDS, dense=True))
+    drawn = Drawing(painter).draw(tokens, SEEDS)
+    assert np.array_equal(drawn, Drawing(painter).draw(tokens, SEEDS, dense=True))
     shares = [painter.ink.counts(bool(whole)).float().mean() / side**2 for whole, side in enumerate(SIDES)]
     assert all(0.02 < share < 0.98 for share in shares), shares
 
 
 def test_an_image_does_not_depend_on_its_batch(painter, tokens):
-    together = painter.draw(tokens, SEEDS)
+    together = Drawing(painter).draw(tokens, SEEDS)
     order = np.random.default_rng(0).permutation(60)
-    assert np.array_equal(painter.draw(tokens[order], SEEDS[order]), together[order])
+    assert np.array_equal(Drawing(painter).draw(tokens[order], SEEDS[order]), together[order])
     for i in (0, 7, 59):
-        assert np.array_equal(painter.draw(tokens[i : i + 1], SEEDS[i : i + 1])[0], together[i])
+        assert np.array_equal(Drawing(painter).draw(tokens[i : i + 1], SEEDS[i : i + 1])[0], together[i])
 
 
 def test_seeds_vary_images(painter, tokens):
-    assert not np.array_equal(painter.draw(tokens[:1], SEEDS[:1]), painter.draw(tokens[:1], SEEDS[1:2]))
+    assert not np.array_equal(
+        Drawing(painter).draw(tokens[:1], SEEDS[:1]), Drawing(painter).draw(tokens[:1], SEEDS[1:2])
+    )
 
 
 def test_operations_are_those_of_the_layers_for_the_cells_drawn(painter, tokens):
