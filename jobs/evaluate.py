@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -26,7 +26,7 @@ from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import Generator, KnowsNouns
+from millijoule.workers.generators.protocol import CountsOperations, Generator, KnowsNouns
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
 from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, VOCABULARIES
 from millijoule.workers.schemas import ImageRequest
@@ -243,15 +243,34 @@ def draw_items(
         drawn = _draw_in_processes(model.model, how, options.processes, model.device, batches)
     words = f"drawing {len(requests)} images"
     images = list(track(drawn, words, total=len(batches), console=Console(stderr=True)))
-    count = getattr(generator, "count_operations", None)
-    about = {
+    about: dict[str, Any] = {
         "name": info.name,
         "sha256": info.sha256,
         "options": how.identity(),
         "num_inference_steps": options.num_inference_steps or info.num_inference_steps,
-        "operations_per_image": count(options.num_inference_steps) if count else None,
+        **count_operations(generator, requests, [item.family for item in items]),
     }
     return np.concatenate(images), about
+
+
+def count_operations(
+    generator: Generator, requests: Sequence[ImageRequest], families: Sequence[str]
+) -> dict[str, Any]:
+    """What is reported of a model's operations: of an image by part, and where images differ, by family and what is left out."""
+    if isinstance(generator, CountsOperations):
+        parts = generator.operations_of(requests)
+        done = np.sum(list(parts.values()), 0)
+        dense = np.sum(list(generator.operations_of(requests, dense=True).values()), 0)
+        of = np.array(families)
+        return {
+            "operations_per_image": {part: round(float(values.mean())) for part, values in parts.items()},
+            "operations_by_family": {
+                f: round(float(done[of == f].mean())) for f in FAMILIES if f in families
+            },
+            "operations_left_out": round(float(1 - done.sum() / dense.sum()), 4),
+        }
+    count = getattr(generator, "count_operations", None)
+    return {"operations_per_image": count(requests[0].num_inference_steps) if count else None}
 
 
 def _draw_in_processes(

@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parent / "recipes"
 #: kind of model -> its module in `workers.training`, and there the config that `[training]` fills, and the trainer
 KINDS = {
     "oscillator": ("oscillator", "OscillatorTrainingConfig", "OscillatorTrainer"),
+    "icons": ("icons", "IconTrainingConfig", "IconTrainer"),
     "diffusion": ("diffusion", "DiffusionConfig", "DiffusionTrainer"),
     "verifier": ("verifier", "VerifierConfig", "VerifierTrainer"),
 }
@@ -33,7 +34,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _RecipeFile:
-    kind: Literal["oscillator", "diffusion", "verifier"]
+    kind: Literal["oscillator", "icons", "diffusion", "verifier"]
     name: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 

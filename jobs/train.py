@@ -62,7 +62,7 @@ class TrainOptions:
     training's own, sixteen at most."""
 
     sample_every: int = 500
-    """Steps between sample sheets (oscillator only); 0 draws one at the end only."""
+    """Steps between sample sheets (oscillators only); 0 draws one at the end only."""
 
 
 def run(options: TrainOptions) -> int:
@@ -95,7 +95,7 @@ def run(options: TrainOptions) -> int:
         minutes=options.minutes,
         resume=options.resume,
         sample=sample,
-        sample_every=options.sample_every if recipe.kind == "oscillator" else 0,
+        sample_every=options.sample_every if recipe.kind in ("oscillator", "icons") else 0,
     )
     print(f"{trainer.export(folder, recipe.name)} after {trainer.step} of {recipe.training.steps} steps")
     return COMPLETE
@@ -110,9 +110,14 @@ def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Any:
     processes = options.data_processes
     if processes is None:
         processes = min(16, len(os.sched_getaffinity(0)) - 1) if device.startswith("cuda") else 0
-    trainer = recipe.trainer(
-        recipe.training, device=device, compiled=options.compile, data_processes=processes
-    )
+    if recipe.kind == "icons":
+        if options.compile:
+            raise InputError("--compile is not for icons: their training runs as it is")
+        trainer = recipe.trainer(recipe.training, device=device, data_processes=processes)
+    else:
+        trainer = recipe.trainer(
+            recipe.training, device=device, compiled=options.compile, data_processes=processes
+        )
     if options.start_from:
         trainer.start_from(Path(options.start_from))
     return trainer

@@ -7,15 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.tiny_oscillators import painter_of, tiny_oscillators
 
 from millijoule.jobs import evaluate
-from millijoule.jobs.evaluate import EvaluateOptions, list_items
+from millijoule.jobs.evaluate import EvaluateOptions, count_operations, list_items
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
+from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.judging.verifier import VerifierNet
+from millijoule.workers.oscillators.model_file import save_model
 from millijoule.workers.scenes.prompts import parse_prompt
 from millijoule.workers.scenes.renderer import render_scenes
 from millijoule.workers.scenes.scenes import FAMILIES, complete, is_held_out
 from millijoule.workers.scenes.vocabulary import NOUN_NUMBER, NOUNS
+from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.training.verifier import VerifierConfig, export_verifier
 
 
@@ -165,3 +169,20 @@ def test_threads_of_several_processes_are_refused(tmp_path, capsys):
     arguments = ["--model", "default", "--output", str(tmp_path), "--processes", "2", "--threads", "3"]
     assert evaluate.main(arguments) != 0
     assert "--processes" in capsys.readouterr().err
+
+
+def test_operations_are_reported_by_family_with_what_is_left_out(tmp_path):
+    save_model(painter_of(tiny_oscillators()), tmp_path / "tiny.safetensors", "tiny")
+    generator = load_generator(str(tmp_path / "tiny.safetensors"))
+    prompts = ["a bat", "three bats", "a bat above an axe", "a bat"]
+    families = ["single object", "counting", "position", "single object"]
+    requests = [ImageRequest(str(i), 0, prompt, seed=i) for i, prompt in enumerate(prompts)]
+    told = count_operations(generator, requests, families)
+    of = [sum(int(v[0]) for v in generator.operations_of([r]).values()) for r in requests]
+    assert told["operations_by_family"] == {
+        "single object": round((of[0] + of[3]) / 2),
+        "counting": of[1],
+        "position": of[2],
+    }
+    assert abs(sum(told["operations_per_image"].values()) - sum(of) / 4) <= 2
+    assert 0 < told["operations_left_out"] < 1

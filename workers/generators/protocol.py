@@ -125,6 +125,17 @@ class KnowsNouns(Protocol):
 
 
 @runtime_checkable
+class CountsOperations(Protocol):
+    """What a generator may have besides whose images take more or fewer operations."""
+
+    def operations_of(
+        self, requests: Sequence[ImageRequest], *, dense: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Operations of each request's image by part, int64 `[images]`, a multiply-accumulate as two; with `dense` what they
+        would be if nothing was left out."""
+
+
+@runtime_checkable
 class HoldsProcesses(Protocol):
     """What a generator may have besides that computes in other processes, too.
 

@@ -88,10 +88,15 @@ def load_generator(
     _refuse_pipeline_options(model, options)
     from millijoule.workers.engines.open import open_engine
 
-    if read_header(path).metadata.get("format") == "un0":
+    metadata = read_header(path).metadata
+    if metadata.get("format") == "un0":
         from millijoule.workers.generators.un0 import Un0Generator
 
         return Un0Generator.load(path, device=device, engine=open_engine(options, device))
+    if metadata.get("version") == "5":
+        from millijoule.workers.oscillators.generator import OscillatorGenerator as IconGenerator
+
+        return IconGenerator.load(path, device=device, engine=open_engine(options, device))
     from millijoule.workers.generators.oscillator import OscillatorGenerator
 
     return OscillatorGenerator.load(path, device=device, engine=open_engine(options, device))

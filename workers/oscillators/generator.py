@@ -13,6 +13,7 @@ from millijoule.workers.generators.fixed_size import check_requests, unused_sett
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.oscillators.draw import Drawing, Painter
 from millijoule.workers.oscillators.model_file import load_model
+from millijoule.workers.oscillators.operations import operations
 from millijoule.workers.scenes.prompts import parse_prompt
 from millijoule.workers.scenes.scenes import IMAGE_SIZE, complete, scene_tokens
 from millijoule.workers.schemas import ImageRequest
@@ -53,9 +54,22 @@ class OscillatorGenerator:
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size or step count this model cannot make."""
         check_requests(requests, self.info, MIN_STEPS)
-        scenes, warnings = zip(*(parse_prompt(r.prompt, self.nouns) for r in requests), strict=True)
-        tokens = scene_tokens([complete(s, r.seed) for s, r in zip(scenes, requests, strict=True)])
+        tokens, warnings = self._read(requests)
         seeds = np.array([r.seed for r in requests], dtype=np.uint64)
         images = self.drawing.draw(tokens, seeds, requests[0].num_inference_steps)
         told = tuple(w + unused_settings(r) for w, r in zip(warnings, requests, strict=True))
         return GeneratedBatch(images, told)
+
+    def operations_of(
+        self, requests: Sequence[ImageRequest], *, dense: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Operations of each image by part, int64 `[images]`; see `operations.operations`."""
+        tokens, _ = self._read(requests)
+        steps = requests[0].num_inference_steps
+        counted = operations(self.drawing.painter, tokens, dense=dense, steps=steps)
+        return {part: values.numpy() for part, values in counted.items()}
+
+    def _read(self, requests: Sequence[ImageRequest]) -> tuple[np.ndarray, tuple[tuple[str, ...], ...]]:
+        """Tokens of the scenes that prompts and seeds say, and warnings."""
+        scenes, warnings = zip(*(parse_prompt(r.prompt, self.nouns) for r in requests), strict=True)
+        return scene_tokens([complete(s, r.seed) for s, r in zip(scenes, requests, strict=True)]), warnings
