@@ -72,10 +72,10 @@ class EvaluateOptions:
 
     suite: Literal["icons-80", "icons-1000"] | None = None
     """What nouns prompts are of: the first 80, or all of the list (a little over a thousand). By default the larger one of
-    which the model knows every noun; of renders, the verifier."""
+    which the model knows every noun; of renders, the verifier that is given."""
 
     verifier: str | None = None
-    """Weights of another verifier, from `millijoule train`; the package's own by default. It must know the suite's nouns."""
+    """Weights of another verifier, from `millijoule train`; by default the package's own for the suite. It must know its nouns."""
 
     num_inference_steps: int | None = None
     """Steps, in place of the model's default."""
@@ -106,7 +106,7 @@ class Item:
 def run(options: EvaluateOptions) -> int:
     import torch
 
-    from millijoule.workers.judging.verifier import WEIGHTS, Verifier
+    from millijoule.workers.judging.verifier import Verifier, packaged_weights
     from millijoule.workers.scenes.renderer import render_prompted
 
     if options.prompts_per_family < 1 or options.images_per_prompt < 1:
@@ -120,10 +120,12 @@ def run(options: EvaluateOptions) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch_device(options.device)
-    weights = Path(options.verifier) if options.verifier else WEIGHTS
-    verifier = Verifier.load(weights)
+    verifier = Verifier.load(Path(options.verifier)) if options.verifier else None
     model = None if options.model == RENDERS else open_model(options, device)
-    suite = options.suite or largest_suite(model.nouns if model else verifier.nouns)
+    known = model.nouns if model else verifier.nouns if verifier else DEFAULT_NOUNS
+    suite = options.suite or largest_suite(known)
+    weights = Path(options.verifier) if options.verifier else packaged_weights(VOCABULARIES[suite])
+    verifier = verifier or Verifier.load(weights)
     if VOCABULARIES[suite] > verifier.nouns:
         raise InputError(
             f"suite {suite} has {VOCABULARIES[suite]} nouns, the verifier knows the first {verifier.nouns}: give "

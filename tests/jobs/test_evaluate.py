@@ -13,7 +13,7 @@ from millijoule.jobs import evaluate
 from millijoule.jobs.evaluate import EvaluateOptions, count_operations, list_items
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.generators.registry import load_generator
-from millijoule.workers.judging.verifier import VerifierNet
+from millijoule.workers.judging.verifier import WEIGHTS, VerifierNet
 from millijoule.workers.oscillators.model_file import save_model
 from millijoule.workers.scenes.prompts import parse_prompt
 from millijoule.workers.scenes.renderer import render_scenes
@@ -107,7 +107,7 @@ def test_models_of_another_size_are_refused(tmp_path, monkeypatch, capsys):
 def test_a_suite_that_the_verifier_does_not_know_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "draw_items", lambda *_: pytest.fail("something was drawn"))
     for arguments in (["python:evaluate_models:learned"], ["renders", "--suite", "icons-1000"]):
-        assert run(tmp_path, monkeypatch, *arguments) == 1
+        assert run(tmp_path, monkeypatch, *arguments, "--verifier", str(WEIGHTS)) == 1
         error = capsys.readouterr().err
         assert f"icons-1000 has {len(NOUNS)} nouns, the verifier knows the first 80" in error
         assert "--verifier" in error

@@ -27,8 +27,11 @@ from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUNS, check_cou
 FORMAT = "millijoule-verifier"
 FORMAT_VERSION = "1"
 
-#: The package's own verifier.
-WEIGHTS = Path(__file__).parents[1] / "weights" / "verifier.safetensors"
+_WEIGHTS = Path(__file__).parents[1] / "weights"
+
+#: The package's own verifier, of the first nouns of the vocabulary, and the one of all.
+WEIGHTS = _WEIGHTS / "verifier.safetensors"
+WEIGHTS_OF_ALL = _WEIGHTS / "verifier-1000.safetensors"
 
 #: Pixels from one cell to the next; cell (i, j) is centred at pixel (8 i, 8 j), counted from the edge.
 STRIDE = 8
@@ -135,6 +138,11 @@ def to_input(images: np.ndarray | Tensor) -> Tensor:
     """uint8 `[b, 64, 64, 3]` to float32 `[b, 3, 64, 64]` in [-1, 1], channels last in memory."""
     pixels = torch.as_tensor(images)
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def packaged_weights(nouns: int) -> Path:
+    """The package's verifier for scenes of the first `nouns` nouns."""
+    return WEIGHTS if nouns <= DEFAULT_NOUNS else WEIGHTS_OF_ALL
 
 
 class Verifier:
