@@ -17,8 +17,12 @@ from millijoule.workers.pipeline_parts.model_files import read_model
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 
-#: Models that come with the package: the oscillator generator, and the conventional diffusion model to compare it with.
-PACKAGED = {"default": _WEIGHTS / "default.safetensors", "baseline": _WEIGHTS / "baseline"}
+#: Models that come with the package: the oscillator generator of 80 nouns, that of 1,040, and the conventional diffusion model to compare it with.
+PACKAGED = {
+    "default": _WEIGHTS / "default.safetensors",
+    "icons-1000": _WEIGHTS / "icons-1000.safetensors",
+    "baseline": _WEIGHTS / "baseline",
+}
 
 #: A diffusers directory of more bytes than this is not run on CPUs unless somebody says so. The packaged baseline has 19 MB;
 #: those that are published for real use have a gigabyte and more, and would take minutes for an image.
@@ -65,7 +69,7 @@ def load_generator(
     """Load `model`.
 
     Args:
-        model: "default" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file (one of ours, or a
+        model: "default", "icons-1000" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file (one of ours, or a
             checkpoint of a diffusion model with `options.config`) or of a diffusers directory, or
             "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`. What else
             `--model` takes becomes one of these first (`sources.obtain`).
