@@ -1,0 +1,75 @@
+"""The packaged `icons-1000`: its size, what it draws, what that takes, and the same pixels wherever this runs."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from millijoule.kernels import int8_product
+from millijoule.workers.generators.registry import PACKAGED, load_generator
+from millijoule.workers.judging.quality import judge
+from millijoule.workers.judging.verifier import WEIGHTS_OF_ALL, Verifier
+from millijoule.workers.scenes.prompts import write_prompt
+from millijoule.workers.scenes.scenes import FAMILIES, sample_scene
+from millijoule.workers.scenes.vocabulary import NOUNS
+from millijoule.workers.schemas import ImageRequest
+
+FILE = PACKAGED["icons-1000"]
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "quality"
+
+#: SHA-256 of the pixels of the first 30 of `asked`, in turn.
+PIXELS = "0d7d0a1d7b8eae8959ceccbd349c6a0b2305b4397bf5885b740f3f79888faba7"
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return load_generator("icons-1000")
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Scenes, families and requests: held-out prompts of all families over the whole vocabulary."""
+    rng = np.random.default_rng(11)
+    families = [FAMILIES[i % len(FAMILIES)] for i in range(120)]
+    scenes = [sample_scene(family, rng, held_out=True, nouns=len(NOUNS)) for family in families]
+    requests = [ImageRequest(str(i), 0, write_prompt(s, rng), seed=i) for i, s in enumerate(scenes)]
+    return scenes, families, requests
+
+
+def test_the_file_is_small():
+    tensors = load_file(FILE)
+    of_nouns = sum(tensors[name].nbytes for name in ("codes", "ink"))
+    assert of_nouns / len(NOUNS) <= 128
+    assert FILE.stat().st_size - of_nouns <= 512 * 1024
+    assert FILE.stat().st_size <= 750_000
+    assert not [
+        t.shape for name, t in tensors.items() if len(NOUNS) in t.shape and name not in ("codes", "ink")
+    ]
+
+
+def test_all_nouns_are_drawn_so_that_the_verifier_reads_them(generator, asked):
+    scenes, families, requests = asked
+    drawn = generator.generate(requests)
+    assert {w for told in drawn.warnings for w in told} == set()
+    readings = Verifier.load(WEIGHTS_OF_ALL).read(drawn.images)
+    right = [judge(*one).correct for one in zip(scenes, families, readings, strict=True)]
+    assert sum(right) >= 0.97 * len(right)
+
+
+def test_pixels_are_the_same_wherever_this_runs(generator, asked):
+    requests = asked[2][:30]
+    for form in int8_product.FORMS:
+        with int8_product.only(form):
+            images = generator.generate(requests).images
+        assert hashlib.sha256(images.tobytes()).hexdigest() == PIXELS, form
+
+
+def test_the_result_file_is_of_this_file_and_counts_what_is_drawn(generator, asked):
+    result = json.loads((RESULTS / "icons-1000.json").read_text())["model"]
+    assert result["sha256"] == hashlib.sha256(FILE.read_bytes()).hexdigest()
+    counted = sum(values.mean() for values in generator.operations_of(asked[2]).values())
+    assert counted <= 20e6
+    assert counted == pytest.approx(sum(result["operations_per_image"].values()), rel=0.1)
