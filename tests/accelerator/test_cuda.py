@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from support.accelerator import DEVICE, MISSING, REHEARSAL
+from support.tiny_oscillators import NOUNS, painter_of, tiny_oscillators
 
 from millijoule.kernels.oscillator import quantize_coupling, quantize_drive, relax, relax_reference
 from millijoule.kernels.phase import random_phases
 from millijoule.workers.generators.oscillator_model import OscillatorConfig, OscillatorModel
 from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.meters.meter import open_meter
+from millijoule.workers.oscillators.config import OscillatorConfig as OscillatorSizes
+from millijoule.workers.oscillators.draw import Drawing
 from millijoule.workers.scenes.prompts import parse_prompt, write_prompt
 from millijoule.workers.scenes.renderer import SceneRenderer, draw_variation, render_scenes
 from millijoule.workers.scenes.scenes import (
@@ -27,6 +30,7 @@ from millijoule.workers.scenes.scenes import (
     scene_tokens,
 )
 from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.training.icons import IconTrainer, IconTrainingConfig
 from millijoule.workers.training.loop import load_checkpoint, save_checkpoint
 from millijoule.workers.training.oscillator import OscillatorTrainer, OscillatorTrainingConfig
 
@@ -54,6 +58,36 @@ def requests(count):
     rng = np.random.default_rng(5)
     prompts = [write_prompt(sample_scene(FAMILIES[i % 6], rng, held_out=True), rng) for i in range(count)]
     return [ImageRequest(str(i), 0, prompt, seed=2**63 + i * 7919) for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_icons_have_a_cpus_pixels(batch):
+    """Integers to the last pixel, with coupled oscillators as without."""
+    asked = requests(batch)
+    expected = load_generator("icons-1000").generate(asked).images
+    assert np.array_equal(load_generator("icons-1000", device=DEVICE).generate(asked).images, expected)
+    tokens = scene_tokens(scenes(batch))
+    tokens[:, :-1:4] = tokens[:, :-1:4].clip(0, NOUNS)
+    seeds = np.arange(batch, dtype=np.uint64)
+    coupled = painter_of(tiny_oscillators("trained"))
+    expected = Drawing(coupled).draw(tokens, seeds)
+    assert np.array_equal(Drawing(coupled, DEVICE).draw(tokens, seeds), expected)
+
+
+def test_icons_are_learned_as_on_a_cpu():
+    """The captured steps of a GPU lead to the weights of a CPU's, but for roundings."""
+    small = OscillatorSizes(nouns=6, code=16, hidden=24, channels=8, width=24, mix=32)
+    config = IconTrainingConfig(
+        steps=60, half=24, whole=8, warm_up=5, matrix_rate=0.05, learning_rate=0.01, model=small
+    )
+    losses = {}
+    for device in ("cpu", DEVICE):
+        trainer = IconTrainer(config, device=device)
+        logged = [float(trainer.train_step()["loss"]) for _ in range(60)]
+        losses[device] = logged
+    assert losses[DEVICE][0] == pytest.approx(losses["cpu"][0], rel=0.02)
+    assert losses[DEVICE][-1] == pytest.approx(losses["cpu"][-1], rel=0.25)
+    assert losses[DEVICE][-1] < 0.6 * losses[DEVICE][0]
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
