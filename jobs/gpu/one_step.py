@@ -80,11 +80,14 @@ def _run(
     try:
         return process.wait(max(0.1, limit_s))
     except subprocess.TimeoutExpired:
-        _signal_group(process.pid, end_signal(words))
-        try:
-            process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            pass
+        # twice: Python loses an interrupt that comes where it ignores exceptions, as in a destructor
+        for _ in range(2):
+            _signal_group(process.pid, end_signal(words))
+            try:
+                process.wait(grace_s / 2)
+                break
+            except subprocess.TimeoutExpired:
+                continue
         return None
     finally:
         _signal_group(process.pid, signal.SIGKILL)
