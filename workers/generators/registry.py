@@ -97,10 +97,11 @@ def load_generator(
         from millijoule.workers.generators.un0 import Un0Generator
 
         return Un0Generator.load(path, device=device, engine=open_engine(options, device))
-    if metadata.get("version") == "5":
-        from millijoule.workers.oscillators.generator import OscillatorGenerator as IconGenerator
+    from millijoule.workers.oscillators import generator as icons
+    from millijoule.workers.oscillators.model_file import FORMAT_VERSION
 
-        return IconGenerator.load(path, device=device, engine=open_engine(options, device))
+    if metadata.get("version") == FORMAT_VERSION:
+        return icons.OscillatorGenerator.load(path, device=device, engine=open_engine(options, device))
     from millijoule.workers.generators.oscillator import OscillatorGenerator
 
     return OscillatorGenerator.load(path, device=device, engine=open_engine(options, device))

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from millijoule.kernels.phase import TURN, random_phases
 from millijoule.workers.oscillators.config import SIDES
-from millijoule.workers.scenes.scenes import CELL, ICON_TOKENS, IMAGE_SIZE, MAX_COUNT, WINDOWS
-
-#: Largest shift of an icon in pixels, and of a colour in levels, either way.
-JITTER, SHADE = 1, 14
+from millijoule.workers.scenes.scenes import (
+    CELL,
+    ICON_TOKENS,
+    IMAGE_SIZE,
+    JITTER,
+    MAX_COUNT,
+    SHADE,
+    WINDOWS,
+)
 
 _SHADES = 1 + MAX_COUNT
 _NOISE = 16  # numbers of a seed: shades, then shifts in x and y of each icon; a multiple of 4

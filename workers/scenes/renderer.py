@@ -23,8 +23,10 @@ from millijoule.workers.scenes.scenes import (
     COLOURS,
     ICON_TOKENS,
     IMAGE_SIZE,
+    JITTER,
     MAX_COUNT,
     PALETTE,
+    SHADE,
     SIZES,
     WINDOWS,
     Scene,
@@ -37,8 +39,6 @@ from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, ENTRIES, NOUN_NU
 #: Side of an icon's em box in pixels, by size, in the whole image and in a half window. Its ink is a little smaller.
 ICON_PIXELS = {8: (30, 42, 56), 4: (20, 25, 30)}
 
-_JITTER = 1  # pixels; each icon moves by -1, 0 or 1 in x and in y
-_SHADE = 14  # levels; the lightness of each colour moves by at most this much
 _SUPERSAMPLING = 8
 _MARGIN = 4  # empty pixels around the atlas' tiles, so that what lies outside a tile reads as empty
 _TILE = IMAGE_SIZE + 2 * _MARGIN  # pixels, both sides
@@ -101,8 +101,8 @@ def draw_variation(scenes: int, renders: int, seed: int) -> dict[str, Tensor]:
         and "jitter", by how many pixels icons are moved in x and y, int32 `[scenes, renders, MAX_COUNT, 2]`.
     """
     rng = np.random.Generator(np.random.Philox(seed))
-    shade = rng.integers(-_SHADE, _SHADE + 1, (scenes, renders, MAX_COUNT + 1), np.int32)
-    jitter = rng.integers(-_JITTER, _JITTER + 1, (scenes, renders, MAX_COUNT, 2), np.int32)
+    shade = rng.integers(-SHADE, SHADE + 1, (scenes, renders, MAX_COUNT + 1), np.int32)
+    jitter = rng.integers(-JITTER, JITTER + 1, (scenes, renders, MAX_COUNT, 2), np.int32)
     return {"shade": torch.from_numpy(shade), "jitter": torch.from_numpy(jitter)}
 
 

@@ -17,6 +17,11 @@ from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUN_NUMBER, NOU
 IMAGE_SIZE = 64  # pixels, both sides
 CELL = 8  # pixels; windows of icons lie on this grid
 
+#: How images of one scene differ: each icon moves by at most so many pixels in x and in y, ...
+JITTER = 1
+#: ... and the lightness of each colour by at most so many levels.
+SHADE = 14
+
 #: colour -> sRGB, for icons and backgrounds alike
 PALETTE = {
     "red": (220, 30, 35),

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from millijoule.workers.oscillators.canvas import JITTER, SHADE, Icons, Variation, ground, lay, window_covers
+from millijoule.workers.oscillators.canvas import Icons, Variation, ground, lay, window_covers
 from millijoule.workers.scenes.renderer import SceneRenderer, icon_masks
 from millijoule.workers.scenes.scenes import (
     BACKGROUNDS,
     COLOURS,
+    JITTER,
     PALETTE,
+    SHADE,
     SIZES,
     sample_training_scenes,
     scene_tokens,
