@@ -13,9 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,17 +25,14 @@ from millijoule.workers.generators.model_files import (
     refusing_damage,
     write_model_file,
 )
-from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.oscillators.config import SIDES, OscillatorConfig
 from millijoule.workers.oscillators.draw import Painter
 from millijoule.workers.oscillators.float_network import FloatNetwork
 from millijoule.workers.oscillators.generator import OscillatorGenerator
 from millijoule.workers.oscillators.model_file import save_model
 from millijoule.workers.oscillators.quantize import quantize
-from millijoule.workers.scenes.prompts import write_prompt
 from millijoule.workers.scenes.renderer import icon_masks
-from millijoule.workers.scenes.scenes import CELL, FAMILIES, SIZES, sample_scene
-from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.scenes.scenes import CELL, SIZES
 from millijoule.workers.training.graphed_step import GraphedStep
 from millijoule.workers.training.loop import newest_share, schedule, update_average
 from millijoule.workers.training.optimizer import (
@@ -47,6 +42,7 @@ from millijoule.workers.training.optimizer import (
     load_optimizer,
     set_learning_rate,
 )
+from millijoule.workers.training.sample_sheet import write_sample_sheet
 from millijoule.workers.training.step_data import StepData
 
 #: Of the file that a further training begins with.
@@ -186,7 +182,7 @@ class IconTrainer:
         if config.model.coupling != "mlp":
             weights = folder / "model.safetensors"
             save_model(Painter.of(quantize(network)), weights, name, made)
-            write_sample_sheet(weights, folder / sheet)
+            write_sample_sheet(OscillatorGenerator.load(weights), folder / sheet)
         return weights
 
     def exported_network(self) -> FloatNetwork:
@@ -221,15 +217,3 @@ def overlap(network: FloatNetwork, covers: list[Tensor]) -> Tensor:
                 both, either = torch.minimum(drawn, true), torch.maximum(drawn, true)
                 found[noun, whole, size] = both.sum((1, 2, 3)) / either.sum((1, 2, 3))
     return found
-
-
-def write_sample_sheet(weights: Path, path: Path, count: int = 32) -> None:
-    """Draw fixed prompts of the six families, in held-out combinations, with seeds 0, 1, 2 ... as one PNG. None are picked."""
-    generator = OscillatorGenerator.load(weights)
-    rng = np.random.default_rng(0)
-    families = [FAMILIES[i % len(FAMILIES)] for i in range(count)]
-    scenes = [sample_scene(family, rng, held_out=True, nouns=generator.nouns) for family in families]
-    prompts = [write_prompt(scene, rng) for scene in scenes]
-    requests = [ImageRequest(str(i), 0, prompt, seed=i) for i, prompt in enumerate(prompts)]
-    images = generator.generate(requests).images
-    path.write_bytes(draw_contact_sheet([Image.fromarray(image) for image in images], prompts))

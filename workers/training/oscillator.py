@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from millijoule.kernels.processor import multiplies_bfloat16
@@ -27,15 +26,13 @@ from millijoule.workers.generators.oscillator_model import (
     noise_size,
     start_phases,
 )
-from millijoule.workers.judging.contact_sheet import draw_contact_sheet
-from millijoule.workers.scenes.prompts import write_prompt
 from millijoule.workers.scenes.renderer import draw_variation
-from millijoule.workers.scenes.scenes import FAMILIES, sample_scene, sample_training_scenes, scene_tokens
-from millijoule.workers.schemas import ImageRequest
+from millijoule.workers.scenes.scenes import sample_training_scenes, scene_tokens
 from millijoule.workers.training.graphed_step import GraphedStep
 from millijoule.workers.training.loop import GeneratorTrainer, newest_share, schedule, update_average
 from millijoule.workers.training.losses import drifting_loss, energy_distance
 from millijoule.workers.training.optimizer import adamw, clip_and_step, load_optimizer, set_learning_rate
+from millijoule.workers.training.sample_sheet import write_sample_sheet
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ class OscillatorTrainer(GeneratorTrainer):
         if config.model.coupling in ("trained", "frozen"):
             weights = folder / "model.safetensors"
             save_weights(model, weights, name, made)
-        write_sample_sheet(weights, folder / sheet)
+        write_sample_sheet(OscillatorGenerator.load(weights), folder / sheet)
         return weights
 
     def exported_model(self) -> OscillatorModel:
@@ -198,13 +195,3 @@ def _scale_coupling(model: OscillatorModel, factor: float) -> None:
     if model.config.coupling in ("trained", "frozen"):
         for weights in (model.coupling.local, model.coupling.spread):
             weights.mul_(factor)
-
-
-def write_sample_sheet(weights: Path, path: Path, count: int = 32) -> None:
-    """Draw fixed prompts of the six families, in held-out combinations, with seeds 0, 1, 2 ... as one PNG. None are picked."""
-    rng = np.random.default_rng(0)
-    scenes = [sample_scene(FAMILIES[i % len(FAMILIES)], rng, held_out=True) for i in range(count)]
-    prompts = [write_prompt(scene, rng) for scene in scenes]
-    requests = [ImageRequest(str(i), 0, prompt, seed=i) for i, prompt in enumerate(prompts)]
-    images = OscillatorGenerator.load(weights).generate(requests).images
-    path.write_bytes(draw_contact_sheet([Image.fromarray(image) for image in images], prompts))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.oscillator import save_weights
+from millijoule.workers.generators.oscillator import OscillatorGenerator, save_weights
 from millijoule.workers.generators.oscillator_model import (
     FloatCoupling,
     OscillatorConfig,
@@ -21,8 +21,8 @@ from millijoule.workers.training.loop import run_training, save_checkpoint
 from millijoule.workers.training.oscillator import (
     OscillatorTrainer,
     OscillatorTrainingConfig,
-    write_sample_sheet,
 )
+from millijoule.workers.training.sample_sheet import write_sample_sheet
 
 SMALL_MODEL = OscillatorConfig(
     channels=4, driven=4, read=4, noise_channels=4, rank=2, hidden=32, widths=(16, 12, 8), mix=16
@@ -133,7 +133,7 @@ def test_the_integer_form_draws_what_the_float_form_draws(tmp_path):
     )
     assert exact.std() > 5
     assert 10 * np.log10(255**2 / np.mean((integer - exact) ** 2)) > 35
-    write_sample_sheet(tmp_path / "m.safetensors", tmp_path / "sheet.png", count=4)
+    write_sample_sheet(OscillatorGenerator.load(tmp_path / "m.safetensors"), tmp_path / "sheet.png", count=4)
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
 
