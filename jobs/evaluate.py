@@ -82,7 +82,7 @@ class EvaluateOptions:
 
     features: Literal["efficientnet-lite0"] | None = None
     """Another network, in whose features Frechet distance, precision and recall are reported beside those in the verifier's:
-    EfficientNet-Lite0, trained by others on ImageNet. It takes about 16 ms of one core for an image, and as much for its render."""
+    EfficientNet-Lite0, trained by others on ImageNet. It takes some 20 ms of one core for an image, and as much for its render."""
 
     num_inference_steps: int | None = None
     """Steps, in place of the model's default."""
