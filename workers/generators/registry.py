@@ -17,10 +17,9 @@ from millijoule.workers.pipeline_parts.model_files import read_model
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 
-#: Models that come with the package: the oscillator generator of 80 nouns, that of 1,040, and the conventional diffusion model to compare it with.
+#: Models that come with the package: the oscillator generator, and the conventional diffusion model to compare it with.
 PACKAGED = {
     "default": _WEIGHTS / "default.safetensors",
-    "icons-1000": _WEIGHTS / "icons-1000.safetensors",
     "baseline": _WEIGHTS / "baseline",
 }
 
@@ -69,8 +68,8 @@ def load_generator(
     """Load `model`.
 
     Args:
-        model: "default", "icons-1000" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file (one of ours, or a
-            checkpoint of a diffusion model with `options.config`) or of a diffusers directory, or
+        model: "default" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file (one of
+            ours, or a checkpoint of a diffusion model with `options.config`) or of a diffusers directory, or
             "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`. What else
             `--model` takes becomes one of these first (`sources.obtain`).
         device: "cpu" or "cuda".
@@ -92,17 +91,11 @@ def load_generator(
     _refuse_pipeline_options(model, options)
     from millijoule.workers.engines.open import open_engine
 
-    metadata = read_header(path).metadata
-    if metadata.get("format") == "un0":
+    if read_header(path).metadata.get("format") == "un0":
         from millijoule.workers.generators.un0 import Un0Generator
 
         return Un0Generator.load(path, device=device, engine=open_engine(options, device))
-    from millijoule.workers.oscillators import generator as icons
-    from millijoule.workers.oscillators.model_file import FORMAT_VERSION
-
-    if metadata.get("version") == FORMAT_VERSION:
-        return icons.OscillatorGenerator.load(path, device=device, engine=open_engine(options, device))
-    from millijoule.workers.generators.oscillator import OscillatorGenerator
+    from millijoule.workers.oscillators.generator import OscillatorGenerator
 
     return OscillatorGenerator.load(path, device=device, engine=open_engine(options, device))
 
