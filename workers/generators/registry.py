@@ -10,9 +10,10 @@ from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.load_turn import load_turn
-from millijoule.workers.generators.model_files import read_header
+from millijoule.workers.generators.model_files import read_header, read_own_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator, ModelIdentity
+from millijoule.workers.oscillators.file_format import FORMAT, FORMAT_VERSION
 from millijoule.workers.pipeline_parts.model_files import read_model
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -27,6 +28,9 @@ PACKAGED = {
 #: those that are published for real use have a gigabyte and more, and would take minutes for an image.
 CPU_WEIGHTS_BYTES = 256 * 2**20
 
+
+#: What a converted Un-0 checkpoint says that it is.
+UN0_FORMAT = "un0"
 
 #: Options that only diffusion pipelines have, by the names a user knows them by.
 _OF_PIPELINES = {
@@ -45,8 +49,8 @@ def describe_model(model: str, options: GeneratorOptions = GeneratorOptions()) -
     """Identify `model` (see `load_generator`) by its files, without torch; their hashes are found once per host (`file_hashes`).
 
     Raises:
-        InputError: a file is missing or is not safetensors, the factory's name is malformed, or an option means nothing to
-            such a model.
+        InputError: a file is missing, is not safetensors or is no model that this version reads, the factory's name is
+            malformed, or an option means nothing to such a model.
     """
     if model.startswith(factories.PREFIX):
         factories.split_name("--model", model)
@@ -56,7 +60,10 @@ def describe_model(model: str, options: GeneratorOptions = GeneratorOptions()) -
     if folder is not None:
         return ModelIdentity(folder.name, folder.sha256())
     _refuse_pipeline_options(model, options)
-    return ModelIdentity(read_header(path).metadata.get("name", path.stem), file_sha256(path))
+    metadata = read_header(path).metadata
+    if metadata["format"] != UN0_FORMAT:
+        read_own_header(path, "oscillator", FORMAT, FORMAT_VERSION)
+    return ModelIdentity(metadata.get("name", path.stem), file_sha256(path))
 
 
 def load_generator(
@@ -91,7 +98,7 @@ def load_generator(
     _refuse_pipeline_options(model, options)
     from millijoule.workers.engines.open import open_engine
 
-    if read_header(path).metadata.get("format") == "un0":
+    if read_header(path).metadata.get("format") == UN0_FORMAT:
         from millijoule.workers.generators.un0 import Un0Generator
 
         return Un0Generator.load(path, device=device, engine=open_engine(options, device))
