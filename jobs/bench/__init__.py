@@ -11,6 +11,7 @@ from millijoule.jobs.cli import dispatch
 
 BENCHES = {
     "pipeline": "a job against a bare loop of the same generator, encoder and writer",
+    "controls": "forms of the oscillator generator, coupled and not, trained alike with several seeds, and judged",
     "clocks": "joules per accepted image over clocks and power limits of a GPU, which it changes and puts back",
     "counters": "a board's energy counter and power readings: period, read rates, square waves, idle states",
     "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
