@@ -102,8 +102,10 @@ class FloatNetwork(nn.Module):
         a, b, omega = drive.chunk(3, 2)
         return a, b, omega
 
-    def waves(self, a: Tensor, b: Tensor, omega: Tensor, rounded: bool = False) -> tuple[Tensor, Tensor]:
-        """Sine and cosine of the final phases, `[icons, cells, channels]`."""
+    def waves(
+        self, a: Tensor, b: Tensor, omega: Tensor, rounded: bool = False, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sine and cosine of the final phases, `[icons, cells, channels]`; from rest, or from phases `start` in radians."""
         config = self.config
         if config.coupling == "mlp":
             found = self.cell_out(F.silu(self.cell_in(torch.cat([a, b, omega], 2))))
@@ -111,7 +113,7 @@ class FloatNetwork(nn.Module):
             return sin, cos
         dt = config.horizon / config.steps
         coupling = None if config.coupling == "none" else self.dense_coupling(rounded).t()
-        phases = torch.zeros_like(a)
+        phases = torch.zeros_like(a) if start is None else start
         for _ in range(config.steps):
             sin, cos = torch.sin(phases), torch.cos(phases)
             if coupling is None:
@@ -124,7 +126,7 @@ class FloatNetwork(nn.Module):
 
     def dense_coupling(self, rounded: bool = False) -> Tensor:
         """K as a full matrix `[oscillators, oscillators]`, row = target: in training one product instead of many small ones."""
-        local, gather, spread = self.local, self.gather, self.spread
+        local, gather, spread = (w + 0 for w in (self.local, self.gather, self.spread))
         if rounded:
             local, gather, spread = rounded_rows(local), rounded_rows(gather.t()).t(), rounded_rows(spread)
         return dense_local(local, GRID) + spread @ gather.t()
