@@ -8,9 +8,8 @@ compared at equal steps and at equal operations. Of forms with a coupling, K is 
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +18,11 @@ import numpy as np
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.evaluate import EvaluateOptions, Item, list_items
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
+from millijoule.jobs.measuring.runs import RECORD, interval, recorded
 from millijoule.workers.errors import InputError
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUNS
 
 Form = Literal["none", "wide", "trained", "frozen", "mlp"]
-
-#: Half the width of a 95 % interval of a mean over runs, in standard errors (Student's t), by number of runs.
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,12 @@ class BenchOptions(ResultOptions):
 def run(options: BenchOptions) -> int:
     import torch
 
-    if not 1 <= options.runs <= max(T95) or not options.forms or min(options.steps, options.threads) < 1:
-        raise InputError(f"--runs: 1 to {max(T95)}; --forms: one at least; --steps, --threads: at least 1")
+    if not options.forms or min(options.runs, options.steps, options.threads, options.prompts_per_family) < 1:
+        raise InputError(
+            "--forms: one at least; --runs, --steps, --threads, --prompts-per-family: at least 1"
+        )
+    if not DEFAULT_NOUNS <= options.nouns <= len(NOUNS):  # fewer leave no prompts that are held out
+        raise InputError(f"--nouns {options.nouns}: {DEFAULT_NOUNS} to {len(NOUNS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("bench controls: PyTorch finds no GPU here")
     torch.set_num_threads(options.threads)
@@ -76,29 +78,26 @@ def run(options: BenchOptions) -> int:
     for seed in range(options.runs):
         for form in options.forms:
             print(f"-- {form}, seed {seed}", flush=True)
-            rows.append(_run_of(form, seed, options))
+            told = {
+                "prompts_per_family": options.prompts_per_family,
+                "training": asdict(training_config(form, seed, options)),
+            }
+            record = Path(options.output) / f"{form}-{seed}" / RECORD
+            rows.append(recorded(record, told, partial(_trained, form, seed, options)))
             save_result({**result, "runs": rows}, options.result)
     write_result({**result, "summary": summary(rows), "runs": rows}, options.result)
     return COMPLETE
 
 
-def _run_of(form: Form, seed: int, options: BenchOptions) -> dict[str, Any]:
-    """One run, or what is on record of it in its folder."""
+def _trained(form: Form, seed: int, options: BenchOptions) -> dict[str, Any]:
+    """One run: trained, judged."""
     import torch
 
     from millijoule.workers.training.icons import IconTrainer, overlap
     from millijoule.workers.training.loop import run_training
 
-    config = training_config(form, seed, options)
     folder = Path(options.output) / f"{form}-{seed}"
-    record = folder / "run.json"
-    told = {"prompts_per_family": options.prompts_per_family, "training": asdict(config)}
-    if record.exists():
-        kept = json.loads(record.read_text())
-        if kept.pop("of") == json.loads(json.dumps(told)):
-            return kept
-        raise InputError(f"{record}: of a run with other settings; give the same, or another --output")
-    trainer = IconTrainer(config, device=options.device)
+    trainer = IconTrainer(training_config(form, seed, options), device=options.device)
     run_training(trainer, folder, resume=True)
     network = trainer.exported_network()
     covers = [cover.cpu() for cover in trainer.covers]
@@ -117,7 +116,6 @@ def _run_of(form: Form, seed: int, options: BenchOptions) -> dict[str, Any]:
             "overlap": round(float(overlap(network, covers).mean()), 5),
             "score": judged(network, options)["score"],
         }
-    record.write_text(json.dumps({"of": told, **row}, indent=1) + "\n")
     return row
 
 
@@ -137,17 +135,20 @@ def training_config(form: Form, seed: int, options: BenchOptions) -> Any:
 def equal_width(model: Any) -> int:
     """The width of the decoder at which the form without a coupling has, to the nearest, the operations of the coupled."""
     wanted = _operations(replace(model, coupling="trained"))
-    return min(
-        range(model.width, 4 * model.width), key=lambda w: abs(_operations(replace(model, width=w)) - wanted)
-    )
+    low, high = model.width, 4 * model.width
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _operations(replace(model, width=middle)) < wanted else (low, middle)
+    return min(low, high, key=lambda width: abs(_operations(replace(model, width=width)) - wanted))
 
 
+@cache
 def _operations(model: Any) -> float:
-    """Of an image of the suite, mean, with the ink of the true icons: alike for all forms."""
+    """Of an image of the suite, mean over 480, with the ink of the true icons: alike for all forms."""
     from millijoule.workers.oscillators.operations import operations
     from millijoule.workers.scenes.scenes import complete, scene_tokens
 
-    items = _items(model.nouns, 100)
+    items = _items(model.nouns, 40)
     tokens = scene_tokens([complete(i.scene, i.seed) for i in items])
     counted = operations(model, true_ink(model.nouns), tokens)
     return float(sum(part.double().mean() for part in counted.values()))
@@ -216,15 +217,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                     name: interval([a[name] - b[name] for a, b in pairs]) for name in ("overlap", "score")
                 }
     return forms
-
-
-def interval(values: list[float]) -> list[float]:
-    """Mean, and the 95 % interval of it over runs, by Student's t; the mean alone of one run."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return [round(mean, 5)]
-    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return [round(x, 5) for x in (mean, mean - half, mean + half)]
 
 
 def _last_loss(log: Path) -> float:

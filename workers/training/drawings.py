@@ -1,19 +1,21 @@
 """A task in which oscillators have to agree: nouns with several right drawings, chosen by noise.
 
-Phases start at random. With noise of its own at each oscillator nothing but the coupling, or convolutions that see many cells,
-can make all cells of an icon show the same of its noun's drawings; noise that all cells share settles it without either.
-Training knows the drawings of a noun alone, not which of them an image is to be: the energy distance (Szekely and Rizzo 2013)
-between samples and drawings, on whole icons and on tiles of them, is least where samples are drawings, each as often.
+Some oscillators of every cell start at random. With noise of its own at each of them nothing but the coupling, or convolutions
+that see many cells, can make all cells of an icon show the same of its noun's drawings; noise that all cells share settles it
+without either. Training knows the drawings of a noun, not which of them an image is to be: of each step's samples of a noun
+as many are compared with each of its drawings, assigned so that the sum of their cross entropies is least.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,21 +35,17 @@ from millijoule.workers.training.optimizer import (
     set_learning_rate,
 )
 
-#: Sides of the tiles that samples and drawings are compared on, and their weights; the first is the whole icon.
-TILES = ((32, 1.0), (16, 0.5), (8, 0.5))
-
 
 @dataclass(frozen=True)
 class DrawingsConfig:
     """One run. `model.nouns` is set to how many nouns have several drawings."""
 
-    noise: Literal["own", "shared"] = (
-        "own"  # start phases: of each oscillator, or of each channel for all cells
-    )
+    noise: Literal["own", "shared"] = "own"  # of each cell, or one for all cells of an icon
+    noisy: int = 4  # channels that start at random
     decoder: Literal["cell", "near"] = "cell"  # sees one cell, or is the generator's, which sees all around
-    steps: int = 4000
+    steps: int = 2500
     nouns: int = 16  # of a step
-    samples: int = 8  # of each of its nouns
+    samples: int = 8  # of each of its nouns, a multiple of the number of drawings
     learning_rate: float = 2e-3
     matrix_rate: float = 1e-2
     matrix_decay: float = 0.1
@@ -65,6 +63,8 @@ class DrawingsNetwork(nn.Module):
         self.config = config
         self.oscillators = FloatNetwork(config.model)
         width, mix = config.model.width, config.model.mix
+        #: Standard deviation of start phases, radians, learned.
+        self.spread = nn.Parameter(torch.ones(config.noisy))
         self.cell = nn.Sequential(
             nn.Linear(2 * config.model.channels, width),
             nn.ReLU(),
@@ -73,23 +73,26 @@ class DrawingsNetwork(nn.Module):
             nn.Linear(mix, PIXELS),
         )
 
-    def forward(self, noun: Tensor, samples: int, start: Tensor) -> Tensor:
-        """Icons of nouns int64 `[n]`, shares float32 `[n, samples, 32, 32]`, from phases `start` `[n * samples, cells, channels]`."""
+    def forward(self, noun: Tensor, samples: int, noise: Tensor) -> Tensor:
+        """Icons of nouns int64 `[n]`: logits of shares, float32 `[n, samples, 32, 32]`; `noise` as from `noise`."""
         drives = self.oscillators.drives(noun, torch.zeros_like(noun), False, False)
         a, b, omega = (drive.repeat_interleave(samples, 0) for drive in drives)
+        start = F.pad(self.spread * noise, (0, self.config.model.channels - self.config.noisy))
         waves = torch.cat(self.oscillators.waves(a, b, omega, start=start), 2)
         if self.config.decoder == "cell":
             logits = self.cell(waves).unflatten(1, (GRID, GRID))
         else:
             logits = self.oscillators.decode(waves, False, False)
-        rows = logits.float().sigmoid().unflatten(3, (CELL, CELL)).transpose(2, 3)
+        rows = logits.float().unflatten(3, (CELL, CELL)).transpose(2, 3)
         return rows.reshape(len(noun), samples, GRID * CELL, GRID * CELL)
 
-    def start(self, icons: int, generator: torch.Generator) -> Tensor:
-        """Random phases in radians."""
-        cells = self.config.model.cells if self.config.noise == "own" else 1
-        shape = icons, cells, self.config.model.channels
-        return 2 * math.pi * torch.rand(shape, generator=generator).expand(-1, self.config.model.cells, -1)
+    def noise(self, icons: int, generator: torch.Generator) -> Tensor:
+        """Standard normal, `[icons, cells, noisy]`."""
+        cells = self.config.model.cells
+        own = torch.randn(
+            icons, cells if self.config.noise == "own" else 1, self.config.noisy, generator=generator
+        )
+        return own.expand(-1, cells, -1)
 
     def used_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Those that `forward` reads; the other decoder's are left out."""
@@ -129,10 +132,10 @@ class DrawingsTrainer:
         set_learning_rate(self.muon, config.matrix_rate * share)
         generator = torch.Generator().manual_seed(config.seed * 2**32 + self.step)
         noun = torch.randint(config.model.nouns, (config.nouns,), generator=generator)
-        start = self.model.start(config.nouns * config.samples, generator)
+        noise = self.model.noise(config.nouns * config.samples, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.narrow):
-            images = self.model(noun, config.samples, start)
-        loss = energy_distance(images, self.drawings[noun])
+            logits = self.model(noun, config.samples, noise)
+        loss = F.binary_cross_entropy_with_logits(logits, assigned(logits.detach(), self.drawings[noun]))
         self.optimizer.zero_grad(set_to_none=True)
         self.muon.zero_grad(set_to_none=True)
         loss.backward()
@@ -147,7 +150,8 @@ class DrawingsTrainer:
         generator = torch.Generator().manual_seed(2**40 + seed)
         drawn = []
         for noun in torch.arange(self.config.model.nouns).split(16):
-            drawn.append(self.model(noun, samples, self.model.start(len(noun) * samples, generator)))
+            noise = self.model.noise(len(noun) * samples, generator)
+            drawn.append(self.model(noun, samples, noise).sigmoid())
         return torch.cat(drawn)
 
     def state(self) -> dict[str, Any]:
@@ -167,33 +171,18 @@ class DrawingsTrainer:
         return path
 
 
-def energy_distance(images: Tensor, true: Tensor) -> Tensor:
-    """Weighted sum over `TILES` of 2 E|x - y| - E|x - x'| in units of a pixel, without the constant term - E|y - y'|.
+def assigned(logits: Tensor, drawings: Tensor) -> Tensor:
+    """What each sample is compared with: `[n, samples, 32, 32]`, every drawing `[n, drawings, 32, 32]` equally often, so that the
+    sum of cross entropies is least (the assignment of Kuhn 1955)."""
+    from scipy.optimize import linear_sum_assignment
 
-    Args:
-        images: `[n, samples, 32, 32]`, differentiable, at least two samples.
-        true: all that are right, each as often, `[n, drawings, 32, 32]`.
-    """
-    total = images.new_zeros(())
-    for side, weight in TILES:
-        x, y = _tiles(images, side), _tiles(true, side)
-        samples = x.shape[-2]
-        within = _distances(x, x).sum((-1, -2)) / (samples * (samples - 1))
-        total = total + weight * (2 * _distances(x, y).mean((-1, -2)) - within).mean() / side
-    return total
-
-
-def _tiles(images: Tensor, side: int) -> Tensor:
-    """`[n, samples, 32, 32]` -> `[n, tiles, samples, side * side]`."""
-    n, samples, size, _ = images.shape
-    tiles = images.view(n, samples, size // side, side, size // side, side)
-    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(n, (size // side) ** 2, samples, side * side)
-
-
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean, smooth at zero, so that a sample's distance to itself has a gradient."""
-    squares = (x * x).sum(-1)[..., :, None] + (y * y).sum(-1)[..., None, :] - 2 * x @ y.transpose(-1, -2)
-    return torch.sqrt(squares.clamp_min(0) + 1e-6) - 1e-3
+    n, samples = logits.shape[:2]
+    pool = drawings.repeat(1, samples // drawings.shape[1], 1, 1)
+    # of the cross entropy, all that depends on which drawing it is
+    gain = logits.flatten(2) @ pool.flatten(2).transpose(1, 2)
+    chosen = [linear_sum_assignment(of.numpy(), maximize=True)[1] for of in gain]
+    which = torch.from_numpy(np.stack(chosen))
+    return pool[torch.arange(n)[:, None], which]
 
 
 #: An image is one drawing, and no blend, if of the mixture of its noun's drawings that is nearest to it one has at least this share.
@@ -227,19 +216,26 @@ def score(images: Tensor, drawings: Tensor) -> dict[str, float]:
     }
 
 
-def mixture(images: Tensor, drawings: Tensor, rounds: int = 500) -> Tensor:
+def mixture(images: Tensor, drawings: Tensor) -> Tensor:
     """Shares of the drawings in the mixture (none below 0, sum 1) that is nearest to each image: `[nouns, samples, drawings]`, from
-    `[nouns, samples, pixels]` and `[nouns, drawings, pixels]`; by projected gradient (Duchi et al. 2008 for the projection)."""
+    `[nouns, samples, pixels]` and `[nouns, drawings, pixels]`. Exact: the best of every set of drawings, where it has no share below 0."""
+    images, drawings = images.double(), drawings.double()
     kinds = drawings.shape[1]
     square = drawings @ drawings.transpose(1, 2)
     towards = images @ drawings.transpose(1, 2)
-    step = 1 / torch.linalg.matrix_norm(square, 2)[:, None, None]
-    shares = torch.full_like(towards, 1 / kinds)
-    count = torch.arange(1, kinds + 1)
-    for _ in range(rounds):
-        shares = shares - step * (shares @ square - towards)
-        ordered = shares.sort(-1, descending=True).values
-        excess = ordered.cumsum(-1) - 1
-        kept = (ordered > excess / count).sum(-1, keepdim=True)
-        shares = (shares - excess.gather(-1, kept - 1) / kept).clamp_min(0)
-    return shares
+    best = torch.zeros_like(towards)
+    least = towards.new_full(towards.shape[:2], torch.inf)
+    for size in range(1, kinds + 1):
+        for chosen in itertools.combinations(range(kinds), size):
+            some = list(chosen)
+            system = towards.new_zeros(len(images), size + 1, size + 1)  # sums to 1, by a multiplier
+            system[:, :size, :size] = square[:, some][:, :, some]
+            system[:, size, :size] = system[:, :size, size] = 1
+            right = F.pad(towards[..., some], (0, 1), value=1.0)
+            shares = torch.zeros_like(towards)
+            shares[..., some] = torch.linalg.solve(system, right.transpose(1, 2))[:, :size].transpose(1, 2)
+            error = ((shares @ square - 2 * towards) * shares).sum(-1)
+            better = (shares.amin(-1) >= 0) & (error < least)
+            best = torch.where(better[..., None], shares, best)
+            least = torch.where(better, error, least)
+    return best
