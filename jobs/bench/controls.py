@@ -18,7 +18,7 @@ import numpy as np
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.evaluate import EvaluateOptions, Item, list_items
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
-from millijoule.jobs.measuring.runs import RECORD, interval, recorded
+from millijoule.jobs.measuring.runs import RECORD, interval, recorded, train_to_the_end
 from millijoule.workers.errors import InputError
 from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUNS
 
@@ -94,11 +94,10 @@ def _trained(form: Form, seed: int, options: BenchOptions) -> dict[str, Any]:
     import torch
 
     from millijoule.workers.training.icons import IconTrainer, overlap
-    from millijoule.workers.training.loop import run_training
 
     folder = Path(options.output) / f"{form}-{seed}"
     trainer = IconTrainer(training_config(form, seed, options), device=options.device)
-    run_training(trainer, folder, resume=True)
+    train_to_the_end(trainer, folder)
     network = trainer.exported_network()
     covers = [cover.cpu() for cover in trainer.covers]
     row: dict[str, Any] = {

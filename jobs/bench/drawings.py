@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
-from millijoule.jobs.measuring.runs import RECORD, interval, recorded
+from millijoule.jobs.measuring.runs import RECORD, interval, recorded, train_to_the_end
 from millijoule.workers.errors import InputError
 
 Form = Literal["coupled", "uncoupled", "uncoupled-shared-noise", "frozen", "uncoupled-near", "coupled-near"]
@@ -28,7 +28,7 @@ FORMS: dict[Form, tuple[str, str, str]] = {
     "uncoupled-near": ("none", "own", "near"),
 }
 
-SCORES = ("one_drawing", "largest_share", "overlap", "evenness")
+SCORES = ("one_drawing", "overlap", "evenness")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class BenchOptions(ResultOptions):
     runs: int = 3
     """Runs of each form, with seeds 0, 1 and on."""
 
-    steps: int = 2500
+    steps: int = 5000
     """Training steps of a run."""
 
     samples: int = 64
@@ -90,11 +90,10 @@ def _trained(form: Form, seed: int, options: BenchOptions) -> dict[str, Any]:
     from PIL import Image
 
     from millijoule.workers.training.drawings import DrawingsTrainer, score
-    from millijoule.workers.training.loop import run_training
 
     folder = Path(options.output) / f"{form}-{seed}"
     trainer = DrawingsTrainer(training_config(form, seed, options))
-    run_training(trainer, folder, resume=True)
+    train_to_the_end(trainer, folder)
     images = trainer.sample(options.samples)
     found: dict[str, Any] = {"form": form, "seed": seed, **score(images, trainer.drawings)}
     if trainer.config.model.coupling != "none":

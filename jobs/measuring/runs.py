@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from millijoule.pipeline.comparison.statistics import student_quantile
 from millijoule.workers.errors import InputError
+
+if TYPE_CHECKING:
+    from millijoule.workers.training.loop import Trainer
 
 #: What `recorded` keeps of a run, in its folder.
 RECORD = "run.json"
@@ -32,6 +36,21 @@ def recorded(record: Path, settings: dict[str, Any], run: Callable[[], dict[str,
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({"settings": settings, "found": found}, indent=1) + "\n")
     return found
+
+
+def train_to_the_end(trainer: Trainer, folder: Path) -> None:
+    """Train a run, or go on with it.
+
+    Raises:
+        KeyboardInterrupt: it was asked to stop (SIGTERM) before its last step; its checkpoint is written, and that is said.
+    """
+    from millijoule.workers.training.loop import run_training
+
+    run_training(trainer, folder, resume=True)
+    if trainer.step < trainer.config.steps:
+        done = f"{trainer.step} of {trainer.config.steps} steps"
+        print(f"{folder}: stopped after {done}; the same command goes on", file=sys.stderr)
+        raise KeyboardInterrupt
 
 
 def interval(values: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """A task in which oscillators have to agree: nouns with several right drawings, chosen by noise.
 
-Some oscillators of every cell start at random. With noise of its own at each of them nothing but the coupling, or convolutions
+Oscillators start at random. With noise of its own at each of them nothing but the coupling, or convolutions
 that see many cells, can make all cells of an icon show the same of its noun's drawings; noise that all cells share settles it
 without either. Training knows the drawings of a noun, not which of them an image is to be: of each step's samples of a noun
 as many are compared with each of its drawings, assigned so that the sum of their cross entropies is least.
@@ -41,12 +41,16 @@ class DrawingsConfig:
     """One run. `model.nouns` is set to how many nouns have several drawings."""
 
     noise: Literal["own", "shared"] = "own"  # of each cell, or one for all cells of an icon
-    noisy: int = 4  # channels that start at random
+    noisy: int = 4  # channels that start at random when training begins; how far each does is learned
     decoder: Literal["cell", "near"] = "cell"  # sees one cell, or is the generator's, which sees all around
-    steps: int = 2500
-    nouns: int = 16  # of a step
-    samples: int = 8  # of each of its nouns, a multiple of the number of drawings
-    learning_rate: float = 2e-3
+    steps: int = 5000
+    nouns: int = 8  # of a step
+    samples: int = 16  # of each of its nouns, a multiple of the number of drawings
+    learning_rate: float = 2e-3  # of codes, places, biases
+    coupling_rate: float = (
+        5e-4  # of K: at 2e-3 phases became chaotic after some 600 steps, and nothing more was learned
+    )
+    coupling_decay: float = 0.5
     matrix_rate: float = 1e-2
     matrix_decay: float = 0.1
     warm_up: int = 100
@@ -63,8 +67,9 @@ class DrawingsNetwork(nn.Module):
         self.config = config
         self.oscillators = FloatNetwork(config.model)
         width, mix = config.model.width, config.model.mix
-        #: Standard deviation of start phases, radians, learned.
-        self.spread = nn.Parameter(torch.ones(config.noisy))
+        #: Standard deviation of start phases of each channel, radians. Where only some channels had noise the coupling grew
+        #: until phases were chaotic, and nothing was learned.
+        self.spread = nn.Parameter((torch.arange(config.model.channels) < config.noisy).float())
         self.cell = nn.Sequential(
             nn.Linear(2 * config.model.channels, width),
             nn.ReLU(),
@@ -77,8 +82,7 @@ class DrawingsNetwork(nn.Module):
         """Icons of nouns int64 `[n]`: logits of shares, float32 `[n, samples, 32, 32]`; `noise` as from `noise`."""
         drives = self.oscillators.drives(noun, torch.zeros_like(noun), False, False)
         a, b, omega = (drive.repeat_interleave(samples, 0) for drive in drives)
-        start = F.pad(self.spread * noise, (0, self.config.model.channels - self.config.noisy))
-        waves = torch.cat(self.oscillators.waves(a, b, omega, start=start), 2)
+        waves = torch.cat(self.oscillators.waves(a, b, omega, start=self.spread * noise), 2)
         if self.config.decoder == "cell":
             logits = self.cell(waves).unflatten(1, (GRID, GRID))
         else:
@@ -87,11 +91,9 @@ class DrawingsNetwork(nn.Module):
         return rows.reshape(len(noun), samples, GRID * CELL, GRID * CELL)
 
     def noise(self, icons: int, generator: torch.Generator) -> Tensor:
-        """Standard normal, `[icons, cells, noisy]`."""
-        cells = self.config.model.cells
-        own = torch.randn(
-            icons, cells if self.config.noise == "own" else 1, self.config.noisy, generator=generator
-        )
+        """Standard normal, `[icons, cells, channels]`."""
+        cells, channels = self.config.model.cells, self.config.model.channels
+        own = torch.randn(icons, cells if self.config.noise == "own" else 1, channels, generator=generator)
         return own.expand(-1, cells, -1)
 
     def used_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -103,6 +105,10 @@ class DrawingsNetwork(nn.Module):
             else ("cell", "oscillators.enlarge")
         )
         return ((name, p) for name, p in self.named_parameters() if not name.startswith(unused))
+
+
+#: Parameters of K, by the beginning of their names.
+COUPLING = ("oscillators.local", "oscillators.gather", "oscillators.spread")
 
 
 class DrawingsTrainer:
@@ -120,15 +126,23 @@ class DrawingsTrainer:
         matrices = [
             p for name, p in named if name.removeprefix("oscillators.").startswith(layers) and p.ndim > 1
         ]
-        others = [p for _, p in named if not any(p is matrix for matrix in matrices)]
-        self.optimizer = adamw(others, "cpu", lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        coupling = [p for name, p in named if name.startswith(COUPLING)]
+        others = [
+            p for name, p in named if not name.startswith(COUPLING) and not any(p is m for m in matrices)
+        ]
+        groups = [
+            {"params": others, "peak": config.learning_rate, "weight_decay": 0.0},
+            {"params": coupling, "peak": config.coupling_rate, "weight_decay": config.coupling_decay},
+        ]
+        self.optimizer = adamw(groups, "cpu", betas=(0.9, 0.98))
         self.muon = Muon(matrices, "cpu", lr=config.matrix_rate, weight_decay=config.matrix_decay)
         self.narrow = multiplies_bfloat16("cpu")
 
     def train_step(self) -> dict[str, Tensor]:
         config = self.config
         share = schedule(self.step, config.steps, config.warm_up)
-        set_learning_rate(self.optimizer, config.learning_rate * share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
         set_learning_rate(self.muon, config.matrix_rate * share)
         generator = torch.Generator().manual_seed(config.seed * 2**32 + self.step)
         noun = torch.randint(config.model.nouns, (config.nouns,), generator=generator)
@@ -185,10 +199,6 @@ def assigned(logits: Tensor, drawings: Tensor) -> Tensor:
     return pool[torch.arange(n)[:, None], which]
 
 
-#: An image is one drawing, and no blend, if of the mixture of its noun's drawings that is nearest to it one has at least this share.
-ONE_DRAWING = 0.9
-
-
 def score(images: Tensor, drawings: Tensor) -> dict[str, float]:
     """How far images are single drawings, and how evenly those are chosen.
 
@@ -197,45 +207,20 @@ def score(images: Tensor, drawings: Tensor) -> dict[str, float]:
         drawings: `[nouns, drawings, size, size]`, in [0, 1].
 
     Returns:
-        "one_drawing": share of images that are one drawing (`ONE_DRAWING`); "largest_share": mean share of the drawing that has
-        most; "overlap": mean intersection over union with the nearest drawing; "evenness": entropy of which is nearest, mean over
-        nouns, 1 where all are as often.
+        "one_drawing": share of images that are nearer (root mean square) to one of their noun's drawings than to the mean of any
+        two or more of them, and so no blend; "overlap": mean intersection over union with the nearest drawing; "evenness":
+        entropy of which drawing is nearest, mean over nouns, 1 where all are as often.
     """
-    shares = mixture(images.flatten(2), drawings.flatten(2))
-    either = torch.maximum(images[:, :, None], drawings[:, None]).sum((3, 4))
-    overlaps = torch.minimum(images[:, :, None], drawings[:, None]).sum((3, 4)) / either
-    nearest, which = overlaps.max(2)
-    often = F.one_hot(which, drawings.shape[1]).double().mean(1)
-    entropy = torch.special.entr(often).sum(1) / math.log(drawings.shape[1])
-    largest = shares.amax(2)
-    return {
-        "one_drawing": float((largest >= ONE_DRAWING).double().mean()),
-        "largest_share": float(largest.mean()),
-        "overlap": float(nearest.mean()),
-        "evenness": float(entropy.mean()),
-    }
-
-
-def mixture(images: Tensor, drawings: Tensor) -> Tensor:
-    """Shares of the drawings in the mixture (none below 0, sum 1) that is nearest to each image: `[nouns, samples, drawings]`, from
-    `[nouns, samples, pixels]` and `[nouns, drawings, pixels]`. Exact: the best of every set of drawings, where it has no share below 0."""
-    images, drawings = images.double(), drawings.double()
     kinds = drawings.shape[1]
-    square = drawings @ drawings.transpose(1, 2)
-    towards = images @ drawings.transpose(1, 2)
-    best = torch.zeros_like(towards)
-    least = towards.new_full(towards.shape[:2], torch.inf)
-    for size in range(1, kinds + 1):
-        for chosen in itertools.combinations(range(kinds), size):
-            some = list(chosen)
-            system = towards.new_zeros(len(images), size + 1, size + 1)  # sums to 1, by a multiplier
-            system[:, :size, :size] = square[:, some][:, :, some]
-            system[:, size, :size] = system[:, :size, size] = 1
-            right = F.pad(towards[..., some], (0, 1), value=1.0)
-            shares = torch.zeros_like(towards)
-            shares[..., some] = torch.linalg.solve(system, right.transpose(1, 2))[:, :size].transpose(1, 2)
-            error = ((shares @ square - 2 * towards) * shares).sum(-1)
-            better = (shares.amin(-1) >= 0) & (error < least)
-            best = torch.where(better[..., None], shares, best)
-            least = torch.where(better, error, least)
-    return best
+    sets = [list(some) for size in range(1, kinds + 1) for some in itertools.combinations(range(kinds), size)]
+    blends = torch.stack([drawings[:, some].mean(1) for some in sets], 1)  # single drawings first
+    nearest = torch.cdist(images.flatten(2), blends.flatten(2)).argmin(2)
+    either = torch.maximum(images[:, :, None], drawings[:, None]).sum((3, 4))
+    overlap = torch.minimum(images[:, :, None], drawings[:, None]).sum((3, 4)) / either
+    most, which = overlap.max(2)
+    often = F.one_hot(which, kinds).double().mean(1)
+    return {
+        "one_drawing": float((nearest < kinds).double().mean()),
+        "overlap": float(most.mean()),
+        "evenness": float((torch.special.entr(often).sum(1) / math.log(kinds)).mean()),
+    }

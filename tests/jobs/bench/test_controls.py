@@ -7,7 +7,7 @@ import pytest
 from millijoule.jobs.bench import controls, main
 from millijoule.workers.errors import InputError
 
-SMALL = ("--nouns", "80", "--steps", "3", "--half", "6", "--whole", "2", "--prompts-per-family", "2")
+SMALL = ("--nouns", "80", "--steps", "2", "--half", "6", "--whole", "2", "--prompts-per-family", "2")
 
 
 def bench(folder, *more):
@@ -54,7 +54,7 @@ def test_runs_are_judged_kept_and_summed_up(tmp_path, capsys):
         assert bench(tmp_path, "--runs", "2", "--forms", "none", "wide", "trained", "mlp") == 0
     assert json.loads((tmp_path / "result.json").read_text())["runs"] == result["runs"]
     assert bench(tmp_path, "--runs", "2", "--forms", "none", "--seed-of-nothing", "1") == 2
-    assert bench(tmp_path, "--runs", "1", "--forms", "none", "--steps", "4") == 2
+    assert bench(tmp_path, "--runs", "1", "--forms", "none", "--steps", "3") == 1
     assert "other settings" in capsys.readouterr().err
 
 
