@@ -80,7 +80,7 @@ def training_config(form: Form, seed: int, options: BenchOptions) -> Any:
     from millijoule.workers.training.drawings import DrawingsConfig
 
     coupling, noise, decoder = FORMS[form]
-    model = OscillatorConfig(coupling=coupling, horizon=2.0)  # type: ignore[arg-type]
+    model = OscillatorConfig(coupling=coupling)  # type: ignore[arg-type]
     return DrawingsConfig(noise=noise, decoder=decoder, steps=options.steps, seed=seed, model=model)  # type: ignore[arg-type]
 
 

@@ -47,9 +47,7 @@ class DrawingsConfig:
     nouns: int = 8  # of a step
     samples: int = 16  # of each of its nouns, a multiple of the number of drawings
     learning_rate: float = 2e-3  # of codes, places, biases
-    coupling_rate: float = (
-        5e-4  # of K: at 2e-3 phases became chaotic after some 600 steps, and nothing more was learned
-    )
+    coupling_rate: float = 1e-3  # of K
     coupling_decay: float = 0.5
     matrix_rate: float = 1e-2
     matrix_decay: float = 0.1
@@ -67,8 +65,7 @@ class DrawingsNetwork(nn.Module):
         self.config = config
         self.oscillators = FloatNetwork(config.model)
         width, mix = config.model.width, config.model.mix
-        #: Standard deviation of start phases of each channel, radians. Where only some channels had noise the coupling grew
-        #: until phases were chaotic, and nothing was learned.
+        #: Standard deviation of start phases of each channel, radians.
         self.spread = nn.Parameter((torch.arange(config.model.channels) < config.noisy).float())
         self.cell = nn.Sequential(
             nn.Linear(2 * config.model.channels, width),
