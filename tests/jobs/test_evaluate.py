@@ -82,6 +82,7 @@ def test_a_perfect_artist_scores_one(tmp_path, monkeypatch, capsys):
     assert result["model"]["operations_per_image"] == {"drawing": 12}
     assert {"commit", "dirty", "torch"} <= result["environment"].keys()
     assert result["recall"] > 0.7
+    assert "independent_features" not in result
     shown = capsys.readouterr().out
     assert "colour attribution" in shown
     assert (tmp_path / "out" / "artist.png").stat().st_size > 10_000
@@ -97,6 +98,21 @@ def test_noise_scores_nothing_and_is_far(tmp_path, monkeypatch):
     assert result["frechet_distance"] > 3 * ceiling["frechet_distance"]
     rows = pq.ParquetFile(tmp_path / "out" / "n.parquet").read().to_pylist()
     assert not any(row["correct"] for row in rows if row["family"] == "counting")
+
+
+@pytest.mark.long
+def test_another_networks_features_are_compared_when_asked_for(tmp_path, monkeypatch, capsys):
+    found = {}
+    for model, name in (("renders", "near"), ("python:evaluate_models:noise", "far")):
+        more = ["--name", name, "--prompts-per-family", "1", "--features", "efficientnet-lite0"]
+        assert run(tmp_path, monkeypatch, model, *more) == 0
+        found[name] = json.loads((tmp_path / "out" / f"{name}.json").read_text())["independent_features"]
+    assert "in efficientnet-lite0 Frechet distance" in capsys.readouterr().out
+    weights = WEIGHTS.with_name("efficientnet-lite0.safetensors")
+    assert found["near"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert found["near"]["network"] == "efficientnet-lite0"
+    assert found["far"]["frechet_distance"] > 3 * found["near"]["frechet_distance"]
+    assert found["near"]["recall"] > 0.5 > found["far"]["recall"]
 
 
 def test_models_of_another_size_are_refused(tmp_path, monkeypatch, capsys):
