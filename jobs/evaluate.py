@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -26,7 +26,7 @@ from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import CountsOperations, Generator, KnowsNouns
+from millijoule.workers.generators.protocol import CountsOperations, Generator, known_nouns
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
 from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, VOCABULARIES
 from millijoule.workers.schemas import ImageRequest
@@ -213,7 +213,7 @@ class OpenedModel:
     @property
     def nouns(self) -> int:
         """How many of the vocabulary's first nouns it knows."""
-        return self.generator.nouns if isinstance(self.generator, KnowsNouns) else DEFAULT_NOUNS
+        return known_nouns(self.generator)
 
 
 def open_model(options: EvaluateOptions, device: str) -> OpenedModel:
@@ -269,21 +269,23 @@ def draw_items(
 def count_operations(
     generator: Generator, requests: Sequence[ImageRequest], families: Sequence[str]
 ) -> dict[str, Any]:
-    """What is reported of a model's operations: of an image by part, and where images differ, by family and what is left out."""
-    if isinstance(generator, CountsOperations):
-        parts = generator.operations_of(requests)
-        done = np.sum(list(parts.values()), 0)
-        dense = np.sum(list(generator.operations_of(requests, dense=True).values()), 0)
-        of = np.array(families)
-        return {
-            "operations_per_image": {part: round(float(values.mean())) for part, values in parts.items()},
-            "operations_by_family": {
-                f: round(float(done[of == f].mean())) for f in FAMILIES if f in families
-            },
-            "operations_left_out": round(float(1 - done.sum() / dense.sum()), 4),
-        }
-    count = getattr(generator, "count_operations", None)
-    return {"operations_per_image": count(requests[0].num_inference_steps) if count else None}
+    """What is reported of a model's operations: of an image by part, of all parts by family, and what share is left out."""
+    if not isinstance(generator, CountsOperations):
+        return {"operations_per_image": None}
+    parts = generator.operations_of(requests)
+    done = np.sum(list(parts.values()), 0)
+    dense = np.sum(list(generator.operations_of(requests, dense=True).values()), 0)
+    of = np.array(families)
+    return {
+        "operations_per_image": mean_operations(parts),
+        "operations_by_family": {f: round(float(done[of == f].mean())) for f in FAMILIES if f in families},
+        "operations_left_out": round(float(1 - done.sum() / dense.sum()), 4),
+    }
+
+
+def mean_operations(parts: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Of `operations_of`, the mean over images, by part."""
+    return {part: round(float(values.mean())) for part, values in parts.items()}
 
 
 def _draw_in_processes(

@@ -11,8 +11,12 @@ import tyro
 from tyro.conf import Positional, arg
 
 from millijoule.jobs.entry import COMPLETE, ERROR, run_command
+from millijoule.jobs.evaluate import EvaluateOptions, largest_suite, list_items, mean_operations
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.workers.errors import InputError, NodeError
+from millijoule.workers.generators.protocol import CountsOperations, Generator, known_nouns
+from millijoule.workers.scenes.vocabulary import VOCABULARIES
+from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.visible_text import visible_lines
 
 if TYPE_CHECKING:
@@ -92,8 +96,7 @@ def _own(obtained: ObtainedModel) -> dict[str, Any]:
 
     path = model_path(obtained.model)
     header = read_header(path)
-    generator: Any = load_generator(obtained.model)
-    count = getattr(generator, "count_operations", None)
+    generator = load_generator(obtained.model)
     size = path.stat().st_size
     return {
         "kind": f"a model of this program ({type(generator).__name__.removesuffix('Generator')})",
@@ -102,8 +105,19 @@ def _own(obtained: ObtainedModel) -> dict[str, Any]:
         "width": generator.info.width,
         "height": generator.info.height,
         "num_inference_steps": generator.info.num_inference_steps,
-        "operations_per_image": count() if count else None,
+        "operations_per_image": _mean_operations(generator),
     }
+
+
+def _mean_operations(generator: Generator) -> dict[str, int] | None:
+    """Of an image, by part, over prompts of `millijoule evaluate`; None: it does not say."""
+    if not isinstance(generator, CountsOperations):
+        return None
+    options = EvaluateOptions("", "", images_per_prompt=1)
+    items = list_items(options, VOCABULARIES[largest_suite(known_nouns(generator))])
+    return mean_operations(
+        generator.operations_of([ImageRequest("", 0, item.prompt, item.seed) for item in items])
+    )
 
 
 def _pipeline(obtained: ObtainedModel, notes: list[str]) -> dict[str, Any]:

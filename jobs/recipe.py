@@ -15,7 +15,6 @@ FOLDER = Path(__file__).parent / "recipes"
 
 #: kind of model -> its module in `workers.training`, and there the config that `[training]` fills, and the trainer
 KINDS = {
-    "oscillator": ("oscillator", "OscillatorTrainingConfig", "OscillatorTrainer"),
     "icons": ("icons", "IconTrainingConfig", "IconTrainer"),
     "diffusion": ("diffusion", "DiffusionConfig", "DiffusionTrainer"),
     "verifier": ("verifier", "VerifierConfig", "VerifierTrainer"),
@@ -34,7 +33,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _RecipeFile:
-    kind: Literal["oscillator", "icons", "diffusion", "verifier"]
+    kind: Literal["icons", "diffusion", "verifier"]
     name: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""`millijoule train`: train the oscillator generator, a control, the diffusion baseline or the verifier."""
+"""`millijoule train`: train the oscillator generator, the diffusion baseline or the verifier."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from millijoule.workers.errors import InputError
 class TrainOptions:
     """Train a model on rendered icon scenes, by a recipe.
 
-    Recipes that come with it: oscillator (the default model), control-trained, control-frozen, control-none, control-mlp,
-    control-readers, control-readers-frozen, control-drifting, baseline (a conventional diffusion model), verifier, and
-    oscillator-continued and baseline-continued, which take a finished model further on a GPU. Needs the `train` extra for
+    Recipes that come with it: icons (the default model), baseline (a conventional diffusion model), baseline-continued,
+    which takes a finished one further on a GPU, verifier, and verifier-1000, of all nouns. Needs the `train` extra for
     the icon font (pip install "millijoule[train]"), the baseline also `diffusers`. Writes checkpoint.pt every minute,
-    log.jsonl, the weights (what `millijoule generate --model` takes) and, for generators, sample sheets. SIGTERM ends a run
+    log.jsonl, the weights (what `millijoule generate --model` takes) and, for icons, sample sheets. SIGTERM ends a run
     as --minutes does: with a checkpoint and the weights.
     """
 
     output: str
     """Folder for checkpoint, log, weights and samples."""
 
-    recipe: str = "oscillator"
+    recipe: str = "icons"
     """A recipe's name, or the path of a TOML file of your own."""
 
     steps: int | None = None
@@ -45,7 +44,7 @@ class TrainOptions:
     """Continue from the checkpoint in the output folder, if there is one."""
 
     start_from: str | None = None
-    """Begin a new run with the weights of a finished one: the float.safetensors of an oscillator; of a baseline its
+    """Begin a new run with the weights of a finished one: the float.safetensors of an icons run; of a baseline its
     directory, of which the autoencoder is taken, and all else too if the recipe sets text_steps = 0."""
 
     device: str = "auto"
@@ -55,14 +54,14 @@ class TrainOptions:
     """CPU threads; PyTorch's default if not given."""
 
     compile: bool = False
-    """Compile the networks: minutes to start, then a tenth faster on a CPU, more on a GPU. Not for the verifier."""
+    """Compile the networks: minutes to start, then a tenth faster on a CPU, more on a GPU. For the baseline."""
 
     data_processes: int | None = None
     """Processes that draw training scenes ahead; by default none on a CPU, on a GPU as many as there are cores beside the
     training's own, sixteen at most."""
 
     sample_every: int = 500
-    """Steps between sample sheets (oscillators only); 0 draws one at the end only."""
+    """Steps between sample sheets (icons only); 0 draws one at the end only."""
 
 
 def run(options: TrainOptions) -> int:
@@ -95,7 +94,7 @@ def run(options: TrainOptions) -> int:
         minutes=options.minutes,
         resume=options.resume,
         sample=sample,
-        sample_every=options.sample_every if recipe.kind in ("oscillator", "icons") else 0,
+        sample_every=options.sample_every if recipe.kind == "icons" else 0,
     )
     print(f"{trainer.export(folder, recipe.name)} after {trainer.step} of {recipe.training.steps} steps")
     return COMPLETE

@@ -11,7 +11,8 @@ from millijoule.jobs.comparing.options import VerifyOptions
 from millijoule.jobs.entry import COMPLETE, ERROR, check_writable, run_command
 from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
-from millijoule.workers.judging.image_judge import ImageMetric, load_judge, load_metric
+from millijoule.workers.judging.image_judge import ICON_JUDGE, ImageMetric, load_judge, load_metric
+from millijoule.workers.scenes.vocabulary import VOCABULARIES
 from millijoule.workers.visible_text import visible
 
 #: Exit code of a comparison that was run to its end and does not show what was to be shown.
@@ -29,7 +30,13 @@ def run(options: VerifyOptions) -> int:
 
 def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int:
     """Register, run, judge, write the bundle."""
-    from millijoule.jobs.comparing.register import plan_comparison, read_file, register
+    from millijoule.jobs.comparing.register import (
+        choose_suite,
+        plan_comparison,
+        read_file,
+        register,
+        words_of_knowledge,
+    )
     from millijoule.jobs.comparing.run import ComparisonRun, describe_environment, judge_images
     from millijoule.pipeline.comparison.attestation import load_private_key
     from millijoule.pipeline.comparison.bundle import write_bundle
@@ -51,11 +58,14 @@ def compare(options: VerifyOptions, models: dict[str, str], output: Path) -> int
     device, gpus = find_device(options)
     found = {arm: obtain_model(model) for arm, model in models.items()}
     generators = {arm: load_generator(f.model, device=device, options=f.options) for arm, f in found.items()}
-    judge = load_judge(options.judge)
+    suite = choose_suite(options, generators)
+    judge = load_judge(options.judge, VOCABULARIES[suite])
     metrics = _load_metrics(options)
-    planned = plan_comparison(options, generators, judge, metrics, device)
+    planned = plan_comparison(options, generators, judge, metrics, device, VOCABULARIES[suite])
     registration = register(planned, output / "registration.json")
     print(f"registration {registration.sha256}")
+    if judge.rule == ICON_JUDGE:
+        print(f"suite {suite}: {VOCABULARIES[suite]} nouns; {words_of_knowledge(generators)}")
     for departure in find_loosened(registration):
         print(f"note: {departure}; nothing can be established with it")
     if options.register_only:

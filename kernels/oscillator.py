@@ -3,16 +3,15 @@
 n = cells * C oscillators stand on a square grid of cells, C in each; oscillator = cell * C + channel. The coupling is
 block-sparse plus low-rank: every cell feels itself and its four neighbours through five C x C blocks, the same for all
 cells, and everything feels everything through rank r. One step, for oscillator i of an image (all shifts are floor
-divisions with rounding, S and C int8 sine and cosine, G and R the prompt's gains):
+divisions with rounding, S and C int8 sine and cosine):
 
-    s_j = S_j G_j / 2**8           c_j = C_j G_j / 2**8                          int8
-    z_k = clamp(sum_j V_jk s_j * Mz_k / 2**24)                                   int8, sums exact in int32
-    u_i = (sum_near L_ij s_j * Ml_i + sum_k U_ik z_k * Mu_i) / 2**24 + A_i       and w_i alike from c_j, with B_i
+    z_k = clamp(sum_j V_jk S_j * Mz_k / 2**24)                                   int8, sums exact in int32
+    u_i = (sum_near L_ij S_j * Ml_i + sum_k U_ik z_k * Mu_i) / 2**24 + A_i       and w_i alike from C_j, with B_i
     theta_i <- theta_i + omega_i + (C_i u_i - S_i w_i) / 2**11                   modulo 65536
 
-which is an Euler step of  d theta_i/dt = omega_i + r_i sum_j k_ij g_j sin(theta_j - theta_i) + a_i cos theta_i - b_i sin theta_i
+which is an Euler step of  d theta_i/dt = omega_i + sum_j k_ij sin(theta_j - theta_i) + a_i cos theta_i - b_i sin theta_i
 (Kuramoto 1975, with a complex drive) for k = L + U V^T. The multipliers hold everything real: scales, the step length,
-the gains r, phase units. No sum is rounded before it is complete, so the result does not depend on batch size, order,
+phase units. No sum is rounded before it is complete, so the result does not depend on batch size, order,
 threads or device.
 """
 
@@ -37,15 +36,6 @@ PULL_BITS = 11
 
 #: Phase units per radian.
 UNITS = TURN / (2 * math.pi)
-
-#: |C u - S w| stays below 2**31 when |u| and |w| stay below this.
-PULL_LIMIT = 2**23
-
-#: A source gain g is held as round(GAIN_UNIT * g) in uint8, so that the largest, 1.5, times a sine still fits int8.
-GAIN_UNIT = 170
-
-#: What a source of sine 1.0 and gain 1.0 is as int8.
-SOURCE_UNIT = AMPLITUDE * GAIN_UNIT / 256
 
 #: The value of z that int8's 127 stands for; larger ones saturate.
 MAX_Z = 8.0
@@ -92,18 +82,13 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Drive:
-    """What a prompt does to its image's oscillators in a step, all `[batch, n]`.
-
-    `a`, `b` int32 in pull units, `omega` int32 in phase units, `gain` uint8 (see `GAIN_UNIT`), `local_multiplier` and
-    `spread_multiplier` int64: scale, step length and the prompt's gains r of the two sums.
-    """
+    """What a prompt does to its oscillators in a step of `dt`: `a`, `b` int32 `[batch, n]` in pull units (`pull_unit`), `omega`
+    int32 `[batch, n]` in phase units. However large they are, int32 may wrap: 2**32 / 2**11 is a whole number of turns."""
 
     a: Tensor
     b: Tensor
     omega: Tensor
-    gain: Tensor
-    local_multiplier: Tensor
-    spread_multiplier: Tensor
+    dt: float
 
 
 def quantize_rows(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,26 +104,25 @@ def quantize_coupling(local: Tensor, gather: Tensor, spread: Tensor) -> Coupling
     return Coupling(*quantize_rows(local), columns.t().contiguous(), gather_scale, *quantize_rows(spread))
 
 
+def pull_unit(dt: float) -> float:
+    """Pull units, in a step of `dt`, of one radian per unit of time."""
+    return dt * UNITS * 2**PULL_BITS / AMPLITUDE
+
+
 def gather_multipliers(coupling: Coupling) -> Tensor:
-    """Mz, int64 `[r]`: from sums of V times sources to int8 z."""
-    real = coupling.gather_scale * (AMPLITUDE / MAX_Z / SOURCE_UNIT)
-    return torch.round(real * 2**MULTIPLIER_BITS).to(torch.int64)
+    """Mz, int64 `[r]`: from sums of V times sines to int8 z."""
+    return _fixed_point(coupling.gather_scale / MAX_Z)
 
 
-def quantize_drive(
-    drive: Tensor, source_gain: Tensor, row_gain: Tensor, coupling: Coupling, dt: float
-) -> Drive:
-    """Integers for a step of `dt`, from float64 `drive` `[batch, 3, n]` (a, b, omega in radians per unit of time),
-    `source_gain` g, 0 to 1.5, and `row_gain` r `[batch, n]`. The multipliers carry the scales of `coupling`."""
-    unit = dt * UNITS * 2**PULL_BITS / AMPLITUDE  # pull units of one radian per unit of time
-    pull = torch.round(drive[:, :2] * unit).clamp(-PULL_LIMIT // 2, PULL_LIMIT // 2).to(torch.int32)
-    omega = torch.round(drive[:, 2] * (dt * UNITS)).to(torch.int32)
-    gain = torch.round(source_gain * GAIN_UNIT).clamp(0, 255).to(torch.uint8)
+def pull_multipliers(coupling: Coupling, dt: float) -> tuple[Tensor, Tensor]:
+    """Ml and Mu, int64 `[n]`: from sums of L times sines, and of U times z, to pull units of a step of `dt`."""
     cells = coupling.n // coupling.channels
-    local = coupling.local_scale.repeat(cells) * (unit / SOURCE_UNIT)
-    spread = coupling.spread_scale * (unit * MAX_Z / AMPLITUDE)
-    multipliers = (torch.round(row_gain * (m * 2**MULTIPLIER_BITS)).to(torch.int64) for m in (local, spread))
-    return Drive(pull[:, 0], pull[:, 1], omega, gain, *multipliers)
+    local = coupling.local_scale.repeat(cells) * (pull_unit(dt) / AMPLITUDE)
+    return _fixed_point(local), _fixed_point(coupling.spread_scale * (pull_unit(dt) * MAX_Z / AMPLITUDE))
+
+
+def _fixed_point(real: Tensor) -> Tensor:
+    return torch.round(real * 2**MULTIPLIER_BITS).to(torch.int64)
 
 
 def relax_reference(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tensor:
@@ -148,15 +132,15 @@ def relax_reference(phases: Tensor, coupling: Coupling, drive: Drive, steps: int
     local = dense_local(coupling.local.to(torch.int64), coupling.grid)
     gather, spread = coupling.gather.to(torch.int64), coupling.spread.to(torch.int64)
     z_multipliers = gather_multipliers(coupling)
+    local_multipliers, spread_multipliers = pull_multipliers(coupling, drive.dt)
     half = 1 << (MULTIPLIER_BITS - 1)
     for _ in range(steps):
         s, c = (x.to(torch.int64) for x in sin_cos(theta))
         pulls = []
         for wave, bias in ((s, drive.a), (c, drive.b)):
-            source = (wave * drive.gain + 128) >> 8
-            z = ((source @ gather) * z_multipliers + half) >> MULTIPLIER_BITS
+            z = ((wave @ gather) * z_multipliers + half) >> MULTIPLIER_BITS
             z = z.clamp(-AMPLITUDE, AMPLITUDE)
-            total = (source @ local.t()) * drive.local_multiplier + (z @ spread.t()) * drive.spread_multiplier
+            total = (wave @ local.t()) * local_multipliers + (z @ spread.t()) * spread_multipliers
             pulls.append(((total + half) >> MULTIPLIER_BITS) + bias)
         step = (c * pulls[0] - s * pulls[1] + (1 << (PULL_BITS - 1))) >> PULL_BITS
         theta = (theta + drive.omega + step) % TURN
@@ -184,19 +168,17 @@ def relax(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tenso
     local, gather, spread = coupling.products
     z_multipliers = gather_multipliers(coupling)
     half, half_pull = 1 << (MULTIPLIER_BITS - 1), 1 << (PULL_BITS - 1)
-    gain = drive.gain.to(torch.int16).repeat(2, 1)
+    local_multipliers, spread_multipliers = pull_multipliers(coupling, drive.dt)
     bias = torch.cat([drive.a, drive.b])  # [2 batch, n]
-    local_multiplier = drive.local_multiplier.repeat(2, 1)
-    spread_multiplier = drive.spread_multiplier.repeat(2, 1)
     theta = phases
     for _ in range(steps):
         s, c = sin_cos(theta)  # [batch, n] int8
-        source = (torch.cat([s, c]) * gain).add_(128).bitwise_right_shift_(8).to(torch.int8)
+        source = torch.cat([s, c])
         near = local.product(neighbours(source, grid, channels)).view(2 * batch, n)
         z = gather.product(source).to(torch.int64).mul_(z_multipliers).add_(half)
         z = z.bitwise_right_shift_(MULTIPLIER_BITS).clamp_(-AMPLITUDE, AMPLITUDE).to(torch.int8)
         far = spread.product(z)
-        total = (near * local_multiplier).add_(far * spread_multiplier).add_(half)
+        total = (near * local_multipliers).add_(far * spread_multipliers).add_(half)
         u, w = total.bitwise_right_shift_(MULTIPLIER_BITS).to(torch.int32).add_(bias).split(batch)
         pull = (c.to(torch.int32) * u).sub_(s.to(torch.int32) * w).add_(half_pull)
         theta = (theta + drive.omega).add_(pull.bitwise_right_shift_(PULL_BITS)).bitwise_and_(TURN - 1)

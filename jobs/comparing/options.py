@@ -64,6 +64,10 @@ class VerifyOptions:
     prompts: str | None = None
     """Text file of prompts, one per line, "family<TAB>prompt" or prompts alone; by default held-out icon scenes."""
 
+    suite: Literal["icons-80", "icons-1000"] | None = None
+    """What nouns icon scenes are of, and which verifier reads them; by default the larger one of which both models know every
+    noun. With the packaged baseline it is icons-80, all that it knows. Prompts of a file are read with these nouns, too."""
+
     prompts_per_family: int = 100
     """Icon scenes of each of the six families."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from millijoule.jobs.comparing.options import VerifyOptions
-from millijoule.jobs.evaluate import EvaluateOptions, list_items
+from millijoule.jobs.evaluate import EvaluateOptions, largest_suite, list_items
 from millijoule.jobs.options.node_meters import parse_rest
 from millijoule.pipeline.comparison.registration import (
     Arm,
@@ -24,8 +24,9 @@ from millijoule.pipeline.comparison.registration import (
 )
 from millijoule.workers import factories
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.protocol import Generator
-from millijoule.workers.judging.image_judge import ImageJudge, ImageMetric
+from millijoule.workers.generators.protocol import Generator, known_nouns
+from millijoule.workers.judging.image_judge import ICON_JUDGE, ImageJudge, ImageMetric
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, VOCABULARIES
 from millijoule.workers.sources.obtain import obtain_model
 
 
@@ -64,8 +65,9 @@ def plan_comparison(
     judge: ImageJudge,
     metrics: Sequence[tuple[ImageMetric, float]],
     device: str,
+    nouns: int = DEFAULT_NOUNS,
 ) -> Registration:
-    """The registration that `options` ask for, as of now.
+    """The registration that `options` ask for, as of now; its prompts, where `options` bring none, name the first `nouns`.
 
     Raises:
         InputError: they make none.
@@ -86,7 +88,7 @@ def plan_comparison(
         height=a.height,
         a=_describe_arm(options, "a", generators["A"]),
         b=_describe_arm(options, "b", generators["B"]),
-        requests=list_requests(options),
+        requests=list_requests(options, nouns),
         gate=Gate(
             judge.name,
             judge.sha256,
@@ -95,6 +97,7 @@ def plan_comparison(
             frechet_margin=options.frechet_margin,
             min_images=options.min_images,
             metrics=tuple(Metric(m.name, m.sha256, margin) for m, margin in metrics),
+            nouns=nouns if judge.rule == ICON_JUDGE else DEFAULT_NOUNS,
         ),
         design=Design(
             block_seconds=options.block_seconds,
@@ -126,7 +129,29 @@ def _describe_arm(options: VerifyOptions, arm: str, generator: Generator) -> Arm
     )
 
 
-def list_requests(options: VerifyOptions) -> tuple[Request, ...]:
+def choose_suite(options: VerifyOptions, generators: Mapping[str, Generator]) -> str:
+    """The suite of the comparison: of nouns that both models know, all that they can.
+
+    Raises:
+        InputError: the suite that is asked for has nouns that a model does not know.
+    """
+    known = {arm: known_nouns(generator) for arm, generator in generators.items()}
+    fewest = min(known, key=known.__getitem__)
+    possible = largest_suite(known[fewest])
+    if options.suite and VOCABULARIES[options.suite] > max(known[fewest], VOCABULARIES[possible]):
+        raise InputError(
+            f"--suite {options.suite}: its prompts are of {VOCABULARIES[options.suite]} nouns, and {fewest} "
+            f"({generators[fewest].info.name}) knows the first {known[fewest]}: compare with --suite {possible}"
+        )
+    return options.suite or possible
+
+
+def words_of_knowledge(generators: Mapping[str, Generator]) -> str:
+    """How many nouns each model knows."""
+    return ", ".join(f"{arm} ({g.info.name}) knows {known_nouns(g)}" for arm, g in generators.items())
+
+
+def list_requests(options: VerifyOptions, nouns: int = DEFAULT_NOUNS) -> tuple[Request, ...]:
     """The prompts and seeds both arms draw, families in turn."""
     if options.prompts is None:
         items = list_items(
@@ -136,7 +161,8 @@ def list_requests(options: VerifyOptions) -> tuple[Request, ...]:
                 prompts_per_family=options.prompts_per_family,
                 images_per_prompt=options.images_per_prompt,
                 seed=options.seed,
-            )
+            ),
+            nouns,
         )
         return tuple(Request(i.family, i.prompt, i.seed) for i in items)
     lines = [x for x in read_file(options.prompts).decode("utf-8", "replace").splitlines() if x.strip()]

@@ -28,7 +28,7 @@ def reread_images(registration: Registration, rows: Rows) -> Iterator[str]:
     if registration.gate.rule != ICON_JUDGE or rows.pixels is None:
         yield "the images cannot be judged again: their judge is not the packaged verifier"
         return
-    judge = load_judge(ICON_JUDGE)
+    judge = load_judge(ICON_JUDGE, registration.gate.nouns)
     if judge.sha256 != registration.gate.judge_sha256:
         yield f"the packaged verifier {judge.sha256} is not the registered judge"
         return

@@ -104,6 +104,7 @@ def check_is_asked_for(request: JobRequest, existing: JobSpec, url: str) -> None
         "image_format": request.image_format.name,
         "image_quality": request.image_format.quality,
         "model": request.options.model,
+        "model_name": request.identity.name,
         "images_per_prompt": request.plan.images_per_prompt,
         "shard_size": request.plan.shard_size,
         "duplicate_ids": request.plan.duplicate_ids,

@@ -53,13 +53,13 @@ def parse_icons(text: str) -> list[Icon]:
     return icons
 
 
-def shows_scene(prompt: str, family: str, icons: Iterable[Icon]) -> bool:
-    """Whether what was read shows what the prompt says, by the rule of its GenEval family.
+def shows_scene(prompt: str, family: str, icons: Iterable[Icon], nouns: int) -> bool:
+    """Whether what was read shows what the prompt says, read with the vocabulary's first `nouns`, by the rule of its GenEval family.
 
     Raises:
         ValueError: no such family, or the prompt has fewer groups than the family's rule needs.
     """
-    scene, _ = parse_prompt(prompt)
+    scene, _ = parse_prompt(prompt, nouns)
     if family not in FAMILIES:
         raise ValueError(f"no family named {family!r}")
     found = [_matching(group, list(icons)) for group in scene.groups]

@@ -306,7 +306,8 @@ def _check_judgements(registration: Registration, rows: Rows, notes: list[str]) 
             yield f"{name}: has what the rule {gate.rule!r} does not use"
         try:
             if gate.rule == "icon-scene":
-                accepted = shows_scene(request.prompt, request.family, parse_icons(row["icons"] or ""))
+                icons = parse_icons(row["icons"] or "")
+                accepted = shows_scene(request.prompt, request.family, icons, gate.nouns)
             else:
                 accepted = row["score"] is not None and row["score"] >= gate.threshold
         except ValueError as error:

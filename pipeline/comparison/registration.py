@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.records import decode, refuse_unknown
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, VOCABULARIES
 
 ARMS = ("A", "B")
 
@@ -93,6 +94,7 @@ class Gate:
     frechet_resamples: int = 200
     seed: int = 1
     metrics: tuple[Metric, ...] = ()
+    nouns: int = DEFAULT_NOUNS  # of "icon-scene": prompts are read with the vocabulary's first so many
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,10 @@ class Registration:
         return {"A": self.a, "B": self.b}[name]
 
     def to_json(self) -> bytes:
-        return canonical_json(asdict(self))
+        said = asdict(self)
+        if self.gate.nouns == DEFAULT_NOUNS:
+            del said["gate"]["nouns"]  # so a registration from before there were more keeps its hash
+        return canonical_json(said)
 
     @cached_property  # every block is compared with it
     def sha256(self) -> str:
@@ -230,6 +235,8 @@ def check_values(registration: Registration) -> None:
         raise ValueError(f"more than {MAX_RESAMPLES} resamples show nothing more")
     if max(design.quadruples, design.control_quadruples) > MAX_QUADRUPLES:
         raise ValueError(f"more than {MAX_QUADRUPLES} quadruples")
+    if gate.nouns not in VOCABULARIES.values():
+        raise ValueError(f"gate.nouns must be one of {list(VOCABULARIES.values())}, not {gate.nouns}")
     if not 0.5 < r.statistics.confidence < 1:
         raise ValueError(f"confidence must be in (0.5, 1), not {r.statistics.confidence}")
     if r.statistics.min_quadruples < 3:

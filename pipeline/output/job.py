@@ -85,7 +85,7 @@ def require_job(store: Store) -> JobSpec:
 
 
 def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], url: str) -> None:
-    """Refuse to mix two jobs in one output; `asked` are the fields of `JobSpec` that tell jobs apart.
+    """Refuse to mix two jobs in one output; `asked` are the fields of `JobSpec` that tell jobs apart, and the model's name.
 
     Raises:
         InputError: the fingerprints differ; the message names the options that changed, or the input.
@@ -103,8 +103,14 @@ def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], u
         for name in sorted(was.keys() | now.keys())
         if was.get(name) != now.get(name)
     ]
-    if existing.model_sha256 != asked["model_sha256"] and existing.model != asked["model"]:
+    if existing.model_sha256 != asked["model_sha256"]:
         changed[0] = f"--model was {existing.model}, now {asked['model']}"
+        if existing.model == asked["model"]:
+            changed[0] = (
+                f"the weights of --model {existing.model} were {existing.model_name}, SHA-256 {existing.model_sha256[:12]}, "
+                f"now they are {asked['model_name']}, SHA-256 {asked['model_sha256'][:12]}: to continue, give the former "
+                "as a file, with a version of millijoule that reads it"
+            )
     what = "; ".join(changed) or "the prompt files' content or column options changed"
     raise InputError(
         f"{url}: this folder holds another job ({what}). Give the same inputs and options to continue it, "

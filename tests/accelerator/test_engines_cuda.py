@@ -36,7 +36,9 @@ def test_deepspeed_draws_what_eager_draws(model, graphs):
     name = model if model == "default" else str(tiny_pipeline(model))
     expected, _ = draw(name, 3, engine="eager")
     images, report = draw(name, 3, cuda_graphs=graphs and not REHEARSAL)
-    if graphs and not REHEARSAL:
+    if (
+        graphs and not REHEARSAL and model != "default"
+    ):  # whose shapes differ from batch to batch: not captured
         assert report.events.get("captured", 0) > 0
         assert "not captured" not in report.events
         assert np.abs(images - expected).mean() <= MEAN_LEVELS
@@ -47,12 +49,16 @@ def test_deepspeed_draws_what_eager_draws(model, graphs):
 @pytest.mark.skipif(REHEARSAL, reason="compiles for minutes on a CPU; tests/workers/engines has it")
 @pytest.mark.parametrize("graphs", [False, True])
 def test_compiled_models_draw_next_to_the_same(graphs):
-    for name in ("default", str(tiny_pipeline("sd15"))):
-        expected, _ = draw(name, 3, engine="eager")
-        images, report = draw(name, 3, engine="compile", cuda_graphs=graphs)
-        assert np.abs(images - expected).mean() <= MEAN_LEVELS
-        assert report.events["compiled"] > 0
-        assert not {"not compiled", "compiled again"} & set(report.events)
+    name = str(tiny_pipeline("sd15"))
+    expected, _ = draw(name, 3, engine="eager")
+    images, report = draw(name, 3, engine="compile", cuda_graphs=graphs)
+    assert np.abs(images - expected).mean() <= MEAN_LEVELS
+    assert report.events["compiled"] > 0
+    assert not {"not compiled", "compiled again"} & set(report.events)
+    expected, _ = draw("default", 3, engine="eager")
+    images, report = draw("default", 3, engine="compile", cuda_graphs=graphs)
+    np.testing.assert_array_equal(images, expected)  # it runs as it is
+    assert report.events == {}
 
 
 def test_a_denoiser_with_its_weights_in_host_memory_draws_the_same():

@@ -11,13 +11,14 @@ from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.schemas import ImageRequest
 
 TINY = """
-kind = "oscillator"
+kind = "icons"
 name = "tiny"
 
 [training]
 steps = 4
-scenes = 2
-model = { channels = 4, driven = 4, read = 4, noise_channels = 4, rank = 2, hidden = 16, widths = [8, 8, 8], mix = 8, coupling = "COUPLING" }
+half = 2
+whole = 2
+model = { code = 8, hidden = 8, channels = 4, rank = 2, width = 8, mix = 8, coupling = "COUPLING" }
 """
 
 
@@ -28,25 +29,15 @@ def test_shipped_recipes_are_valid(name):
     assert load_recipe(name, {"steps": 7}).training.steps == 7
 
 
-def test_controls_differ_from_the_model_they_control_in_the_coupling_alone():
-    trained, *others = (
-        load_recipe(f"control-{c}", {}).training for c in ("trained", "frozen", "none", "mlp")
-    )
-    for other in others:
-        assert other.model.coupling != trained.model.coupling
-        assert {**vars(other), "model": 0} == {**vars(trained), "model": 0}
-        assert {**vars(other.model), "coupling": 0} == {**vars(trained.model), "coupling": 0}
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("kind = 3", r"\$\.kind"),
-        ('kind = "oscillator"\nsteps = 3', "no field is named 'steps'"),
-        ('kind = "oscillator"\n[training]\nstep = 3', "no field is named 'step'"),
-        ('kind = "oscillator"\n[training]\nsteps = "many"', r"got `str` - at `\$\.steps`"),
-        ('kind = "oscillator"\n[training]\nmodel = { grid = 1.5 }', r"got `float` - at `\$\.model\.grid`"),
-        ('kind = "oscillator"\n[training]\nmodel = { widths = 3 }', r"Expected `array`.*\$\.model\.widths"),
+        ('kind = "icons"\nsteps = 3', "no field is named 'steps'"),
+        ('kind = "icons"\n[training]\nstep = 3', "no field is named 'step'"),
+        ('kind = "icons"\n[training]\nsteps = "many"', r"got `str` - at `\$\.steps`"),
+        ('kind = "icons"\n[training]\nmodel = { width = 1.5 }', r"got `float` - at `\$\.model\.width`"),
+        ('kind = "icons"\n[training]\nmodel = { coupling = 3 }', r"Expected `str`.*\$\.model\.coupling"),
         ("kind =", "Invalid value"),
     ],
 )
@@ -75,23 +66,29 @@ def test_a_run_is_continued_and_leaves_weights_that_draw(tmp_path, capsys):
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 4]
     assert (out / "samples-000002.png").exists()
-    for name in ("model", "float"):
-        generator = load_generator(str(out / f"{name}.safetensors"))
-        assert generator.generate([ImageRequest("a", 0, "a red cat", 1)]).images.shape == (1, 64, 64, 3)
+    generator = load_generator(str(out / "model.safetensors"))
+    assert generator.generate([ImageRequest("a", 0, "a red cat", 1)]).images.shape == (1, 64, 64, 3)
+    other = ["--output", str(tmp_path / "further"), "--start-from", str(out / "float.safetensors")]
+    assert run(tmp_path, "--sample-every", "0", *other) == 0
     assert run(tmp_path, "--seed", "3", "--resume") == 1
     assert "other settings (seed)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("coupling", ["none", "mlp"])
-def test_controls_without_coupling_have_a_float_form_only(tmp_path, coupling):
+@pytest.mark.parametrize("coupling", ["none", "trained", "frozen", "mlp"])
+def test_every_form_but_the_mlp_leaves_a_model_that_draws(tmp_path, coupling):
     assert run(tmp_path, "--sample-every", "0", coupling=coupling) == 0
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-    assert load_generator(str(tmp_path / "out" / "float.safetensors")).count_operations()["decoder"] > 0
+    model = tmp_path / "out" / "model.safetensors"
+    assert model.exists() == (coupling != "mlp")
+    if coupling != "mlp":
+        counted = load_generator(str(model)).operations_of([ImageRequest("a", 0, "a red cat", 1)])
+        assert all(operations > 0 for (operations,) in counted.values())
+    with pytest.raises(InputError, match="oscillator model"):  # what training goes on from draws nothing
+        load_generator(str(tmp_path / "out" / "float.safetensors"))
 
 
 @pytest.mark.parametrize("option", ["steps", "threads"])
 def test_no_training_is_no_training(tmp_path, capsys, option):
-    assert train.main(["--recipe", "oscillator", "--output", str(tmp_path / "run"), f"--{option}", "0"]) == 1
+    assert train.main(["--recipe", "icons", "--output", str(tmp_path / "run"), f"--{option}", "0"]) == 1
     assert f"--{option} 0: at least 1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -1,5 +1,6 @@
 """`millijoule verify` from registration to a checked bundle, on CPU time and on stand-in counters."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -17,7 +18,11 @@ from millijoule.jobs.comparing.options import VerifyOptions
 from millijoule.jobs.comparing.register import list_requests
 from millijoule.jobs.machine import describe_gpu
 from millijoule.jobs.verify import NOT_SHOWN
+from millijoule.pipeline.comparison.registration import Registration
+from millijoule.workers.judging.verifier import WEIGHTS, WEIGHTS_OF_ALL
 from millijoule.workers.meters import meter
+from millijoule.workers.scenes.prompts import parse_prompt
+from millijoule.workers.scenes.vocabulary import NOUN_NUMBER
 
 SMALL = [
     "--judge",
@@ -262,6 +267,33 @@ def test_default_prompts_are_held_out_icon_scenes():
     assert len(requests) == 36
     assert len({r.family for r in requests}) == 6
     assert len(set(requests)) == 36
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("b", "suite", "nouns", "weights"),
+    [("default", "icons-1000", 1040, WEIGHTS_OF_ALL), ("baseline", "icons-80", 80, WEIGHTS)],
+)
+def test_models_are_compared_on_the_nouns_that_both_know(tmp_path, capsys, b, suite, nouns, weights):
+    words = ["--a", "default", "--b", b, "--device", "cpu", "--prompts-per-family", "40", "--register-only"]
+    assert verify.main([*words, "--output", str(tmp_path / "out")]) == 0
+    assert f"suite {suite}: {nouns} nouns; A (icon-scenes-1000) knows 1040, B (" in capsys.readouterr().out
+    said = (tmp_path / "out" / "registration.json").read_bytes()
+    registered = Registration.from_json(said)
+    assert registered.gate.nouns == nouns
+    assert registered.gate.judge_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    scenes = [parse_prompt(r.prompt, nouns) for r in registered.requests]
+    assert [r for r, (_, warnings) in zip(registered.requests, scenes, strict=True) if warnings] == []
+    largest = max(NOUN_NUMBER[group.noun] for scene, _ in scenes for group in scene.groups)
+    assert largest < nouns < 3 * largest
+
+
+def test_a_suite_that_a_model_does_not_know_is_refused_with_the_one_to_take(world, capsys):
+    assert measure(world, "--suite", "icons-1000") == 1
+    error = capsys.readouterr().err
+    assert "--suite icons-1000: its prompts are of 1040 nouns, and A (fast) knows the first 80" in error
+    assert "compare with --suite icons-80" in error
+    assert not (world / "out" / "registration.json").exists()
 
 
 def test_the_state_of_a_board_is_what_nvml_tells():

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 import millijoule.workers
 from millijoule.kernels.processor import multiplies_bfloat16
-from millijoule.workers.generators.oscillator_model import OscillatorConfig
+from millijoule.workers.oscillators.config import OscillatorConfig
 from millijoule.workers.training import diffusion as diffusion_training
-from millijoule.workers.training import oscillator as oscillator_training
+from millijoule.workers.training import icons as icons_training
+from millijoule.workers.training import optimizer
 from millijoule.workers.training import verifier as verifier_training
 
 
@@ -31,14 +32,11 @@ class SeenTypes(TorchDispatchMode):
         return result
 
 
-def oscillator():
-    model = OscillatorConfig(
-        channels=4, driven=4, read=4, noise_channels=4, rank=2, hidden=8, widths=(4, 4, 4), mix=4
+def icons():
+    model = OscillatorConfig(code=8, hidden=8, channels=4, width=4, mix=4)
+    return icons_training.IconTrainer(
+        icons_training.IconTrainingConfig(steps=2, half=2, whole=2, model=model)
     )
-    config = oscillator_training.OscillatorTrainingConfig(
-        steps=2, scenes=2, samples=2, renders=2, model=model
-    )
-    return oscillator_training.OscillatorTrainer(config)
 
 
 def diffusion(**phases):
@@ -56,7 +54,7 @@ def verifier():
 
 
 TRAINERS = {
-    "oscillator": oscillator,
+    "icons": icons,
     "text encoder": lambda: diffusion(text_steps=1, autoencoder_steps=0),
     "autoencoder": lambda: diffusion(text_steps=0, autoencoder_steps=1),
     "denoiser": lambda: diffusion(text_steps=0, autoencoder_steps=0),
@@ -71,7 +69,7 @@ def test_training_uses_bfloat16_where_the_processor_multiplies_it_and_nowhere_el
     trainer, does, monkeypatch
 ):
     monkeypatch.setattr(diffusion_training, "PRINCIPAL_IMAGES", 64)
-    for module in (oscillator_training, diffusion_training, verifier_training):
+    for module in (icons_training, optimizer, diffusion_training, verifier_training):
         monkeypatch.setattr(module, "multiplies_bfloat16", lambda device="cpu": does)
     trainer = trainer()
     with SeenTypes() as seen:
@@ -115,5 +113,5 @@ def test_no_module_decides_for_itself():
     text = {str(p.relative_to(root)): p.read_text() for f in folders for p in (root / f).rglob("*.py")}
     assert len(text) > 150
     deciding = {name for name in text if "torch.bfloat16" in text[name]} - NO_DECISION
-    assert {"workers/training/oscillator.py", "workers/rungs/precision.py"} <= deciding
+    assert {"workers/training/icons.py", "workers/rungs/precision.py"} <= deciding
     assert {name for name in deciding if "multiplies_bfloat16" not in text[name]} == set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,15 +155,19 @@ class DiffusersGenerator:
         """See `SavesMemory`."""
         return self.group.together(self.memory.save) if self.group is not None else self.memory.save()
 
-    def count_operations(self, num_inference_steps: int | None = None) -> dict[str, int]:
-        """Operations per image at the default guidance (`operations.count_operations`)."""
-        steps = num_inference_steps or self.info.num_inference_steps
+    def operations_of(
+        self, requests: Sequence[ImageRequest], *, dense: bool = False
+    ) -> dict[str, np.ndarray]:
+        """See `CountsOperations`; those of the first request's steps and guidance, by `operations.count_operations`, as no
+        image takes others. Rungs that save some are part of the model."""
+        steps = requests[0].num_inference_steps or self.info.num_inference_steps
         counted = steps if self.options.rungs.by_step else 1
-        request = ImageRequest("", 0, "", 0, num_inference_steps=counted)
-        call = self.call.arguments([Row("", None, 0)], self._settings(request))
+        settings = self._settings(replace(requests[0], num_inference_steps=counted))
+        call = self.call.arguments([Row("", None, 0)], settings)
         self.loaded.rungs.begin(1)
         with self.engine.plain():
-            return count_operations(self.pipeline, lambda: self.pipeline(**call), steps, counted)
+            counts = count_operations(self.pipeline, lambda: self.pipeline(**call), steps, counted)
+        return {part: np.full(len(requests), count, np.int64) for part, count in counts.items()}
 
     def _draw(self, requests: Sequence[ImageRequest]) -> tuple[Drawn, Settings]:
         """A batch of requests of one group; where the batch is fixed, rows after them fill it up."""

@@ -49,6 +49,8 @@ class CompileEngine(RoutingEngine):
             calls = _CompiledCalls(module, name, graphs, self.events)
             self._compiled.append(calls)
             self._route(module, calls)
+        else:
+            log.warning("--engine compile: %s runs as it is, its shapes differ from call to call", name)
         self._note(module, name, "compiled" if static else "as it is")
         return module
 

@@ -87,7 +87,10 @@ def read_own_header(path: Path, what: str, model_format: str, version: str) -> M
     if found != model_format:
         raise InputError(f"{path}: safetensors, but not an {what} model (its format is {found!r})")
     if (found := header.metadata.get("version")) != version:
-        raise InputError(f"{path}: {what} format {found}, this program reads {version}")
+        raise InputError(
+            f"{path}: {what} format {found}, this program reads {version}: use it with the version that wrote it, or "
+            "train it again"
+        )
     return header
 
 

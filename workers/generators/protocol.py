@@ -8,6 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS
 from millijoule.workers.schemas import ImageRequest
 
 
@@ -115,7 +116,7 @@ class GroupsRequests(Protocol):
 
 @runtime_checkable
 class KnowsNouns(Protocol):
-    """What a generator of icon scenes may have besides that knows more nouns than the first 80.
+    """What a generator of icon scenes may have besides that knows other nouns than the first 80.
 
     Attributes:
         nouns: how many of the vocabulary's first it knows (`scenes.vocabulary`).
@@ -124,15 +125,20 @@ class KnowsNouns(Protocol):
     nouns: int
 
 
+def known_nouns(generator: Generator) -> int:
+    """How many of the vocabulary's first nouns a generator of icon scenes knows."""
+    return generator.nouns if isinstance(generator, KnowsNouns) else DEFAULT_NOUNS
+
+
 @runtime_checkable
 class CountsOperations(Protocol):
-    """What a generator may have besides whose images take more or fewer operations."""
+    """What a generator may have besides that can tell how many operations its images take."""
 
     def operations_of(
         self, requests: Sequence[ImageRequest], *, dense: bool = False
     ) -> dict[str, np.ndarray]:
         """Operations of each request's image by part, int64 `[images]`, a multiply-accumulate as two; with `dense` what they
-        would be if nothing was left out."""
+        would be if nothing of one image was left out that another needs. Requests are of one size and step count."""
 
 
 @runtime_checkable

@@ -10,17 +10,17 @@ from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.load_turn import load_turn
-from millijoule.workers.generators.model_files import read_header
+from millijoule.workers.generators.model_files import read_header, read_own_header
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator, ModelIdentity
+from millijoule.workers.oscillators.file_format import FORMAT, FORMAT_VERSION
 from millijoule.workers.pipeline_parts.model_files import read_model
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 
-#: Models that come with the package: the oscillator generator of 80 nouns, that of 1,040, and the conventional diffusion model to compare it with.
+#: Models that come with the package: the oscillator generator, and the conventional diffusion model to compare it with.
 PACKAGED = {
     "default": _WEIGHTS / "default.safetensors",
-    "icons-1000": _WEIGHTS / "icons-1000.safetensors",
     "baseline": _WEIGHTS / "baseline",
 }
 
@@ -28,6 +28,9 @@ PACKAGED = {
 #: those that are published for real use have a gigabyte and more, and would take minutes for an image.
 CPU_WEIGHTS_BYTES = 256 * 2**20
 
+
+#: What a converted Un-0 checkpoint says that it is.
+UN0_FORMAT = "un0"
 
 #: Options that only diffusion pipelines have, by the names a user knows them by.
 _OF_PIPELINES = {
@@ -46,8 +49,8 @@ def describe_model(model: str, options: GeneratorOptions = GeneratorOptions()) -
     """Identify `model` (see `load_generator`) by its files, without torch; their hashes are found once per host (`file_hashes`).
 
     Raises:
-        InputError: a file is missing or is not safetensors, the factory's name is malformed, or an option means nothing to
-            such a model.
+        InputError: a file is missing, is not safetensors or is no model that this version reads, the factory's name is
+            malformed, or an option means nothing to such a model.
     """
     if model.startswith(factories.PREFIX):
         factories.split_name("--model", model)
@@ -57,7 +60,10 @@ def describe_model(model: str, options: GeneratorOptions = GeneratorOptions()) -
     if folder is not None:
         return ModelIdentity(folder.name, folder.sha256())
     _refuse_pipeline_options(model, options)
-    return ModelIdentity(read_header(path).metadata.get("name", path.stem), file_sha256(path))
+    metadata = read_header(path).metadata
+    if metadata["format"] != UN0_FORMAT:
+        read_own_header(path, "oscillator", FORMAT, FORMAT_VERSION)
+    return ModelIdentity(metadata.get("name", path.stem), file_sha256(path))
 
 
 def load_generator(
@@ -69,8 +75,8 @@ def load_generator(
     """Load `model`.
 
     Args:
-        model: "default", "icons-1000" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file (one of ours, or a
-            checkpoint of a diffusion model with `options.config`) or of a diffusers directory, or
+        model: "default" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file (one of
+            ours, or a checkpoint of a diffusion model with `options.config`) or of a diffusers directory, or
             "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`. What else
             `--model` takes becomes one of these first (`sources.obtain`).
         device: "cpu" or "cuda".
@@ -92,17 +98,11 @@ def load_generator(
     _refuse_pipeline_options(model, options)
     from millijoule.workers.engines.open import open_engine
 
-    metadata = read_header(path).metadata
-    if metadata.get("format") == "un0":
+    if read_header(path).metadata.get("format") == UN0_FORMAT:
         from millijoule.workers.generators.un0 import Un0Generator
 
         return Un0Generator.load(path, device=device, engine=open_engine(options, device))
-    from millijoule.workers.oscillators import generator as icons
-    from millijoule.workers.oscillators.model_file import FORMAT_VERSION
-
-    if metadata.get("version") == FORMAT_VERSION:
-        return icons.OscillatorGenerator.load(path, device=device, engine=open_engine(options, device))
-    from millijoule.workers.generators.oscillator import OscillatorGenerator
+    from millijoule.workers.oscillators.generator import OscillatorGenerator
 
     return OscillatorGenerator.load(path, device=device, engine=open_engine(options, device))
 

@@ -17,6 +17,8 @@ import numpy as np
 from millijoule.workers.factories import find_factory
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.scenes.prompts import parse_prompt
+from millijoule.workers.scenes.scenes import Scene
+from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS
 
 ICON_JUDGE = "icon-scene"
 
@@ -64,16 +66,22 @@ class ImageMetric(Protocol):
 
 
 class IconJudge:
-    """The packaged verifier with the rules of `workers.judging.quality`; true renders are the reference (`train` extra)."""
+    """The packaged verifier with the rules of `workers.judging.quality`; true renders are the reference (`train` extra).
+
+    Attributes:
+        nouns: prompts are read with the first so many nouns of the vocabulary, images by the verifier that knows them.
+    """
 
     name = "icon-scene verifier"
     rule = ICON_JUDGE
 
-    def __init__(self) -> None:
-        from millijoule.workers.judging.verifier import WEIGHTS, Verifier
+    def __init__(self, nouns: int = DEFAULT_NOUNS) -> None:
+        from millijoule.workers.judging.verifier import Verifier, packaged_weights
 
-        self.sha256 = file_sha256(WEIGHTS)
-        self._verifier = Verifier.load()
+        self.nouns = nouns
+        weights = packaged_weights(nouns)
+        self.sha256 = file_sha256(weights)
+        self._verifier = Verifier.load(weights)
 
     def judge(self, images: np.ndarray, prompts: Sequence[str], families: Sequence[str]) -> list[Judgement]:
         from millijoule.workers.judging.quality import judge
@@ -83,8 +91,12 @@ class IconJudge:
             rounded = tuple(replace(i, x=round(i.x, 2), y=round(i.y, 2)) for i in raw.icons)
             reading = replace(raw, icons=rounded)  # what is stored is what is judged
             icons = json.dumps([[i.noun, i.colour, i.size, i.x, i.y] for i in reading.icons])
-            found.append(Judgement(judge(parse_prompt(prompt)[0], family, reading).correct, icons))
+            found.append(Judgement(judge(self.scene(prompt), family, reading).correct, icons))
         return found
+
+    def scene(self, prompt: str) -> Scene:
+        """What `prompt` says."""
+        return parse_prompt(prompt, self.nouns)[0]
 
     def features(self, images: np.ndarray) -> np.ndarray:
         return self._verifier.features(images)
@@ -92,13 +104,14 @@ class IconJudge:
     def reference_features(self, prompts: Sequence[str], seed: int) -> np.ndarray | None:
         from millijoule.workers.scenes.renderer import render_prompted
 
-        scenes = [parse_prompt(prompt)[0] for prompt in prompts]
+        scenes = [self.scene(prompt) for prompt in prompts]
         return np.concatenate([self.features(images) for images in render_prompted(scenes, seed)])
 
 
-def load_judge(judge: str) -> ImageJudge:
-    """ "icon-scene", or "python:MODULE:FACTORY", a function of yours that returns an `ImageJudge`."""
-    return IconJudge() if judge == ICON_JUDGE else find_factory("--judge", judge)()
+def load_judge(judge: str, nouns: int = DEFAULT_NOUNS) -> ImageJudge:
+    """ "icon-scene" for prompts of the vocabulary's first `nouns`, or "python:MODULE:FACTORY", a function of yours that returns an
+    `ImageJudge`."""
+    return IconJudge(nouns) if judge == ICON_JUDGE else find_factory("--judge", judge)()
 
 
 def load_metric(metric: str) -> ImageMetric:

@@ -58,14 +58,17 @@ class Drawing:
 
     Args:
         engine: None runs it plainly.
+
+    Attributes:
+        shapes: the network, prepared by the engine.
     """
 
     def __init__(self, painter: Painter, device: str = "cpu", engine: Engine | None = None) -> None:
         self.painter = painter.to(device)
         self.device = device
-        shapes = ShapeNetwork(self.painter.network)
+        network = ShapeNetwork(self.painter.network)
         # how many shapes and cells there are differs from batch to batch
-        self._shapes = (engine or EagerEngine()).prepare(shapes, "shapes", static=False)
+        self.shapes = (engine or EagerEngine()).prepare(network, "shapes", static=False)
 
     @torch.inference_mode()
     def draw(
@@ -91,7 +94,7 @@ class Drawing:
                 cell = torch.arange(side * side, device=self.device).repeat(len(key))
             else:
                 icon, cell = painter.ink.cells(noun, size, bool(whole))
-            shares = self._shapes(noun, size, icon, cell, whole=bool(whole), steps=steps)
+            shares = self.shapes(noun, size, icon, cell, whole=bool(whole), steps=steps)
             covers = window_covers(shares, icon, cell, len(key), bool(whole))
             lay(images, some, covers, of_icon, painter.colours, variation)
         return images.to(torch.uint8).cpu().numpy()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.fixed_size import check_requests, unused_settings
@@ -31,7 +32,8 @@ class OscillatorGenerator:
     def __init__(
         self, painter: Painter, name: str, sha256: str, device: str = "cpu", engine: Engine | None = None
     ) -> None:
-        self.drawing = Drawing(painter, device, engine)
+        self.engine = engine or EagerEngine()
+        self.drawing = Drawing(painter, device, self.engine)
         config = painter.network.config
         self.nouns = config.nouns
         self.info = GeneratorInfo(

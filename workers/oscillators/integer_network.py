@@ -14,17 +14,7 @@ import torch
 from torch import Tensor
 
 from millijoule.kernels.int8_product import Int8Matrix
-from millijoule.kernels.oscillator import (
-    GAIN_UNIT,
-    MAX_Z,
-    MULTIPLIER_BITS,
-    PULL_BITS,
-    SOURCE_UNIT,
-    UNITS,
-    Coupling,
-    Drive,
-    relax,
-)
+from millijoule.kernels.oscillator import MULTIPLIER_BITS, PULL_BITS, Coupling, Drive, relax
 from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos
 from millijoule.workers.oscillators.config import GRID, SIDES, OscillatorConfig
 
@@ -107,8 +97,8 @@ class IntegerNetwork:
         theta = torch.zeros_like(a)
         if self.coupling is not None:
             theta, a, b, omega = (x.reshape(len(x), -1) for x in (theta, a, b, omega))
-            step = plain_drive(self.coupling, a, b, omega, config.horizon / steps)
-            return relax(theta, self.coupling, step, steps).view(-1, config.cells, config.channels)
+            drives = Drive(a, b, omega, config.horizon / steps)
+            return relax(theta, self.coupling, drives, steps).view(-1, config.cells, config.channels)
         for _ in range(steps):
             s, c = (x.to(torch.int32) for x in sin_cos(theta))
             pull = (c * a).sub_(s * b).add_(1 << (PULL_BITS - 1)).bitwise_right_shift_(PULL_BITS)
@@ -138,21 +128,6 @@ class IntegerNetwork:
     def to(self, device: str) -> IntegerNetwork:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return IntegerNetwork(**{k: v.to(device) if hasattr(v, "to") else v for k, v in moved.items()})
-
-
-def plain_drive(coupling: Coupling, a: Tensor, b: Tensor, omega: Tensor, dt: float) -> Drive:
-    """The kernel's drive of a step of `dt` from integers `[icons, n]`, with gains of one."""
-    unit = pull_unit(dt)
-    cells = coupling.n // coupling.channels
-    local = coupling.local_scale.repeat(cells) * (unit / SOURCE_UNIT)
-    spread = coupling.spread_scale * (unit * MAX_Z / AMPLITUDE)
-    multipliers = (torch.round(m * 2**MULTIPLIER_BITS).to(torch.int64).expand_as(a) for m in (local, spread))
-    return Drive(a, b, omega, torch.full_like(a, GAIN_UNIT, dtype=torch.uint8), *multipliers)
-
-
-def pull_unit(dt: float) -> float:
-    """Pull units, in a step of `dt`, of one radian per unit of time; see `kernels.oscillator`."""
-    return dt * UNITS * 2**PULL_BITS / AMPLITUDE
 
 
 def _framed(x: Tensor, side: int) -> Tensor:

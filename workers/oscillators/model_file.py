@@ -19,12 +19,10 @@ from millijoule.workers.generators.model_files import (
 )
 from millijoule.workers.oscillators.config import SIDES, VARIANTS, OscillatorConfig, layer_shapes
 from millijoule.workers.oscillators.draw import Painter
+from millijoule.workers.oscillators.file_format import FORMAT, FORMAT_VERSION
 from millijoule.workers.oscillators.ink import BITS, InkCells
 from millijoule.workers.oscillators.integer_network import IntegerNetwork, Layer
 from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS
-
-FORMAT = "millijoule-oscillator"
-FORMAT_VERSION = "5"
 
 LAYERS = ("read_code", "drive", "near", "enlarge", "near_again", "mix", "share")
 

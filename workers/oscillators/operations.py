@@ -14,7 +14,7 @@ from millijoule.workers.scenes.scenes import CELL, IMAGE_SIZE
 
 #: Multiplications, additions, shifts and look-ups per oscillator and step beside the coupling's sums; counted from
 #: `IntegerNetwork.phases`, and from `kernels.oscillator.relax` with a coupling.
-ELEMENTWISE, ELEMENTWISE_COUPLED = 11, 24
+ELEMENTWISE, ELEMENTWISE_COUPLED = 11, 23
 
 #: Per pixel of an icon: its share looked up, and three levels blended of two.
 BLENDING = 16

@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from millijoule.kernels.oscillator import MULTIPLIER_BITS, UNITS, quantize_coupling, quantize_rows
+from millijoule.kernels.oscillator import (
+    MULTIPLIER_BITS,
+    UNITS,
+    pull_unit,
+    quantize_coupling,
+    quantize_rows,
+)
 from millijoule.kernels.phase import AMPLITUDE
 from millijoule.workers.oscillators.config import SIDES
-from millijoule.workers.oscillators.integer_network import LOGIT_UNIT, IntegerNetwork, Layer, pull_unit
+from millijoule.workers.oscillators.integer_network import LOGIT_UNIT, IntegerNetwork, Layer
 
 if TYPE_CHECKING:
     from millijoule.workers.oscillators.float_network import FloatNetwork

@@ -1,4 +1,4 @@
-"""Icon scenes: the closed domain of the default models. What a scene is, which ones training never sees, what a model reads.
+"""Icon scenes: the closed domain of the packaged models. What a scene is, which ones training never sees, what a model reads.
 
 A scene is one or two groups of up to four coloured icons on a plain background. What a prompt leaves open (a colour, a
 size, an arrangement) is open in the `Scene` too; `complete` settles it from a seed.

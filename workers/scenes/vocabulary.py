@@ -55,7 +55,7 @@ ENTRIES = records.decode(tuple[Noun, ...], (_FOLDER / "nouns.json").read_bytes()
 NOUNS = tuple(entry.noun for entry in ENTRIES)
 NOUN_NUMBER = {noun: n for n, noun in enumerate(NOUNS)}
 
-#: Nouns that the shipped models know, and those whose files do not say how many: the first of `NOUNS`.
+#: Nouns that the baseline knows, and models that do not say how many: the first of `NOUNS`.
 DEFAULT_NOUNS = 80
 #: Named parts of the list, by how many of its first nouns they have, the smallest first. "icons-1000" is all of it.
 VOCABULARIES = {"icons-80": DEFAULT_NOUNS, "icons-1000": len(NOUNS)}

@@ -7,17 +7,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from millijoule.workers.generators.protocol import Generator, KnowsNouns
+from millijoule.workers.generators.protocol import Generator, known_nouns
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.scenes.prompts import write_prompt
 from millijoule.workers.scenes.scenes import FAMILIES, sample_scene
-from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS
 from millijoule.workers.schemas import ImageRequest
 
 
 def write_sample_sheet(generator: Generator, path: Path, count: int = 32) -> None:
     """Draw fixed prompts of the six families, in held-out combinations, with seeds 0, 1, 2 ... as one PNG. None are picked."""
-    nouns = generator.nouns if isinstance(generator, KnowsNouns) else DEFAULT_NOUNS
+    nouns = known_nouns(generator)
     rng = np.random.default_rng(0)
     families = [FAMILIES[i % len(FAMILIES)] for i in range(count)]
     scenes = [sample_scene(family, rng, held_out=True, nouns=nouns) for family in families]

@@ -77,5 +77,5 @@ def test_the_default_model_in_two_engines(tmp_path, capsys):
     told = json.loads(result.read_text())["models"]["default"]
     assert set(told["start"]["deepspeed"]) - set(told["start"]["eager"]) == {"import deepspeed"}
     assert told["engines"]["deepspeed"]["largest_pixel_difference"] == 0
-    assert "decoder contained" in told["engines"]["deepspeed"]["did"]
+    assert "shapes contained" in told["engines"]["deepspeed"]["did"]
     assert all(part["pss_mb_after"] > 10 for part in told["start"]["eager"].values())

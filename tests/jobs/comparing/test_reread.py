@@ -25,14 +25,14 @@ from millijoule.workers.scenes.renderer import render_scenes
 from millijoule.workers.scenes.scenes import complete, sample_scene
 
 
-@pytest.fixture(scope="module")
-def world():
+@pytest.fixture(scope="module", params=[80, 1040])
+def world(request):
     """A registration and the rows that re-reading needs: true renders and what the verifier reads in them."""
     rng = np.random.default_rng(1)
-    scenes = [sample_scene("colours", rng, held_out=True) for _ in range(12)]
+    scenes = [sample_scene("colours", rng, held_out=True, nouns=request.param) for _ in range(12)]
     prompts = [write_prompt(s, rng) for s in scenes]
     images = render_scenes([complete(s, i) for i, s in enumerate(scenes)], 1, 2)[:, 0]
-    judge = load_judge("icon-scene")
+    judge = load_judge("icon-scene", request.param)
     plan = Registration(
         factor=2.0,
         registered_wall_ns=0,
@@ -42,7 +42,7 @@ def world():
         a=Arm("a", "a", "a" * 64, 1),
         b=Arm("b", "b", "b" * 64, 1),
         requests=tuple(Request("colours", p, i) for i, p in enumerate(prompts)),
-        gate=Gate(judge.name, judge.sha256),
+        gate=Gate(judge.name, judge.sha256, nouns=request.param),
     )
     found = judge.judge(images, prompts, ["colours"] * len(prompts))
     judgements = [

@@ -176,7 +176,7 @@ def test_readings_that_are_none_are_refused(text):
 def test_prompts_without_a_scene_are_refused():
     for prompt, family in (("hello", "counting"), ("a red cat", "position"), ("a red cat", "other")):
         with pytest.raises(ValueError):
-            shows_scene(prompt, family, [])
+            shows_scene(prompt, family, [], 80)
 
 
 @pytest.mark.long
@@ -191,7 +191,8 @@ def test_the_rule_agrees_with_the_judge():
     for trial in range(1200):
         rng = np.random.default_rng(trial)
         family = FAMILIES[trial % len(FAMILIES)]
-        scene = sample_scene(family, rng, held_out=bool(trial % 2))
+        nouns = (80, 1040)[trial // len(FAMILIES) % 2]
+        scene = sample_scene(family, rng, held_out=bool(trial % 2), nouns=nouns)
         prompt = write_prompt(scene, rng)
         icons = [
             (
@@ -205,7 +206,7 @@ def test_the_rule_agrees_with_the_judge():
             for _ in range(group.count + int(rng.integers(-1, 2) if rng.random() < 0.3 else 0))
         ]
         reading = SceneReading(tuple(IconReading(*icon, probability=1.0) for icon in icons), "white")
-        expected = judge(parse_prompt(prompt)[0], family, reading).correct
-        assert shows_scene(prompt, family, icons) == expected, (prompt, icons)
+        expected = judge(parse_prompt(prompt, nouns)[0], family, reading).correct
+        assert shows_scene(prompt, family, icons, nouns) == expected, (prompt, icons)
         outcomes[family].add(expected)
     assert all(found == {True, False} for found in outcomes.values())

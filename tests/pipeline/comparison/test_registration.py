@@ -60,6 +60,14 @@ def test_any_change_changes_the_hash(change):
     assert registration(**change).sha256 != registration().sha256
 
 
+def test_the_nouns_stand_there_where_they_are_not_the_first_80():
+    """So registrations from before there were more keep their hash."""
+    assert "nouns" not in json.loads(registration().to_json())["gate"]
+    more = registration(gate=Gate("icon verifier", "2" * 64, nouns=1040))
+    assert json.loads(more.to_json())["gate"]["nouns"] == 1040
+    assert Registration.from_json(more.to_json()) == more
+
+
 def edited(change):
     raw = json.loads(registration().to_json())
     change(raw)
@@ -77,6 +85,8 @@ def edited(change):
         lambda r: r.update(surprise=1),
         lambda r: r["gate"].pop("score_margin"),
         lambda r: r["gate"].update(rule="lenient"),
+        lambda r: r["gate"].update(nouns=500),
+        lambda r: r["gate"].update(nouns=80),
         lambda r: r["gate"].update(score_margin=-0.1),
         lambda r: r["gate"]["metrics"][0].update(margin=-1),
         lambda r: r["statistics"].update(min_quadruples=1),

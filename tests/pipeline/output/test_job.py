@@ -52,6 +52,12 @@ def test_another_job_is_refused_with_what_changed(store):
         check_same_job(JOB, "0" * 64, asked, store.url)
     with pytest.raises(InputError, match=r"another job \(--model was .*, now other\)"):
         check_same_job(JOB, "0" * 64, {**asdict(JOB), "model": "other", "model_sha256": "1" * 64}, store.url)
+    newer = {**asdict(JOB), "model_name": "the next", "model_sha256": "1" * 64}
+    words = rf"the weights of --model {JOB.model} were {JOB.model_name}, SHA-256 {JOB.model_sha256[:12]}, now they are the next, "
+    with pytest.raises(
+        InputError, match=words + "SHA-256 111111111111: to continue, give the former as a file"
+    ):
+        check_same_job(JOB, "0" * 64, newer, store.url)
     with pytest.raises(InputError, match="the prompt files' content or column options changed"):
         check_same_job(JOB, "0" * 64, asdict(JOB), store.url)
 

@@ -43,13 +43,11 @@ def test_the_default_model_draws_the_same_bits_in_deepspeed():
     eager, deepspeed = (load_generator("default", options=o) for o in (EAGER, DEEPSPEED))
     prompt = "two red cats above a blue car"
     np.testing.assert_array_equal(draw(deepspeed, prompt), draw(eager, prompt))
-    assert all(map(ways, (deepspeed.model.encoder, deepspeed.model.decoder, deepspeed.core)))
-    assert not any(map(ways, (eager.model.encoder, eager.model.decoder, eager.core)))
-    assert deepspeed.model.encoder.background.weight.dtype == torch.float64  # a type DeepSpeed does not know
-    assert deepspeed.count_operations() == eager.count_operations()
+    assert ways(deepspeed.drawing.shapes)
+    assert not ways(eager.drawing.shapes)
     words = deepspeed.engine.report.words()
     assert words.startswith("DeepSpeed-Inference ")
-    assert "encoder contained, float64; decoder contained, float32; core contained, integers" in words
+    assert "shapes contained, integers" in words
 
 
 def test_an_un0_model_draws_the_same_bits_in_deepspeed(tmp_path):

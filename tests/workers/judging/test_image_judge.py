@@ -9,22 +9,22 @@ import pytest
 from millijoule.pipeline.comparison.acceptance import parse_icons, shows_scene
 from millijoule.workers.errors import InputError
 from millijoule.workers.judging.image_judge import IconJudge, load_judge, load_metric
-from millijoule.workers.judging.verifier import WEIGHTS
+from millijoule.workers.judging.verifier import WEIGHTS, WEIGHTS_OF_ALL
 from millijoule.workers.scenes.prompts import write_prompt
 from millijoule.workers.scenes.renderer import render_scenes
 from millijoule.workers.scenes.scenes import FAMILIES, complete, sample_scene
 
 
-@pytest.fixture(scope="module")
-def judge():
-    return load_judge("icon-scene")
+@pytest.fixture(scope="module", params=[80, 1040])
+def judge(request):
+    return load_judge("icon-scene", request.param)
 
 
 @pytest.fixture(scope="module")
-def scenes():
+def scenes(judge):
     """Prompts of all families, their families, and true renders."""
     rng = np.random.default_rng(5)
-    drawn = [(f, sample_scene(f, rng, held_out=True)) for f in FAMILIES for _ in range(10)]
+    drawn = [(f, sample_scene(f, rng, held_out=True, nouns=judge.nouns)) for f in FAMILIES for _ in range(10)]
     prompts = [write_prompt(scene, rng) for _, scene in drawn]
     whole = [complete(scene, i) for i, (_, scene) in enumerate(drawn)]
     return prompts, [f for f, _ in drawn], render_scenes(whole, 1, 3)[:, 0]
@@ -35,7 +35,7 @@ def test_true_renders_are_accepted_and_the_stored_reading_says_so_too(judge, sce
     found = judge.judge(images, prompts, families)
     assert np.mean([j.accepted for j in found]) > 0.9
     for judgement, prompt, family in zip(found, prompts, families, strict=True):
-        assert shows_scene(prompt, family, parse_icons(judgement.icons)) == judgement.accepted
+        assert shows_scene(prompt, family, parse_icons(judgement.icons), judge.nouns) == judgement.accepted
         assert judgement.score is None
     assert all(
         len(json.dumps(x).split(".")[-1]) <= 2 for j in found for i in json.loads(j.icons) for x in i[3:]
@@ -60,7 +60,8 @@ def test_features_have_a_reference_of_the_same_width(judge, scenes):
 
 def test_a_judge_is_known_by_its_weights(judge):
     assert isinstance(judge, IconJudge)
-    assert judge.sha256 == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    weights = {80: WEIGHTS, 1040: WEIGHTS_OF_ALL}[judge.nouns]
+    assert judge.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["python:a", "clip", "python:no_such_module:f", "python:json:no_such_name"])

@@ -1,4 +1,4 @@
-"""The packaged `icons-1000`: its size, what it draws, what that takes, and the same pixels wherever this runs."""
+"""The packaged model: its size, what it draws, what that takes, and the same pixels wherever this runs."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from millijoule.workers.scenes.scenes import FAMILIES, sample_scene
 from millijoule.workers.scenes.vocabulary import NOUNS
 from millijoule.workers.schemas import ImageRequest
 
-FILE = PACKAGED["icons-1000"]
+FILE = PACKAGED["default"]
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "quality"
 
 #: SHA-256 of the pixels of the first 30 of `asked`, in turn.
@@ -26,7 +26,7 @@ PIXELS = "0d7d0a1d7b8eae8959ceccbd349c6a0b2305b4397bf5885b740f3f79888faba7"
 
 @pytest.fixture(scope="module")
 def generator():
-    return load_generator("icons-1000")
+    return load_generator("default")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_pixels_are_the_same_wherever_this_runs(generator, asked):
 
 
 def test_the_result_file_is_of_this_file_and_counts_what_is_drawn(generator, asked):
-    result = json.loads((RESULTS / "icons-1000.json").read_text())["model"]
+    result = json.loads((RESULTS / "default.json").read_text())["model"]
     assert result["sha256"] == hashlib.sha256(FILE.read_bytes()).hexdigest()
     counted = sum(values.mean() for values in generator.operations_of(asked[2]).values())
     assert counted <= 20e6

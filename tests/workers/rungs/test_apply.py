@@ -210,8 +210,9 @@ def test_what_is_kept_of_a_call_is_gone_when_its_steps_are():
 
 
 def test_operations_follow_what_is_left_out():
-    dense = load("sd15").count_operations(STEPS)
-    truncated = load("sd15", guidance_until=0.5).count_operations(STEPS)
+    asked = requests(1, num_inference_steps=STEPS)
+    dense = load("sd15").operations_of(asked)
+    truncated = load("sd15", guidance_until=0.5).operations_of(asked)
     assert truncated["text"] == dense["text"]
     assert 0.7 * dense["denoiser"] < truncated["denoiser"] < 0.8 * dense["denoiser"]
 

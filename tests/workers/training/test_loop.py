@@ -9,34 +9,40 @@ from dataclasses import replace
 import pytest
 import torch
 
-from millijoule.workers.generators.oscillator_model import OscillatorConfig, OscillatorModel
-from millijoule.workers.training.loop import load_checkpoint, newest_share, run_training, update_average
+from millijoule.workers.errors import InputError
+from millijoule.workers.oscillators.config import OscillatorConfig
+from millijoule.workers.training.icons import IconData, IconTrainer, IconTrainingConfig
+from millijoule.workers.training.loop import (
+    load_checkpoint,
+    newest_share,
+    run_training,
+    save_checkpoint,
+    update_average,
+)
 from millijoule.workers.training.optimizer import adamw, clip_and_step, set_learning_rate
-from millijoule.workers.training.oscillator import OscillatorData, OscillatorTrainer, OscillatorTrainingConfig
 from millijoule.workers.training.step_data import StepData
 
-SMALL = OscillatorTrainingConfig(
+SMALL = IconTrainingConfig(
     steps=20,
-    scenes=4,
+    half=4,
+    whole=2,
     warm_up=2,
-    model=OscillatorConfig(
-        channels=4, driven=4, read=4, noise_channels=4, rank=2, hidden=32, widths=(8, 8, 8)
-    ),
+    model=OscillatorConfig(nouns=6, code=8, hidden=16, channels=4, width=8, mix=8),
 )
 
 
 @pytest.mark.long
 def test_data_drawn_by_processes_is_the_data_drawn_on_demand():
-    draw = OscillatorData(SMALL)
+    draw = IconData(SMALL)
     ahead, demand = StepData(draw, "cpu", 2), StepData(draw, "cpu", 0)
     for step in (0, 1, 2, 7, 8, 3):  # also after a jump, as when a run is resumed
         ours, theirs = ahead.get(step), demand.get(step)
-        assert ours.keys() == theirs.keys() == {"tokens", "noise", "offset", "shade", "jitter"}
+        assert ours.keys() == theirs.keys() == {"noun", "size"}
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_processes_change_no_bit_of_a_run():
-    alone, helped = OscillatorTrainer(SMALL), OscillatorTrainer(SMALL, data_processes=1)
+    alone, helped = IconTrainer(SMALL), IconTrainer(SMALL, data_processes=1)
     for _ in range(3):
         assert alone.train_step()["loss"] == helped.train_step()["loss"]
     for a, b in zip(alone.average.parameters(), helped.average.parameters(), strict=True):
@@ -80,7 +86,7 @@ def test_the_average_forgets_as_it_is_told():
 @pytest.mark.long
 @pytest.mark.parametrize("bad", [1, 5])
 def test_a_run_stops_where_most_losses_are_lost_and_not_for_one(tmp_path, bad):
-    trainer = OscillatorTrainer(replace(SMALL, steps=5))
+    trainer = IconTrainer(replace(SMALL, steps=5))
     real = trainer.train_step
     trainer.train_step = lambda: real() | ({"loss": float("nan")} if trainer.step <= bad else {})
     if bad == 1:
@@ -92,29 +98,18 @@ def test_a_run_stops_where_most_losses_are_lost_and_not_for_one(tmp_path, bad):
         assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_drives_and_gradients_are_the_same_whichever_way_they_are_laid():
-    torch.manual_seed(0)
-    encoder = OscillatorModel(replace(SMALL.model, channels=8, driven=6)).encoder
-    tokens = OscillatorData(replace(SMALL, scenes=60))[1]["tokens"]
-    drives, gradients = [], []
-    for static in (False, True):
-        prompt = encoder(tokens, static=static)
-        encoder.zero_grad()
-        (prompt.drive.square().sum() + prompt.row_gain.sum() + prompt.source_gain.square().sum()).backward()
-        drives.append([prompt.drive, prompt.row_gain, prompt.source_gain])
-        gradients.append([p.grad.clone() for p in encoder.parameters()])
-    for a, b in zip(*drives, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()) + 1e-7)
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    save_checkpoint(IconTrainer(SMALL), tmp_path)
+    with pytest.raises(InputError, match=r"other settings \(seed\)"):
+        run_training(IconTrainer(replace(SMALL, seed=1)), tmp_path, resume=True)
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint_to_continue_from(tmp_path):
-    trainer = OscillatorTrainer(replace(SMALL, steps=10_000))
+    trainer = IconTrainer(replace(SMALL, steps=10_000))
     before = signal.getsignal(signal.SIGTERM)
     run_training(trainer, tmp_path, sample=lambda step: os.kill(os.getpid(), signal.SIGTERM), sample_every=3)
     assert trainer.step == 4  # the step after is finished
-    resumed = OscillatorTrainer(trainer.config)
+    resumed = IconTrainer(trainer.config)
     load_checkpoint(resumed, tmp_path)
     assert resumed.step == trainer.step
     assert signal.getsignal(signal.SIGTERM) == before
