@@ -1,5 +1,6 @@
 """What changes from step to step: counted again here from the trajectory, icon by icon."""
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -24,7 +25,7 @@ def test_events_are_counted_as_they_are_defined(painter):
     network = painter.network
     found = count_events(network, NOUN, VARIANT)
     steps = [torch.stack(sin_cos(phases)).tolist() for phases in network.trajectory(NOUN, VARIANT)]
-    for k, (before, now) in enumerate(zip(steps, steps[1:], strict=False)):
+    for k, (before, now) in enumerate(itertools.pairwise(steps)):
         same = [
             before[0][i][cell][c] == now[0][i][cell][c] and before[1][i][cell][c] == now[1][i][cell][c]
             for i in range(NOUNS)
