@@ -11,8 +11,11 @@ from millijoule.jobs.cli import dispatch
 
 BENCHES = {
     "pipeline": "a job against a bare loop of the same generator, encoder and writer",
+    "controls": "forms of the oscillator generator, coupled and not, trained alike with several seeds, and judged",
     "clocks": "joules per accepted image over clocks and power limits of a GPU, which it changes and puts back",
     "counters": "a board's energy counter and power readings: period, read rates, square waves, idle states",
+    "coupling": "a coupled oscillator model with its K and without, and how often its oscillators change",
+    "drawings": "whether coupled oscillators agree on one of several drawings of a noun",
     "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",

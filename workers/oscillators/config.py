@@ -55,3 +55,17 @@ class OscillatorConfig:
 def variant(size: int, whole: bool) -> int:
     """Number of the variant of an icon of `size` (its index) in a half window, or in the whole image."""
     return len(SIZES) * whole + size
+
+
+def layer_shapes(config: OscillatorConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each layer."""
+    width = config.width
+    return {
+        "read_code": (config.hidden, config.code),
+        "drive": (config.cells * 3 * config.channels, config.hidden),
+        "near": (width, 9 * 2 * config.channels),
+        "enlarge": (4 * width, width),
+        "near_again": (width, 9 * width),
+        "mix": (config.mix, width),
+        "share": (PIXELS, config.mix),
+    }

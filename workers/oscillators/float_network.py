@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from millijoule.kernels.oscillator import STENCIL
+from millijoule.kernels.oscillator import STENCIL, dense_local
 from millijoule.workers.oscillators.config import GRID, PIXELS, SIDES, VARIANTS, OscillatorConfig
 
 #: Standard deviation of drives at the start, radians per unit of time: gentle; strong drives at once did not learn.
@@ -90,7 +90,7 @@ class FloatNetwork(nn.Module):
     def forward(self, noun: Tensor, size: Tensor, whole: bool, *, rounded: bool = False) -> Tensor:
         """Logits `[icons, side, side, 64]` of the shares of the pixels of each cell, row by row, of icons of one kind of
         window; `noun` and `size` int64 `[icons]`."""
-        sin, cos = self.waves(*self.drives(noun, size, whole, rounded))
+        sin, cos = self.waves(*self.drives(noun, size, whole, rounded), rounded)
         return self.decode(torch.cat([sin, cos], 2), whole, rounded)
 
     def drives(self, noun: Tensor, size: Tensor, whole: bool, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,30 +102,40 @@ class FloatNetwork(nn.Module):
         a, b, omega = drive.chunk(3, 2)
         return a, b, omega
 
-    def waves(self, a: Tensor, b: Tensor, omega: Tensor) -> tuple[Tensor, Tensor]:
-        """Sine and cosine of the final phases, `[icons, cells, channels]`."""
+    def waves(
+        self, a: Tensor, b: Tensor, omega: Tensor, rounded: bool = False, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sine and cosine of the final phases, `[icons, cells, channels]`; from rest, or from phases `start` in radians."""
         config = self.config
         if config.coupling == "mlp":
             found = self.cell_out(F.silu(self.cell_in(torch.cat([a, b, omega], 2))))
             sin, cos = torch.tanh(found).chunk(2, 2)
             return sin, cos
         dt = config.horizon / config.steps
-        phases = torch.zeros_like(a)
+        coupling = None if config.coupling == "none" else self.dense_coupling(rounded).t()
+        phases = torch.zeros_like(a) if start is None else start
         for _ in range(config.steps):
             sin, cos = torch.sin(phases), torch.cos(phases)
-            if config.coupling == "none":
+            if coupling is None:
                 phases = phases + dt * (omega + cos * a - sin * b)
             else:
-                from_sin, from_cos = self._pulls(sin), self._pulls(cos)
+                pulls = torch.cat([sin, cos]).flatten(1) @ coupling
+                from_sin, from_cos = pulls.float().view(2, *a.shape)
                 phases = phases + dt * (omega + cos * (from_sin + a) - sin * (from_cos + b))
         return torch.sin(phases), torch.cos(phases)
 
-    def _pulls(self, source: Tensor) -> Tensor:
-        n, cells, c = source.shape
-        padded = F.pad(source.view(n, GRID, GRID, c), (0, 0, 1, 1, 1, 1))
-        near = torch.cat([padded[:, 1 + y : 1 + y + GRID, 1 + x : 1 + x + GRID] for y, x in STENCIL], -1)
-        far = (source.flatten(1) @ self.gather) @ self.spread.t()
-        return (near @ self.local.t()).view(n, cells, c).float() + far.view(n, cells, c).float()
+    def dense_coupling(self, rounded: bool = False) -> Tensor:
+        """K as a full matrix `[oscillators, oscillators]`, row = target: in training one product instead of many small ones."""
+        local, gather, spread = (w + 0 for w in (self.local, self.gather, self.spread))
+        if rounded:
+            local, gather, spread = rounded_rows(local), rounded_rows(gather.t()).t(), rounded_rows(spread)
+        return dense_local(local, GRID) + spread @ gather.t()
+
+    @torch.no_grad()
+    def remove_coupling(self) -> None:
+        """Set K to zero; all else stays as it was trained."""
+        for weights in (self.local, self.gather, self.spread):
+            weights.zero_()
 
     def decode(self, waves: Tensor, whole: bool, rounded: bool) -> Tensor:
         """Logits from sine and cosine `[icons, cells, 2 channels]`."""

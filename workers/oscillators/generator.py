@@ -68,7 +68,8 @@ class OscillatorGenerator:
         """Operations of each image by part, int64 `[images]`; see `operations.operations`."""
         tokens, _ = self._read(requests)
         steps = requests[0].num_inference_steps
-        counted = operations(self.drawing.painter, tokens, dense=dense, steps=steps)
+        painter = self.drawing.painter
+        counted = operations(painter.network.config, painter.ink, tokens, dense=dense, steps=steps)
         return {part: values.numpy() for part, values in counted.items()}
 
     def _read(self, requests: Sequence[ImageRequest]) -> tuple[np.ndarray, tuple[tuple[str, ...], ...]]:

@@ -7,7 +7,8 @@ on which others are drawn with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -77,6 +78,25 @@ class IntegerNetwork:
 
     def phases(self, noun: Tensor, variant: Tensor, steps: int | None = None) -> Tensor:
         """Final phases of icons, int32 `[icons, cells, channels]`; `noun` and `variant` int64 `[icons]`."""
+        steps = steps or self.config.steps
+        drives = self._drives(noun, variant, steps)
+        return self._relaxed(torch.zeros_like(drives.a), drives, steps)
+
+    def trajectory(self, noun: Tensor, variant: Tensor) -> Iterator[Tensor]:
+        """Phases at rest, then after each step, as `phases` has the last."""
+        drives = self._drives(noun, variant, self.config.steps)
+        theta = torch.zeros_like(drives.a)
+        yield theta
+        for _ in range(self.config.steps):
+            theta = self._relaxed(theta, drives, 1)
+            yield theta
+
+    def without_coupling(self) -> IntegerNetwork:
+        """The same network with K = 0."""
+        return replace(self, config=replace(self.config, coupling="none"), coupling=None)
+
+    def _drives(self, noun: Tensor, variant: Tensor, steps: int) -> Drive:
+        """Of each of `steps` steps, all `[icons, cells, channels]`."""
         config = self.config
         layer = self.read_code
         total = (
@@ -90,19 +110,20 @@ class IntegerNetwork:
         hidden = hidden.clamp_(0, AMPLITUDE).to(torch.int8)
         kind = variant // (len(self.sizes) // len(SIDES))
         drive = self.drive.outputs(hidden) + self.place[kind]
-        steps = steps or config.steps
         if steps != config.steps:  # more and shorter steps, or fewer and longer ones
             drive = (2 * config.steps * drive + steps).div(2 * steps, rounding_mode="floor")
         a, b, omega = drive.to(torch.int32).view(-1, config.cells, 3, config.channels).unbind(2)
-        theta = torch.zeros_like(a)
+        return Drive(a, b, omega, config.horizon / steps)
+
+    def _relaxed(self, theta: Tensor, drives: Drive, steps: int) -> Tensor:
         if self.coupling is not None:
-            theta, a, b, omega = (x.reshape(len(x), -1) for x in (theta, a, b, omega))
-            drives = Drive(a, b, omega, config.horizon / steps)
-            return relax(theta, self.coupling, drives, steps).view(-1, config.cells, config.channels)
+            flat = Drive(drives.a.flatten(1), drives.b.flatten(1), drives.omega.flatten(1), drives.dt)
+            return relax(theta.flatten(1), self.coupling, flat, steps).view_as(theta)
         for _ in range(steps):
             s, c = (x.to(torch.int32) for x in sin_cos(theta))
-            pull = (c * a).sub_(s * b).add_(1 << (PULL_BITS - 1)).bitwise_right_shift_(PULL_BITS)
-            theta = (theta + omega).add_(pull).bitwise_and_(TURN - 1)
+            pull = (c * drives.a).sub_(s * drives.b)
+            pull = pull.add_(1 << (PULL_BITS - 1)).bitwise_right_shift_(PULL_BITS)
+            theta = (theta + drives.omega).add_(pull).bitwise_and_(TURN - 1)
         return theta
 
     def shares(self, phases: Tensor, whole: bool, icon: Tensor, cell: Tensor) -> Tensor:

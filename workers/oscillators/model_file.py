@@ -17,7 +17,7 @@ from millijoule.workers.generators.model_files import (
     refusing_damage,
     write_model_file,
 )
-from millijoule.workers.oscillators.config import PIXELS, SIDES, VARIANTS, OscillatorConfig
+from millijoule.workers.oscillators.config import SIDES, VARIANTS, OscillatorConfig, layer_shapes
 from millijoule.workers.oscillators.draw import Painter
 from millijoule.workers.oscillators.file_format import FORMAT, FORMAT_VERSION
 from millijoule.workers.oscillators.ink import BITS, InkCells
@@ -78,7 +78,7 @@ def load_model(path: Path) -> tuple[Painter, str]:
             return found
 
         layers = {}
-        for layer, (outputs, inputs) in _shapes(config).items():
+        for layer, (outputs, inputs) in layer_shapes(config).items():
             bias = torch.zeros(outputs, dtype=torch.int32)
             if f"{layer}.bias" in tensors:
                 bias = take(f"{layer}.bias", (outputs,), torch.int32)
@@ -105,20 +105,6 @@ def load_model(path: Path) -> tuple[Painter, str]:
         if tensors:
             raise ValueError(f"tensors of no use: {', '.join(sorted(tensors))}")
     return painter, metadata.get("name", path.stem)
-
-
-def _shapes(config: OscillatorConfig) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of each layer."""
-    width = config.width
-    return {
-        "read_code": (config.hidden, config.code),
-        "drive": (config.cells * 3 * config.channels, config.hidden),
-        "near": (width, 9 * 2 * config.channels),
-        "enlarge": (4 * width, width),
-        "near_again": (width, 9 * width),
-        "mix": (config.mix, width),
-        "share": (PIXELS, config.mix),
-    }
 
 
 def _coupling(take, config: OscillatorConfig) -> Coupling | None:  # type: ignore[no-untyped-def]

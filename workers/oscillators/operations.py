@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from millijoule.kernels.oscillator import STENCIL
 from millijoule.workers.oscillators.canvas import Icons
-from millijoule.workers.oscillators.config import SIDES
-from millijoule.workers.oscillators.draw import Painter
-from millijoule.workers.oscillators.integer_network import Layer
+from millijoule.workers.oscillators.config import SIDES, OscillatorConfig, layer_shapes
+from millijoule.workers.oscillators.ink import InkCells
 from millijoule.workers.scenes.scenes import CELL, IMAGE_SIZE
 
 #: Multiplications, additions, shifts and look-ups per oscillator and step beside the coupling's sums; counted from
@@ -24,34 +24,34 @@ GROUND = 3
 
 
 def operations(
-    painter: Painter, tokens: np.ndarray, *, dense: bool = False, steps: int | None = None
+    config: OscillatorConfig,
+    ink: InkCells,
+    tokens: np.ndarray,
+    *,
+    dense: bool = False,
+    steps: int | None = None,
 ) -> dict[str, Tensor]:
     """Operations of each image by part ("text", "dynamics", "decoder", "canvas"), int64 `[images]`; a multiply-accumulate is two.
 
     A shape that an image shows several times is drawn once. `dense`: as if all cells of its window were drawn.
     """
-    network, config = painter.network, painter.network.config
-    steps = steps or config.steps
     icons = Icons.of(torch.from_numpy(tokens))
     once = torch.unique(torch.stack([icons.image, icons.whole.long(), icons.noun, icons.size], 1), dim=0)
     image, whole, noun, size = once.unbind(1)
-    counts = torch.stack([painter.ink.counts(bool(kind)) for kind in range(len(SIDES))])
+    counts = torch.stack([ink.counts(bool(kind)) for kind in range(len(SIDES))])
     sides = torch.tensor(SIDES)
     cells = sides[whole] ** 2 if dense else counts[whole, noun, size]
-    text = _sums(network.read_code) + _sums(network.drive)
-    coupled = network.coupling is not None
-    per_step = (ELEMENTWISE_COUPLED if coupled else ELEMENTWISE) * config.oscillators
-    if coupled:
-        per_step += 2 * 2 * config.oscillators * (5 * config.channels + 2 * config.rank)
-    common = config.cells * _sums(network.near)
-    enlarged = config.cells * _sums(network.enlarge)
-    per_cell = _sums(network.near_again) + _sums(network.mix) + _sums(network.share)
+    sums = {name: 2 * outputs * inputs for name, (outputs, inputs) in layer_shapes(config).items()}
+    text = sums["read_code"] + sums["drive"]
+    common = config.cells * sums["near"]
+    enlarged = config.cells * sums["enlarge"]
+    per_cell = sums["near_again"] + sums["mix"] + sums["share"]
     drawn = common + whole * enlarged + cells * per_cell
     shown = (sides[icons.whole.long()] * CELL) ** 2 * BLENDING
     result = {}
     for name, of, values in (
         ("text", image, torch.full_like(image, text)),
-        ("dynamics", image, torch.full_like(image, steps * per_step)),
+        ("dynamics", image, torch.full_like(image, dynamics(config, steps or config.steps))),
         ("decoder", image, drawn),
         ("canvas", icons.image, shown),
     ):
@@ -60,5 +60,12 @@ def operations(
     return result
 
 
-def _sums(layer: Layer) -> int:
-    return 2 * layer.weights.numel()
+def dynamics(config: OscillatorConfig, steps: int) -> int:
+    """Of the oscillators of one icon, or of what stands in their place."""
+    c = config.channels
+    if config.coupling == "mlp":
+        return config.cells * 2 * (3 * c * 2 * c + 2 * c * 2 * c)
+    if config.coupling == "none":
+        return steps * ELEMENTWISE * config.oscillators
+    sums = 2 * 2 * config.oscillators * (len(STENCIL) * c + 2 * config.rank)  # of sines and of cosines
+    return steps * (sums + ELEMENTWISE_COUPLED * config.oscillators)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -44,20 +45,45 @@ _MARGIN = 4  # empty pixels around the atlas' tiles, so that what lies outside a
 _TILE = IMAGE_SIZE + 2 * _MARGIN  # pixels, both sides
 
 
+@dataclass(frozen=True)
+class IconFont:
+    """A font of icons: where it is, and the code points of its glyphs by name."""
+
+    path: Path
+    code_points: Mapping[str, int]
+
+    def cover(self, glyph: str, pixels: int, tile: int) -> np.ndarray:
+        """Coverage of a glyph whose longer side is `pixels`, centred, uint8 `[tile, tile]`."""
+        from PIL import Image, ImageDraw, ImageFont
+
+        text, file, wanted = chr(self.code_points[glyph]), str(self.path), pixels * _SUPERSAMPLING
+        left, top, right, bottom = ImageFont.truetype(file, wanted).getbbox(text)
+        larger = wanted * wanted / max(right - left, bottom - top)
+        font = ImageFont.truetype(file, round(larger))
+        left, top, right, bottom = font.getbbox(text)
+        middle = tile * _SUPERSAMPLING / 2
+        canvas = Image.new("L", (tile * _SUPERSAMPLING,) * 2, 0)
+        at = (round(middle - (left + right) / 2), round(middle - (top + bottom) / 2))
+        ImageDraw.Draw(canvas).text(at, text, fill=255, font=font)
+        return np.asarray(canvas.reduce(_SUPERSAMPLING))
+
+
 @cache
-def find_icon_font() -> tuple[Path, dict[str, int]]:
-    """Path of the Material Design Icons font and its map from glyph name to code point.
+def find_icon_font(name: str = "materialdesignicons6-webfont") -> IconFont:
+    """A font of the package that carries icon fonts, by the beginning of its files' names; by default Material Design Icons.
 
     Raises:
-        InputError: the package that carries the font is not installed.
+        InputError: that package is not installed.
     """
     spec = importlib.util.find_spec("qtawesome")  # importing it would need Qt
     folder = Path(spec.origin).with_name("fonts") if spec and spec.origin else Path("qtawesome")
-    fonts, maps = (sorted(folder.glob(f"materialdesignicons6-webfont-*6*.{x}")) for x in ("ttf", "json"))
+    fonts, maps = (sorted(folder.glob(f"{name}-*.{x}")) for x in ("ttf", "json"))
     if not fonts or not maps:
-        raise InputError("the icon font was not found: install it with `pip install 'millijoule[train]'`")
+        raise InputError(
+            f"the icon font {name} was not found: install it with `pip install 'millijoule[train]'`"
+        )
     charmap = json.loads(maps[-1].read_text())
-    return fonts[-1], {name: int(code, 16) for name, code in charmap.items()}
+    return IconFont(fonts[-1], {glyph: int(code, 16) for glyph, code in charmap.items()})
 
 
 @cache
@@ -66,24 +92,11 @@ def icon_mask(noun: int) -> np.ndarray:
 
     Made when first asked for, and kept.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
-    path, code_points = find_icon_font()
-    font_file = str(path)
-    glyph = chr(code_points[ENTRIES[noun].glyph])
+    font = find_icon_font()
     masks = np.zeros((2, len(SIZES), _TILE, _TILE), np.uint8)
     for side, all_pixels in ICON_PIXELS.items():
         for s, pixels in enumerate(all_pixels):
-            wanted = pixels * _SUPERSAMPLING
-            left, top, right, bottom = ImageFont.truetype(font_file, wanted).getbbox(glyph)
-            larger = wanted * wanted / max(right - left, bottom - top)
-            font = ImageFont.truetype(font_file, round(larger))
-            left, top, right, bottom = font.getbbox(glyph)
-            middle = _TILE * _SUPERSAMPLING / 2
-            canvas = Image.new("L", (_TILE * _SUPERSAMPLING,) * 2, 0)
-            at = (round(middle - (left + right) / 2), round(middle - (top + bottom) / 2))
-            ImageDraw.Draw(canvas).text(at, glyph, fill=255, font=font)
-            masks[side // 8, s] = np.asarray(canvas.reduce(_SUPERSAMPLING))
+            masks[side // 8, s] = font.cover(ENTRIES[noun].glyph, pixels, _TILE)
     masks.flags.writeable = False
     return masks
 

@@ -46,7 +46,7 @@ def test_seeds_vary_images(painter, tokens):
 
 
 def test_operations_are_those_of_the_layers_for_the_cells_drawn(painter, tokens):
-    found = operations(painter, tokens)
+    found = operations(painter.network.config, painter.ink, tokens)
     config, network = painter.network.config, painter.network
     for row, tokens_of_image in enumerate(tokens[:12]):
         icons = tokens_of_image[:-1].reshape(-1, 4)
@@ -64,7 +64,9 @@ def test_operations_are_those_of_the_layers_for_the_cells_drawn(painter, tokens)
         pixels = sum((SIDES[window == 1] * 8) ** 2 for *_, window in icons.tolist())
         assert found["canvas"][row] == BLENDING * pixels + GROUND * 64 * 64
     assert (found["dynamics"] > 0).all()
-    dense = operations(painter, tokens, dense=True)
+    dense = operations(painter.network.config, painter.ink, tokens, dense=True)
     assert (dense["decoder"] > found["decoder"]).any()
     assert network.config.steps == 10
-    assert torch.equal(operations(painter, tokens, steps=20)["dynamics"], 2 * found["dynamics"])
+    assert torch.equal(
+        operations(painter.network.config, painter.ink, tokens, steps=20)["dynamics"], 2 * found["dynamics"]
+    )

@@ -1,0 +1,62 @@
+"""Several training runs of one thing: records of those that are complete, and intervals over them."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from millijoule.pipeline.comparison.statistics import student_quantile
+from millijoule.workers.errors import InputError
+
+if TYPE_CHECKING:
+    from millijoule.workers.training.loop import Trainer
+
+#: What `recorded` keeps of a run, in its folder.
+RECORD = "run.json"
+
+
+def recorded(record: Path, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `run` returned when it ran with the same settings, from the file `record`; where there is none, run it now.
+
+    Raises:
+        InputError: the record is of a run with other settings.
+    """
+    settings = json.loads(json.dumps(settings))
+    if record.exists():
+        kept = json.loads(record.read_text())
+        if kept["settings"] != settings:
+            raise InputError(f"{record}: of a run with other settings; give the same, or another --output")
+        return kept["found"]
+    found = run()
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"settings": settings, "found": found}, indent=1) + "\n")
+    return found
+
+
+def train_to_the_end(trainer: Trainer, folder: Path) -> None:
+    """Train a run, or go on with it.
+
+    Raises:
+        KeyboardInterrupt: it was asked to stop (SIGTERM) before its last step; its checkpoint is written, and that is said.
+    """
+    from millijoule.workers.training.loop import run_training
+
+    run_training(trainer, folder, resume=True)
+    if trainer.step < trainer.config.steps:
+        done = f"{trainer.step} of {trainer.config.steps} steps"
+        print(f"{folder}: stopped after {done}; the same command goes on", file=sys.stderr)
+        raise KeyboardInterrupt
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """Mean, and the 95 % interval of it over runs, by Student's t; the mean alone of one run."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return [round(mean, 5)]
+    half = student_quantile(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return [round(x, 5) for x in (mean, mean - half, mean + half)]
