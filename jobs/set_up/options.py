@@ -43,7 +43,7 @@ class GenerateOptions:
     """Output folder, or s3://bucket/prefix. All nodes must see it."""
 
     model: Annotated[str, tyro.conf.arg(metavar="NAME|PATH|ID|URL")] = "default"
-    """`default` or `baseline` (models in the package), a .safetensors file (one of ours, or a checkpoint with --config), a
+    """`default`, `coupled` or `baseline` (models in the package), a .safetensors file (one of ours, or a checkpoint with --config), a
     diffusers directory, a hub id (owner/name), s3://bucket/prefix, or python:MODULE:FACTORY for your own generator.
     `millijoule models MODEL` says what one is and needs."""
 

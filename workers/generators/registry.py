@@ -18,9 +18,11 @@ from millijoule.workers.pipeline_parts.model_files import read_model
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
 
-#: Models that come with the package: the oscillator generator, and the conventional diffusion model to compare it with.
+#: Models that come with the package: the oscillator generator, the same with coupled oscillators, and the conventional diffusion
+#: model to compare them with.
 PACKAGED = {
     "default": _WEIGHTS / "default.safetensors",
+    "coupled": _WEIGHTS / "coupled.safetensors",
     "baseline": _WEIGHTS / "baseline",
 }
 
@@ -75,7 +77,7 @@ def load_generator(
     """Load `model`.
 
     Args:
-        model: "default" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file (one of
+        model: "default", "coupled" or "baseline" for weights in the package (`PACKAGED`), the path of a `.safetensors` file (one of
             ours, or a checkpoint of a diffusion model with `options.config`) or of a diffusers directory, or
             "python:MODULE:FACTORY", a function of yours that takes the device and returns a `Generator`. What else
             `--model` takes becomes one of these first (`sources.obtain`).

@@ -1,4 +1,4 @@
-"""The packaged model: its size, what it draws, what that takes, and the same pixels wherever this runs."""
+"""The packaged models, uncoupled and coupled: their size, what it draws, what that takes, and the same pixels wherever this runs."""
 
 import hashlib
 import json
@@ -12,21 +12,34 @@ from millijoule.kernels import int8_product
 from millijoule.workers.generators.registry import PACKAGED, load_generator
 from millijoule.workers.judging.quality import judge
 from millijoule.workers.judging.verifier import WEIGHTS_OF_ALL, Verifier
+from millijoule.workers.oscillators.draw import Painter
+from millijoule.workers.oscillators.generator import OscillatorGenerator
+from millijoule.workers.oscillators.model_file import load_model
 from millijoule.workers.scenes.prompts import write_prompt
 from millijoule.workers.scenes.scenes import FAMILIES, sample_scene
 from millijoule.workers.scenes.vocabulary import NOUNS
 from millijoule.workers.schemas import ImageRequest
 
-FILE = PACKAGED["default"]
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "quality"
 
 #: SHA-256 of the pixels of the first 30 of `asked`, in turn.
-PIXELS = "0d7d0a1d7b8eae8959ceccbd349c6a0b2305b4397bf5885b740f3f79888faba7"
+PIXELS = {
+    "default": "0d7d0a1d7b8eae8959ceccbd349c6a0b2305b4397bf5885b740f3f79888faba7",
+    "coupled": "",
+}
+
+#: Bytes of all but codes and ink.
+SHARED_BYTES = {"default": 512 * 1024, "coupled": 550 * 1024}
+
+
+@pytest.fixture(scope="module", params=["default", "coupled"])
+def model(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def generator():
-    return load_generator("default")
+def generator(model):
+    return load_generator(model)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +52,13 @@ def asked():
     return scenes, families, requests
 
 
-def test_the_file_is_small():
-    tensors = load_file(FILE)
+def test_the_file_is_small(model):
+    file = PACKAGED[model]
+    tensors = load_file(file)
     of_nouns = sum(tensors[name].nbytes for name in ("codes", "ink"))
     assert of_nouns / len(NOUNS) <= 128
-    assert FILE.stat().st_size - of_nouns <= 512 * 1024
-    assert FILE.stat().st_size <= 750_000
+    assert file.stat().st_size - of_nouns <= SHARED_BYTES[model]
+    assert file.stat().st_size <= 750_000
     assert not [
         t.shape for name, t in tensors.items() if len(NOUNS) in t.shape and name not in ("codes", "ink")
     ]
@@ -59,17 +73,29 @@ def test_all_nouns_are_drawn_so_that_the_verifier_reads_them(generator, asked):
     assert sum(right) >= 0.97 * len(right)
 
 
-def test_pixels_are_the_same_wherever_this_runs(generator, asked):
+def test_pixels_are_the_same_wherever_this_runs(model, generator, asked):
     requests = asked[2][:30]
     for form in int8_product.FORMS:
         with int8_product.only(form):
             images = generator.generate(requests).images
-        assert hashlib.sha256(images.tobytes()).hexdigest() == PIXELS, form
+        assert hashlib.sha256(images.tobytes()).hexdigest() == PIXELS[model], form
 
 
-def test_the_result_file_is_of_this_file_and_counts_what_is_drawn(generator, asked):
-    result = json.loads((RESULTS / "default.json").read_text())["model"]
-    assert result["sha256"] == hashlib.sha256(FILE.read_bytes()).hexdigest()
+def test_the_result_file_is_of_this_file_and_counts_what_is_drawn(model, generator, asked):
+    result = json.loads((RESULTS / f"{model}.json").read_text())["model"]
+    assert result["sha256"] == hashlib.sha256(PACKAGED[model].read_bytes()).hexdigest()
     counted = sum(values.mean() for values in generator.operations_of(asked[2]).values())
     assert counted <= 20e6
     assert counted == pytest.approx(sum(result["operations_per_image"].values()), rel=0.1)
+
+
+def test_the_coupling_carries_the_coupled_model_s_images(asked):
+    scenes, families, requests = asked
+    painter, _ = load_model(PACKAGED["coupled"])
+    without = Painter.of(painter.network.without_coupling())
+    generator = OscillatorGenerator(without, "without", sha256="")
+    readings = Verifier.load(WEIGHTS_OF_ALL).read(generator.generate(requests).images)
+    right = [judge(*one).correct for one in zip(scenes, families, readings, strict=True)]
+    assert sum(right) < 0.3 * len(right)
+    found = json.loads((RESULTS / "coupling.json").read_text())
+    assert found["model"]["sha256"] == hashlib.sha256(PACKAGED["coupled"].read_bytes()).hexdigest()
