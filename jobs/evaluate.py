@@ -139,6 +139,12 @@ def run(options: EvaluateOptions) -> int:
             f"suite {suite} has {VOCABULARIES[suite]} nouns, the verifier knows the first {verifier.nouns}: give "
             "--verifier one that was trained on all of them, or another --suite"
         )
+    if model is not None and VOCABULARIES[suite] > model.nouns:
+        print(
+            f"warning: suite {suite} has {VOCABULARIES[suite]} nouns, {options.model} knows the first {model.nouns}: prompts with others count "
+            "against it",
+            file=sys.stderr,
+        )
     independent = ImageNetFeatures.load() if options.features else None
     items = list_items(options, VOCABULARIES[suite])
     scenes = [item.scene for item in items]
@@ -158,6 +164,7 @@ def run(options: EvaluateOptions) -> int:
             if k not in ("model", "output", "model_options", "suite", "verifier")
         },
         "suite": {"name": suite, "nouns": VOCABULARIES[suite]},
+        "nouns_known": model.nouns if model else None,
         "verifier_sha256": file_sha256(weights),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "environment": describe_machine(),

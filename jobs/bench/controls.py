@@ -64,9 +64,19 @@ class BenchOptions(ResultOptions):
 def run(options: BenchOptions) -> int:
     import torch
 
-    if not options.forms or min(options.runs, options.steps, options.threads, options.prompts_per_family) < 1:
+    if len(set(options.forms)) != len(options.forms):
+        raise InputError("--forms: each once")
+    counts = (
+        options.runs,
+        options.steps,
+        options.half,
+        options.whole,
+        options.threads,
+        options.prompts_per_family,
+    )
+    if not options.forms or min(counts) < 1:
         raise InputError(
-            "--forms: one at least; --runs, --steps, --threads, --prompts-per-family: at least 1"
+            "--forms: one at least; --runs, --steps, --half, --whole, --threads, --prompts-per-family: at least 1"
         )
     if not DEFAULT_NOUNS <= options.nouns <= len(NOUNS):  # fewer leave no prompts that are held out
         raise InputError(f"--nouns {options.nouns}: {DEFAULT_NOUNS} to {len(NOUNS)}")

@@ -17,7 +17,7 @@ from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_
 from millijoule.jobs.measuring.runs import RECORD, interval, recorded, train_to_the_end
 from millijoule.workers.errors import InputError
 
-Form = Literal["coupled", "uncoupled", "uncoupled-shared-noise", "frozen", "uncoupled-near", "coupled-near"]
+Form = Literal["coupled", "uncoupled", "uncoupled-shared-noise", "frozen", "uncoupled-near"]
 
 #: form -> coupling, noise, decoder
 FORMS: dict[Form, tuple[str, str, str]] = {
@@ -58,6 +58,8 @@ class BenchOptions(ResultOptions):
 def run(options: BenchOptions) -> int:
     import torch
 
+    if len(set(options.forms)) != len(options.forms):
+        raise InputError("--forms: each once")
     if not options.forms or min(options.runs, options.steps, options.samples, options.threads) < 1:
         raise InputError("--forms: one at least; --runs, --steps, --samples, --threads: at least 1")
     torch.set_num_threads(options.threads)

@@ -28,13 +28,18 @@ def recorded(record: Path, settings: dict[str, Any], run: Callable[[], dict[str,
     """
     settings = json.loads(json.dumps(settings))
     if record.exists():
-        kept = json.loads(record.read_text())
+        try:
+            kept = json.loads(record.read_text())
+        except ValueError as error:
+            raise InputError(f"{record}: damaged ({error}); delete it, and the run is done again") from error
         if kept["settings"] != settings:
             raise InputError(f"{record}: of a run with other settings; give the same, or another --output")
         return kept["found"]
     found = run()
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({"settings": settings, "found": found}, indent=1) + "\n")
+    unfinished = record.with_suffix(".part")
+    unfinished.write_text(json.dumps({"settings": settings, "found": found}, indent=1) + "\n")
+    unfinished.replace(record)
     return found
 
 

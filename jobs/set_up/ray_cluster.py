@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from millijoule.pipeline.running.cluster import how_many, living_nodes
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, NodeError
 
 #: Image bytes never cross Ray's object store: it holds leases and commits, a few KB each.
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
@@ -56,7 +56,14 @@ def connected(address: str | None) -> Iterator[Cluster]:
     if where is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
-        ray.init("local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
+        try:
+            ray.init("local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise NodeError(
+                f"Ray did not start on this machine ({reason}). If it is busy, run the command again with more time for Ray: "
+                "RAY_raylet_start_wait_time_s=240 RAY_agent_register_timeout_ms=240000 in the environment"
+            ) from error
     else:
         _check_reachable(where)
         try:

@@ -25,10 +25,9 @@ def check_requests(requests: Sequence[ImageRequest], info: GeneratorInfo, min_st
         width, height = r.width or info.width, r.height or info.height
         if (width, height) != (info.width, info.height):
             raise RowError(f"{width}x{height}: this model makes {info.width}x{info.height} pixels")
-        if not min_steps <= (r.num_inference_steps or info.num_inference_steps) <= info.max_steps:
-            raise RowError(
-                f"num_inference_steps {r.num_inference_steps}: this model takes {min_steps} to {info.max_steps}"
-            )
+        steps = info.num_inference_steps if r.num_inference_steps is None else r.num_inference_steps
+        if not min_steps <= steps <= info.max_steps:
+            raise RowError(f"num_inference_steps {steps}: this model takes {min_steps} to {info.max_steps}")
 
 
 def unused_settings(request: ImageRequest, used: Collection[str] = ()) -> tuple[str, ...]:

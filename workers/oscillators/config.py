@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from millijoule.workers.scenes.scenes import CELL, SIZES
+from millijoule.workers.scenes.scenes import CELL, MIN_NOUNS, SIZES
+from millijoule.workers.scenes.vocabulary import NOUNS
 
 #: Oscillators stand on a square of so many cells for every icon, however large it is drawn.
 GRID = 4
@@ -22,6 +23,9 @@ PIXELS = CELL * CELL
 
 Size = Annotated[int, Meta(ge=1, le=4096)]
 
+#: Step counts that keep the integer step in range and the model in the regime it was trained for.
+MIN_STEPS, MAX_STEPS = 4, 100
+
 
 @dataclass(frozen=True)
 class OscillatorConfig:
@@ -31,7 +35,7 @@ class OscillatorConfig:
     a network of two layers per cell in their place.
     """
 
-    nouns: Size = 80  # the first of the vocabulary
+    nouns: Annotated[int, Meta(ge=MIN_NOUNS, le=len(NOUNS))] = 80  # the first of the vocabulary
     coupling: Literal["none", "trained", "frozen", "mlp"] = "none"
     code: Size = 96  # numbers that a noun is
     hidden: Size = 128
@@ -39,7 +43,7 @@ class OscillatorConfig:
     rank: Size = 32  # of the coupling of all with all
     width: Size = 112  # channels of the decoder's convolutions
     mix: Size = 256  # channels of the last layer but one
-    steps: Size = 10
+    steps: Annotated[int, Meta(ge=MIN_STEPS, le=MAX_STEPS)] = 10
     horizon: Annotated[float, Meta(gt=0, lt=100)] = 1.0
 
     @property

@@ -27,7 +27,8 @@ START_DRIVE = 0.5
 class RoundedActivation(nn.Module):
     """ReLU up to `most`, in steps of a 127th of it, as the integer network has it; the gradient passes through rounding.
 
-    `most` is a buffer that follows the largest value seen in training, slowly downwards.
+    `most` is a buffer that follows the largest value seen in training, slowly downwards; also before anything is rounded, so that
+    a network can be quantised whenever its training ends.
     """
 
     most: Tensor
@@ -36,10 +37,12 @@ class RoundedActivation(nn.Module):
         super().__init__()
         self.register_buffer("most", torch.ones(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rounded: bool) -> Tensor:
         if self.training:
             with torch.no_grad():
                 self.most.copy_(torch.maximum(x.detach().amax().float(), 0.999 * self.most).clamp_min(1e-3))
+        if not rounded:
+            return F.relu(x)
         most = self.most.clone().to(x.dtype)  # the next call changes it before the gradient is taken
         step = most / 127
         y = x.clamp(torch.zeros_like(most), most)
@@ -158,4 +161,4 @@ class FloatNetwork(nn.Module):
         return rounded_rows(layer.weight) if rounded else layer.weight
 
     def _activate(self, name: str, x: Tensor, rounded: bool) -> Tensor:
-        return self.rounding[name](x) if rounded else F.relu(x)
+        return self.rounding[name](x, rounded)

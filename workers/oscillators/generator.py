@@ -12,6 +12,7 @@ from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.fixed_size import check_requests, unused_settings
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
+from millijoule.workers.oscillators.config import MAX_STEPS, MIN_STEPS
 from millijoule.workers.oscillators.draw import Drawing, Painter
 from millijoule.workers.oscillators.model_file import load_model
 from millijoule.workers.oscillators.operations import operations
@@ -21,9 +22,6 @@ from millijoule.workers.schemas import ImageRequest
 
 #: Images per call: enough for the products, few enough to isolate a bad prompt.
 BATCH_SIZE, GPU_BATCH_SIZE = 64, 1024
-
-#: Step counts that keep the integer step in range and the model in the regime it was trained for.
-MIN_STEPS, MAX_STEPS = 4, 100
 
 
 class OscillatorGenerator:

@@ -24,6 +24,9 @@ from millijoule.workers.oscillators.ink import BITS, InkCells
 from millijoule.workers.oscillators.integer_network import IntegerNetwork, Layer
 from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS
 
+#: Of a coupling's weights, in radians per unit of time for one of their units: with it all sums stay far inside int64.
+MAX_SCALE = 100.0
+
 LAYERS = ("read_code", "drive", "near", "enlarge", "near_again", "mix", "share")
 
 
@@ -41,6 +44,8 @@ def save_model(painter: Painter, path: Path, name: str, extra: dict[str, str] | 
     for layer in LAYERS:
         of: Layer = getattr(network, layer)
         tensors[f"{layer}.weights"] = of.weights
+        if int(of.multiplier.abs().max()) >= 2**31:
+            raise ValueError(f"{layer}: a multiplier does not fit int32")
         tensors[f"{layer}.multiplier"] = of.multiplier.to(torch.int32)
         if of.bias.any():
             tensors[f"{layer}.bias"] = of.bias
@@ -72,6 +77,8 @@ def load_model(path: Path) -> tuple[Painter, str]:
         tensors = load_file(path)
 
         def take(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            if key not in tensors:
+                raise ValueError(f"{key} is missing")
             found = tensors.pop(key)
             if tuple(found.shape) != shape or found.dtype != dtype:
                 raise ValueError(f"{key} is {found.dtype} {list(found.shape)}, not {dtype} {list(shape)}")
@@ -116,6 +123,6 @@ def _coupling(take, config: OscillatorConfig) -> Coupling | None:  # type: ignor
     found = {field: take(f"coupling.{field}", shape, torch.int8) for field, shape in shapes.items()}
     for field, shape in scales.items():
         found[field] = take(f"coupling.{field}", shape, torch.float64)
-        if not bool(torch.isfinite(found[field]).all()):
-            raise ValueError(f"coupling.{field} has values that are not finite")
+        if not bool(((found[field] > 0) & (found[field] <= MAX_SCALE)).all()):
+            raise ValueError(f"coupling.{field} has values that are not above 0 and at most {MAX_SCALE}")
     return Coupling(**found)

@@ -88,4 +88,6 @@ def _layer(weights: Tensor, bias: Tensor | None, unit_in: float, unit_out: float
     rows, scale = quantize_rows(weights)
     bias = torch.zeros(len(rows)) if bias is None else bias
     multiplier = torch.round(scale / unit_in * unit_out * 2**MULTIPLIER_BITS).to(torch.int64)
-    return Layer(rows, torch.round(bias.double() / scale * unit_in).to(torch.int32), multiplier)
+    limit = 2**30  # reached only by rows whose weights are all but zero
+    bias = torch.round(bias.double() / scale * unit_in).clamp(-limit, limit)
+    return Layer(rows, bias.to(torch.int32), multiplier)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +56,9 @@ _FILLER = frozenset(
 )
 
 
+#: Fillers after which another icon begins.
+_BETWEEN_ICONS = ("and", "with", "beside", "next", "near", "against")
+
 #: What captions call the windows, in the order of `WINDOWS`.
 PLACES = (
     "centre", "northwest", "north", "northeast", "west", "east", "southwest", "south", "southeast",
@@ -80,42 +85,65 @@ def parse_prompt(prompt: str, nouns: int = DEFAULT_NOUNS) -> tuple[Scene, tuple[
         The scene, with open parts where the prompt says nothing, and warnings in the user's words: substitutes, unknown
         words, icons beyond what a scene holds, no icon at all.
     """
-    words = _join_names(re.findall(r"[^\W_]+", prompt.lower()), nouns)
+    words = _join_names(_words(prompt), nouns)
     named = [NOUNS[n] if (n := WORD_NUMBER.get(word, nouns)) < nouns else None for word in words]
     warnings: list[str] = []
     _substitute(words, named, nouns, warnings)
     groups: list[Group] = []
-    colour = size = relation = background = None
-    count = 1
+    relation = background = None
+    said: dict[
+        str, tuple[Any, str]
+    ] = {}  # of the next icon: colour, size, count; what was said, in which word
+
+    def say(what: str, value: Any, word: str) -> None:
+        if what in said:
+            warnings.append(f"'{said[what][1]}' gives way to '{word}'")
+        said[what] = value, word
+
+    def drop() -> None:
+        """What was said of an icon that never came is not said of the next one."""
+        if said:
+            warnings.append(f"'{' '.join(word for _, word in said.values())}' belongs to no icon")
+            said.clear()
+
     i = 0
     while i < len(words):
         word, following, noun = words[i], words[i + 1] if i + 1 < len(words) else "", named[i]
         i += 1
         if noun is not None:
-            groups.append(Group(noun, colour, size, count))
-            colour, size, count = None, None, 1
+            colour, size, count = (said.get(what, (None,))[0] for what in ("colour", "size", "count"))
+            groups.append(Group(noun, colour, size, 1 if count is None else count))
+            said.clear()
         elif word in _COLOUR_WORDS and following in _BACKGROUND_WORDS:
+            if background is not None:
+                warnings.append(f"only the last background is drawn, not '{background}'")
             background = _COLOUR_WORDS[word] if _COLOUR_WORDS[word] in BACKGROUNDS else None
             if background is None:
                 warnings.append(f"unknown background: '{word}'")
             i += 1
         elif word in _COLOUR_WORDS and _COLOUR_WORDS[word] in COLOURS:
-            colour = _COLOUR_WORDS[word]
+            say("colour", _COLOUR_WORDS[word], word)
         elif word in _COLOUR_WORDS:
             warnings.append(f"'{word}' can only be a background")
         elif word in _SIZE_WORDS:
-            size = _SIZE_WORDS[word]
+            say("size", _SIZE_WORDS[word], word)
         elif word in ("pair", "pairs") and _next_name(words[i:]) in _PAIR_WORDS:
             continue  # a pair of scissors is one icon
         elif word in _COUNT_WORDS:
-            count = _COUNT_WORDS[word]
+            say("count", _COUNT_WORDS[word], word)
         elif word in _RELATION_WORDS:
+            drop()
+            if relation not in (None, _RELATION_WORDS[word]) and len(groups) == 1:
+                warnings.append(f"'{relation}' gives way to '{word}'")
             if len(groups) == 1:
                 relation = _RELATION_WORDS[word]
             elif not groups:
                 warnings.append(f"'{word}' has nothing before it")
+        elif word in _BETWEEN_ICONS:
+            drop()
         elif word not in _FILLER and word not in _BACKGROUND_WORDS:
             warnings.append(f"unknown word: '{word}'")
+    drop()
     for group in groups[MAX_GROUPS:]:
         warnings.append(f"a scene has two kinds of icons at most: '{group.noun}' is left out")
     groups = groups[:MAX_GROUPS]
@@ -132,6 +160,13 @@ def parse_prompt(prompt: str, nouns: int = DEFAULT_NOUNS) -> tuple[Scene, tuple[
         warnings.append("no icon named: only the background is drawn")
     scene = Scene(tuple(groups), relation if len(groups) == 2 else None, background)
     return scene, tuple(dict.fromkeys(warnings))
+
+
+def _words(prompt: str) -> list[str]:
+    """Words of a prompt in lower case, composed forms and plain letters (Unicode NFKC); pictures like emoji are words, too."""
+    text = unicodedata.normalize("NFKC", prompt).lower()
+    found = re.findall(r"[^\W_]+|[^\w\s]", text)
+    return [word for word in found if word[0].isalnum() or unicodedata.category(word[0]) == "So"]
 
 
 def _join_names(words: list[str], nouns: int) -> list[str]:

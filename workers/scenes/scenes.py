@@ -208,6 +208,10 @@ def is_held_out(scene: Scene) -> bool:
     )
 
 
+#: With fewer of the first nouns no pair of them is held out.
+MIN_NOUNS = 6
+
+
 def sample_scene(
     family: str, rng: np.random.Generator, *, held_out: bool = False, nouns: int = DEFAULT_NOUNS
 ) -> Scene:
@@ -215,7 +219,12 @@ def sample_scene(
 
     With `held_out`, its nouns and colours are combinations that training never shows, where the family names any
     combination at all; otherwise, combinations that it does show.
+
+    Raises:
+        ValueError: fewer nouns than `MIN_NOUNS`.
     """
+    if nouns < MIN_NOUNS:
+        raise ValueError(f"{nouns} nouns: at least {MIN_NOUNS}")
     while True:
         first, second = (NOUNS[i] for i in rng.choice(nouns, 2, replace=False))
         colour, other = (COLOURS[i] for i in rng.choice(len(COLOURS), 2, replace=False))

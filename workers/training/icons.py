@@ -11,9 +11,10 @@ import json
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,6 +50,9 @@ from millijoule.workers.training.step_data import StepData
 FLOAT_FORMAT = "millijoule-oscillator-training"
 
 
+AtLeastOne = Annotated[int, Meta(ge=1)]
+
+
 @dataclass(frozen=True)
 class IconTrainingConfig:
     """One training run; with the same config, the same steps follow, on a CPU bit for bit on one machine and thread count.
@@ -56,9 +60,9 @@ class IconTrainingConfig:
     `steps` also sets the learning-rate schedule: warm-up, then cosine to zero.
     """
 
-    steps: int = 12_000
-    half: int = 192  # icons in half windows per step
-    whole: int = 64  # icons in the whole image per step
+    steps: AtLeastOne = 12_000
+    half: AtLeastOne = 96  # icons in half windows per step
+    whole: AtLeastOne = 32  # icons in the whole image per step
     learning_rate: float = 1.5e-3  # of codes, places, biases
     matrix_rate: float = 1e-2  # of weights that are matrices
     matrix_decay: float = 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import signal
 import threading
 import time
@@ -109,9 +110,13 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     """Continue from the checkpoint in `folder`; it is read without unpickling code.
 
     Raises:
-        InputError: it was made with another config.
+        InputError: it was made with another config, or is damaged.
     """
-    state = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is cut off"
+        raise InputError(f"{folder / CHECKPOINT}: damaged ({reason}); delete it to begin anew") from error
     before, now = json.loads(state["config"]), json.loads(json.dumps(asdict(trainer.config)))
     for field in fields(trainer.config):  # settings that the program which wrote it had not yet
         if field.default is not MISSING:

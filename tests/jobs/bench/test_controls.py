@@ -61,3 +61,8 @@ def test_runs_are_judged_kept_and_summed_up(tmp_path, capsys):
 def test_no_runs_are_refused():
     with pytest.raises(InputError, match="at least 1"):
         controls.run(controls.BenchOptions(runs=0))
+
+
+def test_a_form_twice_is_refused():
+    with pytest.raises(InputError, match="each once"):
+        controls.run(controls.BenchOptions(forms=("none", "none")))

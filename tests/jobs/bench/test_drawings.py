@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from millijoule.jobs.bench import drawings, main
+from millijoule.workers.errors import InputError
 
 
 def test_forms_differ_in_coupling_noise_and_decoder_alone():
@@ -35,3 +36,8 @@ def test_runs_are_scored_and_shown(tmp_path):
     with Image.open(tmp_path / "runs" / "coupled-0" / "sheet.png") as sheet:
         assert sheet.size == ((4 + 12) * 32, 13 * 32)
         assert sheet.convert("L").crop((0, 0, 128, 32)).getextrema() == (0, 255)
+
+
+def test_a_form_twice_is_refused():
+    with pytest.raises(InputError, match="each once"):
+        drawings.run(drawings.BenchOptions(forms=("coupled", "coupled")))

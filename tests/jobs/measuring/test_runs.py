@@ -26,6 +26,14 @@ def test_a_run_is_done_once(tmp_path):
     assert json.loads(record.read_text())["found"] == {"score": 0.5}
 
 
+def test_a_damaged_record_is_named(tmp_path):
+    record = tmp_path / "run.json"
+    recorded(record, {"steps": 3}, lambda: {"score": 0.5})
+    record.write_text(record.read_text()[:20])
+    with pytest.raises(InputError, match=r"run\.json: damaged"):
+        recorded(record, {"steps": 3}, lambda: {"score": 0.5})
+
+
 def test_intervals_are_those_of_the_table():
     # Student's t for 2 degrees of freedom at 97.5 %: 4.3027
     mean, low, high = interval([1.0, 2.0, 3.0])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.tiny_oscillators import painter_of, tiny_oscillators
 
 from millijoule.workers.errors import InputError, RowError
 from millijoule.workers.generators.registry import load_generator
@@ -52,7 +53,7 @@ def changed(file, **tensors):
     ("tensors", "words"),
     [
         ({"codes": torch.zeros(3, 4, dtype=torch.int8)}, "codes is"),
-        ({"near.weights": None}, "near.weights"),
+        ({"near.weights": None}, "near.weights is missing"),
         ({"ink": torch.zeros(7, 30, dtype=torch.int16)}, "ink is"),
         ({"more": torch.zeros(2)}, "of no use: more"),
     ],
@@ -64,7 +65,16 @@ def test_a_damaged_file_is_refused_by_name(file, tensors, words):
 
 
 @pytest.mark.parametrize(
-    "entry", [{"nouns": 0}, {"coupling": "mlp"}, {"coupling": "sometimes"}, {"extra": 1}]
+    "entry",
+    [
+        {"nouns": 0},
+        {"nouns": 5000},
+        {"steps": 3},
+        {"steps": 101},
+        {"coupling": "mlp"},
+        {"coupling": "sometimes"},
+        {"extra": 1},
+    ],
 )
 def test_settings_that_cannot_be_are_refused(file, entry):
     with safe_open(file, "pt") as opened:
@@ -73,3 +83,14 @@ def test_settings_that_cannot_be_are_refused(file, entry):
     save_file(load_file(file), file, metadata)
     with pytest.raises(InputError, match="damaged model file"):
         load_model(file)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-3, 1e300, float("nan"), float("inf")])
+def test_a_coupling_whose_scales_would_not_be_the_same_everywhere_is_refused(tmp_path, value):
+    path = tmp_path / "coupled.safetensors"
+    save_model(painter_of(tiny_oscillators("trained")), path, "tiny")
+    scale = load_file(path)["coupling.spread_scale"]
+    scale[3] = value
+    changed(path, **{"coupling.spread_scale": scale})
+    with pytest.raises(InputError, match=r"coupling\.spread_scale has values that are not above 0"):
+        load_model(path)

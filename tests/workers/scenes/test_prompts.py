@@ -192,6 +192,33 @@ def test_prompts_of_the_first_80_nouns_are_written_and_read_as_ever():
     assert found == ["9ab96f867d864a4e", "af8ac4df44fc385b", "05330be3b6d1d185"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "groups", "said"),
+    [
+        ("two small red zorgons and a dog", [("dog", None, None, 1)], "'two small red' belongs to no icon"),
+        ("a rose and a cat", [("cat", None, None, 1)], "'rose' belongs to no icon"),
+        ("three oranges above a cat", [("cat", None, None, 1)], "'three oranges' belongs to no icon"),
+        ("the cat is red", [("cat", None, None, 1)], "'red' belongs to no icon"),
+        ("a red blue cat", [("cat", "blue", None, 1)], "'red' gives way to 'blue'"),
+        ("a large small cat", [("cat", None, "small", 1)], "'large' gives way to 'small'"),
+        ("two small red striped cats", [("cat", "red", "small", 2)], "unknown word: 'striped'"),
+        (
+            "a cat above and below a dog",
+            [("cat", None, None, 1), ("dog", None, None, 1)],
+            "'above' gives way to 'below'",
+        ),
+        ("a cat on a black background on a white background", [("cat", None, None, 1)], "not 'black'"),
+        ("\N{CAT FACE} and a dog", [("dog", None, None, 1)], "unknown word: '\N{CAT FACE}'"),
+        ("\uff43\uff41\uff54", [("cat", None, None, 1)], None),
+        ("c\u0301at", [], "unknown word: '\u0107at'"),
+    ],
+)
+def test_what_is_said_of_one_icon_is_not_said_of_another_and_nothing_is_lost_in_silence(prompt, groups, said):
+    scene, warnings = parse_prompt(prompt)
+    assert [(g.noun, g.colour, g.size, g.count) for g in scene.groups] == groups
+    assert any(said in warning for warning in warnings) if said else not warnings
+
+
 def test_any_text_is_read_without_failing():
     for text in (
         "",

@@ -14,6 +14,7 @@ from millijoule.workers.scenes.scenes import (
     COLOURS,
     FAMILIES,
     MAX_COUNT,
+    MIN_NOUNS,
     NUM_TOKENS,
     RELATIONS,
     SIZES,
@@ -176,3 +177,10 @@ def test_tokens_tell_scenes_apart():
     tokens = scene_tokens(list(completed))
     assert tokens.shape == (len(completed), NUM_TOKENS)
     assert len(np.unique(tokens, axis=0)) == len(shown)
+
+
+def test_too_few_nouns_for_pairs_that_are_held_out_are_refused():
+    rng = np.random.default_rng(0)
+    assert sample_scene("two objects", rng, held_out=True, nouns=MIN_NOUNS).groups
+    with pytest.raises(ValueError, match="at least 6"):
+        sample_scene("two objects", rng, held_out=True, nouns=MIN_NOUNS - 1)

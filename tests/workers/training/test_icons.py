@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from millijoule.jobs.recipe import load_recipe
 from millijoule.workers.errors import InputError
 from millijoule.workers.oscillators.config import OscillatorConfig
 from millijoule.workers.oscillators.generator import OscillatorGenerator
@@ -100,3 +101,33 @@ def test_what_is_exported_draws_and_goes_on(tmp_path):
         assert torch.equal(again.model.state_dict()[name], value), name
     with pytest.raises(InputError, match="other sizes"):
         IconTrainer(config(20, model={"width": 28})).start_from(tmp_path / "float.safetensors")
+
+
+def test_what_is_exported_before_anything_is_rounded_is_what_was_trained():
+    trainer = IconTrainer(config(300, seed=1, matrix_rate=0.05, learning_rate=0.01))
+    while trainer.step < 150:  # rounding begins at 180
+        trainer.train_step()
+    network = trainer.exported_network()
+    noun = torch.arange(6)
+    with torch.no_grad():
+        plain, rounded = (network(noun, noun % 3, False, rounded=r).sigmoid() for r in (False, True))
+    assert float(network.rounding["near"].most) > 1.5  # what it began with would cut this off
+    assert (plain - rounded).abs().mean() < 0.05
+    assert overlap(network, trainer.covers).mean() > 0.6
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"half": 0}, "half"), ({"model": {"steps": 2}}, "steps"), ({"model": {"nouns": 1500}}, "nouns")],
+)
+def test_settings_that_nothing_can_run_are_refused_by_name(settings, name, tmp_path):
+    recipe = tmp_path / "own.toml"
+    model = "".join(f"{k} = {v}\n" for k, v in settings.pop("model", {}).items())
+    recipe.write_text(
+        'kind = "icons"\n[training]\n'
+        + "".join(f"{k} = {v}\n" for k, v in settings.items())
+        + "[training.model]\n"
+        + model
+    )
+    with pytest.raises(InputError, match=name):
+        load_recipe(str(recipe), {})

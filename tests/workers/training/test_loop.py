@@ -104,6 +104,14 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         run_training(IconTrainer(replace(SMALL, seed=1)), tmp_path, resume=True)
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    save_checkpoint(IconTrainer(SMALL), tmp_path)
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"checkpoint\.pt: damaged"):
+        load_checkpoint(IconTrainer(SMALL), tmp_path)
+
+
 def test_sigterm_ends_a_run_with_a_checkpoint_to_continue_from(tmp_path):
     trainer = IconTrainer(replace(SMALL, steps=10_000))
     before = signal.getsignal(signal.SIGTERM)
