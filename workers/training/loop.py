@@ -114,7 +114,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     """
     try:
         state = torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it is cut off"
         raise InputError(f"{folder / CHECKPOINT}: damaged ({reason}); delete it to begin anew") from error
     before, now = json.loads(state["config"]), json.loads(json.dumps(asdict(trainer.config)))

@@ -197,7 +197,7 @@ def test_prompts_of_the_first_80_nouns_are_written_and_read_as_ever():
     [
         ("two small red zorgons and a dog", [("dog", None, None, 1)], "'two small red' belongs to no icon"),
         ("a rose and a cat", [("cat", None, None, 1)], "'rose' belongs to no icon"),
-        ("three oranges above a cat", [("cat", None, None, 1)], "'three oranges' belongs to no icon"),
+        ("three oranges above a cat", [("cat", None, None, 1)], "'three' belongs to no icon"),
         ("the cat is red", [("cat", None, None, 1)], "'red' belongs to no icon"),
         ("a red blue cat", [("cat", "blue", None, 1)], "'red' gives way to 'blue'"),
         ("a large small cat", [("cat", None, "small", 1)], "'large' gives way to 'small'"),
