@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from millijoule.jobs.recipe import load_recipe
 from millijoule.kernels import int8_product
 from millijoule.workers.generators.registry import PACKAGED, load_generator
 from millijoule.workers.judging.quality import judge
@@ -62,6 +65,18 @@ def test_the_file_is_small(model):
     assert not [
         t.shape for name, t in tensors.items() if len(NOUNS) in t.shape and name not in ("codes", "ink")
     ]
+
+
+@pytest.mark.parametrize(("packaged", "recipe"), [("default", "icons"), ("coupled", "coupled")])
+def test_a_recipe_is_what_made_the_weights(packaged, recipe):
+    with safe_open(PACKAGED[packaged], "np") as opened:
+        metadata = opened.metadata()
+    training = load_recipe(recipe, {}).training
+    assert metadata["steps"] == str(training.steps)
+    assert metadata["seed"] == str(training.seed)
+    assert json.loads(metadata["config"]) == asdict(training.model)
+    log = (RESULTS.parent / "training" / f"{packaged}.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["step"] == training.steps
 
 
 def test_all_nouns_are_drawn_so_that_the_verifier_reads_them(generator, asked):
