@@ -56,11 +56,6 @@ class OscillatorConfig:
         return self.cells * self.channels
 
 
-def variant(size: int, whole: bool) -> int:
-    """Number of the variant of an icon of `size` (its index) in a half window, or in the whole image."""
-    return len(SIZES) * whole + size
-
-
 def layer_shapes(config: OscillatorConfig) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of each layer."""
     width = config.width

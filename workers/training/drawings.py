@@ -54,7 +54,7 @@ class DrawingsConfig:
     warm_up: int = 100
     clip: float = 1.0
     seed: int = 0
-    model: OscillatorConfig = field(default_factory=lambda: OscillatorConfig(coupling="trained", horizon=2.0))
+    model: OscillatorConfig = field(default_factory=lambda: OscillatorConfig(coupling="trained"))
 
 
 class DrawingsNetwork(nn.Module):
