@@ -46,6 +46,7 @@ _RELATION_WORDS = {
     "under": "below", "beneath": "below", "underneath": "below",
 }  # fmt: skip
 _BACKGROUND_WORDS = ("background", "backdrop")
+_APART = frozenset(",;.:")
 _FILLER = frozenset(
     re.findall(
         r"\w+",
@@ -53,7 +54,7 @@ _FILLER = frozenset(
         "draw show showing shows picture pictures image icon icons photo photograph drawing illustration scene "
         "plain solid simple color colour colored coloured",
     )
-)
+).union(_APART)
 
 
 #: Fillers after which another icon begins.
@@ -163,10 +164,13 @@ def parse_prompt(prompt: str, nouns: int = DEFAULT_NOUNS) -> tuple[Scene, tuple[
 
 
 def _words(prompt: str) -> list[str]:
-    """Words of a prompt in lower case, composed forms and plain letters (Unicode NFKC); pictures like emoji are words, too."""
+    """Words of a prompt in lower case, composed forms and plain letters (Unicode NFKC); pictures like emoji are words, too, and
+    so is what keeps words apart."""
     text = unicodedata.normalize("NFKC", prompt).lower()
     found = re.findall(r"[^\W_]+|[^\w\s]", text)
-    return [word for word in found if word[0].isalnum() or unicodedata.category(word[0]) == "So"]
+    return [
+        word for word in found if word in _APART or word[0].isalnum() or unicodedata.category(word) == "So"
+    ]
 
 
 def _join_names(words: list[str], nouns: int) -> list[str]:

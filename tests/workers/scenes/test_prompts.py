@@ -201,6 +201,8 @@ def test_prompts_of_the_first_80_nouns_are_written_and_read_as_ever():
         ("the cat is red", [("cat", None, None, 1)], "'red' belongs to no icon"),
         ("a red blue cat", [("cat", "blue", None, 1)], "'red' gives way to 'blue'"),
         ("a large small cat", [("cat", None, "small", 1)], "'large' gives way to 'small'"),
+        ("vixen, kitten", [("dog", None, None, 1), ("cat", None, None, 1)], "drew 'dog' for 'vixen'"),
+        ("a big, red cat", [("cat", "red", "big", 1)], None),
         ("two small red striped cats", [("cat", "red", "small", 2)], "unknown word: 'striped'"),
         (
             "a cat above and below a dog",
