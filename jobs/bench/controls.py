@@ -18,7 +18,7 @@ import numpy as np
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.evaluate import EvaluateOptions, Item, list_items
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
-from millijoule.jobs.measuring.runs import RECORD, interval, recorded, train_to_the_end
+from millijoule.jobs.measuring.runs import interval, run_forms, train_to_the_end
 from millijoule.workers.errors import InputError
 from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUNS
 
@@ -84,22 +84,21 @@ def run(options: BenchOptions) -> int:
         raise InputError("bench controls: PyTorch finds no GPU here")
     torch.set_num_threads(options.threads)
     result = describe("forms of the oscillator generator, trained alike", options)
-    rows: list[dict[str, Any]] = []
-    for seed in range(options.runs):
-        for form in options.forms:
-            print(f"-- {form}, seed {seed}", flush=True)
-            told = {
-                "prompts_per_family": options.prompts_per_family,
-                "training": asdict(training_config(form, seed, options)),
-            }
-            record = Path(options.output) / f"{form}-{seed}" / RECORD
-            rows.append(recorded(record, told, partial(_trained, form, seed, options)))
-            save_result({**result, "runs": rows}, options.result)
+
+    def settings(form: Form, seed: int) -> dict[str, Any]:
+        training = asdict(training_config(form, seed, options))
+        return {"prompts_per_family": options.prompts_per_family, "training": training}
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        save_result({**result, "runs": rows}, options.result)
+
+    forms = [(form, seed) for seed in range(options.runs) for form in options.forms]
+    rows = run_forms(forms, Path(options.output), settings, partial(_trained, options), save)
     write_result({**result, "summary": summary(rows), "runs": rows}, options.result)
     return COMPLETE
 
 
-def _trained(form: Form, seed: int, options: BenchOptions) -> dict[str, Any]:
+def _trained(options: BenchOptions, form: Form, seed: int) -> dict[str, Any]:
     """One run: trained, judged."""
     import torch
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
-from millijoule.jobs.measuring.runs import RECORD, interval, recorded, train_to_the_end
+from millijoule.jobs.measuring.runs import interval, run_forms, train_to_the_end
 from millijoule.workers.errors import InputError
 
 Form = Literal["coupled", "uncoupled", "uncoupled-shared-noise", "frozen", "uncoupled-near"]
@@ -64,14 +64,15 @@ def run(options: BenchOptions) -> int:
         raise InputError("--forms: one at least; --runs, --steps, --samples, --threads: at least 1")
     torch.set_num_threads(options.threads)
     result = describe("several drawings of one noun: which networks show one of them", options)
-    rows: list[dict[str, Any]] = []
-    for seed in range(options.runs):
-        for form in options.forms:
-            print(f"-- {form}, seed {seed}", flush=True)
-            settings = {"samples": options.samples, "training": asdict(training_config(form, seed, options))}
-            record = Path(options.output) / f"{form}-{seed}" / RECORD
-            rows.append(recorded(record, settings, partial(_trained, form, seed, options)))
-            save_result({**result, "runs": rows}, options.result)
+
+    def settings(form: Form, seed: int) -> dict[str, Any]:
+        return {"samples": options.samples, "training": asdict(training_config(form, seed, options))}
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        save_result({**result, "runs": rows}, options.result)
+
+    forms = [(form, seed) for seed in range(options.runs) for form in options.forms]
+    rows = run_forms(forms, Path(options.output), settings, partial(_trained, options), save)
     write_result({**result, "summary": summary(rows), "runs": rows}, options.result)
     return COMPLETE
 
@@ -86,7 +87,7 @@ def training_config(form: Form, seed: int, options: BenchOptions) -> Any:
     return DrawingsConfig(noise=noise, decoder=decoder, steps=options.steps, seed=seed, model=model)  # type: ignore[arg-type]
 
 
-def _trained(form: Form, seed: int, options: BenchOptions) -> dict[str, Any]:
+def _trained(options: BenchOptions, form: Form, seed: int) -> dict[str, Any]:
     """One run: trained, scored; a sheet of every sixth noun, its drawings and then the first samples, none picked."""
     import torch
     from PIL import Image

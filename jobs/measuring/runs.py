@@ -7,6 +7,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,24 @@ def recorded(record: Path, settings: dict[str, Any], run: Callable[[], dict[str,
     unfinished.write_text(json.dumps({"settings": settings, "found": found}, indent=1) + "\n")
     unfinished.replace(record)
     return found
+
+
+def run_forms(
+    forms: Sequence[tuple[Any, int]],
+    folder: Path,
+    settings: Callable[[Any, int], dict[str, Any]],
+    run: Callable[[Any, int], dict[str, Any]],
+    save: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """What `run` says of each form and seed, in their order, each `recorded` in a folder of its own; `save` gets the rows so far
+    after every run."""
+    rows: list[dict[str, Any]] = []
+    for form, seed in forms:
+        print(f"-- {form}, seed {seed}", flush=True)
+        record = folder / f"{form}-{seed}" / RECORD
+        rows.append(recorded(record, settings(form, seed), partial(run, form, seed)))
+        save(rows)
+    return rows
 
 
 def train_to_the_end(trainer: Trainer, folder: Path) -> None:
