@@ -1,0 +1,29 @@
+"""`millijoule bench products`: every form drew the same pixels, those of the generator; figures are of the blocks."""
+
+import hashlib
+import json
+import statistics
+
+import pytest
+
+from millijoule.jobs.bench import main
+from millijoule.jobs.bench.gpu import scene_requests
+from millijoule.workers.generators.registry import load_generator
+
+
+def test_forms_draw_the_same_and_are_timed(tmp_path):
+    path = tmp_path / "result.json"
+    assert main(["products", str(path), "--images", "6", "--rounds", "2", "--models", "default"]) == 0
+    found = json.loads(path.read_text())["models"]["default"]
+    assert [b["form"] for b in found["blocks"]] == ["float32", "int8", "int8", "float32"] * 2
+    pixels = load_generator("default").generate(scene_requests(6)).images.tobytes()
+    assert {b["pixels_sha256"] for b in found["blocks"]} == {hashlib.sha256(pixels).hexdigest()}
+    for form, (median, least, most) in found["cpu_ms_per_image"].items():
+        used = [1000 * b["cpu_s"] / 6 for b in found["blocks"] if b["form"] == form]
+        assert median == pytest.approx(statistics.median(used), abs=1e-3)
+        assert (least, most) == (pytest.approx(min(used), abs=1e-3), pytest.approx(max(used), abs=1e-3))
+
+
+def test_nothing_to_measure_is_refused(capsys):
+    assert main(["products", "--images", "0"]) == 1
+    assert "--images" in capsys.readouterr().err
