@@ -126,20 +126,30 @@ def test_tests_that_overrun_leave_what_they_found(tmp_path):
     (words,) = next(s for s in STEPS if s.name == "un0-tests").commands
     words = [w for w in fill(words, {"folder": str(tmp_path)}) if not w.startswith("tests/")]
     program = [sys.executable, *words, "-s", str(tmp_path / "test_it.py")]
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    log = ""
-    while "begun" not in log:
-        log += process.stdout.readline()
-    for _ in range(4):  # one that comes where Python ignores exceptions is lost; the queue asks twice, too
-        process.send_signal(end_signal(tuple(words)))
-        try:
-            process.communicate(timeout=30)
+    found = tmp_path / "junit.xml"
+    told = []
+    for _ in range(3):  # an interrupt may come in a moment in which Python or pytest drops it
+        process = subprocess.Popen(
+            program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        )
+        log = ""
+        while "begun" not in log:
+            log += process.stdout.readline()
+        assert "test_a PASSED" in log
+        for _ in range(2):  # as the queue does
+            process.send_signal(end_signal(tuple(words)))
+            try:
+                rest, _ = process.communicate(timeout=60)
+                told.append((process.returncode, rest[-2000:]))
+                break
+            except subprocess.TimeoutExpired:
+                told.append("asked, and not ended after 60 s")
+        process.kill()
+        process.wait()
+        if found.exists():
             break
-        except subprocess.TimeoutExpired:
-            continue
-    process.kill()
-    assert "test_a PASSED" in log
-    assert 'name="test_a"' in (tmp_path / "junit.xml").read_text()
+    assert found.exists(), told
+    assert 'name="test_a"' in found.read_text()
 
 
 @pytest.mark.long
