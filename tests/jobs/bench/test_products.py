@@ -5,6 +5,7 @@ import json
 import statistics
 
 import pytest
+import torch
 
 from millijoule.jobs.bench import main
 from millijoule.jobs.bench.gpu import scene_requests
@@ -22,6 +23,16 @@ def test_forms_draw_the_same_and_are_timed(tmp_path):
         used = [1000 * b["cpu_s"] / 6 for b in found["blocks"] if b["form"] == form]
         assert median == pytest.approx(statistics.median(used), abs=1e-3)
         assert (least, most) == (pytest.approx(min(used), abs=1e-3), pytest.approx(max(used), abs=1e-3))
+
+
+def test_a_form_that_is_not_exact_is_named_and_not_timed(tmp_path, monkeypatch):
+    exact = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: exact(a, b).clamp(-2000, 2000))
+    path = tmp_path / "result.json"
+    assert main(["products", str(path), "--images", "2", "--rounds", "1", "--models", "default"]) == 0
+    found = json.loads(path.read_text())["models"]["default"]
+    assert found["not_exact_here"] == ["int8"]
+    assert set(found["cpu_ms_per_image"]) == {"float32"}
 
 
 def test_nothing_to_measure_is_refused(capsys):
