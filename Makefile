@@ -25,7 +25,7 @@ help:
 	@echo "  make clean         remove .venv and everything that was built"
 	@echo "for the inner loop"
 	@echo "  make install-test  .venv with everything the tests need"
-	@echo "  make test-fast     under two minutes: no Ray, no servers, no training, no lint"
+	@echo "  make test-fast     minutes: no Ray, no servers, no training, no lint"
 	@echo "  make lint          formatting, lint, types"
 	@echo "  make chaos         only the tests that kill processes"
 	@echo "  make slow          the long tests that make test leaves out"
