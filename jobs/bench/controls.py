@@ -17,7 +17,8 @@ import numpy as np
 
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.evaluate import EvaluateOptions, Item, list_items
-from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
+from millijoule.jobs.measuring.icon_scores import judge_scenes, scene_arrays
+from millijoule.jobs.measuring.measurement import ResultOptions, describe
 from millijoule.jobs.measuring.runs import interval, run_forms, train_to_the_end
 from millijoule.workers.errors import InputError
 from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUNS
@@ -64,8 +65,6 @@ class BenchOptions(ResultOptions):
 def run(options: BenchOptions) -> int:
     import torch
 
-    if len(set(options.forms)) != len(options.forms):
-        raise InputError("--forms: each once")
     counts = (
         options.runs,
         options.steps,
@@ -74,34 +73,25 @@ def run(options: BenchOptions) -> int:
         options.threads,
         options.prompts_per_family,
     )
-    if not options.forms or min(counts) < 1:
-        raise InputError(
-            "--forms: one at least; --runs, --steps, --half, --whole, --threads, --prompts-per-family: at least 1"
-        )
+    if min(counts) < 1:
+        raise InputError("--runs, --steps, --half, --whole, --threads, --prompts-per-family: at least 1")
     if not DEFAULT_NOUNS <= options.nouns <= len(NOUNS):  # fewer leave no prompts that are held out
         raise InputError(f"--nouns {options.nouns}: {DEFAULT_NOUNS} to {len(NOUNS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("bench controls: PyTorch finds no GPU here")
     torch.set_num_threads(options.threads)
-    result = describe("forms of the oscillator generator, trained alike", options)
+    about = describe("forms of the oscillator generator, trained alike", options)
 
     def settings(form: Form, seed: int) -> dict[str, Any]:
         training = asdict(training_config(form, seed, options))
         return {"prompts_per_family": options.prompts_per_family, "training": training}
 
-    def save(rows: list[dict[str, Any]]) -> None:
-        save_result({**result, "runs": rows}, options.result)
-
-    forms = [(form, seed) for seed in range(options.runs) for form in options.forms]
-    rows = run_forms(forms, Path(options.output), settings, partial(_trained, options), save)
-    write_result({**result, "summary": summary(rows), "runs": rows}, options.result)
+    run_forms(options, about, settings, partial(_trained, options), summary)
     return COMPLETE
 
 
 def _trained(options: BenchOptions, form: Form, seed: int) -> dict[str, Any]:
     """One run: trained, judged."""
-    import torch
-
     from millijoule.workers.training.icons import IconTrainer, overlap
 
     folder = Path(options.output) / f"{form}-{seed}"
@@ -115,14 +105,13 @@ def _trained(options: BenchOptions, form: Form, seed: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for name, p in network.named_parameters() if name != "code.weight"),
         "loss": _last_loss(folder / "log.jsonl"),
         "overlap": round(float(overlap(network, covers).mean()), 5),
-        **judged(network, options),
+        **_judged(network, options),
     }
     if form in ("trained", "frozen"):
-        with torch.no_grad():
-            network.remove_coupling()
+        network.remove_coupling()
         row["coupling_removed"] = {
             "overlap": round(float(overlap(network, covers).mean()), 5),
-            "score": judged(network, options)["score"],
+            "score": _judged(network, options)["score"],
         }
     return row
 
@@ -154,10 +143,8 @@ def equal_width(model: Any) -> int:
 def _operations(model: Any) -> float:
     """Of an image of the suite, mean over 480, with the ink of the true icons: alike for all forms."""
     from millijoule.workers.oscillators.operations import operations
-    from millijoule.workers.scenes.scenes import complete, scene_tokens
 
-    items = _items(model.nouns, 40)
-    tokens = scene_tokens([complete(i.scene, i.seed) for i in items])
+    tokens, _ = scene_arrays(_items(model.nouns, 40))
     counted = operations(model, true_ink(model.nouns), tokens)
     return float(sum(part.double().mean() for part in counted.values()))
 
@@ -179,26 +166,17 @@ def _items(nouns: int, prompts_per_family: int) -> list[Item]:
     return list_items(EvaluateOptions("", "", prompts_per_family=prompts_per_family), nouns)
 
 
-def judged(network: Any, options: BenchOptions) -> dict[str, Any]:
+def _judged(network: Any, options: BenchOptions) -> dict[str, Any]:
     """Score on held-out prompts and operations per image, of a network as it was trained."""
-    from millijoule.workers.judging import quality
-    from millijoule.workers.judging.verifier import Verifier, packaged_weights
-    from millijoule.workers.oscillators.draw import Drawing, Painter
+    from millijoule.workers.oscillators.draw import Painter
     from millijoule.workers.oscillators.float_shapes import FloatShapes
-    from millijoule.workers.scenes.scenes import complete, scene_tokens
 
     items = _items(options.nouns, options.prompts_per_family)
-    tokens = scene_tokens([complete(i.scene, i.seed) for i in items])
-    seeds = np.array([i.seed for i in items], np.uint64)
-    drawing = Drawing(Painter.of(FloatShapes(network)))  # type: ignore[arg-type]
-    batches = [slice(k, k + 64) for k in range(0, len(items), 64)]
-    images = np.concatenate([drawing.draw(tokens[some], seeds[some]) for some in batches])
-    readings = Verifier.load(packaged_weights(options.nouns)).read(images)
-    correct = [quality.judge(i.scene, i.family, r).correct for i, r in zip(items, readings, strict=True)]
+    correct = judge_scenes(Painter.of(FloatShapes(network)), items)  # type: ignore[arg-type]
     return {
         "operations_per_image": round(_operations(network.config)),
         "images": len(items),
-        "score": round(float(np.mean(correct)), 5),
+        "score": round(float(correct.mean()), 5),
     }
 
 

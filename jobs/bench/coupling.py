@@ -6,13 +6,14 @@ is counted how many oscillators keep their sine and cosine, and so need send not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.evaluate import EvaluateOptions, list_items
+from millijoule.jobs.measuring.icon_scores import judge_scenes
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
 from millijoule.workers.errors import InputError
 
@@ -34,11 +35,9 @@ class BenchOptions(ResultOptions):
 def run(options: BenchOptions) -> int:
     from millijoule.workers.generators.file_hashes import file_sha256
     from millijoule.workers.generators.registry import model_path
-    from millijoule.workers.judging import quality
-    from millijoule.workers.judging.verifier import Verifier, packaged_weights
-    from millijoule.workers.oscillators.draw import Drawing, Painter
+    from millijoule.workers.judging.quality import family_means
+    from millijoule.workers.oscillators.draw import Painter
     from millijoule.workers.oscillators.model_file import load_model
-    from millijoule.workers.scenes.scenes import complete, scene_tokens
 
     if options.prompts_per_family < 1:
         raise InputError("--prompts-per-family: at least 1")
@@ -51,25 +50,17 @@ def run(options: BenchOptions) -> int:
         EvaluateOptions("", "", prompts_per_family=options.prompts_per_family, seed=options.seed),
         network.config.nouns,
     )
-    tokens = scene_tokens([complete(i.scene, i.seed) for i in items])
-    seeds = np.array([i.seed for i in items], np.uint64)
-    verifier = Verifier.load(packaged_weights(network.config.nouns))
     families, prompts = np.array([i.family for i in items]), np.array([i.prompt for i in items])
 
-    def judged(painter: Painter) -> dict[str, Any]:
-        drawing = Drawing(painter)
-        batches = [slice(k, k + 64) for k in range(0, len(items), 64)]
-        images = np.concatenate([drawing.draw(tokens[some], seeds[some]) for some in batches])
-        readings = verifier.read(images)
-        verdicts = [quality.judge(i.scene, i.family, r) for i, r in zip(items, readings, strict=True)]
-        return quality.family_means(np.array([v.correct for v in verdicts]), families, prompts)
+    def score(painter: Painter) -> dict[str, Any]:
+        return family_means(judge_scenes(painter, items), families, prompts)
 
     result = {
         **describe("a coupled model with its coupling and without", options),
         "model": {"name": name, "sha256": file_sha256(path)},
         "images": len(items),
-        "score": judged(painter),
-        "score_coupling_removed": judged(Painter.of(network.without_coupling())),
+        "score": score(painter),
+        "score_coupling_removed": score(Painter.of(network.without_coupling())),
         "events": _events(network),
     }
     write_result(result, options.result)
@@ -83,20 +74,6 @@ def _events(network: Any) -> dict[str, Any]:
     from millijoule.workers.oscillators.config import VARIANTS
     from millijoule.workers.oscillators.events import count_events
 
-    nouns = network.config.nouns
-    counted = [
-        count_events(network, noun, variant)
-        for noun, variant in zip(
-            torch.arange(nouns).repeat_interleave(VARIANTS).split(512),
-            torch.arange(VARIANTS).repeat(nouns).split(512),
-            strict=True,
-        )
-    ]
-    weights = [min(512, nouns * VARIANTS - 512 * k) for k in range(len(counted))]
-    return {
-        name: [
-            round(float(x), 5)
-            for x in np.average([getattr(c, name) for c in counted], axis=0, weights=weights)
-        ]
-        for name in ("unchanged", "at_rest")
-    }
+    noun, variant = torch.arange(network.config.nouns), torch.arange(VARIANTS)
+    counted = count_events(network, noun.repeat_interleave(VARIANTS), variant.repeat(len(noun)))
+    return {name: [round(share, 5) for share in shares] for name, shares in asdict(counted).items()}

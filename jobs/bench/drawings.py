@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from millijoule.jobs.entry import COMPLETE
-from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
+from millijoule.jobs.measuring.measurement import ResultOptions, describe
 from millijoule.jobs.measuring.runs import interval, run_forms, train_to_the_end
 from millijoule.workers.errors import InputError
 
@@ -58,22 +58,15 @@ class BenchOptions(ResultOptions):
 def run(options: BenchOptions) -> int:
     import torch
 
-    if len(set(options.forms)) != len(options.forms):
-        raise InputError("--forms: each once")
-    if not options.forms or min(options.runs, options.steps, options.samples, options.threads) < 1:
-        raise InputError("--forms: one at least; --runs, --steps, --samples, --threads: at least 1")
+    if min(options.runs, options.steps, options.samples, options.threads) < 1:
+        raise InputError("--runs, --steps, --samples, --threads: at least 1")
     torch.set_num_threads(options.threads)
-    result = describe("several drawings of one noun: which networks show one of them", options)
+    about = describe("several drawings of one noun: which networks show one of them", options)
 
     def settings(form: Form, seed: int) -> dict[str, Any]:
         return {"samples": options.samples, "training": asdict(training_config(form, seed, options))}
 
-    def save(rows: list[dict[str, Any]]) -> None:
-        save_result({**result, "runs": rows}, options.result)
-
-    forms = [(form, seed) for seed in range(options.runs) for form in options.forms]
-    rows = run_forms(forms, Path(options.output), settings, partial(_trained, options), save)
-    write_result({**result, "summary": summary(rows), "runs": rows}, options.result)
+    run_forms(options, about, settings, partial(_trained, options), summary)
     return COMPLETE
 
 

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from millijoule.jobs.machine import find_commit
+from millijoule.jobs.measuring.measurement import save_result, write_result
 from millijoule.pipeline.comparison.statistics import student_quantile
 from millijoule.workers.errors import InputError
 
@@ -22,7 +24,8 @@ RECORD = "run.json"
 
 
 def recorded(record: Path, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `run` returned when it ran with the same settings, from the file `record`; where there is none, run it now.
+    """What `run` returned when it ran with the same settings, and the commit of that, from the file `record`; where there is none,
+    run it now.
 
     Raises:
         InputError: the record is of a run with other settings.
@@ -36,7 +39,8 @@ def recorded(record: Path, settings: dict[str, Any], run: Callable[[], dict[str,
         if kept["settings"] != settings:
             raise InputError(f"{record}: of a run with other settings; give the same, or another --output")
         return kept["found"]
-    found = run()
+    commit = find_commit()  # of when it began
+    found = {**run(), "commit": commit}
     record.parent.mkdir(parents=True, exist_ok=True)
     unfinished = record.with_suffix(".part")
     unfinished.write_text(json.dumps({"settings": settings, "found": found}, indent=1) + "\n")
@@ -44,22 +48,42 @@ def recorded(record: Path, settings: dict[str, Any], run: Callable[[], dict[str,
     return found
 
 
+class FormOptions(Protocol):
+    """Options of a measurement that trains several forms several times."""
+
+    @property
+    def forms(self) -> tuple[Any, ...]: ...
+    @property
+    def runs(self) -> int: ...
+    @property
+    def output(self) -> str: ...
+    @property
+    def result(self) -> str | None: ...
+
+
 def run_forms(
-    forms: Sequence[tuple[Any, int]],
-    folder: Path,
+    options: FormOptions,
+    about: dict[str, Any],
     settings: Callable[[Any, int], dict[str, Any]],
     run: Callable[[Any, int], dict[str, Any]],
-    save: Callable[[list[dict[str, Any]]], None],
-) -> list[dict[str, Any]]:
-    """What `run` says of each form and seed, in their order, each `recorded` in a folder of its own; `save` gets the rows so far
-    after every run."""
+    summary: Callable[[list[dict[str, Any]]], dict[str, Any]],
+) -> None:
+    """Run every form with every seed, each `recorded` in a folder of its own, with the commit it ran at, and write the result:
+    what is known so far after every run, with `summary` at the end.
+
+    Raises:
+        InputError: a form is given twice, or none.
+    """
+    if not options.forms or len(set(options.forms)) != len(options.forms):
+        raise InputError("--forms: one at least, and each once")
     rows: list[dict[str, Any]] = []
-    for form, seed in forms:
-        print(f"-- {form}, seed {seed}", flush=True)
-        record = folder / f"{form}-{seed}" / RECORD
-        rows.append(recorded(record, settings(form, seed), partial(run, form, seed)))
-        save(rows)
-    return rows
+    for seed in range(options.runs):
+        for form in options.forms:
+            print(f"-- {form}, seed {seed}", flush=True)
+            record = Path(options.output) / f"{form}-{seed}" / RECORD
+            rows.append(recorded(record, settings(form, seed), partial(run, form, seed)))
+            save_result({**about, "runs": rows}, options.result)
+    write_result({**about, "summary": summary(rows), "runs": rows}, options.result)
 
 
 def train_to_the_end(trainer: Trainer, folder: Path) -> None:

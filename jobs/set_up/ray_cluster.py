@@ -58,8 +58,14 @@ def connected(address: str | None) -> Iterator[Cluster]:
         logging.getLogger(_TOKEN_LOGGER).setLevel(logging.ERROR)
         try:
             ray.init("local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:
+            if type(error) not in (
+                Exception,
+                RuntimeError,
+                TimeoutError,
+            ):  # a plain Exception is what Ray raises of time-outs
+                raise
+            reason = (str(error).splitlines() or ["without a reason"])[0]
             raise NodeError(
                 f"Ray did not start on this machine ({reason}). If it is busy, run the command again with more time for Ray: "
                 "RAY_raylet_start_wait_time_s=240 RAY_agent_register_timeout_ms=240000 in the environment"

@@ -129,6 +129,17 @@ def test_a_suite_that_the_verifier_does_not_know_is_refused(tmp_path, monkeypatc
         assert "--verifier" in error
 
 
+def test_a_suite_beyond_the_models_vocabulary_is_said_to_be_so(tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, monkeypatch, "python:evaluate_models:artist", "--suite", "icons-1000") == 0
+    assert (
+        f"icons-1000 has {len(NOUNS)} nouns, python:evaluate_models:artist knows the first 80"
+        in capsys.readouterr().err
+    )
+    (result,) = (tmp_path / "out").glob("*.json")
+    told = json.loads(result.read_text())
+    assert (told["suite"]["nouns"], told["nouns_known"]) == (len(NOUNS), 80)
+
+
 def test_the_models_vocabulary_decides_the_suite():
     known = {n: evaluate.largest_suite(n) for n in (12, 80, len(NOUNS) - 1, len(NOUNS))}
     assert list(known.values()) == ["icons-80", "icons-80", "icons-80", "icons-1000"]

@@ -129,10 +129,12 @@ class FloatNetwork(nn.Module):
 
     def dense_coupling(self, rounded: bool = False) -> Tensor:
         """K as a full matrix `[oscillators, oscillators]`, row = target: in training one product instead of many small ones."""
-        local, gather, spread = (w + 0 for w in (self.local, self.gather, self.spread))
-        if rounded:
-            local, gather, spread = rounded_rows(local), rounded_rows(gather.t()).t(), rounded_rows(spread)
-        return dense_local(local, GRID) + spread @ gather.t()
+        gathered = self.gather.t()
+        if not rounded:
+            return dense_local(self.local, GRID) + self.spread @ gathered
+        return dense_local(rounded_rows(self.local), GRID) + rounded_rows(self.spread) @ rounded_rows(
+            gathered
+        )
 
     @torch.no_grad()
     def remove_coupling(self) -> None:

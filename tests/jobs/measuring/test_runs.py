@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from millijoule.jobs.machine import find_commit
 from millijoule.jobs.measuring.runs import interval, recorded, train_to_the_end
 from millijoule.workers.errors import InputError
 
@@ -18,12 +19,13 @@ def test_a_run_is_done_once(tmp_path):
         calls.append(1)
         return {"score": 0.5}
 
-    assert recorded(record, {"steps": 3, "sizes": (1, 2)}, run) == {"score": 0.5}
-    assert recorded(record, {"steps": 3, "sizes": (1, 2)}, run) == {"score": 0.5}
+    found = {"score": 0.5, "commit": find_commit()}
+    assert recorded(record, {"steps": 3, "sizes": (1, 2)}, run) == found
+    assert recorded(record, {"steps": 3, "sizes": (1, 2)}, run) == found
     assert calls == [1]
     with pytest.raises(InputError, match="other settings"):
         recorded(record, {"steps": 4, "sizes": (1, 2)}, run)
-    assert json.loads(record.read_text())["found"] == {"score": 0.5}
+    assert json.loads(record.read_text())["found"] == found
 
 
 def test_a_damaged_record_is_named(tmp_path):

@@ -1,0 +1,38 @@
+"""A Ray of one's own that does not start: said in a line, with what helps; mistakes of ours stay what they are."""
+
+import pytest
+import ray
+
+from millijoule.jobs.set_up.ray_cluster import connected
+from millijoule.workers.errors import NodeError
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make `ray.init` raise."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def fail_with(error):
+        def init(*_, **__):
+            raise error
+
+        monkeypatch.setattr(ray, "init", init)
+
+    return fail_with
+
+
+@pytest.mark.parametrize(
+    "kind", [Exception, RuntimeError, TimeoutError]
+)  # Ray raises its time-outs as the first
+def test_a_machine_too_busy_for_ray_is_told_what_helps(failing, kind):
+    failing(kind("The current node timed out during startup.\nMore of it."))
+    told = r"timed out during startup\.\).*RAY_raylet_start_wait_time_s"
+    with pytest.raises(NodeError, match=told), connected(None):
+        pass
+
+
+def test_other_errors_are_not_hidden(failing):
+    failing(TypeError("no such option"))
+    with pytest.raises(TypeError, match="no such option"), connected(None):
+        pass
