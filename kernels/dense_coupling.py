@@ -20,6 +20,7 @@ exact in int32 before they are rounded, so the result does not depend on batch, 
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,8 @@ import torch
 from torch import Tensor
 
 from millijoule.kernels.int8_product import Int8Matrix
-from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos
+from millijoule.kernels.native_library import native_form, native_library
+from millijoule.kernels.phase import AMPLITUDE, COS_TABLE, SIN_TABLE, TABLE_SHIFT, TURN, sin_cos
 
 #: Fraction bits of the multipliers.
 MULTIPLIER_BITS = 24
@@ -44,6 +46,9 @@ FINE_STEPS = 2 * AMPLITUDE
 
 #: The finer table: entries, what it holds for 1.0, and the shift from a phase's 16 bits to the index.
 FINE_TABLE_SIZE, FINE_AMPLITUDE, FINE_TABLE_SHIFT = 4096, 2047, 4
+
+#: The compiled kernel's rows and columns are a multiple of this.
+_NATIVE_PADDING = 64
 
 #: Most drivers: their sums are small, and nobody has published more than 8.
 MAX_DRIVERS = 256
@@ -287,6 +292,108 @@ def relax(phases: Tensor, coupling: DenseCoupling, classes: Tensor, steps: int, 
         ]
         phi = phi + _pull(sources, fields, multipliers.driver_frequency, p)
     return theta
+
+
+class NativeCoupling:
+    """A coupling packed for the compiled kernel; calls are `relax` on this machine's processor.
+
+    Args:
+        form: number of the instructions, as `native_library.FORMS` counts; None: the best, or what `MILLIJOULE_KERNEL` says.
+
+    Raises:
+        ValueError: there is no compiled kernel.
+    """
+
+    def __init__(self, coupling: DenseCoupling, form: int | None = None) -> None:
+        library = native_library()
+        if library is None:
+            raise ValueError("the compiled kernels are missing")
+        self.coupling = coupling
+        self._library = library
+        self._form = native_form() if form is None else form
+        padded = coupling.n + -coupling.n % _NATIVE_PADDING
+        self._coarse = self._packed(coupling.coarse, padded)
+        self._fine = None if coupling.fine is None else self._packed(coupling.fine, padded)
+        classes, n, m = coupling.drive.shape
+        drive = torch.zeros(classes, padded, m + m % 2, dtype=torch.int16)
+        drive[:, :n, :m] = coupling.drive
+        self._drive = (
+            drive.view(classes, padded, -1, 2).transpose(1, 2).contiguous()
+        )  # [classes, pairs, padded, 2]
+        sines, cosines = (table.to(torch.int32) & 0xFF for table in (SIN_TABLE, COS_TABLE))
+        self._table = (sines | cosines << 8).to(torch.uint16)
+
+    def _packed(self, weights: Tensor, padded: int) -> tuple[Tensor, Tensor]:
+        """Weights as the kernel reads them, and what its sums start from."""
+        weights = weights.contiguous()
+        size = int(self._library.millijoule_dense_weight_bytes(self._form))
+        packed = torch.empty(padded * padded * size, dtype=torch.int8)
+        start = torch.empty(padded, dtype=torch.int32)
+        self._library.millijoule_dense_pack(
+            self._form, _pointer(weights), ctypes.c_int64(len(weights)), _pointer(packed), _pointer(start)
+        )
+        return packed, start
+
+    def __call__(
+        self, phases: Tensor, classes: Tensor, steps: int, horizon: float, *, threads: int = 1
+    ) -> Tensor:
+        """See `relax`; the bits do not depend on `threads`, which share the batch.
+
+        Raises:
+            ValueError: see `step_multipliers`, or the batch is not of this model.
+            MemoryError: there is not enough of it.
+        """
+        coupling = self.coupling
+        n, m = coupling.n, coupling.m
+        multipliers = step_multipliers(coupling, steps, horizon)
+        if phases.shape != (len(classes), n + m):
+            raise ValueError(
+                f"phases {list(phases.shape)} for {len(classes)} images of {n} + {m} oscillators"
+            )
+        kinds = classes.to(torch.int64).contiguous()
+        if len(kinds) and not -1 <= int(kinds.min()) <= int(kinds.max()) < len(coupling.drive):
+            raise ValueError(f"classes are -1 to {len(coupling.drive) - 1}")
+        state = phases.to(torch.int32).clone(memory_format=torch.contiguous_format)
+        padded = n + -n % _NATIVE_PADDING
+        by_row = torch.zeros(3, padded, dtype=torch.int32)  # coarse and fine multipliers, frequencies
+        by_row[:, :n] = torch.stack([multipliers.coarse, multipliers.fine, multipliers.frequency])
+        frequency = multipliers.driver_frequency.to(torch.int32)
+        numbers = (ctypes.c_int64 * 9)(
+            n,
+            m,
+            steps,
+            max(coupling.fine_every, 1),
+            multipliers.pull_bits,
+            TABLE_SHIFT,
+            FINE_TABLE_SHIFT,
+            multipliers.drive,
+            multipliers.driver_coupling,
+        )
+        fine = (None, None) if self._fine is None else tuple(map(_pointer, self._fine))
+        failed = self._library.millijoule_dense_relax(
+            self._form,
+            numbers,
+            *(_pointer(row) for row in by_row),
+            _pointer(frequency),
+            _pointer(coupling.driver_coupling),
+            _pointer(self._table),
+            _pointer(FINE_SIN_TABLE),
+            _pointer(FINE_COS_TABLE),
+            *map(_pointer, self._coarse),
+            *fine,
+            _pointer(self._drive),
+            _pointer(kinds),
+            ctypes.c_int64(len(kinds)),
+            _pointer(state),
+            ctypes.c_int64(threads),
+        )
+        if failed:
+            raise MemoryError(f"{len(kinds)} images of {n} oscillators")
+        return state[:, :n]
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _requantized(sums: Tensor, multiplier: Tensor | int) -> Tensor:

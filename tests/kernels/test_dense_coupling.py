@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from millijoule.kernels.dense_coupling import quantize_dense, relax, relax_reference, step_multipliers
+from millijoule.kernels.dense_coupling import (
+    NativeCoupling,
+    quantize_dense,
+    relax,
+    relax_reference,
+    step_multipliers,
+)
+from millijoule.kernels.native_library import FORMS, native_library
 from millijoule.kernels.phase import TURN, random_phases
 
 
@@ -50,6 +57,58 @@ def test_the_fast_form_gives_the_bits_of_the_plain_one(n, m, steps, fine_every):
     expected = relax_reference(phases, coupling, classes, steps, 1.5)
     assert torch.equal(relax(phases, coupling, classes, steps, 1.5), expected)
     assert not torch.equal(expected, phases[:, :n])
+
+
+def native_forms():
+    """Numbers of the compiled forms that this processor runs."""
+    library = native_library()
+    return [] if library is None else list(range(library.millijoule_best_form() + 1))
+
+
+@pytest.mark.parametrize("fine_every", [0, 3])
+@pytest.mark.parametrize(("n", "m", "images"), [(64, 1, 1), (52, 8, 5), (130, 3, 29)])
+def test_compiled_forms_give_the_bits_of_the_plain_equations(n, m, images, fine_every):
+    if not native_forms():
+        pytest.skip("the compiled kernels are missing")
+    coupling = quantize_dense(*made_up(n, m), fine_every=fine_every)
+    classes = torch.arange(images) % 4 - 1
+    phases = start(images, n + m)
+    expected = relax_reference(phases, coupling, classes, 4, 1.0)
+    for form in native_forms():
+        compiled = NativeCoupling(coupling, form)
+        for threads in (1, 3):
+            found = compiled(phases, classes, 4, 1.0, threads=threads)
+            assert torch.equal(found, expected), (FORMS[form], threads)
+
+
+def test_extreme_weights_give_the_same_bits_too():
+    if not native_forms():
+        pytest.skip("the compiled kernels are missing")
+    weights = made_up(128, 2)
+    weights[0].copy_(0.04 * torch.sign(weights[0]))  # every weight becomes 127 or -127
+    coupling = quantize_dense(*weights, fine_every=1)
+    assert set(coupling.coarse.unique().tolist()) == {-127, 0, 127}
+    phases, classes = (
+        torch.full((3, 130), 16384, dtype=torch.int32),
+        torch.tensor([0, 1, 2]),
+    )  # all sines are 1
+    expected = relax_reference(phases, coupling, classes, 3, 0.1)
+    for form in native_forms():
+        assert torch.equal(NativeCoupling(coupling, form)(phases, classes, 3, 0.1), expected), FORMS[form]
+
+
+def test_batches_that_are_not_of_the_model_are_refused():
+    if not native_forms():
+        pytest.skip("the compiled kernels are missing")
+    compiled = NativeCoupling(quantize_dense(*made_up(64, 2)))
+    for phases, classes in (
+        (start(2, 65), [0, 1]),
+        (start(2, 66), [0]),
+        (start(2, 66), [0, 3]),
+        (start(1, 66), [-2]),
+    ):
+        with pytest.raises(ValueError, match="classes|phases"):
+            compiled(phases, torch.tensor(classes), 3, 1.0)
 
 
 @pytest.mark.parametrize(("fine_every", "within"), [(0, 0.012), (5, 0.004), (1, 0.003)])
