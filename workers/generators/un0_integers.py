@@ -92,7 +92,12 @@ class Un0IntegerForm:
         engine = engine or EagerEngine()
         coupling = quantized_coupling(architecture, tensors, integers.fine_every)
         decoder = quantize_decoder(convolutions_of(architecture, tensors), integers.ranges)
-        compiled = native_library() is not None and kernel != "reference"
+        compiled = kernel != "reference" and native_library() is not None
+        if not compiled and kernel is None:
+            log.warning(
+                "integers without compiled kernels take two to three times floating point's time: install a C++ compiler, then "
+                "the package again, or convert the checkpoint with --form float"
+            )
         number = FORMS.index(kernel) if compiled and kernel is not None else None
         dynamics: nn.Module = _CompiledDynamics(coupling, number) if compiled else _Dynamics(coupling)
         drawing: nn.Module = _CompiledDecoder(decoder, number) if compiled else _Decoder(decoder)
