@@ -236,6 +236,12 @@ def own_loops(
         "own loop, diagonal once": (Dynamics(True).eval(), Decoder().eval()),
     }
     if options.compiled:
+        import torch._dynamo
+
+        # each way and batch is a compilation of the same code: beyond eight, the rest would run as it is, unsaid
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 4 * len(ways) * len(options.batches)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         ways |= {
             f"{name}, compiled": (
                 torch.compile(dynamics, dynamic=False),
