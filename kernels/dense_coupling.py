@@ -328,6 +328,7 @@ class NativeCoupling:
         self._drive = (
             drive.view(classes, padded, -1, 2).transpose(1, 2).contiguous()
         )  # [classes, pairs, padded, 2]
+        self._driver_coupling = coupling.driver_coupling.contiguous()
         sines, cosines = (table.to(torch.int32) & 0xFF for table in (SIN_TABLE, COS_TABLE))
         self._table = (sines | cosines << 8).to(torch.uint16)
 
@@ -383,7 +384,7 @@ class NativeCoupling:
             numbers,
             *(_pointer(row) for row in by_row),
             _pointer(frequency),
-            _pointer(coupling.driver_coupling),
+            _pointer(self._driver_coupling),
             _pointer(self._table),
             _pointer(FINE_SIN_TABLE),
             _pointer(FINE_COS_TABLE),
