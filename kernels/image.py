@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millijoule.kernels.native_library import native_form, native_library
+from millijoule.kernels.native_library import is_forced, native_form, native_library
 from millijoule.kernels.oscillator import Coupling, gather_multipliers, pull_multipliers
 from millijoule.kernels.phase import COS_TABLE, SIN_TABLE
 
@@ -63,6 +63,15 @@ class ImageWeights:
     jitter: int
 
 
+def usual_form() -> int | None:
+    """The form, of `native_library.FORMS`, in which images are drawn here; None: PyTorch draws them, for no compiled code is there or
+    wanted, or only its plain form runs, which is slower."""
+    if native_library() is None:
+        return None
+    form = native_form()
+    return form if form or is_forced() else None
+
+
 class ImageKernel:
     """A model packed for this processor. Build with `of`."""
 
@@ -71,21 +80,27 @@ class ImageKernel:
         self._library = library
         self._form = form
         self._model = _packed(weights, library)
-        self._multipliers: dict[int, tuple[np.ndarray, ...]] = {}
+        self._multipliers: dict[int, tuple[np.ndarray | None, ...]] = {}
         self._limits = np.array(_token_limits(weights))
 
     @staticmethod
-    def of(weights: ImageWeights) -> ImageKernel | None:
-        """None where the compiled code is missing or not wanted, or a weight is -128, which its AVX2 form cannot negate."""
-        if (library := native_library()) is None:
+    def of(weights: ImageWeights, form: int | None = None) -> ImageKernel | None:
+        """The kernel of a model, in `form` (of `native_library.FORMS`) or the best there is.
+
+        None where PyTorch draws: see `usual_form`, or a weight is -128, which the AVX2 form cannot negate.
+        """
+        form = usual_form() if form is None else form
+        if form is None or (library := native_library()) is None:
             return None
         int8 = [layer[0] for layer in weights.layers.values()]
         if weights.coupling is not None:
             int8 += [weights.coupling.local, weights.coupling.gather, weights.coupling.spread]
         if any(int(values.min()) == -128 for values in int8):
-            log.warning("a weight of this model is -128, which the compiled kernel does not take: PyTorch draws")
+            log.warning(
+                "a weight of this model is -128, which the compiled kernel does not take: PyTorch draws"
+            )
             return None
-        return ImageKernel(weights, library, native_form())
+        return ImageKernel(weights, library, form)
 
     def draw(self, tokens: np.ndarray, seeds: np.ndarray, steps: int | None = None) -> np.ndarray:
         """Images uint8 `[images, 64, 64, 3]` of completed scenes, int64 `[images, 17]`, from uint64 seeds.
@@ -205,7 +220,9 @@ def _packed(weights: ImageWeights, library: ctypes.CDLL) -> int:
     }
     model = _Model(nouns=nouns, code=code, hidden=hidden, channels=channels, width=width, mix=mix)
     model.steps, model.shade_levels, model.jitter = weights.steps, weights.shade, weights.jitter
-    model.colours, model.grounds, model.windows = map(len, (weights.colours, weights.grounds, weights.windows))
+    model.colours, model.grounds, model.windows = map(
+        len, (weights.colours, weights.grounds, weights.windows)
+    )
     for i, (name, groups) in enumerate(GROUPS.items()):
         values, bias, multiplier = weights.layers[name]
         rows, columns = shapes[name]

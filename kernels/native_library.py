@@ -60,6 +60,11 @@ def native_form() -> int:
     return FORMS.index(asked) if asked else int(library.millijoule_best_form())
 
 
+def is_forced() -> bool:
+    """Whether `MILLIJOULE_KERNEL` says which form to take."""
+    return bool(os.environ.get("MILLIJOULE_KERNEL"))
+
+
 def _load() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = _FOLDER / f"native{suffix}"

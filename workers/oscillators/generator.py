@@ -31,7 +31,7 @@ class OscillatorGenerator:
         self, painter: Painter, name: str, sha256: str, device: str = "cpu", engine: Engine | None = None
     ) -> None:
         self.engine = engine or EagerEngine()
-        self.drawing = Drawing(painter, device, self.engine)
+        self.drawing = Drawing(painter, device, engine)
         config = painter.network.config
         self.nouns = config.nouns
         self.info = GeneratorInfo(
@@ -47,7 +47,7 @@ class OscillatorGenerator:
 
     @staticmethod
     def load(path: Path, *, device: str = "cpu", engine: Engine | None = None) -> OscillatorGenerator:
-        """Load a model's file; `engine` runs it, None: PyTorch as it is. Raises InputError as `load_model`."""
+        """Load a model's file; `engine` as in `Drawing`. Raises InputError as `load_model`."""
         painter, name = load_model(path)
         return OscillatorGenerator(painter, name, file_sha256(path), device, engine)
 
