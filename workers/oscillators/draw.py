@@ -91,7 +91,9 @@ class Drawing:
     def __init__(self, painter: Painter, device: str = "cpu", engine: Engine | None = None) -> None:
         self.painter = painter.to(device)
         self.device = device
-        self.kernel = ImageKernel.of(painter.kernel_weights()) if engine is None and device == "cpu" else None
+        self.kernel = None
+        if engine is None and device == "cpu" and isinstance(painter.network, IntegerNetwork):
+            self.kernel = ImageKernel.of(painter.kernel_weights())
         network = ShapeNetwork(self.painter.network)
         # how many shapes and cells there are differs from batch to batch
         self.shapes = (engine or EagerEngine()).prepare(network, "shapes", static=False)
