@@ -23,6 +23,7 @@ BENCHES = {
     "kernels": "time and joules of our fused GPU kernels against PyTorch's own operations, run plainly and compiled",
     "ladder": "rungs of a diffusion pipeline one by one: joules or CPU time, and what they do to images",
     "memory": "memory of several workers of one model on a host; time and memory of batches by their size",
+    "roofline": "compiled CPU kernels against the peaks of this processor, measured in the same run",
     "stages": "how long the device waits while images are encoded, written and stored",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",
 }
