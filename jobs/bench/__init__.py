@@ -25,6 +25,7 @@ BENCHES = {
     "memory": "memory of several workers of one model on a host; time and memory of batches by their size",
     "roofline": "compiled CPU kernels against the peaks of this processor, measured in the same run",
     "stages": "how long the device waits while images are encoded, written and stored",
+    "worker": "where the processor time of an image goes, stage by stage, before and after a change",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",
 }
 
