@@ -303,22 +303,19 @@ def relax(phases: Tensor, coupling: DenseCoupling, classes: Tensor, steps: int, 
 
 
 class NativeCoupling:
-    """A coupling packed for the compiled kernel; calls are `relax` on this machine's processor.
-
-    Args:
-        form: number of the instructions, as `native_library.FORMS` counts; None: the best, or what `MILLIJOULE_KERNEL` says.
+    """A coupling packed for the compiled kernel, in the form that `native_library` names now; calls are `relax`.
 
     Raises:
         ValueError: there is no compiled kernel.
     """
 
-    def __init__(self, coupling: DenseCoupling, form: int | None = None) -> None:
+    def __init__(self, coupling: DenseCoupling) -> None:
         library = native_library()
         if library is None:
             raise ValueError("the compiled kernels are missing")
         self.coupling = coupling
         self._library = library
-        self._form = native_form() if form is None else form
+        self._form = native_form()
         padded = coupling.n + -coupling.n % _NATIVE_PADDING
         self._coarse = self._packed(coupling.coarse, padded)
         self._fine = None if coupling.fine is None else self._packed(coupling.fine, padded)

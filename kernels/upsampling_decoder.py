@@ -229,21 +229,18 @@ def decode(features: Tensor, decoder: IntegerDecoder) -> Tensor:
 
 
 class NativeDecoder:
-    """A decoder packed for the compiled kernel; calls are `decode` on this machine's processor.
-
-    Args:
-        form: number of the instructions, as `native_library.FORMS` counts; None: the best, or what `MILLIJOULE_KERNEL` says.
+    """A decoder packed for the compiled kernel, in the form that `native_library` names now; calls are `decode`.
 
     Raises:
         ValueError: there is no compiled kernel.
     """
 
-    def __init__(self, decoder: IntegerDecoder, form: int | None = None) -> None:
+    def __init__(self, decoder: IntegerDecoder) -> None:
         library = native_library()
         if library is None:
             raise ValueError("the compiled kernels are missing")
         self._library = library
-        self._form = native_form() if form is None else form
+        self._form = native_form()
         self._decoder = decoder
         self._layers = [self._packed(layer) for layer in decoder.layers]
 

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,17 +60,15 @@ class BenchOptions(ResultOptions):
 def run(options: BenchOptions) -> int:
     import torch
 
-    from millijoule.kernels.native_library import FORMS, native_library
+    from millijoule.kernels.native_library import forms_here
 
     if not options.sizes or not options.batches or min(options.images, options.rounds, options.threads) < 1:
         raise InputError("--sizes, --batches: one at least; --images, --rounds, --threads: at least 1")
     torch.set_num_threads(options.threads)
-    library = native_library()
-    native = [] if library is None else FORMS[1 : int(library.millijoule_best_form()) + 1]
     about = describe("processor time per image of Un-0 models, their own loop and our forms", options)
     sizes: dict[str, Any] = {}
     for n in options.sizes:
-        sizes[str(n)] = measured(n, ["reference", *native], options)
+        sizes[str(n)] = measured(n, ["reference", *forms_here()[1:]], options)
         log.info("%d oscillators: %s", n, sizes[str(n)]["cpu_ms_per_image"])
         save_result({**about, "models": sizes}, options.result)
     write_result({**about, "models": sizes}, options.result)
@@ -80,6 +79,7 @@ def measured(n: int, kernels: list[str], options: BenchOptions) -> dict[str, Any
     """One size: blocks, and what follows from them."""
     import torch
 
+    from millijoule.kernels import native_library
     from millijoule.workers.generators.un0 import ClassIndex, Un0Generator, float_images
     from millijoule.workers.generators.un0_integers import Un0IntegerForm, choose_integers
 
@@ -93,7 +93,8 @@ def measured(n: int, kernels: list[str], options: BenchOptions) -> dict[str, Any
         forms["our float form"] = (many, _drawing(ours, many))
         drawn: dict[str, Callable[[], np.ndarray]] = {}
         for kernel in kernels:
-            integer_form = Un0IntegerForm(architecture, tensors, integers, kernel=kernel)
+            with native_library.only(kernel):
+                integer_form = Un0IntegerForm(architecture, tensors, integers)
             generator = Un0Generator(architecture, tensors, index, kernel, "", "cpu", integers=integer_form)
             drawn[kernel] = _drawing(generator, many)
             forms[f"integers, {kernel}"] = (many, drawn[kernel])
@@ -174,6 +175,11 @@ def own_loops(
     from torch import nn
 
     class Dynamics(nn.Module):
+        K: torch.Tensor
+        K_cond: torch.Tensor
+        omega: torch.Tensor
+        omega_cond: torch.Tensor
+
         def __init__(self, prepared: bool) -> None:
             super().__init__()
             for name in ("K", "K_cond", "omega", "omega_cond"):
@@ -250,7 +256,7 @@ def own_loops(
             for name, (dynamics, decoder) in ways.items()
         }
     return {
-        f"{name}, batch {batch}": (batch, lambda pair=pair, batch=batch: draw(*pair, batch))  # type: ignore[misc]
-        for name, pair in ways.items()
+        f"{name}, batch {batch}": (batch, partial(draw, dynamics, decoder, batch))
+        for name, (dynamics, decoder) in ways.items()
         for batch in options.batches
     }
