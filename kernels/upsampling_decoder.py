@@ -86,9 +86,13 @@ def quantize_decoder(convolutions: Sequence[FloatConvolution], ranges: Sequence[
         ranges: for all layers but the last, the real value that `ACTIVATION` stands for in what it puts out.
 
     Raises:
-        ValueError: a range is not a positive number, there is not one for each layer, or a bias is so large beside its weights that
+        ValueError: there is no block, a range is not a positive number, there is not one for each layer, or a bias is so large beside its weights that
             sums would leave int32.
     """
+    if len(convolutions) < 3 or len(convolutions) % 2 == 0:
+        raise ValueError(
+            f"{len(convolutions)} layers: two in each block, at least one block, and the output's"
+        )
     if len(ranges) != len(convolutions) - 1:
         raise ValueError(f"{len(ranges)} activation ranges for {len(convolutions)} layers")
     layers, taken = [], 1 / ACTIVATION  # features reach 1.0

@@ -131,9 +131,11 @@ void decode_images(int32_t form, const std::vector<Layer>& layers, int64_t size,
 using namespace millijoule;
 
 // Rows of a block of a layer with `rows` rows.
-MILLIJOULE_API int64_t millijoule_decoder_block(int32_t form, int64_t rows) {
-  const int64_t lanes = form == AVX512_VNNI ? 16 : 8;
-  return rows <= lanes ? lanes : 2 * lanes;
+MILLIJOULE_API int64_t millijoule_decoder_block([[maybe_unused]] int32_t form, int64_t rows) {
+#if defined(MILLIJOULE_X86)
+  if (form == AVX512_VNNI) return avx512_vnni::block_of(rows);
+#endif
+  return plain::block_of(rows);
 }
 
 // int16 [rows, k], k even -> rows rounded up to the block, times k.

@@ -149,6 +149,11 @@ def test_what_integers_cannot_hold_is_refused(change, ranges, words):
         quantize_decoder(convolutions, ranges)
 
 
+def test_a_decoder_has_blocks():
+    with pytest.raises(ValueError, match="1 layers"):
+        quantize_decoder(made_up(32, 1)[-1:], [])
+
+
 def test_features_of_another_decoder_are_refused():
     if not native_library.forms_here():
         pytest.skip("the compiled kernels are missing")
