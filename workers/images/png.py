@@ -17,7 +17,9 @@ from millijoule.workers.images.provenance import Provenance
 
 def encode_with_provenance(images: Sequence[np.ndarray], provenances: Sequence[Provenance]) -> list[bytes]:
     """`images`, uint8 `[height, width, 3]` each, as 8-bit sRGB PNGs. The same input gives the same bytes."""
-    return encode_pngs(images, [(_parameters_chunk(p.parameters), _RECORD + p.record.encode("ascii")) for p in provenances])
+    return encode_pngs(
+        images, [(_parameters_chunk(p.parameters), _RECORD + p.record.encode("ascii")) for p in provenances]
+    )
 
 
 _RECORD = b"tEXtmillijoule\x00"

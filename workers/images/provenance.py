@@ -41,7 +41,9 @@ class ModelProvenance:
 
     def __init__(self, model_name: str, model_sha256: str) -> None:
         self.model_name = model_name
-        self._parameters_end = f", Model: {_quote(model_name)}, Model hash: {model_sha256[:MODEL_HASH_DIGITS]}"
+        self._parameters_end = (
+            f", Model: {_quote(model_name)}, Model hash: {model_sha256[:MODEL_HASH_DIGITS]}"
+        )
         self._record_begin = f'{{"schema_version":{SCHEMA_VERSION},"prompt_id":'
         self._record_end = f',"model":{quote_json(model_name)},"model_sha256":{quote_json(model_sha256)}}}'
 
