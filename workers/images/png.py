@@ -17,12 +17,12 @@ from millijoule.workers.images.provenance import Provenance
 
 def encode_with_provenance(images: Sequence[np.ndarray], provenances: Sequence[Provenance]) -> list[bytes]:
     """`images`, uint8 `[height, width, 3]` each, as 8-bit sRGB PNGs. The same input gives the same bytes."""
-    return encode_pngs(
-        images, [(_parameters_chunk(p.parameters), _RECORD + p.record.encode("ascii")) for p in provenances]
-    )
+    return encode_pngs(images, [text_chunks(provenance) for provenance in provenances])
 
 
-_RECORD = b"tEXtmillijoule\x00"
+def text_chunks(provenance: Provenance) -> tuple[bytes, bytes]:
+    """The chunks that carry it, type and content."""
+    return _parameters_chunk(provenance.parameters), b"tEXtmillijoule\x00" + provenance.record.encode("ascii")
 
 
 def _parameters_chunk(text: str) -> bytes:
