@@ -313,10 +313,11 @@ size_t coded_bits(const Counts& counts, const BlockCodes& codes) {
   return bits;
 }
 
-Counts count(const uint8_t* data, const std::vector<Sequence>& sequences) {
+Counts count(const uint8_t* data, const Sequence* sequences) {
   Counts counts{};
   uint32_t others[3][256] = {};  // equal bytes follow each other, and would wait for one counter
-  for (const Sequence& sequence : sequences) {
+  for (;; ++sequences) {
+    const Sequence sequence = *sequences;
     const uint8_t* const end = data + sequence.literals;
     for (; end - data >= 4; data += 4) {
       ++counts.literals[data[0]];
@@ -338,11 +339,12 @@ Counts count(const uint8_t* data, const std::vector<Sequence>& sequences) {
   return counts;
 }
 
-void write_sequences(BitWriter& out, const BlockCodes& codes, const uint8_t* data, const std::vector<Sequence>& sequences) {
+void write_sequences(BitWriter& out, const BlockCodes& codes, const uint8_t* data, const Sequence* sequences) {
   const Code& literals = codes.literals;
   const Code& distances = codes.distances;
   const Symbols& of = symbols();
-  for (const Sequence& sequence : sequences) {
+  for (;; ++sequences) {
+    const Sequence sequence = *sequences;
     const uint8_t* const end = data + sequence.literals;
     for (; end - data >= 3; data += 3) {
       out.put(literals.bits[data[0]], literals.lengths[data[0]]);
@@ -387,7 +389,7 @@ size_t stored_bits(size_t size, int begun) {
   return 8 * (size + 4 * parts) + 8 * (parts - 1) + static_cast<size_t>((8 - (begun + 3) % 8) % 8) + 3;
 }
 
-void write_block(BitWriter& out, const uint8_t* data, size_t size, const std::vector<Sequence>& sequences, bool is_last) {
+void write_block(BitWriter& out, const uint8_t* data, size_t size, const Sequence* sequences, bool is_last) {
   const Counts counts = count(data, sequences);
   BlockCodes codes;
   assign_lengths(counts.literals, LITERALS, MOST_BITS, codes.literals.lengths);
@@ -423,8 +425,8 @@ inline size_t equal_bytes(const uint8_t* at, const uint8_t* before, size_t most)
   return most;
 }
 
-// Sequences of `data[from:]` up to about `to`; returns where they end.
-size_t find_runs(const uint8_t* data, size_t size, size_t from, size_t to, std::vector<Sequence>& sequences) {
+// Writes the sequences of `data[from:]` up to about `to`; returns where they end.
+size_t find_runs(const uint8_t* data, size_t size, size_t from, size_t to, Sequence* sequences) {
   size_t literals = from, i = std::max<size_t>(from, 1);
   while (i + 8 <= to) {
     if (load64(data + i) != load64(data + i - 1)) {
@@ -432,12 +434,12 @@ size_t find_runs(const uint8_t* data, size_t size, size_t from, size_t to, std::
       continue;
     }
     const size_t length = equal_bytes(data + i, data + i - 1, std::min(LONGEST, size - i));
-    sequences.push_back({static_cast<uint32_t>(i - literals), static_cast<uint16_t>(length), 1});
+    *sequences++ = {static_cast<uint32_t>(i - literals), static_cast<uint16_t>(length), 1};
     i += length;
     literals = i;
   }
   const size_t end = std::max(i, to);
-  sequences.push_back({static_cast<uint32_t>(end - literals), 0, 0});
+  *sequences++ = {static_cast<uint32_t>(end - literals), 0, 0};
   return end;
 }
 
@@ -446,6 +448,7 @@ class RepeatFinder {
   RepeatFinder(const uint8_t* data, size_t size, size_t pixel, size_t row, std::vector<uint32_t>& last_seen)
       : data_(data), size_(size), pixel_(pixel), row_(row), last_seen_(last_seen) {
     hashed_ = pixel == 3 ? 0xFFFFFF : 0xFFFFFFFF;  // a pixel, or four
+    begun_ = row <= WINDOW ? row : size;
     looks_back_ = pixel > 1 || size > WORTH_A_SEARCH;
     if (!looks_back_) return;
     int bits = 10;
@@ -454,8 +457,8 @@ class RepeatFinder {
     last_seen_.assign(size_t{1} << bits, 0);
   }
 
-  // Sequences of `data[from:]` up to about `to`; returns where they end.
-  size_t find(size_t from, size_t to, std::vector<Sequence>& sequences) {
+  // Writes the sequences of `data[from:]` up to about `to`; returns where they end.
+  size_t find(size_t from, size_t to, Sequence* sequences) {
     size_t literals = from, i = from;
     while (i < to) {
       Match match = best(i);
@@ -469,12 +472,12 @@ class RepeatFinder {
         match = next;
         ++i;
       }
-      sequences.push_back({static_cast<uint32_t>(i - literals), static_cast<uint16_t>(match.length),
-                           static_cast<uint16_t>(match.distance)});
+      *sequences++ = {static_cast<uint32_t>(i - literals), static_cast<uint16_t>(match.length),
+                           static_cast<uint16_t>(match.distance)};
       i += match.length;
       literals = i;
     }
-    sequences.push_back({static_cast<uint32_t>(i - literals), 0, 0});
+    *sequences++ = {static_cast<uint32_t>(i - literals), 0, 0};
     return i;
   }
 
@@ -497,8 +500,17 @@ class RepeatFinder {
   Match best(size_t i) {
     Match match;
     const size_t most = std::min(LONGEST, size_ - i);
-    if (i >= pixel_) consider(match, i, pixel_, most);
-    if (i >= row_ && row_ <= WINDOW) consider(match, i, row_, most);
+    if (i >= begun_) {
+      const uint32_t here = load32(data_ + i);
+      const bool is_pixel = !((here ^ load32(data_ + i - pixel_)) & 0xFFFFFF);
+      const bool is_row = !((here ^ load32(data_ + i - row_)) & 0xFFFFFF);
+      if (is_pixel | is_row) {  // one branch, where most places repeat neither
+        consider(match, i, pixel_, most);
+        consider(match, i, row_, most);
+      }
+    } else if (i >= pixel_) {
+      consider(match, i, pixel_, most);
+    }
     if (most >= 4 && looks_back_ && match.length < NEAR_ENOUGH) {
       uint32_t& seen = last_seen_[((load32(data_ + i) & hashed_) * 0x9E3779B1u) >> shift_];
       if (seen && i + 1 - seen <= WINDOW) consider(match, i, i + 1 - seen, most);
@@ -509,6 +521,7 @@ class RepeatFinder {
 
   const uint8_t* data_;
   size_t size_, pixel_, row_;
+  size_t begun_;  // from where on there is a row above, within reach
   std::vector<uint32_t>& last_seen_;
   uint32_t hashed_;
   int shift_ = 0;
@@ -516,6 +529,8 @@ class RepeatFinder {
 };
 
 }  // namespace
+
+DeflateMemory::DeflateMemory() : sequences_(new Sequence[(BLOCK + LONGEST) / SHORTEST + 2]) {}
 
 size_t compressed_bound(size_t size) {
   // a block is never longer than stored, with three bits before it and its parts' heads
@@ -528,11 +543,10 @@ uint8_t* compress(Form form, Matching matching, const uint8_t* data, size_t size
   *out++ = 0x78;  // deflate, 32 KiB window
   *out++ = 0x01;  // least effort, by which nobody decides anything
   BitWriter bits(out);
-  std::vector<Sequence>& sequences = memory.sequences;
+  Sequence* const sequences = memory.sequences();
   size_t from = 0;
   const auto blocks = [&](auto&& find) {
     do {
-      sequences.clear();
       const size_t to = find(from, std::min(from + BLOCK, size));
       write_block(bits, data + from, to - from, sequences, to == size);
       from = to;

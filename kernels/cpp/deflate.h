@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "processor.h"
@@ -25,10 +26,16 @@ struct Sequence {
   uint16_t distance;
 };
 
-// Kept between images by one thread.
-struct DeflateMemory {
-  std::vector<Sequence> sequences;
-  std::vector<uint32_t> last_seen;  // by hash of four bytes: the last place that began with them, and 1
+// Kept from image to image.
+class DeflateMemory {
+ public:
+  DeflateMemory();
+  Sequence* sequences() { return sequences_.get(); }  // room for those of a block
+
+  std::vector<uint32_t> last_seen;  // by hash of three or four bytes: the last place that began with them, and 1
+
+ private:
+  std::unique_ptr<Sequence[]> sequences_;
 };
 
 // Most bytes that `compress` makes of `size`.

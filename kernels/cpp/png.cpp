@@ -148,24 +148,25 @@ struct Palette {
 
 inline void fill(uint8_t* from, const uint8_t* to, uint32_t index) {
   const uint64_t eight = index * 0x0101010101010101u;
-  for (; from < to; from += 8) store64(from, eight);  // what is behind is written later, or slack
+  store64(from, eight);  // most runs are short; what is behind is written later, or slack
+  store64(from + 8, eight);
+  for (from += 16; from < to; from += 8) store64(from, eight);
 }
 
 // `indices` [height, width] of `image` in order of appearance; false where it has too many colours.
 bool find_palette(Form form, const Image& image, Palette& palette, uint8_t* indices) {
   for (size_t y = 0; y < image.height; ++y) {
     const uint8_t* const row = image.row(y);
-    const uint8_t* const above = y ? row - image.stride() : nullptr;
+    const uint8_t* const above = y ? row - image.stride() : row;
     uint8_t* const out = indices + y * image.width;
-    if (above && !std::memcmp(row, above, image.stride())) {
+    if (y && !std::memcmp(row, above, image.stride())) {
       std::memcpy(out, out - image.width, image.width);
       continue;
     }
     const auto index_at = [&](size_t x) {
       const uint32_t colour = colour_at(row + CHANNELS * x);
-      if (above && colour == colour_at(above + CHANNELS * x)) return static_cast<int>((out - image.width)[x]);
       const int index = palette.find(colour);
-      if (index >= 0) ++palette.uses[index];
+      if (index >= 0) palette.uses[index] += !y | (colour != colour_at(above + CHANNELS * x));  // no branch: nothing foretells it
       return index;
     };
     size_t begun = 0;
