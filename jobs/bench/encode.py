@@ -1,4 +1,4 @@
-"""`millijoule bench encode [RESULT.json]`: processor time and bytes per image of every encoder, for icons and photographs.
+"""`millijoule bench encode [RESULT.json]`: processor time and bytes per image of every encoder, for icons, sheets of them and photographs.
 
 One process encodes the same images in every form, in blocks there and back, so that a drift of the machine falls on all alike. A
 block is one thread's processor time from pixels and requests to files, text included, in parts as a worker has them. Of every PNG
@@ -69,7 +69,7 @@ def run(options: BenchOptions) -> int:
         raise InputError("--icons, --photographs, --rounds: at least 1")
     encoders = all_encoders()
     icons = _icons(options.icons)
-    kinds = {"icons": icons}
+    kinds = {"icons": icons, "sheet of icons 512": [_sheet(icons)]}
     for pixels in options.photographs:
         many = max(1, min(86, 2**20 // pixels**2))
         requests = scene_requests(many)
@@ -199,6 +199,13 @@ def _icons(count: int) -> list[Drawn]:
         for batch in batches
         for request, image in zip(batch, generator.generate(batch).images, strict=True)
     ]
+
+
+def _sheet(icons: Sequence[Drawn]) -> Drawn:
+    """Eight by eight icons as one image: flat, with more colours than a palette has."""
+    images = [icons[i % len(icons)].image for i in range(64)]
+    rows = [np.concatenate(images[at : at + 8], axis=1) for at in range(0, 64, 8)]
+    return Drawn(np.concatenate(rows), icons[0].request, 1)
 
 
 def _best() -> str:

@@ -29,7 +29,7 @@ def test_all_are_measured_on_icons_and_photographs(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     assert main(["encode", str(path), "--icons", "3", "--rounds", "2", "--photographs", "20"]) == 0
     result = json.loads(path.read_text())
-    for kind, many in (("icons", 3), ("photographs 20", 86)):
+    for kind, many in (("icons", 3), ("sheet of icons 512", 1), ("photographs 20", 86)):
         found = result["kinds"][kind]
         assert found["images"] == many
         assert {encode.BEFORE, "pillow", "pillow optimize", "reference", "jpeg", "webp"} <= set(
