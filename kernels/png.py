@@ -110,8 +110,7 @@ def _encode_compiled(
     if failed:
         raise MemoryError("no memory to encode images")
     at = ends.tolist()
-    files = memoryview(out)
-    return [bytes(files[begin:end]) for begin, end in pairwise(at)]
+    return [out[begin:end].tobytes() for begin, end in pairwise(at)]
 
 
 def _tally(sizes: np.ndarray) -> dict[tuple[int, int], int]:
