@@ -30,32 +30,29 @@ CHUNK_FRAME_BYTES = 12
 MAX_COMPILED_BYTES = 1 << 30
 
 
-def encode_pngs(
-    images: Sequence[np.ndarray], chunks: Sequence[Sequence[bytes]], form: int | None = None
-) -> list[bytes]:
+def encode_pngs(images: Sequence[np.ndarray], chunks: Sequence[Sequence[bytes]]) -> list[bytes]:
     """Each image as an 8-bit sRGB PNG, palette or RGB. The same image and chunks give the same bytes.
 
     Args:
         images: uint8 `[height, width, 3]` each, of any sizes, or `[n, height, width, 3]`.
         chunks: for each image as many: what stands before its pixels, type and content of each chunk, such as b"tEXt" and a text.
-        form: the compiled form, see `native_library.FORMS`; None: the best, or the reference where nothing is compiled.
 
     Raises:
         ValueError: an image is not such an array or has no pixels, or images have different numbers of chunks.
         MemoryError: there is no room for the files.
     """
     _check(images, chunks)
-    library = _library()
+    library = native_library()
     if library is None or not len(images):
         return encode_pngs_reference(images, chunks)
     if any(image.nbytes > MAX_COMPILED_BYTES for image in images):
         return [
             encode_pngs_reference([image], [own])[0]
             if image.nbytes > MAX_COMPILED_BYTES
-            else _encode_compiled(library, [image], [own], form)[0]
+            else _encode_compiled(library, [image], [own])[0]
             for image, own in zip(images, chunks, strict=True)
         ]
-    return _encode_compiled(library, images, chunks, form)
+    return _encode_compiled(library, images, chunks)
 
 
 def encode_pngs_reference(images: Sequence[np.ndarray], chunks: Sequence[Sequence[bytes]]) -> list[bytes]:
@@ -66,7 +63,7 @@ def encode_pngs_reference(images: Sequence[np.ndarray], chunks: Sequence[Sequenc
 
 def encoder_name() -> str:
     """Which of the two writes this process' files: "compiled" or "zlib"."""
-    return "zlib" if _library() is None else "compiled"
+    return "zlib" if native_library() is None else "compiled"
 
 
 def _check(images: Sequence[np.ndarray], chunks: Sequence[Sequence[bytes]]) -> None:
@@ -82,8 +79,9 @@ def _check(images: Sequence[np.ndarray], chunks: Sequence[Sequence[bytes]]) -> N
 
 
 def _encode_compiled(
-    library: ctypes.CDLL, images: Sequence[np.ndarray], chunks: Sequence[Sequence[bytes]], form: int | None
+    library: ctypes.CDLL, images: Sequence[np.ndarray], chunks: Sequence[Sequence[bytes]]
 ) -> list[bytes]:
+    _declare(library)
     count, per_image = len(images), len(chunks[0])
     held = [np.ascontiguousarray(image) for image in images]  # their addresses are in use until the end
     addresses = np.array([image.__array_interface__["data"][0] for image in held], np.uintp)
@@ -97,7 +95,7 @@ def _encode_compiled(
     out = np.empty(room, np.uint8)
     ends = np.empty(count + 1, np.int64)
     failed = library.millijoule_encode_pngs(
-        native_form() if form is None else form,
+        native_form(),
         count,
         addresses.ctypes.data,
         sizes.ctypes.data,
@@ -122,17 +120,14 @@ def _tally(sizes: np.ndarray) -> dict[tuple[int, int], int]:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    library = native_library()
-    if library is not None:
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.millijoule_png_bound.argtypes = [number, number]
-        library.millijoule_png_bound.restype = number
-        library.millijoule_encode_pngs.argtypes = [
-            *(ctypes.c_int32, number, pointer, pointer, ctypes.c_char_p, pointer, number, pointer, pointer),
-        ]
-        library.millijoule_encode_pngs.restype = number
-    return library
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.millijoule_png_bound.argtypes = [number, number]
+    library.millijoule_png_bound.restype = number
+    library.millijoule_encode_pngs.argtypes = [
+        *(ctypes.c_int32, number, pointer, pointer, ctypes.c_char_p, pointer, number, pointer, pointer),
+    ]
+    library.millijoule_encode_pngs.restype = number
 
 
 def _encode_with_zlib(image: np.ndarray, chunks: Sequence[bytes]) -> bytes:

@@ -20,11 +20,13 @@ BENCHES = {
     "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
+    "image": "processor time per image of the oscillator generators, by the form that draws: PyTorch, or compiled",
     "kernels": "time and joules of our fused GPU kernels against PyTorch's own operations, run plainly and compiled",
     "ladder": "rungs of a diffusion pipeline one by one: joules or CPU time, and what they do to images",
     "memory": "memory of several workers of one model on a host; time and memory of batches by their size",
-    "products": "processor time per image of the oscillator generators, by how int8 matrices are multiplied",
+    "roofline": "compiled CPU kernels against the peaks of this processor, measured in the same run",
     "stages": "how long the device waits while images are encoded, written and stored",
+    "worker": "where the processor time of an image goes, stage by stage, before and after a change",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",
 }
 

@@ -26,7 +26,7 @@ from millijoule.jobs.bench.gpu import scene_requests
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
 from millijoule.jobs.measuring.stand_in_device import photograph
-from millijoule.kernels.native_library import FORMS, native_form, native_library
+from millijoule.kernels.native_library import forms_here, only
 from millijoule.kernels.png import encode_pngs, encode_pngs_reference
 from millijoule.workers.attempts.encoding import TASK_BYTES
 from millijoule.workers.errors import InputError
@@ -104,13 +104,16 @@ def all_encoders() -> dict[str, Encoder]:
     def pillow(optimize: bool, drawn: Sequence[Drawn]) -> list[bytes]:
         return [_encode_with_pillow(one, model, optimize) for one in drawn]
 
-    here = FORMS[: native_form() + 1] if native_library() else ()
+    def in_form(form: str, drawn: Sequence[Drawn]) -> list[bytes]:
+        with only(form):
+            return ours(encode_pngs, drawn)
+
     return {
         BEFORE: lambda drawn: [_encode_as_before(one) for one in drawn],
         "pillow": partial(pillow, False),
         "pillow optimize": partial(pillow, True),
         "reference": partial(ours, encode_pngs_reference),
-        **{name: partial(ours, partial(encode_pngs, form=form)) for form, name in enumerate(here)},
+        **{form: partial(in_form, form) for form in forms_here()},
         **{name: partial(lossy, read_image_format(name, None)) for name in ("jpeg", "webp")},
     }
 
@@ -209,7 +212,7 @@ def _sheet(icons: Sequence[Drawn]) -> Drawn:
 
 
 def _best() -> str:
-    return FORMS[native_form()] if native_library() else "reference"
+    return ("reference", *forms_here())[-1]
 
 
 def _pillow_zlib() -> str:

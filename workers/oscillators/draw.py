@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from millijoule.kernels.image import GROUPS, ImageKernel, ImageWeights
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.oscillators.canvas import Icons, Variation, ground, lay, window_covers
 from millijoule.workers.oscillators.config import SIDES, VARIANTS
 from millijoule.workers.oscillators.ink import InkCells
-from millijoule.workers.oscillators.integer_network import IntegerNetwork
-from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, PALETTE
+from millijoule.workers.oscillators.integer_network import SHARES, IntegerNetwork
+from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, JITTER, PALETTE, SHADE, WINDOWS
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,28 @@ class Painter:
             self.network.to(device), self.ink.to(device), self.colours.to(device), self.grounds.to(device)
         )
 
+    def kernel_weights(self) -> ImageWeights:
+        """As the compiled kernel takes them; the painter is on a CPU."""
+        network, config = self.network, self.network.config
+        layers = {name: getattr(network, name) for name in GROUPS}
+        return ImageWeights(
+            channels=config.channels,
+            steps=config.steps,
+            horizon=config.horizon,
+            layers={name: (of.weights, of.bias, of.multiplier) for name, of in layers.items()},
+            codes=network.codes,
+            sizes=network.sizes,
+            place=network.place,
+            coupling=network.coupling,
+            ink=(self.ink.inked(False), self.ink.inked(True)),
+            colours=self.colours,
+            grounds=self.grounds,
+            windows=torch.tensor(WINDOWS),
+            shares=SHARES,
+            shade=SHADE,
+            jitter=JITTER,
+        )
+
 
 class ShapeNetwork(nn.Module):
     """`IntegerNetwork` as a module, which engines can run: tensors in, a tensor out, the same bits in all of them."""
@@ -54,18 +77,23 @@ class ShapeNetwork(nn.Module):
 
 
 class Drawing:
-    """A painter on a device, its network run by an engine.
+    """A painter on a device.
 
     Args:
-        engine: None runs it plainly.
+        engine: runs the network. None: the compiled kernel draws where there is one (`kernels.image`), else PyTorch as it is;
+            the pixels are the same.
 
     Attributes:
+        kernel: what draws; None: `shapes` does.
         shapes: the network, prepared by the engine.
     """
 
     def __init__(self, painter: Painter, device: str = "cpu", engine: Engine | None = None) -> None:
         self.painter = painter.to(device)
         self.device = device
+        self.kernel = None
+        if engine is None and device == "cpu" and isinstance(painter.network, IntegerNetwork):
+            self.kernel = ImageKernel.of(painter.kernel_weights())
         network = ShapeNetwork(self.painter.network)
         # how many shapes and cells there are differs from batch to batch
         self.shapes = (engine or EagerEngine()).prepare(network, "shapes", static=False)
@@ -78,6 +106,8 @@ class Drawing:
 
         `dense` computes all cells of the icons' windows, to the same pixels.
         """
+        if self.kernel is not None and not dense:
+            return self.kernel.draw(tokens, seeds, steps)
         painter = self.painter
         rows = torch.from_numpy(tokens).to(self.device)
         variation = Variation.of(seeds, self.device)

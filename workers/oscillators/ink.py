@@ -36,6 +36,10 @@ class InkCells:
         icon, cell = self._inked[whole][noun, size].nonzero(as_tuple=True)
         return icon, cell
 
+    def inked(self, whole: bool) -> Tensor:
+        """Whether an icon has ink in a cell of its window, bool `[nouns, sizes, cells]`."""
+        return self._inked[whole]
+
     def counts(self, whole: bool) -> Tensor:
         """How many cells each noun has at each size, int64 `[nouns, sizes]`."""
         return self._inked[whole].sum(2)
