@@ -203,19 +203,17 @@ def strategies(images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
 
     for name, lines_of in rows.items():
         for level, options in LEVELS.items():
-            add(
-                name,
-                f"zlib {level}",
-                lambda lines_of=lines_of, options=options: [
-                    len(_deflate(lines, *options)) + own for lines, own in lines_of
-                ],
-            )
-    add(
-        "as it chooses",
-        "kernels.png",
-        lambda: [len(f) - FRAME_BYTES for f in encode_pngs(few, [()] * len(few))],
-    )
+            add(name, f"zlib {level}", partial(_deflated_sizes, lines_of, *options))
+    add("as it chooses", "kernels.png", partial(_compiled_sizes, few))
     return found
+
+
+def _deflated_sizes(rows: Sequence[tuple[bytes, int]], level: int, strategy: int) -> list[int]:
+    return [len(_deflate(lines, level, strategy)) + own for lines, own in rows]
+
+
+def _compiled_sizes(images: Sequence[np.ndarray]) -> list[int]:
+    return [len(file) - FRAME_BYTES for file in encode_pngs(images, [()] * len(images))]
 
 
 def _icons(count: int) -> list[Drawn]:
