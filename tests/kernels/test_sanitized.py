@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 #: Test files of compiled kernels, and what of them is run here: whatever calls the library in the test's own process.
-TESTS = {"test_image.py": "reference_s or saturate or threads or refused"}
+TESTS = {
+    "test_image.py": "reference_s or saturate or threads or refused",
+    "test_png.py": "survive or palette or sizes",
+}
 
 RUN = """
 import ctypes, sys
