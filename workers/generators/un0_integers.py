@@ -93,7 +93,7 @@ class Un0IntegerForm:
         compiled = native_library() is not None
         if not compiled and not is_forced():
             log.warning(
-                "integers without compiled kernels take two to three times floating point's time: install a C++ compiler, then "
+                "integers without compiled kernels take up to three times as long as floating point: install a C++ compiler, then "
                 "the package again, or convert the checkpoint with --form float"
             )
         dynamics: nn.Module = _CompiledDynamics(coupling) if compiled else _Dynamics(coupling)
