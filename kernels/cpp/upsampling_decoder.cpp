@@ -141,7 +141,7 @@ MILLIJOULE_API int64_t millijoule_decoder_block([[maybe_unused]] int32_t form, i
 // int16 [rows, k], k even -> rows rounded up to the block, times k.
 MILLIJOULE_API void millijoule_decoder_pack(int64_t block, const int16_t* weights, int64_t rows, int64_t k,
                                             int16_t* packed) {
-  pack_rows(weights, rows, k, block, 2, packed);
+  pack_rows(weights, rows, k, k, block, 2, packed);
 }
 
 // shapes: int64 [layers, 6], as `_shapes` in Python; weights, bias, multipliers: of each layer, packed; features: int16

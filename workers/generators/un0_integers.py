@@ -96,9 +96,8 @@ class Un0IntegerForm:
                 "integers without compiled kernels take up to three times as long as floating point: install a C++ compiler, then "
                 "the package again, or convert the checkpoint with --form float"
             )
-        dynamics: nn.Module = _CompiledDynamics(coupling) if compiled else _Dynamics(coupling)
         drawing: nn.Module = _CompiledDecoder(decoder) if compiled else _Decoder(decoder)
-        self._dynamics = engine.prepare(dynamics.eval(), "dynamics", static=False)
+        self._dynamics = engine.prepare(_dynamics(coupling).eval(), "dynamics", static=False)
         self._decoder = engine.prepare(drawing.eval(), "decoder", static=False)
 
     def relax(self, classes: Sequence[int], seeds: Sequence[int], steps: int) -> Tensor:
@@ -129,6 +128,10 @@ class _Dynamics(nn.Module):
 
     def forward(self, phases: Tensor, classes: Tensor, steps: int, horizon: float) -> Tensor:
         return relax(phases, self.coupling, classes, steps, horizon)
+
+
+def _dynamics(coupling: DenseCoupling) -> nn.Module:
+    return _Dynamics(coupling) if native_library() is None else _CompiledDynamics(coupling)
 
 
 class _CompiledDynamics(nn.Module):
@@ -228,9 +231,8 @@ def choose_integers(
     steps = architecture.steps
     expected = float_images(classes, seeds)
     convolutions = convolutions_of(architecture, tensors)
-    phases = relax(
+    phases = _dynamics(quantized_coupling(architecture, tensors, 1))(
         start_phases(seeds[::4][:CALIBRATION_IMAGES], architecture.oscillators + architecture.drivers),
-        quantized_coupling(architecture, tensors, 1),
         torch.tensor(classes[::4][:CALIBRATION_IMAGES]),
         steps,
         architecture.horizon,
