@@ -26,6 +26,7 @@ BENCHES = {
     "roofline": "compiled CPU kernels against the peaks of this processor, measured in the same run",
     "stages": "how long the device waits while images are encoded, written and stored",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",
+    "un0": "processor time per image of Un-0 models: their own loop, eager and compiled, and our forms",
 }
 
 
