@@ -6,7 +6,7 @@ import pynvml
 import pytest
 
 from millijoule.jobs import bench as bench_command
-from millijoule.jobs.bench.board import StandInBoard
+from millijoule.jobs.measuring.board import StandInBoard
 from millijoule.jobs.bench.counters import (
     SHORTEST_STRETCH_S,
     BenchOptions,
