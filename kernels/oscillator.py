@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from millijoule.kernels.int8_product import Int8Matrix
 from millijoule.kernels.native_library import usual_form
 from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos
-from millijoule.kernels.sparse_coupling import Multipliers, Relaxed, SparseKernel, takes
+from millijoule.kernels.sparse_coupling import WORTH_SENDING, Multipliers, Relaxed, SparseKernel, takes
 
 #: Fraction bits of the multipliers.
 MULTIPLIER_BITS = 24
@@ -182,7 +182,13 @@ def relax(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tenso
 
 
 def relax_by_events(
-    phases: Tensor, coupling: Coupling, drive: Drive, steps: int, *, up_to: float = 1.0
+    phases: Tensor,
+    coupling: Coupling,
+    drive: Drive,
+    steps: int,
+    *,
+    up_to: float | None = None,
+    leave: bool = True,
 ) -> Relaxed:
     """`relax` with sums that are kept from step to step and updated by what changed, images at rest left out, and both counted.
 
@@ -190,13 +196,16 @@ def relax_by_events(
 
     Args:
         phases, coupling, drive, steps: as for `relax`.
-        up_to: in steps in which a larger share of the oscillators, or of z, changed, sums are made anew.
+        up_to: in steps in which a larger share of the oscillators, or of z, changed, sums are made anew; None: the share up to which
+            differences were measured to take less time, by form.
+        leave: whether images at rest leave.
     """
     if (form := _compiled_form(phases)) is not None and (kernel := coupling.kernel) is not None:
         drives = drive.a, drive.b, drive.omega
         multipliers = multipliers_of(coupling, drive.dt)
-        return kernel.relax(phases, drives, multipliers, steps, form, up_to=up_to, leave=True)
-    return _counted(phases, coupling, drive, steps)
+        up_to = WORTH_SENDING[form] if up_to is None else up_to
+        return kernel.relax(phases, drives, multipliers, steps, form, up_to=up_to, leave=leave)
+    return _counted(phases, coupling, drive, steps, leave)
 
 
 def multipliers_of(coupling: Coupling, dt: float) -> Multipliers:
@@ -239,7 +248,7 @@ def _gathered(source: Tensor, coupling: Coupling, multipliers: Tensor) -> Tensor
     return z.bitwise_right_shift_(MULTIPLIER_BITS).clamp_(-AMPLITUDE, AMPLITUDE).to(torch.int8)
 
 
-def _counted(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Relaxed:
+def _counted(phases: Tensor, coupling: Coupling, drive: Drive, steps: int, leave: bool) -> Relaxed:
     """`relax_by_events` in PyTorch, where nothing is gained by them: step by step, and compared."""
     batch, n = phases.shape
     sent, spread, left = [], [], []
@@ -253,7 +262,7 @@ def _counted(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Re
         waves, z = waves_now, z_now
         after = relax_pytorch(phases, coupling, drive, 1)
         at_rest = (after == phases).all(1)
-        left.append(int((at_rest & ~resting).sum()))
+        left.append(int((at_rest & ~resting).sum()) if leave else 0)
         phases, resting = after, at_rest
     return Relaxed(phases, tuple(sent), tuple(spread), tuple(left))
 

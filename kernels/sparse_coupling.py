@@ -24,6 +24,10 @@ from torch import Tensor
 from millijoule.kernels.native_library import native_library
 from millijoule.kernels.phase import COS_TABLE, SIN_TABLE
 
+#: By form of `native_library.FORMS`: the share of changed sources up to which sending differences takes less time than making sums
+#: anew (`benchmarks/kernels/events.json`).
+WORTH_SENDING = (1.0, 0.3, 0.08)
+
 #: Blocks of the local weights: a cell's own and its four neighbours'.
 BLOCKS = 5
 

@@ -89,10 +89,14 @@ MILLIJOULE_API void* millijoule_sparse_coupling(const int8_t* local, const int8_
   std::vector<int8_t> transposed(size_t(n) * rank);
   for (int i = 0; i < n; ++i)
     for (int r = 0; r < rank; ++r) transposed[size_t(r) * n + i] = gather[size_t(i) * rank + r];
-  k.local = Layer(local, nullptr, nullptr, channels, STENCIL * channels, STENCIL);
+  const int sides = grid == 1 ? 1 : STENCIL;  // a single cell has no neighbours
+  std::vector<int8_t> felt(size_t(channels) * sides * channels);
+  for (int target = 0; target < channels; ++target)
+    std::copy_n(local + size_t(target) * STENCIL * channels, sides * channels, felt.data() + size_t(target) * sides * channels);
+  k.local = Layer(felt.data(), nullptr, nullptr, channels, sides * channels, sides);
   k.gather = Layer(transposed.data(), nullptr, nullptr, rank, n, k.cells());
   k.spread = Layer(spread, nullptr, nullptr, n, rank, 1);
-  k.local_columns = columns_of(channels, STENCIL * channels, [&](int target, int source) { return local[size_t(target) * STENCIL * channels + source]; });
+  k.local_columns = columns_of(channels, sides * channels, [&](int target, int source) { return local[size_t(target) * STENCIL * channels + source]; });
   k.gather_columns = columns_of(rank, n, [&](int r, int i) { return gather[size_t(i) * rank + r]; });
   k.spread_columns = columns_of(n, rank, [&](int i, int r) { return spread[size_t(i) * rank + r]; });
   kernel->sin_cos.assign(sin_cos, sin_cos + (TURN >> TABLE_SHIFT));

@@ -22,7 +22,7 @@ struct Columns {
 struct SparseCoupling {
   int grid = 0, channels = 0, rank = 0;
   Layer local, gather, spread;  // only their weights
-  // only where sums are to be updated by what changed: [STENCIL * channels] to a cell's, [n] to z, [rank] to all
+  // only where sums are to be updated by what changed: [sides * channels] to a cell's, [n] to z, [rank] to all
   Columns local_columns, gather_columns, spread_columns;
 
   int cells() const { return grid * grid; }

@@ -1,6 +1,7 @@
 """Sparse coupling in compiled code: by products or by events, in every form that runs here, the bits of the plain equation; and what
 is counted is what changed."""
 
+import itertools
 import pickle
 
 import pytest
@@ -49,7 +50,7 @@ shapes = st.fixed_dictionaries(
 
 
 @settings(max_examples=60, deadline=None)
-@given(shape=shapes, steps=st.integers(0, 9), up_to=st.sampled_from([0.0, 0.1, 1.0]))
+@given(shape=shapes, steps=st.integers(0, 9), up_to=st.sampled_from([None, 0.0, 0.1, 1.0]))
 def test_dense_and_events_give_the_bits_of_the_equation(form, shape, steps, up_to):
     coupling, drive, phases = quantized(**shape)
     right = relax_reference(phases, coupling, drive, steps)
@@ -81,7 +82,7 @@ def counted(phases, coupling, drive, steps):
                 for waves in ((s0, c0), (s1, c1))
             )
             spread.append(int(((zs0 != zs1) | (zc0 != zc1)).sum()))
-    still = [(a == b).all(1) for a, b in zip(trajectory, trajectory[1:], strict=False)]
+    still = [(a == b).all(1) for a, b in itertools.pairwise(trajectory)]
     for k, at_rest in enumerate(still):
         left.append(int((at_rest & ~(still[k - 1] if k else torch.zeros_like(at_rest))).sum()))
     return tuple(sent), tuple(spread), tuple(left)
@@ -89,7 +90,7 @@ def counted(phases, coupling, drive, steps):
 
 @pytest.mark.parametrize("choice", ["reference", *COMPILED])
 @settings(max_examples=20, deadline=None)
-@given(shape=shapes, steps=st.integers(0, 6), up_to=st.sampled_from([0.0, 0.1, 1.0]))
+@given(shape=shapes, steps=st.integers(0, 6), up_to=st.sampled_from([None, 0.0, 0.1, 1.0]))
 def test_events_are_what_changed(choice, shape, steps, up_to):
     coupling, drive, phases = quantized(**shape)
     with only(choice):
@@ -218,14 +219,14 @@ def test_weights_that_do_not_belong_together_are_refused():
 
 def test_sums_beyond_int32_are_refused():
     with pytest.raises(ValueError, match="do not fit int32"):
-        Coupling(
+        _ = Coupling(
             torch.full((1, 5), 127, dtype=torch.int8),
             torch.ones(1).double(),
             torch.full((400 * 400, 1), 127, dtype=torch.int8),
             torch.ones(1).double(),
             torch.full((400 * 400, 1), 127, dtype=torch.int8),
             torch.ones(400 * 400).double(),
-        ).kernel  # noqa: B018
+        ).kernel
 
 
 @needs_compiled

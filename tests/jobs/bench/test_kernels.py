@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from millijoule.jobs import bench
-from millijoule.jobs.measuring.kernel_cases import make_cases
 from millijoule.jobs.bench.kernels import CALLS, BenchOptions, compare
+from millijoule.jobs.measuring.kernel_cases import make_cases
 from millijoule.jobs.measuring.one_gpu import open_one_gpu
 
 KERNELS = Path(__file__).parents[3] / "kernels"
