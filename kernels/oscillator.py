@@ -230,7 +230,7 @@ def relax_pytorch(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) 
         near = local.product(neighbours(source, grid, channels)).view(2 * batch, n)
         far = spread.product(_gathered(source, coupling, z_multipliers))
         total = (near * local_multipliers).add_(far * spread_multipliers).add_(half)
-        u, w = total.bitwise_right_shift_(MULTIPLIER_BITS).to(torch.int32).add_(bias).split(batch)
+        u, w = total.bitwise_right_shift_(MULTIPLIER_BITS).to(torch.int32).add_(bias).tensor_split(2)
         pull = (c.to(torch.int32) * u).sub_(s.to(torch.int32) * w).add_(half_pull)
         theta = (theta + drive.omega).add_(pull.bitwise_right_shift_(PULL_BITS)).bitwise_and_(TURN - 1)
     return theta

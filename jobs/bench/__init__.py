@@ -17,6 +17,7 @@ BENCHES = {
     "coupling": "a coupled oscillator model with its K and without, and how often its oscillators change",
     "drawings": "whether coupled oscillators agree on one of several drawings of a noun",
     "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
+    "events": "coupled oscillators with sums updated by what changed against sums made anew, by share of quiet ones",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
     "image": "processor time per image of the oscillator generators, by the form that draws: PyTorch, or compiled",
