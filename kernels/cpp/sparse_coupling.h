@@ -79,6 +79,7 @@ struct SparseScratch {
   std::vector<int32_t> near, low, far;
   std::vector<const int8_t*> cell_rows, flat_rows, z_rows;
   std::vector<Changes> changed, changed_z;  // by image
+  Changes none;
   std::vector<int32_t> theta, slots;        // slots: which of the images given stands there
 
   SparseScratch(const SparseCoupling& k, int images, bool by_events)
