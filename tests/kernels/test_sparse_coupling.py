@@ -112,6 +112,19 @@ def test_images_that_come_to_rest_leave_one_after_another(choice):
     assert set(found.sent[last + 1 :]) == {0}
 
 
+@pytest.mark.parametrize("up_to", [0.0, 1.0])
+def test_an_image_that_closes_a_gap_brings_all_it_has(form, up_to):
+    """Oscillators that creep: sums move them, but hardly any changes its table entry in a step, so what a cell showed before counts."""
+    coupling, drive, phases = quantized(3, 4, 2, 9, seed=4, gain=0.02, pull=0.0, quiet=0.0)
+    found = relax_by_events(phases, coupling, drive, 8, up_to=up_to)
+    right = relax_reference(phases, coupling, drive, 8)
+    assert torch.equal(found.phases, right)
+    assert sum(found.left) >= 3
+    moved, entries = (right != phases)[1::3], found.sent[1]
+    assert moved.double().mean() > 0.9
+    assert entries < 0.3 * phases.numel()
+
+
 @needs_compiled
 def test_threads_and_batches_change_nothing(form):
     coupling, drive, phases = quantized(3, 20, 9, 23, seed=5, gain=2.0, pull=1.0, quiet=0.5)

@@ -39,7 +39,8 @@ def quantized(
     grid, channels, rank, batch, seed, *, gain, pull, quiet
 ) -> tuple[Coupling, Drive, torch.Tensor]:
     """`problem` in integers. With `quiet` the coupling is so weak that it moves nothing, and that share of the oscillators has no
-    drive either; z change all the same."""
+    drive either; z change all the same. Without, every third image is in step and undriven: unless z are rounded too coarsely, its
+    coupling keeps it so, and it rests between others that do not."""
     weights, drive, phases = problem(grid, channels, rank, batch, seed, gain=gain, pull=pull)
     coupling = quantize_coupling(*weights)
     if quiet:
@@ -53,6 +54,9 @@ def quantized(
         )
         g = torch.Generator().manual_seed(seed)
         drive = drive * (torch.rand(batch, 1, drive.shape[2], generator=g) >= quiet)
+    else:
+        drive[::3] = 0
+        phases[::3] = 1234
     return coupling, integers(drive), phases
 
 
