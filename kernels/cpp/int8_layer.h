@@ -26,8 +26,8 @@ constexpr int in_lanes(int count) { return (count + LANES - 1) / LANES * LANES; 
 struct Layer {
   int outputs = 0, inputs = 0, blocks = 0;
   std::vector<int8_t> weights;
-  std::vector<int32_t> bias;         // [blocks * 16]
-  std::vector<int32_t> multiplier;   // [blocks * 16]
+  std::vector<int32_t> bias;         // [(blocks + 1) * 16]: sixteen at once may be read from any output on
+  std::vector<int32_t> multiplier;   // [(blocks + 1) * 16]
   std::vector<int32_t> row_sums;     // [blocks * 16]: of weights, for sources that are moved to be unsigned
 
   Layer() = default;
