@@ -18,6 +18,7 @@ BENCHES = {
     "drawings": "whether coupled oscillators agree on one of several drawings of a noun",
     "encode": "processor time and bytes per image of PNG encoders, JPEG and WebP, for icons and photographs",
     "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
+    "events": "coupled oscillators with sums updated by what changed against sums made anew, by share of quiet ones",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
     "image": "processor time per image of the oscillator generators, by the form that draws: PyTorch, or compiled",
