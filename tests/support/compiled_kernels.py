@@ -50,7 +50,7 @@ def launches_of(function: Callable[..., Any], *arguments: Any, **options: Any) -
 
 
 def _compile(kernel: Any, programs: int, given: tuple[Any, ...], constants: dict[str, Any]) -> Resources:
-    warps = constants.pop("num_warps", 4)
+    warps, constants_stages = constants.pop("num_warps", 4), constants.pop("num_stages", 3)
     signature, values, aligned = {}, dict(constants), {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, given, strict=False)):
         if value is None or (isinstance(value, int) and value == 1):
@@ -66,7 +66,7 @@ def _compile(kernel: Any, programs: int, given: tuple[Any, ...], constants: dict
                 aligned[(i,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, values, aligned)
-    compiled = triton.compile(source, target=H100, options={"num_warps": warps})
+    compiled = triton.compile(source, target=H100, options={"num_warps": warps, "num_stages": constants_stages})
     return Resources(
         kernel.__name__,
         programs,

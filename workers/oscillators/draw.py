@@ -12,6 +12,7 @@ from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.oscillators.canvas import Icons, Variation, ground, lay, window_covers
 from millijoule.workers.oscillators.config import SIDES, VARIANTS
+from millijoule.workers.oscillators.gpu_drawing import open_image_kernel, seed_bits
 from millijoule.workers.oscillators.ink import InkCells
 from millijoule.workers.oscillators.integer_network import IntegerNetwork
 from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, PALETTE
@@ -54,7 +55,7 @@ class ShapeNetwork(nn.Module):
 
 
 class Drawing:
-    """A painter on a device, its network run by an engine.
+    """A painter on a device, its network run by an engine; on a GPU, PyTorch's own becomes our kernels, to the same pixels.
 
     Args:
         engine: None runs it plainly.
@@ -68,7 +69,12 @@ class Drawing:
         self.device = device
         network = ShapeNetwork(self.painter.network)
         # how many shapes and cells there are differs from batch to batch
-        self.shapes = (engine or EagerEngine()).prepare(network, "shapes", static=False)
+        engine = engine or EagerEngine()
+        self.shapes = engine.prepare(network, "shapes", static=False)
+        self._kernel = None
+        if isinstance(engine, EagerEngine):  # another engine was asked for to run the network itself
+            parts = (self.painter.network, self.painter.ink, self.painter.colours, self.painter.grounds)
+            self._kernel = open_image_kernel(*parts, device, self.draw)
 
     @torch.inference_mode()
     def draw(
@@ -78,6 +84,8 @@ class Drawing:
 
         `dense` computes all cells of the icons' windows, to the same pixels.
         """
+        if self._kernel is not None and not dense:
+            return self._kernel.draw(torch.from_numpy(tokens), seed_bits(seeds), steps).cpu().numpy()
         painter = self.painter
         rows = torch.from_numpy(tokens).to(self.device)
         variation = Variation.of(seeds, self.device)

@@ -29,16 +29,16 @@ class InkCells:
         self.packed = packed
         bits = torch.from_numpy(np.unpackbits(packed.cpu().numpy(), axis=1)).bool().to(packed.device)
         parts = bits.split([len(SIZES) * side * side for side in SIDES], 1)
-        self._inked = [part.unflatten(1, (len(SIZES), -1)) for part in parts]
+        self.inked = [part.unflatten(1, (len(SIZES), -1)) for part in parts]
 
     def cells(self, noun: Tensor, size: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
         """The cells of some icons, icon by icon: which of the icons, and which cell of its window; int64 `[cells]` both."""
-        icon, cell = self._inked[whole][noun, size].nonzero(as_tuple=True)
+        icon, cell = self.inked[whole][noun, size].nonzero(as_tuple=True)
         return icon, cell
 
     def counts(self, whole: bool) -> Tensor:
         """How many cells each noun has at each size, int64 `[nouns, sizes]`."""
-        return self._inked[whole].sum(2)
+        return self.inked[whole].sum(2)
 
     def to(self, device: str) -> InkCells:
         return InkCells(self.packed.to(device))
