@@ -48,8 +48,9 @@ MIN_INPUTS = 32
 #: The largest sizes whose weights fit a block: see `fits`.
 MAX_CODE, MAX_HIDDEN, MAX_CHANNELS, MAX_WIDTH, MAX_MIX = 128, 128, 32, 128, 256
 
-#: Rows of a block in each kernel: images in `list`, icons in `waves`, cells in `near` and `shares`, words of pixels in `blend`.
-LIST_IMAGES, WAVE_ICONS, ROWS, WORDS = 16, 64, 64, 1024
+#: Rows of a block in each kernel: images in `list`, icons in `waves`, cells in `near` and `shares`, images and words of their
+#: pixels in `blend`.
+LIST_IMAGES, WAVE_ICONS, ROWS, BLEND_IMAGES, WORDS = 16, 64, 64, 1, 1024
 
 #: Shared bytes of a block from which on `shares` and `near` keep all their weights there; below, each tile reads them again.
 RESIDENT_SHARED_BYTES = 220 * 1024
@@ -194,7 +195,14 @@ class _Batch:
 
         def launches() -> None:
             draw_images(
-                kernel.packed, self.work, self.tokens, self.seeds, self.pixels, steps, kernel.blocks, kernel.resident
+                kernel.packed,
+                self.work,
+                self.tokens,
+                self.seeds,
+                self.pixels,
+                steps,
+                kernel.blocks,
+                kernel.resident,
             )
 
         self.run: Callable[[], Any] = launches
@@ -412,7 +420,17 @@ def draw_images(
         _waves,
         CELLS * triton.cdiv(2 * blocks, CELLS),
         device,
-        *(w.counters, w.icons, w.hidden, p.drive, numbers["drive"], p.place, p.waves, w.waves, w.icons.shape[1]),
+        *(
+            w.counters,
+            w.icons,
+            w.hidden,
+            p.drive,
+            numbers["drive"],
+            p.place,
+            p.waves,
+            w.waves,
+            w.icons.shape[1],
+        ),
         *(p.steps, steps),
         SCALED=steps != p.steps,
         HIDDEN=p.hidden,
@@ -437,7 +455,16 @@ def draw_images(
         _shares,
         blocks,
         device,
-        *(w.counters, w.cells, w.origins, w.features, p.near_again, numbers["near_again"], p.mix, numbers["mix"]),
+        *(
+            w.counters,
+            w.cells,
+            w.origins,
+            w.features,
+            p.near_again,
+            numbers["near_again"],
+            p.mix,
+            numbers["mix"],
+        ),
         *(p.share, numbers["share"], p.shares, w.covers),
         LIMIT=len(p.shares) // 2,
         WIDTH=p.width,
@@ -449,10 +476,11 @@ def draw_images(
     )
     launch(
         _blend,
-        3 * IMAGE_SIZE * IMAGE_SIZE // 4 // WORDS * images,
+        3 * IMAGE_SIZE * IMAGE_SIZE // 4 // WORDS * triton.cdiv(images, BLEND_IMAGES),
         device,
-        *(w.records, w.levels, w.covers, pixels.flatten(1).view(torch.int32)),
+        *(w.records, w.levels, w.covers, pixels.flatten(1).view(torch.int32), images),
         JITTER=p.jitter,
+        IMAGES=BLEND_IMAGES,
         WORDS=WORDS,
         num_warps=4,
     )
@@ -605,7 +633,9 @@ def _drive_of(
     half = tl.load(place + row + out)
     whole = tl.load(place + 48 * CHANNELS + row + out)
     drive += tl.where(kind[:, None] == 0, half[None, :], whole[None, :]).to(tl.int64)
-    if SCALED:  # floor((2 plain_steps drive + steps) / (2 steps)), whichever way a division of negative numbers goes
+    if (
+        SCALED
+    ):  # floor((2 plain_steps drive + steps) / (2 steps)), whichever way a division of negative numbers goes
         above = drive * (2 * plain_steps) + steps
         by = 2 * steps
         drive = tl.where(above >= 0, above, above - by + 1) // by
@@ -806,32 +836,36 @@ def _shares(
 
 
 @triton.jit
-def _seen(records, covers, image, pixel, JITTER: tl.constexpr):
-    """Of pixels of an image: how much of each its icon covers, and that icon's levels."""
+def _seen(records, covers, image, exists, pixel, JITTER: tl.constexpr):
+    """Of pixels `[1, words]` of images `[images, 1]`: how much of each its icon covers, and that icon's levels."""
     y, x = pixel // 64, pixel % 64
     record = records + (image * 64 + (y // 8) * 8 + x // 8) * 2
-    ink, stand = tl.load(record), tl.load(record + 1)
+    ink, stand = tl.load(record, exists, 0), tl.load(record + 1, exists, 0)  # [images, words]
     left, top, side = (stand & 15) * 8, ((stand >> 4) & 15) * 8, ((stand >> 8) & 15) * 8
     from_x = x - (((stand >> 12) & 15) - JITTER)
     from_y = y - (((stand >> 16) & 15) - JITTER)
     inside = (from_x >= left) & (from_x < left + side) & (from_y >= top) & (from_y < top + side)
-    place = ((from_y // 8) * 8 + from_x // 8) * 64 + (from_y % 8) * 8 + from_x % 8
-    share = tl.load(covers + image * 4096 + place, inside & (stand > 0), 0)
+    place = ((from_y >> 3) * 8 + (from_x >> 3)) * 64 + (from_y & 7) * 8 + (from_x & 7)
+    share = tl.load(covers + image * 4096 + place, inside & (stand > 0) & exists, 0)  # [images, words]
     return share.to(tl.int32), ink
 
 
 @triton.jit
-def _blend(records, levels, covers, pixels, JITTER: tl.constexpr, WORDS: tl.constexpr):
-    """A third of an image, four bytes at a time, which are of two pixels."""
+def _blend(
+    records, levels, covers, pixels, images,
+    JITTER: tl.constexpr, IMAGES: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """A third of some images, four bytes at a time, which are of two pixels."""
     PARTS: tl.constexpr = 3072 // WORDS
     program = tl.program_id(0)
-    image = (program // PARTS).to(tl.int64)
-    word = (program % PARTS) * WORDS + tl.arange(0, WORDS)
+    image = (program // PARTS * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)[:, None]
+    exists = image < images
+    word = ((program % PARTS) * WORDS + tl.arange(0, WORDS))[None, :]
     first = word * 4 // 3
-    ground = tl.load(levels + image)
-    share, ink = _seen(records, covers, image, first, JITTER)
-    next_share, next_ink = _seen(records, covers, image, tl.minimum(first + 1, 4095), JITTER)
-    out = tl.zeros([WORDS], tl.int32)
+    ground = tl.load(levels + image, exists, 0)  # [images, 1]
+    share, ink = _seen(records, covers, image, exists, first, JITTER)
+    next_share, next_ink = _seen(records, covers, image, exists, tl.minimum(first + 1, 4095), JITTER)
+    out = tl.zeros([IMAGES, WORDS], tl.int32)
     for byte in tl.static_range(4):
         at = word * 4 + byte
         later = at // 3 != first
@@ -840,4 +874,4 @@ def _blend(records, levels, covers, pixels, JITTER: tl.constexpr, WORDS: tl.cons
         level = (tl.where(later, next_ink, ink) >> shift) & 255
         under = (ground >> shift) & 255
         out = out | (((under * (255 - covered) + level * covered + 127) // 255) << (8 * byte))
-    tl.store(pixels + image * 3072 + word, out)  # [words] int32
+    tl.store(pixels + image * 3072 + word, out, exists)  # [images, words] int32

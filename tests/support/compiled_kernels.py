@@ -66,7 +66,9 @@ def _compile(kernel: Any, programs: int, given: tuple[Any, ...], constants: dict
                 aligned[(i,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, values, aligned)
-    compiled = triton.compile(source, target=H100, options={"num_warps": warps, "num_stages": constants_stages})
+    compiled = triton.compile(
+        source, target=H100, options={"num_warps": warps, "num_stages": constants_stages}
+    )
     return Resources(
         kernel.__name__,
         programs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from millijoule.workers.oscillators.config import SIDES, VARIANTS, OscillatorConfig, layer_shapes
@@ -13,13 +14,13 @@ from millijoule.workers.oscillators.gpu_drawing import image_model, seed_bits
 from millijoule.workers.oscillators.integer_network import IntegerNetwork, Layer
 from millijoule.workers.scenes.scenes import (
     FAMILIES,
-    WINDOWS,
     Group,
     Scene,
     complete,
     sample_scene,
     scene_tokens,
 )
+from millijoule.workers.scenes.vocabulary import NOUNS
 
 
 def model_of(painter):
@@ -28,14 +29,18 @@ def model_of(painter):
 
 def drawn_by_kernels(painter, calls, resident=True, blocks=2):
     """Images of calls, (tokens, seeds, steps) each, of one `ImageKernel`; for `support.interpreted`."""
-    from millijoule.kernels.image_triton import ImageKernel
+    from millijoule.kernels import image_triton
 
-    kernel = ImageKernel(model_of(painter), "cpu")
+    kernel = image_triton.ImageKernel(model_of(painter), "cpu")
     kernel.resident, kernel.blocks = resident, blocks
-    return [
-        kernel.draw(torch.from_numpy(tokens), seed_bits(seeds), steps).numpy().copy()
-        for tokens, seeds, steps in calls
-    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            image_triton, "BLEND_IMAGES", 16
+        )  # a program of the interpreter is slow, its arrays are not
+        return [
+            kernel.draw(torch.from_numpy(tokens), seed_bits(seeds), steps).numpy().copy()
+            for tokens, seeds, steps in calls
+        ]
 
 
 def tokens_of(count, nouns, seed=5):
@@ -46,14 +51,14 @@ def tokens_of(count, nouns, seed=5):
     )
 
 
-def tokens_with(icons, noun="dog"):
-    """Of one scene of so many equal icons."""
-    return scene_tokens([complete(Scene((Group(noun, count=icons),)), icons)])
+def tokens_with(icons, noun):
+    """Of one scene of so many equal icons, of the noun of that number."""
+    return scene_tokens([complete(Scene((Group(NOUNS[noun], count=icons),)), icons)])
 
 
 def extreme_painter(seed):
     """A network of odd sizes with numbers of all magnitudes and signs in it, which no training would leave."""
-    config = OscillatorConfig(nouns=5, code=7, hidden=33, channels=3, width=17, mix=70, steps=6)
+    config = OscillatorConfig(nouns=6, code=7, hidden=33, channels=3, width=17, mix=70, steps=6)
     random = torch.Generator().manual_seed(seed)
 
     def integers(low, high, *shape):
@@ -82,7 +87,3 @@ def extreme_painter(seed):
         **layers,
     )
     return Painter.of(network)
-
-
-def half_windows():
-    return [i for i, (*_, side) in enumerate(WINDOWS) if side == min(SIDES)]
