@@ -24,12 +24,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from millijoule.kernels.image import ImageWeights
 from millijoule.kernels.oscillator import MULTIPLIER_BITS, PULL_BITS
 from millijoule.kernels.phase import AMPLITUDE, COS_TABLE, SIN_TABLE, TABLE_SHIFT, TABLE_SIZE, TURN
 from millijoule.kernels.triton_launch import INTERPRETED, launch
@@ -45,7 +47,7 @@ NUM_TOKENS = 4 * MAX_ICONS + 1
 #: The least number of inputs that int8 products of tensor cores take.
 MIN_INPUTS = 32
 
-#: The largest sizes whose weights fit a block: see `fits`.
+#: The largest sizes, with which the weights of each kernel fit a block.
 MAX_CODE, MAX_HIDDEN, MAX_CHANNELS, MAX_WIDTH, MAX_MIX = 128, 128, 32, 128, 256
 
 #: Rows of a block in each kernel: images in `list`, icons in `waves`, cells in `near` and `shares`, images and words of their
@@ -65,91 +67,72 @@ _TABLE_SHIFT = tl.constexpr(TABLE_SHIFT)
 _LAST_ENTRY = tl.constexpr(TABLE_SIZE - 1)
 
 
-@dataclass(frozen=True)
-class ImageLayer:
-    """int8 weights `[outputs, inputs]`, bias int32 and multiplier `[outputs]`: (sum + bias) * multiplier / 2**24, rounded."""
-
-    weights: Tensor
-    bias: Tensor
-    multiplier: Tensor
-
-
-@dataclass(frozen=True)
-class ImageModel:
-    """All that an image is made from.
-
-    Attributes:
-        codes: int8 `[nouns, code]`.
-        sizes: int32 `[2 sizes, hidden]`, in the unit of `read_code`'s sums.
-        place: int32 `[2, cells * 3 * channels]`.
-        read_code, drive, near, enlarge, near_again, mix, share: the layers in their order.
-        inked: bool `[nouns, sizes, 16]` and `[nouns, sizes, 64]`: cells of a half window and of the whole image that are drawn.
-        shares: uint8, what logits from -`len(shares)` / 2 on mean.
-        colours, grounds: levels `[n, 3]`.
-        windows: int `[windows, 3]`: left, top and side, in cells.
-        shade, jitter: how far a seed moves levels and icons.
-        steps: as the drives' units have it.
-    """
-
-    codes: Tensor
-    sizes: Tensor
-    place: Tensor
-    read_code: ImageLayer
-    drive: ImageLayer
-    near: ImageLayer
-    enlarge: ImageLayer
-    near_again: ImageLayer
-    mix: ImageLayer
-    share: ImageLayer
-    inked: tuple[Tensor, Tensor]
-    shares: Tensor
-    colours: Tensor
-    grounds: Tensor
-    windows: Tensor
-    shade: int
-    jitter: int
-    steps: int
-
-    def fits(self) -> bool:
-        """Whether the kernels take these sizes, which all layers of a kernel have to fit shared memory with."""
-        channels = self.place.shape[1] // (3 * CELLS)
-        multipliers = max(int(layer.multiplier.abs().max()) for layer in self._layers())
-        return (
-            self.codes.shape[1] <= MAX_CODE
-            and self.sizes.shape[1] <= MAX_HIDDEN
-            and channels <= MAX_CHANNELS
-            and len(self.near.weights) <= MAX_WIDTH
-            and len(self.mix.weights) <= MAX_MIX
-            and multipliers < 2**31
-        )
-
-    def _layers(self) -> tuple[ImageLayer, ...]:
-        return (self.read_code, self.drive, self.near, self.enlarge, self.near_again, self.mix, self.share)
+def misfit(weights: ImageWeights) -> str | None:
+    """Why the kernels do not take a model; None: they do."""
+    if weights.coupling is not None:
+        return "its oscillators are coupled"
+    layers = {name: layer[0] for name, layer in weights.layers.items()}
+    sizes = {
+        "code": (weights.codes.shape[1], MAX_CODE),
+        "hidden": (len(layers["read_code"]), MAX_HIDDEN),
+        "channels": (weights.channels, MAX_CHANNELS),
+        "width": (len(layers["near"]), MAX_WIDTH),
+        "mix": (len(layers["mix"]), MAX_MIX),
+    }
+    too_large = [f"{name} {size} is more than {most}" for name, (size, most) in sizes.items() if size > most]
+    return ", ".join(too_large) or None
 
 
 class ImageKernel:
-    """Draws on one device.
+    """A model packed for one device; draws as `kernels.image.ImageKernel`, to the same pixels.
 
     Args:
-        model: one that `fits`.
+        weights: of a model that is no `misfit`.
         device: a GPU, or anything in Triton's interpreter.
 
     Attributes:
         blocks: how many blocks go through a list together: one for each multiprocessor.
+        resident: whether they keep their weights.
     """
 
-    def __init__(self, model: ImageModel, device: str | torch.device) -> None:
-        if not model.fits():
-            raise ValueError("the image kernel takes no model of these sizes")
+    def __init__(self, weights: ImageWeights, device: str | torch.device) -> None:
+        if why := misfit(weights):
+            raise ValueError(f"the image kernel does not take this model: {why}")
         self.device = torch.device(device)
-        self.steps = model.steps
+        self.steps = weights.steps
         self.blocks, self.resident = _multiprocessors(self.device)
-        self.packed = pack(model, self.device)
-        self._graphs: dict[tuple[int, int], _Batch] = {}
+        self.packed = pack(weights, self.device)
+        self._limits = np.array(
+            [len(weights.codes), len(weights.colours), weights.ink[0].shape[1], len(weights.windows)]
+        )
+        self._batches: dict[tuple[int, int], _Batch] = {}
+
+    def draw(self, tokens: np.ndarray, seeds: np.ndarray, steps: int | None = None) -> np.ndarray:
+        """Images uint8 `[images, 64, 64, 3]` of completed scenes, int64 `[images, 17]`, from uint64 seeds.
+
+        Raises:
+            ValueError: tokens or seeds are of another form, or name what there is not.
+        """
+        tokens = np.ascontiguousarray(tokens, np.int64)
+        seeds = np.ascontiguousarray(seeds, np.uint64)
+        steps = steps or self.steps
+        if tokens.ndim != 2 or tokens.shape[1] != NUM_TOKENS or seeds.shape != tokens.shape[:1] or steps < 1:
+            raise ValueError(f"tokens {list(tokens.shape)}, seeds {list(seeds.shape)}, {steps} steps")
+        icons = tokens[:, :-1].reshape(-1, 4)
+        icons = icons[icons[:, 0] != 0]
+        ground = tokens[:, -1]
+        if (
+            (icons < 1).any()
+            or (icons > self._limits).any()
+            or ((ground < 0) | (ground >= len(self.packed.grounds))).any()
+        ):
+            raise ValueError("tokens of a scene that this model has no words for")
+        drawn = self.draw_on_device(torch.from_numpy(tokens), torch.from_numpy(seeds.view(np.int64)), steps)
+        return drawn.to("cpu", copy=True).numpy()
 
     @torch.inference_mode()
-    def draw(self, tokens: Tensor, seeds: Tensor, steps: int | None = None) -> Tensor:
-        """Images uint8 `[images, 64, 64, 3]` on the device; they stand until the next call.
+    def draw_on_device(self, tokens: Tensor, seeds: Tensor, steps: int | None = None) -> Tensor:
+        """Images uint8 `[images, 64, 64, 3]` on the device, where they stand until the next call. Nothing waits for the device.
 
         Args:
             tokens: of completed scenes, int64 `[images, 17]`. Windows of a scene do not overlap; an icon of which any token
@@ -172,11 +155,11 @@ class ImageKernel:
     def _batch(self, images: int, steps: int) -> _Batch:
         """The buffers of a batch, and on a GPU its graph; those of a few sizes are kept."""
         key = (images, steps)
-        if key not in self._graphs:
-            while len(self._graphs) >= KEPT_BATCHES:
-                del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = _Batch(self, images, steps)
-        return self._graphs[key]
+        if key not in self._batches:
+            while len(self._batches) >= KEPT_BATCHES:
+                del self._batches[next(iter(self._batches))]
+            self._batches[key] = _Batch(self, images, steps)
+        return self._batches[key]
 
 
 #: Batches whose buffers and graphs a kernel keeps: full ones, the last one of a job, one image.
@@ -319,60 +302,60 @@ class PackedModel:
         return self.near.shape[1]
 
 
-def pack(model: ImageModel, device: str | torch.device) -> PackedModel:
-    """`model` on `device`, as `PackedModel` has it."""
+def pack(weights: ImageWeights, device: str | torch.device) -> PackedModel:
+    """A model on `device`, as `PackedModel` has it."""
+    layers = weights.layers
+    matrices = {name: layer[0] for name, layer in layers.items()}
+    own_channels, own_width = weights.channels, len(matrices["near"])
     code, hidden, width, mix = (
         max(triton.next_power_of_2(n), MIN_INPUTS)
-        for n in (model.codes.shape[1], model.sizes.shape[1], len(model.near.weights), len(model.mix.weights))
+        for n in (weights.codes.shape[1], len(matrices["read_code"]), own_width, len(matrices["mix"]))
     )
-    plain_channels = model.place.shape[1] // (3 * CELLS)
-    channels = max(triton.next_power_of_2(plain_channels), MIN_INPUTS // 2)
-    plain_width = len(model.near.weights)
+    channels = max(triton.next_power_of_2(own_channels), MIN_INPUTS // 2)
 
     def padded(x: Tensor, *shape: int) -> Tensor:
         """With zeros at the ends of the last axes."""
         more = [(0, want - have) for want, have in zip(shape, x.shape[-len(shape) :], strict=True)]
         return F.pad(x, [n for pair in reversed(more) for n in pair]).contiguous().to(device)
 
-    def numbers(layer: ImageLayer, shape: tuple[int, ...], size: int) -> Tensor:
-        both = torch.stack([layer.bias.to(torch.int32), layer.multiplier.to(torch.int32)])
-        return padded(both.view(2, *shape), size)
+    def numbers(name: str, shape: tuple[int, ...], size: int) -> Tensor:
+        _, bias, multiplier = layers[name]
+        return padded(torch.stack([bias.to(torch.int32), multiplier.to(torch.int32)]).view(2, *shape), size)
 
-    taps = model.near.weights.view(plain_width, 9, 2, plain_channels)
-    again = model.near_again.weights.view(plain_width, 9, plain_width)
-    nine = padded(taps.permute(1, 0, 2, 3), width, 2, channels).flatten(2)
+    near = matrices["near"].view(own_width, 9, 2, own_channels).permute(1, 0, 2, 3)
+    near_again = matrices["near_again"].view(own_width, 9, own_width).permute(1, 0, 2)
     bits = torch.ones(IMAGE_CELLS, dtype=torch.int64) << torch.arange(IMAGE_CELLS)
-    inked = torch.cat([(x.cpu() * bits[: x.shape[2]]).sum(2) for x in model.inked], 1)
+    inked = torch.cat([(x.cpu() * bits[: x.shape[2]]).sum(2) for x in weights.ink], 1)
     waves = (SIN_TABLE.to(torch.int32) & 0xFFFF) | (COS_TABLE.to(torch.int32) << 16)
     return PackedModel(
-        codes=padded(model.codes, code),
-        sizes=padded(model.sizes, hidden),
-        place=padded(model.place.view(2, CELLS, 3, plain_channels), channels),
-        read_code=padded(model.read_code.weights, hidden, code),
-        drive=padded(model.drive.weights.view(CELLS, 3, plain_channels, -1), channels, hidden),
-        near=nine,
-        enlarge=padded(model.enlarge.weights.view(4, plain_width, plain_width), width, width),
-        near_again=padded(again.permute(1, 0, 2), width, width),
-        mix=padded(model.mix.weights, mix, width),
-        share=padded(model.share.weights, PIXELS, mix),
+        codes=padded(weights.codes, code),
+        sizes=padded(weights.sizes, hidden),
+        place=padded(weights.place.view(2, CELLS, 3, own_channels), channels),
+        read_code=padded(matrices["read_code"], hidden, code),
+        drive=padded(matrices["drive"].view(CELLS, 3, own_channels, -1), channels, hidden),
+        near=padded(near, width, 2, channels).flatten(2),
+        enlarge=padded(matrices["enlarge"].view(4, own_width, own_width), width, width),
+        near_again=padded(near_again, width, width),
+        mix=padded(matrices["mix"], mix, width),
+        share=padded(matrices["share"], PIXELS, mix),
         numbers={
-            "read_code": numbers(model.read_code, (-1,), hidden),
-            "drive": numbers(model.drive, (CELLS, 3, plain_channels), channels),
-            "near": numbers(model.near, (-1,), width),
-            "enlarge": numbers(model.enlarge, (4, plain_width), width),
-            "near_again": numbers(model.near_again, (-1,), width),
-            "mix": numbers(model.mix, (-1,), mix),
-            "share": numbers(model.share, (-1,), PIXELS),
+            "read_code": numbers("read_code", (-1,), hidden),
+            "drive": numbers("drive", (CELLS, 3, own_channels), channels),
+            "near": numbers("near", (-1,), width),
+            "enlarge": numbers("enlarge", (4, own_width), width),
+            "near_again": numbers("near_again", (-1,), width),
+            "mix": numbers("mix", (-1,), mix),
+            "share": numbers("share", (-1,), PIXELS),
         },
         inked=inked.to(device),
         waves=waves.to(device),
-        shares=model.shares.contiguous().to(device),
-        colours=model.colours.to(device, torch.int32).contiguous(),
-        grounds=model.grounds.to(device, torch.int32).contiguous(),
-        windows=model.windows.to(device, torch.int32).contiguous(),
-        shade=model.shade,
-        jitter=model.jitter,
-        steps=model.steps,
+        shares=weights.shares.contiguous().to(device),
+        colours=weights.colours.to(device, torch.int32).contiguous(),
+        grounds=weights.grounds.to(device, torch.int32).contiguous(),
+        windows=weights.windows.to(device, torch.int32).contiguous(),
+        shade=weights.shade,
+        jitter=weights.jitter,
+        steps=weights.steps,
     )
 
 

@@ -60,6 +60,16 @@ def native_form() -> int:
     return FORMS.index(asked) if asked else int(library.millijoule_best_form())
 
 
+def is_forced() -> bool:
+    """Whether `MILLIJOULE_KERNEL` says which form to take."""
+    return bool(os.environ.get("MILLIJOULE_KERNEL"))
+
+
+def is_reference_forced() -> bool:
+    """Whether `MILLIJOULE_KERNEL` asks for PyTorch's operations."""
+    return os.environ.get("MILLIJOULE_KERNEL") == "reference"
+
+
 def _load() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = _FOLDER / f"native{suffix}"

@@ -34,7 +34,8 @@ class ModelOptions:
     """Most images per call of the model. Default: what suits the model on the device."""
 
     engine: Literal["deepspeed", "compile", "eager"] = "deepspeed"
-    """What runs the networks: DeepSpeed-Inference, torch.compile, or PyTorch as it is."""
+    """What runs the networks: DeepSpeed-Inference, torch.compile, or PyTorch as it is. With deepspeed, the packaged oscillator
+    generators draw on CPUs by their compiled kernel, where it was built, to the same pixels."""
 
     cuda_graphs: bool = False
     """Replay the model's calls from CUDA graphs: fewer launches, more memory. On GPUs, with engine deepspeed or compile."""

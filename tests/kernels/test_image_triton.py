@@ -5,13 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.image_cases import drawn_by_kernels, extreme_painter, model_of, tokens_of, tokens_with
+from support.image_cases import drawn_by_kernels, drawn_on_device, extreme_painter, tokens_of, tokens_with
 from support.interpreted import interpreted
 from support.tiny_oscillators import NOUNS, painter_of, tiny_oscillators
 
-from millijoule.kernels.image_triton import ImageKernel
-from millijoule.workers.generators.registry import load_generator
+from millijoule.kernels.image_triton import ImageKernel, misfit
+from millijoule.workers.engines.eager import EagerEngine
+from millijoule.workers.generators.registry import PACKAGED
 from millijoule.workers.oscillators.draw import Drawing
+from millijoule.workers.oscillators.model_file import load_model
 
 
 def seeds_of(count):
@@ -24,10 +26,14 @@ def painter():
     return painter_of(tiny_oscillators())
 
 
+def reference(painter):
+    return Drawing(painter, engine=EagerEngine())
+
+
 def assert_drawn_alike(painter, calls, **options):
     for call, found in zip(calls, interpreted(drawn_by_kernels, painter, calls, **options), strict=True):
         tokens, seeds, steps = call
-        expected = Drawing(painter).draw(tokens, seeds, steps)
+        expected = reference(painter).draw(tokens, seeds, steps)
         assert expected.std() > 5  # there is something to compare
         assert np.array_equal(found, expected)
 
@@ -58,7 +64,7 @@ def test_numbers_of_all_magnitudes_wrap_and_round_alike(resident):
 
 
 def test_the_shipped_model():
-    painter = load_generator("default").drawing.painter
+    painter, _ = load_model(PACKAGED["default"])
     assert_drawn_alike(painter, [(tokens_of(2, 1040), seeds_of(2), None)], blocks=1)
 
 
@@ -70,15 +76,15 @@ def test_an_icon_of_tokens_that_are_none_is_left_out(painter):
     for i, (column, value) in enumerate(wrong):
         tokens[2 * i, column] = value
         left_out[2 * i, :4] = 0
-    (found,) = interpreted(drawn_by_kernels, painter, [(tokens, seeds, None)])
-    assert np.array_equal(found, Drawing(painter).draw(left_out, seeds))
+    found = interpreted(drawn_on_device, painter, tokens, seeds)
+    assert np.array_equal(found, reference(painter).draw(left_out, seeds))
 
 
 def test_windows_that_overlap_spoil_no_other_image(painter):
     tokens, seeds = tokens_of(3, NOUNS), seeds_of(3)
-    plain = Drawing(painter).draw(tokens, seeds)
+    plain = reference(painter).draw(tokens, seeds)
     tokens[1, :-1] = [1, 1, 3, 1] * 4
-    (found,) = interpreted(drawn_by_kernels, painter, [(tokens, seeds, None)])
+    found = interpreted(drawn_on_device, painter, tokens, seeds)
     assert np.array_equal(found[[0, 2]], plain[[0, 2]])
 
 
@@ -89,12 +95,25 @@ def test_no_images(painter):
     assert found.shape == (0, 64, 64, 3)
 
 
-def test_what_does_not_fit_is_not_taken(painter):
-    model = model_of(painter)
-    assert model.fits()
-    too_large = replace(model, sizes=torch.zeros(6, 129, dtype=torch.int32))
-    assert not too_large.fits()
-    with pytest.raises(ValueError, match="sizes"):
+def test_tokens_and_seeds_of_another_form_are_refused(painter):
+    tokens, seeds = tokens_of(2, NOUNS), seeds_of(2)
+    for column, value in ((0, NOUNS + 1), (1, 11), (2, 4), (3, 0), (16, 5), (16, -1)):
+        bad = tokens.copy()
+        bad[1, column] = value
+        with pytest.raises(ValueError, match="no words for"):
+            interpreted(drawn_by_kernels, painter, [(bad, seeds, None)])
+    for call in ((tokens[:, :-1], seeds, None), (tokens, seeds[:1], None), (tokens, seeds, -1)):
+        with pytest.raises(ValueError, match="tokens"):
+            interpreted(drawn_by_kernels, painter, [call])
+
+
+def test_a_model_that_does_not_fit_is_named_and_refused(painter):
+    weights = painter.kernel_weights()
+    assert misfit(weights) is None
+    assert misfit(painter_of(tiny_oscillators("trained")).kernel_weights()) == "its oscillators are coupled"
+    too_large = replace(weights, codes=torch.zeros(7, 129, dtype=torch.int8))
+    assert misfit(too_large) == "code 129 is more than 128"
+    with pytest.raises(ValueError, match="code 129"):
         ImageKernel(too_large, "cuda")
     with pytest.raises(ValueError, match="runs on NVIDIA GPUs"):  # of a process that compiles kernels
-        ImageKernel(model, "cpu")
+        ImageKernel(weights, "cpu")

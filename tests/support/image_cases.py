@@ -10,7 +10,6 @@ import torch
 
 from millijoule.workers.oscillators.config import SIDES, VARIANTS, OscillatorConfig, layer_shapes
 from millijoule.workers.oscillators.draw import Painter
-from millijoule.workers.oscillators.gpu_drawing import image_model, seed_bits
 from millijoule.workers.oscillators.integer_network import IntegerNetwork, Layer
 from millijoule.workers.scenes.scenes import (
     FAMILIES,
@@ -23,24 +22,25 @@ from millijoule.workers.scenes.scenes import (
 from millijoule.workers.scenes.vocabulary import NOUNS
 
 
-def model_of(painter):
-    return image_model(painter.network, painter.ink, painter.colours, painter.grounds)
-
-
 def drawn_by_kernels(painter, calls, resident=True, blocks=2):
     """Images of calls, (tokens, seeds, steps) each, of one `ImageKernel`; for `support.interpreted`."""
     from millijoule.kernels import image_triton
 
-    kernel = image_triton.ImageKernel(model_of(painter), "cpu")
+    kernel = image_triton.ImageKernel(painter.kernel_weights(), "cpu")
     kernel.resident, kernel.blocks = resident, blocks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             image_triton, "BLEND_IMAGES", 16
         )  # a program of the interpreter is slow, its arrays are not
-        return [
-            kernel.draw(torch.from_numpy(tokens), seed_bits(seeds), steps).numpy().copy()
-            for tokens, seeds, steps in calls
-        ]
+        return [kernel.draw(*call) for call in calls]
+
+
+def drawn_on_device(painter, tokens, seeds):
+    """Images of tokens that nothing has looked at; for `support.interpreted`."""
+    from millijoule.kernels.image_triton import ImageKernel
+
+    kernel = ImageKernel(painter.kernel_weights(), "cpu")
+    return kernel.draw_on_device(torch.from_numpy(tokens), torch.from_numpy(seeds.view(np.int64))).numpy()
 
 
 def tokens_of(count, nouns, seed=5):

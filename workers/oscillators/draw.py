@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from millijoule.kernels.image import GROUPS, ImageKernel, ImageWeights
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.oscillators.canvas import Icons, Variation, ground, lay, window_covers
 from millijoule.workers.oscillators.config import SIDES, VARIANTS
-from millijoule.workers.oscillators.gpu_drawing import open_image_kernel, seed_bits
+from millijoule.workers.oscillators.gpu_kernel import gpu_kernel
 from millijoule.workers.oscillators.ink import InkCells
-from millijoule.workers.oscillators.integer_network import IntegerNetwork
-from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, PALETTE
+from millijoule.workers.oscillators.integer_network import SHARES, IntegerNetwork
+from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, JITTER, PALETTE, SHADE, WINDOWS
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,28 @@ class Painter:
             self.network.to(device), self.ink.to(device), self.colours.to(device), self.grounds.to(device)
         )
 
+    def kernel_weights(self) -> ImageWeights:
+        """As the compiled kernel takes them; the painter is on a CPU."""
+        network, config = self.network, self.network.config
+        layers = {name: getattr(network, name) for name in GROUPS}
+        return ImageWeights(
+            channels=config.channels,
+            steps=config.steps,
+            horizon=config.horizon,
+            layers={name: (of.weights, of.bias, of.multiplier) for name, of in layers.items()},
+            codes=network.codes,
+            sizes=network.sizes,
+            place=network.place,
+            coupling=network.coupling,
+            ink=(self.ink.inked(False), self.ink.inked(True)),
+            colours=self.colours,
+            grounds=self.grounds,
+            windows=torch.tensor(WINDOWS),
+            shares=SHARES,
+            shade=SHADE,
+            jitter=JITTER,
+        )
+
 
 class ShapeNetwork(nn.Module):
     """`IntegerNetwork` as a module, which engines can run: tensors in, a tensor out, the same bits in all of them."""
@@ -54,13 +78,19 @@ class ShapeNetwork(nn.Module):
         return self._network.shares(phases, whole, icon, cell)
 
 
+class _Kernel(Protocol):
+    def draw(self, tokens: np.ndarray, seeds: np.ndarray, steps: int | None = None) -> np.ndarray: ...
+
+
 class Drawing:
-    """A painter on a device, its network run by an engine; on a GPU, PyTorch's own becomes our kernels, to the same pixels.
+    """A painter on a device.
 
     Args:
-        engine: None runs it plainly.
+        engine: runs the network. None: the compiled kernel draws where there is one (`kernels.image`; on a GPU
+            `kernels.image_triton`), else PyTorch as it is; the pixels are the same.
 
     Attributes:
+        kernel: what draws; None: `shapes` does.
         shapes: the network, prepared by the engine.
     """
 
@@ -69,12 +99,12 @@ class Drawing:
         self.device = device
         network = ShapeNetwork(self.painter.network)
         # how many shapes and cells there are differs from batch to batch
-        engine = engine or EagerEngine()
-        self.shapes = engine.prepare(network, "shapes", static=False)
-        self._kernel = None
-        if isinstance(engine, EagerEngine):  # another engine was asked for to run the network itself
-            parts = (self.painter.network, self.painter.ink, self.painter.colours, self.painter.grounds)
-            self._kernel = open_image_kernel(*parts, device, self.draw)
+        self.shapes = (engine or EagerEngine()).prepare(network, "shapes", static=False)
+        self.kernel: _Kernel | None = None
+        if engine is None and device == "cpu":
+            self.kernel = ImageKernel.of(painter.kernel_weights())
+        elif engine is None and device.startswith("cuda"):
+            self.kernel = gpu_kernel(painter.kernel_weights(), device, self.draw)
 
     @torch.inference_mode()
     def draw(
@@ -84,8 +114,8 @@ class Drawing:
 
         `dense` computes all cells of the icons' windows, to the same pixels.
         """
-        if self._kernel is not None and not dense:
-            return self._kernel.draw(torch.from_numpy(tokens), seed_bits(seeds), steps).cpu().numpy()
+        if self.kernel is not None and not dense:
+            return self.kernel.draw(tokens, seeds, steps)
         painter = self.painter
         rows = torch.from_numpy(tokens).to(self.device)
         variation = Variation.of(seeds, self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from millijoule.workers.oscillators.draw import Drawing, Painter
 from millijoule.workers.oscillators.model_file import load_model
 from millijoule.workers.oscillators.operations import operations
 from millijoule.workers.scenes.prompts import parse_prompt
-from millijoule.workers.scenes.scenes import IMAGE_SIZE, complete, scene_tokens
+from millijoule.workers.scenes.scenes import IMAGE_SIZE
+from millijoule.workers.scenes.settle import SceneRow, scene_row, settle
 from millijoule.workers.schemas import ImageRequest
 
 #: Images per call: enough for the products, few enough to isolate a bad prompt.
@@ -31,7 +33,7 @@ class OscillatorGenerator:
         self, painter: Painter, name: str, sha256: str, device: str = "cpu", engine: Engine | None = None
     ) -> None:
         self.engine = engine or EagerEngine()
-        self.drawing = Drawing(painter, device, self.engine)
+        self.drawing = Drawing(painter, device, engine)
         config = painter.network.config
         self.nouns = config.nouns
         self.info = GeneratorInfo(
@@ -47,7 +49,7 @@ class OscillatorGenerator:
 
     @staticmethod
     def load(path: Path, *, device: str = "cpu", engine: Engine | None = None) -> OscillatorGenerator:
-        """Load a model's file; `engine` runs it, None: PyTorch as it is. Raises InputError as `load_model`."""
+        """Load a model's file; `engine` as in `Drawing`. Raises InputError as `load_model`."""
         painter, name = load_model(path)
         return OscillatorGenerator(painter, name, file_sha256(path), device, engine)
 
@@ -72,5 +74,11 @@ class OscillatorGenerator:
 
     def _read(self, requests: Sequence[ImageRequest]) -> tuple[np.ndarray, tuple[tuple[str, ...], ...]]:
         """Tokens of the scenes that prompts and seeds say, and warnings."""
-        scenes, warnings = zip(*(parse_prompt(r.prompt, self.nouns) for r in requests), strict=True)
-        return scene_tokens([complete(s, r.seed) for s, r in zip(scenes, requests, strict=True)]), warnings
+        scenes, warnings = zip(*(_read_prompt(r.prompt, self.nouns) for r in requests), strict=True)
+        return settle(scenes, np.array([r.seed for r in requests], dtype=np.uint64)), warnings
+
+
+@lru_cache(maxsize=4096)  # a prompt's images are drawn together
+def _read_prompt(prompt: str, nouns: int) -> tuple[SceneRow, tuple[str, ...]]:
+    scene, warnings = parse_prompt(prompt, nouns)
+    return scene_row(scene), warnings

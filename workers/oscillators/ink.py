@@ -29,16 +29,20 @@ class InkCells:
         self.packed = packed
         bits = torch.from_numpy(np.unpackbits(packed.cpu().numpy(), axis=1)).bool().to(packed.device)
         parts = bits.split([len(SIZES) * side * side for side in SIDES], 1)
-        self.inked = [part.unflatten(1, (len(SIZES), -1)) for part in parts]
+        self._inked = [part.unflatten(1, (len(SIZES), -1)) for part in parts]
 
     def cells(self, noun: Tensor, size: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
         """The cells of some icons, icon by icon: which of the icons, and which cell of its window; int64 `[cells]` both."""
-        icon, cell = self.inked[whole][noun, size].nonzero(as_tuple=True)
+        icon, cell = self._inked[whole][noun, size].nonzero(as_tuple=True)
         return icon, cell
+
+    def inked(self, whole: bool) -> Tensor:
+        """Whether an icon has ink in a cell of its window, bool `[nouns, sizes, cells]`."""
+        return self._inked[whole]
 
     def counts(self, whole: bool) -> Tensor:
         """How many cells each noun has at each size, int64 `[nouns, sizes]`."""
-        return self.inked[whole].sum(2)
+        return self._inked[whole].sum(2)
 
     def to(self, device: str) -> InkCells:
         return InkCells(self.packed.to(device))

@@ -133,12 +133,15 @@ def icons(scene: Scene) -> tuple[Icon, ...]:
 
 _T = TypeVar("_T")
 
+#: What seeds are mixed with here, so that choices are another stream than the image's noise.
+CHOICES_STREAM = 0x5CE4E5C0FFEE
+
 
 class Choices:
     """Uniform choices from a 64-bit seed by SplitMix64 (Steele, Lea and Flood 2014): the same on every machine."""
 
     def __init__(self, seed: int) -> None:
-        self._state = (seed ^ 0x5CE4E5C0FFEE) % 2**64
+        self._state = (seed ^ CHOICES_STREAM) % 2**64
 
     def of(self, options: Sequence[_T]) -> _T:
         self._state = (self._state + 0x9E3779B97F4A7C15) % 2**64
