@@ -44,8 +44,8 @@ PADDING = 128
 #: Drivers of which one block computes the course.
 MAX_DRIVERS = 64
 
-#: n for which K stays on the chip, with the rows of K and the images of a block: its rows take 128 KiB of shared memory.
-RESIDENT = {1024: (128, 16), 2048: (64, 64)}
+#: n for which K stays on the chip, with the rows of K of a block, which take 128 KiB, and its images: how often how many.
+RESIDENT = {1024: (128, 1, 16), 2048: (64, 2, 32)}
 
 #: Batches whose buffers and graphs are kept.
 KEPT_BATCHES = 4
@@ -106,7 +106,7 @@ class DenseWork:
         phi: int32 `[batch, M]`.
         classes: int32 `[batch]`.
         sources: int8 `[2 buffers, 2, batch, N]`: sines, cosines.
-        held: int32 `[2, batch, N]`, the field of the fine part.
+        held, outside: int32 `[2, batch, N]`: the field of the fine part; that and what drives the oscillators.
         driver_waves: int16 `[steps, 2, batch, M]`.
         arrived: int32 `[groups of images]`: how often blocks have come to the barrier.
     """
@@ -116,6 +116,7 @@ class DenseWork:
     classes: Tensor
     sources: Tensor
     held: Tensor
+    outside: Tensor
     driver_waves: Tensor
     arrived: Tensor
 
@@ -126,12 +127,14 @@ class DenseWork:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
+        field = (2, batch, n) if packed.fine is not None else (1,)
         return DenseWork(
             theta=zeros(batch, n),
             phi=zeros(batch, m),
             classes=zeros(batch),
             sources=zeros(2, 2, batch, n, dtype=torch.int8),
-            held=zeros(2, batch, n) if packed.fine is not None else zeros(1),
+            held=zeros(*field),
+            outside=zeros(*field),
             driver_waves=zeros(steps, 2, batch, m, dtype=torch.int16),
             arrived=zeros(batch),
         )
@@ -294,25 +297,37 @@ def begin_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, s
 def run_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, steps: int) -> None:
     """Start all kernels of `steps` steps from `work.theta`, which holds the last phases then."""
     images, n = work.theta.shape
+    device = work.theta.device
     begin_steps(packed, numbers, work, steps)
+    tiles, drivers = (images // IMAGES) * (n // ROWS), packed.driver_coupling.shape[0]
+    blocks = {"IMAGES": IMAGES, "ROWS": ROWS, "SOURCES": SOURCES, "num_warps": 8, "num_stages": 4}
     for step in range(steps):
-        fine = 0 if packed.fine is None else 2 if step % packed.fine_every == 0 else 1
+        sources, target = work.sources[step % 2], work.sources[1 - step % 2]
+        driven = (packed.drive, work.classes, work.driver_waves[step])
+        if packed.fine is not None:
+            if step % packed.fine_every == 0:
+                launch(_field, tiles, device, sources, packed.fine, work.held, numbers.rows, n, images, **blocks)
+            launch(
+                _outside,
+                images * n // (8 * PADDING),
+                device,
+                *(work.held, work.outside, *driven, n, packed.m, images, numbers.drive),
+                DRIVERS=drivers,
+                IMAGES=8,
+                ROWS=PADDING,
+                num_warps=4,
+            )
         launch(
             _step,
-            (images // IMAGES) * (n // ROWS),
-            work.theta.device,
-            *(work.theta, work.sources[step % 2], work.sources[1 - step % 2], packed.coarse, packed.fine, work.held),
-            *(numbers.rows, packed.drive, work.classes, work.driver_waves[step], packed.waves),
+            tiles,
+            device,
+            *(work.theta, sources, target, packed.coarse, work.outside, numbers.rows, *driven, packed.waves),
             *(n, packed.m, images, numbers.drive),
-            FINE=fine,
-            DRIVERS=packed.driver_coupling.shape[0],
+            FINE=packed.fine is not None,
+            DRIVERS=drivers,
             PULL_BITS=numbers.pull_bits,
-            IMAGES=IMAGES,
-            ROWS=ROWS,
-            SOURCES=SOURCES,
-            num_warps=4,
-            num_stages=4,
-        )  # fmt: skip
+            **blocks,
+        )
 
 
 def run_resident(
@@ -321,13 +336,13 @@ def run_resident(
     """`run_steps` with K on the chip. `together`: as many steps in one launch, all by default; blocks of one launch wait for
     each other between its steps, which only blocks that run at once can."""
     images, n = work.theta.shape
-    rows, own = RESIDENT[packed.n]
+    rows, parts, own = RESIDENT[packed.n]
     begin_steps(packed, numbers, work, steps)
-    work.arrived.zero_()
     for first in range(0, steps, together or steps):
+        work.arrived.zero_()
         launch(
             _resident_steps,
-            (images // own) * (n // rows),
+            (images // (parts * own)) * (n // rows),
             work.theta.device,
             *(work.theta, work.sources, packed.coarse, numbers.rows, packed.drive, work.classes),
             *(work.driver_waves, packed.waves, work.arrived),
@@ -335,6 +350,7 @@ def run_resident(
             CHUNKS=n // SOURCES,
             DRIVERS=packed.driver_coupling.shape[0],
             PULL_BITS=numbers.pull_bits,
+            PARTS=parts,
             IMAGES=own,
             ROWS=rows,
             SOURCES=SOURCES,
@@ -393,9 +409,9 @@ def _products(sources, images, image, weights, row, n, IMAGES: tl.constexpr, ROW
     k = tl.arange(0, SOURCES)
     u = tl.zeros([IMAGES, ROWS], tl.int32)
     w = tl.zeros([IMAGES, ROWS], tl.int32)
-    sines = sources + image.to(tl.int64)[:, None] * n + k[None, :]
-    cosines = sines + images.to(tl.int64) * n
-    rows = weights + row.to(tl.int64)[None, :] * n + k[:, None]
+    sines = sources + image[:, None] * n + k[None, :]
+    cosines = sines + images * n
+    rows = weights + row[None, :] * n + k[:, None]
     for first in range(0, n, SOURCES):
         part = tl.load(rows + first)  # [SOURCES, ROWS] int8
         u = tl.dot(tl.load(sines + first), part, u, out_dtype=tl.int32)  # [IMAGES, SOURCES] int8
@@ -404,42 +420,79 @@ def _products(sources, images, image, weights, row, n, IMAGES: tl.constexpr, ROW
 
 
 @triton.jit
-def _step(
-    theta, sources, target, coarse, fine, held, numbers, drive, classes, driver_waves, table,
-    n, m, images, drive_multiplier,
-    FINE: tl.constexpr, DRIVERS: tl.constexpr, PULL_BITS: tl.constexpr,
+def _field(
+    sources, fine, held, numbers, n, images,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
-    """One step of some oscillators of some images. `FINE`: 0, no fine part; 1, its field is held; 2, it is made."""
+    """The field of the fine part, to be held for some steps."""
     groups = images // IMAGES
     program = tl.program_id(0)
     image = (program % groups) * IMAGES + tl.arange(0, IMAGES)
     row = (program // groups) * ROWS + tl.arange(0, ROWS)
-    at = image.to(tl.int64)[:, None] * n + row[None, :]
-    second = images.to(tl.int64) * n
-    if FINE == 2:
-        u, w = _products(sources, images, image, fine, row, n, IMAGES, ROWS, SOURCES)
-        multiplier = tl.load(numbers + n + row)[None, :]
-        tl.store(held + at, _requantized(u, multiplier).to(tl.int32))  # [IMAGES, ROWS]
-        tl.store(held + second + at, _requantized(w, multiplier).to(tl.int32))
+    u, w = _products(sources, images, image, fine, row, n, IMAGES, ROWS, SOURCES)
+    multiplier = tl.load(numbers + n + row)[None, :]
+    place = held + image[:, None] * n + row[None, :]
+    tl.store(place, _requantized(u, multiplier).to(tl.int32))  # [IMAGES, ROWS]
+    tl.store(place + images * n, _requantized(w, multiplier).to(tl.int32))
+
+
+@triton.jit
+def _driven(drive, waves, kind, row, m, n, multiplier, IMAGES: tl.constexpr, ROWS: tl.constexpr):
+    """What an image's class does to some oscillators, by its drivers' sines or cosines, int32 `[IMAGES, ROWS]`."""
+    total = tl.zeros([IMAGES, ROWS], tl.int32)
+    for k in tl.range(0, m, num_stages=1):
+        wave = tl.load(waves + k).to(tl.int32)  # [IMAGES]
+        weight = drive + (kind * m + k)[:, None] * n + row[None, :]
+        total += tl.load(weight, (kind >= 0)[:, None], 0).to(tl.int32) * wave[:, None]  # [IMAGES, ROWS]
+    return _requantized(total, multiplier).to(tl.int32)
+
+
+@triton.jit
+def _outside(
+    held, outside, drive, classes, driver_waves, n, m, images, drive_multiplier,
+    DRIVERS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of one step, the held field and what the classes do, together."""
+    groups = images // IMAGES
+    program = tl.program_id(0)
+    image = (program % groups) * IMAGES + tl.arange(0, IMAGES)
+    row = (program // groups) * ROWS + tl.arange(0, ROWS)
+    kind = tl.load(classes + image)  # [IMAGES]
+    at = image[:, None] * n + row[None, :]
+    for wave in tl.static_range(2):
+        waves = driver_waves + (wave * images + image) * DRIVERS
+        field = _driven(drive, waves, kind, row, m, n, drive_multiplier, IMAGES, ROWS)
+        field += tl.load(held + wave * images * n + at)
+        tl.store(outside + wave * images * n + at, field)  # [IMAGES, ROWS]
+
+
+@triton.jit
+def _step(
+    theta, sources, target, coarse, outside, numbers, drive, classes, driver_waves, table,
+    n, m, images, drive_multiplier,
+    FINE: tl.constexpr, DRIVERS: tl.constexpr, PULL_BITS: tl.constexpr,
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
+):  # fmt: skip
+    """One step of some oscillators of some images. `FINE`: `outside` has the field of the fine part and what drives them."""
+    groups = images // IMAGES
+    program = tl.program_id(0)
+    image = (program % groups) * IMAGES + tl.arange(0, IMAGES)
+    row = (program // groups) * ROWS + tl.arange(0, ROWS)
+    at = image[:, None] * n + row[None, :]
+    second = images * n
     u, w = _products(sources, images, image, coarse, row, n, IMAGES, ROWS, SOURCES)
     multiplier = tl.load(numbers + row)[None, :]
     u, w = _requantized(u, multiplier).to(tl.int32), _requantized(w, multiplier).to(tl.int32)
-    if FINE != 0:
-        u += tl.load(held + at)  # [IMAGES, ROWS]
-        w += tl.load(held + second + at)
-    kind = tl.load(classes + image)  # [IMAGES]
-    driven_u = tl.zeros([IMAGES, ROWS], tl.int32)
-    driven_w = tl.zeros([IMAGES, ROWS], tl.int32)
-    for k in range(m):
-        s = tl.load(driver_waves + image * DRIVERS + k).to(tl.int32)  # [IMAGES]
-        c = tl.load(driver_waves + (images + image) * DRIVERS + k).to(tl.int32)
-        weight = drive + (kind.to(tl.int64) * m + k)[:, None] * n + row[None, :]
-        weight = tl.load(weight, (kind >= 0)[:, None], 0).to(tl.int32)  # [IMAGES, ROWS]
-        driven_u += weight * s[:, None]
-        driven_w += weight * c[:, None]
-    u += _requantized(driven_u, drive_multiplier).to(tl.int32)
-    w += _requantized(driven_w, drive_multiplier).to(tl.int32)
+    if FINE:
+        u += tl.load(outside + at)  # [IMAGES, ROWS]
+        w += tl.load(outside + second + at)
+    else:
+        kind = tl.load(classes + image)  # [IMAGES]
+        waves = driver_waves + image * DRIVERS
+        u += _driven(drive, waves, kind, row, m, n, drive_multiplier, IMAGES, ROWS)
+        tl.debug_barrier()  # what is loaded ahead takes registers
+        w += _driven(drive, waves + images * DRIVERS, kind, row, m, n, drive_multiplier, IMAGES, ROWS)
+        tl.debug_barrier()
     s, c = tl.load(sources + at).to(tl.int32), tl.load(sources + second + at).to(tl.int32)  # [IMAGES, ROWS]
     pull = c * u - s * w + tl.load(numbers + 2 * n + row)[None, :] + (1 << (PULL_BITS - 1))
     angle = tl.load(theta + at) + (pull >> PULL_BITS)
@@ -464,52 +517,48 @@ def _resident_steps(
     theta, sources, coarse, numbers, drive, classes, driver_waves, table, arrived,
     n, m, images, first, last, drive_multiplier,
     CHUNKS: tl.constexpr, DRIVERS: tl.constexpr, PULL_BITS: tl.constexpr,
-    IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
+    PARTS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
-    """Steps `first` to `last` of some oscillators of some images, their rows of K in shared memory, their phases in registers."""
+    """Steps `first` to `last` of some oscillators of some images, their rows of K in shared memory all the time."""
     tiles = n // ROWS
     program = tl.program_id(0)
     group = program // tiles
     row = (program % tiles) * ROWS + tl.arange(0, ROWS)
-    image = group * IMAGES + tl.arange(0, IMAGES)
     k = tl.arange(0, SOURCES)
     kept = (tl.load(coarse + row[:, None] * n + k[None, :]),)  # [ROWS, SOURCES] int8
     for chunk in tl.static_range(1, CHUNKS):
+        tl.debug_barrier()  # one part after the other: all at once would need too many registers
         kept = kept + (tl.load(coarse + row[:, None] * n + chunk * SOURCES + k[None, :]),)
-    at = image[None, :] * n + row[:, None]
     second = images * n
-    angle = tl.load(theta + at)  # [ROWS, IMAGES]
     for step in range(first, last):
-        own = sources + (step % 2) * 2 * second
-        u = tl.zeros([ROWS, IMAGES], tl.int32)
-        w = tl.zeros([ROWS, IMAGES], tl.int32)
-        for chunk in tl.static_range(CHUNKS):
-            source = own + image[None, :] * n + chunk * SOURCES + k[:, None]
-            # not through the first-level cache, which other blocks' stores do not reach
-            u = tl.dot(kept[chunk], tl.load(source, cache_modifier=".cg"), u, out_dtype=tl.int32)
-            w = tl.dot(kept[chunk], tl.load(source + second, cache_modifier=".cg"), w, out_dtype=tl.int32)
-        multiplier = tl.load(numbers + row)[:, None]
-        u, w = _requantized(u, multiplier).to(tl.int32), _requantized(w, multiplier).to(tl.int32)
-        kind = tl.load(classes + image)  # [IMAGES]
-        driven_u = tl.zeros([ROWS, IMAGES], tl.int32)
-        driven_w = tl.zeros([ROWS, IMAGES], tl.int32)
-        waves = driver_waves + step * 2 * images * DRIVERS
-        for driver in range(m):
-            s = tl.load(waves + image * DRIVERS + driver).to(tl.int32)  # [IMAGES]
-            c = tl.load(waves + (images + image) * DRIVERS + driver).to(tl.int32)
-            weight = drive + (kind.to(tl.int64) * m + driver)[None, :] * n + row[:, None]
-            weight = tl.load(weight, (kind >= 0)[None, :], 0).to(tl.int32)  # [ROWS, IMAGES]
-            driven_u += weight * s[None, :]
-            driven_w += weight * c[None, :]
-        u += _requantized(driven_u, drive_multiplier).to(tl.int32)
-        w += _requantized(driven_w, drive_multiplier).to(tl.int32)
-        s, c = _both(table, (angle >> _SHIFT) & _LAST)
-        pull = c * u - s * w + tl.load(numbers + 2 * n + row)[:, None] + (1 << (PULL_BITS - 1))
-        angle += pull >> PULL_BITS
-        s, c = _both(table, (angle >> _SHIFT) & _LAST)
+        source = sources + (step % 2) * 2 * second
         target = sources + (1 - step % 2) * 2 * second
-        tl.store(target + at, s.to(tl.int8))  # [ROWS, IMAGES]
-        tl.store(target + second + at, c.to(tl.int8))
+        for part in range(PARTS):
+            image = (group * PARTS + part) * IMAGES + tl.arange(0, IMAGES)
+            beside = source + (image[None, :] * n + k[:, None])
+            u = tl.zeros([ROWS, IMAGES], tl.int32)
+            w = tl.zeros([ROWS, IMAGES], tl.int32)
+            for chunk in tl.static_range(CHUNKS):
+                # not through the first-level cache, which other blocks' stores do not reach
+                sines = tl.load(beside + chunk * SOURCES, cache_modifier=".cg")  # [SOURCES, IMAGES] int8
+                cosines = tl.load(beside + second + chunk * SOURCES, cache_modifier=".cg")
+                u = tl.dot(kept[chunk], sines, u, out_dtype=tl.int32)
+                w = tl.dot(kept[chunk], cosines, w, out_dtype=tl.int32)
+            multiplier = tl.load(numbers + row)[:, None]
+            u, w = _requantized(u, multiplier).to(tl.int32), _requantized(w, multiplier).to(tl.int32)
+            kind = tl.load(classes + image)  # [IMAGES]
+            waves = driver_waves + (step * 2 * images + image) * DRIVERS
+            u += tl.trans(_driven(drive, waves, kind, row, m, n, drive_multiplier, IMAGES, ROWS))
+            waves += images * DRIVERS
+            w += tl.trans(_driven(drive, waves, kind, row, m, n, drive_multiplier, IMAGES, ROWS))
+            at = image[None, :] * n + row[:, None]
+            angle = tl.load(theta + at)  # [ROWS, IMAGES]; no other block's
+            s, c = _both(table, (angle >> _SHIFT) & _LAST)
+            pull = c * u - s * w + tl.load(numbers + 2 * n + row)[:, None] + (1 << (PULL_BITS - 1))
+            angle += pull >> PULL_BITS
+            tl.store(theta + at, angle)  # [ROWS, IMAGES]
+            s, c = _both(table, (angle >> _SHIFT) & _LAST)
+            tl.store(target + at, s.to(tl.int8))
+            tl.store(target + second + at, c.to(tl.int8))
         if step + 1 < last:
             _wait(arrived + group, tiles * (step + 1 - first))
-    tl.store(theta + at, angle)  # [ROWS, IMAGES]
