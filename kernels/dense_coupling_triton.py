@@ -45,7 +45,10 @@ PADDING = 128
 MAX_DRIVERS = 64
 
 #: n for which K stays on the chip, with the rows of K of a block, which take 128 KiB, and its images: how often how many.
-RESIDENT = {1024: (128, 1, 16), 2048: (64, 2, 32)}
+RESIDENT = {1024: (128, 1, 16), 2048: (64, 4, 16)}
+
+#: Elements that kernels count in int32, which keeps registers free.
+MAX_OFFSET = 2**30
 
 #: Batches whose buffers and graphs are kept.
 KEPT_BATCHES = 4
@@ -148,17 +151,23 @@ class DenseKernel:
         resident: keep K on the chip. Only where `may_stay` says so.
 
     Raises:
-        ValueError: no GPU, more drivers than `MAX_DRIVERS`, or K may not stay on the chip.
+        ValueError: no GPU, a coupling larger than `MAX_DRIVERS` and `MAX_OFFSET` allow, or K may not stay on the chip.
     """
 
-    def __init__(self, coupling: DenseCoupling, device: str | torch.device, *, resident: bool = False) -> None:
+    def __init__(
+        self, coupling: DenseCoupling, device: str | torch.device, *, resident: bool = False
+    ) -> None:
         if coupling.m > MAX_DRIVERS:
             raise ValueError(f"{coupling.m} drivers: at most {MAX_DRIVERS} on a GPU")
+        if max(coupling.coarse.numel(), coupling.drive.numel()) > MAX_OFFSET:
+            raise ValueError(
+                f"{coupling.n} oscillators, {len(coupling.drive)} classes: too large for the kernels"
+            )
+        if resident and not may_stay(coupling):
+            raise ValueError(f"K of {coupling.n} oscillators does not stay on the chip, or has a fine part")
         self.device = torch.device(device)
         if self.device.type != "cuda" and not INTERPRETED:
             raise ValueError(f"{device}: the dense coupling runs on NVIDIA GPUs")
-        if resident and not may_stay(coupling):
-            raise ValueError(f"K of {coupling.n} oscillators does not stay on the chip, or has a fine part")
         self.coupling = coupling
         self.resident = resident
         self.packed = pack(coupling, self.device)
@@ -173,17 +182,20 @@ class DenseKernel:
             classes: of each image, int64 `[batch]`, on the host; -1: nothing drives it.
 
         Raises:
-            ValueError: the batch is not of this model, or StepsTooLong, see `step_multipliers`.
+            ValueError: the batch is not of this model, or too large, or StepsTooLong, see `step_multipliers`.
         """
         n, m, count = self.packed.n, self.packed.m, len(classes)
         if phases.shape != (count, n + m):
             raise ValueError(f"phases {list(phases.shape)} for {count} images of {n} + {m} oscillators")
         if count and not -1 <= int(classes.min()) <= int(classes.max()) < len(self.packed.drive):
             raise ValueError(f"classes are -1 to {len(self.packed.drive) - 1}")
+        images = count + -count % IMAGES
+        if 2 * images * max(self.packed.padded, steps * self.packed.driver_coupling.shape[0]) > MAX_OFFSET:
+            raise ValueError(f"{count} images of {n} oscillators in one call: fewer, please")
         if not count:
             return phases[:, :n].to(self.device)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            batch = self._batch(count + -count % IMAGES, steps, horizon)
+            batch = self._batch(images, steps, horizon)
             batch.begin(phases[:, :n], phases[:, n:], classes)
             batch.run()
         return batch.work.theta[:count, :n]
@@ -306,7 +318,9 @@ def run_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, ste
         driven = (packed.drive, work.classes, work.driver_waves[step])
         if packed.fine is not None:
             if step % packed.fine_every == 0:
-                launch(_field, tiles, device, sources, packed.fine, work.held, numbers.rows, n, images, **blocks)
+                launch(
+                    _field, tiles, device, sources, packed.fine, work.held, numbers.rows, n, images, **blocks
+                )
             launch(
                 _outside,
                 images * n // (8 * PADDING),
@@ -404,7 +418,9 @@ def _waves(theta, table, sources, count, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _products(sources, images, image, weights, row, n, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr):
+def _products(
+    sources, images, image, weights, row, n, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr
+):
     """Sums of all sines and of all cosines of some images by some rows of K, int32 `[IMAGES, ROWS]` both."""
     k = tl.arange(0, SOURCES)
     u = tl.zeros([IMAGES, ROWS], tl.int32)
@@ -528,7 +544,7 @@ def _resident_steps(
     kept = (tl.load(coarse + row[:, None] * n + k[None, :]),)  # [ROWS, SOURCES] int8
     for chunk in tl.static_range(1, CHUNKS):
         tl.debug_barrier()  # one part after the other: all at once would need too many registers
-        kept = kept + (tl.load(coarse + row[:, None] * n + chunk * SOURCES + k[None, :]),)
+        kept += (tl.load(coarse + row[:, None] * n + chunk * SOURCES + k[None, :]),)
     second = images * n
     for step in range(first, last):
         source = sources + (step % 2) * 2 * second
