@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.workers.errors import InputError
+
+if TYPE_CHECKING:
+    from millijoule.workers.generators.un0_checkpoint import Un0Checkpoint
+    from millijoule.workers.generators.un0_integers import Un0Integers
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class ConvertOptions:
 
     The checkpoint is read as data: a file that holds more than tensors and plain values is refused, and none of its
     code runs. Tensor names, values and the training config are kept as published. What is written has been loaded and
-    has drawn images; a model that cannot is refused.
+    has drawn images; a model that cannot is refused. Where integers draw what floating point does, the file says so, and CPUs
+    then draw it in integers.
     """
 
     checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT.pt")]
@@ -37,6 +42,10 @@ class ConvertOptions:
 
     parameterization: Literal["standard", "mup"] | None = None
     """How the couplings are scaled, for a checkpoint whose config does not say."""
+
+    form: Literal["auto", "float"] = "auto"
+    """How CPUs draw it. auto: in integers, several times faster and the same pixels on every processor, if 99.95 % of the values of
+    64 test images are within 2 of 255 levels of what floating point makes of them; else, and with float, in floating point."""
 
     force: bool = False
     """Replace the output if it exists."""
@@ -71,12 +80,40 @@ def run(options: ConvertOptions) -> int:
         _keep_existing(target, options)  # it may have come meanwhile
 
     name = options.name or target.stem
-    un0_checkpoint.write_safetensors(checkpoint, target, name=name, class_names=class_names, check=check)
+    integers, words = (
+        _integers(checkpoint) if options.form == "auto" else (None, "floating point, as asked for")
+    )
+    un0_checkpoint.write_safetensors(
+        checkpoint, target, name=name, class_names=class_names, integers=integers, check=check
+    )
     print(
         f"{target}: {model.oscillators} oscillators, {model.classes} classes, {model.image_size}x{model.image_size} "
         f"pixels, {model.steps} {model.solver} steps, {model.parameters:,} parameters"
     )
+    print(f"on CPUs: {words}")
     return COMPLETE
+
+
+def _integers(checkpoint: Un0Checkpoint) -> tuple[Un0Integers | None, str]:
+    """How the model runs in integers, None where it does not, and words for the user."""
+    import torch
+
+    from millijoule.workers.generators.un0 import float_images
+    from millijoule.workers.generators.un0_checkpoint import canonical
+    from millijoule.workers.generators.un0_integers import NEAR_LEVELS, choose_integers
+
+    tensors = canonical(checkpoint.tensors)
+    try:
+        with torch.inference_mode():
+            found = choose_integers(
+                checkpoint.architecture, tensors, float_images(checkpoint.architecture, tensors)
+            )
+    except ValueError as error:
+        return None, f"floating point: {error}"
+    return found, (
+        f"integers; {100 * found.near:.3f} % of the values of {found.images} images are within {NEAR_LEVELS} levels of "
+        f"floating point, all within {found.farthest}"
+    )
 
 
 def _keep_existing(target: Path, options: ConvertOptions) -> None:

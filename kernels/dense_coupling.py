@@ -63,6 +63,10 @@ FINE_SIN_TABLE = _fine_table(0)
 FINE_COS_TABLE = _fine_table(FINE_TABLE_SIZE // 4)
 
 
+class StepsTooLong(ValueError):
+    """Steps over which int32 does not hold what such a coupling does; more and shorter ones may do."""
+
+
 @dataclass(frozen=True)
 class DenseCoupling:
     """Quantised weights and their real scales.
@@ -155,20 +159,25 @@ def quantize_dense(
     # sums over the drivers of D times finer sines have to fit int32
     drive_scale = max(float(drive.abs().amax()) / 32767, _largest_row(drive) * FINE_AMPLITUDE / 2**30, 1e-12)
     driver_scale = max(float(driver_coupling.abs().amax()) / 32767, 1e-12)
-    field = coupling.abs().sum(1) + drive.abs().sum(2).amax(0)
-    driver_field = driver_coupling.abs().sum(1)
+    drive_integers = torch.round(drive / drive_scale).to(torch.int16)
+    driver_integers = torch.round(driver_coupling / driver_scale).to(torch.int16)
+    # of the integers: a weight may have been rounded to twice of what it was
+    field = coarse.abs().sum(1) * scale + drive_integers.abs().sum(2, dtype=torch.int64).amax(0) * drive_scale
+    if fine is not None:
+        field += fine.abs().sum(1, dtype=torch.int64) * (scale / FINE_STEPS)
+    driver_field = driver_integers.abs().sum(1, dtype=torch.int64) * driver_scale
     return DenseCoupling(
         coarse.to(torch.int8),
         scale,
         fine,
         fine_every,
         frequency.double(),
-        torch.round(drive / drive_scale).to(torch.int16),
+        drive_integers,
         drive_scale,
-        torch.round(driver_coupling / driver_scale).to(torch.int16),
+        driver_integers,
         driver_scale,
         driver_frequency.double(),
-        # the quantised field is at most a hundredth more, the sum of two waves at most twice
+        # sine and cosine each pull with a field of its own; a hundredth for roundings
         (
             float((2.02 * field + frequency.abs()).max()),
             float((2.02 * driver_field + driver_frequency.abs()).max()),
@@ -180,24 +189,23 @@ def step_multipliers(coupling: DenseCoupling, steps: int, horizon: float) -> Ste
     """The integers of one of `steps` steps over `horizon` units of time.
 
     Raises:
-        ValueError: the coupling is so strong, or the step so long, that phases or pulls would leave int32, or so weak or the step
-            so short that nothing would be left of it.
+        StepsTooLong: the coupling is so strong that phases, pulls or multipliers would leave int32.
     """
     dt = horizon / steps
     turns = horizon * max(coupling.strongest) / (2 * math.pi)
     if not turns < 2**14:
-        raise ValueError(f"phases may run over {turns:.3g} turns: more than int32 holds")
+        raise StepsTooLong(f"phases may run over {turns:.3g} turns: more than int32 holds")
     pull = max(coupling.strongest) * dt * UNITS
     bits = min(MAX_PULL_BITS, math.floor(math.log2(2**31 / max(pull, 1.0) * 0.98)))
     if bits < MIN_PULL_BITS:
-        raise ValueError(f"a step may pull a phase over {pull / TURN:.3g} turns: more than int32 holds")
+        raise StepsTooLong(f"a step may pull a phase over {pull / TURN:.3g} turns: more than int32 holds")
     unit = dt * UNITS * 2**bits  # of C U - S W, per radian per unit of time
     coarse = coupling.scale * (unit / AMPLITUDE**2)
     drive = coupling.drive_scale * (unit / (AMPLITUDE * FINE_AMPLITUDE))
     drivers = coupling.driver_scale * (unit / FINE_AMPLITUDE**2)
     largest = max(float(coarse.max()), drive, drivers) * 2**MULTIPLIER_BITS
     if not largest < 2**31:
-        raise ValueError(f"a multiplier of {largest:.3g} does not fit int32: the coupling is too strong")
+        raise StepsTooLong(f"a multiplier of {largest:.3g} does not fit int32: the coupling is too strong")
     return StepMultipliers(
         bits,
         _fixed_point(coarse),
@@ -229,7 +237,7 @@ def relax_reference(
         classes: of each image, int64 `[batch]`; -1: nothing drives it.
 
     Raises:
-        ValueError: see `step_multipliers`.
+        StepsTooLong: see `step_multipliers`.
     """
     multipliers = step_multipliers(coupling, steps, horizon)
     n, p = coupling.n, multipliers.pull_bits
@@ -320,6 +328,7 @@ class NativeCoupling:
         self._drive = (
             drive.view(classes, padded, -1, 2).transpose(1, 2).contiguous()
         )  # [classes, pairs, padded, 2]
+        self._driver_coupling = coupling.driver_coupling.contiguous()
         sines, cosines = (table.to(torch.int32) & 0xFF for table in (SIN_TABLE, COS_TABLE))
         self._table = (sines | cosines << 8).to(torch.uint16)
 
@@ -340,7 +349,7 @@ class NativeCoupling:
         """See `relax`; the bits do not depend on `threads`, which share the batch.
 
         Raises:
-            ValueError: see `step_multipliers`, or the batch is not of this model.
+            ValueError: the batch is not of this model, or StepsTooLong, see `step_multipliers`.
             MemoryError: there is not enough of it.
         """
         coupling = self.coupling
@@ -375,7 +384,7 @@ class NativeCoupling:
             numbers,
             *(_pointer(row) for row in by_row),
             _pointer(frequency),
-            _pointer(coupling.driver_coupling),
+            _pointer(self._driver_coupling),
             _pointer(self._table),
             _pointer(FINE_SIN_TABLE),
             _pointer(FINE_COS_TABLE),

@@ -25,6 +25,7 @@ BENCHES = {
     "products": "processor time per image of the oscillator generators, by how int8 matrices are multiplied",
     "stages": "how long the device waits while images are encoded, written and stored",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",
+    "un0": "processor time per image of Un-0 models: their own loop, eager and compiled, and our forms",
 }
 
 

@@ -31,9 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from millijoule.jobs.bench import telemetry_probes as probes
 from millijoule.jobs.bench.pipeline import write_prompts
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring import telemetry_probes as probes
 from millijoule.jobs.measuring.measurement import (
     ResultOptions,
     answer_of,

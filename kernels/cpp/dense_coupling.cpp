@@ -99,7 +99,7 @@ using namespace millijoule;
 MILLIJOULE_API int64_t millijoule_dense_weight_bytes(int32_t form) { return form == AVX512_VNNI ? 1 : 2; }
 
 // int8 [n, n] -> `packed`, padded^2 weights, and `start` [padded]; padded is n rounded up to 64.
-MILLIJOULE_API void millijoule_dense_pack(int32_t form, const int8_t* weights, int64_t n, void* packed, int32_t* start) {
+MILLIJOULE_API void millijoule_dense_pack([[maybe_unused]] int32_t form, const int8_t* weights, int64_t n, void* packed, int32_t* start) {
   const int64_t padded = rounded_up(n, PADDING);
 #if defined(MILLIJOULE_X86)
   if (form == AVX512_VNNI) return avx512_vnni::pack_coupling(weights, n, padded, packed, start);
@@ -112,7 +112,7 @@ MILLIJOULE_API void millijoule_dense_pack(int32_t form, const int8_t* weights, i
 // state: int32 [images, n + m], in and out (its drivers are left as they were); drive: int16 [classes, pairs of drivers, padded, 2];
 // classes: -1 for none; fine and fine_start: null where there is no fine part. Returns 0, or 1 where memory was short: state is then
 // undefined.
-MILLIJOULE_API int32_t millijoule_dense_relax(int32_t form, const int64_t* numbers, const int32_t* coarse_multipliers,
+MILLIJOULE_API int32_t millijoule_dense_relax([[maybe_unused]] int32_t form, const int64_t* numbers, const int32_t* coarse_multipliers,
                                            const int32_t* fine_multipliers, const int32_t* frequency,
                                            const int32_t* driver_frequency, const int16_t* driver_coupling,
                                            const uint16_t* table, const int16_t* fine_sin, const int16_t* fine_cos,

@@ -107,7 +107,7 @@ def test_batches_that_are_not_of_the_model_are_refused():
         (start(2, 66), [0, 3]),
         (start(1, 66), [-2]),
     ):
-        with pytest.raises(ValueError, match="classes|phases"):
+        with pytest.raises(ValueError, match=r"classes|phases"):
             compiled(phases, torch.tensor(classes), 3, 1.0)
 
 

@@ -1,8 +1,8 @@
-"""Un-0 models, for inference: class to drive, coupled oscillators in floating point, decoder.
+"""Un-0 models, for inference: class to drive, coupled oscillators, decoder.
 
 In go requests whose prompts are class names or numbers, out come uint8 images. The files are those `millijoule convert`
-writes. Phases and decoder are float32 and run on padded batches of one fixed size, so that an image does not depend on
-what else is in its batch.
+writes. A file that says so is drawn in integers on CPUs (`un0_integers`). Else, and on GPUs, phases and decoder are float32 and run
+on padded batches of one fixed size, so that an image does not depend on what else is in its batch.
 
 The model (Un-0; github.com/unconv-ai/Un-0) is N phases theta and M driver phases phi, all uniform at the start:
 
@@ -15,11 +15,12 @@ of the sources: the field the oscillator sits in.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from millijoule.kernels.dense_coupling import StepsTooLong
 from millijoule.kernels.phase import TURN, random_phases
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.engines.protocol import Engine
@@ -37,9 +39,12 @@ from millijoule.workers.generators.fixed_size import check_requests, padded, unu
 from millijoule.workers.generators.model_files import read_own_header, read_settings, refusing_damage
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.generators.un0_checkpoint import STEM, Un0Architecture, canonical
+from millijoule.workers.generators.un0_integers import Un0IntegerForm, Un0Integers
 from millijoule.workers.generators.un0_model import Un0Decoder, Un0Dynamics
 from millijoule.workers.records import decode
 from millijoule.workers.schemas import ImageRequest
+
+log = logging.getLogger(__name__)
 
 #: Rows the model always sees, the rest being padding. A GPU needs more of them to be busy.
 FLOAT_BATCH = {"cpu": 16, "cuda": 64}
@@ -68,18 +73,19 @@ class Un0Generator:
         sha256: str,
         device: str,
         engine: Engine | None = None,
+        integers: Un0IntegerForm | None = None,
     ) -> None:
-        """`engine`: None runs it plainly."""
+        """`engine`: None runs it plainly; `integers`: None draws in floating point."""
         self.architecture = architecture
         self.device = device
         self._classes = classes
-        kind = "cuda" if device.startswith("cuda") else "cpu"
-        self._rows = FLOAT_BATCH[kind]
-        weights = {key: value.to(device, torch.float32) for key, value in tensors.items()}
-        self._drive = weights["dynamics.K_drive"]  # [classes, n, m], as stored
+        self._kind = "cuda" if device.startswith("cuda") else "cpu"
+        self._rows = FLOAT_BATCH[self._kind]
+        self._tensors = tensors
+        self._integers = integers
         self.engine = engine or EagerEngine()
-        self._velocity = self.engine.prepare(Un0Dynamics(architecture, weights, kind), "dynamics")
-        self._decoder = self.engine.prepare(Un0Decoder(architecture, weights), "decoder")
+        if integers is None:
+            self._networks  # noqa: B018 (made now, while it is loaded)
         size = architecture.image_size
         self.info = GeneratorInfo(
             name=name,
@@ -93,8 +99,13 @@ class Un0Generator:
         )
 
     @staticmethod
-    def load(path: Path, *, device: str = "cpu", engine: Engine | None = None) -> Un0Generator:
-        """Load a file written by `millijoule convert`; `engine` runs it, None: PyTorch as it is.
+    def load(
+        path: Path, *, device: str = "cpu", engine: Engine | None = None, integers: bool = True
+    ) -> Un0Generator:
+        """Load a file written by `millijoule convert`; `engine` runs its networks, None: PyTorch as it is.
+
+        Args:
+            integers: draw in integers what the file says may be; False: in floating point all the same, for comparing.
 
         Raises:
             InputError: the file is not safetensors, or not a model this version knows, or its numbers would overflow.
@@ -107,15 +118,32 @@ class Un0Generator:
             un0_checkpoint.check_shapes(architecture, header.shapes)
             tensors = load_file(path)
             un0_checkpoint.check_values(architecture, tensors)
+            tensors = canonical(tensors)
+            form = None
+            if integers and not device.startswith("cuda") and (said := header.metadata.get("integers")):
+                form = Un0IntegerForm(architecture, tensors, read_settings(Un0Integers, said), engine=engine)
+        log.info(
+            "%s: drawn in %s",
+            header.metadata.get("name", path.stem),
+            "floating point" if form is None else "integers",
+        )
         name = header.metadata.get("name", path.stem)
         sha256 = file_sha256(path)
-        return Un0Generator(architecture, canonical(tensors), classes, name, sha256, device, engine)
+        return Un0Generator(architecture, tensors, classes, name, sha256, device, engine, form)
+
+    @cached_property
+    def _networks(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Tensor]:
+        """The float form: velocity, decoder, and the drive `[classes, n, m]` as stored."""
+        weights = {key: value.to(self.device, torch.float32) for key, value in self._tensors.items()}
+        velocity = self.engine.prepare(Un0Dynamics(self.architecture, weights, self._kind), "dynamics")
+        decoder = self.engine.prepare(Un0Decoder(self.architecture, weights), "decoder")
+        return velocity, decoder, weights["dynamics.K_drive"]
 
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a prompt, a size or a step count this model cannot make."""
         check_requests(requests, self.info, 1)
         classes = [self._classes.find(r.prompt) for r in requests]
-        images = self.decode(self.relax(classes, requests))
+        images = self._draw(classes, requests)
         empty = ("empty prompt: drawn without a class",)
         warnings = (
             (empty if number == NO_CLASS else ()) + unused_settings(request)
@@ -124,16 +152,27 @@ class Un0Generator:
         return GeneratedBatch(images, tuple(warnings))
 
     @torch.inference_mode()
+    def _draw(self, classes: Sequence[int], requests: Sequence[ImageRequest]) -> np.ndarray:
+        if self._integers is not None:
+            steps = requests[0].num_inference_steps or self.architecture.steps
+            try:
+                return self._integers.draw(classes, [r.seed for r in requests], steps)
+            except StepsTooLong as error:  # which the model and the number of steps alone decide
+                log.warning("%d steps are drawn in floating point: %s", steps, error)
+        return self.decode(self.relax(classes, requests))
+
+    @torch.inference_mode()
     def relax(self, classes: Sequence[int], requests: Sequence[ImageRequest]) -> Tensor:
-        """Final phases, float32 `[batch, n]` in radians, not wrapped, for the requests' seeds and steps."""
+        """Final phases in floating point, float32 `[batch, n]` in radians, not wrapped, for the requests' seeds and steps."""
         a = self.architecture
         steps = requests[0].num_inference_steps or a.steps
         advance = _rk4 if a.solver == "rk4" else _euler
+        network, _, _ = self._networks
         final = []
         for rows, count in padded(len(requests), self._rows):
             start = start_angles([requests[i].seed for i in rows], a.oscillators + a.drivers)
             state = start.to(self.device)
-            velocity = partial(self._velocity, drive=self._drive_of([classes[i] for i in rows]))
+            velocity = partial(network, drive=self._drive_of([classes[i] for i in rows]))
             for _ in range(steps):
                 state = advance(velocity, state, a.horizon / steps)
             final.append(state[:count, : a.oscillators])
@@ -143,20 +182,34 @@ class Un0Generator:
         """`[batch, n, m]`; zero where there is no class."""
         index = torch.tensor(classes, device=self.device)
         scale = (index != NO_CLASS).float() * self.architecture.driver_scale
-        return self._drive[index.clamp(min=0)] * scale[:, None, None]
+        return self._networks[2][index.clamp(min=0)] * scale[:, None, None]
 
     @torch.inference_mode()
     def decode(self, phases: Tensor) -> np.ndarray:
-        """uint8 `[batch, size, size, 3]` from final phases `[batch, n]`."""
+        """uint8 `[batch, size, size, 3]` from final phases `[batch, n]`, in floating point."""
+        _, network, _ = self._networks
         images = []
         for rows, count in padded(len(phases), self._rows):
-            x = self._decoder(readout(phases[rows], self.architecture))
+            x = network(readout(phases[rows], self.architecture))
             if not bool(torch.isfinite(x).all()):  # `check_values` rules it out, so it is not the prompt
                 raise RuntimeError("the model made pixels that are not finite numbers")
             x = torch.tanh(x)
             pixels = torch.round((x[:count] + 1) * 127.5).clamp_(0, 255).to(torch.uint8)
             images.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(images)
+
+
+def float_images(
+    architecture: Un0Architecture, tensors: Mapping[str, Tensor]
+) -> Callable[[Sequence[int], Sequence[int]], np.ndarray]:
+    """What draws classes and seeds in floating point on this CPU, in the default number of steps."""
+    generator = Un0Generator(architecture, tensors, ClassIndex(architecture.classes), "", "", "cpu")
+
+    def draw(classes: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
+        requests = [ImageRequest("trial", i, "", seed=seed) for i, seed in enumerate(seeds)]
+        return generator.decode(generator.relax(classes, requests))
+
+    return draw
 
 
 def check_images(generator: Un0Generator) -> None:

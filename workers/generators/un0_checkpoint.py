@@ -174,9 +174,11 @@ def write_safetensors(
     *,
     name: str,
     class_names: tuple[str, ...] = (),
+    integers: Any = None,
     check: Callable[[Path], None],
 ) -> None:
-    """Write `checkpoint` where `load_generator` can read it; see `write_model_file`."""
+    """Write `checkpoint` where `load_generator` can read it; see `write_model_file`. `integers`: an `Un0Integers`, None: it is
+    drawn in floating point."""
     metadata = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -186,6 +188,8 @@ def write_safetensors(
     }
     if class_names:
         metadata["class_names"] = json.dumps(class_names)
+    if integers is not None:
+        metadata["integers"] = json.dumps(asdict(integers))
     write_model_file(checkpoint.tensors, path, metadata, check)
 
 

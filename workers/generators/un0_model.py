@@ -34,8 +34,8 @@ class Un0Dynamics(nn.Module):
         super().__init__()
         self.oscillators = architecture.oscillators
         frequency = torch.cat([tensors["dynamics.omega"], tensors["dynamics.omega_cond"]], dim=1)
-        coupling = _between_others(tensors["dynamics.K"], architecture.coupling_scale)
-        driver_coupling = _between_others(tensors["dynamics.K_cond"], architecture.driver_scale)
+        coupling = between_others(tensors["dynamics.K"], architecture.coupling_scale)
+        driver_coupling = between_others(tensors["dynamics.K_cond"], architecture.driver_scale)
         self.register_buffer("frequency", frequency)  # [1, n + m]
         self.register_buffer("coupling", coupling.to(FIELD_TYPE[kind]))  # [n, n]
         self.register_buffer("driver_coupling", driver_coupling)  # [m, m]
@@ -81,6 +81,6 @@ class _Convolution(nn.Module):
         return F.conv2d(x, self.weight, self.bias, padding=1)
 
 
-def _between_others(coupling: Tensor, scale: float) -> Tensor:
+def between_others(coupling: Tensor, scale: float) -> Tensor:
     """The effective coupling: scaled, and no oscillator coupled to itself."""
     return (coupling * scale).fill_diagonal_(0)

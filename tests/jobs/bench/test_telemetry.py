@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from millijoule.jobs.bench.telemetry import answers, interval, judged
-from millijoule.jobs.bench.telemetry_probes import stressed_driver
 from millijoule.jobs.measuring.process import CpuParts, private_mb, thread_cpu_s
 from millijoule.jobs.measuring.stand_ins import StandInNvml, board_uuid, stand_in_powercap
+from millijoule.jobs.measuring.telemetry_probes import stressed_driver
 from millijoule.workers.meters.meter import open_meter
 
 

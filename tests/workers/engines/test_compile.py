@@ -135,7 +135,9 @@ def test_the_default_model_runs_as_it_is_and_says_so(caplog):
 def test_a_compiled_model_has_next_to_the_same_pixels(tmp_path):
     torch._dynamo.reset()
     file = tmp_path / "model.safetensors"
-    assert convert.main([str(publish(tmp_path / "published.pt", "cifar10")), str(file)]) == 0
+    assert (
+        convert.main([str(publish(tmp_path / "published.pt", "cifar10")), str(file), "--form", "float"]) == 0
+    )
     plain, compiled = (load_generator(str(file), options=o) for o in (EAGER, COMPILE))
 
     def requests(count):

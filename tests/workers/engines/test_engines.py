@@ -52,7 +52,7 @@ def test_the_default_model_draws_the_same_bits_in_deepspeed():
 
 def test_an_un0_model_draws_the_same_bits_in_deepspeed(tmp_path):
     source = publish(tmp_path / "published.pt", "cifar10")
-    assert convert.main([str(source), str(tmp_path / "model.safetensors")]) == 0
+    assert convert.main([str(source), str(tmp_path / "model.safetensors"), "--form", "float"]) == 0
     eager, deepspeed = (
         load_generator(str(tmp_path / "model.safetensors"), options=o) for o in (EAGER, DEEPSPEED)
     )

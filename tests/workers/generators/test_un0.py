@@ -45,7 +45,7 @@ def converted(request, tmp_path_factory):
     model = random_model(config, classes, blocks)
     source = publish(folder / "published.pt", request.param, model=model)
     target = folder / "model.safetensors"
-    assert convert.main([str(source), str(target)]) == COMPLETE
+    assert convert.main([str(source), str(target), "--form", "float"]) == COMPLETE
     return config, model, load_generator(str(target))
 
 
