@@ -9,13 +9,15 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-#: Forms of the compiled functions, in the order of `cpp/processor.h`: each runs wherever a later one does.
+#: Forms of the compiled functions, in the order of `cpp/processor.h`: where one runs, those before it do.
 FORMS = ("plain", "avx2", "avx512-vnni")
 
 #: What `MILLIJOULE_KERNEL` may say: nothing for the best there is, or one of these, for comparing and for finding faults.
@@ -23,53 +25,78 @@ CHOICES = ("reference", *FORMS)
 
 _FOLDER = Path(__file__).parent
 
+_only: str | None = None
 
-@cache
+
 def native_library() -> ctypes.CDLL | None:
     """The compiled library, None where there is none or none is wanted.
 
     Raises:
         ValueError: `MILLIJOULE_KERNEL` names no form, or one that does not run here.
     """
-    asked = os.environ.get("MILLIJOULE_KERNEL", "")
+    return _chosen(_asked())[0]
+
+
+def native_form() -> int:
+    """The number of the form that compiled functions are to take: the best, or the one that was asked for."""
+    return _chosen(_asked())[1]
+
+
+def is_forced() -> bool:
+    """Whether somebody said which form to take."""
+    return bool(_asked())
+
+
+@contextmanager
+def only(choice: str) -> Iterator[None]:
+    """What is loaded in this block takes `choice`, one of `CHOICES`, whatever `MILLIJOULE_KERNEL` says: for comparing forms."""
+    global _only
+    before, _only = _only, choice
+    try:
+        yield
+    finally:
+        _only = before
+
+
+def forms_here() -> tuple[str, ...]:
+    """All of `FORMS` that this processor runs; none where nothing was compiled."""
+    library = _load()
+    return FORMS[: library.millijoule_best_form() + 1] if library is not None else ()
+
+
+def _asked() -> str:
+    return os.environ.get("MILLIJOULE_KERNEL", "") if _only is None else _only
+
+
+@cache
+def _chosen(asked: str) -> tuple[ctypes.CDLL | None, int]:
+    """The library and the form; said in the log, once."""
     if asked and asked not in CHOICES:
         raise ValueError(f"MILLIJOULE_KERNEL={asked}: one of {', '.join(CHOICES)}")
     if asked == "reference":
         log.info("kernels: PyTorch's, as MILLIJOULE_KERNEL says")
-        return None
-    library = _load()
+        return None, 0
+    library, here = _load(), forms_here()
     if library is None:
         if asked:
             raise ValueError(
                 f"MILLIJOULE_KERNEL={asked}: the compiled kernels are missing; install a C++ compiler, then the package again"
             )
         log.info("kernels: PyTorch's; no C++ compiler was there when the package was installed")
-        return None
-    best = FORMS[library.millijoule_best_form()]
-    if asked and FORMS.index(asked) > FORMS.index(best):
-        raise ValueError(f"MILLIJOULE_KERNEL={asked}: this processor runs {best} at most")
-    log.info("kernels: compiled, %s", asked or best)
-    return library
-
-
-def native_form() -> int:
-    """The number of the form that compiled functions are to take: the best, or what `MILLIJOULE_KERNEL` says."""
-    library = native_library()
-    assert library is not None
-    asked = os.environ.get("MILLIJOULE_KERNEL", "")
-    return FORMS.index(asked) if asked else int(library.millijoule_best_form())
-
-
-def is_forced() -> bool:
-    """Whether `MILLIJOULE_KERNEL` says which form to take."""
-    return bool(os.environ.get("MILLIJOULE_KERNEL"))
+        return None, 0
+    if asked and asked not in here:
+        raise ValueError(f"MILLIJOULE_KERNEL={asked}: this processor runs {here[-1]} at most")
+    form = asked or here[-1]
+    log.info("kernels: compiled, %s", form)
+    return library, FORMS.index(form)
 
 
 def is_reference_forced() -> bool:
     """Whether `MILLIJOULE_KERNEL` asks for PyTorch's operations."""
-    return os.environ.get("MILLIJOULE_KERNEL") == "reference"
+    return _asked() == "reference"
 
 
+@cache
 def _load() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = _FOLDER / f"native{suffix}"

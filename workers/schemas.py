@@ -107,17 +107,47 @@ class ImageRow:
     error: str | None = None
     warnings: tuple[str, ...] = ()
 
+    def stored(self, path: str, sha256: str, size_bytes: int) -> ImageRow:
+        """The same row, its image stored."""
+        return ImageRow(
+            self.request,
+            self.status,
+            self.width,
+            self.height,
+            self.num_inference_steps,
+            path,
+            sha256,
+            size_bytes,
+            self.error,
+            self.warnings,
+        )
+
+    def values(self) -> tuple[Any, ...]:
+        """The columns of `IMAGE_ROW_SCHEMA`, in order."""
+        asked = self.request
+        return (
+            asked.prompt_id,
+            asked.image_index,
+            asked.prompt,
+            asked.negative_prompt,
+            asked.seed,
+            self.width,
+            self.height,
+            self.num_inference_steps,
+            asked.guidance_scale,
+            self.status,
+            self.error,
+            list(self.warnings) or None,
+            self.path,
+            self.sha256,
+            self.size_bytes,
+            asked.extra,
+        )
+
     def as_record(self) -> dict[str, Any]:
         """This row as a mapping with the columns of `IMAGE_ROW_SCHEMA`."""
-        record = {name: getattr(self, name, None) for name in IMAGE_ROW_SCHEMA.names}
-        for name in _ASKED:
-            record[name] = getattr(self.request, name)
-        record["warnings"] = list(self.warnings) or None
-        return record
+        return dict(zip(IMAGE_ROW_SCHEMA.names, self.values(), strict=True))
 
-
-#: Columns of an image row that repeat its request.
-_ASKED = ("prompt_id", "image_index", "prompt", "negative_prompt", "seed", "guidance_scale", "extra")
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]

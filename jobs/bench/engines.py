@@ -25,6 +25,7 @@ from millijoule.jobs.measuring.measurement import (
     save_result,
     write_result,
 )
+from millijoule.kernels.native_library import only
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator
@@ -99,10 +100,11 @@ def measure(model: str, options: BenchOptions) -> dict[str, Any]:
         for engine in options.engines
     }
     requests = scene_requests(options.images)
-    generators: dict[str, Generator] = {
-        engine: load_generator(model, device=options.device, options=_generator_options(engine, options))
-        for engine in options.engines
-    }
+    with only("reference"):  # the compiled kernel draws without any engine
+        generators: dict[str, Generator] = {
+            engine: load_generator(model, device=options.device, options=_generator_options(engine, options))
+            for engine in options.engines
+        }
     meter = open_meter([gpu] if gpu else [])
     try:
         compared = compare(generators, requests, options, meter, synchronize)
@@ -203,7 +205,8 @@ def start(model: str, engine: str, device: str, threads: int | None, steps: int 
 
     _set_threads(threads)
     options = BenchOptions(num_inference_steps=steps)
-    generator = load_generator(model, device=device, options=GeneratorOptions(engine=engine))  # type: ignore[arg-type]
+    with only("reference"):
+        generator = load_generator(model, device=device, options=GeneratorOptions(engine=engine))  # type: ignore[arg-type]
     part("load")
     requests = scene_requests(generator.info.batch_size)
     _draw(generator, requests, options)

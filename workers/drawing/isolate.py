@@ -92,6 +92,8 @@ class FittedGenerator:
         self.sizer = sizer
         self.device = device
         self._savers = 0  # taken by the generator
+        # asked once: to ask for a protocol costs as much as half an icon
+        self._groups = generator if isinstance(generator, GroupsRequests) else None
 
     def batches(self, requests: Mapping[T, ImageRequest]) -> Iterator[list[T]]:
         """The keys of `requests`, those together that can share a call, in slices of as many as then fit one.
@@ -108,10 +110,10 @@ class FittedGenerator:
                 del keys[:rows]
 
     def _group(self, key: Hashable, request: ImageRequest) -> Hashable:
-        if not isinstance(self.generator, GroupsRequests):
+        if self._groups is None:
             return None
         try:
-            return "together", self.generator.call_group(request)
+            return "together", self._groups.call_group(request)
         except Exception:  # of a prompt's making: `generate` will say so, of this request alone
             return "alone", key
 

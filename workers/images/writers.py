@@ -18,7 +18,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class ShardWriter:
         self._schema = schema
         self._rows: list[ImageRow] = []
         self._names: set[str] = set()
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[tuple[Any, ...]] = []  # values of the schema's columns
         self._pending_bytes = 0
         self._table: pq.ParquetWriter | None = None  # once it is known how many rows there are
 
@@ -143,12 +143,10 @@ class ShardWriter:
         self._names.add(name)
         if encoded is not None:
             digest = hashlib.sha256(encoded).hexdigest()
-            row = replace(row, path=self._path(name), sha256=digest, size_bytes=len(encoded))
-        record = row.as_record()
-        if encoded is not None:
-            self._add_image(name, encoded, record)
+            row = row.stored(self._path(name), digest, len(encoded))
+            self._add_image(name, encoded, row)
         self._rows.append(row)
-        self._pending.append(record)
+        self._pending.append(self._values(row, encoded))
         if self._pending_bytes >= ROW_GROUP_BYTES or len(self._pending) >= ROW_GROUP_ROWS:
             self._flush()
 
@@ -164,9 +162,12 @@ class ShardWriter:
         """Where a reader finds the image `name`."""
         raise NotImplementedError
 
-    def _add_image(self, name: str, encoded: bytes, record: dict[str, Any]) -> None:
-        """Write one image; `record` is its row, which the table holds once this returns."""
-        raise NotImplementedError
+    def _add_image(self, name: str, encoded: bytes, row: ImageRow) -> None:
+        """Write one image, which is not in the table."""
+
+    def _values(self, row: ImageRow, encoded: bytes | None) -> tuple[Any, ...]:
+        """What the table holds of a row."""
+        return row.values()
 
     def _finish_images(self) -> Iterable[DataFile]:
         """Close and describe the files beside the table."""
@@ -183,7 +184,9 @@ class ShardWriter:
             options = row_table_options(self._schema, len(self._pending) if is_all else ROW_GROUP_ROWS)
             self._table = pq.ParquetWriter(self._directory / self._rows_key, self._schema, **options)
         if self._pending:
-            self._table.write_table(pa.Table.from_pylist(self._pending, schema=self._schema))
+            columns = zip(self._schema, zip(*self._pending, strict=True), strict=True)
+            arrays = [pa.array(values, field.type) for field, values in columns]
+            self._table.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         self._pending.clear()
         self._pending_bytes = 0
 
@@ -194,9 +197,9 @@ class ParquetShardWriter(ShardWriter):
     def _path(self, name: str) -> str:
         return self._rows_key
 
-    def _add_image(self, name: str, encoded: bytes, record: dict[str, Any]) -> None:
-        record["image"] = encoded
-        self._pending_bytes += len(encoded)
+    def _values(self, row: ImageRow, encoded: bytes | None) -> tuple[Any, ...]:
+        self._pending_bytes += len(encoded or b"")
+        return *row.values(), encoded
 
 
 class FilesShardWriter(ShardWriter):
@@ -212,9 +215,11 @@ class FilesShardWriter(ShardWriter):
     def _path(self, name: str) -> str:
         return f"{self._prefix}/{name}.{self._suffix}"
 
-    def _add_image(self, name: str, encoded: bytes, record: dict[str, Any]) -> None:
-        (self._directory / record["path"]).write_bytes(encoded)
-        self._images.append(DataFile(record["path"], record["size_bytes"], record["sha256"], 1))
+    def _add_image(self, name: str, encoded: bytes, row: ImageRow) -> None:
+        assert row.path is not None
+        assert row.sha256 is not None
+        (self._directory / row.path).write_bytes(encoded)
+        self._images.append(DataFile(row.path, len(encoded), row.sha256, 1))
 
     def _finish_images(self) -> Iterable[DataFile]:
         return self._images
@@ -238,10 +243,12 @@ class WebdatasetShardWriter(ShardWriter):
     def _path(self, name: str) -> str:
         return f"{self._key}#{name}.{self._suffix}"
 
-    def _add_image(self, name: str, encoded: bytes, record: dict[str, Any]) -> None:
-        told = {k: v for k, v in record.items() if k != "path"}  # the only field that names the attempt
+    def _add_image(self, name: str, encoded: bytes, row: ImageRow) -> None:
+        told = {
+            k: v for k, v in row.as_record().items() if k != "path"
+        }  # the only field that names the attempt
         self._add_member(f"{name}.{self._suffix}", encoded)
-        self._add_member(f"{name}.txt", record["prompt"].encode("utf-8", "replace"))
+        self._add_member(f"{name}.txt", row.request.prompt.encode("utf-8", "replace"))
         self._add_member(f"{name}.json", json.dumps(told, separators=(",", ":")).encode())
 
     def _finish_images(self) -> Iterable[DataFile]:

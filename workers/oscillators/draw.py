@@ -101,9 +101,10 @@ class Drawing:
         # how many shapes and cells there are differs from batch to batch
         self.shapes = (engine or EagerEngine()).prepare(network, "shapes", static=False)
         self.kernel: _Kernel | None = None
-        if engine is None and device == "cpu":
+        ours = engine is None and isinstance(painter.network, IntegerNetwork)
+        if ours and device == "cpu":
             self.kernel = ImageKernel.of(painter.kernel_weights())
-        elif engine is None and device.startswith("cuda"):
+        elif ours and device.startswith("cuda"):
             self.kernel = gpu_kernel(painter.kernel_weights(), device, self.draw)
 
     @torch.inference_mode()

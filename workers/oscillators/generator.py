@@ -22,8 +22,8 @@ from millijoule.workers.scenes.scenes import IMAGE_SIZE
 from millijoule.workers.scenes.settle import SceneRow, scene_row, settle
 from millijoule.workers.schemas import ImageRequest
 
-#: Images per call: enough for the products, few enough to isolate a bad prompt.
-BATCH_SIZE, GPU_BATCH_SIZE = 64, 1024
+#: Images per call: shapes that they share are drawn once.
+BATCH_SIZE, GPU_BATCH_SIZE = 256, 1024
 
 
 class OscillatorGenerator:

@@ -82,7 +82,8 @@ watching = False
 after = snapshot()
 changed = {k: [before[k], after[k]] for k in before if before[k] != after[k]}
 print(json.dumps({"changed": changed, "noticed": noticed, "loaded": "deepspeed" in sys.modules}))
-"""
+""",
+        MILLIJOULE_KERNEL="reference",
     )
     assert difference == {"changed": {}, "noticed": [], "loaded": True}
     assert printed == ""
@@ -162,7 +163,8 @@ def test_without_deepspeed_the_message_names_the_option_and_the_way_out():
             load_generator("default")
         except InputError as error:
             print(json.dumps(str(error)))
-        """
+        """,
+        MILLIJOULE_KERNEL="reference",
     )
     assert message.startswith("--engine deepspeed: DeepSpeed cannot be imported")
     assert "pip install deepspeed" in message

@@ -36,7 +36,7 @@ scenes = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(scenes, st.integers(0, 2**64 - 1)), min_size=1, max_size=30))
 def test_any_scene_and_seed(asked):
     one_by_one = scene_tokens([complete(scene, seed) for scene, seed in asked])
