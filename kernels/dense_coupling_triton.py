@@ -168,6 +168,8 @@ class DenseKernel:
         self.device = torch.device(device)
         if self.device.type != "cuda" and not INTERPRETED:
             raise ValueError(f"{device}: the dense coupling runs on NVIDIA GPUs")
+        if resident and self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (9, 0):
+            raise ValueError(f"{device}: K stays on the chip from compute capability 9.0 on")
         self.coupling = coupling
         self.resident = resident
         self.packed = pack(coupling, self.device)
