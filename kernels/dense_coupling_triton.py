@@ -329,7 +329,7 @@ def run_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, ste
                 device,
                 *(work.held, work.outside, *driven, n, packed.m, images, numbers.drive),
                 DRIVERS=drivers,
-                IMAGES=8,
+                IMAGES=min(IMAGES, 8),
                 ROWS=PADDING,
                 num_warps=4,
             )

@@ -33,14 +33,14 @@ def start(batch, n):
     return (phases + TURN * torch.arange(-2, batch - 2)[:, None]).to(torch.int32)
 
 
-@pytest.mark.parametrize("fine_every", [0, 1, 3])
+@pytest.mark.parametrize("fine_every", [0, 3])
 def test_phases_are_those_of_the_plain_equations(fine_every):
     """Of one image and of more, with classes and without, n not a multiple of anything; nothing of a call is left in the next."""
     n, m = 130, 3
     coupling = quantize_dense(*made_up(n, m), fine_every=fine_every)
     calls = [
         (start(batch, n + m), torch.arange(batch) % 4 - 1, steps, horizon)
-        for batch, steps, horizon in ((5, 4, 1.0), (1, 4, 1.0), (3, 3, 0.5))
+        for batch, steps, horizon in ((5, 4, 1.0), (1, 4, 1.0), (3, 2, 0.5))
     ]
     for call, found in zip(calls, interpreted(relaxed_by_kernels, coupling, calls), strict=True):
         assert torch.equal(found, relax_reference(*call[:1], coupling, *call[1:]))
@@ -48,7 +48,7 @@ def test_phases_are_those_of_the_plain_equations(fine_every):
 
 
 def test_a_batch_of_more_than_one_block():
-    n, m, batch = 256, 1, 67
+    n, m, batch = 256, 1, 19
     coupling = quantize_dense(*made_up(n, m))
     call = (start(batch, n + m), torch.arange(batch) % 4 - 1, 2, 1.0)
     (found,) = interpreted(relaxed_by_kernels, coupling, [call])
@@ -67,7 +67,7 @@ def test_extreme_weights_and_strong_drivers():
 
 
 @pytest.mark.parametrize(
-    ("tile", "together"), [((128, 1, 16), 4), ((32, 2, 16), 1)], ids=["one block", "several, step by step"]
+    ("tile", "together"), [((128, 1, 8), 4), ((32, 2, 4), 1)], ids=["one block", "several, step by step"]
 )
 def test_k_on_the_chip_changes_nothing(tile, together):
     """All of it but the wait of blocks for each other, which nothing but a GPU can run."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+#: Of a block: what fills a block is slow in the interpreter.
+FEWER_IMAGES = 8
+
 
 def relaxed_by_kernels(coupling, calls, **options):
     """Last phases of calls, (phases, classes, steps, horizon) each, of one `DenseKernel`; for `support.interpreted`."""
-    from millijoule.kernels.dense_coupling_triton import DenseKernel
+    from millijoule.kernels import dense_coupling_triton as kernels
 
-    kernel = DenseKernel(coupling, "cpu", **options)
-    return [kernel(*call).clone() for call in calls]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "IMAGES", FEWER_IMAGES)
+        kernel = kernels.DenseKernel(coupling, "cpu", **options)
+        return [kernel(*call).clone() for call in calls]
 
 
 def relaxed_on_the_chip(coupling, call, tile, together):
@@ -20,6 +25,7 @@ def relaxed_on_the_chip(coupling, call, tile, together):
 
     run = kernels.run_resident
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "IMAGES", FEWER_IMAGES)
         patch.setitem(kernels.RESIDENT, coupling.n, tile)
         patch.setattr(kernels, "run_resident", lambda *given: run(*given, together=together))
         return kernels.DenseKernel(coupling, "cpu", resident=True)(*call).clone()
