@@ -172,6 +172,9 @@ class DenseKernel:
             raise ValueError(f"{device}: K stays on the chip from compute capability 9.0 on")
         self.coupling = coupling
         self.resident = resident
+        self.at_once = _multiprocessors(
+            self.device
+        )  # one block takes most of a multiprocessor's shared memory
         self.packed = pack(coupling, self.device)
         self._batches: dict[tuple[int, int, float], _Batch] = {}
 
@@ -212,6 +215,13 @@ class DenseKernel:
         return self._batches[key]
 
 
+def _multiprocessors(device: torch.device) -> int:
+    """How many a device has; in the interpreter, which waits for nothing, enough for the smallest case."""
+    if device.type != "cuda":
+        return 8
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def may_stay(coupling: DenseCoupling) -> bool:
     """Whether K can be kept on the chip: of some sizes, and without a fine part."""
     return coupling.n in RESIDENT and coupling.fine is None
@@ -222,10 +232,12 @@ class _Batch:
 
     def __init__(self, kernel: DenseKernel, numbers: StepNumbers, images: int, steps: int) -> None:
         self.work = DenseWork.empty(kernel.packed, images, steps, kernel.device)
-        run = run_resident if kernel.resident else run_steps
 
         def launches() -> None:
-            run(kernel.packed, numbers, self.work, steps)
+            if kernel.resident:
+                run_resident(kernel.packed, numbers, self.work, steps, kernel.at_once)
+            else:
+                run_steps(kernel.packed, numbers, self.work, steps)
 
         self.run: Callable[[], Any] = launches
         if kernel.device.type == "cuda":
@@ -347,33 +359,45 @@ def run_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, ste
 
 
 def run_resident(
-    packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, steps: int, together: int | None = None
+    packed: PackedCoupling,
+    numbers: StepNumbers,
+    work: DenseWork,
+    steps: int,
+    at_once: int,
+    together: int | None = None,
 ) -> None:
-    """`run_steps` with K on the chip. `together`: as many steps in one launch, all by default; blocks of one launch wait for
-    each other between its steps, which only blocks that run at once can."""
+    """`run_steps` with K on the chip.
+
+    Args:
+        at_once: blocks that the device runs at once. Those of one launch wait for each other, so no launch has more; images are
+            taken in turn.
+        together: steps of one launch, all by default.
+    """
     images, n = work.theta.shape
     rows, parts, own = RESIDENT[packed.n]
+    tiles, groups = n // rows, images // (parts * own)
     begin_steps(packed, numbers, work, steps)
     for first in range(0, steps, together or steps):
         work.arrived.zero_()
-        launch(
-            _resident_steps,
-            (images // (parts * own)) * (n // rows),
-            work.theta.device,
-            *(work.theta, work.sources, packed.coarse, numbers.rows, packed.drive, work.classes),
-            *(work.driver_waves, packed.waves, work.arrived),
-            *(n, packed.m, images, first, min(first + (together or steps), steps), numbers.drive),
-            CHUNKS=n // SOURCES,
-            DRIVERS=packed.driver_coupling.shape[0],
-            PULL_BITS=numbers.pull_bits,
-            PARTS=parts,
-            IMAGES=own,
-            ROWS=rows,
-            SOURCES=SOURCES,
-            num_warps=8,
-            num_stages=1,
-            launch_cooperative_grid=True,
-        )
+        for group in range(0, groups, at_once // tiles):
+            launch(
+                _resident_steps,
+                min(at_once // tiles, groups - group) * tiles,
+                work.theta.device,
+                *(work.theta, work.sources, packed.coarse, numbers.rows, packed.drive, work.classes),
+                *(work.driver_waves, packed.waves, work.arrived, n, packed.m, images, group),
+                *(first, min(first + (together or steps), steps), numbers.drive),
+                CHUNKS=n // SOURCES,
+                DRIVERS=packed.driver_coupling.shape[0],
+                PULL_BITS=numbers.pull_bits,
+                PARTS=parts,
+                IMAGES=own,
+                ROWS=rows,
+                SOURCES=SOURCES,
+                num_warps=8,
+                num_stages=1,
+                launch_cooperative_grid=True,
+            )
 
 
 @triton.jit
@@ -533,14 +557,14 @@ def _wait(arrived, count):
 @triton.jit
 def _resident_steps(
     theta, sources, coarse, numbers, drive, classes, driver_waves, table, arrived,
-    n, m, images, first, last, drive_multiplier,
+    n, m, images, first_group, first, last, drive_multiplier,
     CHUNKS: tl.constexpr, DRIVERS: tl.constexpr, PULL_BITS: tl.constexpr,
     PARTS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     """Steps `first` to `last` of some oscillators of some images, their rows of K in shared memory all the time."""
     tiles = n // ROWS
     program = tl.program_id(0)
-    group = program // tiles
+    group = first_group + program // tiles
     row = (program % tiles) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, SOURCES)
     kept = (tl.load(coarse + row[:, None] * n + k[None, :]),)  # [ROWS, SOURCES] int8

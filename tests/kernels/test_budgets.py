@@ -100,7 +100,9 @@ def test_a_step_of_dense_coupling(target, fine_every):
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_dense_coupling_with_k_on_the_chip(target, n):
     """All blocks of a batch of 256 run at once: they wait for each other."""
-    found = launches_of(dense_coupling_triton.run_resident, *dense(n, 0), STEPS, target=TARGETS[target])
+    most = MULTIPROCESSORS[target]
+    found = launches_of(dense_coupling_triton.run_resident, *dense(n, 0), STEPS, most, target=TARGETS[target])
+    assert len(found) == 3  # one launch for all steps of 256 images
     assert_within(found, target, f"dense_coupling_triton, {n} on the chip")
-    assert found[-1].programs <= MULTIPROCESSORS[target]
+    assert found[-1].programs <= most
     assert found[-1].shared_bytes >= 128 * 1024  # K is there

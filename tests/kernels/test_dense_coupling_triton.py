@@ -73,7 +73,7 @@ def test_k_on_the_chip_changes_nothing(tile, together):
     """All of it but the wait of blocks for each other, which nothing but a GPU can run."""
     n, m = 128, 3
     coupling = quantize_dense(*made_up(n, m))
-    call = (start(5, n + m), torch.arange(5) % 4 - 1, 4, 1.0)
+    call = (start(20, n + m), torch.arange(20) % 4 - 1, 4, 1.0)  # more than run at once, in groups of eight
     found = interpreted(relaxed_on_the_chip, coupling, call, tile, together)
     assert torch.equal(found, relax_reference(call[0], coupling, *call[1:]))
 

@@ -27,5 +27,5 @@ def relaxed_on_the_chip(coupling, call, tile, together):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "IMAGES", FEWER_IMAGES)
         patch.setitem(kernels.RESIDENT, coupling.n, tile)
-        patch.setattr(kernels, "run_resident", lambda *given: run(*given, together=together))
+        patch.setattr(kernels, "run_resident", lambda *given: run(*given[:-1], at_once=4, together=together))
         return kernels.DenseKernel(coupling, "cpu", resident=True)(*call).clone()
