@@ -32,6 +32,7 @@ from millijoule.kernels.dense_coupling import (
     StepMultipliers,
     step_multipliers,
 )
+from millijoule.kernels.image_triton import RESIDENT_GENERATIONS
 from millijoule.kernels.phase import COS_TABLE, SIN_TABLE, TABLE_SHIFT, TABLE_SIZE
 from millijoule.kernels.triton_launch import INTERPRETED, launch
 
@@ -168,8 +169,10 @@ class DenseKernel:
         self.device = torch.device(device)
         if self.device.type != "cuda" and not INTERPRETED:
             raise ValueError(f"{device}: the dense coupling runs on NVIDIA GPUs")
-        if resident and self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (9, 0):
-            raise ValueError(f"{device}: K stays on the chip from compute capability 9.0 on")
+        if resident and self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            if major not in RESIDENT_GENERATIONS:
+                raise ValueError(f"{device}: K does not stay on a chip of compute capability {major}.{minor}")
         self.coupling = coupling
         self.resident = resident
         self.at_once = _multiprocessors(
@@ -570,7 +573,7 @@ def _resident_steps(
     kept = (tl.load(coarse + row[:, None] * n + k[None, :]),)  # [ROWS, SOURCES] int8
     for chunk in tl.static_range(1, CHUNKS):
         tl.debug_barrier()  # one part after the other: all at once would need too many registers
-        kept += (tl.load(coarse + row[:, None] * n + chunk * SOURCES + k[None, :]),)
+        kept += (tl.load(coarse + row[:, None] * n + chunk * SOURCES + k[None, :]),)  # type: ignore[assignment]
     second = images * n
     for step in range(first, last):
         source = sources + (step % 2) * 2 * second

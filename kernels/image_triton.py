@@ -12,7 +12,7 @@ the same bits. Five kernels of one stream do it, captured in one CUDA graph; how
 Not one kernel: a cell needs its neighbours' phases, a pixel its neighbours' shares, so there are three points where all blocks wait,
 and 502 KiB of weights do not fit the 227 KiB of one multiprocessor, but each kernel's do. A block loads its kernel's weights
 once and goes through its part of a list with them. Off the chip an image reads its tokens and seed, 144 bytes, and writes 12,288; what
-lies between kernels, at most some 16 KB an image, is meant to stay in the second-level cache.
+lies between kernels, at most 18 KB an image, is meant to stay in the second-level cache.
 
 A list's order depends on which block comes first; no pixel does, as every sum is exact and every cell is written once.
 """
@@ -54,8 +54,9 @@ MAX_CODE, MAX_HIDDEN, MAX_CHANNELS, MAX_WIDTH, MAX_MIX = 128, 128, 32, 128, 256
 #: pixels in `blend`.
 LIST_IMAGES, WAVE_ICONS, ROWS, BLEND_IMAGES, WORDS = 16, 64, 64, 1, 1024
 
-#: Shared bytes of a block from which on `shares` and `near` keep all their weights there; below, each tile reads them again.
-RESIDENT_SHARED_BYTES = 220 * 1024
+#: Compute capabilities (their first numbers) whose blocks may have 227 KiB of shared memory: there `shares` and `near` keep all their
+#: weights in it; elsewhere each tile reads them again.
+RESIDENT_GENERATIONS = (9, 10)
 
 _HALF = tl.constexpr(1 << (MULTIPLIER_BITS - 1))
 _BITS = tl.constexpr(MULTIPLIER_BITS)
@@ -366,7 +367,7 @@ def _multiprocessors(device: torch.device) -> tuple[int, bool]:
             raise ValueError(f"{device}: the image kernel runs on NVIDIA GPUs")
         return 2, True
     of = torch.cuda.get_device_properties(device)
-    return of.multi_processor_count, of.shared_memory_per_block_optin >= RESIDENT_SHARED_BYTES
+    return of.multi_processor_count, of.major in RESIDENT_GENERATIONS
 
 
 def draw_images(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def dense_case(gpu: OneGpu, n: int, images: int, steps: int) -> Measured:
             kernel = DenseKernel(coupling, gpu.device, resident=resident)
             if not torch.equal(kernel(*few).cpu(), expected):
                 raise RuntimeError(f"dense coupling, {n} oscillators: {name} gives other phases than PyTorch")
-            forms[name] = lambda kernel=kernel: kernel(there, classes, steps, 1.0)
+            forms[name] = partial(kernel, there, classes, steps, 1.0)
         loop: Callable[..., Tensor] = torch.compile(float_loop, dynamic=False)
     else:
         forms["steps"] = lambda: relax(phases, coupling, classes, steps, 1.0)
@@ -226,7 +227,7 @@ def _told(
     case: Measured, gpu: OneGpu, peaks: Mapping[str, float], seconds: float, rounds: int
 ) -> dict[str, Any]:
     """All forms of a case, in blocks forth and back."""
-    order = [*case.forms, *reversed(case.forms)] * rounds
+    order = [*case.forms, *reversed(list(case.forms))] * rounds
     blocks = [{"form": form, **run_for(gpu, case.forms[form], seconds)} for form in order]
     floors = {"int8": case.operations / peaks["int8"], "written": 2 * case.bytes_written / peaks["copy"]}
     forms = {}

@@ -13,7 +13,7 @@ from support.tiny_oscillators import NOUNS, painter_of, tiny_oscillators
 from millijoule.kernels.dense_coupling import quantize_dense, relax, relax_reference
 from millijoule.kernels.phase import TURN, random_phases
 from millijoule.workers.engines.eager import EagerEngine
-from millijoule.workers.generators.registry import PACKAGED
+from millijoule.workers.generators.registry import PACKAGED, load_generator
 from millijoule.workers.oscillators.draw import Drawing
 from millijoule.workers.oscillators.model_file import load_model
 
@@ -59,6 +59,7 @@ def test_a_gpu_draws_by_its_kernels(shipped):
     from millijoule.kernels.image_triton import ImageKernel
 
     assert isinstance(shipped[1].kernel, ImageKernel)
+    assert isinstance(load_generator("default", device=DEVICE).drawing.kernel, ImageKernel)
 
 
 @on_a_board

@@ -1,6 +1,7 @@
 """A GPU's kernels are taken only after they drew what PyTorch's operations draw; the log says what draws."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ from support.tiny_oscillators import painter_of, tiny_oscillators
 
 from millijoule.kernels import image_triton
 from millijoule.workers.engines.eager import EagerEngine
+from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.oscillators.draw import Drawing
+from millijoule.workers.oscillators.generator import OscillatorGenerator
 from millijoule.workers.oscillators.gpu_kernel import gpu_kernel, trial_scenes
 
 
@@ -83,6 +87,28 @@ def test_the_reference_may_be_forced(opened, monkeypatch):
     kernel, told = opened(lambda images: images)
     assert kernel is None
     assert "as MILLIJOULE_KERNEL says" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn_by"),
+    [
+        (GeneratorOptions(), "kernel"),
+        (GeneratorOptions(engine="eager"), "engine"),
+        (GeneratorOptions(cuda_graphs=True), "engine"),
+    ],
+)
+@pytest.mark.parametrize("taken", [True, False])
+def test_an_engine_runs_where_the_kernels_do_not(monkeypatch, options, drawn_by, taken):
+    """As usual the kernels are tried first; who asks for something of an engine gets it."""
+
+    def load(path, *, device, engine=None):
+        kernel = "kernel" if engine is None and taken else None
+        return SimpleNamespace(drawing=SimpleNamespace(kernel=kernel), engine=engine)
+
+    monkeypatch.setattr(OscillatorGenerator, "load", staticmethod(load))
+    monkeypatch.setattr("millijoule.workers.engines.open.open_engine", lambda options, device: "engine")
+    generator = load_generator("default", device="cuda:0", options=options)
+    assert generator.engine == (None if drawn_by == "kernel" and taken else "engine")
 
 
 def test_the_trial_has_all_sizes_in_both_kinds_of_window(drawing):
