@@ -80,6 +80,8 @@ def misfit(weights: ImageWeights) -> str | None:
         "width": (len(layers["near"]), MAX_WIDTH),
         "mix": (len(layers["mix"]), MAX_MIX),
     }
+    if any(int(layer[2].abs().max()) >= 2**31 for layer in weights.layers.values()):
+        return "a multiplier does not fit int32"
     too_large = [f"{name} {size} is more than {most}" for name, (size, most) in sizes.items() if size > most]
     return ", ".join(too_large) or None
 

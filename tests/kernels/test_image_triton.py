@@ -113,6 +113,8 @@ def test_a_model_that_does_not_fit_is_named_and_refused(painter):
     assert misfit(painter_of(tiny_oscillators("trained")).kernel_weights()) == "its oscillators are coupled"
     too_large = replace(weights, codes=torch.zeros(7, 129, dtype=torch.int8))
     assert misfit(too_large) == "code 129 is more than 128"
+    share = (*weights.layers["share"][:2], torch.full((64,), 2**31))
+    assert "int32" in misfit(replace(weights, layers={**weights.layers, "share": share}))
     with pytest.raises(ValueError, match="code 129"):
         ImageKernel(too_large, "cuda")
     with pytest.raises(ValueError, match="runs on NVIDIA GPUs"):  # of a process that compiles kernels

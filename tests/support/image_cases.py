@@ -68,17 +68,15 @@ def extreme_painter(seed):
         reach = 3000 * inputs**0.5  # of a sum
         unit = 2**24 * 127 / reach
         multiplier = integers(-int(2 * unit), int(3 * unit), outputs)
-        return Layer(
-            integers(-128, 128, outputs, inputs).to(torch.int8),
-            integers(-int(reach), int(reach), outputs).to(torch.int32),
-            multiplier,
-        )
+        bias = integers(-int(reach), int(reach), outputs)
+        bias[1], multiplier[1] = 2**30, 2**31 - 1  # what is cut afterwards is more than int32 holds
+        return Layer(integers(-128, 128, outputs, inputs).to(torch.int8), bias.to(torch.int32), multiplier)
 
     layers = {name: layer(*shape) for name, shape in layer_shapes(config).items()}
     drive, share = layers["drive"], layers["share"]
     # the largest multipliers a file can hold; drives then pass what int32 holds, and wrap
     layers["drive"] = replace(drive, multiplier=integers(-(2**31) + 1, 2**31, len(drive.multiplier)))
-    layers["share"] = replace(share, multiplier=8 * share.multiplier)
+    layers["share"] = replace(share, multiplier=(8 * share.multiplier).clamp(max=2**31 - 1))
     network = IntegerNetwork(
         config=config,
         codes=integers(-128, 128, config.nouns, config.code).to(torch.int8),
