@@ -16,6 +16,7 @@ BENCHES = {
     "counters": "a board's energy counter and power readings: period, read rates, square waves, idle states",
     "coupling": "a coupled oscillator model with its K and without, and how often its oscillators change",
     "drawings": "whether coupled oscillators agree on one of several drawings of a noun",
+    "encode": "processor time and bytes per image of PNG encoders, JPEG and WebP, for icons and photographs",
     "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",

@@ -20,7 +20,8 @@ namespace millijoule {
 
 Layer::Layer(const int8_t* w, const int32_t* b, const int32_t* m, int outputs, int given, int groups)
     : outputs(outputs), inputs(groups * padded(given / groups)), blocks((outputs + LANES - 1) / LANES),
-      weights(size_t(blocks) * LANES * inputs), bias(blocks * LANES), multiplier(blocks * LANES), row_sums(blocks * LANES) {
+      weights(size_t(blocks) * LANES * inputs), bias((blocks + 1) * LANES), multiplier((blocks + 1) * LANES),
+      row_sums(blocks * LANES) {
   const int size = given / groups;
   for (int o = 0; o < outputs; ++o) {
     for (int i = 0; i < given; ++i) {

@@ -28,9 +28,9 @@ constexpr int padded(int count) { return (count + INPUTS - 1) / INPUTS * INPUTS;
 struct Layer {
   int outputs = 0, inputs = 0, blocks = 0;
   std::vector<int8_t> weights;
-  std::vector<int32_t> bias;         // [blocks * 16]
-  std::vector<int32_t> multiplier;   // [blocks * 16]
-  std::vector<int32_t> row_sums;     // [blocks * 16]: of weights, for sources that are moved to be unsigned
+  std::vector<int32_t> bias;        // [blocks * 16], and sixteen more: outputs are read from any place on, sixteen at a time
+  std::vector<int32_t> multiplier;  // alike
+  std::vector<int32_t> row_sums;    // [blocks * 16]: of weights, for sources that are moved to be unsigned
 
   Layer() = default;
   Layer(const int8_t* w, const int32_t* b, const int32_t* m, int outputs, int inputs, int groups);
