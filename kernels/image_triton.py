@@ -50,9 +50,9 @@ MIN_INPUTS = 32
 #: The largest sizes, with which the weights of each kernel fit a block.
 MAX_CODE, MAX_HIDDEN, MAX_CHANNELS, MAX_WIDTH, MAX_MIX = 128, 128, 32, 128, 256
 
-#: Rows of a block in each kernel: images in `list`, icons in `waves`, cells in `near` and `shares`, images and words of their
-#: pixels in `blend`.
-LIST_IMAGES, WAVE_ICONS, ROWS, BLEND_IMAGES, WORDS = 16, 64, 64, 1, 1024
+#: Rows of a block in each kernel: images in `list`, icons in `waves`, cells in `near` and `shares`, images and fours
+#: of their pixels in `blend`.
+LIST_IMAGES, WAVE_ICONS, ROWS, BLEND_IMAGES, FOURS = 16, 64, 64, 1, 512
 
 #: Compute capabilities (their first numbers) whose blocks may have 227 KiB of shared memory: there `shares` and `near` keep all their
 #: weights in it; elsewhere each tile reads them again.
@@ -462,12 +462,12 @@ def draw_images(
     )
     launch(
         _blend,
-        3 * IMAGE_SIZE * IMAGE_SIZE // 4 // WORDS * triton.cdiv(images, BLEND_IMAGES),
+        IMAGE_SIZE * IMAGE_SIZE // 4 // FOURS * triton.cdiv(images, BLEND_IMAGES),
         device,
         *(w.records, w.levels, w.covers, pixels.flatten(1).view(torch.int32), images),
         JITTER=p.jitter,
         IMAGES=BLEND_IMAGES,
-        WORDS=WORDS,
+        FOURS=FOURS,
         num_warps=4,
     )
 
@@ -822,42 +822,43 @@ def _shares(
 
 
 @triton.jit
-def _seen(records, covers, image, exists, pixel, JITTER: tl.constexpr):
-    """Of pixels `[1, words]` of images `[images, 1]`: how much of each its icon covers, and that icon's levels."""
-    y, x = pixel // 64, pixel % 64
-    record = records + (image * 64 + (y // 8) * 8 + x // 8) * 2
-    ink, stand = tl.load(record, exists, 0), tl.load(record + 1, exists, 0)  # [images, words]
-    left, top, side = (stand & 15) * 8, ((stand >> 4) & 15) * 8, ((stand >> 8) & 15) * 8
-    from_x = x - (((stand >> 12) & 15) - JITTER)
-    from_y = y - (((stand >> 16) & 15) - JITTER)
-    inside = (from_x >= left) & (from_x < left + side) & (from_y >= top) & (from_y < top + side)
-    place = ((from_y >> 3) * 8 + (from_x >> 3)) * 64 + (from_y & 7) * 8 + (from_x & 7)
-    share = tl.load(covers + image * 4096 + place, inside & (stand > 0) & exists, 0)  # [images, words]
-    return share.to(tl.int32), ink
+def _over(under, level, share):
+    """(under * (255 - share) + level * share + 127) // 255 of two levels each, which stand in the two halves of an int32."""
+    both = (
+        under * (255 - share) + level * share + 0x7F007F
+    )  # 65,152 at most: nothing runs into the upper half
+    return ((both + 0x10001 + ((both >> 8) & 0xFF00FF)) >> 8) & 0xFF00FF
 
 
 @triton.jit
 def _blend(
     records, levels, covers, pixels, images,
-    JITTER: tl.constexpr, IMAGES: tl.constexpr, WORDS: tl.constexpr,
+    JITTER: tl.constexpr, IMAGES: tl.constexpr, FOURS: tl.constexpr,
 ):  # fmt: skip
-    """A third of some images, four bytes at a time, which are of two pixels."""
-    PARTS: tl.constexpr = 3072 // WORDS
+    """Part of some images, four pixels of a row at a time: they are of one cell, and three words."""
+    PARTS: tl.constexpr = 1024 // FOURS
     program = tl.program_id(0)
     image = (program // PARTS * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)[:, None]
     exists = image < images
-    word = ((program % PARTS) * WORDS + tl.arange(0, WORDS))[None, :]
-    first = word * 4 // 3
+    four = ((program % PARTS) * FOURS + tl.arange(0, FOURS))[None, :]
+    y, x = four // 16, (four % 16) * 4
+    record = records + (image * 64 + (y // 8) * 8 + x // 8) * 2
+    ink, stand = tl.load(record, exists, 0), tl.load(record + 1, exists, 0)  # [images, fours]
+    left, top, side = (stand & 15) * 8, ((stand >> 4) & 15) * 8, ((stand >> 8) & 15) * 8
+    right, down = ((stand >> 12) & 15) - JITTER, ((stand >> 16) & 15) - JITTER
+    from_y = y - down
+    inside = exists & (from_y >= top) & (from_y < top + side)
+    row = covers + image * 4096 + ((from_y >> 3) * 512 + (from_y & 7) * 8)
     ground = tl.load(levels + image, exists, 0)  # [images, 1]
-    share, ink = _seen(records, covers, image, exists, first, JITTER)
-    next_share, next_ink = _seen(records, covers, image, exists, tl.minimum(first + 1, 4095), JITTER)
-    out = tl.zeros([IMAGES, WORDS], tl.int32)
-    for byte in tl.static_range(4):
-        at = word * 4 + byte
-        later = at // 3 != first
-        shift = (at % 3) * 8
-        covered = tl.where(later, next_share, share)
-        level = (tl.where(later, next_ink, ink) >> shift) & 255
-        under = (ground >> shift) & 255
-        out = out | (((under * (255 - covered) + level * covered + 127) // 255) << (8 * byte))
-    tl.store(pixels + image * 3072 + word, out, exists)  # [images, words] int32
+    words = pixels + image * 3072 + four * 3
+    before = tl.zeros([IMAGES, FOURS], tl.int32)
+    for k in tl.static_range(4):
+        from_x = x + k - right
+        keep = inside & (from_x >= left) & (from_x < left + side)
+        share = tl.load(row + ((from_x >> 3) * 64 + (from_x & 7)), keep, 0).to(tl.int32)  # [images, fours]
+        red_blue = _over(ground & 0xFF00FF, ink & 0xFF00FF, share)
+        pixel = red_blue | (_over((ground >> 8) & 255, (ink >> 8) & 255, share) << 8)
+        if k > 0:  # three bytes of each; what is left of the one before comes first
+            word = (before >> (8 * (k - 1))) | (pixel << (32 - 8 * k))
+            tl.store(words + (k - 1), word, exists)  # [images, fours] int32
+        before = pixel
