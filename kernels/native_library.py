@@ -100,6 +100,11 @@ def _chosen(asked: str) -> tuple[ctypes.CDLL | None, int]:
     return library, FORMS.index(form)
 
 
+def is_reference_forced() -> bool:
+    """Whether `MILLIJOULE_KERNEL` asks for PyTorch's operations."""
+    return _asked() == "reference"
+
+
 @cache
 def _load() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
