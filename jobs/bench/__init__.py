@@ -32,6 +32,9 @@ BENCHES = {
     "un0": "processor time per image of Un-0 models: their own loop, eager and compiled, and our forms",
 }
 
+#: Those that lie in the room `cpu`.
+ON_CPU = frozenset(("encode", "events", "image", "roofline", "un0", "worker"))
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one measurement; the exit code is the measurement's, 2 for an unknown one."""
@@ -41,5 +44,6 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, args: list[str]) -> int:
     from millijoule.jobs.entry import run_command
 
-    bench = importlib.import_module(f"millijoule.jobs.bench.{name.replace('-', '_')}")
+    room = "cpu." if name in ON_CPU else ""
+    bench = importlib.import_module(f"millijoule.jobs.bench.{room}{name.replace('-', '_')}")
     return run_command(f"bench {name}", bench.BenchOptions, bench.run, args)

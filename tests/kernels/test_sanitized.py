@@ -46,7 +46,7 @@ def library(tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("there is no g++ here")
     path = tmp_path_factory.mktemp("sanitized") / "native.so"
-    sources = sorted(map(str, (ROOT / "kernels" / "cpp").glob("*.cpp")))
+    sources = sorted(map(str, (ROOT / "kernels" / "cpp").rglob("*.cpp")))
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden"]
     flags += ["-fsanitize=undefined,address", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
     subprocess.run(["g++", *flags, *sources, "-o", str(path)], check=True, capture_output=True)
