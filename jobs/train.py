@@ -18,7 +18,7 @@ from millijoule.workers.errors import InputError
 class TrainOptions:
     """Train a model on rendered icon scenes, by a recipe.
 
-    Recipes that come with it: icons (the default model), icons-long, coupled, baseline (a conventional diffusion model),
+    Recipes that come with it: icons (the default model), coupled, baseline (a conventional diffusion model),
     baseline-continued, which takes a finished one further on a GPU, verifier, and verifier-1000, of all nouns. Needs the `train` extra for
     the icon font (pip install "millijoule[train]"), the baseline also `diffusers`. Writes checkpoint.pt every minute,
     log.jsonl, the weights (what `millijoule generate --model` takes) and, for icons, sample sheets. SIGTERM ends a run

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from millijoule.kernels.png import encoder_name
 from millijoule.workers.meters.meter import CounterMeter
 from millijoule.workers.schemas import CounterRead, WorkerEnvironment
 
@@ -51,6 +52,7 @@ def describe_worker(
         torch_version=str(torch.__version__) if torch else None,
         energy_method=meter.method,
         opened=opened,
+        png_encoder=encoder_name(),
     )
 
 

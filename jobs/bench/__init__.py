@@ -16,6 +16,7 @@ BENCHES = {
     "counters": "a board's energy counter and power readings: period, read rates, square waves, idle states",
     "coupling": "a coupled oscillator model with its K and without, and how often its oscillators change",
     "drawings": "whether coupled oscillators agree on one of several drawings of a noun",
+    "encode": "processor time and bytes per image of PNG encoders, JPEG and WebP, for icons and photographs",
     "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
     "events": "coupled oscillators with sums updated by what changed against sums made anew, by share of quiet ones",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
@@ -26,6 +27,7 @@ BENCHES = {
     "memory": "memory of several workers of one model on a host; time and memory of batches by their size",
     "roofline": "compiled CPU kernels against the peaks of this processor, measured in the same run",
     "stages": "how long the device waits while images are encoded, written and stored",
+    "worker": "where the processor time of an image goes, stage by stage, before and after a change",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",
     "un0": "processor time per image of Un-0 models: their own loop, eager and compiled, and our forms",
 }

@@ -31,7 +31,7 @@ class BenchOptions:
     output: str = "benchmarks/pipeline"
     """Folder for the result file (JSON)."""
 
-    images: int = 20_000
+    images: int = 100_000
     """Images per run."""
 
     pairs: int = 3
@@ -78,6 +78,9 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
                 if side is job:
                     stats = json.loads((output / "stats.json").read_text())
                     row["seconds_first_to_last_commit"] = stats["seconds_first_to_last_commit"]
+                    row["seconds_of_start_and_finish"] = (
+                        row["seconds"] - stats["seconds_first_to_last_commit"]
+                    )
                 rows.append(row)
     took = {(row["side"], row["pair"]): row["seconds"] for row in rows}
     ratios = [took["bare", pair] / took["job", pair] for pair in range(options.pairs)]
@@ -109,8 +112,9 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
     import torch
 
     from millijoule.workers.generators.registry import load_generator
-    from millijoule.workers.images.encode import encode_image
+    from millijoule.workers.images.encode import Drawn, encode_images
     from millijoule.workers.images.formats import ImageFormat
+    from millijoule.workers.images.provenance import ModelProvenance
     from millijoule.workers.images.writers import open_writer
     from millijoule.workers.schemas import ImageRequest, ImageRow
     from millijoule.workers.shard_rows import derive_seed
@@ -119,7 +123,7 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
     prompts = Path(prompts_file).read_text().splitlines()[part::parts]
     generator = load_generator("default")
     info = generator.info
-    steps = info.num_inference_steps
+    steps, model = info.num_inference_steps, ModelProvenance(info.name, info.sha256)
     for start in range(0, len(prompts), IMAGES_PER_FILE):
         chunk = prompts[start : start + IMAGES_PER_FILE]
         requests = [
@@ -131,11 +135,9 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
         writer = open_writer("parquet", folder, f"data/{part:04d}-{start:08d}")
         for at in range(0, len(requests), info.batch_size):
             batch = requests[at : at + info.batch_size]
-            for request, image in zip(batch, generator.generate(batch).images, strict=True):
-                height, width = image.shape[:2]
-                encoded = encode_image(
-                    ImageFormat(), image, request, steps=steps, model_name=info.name, model_sha256=info.sha256
-                )
-                row = ImageRow(request, "ok", width=width, height=height, num_inference_steps=steps)
-                writer.add(row, encoded)
+            drawn = [Drawn(i, r, steps) for i, r in zip(generator.generate(batch).images, batch, strict=True)]
+            for one, encoded in zip(drawn, encode_images(ImageFormat(), drawn, model), strict=True):
+                assert isinstance(encoded, bytes)
+                height, width = one.image.shape[:2]
+                writer.add(ImageRow(one.request, "ok", width, height, steps), encoded)
         writer.finish()

@@ -78,7 +78,7 @@ def run(options: BenchOptions) -> int:
                 rows += measure_side(options, folder, number, side, checkout, formats)
     result = {
         **describe("stages", options),
-        "before": _commit(options.before),
+        "before": commit_of(options.before),
         **answers(rows),
         "encoding": run_alone(measure_encoding, options.pixels),
         "rows": rows,
@@ -195,7 +195,7 @@ def answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _commit(checkout: str | None) -> str | None:
+def commit_of(checkout: str | None) -> str | None:
     if checkout is None:
         return None
     command = ["git", "-C", checkout, "rev-parse", "HEAD"]

@@ -53,8 +53,8 @@ class GenerateOptions:
     """How images are stored: parquet files, webdataset tars, or plain image files named by prompt id."""
 
     image_format: Literal["png", "jpeg", "webp"] = "png"
-    """What each image is encoded as. png loses nothing; jpeg takes a third of its time and half its size; webp is smallest
-    and takes longest. Each carries prompt, seed and model."""
+    """What each image is encoded as. png loses nothing; jpeg of photographs is half its size; webp is smallest and takes
+    longest, many times png's time. Each carries prompt, seed and model."""
 
     quality: Annotated[int | None, tyro.conf.arg(metavar="1-100")] = None
     """Of jpeg (default 95) and webp (default 90)."""

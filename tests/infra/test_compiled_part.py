@@ -66,5 +66,9 @@ def test_a_source_distribution_has_what_is_compiled(tree, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     shutil.unpack_archive(archive, tmp_path / "out")
     (unpacked,) = (tmp_path / "out").iterdir()
-    sources = {path.name for path in (ROOT / "kernels" / "cpp").iterdir()}
-    assert {path.name for path in (unpacked / "kernels" / "cpp").iterdir()} == sources
+    assert sources_in(unpacked) == sources_in(ROOT)
+
+
+def sources_in(tree):
+    folder = tree / "kernels" / "cpp"
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

@@ -287,7 +287,7 @@ def test_a_device_that_is_too_small_for_the_batch_costs_no_row_and_no_worker(run
 def pixels(output):
     """The picture of each prompt, decoded."""
     return {
-        row["prompt"]: Image.open(io.BytesIO(row["image"])).tobytes()
+        row["prompt"]: Image.open(io.BytesIO(row["image"])).convert("RGB").tobytes()
         for path in {row["path"] for row in manifest(output)}
         for row in pq.read_table(output / path).to_pylist()
     }

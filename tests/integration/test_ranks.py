@@ -36,7 +36,10 @@ def pictures(output):
     rows = [
         r for path in {r["path"] for r in manifest(output)} for r in pq.read_table(output / path).to_pylist()
     ]
-    return {r["prompt_id"]: np.asarray(Image.open(io.BytesIO(r["image"]))).astype(int) for r in rows}
+    return {
+        r["prompt_id"]: np.asarray(Image.open(io.BytesIO(r["image"])).convert("RGB")).astype(int)
+        for r in rows
+    }
 
 
 def ranks_at_work():

@@ -1,7 +1,7 @@
 """The second stage of an attempt: drawn images become bytes of the output's format, on threads beside the device's.
 
-What goes in is a part of a batch, what comes out the same part with its encoded images, in order. zlib, libjpeg and libwebp
-work outside Python's lock, so encoders run beside the thread that draws and beside each other.
+What goes in is a part of a batch, what comes out the same part with its encoded images, in order. PNGs of a part are encoded in
+one call. It, zlib, libjpeg and libwebp work outside Python's lock, so encoders run beside the thread that draws and beside each other.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 
 from millijoule.workers.errors import NodeError, RowError
 from millijoule.workers.generators.protocol import GeneratorInfo
-from millijoule.workers.images.encode import encode_image
+from millijoule.workers.images.encode import Drawn, encode_images
 from millijoule.workers.images.formats import ImageFormat
+from millijoule.workers.images.provenance import ModelProvenance
 from millijoule.workers.schemas import ImageRow
 
 #: Small images are encoded so many bytes of pixels at a time: handing one over costs as much as encoding 32x32 pixels.
@@ -55,6 +56,7 @@ class Encoders:
         self._pool = ThreadPoolExecutor(threads, "encoder")
         self._format = image_format
         self._info = info
+        self._model = ModelProvenance(info.name, info.sha256)
 
     def begin(self, drawn: Sequence[DrawnImage]) -> Future[list[bytes | RowError | None]]:
         """Encode `drawn`, see `parts_of`, in the background."""
@@ -66,28 +68,17 @@ class Encoders:
 
     def _encode(self, drawn: Sequence[DrawnImage]) -> list[bytes | RowError | None]:
         """Raises NodeError where there is no memory for it."""
-        outcome: list[bytes | RowError | None] = []
-        for one in drawn:
-            if one.image is None:
-                outcome.append(None)
-                continue
-            steps = one.row.num_inference_steps or self._info.num_inference_steps
-            try:
-                outcome.append(
-                    encode_image(
-                        self._format,
-                        one.image,
-                        one.row.request,
-                        steps=steps,
-                        model_name=self._info.name,
-                        model_sha256=self._info.sha256,
-                    )
-                )
-            except RowError as error:
-                outcome.append(error)
-            except MemoryError as error:
-                raise NodeError("no memory to encode an image") from error
-        return outcome
+        own_steps = self._info.num_inference_steps
+        images = [
+            Drawn(one.image, one.row.request, one.row.num_inference_steps or own_steps)
+            for one in drawn
+            if one.image is not None
+        ]
+        try:
+            encoded = iter(encode_images(self._format, images, self._model))
+        except MemoryError as error:
+            raise NodeError("no memory to encode an image") from error
+        return [None if one.image is None else next(encoded) for one in drawn]
 
 
 def parts_of(batch: Sequence[DrawnImage]) -> Iterator[Sequence[DrawnImage]]:

@@ -1,16 +1,53 @@
-"""Turn one drawn image into bytes that carry their own provenance, in the format a job asks for. Nothing here touches a file."""
+"""Turn drawn images into bytes that carry their own provenance, in the format a job asks for. Nothing here touches a file."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from millijoule.workers.errors import RowError
 from millijoule.workers.images.formats import MAX_SIDE, ImageFormat
 from millijoule.workers.images.jpeg import encode_jpeg
-from millijoule.workers.images.png import encode_png
-from millijoule.workers.images.provenance import provenance_of
+from millijoule.workers.images.png import encode_with_provenance
+from millijoule.workers.images.provenance import ModelProvenance, Provenance
 from millijoule.workers.images.webp import encode_webp
 from millijoule.workers.schemas import ImageRequest
+
+
+class Drawn(NamedTuple):
+    """One image to encode.
+
+    Attributes:
+        image: uint8 `[height, width, 3]`.
+        request: what was asked for; its prompt may hold any Unicode text.
+        steps: the `num_inference_steps` that were really run.
+    """
+
+    image: np.ndarray
+    request: ImageRequest
+    steps: int
+
+
+def encode_images(
+    image_format: ImageFormat, drawn: Sequence[Drawn], model: ModelProvenance
+) -> list[bytes | RowError]:
+    """Encode images with their provenance inside, or say why the format does not hold one; PNGs all in one call.
+
+    The same input gives the same bytes, in any company.
+
+    Raises:
+        ValueError: an image is not uint8 `[height, width, 3]`.
+        MemoryError: there is no room for the files.
+    """
+    provenances = [model.of(*one) for one in drawn]
+    if image_format.name == "png":
+        return list(encode_with_provenance([one.image for one in drawn], provenances))
+    return [
+        _encode_lossy(image_format, one.image, provenance)
+        for one, provenance in zip(drawn, provenances, strict=True)
+    ]
 
 
 def encode_image(
@@ -22,27 +59,27 @@ def encode_image(
     model_name: str,
     model_sha256: str,
 ) -> bytes:
-    """Encode `image` with its provenance inside; the same input gives the same bytes.
-
-    Args:
-        image: uint8 `[height, width, 3]`.
-        request: what was asked for; its prompt may hold any Unicode text.
-        steps: the `num_inference_steps` that were really run.
-        model_name, model_sha256: as in `GeneratorInfo`.
+    """`encode_images` of one image of the model `model_name`.
 
     Raises:
         RowError: the format holds no image of that size.
         ValueError: `image` is not uint8 `[height, width, 3]`.
     """
-    provenance = provenance_of(image, request, steps=steps, model_name=model_name, model_sha256=model_sha256)
-    most = MAX_SIDE.get(image_format.name)
-    if most is not None and max(image.shape[:2]) > most:
-        raise RowError(
-            f"{provenance.width}x{provenance.height}: {image_format.name} has at most {most} pixels a side; "
+    model = ModelProvenance(model_name, model_sha256)
+    (encoded,) = encode_images(image_format, [Drawn(image, request, steps)], model)
+    if isinstance(encoded, RowError):
+        raise encoded
+    return encoded
+
+
+def _encode_lossy(image_format: ImageFormat, image: np.ndarray, provenance: Provenance) -> bytes | RowError:
+    height, width, _ = image.shape
+    most = MAX_SIDE[image_format.name]
+    if max(height, width) > most:
+        return RowError(
+            f"{width}x{height}: {image_format.name} has at most {most} pixels a side; "
             "--image-format png has no such limit"
         )
-    if image_format.name == "png":
-        return encode_png(image, provenance)
     assert image_format.quality is not None
     encode = encode_jpeg if image_format.name == "jpeg" else encode_webp
     return encode(image, provenance, image_format.quality)

@@ -7,8 +7,9 @@ how a format carries them.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from functools import cached_property
+import math
+from json.encoder import encode_basestring_ascii as quote_json
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,77 +19,69 @@ from millijoule.workers.schemas import SCHEMA_VERSION, ImageRequest
 MODEL_HASH_DIGITS = 10
 
 
-@dataclass(frozen=True)
-class Provenance:
+class Provenance(NamedTuple):
     """Of one image.
 
     Attributes:
-        num_inference_steps: what was really run.
+        parameters: the A1111 text: prompt, negative prompt, then one line of settings.
+        record: a JSON object; ASCII, so NUL and lone surrogates survive as escapes.
+    """
+
+    parameters: str
+    record: str
+
+
+class ModelProvenance:
+    """Writes the provenance of one model's images. What all of them say is put into words once: millions of small images are the
+    normal load, and the text of one would take as long as its pixels.
+
+    Args:
         model_name, model_sha256: as in `GeneratorInfo`.
     """
 
-    request: ImageRequest
-    width: int
-    height: int
-    num_inference_steps: int
-    model_name: str
-    model_sha256: str
-
-    @cached_property
-    def parameters(self) -> str:
-        """The A1111 `parameters` text: prompt, negative prompt, then one line of settings."""
-        request = self.request
-        guidance = "" if request.guidance_scale is None else f"CFG scale: {request.guidance_scale:g}, "
-        negative = f"Negative prompt: {request.negative_prompt}\n" if request.negative_prompt else ""
-        return (
-            f"{request.prompt}\n{negative}Steps: {self.num_inference_steps}, {guidance}Seed: {request.seed}, "
-            f"Size: {self.width}x{self.height}, Model: {_quote(self.model_name)}, "
-            f"Model hash: {self.model_sha256[:MODEL_HASH_DIGITS]}"
+    def __init__(self, model_name: str, model_sha256: str) -> None:
+        self.model_name = model_name
+        self._parameters_end = (
+            f", Model: {_quote(model_name)}, Model hash: {model_sha256[:MODEL_HASH_DIGITS]}"
         )
+        self._record_begin = f'{{"schema_version":{SCHEMA_VERSION},"prompt_id":'
+        self._record_end = f',"model":{quote_json(model_name)},"model_sha256":{quote_json(model_sha256)}}}'
 
-    @cached_property
-    def record(self) -> str:
-        """A JSON object; ASCII, so NUL and lone surrogates survive as escapes."""
-        request = self.request
-        return json.dumps(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "prompt_id": request.prompt_id,
-                "image_index": request.image_index,
-                "seed": request.seed,
-                "prompt": request.prompt,
-                "negative_prompt": request.negative_prompt,
-                "width": self.width,
-                "height": self.height,
-                "num_inference_steps": self.num_inference_steps,
-                "guidance_scale": request.guidance_scale,
-                "model": self.model_name,
-                "model_sha256": self.model_sha256,
-            },
-            separators=(",", ":"),
+    def of(self, image: np.ndarray, request: ImageRequest, steps: int) -> Provenance:
+        """What `image` is.
+
+        Args:
+            image: uint8 `[height, width, 3]`.
+            request: what was asked for; its prompt may hold any Unicode text.
+            steps: the `num_inference_steps` that were really run.
+
+        Raises:
+            ValueError: `image` is not such an array.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(
+                f"prompt {request.prompt_id!r}, image {request.image_index}: expected uint8 [height, width, 3] "
+                f"from model {self.model_name}, got {image.dtype} {list(image.shape)}"
+            )
+        height, width, _ = image.shape
+        prompt, negative_prompt, scale = request.prompt, request.negative_prompt, request.guidance_scale
+        negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
+        guidance = "" if scale is None else f"CFG scale: {scale:g}, "
+        return Provenance(
+            f"{prompt}\n{negative}Steps: {steps}, {guidance}Seed: {request.seed}, "
+            f"Size: {width}x{height}{self._parameters_end}",
+            f'{self._record_begin}{quote_json(request.prompt_id)},"image_index":{request.image_index},'
+            f'"seed":{request.seed},"prompt":{quote_json(prompt)},"negative_prompt":'
+            f'{"null" if negative_prompt is None else quote_json(negative_prompt)},"width":{width},"height":{height},'
+            f'"num_inference_steps":{steps},"guidance_scale":{_number(scale)}{self._record_end}',
         )
 
 
-def provenance_of(
-    image: np.ndarray, request: ImageRequest, *, steps: int, model_name: str, model_sha256: str
-) -> Provenance:
-    """What `image` is.
-
-    Args:
-        image: uint8 `[height, width, 3]`.
-        request: what was asked for; its prompt may hold any Unicode text.
-        steps: the `num_inference_steps` that were really run.
-
-    Raises:
-        ValueError: `image` is not such an array.
-    """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            f"prompt {request.prompt_id!r}, image {request.image_index}: expected uint8 [height, width, 3] "
-            f"from model {model_name}, got {image.dtype} {list(image.shape)}"
-        )
-    height, width, _ = image.shape
-    return Provenance(request, width, height, steps, model_name, model_sha256)
+def _number(value: float | None) -> str:
+    """As JSON; what it has no word for, as `json` spells it."""
+    if value is None:
+        return "null"
+    return repr(value) if type(value) is float and math.isfinite(value) else json.dumps(value)
 
 
 def _quote(value: str) -> str:
