@@ -8,7 +8,8 @@ import torch
 from support.tiny_oscillators import NOUNS, painter_of, tiny_oscillators
 
 from millijoule.jobs.bench import main
-from millijoule.jobs.bench.cpu.events import SHAPES, break_even, made_up
+from millijoule.jobs.bench.cpu.events import break_even
+from millijoule.jobs.bench.cpu.events.problems import SHAPES, made_up
 from millijoule.kernels.native_library import forms_here
 from millijoule.kernels.oscillator import relax_reference
 from millijoule.kernels.phase import sin_cos
