@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from millijoule.jobs.bench.gpu import scene_requests
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
@@ -30,6 +32,9 @@ class BenchOptions(ResultOptions):
 
     images: int = 256
     """Images of a call of the image kernel."""
+
+    oscillators: tuple[int, ...] = (1024, 4096)
+    """Sizes of dense couplings, of which a call takes 48 images through ten steps."""
 
     rounds: int = 20
     """How often each form is called; the least time counts."""
@@ -119,12 +124,11 @@ def measure(case: Case, peaks: Mapping[str, float], rounds: int) -> dict[str, An
 def cases(options: BenchOptions) -> Iterator[Case]:
     """All kernels."""
     yield from image_cases(options.images)
+    yield from (dense_case(n) for n in options.oscillators)
 
 
 def image_cases(images: int) -> Iterator[Case]:
     """The packaged oscillator generators, tokens to pixels; each shape of the batch once."""
-    import numpy as np
-
     from millijoule.kernels.image import ImageKernel
     from millijoule.kernels.native_library import FORMS, forms_here
     from millijoule.workers.engines.eager import EagerEngine
@@ -171,6 +175,39 @@ def _by_pytorch(drawing: Any, tokens: Any, seeds: Any) -> object:
 
     with native_library.only("reference"):  # the steps of coupled oscillators, too
         return drawing.draw(tokens, seeds)
+
+
+def dense_case(n: int, images: int = 48, steps: int = 10) -> Case:
+    """All steps of a batch under a random all-to-all coupling of n oscillators, as Un-0's begin their training."""
+    import torch
+
+    from millijoule.kernels import native_library
+    from millijoule.kernels.dense_coupling import NativeCoupling, quantize_dense, relax
+    from millijoule.kernels.phase import random_phases
+
+    torch.manual_seed(0)
+    drivers, classes = 8, 10
+    coupling = quantize_dense(
+        torch.randn(n, n) / n**0.5,
+        torch.randn(n),
+        torch.randn(classes, n, drivers) / drivers**0.5,
+        torch.randn(drivers, drivers) / drivers**0.5,
+        torch.randn(drivers),
+    )
+    phases = random_phases(np.arange(images, dtype=np.uint64), n + drivers)
+    kinds = torch.arange(images) % classes
+    forms: dict[str, Callable[[], object]] = {"pytorch": partial(relax, phases, coupling, kinds, steps, 1.0)}
+    for form in native_library.forms_here():
+        with native_library.only(form):
+            forms[form] = partial(NativeCoupling(coupling), phases, kinds, steps, 1.0)
+    # sines and cosines of every oscillator times every weight, a multiplication and an addition each
+    return Case(
+        "dense coupling",
+        f"{n} oscillators, {images} images, {steps} steps",
+        2 * 2 * n * n * images * steps,
+        n * n + 2 * phases.nbytes,
+        forms,
+    )
 
 
 def _least(call: Callable[[], object], rounds: int) -> float:

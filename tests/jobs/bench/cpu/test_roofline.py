@@ -13,13 +13,13 @@ from millijoule.kernels.native_library import forms_here
 
 def test_floors_are_of_the_peaks_of_the_run(tmp_path):
     result, picture = tmp_path / "roofline.json", tmp_path / "roofline.png"
-    words = ["--images", "3", "--rounds", "1", "--picture", str(picture)]
+    words = ["--images", "3", "--rounds", "1", "--oscillators", "128", "--picture", str(picture)]
     assert main(["roofline", str(result), *words]) == 0
     found = json.loads(result.read_text())
     peak = max(value for name, value in found["peaks"].items() if name != "copy")
     assert {"float32", "int8", "copy"} <= set(found["peaks"])
     kernels = {case["kernel"] for case in found["cases"]}
-    assert "image" in kernels
+    assert kernels == {"image", "dense coupling"}
     for case in found["cases"]:
         floor = max(case["operations"] / peak, case["bytes_moved"] / found["peaks"]["copy"])
         assert case["floor_s"] == pytest.approx(floor)
