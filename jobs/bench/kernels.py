@@ -5,12 +5,14 @@ reference through torch.compile) and "fused". A form is checked against the refe
 graph of some calls, replayed for a block of seconds: what the device needs, without what starting kernels costs the host. Blocks go
 forth and back, so that a drift falls on all alike. Joules are the board's counter over the block, idle power included.
 
+The kernels that compute in integers, whole images and dense couplings, are measured against peaks of the same run, products of large
+int8 matrices and copying: `jobs/measuring/integer_kernels.py`.
+
 On a CPU (`--stand-in`) sizes are small, fused kernels are their plain form unless Triton interprets them, and figures mean nothing.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,11 +21,13 @@ import torch
 from torch import Tensor
 
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.integer_kernels import measure_integers
 from millijoule.jobs.measuring.kernel_cases import Case, make_cases
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
-from millijoule.jobs.measuring.one_gpu import OneGpu, joules_between, open_one_gpu
+from millijoule.jobs.measuring.one_gpu import OneGpu, open_one_gpu, run_for
 
 Form = Literal["eager", "compile", "fused"]
+Part = Literal["fused", "integers"]
 
 #: Calls in one CUDA graph: a replay costs the host some microseconds.
 CALLS = 20
@@ -45,6 +49,9 @@ class BenchOptions(ResultOptions):
     forms: tuple[Form, ...] = ("eager", "compile", "fused")
     """What is compared."""
 
+    parts: tuple[Part, ...] = ("fused", "integers")
+    """Which kernels: those of diffusion pipelines, those that compute in integers."""
+
     device: int = 0
     """The GPU's index."""
 
@@ -54,13 +61,19 @@ class BenchOptions(ResultOptions):
 
 def run(options: BenchOptions) -> int:
     gpu = open_one_gpu("bench kernels", options.device, stand_in=options.stand_in)
-    found = [compare(case, gpu, options) for case in make_cases(gpu.device)]
+    found = []
+    if "fused" in options.parts:
+        found = [compare(case, gpu, options) for case in make_cases(gpu.device)]
+    integers = None
+    if "integers" in options.parts:
+        integers = measure_integers(gpu, options.seconds, options.rounds)
     result = {
         **describe("joules and seconds of one call of a kernel, on the device", options),
         "stand_in": options.stand_in,
         "device": gpu.name,
         "driver": gpu.meter.boards.driver_version,
         "cases": found,
+        "integers": integers,
     }
     gpu.meter.close()
     write_result(result, options.result)
@@ -142,19 +155,9 @@ def _captured(call: Callable[..., Any], arguments: tuple[Any, ...], gpu: OneGpu)
 
 
 def _block(work: Callable[[], None], gpu: OneGpu, seconds: float) -> dict[str, Any]:
-    """`work` again and again for `seconds`: what it took."""
-    work()
-    gpu.synchronize()
-    before, began, done = gpu.meter.read(), time.monotonic(), 0
-    while not done or time.monotonic() - began < seconds:
-        work()
-        done += 1
-        if done % 8 == 0:
-            gpu.synchronize()  # or the queue would grow beyond the block
-    gpu.synchronize()
-    took, after = time.monotonic() - began, gpu.meter.read()
-    joules = joules_between(gpu.domain, before, after)
-    return {"calls": done * CALLS, "seconds": took, "joules": joules, "watts": round(joules / took, 1)}
+    """`work`, which is `CALLS` calls, for `seconds`."""
+    block = run_for(gpu, work, seconds)
+    return {**block, "calls": block["calls"] * CALLS}
 
 
 def _per_call(blocks: Sequence[dict[str, Any]], case: Case) -> dict[str, float]:

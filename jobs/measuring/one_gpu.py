@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from millijoule.jobs.measuring.stand_ins import StandInNvml, board_uuid
 from millijoule.workers.errors import InputError
@@ -50,6 +52,22 @@ def open_one_gpu(command: str, index: int, *, stand_in: bool) -> OneGpu:
     if domain is None:
         raise InputError(f"{command}: the energy counter of {uuid} cannot be read")
     return OneGpu(name, device, meter, domain, torch.cuda.synchronize if device == "cuda" else lambda: None)
+
+
+def run_for(gpu: OneGpu, work: Callable[[], object], seconds: float) -> dict[str, Any]:
+    """`work` again and again for `seconds`: how often it was done, and what that took."""
+    work()
+    gpu.synchronize()
+    before, began, done = gpu.meter.read(), time.monotonic(), 0
+    while not done or time.monotonic() - began < seconds:
+        work()
+        done += 1
+        if done % 8 == 0:
+            gpu.synchronize()  # or the queue would grow beyond the block
+    gpu.synchronize()
+    took, after = time.monotonic() - began, gpu.meter.read()
+    joules = joules_between(gpu.domain, before, after)
+    return {"calls": done, "seconds": took, "joules": joules, "watts": round(joules / took, 1)}
 
 
 def joules_between(domain: str, before: CounterRead, after: CounterRead) -> float:

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for an H100 on any machine, exactly as a call would launch them there, and what they need of it."""
+"""Triton kernels compiled for a GPU on any machine, exactly as a call would launch them there, and what they need of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,19 @@ from triton.compiler import ASTSource
 
 H100 = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+A100, B200 = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 100, 32)
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+#: What a launch tells the compiler or the driver beside the kernel's own arguments.
+OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,10 @@ class Resources:
     shared_bytes: int
 
 
-def launches_of(function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Resources]:
-    """What `function` would launch for `arguments`, tensors without storage (device "meta"), compiled."""
+def launches_of(
+    function: Callable[..., Any], *arguments: Any, target: GPUTarget = H100, **options: Any
+) -> list[Resources]:
+    """What `function` would launch for `arguments`, tensors without storage (device "meta"), compiled for `target`."""
     recorded: list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]] = []
 
     def record(kernel: Any, programs: int, device: Any, *given: Any, **constants: Any) -> None:
@@ -46,11 +60,14 @@ def launches_of(function: Callable[..., Any], *arguments: Any, **options: Any) -
         patch.setitem(module, "runs_on", lambda *tensors: all(t is None or t.numel() for t in tensors))
         function(*arguments, **options)
     assert recorded, "it launched nothing"
-    return [_compile(*call) for call in recorded]
+    return [_compile(*call, target) for call in recorded]
 
 
-def _compile(kernel: Any, programs: int, given: tuple[Any, ...], constants: dict[str, Any]) -> Resources:
-    warps = constants.pop("num_warps", 4)
+def _compile(
+    kernel: Any, programs: int, given: tuple[Any, ...], constants: dict[str, Any], target: GPUTarget
+) -> Resources:
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+    warps = options.setdefault("num_warps", 4)
     signature, values, aligned = {}, dict(constants), {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, given, strict=False)):
         if value is None or (isinstance(value, int) and value == 1):
@@ -66,7 +83,7 @@ def _compile(kernel: Any, programs: int, given: tuple[Any, ...], constants: dict
                 aligned[(i,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, values, aligned)
-    compiled = triton.compile(source, target=H100, options={"num_warps": warps})
+    compiled = triton.compile(source, target=target, options=options)
     return Resources(
         kernel.__name__,
         programs,

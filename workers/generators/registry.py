@@ -104,12 +104,16 @@ def load_generator(
         from millijoule.workers.generators.un0 import Un0Generator
 
         return Un0Generator.load(path, device=device, engine=open_engine(options, device))
-    from millijoule.kernels.image import usual_form
+    from millijoule.kernels.native_library import usual_form
     from millijoule.workers.oscillators.generator import OscillatorGenerator
 
-    own_kernel = device == "cpu" and options.engine == "deepspeed" and usual_form() is not None
-    if own_kernel and not (options.cuda_graphs or options.fused_modules or options.offload_weights):
-        return OscillatorGenerator.load(path, device=device)  # DeepSpeed would have nothing to run
+    as_usual = options.engine == "deepspeed" and not (
+        options.cuda_graphs or options.fused_modules or options.offload_weights
+    )
+    if as_usual and (device.startswith("cuda") or (device == "cpu" and usual_form() is not None)):
+        generator = OscillatorGenerator.load(path, device=device)
+        if generator.drawing.kernel is not None:
+            return generator  # DeepSpeed would have nothing to run
     return OscillatorGenerator.load(path, device=device, engine=open_engine(options, device))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.oscillators.canvas import Icons, Variation, ground, lay, window_covers
 from millijoule.workers.oscillators.config import SIDES, VARIANTS
+from millijoule.workers.oscillators.gpu_kernel import gpu_kernel
 from millijoule.workers.oscillators.ink import InkCells
 from millijoule.workers.oscillators.integer_network import SHARES, IntegerNetwork
 from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, JITTER, PALETTE, SHADE, WINDOWS
@@ -76,12 +78,16 @@ class ShapeNetwork(nn.Module):
         return self._network.shares(phases, whole, icon, cell)
 
 
+class _Kernel(Protocol):
+    def draw(self, tokens: np.ndarray, seeds: np.ndarray, steps: int | None = None) -> np.ndarray: ...
+
+
 class Drawing:
     """A painter on a device.
 
     Args:
-        engine: runs the network. None: the compiled kernel draws where there is one (`kernels.image`), else PyTorch as it is;
-            the pixels are the same.
+        engine: runs the network. None: the compiled kernel draws where there is one (`kernels.image`; on a GPU
+            `kernels.image_triton`), else PyTorch as it is; the pixels are the same.
 
     Attributes:
         kernel: what draws; None: `shapes` does.
@@ -91,12 +97,15 @@ class Drawing:
     def __init__(self, painter: Painter, device: str = "cpu", engine: Engine | None = None) -> None:
         self.painter = painter.to(device)
         self.device = device
-        self.kernel = None
-        if engine is None and device == "cpu" and isinstance(painter.network, IntegerNetwork):
-            self.kernel = ImageKernel.of(painter.kernel_weights())
         network = ShapeNetwork(self.painter.network)
         # how many shapes and cells there are differs from batch to batch
         self.shapes = (engine or EagerEngine()).prepare(network, "shapes", static=False)
+        self.kernel: _Kernel | None = None
+        ours = engine is None and isinstance(painter.network, IntegerNetwork)
+        if ours and device == "cpu":
+            self.kernel = ImageKernel.of(painter.kernel_weights())
+        elif ours and device.startswith("cuda"):
+            self.kernel = gpu_kernel(painter.kernel_weights(), device, self.draw)
 
     @torch.inference_mode()
     def draw(

@@ -38,7 +38,7 @@ OPTIONS = {
     "millijoule.jobs.verify": "VerifyOptions",
 }
 
-QUICK_NAMES = ("joules-per-image", "fused-kernels", "meter", "counter", "verify")
+QUICK_NAMES = ("joules-per-image", "integer-kernels", "fused-kernels", "meter", "counter", "verify")
 QUICK = tuple(s for s in STEPS if s.name in QUICK_NAMES)
 
 
@@ -513,6 +513,7 @@ def test_quick_steps_are_rehearsed(tmp_path):
     assert found == dict.fromkeys((s.name for s in QUICK), DONE)
     for path in (
         "joules-per-image/gpu.json",
+        "integer-kernels/kernels.json",
         "fused-kernels/kernels.json",
         "meter/meter.json",
         "counter/counter.json",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from millijoule.jobs.bench import main
-from millijoule.jobs.bench.un0.own_loop import own_loops, random_checkpoint
+from millijoule.jobs.bench.cpu.un0.own_loop import own_loops, random_checkpoint
 from millijoule.workers.generators.un0 import Un0Generator
 from millijoule.workers.generators.un0_integers import convolutions_of
 

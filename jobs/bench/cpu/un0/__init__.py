@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from millijoule.jobs.bench.un0.own_loop import CLASSES, own_loops, random_checkpoint
+from millijoule.jobs.bench.cpu.un0.own_loop import CLASSES, own_loops, random_checkpoint
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
 from millijoule.workers.errors import InputError

@@ -1,0 +1,108 @@
+"""The integer kernels compile for three generations of GPUs as they are launched there, within committed budgets and without spills.
+
+`budgets.json` has, by target and kernel, the most registers of a thread and shared bytes of a block. Registers times threads decide how
+many blocks run beside each other; shared bytes decide whether weights stay on the chip.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.compiled_kernels import A100, B200, H100, launches_of
+
+from millijoule.kernels import dense_coupling_triton, image_triton
+from millijoule.kernels.dense_coupling_triton import DenseWork, PackedCoupling, StepNumbers
+from millijoule.workers.generators.registry import PACKAGED
+from millijoule.workers.oscillators.model_file import load_model
+
+pytestmark = pytest.mark.long
+
+BUDGETS = json.loads((Path(__file__).parent / "budgets.json").read_text())
+TARGETS = {"sm_80": A100, "sm_90": H100, "sm_100": B200}
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+#: Shared bytes that a block may have (CUDA C++ Programming Guide, table of compute capabilities).
+MOST_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+REGISTERS_OF_A_MULTIPROCESSOR = 65536
+STEPS = 2
+
+
+def meta(*shape, dtype=torch.int32):
+    """With nothing behind it."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def assert_within(found, target, name):
+    """Of kernels that are launched often, what the largest launch needs."""
+    needed = {}
+    for r in found:
+        assert r.spilled_bytes == 0, r
+        assert r.registers * 32 * r.warps <= REGISTERS_OF_A_MULTIPROCESSOR, r
+        assert r.shared_bytes <= MOST_SHARED_BYTES[target], r
+        before = needed.get(r.kernel, (0, 0))
+        needed[r.kernel] = max(before[0], r.registers), max(before[1], r.shared_bytes)
+    budget = BUDGETS[target][name]
+    assert set(needed) == set(budget)
+    over = {
+        kernel: (found, budget[kernel])
+        for kernel, found in needed.items()
+        if any(a > b for a, b in zip(found, budget[kernel], strict=True))
+    }
+    assert over == {}, "registers and shared bytes: found, allowed"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_image_kernels(target):
+    painter, _ = load_model(PACKAGED["default"])
+    packed = image_triton.pack(painter.kernel_weights(), "meta")
+    images = 4096
+    work = image_triton.Work.empty(packed, images, "meta")
+    found = launches_of(
+        image_triton.draw_images,
+        *(packed, work, meta(images, 17, dtype=torch.int64), meta(images, dtype=torch.int64)),
+        *(meta(images, 64, 64, 3, dtype=torch.uint8), 10, MULTIPROCESSORS[target], target != "sm_80"),
+        target=TARGETS[target],
+    )
+    assert_within(found, target, "image_triton")
+
+
+def dense(n, fine_every):
+    """Un-0's sizes, as strong as it starts from."""
+    square = meta(n, n, dtype=torch.int8)
+    packed = PackedCoupling(
+        n=n,
+        m=8,
+        coarse=square,
+        fine=square if fine_every else None,
+        fine_every=fine_every,
+        drive=meta(10, 8, n, dtype=torch.int16),
+        driver_coupling=meta(8, 8, dtype=torch.int16),
+        waves=meta(1024),
+        fine_waves=meta(4096),
+    )
+    return (
+        packed,
+        StepNumbers(meta(3, n), meta(8), 123456, 12345, 11),
+        DenseWork.empty(packed, 256, STEPS, "meta"),
+    )
+
+
+@pytest.mark.parametrize("fine_every", [0, 1], ids=["coarse", "fine"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_step_of_dense_coupling(target, fine_every):
+    found = launches_of(
+        dense_coupling_triton.run_steps, *dense(4096, fine_every), STEPS, target=TARGETS[target]
+    )
+    assert_within(found, target, "dense_coupling_triton" + (", fine" if fine_every else ""))
+
+
+@pytest.mark.parametrize("n", dense_coupling_triton.RESIDENT)
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_dense_coupling_with_k_on_the_chip(target, n):
+    """All blocks of a batch of 256 run at once: they wait for each other."""
+    most = MULTIPROCESSORS[target]
+    found = launches_of(dense_coupling_triton.run_resident, *dense(n, 0), STEPS, most, target=TARGETS[target])
+    assert len(found) == 3  # one launch for all steps of 256 images
+    assert_within(found, target, f"dense_coupling_triton, {n} on the chip")
+    assert found[-1].programs <= most
+    assert found[-1].shared_bytes >= 128 * 1024  # K is there

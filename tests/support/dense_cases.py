@@ -1,0 +1,31 @@
+"""Dense couplings for the GPU's kernels, and how they run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+
+#: Of a block: what fills a block is slow in the interpreter.
+FEWER_IMAGES = 8
+
+
+def relaxed_by_kernels(coupling, calls, **options):
+    """Last phases of calls, (phases, classes, steps, horizon) each, of one `DenseKernel`; for `support.interpreted`."""
+    from millijoule.kernels import dense_coupling_triton as kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "IMAGES", FEWER_IMAGES)
+        kernel = kernels.DenseKernel(coupling, "cpu", **options)
+        return [kernel(*call).clone() for call in calls]
+
+
+def relaxed_on_the_chip(coupling, call, tile, together):
+    """The same with K kept, in blocks of `tile`: rows, and how often how many images. The interpreter runs blocks one after the
+    other, so blocks that share images get a launch for each step (`together` 1), and never wait."""
+    from millijoule.kernels import dense_coupling_triton as kernels
+
+    run = kernels.run_resident
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "IMAGES", FEWER_IMAGES)
+        patch.setitem(kernels.RESIDENT, coupling.n, tile)
+        patch.setattr(kernels, "run_resident", lambda *given: run(*given[:-1], at_once=4, together=together))
+        return kernels.DenseKernel(coupling, "cpu", resident=True)(*call).clone()
