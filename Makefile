@@ -37,7 +37,7 @@ help:
 	@echo "  make gpu-list      its steps, and what is done;  make gpu-rehearsal tries them on this machine"
 	@echo "  make gpu-wheels    download the wheels a machine without network needs, into WHEELS"
 
-$(VENV)/installed-run: pyproject.toml $(wildcard infra/constraints/*.txt kernels/cpp/*)
+$(VENV)/installed-run: pyproject.toml $(wildcard infra/constraints/*.txt kernels/cpp/*.* kernels/cpp/png/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e .

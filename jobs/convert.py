@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -84,7 +84,12 @@ def run(options: ConvertOptions) -> int:
         _integers(checkpoint) if options.form == "auto" else (None, "floating point, as asked for")
     )
     un0_checkpoint.write_safetensors(
-        checkpoint, target, name=name, class_names=class_names, integers=integers, check=check
+        checkpoint,
+        target,
+        name=name,
+        class_names=class_names,
+        integers=None if integers is None else asdict(integers),
+        check=check,
     )
     print(
         f"{target}: {model.oscillators} oscillators, {model.classes} classes, {model.image_size}x{model.image_size} "

@@ -50,6 +50,9 @@ FINE_TABLE_SIZE, FINE_AMPLITUDE, FINE_TABLE_SHIFT = 4096, 2047, 4
 #: The compiled kernel's rows and columns are a multiple of this.
 _NATIVE_PADDING = 64
 
+#: Rows of a coupling that are quantised at a time, so that few of them are float64 at once.
+_ROWS_AT_A_TIME = 1024
+
 #: Most drivers: their sums are small, and nobody has published more than 8.
 MAX_DRIVERS = 256
 
@@ -144,30 +147,36 @@ def quantize_dense(
     Raises:
         ValueError: more drivers than `MAX_DRIVERS`, or `fine_every` below 0.
     """
-    coupling, drive, driver_coupling = coupling.double(), drive.double(), driver_coupling.double()
+    drive, driver_coupling = drive.double(), driver_coupling.double()
     m = len(driver_coupling)
     if m > MAX_DRIVERS:
         raise ValueError(f"{m} drivers: at most {MAX_DRIVERS} are computed in integers")
     if fine_every < 0:
         raise ValueError(f"fine_every {fine_every}: at least 0")
-    scale = coupling.abs().amax(1).clamp_min(1e-12) / AMPLITUDE
-    weights = coupling / scale[:, None]
-    coarse = torch.round(weights)
-    fine = None
-    if fine_every:
-        fine = torch.round((weights - coarse) * FINE_STEPS).clamp_(-AMPLITUDE, AMPLITUDE).to(torch.int8)
+    coarse = torch.empty(coupling.shape, dtype=torch.int8, device=coupling.device)
+    fine = torch.empty_like(coarse) if fine_every else None
+    scale, field = torch.empty(2, len(coupling), dtype=torch.float64, device=coupling.device)
+    for start in range(0, len(coupling), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        weights = coupling[rows].double()
+        scale[rows] = weights.abs().amax(1).clamp_min(1e-12) / AMPLITUDE
+        weights /= scale[rows, None]
+        coarse[rows] = torch.round(weights)
+        # of the integers: a weight may have been rounded to twice of what it was
+        field[rows] = coarse[rows].abs().sum(1, dtype=torch.int64) * scale[rows]
+        if fine is not None:
+            rest = (weights - coarse[rows]) * FINE_STEPS
+            fine[rows] = torch.round(rest).clamp_(-AMPLITUDE, AMPLITUDE)
+            field[rows] += fine[rows].abs().sum(1, dtype=torch.int64) * (scale[rows] / FINE_STEPS)
     # sums over the drivers of D times finer sines have to fit int32
     drive_scale = max(float(drive.abs().amax()) / 32767, _largest_row(drive) * FINE_AMPLITUDE / 2**30, 1e-12)
     driver_scale = max(float(driver_coupling.abs().amax()) / 32767, 1e-12)
     drive_integers = torch.round(drive / drive_scale).to(torch.int16)
     driver_integers = torch.round(driver_coupling / driver_scale).to(torch.int16)
-    # of the integers: a weight may have been rounded to twice of what it was
-    field = coarse.abs().sum(1) * scale + drive_integers.abs().sum(2, dtype=torch.int64).amax(0) * drive_scale
-    if fine is not None:
-        field += fine.abs().sum(1, dtype=torch.int64) * (scale / FINE_STEPS)
+    field += drive_integers.abs().sum(2, dtype=torch.int64).amax(0) * drive_scale
     driver_field = driver_integers.abs().sum(1, dtype=torch.int64) * driver_scale
     return DenseCoupling(
-        coarse.to(torch.int8),
+        coarse,
         scale,
         fine,
         fine_every,
@@ -303,22 +312,19 @@ def relax(phases: Tensor, coupling: DenseCoupling, classes: Tensor, steps: int, 
 
 
 class NativeCoupling:
-    """A coupling packed for the compiled kernel; calls are `relax` on this machine's processor.
-
-    Args:
-        form: number of the instructions, as `native_library.FORMS` counts; None: the best, or what `MILLIJOULE_KERNEL` says.
+    """A coupling packed for the compiled kernel, in the form that `native_library` names now; calls are `relax`.
 
     Raises:
         ValueError: there is no compiled kernel.
     """
 
-    def __init__(self, coupling: DenseCoupling, form: int | None = None) -> None:
+    def __init__(self, coupling: DenseCoupling) -> None:
         library = native_library()
         if library is None:
             raise ValueError("the compiled kernels are missing")
         self.coupling = coupling
         self._library = library
-        self._form = native_form() if form is None else form
+        self._form = native_form()
         padded = coupling.n + -coupling.n % _NATIVE_PADDING
         self._coarse = self._packed(coupling.coarse, padded)
         self._fine = None if coupling.fine is None else self._packed(coupling.fine, padded)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millijoule.kernels.native_library import is_forced, native_form, native_library
+from millijoule.kernels.native_library import native_library, usual_form
 from millijoule.kernels.oscillator import Coupling, gather_multipliers, pull_multipliers
 from millijoule.kernels.phase import COS_TABLE, SIN_TABLE
 
@@ -61,15 +61,6 @@ class ImageWeights:
     shares: Tensor
     shade: int
     jitter: int
-
-
-def usual_form() -> int | None:
-    """The form, of `native_library.FORMS`, in which images are drawn here; None: PyTorch draws them, for no compiled code is there or
-    wanted, or only its plain form runs, which is slower."""
-    if native_library() is None:
-        return None
-    form = native_form()
-    return form if form or is_forced() else None
 
 
 class ImageKernel:

@@ -43,6 +43,14 @@ def native_form() -> int:
     return _chosen(_asked())[1]
 
 
+def usual_form() -> int | None:
+    """`native_form`; None where PyTorch computes: no compiled code is there or wanted, or only its plain form runs, which is slower."""
+    if native_library() is None:
+        return None
+    form = native_form()
+    return form if form or is_forced() else None
+
+
 def is_forced() -> bool:
     """Whether somebody said which form to take."""
     return bool(_asked())

@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from millijoule.kernels.int8_product import Int8Matrix
+from millijoule.kernels.native_library import usual_form
 from millijoule.kernels.phase import AMPLITUDE, TURN, sin_cos
+from millijoule.kernels.sparse_coupling import WORTH_SENDING, Multipliers, Relaxed, SparseKernel, takes
 
 #: Fraction bits of the multipliers.
 MULTIPLIER_BITS = 24
@@ -75,6 +77,13 @@ class Coupling:
     def products(self) -> tuple[Int8Matrix, Int8Matrix, Int8Matrix]:
         """L^T `[5 C, C]`, V `[n, r]` and U^T `[r, n]`, to multiply by."""
         return Int8Matrix(self.local.t()), Int8Matrix(self.gather), Int8Matrix(self.spread.t())
+
+    @cached_property
+    def kernel(self) -> SparseKernel | None:
+        """The compiled form's own copy, to be asked for only where there is compiled code; None: a weight is not for it."""
+        weights = self.local, self.gather, self.spread
+        assert self.products  # whose sums fit int32, or they are refused
+        return SparseKernel(*weights) if takes(*weights) else None
 
     def to(self, device: str) -> Coupling:
         return Coupling(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
@@ -162,10 +171,54 @@ def dense_local(local: Tensor, grid: int) -> Tensor:
 
 
 def relax(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tensor:
-    """`relax_reference`, fast: the sums are int8 matrix products. Same arguments, same bits."""
+    """`relax_reference`, fast. Same arguments, same bits.
+
+    On a CPU compiled code does it where there is some, with all sums made anew in every step; elsewhere PyTorch.
+    """
+    if (form := _compiled_form(phases)) is not None and (kernel := coupling.kernel) is not None:
+        drives = drive.a, drive.b, drive.omega
+        return kernel.relax(phases, drives, multipliers_of(coupling, drive.dt), steps, form).phases
+    return relax_pytorch(phases, coupling, drive, steps)
+
+
+def relax_by_events(
+    phases: Tensor,
+    coupling: Coupling,
+    drive: Drive,
+    steps: int,
+    *,
+    up_to: float | None = None,
+    leave: bool = True,
+) -> Relaxed:
+    """`relax` with sums that are kept from step to step and updated by what changed, images at rest left out, and both counted.
+
+    The same bits. It is faster than `relax` only where almost all oscillators rest: docs/generator.md says from which share on.
+
+    Args:
+        phases, coupling, drive, steps: as for `relax`.
+        up_to: in steps in which a larger share of the oscillators, or of z, changed, sums are made anew; None: the share up to which
+            differences were measured to take less time, by form.
+        leave: whether images at rest leave.
+    """
+    if (form := _compiled_form(phases)) is not None and (kernel := coupling.kernel) is not None:
+        drives = drive.a, drive.b, drive.omega
+        multipliers = multipliers_of(coupling, drive.dt)
+        up_to = WORTH_SENDING[form] if up_to is None else up_to
+        return kernel.relax(phases, drives, multipliers, steps, form, up_to=up_to, leave=leave)
+    return _counted(phases, coupling, drive, steps, leave)
+
+
+def multipliers_of(coupling: Coupling, dt: float) -> Multipliers:
+    """Of a step of `dt`, as the compiled form takes them."""
+    local, spread = pull_multipliers(coupling, dt)
+    return Multipliers(local[: coupling.channels], gather_multipliers(coupling), spread)
+
+
+def relax_pytorch(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tensor:
+    """`relax` in PyTorch: the sums are int8 matrix products."""
     batch, n = phases.shape
     grid, channels = coupling.grid, coupling.channels
-    local, gather, spread = coupling.products
+    local, _, spread = coupling.products
     z_multipliers = gather_multipliers(coupling)
     half, half_pull = 1 << (MULTIPLIER_BITS - 1), 1 << (PULL_BITS - 1)
     local_multipliers, spread_multipliers = pull_multipliers(coupling, drive.dt)
@@ -175,14 +228,53 @@ def relax(phases: Tensor, coupling: Coupling, drive: Drive, steps: int) -> Tenso
         s, c = sin_cos(theta)  # [batch, n] int8
         source = torch.cat([s, c])
         near = local.product(neighbours(source, grid, channels)).view(2 * batch, n)
-        z = gather.product(source).to(torch.int64).mul_(z_multipliers).add_(half)
-        z = z.bitwise_right_shift_(MULTIPLIER_BITS).clamp_(-AMPLITUDE, AMPLITUDE).to(torch.int8)
-        far = spread.product(z)
+        far = spread.product(_gathered(source, coupling, z_multipliers))
         total = (near * local_multipliers).add_(far * spread_multipliers).add_(half)
-        u, w = total.bitwise_right_shift_(MULTIPLIER_BITS).to(torch.int32).add_(bias).split(batch)
+        u, w = total.bitwise_right_shift_(MULTIPLIER_BITS).to(torch.int32).add_(bias).tensor_split(2)
         pull = (c.to(torch.int32) * u).sub_(s.to(torch.int32) * w).add_(half_pull)
         theta = (theta + drive.omega).add_(pull.bitwise_right_shift_(PULL_BITS)).bitwise_and_(TURN - 1)
     return theta
+
+
+def _gathered(source: Tensor, coupling: Coupling, multipliers: Tensor) -> Tensor:
+    """z of sines and cosines, int8 `[2 batch, r]`."""
+    z = (
+        coupling.products[1]
+        .product(source)
+        .to(torch.int64)
+        .mul_(multipliers)
+        .add_(1 << (MULTIPLIER_BITS - 1))
+    )
+    return z.bitwise_right_shift_(MULTIPLIER_BITS).clamp_(-AMPLITUDE, AMPLITUDE).to(torch.int8)
+
+
+def _counted(phases: Tensor, coupling: Coupling, drive: Drive, steps: int, leave: bool) -> Relaxed:
+    """`relax_by_events` in PyTorch, where nothing is gained by them: step by step, and compared."""
+    batch, n = phases.shape
+    sent, spread, left = [], [], []
+    waves = z = torch.empty(0)
+    resting = torch.zeros(batch, dtype=torch.bool, device=phases.device)
+    for step in range(steps):
+        waves_now = torch.cat(sin_cos(phases))
+        z_now = _gathered(waves_now, coupling, gather_multipliers(coupling))
+        sent.append(_changed(waves, waves_now) if step else batch * n)
+        spread.append(_changed(z, z_now) if step else batch * coupling.gather.shape[1])
+        waves, z = waves_now, z_now
+        after = relax_pytorch(phases, coupling, drive, 1)
+        at_rest = (after == phases).all(1)
+        left.append(int((at_rest & ~resting).sum()) if leave else 0)
+        phases, resting = after, at_rest
+    return Relaxed(phases, tuple(sent), tuple(spread), tuple(left))
+
+
+def _changed(before: Tensor, now: Tensor) -> int:
+    """In sines or cosines, which are the halves of both."""
+    return int((before != now).view(2, -1, now.shape[1]).any(0).sum())
+
+
+def _compiled_form(phases: Tensor) -> int | None:
+    """The form in which compiled code relaxes such phases here; None: PyTorch does it."""
+    return usual_form() if phases.device.type == "cpu" and not torch.compiler.is_compiling() else None
 
 
 def neighbours(source: Tensor, grid: int, channels: int) -> Tensor:

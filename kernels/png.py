@@ -1,6 +1,6 @@
 """RGB images as PNG files, many in one call: no pixel is lost.
 
-Source: PNG specification, third edition (W3C). The compiled form (`cpp/png.cpp`) looks at an image's pixels first. At most 256
+Source: PNG specification, third edition (W3C). The compiled form (`cpp/png`) looks at an image's pixels first. At most 256
 colours, often enough used: a palette of 1, 2, 4 or 8 bits and no filter, repeats looked for in the pixel before, the row above
 and, of larger images, one place more. More colours, but many pixels like their left neighbour: the same as RGB. Anything else, such
 as photographs: the filter by which four rows' differences are least, runs, and Huffman codes for every 64 KiB.

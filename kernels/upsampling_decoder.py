@@ -86,9 +86,13 @@ def quantize_decoder(convolutions: Sequence[FloatConvolution], ranges: Sequence[
         ranges: for all layers but the last, the real value that `ACTIVATION` stands for in what it puts out.
 
     Raises:
-        ValueError: a range is not a positive number, there is not one for each layer, or a bias is so large beside its weights that
+        ValueError: there is no block, a range is not a positive number, there is not one for each layer, or a bias is so large beside its weights that
             sums would leave int32.
     """
+    if len(convolutions) < 3 or len(convolutions) % 2 == 0:
+        raise ValueError(
+            f"{len(convolutions)} layers: two in each block, at least one block, and the output's"
+        )
     if len(ranges) != len(convolutions) - 1:
         raise ValueError(f"{len(ranges)} activation ranges for {len(convolutions)} layers")
     layers, taken = [], 1 / ACTIVATION  # features reach 1.0
@@ -229,21 +233,18 @@ def decode(features: Tensor, decoder: IntegerDecoder) -> Tensor:
 
 
 class NativeDecoder:
-    """A decoder packed for the compiled kernel; calls are `decode` on this machine's processor.
-
-    Args:
-        form: number of the instructions, as `native_library.FORMS` counts; None: the best, or what `MILLIJOULE_KERNEL` says.
+    """A decoder packed for the compiled kernel, in the form that `native_library` names now; calls are `decode`.
 
     Raises:
         ValueError: there is no compiled kernel.
     """
 
-    def __init__(self, decoder: IntegerDecoder, form: int | None = None) -> None:
+    def __init__(self, decoder: IntegerDecoder) -> None:
         library = native_library()
         if library is None:
             raise ValueError("the compiled kernels are missing")
         self._library = library
-        self._form = native_form() if form is None else form
+        self._form = native_form()
         self._decoder = decoder
         self._layers = [self._packed(layer) for layer in decoder.layers]
 

@@ -18,6 +18,7 @@ BENCHES = {
     "drawings": "whether coupled oscillators agree on one of several drawings of a noun",
     "encode": "processor time and bytes per image of PNG encoders, JPEG and WebP, for icons and photographs",
     "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
+    "events": "coupled oscillators with sums updated by what changed against sums made anew, by share of quiet ones",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
     "image": "processor time per image of the oscillator generators, by the form that draws: PyTorch, or compiled",
@@ -31,6 +32,9 @@ BENCHES = {
     "un0": "processor time per image of Un-0 models: their own loop, eager and compiled, and our forms",
 }
 
+#: Those that lie in the room `cpu`.
+ON_CPU = frozenset(("encode", "events", "image", "roofline", "un0", "worker"))
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one measurement; the exit code is the measurement's, 2 for an unknown one."""
@@ -40,5 +44,6 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, args: list[str]) -> int:
     from millijoule.jobs.entry import run_command
 
-    bench = importlib.import_module(f"millijoule.jobs.bench.{name.replace('-', '_')}")
+    room = "cpu." if name in ON_CPU else ""
+    bench = importlib.import_module(f"millijoule.jobs.bench.{room}{name.replace('-', '_')}")
     return run_command(f"bench {name}", bench.BenchOptions, bench.run, args)

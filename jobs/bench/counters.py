@@ -26,8 +26,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from millijoule.jobs.bench.board import CudaBoard, StandInBoard
 from millijoule.jobs.entry import COMPLETE
+from millijoule.jobs.measuring.board import CudaBoard, StandInBoard
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
 from millijoule.workers.errors import InputError
 from millijoule.workers.meters.meter import open_meter

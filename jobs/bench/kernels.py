@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from millijoule.jobs.bench.kernel_cases import Case, make_cases
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.integer_kernels import measure_integers
+from millijoule.jobs.measuring.kernel_cases import Case, make_cases
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
 from millijoule.jobs.measuring.one_gpu import OneGpu, open_one_gpu, run_for
 

@@ -18,23 +18,6 @@
 
 namespace millijoule {
 
-Layer::Layer(const int8_t* w, const int32_t* b, const int32_t* m, int outputs, int given, int groups)
-    : outputs(outputs), inputs(groups * padded(given / groups)), blocks((outputs + LANES - 1) / LANES),
-      weights(size_t(blocks) * LANES * inputs), bias((blocks + 1) * LANES), multiplier((blocks + 1) * LANES),
-      row_sums(blocks * LANES) {
-  const int size = given / groups;
-  for (int o = 0; o < outputs; ++o) {
-    for (int i = 0; i < given; ++i) {
-      const int8_t weight = w[size_t(o) * given + i];
-      const int at = i / size * padded(size) + i % size;
-      weights[((size_t(o / LANES) * (inputs / INPUTS) + at / INPUTS) * LANES + o % LANES) * INPUTS + at % INPUTS] = weight;
-      row_sums[o] += weight;
-    }
-    if (b) bias[o] = b[o];
-    if (m) multiplier[o] = m[o];
-  }
-}
-
 namespace plain {
 #define FORM PLAIN_FORM
 #include "image_draw.inc"
@@ -197,7 +180,7 @@ MILLIJOULE_API void* millijoule_image_model(const ImageArrays* from) try {
   m->enlarge = packed(a.layers[3]), m->near_again = packed(a.layers[4]), m->mix_layer = packed(a.layers[5]);
   m->share = packed(a.layers[6]);
   if (m->coupled) {
-    m->coupling.rank = a.rank;
+    m->coupling.grid = GRID, m->coupling.channels = a.channels, m->coupling.rank = a.rank;
     m->coupling.local = packed(a.coupling[0]), m->coupling.gather = packed(a.coupling[1]), m->coupling.spread = packed(a.coupling[2]);
   }
   m->codes.resize(size_t(a.nouns) * padded(a.code));
@@ -221,14 +204,15 @@ MILLIJOULE_API void millijoule_image_model_free(void* model) { delete static_cas
 // a coupling. 0, or 1 where memory ran out.
 MILLIJOULE_API int32_t millijoule_draw_images(const void* model, int32_t form, const int64_t* tokens, const uint64_t* seeds, int32_t images,
                                               int32_t steps, int32_t threads, const int64_t* local, const int64_t* gather, const int64_t* spread,
-                                              uint8_t* out) {
+                                              uint8_t* out) try {
   const auto& m = *static_cast<const ImageModel*>(model);
   const int parts = std::max(1, std::min(threads, images));
+  const CouplingMultipliers by = m.coupled ? CouplingMultipliers(m.coupling, local, gather, spread) : CouplingMultipliers();
   std::vector<int32_t> failed(parts);
   const auto part = [&](int k) noexcept {
     try {
       const int first = int(int64_t(images) * k / parts), last = int(int64_t(images) * (k + 1) / parts);
-      draw_part(m, {local, gather, spread}, Form(form), tokens + size_t(first) * TOKENS, seeds + first, last - first, steps, out + size_t(first) * IMAGE * IMAGE * 3);
+      draw_part(m, by, Form(form), tokens + size_t(first) * TOKENS, seeds + first, last - first, steps, out + size_t(first) * IMAGE * IMAGE * 3);
     } catch (const std::bad_alloc&) {
       failed[k] = 1;
     }
@@ -238,4 +222,6 @@ MILLIJOULE_API int32_t millijoule_draw_images(const void* model, int32_t form, c
   part(0);
   for (auto& other : others) other.join();
   return *std::max_element(failed.begin(), failed.end());
+} catch (const std::bad_alloc&) {
+  return 1;
 }

@@ -7,13 +7,12 @@ namespace millijoule {
 
 inline int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// `packed` holds rounded_up(rows, block) * rounded_up(k, group) values; those beyond rows and k become 0.
-// `weights` is [rows, k], row by row; a block has `block` rows and `group` neighbours along k stand together.
+// `weights` is [rows, k], row by row; `packed` holds rounded_up(rows, block) * rounded_up(k, group) values or more, `padded` of them a
+// row; those beyond rows and k become 0. A block has `block` rows, and `group` neighbours along k stand together.
 template <typename From, typename To>
-void pack_rows(const From* weights, int64_t rows, int64_t k, int64_t block, int64_t group, To* packed) {
-  const int64_t groups = rounded_up(k, group) / group;
+void pack_rows(const From* weights, int64_t rows, int64_t k, int64_t padded, int64_t block, int64_t group, To* packed) {
   for (int64_t first = 0; first < rows; first += block)
-    for (int64_t g = 0; g < groups; ++g)
+    for (int64_t g = 0; g < padded / group; ++g)
       for (int64_t i = 0; i < block; ++i)
         for (int64_t j = 0; j < group; ++j) {
           const int64_t row = first + i, column = g * group + j;

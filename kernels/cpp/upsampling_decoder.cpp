@@ -131,15 +131,17 @@ void decode_images(int32_t form, const std::vector<Layer>& layers, int64_t size,
 using namespace millijoule;
 
 // Rows of a block of a layer with `rows` rows.
-MILLIJOULE_API int64_t millijoule_decoder_block(int32_t form, int64_t rows) {
-  const int64_t lanes = form == AVX512_VNNI ? 16 : 8;
-  return rows <= lanes ? lanes : 2 * lanes;
+MILLIJOULE_API int64_t millijoule_decoder_block([[maybe_unused]] int32_t form, int64_t rows) {
+#if defined(MILLIJOULE_X86)
+  if (form == AVX512_VNNI) return avx512_vnni::block_of(rows);
+#endif
+  return plain::block_of(rows);
 }
 
 // int16 [rows, k], k even -> rows rounded up to the block, times k.
 MILLIJOULE_API void millijoule_decoder_pack(int64_t block, const int16_t* weights, int64_t rows, int64_t k,
                                             int16_t* packed) {
-  pack_rows(weights, rows, k, block, 2, packed);
+  pack_rows(weights, rows, k, k, block, 2, packed);
 }
 
 // shapes: int64 [layers, 6], as `_shapes` in Python; weights, bias, multipliers: of each layer, packed; features: int16

@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 def cases(device=DEVICE):
     """One at a time: together they take gigabytes."""
-    from millijoule.jobs.bench.kernel_cases import make_cases
+    from millijoule.jobs.measuring.kernel_cases import make_cases
 
     return make_cases(device)
 

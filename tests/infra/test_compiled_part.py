@@ -66,5 +66,5 @@ def test_a_source_distribution_has_what_is_compiled(tree, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     shutil.unpack_archive(archive, tmp_path / "out")
     (unpacked,) = (tmp_path / "out").iterdir()
-    sources = {path.name for path in (ROOT / "kernels" / "cpp").iterdir()}
-    assert {path.name for path in (unpacked / "kernels" / "cpp").iterdir()} == sources
+    sources = {path.name for path in (ROOT / "kernels" / "cpp").rglob("*")}
+    assert {path.name for path in (unpacked / "kernels" / "cpp").rglob("*")} == sources

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from millijoule.kernels import native_library
 from millijoule.kernels.dense_coupling import (
     NativeCoupling,
     quantize_dense,
@@ -13,7 +14,6 @@ from millijoule.kernels.dense_coupling import (
     relax_reference,
     step_multipliers,
 )
-from millijoule.kernels.native_library import FORMS, native_library
 from millijoule.kernels.phase import TURN, random_phases
 
 
@@ -59,30 +59,25 @@ def test_the_fast_form_gives_the_bits_of_the_plain_one(n, m, steps, fine_every):
     assert not torch.equal(expected, phases[:, :n])
 
 
-def native_forms():
-    """Numbers of the compiled forms that this processor runs."""
-    library = native_library()
-    return [] if library is None else list(range(library.millijoule_best_form() + 1))
-
-
 @pytest.mark.parametrize("fine_every", [0, 3])
 @pytest.mark.parametrize(("n", "m", "images"), [(64, 1, 1), (52, 8, 5), (130, 3, 29)])
 def test_compiled_forms_give_the_bits_of_the_plain_equations(n, m, images, fine_every):
-    if not native_forms():
+    if not native_library.forms_here():
         pytest.skip("the compiled kernels are missing")
     coupling = quantize_dense(*made_up(n, m), fine_every=fine_every)
     classes = torch.arange(images) % 4 - 1
     phases = start(images, n + m)
     expected = relax_reference(phases, coupling, classes, 4, 1.0)
-    for form in native_forms():
-        compiled = NativeCoupling(coupling, form)
+    for form in native_library.forms_here():
+        with native_library.only(form):
+            compiled = NativeCoupling(coupling)
         for threads in (1, 3):
             found = compiled(phases, classes, 4, 1.0, threads=threads)
-            assert torch.equal(found, expected), (FORMS[form], threads)
+            assert torch.equal(found, expected), (form, threads)
 
 
 def test_extreme_weights_give_the_same_bits_too():
-    if not native_forms():
+    if not native_library.forms_here():
         pytest.skip("the compiled kernels are missing")
     weights = made_up(128, 2)
     weights[0].copy_(0.04 * torch.sign(weights[0]))  # every weight becomes 127 or -127
@@ -93,12 +88,13 @@ def test_extreme_weights_give_the_same_bits_too():
         torch.tensor([0, 1, 2]),
     )  # all sines are 1
     expected = relax_reference(phases, coupling, classes, 3, 0.1)
-    for form in native_forms():
-        assert torch.equal(NativeCoupling(coupling, form)(phases, classes, 3, 0.1), expected), FORMS[form]
+    for form in native_library.forms_here():
+        with native_library.only(form):
+            assert torch.equal(NativeCoupling(coupling)(phases, classes, 3, 0.1), expected), form
 
 
 def test_batches_that_are_not_of_the_model_are_refused():
-    if not native_forms():
+    if not native_library.forms_here():
         pytest.skip("the compiled kernels are missing")
     compiled = NativeCoupling(quantize_dense(*made_up(64, 2)))
     for phases, classes in (

@@ -101,9 +101,9 @@ NO_DECISION = {
     "workers/engines/weight_offload.py",
     "workers/generators/un0_checkpoint.py",
     "workers/generators/saved_checkpoint.py",
-    "jobs/bench/board.py",
+    "jobs/measuring/board.py",
     "jobs/bench/kernels.py",
-    "jobs/bench/kernel_cases.py",
+    "jobs/measuring/kernel_cases.py",
 }
 
 

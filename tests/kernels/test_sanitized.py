@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[2]
 
 #: Test files of compiled kernels, and what of them is run here: whatever calls the library in the test's own process.
 TESTS = {
+    "test_dense_coupling.py": "compiled or extreme or batches",
     "test_image.py": "reference_s or saturate or threads or refused",
     "test_png.py": "survive or palette or sizes",
+    "test_upsampling_decoder.py": "compiled or saturate or another_decoder",
 }
 
 RUN = """
@@ -44,7 +46,7 @@ def library(tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("there is no g++ here")
     path = tmp_path_factory.mktemp("sanitized") / "native.so"
-    sources = sorted(map(str, (ROOT / "kernels" / "cpp").glob("*.cpp")))
+    sources = sorted(map(str, (ROOT / "kernels" / "cpp").rglob("*.cpp")))
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden"]
     flags += ["-fsanitize=undefined,address", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
     subprocess.run(["g++", *flags, *sources, "-o", str(path)], check=True, capture_output=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from millijoule.kernels.native_library import FORMS, native_library
+from millijoule.kernels import native_library
 from millijoule.kernels.upsampling_decoder import (
     ACTIVATION,
     NativeDecoder,
@@ -79,11 +79,6 @@ def plain_images(x, decoder):
     raise AssertionError("no last layer")
 
 
-def native_forms():
-    library = native_library()
-    return [] if library is None else list(range(library.millijoule_best_form() + 1))
-
-
 def test_a_folded_kernel_is_an_upsampling_and_the_kernel():
     weights, x = torch.randn(5, 3, 3, 3).double(), torch.randn(2, 3, 4, 6).double()
     expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weights, padding=1)
@@ -102,15 +97,16 @@ def test_the_fast_form_is_the_plain_equation(channels, blocks):
 
 @pytest.mark.parametrize(("channels", "blocks", "images"), [(6, 1, 1), (67, 3, 5), (128, 2, 19)])
 def test_compiled_forms_have_the_same_bits(channels, blocks, images):
-    if not native_forms():
+    if not native_library.forms_here():
         pytest.skip("the compiled kernels are missing")
     convolutions, x = made_up(channels, blocks), in_steps(features(images, channels))
     decoder = quantize_decoder(convolutions, calibrated_ranges(convolutions, x[:4]))
     expected = decode(x, decoder)
-    for form in native_forms():
-        compiled = NativeDecoder(decoder, form)
-        assert torch.equal(compiled(x), expected), FORMS[form]
-        assert torch.equal(compiled(x, threads=3), expected), FORMS[form]
+    for form in native_library.forms_here():
+        with native_library.only(form):
+            compiled = NativeDecoder(decoder)
+        assert torch.equal(compiled(x), expected), form
+        assert torch.equal(compiled(x, threads=3), expected), form
 
 
 def test_pixels_are_within_two_levels_of_float64():
@@ -128,8 +124,9 @@ def test_activations_beyond_their_range_saturate_alike():
     decoder = quantize_decoder(convolutions, [0.3, 0.3])
     expected = decode(x, decoder)
     assert np.array_equal(expected.numpy(), plain_images(x, decoder))
-    for form in native_forms():
-        assert torch.equal(NativeDecoder(decoder, form)(x), expected), FORMS[form]
+    for form in native_library.forms_here():
+        with native_library.only(form):
+            assert torch.equal(NativeDecoder(decoder)(x), expected), form
 
 
 @pytest.mark.parametrize(
@@ -152,8 +149,13 @@ def test_what_integers_cannot_hold_is_refused(change, ranges, words):
         quantize_decoder(convolutions, ranges)
 
 
+def test_a_decoder_has_blocks():
+    with pytest.raises(ValueError, match="1 layers"):
+        quantize_decoder(made_up(32, 1)[-1:], [])
+
+
 def test_features_of_another_decoder_are_refused():
-    if not native_forms():
+    if not native_library.forms_here():
         pytest.skip("the compiled kernels are missing")
     convolutions = made_up(32, 1)
     with pytest.raises(ValueError, match="32 channels"):

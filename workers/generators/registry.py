@@ -104,7 +104,7 @@ def load_generator(
         from millijoule.workers.generators.un0 import Un0Generator
 
         return Un0Generator.load(path, device=device, engine=open_engine(options, device))
-    from millijoule.kernels.image import usual_form
+    from millijoule.kernels.native_library import usual_form
     from millijoule.workers.oscillators.generator import OscillatorGenerator
 
     as_usual = options.engine == "deepspeed" and not (

@@ -83,6 +83,7 @@ class Un0Generator:
         self._rows = FLOAT_BATCH[self._kind]
         self._tensors = tensors
         self._integers = integers
+        self._float_steps: set[int] = set()  # said in the log
         self.engine = engine or EagerEngine()
         if integers is None:
             self._networks  # noqa: B018 (made now, while it is loaded)
@@ -158,7 +159,9 @@ class Un0Generator:
             try:
                 return self._integers.draw(classes, [r.seed for r in requests], steps)
             except StepsTooLong as error:  # which the model and the number of steps alone decide
-                log.warning("%d steps are drawn in floating point: %s", steps, error)
+                if steps not in self._float_steps:
+                    log.warning("%d steps are drawn in floating point: %s", steps, error)
+                    self._float_steps.add(steps)
         return self.decode(self.relax(classes, requests))
 
     @torch.inference_mode()

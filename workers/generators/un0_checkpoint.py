@@ -174,11 +174,11 @@ def write_safetensors(
     *,
     name: str,
     class_names: tuple[str, ...] = (),
-    integers: Any = None,
+    integers: Mapping[str, Any] | None = None,
     check: Callable[[Path], None],
 ) -> None:
-    """Write `checkpoint` where `load_generator` can read it; see `write_model_file`. `integers`: an `Un0Integers`, None: it is
-    drawn in floating point."""
+    """Write `checkpoint` where `load_generator` can read it; see `write_model_file`. `integers`: fields of an `Un0Integers`, None:
+    it is drawn in floating point."""
     metadata = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -189,7 +189,7 @@ def write_safetensors(
     if class_names:
         metadata["class_names"] = json.dumps(class_names)
     if integers is not None:
-        metadata["integers"] = json.dumps(asdict(integers))
+        metadata["integers"] = json.dumps(integers)
     write_model_file(checkpoint.tensors, path, metadata, check)
 
 

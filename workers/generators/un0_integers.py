@@ -25,7 +25,7 @@ from millijoule.kernels.dense_coupling import (
     quantize_dense,
     relax,
 )
-from millijoule.kernels.native_library import FORMS, native_library
+from millijoule.kernels.native_library import is_forced, native_library
 from millijoule.kernels.phase import TURN, random_phases
 from millijoule.kernels.upsampling_decoder import (
     FloatConvolution,
@@ -79,10 +79,8 @@ class Un0IntegerForm:
         integers: Un0Integers,
         *,
         engine: Engine | None = None,
-        kernel: str | None = None,
     ) -> None:
-        """`tensors`: by their published names; `engine`: None runs it plainly; `kernel`: one of `native_library.CHOICES`, None: the
-        fastest, or what `MILLIJOULE_KERNEL` says.
+        """`tensors`: by their published names; `engine`: None runs it plainly. `native_library` says in which form.
 
         Raises:
             ValueError: the model cannot be held in integers; the message says why.
@@ -92,16 +90,14 @@ class Un0IntegerForm:
         engine = engine or EagerEngine()
         coupling = quantized_coupling(architecture, tensors, integers.fine_every)
         decoder = quantize_decoder(convolutions_of(architecture, tensors), integers.ranges)
-        compiled = kernel != "reference" and native_library() is not None
-        if not compiled and kernel is None:
+        compiled = native_library() is not None
+        if not compiled and not is_forced():
             log.warning(
-                "integers without compiled kernels take two to three times floating point's time: install a C++ compiler, then "
+                "integers without compiled kernels take up to three times as long as floating point: install a C++ compiler, then "
                 "the package again, or convert the checkpoint with --form float"
             )
-        number = FORMS.index(kernel) if compiled and kernel is not None else None
-        dynamics: nn.Module = _CompiledDynamics(coupling, number) if compiled else _Dynamics(coupling)
-        drawing: nn.Module = _CompiledDecoder(decoder, number) if compiled else _Decoder(decoder)
-        self._dynamics = engine.prepare(dynamics.eval(), "dynamics", static=False)
+        drawing: nn.Module = _CompiledDecoder(decoder) if compiled else _Decoder(decoder)
+        self._dynamics = engine.prepare(_dynamics(coupling).eval(), "dynamics", static=False)
         self._decoder = engine.prepare(drawing.eval(), "decoder", static=False)
 
     def relax(self, classes: Sequence[int], seeds: Sequence[int], steps: int) -> Tensor:
@@ -134,10 +130,14 @@ class _Dynamics(nn.Module):
         return relax(phases, self.coupling, classes, steps, horizon)
 
 
+def _dynamics(coupling: DenseCoupling) -> nn.Module:
+    return _Dynamics(coupling) if native_library() is None else _CompiledDynamics(coupling)
+
+
 class _CompiledDynamics(nn.Module):
-    def __init__(self, coupling: DenseCoupling, form: int | None) -> None:
+    def __init__(self, coupling: DenseCoupling) -> None:
         super().__init__()
-        self.relax = NativeCoupling(coupling, form)
+        self.relax = NativeCoupling(coupling)
 
     def forward(self, phases: Tensor, classes: Tensor, steps: int, horizon: float) -> Tensor:
         return self.relax(phases, classes, steps, horizon, threads=torch.get_num_threads())
@@ -153,9 +153,9 @@ class _Decoder(nn.Module):
 
 
 class _CompiledDecoder(nn.Module):
-    def __init__(self, decoder: IntegerDecoder, form: int | None) -> None:
+    def __init__(self, decoder: IntegerDecoder) -> None:
         super().__init__()
-        self.decode = NativeDecoder(decoder, form)
+        self.decode = NativeDecoder(decoder)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.decode(features, threads=torch.get_num_threads())
@@ -231,9 +231,8 @@ def choose_integers(
     steps = architecture.steps
     expected = float_images(classes, seeds)
     convolutions = convolutions_of(architecture, tensors)
-    phases = relax(
+    phases = _dynamics(quantized_coupling(architecture, tensors, 1))(
         start_phases(seeds[::4][:CALIBRATION_IMAGES], architecture.oscillators + architecture.drivers),
-        quantized_coupling(architecture, tensors, 1),
         torch.tensor(classes[::4][:CALIBRATION_IMAGES]),
         steps,
         architecture.horizon,

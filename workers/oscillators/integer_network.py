@@ -91,6 +91,18 @@ class IntegerNetwork:
             theta = self._relaxed(theta, drives, 1)
             yield theta
 
+    def coupled_start(self, noun: Tensor, variant: Tensor) -> tuple[Tensor, Coupling, Drive]:
+        """Phases at rest, coupling and drives of icons, as `kernels.oscillator.relax` takes them; all `[icons, n]`.
+
+        Raises:
+            ValueError: the oscillators have no coupling.
+        """
+        if self.coupling is None:
+            raise ValueError("these oscillators have no coupling")
+        drives = self._drives(noun, variant, self.config.steps)
+        a, b, omega = (x.flatten(1) for x in (drives.a, drives.b, drives.omega))
+        return torch.zeros_like(a), self.coupling, Drive(a, b, omega, drives.dt)
+
     def without_coupling(self) -> IntegerNetwork:
         """The same network with K = 0."""
         return replace(self, config=replace(self.config, coupling="none"), coupling=None)

@@ -6,7 +6,6 @@ import pynvml
 import pytest
 
 from millijoule.jobs import bench as bench_command
-from millijoule.jobs.bench.board import StandInBoard
 from millijoule.jobs.bench.counters import (
     SHORTEST_STRETCH_S,
     BenchOptions,
@@ -18,6 +17,7 @@ from millijoule.jobs.bench.counters import (
     stretch_seconds,
 )
 from millijoule.jobs.gpu.steps import STEPS
+from millijoule.jobs.measuring.board import StandInBoard
 from millijoule.workers.meters.nvml import MIN_READ_SPACING_NS
 
 SECOND = 1_000_000_000

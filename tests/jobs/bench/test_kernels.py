@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from millijoule.jobs import bench
-from millijoule.jobs.bench.kernel_cases import make_cases
 from millijoule.jobs.bench.kernels import CALLS, BenchOptions, compare
 from millijoule.jobs.measuring import integer_kernels
+from millijoule.jobs.measuring.kernel_cases import make_cases
 from millijoule.jobs.measuring.one_gpu import open_one_gpu
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.generators.registry import PACKAGED

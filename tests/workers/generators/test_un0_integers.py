@@ -11,15 +11,13 @@ from support.un0_checkpoints import CIFAR, publish, random_model
 
 from millijoule.jobs import convert
 from millijoule.jobs.entry import COMPLETE
-from millijoule.kernels.native_library import CHOICES, FORMS, native_library
+from millijoule.kernels import native_library
 from millijoule.kernels.phase import TURN
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.registry import describe_model, load_generator
-from millijoule.workers.generators.un0 import NO_CLASS, Un0Generator
+from millijoule.workers.generators.un0 import Un0Generator
 from millijoule.workers.generators.un0_checkpoint import Un0Architecture, canonical
 from millijoule.workers.generators.un0_integers import (
-    Un0IntegerForm,
-    Un0Integers,
     choose_integers,
     features_of,
 )
@@ -58,23 +56,14 @@ def test_pixels_are_within_two_levels_of_floating_point(file):
     assert floats.std() > 5
 
 
-@pytest.mark.parametrize("form", CHOICES)
+@pytest.mark.parametrize("form", native_library.CHOICES)
 def test_every_form_draws_the_same_bits(file, form):
-    library = native_library()
-    if form != "reference" and (library is None or FORMS.index(form) > library.millijoule_best_form()):
+    if form not in ("reference", *native_library.forms_here()):
         pytest.skip(f"{form} does not run here")
     expected = load_generator(str(file)).generate(requests(5)).images
-    generator = load_generator(str(file))
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    chosen = Un0IntegerForm(
-        generator.architecture,
-        canonical(load_file(file)),
-        Un0Integers(**json.loads(metadata["integers"])),
-        kernel=form,
-    )
-    found = chosen.draw([NO_CLASS, 1, 2, 3, 4], [r.seed for r in requests(5)], generator.architecture.steps)
-    assert np.array_equal(found, expected)
+    with native_library.only(form):
+        generator = load_generator(str(file))
+    assert np.array_equal(generator.generate(requests(5)).images, expected)
 
 
 def test_an_image_does_not_depend_on_its_batch_or_on_threads(file):
@@ -117,6 +106,12 @@ def test_a_model_that_stays_in_floating_point_says_why(tmp_path, capsys, flavour
     assert "integers" not in said_by(file)
     drawn = load_generator(str(file)).generate(requests(3)).images
     assert np.array_equal(drawn, Un0Generator.load(file, integers=False).generate(requests(3)).images)
+
+
+def test_a_machine_without_a_compiler_is_told(file, caplog, monkeypatch):
+    monkeypatch.setattr("millijoule.workers.generators.un0_integers.native_library", lambda: None)
+    load_generator(str(file))
+    assert "install a C++ compiler" in caplog.text
 
 
 def test_a_coupling_that_integers_harm_stays_in_floating_point(tmp_path, capsys):

@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "processor.h"
+#include "../processor.h"
 
 namespace millijoule {
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from millijoule.jobs.bench import main
-from millijoule.jobs.bench.worker import PARTS
+from millijoule.jobs.bench.cpu.worker import PARTS
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from millijoule.jobs.bench import main
-from millijoule.jobs.bench.un0 import BenchOptions, own_loops, random_checkpoint
+from millijoule.jobs.bench.cpu.un0.own_loop import own_loops, random_checkpoint
 from millijoule.workers.generators.un0 import Un0Generator
 from millijoule.workers.generators.un0_integers import convolutions_of
 
@@ -33,7 +33,7 @@ def test_the_loop_draws_the_models_images(monkeypatch):
     architecture, tensors = random_checkpoint(64, 1.0)
     start = torch.rand(3, 64 + 8, generator=torch.Generator().manual_seed(5))
     monkeypatch.setattr(torch, "rand", lambda *shape: start.clone())
-    loops = own_loops(64, tensors, BenchOptions(batches=(3,), compiled=False))
+    loops = own_loops(64, tensors, (3,), False)
     images = {name: draw() for name, (_, draw) in loops.items()}
     assert set(images) == {"own loop, batch 3", "own loop, diagonal once, batch 3"}
     generator = Un0Generator(architecture, tensors, None, "", "", "cpu")  # type: ignore[arg-type]

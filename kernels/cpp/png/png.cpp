@@ -12,7 +12,7 @@
 #include "bytes.h"
 #include "checksums.h"
 #include "deflate.h"
-#include "processor.h"
+#include "../processor.h"
 
 namespace millijoule {
 namespace {

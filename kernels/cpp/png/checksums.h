@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "processor.h"
+#include "../processor.h"
 
 namespace millijoule {
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from millijoule.jobs.bench import main
-from millijoule.jobs.bench.roofline import Case, measure
+from millijoule.jobs.bench.cpu.roofline import Case, measure
 from millijoule.kernels.native_library import forms_here
 
 

@@ -98,12 +98,12 @@ def measure(model: str, options: BenchOptions) -> dict[str, Any]:
 
 @contextmanager
 def _products(form: str) -> Iterator[None]:
-    from millijoule.kernels import int8_product
+    from millijoule.kernels import int8_product, native_library
 
     if not form.startswith(PYTORCH):
         yield
         return
-    with int8_product.only(form.removeprefix(PYTORCH)):
+    with native_library.only("reference"), int8_product.only(form.removeprefix(PYTORCH)):
         yield
 
 

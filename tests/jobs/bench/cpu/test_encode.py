@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from millijoule.jobs.bench import encode, main
+from millijoule.jobs.bench import main
+from millijoule.jobs.bench.cpu import encode
 from millijoule.jobs.bench.gpu import scene_requests
 from millijoule.workers.images.encode import Drawn, encode_image
 from millijoule.workers.images.formats import ImageFormat

@@ -1,0 +1,1 @@
+"""Measurements of what the compiled kernels do on a CPU."""
