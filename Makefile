@@ -15,6 +15,9 @@ export RAY_USAGE_STATS_ENABLED := 0
 # DeepSpeed is built from source, without its CUDA kernels: seconds, no compiler.
 export DS_BUILD_OPS := 0
 
+# What setuptools warns of (folders of data among the packages, the way in which pyproject.toml names the C++ part) is for whoever builds.
+QUIETLY := PYTHONWARNINGS=ignore
+
 .PHONY: help demo test test-fast lint chaos slow accelerator gpu gpu-list gpu-rehearsal gpu-wheels bench install install-test clean
 
 help:
@@ -40,11 +43,11 @@ help:
 $(VENV)/installed-run: pyproject.toml $(wildcard infra/constraints/*.txt kernels/cpp/*.* kernels/cpp/png/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e .
+	$(QUIETLY) $(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed-run
-	$(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[test,train,diffusers,report,verify]"
+	$(QUIETLY) $(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[test,train,diffusers,report,verify]"
 	touch $@
 
 install: $(VENV)/installed-run

@@ -103,6 +103,7 @@ NO_DECISION = {
     "workers/generators/saved_checkpoint.py",
     "jobs/measuring/board.py",
     "jobs/bench/kernels.py",
+    "jobs/measuring/integer_kernels.py",
     "jobs/measuring/kernel_cases.py",
 }
 
