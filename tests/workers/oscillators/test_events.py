@@ -3,9 +3,11 @@
 import itertools
 from dataclasses import replace
 
+import pytest
 import torch
 from support.tiny_oscillators import NOUNS
 
+from millijoule.kernels.oscillator import relax_reference
 from millijoule.kernels.phase import sin_cos
 from millijoule.workers.oscillators.events import count_events
 
@@ -56,3 +58,14 @@ def test_a_network_without_its_coupling_is_that_with_a_coupling_of_zeros(painter
     zeros = replace(network, coupling=replace(network.coupling, **weights))
     assert torch.equal(plain.phases(NOUN, VARIANT), zeros.phases(NOUN, VARIANT))
     assert not torch.equal(plain.phases(NOUN, VARIANT), network.phases(NOUN, VARIANT))
+
+
+def test_from_a_coupled_start_the_plain_reference_ends_where_the_network_does(painter):
+    network = painter.network
+    noun, variant = torch.arange(NOUNS), torch.arange(NOUNS) % 6
+    if network.coupling is None:
+        with pytest.raises(ValueError, match="no coupling"):
+            network.coupled_start(noun, variant)
+    else:
+        end = relax_reference(*network.coupled_start(noun, variant), network.config.steps)
+        assert torch.equal(end, network.phases(noun, variant).flatten(1))
