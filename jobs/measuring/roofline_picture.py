@@ -61,7 +61,7 @@ def draw_roofline(peaks: Mapping[str, float], cases: Sequence[Mapping[str, Any]]
             x, y = at(intensity, form["operations_per_s"])
             _mark(draw, mark, x, y, colour)
             _mark(draw, mark, WIDTH - RIGHT + 24, line + 7, colour)
-            words = f"{name}: {form['share_of_floor']:.0%} of the floor"
+            words = f"{name}: {form['share_of_floor']:.0%} of what the peaks allow"
             draw.text((WIDTH - RIGHT + 36, line), words, fill=_INK, font=font)
             line += 15
         line += 6
