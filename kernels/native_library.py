@@ -24,6 +24,9 @@ FORMS = ("plain", "avx2", "avx512-vnni")
 #: What `MILLIJOULE_KERNEL` may say: nothing for the best there is, or one of these, for comparing and for finding faults.
 CHOICES = ("reference", *FORMS)
 
+#: The number that the compiled part has to say: `millijoule_interface` of `cpp/processor.cpp`.
+INTERFACE = 1
+
 _FOLDER = Path(__file__).parent
 
 _only: str | None = None
@@ -109,6 +112,21 @@ def is_reference_forced() -> bool:
 def _load() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = _FOLDER / f"native{suffix}"
-        if path.exists():
-            return ctypes.CDLL(str(path))
+        if not path.exists():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            interface = int(library.millijoule_interface())
+        except (OSError, AttributeError) as error:
+            log.warning(
+                "kernels: %s cannot be used (%s): PyTorch's instead; install the package again", path, error
+            )
+            return None
+        if interface != INTERFACE:
+            log.warning(
+                "kernels: %s was compiled for other code (interface %d, not %d): PyTorch's instead; install the package again",
+                *(path, interface, INTERFACE),
+            )
+            return None
+        return library
     return None
