@@ -12,6 +12,7 @@ from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
+from millijoule.kernels.native_library import KernelChoiceError, check_choice
 from millijoule.workers.errors import InputError, MillijouleError
 from millijoule.workers.visible_text import log_to_stderr, visible_lines
 
@@ -74,6 +75,11 @@ def run_command(
     log_to_stderr("%(message)s")
     for noisy in ("botocore", "aiobotocore", "s3fs", "ray", "asyncio", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        check_choice()
+    except KernelChoiceError as error:
+        print(f"millijoule {name}: {error}", file=sys.stderr)
+        return ERROR
     try:
         options = tyro.cli(
             options_class,

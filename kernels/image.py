@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,6 +141,10 @@ class ImageKernel:
             found = local[: self._weights.channels], gather_multipliers(coupling), spread
             self._multipliers[steps] = tuple(np.ascontiguousarray(x.numpy()) for x in found)
         return self._multipliers[steps]
+
+    def __reduce__(self) -> tuple[Callable[..., ImageKernel | None], tuple[ImageWeights, int]]:
+        """A copy packs its own model: two must not free one."""
+        return ImageKernel.of, (self._weights, self._form)
 
     def __del__(self) -> None:
         if model := getattr(self, "_model", None):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -32,11 +33,15 @@ _FOLDER = Path(__file__).parent
 _only: str | None = None
 
 
+class KernelChoiceError(RuntimeError):
+    """`MILLIJOULE_KERNEL` names no form, or one that cannot be had here."""
+
+
 def native_library() -> ctypes.CDLL | None:
     """The compiled library, None where there is none or none is wanted.
 
     Raises:
-        ValueError: `MILLIJOULE_KERNEL` names no form, or one that does not run here.
+        KernelChoiceError: see there.
     """
     return _chosen(_asked())[0]
 
@@ -76,6 +81,19 @@ def forms_here() -> tuple[str, ...]:
     return FORMS[: library.millijoule_best_form() + 1] if library is not None else ()
 
 
+def check_choice(asked: str | None = None) -> None:
+    """Raise KernelChoiceError for a word that names no form; None: the one in `MILLIJOULE_KERNEL`."""
+    asked = _asked() if asked is None else asked
+    if asked and asked not in CHOICES:
+        raise KernelChoiceError(f"MILLIJOULE_KERNEL={asked}: one of {', '.join(CHOICES)}")
+
+
+def kernel_words() -> str:
+    """What computes here, for records and logs: "pytorch", or a form of the compiled functions."""
+    form = usual_form()
+    return "pytorch" if form is None else FORMS[form]
+
+
 def _asked() -> str:
     return os.environ.get("MILLIJOULE_KERNEL", "") if _only is None else _only
 
@@ -83,21 +101,20 @@ def _asked() -> str:
 @cache
 def _chosen(asked: str) -> tuple[ctypes.CDLL | None, int]:
     """The library and the form; said in the log, once."""
-    if asked and asked not in CHOICES:
-        raise ValueError(f"MILLIJOULE_KERNEL={asked}: one of {', '.join(CHOICES)}")
+    check_choice(asked)
     if asked == "reference":
         log.info("kernels: PyTorch's, as MILLIJOULE_KERNEL says")
         return None, 0
     library, here = _load(), forms_here()
     if library is None:
         if asked:
-            raise ValueError(
+            raise KernelChoiceError(
                 f"MILLIJOULE_KERNEL={asked}: the compiled kernels are missing; install a C++ compiler, then the package again"
             )
         log.info("kernels: PyTorch's; no C++ compiler was there when the package was installed")
         return None, 0
     if asked and asked not in here:
-        raise ValueError(f"MILLIJOULE_KERNEL={asked}: this processor runs {here[-1]} at most")
+        raise KernelChoiceError(f"MILLIJOULE_KERNEL={asked}: this processor runs {here[-1]} at most")
     form = asked or here[-1]
     log.info("kernels: compiled, %s", form)
     return library, FORMS.index(form)
@@ -115,6 +132,8 @@ def _load() -> ctypes.CDLL | None:
         if not path.exists():
             continue
         try:
+            if not _is_whole(path):
+                raise OSError("it ends before its own end")
             library = ctypes.CDLL(str(path))
             interface = int(library.millijoule_interface())
         except (OSError, AttributeError) as error:
@@ -130,3 +149,12 @@ def _load() -> ctypes.CDLL | None:
             return None
         return library
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of the ELF format (64 bits) is as long as it says: a processor that maps less of one ends the process."""
+    head = path.open("rb").read(64)
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+        return True  # whatever it is, loading it says so
+    (sections,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return path.stat().st_size >= sections + size * count

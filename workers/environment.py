@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from millijoule.kernels.native_library import kernel_words
 from millijoule.kernels.png import encoder_name
 from millijoule.workers.meters.meter import CounterMeter
 from millijoule.workers.schemas import CounterRead, WorkerEnvironment
@@ -53,6 +54,7 @@ def describe_worker(
         energy_method=meter.method,
         opened=opened,
         png_encoder=encoder_name(),
+        kernels=kernel_words(),
     )
 
 

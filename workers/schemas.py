@@ -311,7 +311,8 @@ class WorkerEnvironment(Record):
     `opened` is its first counter read: from then on the worker owes an account of its devices (see `WorkerClosing`).
     `device` is the first of `gpus` (full UUIDs where they could be found), or "cpu". `device_name` is the product's
     name of the GPU or CPU, `driver_version` the GPU driver's. `torch_version` is None too where the model does
-    without PyTorch. `png_encoder` is "compiled" or "zlib": their files differ, their pixels do not.
+    without PyTorch. `png_encoder` is "compiled" or "zlib": their files differ, their pixels do not. `kernels` is the form in which
+    the CPU's compiled functions run ("avx2"), or "pytorch".
     """
 
     worker_id: str
@@ -327,6 +328,7 @@ class WorkerEnvironment(Record):
     energy_method: str
     opened: CounterRead | None = None
     png_encoder: str | None = None
+    kernels: str | None = None
 
 
 @dataclass(frozen=True)

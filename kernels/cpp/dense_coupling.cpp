@@ -118,7 +118,7 @@ MILLIJOULE_API int32_t millijoule_dense_relax([[maybe_unused]] int32_t form, con
                                            const uint16_t* table, const int16_t* fine_sin, const int16_t* fine_cos,
                                            const void* coarse, const int32_t* coarse_start, const void* fine,
                                            const int32_t* fine_start, const int16_t* drive, const int64_t* classes,
-                                           int64_t images, int32_t* state, int64_t threads) {
+                                           int64_t images, int32_t* state, int64_t threads) try {
   Step step{};
   step.n = numbers[0];
   step.m = numbers[1];
@@ -160,10 +160,12 @@ MILLIJOULE_API int32_t millijoule_dense_relax([[maybe_unused]] int32_t form, con
         plain::relax_images(step, static_cast<const int16_t*>(coarse), static_cast<const int16_t*>(fine), coarse_start,
                             fine_start, drive, classes + first, count, own, padded);
       }
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
       failed = 1;
     }
   };
   in_threads(images, threads, some);
   return failed;
+} catch (...) {
+  return 1;
 }

@@ -1,11 +1,13 @@
 // The icon generator from tokens and seeds to pixels in one call; equations: workers/oscillators.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <thread>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "image_model.h"
+#include "in_threads.h"
 #include "processor.h"
 
 #if defined(MILLIJOULE_X86)
@@ -172,7 +174,7 @@ static std::vector<T> copied(const T* from, size_t count) { return std::vector<T
 
 // A model, to draw with and to free; null where there is no memory for it. All sizes were checked by the caller.
 MILLIJOULE_API void* millijoule_image_model(const ImageArrays* from) try {
-  auto* m = new ImageModel();
+  auto m = std::make_unique<ImageModel>();
   const ImageArrays& a = *from;
   m->nouns = a.nouns, m->code = a.code, m->hidden = a.hidden, m->channels = a.channels, m->width = a.width, m->mix = a.mix;
   m->steps = a.steps, m->shade_levels = a.shade_levels, m->jitter = a.jitter, m->coupled = a.rank > 0;
@@ -193,8 +195,8 @@ MILLIJOULE_API void* millijoule_image_model(const ImageArrays* from) try {
   m->windows = copied(a.window_places, size_t(3) * a.windows);
   m->sin_cos = copied(a.sin_cos, TURN >> TABLE_SHIFT);
   m->shares = copied(a.shares, 2 * LOGIT_LIMIT);
-  return m;
-} catch (const std::bad_alloc&) {
+  return m.release();
+} catch (...) {
   return nullptr;
 }
 
@@ -206,22 +208,16 @@ MILLIJOULE_API int32_t millijoule_draw_images(const void* model, int32_t form, c
                                               int32_t steps, int32_t threads, const int64_t* local, const int64_t* gather, const int64_t* spread,
                                               uint8_t* out) try {
   const auto& m = *static_cast<const ImageModel*>(model);
-  const int parts = std::max(1, std::min(threads, images));
   const CouplingMultipliers by = m.coupled ? CouplingMultipliers(m.coupling, local, gather, spread) : CouplingMultipliers();
-  std::vector<int32_t> failed(parts);
-  const auto part = [&](int k) noexcept {
+  std::atomic<int32_t> failed{0};
+  in_threads(images, threads, [&](int64_t first, int64_t end) {
     try {
-      const int first = int(int64_t(images) * k / parts), last = int(int64_t(images) * (k + 1) / parts);
-      draw_part(m, by, Form(form), tokens + size_t(first) * TOKENS, seeds + first, last - first, steps, out + size_t(first) * IMAGE * IMAGE * 3);
-    } catch (const std::bad_alloc&) {
-      failed[k] = 1;
+      draw_part(m, by, Form(form), tokens + first * TOKENS, seeds + first, int(end - first), steps, out + first * IMAGE * IMAGE * 3);
+    } catch (...) {
+      failed = 1;
     }
-  };
-  std::vector<std::thread> others;
-  for (int k = 1; k < parts; ++k) others.emplace_back(part, k);
-  part(0);
-  for (auto& other : others) other.join();
-  return *std::max_element(failed.begin(), failed.end());
-} catch (const std::bad_alloc&) {
+  });
+  return failed;
+} catch (...) {
   return 1;
 }

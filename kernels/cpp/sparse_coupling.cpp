@@ -101,7 +101,7 @@ MILLIJOULE_API void* millijoule_sparse_coupling(const int8_t* local, const int8_
   k.spread_columns = columns_of(n, rank, [&](int i, int r) { return spread[size_t(i) * rank + r]; });
   kernel->sin_cos.assign(sin_cos, sin_cos + (TURN >> TABLE_SHIFT));
   return kernel.release();
-} catch (const std::bad_alloc&) {
+} catch (...) {
   return nullptr;
 }
 
@@ -138,11 +138,11 @@ MILLIJOULE_API int32_t millijoule_sparse_relax(const void* of, int32_t form, con
       }
       const std::lock_guard<std::mutex> lock(adding);
       for (size_t i = 0; i < counted.size(); ++i) counts[i] += counted[i];
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
       failed = true;
     }
   });
   return failed;
-} catch (const std::bad_alloc&) {
+} catch (...) {
   return 1;
 }

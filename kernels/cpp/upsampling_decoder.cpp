@@ -176,11 +176,11 @@ MILLIJOULE_API int32_t millijoule_decode(int32_t form, int64_t layers, const int
         for (; first < end; first += MOST_IMAGES)
           decode_images(form, all, size, table, reach, std::min(MOST_IMAGES, end - first), features + first * per_image,
                         pixels + first * per_picture);
-      } catch (const std::bad_alloc&) {
+      } catch (...) {
         failed = 1;
       }
     });
-  } catch (const std::bad_alloc&) {
+  } catch (...) {
     failed = 1;
   }
   return failed;

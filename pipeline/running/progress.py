@@ -80,7 +80,7 @@ class Progress:
         parts = []
         if rate := run.images_per_second():
             left = (self.job.images - counts.images_done) / rate
-            parts.append(f"{rate:.3g} images/s, {clock(left)} left")
+            parts.append(f"{_rate(rate)} images/s, {clock(left)} left")
         if counts.images_this_run:
             if counts.energy_mj is not None:
                 parts.append(f"{joules(counts.energy_mj / counts.images_this_run)}/image")
@@ -95,11 +95,16 @@ class Progress:
         return ", ".join([*parts, "done" if run.complete else working])
 
 
+def _rate(value: float) -> str:
+    """Three digits, without an exponent: "4.12", "3,690"."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> list[str]:
     """What a finished job made, where it is, what it cost; with `hints` where to look. `stats`: content of `stats.json`."""
     lines = [f"{stats['images_ok']} images in {url}"]
     if stats["images_per_second"]:
-        lines[0] += f", {stats['images_per_second']:.3g} images/s while working"
+        lines[0] += f", {_rate(stats['images_per_second'])} images/s while working"
     measured, modelled = stats["direct_mj_per_image"], stats["direct_estimate_mj_per_image"]
     if measured is not None:
         lines.append(

@@ -1,5 +1,6 @@
 """The compiled image kernel: in every form that runs here, the pixels of the reference."""
 
+import copy
 import hashlib
 import os
 import subprocess
@@ -166,3 +167,38 @@ def test_a_form_that_there_is_not_is_refused():
         check=False,
     )
     assert "MILLIJOULE_KERNEL=avx9: one of reference, plain, avx2, avx512-vnni" in done.stderr
+
+
+SCARCE = """
+import hashlib, resource, sys
+import numpy as np
+import torch
+from millijoule.workers.generators.registry import load_generator
+from millijoule.workers.schemas import ImageRequest
+generator = load_generator("default")
+requests = [ImageRequest(str(i), 0, f"{i % 4 + 1} red foxes", seed=i) for i in range(8)]
+generator.generate(requests)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20),) * 2)  # a thread's stack alone takes 8
+torch.set_num_threads(64)
+try:
+    print(hashlib.sha256(generator.generate(requests).images.tobytes()).hexdigest())
+except MemoryError:
+    print("no memory")
+"""
+
+
+def test_threads_that_cannot_be_had_end_no_process():
+    done = subprocess.run([sys.executable, "-c", SCARCE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    right = hashlib.sha256(drawn_by_pytorch().tobytes()).hexdigest()
+    assert done.stdout.strip() in (right, "no memory")
+
+
+def test_copies_of_a_kernel_do_not_share_what_they_free(painter, form):
+    kernel = ImageKernel.of(painter.kernel_weights(), form)
+    tokens, seeds = scenes(4, NOUNS), np.arange(4, dtype=np.uint64)
+    other = copy.copy(kernel)
+    first = other.draw(tokens, seeds)
+    del other
+    assert np.array_equal(kernel.draw(tokens, seeds), first)

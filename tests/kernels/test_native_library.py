@@ -55,7 +55,15 @@ def fall_back(folder):
 @pytest.mark.skipif(not forms_here(), reason="the compiled kernels are not built")
 def test_a_damaged_library_is_named_and_left_alone(tmp_path):
     (built,) = (ROOT / "kernels").glob("native.cpython-*.so")
-    for damaged in (b"", b"no library", b"\x7fELF" + bytes(100)):
+    whole = built.read_bytes()
+    for damaged in (
+        b"",
+        b"no library",
+        b"\x7fELF" + bytes(100),
+        whole[:1000],
+        whole[: len(whole) // 2],
+        whole[:-1],
+    ):
         (tmp_path / built.name).write_bytes(damaged)
         assert "cannot be used" in fall_back(tmp_path)
 

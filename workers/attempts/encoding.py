@@ -22,6 +22,9 @@ from millijoule.workers.schemas import ImageRow
 #: Small images are encoded so many bytes of pixels at a time: handing one over costs as much as encoding 32x32 pixels.
 TASK_BYTES = 1 << 20
 
+#: Every encoder can do this one.
+HEALTHY = np.zeros((16, 16, 3), np.uint8)
+
 
 @dataclass(frozen=True)
 class DrawnImage:
@@ -67,7 +70,7 @@ class Encoders:
         self._pool.shutdown()
 
     def _encode(self, drawn: Sequence[DrawnImage]) -> list[bytes | RowError | None]:
-        """Raises NodeError where there is no memory for it."""
+        """Raises NodeError where there is no memory for it, or this worker encodes nothing."""
         own_steps = self._info.num_inference_steps
         images = [
             Drawn(one.image, one.row.request, one.row.num_inference_steps or own_steps)
@@ -78,7 +81,23 @@ class Encoders:
             encoded = iter(encode_images(self._format, images, self._model))
         except MemoryError as error:
             raise NodeError("no memory to encode an image") from error
+        except Exception:
+            encoded = iter([self._encode_alone(one) for one in images])
         return [None if one.image is None else next(encoded) for one in drawn]
+
+    def _encode_alone(self, image: Drawn) -> bytes | RowError:
+        """An image of a part that failed: it is to blame only if another one can be encoded here."""
+        try:
+            return encode_images(self._format, [image], self._model)[0]
+        except MemoryError as error:
+            raise NodeError("no memory to encode an image") from error
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            try:
+                encode_images(self._format, [image._replace(image=HEALTHY)], self._model)
+            except Exception as other:
+                raise NodeError(f"no image can be encoded here: {type(other).__name__}: {other}") from other
+            return RowError(f"it cannot be encoded: {why}")
 
 
 def parts_of(batch: Sequence[DrawnImage]) -> Iterator[Sequence[DrawnImage]]:

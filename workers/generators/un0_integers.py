@@ -25,7 +25,7 @@ from millijoule.kernels.dense_coupling import (
     quantize_dense,
     relax,
 )
-from millijoule.kernels.native_library import is_forced, native_library
+from millijoule.kernels.native_library import is_forced, usual_form
 from millijoule.kernels.phase import TURN, random_phases
 from millijoule.kernels.upsampling_decoder import (
     FloatConvolution,
@@ -90,11 +90,11 @@ class Un0IntegerForm:
         engine = engine or EagerEngine()
         coupling = quantized_coupling(architecture, tensors, integers.fine_every)
         decoder = quantize_decoder(convolutions_of(architecture, tensors), integers.ranges)
-        compiled = native_library() is not None
+        compiled = usual_form() is not None
         if not compiled and not is_forced():
             log.warning(
-                "integers without compiled kernels take up to three times as long as floating point: install a C++ compiler, then "
-                "the package again, or convert the checkpoint with --form float"
+                "integers by PyTorch take up to 2.6 times as long as floating point: install a C++ compiler, then "
+                "the package again (on a processor with AVX2), or convert the checkpoint with --form float"
             )
         drawing: nn.Module = _CompiledDecoder(decoder) if compiled else _Decoder(decoder)
         self._dynamics = engine.prepare(_dynamics(coupling).eval(), "dynamics", static=False)
@@ -131,7 +131,7 @@ class _Dynamics(nn.Module):
 
 
 def _dynamics(coupling: DenseCoupling) -> nn.Module:
-    return _Dynamics(coupling) if native_library() is None else _CompiledDynamics(coupling)
+    return _Dynamics(coupling) if usual_form() is None else _CompiledDynamics(coupling)
 
 
 class _CompiledDynamics(nn.Module):

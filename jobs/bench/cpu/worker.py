@@ -53,6 +53,8 @@ def run(options: BenchOptions) -> int:
         raise InputError("--images, --rounds, --turns: at least 1")
     sides: dict[str, str | None] = {"now": None}
     if options.before is not None:
+        if not Path(options.before, "infra", "typing", "millijoule").exists():
+            raise InputError(f"--before {options.before}: no checkout of Millijoule")
         sides = {"before": options.before, "now": None}
     rows = [
         {"side": side, "turn": turn, **_measured(checkout, options)}

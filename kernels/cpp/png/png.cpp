@@ -501,7 +501,7 @@ MILLIJOULE_API int64_t millijoule_encode_pngs(int32_t form, int64_t count, const
       out_offsets[i + 1] = at - out;
     }
     return 0;
-  } catch (const std::bad_alloc&) {
+  } catch (...) {
     return -1;
   }
 }

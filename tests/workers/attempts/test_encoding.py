@@ -86,3 +86,28 @@ def test_no_memory_is_the_nodes_fault(encoders, monkeypatch):
 
 def test_a_part_without_images_is_encoded_into_none(encoders):
     assert encoders.begin([drawn(0), drawn(1)]).result() == [None, None]
+
+
+def test_an_image_that_alone_cannot_be_encoded_is_its_row_s_fault(encoders, monkeypatch):
+    plain = encode.encode_with_provenance
+
+    def choosy(images, provenances):
+        if any(image.shape[:2] == (7, 7) for image in images):
+            raise AttributeError("seven")
+        return plain(images, provenances)
+
+    monkeypatch.setattr(encode, "encode_with_provenance", choosy)
+    first, bad, last = encoders.begin([drawn(0, 5, 6), drawn(1, 7, 7), drawn(2, 8, 8)]).result()
+    assert isinstance(bad, RowError)
+    assert "seven" in str(bad)
+    assert isinstance(first, bytes)
+    assert isinstance(last, bytes)
+
+
+def test_a_worker_that_encodes_nothing_blames_no_row(encoders, monkeypatch):
+    def broken(images, provenances):
+        raise AttributeError("undefined symbol: millijoule_encode_pngs")
+
+    monkeypatch.setattr(encode, "encode_with_provenance", broken)
+    with pytest.raises(NodeError, match="no image can be encoded here: AttributeError: undefined symbol"):
+        encoders.begin([drawn(0, 5, 6), drawn(1, 7, 7)]).result()

@@ -109,7 +109,7 @@ def test_a_model_that_stays_in_floating_point_says_why(tmp_path, capsys, flavour
 
 
 def test_a_machine_without_a_compiler_is_told(file, caplog, monkeypatch):
-    monkeypatch.setattr("millijoule.workers.generators.un0_integers.native_library", lambda: None)
+    monkeypatch.setattr("millijoule.workers.generators.un0_integers.usual_form", lambda: None)
     load_generator(str(file))
     assert "install a C++ compiler" in caplog.text
 
