@@ -75,7 +75,7 @@ def _run(
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=prepare_process,
     )
     try:
         return process.wait(max(0.1, limit_s))
@@ -95,9 +95,11 @@ def _run(
         end_processes(env[RESULTS_VARIABLE])
 
 
-def _die_with_parent() -> None:
-    """The kernel kills the command when this program is killed (prctl 1 is PR_SET_PDEATHSIG)."""
+def prepare_process() -> None:
+    """Of a command, before it begins: the kernel kills it when this program is killed (prctl 1 is PR_SET_PDEATHSIG), and an interrupt
+    ends it. A shell has what a script starts in the background ignore interrupts, and all that it starts inherits that."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal_group(pid: int, signum: int) -> None:

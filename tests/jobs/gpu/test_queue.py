@@ -20,7 +20,7 @@ import tyro
 from millijoule.jobs.gpu import queue as gpu_queue
 from millijoule.jobs.gpu import results as gpu_results
 from millijoule.jobs.gpu import set_up as gpu_set_up
-from millijoule.jobs.gpu.one_step import DONE, FAILED, NO_TIME, UNFINISHED
+from millijoule.jobs.gpu.one_step import DONE, FAILED, NO_TIME, UNFINISHED, prepare_process
 from millijoule.jobs.gpu.queue import RUNNING, SKIPPED, Device, take_up
 from millijoule.jobs.gpu.results import WORK, QueueError, load_state, write_archive
 from millijoule.jobs.gpu.steps import STEPS, Step, end_signal, fill
@@ -118,36 +118,46 @@ time.sleep(600)
 
 
 @pytest.mark.long
-def test_tests_that_overrun_leave_what_they_found(tmp_path):
-    """The first test's result is in the XML though the second one never ends; what ends them is what the queue sends."""
+@pytest.mark.parametrize(
+    "started", [signal.default_int_handler, signal.SIG_IGN], ids=["in front", "in the background"]
+)
+def test_tests_that_overrun_leave_what_they_found(tmp_path, started):
+    """The first test's result is in the XML though the second one never ends; what ends them is what the queue sends, also where
+    the queue itself was started to ignore interrupts."""
     (tmp_path / "test_it.py").write_text(
         "import time\n\ndef test_a(): pass\n\ndef test_b():\n    print('begun', flush=True)\n    time.sleep(600)\n"
     )
     (words,) = next(s for s in STEPS if s.name == "un0-tests").commands
     words = [w for w in fill(words, {"folder": str(tmp_path)}) if not w.startswith("tests/")]
     program = [sys.executable, *words, "-s", str(tmp_path / "test_it.py")]
-    found = tmp_path / "junit.xml"
-    told = []
-    for _ in range(3):  # an interrupt may come in a moment in which Python or pytest drops it
+    before = signal.signal(signal.SIGINT, started)
+    try:
         process = subprocess.Popen(
-            program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+            program,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            preexec_fn=prepare_process,
         )
-        log = ""
-        while "begun" not in log:
-            log += process.stdout.readline()
-        assert "test_a PASSED" in log
-        for _ in range(2):  # as the queue does
-            process.send_signal(end_signal(tuple(words)))
-            try:
-                rest, _ = process.communicate(timeout=60)
-                told.append((process.returncode, rest[-2000:]))
-                break
-            except subprocess.TimeoutExpired:
-                told.append("asked, and not ended after 60 s")
-        process.kill()
-        process.wait()
-        if found.exists():
+    finally:
+        signal.signal(signal.SIGINT, before)
+    log = ""
+    while "begun" not in log:
+        log += process.stdout.readline()
+    assert "test_a PASSED" in log
+    told = []
+    for _ in range(2):  # as the queue does
+        process.send_signal(end_signal(tuple(words)))
+        try:
+            rest, _ = process.communicate(timeout=60)
+            told.append((process.returncode, rest[-2000:]))
             break
+        except subprocess.TimeoutExpired:
+            told.append("asked, and not ended after 60 s")
+    process.kill()
+    process.wait()
+    found = tmp_path / "junit.xml"
     assert found.exists(), told
     assert 'name="test_a"' in found.read_text()
 
