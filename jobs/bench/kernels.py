@@ -24,7 +24,7 @@ from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.integer_kernels import measure_integers
 from millijoule.jobs.measuring.kernel_cases import Case, make_cases
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
-from millijoule.jobs.measuring.one_gpu import OneGpu, open_one_gpu, run_for
+from millijoule.jobs.measuring.one_gpu import OneGpu, captured, open_one_gpu, run_for
 
 Form = Literal["eager", "compile", "fused"]
 Part = Literal["fused", "integers"]
@@ -137,24 +137,17 @@ def _error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def _captured(call: Callable[..., Any], arguments: tuple[Any, ...], gpu: OneGpu) -> Callable[[], None]:
+def _captured(call: Callable[..., Any], arguments: tuple[Any, ...], gpu: OneGpu) -> Callable[[], object]:
     """What does `CALLS` calls: a CUDA graph of them, on a GPU."""
 
     def calls() -> None:
         for _ in range(CALLS):
             call(*arguments)
 
-    calls()
-    if gpu.device != "cuda":
-        return calls
-    gpu.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    return graph.replay
+    return captured(calls, gpu)
 
 
-def _block(work: Callable[[], None], gpu: OneGpu, seconds: float) -> dict[str, Any]:
+def _block(work: Callable[[], object], gpu: OneGpu, seconds: float) -> dict[str, Any]:
     """`work`, which is `CALLS` calls, for `seconds`."""
     block = run_for(gpu, work, seconds)
     return {**block, "calls": block["calls"] * CALLS}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millijoule.jobs.measuring.one_gpu import OneGpu, run_for
+from millijoule.jobs.measuring.one_gpu import OneGpu, captured, run_for
 from millijoule.kernels.dense_coupling import quantize_dense, relax
 from millijoule.kernels.image import ImageKernel
 from millijoule.kernels.phase import TURN, random_phases
@@ -209,18 +209,6 @@ def float_loop(
         field = torch.cat([coupled, sources[:, n:] @ between.T], dim=1)
         state = state + dt * (frequency + cos * field[:batch] - sin * field[batch:])
     return state
-
-
-def captured(work: Callable[[], object], gpu: OneGpu) -> Callable[[], object]:
-    """`work` as a CUDA graph, on a GPU."""
-    work()
-    if gpu.device != "cuda":
-        return work
-    gpu.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 def _told(

@@ -80,3 +80,17 @@ def joules_between(domain: str, before: CounterRead, after: CounterRead) -> floa
     if not read or before.epoch_of(domain) != after.epoch_of(domain):
         raise RuntimeError(f"{domain}: the counter was reset or lost during a block; run it again")
     return (after.energy_mj[domain] - before.energy_mj[domain]) / 1000
+
+
+def captured(work: Callable[[], object], gpu: OneGpu) -> Callable[[], object]:
+    """`work` as a CUDA graph, on a GPU."""
+    work()
+    if gpu.device != "cuda":
+        return work
+    import torch
+
+    gpu.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay

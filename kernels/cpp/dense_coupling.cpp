@@ -12,10 +12,6 @@
 #include "int_dot.h"
 #include "processor.h"
 
-#if defined(MILLIJOULE_X86)
-#include <immintrin.h>
-#endif
-
 namespace millijoule {
 namespace {
 
@@ -63,32 +59,8 @@ void advance_drivers(const Step& step, const int16_t* waves, int64_t* phi) {
   }
 }
 
-namespace plain {
-#define MILLIJOULE_FORM 0
-#include "int_dot.inc"
-#include "dense_coupling.inc"
-#undef MILLIJOULE_FORM
-}  // namespace plain
-
-#if defined(MILLIJOULE_X86)
-MILLIJOULE_TARGET_AVX2
-namespace avx2 {
-#define MILLIJOULE_FORM 1
-#include "int_dot.inc"
-#include "dense_coupling.inc"
-#undef MILLIJOULE_FORM
-}  // namespace avx2
-MILLIJOULE_TARGET_END
-
-MILLIJOULE_TARGET_AVX512_VNNI
-namespace avx512_vnni {
-#define MILLIJOULE_FORM 2
-#include "int_dot.inc"
-#include "dense_coupling.inc"
-#undef MILLIJOULE_FORM
-}  // namespace avx512_vnni
-MILLIJOULE_TARGET_END
-#endif
+#define MILLIJOULE_BODY "dense_coupling.inc"
+#include "all_forms.inc"
 
 }  // namespace
 }  // namespace millijoule

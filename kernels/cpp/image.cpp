@@ -10,39 +10,10 @@
 #include "in_threads.h"
 #include "processor.h"
 
-#if defined(MILLIJOULE_X86)
-#include <immintrin.h>
-#endif
-
-#define PLAIN_FORM 0
-#define AVX2_FORM 1
-#define AVX512_VNNI_FORM 2
-
 namespace millijoule {
 
-namespace plain {
-#define FORM PLAIN_FORM
-#include "image_draw.inc"
-#undef FORM
-}  // namespace plain
-
-#if defined(MILLIJOULE_X86)
-MILLIJOULE_TARGET_AVX2
-namespace avx2 {
-#define FORM AVX2_FORM
-#include "image_draw.inc"
-#undef FORM
-}  // namespace avx2
-MILLIJOULE_TARGET_END
-
-MILLIJOULE_TARGET_AVX512_VNNI
-namespace avx512_vnni {
-#define FORM AVX512_VNNI_FORM
-#include "image_draw.inc"
-#undef FORM
-}  // namespace avx512_vnni
-MILLIJOULE_TARGET_END
-#endif
+#define MILLIJOULE_BODY "image_draw.inc"
+#include "all_forms.inc"
 
 namespace {
 

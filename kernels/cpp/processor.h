@@ -8,7 +8,13 @@
 
 #if defined(__x86_64__)
 #define MILLIJOULE_X86 1
+#include <immintrin.h>
 #endif
+
+// Forms, as MILLIJOULE_FORM names them where a file is compiled once for each (`all_forms.inc`).
+#define MILLIJOULE_PLAIN 0
+#define MILLIJOULE_AVX2 1
+#define MILLIJOULE_AVX512_VNNI 2
 
 // Put before and after code that is compiled for more than the common instructions; include headers before it.
 #if defined(__clang__)
@@ -27,7 +33,7 @@
 namespace millijoule {
 
 // In order: a later form runs wherever an earlier one does.
-enum Form : int32_t { PLAIN = 0, AVX2 = 1, AVX512_VNNI = 2 };
+enum Form : int32_t { PLAIN = MILLIJOULE_PLAIN, AVX2 = MILLIJOULE_AVX2, AVX512_VNNI = MILLIJOULE_AVX512_VNNI };
 
 // The last form that this processor runs.
 Form best_form();

@@ -12,10 +12,6 @@
 #include "int_dot.h"
 #include "processor.h"
 
-#if defined(MILLIJOULE_X86)
-#include <immintrin.h>
-#endif
-
 namespace millijoule {
 namespace {
 
@@ -72,32 +68,8 @@ void clear_frame(int16_t* images, int64_t count, int64_t size, int64_t channels)
   }
 }
 
-namespace plain {
-#define MILLIJOULE_FORM 0
-#include "int_dot.inc"
-#include "upsampling_decoder.inc"
-#undef MILLIJOULE_FORM
-}  // namespace plain
-
-#if defined(MILLIJOULE_X86)
-MILLIJOULE_TARGET_AVX2
-namespace avx2 {
-#define MILLIJOULE_FORM 1
-#include "int_dot.inc"
-#include "upsampling_decoder.inc"
-#undef MILLIJOULE_FORM
-}  // namespace avx2
-MILLIJOULE_TARGET_END
-
-MILLIJOULE_TARGET_AVX512_VNNI
-namespace avx512_vnni {
-#define MILLIJOULE_FORM 2
-#include "int_dot.inc"
-#include "upsampling_decoder.inc"
-#undef MILLIJOULE_FORM
-}  // namespace avx512_vnni
-MILLIJOULE_TARGET_END
-#endif
+#define MILLIJOULE_BODY "upsampling_decoder.inc"
+#include "all_forms.inc"
 
 void decode_images(int32_t form, const std::vector<Layer>& layers, int64_t size, const uint8_t* table, int64_t reach,
                    int64_t images, const int16_t* features, uint8_t* pixels) {

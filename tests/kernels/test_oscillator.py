@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.sparse_problems import DT, problem
 
 from millijoule.kernels.int8_product import FORMS, only
 from millijoule.kernels.oscillator import (
@@ -20,25 +21,6 @@ from millijoule.kernels.oscillator import (
     relax_reference,
 )
 from millijoule.kernels.phase import AMPLITUDE, TURN, random_phases, sin_cos
-
-DT = 0.1
-
-
-def problem(grid: int, channels: int, rank: int, batch: int, seed: int, *, gain=1.0, pull=4.0):
-    """Float weights (L, V, U), a float drive `[batch, 3, n]` (a, b, omega in radians per unit of time), and start phases."""
-    g = torch.Generator().manual_seed(seed)
-    n = grid * grid * channels
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    weights = (
-        normal(channels, 5 * channels) * gain * (5 * channels) ** -0.5,
-        normal(n, rank) * n**-0.5,
-        normal(n, rank) * gain * rank**-0.5,
-    )
-    phases = random_phases(np.arange(seed, seed + batch, dtype=np.uint64), n)
-    return weights, normal(batch, 3, n) * pull, phases
 
 
 def quantized(weights, drive):
