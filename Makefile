@@ -47,7 +47,7 @@ $(VENV)/installed-run: pyproject.toml $(wildcard infra/constraints/*.txt kernels
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed-run
-	$(QUIETLY) $(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[test,train,diffusers,report,verify]"
+	$(QUIETLY) $(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[test,train,diffusers,report,verify,otel]"
 	touch $@
 
 install: $(VENV)/installed-run
