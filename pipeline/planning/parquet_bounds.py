@@ -21,7 +21,7 @@ MOST_TIMES = 200
 #: Values of lists in a row group: runs of equal ones take no room in the file.
 MOST_LIST_VALUES = 2**26
 #: Rows are read so few at a time that the longest texts of all dictionaries, in each of them, are no more than this.
-DICTIONARY_BYTES = 2**28
+DICTIONARY_BYTES = 2**26
 
 
 def refuse_bombs(metadata: pq.FileMetaData, url: str) -> None:

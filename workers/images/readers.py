@@ -68,7 +68,7 @@ def open_small(encoded: bytes) -> Image.Image | None:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Syntax: a broken PNG
-        log.warning("an image cannot be shown: %s", error)
+        log.warning("an image cannot be read, and is not shown: %s", error)
         return None
 
 
