@@ -58,7 +58,10 @@ def hand_out(arguments: list[str], folder: Path) -> int:
         if compiled.is_file():
             shutil.copyfile(compiled, arguments[arguments.index("-o") + 1])
             return 0
-    print(f"there is no compiler in this image, and {' '.join(map(str, sources)) or 'this'} is not Triton's binding", file=sys.stderr)
+    print(
+        f"there is no compiler in this image, and {' '.join(map(str, sources)) or 'this'} is not Triton's binding",
+        file=sys.stderr,
+    )
     return 1
 
 

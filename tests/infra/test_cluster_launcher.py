@@ -11,7 +11,7 @@ from support.manifests.documents import ROOT, places, spoilt
 
 FILES = sorted((ROOT / "infra/cluster-launcher").glob("*.yaml"))
 #: Passed on to the cloud's own interface, which Ray does not check.
-FREE = {"node_config", "file_mounts", "labels", "resources", "available_node_types"}
+FREE = {"node_config", "provider", "file_mounts", "labels", "resources", "available_node_types"}
 
 
 def right(config) -> bool:
@@ -26,6 +26,9 @@ def right(config) -> bool:
 def test_rays_validator_takes_the_file_and_no_spoilt_one(file):
     config = yaml.safe_load(file.read_text())
     assert right(config)
+    known = {"type", "region", "availability_zone", "cache_stopped_nodes"}
+    known |= {"aws": {"use_internal_ips"}, "gcp": {"project_id"}}[file.stem]
+    assert set(config["provider"]) == known
     assert config["provider"]["cache_stopped_nodes"] is False
     missed = [
         (place, how)

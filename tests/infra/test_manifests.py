@@ -20,11 +20,13 @@ from support.manifests.documents import (
 schemas = pytest.importorskip("support.manifests.schemas", reason="kubernetes-validate is not installed")
 
 pytestmark = [
-    pytest.mark.skipif(bool(kubectl_missing()) and os.environ.get("CI") != "true", reason=kubectl_missing() or ""),
+    pytest.mark.skipif(
+        bool(kubectl_missing()) and os.environ.get("CI") != "true", reason=kubectl_missing() or ""
+    ),
     pytest.mark.long,
 ]
-#: Mutants tried of each distinct document; all of them take minutes and were noticed, too.
-MUTANTS = 40
+#: Mutants tried of each distinct document; all of them take minutes.
+MUTANTS = 100
 
 
 def faults(document) -> list[str]:
@@ -77,7 +79,11 @@ RULES = [
     (JOB, "spec.backoffLimit", -1),
     (JOB, "spec.runtimeEnvYAML", "- a"),
     (JOB, "spec.clusterSelector", {"ray.io/cluster": "millijoule"}),
-    (JOB, "spec.deletionStrategy", {"deletionRules": [{"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED"}}]}),
+    (
+        JOB,
+        "spec.deletionStrategy",
+        {"deletionRules": [{"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED"}}]},
+    ),
     (JOB, "spec.rayClusterSpec.authOptions.enableK8sTokenAuth", True),
     (CLUSTER, "spec.rayVersion", "2.51.0"),
     (CLUSTER, "spec.rayVersion", "2.55.0"),

@@ -38,16 +38,23 @@ def _job(spec: dict[str, Any], labels: dict[str, str]) -> list[str]:
         "ttlSecondsAfterFinished without shutdownAfterJobFinishes": spec.get("ttlSecondsAfterFinished", 0) > 0
         and not shutdown,
         "suspend without shutdownAfterJobFinishes": spec.get("suspend", False) and not shutdown,
-        "deletionRules with shutdownAfterJobFinishes": bool(spec.get("deletionStrategy", {}).get("deletionRules"))
+        "deletionRules with shutdownAfterJobFinishes": bool(
+            spec.get("deletionStrategy", {}).get("deletionRules")
+        )
         and shutdown,
         "no cluster": not selector and "rayClusterSpec" not in spec,
         "backoffLimit with clusterSelector or InteractiveMode": backoff > 0
         and (bool(selector) or mode == "InteractiveMode"),
         "SidecarMode with a submitter": mode == "SidecarMode"
         and bool({"submitterPodTemplate", "submitterConfig"} & set(spec)),
-        "deadlines are positive": min(spec.get("activeDeadlineSeconds", 1), spec.get("preRunningDeadlineSeconds", 1)) <= 0,
+        "deadlines are positive": min(
+            spec.get("activeDeadlineSeconds", 1), spec.get("preRunningDeadlineSeconds", 1)
+        )
+        <= 0,
         "backoffLimit is not negative": backoff < 0,
-        "runtimeEnvYAML is no mapping": not isinstance(yaml.safe_load(spec.get("runtimeEnvYAML", "{}")), dict),
+        "runtimeEnvYAML is no mapping": not isinstance(
+            yaml.safe_load(spec.get("runtimeEnvYAML", "{}")), dict
+        ),
     }
     cluster = spec.get("rayClusterSpec", {})
     rules["enableK8sTokenAuth in a RayJob"] = cluster.get("authOptions", {}).get("enableK8sTokenAuth", False)
@@ -74,9 +81,11 @@ def _cluster(spec: dict[str, Any]) -> list[str]:
             {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME"} & env
         ),
         "redis-password belongs to gcsFaultToleranceOptions": "redis-password" in head["rayStartParams"],
-        "rocksdb with Redis": rocks and bool({"redisAddress", "redisPassword", "redisUsername"} & set(ft or {})),
+        "rocksdb with Redis": rocks
+        and bool({"redisAddress", "redisPassword", "redisUsername"} & set(ft or {})),
         "storage with Redis": ft is not None and not rocks and "storage" in ft,
-        "restartPolicy of the head": second and head["template"]["spec"].get("restartPolicy", "Never") != "Never",
+        "restartPolicy of the head": second
+        and head["template"]["spec"].get("restartPolicy", "Never") != "Never",
     }
     found = [rule for rule, broken in rules.items() if broken]
     for group in [head, *spec.get("workerGroupSpecs", [])]:
@@ -87,11 +96,16 @@ def _cluster(spec: dict[str, Any]) -> list[str]:
             "resources twice": bool({"num-cpus", "num-gpus", "memory", "resources"} & set(parameters))
             and bool(group.get("resources")),
             "labels in rayStartParams": "labels" in parameters,
-            "label syntax": not all(re.fullmatch(r"[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?", v) for v in labels.values()),
+            "label syntax": not all(
+                re.fullmatch(r"[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?", v) for v in labels.values()
+            ),
             "replicas": worker and not 0 <= least <= most,
-            "replicas without autoscaling": worker and not scales and not {"minReplicas", "maxReplicas"} <= set(group),
+            "replicas without autoscaling": worker
+            and not scales
+            and not {"minReplicas", "maxReplicas"} <= set(group),
             "suspend with autoscaling": scales and group.get("suspend", False),
-            "idleTimeoutSeconds": "idleTimeoutSeconds" in group and (not second or group["idleTimeoutSeconds"] < 0),
+            "idleTimeoutSeconds": "idleTimeoutSeconds" in group
+            and (not second or group["idleTimeoutSeconds"] < 0),
             "priority": group.get("priority", 0) != 0 and (not second or version < (2, 56)),
             "restartPolicy": second and group["template"]["spec"].get("restartPolicy", "Never") != "Never",
         }

@@ -16,12 +16,22 @@ _NODE_LABELS = {
     *("karpenter.k8s.aws/instance-gpu-name", "karpenter.sh/capacity-type"),
 }
 _LABELS = {
-    *("app.kubernetes.io/part-of", "app.kubernetes.io/component", "ray.io/market-type", "kueue.x-k8s.io/queue-name"),
+    *(
+        "app.kubernetes.io/part-of",
+        "app.kubernetes.io/component",
+        "ray.io/market-type",
+        "kueue.x-k8s.io/queue-name",
+    ),
     *("pod-security.kubernetes.io/enforce", "pod-security.kubernetes.io/enforce-version"),
     *("pod-security.kubernetes.io/warn", "kubernetes.io/metadata.name", "app.kubernetes.io/name"),
     *("ray.io/node-type", "ray.io/is-ray-node"),
 }
-_FREE = {"limits": _RESOURCES, "requests": _RESOURCES, "annotations": _ANNOTATIONS, "nodeSelector": _NODE_LABELS}
+_FREE = {
+    "limits": _RESOURCES,
+    "requests": _RESOURCES,
+    "annotations": _ANNOTATIONS,
+    "nodeSelector": _NODE_LABELS,
+}
 _FREE |= {"labels": _LABELS, "matchLabels": _LABELS, "selector": _LABELS | {"matchLabels"}}
 _FREE |= {"rayStartParams": {option.lstrip("-") for parameter in start.params for option in parameter.opts}}
 _UNITS = {"": 1, "m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -38,7 +48,10 @@ def faults(document: Document) -> list[str]:
     found = [
         f"{'/'.join(map(str, place))}: nobody knows this name"
         for place, _ in places(document)
-        if len(place) > 1 and place[-2] in _FREE and isinstance(place[-1], str) and place[-1] not in _FREE[place[-2]]
+        if len(place) > 1
+        and place[-2] in _FREE
+        and isinstance(place[-1], str)
+        and place[-1] not in _FREE[place[-2]]
     ]
     if document["kind"] == "Secret":
         found.append("a secret in the tree")
@@ -47,12 +60,18 @@ def faults(document: Document) -> list[str]:
     for cluster in clusters(document):
         options = cluster.get("autoscalerOptions")
         if options is not None:
-            found += [f"autoscaler: {fault}" for fault in _container(options | {"name": "autoscaler", "image": "a:1"})]
+            found += [
+                f"autoscaler: {fault}"
+                for fault in _container(options | {"name": "autoscaler", "image": "a:1"})
+            ]
     return found
 
 
 def _pod(spec: dict[str, Any]) -> list[str]:
-    security, volumes = spec.get("securityContext", {}), {volume["name"]: volume for volume in spec.get("volumes", [])}
+    security, volumes = (
+        spec.get("securityContext", {}),
+        {volume["name"]: volume for volume in spec.get("volumes", [])},
+    )
     rules = {
         "root": not security.get("runAsNonRoot") or security.get("runAsUser", 0) == 0,
         "seccomp": security.get("seccompProfile") != {"type": "RuntimeDefault"},
@@ -82,15 +101,19 @@ def _container(container: dict[str, Any]) -> list[str]:
     requests, limits = resources.get("requests", {}), resources.get("limits", {})
     env = container.get("env", [])
     rules = {
-        "escalation": security.get("allowPrivilegeEscalation") is not False or security.get("privileged", False),
+        "escalation": security.get("allowPrivilegeEscalation") is not False
+        or security.get("privileged", False),
         "writable root": security.get("readOnlyRootFilesystem") is not True,
         "root": security.get("runAsNonRoot") is not True,
         "capabilities": security.get("capabilities") != {"drop": ["ALL"]},
         "limits": not {"cpu", "memory"} <= set(requests) & set(limits),
-        "requests above limits": any(quantity(requests[k]) > quantity(limits[k]) for k in set(requests) & set(limits)),
+        "requests above limits": any(
+            quantity(requests[k]) > quantity(limits[k]) for k in set(requests) & set(limits)
+        ),
         "image without a version": not re.search(r":[^:/]*\d[^:/]*$", container["image"]),
         "a secret in the clear": any(
-            re.search("PASSWORD|TOKEN|SECRET|KEY", entry["name"]) and "valueFrom" not in entry for entry in env
+            re.search("PASSWORD|TOKEN|SECRET|KEY", entry["name"]) and "valueFrom" not in entry
+            for entry in env
         ),
     }
     return [f"{container['name']}: {rule}" for rule, broken in rules.items() if broken]
@@ -114,7 +137,9 @@ def set_faults(documents: list[Document]) -> list[str]:
     for document in documents:
         for place, selector in places(document):
             if place[-1] == "matchLabels" and "namespaceSelector" not in place:
-                outside = selector.keys() & {"app.kubernetes.io/name"} or selector == {"ray.io/node-type": "redis-cleanup"}
+                outside = selector.keys() & {"app.kubernetes.io/name"} or selector == {
+                    "ray.io/node-type": "redis-cleanup"
+                }
                 if not outside and not any(selector.items() <= labels.items() for labels in pods):
                     missing_submitter = selector.get("app.kubernetes.io/component") == "submitter"
                     if not missing_submitter:

@@ -71,7 +71,9 @@ def _strict(schema: Any) -> Any:
         schema["properties"] = properties
         if not schema.get("x-kubernetes-preserve-unknown-fields"):
             schema.setdefault("additionalProperties", False)
-        defaulted = {name for name, inner in properties.items() if isinstance(inner, dict) and "default" in inner}
+        defaulted = {
+            name for name, inner in properties.items() if isinstance(inner, dict) and "default" in inner
+        }
         if "required" in schema:
             schema["required"] = [name for name in schema["required"] if name not in defaulted]
     for name in ("additionalProperties", "items"):
@@ -88,7 +90,9 @@ def _definitions() -> dict[tuple[str, str], Draft202012Validator]:
         definition = yaml.load(gzip.decompress(file.read_bytes()), loader)["spec"]
         for version in definition["versions"]:
             schema = copy.deepcopy(version["schema"]["openAPIV3Schema"])
-            schema["required"] = ["apiVersion", "kind", "metadata", "spec"][: 4 if "spec" in schema["properties"] else 3]
+            schema["required"] = ["apiVersion", "kind", "metadata", "spec"][
+                : 4 if "spec" in schema["properties"] else 3
+            ]
             if definition["names"]["kind"] == "ResourceFlavor":
                 schema["required"].remove("spec")
             found[f"{definition['group']}/{version['name']}", definition["names"]["kind"]] = (
