@@ -25,7 +25,7 @@ def faults(document: Document) -> list[str]:
     if document["kind"] == "RayCronJob":
         if len(spec["schedule"].split()) != 5 or "TZ" in spec["schedule"]:
             found.append("schedule")
-        spec = spec["jobTemplate"] if "jobTemplate" in spec else {}
+        spec = spec.get("jobTemplate", {})
     if document["kind"] != "RayCluster":
         found += _job(spec, document["metadata"].get("labels", {}))
     return found
