@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from support.cluster import free_port
 from support.manifests.documents import ROOT
@@ -23,13 +25,15 @@ STAND_INS = ROOT / "tests/infra/slurm_stand_in"
 def start(tmp_path):
     """Starts the script over two nodes of one CPU each, both on this host; what is left of it is killed."""
     started = []
+    # sockets have short names
+    sessions = tempfile.mkdtemp(prefix="mj-", dir="/tmp")
 
     def run(*arguments: object) -> subprocess.Popen[str]:
         env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_"))},
             "PATH": f"{STAND_INS}:{os.environ['PATH']}",
             "MILLIJOULE_HOME": str(Path(sys.executable).parents[1]),
-            "RAY_SCRATCH": str(tmp_path),
+            "RAY_SCRATCH": sessions,
             "RAY_PORT": str(free_port()),
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "node1,node2",
@@ -43,6 +47,7 @@ def start(tmp_path):
         started.append(process)
         return process
 
+    run.sessions = sessions
     yield run
     for process in started:
         for left in psutil.process_iter():
@@ -51,6 +56,7 @@ def start(tmp_path):
                     left.kill()
             except (ProcessLookupError, psutil.Error):
                 pass
+    shutil.rmtree(sessions, ignore_errors=True)
 
 
 def test_the_script_is_right_for_bash_and_wants_a_command(start):
@@ -67,13 +73,13 @@ def test_a_job_runs_over_all_nodes_and_nothing_is_left(start, tmp_path):
         "generate", "--prompts", prompts, "--output", tmp_path / "out", "--format", "files", "--quiet"
     )
     assert process.wait(150) == 0, (tmp_path / "output").read_text()
-    assert json.loads((tmp_path / "out/stats.json").read_text())["images"] == 2
+    assert pq.read_table(tmp_path / "out/manifest.parquet").column("status").to_pylist() == ["ok", "ok"]
     assert "2 of 2 nodes, 2 CPUs" in (tmp_path / "output").read_text()
     log = (tmp_path / "log").read_text()
     assert "ray start --head" in log
     assert "srun node2" in log
     assert "requeue" not in log
-    assert [p for p in psutil.process_iter() if str(tmp_path) in " ".join(p.cmdline())] == []
+    assert [p for p in psutil.process_iter() if start.sessions in " ".join(p.cmdline())] == []
 
 
 @pytest.mark.slow
