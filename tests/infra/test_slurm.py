@@ -79,7 +79,8 @@ def test_a_job_runs_over_all_nodes_and_nothing_is_left(start, tmp_path):
     assert "ray start --head" in log
     assert "srun node2" in log
     assert "requeue" not in log
-    assert [p for p in psutil.process_iter() if start.sessions in " ".join(p.cmdline())] == []
+    lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    assert [line for line in lines if start.sessions in line] == []
 
 
 @pytest.mark.slow
