@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -20,9 +19,7 @@ from support.manifests.documents import (
 schemas = pytest.importorskip("support.manifests.schemas", reason="kubernetes-validate is not installed")
 
 pytestmark = [
-    pytest.mark.skipif(
-        bool(kubectl_missing()) and os.environ.get("CI") != "true", reason=kubectl_missing() or ""
-    ),
+    pytest.mark.skipif(bool(kubectl_missing()), reason=kubectl_missing() or ""),
     pytest.mark.long,
 ]
 #: Mutants tried of each distinct document; all of them take minutes.
