@@ -120,7 +120,7 @@ def image_case(gpu: OneGpu, images: int) -> Measured:
     plain = Drawing(painter, gpu.device, EagerEngine())
     work: Callable[[], object]
     if gpu.device == "cuda":
-        from millijoule.kernels.image_triton import ImageKernel as GpuKernel
+        from millijoule.kernels.gpu.image import ImageKernel as GpuKernel
 
         kernel = GpuKernel(painter.kernel_weights(), gpu.device)
         there = torch.from_numpy(tokens).to(gpu.device), torch.from_numpy(seeds.view(np.int64)).to(gpu.device)
@@ -145,7 +145,7 @@ def dense_case(gpu: OneGpu, n: int, images: int, steps: int) -> Measured:
     classes = torch.arange(images) % CLASSES
     forms: dict[str, Callable[[], object]] = {}
     if gpu.device == "cuda":
-        from millijoule.kernels.dense_coupling_triton import DenseKernel, may_stay
+        from millijoule.kernels.gpu.dense_coupling import DenseKernel, may_stay
 
         few = phases[:CHECKED], classes[:CHECKED], steps, 1.0
         expected = relax(few[0], coupling, *few[1:])  # on the host

@@ -56,7 +56,7 @@ def test_other_steps(shipped, steps):
 
 @on_a_board
 def test_a_gpu_draws_by_its_kernels(shipped):
-    from millijoule.kernels.image_triton import ImageKernel
+    from millijoule.kernels.gpu.image import ImageKernel
 
     assert isinstance(shipped[1].kernel, ImageKernel)
     assert isinstance(load_generator("default", device=DEVICE).drawing.kernel, ImageKernel)
@@ -66,7 +66,7 @@ def test_a_gpu_draws_by_its_kernels(shipped):
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("extreme", [True, False])
 def test_small_and_extreme_networks_with_weights_kept_and_read_again(resident, extreme):
-    from millijoule.kernels.image_triton import ImageKernel
+    from millijoule.kernels.gpu.image import ImageKernel
 
     painter = extreme_painter(0) if extreme else painter_of(tiny_oscillators())
     kernel = ImageKernel(painter.kernel_weights(), DEVICE)
@@ -101,7 +101,7 @@ def call_of(n, batch, steps, m=8):
 def relaxed_there(coupling, call, **options):
     if REHEARSAL:
         return relax(call[0], coupling, *call[1:])
-    from millijoule.kernels.dense_coupling_triton import DenseKernel
+    from millijoule.kernels.gpu.dense_coupling import DenseKernel
 
     kernel = DenseKernel(coupling, DEVICE, **options)
     first = kernel(*call).cpu()

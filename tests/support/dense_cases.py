@@ -10,7 +10,7 @@ FEWER_IMAGES = 8
 
 def relaxed_by_kernels(coupling, calls, **options):
     """Last phases of calls, (phases, classes, steps, horizon) each, of one `DenseKernel`; for `support.interpreted`."""
-    from millijoule.kernels import dense_coupling_triton as kernels
+    from millijoule.kernels.gpu import dense_coupling as kernels
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "IMAGES", FEWER_IMAGES)
@@ -21,7 +21,7 @@ def relaxed_by_kernels(coupling, calls, **options):
 def relaxed_on_the_chip(coupling, call, tile, together):
     """The same with K kept, in blocks of `tile`: rows, and how often how many images. The interpreter runs blocks one after the
     other, so blocks that share images get a launch for each step (`together` 1), and never wait."""
-    from millijoule.kernels import dense_coupling_triton as kernels
+    from millijoule.kernels.gpu import dense_coupling as kernels
 
     run = kernels.run_resident
     with pytest.MonkeyPatch.context() as patch:

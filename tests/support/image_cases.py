@@ -24,20 +24,20 @@ from millijoule.workers.scenes.vocabulary import NOUNS
 
 def drawn_by_kernels(painter, calls, resident=True, blocks=2):
     """Images of calls, (tokens, seeds, steps) each, of one `ImageKernel`; for `support.interpreted`."""
-    from millijoule.kernels import image_triton
+    from millijoule.kernels.gpu import image as gpu_image
 
-    kernel = image_triton.ImageKernel(painter.kernel_weights(), "cpu")
+    kernel = gpu_image.ImageKernel(painter.kernel_weights(), "cpu")
     kernel.resident, kernel.blocks = resident, blocks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            image_triton, "BLEND_IMAGES", 16
+            gpu_image, "BLEND_IMAGES", 16
         )  # a program of the interpreter is slow, its arrays are not
         return [kernel.draw(*call) for call in calls]
 
 
 def drawn_on_device(painter, tokens, seeds):
     """Images of tokens that nothing has looked at; for `support.interpreted`."""
-    from millijoule.kernels.image_triton import ImageKernel
+    from millijoule.kernels.gpu.image import ImageKernel
 
     kernel = ImageKernel(painter.kernel_weights(), "cpu")
     return kernel.draw_on_device(torch.from_numpy(tokens), torch.from_numpy(seeds.view(np.int64))).numpy()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.tiny_oscillators import painter_of, tiny_oscillators
 
-from millijoule.kernels import image_triton
+from millijoule.kernels.gpu import image as gpu_image
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.registry import load_generator
@@ -41,7 +41,7 @@ def opened(monkeypatch, drawing, caplog):
     def open_with(change, weights=None):
         kernel = kernel_that(change)
         kernel.plain = staticmethod(drawing.draw)
-        monkeypatch.setattr(image_triton, "ImageKernel", kernel)
+        monkeypatch.setattr(gpu_image, "ImageKernel", kernel)
         with caplog.at_level(logging.INFO):
             found = gpu_kernel(weights or drawing.painter.kernel_weights(), "cuda:1", drawing.draw)
         return found, caplog.text

@@ -7,7 +7,7 @@ from support.dense_cases import relaxed_by_kernels, relaxed_on_the_chip
 from support.interpreted import interpreted
 
 from millijoule.kernels.dense_coupling import StepsTooLong, quantize_dense, relax_reference
-from millijoule.kernels.dense_coupling_triton import DenseKernel, may_stay
+from millijoule.kernels.gpu.dense_coupling import DenseKernel, may_stay
 from millijoule.kernels.phase import TURN, random_phases
 
 

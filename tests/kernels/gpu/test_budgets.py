@@ -11,8 +11,10 @@ import pytest
 import torch
 from support.compiled_kernels import A100, B200, H100, launches_of
 
-from millijoule.kernels import dense_coupling_triton, image_triton
-from millijoule.kernels.dense_coupling_triton import DenseWork, PackedCoupling, StepNumbers
+from millijoule.kernels.gpu import dense_coupling as gpu_dense_coupling
+from millijoule.kernels.gpu import image as gpu_image
+from millijoule.kernels.gpu import image_model
+from millijoule.kernels.gpu.dense_coupling import DenseWork, PackedCoupling, StepNumbers
 from millijoule.workers.generators.registry import PACKAGED
 from millijoule.workers.oscillators.model_file import load_model
 
@@ -54,16 +56,16 @@ def assert_within(found, target, name):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_image_kernels(target):
     painter, _ = load_model(PACKAGED["default"])
-    packed = image_triton.pack(painter.kernel_weights(), "meta")
+    packed = image_model.pack(painter.kernel_weights(), "meta")
     images = 4096
-    work = image_triton.Work.empty(packed, images, "meta")
+    work = image_model.Work.empty(packed, images, "meta")
     found = launches_of(
-        image_triton.draw_images,
+        gpu_image.draw_images,
         *(packed, work, meta(images, 17, dtype=torch.int64), meta(images, dtype=torch.int64)),
         *(meta(images, 64, 64, 3, dtype=torch.uint8), 10, MULTIPROCESSORS[target], target != "sm_80"),
         target=TARGETS[target],
     )
-    assert_within(found, target, "image_triton")
+    assert_within(found, target, "image")
 
 
 def dense(n, fine_every):
@@ -90,19 +92,17 @@ def dense(n, fine_every):
 @pytest.mark.parametrize("fine_every", [0, 1], ids=["coarse", "fine"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_step_of_dense_coupling(target, fine_every):
-    found = launches_of(
-        dense_coupling_triton.run_steps, *dense(4096, fine_every), STEPS, target=TARGETS[target]
-    )
-    assert_within(found, target, "dense_coupling_triton" + (", fine" if fine_every else ""))
+    found = launches_of(gpu_dense_coupling.run_steps, *dense(4096, fine_every), STEPS, target=TARGETS[target])
+    assert_within(found, target, "dense_coupling" + (", fine" if fine_every else ""))
 
 
-@pytest.mark.parametrize("n", dense_coupling_triton.RESIDENT)
+@pytest.mark.parametrize("n", gpu_dense_coupling.RESIDENT)
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_dense_coupling_with_k_on_the_chip(target, n):
     """All blocks of a batch of 256 run at once: they wait for each other."""
     most = MULTIPROCESSORS[target]
-    found = launches_of(dense_coupling_triton.run_resident, *dense(n, 0), STEPS, most, target=TARGETS[target])
+    found = launches_of(gpu_dense_coupling.run_resident, *dense(n, 0), STEPS, most, target=TARGETS[target])
     assert len(found) == 3  # one launch for all steps of 256 images
-    assert_within(found, target, f"dense_coupling_triton, {n} on the chip")
+    assert_within(found, target, f"dense_coupling, {n} on the chip")
     assert found[-1].programs <= most
     assert found[-1].shared_bytes >= 128 * 1024  # K is there

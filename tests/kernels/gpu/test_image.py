@@ -9,7 +9,7 @@ from support.image_cases import drawn_by_kernels, drawn_on_device, extreme_paint
 from support.interpreted import interpreted
 from support.tiny_oscillators import NOUNS, painter_of, tiny_oscillators
 
-from millijoule.kernels.image_triton import ImageKernel, misfit
+from millijoule.kernels.gpu.image import ImageKernel, misfit
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.generators.registry import PACKAGED
 from millijoule.workers.oscillators.draw import Drawing
