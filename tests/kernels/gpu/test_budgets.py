@@ -15,6 +15,7 @@ from millijoule.kernels.gpu import dense_coupling as gpu_dense_coupling
 from millijoule.kernels.gpu import image as gpu_image
 from millijoule.kernels.gpu import image_model
 from millijoule.kernels.gpu.dense_coupling import DenseWork, PackedCoupling, StepNumbers
+from millijoule.kernels.gpu.upsampling_decoder import PackedConvolution, decode_packed
 from millijoule.workers.generators.registry import PACKAGED
 from millijoule.workers.oscillators.model_file import load_model
 
@@ -106,3 +107,21 @@ def test_dense_coupling_with_k_on_the_chip(target, n):
     assert_within(found, target, f"dense_coupling, {n} on the chip")
     assert found[-1].programs <= most
     assert found[-1].shared_bytes >= 128 * 1024  # K is there
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_layers_of_a_decoder(target):
+    """Of Un-0's 4,096 oscillators, 64 by 64 pixels."""
+    layers, channels = [], 512
+    for taken, given, parities, side in (
+        *((512, 256, 4, 2), (256, 256, 1, 3), (256, 128, 4, 2), (128, 128, 1, 3)),
+        (128, 16, 1, 3),
+    ):
+        numbers = (meta(parities, given), meta(parities, given), meta(parities, given, dtype=torch.float32))
+        weights = meta(2, parities, side * side, given, taken, dtype=torch.int8)
+        layers.append(PackedConvolution(weights, *numbers, side))
+    features = meta(2, 256, 4, 4, channels, dtype=torch.int8)
+    found = launches_of(
+        decode_packed, layers, meta(8193, dtype=torch.uint8), features, target=TARGETS[target]
+    )
+    assert_within(found, target, "upsampling_decoder")
