@@ -3,19 +3,27 @@
 Skipped where there is none. In a rehearsal, on a CPU, PyTorch's operations and the CPU's kernels stand in for the GPU's.
 """
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 from support.accelerator import DEVICE, MISSING, REHEARSAL
+from support.decoder_cases import in_steps, made_up_convolutions, made_up_features
 from support.image_cases import extreme_painter, tokens_of
 from support.tiny_oscillators import NOUNS, painter_of, tiny_oscillators
+from support.un0_checkpoints import publish
 
+from millijoule.jobs import convert
+from millijoule.jobs.entry import COMPLETE
 from millijoule.kernels.dense_coupling import quantize_dense, relax, relax_reference
 from millijoule.kernels.phase import TURN, random_phases
+from millijoule.kernels.upsampling_decoder import calibrated_ranges, decode, quantize_decoder
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.generators.registry import PACKAGED, load_generator
 from millijoule.workers.oscillators.draw import Drawing
 from millijoule.workers.oscillators.model_file import load_model
+from millijoule.workers.schemas import ImageRequest
 
 pytestmark = pytest.mark.skipif(MISSING, reason="no CUDA device")
 
@@ -127,3 +135,44 @@ def test_k_on_the_chip_gives_the_same_phases(n):
         step_by_step = relaxed_there(coupling, call)
         assert torch.equal(relaxed_there(coupling, call, resident=True), step_by_step)
         assert torch.equal(step_by_step[:2], relax(call[0][:2], coupling, call[1][:2], *call[2:]))
+
+
+@pytest.mark.parametrize(("channels", "blocks", "images"), [(6, 1, 1), (128, 3, 7), (512, 2, 33)])
+def test_images_of_a_decoder_are_a_cpu_s(channels, blocks, images):
+    convolutions, x = made_up_convolutions(channels, blocks), in_steps(made_up_features(images, channels))
+    decoder = quantize_decoder(convolutions, calibrated_ranges(convolutions, x[:4]))
+    expected = decode(x, decoder)
+    if REHEARSAL:
+        found = expected
+    else:
+        from millijoule.kernels.gpu.upsampling_decoder import DecoderKernel
+
+        found = DecoderKernel(decoder, DEVICE)(x.to(DEVICE)).cpu()
+        assert torch.equal(decode(x.to(DEVICE), decoder.to(DEVICE)).cpu(), expected)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("flavour", ["cifar10", "cifar10 sin", "imagenet64"])
+def test_an_un0_checkpoint_in_integers_draws_a_cpu_s_pixels(tmp_path, flavour, caplog):
+    file = tmp_path / "m.safetensors"
+    assert convert.main([str(publish(tmp_path / "p.pt", flavour)), str(file)]) == COMPLETE
+    with caplog.at_level(logging.INFO):
+        there = load_generator(str(file), device=DEVICE)
+    if not REHEARSAL:
+        assert there.kernels == "triton", caplog.text
+    requests = [ImageRequest(f"p{i}", 0, str(i % 10) if i % 5 else "", seed=2**63 + i) for i in range(70)]
+    assert np.array_equal(
+        there.generate(requests).images, load_generator(str(file)).generate(requests).images
+    )
+
+
+@on_a_board
+def test_pytorch_computes_the_integers_of_an_un0_checkpoint_if_forced(tmp_path, monkeypatch):
+    file = tmp_path / "m.safetensors"
+    assert convert.main([str(publish(tmp_path / "p.pt", "cifar10")), str(file)]) == COMPLETE
+    requests = [ImageRequest(f"p{i}", 0, str(i), seed=i) for i in range(9)]
+    expected = load_generator(str(file)).generate(requests).images
+    monkeypatch.setenv("MILLIJOULE_KERNEL", "reference")
+    there = load_generator(str(file), device=DEVICE)
+    assert there.kernels == "pytorch"
+    assert np.array_equal(there.generate(requests).images, expected)

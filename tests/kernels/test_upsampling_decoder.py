@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from support.decoder_cases import in_steps
 from support.decoder_cases import made_up_convolutions as made_up
 from support.decoder_cases import made_up_features as features
