@@ -99,7 +99,8 @@ def measure_integers(gpu: OneGpu, seconds: float, rounds: int) -> dict[str, Any]
     peaks = measure_peaks(gpu, sizes, seconds)
     cases = []
     for images in sizes.images:
-        cases.append(_told(image_case(gpu, images), gpu, peaks, seconds, rounds))
+        for model in ("default", "coupled"):
+            cases.append(_told(image_case(gpu, images, model), gpu, peaks, seconds, rounds))
     for n, images in sizes.dense:
         cases.append(_told(dense_case(gpu, n, images, sizes.steps), gpu, peaks, seconds, rounds))
     for channels, blocks, images in sizes.decoders:
@@ -126,9 +127,9 @@ def measure_peaks(gpu: OneGpu, sizes: Sizes, seconds: float) -> dict[str, float]
     return found
 
 
-def image_case(gpu: OneGpu, images: int) -> Measured:
-    """The default model's images, tokens and seeds on the device to pixels on the device."""
-    painter, _ = load_model(PACKAGED["default"])
+def image_case(gpu: OneGpu, images: int, model: str = "default") -> Measured:
+    """A packaged model's images, tokens and seeds on the device to pixels on the device."""
+    painter, _ = load_model(PACKAGED[model])
     config = painter.network.config
     random = np.random.default_rng(0)
     scenes = [
@@ -154,7 +155,9 @@ def image_case(gpu: OneGpu, images: int) -> Measured:
         raise RuntimeError(f"image kernel, {images} images: other pixels than PyTorch's")
     forms = {"kernel": work, "pytorch, to the host": lambda: plain.draw(tokens, seeds)}
     products = float(needed["text"].sum() + needed["decoder"].sum())
-    return Measured("image", f"{images} images", forms, images, products, drawn.nbytes)
+    if config.coupling != "none":  # of its steps nine tenths and more are products
+        products += float(needed["dynamics"].sum())
+    return Measured("image", f"{model}, {images} images", forms, images, products, drawn.nbytes)
 
 
 def dense_case(gpu: OneGpu, n: int, images: int, steps: int) -> Measured:

@@ -1,10 +1,11 @@
-"""The whole image on a GPU: from tokens of scenes and seeds to uint8 pixels, for the generator without a coupling.
+"""The whole image on a GPU: from tokens of scenes and seeds to uint8 pixels, for oscillators with and without a coupling.
 
 The equations are those of `workers/oscillators` (`draw.py`, `canvas.py`, `integer_network.py`), in the same integers, so pixels are
 the same bits. Five kernels of one stream do it, captured in one CUDA graph; how many icons and cells a batch has stays on the device:
 
     list_work      tokens, seeds -> work lists of icons and of cells with ink, `hidden` of each icon, what a seed varies
     relax_waves    hidden -> drives, all steps of the phases, their sines and cosines
+                   (coupled oscillators: `image_coupling.relax_coupled`)
     near_channels  waves -> channels of the 4x4 cells of each icon, for the whole image enlarged to 8x8
     cover_shares   channels around a cell with ink -> how much of its 64 pixels the icon covers
     blend_pixels   shares, colours, shifts -> pixels
@@ -28,6 +29,13 @@ import torch
 import triton
 from torch import Tensor
 
+from millijoule.kernels.gpu.image_coupling import (
+    COUPLED_ICONS,
+    MAX_RANK,
+    CoupledSteps,
+    pack_steps,
+    relax_coupled,
+)
 from millijoule.kernels.gpu.image_model import (
     CELLS,
     IMAGE_SIZE,
@@ -56,8 +64,6 @@ KEPT_BATCHES = 4
 
 def misfit(weights: ImageWeights) -> str | None:
     """Why the kernels do not take a model; None: they do."""
-    if weights.coupling is not None:
-        return "its oscillators are coupled"
     layers = {name: layer[0] for name, layer in weights.layers.items()}
     sizes = {
         "code": (weights.codes.shape[1], MAX_CODE),
@@ -65,6 +71,7 @@ def misfit(weights: ImageWeights) -> str | None:
         "channels": (weights.channels, MAX_CHANNELS),
         "width": (len(layers["near"]), MAX_WIDTH),
         "mix": (len(layers["mix"]), MAX_MIX),
+        "rank": (0 if weights.coupling is None else weights.coupling.gather.shape[1], MAX_RANK),
     }
     if any(int(layer[2].abs().max()) >= 2**31 for layer in weights.layers.values()):
         return "a multiplier does not fit int32"
@@ -160,6 +167,8 @@ class _Batch:
         self.seeds = torch.zeros(images, dtype=torch.int64, device=device)
         self.pixels = torch.empty(images, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
         self.work = Work.empty(kernel.packed, images, device)
+        coupling = kernel.packed.coupling
+        coupled = None if coupling is None else pack_steps(coupling, steps, 2 * kernel.blocks, device)
 
         def launches() -> None:
             draw_images(
@@ -171,6 +180,7 @@ class _Batch:
                 steps,
                 kernel.blocks,
                 kernel.resident,
+                coupled,
             )
 
         self.run: Callable[[], Any] = launches
@@ -202,6 +212,7 @@ def draw_images(
     steps: int,
     blocks: int,
     resident: bool,
+    coupled: CoupledSteps | None = None,
 ) -> None:
     """Start the kernels: `tokens` int64 `[images, 17]` and `seeds` int64 `[images]` -> `pixels` uint8 `[images, 64, 64, 3]`."""
     device, images, p, w = tokens.device, len(tokens), packed, work
@@ -223,28 +234,34 @@ def draw_images(
         IMAGES=LIST_IMAGES,
         num_warps=8,
     )  # fmt: skip
-    launch(
-        relax_waves,
-        CELLS * triton.cdiv(2 * blocks, CELLS),
-        device,
-        *(
-            w.counters,
-            w.icons,
-            w.hidden,
-            p.drive,
-            numbers["drive"],
-            p.place,
-            p.waves,
-            w.waves,
-            w.icons.shape[1],
-        ),
-        *(p.steps, steps),
-        SCALED=steps != p.steps,
-        HIDDEN=p.hidden,
-        CHANNELS=p.channels,
-        ICONS=WAVE_ICONS,
-        num_warps=4,
-    )
+    driven = (w.counters, w.icons, w.hidden, p.drive, numbers["drive"], p.place, p.waves, w.waves)
+    if p.coupling is None or coupled is None:
+        launch(
+            relax_waves,
+            CELLS * triton.cdiv(2 * blocks, CELLS),
+            device,
+            *(*driven, w.icons.shape[1], p.steps, steps),
+            SCALED=steps != p.steps,
+            HIDDEN=p.hidden,
+            CHANNELS=p.channels,
+            ICONS=WAVE_ICONS,
+            num_warps=4,
+        )
+    else:
+        launch(
+            relax_coupled,
+            len(coupled.own),
+            device,
+            *(*driven, coupled.own, p.coupling.local, p.coupling.gather, p.coupling.spread),
+            *(coupled.local, coupled.gather, coupled.spread, w.icons.shape[1], p.steps, steps),
+            SCALED=steps != p.steps,
+            HIDDEN=p.hidden,
+            CHANNELS=p.channels,
+            RANK=p.coupling.rank,
+            ICONS=COUPLED_ICONS,
+            num_warps=4,
+            num_stages=1,  # what is loaded ahead of a step would be what the last one has not written yet
+        )
     launch(
         near_channels,
         blocks,

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from millijoule.kernels.gpu.image_coupling import PackedImageCoupling, pack_coupling
 from millijoule.kernels.image import ImageWeights
 from millijoule.kernels.phase import COS_TABLE, SIN_TABLE
 
@@ -38,7 +39,8 @@ class Work:
         records: int32 `[images, 64, 2]`: of an image's cell, the levels of the icon that has it, and where that stands.
         levels: int32 `[images]`: of the ground.
         hidden: int8 `[slots, hidden]`.
-        waves: int8 `[icons, 16, 2 channels]`: sines, then cosines; half windows first.
+        waves: int8 `[1 or 2 buffers, icons, 16, 2 channels]`: sines, then cosines; half windows first. Of coupled oscillators, steps read
+            one buffer and write the other; the last one writes the first.
         features: int8 `[images * 64, width]`.
         covers: uint8 `[images * 64, 64]`.
     """
@@ -70,7 +72,9 @@ class Work:
             records=empty(images, IMAGE_CELLS, 2),
             levels=empty(images),
             hidden=empty(icons, packed.hidden, dtype=torch.int8),
-            waves=empty(icons, CELLS, 2 * packed.channels, dtype=torch.int8),
+            waves=empty(
+                1 if packed.coupling is None else 2, icons, CELLS, 2 * packed.channels, dtype=torch.int8
+            ),
             features=empty(cells, packed.width, dtype=torch.int8),
             covers=empty(cells, PIXELS, dtype=torch.uint8),
         )
@@ -93,6 +97,7 @@ class PackedModel:
         share: int8 `[64, MIX]`.
         numbers: int32 `[2, ...]` for each layer: bias, then multiplier.
         inked: int64 `[nouns, 6]`, a bit for each cell.
+        coupling: None, the oscillators have none.
         waves: int32 `[1024]`: sine in the lower 16 bits, cosine in the upper.
     """
 
@@ -116,6 +121,7 @@ class PackedModel:
     shade: int
     jitter: int
     steps: int
+    coupling: PackedImageCoupling | None
 
     @property
     def hidden(self) -> int:
@@ -139,7 +145,13 @@ def pack(weights: ImageWeights, device: str | torch.device) -> PackedModel:
         max(triton.next_power_of_2(n), MIN_INPUTS)
         for n in (weights.codes.shape[1], len(matrices["read_code"]), own_width, len(matrices["mix"]))
     )
-    channels = max(triton.next_power_of_2(own_channels), MIN_INPUTS // 2)
+    # of a layer's inputs, sines and cosines are halves; of a coupling's, one of them is all
+    least = MIN_INPUTS // 2 if weights.coupling is None else MIN_INPUTS
+    channels = max(triton.next_power_of_2(own_channels), least)
+    coupling = None
+    if weights.coupling is not None:
+        rank = max(triton.next_power_of_2(weights.coupling.gather.shape[1]), MIN_INPUTS)
+        coupling = pack_coupling(weights.coupling, weights.horizon, channels, rank, device)
 
     def padded(x: Tensor, *shape: int) -> Tensor:
         """With zeros at the ends of the last axes."""
@@ -184,4 +196,5 @@ def pack(weights: ImageWeights, device: str | torch.device) -> PackedModel:
         shade=weights.shade,
         jitter=weights.jitter,
         steps=weights.steps,
+        coupling=coupling,
     )

@@ -138,7 +138,7 @@ def list_work(
 
 
 @triton.jit
-def _drive_of(
+def drive_of(
     x, weights, numbers, place, cell, part: tl.constexpr, kind, plain_steps, steps,
     SCALED: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -160,14 +160,14 @@ def _drive_of(
 
 
 @triton.jit
-def _drive_weights(drive, cell, part: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr):
+def drive_weights(drive, cell, part: tl.constexpr, HIDDEN: tl.constexpr, CHANNELS: tl.constexpr):
     """int8 `[HIDDEN, CHANNELS]`."""
     inputs, out = tl.arange(0, HIDDEN), tl.arange(0, CHANNELS)
     return tl.load(drive + ((cell * 3 + part) * CHANNELS + out[None, :]) * HIDDEN + inputs[:, None])
 
 
 @triton.jit
-def _sin_cos(table, theta):
+def sin_cos(table, theta):
     """int32 each, of int32 phases whose upper bits count whole turns."""
     both = tl.load(table + ((theta >> _TABLE_SHIFT) & _LAST_ENTRY))
     return (both << 16) >> 16, both >> 16
@@ -183,9 +183,9 @@ def relax_waves(
     cell, first = program % 16, program // 16
     halves = tl.load(counters)
     count = halves + tl.load(counters + 1)
-    for_a = _drive_weights(drive, cell, 0, HIDDEN, CHANNELS)
-    for_b = _drive_weights(drive, cell, 1, HIDDEN, CHANNELS)
-    for_omega = _drive_weights(drive, cell, 2, HIDDEN, CHANNELS)
+    for_a = drive_weights(drive, cell, 0, HIDDEN, CHANNELS)
+    for_b = drive_weights(drive, cell, 1, HIDDEN, CHANNELS)
+    for_omega = drive_weights(drive, cell, 2, HIDDEN, CHANNELS)
     inputs, out = tl.arange(0, HIDDEN), tl.arange(0, CHANNELS)
     for block in range(first, tl.cdiv(count, ICONS), programs // 16):
         i = block * ICONS + tl.arange(0, ICONS)
@@ -193,17 +193,17 @@ def relax_waves(
         kind = (i >= halves).to(tl.int32)
         slot = tl.load(icons + tl.where(kind == 0, i, slots + i - halves), keep, 0)  # [icons]
         x = tl.load(hidden + slot.to(tl.int64)[:, None] * HIDDEN + inputs[None, :])  # [icons, HIDDEN] int8
-        a = _drive_of(x, for_a, numbers, place, cell, 0, kind, plain_steps, steps, SCALED, HIDDEN, CHANNELS)
-        b = _drive_of(x, for_b, numbers, place, cell, 1, kind, plain_steps, steps, SCALED, HIDDEN, CHANNELS)
-        omega = _drive_of(
+        a = drive_of(x, for_a, numbers, place, cell, 0, kind, plain_steps, steps, SCALED, HIDDEN, CHANNELS)
+        b = drive_of(x, for_b, numbers, place, cell, 1, kind, plain_steps, steps, SCALED, HIDDEN, CHANNELS)
+        omega = drive_of(
             x, for_omega, numbers, place, cell, 2, kind, plain_steps, steps, SCALED, HIDDEN, CHANNELS
         )
         theta = tl.zeros([ICONS, CHANNELS], tl.int32)
         for _ in range(steps):
-            s, c = _sin_cos(table, theta)
+            s, c = sin_cos(table, theta)
             pull = (c * a - s * b + _PULL_HALF) >> _PULL_BITS
             theta += omega + pull  # whole turns fall away where the table is read
-        s, c = _sin_cos(table, theta)
+        s, c = sin_cos(table, theta)
         row = waves + (i.to(tl.int64) * 16 + cell)[:, None] * (2 * CHANNELS) + out[None, :]
         tl.store(row, s.to(tl.int8), keep[:, None])  # [icons, CHANNELS] int8
         tl.store(row + CHANNELS, c.to(tl.int8), keep[:, None])  # [icons, CHANNELS] int8

@@ -38,9 +38,9 @@ def reference(painter, tokens, seeds, steps=None):
     return Drawing(painter, engine=EagerEngine()).draw(tokens, seeds, steps)
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    painter, _ = load_model(PACKAGED["default"])
+@pytest.fixture(scope="module", params=["default", "coupled"])
+def shipped(request):
+    painter, _ = load_model(PACKAGED[request.param])
     return painter, Drawing(painter, DEVICE)
 
 
@@ -73,10 +73,12 @@ def test_a_gpu_draws_by_its_kernels(shipped):
 @on_a_board
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("extreme", [True, False])
-def test_small_and_extreme_networks_with_weights_kept_and_read_again(resident, extreme):
+@pytest.mark.parametrize("coupled", [True, False])
+def test_small_and_extreme_networks_with_weights_kept_and_read_again(resident, extreme, coupled):
     from millijoule.kernels.gpu.image import ImageKernel
 
-    painter = extreme_painter(0) if extreme else painter_of(tiny_oscillators())
+    small = tiny_oscillators("trained" if coupled else "none")
+    painter = extreme_painter(0, coupled) if extreme else painter_of(small)
     kernel = ImageKernel(painter.kernel_weights(), DEVICE)
     kernel.resident = resident
     tokens = tokens_of(200, 6 if extreme else NOUNS)

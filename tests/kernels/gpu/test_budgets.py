@@ -13,7 +13,7 @@ from support.compiled_kernels import A100, B200, H100, launches_of
 
 from millijoule.kernels.gpu import dense_coupling as gpu_dense_coupling
 from millijoule.kernels.gpu import image as gpu_image
-from millijoule.kernels.gpu import image_model
+from millijoule.kernels.gpu import image_coupling, image_model
 from millijoule.kernels.gpu.dense_coupling import DenseWork, PackedCoupling, StepNumbers
 from millijoule.kernels.gpu.upsampling_decoder import PackedConvolution, decode_packed
 from millijoule.workers.generators.registry import PACKAGED
@@ -54,19 +54,21 @@ def assert_within(found, target, name):
     assert over == {}, "registers and shared bytes: found, allowed"
 
 
+@pytest.mark.parametrize("model", ["default", "coupled"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_image_kernels(target):
-    painter, _ = load_model(PACKAGED["default"])
+def test_the_image_kernels(target, model):
+    painter, _ = load_model(PACKAGED[model])
     packed = image_model.pack(painter.kernel_weights(), "meta")
-    images = 4096
+    images, most = 4096, MULTIPROCESSORS[target]
     work = image_model.Work.empty(packed, images, "meta")
+    coupled = packed.coupling and image_coupling.pack_steps(packed.coupling, 10, 2 * most, "meta")
     found = launches_of(
         gpu_image.draw_images,
         *(packed, work, meta(images, 17, dtype=torch.int64), meta(images, dtype=torch.int64)),
-        *(meta(images, 64, 64, 3, dtype=torch.uint8), 10, MULTIPROCESSORS[target], target != "sm_80"),
+        *(meta(images, 64, 64, 3, dtype=torch.uint8), 10, most, target != "sm_80", coupled),
         target=TARGETS[target],
     )
-    assert_within(found, target, "image")
+    assert_within(found, target, "image" if model == "default" else "image, coupled")
 
 
 def dense(n, fine_every):
