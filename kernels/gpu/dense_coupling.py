@@ -5,7 +5,10 @@ int32 sums, both with the same K, and goes on in registers: row scales, drive, p
 other of two buffers, which the next step reads, so a step reads nothing that it writes. What drives an image comes from its drivers
 alone, whose course over all steps is computed first.
 
-For small n, `resident` keeps K on the chip instead: each block holds its rows of K in shared memory over all steps, and those that
+A K that has nothing in many of its blocks of 64 by 128 weights is stored and multiplied without them (`dense_weights`); a row's
+sums are the same.
+
+For small n, or larger ones of few blocks, `resident` keeps K on the chip instead: each block holds its rows of K in shared memory over all steps, and those that
 share images wait for each other at a barrier in global memory. All of them have to run at once, so it is a cooperative launch.
 """
 
@@ -36,20 +39,30 @@ from millijoule.kernels.gpu.dense_steps import (
     step_phases,
     step_resident,
 )
+from millijoule.kernels.gpu.dense_weights import (
+    BLOCK_ROWS,
+    PADDING,
+    SOURCES,
+    SPARSE_SHARE,
+    PackedWeights,
+    filled_blocks,
+    pack_weights,
+)
 from millijoule.kernels.phase import COS_TABLE, SIN_TABLE
 from millijoule.kernels.triton_launch import INTERPRETED, RESIDENT_GENERATIONS, launch
 
-#: Images and oscillators of a block, and sources that it multiplies at a time.
-IMAGES, ROWS, SOURCES = 64, 128, 128
-
-#: n is padded to a multiple of this.
-PADDING = 128
+#: Images and oscillators of a block, which multiplies `SOURCES` at a time.
+IMAGES, ROWS = 64, 128
 
 #: Drivers of which one block computes the course.
 MAX_DRIVERS = 64
 
 #: n for which K stays on the chip, with the rows of K of a block, which take 128 KiB, and its images: how often how many.
 RESIDENT = {1024: (128, 1, 16), 2048: (64, 4, 16)}
+
+#: The same for block-sparse K: n, if no row of blocks has more than `RESIDENT_BLOCKS` of them, and images.
+RESIDENT_SPARSE = {4096: (4, 16), 8192: (4, 16)}
+RESIDENT_BLOCKS = 16
 
 #: Elements that kernels count in int32, which keeps registers free.
 MAX_OFFSET = 2**30
@@ -64,7 +77,7 @@ class PackedCoupling:
 
     Attributes:
         n, m: without padding.
-        coarse, fine: int8 `[N, N]`; fine is None where there is no such part.
+        coarse, fine: of N by N; fine is None where there is no such part.
         fine_every: its field is made anew in every so many steps.
         drive: int16 `[classes, m, N]`.
         driver_coupling: int16 `[M, M]`, M a power of two.
@@ -73,8 +86,8 @@ class PackedCoupling:
 
     n: int
     m: int
-    coarse: Tensor
-    fine: Tensor | None
+    coarse: PackedWeights
+    fine: PackedWeights | None
     fine_every: int
     drive: Tensor
     driver_coupling: Tensor
@@ -83,7 +96,7 @@ class PackedCoupling:
 
     @property
     def padded(self) -> int:
-        return self.coarse.shape[0]
+        return self.coarse.padded
 
 
 @dataclass(frozen=True)
@@ -146,13 +159,19 @@ class DenseKernel:
     Args:
         device: a GPU, or anything in Triton's interpreter.
         resident: keep K on the chip. Only where `may_stay` says so.
+        sparse: keep K in blocks. None: where few enough have something in them (`SPARSE_SHARE`).
 
     Raises:
         ValueError: no GPU, a coupling larger than `MAX_DRIVERS` and `MAX_OFFSET` allow, or K may not stay on the chip.
     """
 
     def __init__(
-        self, coupling: DenseCoupling, device: str | torch.device, *, resident: bool = False
+        self,
+        coupling: DenseCoupling,
+        device: str | torch.device,
+        *,
+        resident: bool = False,
+        sparse: bool | None = None,
     ) -> None:
         if coupling.m > MAX_DRIVERS:
             raise ValueError(f"{coupling.m} drivers: at most {MAX_DRIVERS} on a GPU")
@@ -174,7 +193,13 @@ class DenseKernel:
         self.at_once = _multiprocessors(
             self.device
         )  # one block takes most of a multiprocessor's shared memory
-        self.packed = pack(coupling, self.device)
+        if resident:
+            sparse = coupling.n not in RESIDENT
+        elif sparse is None:
+            sparse = filled_blocks(coupling.coarse)[0] <= SPARSE_SHARE
+        self.packed = pack(coupling, self.device, sparse=sparse)
+        if resident and (tiles := self.packed.padded // resident_tile(self.packed)[0]) > self.at_once:
+            raise ValueError(f"{device}: {tiles} blocks have to run at once, {self.at_once} do")
         self._batches: dict[tuple[int, int, float], _Batch] = {}
 
     @torch.inference_mode()
@@ -222,8 +247,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def may_stay(coupling: DenseCoupling) -> bool:
-    """Whether K can be kept on the chip: of some sizes, and without a fine part."""
-    return coupling.n in RESIDENT and coupling.fine is None
+    """Whether K can be kept on the chip: without a fine part, and either of a size in `RESIDENT`, or of one in `RESIDENT_SPARSE` with at most
+    `RESIDENT_BLOCKS` blocks in each row of blocks that have something in them."""
+    if coupling.fine is not None:
+        return False
+    if coupling.n in RESIDENT_SPARSE:
+        return filled_blocks(coupling.coarse)[1] <= RESIDENT_BLOCKS
+    return coupling.n in RESIDENT
+
+
+def resident_tile(packed: PackedCoupling) -> tuple[int, int, int]:
+    """Rows of K that a block keeps, and its images: how often how many."""
+    return (BLOCK_ROWS, *RESIDENT_SPARSE[packed.n]) if packed.coarse.sparse else RESIDENT[packed.n]
 
 
 class _Batch:
@@ -256,13 +291,11 @@ class _Batch:
         work.classes[:count].copy_(classes)
 
 
-def pack(coupling: DenseCoupling, device: str | torch.device) -> PackedCoupling:
-    """`coupling` on `device`."""
+def pack(coupling: DenseCoupling, device: str | torch.device, *, sparse: bool = False) -> PackedCoupling:
+    """`coupling` on `device`; `sparse`: in blocks."""
     n, m = coupling.n, coupling.m
     more, drivers = -n % PADDING, triton.next_power_of_2(m)
-
-    def square(x: Tensor) -> Tensor:
-        return F.pad(x, (0, more, 0, more)).contiguous().to(device)
+    fine = None if coupling.fine is None else pack_weights(coupling.fine, device, sparse=sparse)
 
     def table(sin: Tensor, cos: Tensor) -> Tensor:
         return ((sin.to(torch.int32) & 0xFFFF) | (cos.to(torch.int32) << 16)).to(device)
@@ -270,8 +303,8 @@ def pack(coupling: DenseCoupling, device: str | torch.device) -> PackedCoupling:
     return PackedCoupling(
         n=n,
         m=m,
-        coarse=square(coupling.coarse),
-        fine=None if coupling.fine is None else square(coupling.fine),
+        coarse=pack_weights(coupling.coarse, device, sparse=sparse),
+        fine=fine,
         fine_every=coupling.fine_every,
         drive=F.pad(coupling.drive.transpose(1, 2), (0, more)).contiguous().to(device),
         driver_coupling=F.pad(coupling.driver_coupling, (0, drivers - m, 0, drivers - m)).to(device),
@@ -324,8 +357,12 @@ def run_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, ste
     images, n = work.theta.shape
     device = work.theta.device
     begin_steps(packed, numbers, work, steps)
-    tiles, drivers = (images // IMAGES) * (n // ROWS), packed.driver_coupling.shape[0]
-    blocks = {"IMAGES": IMAGES, "ROWS": ROWS, "SOURCES": SOURCES, "num_warps": 8, "num_stages": 4}
+    sparse = packed.coarse.sparse
+    rows = BLOCK_ROWS if sparse else ROWS
+    tiles, drivers = (images // IMAGES) * (n // rows), packed.driver_coupling.shape[0]
+    blocks = {"BLOCKS": sparse, "IMAGES": IMAGES, "ROWS": rows, "SOURCES": SOURCES}
+    blocks |= {"num_warps": 8, "num_stages": 4}
+    weights = (packed.coarse.values, packed.coarse.columns, packed.coarse.starts)
     for step in range(steps):
         sources, target = work.sources[step % 2], work.sources[1 - step % 2]
         driven = (packed.drive, work.classes, work.driver_waves[step])
@@ -336,7 +373,7 @@ def run_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, ste
                     tiles,
                     device,
                     sources,
-                    packed.fine,
+                    *(packed.fine.values, packed.fine.columns, packed.fine.starts),
                     work.held,
                     numbers.rows,
                     n,
@@ -357,7 +394,7 @@ def run_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, ste
             step_phases,
             tiles,
             device,
-            *(work.theta, sources, target, packed.coarse, work.outside, numbers.rows, *driven, packed.waves),
+            *(work.theta, sources, target, *weights, work.outside, numbers.rows, *driven, packed.waves),
             *(n, packed.m, images, numbers.drive),
             FINE=packed.fine is not None,
             DRIVERS=drivers,
@@ -382,7 +419,8 @@ def run_resident(
         together: steps of one launch, all by default.
     """
     images, n = work.theta.shape
-    rows, parts, own = RESIDENT[packed.n]
+    rows, parts, own = resident_tile(packed)
+    k = packed.coarse
     tiles, groups = n // rows, images // (parts * own)
     begin_steps(packed, numbers, work, steps)
     for first in range(0, steps, together or steps):
@@ -392,10 +430,12 @@ def run_resident(
                 step_resident,
                 min(at_once // tiles, groups - group) * tiles,
                 work.theta.device,
-                *(work.theta, work.sources, packed.coarse, numbers.rows, packed.drive, work.classes),
+                *(work.theta, work.sources, k.values, k.columns, k.starts),
+                *(numbers.rows, packed.drive, work.classes),
                 *(work.driver_waves, packed.waves, work.arrived, n, packed.m, images, group),
                 *(first, min(first + (together or steps), steps), numbers.drive),
-                CHUNKS=n // SOURCES,
+                BLOCKS=k.sparse,
+                CHUNKS=k.fullest or n // SOURCES,
                 DRIVERS=packed.driver_coupling.shape[0],
                 PULL_BITS=numbers.pull_bits,
                 PARTS=parts,

@@ -61,33 +61,47 @@ def first_waves(theta, table, sources, count, SIZE: tl.constexpr):
 
 @triton.jit
 def _products(
-    sources, images, image, weights, row, n, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr
-):
-    """Sums of all sines and of all cosines of some images by some rows of K, int32 `[IMAGES, ROWS]` both."""
+    sources, images, image, weights, columns, starts, tile, n,
+    BLOCKS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
+):  # fmt: skip
+    """Sums of all sines and of all cosines of some images by one tile of K's rows, int32 `[IMAGES, ROWS]` both. `BLOCKS`: K is
+    block-sparse, a tile a row of blocks."""
     k = tl.arange(0, SOURCES)
     u = tl.zeros([IMAGES, ROWS], tl.int32)
     w = tl.zeros([IMAGES, ROWS], tl.int32)
     sines = sources + image[:, None] * n + k[None, :]
     cosines = sines + images * n
-    rows = weights + row[None, :] * n + k[:, None]
-    for first in range(0, n, SOURCES):
-        part = tl.load(rows + first)  # [SOURCES, ROWS] int8
-        u = tl.dot(tl.load(sines + first), part, u, out_dtype=tl.int32)  # [IMAGES, SOURCES] int8
-        w = tl.dot(tl.load(cosines + first), part, w, out_dtype=tl.int32)
+    r = tl.arange(0, ROWS)
+    if BLOCKS:
+        first, last = tl.load(starts + tile), tl.load(starts + tile + 1)
+        rows = weights + first * (ROWS * SOURCES) + r[None, :] * SOURCES + k[:, None]
+        for block in range(first, last):
+            column = tl.load(columns + block) * SOURCES
+            part = tl.load(rows)  # [SOURCES, ROWS] int8
+            u = tl.dot(tl.load(sines + column), part, u, out_dtype=tl.int32)  # [IMAGES, SOURCES] int8
+            w = tl.dot(tl.load(cosines + column), part, w, out_dtype=tl.int32)
+            rows += ROWS * SOURCES
+    else:
+        rows = weights + (tile * ROWS + r[None, :]) * n + k[:, None]
+        for first in range(0, n, SOURCES):
+            part = tl.load(rows + first)  # [SOURCES, ROWS] int8
+            u = tl.dot(tl.load(sines + first), part, u, out_dtype=tl.int32)  # [IMAGES, SOURCES] int8
+            w = tl.dot(tl.load(cosines + first), part, w, out_dtype=tl.int32)
     return u, w
 
 
 @triton.jit
 def hold_field(
-    sources, fine, held, numbers, n, images,
-    IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
+    sources, fine, columns, starts, held, numbers, n, images,
+    BLOCKS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     """The field of the fine part, to be held for some steps."""
     groups = images // IMAGES
     program = tl.program_id(0)
     image = (program % groups) * IMAGES + tl.arange(0, IMAGES)
-    row = (program // groups) * ROWS + tl.arange(0, ROWS)
-    u, w = _products(sources, images, image, fine, row, n, IMAGES, ROWS, SOURCES)
+    tile = program // groups
+    row = tile * ROWS + tl.arange(0, ROWS)
+    u, w = _products(sources, images, image, fine, columns, starts, tile, n, BLOCKS, IMAGES, ROWS, SOURCES)
     multiplier = tl.load(numbers + n + row)[None, :]
     place = held + image[:, None] * n + row[None, :]
     tl.store(place, _requantized(u, multiplier).to(tl.int32))  # [IMAGES, ROWS]
@@ -126,19 +140,20 @@ def outer_field(
 
 @triton.jit
 def step_phases(
-    theta, sources, target, coarse, outside, numbers, drive, classes, driver_waves, table,
+    theta, sources, target, coarse, columns, starts, outside, numbers, drive, classes, driver_waves, table,
     n, m, images, drive_multiplier,
     FINE: tl.constexpr, DRIVERS: tl.constexpr, PULL_BITS: tl.constexpr,
-    IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
+    BLOCKS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     """One step of some oscillators of some images. `FINE`: `outside` has the field of the fine part and what drives them."""
     groups = images // IMAGES
     program = tl.program_id(0)
     image = (program % groups) * IMAGES + tl.arange(0, IMAGES)
-    row = (program // groups) * ROWS + tl.arange(0, ROWS)
+    tile = program // groups
+    row = tile * ROWS + tl.arange(0, ROWS)
     at = image[:, None] * n + row[None, :]
     second = images * n
-    u, w = _products(sources, images, image, coarse, row, n, IMAGES, ROWS, SOURCES)
+    u, w = _products(sources, images, image, coarse, columns, starts, tile, n, BLOCKS, IMAGES, ROWS, SOURCES)
     multiplier = tl.load(numbers + row)[None, :]
     u, w = _requantized(u, multiplier).to(tl.int32), _requantized(w, multiplier).to(tl.int32)
     if FINE:
@@ -171,22 +186,43 @@ def _wait(arrived, count):
 
 
 @triton.jit
+def _added(kept, sources, second, column, u, w, SOURCES: tl.constexpr):
+    """Sums after a part of K was multiplied, too."""
+    # not through the first-level cache, which other blocks' stores do not reach
+    sines = tl.load(sources + column * SOURCES, cache_modifier=".cg")  # [SOURCES, IMAGES] int8
+    cosines = tl.load(sources + second + column * SOURCES, cache_modifier=".cg")
+    return tl.dot(kept, sines, u, out_dtype=tl.int32), tl.dot(kept, cosines, w, out_dtype=tl.int32)
+
+
+@triton.jit
 def step_resident(
-    theta, sources, coarse, numbers, drive, classes, driver_waves, table, arrived,
+    theta, sources, coarse, columns, starts, numbers, drive, classes, driver_waves, table, arrived,
     n, m, images, first_group, first, last, drive_multiplier,
-    CHUNKS: tl.constexpr, DRIVERS: tl.constexpr, PULL_BITS: tl.constexpr,
+    BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, DRIVERS: tl.constexpr, PULL_BITS: tl.constexpr,
     PARTS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
-    """Steps `first` to `last` of some oscillators of some images, their rows of K in shared memory all the time."""
+    """Steps `first` to `last` of some oscillators of some images, their rows of K in shared memory all the time. `BLOCKS`: of
+    block-sparse K the blocks of one row, at most `CHUNKS`."""
     tiles = n // ROWS
     program = tl.program_id(0)
     group = first_group + program // tiles
-    row = (program % tiles) * ROWS + tl.arange(0, ROWS)
+    tile = program % tiles
+    row = tile * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, SOURCES)
-    kept = (tl.load(coarse + row[:, None] * n + k[None, :]),)  # [ROWS, SOURCES] int8
+    start = tl.load(starts + tile) if BLOCKS else 0
+    count = tl.load(starts + tile + 1) - start if BLOCKS else CHUNKS
+    if BLOCKS:
+        stored = coarse + start * (ROWS * SOURCES) + tl.arange(0, ROWS)[:, None] * SOURCES + k[None, :]
+    else:
+        stored = coarse + row[:, None] * n + k[None, :]
+    further: tl.constexpr = ROWS * SOURCES if BLOCKS else SOURCES
+    kept = (tl.load(stored),)  # [ROWS, SOURCES] int8
     for chunk in tl.static_range(1, CHUNKS):
         tl.debug_barrier()  # one part after the other: all at once would need too many registers
-        kept += (tl.load(coarse + row[:, None] * n + chunk * SOURCES + k[None, :]),)  # type: ignore[assignment]
+        if BLOCKS:
+            kept += (tl.load(stored + chunk * further, k[None, :] < (count - chunk) * SOURCES, 0),)  # type: ignore[assignment]
+        else:
+            kept += (tl.load(stored + chunk * further),)  # type: ignore[assignment]
     second = images * n
     for step in range(first, last):
         source = sources + (step % 2) * 2 * second
@@ -197,11 +233,13 @@ def step_resident(
             u = tl.zeros([ROWS, IMAGES], tl.int32)
             w = tl.zeros([ROWS, IMAGES], tl.int32)
             for chunk in tl.static_range(CHUNKS):
-                # not through the first-level cache, which other blocks' stores do not reach
-                sines = tl.load(beside + chunk * SOURCES, cache_modifier=".cg")  # [SOURCES, IMAGES] int8
-                cosines = tl.load(beside + second + chunk * SOURCES, cache_modifier=".cg")
-                u = tl.dot(kept[chunk], sines, u, out_dtype=tl.int32)
-                w = tl.dot(kept[chunk], cosines, w, out_dtype=tl.int32)
+                if BLOCKS:
+                    if chunk < count:
+                        u, w = _added(
+                            kept[chunk], beside, second, tl.load(columns + start + chunk), u, w, SOURCES
+                        )
+                else:
+                    u, w = _added(kept[chunk], beside, second, chunk, u, w, SOURCES)
             multiplier = tl.load(numbers + row)[:, None]
             u, w = _requantized(u, multiplier).to(tl.int32), _requantized(w, multiplier).to(tl.int32)
             kind = tl.load(classes + image)  # [IMAGES]

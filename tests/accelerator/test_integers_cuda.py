@@ -139,6 +139,34 @@ def test_k_on_the_chip_gives_the_same_phases(n):
         assert torch.equal(step_by_step[:2], relax(call[0][:2], coupling, call[1][:2], *call[2:]))
 
 
+def block_sparse(n, blocks):
+    """Couplings with so many blocks in each row of blocks, other ones in each."""
+    weights = made_up(n)
+    for row in range(n // 64):
+        kept = torch.zeros(n // 128, dtype=torch.bool)
+        kept[(torch.arange(blocks) + row) % len(kept)] = True
+        weights[0][64 * row : 64 * (row + 1)] *= kept.repeat_interleave(128)
+    return weights
+
+
+@pytest.mark.parametrize("fine_every", [0, 3])
+def test_phases_of_a_block_sparse_coupling_are_a_cpu_s(fine_every):
+    coupling = quantize_dense(*block_sparse(512, 2), fine_every=fine_every)
+    call = call_of(512, 67, 5)
+    assert torch.equal(relaxed_there(coupling, call), relax_reference(call[0], coupling, *call[1:]))
+
+
+@on_a_board
+@pytest.mark.parametrize("n", [4096, 8192])
+def test_block_sparse_k_on_the_chip_gives_the_same_phases(n):
+    coupling = quantize_dense(*block_sparse(n, 16))
+    for batch in (3, 256):
+        call = call_of(n, batch, 20)
+        dense = relaxed_there(coupling, call, sparse=False)
+        assert torch.equal(relaxed_there(coupling, call, sparse=True), dense)
+        assert torch.equal(relaxed_there(coupling, call, resident=True), dense)
+
+
 @pytest.mark.parametrize(("channels", "blocks", "images"), [(6, 1, 1), (128, 3, 7), (512, 2, 33)])
 def test_images_of_a_decoder_are_a_cpu_s(channels, blocks, images):
     convolutions, x = made_up_convolutions(channels, blocks), in_steps(made_up_features(images, channels))

@@ -26,7 +26,10 @@ def relaxed_on_the_chip(coupling, call, tile, together):
     run = kernels.run_resident
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "IMAGES", FEWER_IMAGES)
-        patch.setitem(kernels.RESIDENT, coupling.n, tile)
+        if len(tile) == 3:
+            patch.setitem(kernels.RESIDENT, coupling.n, tile)
+        else:  # of block-sparse K, whose rows are 64
+            patch.setitem(kernels.RESIDENT_SPARSE, coupling.n, tile)
         patch.setattr(kernels, "run_resident", lambda *given: run(*given[:-1], at_once=4, together=together))
         return kernels.DenseKernel(coupling, "cpu", resident=True)(*call).clone()
 

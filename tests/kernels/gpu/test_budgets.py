@@ -15,6 +15,7 @@ from millijoule.kernels.gpu import dense_coupling as gpu_dense_coupling
 from millijoule.kernels.gpu import image as gpu_image
 from millijoule.kernels.gpu import image_coupling, image_model
 from millijoule.kernels.gpu.dense_coupling import DenseWork, PackedCoupling, StepNumbers
+from millijoule.kernels.gpu.dense_weights import PackedWeights
 from millijoule.kernels.gpu.upsampling_decoder import PackedConvolution, decode_packed
 from millijoule.workers.generators.registry import PACKAGED
 from millijoule.workers.oscillators.model_file import load_model
@@ -71,9 +72,14 @@ def test_the_image_kernels(target, model):
     assert_within(found, target, "image" if model == "default" else "image, coupled")
 
 
-def dense(n, fine_every):
-    """Un-0's sizes, as strong as it starts from."""
-    square = meta(n, n, dtype=torch.int8)
+def dense(n, fine_every, blocks=0):
+    """Un-0's sizes, as strong as it starts from; block-sparse with so many blocks in each row of them."""
+    if blocks:
+        stored = n // 64 * blocks
+        values = meta(stored, 64, 128, dtype=torch.int8)
+        square = PackedWeights(n, values, meta(stored), meta(n // 64 + 1), blocks)
+    else:
+        square = PackedWeights(n, meta(n, n, dtype=torch.int8), meta(1), meta(1))
     packed = PackedCoupling(
         n=n,
         m=8,
@@ -108,6 +114,28 @@ def test_dense_coupling_with_k_on_the_chip(target, n):
     assert len(found) == 3  # one launch for all steps of 256 images
     assert_within(found, target, f"dense_coupling, {n} on the chip")
     assert found[-1].programs <= most
+    assert found[-1].shared_bytes >= 128 * 1024  # K is there
+
+
+@pytest.mark.parametrize("fine_every", [0, 1], ids=["coarse", "fine"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_step_of_block_sparse_coupling(target, fine_every):
+    found = launches_of(
+        gpu_dense_coupling.run_steps, *dense(4096, fine_every, 16), STEPS, target=TARGETS[target]
+    )
+    assert_within(found, target, "dense_coupling, block-sparse" + (", fine" if fine_every else ""))
+
+
+@pytest.mark.parametrize("n", gpu_dense_coupling.RESIDENT_SPARSE)
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_block_sparse_coupling_with_k_on_the_chip(target, n):
+    """Half of K of 4,096 oscillators, a quarter of that of 8,192: as many blocks as may stay."""
+    most, blocks = MULTIPROCESSORS[target], gpu_dense_coupling.RESIDENT_BLOCKS
+    found = launches_of(
+        gpu_dense_coupling.run_resident, *dense(n, 0, blocks), STEPS, most, target=TARGETS[target]
+    )
+    assert_within(found, target, "dense_coupling, block-sparse on the chip")
+    assert all(launch.programs <= most for launch in found if launch.kernel == "step_resident")
     assert found[-1].shared_bytes >= 128 * 1024  # K is there
 
 
