@@ -199,7 +199,7 @@ def _encoded(form: str, pixels: np.ndarray) -> list[bytes]:
     from millijoule.kernels.png import encode_pngs
 
     with native_library.only(form):
-        return encode_pngs(pixels, [[]] * len(pixels))
+        return encode_pngs(list(pixels), [[]] * len(pixels))
 
 
 def dense_case(n: int, images: int = 48, steps: int = 10) -> Case:
