@@ -14,6 +14,9 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+#: Compute capabilities (their first numbers) whose blocks may have 227 KiB of shared memory: kernels can keep weights in it there.
+RESIDENT_GENERATIONS = (9, 10)
+
 #: Whether kernels of this process are interpreted, which is decided when they are made.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 

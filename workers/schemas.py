@@ -320,8 +320,8 @@ class WorkerEnvironment(Record):
     `opened` is its first counter read: from then on the worker owes an account of its devices (see `WorkerClosing`).
     `device` is the first of `gpus` (full UUIDs where they could be found), or "cpu". `device_name` is the product's
     name of the GPU or CPU, `driver_version` the GPU driver's. `torch_version` is None too where the model does
-    without PyTorch. `png_encoder` is "compiled" or "zlib": their files differ, their pixels do not. `kernels` is the form in which
-    the CPU's compiled functions run ("avx2"), or "pytorch".
+    without PyTorch. `png_encoder` is "compiled" or "zlib": their files differ, their pixels do not. `kernels` is what draws:
+    the form in which the CPU's compiled functions run ("avx2"), "pytorch", or a GPU's own kernels, "triton".
     """
 
     worker_id: str

@@ -13,7 +13,7 @@ from millijoule.kernels.native_library import is_reference_forced
 from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, ICON_TOKENS, NUM_TOKENS, SIZES, WINDOWS
 
 if TYPE_CHECKING:
-    from millijoule.kernels.image_triton import ImageKernel
+    from millijoule.kernels.gpu.image import ImageKernel
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def gpu_kernel(
         log.info("image kernel: PyTorch's operations, as MILLIJOULE_KERNEL says")
         return None
     try:
-        from millijoule.kernels.image_triton import ImageKernel, misfit
+        from millijoule.kernels.gpu.image import ImageKernel, misfit
 
         if why := misfit(weights):
             log.info(

@@ -9,7 +9,7 @@ from support.image_cases import drawn_by_kernels, drawn_on_device, extreme_paint
 from support.interpreted import interpreted
 from support.tiny_oscillators import NOUNS, painter_of, tiny_oscillators
 
-from millijoule.kernels.image_triton import ImageKernel, misfit
+from millijoule.kernels.gpu.image import ImageKernel, misfit
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.generators.registry import PACKAGED
 from millijoule.workers.oscillators.draw import Drawing
@@ -68,6 +68,36 @@ def test_the_shipped_model():
     assert_drawn_alike(painter, [(tokens_of(2, 1040), seeds_of(2), None)], blocks=1)
 
 
+def assert_coupling_matters(painter, calls):
+    """To what is drawn, or nothing would be tried."""
+    alone = replace(painter, network=painter.network.without_coupling())
+    for call in calls:
+        assert not np.array_equal(reference(alone).draw(*call), reference(painter).draw(*call))
+
+
+def test_coupled_oscillators():
+    """In steps of another length than their model's; of more icons than a block takes."""
+    painter = painter_of(tiny_oscillators("trained"))
+    calls = [(np.concatenate([tokens_with(4, noun=2)] * 5), seeds_of(5), 5)]
+    assert_coupling_matters(painter, calls)
+    assert_drawn_alike(painter, calls, blocks=1)
+
+
+def test_coupling_of_all_magnitudes_wraps_and_rounds_alike():
+    """Its multipliers are more than int32 holds."""
+    painter = extreme_painter(1, coupled=True)
+    calls = [(tokens_of(2, 6), seeds_of(2), 4)]
+    assert_coupling_matters(painter, calls)
+    assert_drawn_alike(painter, calls, blocks=1)
+
+
+def test_the_shipped_coupled_model():
+    painter, _ = load_model(PACKAGED["coupled"])
+    calls = [(tokens_of(1, 1040), seeds_of(1), None)]
+    assert_coupling_matters(painter, calls)
+    assert_drawn_alike(painter, calls, blocks=1)
+
+
 def test_an_icon_of_tokens_that_are_none_is_left_out(painter):
     """Whatever stands there, nothing beyond a table is read, and neighbours in the batch stay as they are."""
     wrong = [(0, NOUNS + 1), (0, -(2**62)), (1, 11), (2, 4), (3, 10), (3, 2**40)]
@@ -110,7 +140,10 @@ def test_tokens_and_seeds_of_another_form_are_refused(painter):
 def test_a_model_that_does_not_fit_is_named_and_refused(painter):
     weights = painter.kernel_weights()
     assert misfit(weights) is None
-    assert misfit(painter_of(tiny_oscillators("trained")).kernel_weights()) == "its oscillators are coupled"
+    coupled = painter_of(tiny_oscillators("trained")).kernel_weights()
+    assert misfit(coupled) is None
+    wide = replace(coupled.coupling, gather=torch.zeros(128, 65, dtype=torch.int8))
+    assert misfit(replace(coupled, coupling=wide)) == "rank 65 is more than 64"
     too_large = replace(weights, codes=torch.zeros(7, 129, dtype=torch.int8))
     assert misfit(too_large) == "code 129 is more than 128"
     share = (*weights.layers["share"][:2], torch.full((64,), 2**31))

@@ -7,7 +7,8 @@ from support.dense_cases import relaxed_by_kernels, relaxed_on_the_chip
 from support.interpreted import interpreted
 
 from millijoule.kernels.dense_coupling import StepsTooLong, quantize_dense, relax_reference
-from millijoule.kernels.dense_coupling_triton import DenseKernel, may_stay
+from millijoule.kernels.gpu.dense_coupling import DenseKernel, may_stay
+from millijoule.kernels.gpu.dense_weights import filled_blocks, pack_weights
 from millijoule.kernels.phase import TURN, random_phases
 
 
@@ -76,6 +77,69 @@ def test_k_on_the_chip_changes_nothing(tile, together):
     call = (start(20, n + m), torch.arange(20) % 4 - 1, 4, 1.0)  # more than run at once, in groups of eight
     found = interpreted(relaxed_on_the_chip, coupling, call, tile, together)
     assert torch.equal(found, relax_reference(call[0], coupling, *call[1:]))
+
+
+def without_blocks(weights, *empty):
+    """K without some blocks, (row, column) each: of 64 targets by 128 sources."""
+    k = weights[0].clone()
+    for row, column in empty:
+        k[64 * row : 64 * (row + 1), 128 * column : 128 * (column + 1)] = 0
+    return (k, *weights[1:])
+
+
+#: Of 200 oscillators, padded to 256: the last row of blocks has nothing in it, the third nothing in its first.
+EMPTY = ((2, 0), (3, 0), (3, 1))
+
+
+@pytest.mark.parametrize("fine_every", [0, 2])
+def test_blocks_that_are_zero_are_neither_stored_nor_missed(fine_every):
+    n, m = 200, 2
+    coupling = quantize_dense(*without_blocks(made_up(n, m), *EMPTY), fine_every=fine_every)
+    packed = pack_weights(coupling.coarse, "cpu", sparse=True)
+    assert packed.values.shape == (5, 64, 128)
+    assert packed.starts.tolist() == [0, 2, 4, 5, 5]
+    assert packed.columns.tolist() == [0, 1, 0, 1, 1]
+    call = (start(3, n + m), torch.arange(3) - 1, 3, 1.0)
+    found = interpreted(relaxed_by_kernels, coupling, [call])
+    assert torch.equal(found[0], relax_reference(call[0], coupling, *call[1:]))
+    assert not torch.equal(found[0], relax_reference(call[0], quantize_dense(*made_up(n, m)), *call[1:]))
+
+
+def test_the_block_sparse_form_may_be_asked_for():
+    """Of a K that has something everywhere, and of one that has nothing."""
+    for weights in (
+        made_up(130, 2),
+        without_blocks(made_up(130, 2), (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)),
+    ):
+        coupling = quantize_dense(*weights)
+        call = (start(1, 132), torch.tensor([1]), 2, 1.0)
+        (found,) = interpreted(relaxed_by_kernels, coupling, [call], sparse=True)
+        assert torch.equal(found, relax_reference(call[0], coupling, *call[1:]))
+
+
+def test_blocks_on_the_chip_change_nothing():
+    """Rows with two blocks, one and none, step by step: nothing but a GPU can run blocks that wait for each other."""
+    n, m = 256, 2
+    coupling = quantize_dense(*without_blocks(made_up(n, m), *EMPTY))
+    call = (start(9, n + m), torch.arange(9) % 4 - 1, 3, 1.0)
+    found = interpreted(relaxed_on_the_chip, coupling, call, (2, 4), 1)
+    assert torch.equal(found, relax_reference(call[0], coupling, *call[1:]))
+
+
+def test_which_k_is_block_sparse_and_which_stays_on_the_chip():
+    """Said of blocks of 64 targets by 128 sources that have any weight in them."""
+    assert filled_blocks(torch.eye(256, dtype=torch.int8)) == (0.5, 1)
+    assert filled_blocks(torch.ones(100, 100, dtype=torch.int8)) == (1.0, 1)
+    assert filled_blocks(torch.zeros(256, 256, dtype=torch.int8)) == (0.0, 0)
+
+    def banded(n, blocks):
+        k = torch.zeros(n, n)
+        k[:, : 128 * blocks] = 1.0
+        return quantize_dense(k, *(torch.zeros(s) for s in ((n,), (1, n, 1), (1, 1), (1,))))
+
+    assert may_stay(banded(4096, 16))
+    assert not may_stay(banded(4096, 17))
+    assert not may_stay(banded(2048 + 128, 1))
 
 
 def test_batches_that_are_not_of_the_model_are_refused():

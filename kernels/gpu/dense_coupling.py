@@ -5,7 +5,10 @@ int32 sums, both with the same K, and goes on in registers: row scales, drive, p
 other of two buffers, which the next step reads, so a step reads nothing that it writes. What drives an image comes from its drivers
 alone, whose course over all steps is computed first.
 
-For small n, `resident` keeps K on the chip instead: each block holds its rows of K in shared memory over all steps, and those that
+A K that has nothing in many of its blocks of 64 by 128 weights is stored and multiplied without them (`dense_weights`); a row's
+sums are the same.
+
+For small n, or larger ones of few blocks, `resident` keeps K on the chip instead: each block holds its rows of K in shared memory over all steps, and those that
 share images wait for each other at a barrier in global memory. All of them have to run at once, so it is a cooperative launch.
 """
 
@@ -18,29 +21,38 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
 from millijoule.kernels.dense_coupling import (
     FINE_COS_TABLE,
     FINE_SIN_TABLE,
-    FINE_TABLE_SHIFT,
-    FINE_TABLE_SIZE,
-    MULTIPLIER_BITS,
     DenseCoupling,
     StepMultipliers,
     step_multipliers,
 )
-from millijoule.kernels.image_triton import RESIDENT_GENERATIONS
-from millijoule.kernels.phase import COS_TABLE, SIN_TABLE, TABLE_SHIFT, TABLE_SIZE
-from millijoule.kernels.triton_launch import INTERPRETED, launch
+from millijoule.kernels.gpu.dense_steps import (
+    first_waves,
+    hold_field,
+    outer_field,
+    relax_drivers,
+    step_phases,
+    step_resident,
+)
+from millijoule.kernels.gpu.dense_weights import (
+    BLOCK_ROWS,
+    PADDING,
+    SOURCES,
+    SPARSE_SHARE,
+    PackedWeights,
+    filled_blocks,
+    pack_weights,
+)
+from millijoule.kernels.phase import COS_TABLE, SIN_TABLE
+from millijoule.kernels.triton_launch import INTERPRETED, RESIDENT_GENERATIONS, launch
 
-#: Images and oscillators of a block, and sources that it multiplies at a time.
-IMAGES, ROWS, SOURCES = 64, 128, 128
-
-#: n is padded to a multiple of this.
-PADDING = 128
+#: Images and oscillators of a block, which multiplies `SOURCES` at a time.
+IMAGES, ROWS = 64, 128
 
 #: Drivers of which one block computes the course.
 MAX_DRIVERS = 64
@@ -48,18 +60,15 @@ MAX_DRIVERS = 64
 #: n for which K stays on the chip, with the rows of K of a block, which take 128 KiB, and its images: how often how many.
 RESIDENT = {1024: (128, 1, 16), 2048: (64, 4, 16)}
 
+#: The same for block-sparse K: n, if no row of blocks has more than `RESIDENT_BLOCKS` of them, and images.
+RESIDENT_SPARSE = {4096: (4, 16), 8192: (4, 16)}
+RESIDENT_BLOCKS = 16
+
 #: Elements that kernels count in int32, which keeps registers free.
 MAX_OFFSET = 2**30
 
 #: Batches whose buffers and graphs are kept.
 KEPT_BATCHES = 4
-
-_HALF = tl.constexpr(1 << (MULTIPLIER_BITS - 1))
-_BITS = tl.constexpr(MULTIPLIER_BITS)
-_SHIFT = tl.constexpr(TABLE_SHIFT)
-_LAST = tl.constexpr(TABLE_SIZE - 1)
-_FINE_SHIFT = tl.constexpr(FINE_TABLE_SHIFT)
-_FINE_LAST = tl.constexpr(FINE_TABLE_SIZE - 1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class PackedCoupling:
 
     Attributes:
         n, m: without padding.
-        coarse, fine: int8 `[N, N]`; fine is None where there is no such part.
+        coarse, fine: of N by N; fine is None where there is no such part.
         fine_every: its field is made anew in every so many steps.
         drive: int16 `[classes, m, N]`.
         driver_coupling: int16 `[M, M]`, M a power of two.
@@ -77,8 +86,8 @@ class PackedCoupling:
 
     n: int
     m: int
-    coarse: Tensor
-    fine: Tensor | None
+    coarse: PackedWeights
+    fine: PackedWeights | None
     fine_every: int
     drive: Tensor
     driver_coupling: Tensor
@@ -87,7 +96,7 @@ class PackedCoupling:
 
     @property
     def padded(self) -> int:
-        return self.coarse.shape[0]
+        return self.coarse.padded
 
 
 @dataclass(frozen=True)
@@ -150,13 +159,19 @@ class DenseKernel:
     Args:
         device: a GPU, or anything in Triton's interpreter.
         resident: keep K on the chip. Only where `may_stay` says so.
+        sparse: keep K in blocks. None: where few enough have something in them (`SPARSE_SHARE`).
 
     Raises:
         ValueError: no GPU, a coupling larger than `MAX_DRIVERS` and `MAX_OFFSET` allow, or K may not stay on the chip.
     """
 
     def __init__(
-        self, coupling: DenseCoupling, device: str | torch.device, *, resident: bool = False
+        self,
+        coupling: DenseCoupling,
+        device: str | torch.device,
+        *,
+        resident: bool = False,
+        sparse: bool | None = None,
     ) -> None:
         if coupling.m > MAX_DRIVERS:
             raise ValueError(f"{coupling.m} drivers: at most {MAX_DRIVERS} on a GPU")
@@ -178,7 +193,13 @@ class DenseKernel:
         self.at_once = _multiprocessors(
             self.device
         )  # one block takes most of a multiprocessor's shared memory
-        self.packed = pack(coupling, self.device)
+        if resident:
+            sparse = coupling.n not in RESIDENT
+        elif sparse is None:
+            sparse = filled_blocks(coupling.coarse)[0] <= SPARSE_SHARE
+        self.packed = pack(coupling, self.device, sparse=sparse)
+        if resident and (tiles := self.packed.padded // resident_tile(self.packed)[0]) > self.at_once:
+            raise ValueError(f"{device}: {tiles} blocks have to run at once, {self.at_once} do")
         self._batches: dict[tuple[int, int, float], _Batch] = {}
 
     @torch.inference_mode()
@@ -226,8 +247,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def may_stay(coupling: DenseCoupling) -> bool:
-    """Whether K can be kept on the chip: of some sizes, and without a fine part."""
-    return coupling.n in RESIDENT and coupling.fine is None
+    """Whether K can be kept on the chip: without a fine part, and either of a size in `RESIDENT`, or of one in `RESIDENT_SPARSE` with at most
+    `RESIDENT_BLOCKS` blocks in each row of blocks that have something in them."""
+    if coupling.fine is not None:
+        return False
+    if coupling.n in RESIDENT_SPARSE:
+        return filled_blocks(coupling.coarse)[1] <= RESIDENT_BLOCKS
+    return coupling.n in RESIDENT
+
+
+def resident_tile(packed: PackedCoupling) -> tuple[int, int, int]:
+    """Rows of K that a block keeps, and its images: how often how many."""
+    return (BLOCK_ROWS, *RESIDENT_SPARSE[packed.n]) if packed.coarse.sparse else RESIDENT[packed.n]
 
 
 class _Batch:
@@ -260,13 +291,11 @@ class _Batch:
         work.classes[:count].copy_(classes)
 
 
-def pack(coupling: DenseCoupling, device: str | torch.device) -> PackedCoupling:
-    """`coupling` on `device`."""
+def pack(coupling: DenseCoupling, device: str | torch.device, *, sparse: bool = False) -> PackedCoupling:
+    """`coupling` on `device`; `sparse`: in blocks."""
     n, m = coupling.n, coupling.m
     more, drivers = -n % PADDING, triton.next_power_of_2(m)
-
-    def square(x: Tensor) -> Tensor:
-        return F.pad(x, (0, more, 0, more)).contiguous().to(device)
+    fine = None if coupling.fine is None else pack_weights(coupling.fine, device, sparse=sparse)
 
     def table(sin: Tensor, cos: Tensor) -> Tensor:
         return ((sin.to(torch.int32) & 0xFFFF) | (cos.to(torch.int32) << 16)).to(device)
@@ -274,8 +303,8 @@ def pack(coupling: DenseCoupling, device: str | torch.device) -> PackedCoupling:
     return PackedCoupling(
         n=n,
         m=m,
-        coarse=square(coupling.coarse),
-        fine=None if coupling.fine is None else square(coupling.fine),
+        coarse=pack_weights(coupling.coarse, device, sparse=sparse),
+        fine=fine,
         fine_every=coupling.fine_every,
         drive=F.pad(coupling.drive.transpose(1, 2), (0, more)).contiguous().to(device),
         driver_coupling=F.pad(coupling.driver_coupling, (0, drivers - m, 0, drivers - m)).to(device),
@@ -304,7 +333,7 @@ def begin_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, s
     images, n = work.theta.shape
     device = work.theta.device
     launch(
-        _drivers,
+        relax_drivers,
         images,
         device,
         *(work.phi, packed.driver_coupling, numbers.drivers, packed.fine_waves, work.driver_waves),
@@ -314,7 +343,7 @@ def begin_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, s
         num_warps=4,
     )
     launch(
-        _waves,
+        first_waves,
         images * n // (8 * PADDING),
         device,
         *(work.theta, packed.waves, work.sources, images * n),
@@ -328,18 +357,31 @@ def run_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, ste
     images, n = work.theta.shape
     device = work.theta.device
     begin_steps(packed, numbers, work, steps)
-    tiles, drivers = (images // IMAGES) * (n // ROWS), packed.driver_coupling.shape[0]
-    blocks = {"IMAGES": IMAGES, "ROWS": ROWS, "SOURCES": SOURCES, "num_warps": 8, "num_stages": 4}
+    sparse = packed.coarse.sparse
+    rows = BLOCK_ROWS if sparse else ROWS
+    tiles, drivers = (images // IMAGES) * (n // rows), packed.driver_coupling.shape[0]
+    blocks = {"BLOCKS": sparse, "IMAGES": IMAGES, "ROWS": rows, "SOURCES": SOURCES}
+    blocks |= {"num_warps": 8, "num_stages": 4}
+    weights = (packed.coarse.values, packed.coarse.columns, packed.coarse.starts)
     for step in range(steps):
         sources, target = work.sources[step % 2], work.sources[1 - step % 2]
         driven = (packed.drive, work.classes, work.driver_waves[step])
         if packed.fine is not None:
             if step % packed.fine_every == 0:
                 launch(
-                    _field, tiles, device, sources, packed.fine, work.held, numbers.rows, n, images, **blocks
+                    hold_field,
+                    tiles,
+                    device,
+                    sources,
+                    *(packed.fine.values, packed.fine.columns, packed.fine.starts),
+                    work.held,
+                    numbers.rows,
+                    n,
+                    images,
+                    **blocks,
                 )
             launch(
-                _outside,
+                outer_field,
                 images * n // (8 * PADDING),
                 device,
                 *(work.held, work.outside, *driven, n, packed.m, images, numbers.drive),
@@ -349,10 +391,10 @@ def run_steps(packed: PackedCoupling, numbers: StepNumbers, work: DenseWork, ste
                 num_warps=4,
             )
         launch(
-            _step,
+            step_phases,
             tiles,
             device,
-            *(work.theta, sources, target, packed.coarse, work.outside, numbers.rows, *driven, packed.waves),
+            *(work.theta, sources, target, *weights, work.outside, numbers.rows, *driven, packed.waves),
             *(n, packed.m, images, numbers.drive),
             FINE=packed.fine is not None,
             DRIVERS=drivers,
@@ -377,20 +419,23 @@ def run_resident(
         together: steps of one launch, all by default.
     """
     images, n = work.theta.shape
-    rows, parts, own = RESIDENT[packed.n]
+    rows, parts, own = resident_tile(packed)
+    k = packed.coarse
     tiles, groups = n // rows, images // (parts * own)
     begin_steps(packed, numbers, work, steps)
     for first in range(0, steps, together or steps):
         work.arrived.zero_()
         for group in range(0, groups, at_once // tiles):
             launch(
-                _resident_steps,
+                step_resident,
                 min(at_once // tiles, groups - group) * tiles,
                 work.theta.device,
-                *(work.theta, work.sources, packed.coarse, numbers.rows, packed.drive, work.classes),
+                *(work.theta, work.sources, k.values, k.columns, k.starts),
+                *(numbers.rows, packed.drive, work.classes),
                 *(work.driver_waves, packed.waves, work.arrived, n, packed.m, images, group),
                 *(first, min(first + (together or steps), steps), numbers.drive),
-                CHUNKS=n // SOURCES,
+                BLOCKS=k.sparse,
+                CHUNKS=k.fullest or n // SOURCES,
                 DRIVERS=packed.driver_coupling.shape[0],
                 PULL_BITS=numbers.pull_bits,
                 PARTS=parts,
@@ -401,209 +446,3 @@ def run_resident(
                 num_stages=1,
                 launch_cooperative_grid=True,
             )
-
-
-@triton.jit
-def _requantized(total, multiplier):
-    """`total * multiplier / 2**24`, rounded, as int64."""
-    return (total.to(tl.int64) * multiplier + _HALF) >> _BITS
-
-
-@triton.jit
-def _both(table, index):
-    """Sine and cosine of a packed table, int32."""
-    both = tl.load(table + index)
-    return (both << 16) >> 16, both >> 16
-
-
-@triton.jit
-def _drivers(
-    phi, coupling, frequency, table, waves, images, steps, multiplier,
-    DRIVERS: tl.constexpr, PULL_BITS: tl.constexpr,
-):  # fmt: skip
-    """The course of one image's drivers -> their finer sines and cosines before each step."""
-    image = tl.program_id(0)
-    k = tl.arange(0, DRIVERS)
-    angle = tl.load(phi + image * DRIVERS + k).to(tl.int64)  # [DRIVERS]
-    own = tl.load(frequency + k).to(tl.int64)
-    weights = tl.load(coupling + k[:, None] * DRIVERS + k[None, :]).to(tl.int64)  # [DRIVERS, DRIVERS]
-    for step in range(steps):
-        s, c = _both(table, ((angle >> _FINE_SHIFT) & _FINE_LAST).to(tl.int32))
-        row = waves + (step * 2 * images + image).to(tl.int64) * DRIVERS + k
-        tl.store(row, s.to(tl.int16))  # [DRIVERS]
-        tl.store(row + images * DRIVERS, c.to(tl.int16))  # [DRIVERS]
-        u = _requantized(tl.sum(weights * s.to(tl.int64)[None, :], 1), multiplier)
-        w = _requantized(tl.sum(weights * c.to(tl.int64)[None, :], 1), multiplier)
-        angle += (c * u - s * w + own + (1 << (PULL_BITS - 1))) >> PULL_BITS
-
-
-@triton.jit
-def _waves(theta, table, sources, count, SIZE: tl.constexpr):
-    """Sines and cosines of the first phases."""
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    s, c = _both(table, (tl.load(theta + i) >> _SHIFT) & _LAST)  # [SIZE]
-    tl.store(sources + i, s.to(tl.int8))
-    tl.store(sources + count + i, c.to(tl.int8))
-
-
-@triton.jit
-def _products(
-    sources, images, image, weights, row, n, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr
-):
-    """Sums of all sines and of all cosines of some images by some rows of K, int32 `[IMAGES, ROWS]` both."""
-    k = tl.arange(0, SOURCES)
-    u = tl.zeros([IMAGES, ROWS], tl.int32)
-    w = tl.zeros([IMAGES, ROWS], tl.int32)
-    sines = sources + image[:, None] * n + k[None, :]
-    cosines = sines + images * n
-    rows = weights + row[None, :] * n + k[:, None]
-    for first in range(0, n, SOURCES):
-        part = tl.load(rows + first)  # [SOURCES, ROWS] int8
-        u = tl.dot(tl.load(sines + first), part, u, out_dtype=tl.int32)  # [IMAGES, SOURCES] int8
-        w = tl.dot(tl.load(cosines + first), part, w, out_dtype=tl.int32)
-    return u, w
-
-
-@triton.jit
-def _field(
-    sources, fine, held, numbers, n, images,
-    IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
-):  # fmt: skip
-    """The field of the fine part, to be held for some steps."""
-    groups = images // IMAGES
-    program = tl.program_id(0)
-    image = (program % groups) * IMAGES + tl.arange(0, IMAGES)
-    row = (program // groups) * ROWS + tl.arange(0, ROWS)
-    u, w = _products(sources, images, image, fine, row, n, IMAGES, ROWS, SOURCES)
-    multiplier = tl.load(numbers + n + row)[None, :]
-    place = held + image[:, None] * n + row[None, :]
-    tl.store(place, _requantized(u, multiplier).to(tl.int32))  # [IMAGES, ROWS]
-    tl.store(place + images * n, _requantized(w, multiplier).to(tl.int32))
-
-
-@triton.jit
-def _driven(drive, waves, kind, row, m, n, multiplier, IMAGES: tl.constexpr, ROWS: tl.constexpr):
-    """What an image's class does to some oscillators, by its drivers' sines or cosines, int32 `[IMAGES, ROWS]`."""
-    total = tl.zeros([IMAGES, ROWS], tl.int32)
-    for k in tl.range(0, m, num_stages=1):
-        wave = tl.load(waves + k).to(tl.int32)  # [IMAGES]
-        weight = drive + (kind * m + k)[:, None] * n + row[None, :]
-        total += tl.load(weight, (kind >= 0)[:, None], 0).to(tl.int32) * wave[:, None]  # [IMAGES, ROWS]
-    return _requantized(total, multiplier).to(tl.int32)
-
-
-@triton.jit
-def _outside(
-    held, outside, drive, classes, driver_waves, n, m, images, drive_multiplier,
-    DRIVERS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Of one step, the held field and what the classes do, together."""
-    groups = images // IMAGES
-    program = tl.program_id(0)
-    image = (program % groups) * IMAGES + tl.arange(0, IMAGES)
-    row = (program // groups) * ROWS + tl.arange(0, ROWS)
-    kind = tl.load(classes + image)  # [IMAGES]
-    at = image[:, None] * n + row[None, :]
-    for wave in tl.static_range(2):
-        waves = driver_waves + (wave * images + image) * DRIVERS
-        field = _driven(drive, waves, kind, row, m, n, drive_multiplier, IMAGES, ROWS)
-        field += tl.load(held + wave * images * n + at)
-        tl.store(outside + wave * images * n + at, field)  # [IMAGES, ROWS]
-
-
-@triton.jit
-def _step(
-    theta, sources, target, coarse, outside, numbers, drive, classes, driver_waves, table,
-    n, m, images, drive_multiplier,
-    FINE: tl.constexpr, DRIVERS: tl.constexpr, PULL_BITS: tl.constexpr,
-    IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
-):  # fmt: skip
-    """One step of some oscillators of some images. `FINE`: `outside` has the field of the fine part and what drives them."""
-    groups = images // IMAGES
-    program = tl.program_id(0)
-    image = (program % groups) * IMAGES + tl.arange(0, IMAGES)
-    row = (program // groups) * ROWS + tl.arange(0, ROWS)
-    at = image[:, None] * n + row[None, :]
-    second = images * n
-    u, w = _products(sources, images, image, coarse, row, n, IMAGES, ROWS, SOURCES)
-    multiplier = tl.load(numbers + row)[None, :]
-    u, w = _requantized(u, multiplier).to(tl.int32), _requantized(w, multiplier).to(tl.int32)
-    if FINE:
-        u += tl.load(outside + at)  # [IMAGES, ROWS]
-        w += tl.load(outside + second + at)
-    else:
-        kind = tl.load(classes + image)  # [IMAGES]
-        waves = driver_waves + image * DRIVERS
-        u += _driven(drive, waves, kind, row, m, n, drive_multiplier, IMAGES, ROWS)
-        tl.debug_barrier()  # what is loaded ahead takes registers
-        w += _driven(drive, waves + images * DRIVERS, kind, row, m, n, drive_multiplier, IMAGES, ROWS)
-        tl.debug_barrier()
-    s, c = tl.load(sources + at).to(tl.int32), tl.load(sources + second + at).to(tl.int32)  # [IMAGES, ROWS]
-    pull = c * u - s * w + tl.load(numbers + 2 * n + row)[None, :] + (1 << (PULL_BITS - 1))
-    angle = tl.load(theta + at) + (pull >> PULL_BITS)
-    tl.store(theta + at, angle)  # [IMAGES, ROWS]
-    s, c = _both(table, (angle >> _SHIFT) & _LAST)
-    tl.store(target + at, s.to(tl.int8))
-    tl.store(target + second + at, c.to(tl.int8))
-
-
-@triton.jit
-def _wait(arrived, count):
-    """Come to the barrier, and stay until `count` blocks have: what each wrote before, all read after it."""
-    tl.debug_barrier()
-    tl.atomic_add(arrived, 1, sem="release")
-    while tl.atomic_add(arrived, 0, sem="acquire") < count:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def _resident_steps(
-    theta, sources, coarse, numbers, drive, classes, driver_waves, table, arrived,
-    n, m, images, first_group, first, last, drive_multiplier,
-    CHUNKS: tl.constexpr, DRIVERS: tl.constexpr, PULL_BITS: tl.constexpr,
-    PARTS: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr,
-):  # fmt: skip
-    """Steps `first` to `last` of some oscillators of some images, their rows of K in shared memory all the time."""
-    tiles = n // ROWS
-    program = tl.program_id(0)
-    group = first_group + program // tiles
-    row = (program % tiles) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, SOURCES)
-    kept = (tl.load(coarse + row[:, None] * n + k[None, :]),)  # [ROWS, SOURCES] int8
-    for chunk in tl.static_range(1, CHUNKS):
-        tl.debug_barrier()  # one part after the other: all at once would need too many registers
-        kept += (tl.load(coarse + row[:, None] * n + chunk * SOURCES + k[None, :]),)  # type: ignore[assignment]
-    second = images * n
-    for step in range(first, last):
-        source = sources + (step % 2) * 2 * second
-        target = sources + (1 - step % 2) * 2 * second
-        for part in range(PARTS):
-            image = (group * PARTS + part) * IMAGES + tl.arange(0, IMAGES)
-            beside = source + (image[None, :] * n + k[:, None])
-            u = tl.zeros([ROWS, IMAGES], tl.int32)
-            w = tl.zeros([ROWS, IMAGES], tl.int32)
-            for chunk in tl.static_range(CHUNKS):
-                # not through the first-level cache, which other blocks' stores do not reach
-                sines = tl.load(beside + chunk * SOURCES, cache_modifier=".cg")  # [SOURCES, IMAGES] int8
-                cosines = tl.load(beside + second + chunk * SOURCES, cache_modifier=".cg")
-                u = tl.dot(kept[chunk], sines, u, out_dtype=tl.int32)
-                w = tl.dot(kept[chunk], cosines, w, out_dtype=tl.int32)
-            multiplier = tl.load(numbers + row)[:, None]
-            u, w = _requantized(u, multiplier).to(tl.int32), _requantized(w, multiplier).to(tl.int32)
-            kind = tl.load(classes + image)  # [IMAGES]
-            waves = driver_waves + (step * 2 * images + image) * DRIVERS
-            u += tl.trans(_driven(drive, waves, kind, row, m, n, drive_multiplier, IMAGES, ROWS))
-            waves += images * DRIVERS
-            w += tl.trans(_driven(drive, waves, kind, row, m, n, drive_multiplier, IMAGES, ROWS))
-            at = image[None, :] * n + row[:, None]
-            angle = tl.load(theta + at)  # [ROWS, IMAGES]; no other block's
-            s, c = _both(table, (angle >> _SHIFT) & _LAST)
-            pull = c * u - s * w + tl.load(numbers + 2 * n + row)[:, None] + (1 << (PULL_BITS - 1))
-            angle += pull >> PULL_BITS
-            tl.store(theta + at, angle)  # [ROWS, IMAGES]
-            s, c = _both(table, (angle >> _SHIFT) & _LAST)
-            tl.store(target + at, s.to(tl.int8))
-            tl.store(target + second + at, c.to(tl.int8))
-        if step + 1 < last:
-            _wait(arrived + group, tiles * (step + 1 - first))
