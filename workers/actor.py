@@ -180,13 +180,13 @@ class ShardWorker:
 
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:
-        """Close the books once no attempt is at work; the actor is killed afterwards. Works after a failed start, too."""
+        """Close the books once no attempt is at work; the actor is killed afterwards. Works after a failed start, and beside one, too."""
         if self._runner is not None:
             self._runner.close()
         if self._timeline is None or self.power is None:
             return WorkerStopped(self.worker_id, ())
         self.power.stop()
-        self._timeline.close("idle", last=True)
+        self._timeline.close("load" if self._runner is None else "idle", last=True)
         return WorkerStopped(self.worker_id, self._timeline.take(), self.power.take())
 
     @ray.method(concurrency_group="work")

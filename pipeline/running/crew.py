@@ -49,6 +49,8 @@ class Worker:
     next_status: float = 0.0
     status_pending: bool = False
     stop_by: float | None = None  # its last words were asked for, and are due then
+    leaving: bool = False  # its node is being taken away
+    called_off: bool = False  # what it has in hand is not waited for any more
 
     @property
     def stopping(self) -> bool:

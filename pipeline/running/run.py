@@ -165,6 +165,8 @@ class JobRun:
             self._close()
             for node in self.pool.nodes.faulty:
                 log.warning("%s", node)
+            if deaths := str(self.pool.deaths):
+                log.info("%s", deaths)
         if given_up := self.coordinator.given_up:
             named = sorted(given_up.items())[:MAX_NAMED_SHARDS]
             reasons = "".join(f"\n  shard {shard_id}: {error}" for shard_id, error in named)
