@@ -1,6 +1,6 @@
 """Data that crosses between a worker and the rest of the system: what to draw, what was drawn, what it cost.
 
-Everything here is a frozen dataclass or a PyArrow schema; nothing here does I/O. Times are nanoseconds, energies
+Everything here is a frozen dataclass, a named tuple where millions are made, or a PyArrow schema; nothing here does I/O. Times are nanoseconds, energies
 integer millijoules, sizes bytes or pixels. A missing measurement is `None`, never 0.
 """
 
@@ -88,9 +88,18 @@ class ImageRequest:
     source: str = ""
     lora: str | None = None
 
+    @classmethod
+    def one_of_many(cls, fields: dict[str, Any]) -> Self:
+        """With all `fields`, which become the request's own; nothing is checked.
 
-@dataclass(frozen=True)
-class ImageRow:
+        The constructor of a frozen dataclass sets field after field, which takes a twentieth of the time of an icon.
+        """
+        request = object.__new__(cls)
+        object.__setattr__(request, "__dict__", fields)
+        return request
+
+
+class ImageRow(NamedTuple):
     """The outcome of one `ImageRequest`; the fields are the columns of `IMAGE_ROW_SCHEMA`.
 
     Only a row with status "ok" has an image, and so a path.

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.workers.errors import DamagedError
-from millijoule.workers.schemas import PLAN_ROW_SCHEMA, ImageRequest
+from millijoule.workers.schemas import ImageRequest
 from millijoule.workers.storage.protocol import Store
 
 #: Seeds are unsigned 64-bit; a row's seed counts up by image index and wraps here.
@@ -47,8 +48,7 @@ class Shard:
     rows_sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRow:
+class PlanRow(NamedTuple):
     """One prompt of the plan; the fields are the columns of `PLAN_ROW_SCHEMA`.
 
     `first_image_index` is a column of retry rounds only: there a row stands for one image of its prompt. Plans from before
@@ -68,6 +68,11 @@ class PlanRow:
     source: str
     lora: str | None = None
     first_image_index: int = 0
+
+    @property
+    def image_indices(self) -> range:
+        """Of the images it asks for."""
+        return range(self.first_image_index, self.first_image_index + self.num_images)
 
 
 def read_shard_rows(store: Store, shard: Shard, footer: pq.FileMetaData | None = None) -> list[PlanRow]:
@@ -135,10 +140,11 @@ def _damaged_plan(store: Store, shard: Shard) -> Iterator[None]:
 
 def _as_plan_rows(table: pa.Table) -> list[PlanRow]:
     there = set(table.column_names)
-    names = [name for name in PLAN_ROW_SCHEMA.names if name != "lora" or name in there]
-    names += {"first_image_index"} & there
-    columns = [table[name].to_pylist() for name in names]
-    return [PlanRow(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    columns = [
+        table[name].to_pylist() if name in there else [PlanRow._field_defaults[name]] * len(table)
+        for name in PlanRow._fields
+    ]
+    return list(map(PlanRow._make, zip(*columns, strict=True)))
 
 
 def _require_planned(store: Store, shard: Shard, rows: list[PlanRow]) -> list[PlanRow]:
@@ -159,22 +165,26 @@ def _where(store: Store, shard: Shard) -> str:
 def shard_requests(rows: Iterable[PlanRow], job_seed: int) -> list[ImageRequest]:
     """Every image the rows ask for, in row order and then by image index."""
     return [
-        ImageRequest(
-            prompt_id=row.prompt_id,
-            image_index=k,
-            prompt=row.prompt,
-            seed=derive_seed(job_seed, row.prompt_id, k) if row.seed is None else (row.seed + k) % SEED_RANGE,
-            negative_prompt=row.negative_prompt,
-            width=row.width,
-            height=row.height,
-            num_inference_steps=row.num_inference_steps,
-            guidance_scale=row.guidance_scale,
-            extra=row.extra,
-            source=row.source,
-            lora=row.lora,
+        ImageRequest.one_of_many(
+            {
+                "prompt_id": row.prompt_id,
+                "image_index": k,
+                "prompt": row.prompt,
+                "seed": derive_seed(job_seed, row.prompt_id, k)
+                if row.seed is None
+                else (row.seed + k) % SEED_RANGE,
+                "negative_prompt": row.negative_prompt,
+                "width": row.width,
+                "height": row.height,
+                "num_inference_steps": row.num_inference_steps,
+                "guidance_scale": row.guidance_scale,
+                "extra": row.extra,
+                "source": row.source,
+                "lora": row.lora,
+            }
         )
         for row in rows
-        for k in range(row.first_image_index, row.first_image_index + row.num_images)
+        for k in row.image_indices
     ]
 
 

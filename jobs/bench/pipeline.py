@@ -1,7 +1,9 @@
 """`millijoule bench pipeline`: what Ray, leases and commits cost, as ratios taken in one run.
 
-Compared are whole processes, start to end: a bare loop (the same generator, encoder and writer in as many processes,
-no Ray, no plan, no commits) and `millijoule generate` on a running Ray cluster. Every raw row is in the result file.
+Compared are a bare loop (the same generator, encoder and writer in as many processes, no Ray, no plan, no commits) and
+`millijoule generate` on a running Ray cluster: whole processes, start to end, and what is between start and finish, the
+first draw to the last file. Processor time is of all processes that take part, Ray's own included; it says what a machine
+with other work does not. Every raw row is in the result file.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from typing import Any
 
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import answer_of, describe, start_alone, write_result
+from millijoule.jobs.measuring.process import tree_cpu_s
 from millijoule.jobs.measuring.ray_head import ray_head
 
 #: Images per file of the bare loop, as in the job's default.
-IMAGES_PER_FILE = 256
+IMAGES_PER_FILE = 4096
 
 
 @dataclass(frozen=True)
@@ -59,37 +62,45 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
         prompts = Path(scratch, "prompts.txt")
         write_prompts(prompts, options.images)
 
-        def bare(output: Path) -> None:
+        def bare(output: Path) -> float:
             parts = [start_alone(draw_part, i, n, str(prompts), str(output)) for i in range(n)]
-            for part in parts:
-                answer_of(part)
+            return max(answer_of(part) for part in parts)
 
-        def job(output: Path) -> None:
+        def job(output: Path) -> float:
             command = [sys.executable, "-m", "millijoule.jobs.generate", "--quiet", "--ray-address", address]
             command += ["--prompts", str(prompts), "--output", str(output), "--workers", str(n)]
             subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+            # from the first draw to the last commit
+            return json.loads((output / "stats.json").read_text())["seconds_first_to_last_commit"]
 
         for pair in range(options.pairs):
             for side in (bare, job) if pair % 2 == 0 else (job, bare):
                 output = Path(scratch, f"{side.__name__}-{pair}")
-                began = time.monotonic()
-                side(output)
-                row = {"side": side.__name__, "pair": pair, "seconds": time.monotonic() - began}
-                if side is job:
-                    stats = json.loads((output / "stats.json").read_text())
-                    row["seconds_first_to_last_commit"] = stats["seconds_first_to_last_commit"]
-                    row["seconds_of_start_and_finish"] = (
-                        row["seconds"] - stats["seconds_first_to_last_commit"]
-                    )
-                rows.append(row)
-    took = {(row["side"], row["pair"]): row["seconds"] for row in rows}
-    ratios = [took["bare", pair] / took["job", pair] for pair in range(options.pairs)]
+                began, cpu = time.monotonic(), tree_cpu_s()
+                working = side(output)
+                seconds = time.monotonic() - began
+                rows.append(
+                    {
+                        "side": side.__name__,
+                        "pair": pair,
+                        "seconds": seconds,
+                        "seconds_between_start_and_finish": working,
+                        "seconds_of_start_and_finish": seconds - working,
+                        "cpu_seconds": tree_cpu_s() - cpu,
+                    }
+                )
+
+    def of_bare(what: str) -> dict[str, Any]:
+        took = {(row["side"], row["pair"]): row[what] for row in rows}
+        ratios = [took["bare", pair] / took["job", pair] for pair in range(options.pairs)]
+        return {"median": statistics.median(ratios), "ratios": ratios}
+
     return {
         "images": options.images,
-        "throughput_of_bare_loop": statistics.median(ratios),
-        "ratios": ratios,
-        "goal": "at least 0.85",
-        "goal_met": statistics.median(ratios) >= 0.85,
+        "of_bare_loop": {
+            what: of_bare(what) for what in ("seconds", "seconds_between_start_and_finish", "cpu_seconds")
+        },
+        "goal": "at least 0.85, at most 10 s of start and finish",
         "rows": rows,
     }
 
@@ -107,8 +118,12 @@ def write_prompts(path: Path, n: int) -> None:
             file.write(f"a {colour} {noun} on a {ground} background\n")
 
 
-def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
-    """The bare loop: draw, encode and write every `parts`-th prompt from `part` on, one image each, on one thread."""
+def draw_part(part: int, parts: int, prompts_file: str, output: str) -> float:
+    """The bare loop: draw, encode and write every `parts`-th prompt from `part` on, one image each, on one thread.
+
+    Returns:
+        Seconds from the first draw to the last file.
+    """
     import torch
 
     from millijoule.workers.generators.registry import load_generator
@@ -124,6 +139,8 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
     generator = load_generator("default")
     info = generator.info
     steps, model = info.num_inference_steps, ModelProvenance(info.name, info.sha256)
+    generator.generate([ImageRequest("warm-up", 0, "", 0)])  # as a worker does it
+    began = time.monotonic()
     for start in range(0, len(prompts), IMAGES_PER_FILE):
         chunk = prompts[start : start + IMAGES_PER_FILE]
         requests = [
@@ -141,3 +158,4 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> None:
                 height, width = one.image.shape[:2]
                 writer.add(ImageRow(one.request, "ok", width, height, steps), encoded)
         writer.finish()
+    return time.monotonic() - began

@@ -6,9 +6,12 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 class CpuParts:
@@ -43,6 +46,16 @@ def thread_cpu_s(name: str) -> float:
     """CPU seconds of this process's running threads of that name; 0 where there is none."""
     threads = [t.ident for t in threading.enumerate() if t.name == name and t.ident is not None]
     return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in threads)
+
+
+def tree_cpu_s() -> float:
+    """CPU seconds of this process and all below it, those that have ended and were waited for included."""
+    own = psutil.Process()
+    spent = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            spent += sum(process.cpu_times()[:4])  # user, system, and both of children that have ended
+    return spent
 
 
 def private_mb() -> float:

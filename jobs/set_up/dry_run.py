@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import replace
 
 from millijoule.jobs.models import describe_obtained, words_of
 from millijoule.jobs.set_up.calibration import CALIBRATION_IMAGES, calibrate
@@ -86,9 +85,7 @@ def _output_words(request: JobRequest) -> str:
                 if other
                 else f"{url}, no job yet"
             )
-        if request.shard_seconds is not None:
-            request = replace(request, plan=replace(request.plan, shard_size=existing.shard_size))
-        check_is_asked_for(request, existing, store.url)
+        check_is_asked_for(request.as_begun(existing), existing, store.url)
     except InputError as error:
         return f"generate will refuse it: {error}"
     shards = load_job_shards(store, existing)

@@ -37,14 +37,13 @@ def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[Pla
         StoreError: storage failed.
     """
     existing, device = read_job(store), None
-    if (seconds := request.shard_seconds) is not None:
-        if existing is not None:
-            images = existing.shard_size  # a calibration would not repeat; the first one counts
-        else:
-            device = choose_device(request, cluster)
-            workers = pool_options(request, device, cluster)
-            request = replace(request, source=within_reach(request.source, store, cluster))
-            images = calibrated_shard_size(request, seconds, workers)
+    if existing is not None:
+        request = request.as_begun(existing)
+    elif (seconds := request.shard_seconds) is not None:
+        device = choose_device(request, cluster)
+        workers = pool_options(request, device, cluster)
+        request = replace(request, source=within_reach(request.source, store, cluster))
+        images = calibrated_shard_size(request, seconds, workers)
         request = replace(request, plan=replace(request.plan, shard_size=images))
     planned = open_or_plan(request, store, existing)
     if device is None:  # a calibration and its job run on the same kind of device

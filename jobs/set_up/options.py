@@ -65,8 +65,9 @@ class GenerateOptions:
     seed: int = 0
     """Job seed; an image's own seed follows from it, the prompt id and the image index."""
 
-    shard_size: Annotated[str, tyro.conf.arg(metavar="N|SECONDSs")] = "256"
-    """Images per shard, or a target duration such as 60s (a short calibration then sets the number)."""
+    shard_size: Annotated[str, tyro.conf.arg(metavar="auto|N|SECONDSs")] = "auto"
+    """Images per shard, or a target duration such as 60s (a short calibration then sets the number). auto: 4096 of the
+    oscillator models, which draw thousands in a second, 256 of others; a job that was begun keeps its own."""
 
     workers: Annotated[str, tyro.conf.arg(metavar="N|MIN:MAX")] = "auto"
     """Number of workers, or a range for autoscaling: 0:8 holds nothing while nothing waits, and asks for nodes only as

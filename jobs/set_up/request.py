@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
-from millijoule.pipeline.output.job import read_job
+from millijoule.pipeline.output.job import JobSpec, read_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
 from millijoule.workers import factories
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import ModelIdentity
-from millijoule.workers.generators.registry import PACKAGED
+from millijoule.workers.generators.registry import PACKAGED, usual_shard_images
 from millijoule.workers.images.formats import ImageFormat, read_image_format
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.ranks.check import check_ranks
@@ -26,9 +26,6 @@ from millijoule.workers.storage.open import open_store
 
 #: Words for delimiters that are hard to type.
 DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\t": "\t"}
-
-#: Images per shard until a calibration has said how many take the seconds that were asked for.
-UNCALIBRATED_SHARD_SIZE = 256
 
 #: Ray counts in ten-thousandths of a CPU.
 LEAST_CPUS = 0.0001
@@ -54,6 +51,12 @@ class JobRequest:
     bounds: tuple[int, int] | None
     caps: Caps
     node_meters: tuple[NodeMeterConfig, ...]
+
+    def as_begun(self, job: JobSpec) -> JobRequest:
+        """To go on with `job`: what was left to the program is as it was chosen then."""
+        if parse_shard_size(self.options.shard_size)[0] is not None:
+            return self
+        return replace(self, plan=replace(self.plan, shard_size=job.shard_size))
 
     @property
     def identity(self) -> ModelIdentity:
@@ -93,7 +96,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
         bounds=parse_workers(options.workers),
         caps=caps_of(options),
         plan=PlanOptions(
-            shard_size=images or UNCALIBRATED_SHARD_SIZE,
+            shard_size=images or usual_shard_images(source.model),
             images_per_prompt=options.images_per_prompt,
             duplicate_ids=options.duplicate_ids,
             prompt_column=options.prompt_column,
@@ -192,13 +195,15 @@ def caps_of(options: GenerateOptions) -> Caps:
 
 
 def parse_shard_size(text: str) -> tuple[int | None, float | None]:
-    """`"256"` -> (256, None) images; `"60s"` -> (None, 60.0) seconds; raises InputError."""
+    """`"256"` -> (256, None) images; `"60s"` -> (None, 60.0) seconds; `"auto"` -> (None, None); raises InputError."""
+    if text == "auto":
+        return None, None
     match = re.fullmatch(r"([0-9]+)|([0-9]+(?:\.[0-9]+)?)s", text)
     if match and match[1] and int(match[1]) >= 1:
         return int(match[1]), None
     if match and match[2] and float(match[2]) > 0:
         return None, float(match[2])
-    raise InputError(f"--shard-size {text}: a number of images such as 256, or a duration such as 60s")
+    raise InputError(f"--shard-size {text}: a number of images such as 256, a duration such as 60s, or auto")
 
 
 def parse_workers(text: str) -> tuple[int, int] | None:

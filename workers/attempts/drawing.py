@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.attempts.encoding import DrawnImage
@@ -120,11 +120,12 @@ class Drawing:
                 row = ImageRow(part[0], "quarantined", error=why)
                 drawn.append(DrawnImage(next(at), row, is_suspect=not isinstance(outcome, RowError)))
                 continue
+            height, width = outcome.images.shape[1:3]
+            own_steps = self.generator.info.num_inference_steps
             for request, image, words, rejected in zip(
                 part, outcome.images, outcome.warnings, outcome.rejected, strict=True
             ):
-                height, width = image.shape[:2]
-                steps = request.num_inference_steps or self.generator.info.num_inference_steps
+                steps = request.num_inference_steps or own_steps
                 row = ImageRow(
                     request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
                 )
@@ -136,7 +137,7 @@ class Drawing:
                 if rejected.certain:  # the device has not worked for it
                     row = ImageRow(request, status, error=why, warnings=words)
                 else:
-                    row = replace(row, status=status, error=why)
+                    row = row._replace(status=status, error=why)
                 drawn.append(DrawnImage(next(at), row, is_suspect=rejected.may_be_the_device))
             kept = (r for r, why in zip(part, outcome.rejected, strict=True) if why is None)
             self.served = next(kept, self.served)

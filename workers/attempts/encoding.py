@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +27,7 @@ TASK_BYTES = 1 << 20
 HEALTHY = np.zeros((16, 16, 3), np.uint8)
 
 
-@dataclass(frozen=True)
-class DrawnImage:
+class DrawnImage(NamedTuple):
     """The outcome of one request: its row, and unless it has none its image, uint8 `[height, width, 3]`.
 
     `at` is (row, image index) within the shard's plan rows. `is_suspect`: that there is no image is this worker's word alone.

@@ -118,13 +118,14 @@ class Finishing:
         healthy: tuple[int, int] | None = None
         with closing(handover.parts()) as parts:
             for part in parts:
-                for drawn, outcome in zip(part.drawn, part.outcome.result(), strict=True):
-                    attempt.check()
+                outcomes = part.outcome.result()
+                attempt.check()
+                for drawn, outcome in zip(part.drawn, outcomes, strict=True):
                     if _add(writer, drawn, outcome):
                         healthy = healthy or drawn.at
-                        attempt.step()
                     if drawn.is_suspect:
                         suspects.append(Suspect(*drawn.at, drawn.row.error or ""))
+                attempt.step()
         reasons = dict(lease.quarantine)
         for (row, _), request in requests.items():
             if row in reasons:
@@ -233,7 +234,7 @@ def _add(writer: ShardWriter, drawn: DrawnImage, outcome: bytes | Exception | No
     """Give one image to the writer; False where there is none."""
     row = drawn.row
     if isinstance(outcome, Exception):
-        writer.add(replace(row, status="quarantined", error=reason(outcome)), None)
+        writer.add(row._replace(status="quarantined", error=reason(outcome)), None)
         return False
     writer.add(row, outcome)
     return outcome is not None

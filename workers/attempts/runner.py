@@ -107,15 +107,13 @@ class AttemptRunner:
         if lease.probe_rows is not None:
             asked = shard_requests(rows[slice(*lease.probe_rows)], self.config.job_seed)
             return self._on_device(lambda: probe(self.drawing, attempt, asked))
-        requests: Requests = {
-            (i, request.image_index): request
-            for i, row in enumerate(rows)
-            for request in shard_requests([row], self.config.job_seed)
-        }
+        places = [(i, k) for i, row in enumerate(rows) for k in row.image_indices]
+        requests: Requests = dict(zip(places, shard_requests(rows, self.config.job_seed), strict=True))
         if lease.confirm:
             return self._on_device(lambda: confirm(self.drawing, attempt, requests))
-        skipped = {row for row, _ in lease.quarantine}
-        wanted = {at: request for at, request in requests.items() if at[0] not in skipped}
+        wanted = requests
+        if skipped := {row for row, _ in lease.quarantine}:
+            wanted = {at: request for at, request in requests.items() if at[0] not in skipped}
         attempt.step()
         handover = Handover(attempt, self._encoders, self.budget)
         with self._changed:

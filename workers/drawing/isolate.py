@@ -4,7 +4,7 @@ found by halving."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -61,14 +61,13 @@ def draw(generator: Generator, requests: Sequence[ImageRequest]) -> GeneratedBat
     if len(images) != n:
         raise ValueError(f"the generator returned {len(images)} images for {n} requests")
     info = generator.info
-    for request in requests:
-        asked = (request.height or info.height, request.width or info.width)
-        if images.shape[1:3] != asked:
+    for height, width in {(r.height or info.height, r.width or info.width) for r in requests}:
+        if images.shape[1:3] != (height, width):
             got = f"{images.shape[2]}x{images.shape[1]}"
             raise ValueError(
-                f"the generator returned images of {got} pixels where {asked[1]}x{asked[0]} were asked for"
+                f"the generator returned images of {got} pixels where {width}x{height} were asked for"
             )
-    warnings = out.warnings or tuple(() for _ in requests)
+    warnings = out.warnings or ((),) * n
     if len(warnings) != n:
         raise ValueError(f"the generator returned warnings for {len(warnings)} images of {n}")
     rejected = out.rejected or (None,) * n
@@ -100,20 +99,24 @@ class FittedGenerator:
 
         Keys keep their order within a group, and groups come in the order of their first keys.
         """
-        groups: dict[Hashable, list[T]] = {}
-        for key, request in requests.items():
-            groups.setdefault(self._group(key, request), []).append(key)
-        for keys in groups.values():
+        for keys in self._call_groups(requests):
             while keys:
                 rows = self.rows_for(requests[keys[0]])
                 yield keys[:rows]
                 del keys[:rows]
 
-    def _group(self, key: Hashable, request: ImageRequest) -> Hashable:
+    def _call_groups(self, requests: Mapping[T, ImageRequest]) -> Iterable[list[T]]:
         if self._groups is None:
-            return None
+            return [list(requests)]
+        groups: dict[Hashable, list[T]] = {}
+        for key, request in requests.items():
+            groups.setdefault(self._group(self._groups, key, request), []).append(key)
+        return groups.values()
+
+    @staticmethod
+    def _group(of: GroupsRequests, key: Hashable, request: ImageRequest) -> Hashable:
         try:
-            return "together", self._groups.call_group(request)
+            return "together", of.call_group(request)
         except Exception:  # of a prompt's making: `generate` will say so, of this request alone
             return "alone", key
 

@@ -21,17 +21,20 @@ def padded(count: int, size: int) -> Iterator[tuple[list[int], int]]:
 
 def check_requests(requests: Sequence[ImageRequest], info: GeneratorInfo, min_steps: int) -> None:
     """Raise RowError for a size or a number of steps that the model of `info` cannot make."""
-    for r in requests:
-        width, height = r.width or info.width, r.height or info.height
+    asked = dict.fromkeys((r.width, r.height, r.num_inference_steps) for r in requests)  # in order
+    for width, height, steps in asked:
+        width, height = width or info.width, height or info.height
         if (width, height) != (info.width, info.height):
             raise RowError(f"{width}x{height}: this model makes {info.width}x{info.height} pixels")
-        steps = info.num_inference_steps if r.num_inference_steps is None else r.num_inference_steps
+        steps = info.num_inference_steps if steps is None else steps
         if not min_steps <= steps <= info.max_steps:
             raise RowError(f"num_inference_steps {steps}: this model takes {min_steps} to {info.max_steps}")
 
 
 def unused_settings(request: ImageRequest, used: Collection[str] = ()) -> tuple[str, ...]:
     """Words for what the request asks for and a model that takes the settings `used` does not do."""
+    if request.guidance_scale is None and not request.negative_prompt:  # of most
+        return ()
     asked = {
         "guidance_scale": request.guidance_scale is not None,
         "negative_prompt": bool(request.negative_prompt),

@@ -31,6 +31,9 @@ PACKAGED = {
 CPU_WEIGHTS_BYTES = 256 * 2**20
 
 
+#: See `usual_shard_images`.
+SHARD_IMAGES, OSCILLATOR_SHARD_IMAGES = 256, 4096
+
 #: What a converted Un-0 checkpoint says that it is.
 UN0_FORMAT = "un0"
 
@@ -139,6 +142,16 @@ def read_pipeline_model(model: str, options: GeneratorOptions) -> PipelineFolder
     if model.startswith(factories.PREFIX) or not is_pipeline(path := model_path(model)):
         return None
     return read_model(path, options)
+
+
+def usual_shard_images(model: str) -> int:
+    """How many images of `model` make a shard where nobody says it.
+
+    A shard has a file, a lease and a commit of its own, which take milliseconds: of a model of oscillators as long as a hundred images.
+    """
+    if model.startswith(factories.PREFIX) or is_pipeline(path := model_path(model)):
+        return SHARD_IMAGES
+    return SHARD_IMAGES if read_header(path).metadata["format"] == UN0_FORMAT else OSCILLATOR_SHARD_IMAGES
 
 
 def needs_gpu(model: str, options: GeneratorOptions = GeneratorOptions()) -> bool:  # noqa: B008 (frozen)

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.images.formats import ImageFormat
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, DataFile, ImageRow
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, DataFile, ImageRequest, ImageRow
 
 FORMATS = ("parquet", "webdataset", "files")
 
@@ -111,6 +111,10 @@ def image_name(prompt_id: str, image_index: int) -> str:
     return f"{escaped or '%'}_{image_index}"
 
 
+def _name(request: ImageRequest) -> str:
+    return image_name(request.prompt_id, request.image_index)
+
+
 class ShardWriter:
     """Collects one shard's rows, in the order they are added, in a Parquet file that is written group by group."""
 
@@ -119,7 +123,7 @@ class ShardWriter:
         self._rows_key = rows_key
         self._schema = schema
         self._rows: list[ImageRow] = []
-        self._names: set[str] = set()
+        self._added: set[tuple[str, int]] = set()  # prompt id and index
         self._pending: list[tuple[Any, ...]] = []  # values of the schema's columns
         self._pending_bytes = 0
         self._table: pq.ParquetWriter | None = None  # once it is known how many rows there are
@@ -132,19 +136,16 @@ class ShardWriter:
             OSError: the scratch disk failed or is full.
         """
         request = row.request
-        name = image_name(request.prompt_id, request.image_index)
-        if name in self._names:
-            raise ValueError(
-                f"prompt {request.prompt_id!r}, image {request.image_index}: added twice to one shard"
-            )
+        own = request.prompt_id, request.image_index
+        if own in self._added:
+            raise ValueError(f"prompt {own[0]!r}, image {own[1]}: added twice to one shard")
         if (encoded is not None) != (row.status == "ok"):
             what = "no image was given" if encoded is None else "an image was given"
-            raise ValueError(f"prompt {request.prompt_id!r}: {what} for a row with status {row.status!r}")
-        self._names.add(name)
+            raise ValueError(f"prompt {own[0]!r}: {what} for a row with status {row.status!r}")
+        self._added.add(own)
         if encoded is not None:
-            digest = hashlib.sha256(encoded).hexdigest()
-            row = row.stored(self._path(name), digest, len(encoded))
-            self._add_image(name, encoded, row)
+            row = row.stored(self._path(request), hashlib.sha256(encoded).hexdigest(), len(encoded))
+            self._add_image(encoded, row)
         self._rows.append(row)
         self._pending.append(self._values(row, encoded))
         if self._pending_bytes >= ROW_GROUP_BYTES or len(self._pending) >= ROW_GROUP_ROWS:
@@ -158,11 +159,11 @@ class ShardWriter:
         files = (*self._finish_images(), self._describe(self._rows_key, len(self._rows)))
         return ShardFiles(files, tuple(self._rows), self._rows_key)
 
-    def _path(self, name: str) -> str:
-        """Where a reader finds the image `name`."""
+    def _path(self, request: ImageRequest) -> str:
+        """Where a reader finds the image of `request`."""
         raise NotImplementedError
 
-    def _add_image(self, name: str, encoded: bytes, row: ImageRow) -> None:
+    def _add_image(self, encoded: bytes, row: ImageRow) -> None:
         """Write one image, which is not in the table."""
 
     def _values(self, row: ImageRow, encoded: bytes | None) -> tuple[Any, ...]:
@@ -194,7 +195,7 @@ class ShardWriter:
 class ParquetShardWriter(ShardWriter):
     """One Parquet file with rows and images."""
 
-    def _path(self, name: str) -> str:
+    def _path(self, request: ImageRequest) -> str:
         return self._rows_key
 
     def _values(self, row: ImageRow, encoded: bytes | None) -> tuple[Any, ...]:
@@ -212,10 +213,10 @@ class FilesShardWriter(ShardWriter):
         self._suffix = suffix
         self._images: list[DataFile] = []
 
-    def _path(self, name: str) -> str:
-        return f"{self._prefix}/{name}.{self._suffix}"
+    def _path(self, request: ImageRequest) -> str:
+        return f"{self._prefix}/{_name(request)}.{self._suffix}"
 
-    def _add_image(self, name: str, encoded: bytes, row: ImageRow) -> None:
+    def _add_image(self, encoded: bytes, row: ImageRow) -> None:
         assert row.path is not None
         assert row.sha256 is not None
         (self._directory / row.path).write_bytes(encoded)
@@ -240,10 +241,11 @@ class WebdatasetShardWriter(ShardWriter):
         self._tar = (directory / self._key).open("xb", buffering=1 << 20)
         self._index: dict[str, tuple[int, int]] = {}
 
-    def _path(self, name: str) -> str:
-        return f"{self._key}#{name}.{self._suffix}"
+    def _path(self, request: ImageRequest) -> str:
+        return f"{self._key}#{_name(request)}.{self._suffix}"
 
-    def _add_image(self, name: str, encoded: bytes, row: ImageRow) -> None:
+    def _add_image(self, encoded: bytes, row: ImageRow) -> None:
+        name = _name(row.request)
         told = {
             k: v for k, v in row.as_record().items() if k != "path"
         }  # the only field that names the attempt

@@ -56,8 +56,7 @@ class OscillatorGenerator:
     def generate(self, requests: Sequence[ImageRequest]) -> GeneratedBatch:
         """See `Generator`; raises RowError for a size or step count this model cannot make."""
         check_requests(requests, self.info, MIN_STEPS)
-        tokens, warnings = self._read(requests)
-        seeds = np.array([r.seed for r in requests], dtype=np.uint64)
+        tokens, seeds, warnings = self._read(requests)
         images = self.drawing.draw(tokens, seeds, requests[0].num_inference_steps)
         told = tuple(w + unused_settings(r) for w, r in zip(warnings, requests, strict=True))
         return GeneratedBatch(images, told)
@@ -66,16 +65,19 @@ class OscillatorGenerator:
         self, requests: Sequence[ImageRequest], *, dense: bool = False
     ) -> dict[str, np.ndarray]:
         """Operations of each image by part, int64 `[images]`; see `operations.operations`."""
-        tokens, _ = self._read(requests)
+        tokens, _, _ = self._read(requests)
         steps = requests[0].num_inference_steps
         painter = self.drawing.painter
         counted = operations(painter.network.config, painter.ink, tokens, dense=dense, steps=steps)
         return {part: values.numpy() for part, values in counted.items()}
 
-    def _read(self, requests: Sequence[ImageRequest]) -> tuple[np.ndarray, tuple[tuple[str, ...], ...]]:
-        """Tokens of the scenes that prompts and seeds say, and warnings."""
+    def _read(
+        self, requests: Sequence[ImageRequest]
+    ) -> tuple[np.ndarray, np.ndarray, tuple[tuple[str, ...], ...]]:
+        """Tokens of the scenes that prompts and seeds say, the seeds, and warnings."""
         scenes, warnings = zip(*(_read_prompt(r.prompt, self.nouns) for r in requests), strict=True)
-        return settle(scenes, np.array([r.seed for r in requests], dtype=np.uint64)), warnings
+        seeds = np.array([r.seed for r in requests], dtype=np.uint64)
+        return settle(scenes, seeds), seeds, warnings
 
 
 @lru_cache(maxsize=4096)  # a prompt's images are drawn together

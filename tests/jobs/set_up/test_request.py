@@ -8,7 +8,7 @@ import pytest
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.options.rates import RateOptions
 from millijoule.jobs.set_up.options import GenerateOptions
-from millijoule.jobs.set_up.request import UNCALIBRATED_SHARD_SIZE, request_of
+from millijoule.jobs.set_up.request import request_of
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.registry import PACKAGED
 
@@ -37,7 +37,7 @@ def test_texts_are_read_into_values(options):
         replace(options, workers="0:8", resources=("spot=1", "disk=0.5"), shard_size="60s", delimiter="tab")
     )
     assert (read.bounds, read.resources) == ((0, 8), {"spot": 1.0, "disk": 0.5})
-    assert (read.shard_seconds, read.plan.shard_size) == (60.0, UNCALIBRATED_SHARD_SIZE)
+    assert (read.shard_seconds, read.plan.shard_size) == (60.0, 256)
     assert read.plan.delimiter == "\t"
     plain = request_of(replace(options, workers="4", shard_size="12"))
     assert (plain.bounds, plain.shard_seconds, plain.plan.shard_size) == ((4, 4), None, 12)
