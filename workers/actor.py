@@ -170,6 +170,12 @@ class ShardWorker:
         return self._runner.give_back(attempt_id)
 
     @ray.method(concurrency_group="status")
+    def leave(self) -> None:
+        """The worker's node is taken away: end after the current batch, and seal what was made. Leases come back as cancelled."""
+        if self._runner is not None:
+            self._runner.leave()
+
+    @ray.method(concurrency_group="status")
     def read_while_loading(self) -> CounterRead | None:
         """The estimate of a worker that loads, which is of its process and ends with it.
 

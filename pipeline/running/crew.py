@@ -125,6 +125,10 @@ class Crew:
         """Tell the worker that nobody needs what it makes of `lease`."""
         worker.actor.cancel.remote(lease.attempt_id)
 
+    def leave(self, worker: Worker) -> None:
+        """Tell the worker that its node is taken away: it gives back what it has in hand, what it made sealed."""
+        worker.actor.leave.remote()
+
     def answers(self, timeout_s: float) -> list[tuple[Worker, str, Lease | None, Any]]:
         """Calls that came back, each once: wait up to `timeout_s` for the first, and take what else is there."""
         calls = list(self._calls)

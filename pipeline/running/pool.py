@@ -120,7 +120,7 @@ class WorkerPool:
         self.events.tick()
 
     def _let_leave(self, now: float) -> None:
-        """Workers on nodes that are being taken away end what they have in hand, get nothing more and say their last words."""
+        """Workers on nodes that are being taken away seal what they have in hand, get nothing more and say their last words."""
         draining = self._outcomes.draining
         draining.look(now)
         for worker in list(self.workers.values()):
@@ -134,6 +134,7 @@ class WorkerPool:
                     *(worker.worker_id, worker.node.host, left),
                 )
                 self._crew.take_back(worker)
+                self._crew.leave(worker)
             if not worker.held and not worker.stopping:
                 self._crew.stop(worker, now)  # beside the start of one that still loads
             if not worker.called_off and now >= ends - LAST_WORDS_S:

@@ -158,6 +158,10 @@ class ScriptedWorker:
         self._withdraw(attempt_id)
 
     @real_ray.method(concurrency_group="status")
+    def leave(self):
+        self.world.told_to_leave.append(self.worker_id)
+
+    @real_ray.method(concurrency_group="status")
     def give_back(self, attempt_id):
         return self._withdraw(attempt_id)
 
@@ -186,7 +190,7 @@ class World:
         self.made, self.lost, self.void, self.words, self.left = [], [], [], [], []
         self.cancelled, self.requests, self.reads = [], [], []
         self.leased, self.begun, self.begun_at = [], [], []
-        self.actors = {}
+        self.actors, self.told_to_leave = {}, []
         self.on_tick = lambda: None
 
     def run(self):
@@ -323,6 +327,7 @@ def test_a_worker_on_a_draining_node_ends_what_it_draws_gets_nothing_more_and_sa
     w.run()
     assert w.shards_of("w0001-0001") == [0, 1, 4, 6]  # the last was at work when the driver heard of it
     assert "w0001-0001" in w.words
+    assert w.told_to_leave == ["w0001-0001"]
     assert w.left == w.lost == w.cancelled == []
     assert w.shards_of("w0001-0003")  # its place was taken at once
     assert "worker w0001-0001 leaves: its node host-1 is taken away, in" in caplog.text
