@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= infra/constraints/cpu.txt
 DEMO_OUT ?= out/demo
+SBOM ?= out/sbom.json
 # make gpu: seconds for everything, folder for the results, and what else its --help explains. Its Python is the machine's own,
 # the one that has PyTorch for CUDA: nothing is taken from a network.
 GPU_PYTHON ?= python3
@@ -18,13 +19,14 @@ export DS_BUILD_OPS := 0
 # What setuptools warns of (folders of data among the packages, the way in which pyproject.toml names the C++ part) is for whoever builds.
 QUIETLY := PYTHONWARNINGS=ignore
 
-.PHONY: help demo test test-fast lint chaos slow accelerator gpu gpu-list gpu-rehearsal gpu-wheels bench install install-test clean
+.PHONY: help demo test test-fast lint chaos slow accelerator gpu gpu-list gpu-rehearsal gpu-wheels bench install install-test sbom audit clean
 
 help:
 	@echo "for everybody"
 	@echo "  make demo          install, make images from infra/demo_prompts.txt into DEMO_OUT=$(DEMO_OUT)"
 	@echo "  make test          install, run lint, types and all tests but the slow ones (what CI runs)"
 	@echo "  make install       .venv with what jobs need; CONSTRAINTS= takes PyTorch's CUDA build, PYTHON=$(PYTHON)"
+	@echo "  make sbom          what is installed, as CycloneDX, into SBOM=$(SBOM);  make audit asks for known flaws of it (network)"
 	@echo "  make clean         remove .venv and everything that was built"
 	@echo "for the inner loop"
 	@echo "  make install-test  .venv with everything the tests need"
@@ -47,7 +49,7 @@ $(VENV)/installed-run: pyproject.toml $(wildcard infra/constraints/*.txt kernels
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed-run
-	$(QUIETLY) $(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[test,train,diffusers,report,verify]"
+	$(QUIETLY) $(BIN)/python -m pip install --quiet $(addprefix -c ,$(CONSTRAINTS)) -e ".[test,train,diffusers,report,verify,otel]"
 	touch $@
 
 install: $(VENV)/installed-run
@@ -96,6 +98,20 @@ gpu-wheels: $(VENV)/installed-run
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  $(GPU_PLATFORMS) -d $(or $(WHEELS),wheels) -r infra/gpu-wheels.txt
 	$(BIN)/python -m pip wheel --quiet --no-deps -w $(or $(WHEELS),wheels) $(addprefix -c ,$(CONSTRAINTS)) deepspeed
+
+# Tools of their own environment, so that they are no part of what they list.
+TOOLS := $(VENV)/tools
+$(TOOLS)/installed: Makefile
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
+sbom: $(VENV)/installed-run $(TOOLS)/installed
+	mkdir -p $(dir $(SBOM))
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o $(SBOM) $(BIN)/python
+
+audit: $(TOOLS)/installed
+	$(TOOLS)/bin/pip-audit --no-deps --disable-pip -r $(or $(CONSTRAINTS),infra/constraints/cpu.txt)
 
 bench: $(VENV)/installed-test
 	$(BIN)/millijoule bench pipeline --output benchmarks/pipeline

@@ -53,6 +53,7 @@ def run(
     from millijoule.pipeline.running.progress import Progress
     from millijoule.pipeline.running.run import JobRun
     from millijoule.pipeline.running.spending import Spending
+    from millijoule.pipeline.telemetry.collector import exported
     from millijoule.workers.actor import remote_worker_class
     from millijoule.workers.storage.open import open_store
 
@@ -83,10 +84,12 @@ def run(
             head_watched(ray_cluster.head_address(), on_head_lost or job_run.lose_head),
             Progress(planned.job, job_run, quiet=options.quiet) as progress,
             signals_heeded(job_run),
+            exported(request.otlp_endpoint, planned.job, job_run) as export,
         ):
 
             def tick() -> None:
                 progress.tick()
+                export()
                 if metrics:
                     metrics.tick()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from millijoule.jobs.entry import COMPLETE, NamedOutputs, run_command
-from millijoule.workers.visible_text import visible
+from millijoule.workers.visible_text import visible, visible_lines
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,7 +37,8 @@ class QueryOptions:
     """The same, as an option."""
 
     format: Format = "table"
-    """How rows are printed; json is one object per line."""
+    """How rows are printed; json is one object per line. In csv a text that a spreadsheet would take for a formula begins with an
+    apostrophe; json and parquet have every text as it is."""
 
     param: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
     """Values of the query's $NAME parameters, such as price_per_kwh=0.30."""
@@ -71,6 +72,8 @@ def run(options: QueryOptions) -> int:
         except OSError as error:
             raise InputError(f"--save {options.save}: {error.strerror}") from error
     else:
+        if sys.stdout.isatty() and options.format != "parquet":  # prompts are untrusted
+            data = visible_lines(data.decode()).encode()
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     return COMPLETE
@@ -105,11 +108,13 @@ def encode(rows: pa.Table, format: Format) -> bytes:
     import pyarrow.csv
     import pyarrow.parquet as pq
 
+    from millijoule.pipeline.statements.csv_cells import safe_table
+
     sink = io.BytesIO()
     if format == "parquet":
         pq.write_table(rows, sink, compression="zstd")
     elif format == "csv":
-        pyarrow.csv.write_csv(_flat(rows), sink)
+        pyarrow.csv.write_csv(safe_table(_flat(rows)), sink)
     elif format == "json":
         for row in rows.to_pylist():
             sink.write(_as_json(row) + b"\n")

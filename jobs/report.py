@@ -5,13 +5,22 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from millijoule.jobs.entry import COMPLETE, NamedOutputs, run_command
 from millijoule.jobs.options.rates import RateOptions
 from millijoule.workers.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from millijoule.pipeline.energy.carbon import Rates
+    from millijoule.workers.storage.protocol import Store
+
+#: Exit code of a statement in which something is missing; it is written all the same, and says what.
+NOT_STATED = 6
 
 #: The page's name in an output, where no --html says otherwise.
 PAGE_KEY = "report.html"
@@ -48,6 +57,21 @@ class ReportOptions:
     carbon_source: str | None = None
     """Where the carbon intensity is from, for the page. Default: the file's name."""
 
+    statement: Literal["sci", "scope3"] | None = None
+    """Instead of page and tables, a statement to file, over all outputs: sci, the Software Carbon Intensity (ISO/IEC 21031) of an
+    accepted image, as text, with --json as JSON; scope3, energy by job and device kind as CSV. Nothing missing is filled in: exit
+    code 6 says that something is. docs/statements.md has the details."""
+
+    embodied: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=KG/YEARS|FILE ...")] = ()
+    """For sci: kilograms of CO2e that making one device emitted, and its years of life, by a part of its product's name; node is the
+    rest of each machine (H200=164/4 node=1300/5*0.5, the last a share of it). Or a TOML file."""
+
+    location: str | None = None
+    """For statements: where the machines stand, such as a country or a grid zone."""
+
+    csv: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """For scope3: where to write it. Default: standard output."""
+
 
 def run(options: ReportOptions) -> int:
     from rich.console import Console
@@ -61,6 +85,11 @@ def run(options: ReportOptions) -> int:
     if not outputs:
         raise InputError("name at least one output folder or s3:// URL of a finished job")
     rates = options.rates.read(options.carbon_source)
+    if options.statement is not None:
+        return state(options, [open_store(url) for url in outputs], rates)
+    for name in ("embodied", "location", "csv"):
+        if getattr(options, name):
+            raise InputError(f"--{name} is for a statement: say which with --statement sci or scope3")
     gpu_prices = parse_gpu_prices(options.price_per_gpu_hour)
     stores = [open_store(url) for url in outputs]
     report = collect_report(stores, rates, gpu_prices)
@@ -77,6 +106,44 @@ def run(options: ReportOptions) -> int:
         stores[0].put(PAGE_KEY, page)
         print(f"wrote {stores[0].url}/{PAGE_KEY} ({len(page) / 1e6:.2f} MB)", file=sys.stderr)
     return COMPLETE
+
+
+def state(options: ReportOptions, stores: Sequence[Store], rates: Rates) -> int:
+    """Print or write the statement that was asked for; returns the exit code."""
+    from millijoule.pipeline.statements.declared import read_declared
+    from millijoule.pipeline.statements.job_energy import read_job_energy
+    from millijoule.pipeline.statements.sci import sci_statement
+    from millijoule.pipeline.statements.scope3 import scope3_statement
+
+    is_sci = options.statement == "sci"
+    for name, belongs in (
+        ("html", False),
+        ("price_per_gpu_hour", False),
+        ("json", is_sci),
+        ("csv", not is_sci),
+    ):
+        if getattr(options, name) and not belongs:
+            raise InputError(f"--{name.replace('_', '-')} has no part in --statement {options.statement}")
+    declared = read_declared(options.embodied, options.location)
+    urls = [store.url for store in stores]
+    if twice := sorted({url for url in urls if urls.count(url) > 1}):
+        raise InputError(f"{twice[0]} is given twice: its energy would be stated twice")
+    jobs = [read_job_energy(store, rates) for store in stores]
+    if is_sci:
+        stated = sci_statement(jobs, declared)
+        if options.json != "-":
+            sys.stdout.write(stated.to_text())
+        missing, target, data = bool(stated.missing), options.json, stated.to_json()
+    else:
+        missing, target = any(job.missing for job in jobs), options.csv or "-"
+        data = scope3_statement(jobs, declared).encode()
+    if target == "-":
+        sys.stdout.write(data.decode())
+    elif target is not None:
+        _write(target, data)
+    if missing:
+        print("something is missing in this statement; it says what", file=sys.stderr)
+    return NOT_STATED if missing else COMPLETE
 
 
 def _render(report) -> bytes:

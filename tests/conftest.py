@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 #: Fixtures behind which real servers stand.
-SERVERS = {"moto_s3", "rclone_s3", "ceph", "ray_cluster", "ray_address"}
+SERVERS = {"moto_s3", "rclone_s3", "ceph", "ceph_gateway", "ray_cluster", "ray_address"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,10 +53,15 @@ def rclone_s3() -> Iterator[S3Endpoint]:
 
 
 @pytest.fixture(scope="session")
-def ceph() -> Iterator[S3Endpoint]:
+def ceph_gateway() -> Iterator[CephGateway]:
     _skip_or_fail(CephGateway.missing())
     with CephGateway() as server:
-        yield server.endpoint
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ceph(ceph_gateway: CephGateway) -> S3Endpoint:
+    return ceph_gateway.endpoint
 
 
 @pytest.fixture

@@ -346,6 +346,24 @@ class CephGateway(_Server):
             f"--secret-key={self.endpoint.secret_key}",
         )
 
+    def add_user(self, name: str) -> S3Endpoint:
+        """A further account, which owns nothing and may do what bucket policies say; its principal is user/`name`."""
+        endpoint = replace(self.endpoint, access_key=f"{name}-key", secret_key=secrets.token_hex(20))
+        self._run(
+            *(
+                "radosgw-admin",
+                "-n",
+                "client.rgw.a",
+                "user",
+                "create",
+                f"--uid={name}",
+                f"--display-name={name}",
+            ),
+            f"--access-key={endpoint.access_key}",
+            f"--secret-key={endpoint.secret_key}",
+        )
+        return endpoint
+
     def stop(self) -> None:
         for process in reversed(self._processes):
             process.stop(signal.SIGKILL)  # nothing in it is worth flushing

@@ -20,7 +20,7 @@ from typing import Any
 
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import answer_of, describe, start_alone, write_result
-from millijoule.jobs.measuring.process import tree_cpu_s
+from millijoule.jobs.measuring.process import TreeCpu
 from millijoule.jobs.measuring.ray_head import ray_head
 
 #: Images per file of the bare loop, as in the job's default.
@@ -76,9 +76,10 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
         for pair in range(options.pairs):
             for side in (bare, job) if pair % 2 == 0 else (job, bare):
                 output = Path(scratch, f"{side.__name__}-{pair}")
-                began, cpu = time.monotonic(), tree_cpu_s()
-                working = side(output)
-                seconds = time.monotonic() - began
+                with TreeCpu() as cpu:
+                    began = time.monotonic()
+                    working = side(output)
+                    seconds = time.monotonic() - began
                 rows.append(
                     {
                         "side": side.__name__,
@@ -86,7 +87,7 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
                         "seconds": seconds,
                         "seconds_between_start_and_finish": working,
                         "seconds_of_start_and_finish": seconds - working,
-                        "cpu_seconds": tree_cpu_s() - cpu,
+                        "cpu_seconds": cpu.seconds,
                     }
                 )
 

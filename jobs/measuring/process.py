@@ -13,6 +13,9 @@ from typing import Any
 
 import psutil
 
+#: Between two looks at what processes used.
+LOOK_PERIOD_S = 0.2
+
 
 class CpuParts:
     """CPU seconds of functions, by name; a call within another one is part of that."""
@@ -48,14 +51,43 @@ def thread_cpu_s(name: str) -> float:
     return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in threads)
 
 
-def tree_cpu_s() -> float:
-    """CPU seconds of this process and all below it, those that have ended and were waited for included."""
-    own = psutil.Process()
-    spent = 0.0
-    for process in (own, *own.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            spent += sum(process.cpu_times()[:4])  # user, system, and both of children that have ended
-    return spent
+class TreeCpu:
+    """CPU seconds that this process and all below it use within a block.
+
+    It looks every `LOOK_PERIOD_S`: what a process uses after the last look before its end is missing.
+    """
+
+    def __init__(self) -> None:
+        self._at_first: dict[psutil.Process, float] = {}
+        self._now: dict[psutil.Process, float] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> TreeCpu:
+        self._look()
+        self._at_first = dict(self._now)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._look()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return sum(self._now.values()) - sum(self._at_first.values())
+
+    def _watch(self) -> None:
+        while not self._ended.wait(LOOK_PERIOD_S):
+            self._look()
+
+    def _look(self) -> None:
+        own = psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                self._now[process] = sum(process.cpu_times()[:2])  # user and system
 
 
 def private_mb() -> float:

@@ -148,6 +148,10 @@ class GenerateOptions:
     """Read energy counters, sample power, write live tables and metrics. --no-telemetry: nothing of it; energy is
     missing, and the finished tables say so."""
 
+    otlp: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    """Also send metrics (hw.energy, hw.power, images) to the OpenTelemetry collector at this address, such as
+    http://collector:4318; headers with secrets in OTEL_EXPORTER_OTLP_HEADERS. Needs the `otel` extra."""
+
     retry_failed: bool = False
     """Give quarantined rows of a finished job one more try, as new shards. Filtered images stay as they are."""
 

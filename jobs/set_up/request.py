@@ -11,6 +11,7 @@ from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.pipeline.output.job import JobSpec, read_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
+from millijoule.pipeline.telemetry.collector import check_endpoint
 from millijoule.workers import factories
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
@@ -51,6 +52,7 @@ class JobRequest:
     bounds: tuple[int, int] | None
     caps: Caps
     node_meters: tuple[NodeMeterConfig, ...]
+    otlp_endpoint: str | None = None  # where metrics are sent, with its path
 
     def as_begun(self, job: JobSpec) -> JobRequest:
         """To go on with `job`: what was left to the program is as it was chosen then."""
@@ -85,6 +87,9 @@ def request_of(options: GenerateOptions) -> JobRequest:
         raise InputError(f"--seed {options.seed}: from 0 to 2**63 - 1")
     if options.node_meter is not None and not options.telemetry:
         raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
+    if options.otlp is not None and not options.telemetry:
+        raise InputError("--otlp and --no-telemetry exclude each other: give one of them")
+    otlp_endpoint = None if options.otlp is None else check_endpoint(options.otlp)
     _check_workers(options)
     images, seconds = parse_shard_size(options.shard_size)
     files = tuple(expand_inputs(options.prompts))  # what costs nothing is refused first
@@ -108,6 +113,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
         ),
         shard_seconds=seconds,
         node_meters=parse_node_meters(options.node_meter, options.node_rest),
+        otlp_endpoint=otlp_endpoint,
         files=files,
         source=source,
         image_format=read_image_format(options.image_format, options.quality),

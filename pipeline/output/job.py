@@ -7,9 +7,11 @@ runs with the same inputs and options continue it; anything else is refused with
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -133,18 +135,61 @@ def publish_job(store: Store, job: JobSpec) -> JobSpec:
         return existing
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """One driver's run of a job: who runs it, and which attempt it is for whoever started it. None: not said.
+
+    `attempt` counts from 1, as `attempt_source` (a variable of the environment) says. `submission_id` is Ray's of the submitted job,
+    `cluster` the name that KubeRay gives the cluster: a RayJob that is retried has new ones.
+    """
+
+    host: str
+    pid: int
+    user: str
+    started_unix: float
+    ray_job_id: str | None = None
+    attempt: int | None = None
+    attempt_source: str | None = None
+    submission_id: str | None = None
+    cluster: str | None = None
+
+
+#: Variables in which a scheduler, or whoever wraps the command, says how often it has started it, and what its first value is.
+ATTEMPT_VARIABLES = {"MILLIJOULE_ATTEMPT": 1, "SLURM_RESTART_COUNT": 0}
+#: Where Ray hands a submitted job's description to its driver.
+_RAY_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def this_epoch(environ: Mapping[str, str]) -> Epoch:
+    """This process, as a driver."""
+    attempt, source = None, None
+    for name, first in ATTEMPT_VARIABLES.items():
+        if (text := environ.get(name, "")).isdecimal() and len(text) < 10:
+            attempt, source = int(text) - first + 1, name
+            break
+    try:
+        submission_id = json.loads(environ.get(_RAY_JOB_CONFIG, ""))["metadata"]["job_submission_id"]
+    except (ValueError, LookupError, TypeError):  # not submitted
+        submission_id = None
+    return Epoch(
+        socket.gethostname(),
+        os.getpid(),
+        _user(),
+        time.time(),
+        environ.get("RAY_JOB_ID"),
+        attempt,
+        source,
+        submission_id if isinstance(submission_id, str) else None,
+        environ.get("RAY_CLUSTER_NAME"),
+    )
+
+
 def open_epoch(store: Store, *, exclusive: bool) -> int:
     """Take the next epoch number: one per driver run, recorded with who runs it.
 
     Without exclusive create the number is only as unique as the caller's promise to run one driver at a time.
     """
-    who = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "user": _user(),
-        "started_unix": time.time(),
-        "ray_job_id": os.environ.get("RAY_JOB_ID"),
-    }
+    who = this_epoch(os.environ)
     put = store.put_exclusive if exclusive else store.put
     epoch = last_epoch(store) + 1
     while True:
@@ -153,6 +198,19 @@ def open_epoch(store: Store, *, exclusive: bool) -> int:
             return epoch
         except AlreadyExistsError:
             epoch += 1
+
+
+def read_epochs(store: Store) -> dict[int, Epoch]:
+    """Every driver's run of the job, by its number, in order; what is no such record is passed over."""
+    found = {}
+    for item in store.list(EPOCHS_PREFIX):
+        stem = item.key.removeprefix(EPOCHS_PREFIX).removesuffix(".json")
+        if stem.isdigit():
+            try:
+                found[int(stem)] = decode(Epoch, store.get(item.key))
+            except (NotFoundError, ValueError):
+                continue
+    return dict(sorted(found.items()))
 
 
 def last_epoch(store: Store) -> int:

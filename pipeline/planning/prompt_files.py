@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from millijoule.pipeline.planning import raw_chunks
 from millijoule.pipeline.planning.column_names import KnownNames, Remarks
+from millijoule.pipeline.planning.parquet_bounds import refuse_bombs, rows_at_a_time
 from millijoule.pipeline.planning.prompt_csv import read_csv
 from millijoule.pipeline.planning.prompt_json import read_json, read_jsonl
 from millijoule.pipeline.planning.prompt_text import TextFile, too_long
@@ -95,9 +96,11 @@ def _read_parquet(url: str, raw: Any) -> Iterator[RawChunk]:
     try:
         file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         refuse_repeated_names(file.schema_arrow.names, url)
+        refuse_bombs(file.metadata, url)
         if not file.metadata.num_rows:
             yield RawChunk(np.empty(0, np.int64), [], 0, {name: [] for name in file.schema_arrow.names})
-        for batch in file.iter_batches(_parquet_chunk_rows(file.metadata), use_threads=False):
+        most = min(_parquet_chunk_rows(file.metadata), rows_at_a_time(raw, file))
+        for batch in file.iter_batches(most, use_threads=False):
             rows = np.arange(row + 1, row + 1 + len(batch), dtype=np.int64)
             row += len(batch)
             columns = dict(zip(batch.schema.names, map(_plain, batch.columns), strict=True))

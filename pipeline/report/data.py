@@ -136,7 +136,7 @@ def collect_report(stores: Sequence[Store], rates: Rates, gpu_prices: GpuPrices 
 def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None) -> JobReport:
     """Read one output; see `collect_report`."""
     job = require_job(store)
-    stats = _read_stats(store)
+    stats = read_stats(store)
     read = partial(read_energy_table, store, run_id=job.fingerprint)
     segments, attempts, env, power = (read(table) for table in ("segment", "attempt", "env", "power"))
     if segments is None or attempts is None:
@@ -210,7 +210,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
     )
 
 
-def _read_stats(store: Store) -> dict[str, Any]:
+def read_stats(store: Store) -> dict[str, Any]:
     try:
         stats = json.loads(store.get(STATS_KEY))
         if not isinstance(stats, dict) or not isinstance(stats.get("energy"), dict):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from millijoule.pipeline.report.words import shortened
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.images.readers import read_images
+from millijoule.workers.images.readers import open_small, read_images
 from millijoule.workers.layout import MANIFEST_KEY
 from millijoule.workers.storage.protocol import Store
 
@@ -87,10 +87,8 @@ def _first_rows(store: Store) -> list[dict[str, Any]]:
 
 def data_url(data: bytes) -> str | None:
     """`data` as a data URI of at most its share of `MAX_SAMPLE_BYTES`, or None."""
-    try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Syntax: a broken PNG
-        log.warning("an image of the gallery cannot be read: %s", error)
+    image = open_small(data)
+    if image is None:
         return None
     for kind, body in _encodings(image):
         uri = f"data:image/{kind};base64,{base64.b64encode(body).decode()}"

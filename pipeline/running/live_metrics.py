@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
@@ -44,6 +45,17 @@ GAUGES = {
 }
 
 
+def device_joules(
+    run: JobRun, counters_before: Mapping[tuple[str, int, str], int]
+) -> dict[tuple[str, str], float]:
+    """By host and domain, how much the counters have grown beyond `counters_before`, millijoules by counter."""
+    joules: dict[tuple[str, str], float] = defaultdict(float)
+    for (boot_id, epoch, domain), counter in run.spending.counters.items():
+        grown_mj = counter.total_mj - counters_before.get((boot_id, epoch, domain), 0)
+        joules[run.hosts.get(boot_id, boot_id), domain] += grown_mj / 1000
+    return joules
+
+
 class LiveMetrics:
     """Publishes a `JobRun` while it works; call `tick` from the run and `publish` at its end."""
 
@@ -74,11 +86,7 @@ class LiveMetrics:
         self._count("millijoule_images", run.counts.filtered_this_run, status="filtered")
         self._count("millijoule_images", run.counts.quarantined_this_run, status="quarantined")
         self._count("millijoule_lost_attempts", run.counts.lost_attempts)
-        joules: dict[tuple[str, str], float] = defaultdict(float)
-        for (boot_id, epoch, device), counter in spending.counters.items():
-            grown_mj = counter.total_mj - self._counters_before.get((boot_id, epoch, device), 0)
-            joules[run.hosts.get(boot_id, boot_id), device] += grown_mj / 1000
-        for (host, device), grown in joules.items():
+        for (host, device), grown in device_joules(run, self._counters_before).items():
             self._count("millijoule_energy_joules", grown, host=host, device=device)
         estimate_mj = spending.estimated_mj - self._estimate_before
         self._count("millijoule_energy_estimate_joules", estimate_mj / 1000)

@@ -34,7 +34,7 @@ from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import PART_S, AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
-from millijoule.workers.schemas import Commit, CounterRead, PowerTrace, Segment
+from millijoule.workers.schemas import Commit, CounterRead, PowerSample, PowerTrace, Segment
 from millijoule.workers.sources.obtain import ObtainedModel
 from millijoule.workers.storage.protocol import Store
 
@@ -137,6 +137,7 @@ class JobRun:
         self.spending = spending or Spending()
         self.cap_reached: str | None = None  # in words
         self.hosts: dict[str, str] = {}  # by boot id
+        self.latest_power: dict[tuple[str, str], PowerSample] = {}  # by boot id and device
         if self.spending.caps.on_energy:
             for commit in read_commits(store, len(planned.shards)):
                 self.spending.add(commit.segments)
@@ -248,6 +249,7 @@ class JobRun:
         if self._live:
             self._live.add_commit(commit)
         self.spending.add(commit.segments)
+        self._note_power(commit.power)
         self.hosts.update({s.open.boot_id: commit.host for s in commit.segments})
         counts.images_done += shard.n_images
         counts.images_this_run += commit.images_ok
@@ -342,10 +344,19 @@ class JobRun:
         self, worker_id: str, segments: tuple[Segment, ...], power: tuple[PowerTrace, ...]
     ) -> None:
         self._uncommitted.add(worker_id, segments, power)
+        self._note_power(power)
         if self._live:
             self._live.add_segments(segments)
             self._live.add_power(worker_id, power)
         self.spending.add(segments)
+
+    def _note_power(self, traces: Iterable[PowerTrace]) -> None:
+        for trace in traces:
+            for sample in trace.samples[-1:]:
+                key = trace.boot_id, trace.device
+                self.latest_power[key] = max(
+                    sample, self.latest_power.get(key, sample), key=lambda s: s.t_mono_ns
+                )
 
     def node_was_read(self, rows: Iterable[tuple]) -> None:
         kept = list(rows)

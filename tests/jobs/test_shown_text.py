@@ -1,5 +1,6 @@
 """What commands print: text from prompts, keys and messages is shown and never obeyed."""
 
+import json
 import logging
 from dataclasses import dataclass
 
@@ -84,3 +85,46 @@ def test_rows_of_a_query():
     import pyarrow as pa
 
     safe(query.as_text(pa.table({"prompt": [EVIL]})))
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "＝1", " =1", f"a{EVIL}"])
+def test_rows_of_a_query_as_csv_hold_no_formula_and_no_escape(text):
+    import pyarrow as pa
+
+    rows = pa.table(
+        {text: pa.array([text, None, "plain"]), "d": pa.array(["x", text, None]).dictionary_encode()}
+    )
+    shown = query.encode(rows, "csv").decode()
+    assert "\x1b" not in shown
+    cells = [cell.strip('"') for line in shown.splitlines() for cell in line.split(",")]
+    assert "plain" in cells
+    assert not [c for c in cells if c.strip().startswith(("=", "+", "-", "@", "＝"))]
+    exact = query.encode(pa.table({"p": [text]}), "json").decode()
+    assert json.loads(exact) == {"p": text}  # for programs
+
+
+def test_json_of_a_query_is_shown_on_a_terminal_and_not_obeyed(monkeypatch, tmp_path):
+    import io
+    import sys
+
+    import pyarrow as pa
+
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    class NoTables:
+        def __enter__(self):
+            return None
+
+        def __exit__(self, *error):
+            return None
+
+    from millijoule.pipeline.sql import query as sql
+
+    monkeypatch.setattr(sql, "open_tables", lambda stores: NoTables())
+    monkeypatch.setattr(sql, "run_query", lambda *a: pa.table({"prompt": ["\u202e\x9b2J"]}))
+    terminal = Terminal(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert query.run(query.QueryOptions("SELECT 1", (str(tmp_path),), format="json")) == entry.COMPLETE
+    assert terminal.buffer.getvalue().decode() == '{"prompt": "[U+202E][U+009B]2J"}\n'

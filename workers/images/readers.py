@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,12 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin
 from millijoule.workers.errors import InputError, NotFoundError
 from millijoule.workers.images.exif import read_exif
 from millijoule.workers.storage.protocol import Store
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+#: Larger images are not unpacked only to be shown: as many pixels as the largest pipelines make.
+MAX_SHOWN_PIXELS = 2**26
 
 
 def read_images(
@@ -53,6 +60,18 @@ def _parquet_images(store: Store, key: str) -> dict[tuple[str, int], bytes]:
     return dict(zip(keys, table["image"].to_pylist(), strict=True))
 
 
+def open_small(encoded: bytes) -> Image.Image | None:
+    """The picture, in RGB, of an image to be shown; None, and a warning, where it is damaged or would unpack to too much."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            if image.width * image.height > MAX_SHOWN_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels")
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Syntax: a broken PNG
+        log.warning("an image cannot be read, and is not shown: %s", error)
+        return None
+
+
 def read_provenance(encoded: bytes) -> tuple[str, dict[str, Any]]:
     """(A1111 parameters, exact record) that an image of a job carries: PNG, JPEG or WebP; see `workers.images.provenance`.
 
@@ -60,7 +79,7 @@ def read_provenance(encoded: bytes) -> tuple[str, dict[str, Any]]:
         InputError: it is none of these, or carries no record.
     """
     try:
-        with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG", "WEBP")) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if isinstance(image, PngImagePlugin.PngImageFile):
                 image.load()
                 parameters, record = image.text.get("parameters", ""), image.text.get("millijoule", "")
@@ -69,5 +88,5 @@ def read_provenance(encoded: bytes) -> tuple[str, dict[str, Any]]:
                 if not record and isinstance(image, JpegImagePlugin.JpegImageFile):
                     record = b"".join(data for kind, data in image.applist if kind == "COM").decode()
             return parameters, json.loads(record)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"not an image of a job: {error}") from error

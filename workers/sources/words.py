@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.storage.open import is_s3_url
+from millijoule.workers.storage.open import is_s3_url, without_secrets
 
 #: Endings of files that can run code when they are read.
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -47,7 +47,7 @@ def find_place(option: str, word: str) -> Place:
         return Place("here", word)
     match = _HUB_ID.fullmatch(word)
     if match is None or (match[2] is None and word.endswith((".safetensors", *PICKLED))):
-        raise InputError(f"{option} {word}: no such file or directory")
+        raise InputError(f"{option} {without_secrets(word)}: no such file or directory")
     refuse_pickled(option, word)
     if match[2] is not None and not match[2].endswith(".safetensors"):
         raise InputError(

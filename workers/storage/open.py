@@ -47,7 +47,23 @@ def split_s3_url(url: str) -> tuple[str, str]:
     bucket, _, key = url.partition("://")[2].partition("/")
     if not bucket:
         raise InputError(f"{url!r} names no bucket; write s3://bucket/prefix")
+    if "@" in bucket:
+        raise InputError(
+            f"{without_secrets(url)!r} has a login in it, which logs and job.json would repeat; write s3://bucket/prefix, "
+            "and give keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
+        )
     return bucket, key.strip("/")
+
+
+def without_secrets(url: str) -> str:
+    """`url` without its login and its query, which may be secrets, for messages; a path as it is."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    path, asked, _ = path.partition("?")
+    return f"{scheme}://{'...@' if at else ''}{host}{slash}{path}{'?...' if asked else ''}"
 
 
 def local_path(url: str) -> Path:
@@ -62,6 +78,6 @@ def local_path(url: str) -> Path:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", url):
         scheme = url.partition(":")[0]
         raise InputError(
-            f"{url!r}: cannot read or write {scheme}: URLs; use a local path or s3://bucket/prefix"
+            f"{without_secrets(url)!r}: cannot read or write {scheme}: URLs; use a local path or s3://bucket/prefix"
         )
     return Path(url).expanduser()

@@ -6,7 +6,15 @@ from dataclasses import asdict, replace
 import pytest
 from support.ledgers import JOB
 
-from millijoule.pipeline.output.job import check_same_job, open_epoch, publish_job, read_job, require_job
+from millijoule.pipeline.output.job import (
+    Epoch,
+    check_same_job,
+    open_epoch,
+    publish_job,
+    read_epochs,
+    read_job,
+    require_job,
+)
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
 from millijoule.workers.rungs.rungs import Rungs
@@ -89,6 +97,45 @@ def test_each_driver_takes_the_next_epoch(store, exclusive):
     store.put("_job/epochs/note.txt", b"of a person")
     assert [open_epoch(store, exclusive=exclusive) for _ in range(3)] == [1, 2, 3]
     assert json.loads(store.get("_job/epochs/000002.json"))["pid"] > 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "attempt", "source"),
+    [
+        ({}, None, None),
+        ({"SLURM_RESTART_COUNT": "2"}, 3, "SLURM_RESTART_COUNT"),
+        ({"SLURM_RESTART_COUNT": "0"}, 1, "SLURM_RESTART_COUNT"),
+        ({"MILLIJOULE_ATTEMPT": "4", "SLURM_RESTART_COUNT": "2"}, 4, "MILLIJOULE_ATTEMPT"),
+        ({"MILLIJOULE_ATTEMPT": "first"}, None, None),
+    ],
+)
+def test_an_epoch_says_which_attempt_it_is_for_whoever_started_it(
+    store, monkeypatch, environment, attempt, source
+):
+    for name in ("MILLIJOULE_ATTEMPT", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    number = open_epoch(store, exclusive=True)
+    epoch = read_epochs(store)[number]
+    assert (epoch.attempt, epoch.attempt_source) == (attempt, source)
+
+
+def test_an_epoch_names_the_submission_and_the_cluster(store, monkeypatch):
+    config = {"runtime_env": {}, "metadata": {"job_submission_id": "raysubmit_x", "job_name": "n"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(config))
+    monkeypatch.setenv("RAY_CLUSTER_NAME", "rayjob-raycluster-b2xx9")
+    number = open_epoch(store, exclusive=True)
+    epoch = read_epochs(store)[number]
+    assert (epoch.submission_id, epoch.cluster) == ("raysubmit_x", "rayjob-raycluster-b2xx9")
+
+
+def test_epochs_from_before_there_were_attempts_are_read(store):
+    old = {"host": "h", "pid": 1, "user": "u", "started_unix": 1.5, "ray_job_id": None}
+    store.put("_job/epochs/000007.json", json.dumps(old).encode())
+    store.put("_job/epochs/000008.json", b"{")
+    store.put("_job/epochs/note.txt", b"of a person")
+    assert read_epochs(store) == {7: Epoch("h", 1, "u", 1.5)}
 
 
 def test_a_fingerprint_that_could_lead_elsewhere_is_refused(store):

@@ -305,7 +305,7 @@ def test_damaged_images_leave_their_prompts_and_the_report(copy, keep):
 
 def test_an_image_that_is_none_is_not_shown(caplog):
     assert report_gallery.data_url(b"\x89PNG\r\n\x1a\n" + bytes(40)) is None
-    assert "cannot be read" in caplog.text
+    assert "an image cannot be read, and is not shown" in caplog.text
 
 
 def test_closure_that_fails_stands_first_and_is_a_problem(copy):

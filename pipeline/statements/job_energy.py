@@ -1,0 +1,330 @@
+"""What one job used, by kind of device, from its tables and `stats.json`: what every statement is made of.
+
+Measured and estimated energy are apart. A kind of which any part was not read has no measured energy, only the part that was
+counted, and says what is missing. Energy between two runs of a job ("off") is nobody's and left out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from millijoule.pipeline.energy.carbon import MJ_PER_KWH, Rate, Rates, mean_rate
+from millijoule.pipeline.energy.intervals import merged
+from millijoule.pipeline.output.job import require_job
+from millijoule.pipeline.report.data import read_stats
+from millijoule.pipeline.report.devices import devices_of_workers, gpu_models, model_of
+from millijoule.pipeline.report.gpu_time import measure_gpu_time
+from millijoule.pipeline.report.tables import floats, labels, read_energy_table
+from millijoule.pipeline.report.timeline import HostDevice, Work, hosts_of_boots, read_work
+from millijoule.pipeline.statements.declared import NODE
+from millijoule.workers.errors import DamagedError, InputError
+from millijoule.workers.meters.own_devices import unread_domains
+from millijoule.workers.storage.protocol import Store
+
+GPU, CPU, MEMORY = "gpu", "cpu", "memory"
+_TYPES = {"gpu": GPU, "cpu": CPU, "dram": MEMORY}
+UNKNOWN_CPU = "processor, model not recorded"
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Energy by one method, and the grams that follow: None is missing, or no intensity was given that covers it."""
+
+    energy_mj: int | None
+    gco2e_per_kwh: float | None = None
+    gco2e: float | None = None
+
+    @property
+    def kwh(self) -> float | None:
+        return None if self.energy_mj is None else self.energy_mj / MJ_PER_KWH
+
+
+@dataclass(frozen=True)
+class KindEnergy:
+    """The devices of one kind.
+
+    Attributes:
+        is_own: whether the job's books are about them: the devices that workers held, and every counter that was read.
+            False: processors beside GPUs that nobody read, of which there is only an estimate.
+        counted_mj: what was counted, in full or not.
+        estimate: the model of CPU time; of processors only, never to be added to what was measured.
+        missing: why `measured` is missing.
+    """
+
+    device_type: str
+    kind: str
+    devices: int
+    is_own: bool
+    measured: Amount
+    counted_mj: int
+    estimate: Amount
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class JobEnergy:
+    """One output. `hours` are of devices held, by kind (GPUs and `node`); `hours_missing` says why they are not known."""
+
+    output: str
+    fingerprint: str
+    model: str
+    millijoule_version: str
+    images_ok: int
+    evidence_class: str
+    energy_methods: tuple[str, ...]
+    begin_unix_s: float
+    end_unix_s: float
+    kinds: tuple[KindEnergy, ...]
+    measured: Amount
+    missing: tuple[str, ...]  # why `measured` is
+    carbon_source: str | None
+    carbon_missing: tuple[str, ...]  # why grams are, where energy is known
+    pue: float | None
+    hours: Mapping[str, float]
+    hours_missing: tuple[str, ...]
+
+
+@dataclass
+class _Rows:
+    """What is known of a kind while rows are read."""
+
+    devices: set[tuple[str, str]] = field(default_factory=set)
+    rows: list[np.ndarray] = field(default_factory=list)
+    missing: dict[str, None] = field(default_factory=dict)
+
+
+def read_job_energy(store: Store, rates: Rates) -> JobEnergy:
+    """Read one output.
+
+    Raises:
+        InputError: it has no job, or its job has not finished.
+        DamagedError: its tables and its totals do not say the same.
+        StoreError: storage failed.
+    """
+    job = require_job(store)
+    stats = read_stats(store)
+    read = partial(read_energy_table, store, run_id=job.fingerprint)
+    segments, attempts, env = read("segment"), read("attempt"), read("env")
+    if segments is None or attempts is None or not segments.num_rows:
+        raise InputError(
+            f"{store.url}: has no energy tables; run the same `millijoule generate` again to finish it"
+        )
+    work = read_work(segments)
+    devices_of = devices_of_workers(work, attempts, env)
+    models = gpu_models(env)
+    total_mj, evidence = stats["energy"].get("total_mj"), stats.get("evidence_class")
+    table = _Table(segments, rates)
+    kinds = _kinds(table, work, devices_of, models, env, stats)
+    missing = [f"{k.kind}: {reason}" for k in kinds if k.is_own for reason in k.missing]
+    if total_mj is None and not missing:
+        missing.append("the job's energy books are not complete")
+    if evidence == "E0" and not missing:
+        missing.append("the energy books do not close: evidence class E0")
+    counted = sum(k.counted_mj for k in kinds)
+    if total_mj is not None and counted != total_mj:
+        raise DamagedError(
+            f"{store.url}: the energy tables have {counted:,} mJ, stats.json has {total_mj:,} mJ: `millijoule check` says more"
+        )
+    counts = np.flatnonzero(table.counts)
+    measured = table.amount(counts, table.energy_mj, total_mj if not missing else None)
+    hours, hours_missing = _hours(work, devices_of, env, models, stats)
+    return JobEnergy(
+        output=store.url,
+        fingerprint=job.fingerprint,
+        model=stats["model"],
+        millijoule_version=stats["millijoule_version"],
+        images_ok=stats["images_ok"],
+        evidence_class=evidence if isinstance(evidence, str) else "not computed",
+        energy_methods=tuple(sorted(m for m in stats["energy_methods"] if m != "missing")),
+        begin_unix_s=float(np.nanmin(table.begin_s[counts])),
+        end_unix_s=float(np.nanmax(table.end_s[counts])),
+        kinds=kinds,
+        measured=measured,
+        missing=tuple(missing),
+        carbon_source=rates.carbon.source if rates.carbon else None,
+        carbon_missing=table.carbon_missing(measured),
+        pue=rates.pue,
+        hours=hours,
+        hours_missing=hours_missing,
+    )
+
+
+class _Table:
+    """The segment table as columns `[n]`, energies in float64 millijoules, NaN where missing."""
+
+    def __init__(self, segments: pa.Table, rates: Rates) -> None:
+        self.domain, self.boot = labels(segments["domain"]), labels(segments["boot_id"])
+        self.worker = labels(segments["worker_id"])
+        self.energy_mj, self.estimate_mj = (floats(segments[c]) for c in ("energy_mj", "energy_estimate_mj"))
+        mono = [floats(segments[c]) for c in ("t_open_mono_ns", "t_close_mono_ns")]
+        self.begin_s = floats(segments["t_open_wall_ns"]) / 1e9
+        self.end_s = self.begin_s + (mono[1] - mono[0]) / 1e9
+        self.counts = ~labels(segments["segment_class"]).where(["off"])
+        self.rates = rates
+
+    def counters(self) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Boot, domain and the numbers of the rows that count, of every counter."""
+        for key, rows in _grouped(self.boot.codes * (len(self.domain.names) + 1) + self.domain.codes + 1):
+            boot, domain = divmod(key, len(self.domain.names) + 1)
+            rows = rows[self.counts[rows]]
+            if domain and len(rows):  # 0: the worker measured nothing
+                yield self.boot.names[boot], self.domain.names[domain - 1], rows
+
+    def domains_of_workers(self) -> dict[str, set[str]]:
+        """What each worker has read, as far as its segments say."""
+        pairs = np.unique(np.stack([self.worker.codes, self.domain.codes]), axis=1).T.tolist()
+        found: dict[str, set[str]] = defaultdict(set)
+        for worker, domain in pairs:
+            if worker >= 0 and domain >= 0:
+                found[self.worker.names[worker]].add(self.domain.names[domain])
+        return found
+
+    def estimates(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Worker and the numbers of its rows that have an estimate."""
+        for code, rows in _grouped(self.worker.codes):
+            rows = rows[self.counts[rows] & np.isfinite(self.estimate_mj[rows])]
+            if code >= 0 and len(rows):
+                yield self.worker.names[code], rows
+
+    @staticmethod
+    def total(rows: np.ndarray, energy_mj: np.ndarray) -> int:
+        """The sum of what is known; whole millijoules stay whole below 2**53."""
+        return int(np.nansum(energy_mj[rows]))
+
+    def amount(self, rows: np.ndarray, energy_mj: np.ndarray, total_mj: int | None) -> Amount:
+        """`total_mj`, used as the rows of these numbers used it over time, with its grams."""
+        rate = self.rates.carbon
+        if rate is None or total_mj is None:
+            return Amount(total_mj, rate.values[0] if rate is not None and rate.is_constant else None)
+        per_kwh = self._mean(rate, rows[np.isfinite(self.begin_s[rows])], energy_mj)
+        if per_kwh is None:
+            return Amount(total_mj, None, 0.0 if total_mj == 0 else None)
+        return Amount(total_mj, per_kwh, total_mj / MJ_PER_KWH * per_kwh * (self.rates.pue or 1.0))
+
+    def _mean(self, rate: Rate, rows: np.ndarray, energy_mj: np.ndarray) -> float | None:
+        mean = mean_rate(rate, self.begin_s[rows], self.end_s[rows], energy_mj[rows])
+        # a table's nearest row would stand in for hours that it does not have: a statement fills nothing in
+        return None if mean is None or (mean.fallback_share > 0 and not rate.is_constant) else mean.per_kwh
+
+    def carbon_missing(self, measured: Amount) -> tuple[str, ...]:
+        rate = self.rates.carbon
+        if rate is None:
+            return ("no carbon intensity was given (--gco2-per-kwh)",)
+        if measured.energy_mj and measured.gco2e is None:
+            return (f"{rate.source} does not cover all times at which energy was used",)
+        return ()
+
+
+def _kinds(
+    table: _Table,
+    work: Work,
+    devices_of: Mapping[str, HostDevice],
+    models: Mapping[tuple[str, str], str],
+    env: pa.Table | None,
+    stats: Mapping[str, Any],
+) -> tuple[KindEnergy, ...]:
+    hosts = hosts_of_boots(work, devices_of)
+    found: dict[tuple[str, str], _Rows] = defaultdict(_Rows)
+
+    def kind_of(host: str, domain: str) -> tuple[str, str]:
+        family, _, name = domain.partition(":")
+        device_type = _TYPES.get(family, family)
+        if device_type == GPU:
+            return GPU, model_of(HostDevice(host, name), models)
+        return device_type, models.get((host, CPU), UNKNOWN_CPU) if device_type == CPU else device_type
+
+    for boot, domain, rows in table.counters():
+        host = hosts.get(boot, boot)
+        kind = found[kind_of(host, domain)]
+        kind.devices.add((host, domain))
+        kind.rows.append(rows)
+        if n := int(np.isnan(table.energy_mj[rows]).sum()):
+            kind.missing[f"{n} stretches of {domain} on {host} were not read"] = None
+    held, read = _held(env), table.domains_of_workers()
+    for worker, on in devices_of.items():
+        if on.device == "unknown":
+            why = f"worker {worker} on {on.host} did not say what it held"
+            found["unknown", "device not recorded"].missing[why] = None
+            continue
+        for domain in unread_domains(held.get(worker, (on.device,)), read[worker]):
+            kind = found[kind_of(on.host, domain)]
+            kind.missing[f"{domain.removeprefix('gpu:')} on {on.host} was never read"] = None
+            kind.devices.add((on.host, domain))
+    for account in stats["energy"].get("unclosed", ()):
+        for domain in account.get("devices", ()):
+            why = f"nobody read it when worker {account['worker_id']} had ended: {account['reason']}"
+            found[kind_of(account["host"], domain)].missing[why] = None
+
+    own = set(found)
+    estimated: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+    for worker, rows in table.estimates():
+        key = kind_of(devices_of[worker].host, CPU)
+        estimated[key].append(rows)
+        found[key]  # a kind, if only of an estimate
+    return tuple(_kind(table, key, found[key], key in own, estimated[key]) for key in sorted(found))
+
+
+def _kind(
+    table: _Table, key: tuple[str, str], of: _Rows, is_own: bool, estimated: Sequence[np.ndarray]
+) -> KindEnergy:
+    rows = np.concatenate([np.zeros(0, np.int64), *of.rows])
+    counted = table.total(rows, table.energy_mj)
+    missing = tuple(of.missing) if is_own else ("no counter of it was read; outside the boundary",)
+    estimate = Amount(None)
+    if estimated:
+        modelled = np.concatenate(estimated)
+        estimate = table.amount(modelled, table.estimate_mj, table.total(modelled, table.estimate_mj))
+    return KindEnergy(
+        device_type=key[0],
+        kind=key[1],
+        devices=len(of.devices),
+        is_own=is_own,
+        measured=table.amount(rows, table.energy_mj, None if missing else counted),
+        counted_mj=counted,
+        estimate=estimate,
+        missing=missing,
+    )
+
+
+def _held(env: pa.Table | None) -> dict[str, tuple[str, ...]]:
+    """The devices that each worker held, as far as it stated them."""
+    columns = ("worker_id", "gpus", "device")
+    rows: Iterable[Any] = () if env is None else zip(*(env[c].to_pylist() for c in columns), strict=True)
+    return {worker: tuple(filter(None, (gpus or device or "").split(","))) for worker, gpus, device in rows}
+
+
+def _grouped(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each value of `codes` with the numbers of the rows that have it."""
+    order = np.argsort(codes, kind="stable")
+    values, begins = np.unique(codes[order], return_index=True)
+    yield from zip(values.tolist(), np.split(order, begins[1:]), strict=True)
+
+
+def _hours(
+    work: Work,
+    devices_of: Mapping[str, HostDevice],
+    env: pa.Table | None,
+    models: Mapping[tuple[str, str], str],
+    stats: Mapping[str, Any],
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Hours for which the job held devices, by kind: GPUs by model, and `node`, every machine with a worker on it."""
+    unclosed = {a["worker_id"] for a in stats["energy"].get("unclosed", ())}
+    spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for number, rows in _grouped(work.worker):
+        span = float(work.begin_s[rows].min()), float(work.end_s[rows].max())
+        spans[devices_of[work.workers[number]].host].append(span)
+    hours = {NODE: sum(end - begin for of in spans.values() for begin, end in merged(of)) / 3600}
+    missing = [f"until when worker {worker} held its devices is not known" for worker in sorted(unclosed)]
+    gpus = measure_gpu_time(work, devices_of, env, models, stats["images_ok"], None, unclosed)
+    if gpus is not None:
+        hours |= {m.model: m.hours for m in gpus.models}
+        if gpus.workers_unknown:
+            missing.append(f"{gpus.workers_unknown} workers did not say which GPUs they held")
+    return hours, tuple(missing)

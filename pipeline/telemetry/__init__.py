@@ -1,0 +1,1 @@
+"""What a running job tells others while it works, beside Ray's own metrics."""
