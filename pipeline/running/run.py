@@ -31,7 +31,7 @@ from millijoule.pipeline.running.spending import Spending
 from millijoule.workers.errors import AlreadyExistsError, JobError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.images.formats import ImageFormat
-from millijoule.workers.layout import commit_key
+from millijoule.workers.layout import commit_key, part_key
 from millijoule.workers.lease import PART_S, AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.schemas import Commit, CounterRead, PowerSample, PowerTrace, Segment
@@ -328,6 +328,10 @@ class JobRun:
         self.counts.lost_attempts += 1
         # files of sealed parts may stand in another attempt's commit: `gc` looks at them when the shard is committed
         files = [] if lost.parts else [f.path for f in lost.files]
+        shard_id, own = result.lease.shard.shard_id, f"{lost.attempt_id}.p"
+        files += [
+            part_key(shard_id, part) for part in lost.parts if part.startswith(own)
+        ]  # taken over by nobody more
         self.writer.submit(f"removing files of {lost.attempt_id}", lambda: self.store.delete(files))
 
     def stopped(self, stopped: WorkerStopped) -> None:

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -223,6 +225,43 @@ def test_joules_of_a_dead_worker_s_sealed_parts_are_the_shards_and_those_of_a_li
     stats = json.loads(store.get("stats.json"))
     assert stats["energy"]["shard_mj"] == 7 * len(PROMPTS)
     assert stats["energy"]["total_mj"] == counter.spent_mj
+
+
+def test_files_of_sealed_parts_are_kept_until_their_shard_is_committed_without_them(tmp_path):
+    store, job = plan(tmp_path, PROMPTS, shard_size=12)
+    counter, drawn = Counter(), []
+    assert attempt(store, job, counter, drawn, "dead", (5, False))[0] == "died"
+    later = time.time() + 10 * 24 * 3600
+    open_epoch(store, exclusive=True)
+    (record, *_) = store.list(PARTS_PREFIX)
+    part = Part.from_json(store.get(record.key))
+    verdicts = {orphan.key: orphan for orphan in find_orphans(store, now=later)}
+    assert all(not verdicts[file.path].removable for file in part.files)
+    store.delete([item.key for item in store.list(PARTS_PREFIX)])
+    assert attempt(store, job, counter, drawn, "last")[0] == "committed"
+    verdicts = {orphan.key: orphan for orphan in find_orphans(store, now=later)}
+    assert all(verdicts[file.path].removable for file in part.files)
+
+
+def test_a_damaged_part_and_one_of_a_distrusted_worker_are_drawn_again(tmp_path):
+    store, job = plan(tmp_path, PROMPTS, shard_size=12)
+    counter, drawn = Counter(), []
+    assert attempt(store, job, counter, drawn, "liar", (5, False))[0] == "died"
+    assert attempt(store, job, counter, drawn, "dead", (3, False))[0] == "died"
+    parts = [Part.from_json(store.get(item.key)) for item in store.list(PARTS_PREFIX)]
+    of_dead = [part for part in parts if part.worker_id == "dead"]
+    assert len(of_dead) == 1
+    assert len(parts) == 3
+    store.put(of_dead[0].rows_path, b"something else")
+    epoch = open_epoch(store, exclusive=True)
+    lease = replace(coordinator(store, job, epoch).next_lease("last", 0.0), distrusted=("liar",))
+    drawn.clear()
+    assert (
+        runner(store, job, epoch, Spending(counter, drawn), "last", counter).run(lease).outcome == "committed"
+    )
+    assert len([prompt for prompt in drawn if prompt]) >= len(PROMPTS)
+    (commit,) = read_commits(store, 1)
+    assert commit.parts == ()
 
 
 def test_a_short_shard_has_one_part_and_a_long_one_is_cut_by_time():
