@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -35,6 +36,19 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
     )  # a compiled graph sees to that itself
     with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[(programs,)](*arguments, **constants)
+
+
+def captured(launches: Callable[[], None], device: torch.device) -> Callable[[], Any]:
+    """What does the same as `launches`, whose buffers stay where they are: on a GPU a CUDA graph of them, else they themselves."""
+    if device.type != "cuda":
+        return launches
+    with torch.cuda.device(device):
+        launches()  # compiled before it is captured
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launches()
+    return graph.replay
 
 
 @triton.jit

@@ -14,10 +14,8 @@ share images wait for each other at a barrier in global memory. All of them have
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -49,7 +47,7 @@ from millijoule.kernels.gpu.dense_weights import (
     pack_weights,
 )
 from millijoule.kernels.phase import COS_TABLE, SIN_TABLE
-from millijoule.kernels.triton_launch import INTERPRETED, RESIDENT_GENERATIONS, launch
+from millijoule.kernels.triton_launch import INTERPRETED, RESIDENT_GENERATIONS, captured, launch
 
 #: Images and oscillators of a block, which multiplies `SOURCES` at a time.
 IMAGES, ROWS = 64, 128
@@ -273,14 +271,7 @@ class _Batch:
             else:
                 run_steps(kernel.packed, numbers, self.work, steps)
 
-        self.run: Callable[[], Any] = launches
-        if kernel.device.type == "cuda":
-            launches()  # compiled before it is captured
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                launches()
-            self.run = graph.replay
+        self.run = captured(launches, kernel.device)
 
     def begin(self, theta: Tensor, phi: Tensor, classes: Tensor) -> None:
         """Put images' first phases and classes where the steps find them; what is left of the batch has no class."""

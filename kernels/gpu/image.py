@@ -20,9 +20,7 @@ A list's order depends on which block comes first; no pixel does, as every sum i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +50,7 @@ from millijoule.kernels.gpu.image_model import (
 from millijoule.kernels.gpu.image_phases import list_work, relax_waves
 from millijoule.kernels.gpu.image_pixels import blend_pixels, cover_shares, near_channels
 from millijoule.kernels.image import ImageWeights
-from millijoule.kernels.triton_launch import INTERPRETED, RESIDENT_GENERATIONS, launch
+from millijoule.kernels.triton_launch import INTERPRETED, RESIDENT_GENERATIONS, captured, launch
 
 #: Rows of a block in each kernel: images in `list_work`, icons in `relax_waves`, cells in `near_channels` and `cover_shares`, images and fours
 #: of their pixels in `blend_pixels`.
@@ -183,14 +181,7 @@ class _Batch:
                 coupled,
             )
 
-        self.run: Callable[[], Any] = launches
-        if device.type == "cuda":
-            launches()  # compiled before it is captured
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                launches()
-            self.run = graph.replay
+        self.run = captured(launches, device)
 
 
 def _multiprocessors(device: torch.device) -> tuple[int, bool]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from millijoule.kernels.dense_coupling import DenseCoupling, relax
+from millijoule.kernels.gpu.trial import tried
 from millijoule.kernels.native_library import is_reference_forced
 from millijoule.kernels.upsampling_decoder import IntegerDecoder, decode, quantize_decoder
 from millijoule.workers.generators.un0_checkpoint import Un0Architecture
@@ -79,18 +80,14 @@ def gpu_form(
             device,
             "pytorch",
         )
-    try:
-        form = _by_kernels(architecture, coupling, decoder, device)
-        same = _draws_alike(form, coupling, decoder)
-    except (
-        Exception
-    ) as error:  # Triton needs a C compiler on the host; its own errors have no class in common
-        log.warning("Un-0: floating point, as the GPU's integer kernels failed: %s", error)
-        return None
-    if not same:
-        log.warning("Un-0: floating point, as the GPU's integer kernels drew other pixels than the CPU")
-        return None
-    log.info("Un-0: integers by the GPU's kernels (%s)", form.kernels)
+    form = tried(
+        "Un-0",
+        "floating point",
+        lambda: _by_kernels(architecture, coupling, decoder, device),
+        lambda form: _draws_alike(form, coupling, decoder),
+    )
+    if form is not None:
+        log.info("Un-0: integers by the GPU's kernels (%s)", form.kernels)
     return form
 
 

@@ -101,7 +101,7 @@ def test_one_other_phase_is_enough_for_floating_point(opened):
 
     form, told = opened(turned)
     assert form is None
-    assert "floating point, as the GPU's integer kernels drew other pixels" in told
+    assert "floating point, as the GPU's kernels drew other pixels" in told
 
 
 def test_kernels_that_fail_are_left_with_a_word(opened):
