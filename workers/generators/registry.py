@@ -148,7 +148,7 @@ def read_pipeline_model(model: str, options: GeneratorOptions) -> PipelineFolder
 def usual_shard_images(model: str) -> int:
     """How many images of `model` make a shard where nobody says it.
 
-    A shard has a file, a lease and a commit of its own, which take milliseconds: of a model of oscillators as long as a hundred images.
+    A shard has a file, a lease and a commit of its own, which take milliseconds: as long as dozens of an oscillator model's images.
     """
     if model.startswith(factories.PREFIX) or is_pipeline(path := model_path(model)):
         return SHARD_IMAGES
