@@ -73,6 +73,7 @@ def run(
             worker_class or remote_worker_class(),
             lease_s=options.lease_seconds,
             speculate=options.speculate,
+            part_s=options.part_seconds,
             source=within_reach(request.source, store, cluster),
             spending=Spending(request.caps),
             telemetry=options.telemetry,

@@ -407,6 +407,7 @@ class Commit(Record):
     rows: tuple[CarriedRow, ...] | None = None  # what the file at rows_path says, see `carried_rows`
     images_filtered: int = 0
     images_drawn: int | None = None  # to the end, whatever their status; None: from before it was stated
+    parts: tuple[str, ...] = ()  # sealed parts that it is made of, of this attempt and of earlier ones
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -81,6 +81,8 @@ def request_of(options: GenerateOptions) -> JobRequest:
         value = getattr(options, name)
         if value is not None and not 1 <= value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} {value}: at least 1")
+    if not 0 <= options.part_seconds < float("inf"):
+        raise InputError(f"--part-seconds {options.part_seconds}: 0 or more")
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed}: from 0 to 2**63 - 1")
     if options.node_meter is not None and not options.telemetry:

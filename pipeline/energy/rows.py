@@ -258,7 +258,7 @@ class EnergyRows:
                 self._names(entries.worker[number]),
                 pa.array(entries.class_names, pa.string()).take(pa.array(entries.segment_class[number])),
                 _nullable(entries.shard[number], NONE),
-                entries.attempts(number),
+                self._attempts_of(number),
                 self._names(c.boot[opened]),
                 epoch,
                 c.t_mono_ns[opened],
@@ -271,6 +271,15 @@ class EnergyRows:
             )
             yield from _by_day(table)
         yield from _blocks("segment", self._gaps())
+
+    def _attempts_of(self, at: np.ndarray) -> pa.Array:
+        """The attempt ids of entries; a sealed part's segment is of the attempt that was committed with it."""
+        attempts, commits = self.ledger.entries.attempts(at), self._commits
+        if not commits.parts().any():
+            return attempts
+        place = commits.attempts().find(self.ledger.entries.shard[at], attempts)
+        committed = commits.text("attempt_id").take(pa.array(np.maximum(place, 0)))
+        return pc.if_else(pa.array(place >= 0), committed, attempts)
 
     def _gaps(self) -> Iterator[tuple]:
         clocks = self.ledger.entries.clocks()

@@ -11,6 +11,9 @@ from ray.exceptions import RayActorError
 
 from millijoule.workers.lease import Node
 
+#: `AUTOSCALER_DRAIN_PREEMPTED` of Ray's `NodeDeathInfo`: it was drained because it was taken away.
+DEATH_BY_PREEMPTION = 3
+
 
 def living_nodes() -> list[dict[str, Any]]:
     """The nodes there are, as `ray.nodes()` describes them."""
@@ -40,6 +43,26 @@ def words(have: Mapping[str, float], named: Mapping[str, float] | None = None) -
 def is_alive(node_id: str) -> bool:
     """Whether the cluster still has this node; a node that is not known yet counts."""
     return all(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+
+
+def draining_nodes() -> dict[str, int]:
+    """Nodes that are being drained: Unix ms at which each is due to end (0: nobody said), by id.
+
+    Not a public interface, though Ray Data and Ray Train use it, too: empty where it does not answer.
+    """
+    try:
+        return dict(ray_state.state.get_draining_nodes())
+    except Exception:  # nothing may depend on it
+        return {}
+
+
+def was_preempted(node_id: str) -> bool:
+    """Whether Ray says of a node that is gone that it was taken away."""
+    return any(
+        not node["Alive"] and node.get("DeathReason") == DEATH_BY_PREEMPTION
+        for node in ray.nodes()
+        if node["NodeID"] == node_id
+    )
 
 
 def node_of(actor: Any) -> Node:

@@ -48,6 +48,7 @@ class Coordinator:
         committed: bool `[n_shards]`, True where a commit exists.
         lease_s: a lease without progress for this long is taken back.
         driver_epoch: becomes part of attempt ids, so that `gc` can tell old attempts from live ones.
+        in_parts: shards of which earlier runs have sealed parts.
         speculate: give second leases to stragglers when nothing else is left.
     """
 
@@ -56,10 +57,12 @@ class Coordinator:
     lease_s: float
     driver_epoch: int
     speculate: bool = True
+    in_parts: frozenset[int] = frozenset()
     active: dict[str, ActiveLease] = field(default_factory=dict)
     given_up: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._leased = np.zeros(len(self.shards), bool)  # at least once, to be made
         self._cursor = 0  # every shard before it was leased at least once
         self._again: dict[int, None] = {}  # shards to lease again, before new ones; each once, in order
         self._later: list[tuple[float, int]] = []  # heap of (not before, shard)
@@ -222,6 +225,7 @@ class Coordinator:
         """A suspect was drawn: the accuser's attempt is void, and its shard is leased again."""
         self._end(attempt_id)
         if accusation := self._hearings.pop(attempt_id, None):
+            self._trouble[accusation.shard_id].distrusted.add(accusation.worker_id)
             self._make_void(accusation)
         return accusation
 
@@ -380,8 +384,13 @@ class Coordinator:
 
     def _grant(self, shard_id: int, worker_id: str, now: float, **question: Any) -> Lease:
         """A lease; `question` are those fields of it that ask something instead of having the shard made."""
-        if not question and shard_id in self._trouble:
+        asks = bool(question)
+        if not asks and shard_id in self._trouble:
             question["quarantine"] = tuple(sorted(self._trouble[shard_id].quarantine.items()))
+            question["distrusted"] = tuple(sorted(self._trouble[shard_id].distrusted))
+        if not asks:
+            question["resumes"] = bool(self._leased[shard_id]) or shard_id in self.in_parts
+            self._leased[shard_id] = True
         attempt_id = f"e{self.driver_epoch:04d}-{uuid.uuid4().hex[:12]}"
         lease = Lease(self.shards[shard_id], attempt_id, worker_id, **question)
         self.active[attempt_id] = ActiveLease(lease, now, now + self.lease_s)

@@ -49,6 +49,8 @@ class Worker:
     next_status: float = 0.0
     status_pending: bool = False
     stop_by: float | None = None  # its last words were asked for, and are due then
+    leaving: bool = False  # its node is being taken away
+    called_off: bool = False  # what it has in hand is not waited for any more
 
     @property
     def stopping(self) -> bool:
@@ -122,6 +124,10 @@ class Crew:
     def cancel(self, worker: Worker, lease: Lease) -> None:
         """Tell the worker that nobody needs what it makes of `lease`."""
         worker.actor.cancel.remote(lease.attempt_id)
+
+    def leave(self, worker: Worker) -> None:
+        """Tell the worker that its node is taken away: it gives back what it has in hand, what it made sealed."""
+        worker.actor.leave.remote()
 
     def answers(self, timeout_s: float) -> list[tuple[Worker, str, Lease | None, Any]]:
         """Calls that came back, each once: wait up to `timeout_s` for the first, and take what else is there."""

@@ -16,6 +16,7 @@ from millijoule.pipeline.running.cluster import first_line, is_alive
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew, Worker
 from millijoule.pipeline.running.node_health import NodeHealth
+from millijoule.pipeline.running.preemption import DeathBudget, DrainingNodes
 from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
 from millijoule.workers.lease import AttemptResult, Lease, Node, WorkerStatus, WorkerStopped
 from millijoule.workers.schemas import CounterRead
@@ -63,6 +64,8 @@ class Outcomes:
         self.coordinator = coordinator
         self.events = events
         self.nodes = NodeHealth()
+        self.draining = DrainingNodes()
+        self.deaths = DeathBudget(crew.options.max_workers)
         self.committing: dict[str, AttemptResult] = {}
         self.spawn_not_before = 0.0
         self._unplaced_deaths = 0
@@ -99,8 +102,11 @@ class Outcomes:
         elif what == "status":
             self._status(worker, value, now)
         elif what == "stop":
-            self.events.stopped(value)
-            self.crew.remove(worker, last_words=True)
+            # one that was asked before it had opened its account may have since
+            said = worker.ready is not None or not worker.leaving or bool(value.segments)
+            if said:
+                self.events.stopped(value)
+            self.crew.remove(worker, last_words=said)
         elif what == "loading":
             self.events.loading(worker.worker_id, value)
             self.crew.remove(worker)
@@ -228,7 +234,7 @@ class Outcomes:
         self.crew.remove(worker)
         reason, node, stood_still = first_line(error), worker.last_node(), isinstance(error, TimeoutError)
         progress = self.coordinator.progress
-        preempted = getattr(error, "preempted", False)
+        preempted = getattr(error, "preempted", False) or self.draining.takes(node.node_id)
         no_memory = isinstance(
             error, OutOfMemoryError
         )  # Ray took it because its node's was full: no row's fault
@@ -244,6 +250,10 @@ class Outcomes:
         in_hand = f" with shard{'s'[: len(numbers) - 1]} {' and '.join(numbers)} in hand" if numbers else ""
         worker.held.clear()
         log.warning("worker %s on %s is gone%s: %s", worker.worker_id, node.host, in_hand, reason)
+        if preempted:
+            self.deaths.preemption()
+            return
+        self.deaths.fault(reason, self.coordinator.progress)
         if not node.node_id:
             self._died_unplaced(reason, now)
         elif not lost_node:  # one that is gone, or is being taken away, gets no worker anyway

@@ -17,6 +17,7 @@ from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew
 from millijoule.pipeline.running.demand import Demand, PoolOptions
 from millijoule.pipeline.running.outcomes import STATUS_PERIOD_S, JobEvents, Outcomes
+from millijoule.pipeline.running.preemption import LAST_WORDS_S
 from millijoule.workers.errors import JobError, MillijouleError
 from millijoule.workers.lease import AttemptResult, WorkerConfig
 
@@ -53,6 +54,7 @@ class WorkerPool:
         self._outcomes = Outcomes(self._crew, coordinator, events)
         self.workers = self._crew.workers
         self.nodes = self._outcomes.nodes
+        self.deaths = self._outcomes.deaths
         self._demand = Demand(options)
         self._closing = False
         self._candidates: list[str] = []
@@ -99,6 +101,7 @@ class WorkerPool:
 
     def turn(self, now: float) -> None:
         """One turn of the loop at `now`, monotonic seconds."""
+        self._let_leave(now)
         self._resize(now)
         self._feed(now)
         self._look_after(now)
@@ -116,16 +119,42 @@ class WorkerPool:
             self.events.discarded(result)
         self.events.tick()
 
+    def _let_leave(self, now: float) -> None:
+        """Workers on nodes that are being taken away seal what they have in hand, get nothing more and say their last words."""
+        draining = self._outcomes.draining
+        draining.look(now)
+        for worker in list(self.workers.values()):
+            if worker.node is None or (ends := draining.ends(worker.node.node_id)) is None:
+                continue
+            if not worker.leaving:
+                worker.leaving = True
+                left = f", in {ends - now:.0f} s" if ends < float("inf") else ""
+                log.warning(
+                    "worker %s leaves: its node %s is taken away%s",
+                    *(worker.worker_id, worker.node.host, left),
+                )
+                self._crew.take_back(worker)
+                self._crew.leave(worker)
+            if not worker.held and not worker.stopping:
+                self._crew.stop(worker, now)  # beside the start of one that still loads
+            if not worker.called_off and now >= ends - LAST_WORDS_S:
+                worker.called_off = True
+                for lease in worker.leases:
+                    self._crew.cancel(worker, lease)
+
     def _resize(self, now: float) -> None:
         """Ask for the workers the work is worth, and take back requests it no longer is worth."""
-        demand, workers, draining = self._demand, self.workers.values(), bool(self.draining)
+        demand, draining = self._demand, bool(self.draining)
+        workers = [w for w in self.workers.values() if not w.leaving]  # others take the place of those
         demand.look(self.coordinator, workers, now)
         shunned = self._shunned(now)
         if shunned is not None:
             for worker in [w for w in workers if w.node is None and w.away - shunned]:
                 self._crew.remove(worker)  # it waits for other nodes, and may have this one now
-            while not draining and len(workers) < demand.wanted() and now >= self._outcomes.spawn_not_before:
+            staying = len(workers)
+            while not draining and staying < demand.wanted() and now >= self._outcomes.spawn_not_before:
                 self._crew.spawn(now, shunned)
+                staying += 1
         surplus = demand.withdrawable(workers, now, draining=draining)
         for worker in surplus:
             self._crew.remove(worker)
@@ -162,7 +191,7 @@ class WorkerPool:
                 self._crew.take_back(worker)
         if self.draining:
             return
-        ready = [w for w in self.workers.values() if w.ready is not None and not w.stopping]
+        ready = [w for w in self.workers.values() if w.ready is not None and not w.stopping and not w.leaving]
         peers = {w.worker_id: w.last_node().node_id for w in ready}
         alone = self.options.max_workers == 1
         coming = self._crew.coming_back if any(not w.held for w in ready) else 0
