@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 #: Unix seconds at which the clock starts.
 EPOCH_S = 1_700_000_000.0
+#: A short call there and back within one region.
+CALL_S = 2e-3
 #: Answers that nobody looks at.
 _UNHEARD = frozenset(("cancel",))
 
@@ -75,10 +78,13 @@ def _metered(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(self: ClockedRay, *args: Any, **options: Any) -> Any:
         began = time.thread_time()
+        if self.driver_takes_time:
+            self.now += began - self._left
         try:
             return method(self, *args, **options)
         finally:
-            self.cpu_s += time.thread_time() - began
+            self._left = time.thread_time()
+            self.cpu_s += self._left - began
 
     return call
 
@@ -128,14 +134,26 @@ class ClockedRay:
         make: `(node, *arguments) -> actor`, called once the actor has a node.
         supply: where nodes come from.
         most_s: seconds of the clock after which a driver counts as hanging.
+        driver_takes_time: the driver's own processor time passes on the clock, so that answers gather while it works, as
+            they would; a run then does not repeat itself to the last event.
     """
 
-    def __init__(self, make: Callable[..., Any], supply: Supply, *, most_s: float = float("inf")) -> None:
+    def __init__(
+        self,
+        make: Callable[..., Any],
+        supply: Supply,
+        *,
+        most_s: float = float("inf"),
+        driver_takes_time: bool = False,
+    ) -> None:
         self.make = make
         self.supply = supply
         self.most_s = most_s
         self.now = 0.0
         self.cpu_s = 0.0
+        self.driver_takes_time = driver_takes_time
+        self._left = time.thread_time()
+        self._random = random.Random(0)
         self.n_calls: dict[str, int] = defaultdict(int)
         self.time = SimpleNamespace(
             monotonic=lambda: self.now, time=lambda: EPOCH_S + self.now, sleep=self.advance
@@ -147,6 +165,10 @@ class ClockedRay:
         self._fresh: list[int] = []  # answered in this step
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = itertools.count(1)
+
+    def call_s(self) -> float:
+        """Seconds of a short call there and back: no two answers arrive at the same time."""
+        return CALL_S * (0.5 + self._random.random())
 
     def at(self, delay_s: float, act: Callable[[], None]) -> None:
         """Do something later."""

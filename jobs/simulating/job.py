@@ -83,6 +83,7 @@ def run_job(
     deadline_s: float | None = None,
     options: PoolOptions | None = None,
     close_books: bool = True,
+    driver_takes_time: bool = False,
     on_tick: Callable[[JobRun], None] = lambda run: None,
     **more: Any,
 ) -> Outcome:
@@ -91,13 +92,17 @@ def run_job(
     Args:
         deadline_s: of the simulated clock.
         options: the pool of workers; default: as many as there are nodes, all at once.
+        driver_takes_time: see `ClockedRay`.
         close_books: build the ledger at the end.
         more: further arguments of `JobRun`.
     """
     began = time.monotonic()
     store = MemoryStore()
     ray = ClockedRay(
-        lambda node, *args: SimulatedWorker(ray, fleet, store, node, *args), fleet, most_s=MOST_S
+        lambda node, *args: SimulatedWorker(ray, fleet, store, node, *args),
+        fleet,
+        most_s=MOST_S,
+        driver_takes_time=driver_takes_time,
     )
     fleet.ray = ray
     options = options or PoolOptions(0, len(fleet.nodes), gpus_per_worker=1.0)

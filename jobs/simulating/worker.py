@@ -94,7 +94,11 @@ class SimulatedWorker:
             self._begin()
         return held.promise
 
-    def status(self) -> WorkerStatus:
+    def status(self) -> Any:
+        answer = self._status()
+        return After(self.ray.call_s(), answer) if self.ray.driver_takes_time else answer
+
+    def _status(self) -> WorkerStatus:
         now, rate = self.ray.now, self.node.kind.images_per_s
         return WorkerStatus(
             tuple(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import statistics
 import uuid
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +70,9 @@ class Coordinator:
         self._trouble: defaultdict[int, Trouble] = defaultdict(Trouble)
         self._durations: deque[float] = deque(maxlen=256)
         self._ahead: dict[str, str] = {}  # attempt id of the lease that a worker holds ahead, by worker id
+        self._leases_of: dict[int, list[str]] = {}  # attempt ids of the leases that are out, by shard
+        self._none_expires_before = 0.0
+        self.images_out = self.images_ahead = 0  # of leases that are no probes; those ahead are among the first
         self.progress = 0  # grows with every commit and every narrowed search: the respawn budget's clock
         self.n_committed = int(self.committed.sum())
 
@@ -97,6 +100,10 @@ class Coordinator:
     def unleased(self) -> int:
         """At most so many shards are left that could be leased as they are."""
         return min(self.remaining - len(self.active), len(self._again) + len(self.shards) - self._cursor)
+
+    def leases_of(self, shard_id: int) -> list[Lease]:
+        """Those that are out on one shard."""
+        return [self.active[attempt_id].lease for attempt_id in self._leases_of.get(shard_id, ())]
 
     def next_lease(
         self, worker_id: str, now: float, peers: Mapping[str, str] | None = None, *, alone: bool = False
@@ -148,6 +155,7 @@ class Coordinator:
             if self._open(shard_id):
                 lease = self._grant(shard_id, in_hand.worker_id, now)
                 self.active[lease.attempt_id].is_ahead = True
+                self.images_ahead += lease.shard.n_images
                 self._ahead[lease.worker_id] = lease.attempt_id
                 return lease
         return None
@@ -172,6 +180,7 @@ class Coordinator:
         if not entry.is_ahead:
             return
         entry.is_ahead = False
+        self.images_ahead -= entry.lease.shard.n_images
         del self._ahead[entry.lease.worker_id]
         if now is not None:
             entry.started = now
@@ -181,8 +190,15 @@ class Coordinator:
         entry = self.active.pop(attempt_id, None)
         if entry is None:
             return None
+        of_shard = self._leases_of[entry.shard_id]
+        of_shard.remove(attempt_id)
+        if not of_shard:
+            del self._leases_of[entry.shard_id]
+        if entry.lease.probe_rows is None:
+            self.images_out -= entry.lease.shard.n_images
         ahead = self.active.get(self._ahead.get(entry.lease.worker_id, ""))
         if entry.is_ahead:
+            self.images_ahead -= entry.lease.shard.n_images
             del self._ahead[entry.lease.worker_id]
         elif ahead is not None:
             self._begun(ahead, now)
@@ -359,9 +375,13 @@ class Coordinator:
 
     def expired(self, now: float) -> list[ActiveLease]:
         """Leases past their deadline. They stay active until reported; each is returned once per deadline."""
+        if now < self._none_expires_before:
+            return []
         late = [e for e in self.active.values() if e.deadline <= now]
         for entry in late:
             entry.deadline = now + self.lease_s
+        # deadlines only ever move on, and that of a new lease is later than all others
+        self._none_expires_before = min((e.deadline for e in self.active.values()), default=now)
         return late
 
     def lease_again(self, attempt_id: str) -> None:
@@ -372,7 +392,7 @@ class Coordinator:
 
     def _lease_again_soon(self, shard_id: int) -> None:
         """Queue a shard, once, unless another lease on it is out already."""
-        if not any(e.lease.writes for e in self.active.values() if e.shard_id == shard_id):
+        if not any(lease.writes for lease in self.leases_of(shard_id)):
             self._again[shard_id] = None
 
     def _open(self, shard_id: int) -> bool:
@@ -385,14 +405,17 @@ class Coordinator:
         attempt_id = f"e{self.driver_epoch:04d}-{uuid.uuid4().hex[:12]}"
         lease = Lease(self.shards[shard_id], attempt_id, worker_id, **question)
         self.active[attempt_id] = ActiveLease(lease, now, now + self.lease_s)
+        self._leases_of.setdefault(shard_id, []).append(attempt_id)
+        if lease.probe_rows is None:
+            self.images_out += lease.shard.n_images
         return lease
 
     def _speculative(self, worker_id: str, now: float) -> Lease | None:
         if not self._durations:
             return None
         patience = max(SPECULATION_MIN_S, SPECULATION_FACTOR * statistics.median(self._durations))
-        leases = Counter(e.shard_id for e in self.active.values())
-        alone = [e for e in self.active.values() if leases[e.shard_id] == 1 and self._open(e.shard_id)]
+        active = self.active.values()
+        alone = [e for e in active if len(self._leases_of[e.shard_id]) == 1 and self._open(e.shard_id)]
         others = [e for e in alone if e.lease.writes and not e.is_ahead and e.lease.worker_id != worker_id]
         slow = [e for e in others if now - e.started > patience]
         oldest = min(slow, key=lambda e: (e.started, e.shard_id), default=None)

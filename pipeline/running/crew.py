@@ -20,6 +20,9 @@ from millijoule.workers.lease import Lease, Node, WorkerConfig
 STOP_TIMEOUT_S = 30.0
 #: One that still loads answers from another thread, as far as what it imports lets it.
 LOADING_TIMEOUT_S = 3.0
+#: A driver of so many workers or more waits, after a first answer, this long per worker for further ones: it takes them in few
+#: turns of its loop, which looks at all workers, and not one by one. Nobody waits for it: who draws has a lease ahead.
+MANY_WORKERS, GATHER_S = 50, 50e-6
 #: Ray's label that holds a node's id.
 NODE_ID_LABEL = "ray.io/node-id"
 
@@ -131,7 +134,8 @@ class Crew:
             return []
         ready, _ = ray.wait(calls, num_returns=1, timeout=timeout_s, fetch_local=False)
         if ready and len(calls) > 2:
-            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
+            pause_s = min(timeout_s, len(self.workers) * GATHER_S) if len(self.workers) >= MANY_WORKERS else 0
+            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=pause_s, fetch_local=False)
         return [(*self._calls.pop(call), call) for call in ready]
 
     def stop(self, worker: Worker, now: float) -> None:

@@ -16,7 +16,7 @@ from millijoule.pipeline.running.cluster import first_line, nodes_for, words
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew
 from millijoule.pipeline.running.demand import Demand, PoolOptions
-from millijoule.pipeline.running.outcomes import STATUS_PERIOD_S, JobEvents, Outcomes
+from millijoule.pipeline.running.outcomes import JobEvents, Outcomes
 from millijoule.workers.errors import JobError, MillijouleError
 from millijoule.workers.lease import AttemptResult, WorkerConfig
 
@@ -172,7 +172,7 @@ class WorkerPool:
             lease = self.coordinator.next_lease(worker.worker_id, now, peers, alone=alone)
             if lease is not None:
                 self._crew.lease(worker, lease)
-                worker.next_status = now + STATUS_PERIOD_S
+                worker.next_status = now + self._outcomes.status_period_s
                 continue
             # what another worker has not come to yet is better done here
             if coming or any(self._crew.take_back(w) for w in ready):
@@ -196,8 +196,9 @@ class WorkerPool:
     # -- clocks --------------------------------------------------------------------------------------------------
 
     def _watch_deadlines(self, now: float) -> None:
-        by_attempt = {attempt_id: w for w in self.workers.values() for attempt_id in w.held}
-        for entry in self.coordinator.expired(now):
+        late = self.coordinator.expired(now)
+        by_attempt = {attempt_id: w for w in self.workers.values() for attempt_id in w.held} if late else {}
+        for entry in late:
             attempt_id = entry.lease.attempt_id
             worker = by_attempt.get(attempt_id)
             if worker is None:

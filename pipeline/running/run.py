@@ -358,9 +358,8 @@ class JobRun:
         self._on_tick()
 
     def _check_caps(self) -> bool:
-        out = [e for e in self.coordinator.active.values() if e.lease.probe_rows is None]
-        ahead = sum(e.lease.shard.n_images for e in out if e.is_ahead)
-        at_work = sum(e.lease.shard.n_images for e in out) - ahead
+        ahead = self.coordinator.images_ahead
+        at_work = self.coordinator.images_out - ahead
         done, now = max(1, self.counts.images_done), time.time()
         self.cap_reached = self.spending.reached(now, at_work / done)
         # near a cap nobody comes to a shard of which it is not known whether it may still be made
