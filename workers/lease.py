@@ -28,6 +28,7 @@ class WorkerConfig:
         options: how the model is loaded and run.
         image_format: what images are encoded as.
         copies: files that `model` and `options` name, for nodes that do not see them.
+        pool: name of the worker's pool; empty where there is only one.
         telemetry: False: open no meter and sample no power; energy is missing.
     """
 
@@ -44,6 +45,7 @@ class WorkerConfig:
     options: GeneratorOptions = GeneratorOptions()  # noqa: RUF009 (frozen)
     image_format: ImageFormat = ImageFormat()  # noqa: RUF009 (frozen)
     copies: tuple[ModelCopy, ...] = ()
+    pool: str = ""
 
 
 @dataclass(frozen=True)

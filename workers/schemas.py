@@ -312,7 +312,7 @@ class WorkerEnvironment(Record):
     `device` is the first of `gpus` (full UUIDs where they could be found), or "cpu". `device_name` is the product's
     name of the GPU or CPU, `driver_version` the GPU driver's. `torch_version` is None too where the model does
     without PyTorch. `png_encoder` is "compiled" or "zlib": their files differ, their pixels do not. `kernels` is the form in which
-    the CPU's compiled functions run ("avx2"), or "pytorch".
+    the CPU's compiled functions run ("avx2"), or "pytorch". `pool` is the worker's, None where its job has only one.
     """
 
     worker_id: str
@@ -329,6 +329,7 @@ class WorkerEnvironment(Record):
     opened: CounterRead | None = None
     png_encoder: str | None = None
     kernels: str | None = None
+    pool: str | None = None
 
 
 @dataclass(frozen=True)

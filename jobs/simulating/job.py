@@ -78,7 +78,7 @@ def made_up_plan(shards: int, images_per_shard: int) -> PlannedJob:
 
 def run_job(
     planned: PlannedJob,
-    fleet: Fleet,
+    devices: Fleet,
     *,
     deadline_s: float | None = None,
     options: PoolOptions | None = None,
@@ -87,7 +87,7 @@ def run_job(
     on_tick: Callable[[JobRun], None] = lambda run: None,
     **more: Any,
 ) -> Outcome:
-    """Run `planned` on `fleet` to its end.
+    """Run `planned` on `devices` to its end.
 
     Args:
         deadline_s: of the simulated clock.
@@ -99,13 +99,13 @@ def run_job(
     began = time.monotonic()
     store = MemoryStore()
     ray = ClockedRay(
-        lambda node, *args: SimulatedWorker(ray, fleet, store, node, *args),
-        fleet,
+        lambda node, *args: SimulatedWorker(ray, devices, store, node, *args),
+        devices,
         most_s=MOST_S,
         driver_takes_time=driver_takes_time,
     )
-    fleet.ray = ray
-    options = options or PoolOptions(0, len(fleet.nodes), gpus_per_worker=1.0)
+    devices.ray = ray
+    options = options or PoolOptions(0, len(devices.nodes), gpus_per_worker=1.0)
     deadline = None if deadline_s is None else EPOCH_S + deadline_s
     gc.collect()
     with installed(ray, PromptWriter):
@@ -123,15 +123,15 @@ def run_job(
         job_run.run(on_tick=partial(on_tick, job_run))
         driver_cpu_s = time.process_time() - cpu - ray.cpu_s
     makespan_s = ray.now
-    fleet.close()
+    devices.close()
     return Outcome(
         makespan_s,
         job_run.complete,
         driver_cpu_s,
         peak_mb(),
-        fleet.totals(),
-        fleet.preempted,
-        fleet.faults,
+        devices.totals(),
+        devices.preempted,
+        devices.faults,
         dict(ray.n_calls),
         dict(store.requests),
         store.written_bytes,

@@ -13,7 +13,7 @@ from typing import Any
 
 from millijoule.workers.errors import AlreadyExistsError, NotFoundError
 from millijoule.workers.layout import COMMITS_PREFIX, commit_key
-from millijoule.workers.storage.protocol import ObjectInfo, Store
+from millijoule.workers.storage.protocol import ObjectInfo, Store, TemporaryObject
 
 
 class MemoryStore(Store):
@@ -74,6 +74,12 @@ class MemoryStore(Store):
         for key in keys:
             self.requests["delete"] += 1
             self.objects.pop(key, None)
+
+    def list_temporary(self) -> Iterator[TemporaryObject]:
+        yield from ()
+
+    def delete_temporary(self, leftovers: Iterable[TemporaryObject]) -> None:
+        pass
 
     def open_input(self, key: str) -> BytesIO:
         return BytesIO(self.get(key))

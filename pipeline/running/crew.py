@@ -46,6 +46,7 @@ class Worker:
     run: Any  # the actor's method, looked up once
     spawned: float
     away: frozenset[str]  # nodes it must not be placed on
+    pool: str = ""
     node: Node | None = None  # None until it has said where it is
     ready: Node | None = None  # None until its model is loaded
     held: dict[str, HeldLease] = field(default_factory=dict)  # by attempt id, in the order they were given
@@ -73,26 +74,30 @@ class Crew:
     `gone` is called with the id of a worker that ended without last words.
     """
 
-    def __init__(
-        self, actor_class: Any, config: WorkerConfig, options: PoolOptions, gone: Callable[[str], None]
-    ) -> None:
+    def __init__(self, actor_class: Any, config: WorkerConfig, gone: Callable[[str], None]) -> None:
         self.actor_class = actor_class
         self.config = config
-        self.options = options
         self.workers: dict[str, Worker] = {}
         self._gone = gone
         self._calls: dict[Any, tuple[Worker, str, Lease | None]] = {}
         self._spawned = 0
 
-    def spawn(self, now: float, shunned: Set[str]) -> None:
-        """Ask for one more worker, on any node but those `shunned`."""
+    def spawn(
+        self,
+        now: float,
+        shunned: Set[str],
+        options: PoolOptions,
+        pool: str = "",
+        config: WorkerConfig | None = None,
+    ) -> None:
+        """Ask for one more worker of a pool, on any node that suits it but those `shunned`."""
         self._spawned += 1
         worker_id = f"w{self.config.driver_epoch:04d}-{self._spawned:04d}"
-        selector = {NODE_ID_LABEL: f"!in({','.join(sorted(shunned))})"} if shunned else None
-        actor = self.actor_class.options(
-            name=None, label_selector=selector, **self.options.actor_options()
-        ).remote(worker_id, self.config)
-        worker = Worker(worker_id, actor, actor.run.remote, now, frozenset(shunned))
+        options = options.elsewhere(NODE_ID_LABEL, sorted(shunned))
+        actor = self.actor_class.options(name=None, **options.actor_options()).remote(
+            worker_id, config or self.config
+        )
+        worker = Worker(worker_id, actor, actor.run.remote, now, frozenset(shunned), pool)
         self.workers[worker_id] = worker
         self.expect(worker, "locate", actor.locate.remote())
         self.expect(worker, "start", actor.start.remote())

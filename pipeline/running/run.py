@@ -16,6 +16,7 @@ from millijoule.pipeline.energy.live_tables import LiveTables
 from millijoule.pipeline.energy.node_readings import node_reading_files
 from millijoule.pipeline.energy.shard_shares import accepted_mj
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter, read_uncommitted
+from millijoule.pipeline.fleet.policy import FleetPolicy
 from millijoule.pipeline.output.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.output.job import JobSpec, open_epoch
 from millijoule.pipeline.planning.retry_rounds import JobShards
@@ -87,6 +88,7 @@ class JobRun:
         source: the job's model as the driver found it; None: what the job's description names, with default options.
         spending: what the job uses, and its caps; without caps on energy, only this run's part of it.
         node_meters: meters of the nodes themselves, read while workers are there.
+        fleet: which workers of which pools there are to be; None: one pool, which `options` describe.
         telemetry: False: workers read no counters and sample no power, and no live tables are written.
     """
 
@@ -103,6 +105,7 @@ class JobRun:
         spending: Spending | None = None,
         node_meters: Sequence[NodeMeterConfig] = (),
         telemetry: bool = True,
+        fleet: FleetPolicy | None = None,
     ) -> None:
         job = planned.job
         self.store = store
@@ -125,7 +128,8 @@ class JobRun:
             cpu_threads=max(1, int(options.cpus_per_worker)),
             telemetry=telemetry,
         )
-        self.pool = WorkerPool(worker_class, self.coordinator, config, options, self)
+        self.fleet = fleet
+        self.pool = WorkerPool(worker_class, self.coordinator, config, options, self, fleet)
         self.writer = RecordWriter()
         self._accounts = Accounts(store, self.epoch, self.writer, worker_class, config)
         self.counts = Counts(images_done=planned.shards.images_of(committed))
@@ -238,6 +242,8 @@ class JobRun:
         if not news:
             return
         self._compactor.add(shard.shard_id, result.commit_json)
+        if self.fleet is not None:
+            self.fleet.observe(commit)
         if self._live:
             self._live.add_commit(commit)
         self.spending.add(commit.segments)
