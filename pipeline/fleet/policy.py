@@ -12,6 +12,7 @@ Plain state without I/O or clocks. All of it is learnt again within minutes afte
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -34,6 +35,8 @@ LOOK_PERIOD_S = 1.0
 START_S = 30.0
 #: More than is needed by so much: rates waver, workers die.
 RESERVE = 0.06
+#: This part of the time until the deadline is kept in hand for what goes wrong last.
+SPARE = 0.02
 #: A pool has fewer devices only where it needs fewer by this share: what is stopped has to be started again.
 HYSTERESIS = 0.05
 #: A request for a worker that is not met within this time counts as capacity that is not there.
@@ -83,6 +86,7 @@ class FleetPolicy:
         self._unleased = self._open_shards = 0
         self._has_questions = False
         self._next_look = 0.0
+        self._began = -math.inf
 
     def observe(self, commit: Commit) -> None:
         """A commit of this run has arrived."""
@@ -91,6 +95,8 @@ class FleetPolicy:
 
     def look(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
         """Take note of what is at work and left; choose anew where it is time to."""
+        if self._began == -math.inf:
+            self._began = now
         for worker in workers:
             self._pool_of.setdefault(worker.worker_id, worker.pool)
         self._unleased, self._has_questions = coordinator.unleased, coordinator.has_questions
@@ -121,7 +127,8 @@ class FleetPolicy:
         else:
             left = coordinator.remaining * self._shard_images - coordinator.images_out / 2
             slowest_s = max((s for _, s in self._spans.values()), default=0.0)
-            time_s = max(1.0, self.deadline_s - now - slowest_s)
+            spare_s = slowest_s + SPARE * (self.deadline_s - self._began)
+            time_s = max(1.0, self.deadline_s - now - spare_s)
             chosen = self._enough(known, left / time_s * (1 + RESERVE), workers, now)
         for name, pool in self.pools.items():
             least, most = pool.options.min_workers, pool.options.max_workers
