@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -57,7 +58,7 @@ class BenchOptions(ResultOptions):
     """Whether to compare policies."""
 
     picture: str | None = None
-    """Draw the comparison into this file (svg or png)."""
+    """Draw the comparison into this PNG file."""
 
     before: str | None = None
     """An earlier result whose other parts are taken over, where this run leaves some out."""
@@ -71,8 +72,7 @@ def run(options: BenchOptions) -> int:
             raise InputError(f"--mixes {mix}: one of {', '.join(MIXES)}")
     result = {**describe("simulated fleets under the real driver", options), "assumptions": ASSUMPTIONS}
     if options.before is not None:
-        with open(options.before) as file:
-            earlier = json.load(file)
+        earlier = json.loads(Path(options.before).read_text())
         result |= {name: earlier[name] for name in ("policies", "load") if name in earlier}
     if options.policies:
         result["policies"] = [
@@ -81,9 +81,9 @@ def run(options: BenchOptions) -> int:
     if options.load:
         result["load"] = [run_alone(measure_load, *map(int, size.split(":"))) for size in options.load]
     if options.picture is not None:
-        from millijoule.jobs.simulating.picture import draw
+        from millijoule.jobs.simulating.picture import draw_policies
 
-        draw(result["policies"], options.picture)
+        Path(options.picture).write_bytes(draw_policies(result["policies"]))
     write_result(result, options.result)
     return COMPLETE
 

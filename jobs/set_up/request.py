@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.jobs.set_up.pool_words import PoolWords, engines_of, read_pools
 from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
@@ -54,6 +56,7 @@ class JobRequest:
     bounds: tuple[int, int] | None
     caps: Caps
     node_meters: tuple[NodeMeterConfig, ...]
+    pools: tuple[PoolWords, ...] = ()
 
     @property
     def identity(self) -> ModelIdentity:
@@ -64,6 +67,11 @@ class JobRequest:
     def model(self) -> GeneratorOptions:
         """How the model is loaded and run."""
         return self.source.options
+
+    def model_identity(self) -> dict[str, Any]:
+        """What of how the model is run, by any pool, tells the job apart."""
+        engines = engines_of(self.pools, self.model)
+        return self.model.identity() | ({"pool_engines": engines} if engines else {})
 
 
 def request_of(options: GenerateOptions) -> JobRequest:
@@ -81,12 +89,15 @@ def request_of(options: GenerateOptions) -> JobRequest:
     if options.node_meter is not None and not options.telemetry:
         raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
     _check_workers(options)
+    pools = read_pools(options)
     images, seconds = parse_shard_size(options.shard_size)
     files = tuple(expand_inputs(options.prompts))  # what costs nothing is refused first
     source = options.model_options.obtain(
         options.model, _begun_with(options), on_gpu={"cpu": False, "gpu": True}.get(options.device)
     )
     source = with_ranks(options, source)
+    if pools and source.options.ranks > 1:
+        raise InputError("--pool: a worker of a pool is one process; this model asks for several ranks")
     return JobRequest(
         options=options,
         resources=parse_resources(options.resources),
@@ -106,6 +117,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
         files=files,
         source=source,
         image_format=read_image_format(options.image_format, options.quality),
+        pools=pools,
     )
 
 
