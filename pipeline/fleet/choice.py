@@ -61,7 +61,7 @@ def seconds_until_done(busy_s: Sequence[float], shard_s: Sequence[float], shards
         return math.inf
     if shards <= 0:
         return float(busy.max())
-    low, high = 0.0, float((busy + each).min() + shards * each.min())
+    low, high = 0.0, float((busy + shards * each).min())
     for _ in range(50):
         middle = (low + high) / 2
         if np.floor(np.maximum(0.0, middle - busy) / each + _TOLERANCE).sum() >= shards:
