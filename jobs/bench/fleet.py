@@ -5,7 +5,8 @@ with the same seed, with spot losses and without. *Load*: processor time and mem
 thousands of devices and a million shards; there the driver's own processor time passes on the simulated clock.
 
 Simulated are Ray, devices, and storage; the driver is real (`JobRun` with pool, coordinator, policy and live tables), and so is
-the ledger that closes each job's books. What Ray's own calls cost the driver is not in it; `calls` counts them.
+the ledger that closes each job's books. What Ray's own calls cost the driver is not in it: `calls` counts them, and they are
+measured beside (`ray_calls`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tyro
 
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, run_alone, write_result
+from millijoule.jobs.simulating.ray_costs import measure_ray_calls
 from millijoule.workers.errors import InputError
 
 #: Images of a shard in the comparison of policies: some 17 s of an H100, nine minutes of a T4.
@@ -57,6 +59,9 @@ class BenchOptions(ResultOptions):
     policies: bool = True
     """Whether to compare policies."""
 
+    ray_calls: bool = True
+    """Whether to measure what Ray's own calls cost a driver, on a Ray of this machine."""
+
     picture: str | None = None
     """Draw the comparison into this PNG file."""
 
@@ -73,13 +78,15 @@ def run(options: BenchOptions) -> int:
     result = {**describe("simulated fleets under the real driver", options), "assumptions": ASSUMPTIONS}
     if options.before is not None:
         earlier = json.loads(Path(options.before).read_text())
-        result |= {name: earlier[name] for name in ("policies", "load") if name in earlier}
+        result |= {name: earlier[name] for name in ("policies", "load", "ray_calls") if name in earlier}
     if options.policies:
         result["policies"] = [
             run_alone(compare, mix, spot, asdict(options)) for mix in options.mixes for spot in (False, True)
         ]
     if options.load:
         result["load"] = [run_alone(measure_load, *map(int, size.split(":"))) for size in options.load]
+    if options.ray_calls:
+        result["ray_calls"] = run_alone(measure_ray_calls)
     if options.picture is not None:
         from millijoule.jobs.simulating.picture import draw_policies
 
