@@ -8,6 +8,12 @@ import pytest
 from support.cluster import RayCluster
 from support.jobs import assert_exactly_once, energy_rows, generate, write_prompts
 
+from millijoule.pipeline.energy.carbon import Rates
+from millijoule.pipeline.report import cells
+from millijoule.pipeline.report.data import Report, collect_report
+from millijoule.pipeline.report.page import render_page
+from millijoule.workers.storage.open import open_store
+
 POOLS = (
     "--pool",
     "fast:class=fast:workers=1:batch=4",
@@ -40,6 +46,13 @@ def test_each_pool_works_on_the_nodes_with_its_labels_and_the_output_tells_them_
     stats = json.loads((output / "stats.json").read_text())
     assert set(stats["pools"]) == {"fast", "else"}
     assert sum(pool["images_ok"] for pool in stats["pools"].values()) == 40
+    (job,) = collect_report([open_store(str(output))], Rates()).jobs
+    page = render_page(Report((job,))).decode()
+    for name, pool in stats["pools"].items():
+        assert (name, str(pool["workers"]), str(pool["shards"])) == cells.pool_cells(job)[
+            list(stats["pools"]).index(name)
+        ][:3]
+        assert name in page
 
 
 @pytest.mark.long
