@@ -12,7 +12,6 @@ measured beside (`ray_calls`).
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,7 +101,6 @@ def compare(mix: str, spot: bool, options: dict[str, Any]) -> dict[str, Any]:
     from millijoule.jobs.simulating.job import made_up_plan, run_job
     from millijoule.pipeline.fleet.policy import FleetPolicy
 
-    logging.getLogger("millijoule").setLevel(logging.ERROR)
     kinds = mixed_kinds(mix, options["devices"], spot=spot, small_factor=options["small_factor"])
     planned = made_up_plan(options["devices"] * options["shards_per_device"], POLICY_SHARD_IMAGES)
 
@@ -143,7 +141,6 @@ def measure_load(devices: int, shards: int) -> dict[str, Any]:
     from millijoule.jobs.simulating.job import made_up_plan, run_job
     from millijoule.pipeline.fleet.policy import FleetPolicy
 
-    logging.getLogger("millijoule").setLevel(logging.ERROR)
     kinds = mixed_kinds("even", devices, speed=LOAD_SPEED, spot=True)
     planned = made_up_plan(shards, LOAD_SHARD_IMAGES)
     before_mb = peak_mb()

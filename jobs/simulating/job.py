@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -108,7 +110,7 @@ def run_job(
     options = options or PoolOptions(0, len(devices.nodes), gpus_per_worker=1.0)
     deadline = None if deadline_s is None else EPOCH_S + deadline_s
     gc.collect()
-    with installed(ray, PromptWriter):
+    with installed(ray, PromptWriter), _silent():
         cpu = time.process_time()
         job_run = JobRun(
             store,
@@ -139,6 +141,18 @@ def run_job(
         time.monotonic() - began,
         _books(store, len(planned.shards)) if close_books and job_run.complete else {},
     )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """A simulated driver says nothing: what it would say is meant for people who wait."""
+    product = logging.getLogger("millijoule")
+    before = product.level
+    product.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        product.setLevel(before)
 
 
 def _books(store: MemoryStore, n_shards: int) -> dict[str, Any]:
