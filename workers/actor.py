@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -96,7 +96,10 @@ class ShardWorker:
         node_id = ray.get_runtime_context().get_node_id()
 
         def describe(kernels: str | None = None) -> WorkerEnvironment:
-            return describe_worker(self.worker_id, config.driver_epoch, node_id, gpus, meter, opened, kernels)
+            found = describe_worker(
+                self.worker_id, config.driver_epoch, node_id, gpus, meter, opened, kernels
+            )
+            return replace(found, pool=config.pool or None)
 
         worker = describe()
         if config.output_url:  # a calibration has no output

@@ -31,6 +31,7 @@ class WorkerConfig:
         image_format: what images are encoded as.
         copies: files that `model` and `options` name, for nodes that do not see them.
         part_s: seconds of drawing after which a shard's images so far are sealed as a part; 0: never.
+        pool: name of the worker's pool; empty where there is only one.
         telemetry: False: open no meter and sample no power; energy is missing.
     """
 
@@ -48,6 +49,7 @@ class WorkerConfig:
     image_format: ImageFormat = ImageFormat()  # noqa: RUF009 (frozen)
     copies: tuple[ModelCopy, ...] = ()
     part_s: float = PART_S
+    pool: str = ""
 
 
 @dataclass(frozen=True)
