@@ -15,8 +15,6 @@ from millijoule.workers.sources.copies import ModelCopy
 
 #: A worker holds at most so many leases: one is drawn, the other is finished or waits for the device.
 MAX_LEASES = 2
-#: What a worker that dies takes along is about so much of its work, in seconds.
-PART_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class WorkerConfig:
     options: GeneratorOptions = GeneratorOptions()  # noqa: RUF009 (frozen)
     image_format: ImageFormat = ImageFormat()  # noqa: RUF009 (frozen)
     copies: tuple[ModelCopy, ...] = ()
-    part_s: float = PART_S
+    part_s: float = 0.0
     pool: str = ""
 
 

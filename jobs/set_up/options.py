@@ -17,7 +17,6 @@ from millijoule.jobs.entry import OnUnlessNo
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.options.rates import RateOptions
 from millijoule.workers.errors import InputError
-from millijoule.workers.lease import PART_S
 from millijoule.workers.records import convert
 
 
@@ -108,7 +107,7 @@ class GenerateOptions:
     """A worker without progress (a step or batch of images, a part of a file stored) for this long loses its shard to
     another; after twice as long it is replaced."""
 
-    part_seconds: float = PART_S
+    part_seconds: float = 10.0
     """A shard that takes a worker longer is sealed in parts of about this many seconds: whoever goes on after a worker that
     died, or whose node was taken away, draws the rest. 0: no parts."""
 

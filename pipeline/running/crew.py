@@ -160,8 +160,9 @@ class Crew:
         self.expect(worker, "loading", worker.actor.read_while_loading.remote())
 
     def remove(self, worker: Worker, *, last_words: bool = False) -> None:
-        """End the worker's process and forget it and its calls."""
-        self.workers.pop(worker.worker_id, None)
+        """End the worker's process and forget it and its calls; of no effect on one that is forgotten."""
+        if self.workers.pop(worker.worker_id, None) is None:
+            return
         for call in [call for call, (of, *_) in self._calls.items() if of is worker]:
             del self._calls[call]
         ray.kill(worker.actor)

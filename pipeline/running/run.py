@@ -33,7 +33,7 @@ from millijoule.workers.errors import AlreadyExistsError, JobError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import commit_key, part_key
-from millijoule.workers.lease import PART_S, AttemptResult, WorkerConfig, WorkerStopped
+from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.schemas import Commit, CounterRead, PowerSample, PowerTrace, Segment
 from millijoule.workers.sources.obtain import ObtainedModel
@@ -107,7 +107,7 @@ class JobRun:
         spending: Spending | None = None,
         node_meters: Sequence[NodeMeterConfig] = (),
         telemetry: bool = True,
-        part_s: float = PART_S,
+        part_s: float = 0.0,
         fleet: FleetPolicy | None = None,
     ) -> None:
         job = planned.job
