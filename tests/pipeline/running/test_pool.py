@@ -845,3 +845,29 @@ def test_a_worker_kept_away_from_a_node_that_cools_off_is_asked_for_anew_when_it
     w.run()
     assert sorted(shard for shard, _ in w.made) == list(range(6))
     assert w.pool.nodes.out == []
+
+
+def test_a_worker_that_nobody_needs_any_more_when_its_node_has_cooled_off_is_gone_once(world):
+    """Two reasons for which one turn ends the same worker."""
+
+    class OneBadStart(Script):
+        def load(self, worker):
+            return After(0.0, NodeError("one bad start")) if worker.node.host == "host-1" else After(2.0)
+
+        def shard(self, worker, lease):
+            return After(100.0)
+
+    w = world(OneBadStart(), workers=(2, 2))
+    ends = []
+
+    def drain_when_it_has_cooled_off():
+        waiting = [worker for worker in w.pool.workers.values() if worker.away and worker.node is None]
+        if waiting and not w.pool.nodes.shunned(w.ray.now):
+            ends.extend(worker.worker_id for worker in waiting)
+            w.pool.drain("enough")
+
+    w.on_tick = drain_when_it_has_cooled_off
+    w.run()
+    assert ends
+    assert sorted(set(w.left)) == sorted(w.left)
+    assert set(ends) <= set(w.left)
