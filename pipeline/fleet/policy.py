@@ -126,10 +126,8 @@ class FleetPolicy:
             chosen = self._cheapest(known, workers, now)
         else:
             left = coordinator.remaining * self._shard_images - coordinator.images_out / 2
-            slowest_s = max((s for _, s in self._spans.values()), default=0.0)
-            spare_s = slowest_s + SPARE * (self.deadline_s - self._began)
-            time_s = max(1.0, self.deadline_s - now - spare_s)
-            chosen = self._enough(known, left / time_s * (1 + RESERVE), workers, now)
+            time_s = max(1.0, self.deadline_s - now - SPARE * (self.deadline_s - self._began))
+            chosen = self._enough(known, left, time_s, workers, now)
         for name, pool in self.pools.items():
             least, most = pool.options.min_workers, pool.options.max_workers
             if name not in known and self.prefer != "speed":
@@ -142,7 +140,10 @@ class FleetPolicy:
     def _all(self, known: Collection[str]) -> dict[str, int]:
         return {name: pool.options.max_workers for name, pool in self.pools.items()}
 
-    def _offers(self, known: Collection[str], most: Mapping[str, int]) -> list[Offer]:
+    def _offers(
+        self, known: Collection[str], most: Mapping[str, int], time_s: float | None = None
+    ) -> list[Offer]:
+        """What the pools offer: images per second; with `time_s` images within that time, shards in hand included."""
         offers = []
         for name in known:
             options = self.pools[name].options
@@ -150,6 +151,9 @@ class FleetPolicy:
             cost = self.rates.cost_per_image(name, self.prefer, self.price_per_kwh)
             assert rate is not None
             assert cost is not None
+            if time_s is not None:
+                # the last shard of each device ends up to a whole shard before the time does, half of one in the mean
+                rate *= time_s - min(time_s, self._shard_images / rate) / 2
             offers.append(Offer(name, options.min_workers, most[name], rate, cost))
         return offers
 
@@ -165,19 +169,20 @@ class FleetPolicy:
         }
 
     def _enough(
-        self, known: Collection[str], needed: float, workers: Collection[Any], now: float
+        self, known: Collection[str], left: float, time_s: float, workers: Collection[Any], now: float
     ) -> dict[str, int]:
-        """The cheapest devices that are fast enough; where some of them do not come, others too, until they do."""
+        """The cheapest devices that make `left` images in time; where some of them do not come, others too, until they do."""
+        needed = left * (1 + RESERVE)
         all_there = {name: self.pools[name].options.max_workers for name in known}
-        wished = choose_devices(self._offers(known, all_there), needed)
-        counted_on = self._there(known, workers, now)
-        chosen = choose_devices(self._offers(known, counted_on), needed)
-        can = sum(chosen[name] * (self.rates.images_per_s(name) or 0.0) for name in known)
-        if can < needed / (1 + RESERVE) and len(known) == len(self.pools) and not self._is_late:
+        wished = choose_devices(self._offers(known, all_there, time_s), needed)
+        offers = self._offers(known, self._there(known, workers, now), time_s)
+        chosen = choose_devices(offers, needed)
+        can = sum(chosen[offer.name] * offer.rate for offer in offers)
+        if can < left and len(known) == len(self.pools) and not self._is_late:
             self._is_late = True
             log.warning(
                 "the deadline will be missed: %.3g images/s are needed, all pools together make %.3g",
-                *(needed / (1 + RESERVE), can),
+                *(left / time_s, can / time_s),
             )
         return {name: max(wished[name], chosen[name]) for name in known}
 
