@@ -78,6 +78,7 @@ class FleetPolicy:
         self._pool_of: dict[str, str] = {}
         self._next_choice = 0.0
         self._is_late = False
+        self._unmeasured: set[str] = set()  # pools of which that was said
         self._spans: dict[
             str, tuple[float, float]
         ] = {}  # per worker: seconds until it is free, and per shard
@@ -118,6 +119,7 @@ class FleetPolicy:
     def _choose(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
         useful = coordinator.useful_workers
         known = [name for name in self.pools if self.rates.is_known(name, self.prefer)]
+        self._name_unmeasured(known)
         if self.prefer == "speed":
             chosen = self._all(known)
         elif not known:
@@ -139,6 +141,18 @@ class FleetPolicy:
                 target = before
             self.targets[name] = min(max(least, target), useful)
 
+    def _name_unmeasured(self, known: Collection[str]) -> None:
+        """Say once of each pool that its joules will not be known."""
+        if self.prefer != "energy":
+            return
+        for name in known:
+            if name not in self._unmeasured and self.rates.has_no_joules(name):
+                self._unmeasured.add(name)
+                log.warning(
+                    "pool %s: nobody measures its joules, so it is chosen last; state them with joules=X",
+                    name,
+                )
+
     def _all(self, known: Collection[str]) -> dict[str, int]:
         return {name: pool.options.max_workers for name, pool in self.pools.items()}
 
@@ -156,13 +170,17 @@ class FleetPolicy:
     def _there(self, known: Collection[str], workers: Collection[Any], now: float) -> dict[str, int]:
         """How many devices of each pool can be counted on: all it may have, unless requests for some wait in vain."""
         there = Counter(w.pool for w in workers if w.node is not None and not w.stopping)
-        vain = {w.pool for w in workers if w.node is None and now - w.spawned > NO_CAPACITY_S}
+        vain = self._in_vain(workers, now)
         return {
             name: max(self.pools[name].options.min_workers, there[name])
             if name in vain
             else self.pools[name].options.max_workers
             for name in known
         }
+
+    def _in_vain(self, workers: Collection[Any], now: float) -> set[str]:
+        """Pools that wait for a node longer than nodes take to come."""
+        return {w.pool for w in workers if w.node is None and now - w.spawned > NO_CAPACITY_S}
 
     def _enough(
         self, known: Collection[str], needed: float, workers: Collection[Any], now: float
@@ -173,7 +191,8 @@ class FleetPolicy:
         counted_on = self._there(known, workers, now)
         chosen = choose_devices(self._offers(known, counted_on), needed)
         can = sum(chosen[name] * (self.rates.images_per_s(name) or 0.0) for name in known)
-        if can < needed / (1 + RESERVE) and len(known) == len(self.pools) and not self._is_late:
+        looked_for = {*known, *self._in_vain(workers, now)}
+        if can < needed / (1 + RESERVE) and len(looked_for) == len(self.pools) and not self._is_late:
             self._is_late = True
             log.warning(
                 "the deadline will be missed: %.3g images/s are needed, all pools together make %.3g",
