@@ -80,7 +80,7 @@ def run(options: NodeAgentOptions) -> int:
         raise MetadataError(
             f"no metadata service answers at {options.endpoint}; name the cloud with --provider"
         )
-    sources = SOURCES[provider](service) if provider in SOURCES else ()
+    sources = SOURCES[provider](service) if provider is not None and provider in SOURCES else ()
     agent = NodeAgent(
         sources,
         RayNodes(options.ray_address),
