@@ -111,10 +111,10 @@ class Host:
     def kill(self) -> None:
         """End every process of the host at once."""
         if self._namespaces is not None:
-            for init in psutil.Process(self._namespaces.pid).children():
-                init.kill()
+            init = psutil.Process(self._namespaces.pid).children()
             self._namespaces.kill()
             self._namespaces.communicate()
+            psutil.wait_procs(init)
             self._namespaces = None
 
     def run(
