@@ -16,6 +16,7 @@ COMMANDS = {
     "report": "a page, JSON or table of what a job made and used: joules, cost, carbon, closure",
     "models": "what a model is and needs, without a GPU: parts, memory, operations, options, problems",
     "query": "SQL over the energy tables of one job or many",
+    "node-agent": "drain a machine's Ray nodes before its cloud takes it away",
     "node-energy": "compare a finished job's devices with its node's power strip",
     "verify": "measure two models against each other, or check such a bundle offline",
     "check": "re-read an output against its plan, commits and hashes",

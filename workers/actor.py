@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -96,7 +96,10 @@ class ShardWorker:
         node_id = ray.get_runtime_context().get_node_id()
 
         def describe(kernels: str | None = None) -> WorkerEnvironment:
-            return describe_worker(self.worker_id, config.driver_epoch, node_id, gpus, meter, opened, kernels)
+            found = describe_worker(
+                self.worker_id, config.driver_epoch, node_id, gpus, meter, opened, kernels
+            )
+            return replace(found, pool=config.pool or None)
 
         worker = describe()
         if config.output_url:  # a calibration has no output
@@ -171,6 +174,12 @@ class ShardWorker:
         return self._runner.give_back(attempt_id)
 
     @ray.method(concurrency_group="status")
+    def leave(self) -> None:
+        """The worker's node is taken away: end after the current batch, and seal what was made. Leases come back as cancelled."""
+        if self._runner is not None:
+            self._runner.leave()
+
+    @ray.method(concurrency_group="status")
     def read_while_loading(self) -> CounterRead | None:
         """The estimate of a worker that loads, which is of its process and ends with it.
 
@@ -181,13 +190,13 @@ class ShardWorker:
 
     @ray.method(concurrency_group="work")
     def stop(self) -> WorkerStopped:
-        """Close the books once no attempt is at work; the actor is killed afterwards. Works after a failed start, too."""
+        """Close the books once no attempt is at work; the actor is killed afterwards. Works after a failed start, and beside one, too."""
         if self._runner is not None:
             self._runner.close()
         if self._timeline is None or self.power is None:
             return WorkerStopped(self.worker_id, ())
         self.power.stop()
-        self._timeline.close("idle", last=True)
+        self._timeline.close("load" if self._runner is None else "idle", last=True)
         return WorkerStopped(self.worker_id, self._timeline.take(), self.power.take())
 
     @ray.method(concurrency_group="work")

@@ -8,6 +8,7 @@ JOB_KEY = "_job/job.json"
 FACTORY_MODEL_KEY = "_job/factory_model.txt"
 EPOCHS_PREFIX = "_job/epochs/"
 COMMITS_PREFIX = "_job/commits/"
+PARTS_PREFIX = "_job/parts/"
 COMPACTED_PREFIX = "_job/ledger/"
 SEGMENTS_PREFIX = "_job/segments/"
 WORKERS_PREFIX = "_job/workers/"
@@ -24,6 +25,7 @@ STATS_KEY = "stats.json"
 SUCCESS_KEY = "_SUCCESS"
 
 _COMMIT = re.compile(r"(?:.*/)?(\d+)\.json")
+_PART = re.compile(rf"{PARTS_PREFIX}\d\d/(\d+)/[^/]+\.json")
 _RETRY_INDEX = re.compile(rf"{RETRY_PREFIX}(\d{{4}})/shards\.parquet")
 
 
@@ -71,6 +73,22 @@ def commit_key(shard_id: int) -> str:
 def shard_of_commit_key(key: str) -> int | None:
     """The shard whose commit lies at `key`; None for every other key."""
     match = _COMMIT.fullmatch(key)
+    return int(match[1]) if match else None
+
+
+def parts_prefix(shard_id: int) -> str:
+    """Start of the records of a shard's sealed parts."""
+    return f"{PARTS_PREFIX}{shard_id % 100:02d}/{shard_id:08d}/"
+
+
+def part_key(shard_id: int, part_id: str) -> str:
+    """The record of a sealed part, unique to its attempt."""
+    return f"{parts_prefix(shard_id)}{part_id}.json"
+
+
+def shard_of_part_key(key: str) -> int | None:
+    """The shard whose part's record lies at `key`; None for every other key."""
+    match = _PART.fullmatch(key)
     return int(match[1]) if match else None
 
 

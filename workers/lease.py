@@ -28,6 +28,8 @@ class WorkerConfig:
         options: how the model is loaded and run.
         image_format: what images are encoded as.
         copies: files that `model` and `options` name, for nodes that do not see them.
+        part_s: seconds of drawing after which a shard's images so far are sealed as a part; 0: never.
+        pool: name of the worker's pool; empty where there is only one.
         telemetry: False: open no meter and sample no power; energy is missing.
     """
 
@@ -44,6 +46,8 @@ class WorkerConfig:
     options: GeneratorOptions = GeneratorOptions()  # noqa: RUF009 (frozen)
     image_format: ImageFormat = ImageFormat()  # noqa: RUF009 (frozen)
     copies: tuple[ModelCopy, ...] = ()
+    part_s: float = 0.0
+    pool: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Lease:
         confirm: the lease asks only whether these images fail here, too, each alone beside a healthy request.
         healthy: (row, image index) of an image that the other worker drew; None: it drew none of this shard.
         quarantine: (row, reason) of plan rows to quarantine unseen.
+        resumes: earlier attempts at the shard may have sealed parts.
+        distrusted: workers whose parts are not to be taken over.
     """
 
     shard: Shard
@@ -73,6 +79,8 @@ class Lease:
     confirm: tuple[Suspect, ...] = ()
     healthy: tuple[int, int] | None = None
     quarantine: tuple[tuple[int, str], ...] = ()
+    resumes: bool = False
+    distrusted: tuple[str, ...] = ()
 
     @property
     def writes(self) -> bool:

@@ -321,7 +321,8 @@ class WorkerEnvironment(Record):
     `device` is the first of `gpus` (full UUIDs where they could be found), or "cpu". `device_name` is the product's
     name of the GPU or CPU, `driver_version` the GPU driver's. `torch_version` is None too where the model does
     without PyTorch. `png_encoder` is "compiled" or "zlib": their files differ, their pixels do not. `kernels` is what draws:
-    the form in which the CPU's compiled functions run ("avx2"), "pytorch", or a GPU's own kernels, "triton".
+    the form in which the CPU's compiled functions run ("avx2"), "pytorch", or a GPU's own kernels, "triton". `pool` is
+    the worker's, None where its job has only one.
     """
 
     worker_id: str
@@ -338,6 +339,7 @@ class WorkerEnvironment(Record):
     opened: CounterRead | None = None
     png_encoder: str | None = None
     kernels: str | None = None
+    pool: str | None = None
 
 
 @dataclass(frozen=True)
@@ -407,6 +409,7 @@ class Commit(Record):
     rows: tuple[CarriedRow, ...] | None = None  # what the file at rows_path says, see `carried_rows`
     images_filtered: int = 0
     images_drawn: int | None = None  # to the end, whatever their status; None: from before it was stated
+    parts: tuple[str, ...] = ()  # sealed parts that it is made of, of this attempt and of earlier ones
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

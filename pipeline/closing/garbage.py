@@ -16,8 +16,9 @@ from millijoule.pipeline.output.commits import CommitBodies, parse_commit
 from millijoule.pipeline.output.job import last_epoch, require_job
 from millijoule.pipeline.output.read_objects import in_threads
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
+from millijoule.workers.attempts.parts import Part
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.layout import DATA_PREFIX
+from millijoule.workers.layout import DATA_PREFIX, PARTS_PREFIX
 from millijoule.workers.storage.protocol import Store, TemporaryObject
 
 #: Files of an older driver's attempts are kept this long in case a cut-off worker still runs.
@@ -50,6 +51,7 @@ def find_orphans(store: Store, *, now: float | None = None) -> Iterator[Orphan]:
     n_shards = len(load_job_shards(store, job))
     newest = last_epoch(store)
     bodies = CommitBodies(store, n_shards)
+    sealed = _sealed_files(store)
 
     def named_files(shard_id: int) -> frozenset[str] | None:
         """The files that a shard's commit names; None where it has none."""
@@ -71,7 +73,20 @@ def find_orphans(store: Store, *, now: float | None = None) -> Iterator[Orphan]:
             if files is None or item.key not in files:
                 mtime = item.mtime_ns / 1e9
                 removable, reason = _verdict(match, mtime, files is not None, newest, now)
+                if files is None and item.key in sealed:
+                    removable, reason = False, "sealed: the next attempt at its shard takes it over"
                 yield Orphan(item.key, item.size_bytes, removable, reason)
+
+
+def _sealed_files(store: Store) -> frozenset[str]:
+    """Files of sealed parts whose records are there; a shard has such records only until it is committed."""
+    found: set[str] = set()
+    for item in store.list(PARTS_PREFIX):
+        try:
+            found.update(file.path for file in Part.from_json(store.get(item.key)).files)
+        except (NotFoundError, ValueError):
+            continue  # committed meanwhile, or never a record of ours
+    return frozenset(found)
 
 
 def _verdict(

@@ -253,7 +253,8 @@ def _attempts(
     segments = np.bincount(commit[commit >= 0], minlength=len(commits))
     # of an attempt that stands twice, the first
     first = commits.attempts().find(commits.number("shard_id"), commits.text("attempt_id"))
-    for i in np.flatnonzero((segments != 1) & (first == np.arange(len(commits)))).tolist():
+    due = 1 + commits.parts()
+    for i in np.flatnonzero((segments != due) & (first == np.arange(len(commits)))).tolist():
         c = commits[i]
         problems.append(f"shard {c.shard_id}: {segments[i]} segments of attempt {c.attempt_id}")
     uncommitted = (entries[int(n)].segment for n in shards[commit < 0])

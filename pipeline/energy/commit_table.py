@@ -30,9 +30,21 @@ _MAYBE = ("images_drawn", "energy_estimate_mj")
 
 
 class AttemptIndex:
-    """Finds attempts by shard and attempt id among many; `attempt_ids` is an Arrow array of strings."""
+    """Finds attempts by shard and attempt id among many; `attempt_ids` is an Arrow array of strings.
 
-    def __init__(self, shard_ids: np.ndarray, attempt_ids: pa.Array) -> None:
+    Args:
+        also: further ids, as (places, ids): of the sealed parts that an attempt is made of. What is found is the attempt.
+    """
+
+    def __init__(
+        self, shard_ids: np.ndarray, attempt_ids: pa.Array, also: tuple[np.ndarray, pa.Array] | None = None
+    ) -> None:
+        self._n = len(shard_ids)
+        self._place = np.arange(self._n)
+        if also is not None and len(also[0]):
+            self._place = np.concatenate([self._place, also[0]])
+            shard_ids = shard_ids[self._place]
+            attempt_ids = pa.concat_arrays([attempt_ids, also[1].cast(attempt_ids.type)])
         self._order = np.argsort(shard_ids, kind="stable")
         self._shards = shard_ids[self._order]
         self._attempts = attempt_ids
@@ -43,7 +55,7 @@ class AttemptIndex:
         return AttemptIndex(np.array([*attempts], np.int64), pa.array(attempts.values(), pa.string()))
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._n
 
     def find(self, shard_ids: np.ndarray, attempt_ids: pa.Array) -> np.ndarray:
         """The place of the first such attempt, -1 where there is none: int64, as `shard_ids`."""
@@ -54,7 +66,7 @@ class AttemptIndex:
             place = self._order[begin[left]]
             same = pc.equal(self._attempts.take(pa.array(place)), attempt_ids.take(pa.array(left)))
             is_it = same.fill_null(False).to_numpy(zero_copy_only=False)
-            found[left[is_it]] = place[is_it]
+            found[left[is_it]] = self._place[place[is_it]]
             begin[left] += 1
             left = left[~is_it & (begin[left] < end[left])]
         return found
@@ -74,6 +86,7 @@ class CommitTable(Packed[Commit]):
         self._named = {name: array("i") for name in (*_NAMES, "energy_domains")}
         self._numbers = {name: array("q") for name in _NUMBERS}
         self._texts = {name: Texts() for name in ("attempt_id", "rows_path")}
+        self._part_of, self._part_id = array("q"), Texts()
 
     @staticmethod
     def of(commits: Iterable[Commit]) -> CommitTable:
@@ -93,6 +106,9 @@ class CommitTable(Packed[Commit]):
         self._named["energy_domains"].append(self._names.number(",".join(commit.energy_domains)))
         for name, texts in self._texts.items():
             texts.append(getattr(commit, name))
+        for part in commit.parts:
+            self._part_of.append(len(self) - 1)
+            self._part_id.append(part)
         self.rows.add(commit.rows)
         for trace in commit.power:
             self.power.add(trace, commit.node_id, commit.host)
@@ -145,8 +161,13 @@ class CommitTable(Packed[Commit]):
         return shard_shares(energy_mj, ok, filtered, drawn)
 
     def attempts(self) -> AttemptIndex:
-        """Finds a commit by its shard and attempt."""
-        return AttemptIndex(self.number("shard_id"), self.text("attempt_id"))
+        """Finds a commit by its shard and attempt, or one of the parts that it is made of."""
+        also = column(self._part_of), self._part_id.column()
+        return AttemptIndex(self.number("shard_id"), self.text("attempt_id"), also)
+
+    def parts(self) -> np.ndarray:
+        """How many sealed parts each commit is made of, int64 `[n]`."""
+        return np.bincount(column(self._part_of), minlength=len(self))
 
 
 #: What one device's sample is in a spool, `PowerSample` in the middle; the names are places in `PowerSpool.names`.

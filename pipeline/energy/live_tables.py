@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -73,7 +73,11 @@ class LiveTables:
         """A commit that now stands, with the segments and power samples it carries."""
         self._add("attempt", [committed_attempt(commit, commit.energy_mj)])
         self._places[commit.worker_id] = commit.node_id, commit.host
-        self.add_segments(commit.segments)
+        # those of its parts are its own
+        self.add_segments(
+            replace(s, attempt_id=commit.attempt_id) if s.attempt_id in commit.parts else s
+            for s in commit.segments
+        )
         self.add_power(commit.worker_id, commit.power)
 
     def add_segments(self, segments: Iterable[Segment]) -> None:

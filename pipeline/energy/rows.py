@@ -258,7 +258,7 @@ class EnergyRows:
                 self._names(entries.worker[number]),
                 pa.array(entries.class_names, pa.string()).take(pa.array(entries.segment_class[number])),
                 _nullable(entries.shard[number], NONE),
-                entries.attempts(number),
+                self._attempts_of(number),
                 self._names(c.boot[opened]),
                 epoch,
                 c.t_mono_ns[opened],
@@ -271,6 +271,15 @@ class EnergyRows:
             )
             yield from _by_day(table)
         yield from _blocks("segment", self._gaps())
+
+    def _attempts_of(self, at: np.ndarray) -> pa.Array:
+        """The attempt ids of entries; a sealed part's segment is of the attempt that was committed with it."""
+        attempts, commits = self.ledger.entries.attempts(at), self._commits
+        if not commits.parts().any():
+            return attempts
+        place = commits.attempts().find(self.ledger.entries.shard[at], attempts)
+        committed = commits.text("attempt_id").take(pa.array(np.maximum(place, 0)))
+        return pc.if_else(pa.array(place >= 0), committed, attempts)
 
     def _gaps(self) -> Iterator[tuple]:
         clocks = self.ledger.entries.clocks()
@@ -424,9 +433,22 @@ class EnergyRows:
             gpus = (",".join(own.gpus), own.device_name) if own else (None, None)
             epoch, method = (stated.driver_epoch, stated.energy_method) if stated else (None, None)
             software = (own.python_version, own.torch_version, own.driver_version) if own else (None,) * 3
+            pool = own.pool if own else None
             boot_id = read.boot_id if read else None
             domains = ",".join(sorted(self.ledger.read_domains(worker_id))) if read else ""
-            yield worker_id, boot_id, *where, *gpus, epoch, t_wall_ns, method, domains, *model, *software
+            yield (
+                worker_id,
+                boot_id,
+                *where,
+                *gpus,
+                epoch,
+                t_wall_ns,
+                method,
+                domains,
+                *model,
+                *software,
+                pool,
+            )
 
 
 def _table(name: str, *columns: Any) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -11,19 +11,32 @@ from ray.exceptions import RayActorError
 
 from millijoule.workers.lease import Node
 
+#: `AUTOSCALER_DRAIN_PREEMPTED` of Ray's `NodeDeathInfo`: it was drained because it was taken away.
+DEATH_BY_PREEMPTION = 3
+
 
 def living_nodes() -> list[dict[str, Any]]:
     """The nodes there are, as `ray.nodes()` describes them."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def nodes_for(asked: Mapping[str, float]) -> list[Node]:
-    """The nodes that could hold a worker that asks for `asked`, by Ray's names of resources, were they empty."""
+def nodes_for(asked: Mapping[str, float], selectors: Sequence[Mapping[str, str]] = ()) -> list[Node]:
+    """The nodes that could hold a worker that asks for `asked`, by Ray's names of resources, were they empty.
+
+    Args:
+        selectors: labels that a node has to have, those of one of these.
+    """
     return [
         Node(node["NodeID"], node["NodeManagerHostname"])
         for node in living_nodes()
-        if how_many(node["Resources"], asked)
+        if how_many(node["Resources"], asked) and has_labels(node, selectors)
     ]
+
+
+def has_labels(node: Mapping[str, Any], selectors: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a node, as `ray.nodes()` describes it, has all labels of one of `selectors`; of none: yes."""
+    labels = node.get("Labels") or {}
+    return not selectors or any(all(labels.get(n) == v for n, v in s.items()) for s in selectors)
 
 
 def how_many(have: Mapping[str, float], asked: Mapping[str, float]) -> int:
@@ -40,6 +53,26 @@ def words(have: Mapping[str, float], named: Mapping[str, float] | None = None) -
 def is_alive(node_id: str) -> bool:
     """Whether the cluster still has this node; a node that is not known yet counts."""
     return all(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+
+
+def draining_nodes() -> dict[str, int]:
+    """Nodes that are being drained: Unix ms at which each is due to end (0: nobody said), by id.
+
+    Not a public interface, though Ray Data and Ray Train use it, too: empty where it does not answer.
+    """
+    try:
+        return dict(ray_state.state.get_draining_nodes())
+    except Exception:  # nothing may depend on it
+        return {}
+
+
+def was_preempted(node_id: str) -> bool:
+    """Whether Ray says of a node that is gone that it was taken away."""
+    return any(
+        not node["Alive"] and node.get("DeathReason") == DEATH_BY_PREEMPTION
+        for node in ray.nodes()
+        if node["NodeID"] == node_id
+    )
 
 
 def node_of(actor: Any) -> Node:

@@ -49,6 +49,7 @@ class Trouble:
     stood_still: bool = False  # so the last one ended
     quarantine: dict[int, str] = field(default_factory=dict)  # reasons by row
     empty_attempts: int = 0
+    distrusted: set[str] = field(default_factory=set)  # workers whose word was void
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,17 @@ from millijoule.pipeline.running.cluster import first_line, is_alive
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew, Worker
 from millijoule.pipeline.running.node_health import NodeHealth
+from millijoule.pipeline.running.preemption import DeathBudget, DrainingNodes
 from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
 from millijoule.workers.lease import AttemptResult, Lease, Node, WorkerStatus, WorkerStopped
 from millijoule.workers.schemas import CounterRead
 
 log = logging.getLogger(__name__)
 
-#: How often busy workers are asked how far they are.
+#: How often busy workers are asked how far they are, while they are few,
 STATUS_PERIOD_S = 1.0
+#: and how many answers a second there are to be read where they are many.
+STATUSES_PER_S = 100
 #: An answer that is there takes no time to fetch; one that takes so long is lost.
 FETCH_TIMEOUT_S = 60.0
 #: Workers may die this often in a row before it is known on which node, without a commit or a lease in hand elsewhere.
@@ -56,13 +59,18 @@ class JobEvents(Protocol):
 
 
 class Outcomes:
-    """Takes one answer after another; `committing` are prepared commits in the owner's hands, by attempt id."""
+    """Takes one answer after another; `committing` are prepared commits in the owner's hands, by attempt id.
 
-    def __init__(self, crew: Crew, coordinator: Coordinator, events: JobEvents) -> None:
+    There are `max_workers` at once at most.
+    """
+
+    def __init__(self, crew: Crew, coordinator: Coordinator, events: JobEvents, max_workers: int) -> None:
         self.crew = crew
         self.coordinator = coordinator
         self.events = events
         self.nodes = NodeHealth()
+        self.draining = DrainingNodes()
+        self.deaths = DeathBudget(max_workers)
         self.committing: dict[str, AttemptResult] = {}
         self.spawn_not_before = 0.0
         self._unplaced_deaths = 0
@@ -99,8 +107,11 @@ class Outcomes:
         elif what == "status":
             self._status(worker, value, now)
         elif what == "stop":
-            self.events.stopped(value)
-            self.crew.remove(worker, last_words=True)
+            # one that was asked before it had opened its account may have since
+            said = worker.ready is not None or not worker.leaving or bool(value.segments)
+            if said:
+                self.events.stopped(value)
+            self.crew.remove(worker, last_words=said)
         elif what == "loading":
             self.events.loading(worker.worker_id, value)
             self.crew.remove(worker)
@@ -115,12 +126,17 @@ class Outcomes:
 
     def _status(self, worker: Worker, status: WorkerStatus, now: float) -> None:
         worker.status_pending = False
-        worker.next_status = now + STATUS_PERIOD_S
+        worker.next_status = now + self.status_period_s
         worker.waits_for_store = status.waits_for_store
         for progress in status.attempts:
             held = worker.held.get(progress.attempt_id)
             if held and self.coordinator.renew(progress, now, waits_for_store=status.waits_for_store):
                 held.late = 0
+
+    @property
+    def status_period_s(self) -> float:
+        """Between two questions to one worker; far below `--lease-seconds` up to thousands of them."""
+        return max(STATUS_PERIOD_S, len(self.crew.workers) / STATUSES_PER_S)
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
@@ -161,10 +177,10 @@ class Outcomes:
         """A commit stands for the shard: whoever else works on it wastes energy."""
         lease = result.lease
         news = self.coordinator.complete(lease.attempt_id, lease.shard.shard_id, now)
-        for worker in self.crew.workers.values():
-            for other in worker.leases:
-                if other.shard.shard_id == lease.shard.shard_id:
-                    self.crew.cancel(worker, other)
+        for other in self.coordinator.leases_of(lease.shard.shard_id):
+            worker = self.crew.workers.get(other.worker_id)
+            if worker is not None and other.attempt_id in worker.held:
+                self.crew.cancel(worker, other)
         self._unplaced_deaths = self._store_failures = 0
         self.events.committed(result, news=news)
 
@@ -229,7 +245,7 @@ class Outcomes:
         self.crew.remove(worker)
         reason, node, stood_still = first_line(error), worker.last_node(), isinstance(error, TimeoutError)
         progress = self.coordinator.progress
-        preempted = getattr(error, "preempted", False)
+        preempted = getattr(error, "preempted", False) or self.draining.takes(node.node_id)
         no_memory = isinstance(
             error, OutOfMemoryError
         )  # Ray took it because its node's was full: no row's fault
@@ -245,6 +261,10 @@ class Outcomes:
         in_hand = f" with shard{'s'[: len(numbers) - 1]} {' and '.join(numbers)} in hand" if numbers else ""
         worker.held.clear()
         log.warning("worker %s on %s is gone%s: %s", worker.worker_id, node.host, in_hand, reason)
+        if preempted:
+            self.deaths.preemption()
+            return
+        self.deaths.fault(reason, self.coordinator.progress)
         if not node.node_id:
             self._died_unplaced(reason, now)
         elif not lost_node:  # one that is gone, or is being taken away, gets no worker anyway

@@ -16,8 +16,10 @@ from millijoule.pipeline.energy.live_tables import LiveTables
 from millijoule.pipeline.energy.node_readings import node_reading_files
 from millijoule.pipeline.energy.shard_shares import accepted_mj
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter, read_uncommitted
+from millijoule.pipeline.fleet.policy import FleetPolicy
 from millijoule.pipeline.output.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.output.job import JobSpec, open_epoch
+from millijoule.pipeline.output.parts import shards_in_parts
 from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.pipeline.running.accounts import Accounts
 from millijoule.pipeline.running.cluster import nodes_for
@@ -30,7 +32,7 @@ from millijoule.pipeline.running.spending import Spending
 from millijoule.workers.errors import AlreadyExistsError, JobError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.images.formats import ImageFormat
-from millijoule.workers.layout import commit_key
+from millijoule.workers.layout import commit_key, part_key
 from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.schemas import Commit, CounterRead, PowerSample, PowerTrace, Segment
@@ -87,6 +89,8 @@ class JobRun:
         source: the job's model as the driver found it; None: what the job's description names, with default options.
         spending: what the job uses, and its caps; without caps on energy, only this run's part of it.
         node_meters: meters of the nodes themselves, read while workers are there.
+        part_s: seconds of work after which workers seal what they have of a shard; 0: never.
+        fleet: which workers of which pools there are to be; None: one pool, which `options` describe.
         telemetry: False: workers read no counters and sample no power, and no live tables are written.
     """
 
@@ -103,13 +107,16 @@ class JobRun:
         spending: Spending | None = None,
         node_meters: Sequence[NodeMeterConfig] = (),
         telemetry: bool = True,
+        part_s: float = 0.0,
+        fleet: FleetPolicy | None = None,
     ) -> None:
         job = planned.job
         self.store = store
         self.planned = planned
         self.epoch = open_epoch(store, exclusive=planned.exclusive)
         committed = list_committed(store, len(planned.shards))
-        self.coordinator = Coordinator(planned.shards, committed, lease_s, self.epoch, speculate)
+        in_parts = frozenset(shards_in_parts(store, committed)) if part_s else frozenset[int]()
+        self.coordinator = Coordinator(planned.shards, committed, lease_s, self.epoch, speculate, in_parts)
         config = WorkerConfig(
             output_url=store.url,
             fingerprint=job.fingerprint,
@@ -124,8 +131,10 @@ class JobRun:
             commits_exclusively=planned.exclusive,
             cpu_threads=max(1, int(options.cpus_per_worker)),
             telemetry=telemetry,
+            part_s=part_s,
         )
-        self.pool = WorkerPool(worker_class, self.coordinator, config, options, self)
+        self.fleet = fleet
+        self.pool = WorkerPool(worker_class, self.coordinator, config, options, self, fleet)
         self.writer = RecordWriter()
         self._accounts = Accounts(store, self.epoch, self.writer, worker_class, config)
         self.counts = Counts(images_done=planned.shards.images_of(committed))
@@ -166,6 +175,8 @@ class JobRun:
             self._close()
             for node in self.pool.nodes.faulty:
                 log.warning("%s", node)
+            if deaths := str(self.pool.deaths):
+                log.info("%s", deaths)
         if given_up := self.coordinator.given_up:
             named = sorted(given_up.items())[:MAX_NAMED_SHARDS]
             reasons = "".join(f"\n  shard {shard_id}: {error}" for shard_id, error in named)
@@ -239,6 +250,8 @@ class JobRun:
         if not news:
             return
         self._compactor.add(shard.shard_id, result.commit_json)
+        if self.fleet is not None:
+            self.fleet.observe(commit)
         if self._live:
             self._live.add_commit(commit)
         self.spending.add(commit.segments)
@@ -319,7 +332,12 @@ class JobRun:
         )
         self._uncommitted_records(lost.worker_id, segments, lost.power)
         self.counts.lost_attempts += 1
-        files = [f.path for f in lost.files]
+        # files of sealed parts may stand in another attempt's commit: `gc` looks at them when the shard is committed
+        files = [] if lost.parts else [f.path for f in lost.files]
+        shard_id, own = result.lease.shard.shard_id, f"{lost.attempt_id}.p"
+        files += [
+            part_key(shard_id, part) for part in lost.parts if part.startswith(own)
+        ]  # taken over by nobody more
         self.writer.submit(f"removing files of {lost.attempt_id}", lambda: self.store.delete(files))
 
     def stopped(self, stopped: WorkerStopped) -> None:
@@ -369,9 +387,8 @@ class JobRun:
         self._on_tick()
 
     def _check_caps(self) -> bool:
-        out = [e for e in self.coordinator.active.values() if e.lease.probe_rows is None]
-        ahead = sum(e.lease.shard.n_images for e in out if e.is_ahead)
-        at_work = sum(e.lease.shard.n_images for e in out) - ahead
+        ahead = self.coordinator.images_ahead
+        at_work = self.coordinator.images_out - ahead
         done, now = max(1, self.counts.images_done), time.time()
         self.cap_reached = self.spending.reached(now, at_work / done)
         # near a cap nobody comes to a shard of which it is not known whether it may still be made

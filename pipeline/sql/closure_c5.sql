@@ -1,4 +1,4 @@
--- C5: images, shards and attempts that break "one winning attempt each, one segment each, every loser booked" (no row: closed)
+-- C5: images, shards and attempts that break "one winning attempt each, its segments, every loser booked" (no row: closed)
 WITH charged AS (
     SELECT run_id, shard_id, attempt_id,
         count(DISTINCT segment_id) FILTER (segment_class = 'shard') AS shard_segments,
@@ -34,7 +34,7 @@ UNION ALL
 SELECT run_id, shard_id, attempt_id, outcome || ' attempt with ' || coalesce(shard_segments, 0) || ' shard segments and '
     || coalesce(waste_segments, 0) || ' of waste'
 FROM attempt LEFT JOIN charged USING (run_id, shard_id, attempt_id)
-WHERE CASE WHEN outcome = 'committed' THEN coalesce(shard_segments, 0) <> 1
+WHERE CASE WHEN outcome = 'committed' THEN coalesce(shard_segments, 0) = 0  -- one for each sealed part, and its own
     ELSE coalesce(shard_segments, 0) <> 0 OR coalesce(waste_segments, 0) = 0 END
 UNION ALL
 SELECT run_id, shard_id, attempt_id, 'segments of an attempt that is not in the attempt table'

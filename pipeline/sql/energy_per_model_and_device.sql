@@ -9,9 +9,9 @@ WITH job AS (
     FROM attempt
     WHERE outcome = 'committed'
 ), drawn AS (  -- device time: attempts of a worker overlap while one is stored
-    SELECT run_id, attempt_id, max(t_close_mono_ns - t_open_mono_ns) / 1e9 AS seconds
-    FROM segment
-    WHERE segment_class = 'shard'
+    SELECT run_id, attempt_id, sum(lasted_ns) / 1e9 AS seconds
+    FROM (SELECT run_id, attempt_id, segment_id, max(t_close_mono_ns - t_open_mono_ns) AS lasted_ns
+        FROM segment WHERE segment_class = 'shard' GROUP BY ALL)
     GROUP BY ALL
 )
 SELECT model, coalesce(device_name, device) AS device, energy_method,

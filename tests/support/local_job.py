@@ -73,11 +73,13 @@ def runner(
     generator: Generator | None = None,
     worker: str = "w1",
     meter: EnergyMeter | None = None,
+    part_s: float = 10.0,
 ) -> AttemptRunner:
     """A worker's half of the protocol."""
     config = WorkerConfig(
         *(store.url, job.fingerprint, job.job_seed, job.output_format, "plain", MODEL_SHA256, epoch),
         image_format=ImageFormat(job.image_format, job.image_quality),
+        part_s=part_s,
     )
     meter = meter or open_meter()
     return AttemptRunner(

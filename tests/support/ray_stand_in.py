@@ -17,13 +17,22 @@ from typing import Any
 
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
-from millijoule.pipeline.running import accounts, cluster, crew, node_recorders, outcomes, pool, run
+from millijoule.pipeline.running import (
+    accounts,
+    cluster,
+    crew,
+    node_recorders,
+    outcomes,
+    pool,
+    preemption,
+    run,
+)
 from millijoule.workers.lease import MAX_LEASES
 
 #: Concurrency groups of a worker, and the threads of each: as `workers.actor` asks Ray for them.
 GROUPS = {"work": MAX_LEASES, "status": 1}
 
-MODULES = (accounts, cluster, crew, node_recorders, outcomes, pool, run)
+MODULES = (accounts, cluster, crew, node_recorders, outcomes, pool, preemption, run)
 
 #: A driver that waits longer, seconds of the clock, hangs.
 PATIENCE_S = 3_000.0
@@ -120,6 +129,8 @@ class StandInNode:
     host: str
     resources: dict[str, float]
     alive: bool = True
+    drained: float | None = None  # when it is due to end, on the clock
+    preempted: bool = False
     used: dict[str, float] = field(default_factory=dict)
 
     def has_room(self, asked: dict[str, float]) -> bool:
@@ -194,9 +205,28 @@ class RayStandIn:
         self._place()
         return node
 
+    def drain_node(self, node: StandInNode, within_s: float) -> None:
+        """The node gets no more actors, and is gone after `within_s`, or when it has none: as of a preemption."""
+        node.drained = self.now + within_s
+        self.at(within_s, lambda: self.lose_node(node, preempted=True))
+
+    def get_draining_nodes(self) -> dict[str, int]:
+        """As `ray._private.state.state.get_draining_nodes`."""
+        return {
+            n.node_id: int(1000 * (EPOCH_S + n.drained))
+            for n in self._nodes
+            if n.alive and n.drained is not None
+        }
+
+    @property
+    def state(self) -> RayStandIn:
+        """`ray._private.state` has an object of this name."""
+        return self
+
     def lose_node(self, node: StandInNode, *, preempted: bool = False) -> None:
         """The node and all actors on it are gone."""
         node.alive = False
+        node.preempted = preempted
         for actor in [a for a in self._actors.values() if a.node is node]:
             self._end(actor, "The node of the actor is gone", preempted=preempted)
 
@@ -272,6 +302,7 @@ class RayStandIn:
                 "NodeManagerHostname": n.host,
                 "NodeManagerAddress": n.host,
                 "Resources": dict(n.resources),
+                "DeathReason": 3 if n.preempted else 0,
             }
             for n in self._nodes
         ]
@@ -310,7 +341,13 @@ class RayStandIn:
             strategy, shunned = actor.options.get("scheduling_strategy"), shunned_nodes(actor.options)
             for node in self._nodes:
                 pinned = strategy is None or strategy.node_id == node.node_id
-                if pinned and node.alive and node.node_id not in shunned and node.has_room(actor.asked):
+                if (
+                    pinned
+                    and node.alive
+                    and node.drained is None
+                    and node.node_id not in shunned
+                    and node.has_room(actor.asked)
+                ):
                     node.take(actor.asked)
                     actor.node, actor.instance = node, self.make(node, *actor.args)
                     self._serve(actor)

@@ -20,6 +20,7 @@ class Attempt:
         steps: grows whenever the attempt got further in any stage, which keeps its lease; stands while nothing moves.
         waits: it has all it needs but the device, which draws another attempt of this worker.
         has_begun: the device has come to it.
+        leaves: its worker is about to end: after the batch that is drawn no more are, and what there is is sealed.
     """
 
     def __init__(self, lease: Lease) -> None:
@@ -28,6 +29,7 @@ class Attempt:
         self.waits = self.has_begun = False
         self._lock = threading.Lock()
         self._cancelled = self._abandoned = False
+        self.leaves = False
 
     @property
     def progress(self) -> AttemptProgress:

@@ -148,6 +148,11 @@ class Drawing:
         segments = self.timeline.take()
         return DeviceTime(segments[-1], segments, self.power.take(), began_wall_ns)
 
+    def stretch(self, attempt: Attempt, began_wall_ns: int) -> DeviceTime:
+        """Within `at_work_for`: what the attempt takes along of its drawing so far; the next stretch begins."""
+        self.timeline.close("shard", attempt.lease.shard.shard_id, attempt.lease.attempt_id)
+        return self.device_time(began_wall_ns)
+
     def warm_up(self, request: ImageRequest) -> None:
         """Draw one image, so that the first shard does not pay for start-up; remembered as the health check.
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +19,13 @@ from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.attempts.drawing import DeviceTime, Requests, now_wall_ns, reason
 from millijoule.workers.attempts.encoding import DrawnImage
 from millijoule.workers.attempts.handover import Handover
+from millijoule.workers.attempts.parts import Part, TakenParts, forget_parts
+from millijoule.workers.attempts.pieces import Pieces, joined
+from millijoule.workers.attempts.store_files import store_files
 from millijoule.workers.drawing.isolate import AttemptCancelled
 from millijoule.workers.errors import AlreadyExistsError, MillijouleError, NodeError
-from millijoule.workers.images.writers import ShardFiles, ShardWriter, open_writer
-from millijoule.workers.layout import commit_key, data_prefix
+from millijoule.workers.images.writers import ShardFiles
+from millijoule.workers.layout import commit_key
 from millijoule.workers.lease import AttemptResult, Suspect, WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.own_devices import unread_domains
@@ -33,6 +35,7 @@ from millijoule.workers.schemas import (
     Commit,
     DataFile,
     ImageRow,
+    PowerTrace,
     RowCounts,
     Segment,
     WorkerEnvironment,
@@ -42,11 +45,11 @@ from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
 
+#: What most attempts find of earlier ones.
+NOTHING_TAKEN = TakenParts()
+
 #: A commit names at most this many kinds of error; the rest is counted under "other".
 MAX_ERROR_KINDS = 20
-
-#: Files of an attempt that are stored together: most of the time of one is waiting, for S3 or for the disk to flush.
-FILES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -77,65 +80,74 @@ class Finishing:
         self.power = power
         self.worker = worker
 
-    def finish(self, attempt: Attempt, requests: Requests, handover: Handover) -> AttemptResult:
+    def finish(
+        self, attempt: Attempt, requests: Requests, handover: Handover, taken: TakenParts = NOTHING_TAKEN
+    ) -> AttemptResult:
         """From what is drawn to the commit.
 
         Args:
             requests: all images of the shard.
+            taken: what earlier attempts have made of it.
 
         Raises:
             StoreError: storage failed; nothing was committed by this attempt, or it cannot be known.
             NodeError: this worker must not be used again; another node may do better.
             Exception: what the drawing raised.
         """
-        files: Sequence[DataFile] = ()
+        lease = attempt.lease
+        stored: tuple[DataFile, ...] = ()
+        pieces: Pieces | None = None
         try:
             with _scratch_folder() as scratch:
-                written = self._write(attempt, requests, handover, scratch)
+                where = lease, self.worker.worker_id, scratch
+                pieces = Pieces(self.store, self.config, *where, requests, taken, self.energy_mj)
+                written = self._write(attempt, requests, handover, pieces)
                 device = handover.device_time()
                 attempt.check()
-                files = written.files.files
-                store_files(self.store, files, scratch, attempt.step, attempt.check)
+                stored = pieces.to_store
+                store_files(self.store, stored, scratch, attempt.step, attempt.check)
             attempt.check()
         except AttemptCancelled:
-            self._restore(handover.close(), "loser")
-            self.store.delete([f.path for f in files])
-            return AttemptResult(attempt.lease, "cancelled")
+            self._give_up(handover, pieces, "loser")
+            self.store.delete([f.path for f in stored])
+            return AttemptResult(lease, "cancelled")
         except Exception:
-            self._restore(handover.close(), "retry")
+            self._give_up(handover, pieces, "retry")
             raise
-        return self._commit(attempt, written, device)
+        segments, power = joined(lease.attempt_id, handover.stretches, pieces.sealed, device)
+        whole = replace(device, segment=segments[-1], segments=segments, power=power)
+        return self._commit(attempt, written, whole, pieces)
 
-    def _write(self, attempt: Attempt, requests: Requests, handover: Handover, scratch: Path) -> Written:
-        lease = attempt.lease
-        writer = open_writer(
-            self.config.output_format,
-            scratch,
-            data_prefix(lease.shard.shard_id, lease.attempt_id),
-            self.config.image_format,
-        )
+    def _write(self, attempt: Attempt, requests: Requests, handover: Handover, pieces: Pieces) -> Written:
         suspects: list[Suspect] = []
         healthy: tuple[int, int] | None = None
         with closing(handover.parts()) as parts:
             for part in parts:
+                if isinstance(part, DeviceTime):
+                    if not suspects:  # a part has no row of which only this worker says that it fails
+                        pieces.seal(part, attempt.step, attempt.check)
+                    continue
                 outcomes = part.outcome.result()
                 attempt.check()
                 for drawn, outcome in zip(part.drawn, outcomes, strict=True):
-                    if _add(writer, drawn, outcome):
+                    if _add(pieces, drawn, outcome):
                         healthy = healthy or drawn.at
                     if drawn.is_suspect:
                         suspects.append(Suspect(*drawn.at, drawn.row.error or ""))
                 attempt.step()
-        reasons = dict(lease.quarantine)
-        for (row, _), request in requests.items():
-            if row in reasons:
-                writer.add(ImageRow(request, "quarantined", error=reasons[row]), None)
-        return Written(writer.finish(), tuple(suspects), healthy)
+        reasons = dict(attempt.lease.quarantine)
+        for at, request in requests.items():
+            if at[0] in reasons and not pieces.has(at):
+                pieces.add(at, ImageRow(request, "quarantined", error=reasons[at[0]]), None)
+        return Written(pieces.finish(), tuple(suspects), healthy)
 
-    def _commit(self, attempt: Attempt, written: Written, device: DeviceTime) -> AttemptResult:
+    def _commit(
+        self, attempt: Attempt, written: Written, device: DeviceTime, pieces: Pieces
+    ) -> AttemptResult:
         lease, store = attempt.lease, self.store
-        commit = self._describe(attempt, written.files, device)
-        body, key = commit.to_json(), commit_key(lease.shard.shard_id)
+        shard_id = lease.shard.shard_id
+        commit = self._describe(attempt, written.files, device, pieces.parts)
+        body, key = commit.to_json(), commit_key(shard_id)
         if written.suspects:
             return AttemptResult(lease, "suspect", body, written.suspects, written.healthy)
         if not self.config.commits_exclusively:
@@ -143,17 +155,36 @@ class Finishing:
         try:
             store.put_exclusive(key, body)
         except AlreadyExistsError:
-            log.info("shard %d: another attempt committed first; discarding ours", lease.shard.shard_id)
-            self._restore(device, "loser")
-            store.delete([f.path for f in commit.files])
-            return AttemptResult(lease, "exists", store.get(key))
+            log.info("shard %d: another attempt committed first; discarding ours", shard_id)
+            self._restore(lease.attempt_id, device.segments, device.power, "loser")
+            standing = store.get(key)
+            # nothing but this commit will ever name files of the shard; it may name parts that were sealed here
+            named = {f.path for f in Commit.from_json(standing).files}
+            ours = [f.path for f in pieces.to_store] + [f.path for p in pieces.sealed for f in p.files]
+            store.delete([path for path in ours if path not in named])
+            forget_parts(store, shard_id, [p.part_id for p in pieces.parts])
+            return AttemptResult(lease, "exists", standing)
         except MillijouleError:
-            self._restore(device, "shard")  # it may stand all the same
+            self._restore(
+                lease.attempt_id, device.segments, device.power, "shard"
+            )  # it may stand all the same
             raise
+        forget_parts(store, shard_id, [p.part_id for p in pieces.parts])
         return AttemptResult(lease, "committed", body)
 
-    def _describe(self, attempt: Attempt, written: ShardFiles, device: DeviceTime) -> Commit:
+    def _describe(
+        self, attempt: Attempt, written: ShardFiles, device: DeviceTime, parts: Sequence[Part]
+    ) -> Commit:
         lease, worker, segment = attempt.lease, self.worker, device.segment
+        domains = {*segment.close.energy_mj, *(d for part in parts for d in part.energy_domains)}
+        # those of parts that were sealed here are among the device's
+        own = {s.open.t_mono_ns for s in device.segments if s.worker_id == worker.worker_id}
+        taken = tuple(
+            s
+            for part in parts
+            for s in part.segments
+            if s.worker_id != worker.worker_id or s.open.t_mono_ns not in own
+        )
         counts = RowCounts.of((r.status, r.width) for r in written.rows)
         return Commit(
             shard_id=lease.shard.shard_id,
@@ -170,11 +201,12 @@ class Finishing:
             errors=_top_errors(Counter(r.error for r in written.rows if r.error)),
             t_start_wall_ns=device.began_wall_ns,
             t_end_wall_ns=now_wall_ns(),
-            energy_mj=self.energy_mj(segment),
-            energy_domains=tuple(sorted(segment.close.energy_mj)),
-            energy_estimate_mj=segment_estimate_mj(segment),
+            energy_mj=_sum([self.energy_mj(segment), *(part.energy_mj for part in parts)]),
+            energy_domains=tuple(sorted(domains)),
+            energy_estimate_mj=_sum([segment_estimate_mj(segment), *(p.energy_estimate_mj for p in parts)]),
             energy_method=self.meter.method,
-            segments=device.segments,
+            segments=(*taken, *device.segments),
+            parts=tuple(part.part_id for part in parts),
             power=device.power,
             rows=carried_rows(written.rows),
             worker_id=worker.worker_id,
@@ -189,54 +221,40 @@ class Finishing:
         unread = unread_domains(devices, segment.close.energy_mj)
         return None if unread else segment_energy_mj(segment)
 
-    def _restore(self, device: DeviceTime | None, segment_class: str) -> None:
-        """No commit carries `device`: a later one does, or the worker's last words, with the attempt's own as `segment_class`."""
-        if device is None:
-            return
-        own = device.segment.attempt_id
+    def _give_up(self, handover: Handover, pieces: Pieces | None, segment_class: str) -> None:
+        attempt_id, last = handover.attempt.lease.attempt_id, handover.close()
+        sealed = pieces.sealed if pieces is not None else ()
+        self._restore(attempt_id, *joined(attempt_id, handover.stretches, sealed, last), segment_class)
+
+    def _restore(
+        self,
+        attempt_id: str,
+        segments: Sequence[Segment],
+        power: tuple[PowerTrace, ...],
+        segment_class: str,
+    ) -> None:
+        """No commit carries them: a later one does, or the worker's last words, with the attempt's own as `segment_class`.
+
+        Those of sealed parts stay what they are: whether a commit is made of them is not known here.
+        """
         self.timeline.restore(
-            replace(s, segment_class=segment_class) if s.attempt_id == own else s for s in device.segments
+            [replace(s, segment_class=segment_class) if s.attempt_id == attempt_id else s for s in segments]
         )
-        self.power.restore(device.power)
+        self.power.restore(power)
 
 
-def store_files(
-    store: Store,
-    files: Sequence[DataFile],
-    folder: Path,
-    on_part: Callable[[], None],
-    still_wanted: Callable[[], None] = lambda: None,
-) -> None:
-    """Store `files` of `folder`, some at a time; nothing is under way any more when this returns or raises.
-
-    Args:
-        on_part: called, from any thread, whenever a file or a part of one has arrived.
-        still_wanted: called before each file; may raise.
-    """
-
-    def put(file: DataFile) -> None:
-        still_wanted()
-        store.put_file(file.path, folder / file.path, on_part)
-
-    if len(files) == 1:
-        put(files[0])
-        return
-    with ThreadPoolExecutor(min(FILES_AT_ONCE, max(1, len(files))), "store-files") as pool:
-        try:
-            for done in [pool.submit(put, file) for file in files]:
-                done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _sum(energies: Sequence[int | None]) -> int | None:
+    known = [mj for mj in energies if mj is not None]
+    return sum(known) if len(known) == len(energies) else None
 
 
-def _add(writer: ShardWriter, drawn: DrawnImage, outcome: bytes | Exception | None) -> bool:
+def _add(pieces: Pieces, drawn: DrawnImage, outcome: bytes | Exception | None) -> bool:
     """Give one image to the writer; False where there is none."""
     row = drawn.row
     if isinstance(outcome, Exception):
-        writer.add(row._replace(status="quarantined", error=reason(outcome)), None)
+        pieces.add(drawn.at, row._replace(status="quarantined", error=reason(outcome)), None)
         return False
-    writer.add(row, outcome)
+    pieces.add(drawn.at, row, outcome)
     return outcome is not None
 
 

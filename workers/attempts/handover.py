@@ -43,13 +43,17 @@ class Handover:
 
     Args:
         budget: of the worker, for pixels that are drawn and not written yet.
+
+    Attributes:
+        stretches: the device's time up to each place where what was drawn may be sealed; complete when the drawing has ended.
     """
 
     def __init__(self, attempt: Attempt, encoders: Encoders, budget: ByteBudget) -> None:
         self.attempt = attempt
         self._encoders = encoders
         self._budget = budget
-        self._parts: SimpleQueue[EncodedPart | None] = SimpleQueue()  # None: no more come
+        self.stretches: list[DeviceTime] = []
+        self._parts: SimpleQueue[EncodedPart | DeviceTime | None] = SimpleQueue()  # None: no more come
         self._drawn: Future[DeviceTime] | None = None
 
     def begin(self, device: Executor, draw: Callable[[Handover], DeviceTime]) -> None:
@@ -69,6 +73,11 @@ class Handover:
             self._budget.take(n_bytes, self.attempt.check)
             self._parts.put(EncodedPart(drawn, n_bytes, self._encoders.begin(drawn)))
 
+    def seal(self, device: DeviceTime) -> None:
+        """What was put so far may be sealed: the device's time up to here is `device`."""
+        self.stretches.append(device)
+        self._parts.put(device)
+
     def withdraw(self) -> bool:
         """Take the attempt back if its drawing has not begun; True where it had not."""
         assert self._drawn is not None
@@ -77,9 +86,12 @@ class Handover:
         self._parts.put(None)
         return True
 
-    def parts(self) -> Generator[EncodedPart, None, None]:
-        """What was drawn, in order, until no more comes; close it when done with it."""
+    def parts(self) -> Generator[EncodedPart | DeviceTime, None, None]:
+        """What was drawn, in order, and where it may be sealed, until no more comes; close it when done with it."""
         while (part := self._parts.get()) is not None:
+            if isinstance(part, DeviceTime):
+                yield part
+                continue
             try:
                 yield part
             finally:

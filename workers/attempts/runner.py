@@ -16,8 +16,9 @@ from typing import TypeVar
 from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.attempts.drawing import DeviceTime, Drawing, Requests, now_wall_ns
 from millijoule.workers.attempts.encoding import Encoders, parts_of
-from millijoule.workers.attempts.finishing import Finishing
+from millijoule.workers.attempts.finishing import NOTHING_TAKEN, Finishing
 from millijoule.workers.attempts.handover import ByteBudget, Handover
+from millijoule.workers.attempts.parts import PartClock, take_parts
 from millijoule.workers.attempts.questions import confirm, probe
 from millijoule.workers.drawing.batch_size import BatchNotes, BatchSizer
 from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator, batch_limits
@@ -114,6 +115,10 @@ class AttemptRunner:
         wanted = requests
         if skipped := {row for row, _ in lease.quarantine}:
             wanted = {at: request for at, request in requests.items() if at[0] not in skipped}
+        taken = take_parts(self.store, self.config, lease, requests) if lease.resumes else NOTHING_TAKEN
+        if taken.rows:
+            wanted = {at: request for at, request in wanted.items() if at not in taken.rows}
+            attempt.images_done = len(taken.rows)
         attempt.step()
         handover = Handover(attempt, self._encoders, self.budget)
         with self._changed:
@@ -121,15 +126,20 @@ class AttemptRunner:
             attempt.waits = True
             handover.begin(self._device, lambda to: self._draw(attempt, wanted, to))
             self._at_work[lease.attempt_id] = attempt, handover
-        return self.finishing.finish(attempt, requests, handover)
+        return self.finishing.finish(attempt, requests, handover, taken)
 
     def _draw(self, attempt: Attempt, requests: Requests, handover: Handover) -> DeviceTime:
         """On the device's thread."""
         self._check_device()
         began_wall_ns = now_wall_ns()
         with self.drawing.at_work_for(attempt, "shard"):
+            due = PartClock(self.config.part_s, len(requests))
             for batch in self.drawing.batches_of(attempt, requests):
                 handover.put(batch)
+                if due.drew(len(batch)) or attempt.leaves:
+                    handover.seal(self.drawing.stretch(attempt, began_wall_ns))
+                if attempt.leaves:
+                    raise AttemptCancelled
         return self.drawing.device_time(began_wall_ns)
 
     def _check_device(self) -> None:
@@ -169,6 +179,17 @@ class AttemptRunner:
                 return False
             attempt.cancel()
             return True
+
+    def leave(self) -> None:
+        """The worker is about to end: every attempt ends after the batch that is drawn, and what it has made is sealed.
+
+        What cannot be sealed, because it waits for its device or asks a question, is called off.
+        """
+        with self._changed:
+            for attempt, handover in self._at_work.values():
+                attempt.leaves = True
+                if handover is None or handover.withdraw():
+                    attempt.cancel()
 
     def close(self) -> None:
         """Wait until no attempt is at work, and end the threads."""

@@ -1,7 +1,7 @@
 """What a worker did between counter reads: a gapless chain of segments.
 
 Each close read is the next segment's open read, so the segments of a worker add up to its last read minus its first,
-whatever their lengths. One thread closes segments; what is closed may be taken and restored by others. Energy is a difference
+whatever their lengths. One thread closes segments, and another only at the end; what is closed may be taken and restored by others. Energy is a difference
 of two reads and exists only where both have it.
 """
 
@@ -26,6 +26,7 @@ class SegmentTimeline:
         self.last_read = meter.read()
         self._closed: list[Segment] = []
         self._lock = threading.Lock()
+        self._closing = threading.Lock()
 
     def close(
         self,
@@ -44,9 +45,10 @@ class SegmentTimeline:
         """
         if segment_class not in SEGMENT_CLASSES:
             raise ValueError(f"segment class {segment_class!r}: use one of {', '.join(SEGMENT_CLASSES)}")
-        read = self.meter.read_afresh() if last else self.meter.read()
-        segment = Segment(self.worker_id, segment_class, self.last_read, read, shard_id, attempt_id)
-        self.last_read = read
+        with self._closing:
+            read = self.meter.read_afresh() if last else self.meter.read()
+            segment = Segment(self.worker_id, segment_class, self.last_read, read, shard_id, attempt_id)
+            self.last_read = read
         with self._lock:
             self._closed.append(segment)
         return segment

@@ -78,6 +78,7 @@ class ScriptedWorker:
 
     def __init__(self, world, node, worker_id, config):
         self.world, self.node, self.worker_id = world, node, worker_id
+        world.actors[worker_id] = self
         self.line = []
 
     @real_ray.method(concurrency_group="work")
@@ -100,6 +101,10 @@ class ScriptedWorker:
         self.world.begun.append((self.worker_id, lease.shard.shard_id))
         self.world.begun_at.append(self.world.ray.now)
         made = self._work(lease)
+        if isinstance(made, Deferred):
+            self.line[0] = lease, made
+            made.then(lambda made: (answer.settle(made), self._next()))
+            return
         if not isinstance(made, After):
             made = After(0.0, made)
         finishing_s = self.world.script.finishing_s(self, lease) if type(made) is After else 0.0
@@ -153,6 +158,10 @@ class ScriptedWorker:
         self._withdraw(attempt_id)
 
     @real_ray.method(concurrency_group="status")
+    def leave(self):
+        self.world.told_to_leave.append(self.worker_id)
+
+    @real_ray.method(concurrency_group="status")
     def give_back(self, attempt_id):
         return self._withdraw(attempt_id)
 
@@ -181,6 +190,7 @@ class World:
         self.made, self.lost, self.void, self.words, self.left = [], [], [], [], []
         self.cancelled, self.requests, self.reads = [], [], []
         self.leased, self.begun, self.begun_at = [], [], []
+        self.actors, self.told_to_leave = {}, []
         self.on_tick = lambda: None
 
     def run(self):
@@ -306,6 +316,77 @@ def test_a_preempted_node_blames_nobody(world):
     assert sorted(shard for shard, _ in w.made) == list(range(8))
     assert w.coordinator.given_up == {}
     assert w.pool.nodes.faulty == []
+
+
+def test_a_worker_on_a_draining_node_ends_what_it_draws_gets_nothing_more_and_says_its_last_words(
+    world, caplog
+):
+    w = world(shards=16)
+    w.ray.at(4.5, lambda: w.ray.drain_node(w.nodes[0], 30.0))
+    w.ray.at(5.0, lambda: w.ray.add_node("host-3", CPU=1.0))
+    w.run()
+    assert w.shards_of("w0001-0001") == [0, 1, 4, 6]  # the last was at work when the driver heard of it
+    assert "w0001-0001" in w.words
+    assert w.told_to_leave == ["w0001-0001"]
+    assert w.left == w.lost == w.cancelled == []
+    assert w.shards_of("w0001-0003")  # its place was taken at once
+    assert "worker w0001-0001 leaves: its node host-1 is taken away, in" in caplog.text
+    assert w.pool.nodes.faulty == []
+
+
+def test_what_a_worker_cannot_end_before_its_node_does_is_called_off_in_time_for_its_last_words(world):
+    class Long(Script):
+        def shard(self, worker, lease):
+            return Deferred() if worker.node.host == "host-1" else After(1.0)
+
+    w = world(Long(), shards=4, speculate=False)
+    w.ray.at(4.5, lambda: w.ray.drain_node(w.nodes[0], 30.0))
+    made_when = []
+
+    def answer_when_cancelled():
+        for worker_id, attempt_id in w.cancelled[len(made_when) :]:
+            made_when.append(w.ray.now)
+            (lease, answer), *_ = w.actors[worker_id].line
+            assert lease.attempt_id == attempt_id
+            answer.settle(AttemptResult(lease, "cancelled"))
+
+    w.on_tick = answer_when_cancelled
+    w.run()
+    assert sorted(shard for shard, _ in w.made) == list(range(4))
+    assert 29.0 < made_when[0] < 34.5, "its last words have seconds left"
+    assert "w0001-0001" in w.words
+
+
+def test_a_worker_that_loads_on_a_draining_node_closes_its_books_there_and_draws_nothing(world):
+    w = world(script("load", lambda worker: After(60.0)), workers=(0, 1), nodes=1)
+    w.ray.at(1.5, lambda: w.ray.drain_node(w.nodes[0], 30.0))
+    w.ray.at(5.0, lambda: w.ray.add_node("host-2", CPU=1.0))
+    w.run()
+    assert w.left == ["w0001-0001"]  # it said its last words, but had opened no account
+    assert {by for _, by in w.made} == {"w0001-0002"}
+
+
+def test_any_number_of_preemptions_is_free_and_so_many_faults_in_a_row_are_not(world):
+    class Short(Script):
+        preempted = True
+
+        def load(self, worker):
+            self.loads = getattr(self, "loads", 0) + 1
+            if self.loads > 200:
+                return After(0.1)
+            worker.world.ray.at(1.5, lambda: worker.world.ray.add_node(f"host-{self.loads}x", CPU=1.0))
+            worker.world.ray.at(
+                1.0, lambda: worker.world.ray.lose_node(worker.node, preempted=self.preempted)
+            )
+            return After(2.0)
+
+    w = world(Short(), shards=2, workers=(1, 1), nodes=1).run()
+    assert sorted(shard for shard, _ in w.made) == [0, 1]
+    assert str(w.pool.deaths) == "workers lost: 200 with nodes that were taken away"
+    faulty = Short()
+    faulty.preempted = False
+    with pytest.raises(JobError, match="65 workers were lost in a row"):
+        world(faulty, shards=2, workers=(1, 1), nodes=1).run()
 
 
 def test_workers_that_ray_takes_because_a_node_s_memory_is_full_are_the_node_s_trouble_and_no_row_s(world):
@@ -787,3 +868,29 @@ def test_a_worker_kept_away_from_a_node_that_cools_off_is_asked_for_anew_when_it
     w.run()
     assert sorted(shard for shard, _ in w.made) == list(range(6))
     assert w.pool.nodes.out == []
+
+
+def test_a_worker_that_nobody_needs_any_more_when_its_node_has_cooled_off_is_gone_once(world):
+    """Two reasons for which one turn ends the same worker."""
+
+    class OneBadStart(Script):
+        def load(self, worker):
+            return After(0.0, NodeError("one bad start")) if worker.node.host == "host-1" else After(2.0)
+
+        def shard(self, worker, lease):
+            return After(100.0)
+
+    w = world(OneBadStart(), workers=(2, 2))
+    ends = []
+
+    def drain_when_it_has_cooled_off():
+        waiting = [worker for worker in w.pool.workers.values() if worker.away and worker.node is None]
+        if waiting and not w.pool.nodes.shunned(w.ray.now):
+            ends.extend(worker.worker_id for worker in waiting)
+            w.pool.drain("enough")
+
+    w.on_tick = drain_when_it_has_cooled_off
+    w.run()
+    assert ends
+    assert sorted(set(w.left)) == sorted(w.left)
+    assert set(ends) <= set(w.left)

@@ -1,0 +1,279 @@
+"""Parts of shards: crashes at any step of long attempts, and an oracle that looks at files and at a counter, not at the protocol."""
+
+import hashlib
+import io
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.local_job import plan, runner
+from support.models import Plain
+
+from millijoule.pipeline.closing.check import check_output
+from millijoule.pipeline.closing.finish import finish_job
+from millijoule.pipeline.closing.garbage import find_orphans
+from millijoule.pipeline.energy.uncommitted import UncommittedWriter
+from millijoule.pipeline.output.commits import list_committed, read_commits
+from millijoule.pipeline.output.job import open_epoch
+from millijoule.pipeline.output.parts import shards_in_parts
+from millijoule.pipeline.planning.retry_rounds import load_job_shards
+from millijoule.pipeline.running.coordinator import Coordinator
+from millijoule.workers.attempts.parts import Part, PartClock, as_ranges
+from millijoule.workers.layout import PARTS_PREFIX
+from millijoule.workers.schemas import CounterRead
+
+PROMPTS = [f"p{i}" for i in range(12)]
+EVERY_BATCH_S = 1e-9
+
+
+class Crash(BaseException):
+    """The worker's process ends here: nothing of it runs any more."""
+
+
+class Dying:
+    """A real store for a worker that dies at its `step`-th write or deletion, before it or after it."""
+
+    def __init__(self, store, step, after):
+        self._store, self.left, self._after = store, step, after
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def _do(self, act, *args):
+        self.left -= 1
+        if self.left == 0 and not self._after:
+            raise Crash
+        if self.left < 0:
+            raise Crash
+        done = act(*args)
+        if self.left == 0:
+            raise Crash
+        return done
+
+    def put(self, *args):
+        return self._do(self._store.put, *args)
+
+    def put_exclusive(self, *args):
+        return self._do(self._store.put_exclusive, *args)
+
+    def put_file(self, *args):
+        return self._do(self._store.put_file, *args)
+
+    def delete(self, keys):
+        return self._do(self._store.delete, list(keys))
+
+
+class Counter:
+    """A meter whose counter only ever grows when an image is drawn: 7 mJ each. `spent_mj` is the truth."""
+
+    method = "rapl"
+    cpu_ns_elsewhere = None
+
+    def __init__(self):
+        self.spent_mj = 0
+        self.now_ns = 1_000_000_000
+
+    def read(self):
+        self.now_ns += 1_000_000
+        return CounterRead("boot", self.now_ns, self.now_ns, 0, {"cpu:package-0": self.spent_mj})
+
+    read_afresh = read
+
+
+class Spending(Plain):
+    """Each image costs 7 mJ of `counter`, and its prompt is noted in `drawn`."""
+
+    def __init__(self, counter, drawn):
+        super().__init__("cpu")
+        self.counter, self.drawn = counter, drawn
+
+    def draw(self, request):
+        self.counter.spent_mj += 7
+        self.counter.now_ns += 50_000_000
+        self.drawn.append(request.prompt_id)
+        return super().draw(request)
+
+
+def coordinator(store, job, epoch):
+    shards = load_job_shards(store, job)
+    done = list_committed(store, len(shards))
+    return Coordinator(shards, done, 60.0, epoch, in_parts=frozenset(shards_in_parts(store, done)))
+
+
+def table(store, key):
+    return pq.read_table(io.BytesIO(store.get(key))).to_pylist()
+
+
+def reference(output_format):
+    """SHA-256 of each image's bytes where nothing dies, by prompt id."""
+    with tempfile.TemporaryDirectory() as folder:
+        store, job = plan(Path(folder), PROMPTS, shard_size=12, output_format=output_format)
+        lease = coordinator(store, job, open_epoch(store, exclusive=True)).next_lease("w1", 0.0)
+        assert runner(store, job, 1, part_s=0.0).run(lease).outcome == "committed"
+        (commit,) = read_commits(store, 1)
+        assert commit.parts == ()
+        return {row["prompt_id"]: row["sha256"] for row in table(store, commit.rows_path)}
+
+
+def attempt(store, job, counter, drawn, worker, crash=None):
+    """One worker's attempt, two images a batch, in a driver of its own. Returns its outcome, or "died", and its runner."""
+    epoch = open_epoch(store, exclusive=True)
+    lease = coordinator(store, job, epoch).next_lease(worker, 0.0)
+    seen = store if crash is None else Dying(store, *crash)
+    attempts = runner(seen, job, epoch, Spending(counter, drawn), worker, counter, part_s=EVERY_BATCH_S)
+    attempts.drawing.fitted.batches = in_pairs
+    try:
+        return attempts.run(lease).outcome, attempts
+    except Crash:
+        return "died", attempts
+
+
+def in_pairs(requests):
+    places = list(requests)
+    return [places[i : i + 2] for i in range(0, len(places), 2)]
+
+
+@pytest.fixture(autouse=True)
+def _every_batch_is_a_part(monkeypatch):
+    monkeypatch.setattr("millijoule.workers.attempts.parts.LEAST_REST_S", 0.0)
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "webdataset", "files"])
+@settings(max_examples=8, deadline=None)
+@given(crashes=st.lists(st.tuples(st.integers(1, 16), st.booleans()), max_size=4))
+def test_whatever_dies_every_image_is_there_once_and_sealed_parts_are_not_drawn_again(output_format, crashes):
+    expected = reference(output_format)
+    with tempfile.TemporaryDirectory() as folder:
+        store, job = plan(Path(folder), PROMPTS, shard_size=12, output_format=output_format)
+        counter, drawn = Counter(), []
+        for n, crash in enumerate(crashes):
+            if list_committed(store, 1).all():
+                break
+            sealed = sealed_images(store)
+            before = len(drawn)
+            attempt(store, job, counter, drawn, f"w{n}", crash)
+            assert not set(drawn[before:]) & sealed, "a sealed image was drawn again"
+        if not list_committed(store, 1).all():
+            sealed = sealed_images(store)
+            before = len(drawn)
+            assert attempt(store, job, counter, drawn, "last")[0] == "committed"
+            assert not set(drawn[before:]) & sealed
+        (commit,) = read_commits(store, 1)
+        rows = table(store, commit.rows_path)
+        assert {row["prompt_id"]: row["sha256"] for row in rows} == expected
+        assert len(rows) == len(PROMPTS)
+        for file in commit.files:
+            assert hashlib.sha256(store.get(file.path)).hexdigest() == file.sha256
+        # what the shard is said to have used is what drawing just these images once cost on the counter
+        assert commit.energy_mj == 7 * len(PROMPTS)
+        finish_job(store, job, load_job_shards(store, job))
+        assert [p for p in check_output(store) if "energy" not in p] == []
+        named = {file.path for file in commit.files}
+        assert not {o.key for o in find_orphans(store)} & named
+
+
+def sealed_images(store):
+    """Prompt ids in sealed parts, read from the files that their records name."""
+    found = set()
+    for item in store.list(PARTS_PREFIX):
+        part = Part.from_json(store.get(item.key))
+        found |= {row["prompt_id"] for row in table(store, part.rows_path)}
+    return found
+
+
+def test_joules_of_a_dead_worker_s_sealed_parts_are_the_shards_and_those_of_a_living_one_count_once(tmp_path):
+    store, job = plan(tmp_path, PROMPTS, shard_size=12)
+    counter, drawn = Counter(), []
+    assert attempt(store, job, counter, drawn, "dead", (5, False))[0] == "died"  # two parts are sealed
+    living = runner(
+        store,
+        job,
+        open_epoch(store, exclusive=True),
+        Spending(counter, drawn),
+        "leaves",
+        counter,
+        part_s=EVERY_BATCH_S,
+    )
+    living.drawing.fitted.batches = in_pairs
+    lease = coordinator(store, job, 2).next_lease("leaves", 0.0)
+    usual = living.drawing.generator.draw
+
+    def leave_after(request):
+        if request.prompt == "p5":
+            living.leave()
+        return usual(request)
+
+    living.drawing.generator.draw = leave_after
+    assert living.run(lease).outcome == "cancelled"
+    living.close()
+    living.timeline.close("idle", last=True)
+    words = UncommittedWriter(store, 2)
+    words.add("leaves", living.timeline.take(), ())
+    words.flush()
+    assert attempt(store, job, counter, drawn, "last")[0] == "committed"
+    (commit,) = read_commits(store, 1)
+    assert len(commit.parts) >= 3
+    assert commit.energy_mj == 7 * len(PROMPTS)
+    finish_job(store, job, load_job_shards(store, job))
+    assert list(check_output(store)) == []
+    stats = json.loads(store.get("stats.json"))
+    assert stats["energy"]["shard_mj"] == 7 * len(PROMPTS)
+    assert stats["energy"]["total_mj"] == counter.spent_mj
+
+
+def test_files_of_sealed_parts_are_kept_until_their_shard_is_committed_without_them(tmp_path):
+    store, job = plan(tmp_path, PROMPTS, shard_size=12)
+    counter, drawn = Counter(), []
+    assert attempt(store, job, counter, drawn, "dead", (5, False))[0] == "died"
+    later = time.time() + 10 * 24 * 3600
+    open_epoch(store, exclusive=True)
+    (record, *_) = store.list(PARTS_PREFIX)
+    part = Part.from_json(store.get(record.key))
+    verdicts = {orphan.key: orphan for orphan in find_orphans(store, now=later)}
+    assert all(not verdicts[file.path].removable for file in part.files)
+    store.delete([item.key for item in store.list(PARTS_PREFIX)])
+    assert attempt(store, job, counter, drawn, "last")[0] == "committed"
+    verdicts = {orphan.key: orphan for orphan in find_orphans(store, now=later)}
+    assert all(verdicts[file.path].removable for file in part.files)
+
+
+def test_a_damaged_part_and_one_of_a_distrusted_worker_are_drawn_again(tmp_path):
+    store, job = plan(tmp_path, PROMPTS, shard_size=12)
+    counter, drawn = Counter(), []
+    assert attempt(store, job, counter, drawn, "liar", (5, False))[0] == "died"
+    assert attempt(store, job, counter, drawn, "dead", (3, False))[0] == "died"
+    parts = [Part.from_json(store.get(item.key)) for item in store.list(PARTS_PREFIX)]
+    of_dead = [part for part in parts if part.worker_id == "dead"]
+    assert len(of_dead) == 1
+    assert len(parts) == 3
+    store.put(of_dead[0].rows_path, b"something else")
+    epoch = open_epoch(store, exclusive=True)
+    lease = replace(coordinator(store, job, epoch).next_lease("last", 0.0), distrusted=("liar",))
+    drawn.clear()
+    assert (
+        runner(store, job, epoch, Spending(counter, drawn), "last", counter).run(lease).outcome == "committed"
+    )
+    assert len([prompt for prompt in drawn if prompt]) >= len(PROMPTS)
+    (commit,) = read_commits(store, 1)
+    assert commit.parts == ()
+
+
+def test_a_short_shard_has_one_part_and_a_long_one_is_cut_by_time():
+    now = [0.0]
+    clock = PartClock(10.0, 100, lambda: now[0])
+    cuts = []
+    for n in range(10):
+        now[0] += 4.0
+        if clock.drew(10):
+            cuts.append(n)
+    assert cuts == [2, 5, 8]  # after 12, 24 and 36 s: 4 s are left
+    now[0] = 0.0
+    short = PartClock(10.0, 20, lambda: now[0])
+    assert [short.drew(10) for _ in range(2)] == [False, False]
+    assert as_ranges([5, 0, 1, 2, 6]) == ((0, 3), (5, 7))

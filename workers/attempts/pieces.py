@@ -1,0 +1,152 @@
+"""What one attempt has written so far: piece after piece, each a writer's. A sealed piece is a part (`workers.attempts.parts`).
+
+For the thread that finishes the attempt. Most attempts have a single piece, which is never sealed, and make the files they always made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from millijoule.workers.attempts.drawing import DeviceTime, Requests
+from millijoule.workers.attempts.parts import (
+    At,
+    Part,
+    TakenParts,
+    as_ranges,
+    labelled,
+    part_id,
+    put_part,
+    write_all_rows,
+)
+from millijoule.workers.attempts.store_files import store_files
+from millijoule.workers.images.writers import ShardFiles, open_writer
+from millijoule.workers.layout import data_prefix
+from millijoule.workers.lease import Lease, WorkerConfig
+from millijoule.workers.meters.segment_timeline import segment_estimate_mj
+from millijoule.workers.schemas import DataFile, ImageRow, PowerTrace, Segment
+from millijoule.workers.storage.protocol import Store
+
+
+class Pieces:
+    """The pieces of one attempt.
+
+    Args:
+        scratch: where files are written before they are stored.
+        requests: all images of the shard, in plan order.
+        taken: parts of earlier attempts, which are not made again.
+        energy_mj: of a segment of this worker.
+
+    Attributes:
+        sealed: parts that this attempt sealed.
+        to_store: files of the last piece, once `finish` was called: they are in the scratch folder still.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        config: WorkerConfig,
+        lease: Lease,
+        worker_id: str,
+        scratch: Path,
+        requests: Requests,
+        taken: TakenParts,
+        energy_mj: Callable[[Segment], int | None],
+    ) -> None:
+        self.store = store
+        self.config = config
+        self.lease = lease
+        self.worker_id = worker_id
+        self.taken = taken
+        self.sealed: list[Part] = []
+        self.to_store: tuple[DataFile, ...] = ()
+        self._scratch = scratch
+        self._number = {at: n for n, at in enumerate(requests)}
+        self._energy_mj = energy_mj
+        self._prefix = data_prefix(lease.shard.shard_id, lease.attempt_id)
+        self._rows: dict[At, ImageRow] = dict(taken.rows)
+        self._open()
+
+    def add(self, at: At, row: ImageRow, encoded: bytes | None) -> None:
+        """See `ShardWriter.add`."""
+        self._writer.add(row, encoded)
+        self._added.append(at)
+
+    def has(self, at: At) -> bool:
+        """Whether an image is in a sealed part, of this attempt or of an earlier one."""
+        return at in self._rows
+
+    def seal(self, device: DeviceTime, on_part: Callable[[], None], still_wanted: Callable[[], None]) -> None:
+        """The piece so far, for which the device worked in `device`, becomes a part; the next piece begins."""
+        files = self._writer.finish()
+        store_files(self.store, files.files, self._scratch, on_part, still_wanted)
+        name = part_id(self.lease.attempt_id, len(self.sealed))
+        part = Part(
+            self.lease.shard.shard_id,
+            name,
+            self.config.driver_epoch,
+            self.worker_id,
+            self.config.fingerprint,
+            self.config.model_sha256,
+            files.files,
+            files.rows_key,
+            as_ranges(self._number[at] for at in self._added),
+            self._energy_mj(device.segment),
+            tuple(sorted(device.segment.close.energy_mj)),
+            segment_estimate_mj(device.segment),
+            labelled(device, self.lease.attempt_id, name),
+        )
+        put_part(self.store, self.config, part)
+        on_part()
+        self.sealed.append(part)
+        self._rows |= zip(self._added, files.rows, strict=True)
+        for file in files.files:
+            (self._scratch / file.path).unlink()
+        self._open()
+
+    def finish(self) -> ShardFiles:
+        """All files of the shard and all its rows; those that are not stored yet are `to_store`."""
+        last = self._writer.finish()
+        if not self._rows:
+            self.to_store = last.files
+            return last
+        rows = self._rows | dict(zip(self._added, last.rows, strict=True))
+        in_order = [rows[at] for at in sorted(rows, key=self._number.__getitem__)]
+        table = write_all_rows(self._scratch, f"{self._prefix}.all.rows.parquet", in_order)
+        self.to_store = (*(last.files if self._added else ()), *table.files)
+        there = [file for part in self.parts for file in part.files]
+        return replace(table, files=(*there, *self.to_store))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All sealed parts that the shard is made of."""
+        return (*self.taken.parts, *self.sealed)
+
+    def _open(self) -> None:
+        number = len(self.sealed)
+        prefix = f"{self._prefix}.p{number}" if number else self._prefix
+        self._writer = open_writer(self.config.output_format, self._scratch, prefix, self.config.image_format)
+        self._added: list[At] = []
+
+
+def joined(
+    attempt_id: str, stretches: Sequence[DeviceTime], sealed: Sequence[Part], last: DeviceTime | None
+) -> tuple[tuple[Segment, ...], tuple[PowerTrace, ...]]:
+    """All segments and power samples of an attempt, in order: of sealed parts as theirs, the rest of its own in one.
+
+    Args:
+        stretches: the device's time up to each place where a part could be sealed; the first are those of `sealed`.
+        last: its time afterwards, if it was drawn to its end.
+    """
+    segments: list[Segment] = []
+    for device, part in zip(stretches, sealed, strict=False):
+        segments += labelled(device, attempt_id, part.part_id)
+    rest = [*stretches[len(sealed) :], *([last] if last is not None else ())]
+    of_rest = [segment for device in rest for segment in device.segments]
+    own = [segment for segment in of_rest if segment.attempt_id == attempt_id]
+    segments += [segment for segment in of_rest if segment.attempt_id != attempt_id]
+    if own:  # a chain without a gap: the device did nothing else meanwhile
+        segments.append(replace(own[-1], open=own[0].open))
+    power = [trace for device in (*stretches, *([last] if last else ())) for trace in device.power]
+    return tuple(segments), tuple(power)
