@@ -20,6 +20,7 @@ from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew, Worker
 from millijoule.pipeline.running.demand import Demand, PoolOptions
 from millijoule.pipeline.running.outcomes import JobEvents, Outcomes
 from millijoule.pipeline.running.preemption import LAST_WORDS_S
+from millijoule.pipeline.running.waiting import why_waiting
 from millijoule.workers.errors import JobError, MillijouleError
 from millijoule.workers.lease import AttemptResult, WorkerConfig
 
@@ -311,9 +312,11 @@ class WorkerPool:
             pools = {w.pool for w in self.workers.values()}
             for name in sorted(pools):
                 n = sum(w.pool == name for w in self.workers.values())
+                options = self._demands[name].options
+                why = why_waiting(options)
                 log.warning(
-                    "waiting for the cluster: %d workers asked for (%s each%s), none running yet",
-                    *(n, words(self._demands[name].options.asked), f", pool {name}" if name else ""),
+                    "waiting for the cluster: %d workers asked for (%s each%s), none running yet%s",
+                    *(n, words(options.asked), f", pool {name}" if name else "", f": {why}" if why else ""),
                 )
 
     # -- the end -------------------------------------------------------------------------------------------------

@@ -51,7 +51,9 @@ class _Counter:
 
     def growth_mj(self, open_ns: int, close_ns: int, slack_ns: int) -> tuple[float, float]:
         """Least and most it can have grown between two readings."""
-        (open_low, open_high), (close_low, close_high) = (self.bounds_uj(t, slack_ns) for t in (open_ns, close_ns))
+        (open_low, open_high), (close_low, close_high) = (
+            self.bounds_uj(t, slack_ns) for t in (open_ns, close_ns)
+        )
         return (close_low - open_high) / 1000, (close_high - open_low) / 1000
 
 
@@ -136,5 +138,7 @@ class HostCounters:
         """What the job booked on that host under a class of segments."""
         rows = energy_rows(output, "segment")
         return sum(
-            r["energy_mj"] or 0 for r in rows if (r["boot_id"], r["segment_class"]) == (boot_id, segment_class)
+            r["energy_mj"] or 0
+            for r in rows
+            if (r["boot_id"], r["segment_class"]) == (boot_id, segment_class)
         )

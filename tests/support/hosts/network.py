@@ -17,11 +17,9 @@ import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +29,11 @@ from pathlib import Path
 import psutil
 
 #: Files that a host has for itself instead of the machine's.
-_OWN_FILES = {"hosts": "/etc/hosts", "resolv.conf": "/etc/resolv.conf", "boot_id": "/proc/sys/kernel/random/boot_id"}
+_OWN_FILES = {
+    "hosts": "/etc/hosts",
+    "resolv.conf": "/etc/resolv.conf",
+    "boot_id": "/proc/sys/kernel/random/boot_id",
+}
 #: A host's first process adopts what others leave behind, as every first process.
 _INIT = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\nwhile True: signal.pause()"
 _CUT, _SLOW = 100, 200  # priorities of the router's rules
@@ -90,13 +92,28 @@ class Host:
             (self.folder / name).write_text(text)
         (self.folder / "tmp").mkdir(exist_ok=True)
         binds = [f"mount --bind {self.folder / name} {path}" for name, path in _OWN_FILES.items()]
-        lines = ["set -e", "mount -t tmpfs tmpfs /dev/shm", *binds, f"hostname {self.name}", "ip link set lo up"]
+        lines = [
+            "set -e",
+            "mount -t tmpfs tmpfs /dev/shm",
+            *binds,
+            f"hostname {self.name}",
+            "ip link set lo up",
+        ]
         script = "\n".join([*lines, "echo ready", 'exec "$0" -S -c "$1"'])
         self._namespaces = subprocess.Popen(
             # the kernel ends the host with this process, however that ends
             [
                 *("setpriv", "--pdeathsig", "KILL"),
-                *("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"),
+                *(
+                    "unshare",
+                    "--net",
+                    "--uts",
+                    "--mount",
+                    "--pid",
+                    "--fork",
+                    "--kill-child=KILL",
+                    "--mount-proc",
+                ),
                 *("bash", "-c", script, sys.executable, _INIT),
             ],
             stdin=subprocess.DEVNULL,
@@ -124,7 +141,9 @@ class Host:
         words = [*self.entry, *map(str, command)]
         return subprocess.run(words, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
 
-    def spawn(self, command: Sequence[object], log: Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def spawn(
+        self, command: Sequence[object], log: Path, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start and return at once; what it says goes to the end of `log`. It ends with the host."""
         with log.open("a") as out:
             return subprocess.Popen(
@@ -138,14 +157,17 @@ class Host:
 
     def processes(self, words: str = "") -> list[psutil.Process]:
         """The host's live processes that have `words` in their command line."""
-        here, found = os.readlink(f"/proc/{self.pid}/ns/net"), []
+        (init,) = psutil.Process(self.pid).children()
+        here, found = os.readlink(f"/proc/{init.pid}/ns/pid"), []
         for process in psutil.process_iter():
             try:
-                if os.readlink(f"/proc/{process.pid}/ns/net") == here and words in " ".join(process.cmdline()):
+                if os.readlink(f"/proc/{process.pid}/ns/pid") == here and words in " ".join(
+                    process.cmdline()
+                ):
                     found.append(process)
             except (OSError, psutil.Error):
                 pass
-        return [p for p in found if p.pid != self.pid]
+        return [p for p in found if p.pid != init.pid]
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -202,6 +224,7 @@ class Hosts:
     def kill_host(self, name: str) -> None:
         """Power off: first nobody hears it any more, then its processes are gone."""
         self.cut(name, *(n for n in self.by_name if n != name))
+        self._ip(f"link del r{self[name].number}")  # the kernel would, but takes its time
         self[name].kill()
 
     def cut(self, name: str, *others: str) -> None:
@@ -228,11 +251,18 @@ class Hosts:
 
     def _slow_link(self, name: str, other: str, delay_s: float, drop: float) -> None:
         if self._slow is None:
-            command = [*_in_network(self._pid), sys.executable, str(Path(__file__).with_name("slow_link.py")), _SLOW_DEVICE]
+            command = [
+                *_in_network(self._pid),
+                sys.executable,
+                str(Path(__file__).with_name("slow_link.py")),
+                _SLOW_DEVICE,
+            ]
             self._slow = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             assert self._slow.stdout is not None
             assert self._slow.stdout.readline() == "ready\n"
-            self._ip(f"link set {_SLOW_DEVICE} up", f"route add default dev {_SLOW_DEVICE} table {_SLOW_TABLE}")
+            self._ip(
+                f"link set {_SLOW_DEVICE} up", f"route add default dev {_SLOW_DEVICE} table {_SLOW_TABLE}"
+            )
         assert self._slow.stdin is not None
         assert self._slow.stdout is not None
         for one, two in ((name, other), (other, name)):
@@ -265,9 +295,16 @@ class Hosts:
         return self
 
     def _start(self) -> None:
-        forward = "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0"
+        forward = (
+            "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0"
+        )
         self._router = subprocess.Popen(
-            [*("setpriv", "--pdeathsig", "KILL", "unshare", "--net"), "bash", "-c", f"{forward} && echo ready && exec sleep inf"],
+            [
+                *("setpriv", "--pdeathsig", "KILL", "unshare", "--net"),
+                "bash",
+                "-c",
+                f"{forward} && echo ready && exec sleep inf",
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,

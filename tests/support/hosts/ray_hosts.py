@@ -1,11 +1,11 @@
 """A Ray cluster on hosts of its own, with an S3 server on another, and counters on each that run as history says.
 
-    with RayHosts("w1", "w2") as hosts:                # and "head", "store", "client"
-        done = hosts.generate("head", folder, "--prompts", ...)
+    with RayHosts(w1=1, w2=1) as hosts:                # and "head", "store", "client"
+        driver = hosts.start("head", log, "--prompts", ...)
         hosts.cut("w1", "head")
 
 The hosts see the machine's files, but what tells hosts apart they have for themselves: address, name, processes, shared memory,
-boot. Each has one CPU for Ray, the head none. Ends with the `with` block, or with the process.
+boot. The head has no CPU for Ray. All ends with the `with` block, or with the process.
 """
 
 from __future__ import annotations
@@ -25,30 +25,37 @@ from support.nodes import SITE, TESTS
 BIN = Path(sys.executable).parent
 GCS_PORT, DASHBOARD_PORT, REDIS_PORT = 6379, 8265, 6380
 START_TIMEOUT_S = 90.0
+_COUNT_NODES = """
+import sys
+from ray._raylet import GcsClient
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+nodes = GcsClient(sys.argv[1]).get_all_node_info().values()
+print(sum(node.state == GcsNodeInfo.ALIVE for node in nodes))
+"""
 #: What keeps the head's state while it is away: nothing, a folder on its disk, or a server on the store's host.
 HeadState = Literal["memory", "rocksdb", "redis"]
 
 
 class RayHosts(Hosts):
-    """Hosts "head", `workers`, "store" and "client"; Ray on the first, moto on the store, nothing on the client.
+    """Hosts "head", those of `worker_cpus`, "store" and "client"; Ray on the first, moto on the store, nothing on the client.
 
     Args:
         head_state: with other than "memory" a head that comes back goes on.
         away_s: for how long drivers and nodes wait for a head that is away.
         dashboard: whether the head takes jobs by `ray job submit`.
-        node_env: for Ray's processes on every host.
+        worker_cpus: by the name of a host, the CPUs that Ray has there.
     """
 
     def __init__(
         self,
-        *workers: str,
+        *,
         head_state: HeadState = "memory",
         away_s: float | None = None,
         dashboard: bool = False,
-        node_env: dict[str, str] | None = None,
+        **worker_cpus: int,
     ) -> None:
-        super().__init__("head", *workers, "store", "client")
-        self.workers = workers
+        super().__init__("head", *worker_cpus, "store", "client")
+        self.worker_cpus = worker_cpus
         self.head_state = head_state
         self.dashboard = dashboard
         self.counters = HostCounters()
@@ -67,7 +74,6 @@ class RayHosts(Hosts):
             "PYTHONPATH": f"{SITE}:{TESTS}",
             "MILLIJOULE_TEST_DIR": str(self.folder / "harm"),
             **waits,
-            **(node_env or {}),
         }
 
     @property
@@ -103,7 +109,7 @@ class RayHosts(Hosts):
 
     def start_worker(self, name: str) -> None:
         """Start Ray on host `name` and keep it there, as a service does: should it end, it is started again."""
-        self._start_ray(name, [f"--address={self.address}", "--num-cpus=1"], {})
+        self._start_ray(name, [f"--address={self.address}", f"--num-cpus={self.worker_cpus[name]}"], {})
 
     def _start_ray(self, name: str, arguments: list[str], more: dict[str, str]) -> None:
         host = self[name]
@@ -118,16 +124,28 @@ class RayHosts(Hosts):
         host.spawn(["bash", "-c", again, "ray", *words], log, {**self.env(name), **more})
         wait_for(lambda: "Ray runtime started" in log.read_text(), f"Ray on {name}", log)
 
+    def nodes_alive(self) -> int:
+        """Nodes that the head takes for alive, asked of it anew."""
+        done = self["head"].run([sys.executable, "-c", _COUNT_NODES, self.address], self.env("head"))
+        return int(done.stdout) if done.returncode == 0 else 0
+
     # -- jobs ------------------------------------------------------------------------------------------------------
 
     def start(self, name: str, log: Path, *arguments: object, **env: str) -> subprocess.Popen[bytes]:
         """Start `millijoule generate` on host `name`, which must have Ray; what it says goes to `log`."""
-        command = [sys.executable, "-m", "millijoule.jobs.generate", *arguments, "--ray-address", self.address]
+        command = [
+            sys.executable,
+            "-m",
+            "millijoule.jobs.generate",
+            *arguments,
+            "--ray-address",
+            self.address,
+        ]
         return self[name].spawn(command, log, {**self.env(name), **env})
 
     def kill_drivers(self, name: str) -> None:
         """SIGKILL to every driver on host `name`."""
-        for process in self[name].processes("millijoule.jobs.generate"):
+        for process in self[name].processes("generate --prompts"):
             process.kill()
 
     def bucket(self, prefix: str = "job") -> str:
@@ -140,27 +158,36 @@ class RayHosts(Hosts):
         with self["store"].inside():
             self.endpoint.client().put_object(Bucket=bucket, Key=key, Body=body)
 
-    def keys(self, url: str) -> list[str]:
+    def keys(self, url: str, prefix: str = "") -> list[str]:
         """Of the objects below `url` now, relative to it, asked of the server itself."""
-        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        bucket, _, root = url.removeprefix("s3://").partition("/")
         with self["store"].inside():
             pages = self.endpoint.client().get_paginator("list_objects_v2")
-            found = pages.paginate(Bucket=bucket, Prefix=f"{prefix}/")
-            return [o["Key"].removeprefix(f"{prefix}/") for page in found for o in page.get("Contents", ())]
+            found = pages.paginate(Bucket=bucket, Prefix=f"{root}/{prefix}")
+            return [o["Key"].removeprefix(f"{root}/") for page in found for o in page.get("Contents", ())]
 
-    def commits(self, url: str) -> list[str]:
-        return [key for key in self.keys(url) if key.startswith("_job/commits/")]
+    def objects(self, url: str, prefix: str = "") -> dict[str, bytes]:
+        """What is in them, by key."""
+        bucket, _, root = url.removeprefix("s3://").partition("/")
+        client, found = self.endpoint.client(), {}
+        for key in self.keys(url, prefix):
+            with self["store"].inside():
+                found[key] = client.get_object(Bucket=bucket, Key=f"{root}/{key}")["Body"].read()
+        return found
 
     def download(self, url: str, folder: Path) -> Path:
-        """A copy of all objects below `url`, read anew, as files of `folder`."""
-        bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        for key in self.keys(url):
-            with self["store"].inside():
-                body = self.endpoint.client().get_object(Bucket=bucket, Key=f"{prefix}/{key}")["Body"].read()
+        """A copy of all objects below `url`, as files of `folder`."""
+        for key, body in self.objects(url).items():
             path = folder / key
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(body)
         return folder
+
+    def worker_logs(self, name: str) -> str:
+        """What the workers of host `name` said since it was started."""
+        host = self[name]
+        logs = (host.folder / f"r{host.boots}").glob("session_*/logs/worker-*.err")
+        return "".join(log.read_text(errors="replace") for log in logs)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -171,7 +198,7 @@ class RayHosts(Hosts):
             self.counters.start()
             self.start_store()
             self.start_head()
-            for name in self.workers:
+            for name in self.worker_cpus:
                 self.start_worker(name)
         except BaseException:
             self.__exit__()
@@ -184,7 +211,16 @@ class RayHosts(Hosts):
             self._server = MotoServer(store.address, store.entry)
             self._server.start()
         if self.head_state == "redis":
-            where = ["--bind", store.address, "--port", REDIS_PORT, "--dir", store.folder, "--protected-mode", "no"]
+            where = [
+                "--bind",
+                store.address,
+                "--port",
+                REDIS_PORT,
+                "--dir",
+                store.folder,
+                "--protected-mode",
+                "no",
+            ]
             log = store.folder / "redis.log"
             self._redis = store.spawn(["redis-server", *where, "--appendonly", "yes"], log)
             wait_for(lambda: "eady to accept connections" in log.read_text(), "redis", log)
