@@ -19,7 +19,7 @@ export DS_BUILD_OPS := 0
 # What setuptools warns of (folders of data among the packages, the way in which pyproject.toml names the C++ part) is for whoever builds.
 QUIETLY := PYTHONWARNINGS=ignore
 
-.PHONY: help demo test test-fast lint chaos slow accelerator gpu gpu-list gpu-rehearsal gpu-wheels bench install install-test sbom audit clean
+.PHONY: help demo test test-fast lint chaos hosts slow accelerator gpu gpu-list gpu-rehearsal gpu-wheels bench install install-test sbom audit clean
 
 help:
 	@echo "for everybody"
@@ -33,6 +33,7 @@ help:
 	@echo "  make test-fast     minutes: no Ray, no servers, no training, no lint"
 	@echo "  make lint          formatting, lint, types"
 	@echo "  make chaos         only the tests that kill processes"
+	@echo "  make hosts         tests on several hosts, of namespaces: links cut, power lost (Linux, root)"
 	@echo "  make slow          the long tests that make test leaves out"
 	@echo "  make bench         measure the pipeline, write benchmarks/pipeline/"
 	@echo "with an NVIDIA GPU"
@@ -76,6 +77,9 @@ test-fast: $(VENV)/installed-test
 
 chaos: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m "not slow" tests/chaos
+
+hosts: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q tests/hosts
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow tests

@@ -53,6 +53,7 @@ class Worker:
     next_status: float = 0.0
     status_pending: bool = False
     stop_by: float | None = None  # its last words were asked for, and are due then
+    waits_for_store: bool = False  # by its last status: it repeats a request, for as long as it takes
     leaving: bool = False  # its node is being taken away
     called_off: bool = False  # what it has in hand is not waited for any more
 

@@ -623,6 +623,29 @@ def test_last_words_that_never_come_are_waited_for_and_given_up(world, caplog):
     assert w.ray.now > STOP_TIMEOUT_S
 
 
+def test_a_worker_that_alone_does_not_reach_storage_keeps_no_job_that_is_done(world, caplog):
+    """Its shard was made by another. It repeats its request for as long as it takes, which is for ever."""
+
+    class CutOff(Script):
+        def shard(self, worker, lease):
+            return NEVER if worker.worker_id.endswith("1") else After(1.0)
+
+        def status(self, worker):
+            if worker.worker_id.endswith("1"):
+                attempts = (AttemptProgress(lease.attempt_id) for lease, _ in worker.line)
+                return WorkerStatus(tuple(attempts), waits_for_store=True)
+            return None
+
+        def stop(self, worker):
+            return NEVER if worker.worker_id.endswith("1") else super().stop(worker)
+
+    w = world(CutOff()).run()
+    assert {by for _, by in w.made} == {"w0001-0002"}
+    assert (w.words, w.left) == (["w0001-0002"], ["w0001-0001"])
+    assert "w0001-0001 on host-1 did not say its last words: it still waits for storage" in caplog.text
+    assert w.ray.now < 4 * STOP_TIMEOUT_S
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_worker_that_still_loads_at_the_end_says_what_its_meter_does_and_is_not_waited_for_long(
     world, answers
