@@ -34,7 +34,7 @@ LOOK_PERIOD_S = 1.0
 #: A worker takes so long to start, before anybody has shown how long.
 START_S = 30.0
 #: More than is needed by so much: rates waver, workers die.
-RESERVE = 0.06
+RESERVE = 0.03
 #: This part of the time until the deadline is kept in hand for what goes wrong last.
 SPARE = 0.02
 #: A pool has fewer devices only where it needs fewer by this share: what is stopped has to be started again.
