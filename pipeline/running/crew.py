@@ -34,7 +34,7 @@ class HeldLease:
     lease: Lease
     late: int = 0  # deadlines missed in a row
     asked_back: bool = False
-    has_begun: bool = False  # by the worker's word, when it was asked for
+    has_begun: bool = False  # by the worker's word, when it was asked for or how far it is
 
 
 @dataclass(eq=False)
@@ -115,9 +115,14 @@ class Crew:
         self.expect(worker, "run", worker.run(lease), lease)
 
     def take_back(self, worker: Worker) -> bool:
-        """Ask for a lease that the worker may not have come to yet: it then ends as cancelled. False where there is none."""
-        for held in list(worker.held.values())[1:]:
-            if not held.asked_back:
+        """Ask for a lease that the worker may not have come to yet: it then ends as cancelled. False where there is none.
+
+        That is one behind the first; or the first, where its rows, or the parts there are of it, took longer to read.
+        """
+        first, *behind = list(worker.held.values()) or [None]
+        overtaken = [first] if first is not None and any(held.has_begun for held in behind) else []
+        for held in [*behind, *overtaken]:
+            if not held.asked_back and not held.has_begun:
                 held.asked_back = True
                 call = worker.actor.give_back.remote(held.lease.attempt_id)
                 self.expect(worker, "give_back", call, held.lease)

@@ -130,6 +130,8 @@ class Outcomes:
         worker.waits_for_store = status.waits_for_store
         for progress in status.attempts:
             held = worker.held.get(progress.attempt_id)
+            if held:
+                held.has_begun |= progress.has_begun
             if held and self.coordinator.renew(progress, now, waits_for_store=status.waits_for_store):
                 held.late = 0
 

@@ -68,6 +68,10 @@ class Script:
         """The whole answer; None: what the worker does."""
         return
 
+    def reads_long(self, worker, lease):
+        """Whether the next lease is ready before this one."""
+        return False
+
     def steps(self, worker):
         """Progress that grows with time, while the worker is not stuck."""
         return int(10 * worker.world.ray.now)
@@ -80,6 +84,7 @@ class ScriptedWorker:
         self.world, self.node, self.worker_id = world, node, worker_id
         world.actors[worker_id] = self
         self.line = []
+        self.read = []  # leases that took long
 
     @real_ray.method(concurrency_group="work")
     def start(self):
@@ -91,10 +96,15 @@ class ScriptedWorker:
     @real_ray.method(concurrency_group="work")
     def run(self, lease):
         self.world.leased.append((self.worker_id, lease))
-        self.line.append((lease, Deferred()))
-        if len(self.line) == 1:
+        self.line.append((lease, answer := Deferred()))
+        waits = self.world.script.reads_long(self, self.line[0][0]) and self.line[0][0] not in self.read
+        if waits and len(self.line) == 2:
+            self.read.append(self.line[0][0])
+            self.line.reverse()
             self._begin()
-        return self.line[-1][1]
+        elif len(self.line) == 1 and not waits:
+            self._begin()
+        return answer
 
     def _begin(self):
         lease, answer = self.line[0]
@@ -717,6 +727,24 @@ def test_at_the_end_a_lease_ahead_goes_to_the_worker_that_can_begin_at_once(worl
 
     w = world(Later(), shards=2, speculate=False).run()
     assert sorted(w.begun) == [("w0001-0001", 0), ("w0001-0002", 1)]
+    assert w.ray.now < 60
+
+
+def test_a_lease_that_the_next_one_has_overtaken_goes_to_the_worker_that_can_begin_at_once(world):
+    """What there is of the first shard takes the first worker longer to read."""
+
+    class Overtaken(Script):
+        def load(self, worker):
+            return After(2.0 if worker.worker_id == "w0001-0001" else 5.0)
+
+        def reads_long(self, worker, lease):
+            return (worker.worker_id, lease.shard.shard_id) == ("w0001-0001", 0)
+
+        def shard(self, worker, lease):
+            return After(30.0)
+
+    w = world(Overtaken(), shards=2, speculate=False).run()
+    assert sorted(w.begun) == [("w0001-0001", 1), ("w0001-0002", 0)]
     assert w.ray.now < 60
 
 
