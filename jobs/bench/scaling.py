@@ -37,10 +37,10 @@ GOAL = "two workers at least 1.85 times as fast as one"
 class BenchOptions(ResultOptions):
     """Measure two workers against one, and two plain processes against one."""
 
-    images: int = 200_000
+    images: int = 150_000
     """Images per run of the light model, `default`."""
 
-    heavy_images: int = 96
+    heavy_images: int = 32
     """Images per run of the heavy model, `baseline`; 0: none."""
 
     pairs: int = 3
@@ -88,7 +88,7 @@ def scaling(model: str, images: int, pairs: int) -> dict[str, Any]:
                 "--model",
                 model,
             ]
-            command += ["--shard-size", str(max(1, min(images // 24, 4096)))]
+            command += ["--shard-size", str(max(1, min(images // 16, 4096)))]
             subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
             return float(json.loads((output / "stats.json").read_text())["seconds_first_to_last_commit"])
 
