@@ -39,7 +39,7 @@ class Pieces:
         energy_mj: of a segment of this worker.
 
     Attributes:
-        sealed: parts that this attempt sealed.
+        sealed: parts that this attempt sealed; after an error the last one may not stand.
         to_store: files of the last piece, once `finish` was called: they are in the scratch folder still.
     """
 
@@ -97,9 +97,9 @@ class Pieces:
             segment_estimate_mj(device.segment),
             labelled(device, self.lease.attempt_id, name),
         )
+        self.sealed.append(part)  # where storage does not answer it may stand all the same
         put_part(self.store, self.config, part)
         on_part()
-        self.sealed.append(part)
         self._rows |= zip(self._added, files.rows, strict=True)
         for file in files.files:
             (self._scratch / file.path).unlink()

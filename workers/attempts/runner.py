@@ -78,6 +78,7 @@ class AttemptRunner:
         self._device = device or device_thread()
         self._changed = threading.Condition()
         self._at_work: dict[str, tuple[Attempt, Handover | None]] = {}  # by attempt id, in order
+        self._leaves = False
 
     def run(self, lease: Lease) -> AttemptResult:
         """Attempt `lease`; returns once it is committed, or otherwise ended. Two callers at a time overlap.
@@ -88,6 +89,8 @@ class AttemptRunner:
         """
         attempt = Attempt(lease)
         with self._changed:
+            if self._leaves:
+                return AttemptResult(lease, "cancelled")
             self._at_work[lease.attempt_id] = attempt, None
         try:
             return self._run(attempt)
@@ -133,12 +136,14 @@ class AttemptRunner:
         self._check_device()
         began_wall_ns = now_wall_ns()
         with self.drawing.at_work_for(attempt, "shard"):
-            due = PartClock(self.config.part_s, len(requests))
+            due, left = PartClock(self.config.part_s, len(requests)), len(requests)
             for batch in self.drawing.batches_of(attempt, requests):
                 handover.put(batch)
-                if due.drew(len(batch)) or attempt.leaves:
+                left -= len(batch)
+                ends = attempt.leaves and left > 0  # what is drawn to its end is committed
+                if due.drew(len(batch)) or ends:
                     handover.seal(self.drawing.stretch(attempt, began_wall_ns))
-                if attempt.leaves:
+                if ends:
                     raise AttemptCancelled
         return self.drawing.device_time(began_wall_ns)
 
@@ -183,9 +188,11 @@ class AttemptRunner:
     def leave(self) -> None:
         """The worker is about to end: every attempt ends after the batch that is drawn, and what it has made is sealed.
 
-        What cannot be sealed, because it waits for its device or asks a question, is called off.
+        What cannot be sealed, because it waits for its device or asks a question, is called off, and so is a lease that comes now:
+        it may have been on its way.
         """
         with self._changed:
+            self._leaves = True
             for attempt, handover in self._at_work.values():
                 attempt.leaves = True
                 if handover is None or handover.withdraw():
