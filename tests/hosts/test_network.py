@@ -5,7 +5,7 @@ import sys
 import pytest
 from support.hosts.network import Hosts, missing
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 ECHO = """
 import socket

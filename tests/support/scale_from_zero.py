@@ -1,6 +1,6 @@
 """How quickly a cluster without nodes makes its first image, is without nodes again, and whether each node it got was needed.
 
-`python -m support.scale_from_zero RUNS RECORD` (in `tests/`). Ray's own autoscaler (version 2) starts nodes with a GPU that is
+`python -m support.scale_from_zero IMAGES,IMAGES,... RECORD` (in `tests/`): a run of so many images each. Ray's own autoscaler (version 2) starts nodes with a GPU that is
 none: real raylets on this machine, so a cloud's time to boot a machine is not in the figures. Nodes are counted by a process that
 asks the cluster's head, images by the files there are; no count of the job's own is believed. A run is a cluster of its own.
 """
@@ -8,6 +8,7 @@ asks the cluster's head, images by the files there are; no count of the job's ow
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -21,14 +22,14 @@ from support.scaling_cluster import ScalingCluster
 from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.measuring.measurement import write_result
 
-IMAGES, SHARD_ROWS, IMAGE_S = 800, 16, 0.05
+SHARD_ROWS, IMAGE_S = 16, 0.05
 IDLE_S, MOST_NODES = 10.0, 4
 GOAL_FIRST_IMAGE_S, GOAL_AFTER_IDLE_S = 60.0, 30.0
 
 
-def one_run(folder: Path) -> dict[str, Any]:
-    """A job on an empty cluster, and the same command again when there is nothing left to do."""
-    prompts, output = write_prompts(folder / "prompts.txt", IMAGES), folder / "out"
+def one_run(folder: Path, images: int) -> dict[str, Any]:
+    """A job of `images` on an empty cluster, and the same command again when there is nothing left to do."""
+    prompts, output = write_prompts(folder / "prompts.txt", images), folder / "out"
     arguments = ("--prompts", prompts, "--output", output, "--model", "python:support.models:slow")
     arguments += ("--shard-size", SHARD_ROWS, "--workers", f"0:{2 * MOST_NODES}")
     node_type = {"gpu-worker": ({"CPU": 2.0, "GPU": 1.0}, MOST_NODES)}
@@ -47,11 +48,13 @@ def one_run(folder: Path) -> dict[str, Any]:
         assert again.returncode == 0, again.stderr
         time.sleep(2 * IDLE_S)
         for_nothing = frozenset().union(*(s.nodes for s in watch.samples[len(samples) :]))
-    assert_exactly_once(output, IMAGES)
+    assert_exactly_once(output, images)
     first = min(path.stat().st_mtime for path in (output / "data").iterdir())
     launched = frozenset().union(*(s.nodes for s in samples))
     worked = {row["node_id"] for row in energy_rows(output, "attempt") if row["outcome"] == "committed"}
     return {
+        "images": images,
+        "load_average": os.getloadavg()[0],
         "seconds_to_first_image": first - submitted,
         "seconds_to_first_node": next(s.unix for s in samples if s.nodes) - submitted,
         "seconds_of_the_job": ended - submitted,
@@ -66,14 +69,13 @@ def one_run(folder: Path) -> dict[str, Any]:
 
 def main(runs: str, record: str) -> None:
     rows = []
-    for _ in range(int(runs)):
+    for images in runs.split(","):
         with tempfile.TemporaryDirectory(prefix="mj-zero-") as folder:
-            rows.append(one_run(Path(folder)))
+            rows.append(one_run(Path(folder), int(images)))
             print(json.dumps(rows[-1]), flush=True)
     result = {
         "what": "scale from zero: fake GPU nodes of Ray's autoscaler, version 2",
         "setting": {
-            "images": IMAGES,
             "images_per_shard": SHARD_ROWS,
             "seconds_per_image": IMAGE_S,
             "idle_timeout_s": IDLE_S,
