@@ -126,9 +126,8 @@ class Drawing:
                 part, outcome.images, outcome.warnings, outcome.rejected, strict=True
             ):
                 steps = request.num_inference_steps or own_steps
-                row = ImageRow(
-                    request, "ok", width=width, height=height, num_inference_steps=steps, warnings=words
-                )
+                # all by place: names cost as much as the row
+                row = ImageRow(request, "ok", width, height, steps, None, None, None, None, words)
                 if rejected is None:
                     drawn.append(DrawnImage(next(at), row, image))
                     continue

@@ -120,9 +120,10 @@ class Finishing:
             for part in parts:
                 outcomes = part.outcome.result()
                 attempt.check()
+                _add(writer, part.drawn, outcomes)
                 for drawn, outcome in zip(part.drawn, outcomes, strict=True):
-                    if _add(writer, drawn, outcome):
-                        healthy = healthy or drawn.at
+                    if healthy is None and isinstance(outcome, bytes):
+                        healthy = drawn.at
                     if drawn.is_suspect:
                         suspects.append(Suspect(*drawn.at, drawn.row.error or ""))
                 attempt.step()
@@ -230,14 +231,19 @@ def store_files(
             raise
 
 
-def _add(writer: ShardWriter, drawn: DrawnImage, outcome: bytes | Exception | None) -> bool:
-    """Give one image to the writer; False where there is none."""
-    row = drawn.row
-    if isinstance(outcome, Exception):
-        writer.add(row._replace(status="quarantined", error=reason(outcome)), None)
-        return False
-    writer.add(row, outcome)
-    return outcome is not None
+def _add(
+    writer: ShardWriter, drawn: Sequence[DrawnImage], outcomes: Sequence[bytes | Exception | None]
+) -> None:
+    """Give images to the writer, and rows that have none."""
+    rows, encoded = [], []
+    for one, outcome in zip(drawn, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            rows.append(one.row._replace(status="quarantined", error=reason(outcome)))
+            encoded.append(None)
+        else:
+            rows.append(one.row)
+            encoded.append(outcome)
+    writer.add_many(rows, encoded)
 
 
 @contextmanager
