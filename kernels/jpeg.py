@@ -1,7 +1,8 @@
 """RGB images as JPEG files, many in one call: baseline, with the tables that most encoders have.
 
 Source: ITU-T T.81 (1992), annexes A, F and K; JFIF 1.02. The reference is Pillow, over libjpeg-turbo in its wheels. The compiled form
-(`cpp/jpeg`) computes the same integers: the files are the same, byte for byte, at any quality and on any processor.
+(`cpp/jpeg`) computes the same integers: the files are the same, byte for byte, at any quality and on any processor. It is for small
+images, many in a call: of an icon Pillow's own work takes longer than libjpeg's.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from PIL import Image
 
 from millijoule.kernels.native_library import native_form, native_library
 
-#: Bytes of pixels from which on Pillow encodes an image: it streams, the compiled form has room for the longest file there could be.
-MAX_COMPILED_BYTES = 1 << 26
+#: Pillow encodes images with more bytes of pixels, above about 104x104: there a call is no longer what takes the time, and
+#: libjpeg-turbo's vectors are faster than what a compiler makes of ours.
+MAX_COMPILED_BYTES = 1 << 15
 
 #: Pixels a side, as the frame's header holds them; libjpeg stops a little earlier.
 MAX_SIDE = 65_500

@@ -55,16 +55,25 @@ class Bits {
  public:
   explicit Bits(uint8_t* out) : out_(out) {}
 
-  // The last `count` bits of `value`, at most 32.
+  // `count` bits, at most 32; `value` has no others.
   void put(uint32_t value, int count) {
     held_ = held_ << count | value;
     count_ += count;
-    while (count_ >= 8) byte(static_cast<uint8_t>(held_ >> (count_ -= 8)));
+    if (count_ < 32) return;
+    count_ -= 32;
+    const uint32_t whole = static_cast<uint32_t>(held_ >> count_);
+    if (whole & ~(whole + 0x01010101u) & 0x80808080u) {  // a byte of ones is followed by a zero
+      for (int k = 24; k >= 0; k -= 8) byte(static_cast<uint8_t>(whole >> k));
+    } else {
+      store_network32(out_, whole);
+      out_ += 4;
+    }
   }
 
   // Fills the last byte with ones.
   uint8_t* end() {
-    if (count_) put((1u << (8 - count_)) - 1, 8 - count_);
+    if (const int open = -count_ & 7) put((1u << open) - 1, open);
+    while (count_) byte(static_cast<uint8_t>(held_ >> (count_ -= 8)));
     return out_;
   }
 

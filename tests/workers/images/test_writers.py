@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from millijoule.workers.errors import InputError
@@ -193,6 +193,7 @@ def test_no_two_images_share_a_name(images):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["image", "none", "large", "other"]), st.integers(1, 7)), max_size=12),
     st.integers(1, 9),
