@@ -73,6 +73,11 @@ class Pieces:
         self._writer.add(row, encoded)
         self._added.append(at)
 
+    def add_many(self, ats: Sequence[At], rows: Sequence[ImageRow], encoded: Sequence[bytes | None]) -> None:
+        """See `ShardWriter.add_many`."""
+        self._writer.add_many(rows, encoded)
+        self._added += ats
+
     def has(self, at: At) -> bool:
         """Whether an image is in a sealed part, of this attempt or of an earlier one."""
         return at in self._rows

@@ -29,7 +29,7 @@ from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_estimate_mj
 from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
-from millijoule.workers.shard_rows import read_shard_rows, shard_requests
+from millijoule.workers.shard_rows import read_shard_rows, requests_by_place, shard_requests
 from millijoule.workers.storage.protocol import Store
 
 #: Pixels that are drawn and not written yet, of all attempts of a worker: two batches of 16 images of 1024x1024.
@@ -111,8 +111,7 @@ class AttemptRunner:
         if lease.probe_rows is not None:
             asked = shard_requests(rows[slice(*lease.probe_rows)], self.config.job_seed)
             return self._on_device(lambda: probe(self.drawing, attempt, asked))
-        places = [(i, k) for i, row in enumerate(rows) for k in row.image_indices]
-        requests: Requests = dict(zip(places, shard_requests(rows, self.config.job_seed), strict=True))
+        requests: Requests = requests_by_place(rows, self.config.job_seed)
         if lease.confirm:
             return self._on_device(lambda: confirm(self.drawing, attempt, requests))
         wanted = requests
