@@ -89,7 +89,8 @@ class FleetPolicy:
         self._unleased = self._open_shards = 0
         self._has_questions = False
         self._next_look = 0.0
-        self._began = -math.inf
+        self._began = self._now = -math.inf
+        self._is_anyone_in_time = False  # by the deadline, with one more shard
 
     def observe(self, commit: Commit) -> None:
         """A commit of this run has arrived."""
@@ -98,6 +99,7 @@ class FleetPolicy:
 
     def look(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
         """Take note of what is at work and left; choose anew where it is time to."""
+        self._now = now
         if self._began == -math.inf:
             self._began = now
         for worker in workers:
@@ -265,11 +267,13 @@ class FleetPolicy:
         """When everything is done as things stand; far from the end nobody asks."""
         ready = [w for w in workers if w.ready is not None and not w.stopping]
         rates = {w.worker_id: rate for w in ready if (rate := self._rate(w)) > 0}
-        self._spans, self._end_s = {}, None
+        self._spans, self._end_s, self._is_anyone_in_time = {}, None, False
         for worker_id, rate in rates.items():
             self._spans[worker_id] = (0.0, self._shard_images / rate)
-        if not rates or len(rates) < len(ready):
-            return  # of somebody it is not known yet how fast it is
+        if not rates:
+            return
+        fastest_s = min(each for _, each in self._spans.values())
+        self._is_anyone_in_time = self.deadline_s is not None and now + fastest_s <= self.deadline_s
         shards, slowest_s = self._open_shards, max(s for _, s in self._spans.values())
         if shards * self._shard_images / sum(rates.values()) > slowest_s:
             return
@@ -287,16 +291,30 @@ class FleetPolicy:
         """Whether one more shard for this worker, begun when it is free, is of use."""
         if worker.worker_id in self.leaving:
             return False
-        if self._end_s is None or worker.worker_id not in self._spans:
-            return True
         if self._has_questions or self._open_shards <= 0:  # answers and second leases need whoever is there
             return True
-        return self._is_in_time(worker)
+        if (span := self._span(worker)) is None:  # what it is worth shows in one shard, while there are many
+            return self._end_s is None and not worker.held
+        if not self._ends_before_deadline(worker, span[1]):
+            return False
+        return self._end_s is None or self._is_in_time(span)
 
-    def _is_in_time(self, worker: Any) -> bool:
-        """Whether it would end one more shard before the others have done all there is."""
+    def _span(self, worker: Any) -> tuple[float, float] | None:
+        """Seconds until it is free, and for one more shard; None: not known. It may have committed its first since the last look."""
+        rate = self._rate(worker)
+        return self._spans.get(worker.worker_id) or ((0.0, self._shard_images / rate) if rate else None)
+
+    def _ends_before_deadline(self, worker: Any, shard_s: float) -> bool:
+        """Whether one more shard of it would; and where the others' would not, or all are late, that is no reason to refuse it."""
+        if self.deadline_s is None or self._is_late or not self._is_anyone_in_time:
+            return True
+        shards = 2 if worker.held else 1
+        return self._now + shards * shard_s <= self.deadline_s
+
+    def _is_in_time(self, span: tuple[float, float]) -> bool:
+        """Whether a device that is free and takes so long would end one more shard before the others have done all there is."""
         assert self._end_s is not None
-        busy_s, shard_s = self._spans[worker.worker_id]
+        busy_s, shard_s = span
         return busy_s + shard_s <= self._end_s * (1 + STRAGGLER_TOLERANCE)
 
     def wants_back(self, worker: Any) -> bool:
@@ -305,7 +323,7 @@ class FleetPolicy:
             return True
         if self._end_s is None or worker.worker_id not in self._spans:
             return False
-        return not self._is_in_time(worker)
+        return not self._is_in_time(self._spans[worker.worker_id])
 
     def may_start(self, pool: str) -> bool:
         """Whether a worker of `pool` that is asked for now can still be of use."""
