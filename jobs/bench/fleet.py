@@ -12,6 +12,7 @@ measured beside (`ray_calls`).
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from millijoule.workers.errors import InputError
 
 #: Images of a shard in the comparison of policies: some 17 s of an H100, nine minutes of a T4.
 POLICY_SHARD_IMAGES = 16
+#: Of so many devices each kind has two, one of them spot, in every mix.
+LEAST_DEVICES = 20
 #: A model of fewer steps, in the measurement of load: shards of 100 images then take 4 s to two minutes.
 LOAD_SPEED, LOAD_SHARD_IMAGES = 25.0, 100
 
@@ -74,6 +77,7 @@ def run(options: BenchOptions) -> int:
     for mix in options.mixes:
         if mix not in MIXES:
             raise InputError(f"--mixes {mix}: one of {', '.join(MIXES)}")
+    sizes = _check(options)
     result = {**describe("simulated fleets under the real driver", options), "assumptions": ASSUMPTIONS}
     if options.before is not None:
         earlier = json.loads(Path(options.before).read_text())
@@ -82,8 +86,8 @@ def run(options: BenchOptions) -> int:
         result["policies"] = [
             run_alone(compare, mix, spot, asdict(options)) for mix in options.mixes for spot in (False, True)
         ]
-    if options.load:
-        result["load"] = [run_alone(measure_load, *map(int, size.split(":"))) for size in options.load]
+    if sizes:
+        result["load"] = [run_alone(measure_load, *size) for size in sizes]
     if options.ray_calls:
         result["ray_calls"] = run_alone(measure_ray_calls)
     if options.picture is not None:
@@ -92,6 +96,26 @@ def run(options: BenchOptions) -> int:
         Path(options.picture).write_bytes(draw_policies(result["policies"]))
     write_result(result, options.result)
     return COMPLETE
+
+
+def _check(options: BenchOptions) -> list[tuple[int, int]]:
+    """The sizes of `--load`, devices and shards, of options that mean something; raises InputError."""
+    for name, least in (("devices", LEAST_DEVICES), ("shards_per_device", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least}")
+    for name, values in (("deadlines", options.deadlines), ("small-factor", [options.small_factor])):
+        for value in values:
+            if not 0 < value < float("inf"):
+                raise InputError(f"--{name} {value:g}: more than 0")
+    sizes = []
+    for size in options.load:
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", size)
+        if match is None or int(match[1]) < LEAST_DEVICES or int(match[2]) < 1:
+            raise InputError(
+                f"--load {size}: DEVICES:SHARDS such as 1000:1000000, at least {LEAST_DEVICES} devices"
+            )
+        sizes.append((int(match[1]), int(match[2])))
+    return sizes
 
 
 def compare(mix: str, spot: bool, options: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
             )
         yield Cluster(f"the cluster at {present}", own=False)
         return
-    where = address or os.environ.get("RAY_ADDRESS")
+    where = address or os.environ.get("RAY_ADDRESS") or None  # empty is not set
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if where is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

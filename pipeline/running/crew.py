@@ -119,9 +119,8 @@ class Crew:
 
         That is one behind the first; or the first, where its rows, or the parts there are of it, took longer to read.
         """
-        held_now = list(worker.held.values())
-        behind = held_now[1:]
-        overtaken = held_now[:1] if any(held.has_begun for held in behind) else []
+        first, behind = list(worker.held.values())[:1], list(worker.held.values())[1:]
+        overtaken = first if any(held.has_begun for held in behind) else []
         for held in [*behind, *overtaken]:
             if not held.asked_back and not held.has_begun:
                 held.asked_back = True

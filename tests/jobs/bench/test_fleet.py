@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 from PIL import Image
 
-from millijoule.jobs.bench.fleet import BenchOptions, compare, measure_load
+from millijoule.jobs.bench.fleet import BenchOptions, compare, measure_load, run
 from millijoule.jobs.simulating.picture import draw_policies
+from millijoule.workers.errors import InputError
 
 
 def test_policies_stand_beside_work_stealing_on_the_same_devices(capsys):
@@ -34,3 +36,24 @@ def test_load_is_the_drivers_processor_time_over_simulated_time(capsys):
     assert found["calls"]["run"] >= 100
     assert found["peak_mb"] >= found["mb_before_the_run"] > 0
     assert BenchOptions().load == ("1000:1000000",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mixes": ("odd",)}, "--mixes odd"),
+        ({"devices": 3}, "--devices 3"),
+        ({"shards_per_device": 0}, "--shards-per-device 0"),
+        ({"deadlines": (1.5, 0.0)}, "--deadlines 0"),
+        ({"deadlines": (float("nan"),)}, "--deadlines nan"),
+        ({"small_factor": -1.0}, "--small-factor -1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"load": ("many",)}, "--load many"),
+        ({"load": ("1000",)}, "--load 1000"),
+        ({"load": ("4:1000",)}, "--load 4:1000"),
+    ],
+)
+def test_a_fleet_that_means_nothing_is_refused_before_anything_is_simulated(changes, words, monkeypatch):
+    monkeypatch.setattr("millijoule.jobs.bench.fleet.run_alone", lambda *_: pytest.fail("it was simulated"))
+    with pytest.raises(InputError, match=words):
+        run(BenchOptions("result.json", **changes))

@@ -36,3 +36,15 @@ def test_other_errors_are_not_hidden(failing):
     failing(TypeError("no such option"))
     with pytest.raises(TypeError, match="no such option"), connected(None):
         pass
+
+
+def test_an_empty_address_in_the_environment_is_none(monkeypatch):
+    """The Ray is then this machine's own, which nobody will ever join."""
+    asked = []
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *where, **_: asked.append(where))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with connected(None) as cluster:
+        assert cluster.own
+    assert asked == [("local",)]
