@@ -8,7 +8,11 @@ from support.hosts.network import missing
 from support.hosts.ray_hosts import RayHosts, wait_for
 from support.jobs import hashes
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
 
 @pytest.fixture(scope="module")

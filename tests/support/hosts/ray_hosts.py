@@ -24,7 +24,7 @@ from support.nodes import SITE, TESTS
 
 BIN = Path(sys.executable).parent
 GCS_PORT, DASHBOARD_PORT, REDIS_PORT = 6379, 8265, 6380
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 _COUNT_NODES = """
 import sys
 from ray._raylet import GcsClient
