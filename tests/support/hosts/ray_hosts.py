@@ -70,6 +70,9 @@ class RayHosts(Hosts):
             "RAY_health_check_period_ms": "500",
             "RAY_health_check_timeout_ms": "1000",
             "RAY_health_check_failure_threshold": "4",
+            # on a machine that is busy with something else
+            "RAY_raylet_start_wait_time_s": "120",
+            "RAY_agent_register_timeout_ms": "120000",
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "PYTHONPATH": f"{SITE}:{TESTS}",
             "MILLIJOULE_TEST_DIR": str(self.folder / "harm"),
