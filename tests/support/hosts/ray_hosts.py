@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -235,7 +236,9 @@ class RayHosts(Hosts):
         super().__exit__()
 
 
-def wait_for(done, what: str, log: Path | None = None, timeout_s: float = START_TIMEOUT_S) -> None:  # type: ignore[no-untyped-def]
+def wait_for(
+    done: Callable[[], object], what: str, log: Path | None = None, timeout_s: float = START_TIMEOUT_S
+) -> None:
     """Until `done()`; fails with the end of `log`."""
     deadline = time.monotonic() + timeout_s
     while not done():
