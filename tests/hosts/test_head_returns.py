@@ -9,7 +9,11 @@ from support.hosts.network import missing
 from support.hosts.ray_hosts import RayHosts, wait_for
 from support.jobs import energy_rows, hashes
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
 KEEPERS = [
     "rocksdb",

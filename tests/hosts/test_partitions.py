@@ -8,7 +8,11 @@ from support.hosts.network import missing
 from support.hosts.ray_hosts import RayHosts, wait_for
 from support.jobs import hashes
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +38,8 @@ def stats(output):
     return json.loads((output / "stats.json").read_text())
 
 
-def w1_is_back(hosts):
-    return wait_for(lambda: hosts.nodes_alive() == 3, "w1 is back")
+def wait_for_w1(hosts):
+    wait_for(lambda: hosts.nodes_alive() == 3, "w1 is back")
 
 
 def test_a_worker_that_lost_the_head_commits_nothing_that_another_has_committed(hosts, expected, tmp_path):
@@ -50,7 +54,7 @@ def test_a_worker_that_lost_the_head_commits_nothing_that_another_has_committed(
     standing = job.commits()
     assert set(lost) <= set(standing)
     hosts.heal()
-    w1_is_back(hosts)
+    wait_for_w1(hosts)
     output = job.finished(driver)
     assert {shard: body for shard, body in job.commits().items() if shard in standing} == standing
     assert hashes(output) == expected
@@ -76,7 +80,7 @@ def test_a_zombie_that_reaches_storage_again_is_refused_and_its_joules_are_booke
         "the zombie was refused",
     )
     hosts.heal()
-    w1_is_back(hosts)
+    wait_for_w1(hosts)
     output = job.finished(driver)
     assert {shard: body for shard, body in job.commits().items() if shard in standing} == standing
     assert hashes(output) == expected

@@ -9,7 +9,11 @@ from support.hosts.network import missing
 from support.hosts.ray_hosts import BIN, DASHBOARD_PORT, RayHosts, wait_for
 from support.jobs import energy_rows, manifest
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
 
 
 def submit(hosts: RayHosts, job: HostJob) -> subprocess.Popen[bytes]:

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from support.nodes import SITE, TESTS
 
 BIN = Path(sys.executable).parent
 GCS_PORT, DASHBOARD_PORT, REDIS_PORT = 6379, 8265, 6380
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 _COUNT_NODES = """
 import sys
 from ray._raylet import GcsClient
@@ -70,6 +71,9 @@ class RayHosts(Hosts):
             "RAY_health_check_period_ms": "500",
             "RAY_health_check_timeout_ms": "1000",
             "RAY_health_check_failure_threshold": "4",
+            # on a machine that is busy with something else
+            "RAY_raylet_start_wait_time_s": "120",
+            "RAY_agent_register_timeout_ms": "120000",
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "PYTHONPATH": f"{SITE}:{TESTS}",
             "MILLIJOULE_TEST_DIR": str(self.folder / "harm"),
@@ -232,7 +236,9 @@ class RayHosts(Hosts):
         super().__exit__()
 
 
-def wait_for(done, what: str, log: Path | None = None, timeout_s: float = START_TIMEOUT_S) -> None:  # type: ignore[no-untyped-def]
+def wait_for(
+    done: Callable[[], object], what: str, log: Path | None = None, timeout_s: float = START_TIMEOUT_S
+) -> None:
     """Until `done()`; fails with the end of `log`."""
     deadline = time.monotonic() + timeout_s
     while not done():
