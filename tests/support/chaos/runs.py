@@ -1,0 +1,314 @@
+"""One storm over one job: real processes on a forked cluster, faults as the seed says, and the oracle at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from support import boards, random_runs
+from support.chaos import inside, oracle
+from support.chaos.faults import INSIDE, MAY_HIDE_ENERGY, Fault, Round, Storm
+from support.counter_judge import judge
+from support.fault_plans import DriverPlan
+from support.forked_cluster import Node
+from support.random_runs import World
+
+#: Drivers that follow when those of the plan did not finish the job; a new one begins with a clean slate of nodes.
+MORE_DRIVERS = 8
+
+_OURS = {
+    *(
+        "out",
+        "hosts",
+        "prompts.txt",
+        "passed",
+        "armed",
+        "injected",
+        "log",
+        "check.json",
+        "result.json",
+        "tmp",
+    ),
+    "kept",
+}
+_END_SIGNALS = {
+    "driver killed": signal.SIGKILL,
+    "driver terminated": signal.SIGTERM,
+    "driver interrupted": signal.SIGINT,
+}
+
+
+class StormWorld(World):
+    """A world of `random_runs` whose plan is a storm."""
+
+    def __init__(self, storm: Storm, folder: Path) -> None:
+        super().__init__(storm.plan, folder)
+        self.storm = storm
+        self.ground = inside.Ground(folder)
+        self.ground.armed.mkdir()
+        self.problems: list[str] = []
+
+    def run(self) -> None:
+        for i in range(len(self.plan.hosts)):
+            self._join(i)
+        rounds = list(self.storm.rounds)
+        more = MORE_DRIVERS
+        while rounds or (self.codes[-1] not in (0, 3) and more):
+            if not rounds:
+                more -= 1
+            self._run_round(rounds.pop(0) if rounds else Round())
+            if self.codes[-1] in (0, 3) and all(r.end is None for r in rounds):
+                break
+        if any(f.kind == "second driver" for r in self.storm.rounds for f in r.faults):
+            self._run_driver(DriverPlan())  # the one that came too late may have records to write
+        until = time.monotonic() + 2 * self.cluster.owner_most_s + 1.0
+        while self.cluster.actors and time.monotonic() < until:
+            self.cluster.turn()
+        self.problems += [f"worker {a.name} outlived its job" for a in self.cluster.actors.values()]
+        self.cluster.close()
+
+    def _run_round(self, round_: Round) -> None:
+        mend = [self._before(kind) for kind in round_.before]
+        twin_after_s = None
+        for fault in round_.faults:
+            if fault.kind == "second driver":
+                twin_after_s = fault.at_s
+            else:
+                self._later(fault.at_s, partial(self._strike, fault))
+        if round_.end is not None:
+            self._later(0.05, partial(self._end_driver, *round_.end))
+        if twin_after_s is not None:
+            self._later(twin_after_s, lambda: self.ground.write("second driver"))
+        reboot = tuple(
+            h
+            for b in round_.before
+            if b == "host started anew"
+            for h in [self.rng.randrange(len(self.boots))]
+        )
+        self._run_driver(DriverPlan(reboot=reboot, twin_after_s=twin_after_s))
+        for act in mend:
+            act()
+
+    def _later(self, at_s: float, act: Callable[[], None]) -> None:
+        begun = len(self.codes)
+        self.cluster.at(at_s, lambda: act() if len(self.codes) == begun else None)
+
+    def _end_driver(self, kind: str, commits: int) -> None:
+        if len(list(self.folder.glob("out/_job/commits/*/*.json"))) < commits:
+            self._later(0.01, partial(self._end_driver, kind, commits))
+        elif self._signal_driver(_END_SIGNALS[kind]):
+            self.ground.write(kind)
+
+    def _signal_driver(self, signum: int) -> bool:
+        driver = self.cluster.drivers[-1] if self.cluster.drivers else None
+        if driver is None or driver.returncode is not None:
+            return False
+        os.kill(driver.pid, signum)
+        return True
+
+    def _strike(self, fault: Fault) -> None:
+        """The moment of `fault` has come; where there is nobody to strike it waits a little."""
+        kind, done = fault.kind, False
+        if kind in INSIDE:
+            self.ground.arm(kind)
+            return
+        if kind.startswith("worker") or kind == "reader killed":
+            done = self._signal_actor(fault)
+        elif kind == "driver stopped for a while":
+            done = self._signal_driver(signal.SIGSTOP)
+            self.cluster.at(fault.seconds, lambda: self._signal_driver(signal.SIGCONT))
+        elif kind in ("node lost", "node preempted"):
+            done = any(n.alive and not n.draining for n in self.cluster.nodes)
+            self._lose(kind == "node preempted", fault.seconds if kind == "node lost" else 0.0)
+            self._later(0.6, self._join_missing)
+        elif kind == "counter reset":
+            self.rng.choice(self.boards()).reset()
+            done = True
+        if done:
+            self.ground.write(kind)
+        else:
+            self._later(0.1, partial(self._strike, fault))
+
+    def _signal_actor(self, fault: Fault) -> bool:
+        first = "r" if fault.kind == "reader killed" else "w"
+        pids = sorted(
+            a.pid for a in self.cluster.actors.values() if a.pid and a.name[0] == first and not a.gone
+        )
+        if not pids:
+            return False
+        pid = self.rng.choice(pids)
+        signum = {"worker stopped for a while": signal.SIGSTOP, "worker terminated": signal.SIGTERM}.get(
+            fault.kind, signal.SIGKILL
+        )
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            return False
+        if signum == signal.SIGSTOP:
+            self.cluster.at(fault.seconds, partial(self._wake, pid))
+        return True
+
+    def _wake(self, pid: int) -> None:
+        if any(a.pid == pid for a in self.cluster.actors.values()):
+            os.kill(pid, signal.SIGCONT)
+
+    def _join_missing(self) -> None:
+        for i in range(len(self.plan.hosts)):
+            if not any(n.alive and not n.draining and n.folder == self._host(i) for n in self.cluster.nodes):
+                self._join(i)
+
+    def _before(self, kind: str) -> Callable[[], None]:
+        """Do what is done before a driver starts; the result mends it afterwards."""
+        out = self.folder / "out"
+        if kind == "host started anew":
+            self.ground.write(kind)
+        elif kind == "collected commits lost" and (out / "_job" / "ledger").exists():
+            shutil.rmtree(out / "_job" / "ledger")
+            self.ground.write(kind)
+        elif kind == "collected commits damaged":
+            for path in sorted(out.glob("_job/ledger/*.parquet"))[:1]:
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+                self.ground.write(kind)
+        elif kind == "half-written files left" and (out / "data").exists():
+            (out / "data" / ".millijoule-tmp-0123456789abcdef").write_bytes(b"half")
+            (out / "data" / "00000000-e0001-000000000000.parquet").write_bytes(b"half")
+            self.ground.write(kind)
+        elif kind == "commit damaged" and not list(out.glob("_job/ledger/*.parquet")):
+            # one that is collected is not read again before `check`
+            for path in sorted(out.glob("_job/commits/*/*.json"))[:1]:
+                whole = path.read_bytes()
+                path.write_bytes(whole[: len(whole) // 2])
+                self.ground.write(kind)
+                return partial(self._mend_commit, path, whole)
+        return lambda: None
+
+    def _mend_commit(self, path: Path, whole: bytes) -> None:
+        """A person puts the object back; meanwhile no driver may have called the job finished."""
+        if self.codes[-1] in (0, 3):
+            self.problems.append("a job with a damaged commit was called finished")
+        if path.read_bytes() != whole[: len(whole) // 2]:
+            self.problems.append("a damaged commit was overwritten")
+        path.write_bytes(whole)
+        self.codes.append(None)
+
+    def damage_objects(self) -> None:
+        """What `check` says of data that was damaged or lost when the job was done."""
+        for kind in self.storm.after:
+            path = self.rng.choice(sorted(oracle.data_files(self.folder / "out")))
+            whole = path.read_bytes()
+            if kind == "object corrupted":
+                at = len(whole) // 3
+                path.unlink()  # not through a hard link
+                path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
+            else:
+                path.unlink()
+            self.ground.write(kind)
+            if not any(path.name in problem for problem in self.check()):
+                self.problems.append(f"{kind}: check does not name {path.name}")
+            path.unlink(missing_ok=True)
+            path.write_bytes(whole)
+
+
+def run_storm(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) -> dict[str, Any]:
+    """One whole storm in this process and its children, judged."""
+    enter_host = random_runs.enter_host
+
+    def enter(node: Node | None, plan: Any, where: Path) -> None:
+        enter_host(node, plan, where)
+        inside.install(where, worker=node is not None)
+
+    random_runs.enter_host = enter
+    began = time.monotonic()
+    world = StormWorld(storm, folder)
+    world.run()
+    seconds = time.monotonic() - began
+    problems = world.problems
+    out = folder / "out"
+    kinds = [line["kind"] for line in world.ground.written()]
+    verdict = judge(
+        out, {b.uuid: (world.boots_of(b), b.records()) for b in world.boards()}, world.cluster.names
+    )
+    problems += verdict.problems
+    if world.hung:
+        problems.append("a driver hung")
+    if verdict.outcome == "unfinished":
+        problems.append(f"unfinished: drivers ended with {world.codes}")
+    else:
+        problems += oracle.image_problems(
+            out, storm.plan.prompts, undisturbed["hashes"] if undisturbed else None
+        )
+        problems += world.check()
+        world.damage_objects()
+        if verdict.outcome == "missing" and not set(kinds) & MAY_HIDE_ENERGY:
+            problems.append(f"energy is missing though its counters could be read: {verdict.reasons}")
+    problems += oracle.stray_files(folder, _OURS)
+    problems += oracle.orphans(os.getsid(0))
+    spent = sum(
+        after.value_mj - before.value_mj
+        for board in world.boards()
+        for records in [board.records()]
+        for before, after in zip(records, records[1:], strict=False)
+        if after.kind == boards.SPEND
+    )
+    kinds = [line["kind"] for line in world.ground.written()]
+    result = {
+        "run": storm.seed,
+        "shape": storm.shape,
+        "faults": kinds,
+        "outcome": verdict.outcome,
+        "codes": world.codes,
+        "processes": len(world.cluster.names),
+        "seconds": round(seconds, 2),
+        "spent_mj": spent,
+        "certified_mj": verdict.total_mj,
+        "scratch_left": len(os.listdir(folder / "tmp")),
+        "problems": problems,
+    }
+    if undisturbed is None:
+        result["hashes"] = oracle.hashes(out)
+    return result
+
+
+def run_in_child(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) -> dict[str, Any]:
+    """The same in a session of its own; `folder` stays where there were problems."""
+    folder.mkdir(parents=True)
+    (folder / "tmp").mkdir()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.setsid()
+            log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
+            (folder / "result.json").write_text(json.dumps(run_storm(storm, folder, undisturbed)))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.waitpid(pid, 0)
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        tail = (folder / "log").read_text()[-3000:]
+        result = {
+            "run": storm.seed,
+            "shape": storm.shape,
+            "faults": [],
+            "problems": [f"the run itself failed:\n{tail}"],
+        }
+        result |= {"outcome": "unfinished", "seconds": 0.0, "spent_mj": 0, "processes": 0, "codes": []}
+    if not result["problems"]:
+        shutil.rmtree(folder)
+    return result
