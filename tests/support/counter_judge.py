@@ -3,6 +3,7 @@
 What the job certifies must be the growth of its boards' counters from the first reading that opened an account to a reading
 after all that its workers ever spent and read; or it must be missing, with the workers named whose energy nobody knows.
 Several such readings may stand at the end, a millijoule apart: of readers, and of workers that ended before they had an account.
+A worker whose account could not be written, and that said so in its last words, may have been counted from its own first reading.
 A host counts the resets of all its boards as one: while a board that was not reset had no account open, its pause may be left out.
 The job's own record is asked one thing only: which readings opened accounts; the history shows that they were made, and that
 nothing was spent before them.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -50,6 +51,8 @@ def judge(
         return Verdict("unfinished")
     stats = json.loads((output / STATS_KEY).read_text())
     workers = [WorkerEnvironment.from_json(p.read_bytes()) for p in output.glob("_job/workers/*.json")]
+    named = {w.worker_id for w in workers}
+    unopened = {p.stem for p in output.glob("_job/closed/*.json")} - named
     verdict = Verdict("missing")
     ran: dict[tuple[str, str], set[int]] = {}
     reset = False
@@ -59,7 +62,9 @@ def judge(
             resets[boot_id] += [r.t_mono_ns for r in later if r.kind == boards.RESET]
     for uuid, (boots, records) in history.items():
         for boot_id, records_of_boot in zip(boots, _split(records, boards.REBOOT), strict=True):
-            found = _ran(uuid, records_of_boot, workers, names, resets.get(boot_id, []), verdict.problems)
+            found = _ran(
+                *(uuid, records_of_boot, workers, unopened, names, resets.get(boot_id, []), verdict.problems)
+            )
             if found is not None:
                 ran[boot_id, f"gpu:{uuid}"] = found
         reset = reset or any(r.kind in (boards.RESET, boards.REBOOT) for r in records[1:])
@@ -112,13 +117,14 @@ def _ran(
     uuid: str,
     records: Sequence[boards.Record],
     workers: Sequence[WorkerEnvironment],
+    unopened: Collection[str],
     names: Mapping[int, str],
     resets: Sequence[int],
     problems: list[str],
 ) -> set[int] | None:
     """What the job may say that it ran on a board during one boot; None where it had no worker there.
 
-    `resets`: when any board of the host was reset in that boot, on the monotonic clock.
+    `unopened`: names of workers that have last words and no account. `resets`: when any board of the host was reset in that boot, on the monotonic clock.
     """
     opened = {
         w.worker_id: (w.opened.energy_mj[f"gpu:{uuid}"], w.opened.t_mono_ns)
@@ -146,7 +152,10 @@ def _ran(
             continue
         ends = {part[max(first, last)].value_mj}
         ends |= {r.value_mj for r in part[last:] if r.kind == boards.READ}
-        totals = _sums(totals or {0}, {end - part[first].value_mj for end in ends})
+        firsts = {part[first].value_mj} | {
+            r.value_mj for r in part[:first] if r.kind == boards.READ and names.get(r.pid) in unopened
+        }
+        totals = _sums(totals or {0}, {end - begin for end in ends for begin in firsts})
         for at in (t for t in resets if part[0].t_mono_ns < t < part[-1].t_mono_ns):
             totals = _sums(totals, {0} | {-mj for mj in _pauses(part[first:], began.values(), at, first)})
     return totals

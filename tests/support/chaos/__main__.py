@@ -83,6 +83,7 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(relativeCreated)d %(process)d %(levelname)s %(name)s: %(message)s"
     )
+    environment = describe_machine()
     until = time.monotonic() + 60 * options.minutes + 3600 * options.hours
     undisturbed = [run_in_child(calm(i), options.folder / f"calm-{i}", None) for i in range(len(SHAPES))]
     for result in undisturbed:
@@ -97,7 +98,7 @@ def main() -> int:
     print(table(counts), file=sys.stderr)
     if options.record is not None:
         of = {"what": "storms of faults", "first_seed": options.seed}
-        write_result({**of, **counts, "environment": describe_machine()}, str(options.record))
+        write_result({**of, **counts, "environment": environment}, str(options.record))
     return int(counts["runs_with_problems"] > 0)
 
 

@@ -88,8 +88,8 @@ def orphans(session: int) -> Iterator[str]:
     """Other processes of this session that still run."""
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and os.getsid(process.pid) == session:
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    yield f"process {process.pid} still runs: {' '.join(process.cmdline())[:80]}"
+            ours = process.pid != os.getpid() and os.getsid(process.pid) == session
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                yield f"process {process.pid} still runs: {' '.join(process.cmdline())[:80]}"
         except (ProcessLookupError, psutil.Error):
             pass

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ def run_storm(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) ->
         after.value_mj - before.value_mj
         for board in world.boards()
         for records in [board.records()]
-        for before, after in zip(records, records[1:], strict=False)
+        for before, after in pairwise(records)
         if after.kind == boards.SPEND
     )
     kinds = [line["kind"] for line in world.ground.written()]
