@@ -33,7 +33,8 @@ def summary(results: Sequence[dict[str, Any]], undisturbed: Sequence[dict[str, A
     for result in results:
         for kind in result["faults"]:
             kinds[kind]["injected"] += 1
-            kinds[kind]["survived"] += not result["problems"]
+            short = kind == "counter frozen" and result["limits"]
+            kinds[kind]["survived"] += not result["problems"] and not short
         if len(set(result["faults"])) == 1 and result["outcome"] != "unfinished":
             calm_run, n = undisturbed[result["shape"]], len(result["faults"])
             seconds = (result["seconds"] - calm_run["seconds"]) / n
@@ -55,6 +56,7 @@ def summary(results: Sequence[dict[str, Any]], undisturbed: Sequence[dict[str, A
             o: sum(r["outcome"] == o for r in results) for o in ("certified", "missing", "unfinished")
         },
         "kinds": kinds,
+        "limits": [{"seed": r["run"], "limits": r["limits"]} for r in results if r["limits"]],
         "problems": [{"seed": r["run"], "problems": r["problems"]} for r in results if r["problems"]],
     }
 

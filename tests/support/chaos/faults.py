@@ -28,7 +28,7 @@ DEVICE = (
     *("device hangs", "out of memory once", "out of memory always"),
 )
 DISK = (
-    *("disk full", "disk read-only", "disk quota used up", "disk I/O error", "disk slow", "store busy"),
+    *("disk full", "disk read-only", "disk quota used up", "disk error", "disk slow", "store busy"),
     *("acknowledgement lost", "driver's disk full", "driver's store busy"),
 )
 COUNTER = ("counter absent", "counter frozen")
@@ -43,6 +43,7 @@ KINDS = (*OUTSIDE, *DRIVER_ENDS, *BETWEEN, *INSIDE, *AFTER)
 #: After these a total may be missing, but never false; after others it must be certified.
 MAY_HIDE_ENERGY = {
     *("node lost", "node preempted", "counter reset", "counter absent", "counter frozen"),
+    "reader killed",  # a second one is not sent for
     *("host started anew", "second driver", *DRIVER_ENDS),
 }
 

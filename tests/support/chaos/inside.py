@@ -28,7 +28,7 @@ _ERRNOS = {
     "disk full": errno.ENOSPC,
     "disk read-only": errno.EROFS,
     "disk quota used up": errno.EDQUOT,
-    "disk I/O error": errno.EIO,
+    "disk error": errno.EIO,
     "store busy": errno.EAGAIN,
     "driver's disk full": errno.ENOSPC,
     "driver's store busy": errno.EAGAIN,
@@ -91,7 +91,7 @@ def _install_clock() -> dict[str, int]:
 
 
 def _install_disk(ground: Ground, clock: dict[str, int], *, worker: bool) -> None:
-    names = ("disk full", "disk read-only", "disk quota used up", "disk I/O error", "store busy")
+    names = ("disk full", "disk read-only", "disk quota used up", "disk error", "store busy")
     kinds = names if worker else ("driver's disk full", "driver's store busy")
     left = {"times": 0, "errno": 0}
     flush_file, write_new_file = local._flush_file, local._write_new_file
