@@ -45,7 +45,9 @@ def storms(folder):
         ],
         env={
             **os.environ,
-            **{"PYTHONPATH": str(TESTS), "OPENBLAS_NUM_THREADS": "1", "MILLIJOULE_KEEP_RUNS": "1"},
+            "PYTHONPATH": str(TESTS),
+            "OPENBLAS_NUM_THREADS": "1",
+            "MILLIJOULE_KEEP_RUNS": "1",
         },
         capture_output=True,
         text=True,
