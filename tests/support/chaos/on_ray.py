@@ -148,12 +148,8 @@ class RayStorm:
         elif what == "driver":
             some = [psutil.Process(d.pid) for d in self.drivers if d.poll() is None]
         else:
-            port = self.store.url.rpartition(":")[2]
-            some = [
-                p
-                for p in psutil.Process().children(recursive=True)
-                if port in p.cmdline() and "moto.server" in p.cmdline()
-            ]
+            port = int(self.store.url.rpartition(":")[2])
+            some = [psutil.Process(pid) for pid in _listeners(port)]
         return self.rng.choice(some) if some else None
 
     def fetched(self) -> Path:
@@ -169,6 +165,21 @@ class RayStorm:
         return folder / "out"
 
 
+def _listeners(port: int) -> set[int]:
+    """The processes of ours that listen on a port."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any(
+                c.status == psutil.CONN_LISTEN and c.laddr.port == port
+                for c in process.net_connections("tcp")
+            ):
+                found.add(process.pid)
+        except psutil.Error:
+            pass
+    return found
+
+
 def run_one(seed: int, folder: Path, store: S3Endpoint) -> dict[str, Any]:
     """One storm, judged."""
     folder.mkdir(parents=True)
@@ -180,7 +191,13 @@ def run_one(seed: int, folder: Path, store: S3Endpoint) -> dict[str, Any]:
             for _ in range(2):
                 cluster.add_node(cpus=1)
             storm = RayStorm(seed, folder, cluster, store, proxy)
-            codes = storm.run()
+            try:
+                codes = storm.run()
+            finally:
+                for driver in storm.drivers:
+                    if driver.poll() is None:
+                        driver.kill()
+                        driver.wait()
     finally:
         proxy.stop()
     problems = []
