@@ -95,7 +95,9 @@ def judge(
         verdict.problems.append("energy is missing, and nothing says whose")
     for key, total_mj in _device_totals(output).items():
         if total_mj is not None and total_mj not in ran.get(key, {0}):
-            verdict.problems.append(f"{key}: certified {total_mj} mJ, the counter ran {sorted(ran[key])} mJ")
+            verdict.problems.append(
+                f"{key}: certified {total_mj} mJ, the counter ran {sorted(ran.get(key, {0}))} mJ"
+            )
     return verdict
 
 
@@ -148,13 +150,16 @@ def _ran(
         if spent and (first is None or spent[0] < first):
             problems.append(f"{uuid}: energy was spent before an account was open")
         last = max((i for i, r in enumerate(part) if r.pid in holders), default=None)
+        unheard = [i for i, r in enumerate(part) if r.kind == boards.READ and names.get(r.pid) in unopened]
+        if first is None and unheard:  # nobody here could write an account: it may be counted, or not
+            held = max(i for i, r in enumerate(part) if names.get(r.pid) in unopened)
+            ends = {part[held].value_mj} | {r.value_mj for r in part[held:] if r.kind == boards.READ}
+            totals = _sums(totals or {0}, {0} | {end - part[unheard[0]].value_mj for end in ends})
         if first is None or last is None:
             continue
         ends = {part[max(first, last)].value_mj}
         ends |= {r.value_mj for r in part[last:] if r.kind == boards.READ}
-        firsts = {part[first].value_mj} | {
-            r.value_mj for r in part[:first] if r.kind == boards.READ and names.get(r.pid) in unopened
-        }
+        firsts = {part[first].value_mj} | {part[i].value_mj for i in unheard if i < first}
         totals = _sums(totals or {0}, {end - begin for end in ends for begin in firsts})
         for at in (t for t in resets if part[0].t_mono_ns < t < part[-1].t_mono_ns):
             totals = _sums(totals, {0} | {-mj for mj in _pauses(part[first:], began.values(), at, first)})
