@@ -47,6 +47,7 @@ def run(
     from millijoule.jobs.set_up import ray_cluster
     from millijoule.jobs.set_up.dry_run import dry_run
     from millijoule.jobs.set_up.job import set_up_job, within_reach
+    from millijoule.jobs.set_up.pools import policy_of
     from millijoule.pipeline.closing.finish import finish_job
     from millijoule.pipeline.running.head_watch import head_watched
     from millijoule.pipeline.running.live_metrics import LiveMetrics
@@ -64,7 +65,7 @@ def run(
             plan = dry_run(request, cluster)
             seconds = time.monotonic() - began
             return JobResult("planned", store.url, 0, 0, plan.n_bad_rows, plan.n_shards, seconds)
-        planned, workers = set_up_job(request, store, cluster)
+        planned, workers, pools = set_up_job(request, store, cluster)
         store = open_store(options.output, patient=True)  # a job at work waits for storage
         job_run = JobRun(
             store,
@@ -78,6 +79,7 @@ def run(
             spending=Spending(request.caps),
             telemetry=options.telemetry,
             node_meters=request.node_meters,
+            fleet=policy_of(request, pools),
         )
         metrics = LiveMetrics(planned.job, job_run) if options.telemetry else None
         with (

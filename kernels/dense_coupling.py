@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -105,6 +105,18 @@ class DenseCoupling:
     @property
     def m(self) -> int:
         return self.driver_coupling.shape[0]
+
+    def to(self, device: str) -> DenseCoupling:
+        return replace(
+            self,
+            coarse=self.coarse.to(device),
+            scale=self.scale.to(device),
+            fine=None if self.fine is None else self.fine.to(device),
+            frequency=self.frequency.to(device),
+            drive=self.drive.to(device),
+            driver_coupling=self.driver_coupling.to(device),
+            driver_frequency=self.driver_frequency.to(device),
+        )
 
     @cached_property
     def products(self) -> tuple[Int8Matrix, Int8Matrix | None]:

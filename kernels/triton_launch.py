@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import Tensor
 #: What fused forms read and write; statistics are float32 whatever comes in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+
+#: Compute capabilities (their first numbers) whose blocks may have 227 KiB of shared memory: kernels can keep weights in it there.
+RESIDENT_GENERATIONS = (9, 10)
 
 #: Whether kernels of this process are interpreted, which is decided when they are made.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -32,6 +36,19 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
     )  # a compiled graph sees to that itself
     with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[(programs,)](*arguments, **constants)
+
+
+def captured(launches: Callable[[], None], device: torch.device) -> Callable[[], Any]:
+    """What does the same as `launches`, whose buffers stay where they are: on a GPU a CUDA graph of them, else they themselves."""
+    if device.type != "cuda":
+        return launches
+    with torch.cuda.device(device):
+        launches()  # compiled before it is captured
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launches()
+    return graph.replay
 
 
 @triton.jit

@@ -70,6 +70,16 @@ class IntegerDecoder:
 
     layers: tuple[IntegerConvolution, ...]
 
+    def to(self, device: str) -> IntegerDecoder:
+        return IntegerDecoder(
+            tuple(
+                IntegerConvolution(
+                    x.weights.to(device), x.bias.to(device), x.multiplier.to(device), x.columns
+                )
+                for x in self.layers
+            )
+        )
+
     @property
     def blocks(self) -> int:
         return len(self.layers) // 2
@@ -228,7 +238,7 @@ def decode(features: Tensor, decoder: IntegerDecoder) -> Tensor:
         x = _activations(_convolved(x, layer))
     most = TANH_STEPS * TANH_REACH
     v = torch.round(_convolved(x, decoder.layers[-1]).clamp(-most, most)).to(torch.int64)
-    pixels = TANH_TABLE.index_select(0, (v + most).flatten()).view(v.shape)
+    pixels = TANH_TABLE.to(v.device).index_select(0, (v + most).flatten()).view(v.shape)
     return pixels.permute(0, 2, 3, 1).contiguous()
 
 

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -22,7 +22,7 @@ from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.factory_model import check_factory_model
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import Generator, HoldsProcesses
+from millijoule.workers.generators.protocol import Generator, HoldsProcesses, NamesKernels
 from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.layout import JOB_KEY, worker_key
 from millijoule.workers.lease import (
@@ -95,8 +95,11 @@ class ShardWorker:
         store = open_store(config.output_url or ".", patient=True)
         node_id = ray.get_runtime_context().get_node_id()
 
-        def describe() -> WorkerEnvironment:
-            return describe_worker(self.worker_id, config.driver_epoch, node_id, gpus, meter, opened)
+        def describe(kernels: str | None = None) -> WorkerEnvironment:
+            found = describe_worker(
+                self.worker_id, config.driver_epoch, node_id, gpus, meter, opened, kernels
+            )
+            return replace(found, pool=config.pool or None)
 
         worker = describe()
         if config.output_url:  # a calibration has no output
@@ -123,7 +126,8 @@ class ShardWorker:
         runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
         release_memory()  # what only loading needed
         if config.output_url:
-            store.put(worker_key(self.worker_id), describe().to_json())
+            kernels = generator.kernels if isinstance(generator, NamesKernels) else None
+            store.put(worker_key(self.worker_id), describe(kernels).to_json())
         timeline.close("warmup")
         self._runner = runner
         return Node(node_id, worker.host)

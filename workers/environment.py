@@ -24,11 +24,13 @@ def describe_worker(
     assigned_gpus: Sequence[str],
     meter: CounterMeter,
     opened: CounterRead,
+    kernels: str | None = None,
 ) -> WorkerEnvironment:
     """The environment of this process; before its model is loaded, what the framework knows is not in it.
 
     Args:
         assigned_gpus: as `CUDA_VISIBLE_DEVICES` lists them; empty on a CPU worker.
+        kernels: what draws, as the generator says once it is loaded; None: what computes on this CPU.
     """
     torch = sys.modules.get("torch")
     # without telemetry as Ray names them
@@ -54,7 +56,7 @@ def describe_worker(
         energy_method=meter.method,
         opened=opened,
         png_encoder=encoder_name(),
-        kernels=kernel_words(),
+        kernels=kernels or kernel_words(),
     )
 
 

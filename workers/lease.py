@@ -15,8 +15,6 @@ from millijoule.workers.sources.copies import ModelCopy
 
 #: A worker holds at most so many leases: one is drawn, the other is finished or waits for the device.
 MAX_LEASES = 2
-#: What a worker that dies takes along is about so much of its work, in seconds.
-PART_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class WorkerConfig:
         image_format: what images are encoded as.
         copies: files that `model` and `options` name, for nodes that do not see them.
         part_s: seconds of drawing after which a shard's images so far are sealed as a part; 0: never.
+        pool: name of the worker's pool; empty where there is only one.
         telemetry: False: open no meter and sample no power; energy is missing.
     """
 
@@ -47,7 +46,8 @@ class WorkerConfig:
     options: GeneratorOptions = GeneratorOptions()  # noqa: RUF009 (frozen)
     image_format: ImageFormat = ImageFormat()  # noqa: RUF009 (frozen)
     copies: tuple[ModelCopy, ...] = ()
-    part_s: float = PART_S
+    part_s: float = 0.0
+    pool: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ BENCHES = {
     "engines": "what runs the networks: DeepSpeed-Inference, torch.compile and PyTorch as it is, in turn",
     "events": "coupled oscillators with sums updated by what changed against sums made anew, by share of quiet ones",
     "finish": "time and memory of closing the books of a job of 100,000 shards",
+    "fleet": "simulated fleets of unlike devices under the real driver: joules, money, time, and the driver's own load",
     "gpu": "joules and seconds per image of two models on one GPU, alternating, by the board's counter",
     "image": "processor time per image of the oscillator generators, by the form that draws: PyTorch, or compiled",
     "kernels": "time and joules of our fused GPU kernels against PyTorch's own operations, run plainly and compiled",

@@ -23,9 +23,6 @@ from millijoule.jobs.measuring.measurement import answer_of, describe, start_alo
 from millijoule.jobs.measuring.process import TreeCpu
 from millijoule.jobs.measuring.ray_head import ray_head
 
-#: Images per file of the bare loop, as in the job's default.
-IMAGES_PER_FILE = 4096
-
 
 @dataclass(frozen=True)
 class BenchOptions:
@@ -127,7 +124,7 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> float:
     """
     import torch
 
-    from millijoule.workers.generators.registry import load_generator
+    from millijoule.workers.generators.registry import load_generator, usual_shard_images
     from millijoule.workers.images.encode import Drawn, encode_images
     from millijoule.workers.images.formats import ImageFormat
     from millijoule.workers.images.provenance import ModelProvenance
@@ -141,9 +138,10 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> float:
     info = generator.info
     steps, model = info.num_inference_steps, ModelProvenance(info.name, info.sha256)
     generator.generate([ImageRequest("warm-up", 0, "", 0)])  # as a worker does it
+    per_file = usual_shard_images("default")  # as in the job's shards
     began = time.monotonic()
-    for start in range(0, len(prompts), IMAGES_PER_FILE):
-        chunk = prompts[start : start + IMAGES_PER_FILE]
+    for start in range(0, len(prompts), per_file):
+        chunk = prompts[start : start + per_file]
         requests = [
             ImageRequest(f"{part}-{start + i}", 0, prompt, derive_seed(0, f"{part}-{start + i}", 0))
             for i, prompt in enumerate(chunk)

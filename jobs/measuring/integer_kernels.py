@@ -10,7 +10,7 @@ On a CPU, in a rehearsal, the CPU's kernels stand in for the GPU's, at sizes of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,11 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from millijoule.jobs.measuring.one_gpu import OneGpu, captured, run_for
 from millijoule.kernels.dense_coupling import quantize_dense, relax
 from millijoule.kernels.image import ImageKernel
 from millijoule.kernels.phase import TURN, random_phases
+from millijoule.kernels.upsampling_decoder import (
+    ACTIVATION,
+    LEAK,
+    FloatConvolution,
+    calibrated_ranges,
+    decode,
+    quantize_decoder,
+)
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.generators.registry import PACKAGED
 from millijoule.workers.oscillators.draw import Drawing
@@ -33,17 +42,26 @@ from millijoule.workers.scenes.scenes import FAMILIES, complete, sample_scene, s
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what is measured: sides of square matrices, bytes copied, images of a batch; n, images and steps of trajectories."""
+    """Of what is measured: sides of square matrices, bytes copied, images of a batch; n, images and steps of trajectories; channels,
+    blocks and images of decoders."""
 
     side: int
     copied: int
     images: tuple[int, ...]
     dense: tuple[tuple[int, int], ...]
     steps: int
+    decoders: tuple[tuple[int, int, int], ...]
 
 
-REAL = Sizes(8192, 1 << 30, (64, 1024, 4096), ((1024, 256), (2048, 256), (4096, 256), (16384, 256)), 20)
-SMALL = Sizes(64, 1 << 12, (2,), ((64, 2),), 2)
+REAL = Sizes(
+    8192,
+    1 << 30,
+    (64, 1024, 4096),
+    ((1024, 256), (2048, 256), (4096, 256), (16384, 256)),
+    20,
+    ((128, 3, 256), (512, 4, 256)),
+)
+SMALL = Sizes(64, 1 << 12, (2,), ((64, 2),), 2, ((6, 1, 2),))
 
 #: Drivers and classes of a dense coupling, as in Un-0's published models.
 DRIVERS, CLASSES = 8, 10
@@ -81,9 +99,12 @@ def measure_integers(gpu: OneGpu, seconds: float, rounds: int) -> dict[str, Any]
     peaks = measure_peaks(gpu, sizes, seconds)
     cases = []
     for images in sizes.images:
-        cases.append(_told(image_case(gpu, images), gpu, peaks, seconds, rounds))
+        for model in ("default", "coupled"):
+            cases.append(_told(image_case(gpu, images, model), gpu, peaks, seconds, rounds))
     for n, images in sizes.dense:
         cases.append(_told(dense_case(gpu, n, images, sizes.steps), gpu, peaks, seconds, rounds))
+    for channels, blocks, images in sizes.decoders:
+        cases.append(_told(decoder_case(gpu, channels, blocks, images), gpu, peaks, seconds, rounds))
     return {"peaks": peaks, "cases": cases}
 
 
@@ -106,9 +127,9 @@ def measure_peaks(gpu: OneGpu, sizes: Sizes, seconds: float) -> dict[str, float]
     return found
 
 
-def image_case(gpu: OneGpu, images: int) -> Measured:
-    """The default model's images, tokens and seeds on the device to pixels on the device."""
-    painter, _ = load_model(PACKAGED["default"])
+def image_case(gpu: OneGpu, images: int, model: str = "default") -> Measured:
+    """A packaged model's images, tokens and seeds on the device to pixels on the device."""
+    painter, _ = load_model(PACKAGED[model])
     config = painter.network.config
     random = np.random.default_rng(0)
     scenes = [
@@ -120,7 +141,7 @@ def image_case(gpu: OneGpu, images: int) -> Measured:
     plain = Drawing(painter, gpu.device, EagerEngine())
     work: Callable[[], object]
     if gpu.device == "cuda":
-        from millijoule.kernels.image_triton import ImageKernel as GpuKernel
+        from millijoule.kernels.gpu.image import ImageKernel as GpuKernel
 
         kernel = GpuKernel(painter.kernel_weights(), gpu.device)
         there = torch.from_numpy(tokens).to(gpu.device), torch.from_numpy(seeds.view(np.int64)).to(gpu.device)
@@ -134,7 +155,9 @@ def image_case(gpu: OneGpu, images: int) -> Measured:
         raise RuntimeError(f"image kernel, {images} images: other pixels than PyTorch's")
     forms = {"kernel": work, "pytorch, to the host": lambda: plain.draw(tokens, seeds)}
     products = float(needed["text"].sum() + needed["decoder"].sum())
-    return Measured("image", f"{images} images", forms, images, products, drawn.nbytes)
+    if config.coupling != "none":  # of its steps nine tenths and more are products
+        products += float(needed["dynamics"].sum())
+    return Measured("image", f"{model}, {images} images", forms, images, products, drawn.nbytes)
 
 
 def dense_case(gpu: OneGpu, n: int, images: int, steps: int) -> Measured:
@@ -145,7 +168,7 @@ def dense_case(gpu: OneGpu, n: int, images: int, steps: int) -> Measured:
     classes = torch.arange(images) % CLASSES
     forms: dict[str, Callable[[], object]] = {}
     if gpu.device == "cuda":
-        from millijoule.kernels.dense_coupling_triton import DenseKernel, may_stay
+        from millijoule.kernels.gpu.dense_coupling import DenseKernel, may_stay
 
         few = phases[:CHECKED], classes[:CHECKED], steps, 1.0
         expected = relax(few[0], coupling, *few[1:])  # on the host
@@ -166,6 +189,61 @@ def dense_case(gpu: OneGpu, n: int, images: int, steps: int) -> Measured:
     products = 2.0 * n * n * 2 * images * steps
     case = f"{n} oscillators, {images} images, {steps} steps"
     return Measured("dense_coupling", case, forms, images, products, 4 * images * n)
+
+
+def decoder_case(gpu: OneGpu, channels: int, blocks: int, images: int) -> Measured:
+    """Decoders of Un-0's shapes, from features on the device to pixels on the device."""
+    convolutions = random_convolutions(channels, blocks)
+    waves = torch.sin(torch.rand(images, channels, 4, 4, generator=torch.Generator().manual_seed(1)) * 7)
+    features = torch.round(waves * ACTIVATION).to(torch.int16)
+    few = features[:CHECKED]
+    decoder = quantize_decoder(convolutions, calibrated_ranges(convolutions, few))
+    forms: dict[str, Callable[[], object]] = {}
+    if gpu.device == "cuda":
+        from millijoule.kernels.gpu.upsampling_decoder import DecoderKernel
+
+        kernel = DecoderKernel(decoder, gpu.device)
+        if not torch.equal(kernel(few.to(gpu.device)).cpu(), decode(few, decoder)):
+            raise RuntimeError(f"decoder of {channels} channels: other pixels than PyTorch's")
+        forms["kernel"] = partial(kernel, features.to(gpu.device))
+    else:
+        forms["kernel"] = partial(decode, features, decoder)
+    half = [(w.to(gpu.device).bfloat16(), b.to(gpu.device).bfloat16()) for w, b in convolutions]
+    given = waves.to(gpu.device).bfloat16().to(memory_format=torch.channels_last)
+    forms["bfloat16, PyTorch"] = captured(lambda: float_decoder(given, half), gpu)
+    # a product of 16 by 12 bits is four of int8; after an upsampling four taps of nine are left
+    products, size = 0, 4
+    for number, (weights, _) in enumerate(convolutions):
+        upsampled = number % 2 == 0 and number < 2 * blocks
+        size *= 2 if upsampled else 1
+        products += weights.shape[0] * weights.shape[1] * (4 if upsampled else 9) * size * size
+    case = f"{channels} channels to {size} by {size} pixels, {images} images"
+    return Measured(
+        "upsampling_decoder", case, forms, images, 4 * 2.0 * products * images, images * size * size * 3
+    )
+
+
+def random_convolutions(channels: int, blocks: int) -> list[FloatConvolution]:
+    """Weights and biases as Un-0 begins with."""
+    random = torch.Generator().manual_seed(0)
+    found, shapes = [], []
+    for _ in range(blocks):
+        taken, channels = channels, max(channels // 2, 32)
+        shapes += [(channels, taken), (channels, channels)]
+    for outputs, inputs in (*shapes, (3, channels)):
+        weights = torch.randn(outputs, inputs, 3, 3, generator=random) * math.sqrt(2 / (9 * inputs))
+        found.append((weights, torch.randn(outputs, generator=random) * 0.1))
+    return found
+
+
+def float_decoder(x: Tensor, convolutions: Sequence[FloatConvolution]) -> Tensor:
+    """Features to images between -1 and 1, as the equations stand."""
+    *layers, last = convolutions
+    for number, (weights, bias) in enumerate(layers):
+        if number % 2 == 0:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        x = F.leaky_relu(F.conv2d(x, weights, bias, padding=1), LEAK)
+    return torch.tanh(F.conv2d(x, *last, padding=1))
 
 
 def random_weights(n: int) -> tuple[Tensor, ...]:

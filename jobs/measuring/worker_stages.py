@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: Images of a shard, as in the job's default.
-SHARD = 4096
+#: Images of a shard by default, in checkouts from before it depended on the model.
+SHARD_BEFORE = 256
 
 
 def measure(images: int, rounds: int) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def measure(images: int, rounds: int) -> dict[str, Any]:
         for i, text in enumerate(texts)
     ]
     least: dict[str, float] = {}
+    shard = usual_shard()
 
     def timed(stage: str, call: Callable[[], Any]) -> Any:
         began = time.process_time()
@@ -69,9 +70,9 @@ def measure(images: int, rounds: int) -> dict[str, Any]:
 
         def write() -> None:
             with tempfile.TemporaryDirectory() as folder:
-                for start in range(0, images, SHARD):
+                for start in range(0, images, shard):
                     writer = open_writer("parquet", Path(folder), f"data/{start}")
-                    some = slice(start, start + SHARD)
+                    some = slice(start, start + shard)
                     for one, data in zip(drawn[some], encoded[some], strict=True):
                         writer.add(one.row, data)
                     writer.finish()
@@ -80,10 +81,19 @@ def measure(images: int, rounds: int) -> dict[str, Any]:
         timed("job", lambda: run_job(texts, generator))
         return encoded
 
-    run_job(texts[:SHARD], generator)  # what is imported and begun once is no image's
+    run_job(texts[:shard], generator)  # what is imported and begun once is no image's
     for _ in range(rounds):
         sizes = [len(data) for data in one_round()]
     return {"cpu_us_per_image": least, "bytes_per_image": sum(sizes) / len(sizes)}
+
+
+def usual_shard() -> int:
+    """Images of a shard, as in the job's default."""
+    try:
+        from millijoule.workers.generators.registry import usual_shard_images
+    except ImportError:
+        return SHARD_BEFORE
+    return usual_shard_images("default")
 
 
 def prompts(count: int) -> list[str]:
@@ -115,7 +125,7 @@ def run_job(texts: list[str], generator: Any) -> None:
         source = Path(folder, "prompts.txt")
         source.write_text("".join(text + "\n" for text in texts))
         store = open_store(str(Path(folder, "out")))
-        made = plan_job(expand_inputs([str(source)]), PlanOptions(shard_size=SHARD), store, {})
+        made = plan_job(expand_inputs([str(source)]), PlanOptions(shard_size=usual_shard()), store, {})
         job = publish_job(
             store,
             JobSpec(
@@ -126,7 +136,7 @@ def run_job(texts: list[str], generator: Any) -> None:
                 job_seed=0,
                 images_per_prompt=1,
                 output_format="parquet",
-                shard_size=SHARD,
+                shard_size=usual_shard(),
                 duplicate_ids="error",
                 prompts=(str(source),),
                 rows=made.n_rows,

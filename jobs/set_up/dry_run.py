@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 
 from millijoule.jobs.models import describe_obtained, words_of
-from millijoule.jobs.set_up.calibration import CALIBRATION_IMAGES, calibrate
+from millijoule.jobs.set_up.calibration import (
+    CALIBRATION_IMAGES,
+    calibrate,
+    calibrate_pool,
+    with_calibration,
+)
 from millijoule.jobs.set_up.job import check_is_asked_for
+from millijoule.jobs.set_up.pools import pool_words, pools_on
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH
+from millijoule.pipeline.fleet.pools import Pool
 from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.planning.make_plan import plan_job
@@ -43,6 +51,10 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
             images += shard_requests(read_shard_rows(store, shard), request.options.seed)
             if len(images) >= CALIBRATION_IMAGES:
                 break
+    if pools := pools_on(request, cluster):
+        lines = _pool_lines(request, pools, images[:CALIBRATION_IMAGES], plan)
+        print(visible_lines("\n".join([*_head_lines(request, plan), *lines, *_node_meter_lines(request)])))
+        return plan
     device = choose_device(request, cluster)
     pool = pool_options(request, device, cluster)
     result = calibrate(request, images[:CALIBRATION_IMAGES], pool)
@@ -50,9 +62,7 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
     drawn, ranks = max(1, result.images), request.model.ranks
     per_image = result.seconds / drawn
     lines = [
-        f"prompts     {plan.n_rows} usable, {plan.n_bad_rows} rejected",
-        f"images      {plan.n_images} in {plan.n_shards} shards",
-        *_model_lines(request),
+        *_head_lines(request, plan),
         f"device      {device}",
         *(
             [f"ranks       {ranks} in each worker" + (", one per GPU" if pool.gpus_per_worker else "")]
@@ -70,6 +80,48 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
         lines.append(f"shard size  about {max(1, round(request.shard_seconds / per_image))} images")
     print(visible_lines("\n".join(lines)))
     return plan
+
+
+def _head_lines(request: JobRequest, plan: Plan) -> list[str]:
+    return [
+        f"prompts     {plan.n_rows} usable, {plan.n_bad_rows} rejected",
+        f"images      {plan.n_images} in {plan.n_shards} shards",
+        *_model_lines(request),
+    ]
+
+
+def _pool_lines(
+    request: JobRequest, pools: Sequence[Pool], images: list[ImageRequest], plan: Plan
+) -> list[str]:
+    """Each pool, what one of its workers showed where there is room for one, and what all together would take."""
+    lines, rate, encoded = [], 0.0, 0.0
+    for pool in pools:
+        lines.append(f"pool        {pool_words(pool)}")
+        if not pool.options.at_once:
+            lines.append("            not tried: no node of it is there now")
+            continue
+        result = calibrate_pool(request, pool, images)
+        shown = with_calibration(pool, result)
+        assert shown.images_per_s is not None
+        rate += shown.images_per_s * min(pool.options.max_workers, pool.options.at_once)
+        encoded = max(encoded, result.encoded_bytes / max(1, result.images))
+        how = "measured" if result.energy_mj is not None else "modelled from CPU time, not measured"
+        energy = shown.joules_per_image
+        lines.append(
+            f"            {shown.images_per_s:.3g} images/s on one worker, "
+            + (f"{joules(energy * 1000)} per image ({how})" if energy is not None else "energy unknown")
+        )
+    prefer = request.options.prefer or ("energy" if request.caps.deadline_unix is not None else "speed")
+    lines.append(f"preferred   {prefer}")
+    if rate:
+        lines.append(
+            f"time        at least {clock(plan.n_images / rate)}, with all workers that have room now"
+        )
+        lines.append(
+            f"bytes       about {round(plan.n_images * encoded)} of images in {request.options.output}"
+        )
+    lines.append(f"output      {_output_words(request)}")
+    return lines
 
 
 def _output_words(request: JobRequest) -> str:

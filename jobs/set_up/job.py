@@ -7,11 +7,13 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 
-from millijoule.jobs.set_up.calibration import calibrated_shard_size
+from millijoule.jobs.set_up.calibration import calibrated_pools, calibrated_shard_size
 from millijoule.jobs.set_up.model_rungs import check_device
+from millijoule.jobs.set_up.pools import pools_on, together
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options
+from millijoule.pipeline.fleet.pools import Pool
 from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import JobSpec, check_same_job, publish_job, read_job
 from millijoule.pipeline.planning.make_plan import plan_job
@@ -29,30 +31,39 @@ from millijoule.workers.storage.protocol import Store
 log = logging.getLogger(__name__)
 
 
-def set_up_job(request: JobRequest, store: Store, cluster: Cluster) -> tuple[PlannedJob, PoolOptions]:
-    """The job in `store`, planned if it is not there yet, and what its workers ask for.
+def set_up_job(
+    request: JobRequest, store: Store, cluster: Cluster
+) -> tuple[PlannedJob, PoolOptions, tuple[Pool, ...]]:
+    """The job in `store`, planned if it is not there yet, what its workers ask for, and its pools if it has any.
 
     Raises:
         InputError: as `open_or_plan` and `choose_device`.
         StoreError: storage failed.
     """
     existing, device = read_job(store), None
+    pools = pools_on(request, cluster)
     if existing is not None:
         request = request.as_begun(existing)
     elif (seconds := request.shard_seconds) is not None:
-        device = choose_device(request, cluster)
-        workers = pool_options(request, device, cluster)
         request = replace(request, source=within_reach(request.source, store, cluster))
-        images = calibrated_shard_size(request, seconds, workers)
+        if pools:
+            images, pools = calibrated_pools(request, seconds, pools)
+        else:
+            device = choose_device(request, cluster)
+            images = calibrated_shard_size(request, seconds, pool_options(request, device, cluster))
         request = replace(request, plan=replace(request.plan, shard_size=images))
     planned = open_or_plan(request, store, existing)
+    if pools:
+        for pool in pools:
+            check_device(request.source, on_gpu=bool(pool.options.gpus_per_worker))
+        return planned, together(pools), pools
     if device is None:  # a calibration and its job run on the same kind of device
         device = choose_device(
             request, cluster, has_work=lambda: not list_committed(store, len(planned.shards)).all()
         )
     if device is not None:  # what a model cannot do on it is said before a worker starts
         check_device(request.source, on_gpu=bool(device.gpus))
-    return planned, pool_options(request, device, cluster)
+    return planned, pool_options(request, device, cluster), ()
 
 
 def within_reach(source: ObtainedModel, store: Store, cluster: Cluster) -> ObtainedModel:
@@ -99,7 +110,7 @@ def check_is_asked_for(request: JobRequest, existing: JobSpec, url: str) -> None
     extra = _identity(request)
     asked = {
         **extra,
-        "model_options": request.model.identity(),
+        "model_options": request.model_identity(),
         "image_format": request.image_format.name,
         "image_quality": request.image_format.quality,
         "model": request.options.model,
@@ -121,7 +132,7 @@ def _identity(request: JobRequest) -> dict[str, object]:
     # a job from before there were such options goes on
     if (images := request.image_format) != ImageFormat():
         extra |= {"image_format": images.name, "image_quality": images.quality}
-    if said := request.model.identity():
+    if said := request.model_identity():
         extra["model_options"] = said
     return extra
 
@@ -147,7 +158,7 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
         output_format=options.format,
         image_format=request.image_format.name,
         image_quality=request.image_format.quality,
-        model_options=request.model.identity(),
+        model_options=request.model_identity(),
         model_revision=request.source.commit,
         shard_size=request.plan.shard_size,
         duplicate_ids=options.duplicate_ids,

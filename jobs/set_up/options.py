@@ -17,7 +17,6 @@ from millijoule.jobs.entry import OnUnlessNo
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.options.rates import RateOptions
 from millijoule.workers.errors import InputError
-from millijoule.workers.lease import PART_S
 from millijoule.workers.records import convert
 
 
@@ -75,6 +74,16 @@ class GenerateOptions:
     far as there is work for them. auto: one per device; where all devices are yet to come, one for each that the cluster
     says may come, or 0:8 if it does not say."""
 
+    pool: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME:LABEL=VALUE,...:workers=MIN:MAX ...")] = ()
+    """Pools of unlike workers, by labels of Ray nodes: l4:ray.io/accelerator-type=L4:workers=0:8 (label=first|else: the second
+    where nodes of the first do not come; no label: any node). Further parts, each after a colon: batch=N, engine=NAME, gpus=X (0 to
+    1; default 1 where an accelerator is named), cpus=X, price=X (an hour of a device), images_per_s=X and joules=X per image
+    (until they are measured). docs/pools.md has more. Several pools, in place of --workers and --device."""
+
+    prefer: Literal["energy", "speed", "cost"] | None = None
+    """What choosing between pools saves: joules, time, or money (price=X of each pool, and --price-per-kwh). With --deadline:
+    the devices that finish in time for the fewest joules, or the least money. Default: energy with --deadline, else speed."""
+
     device: Literal["auto", "gpu", "cpu"] = "auto"
     """What workers run on. auto: GPUs where the cluster has some, or where its autoscaler can start a node with one
     (asked when there is work to do); else CPUs, except for a diffusers pipeline too heavy for them. The log says what was
@@ -98,7 +107,7 @@ class GenerateOptions:
     """A worker without progress (a step or batch of images, a part of a file stored) for this long loses its shard to
     another; after twice as long it is replaced."""
 
-    part_seconds: float = PART_S
+    part_seconds: float = 10.0
     """A shard that takes a worker longer is sealed in parts of about this many seconds: whoever goes on after a worker that
     died, or whose node was taken away, draws the rest. 0: no parts."""
 
@@ -164,7 +173,7 @@ class GenerateOptions:
 
 #: Options that are text because a number is one of several forms; as keyword arguments numbers are welcome.
 _ALSO_NUMBERS = ("workers", "shard_size", "price_per_kwh", "gco2_per_kwh")
-_SEQUENCES = ("prompts", "resources", "lora")
+_SEQUENCES = ("prompts", "resources", "pool", "lora")
 #: Classes whose options stand among those of the command, by the field that holds one.
 _GROUPS: dict[str, type] = {"model_options": ModelOptions, "rates": RateOptions}
 _GROUP_OF = {f.name: group for group, kind in _GROUPS.items() for f in fields(kind)}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.jobs.set_up.pool_words import PoolWords, engines_of, read_pools
 from millijoule.pipeline.output.job import JobSpec, read_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
@@ -53,6 +55,7 @@ class JobRequest:
     caps: Caps
     node_meters: tuple[NodeMeterConfig, ...]
     otlp_endpoint: str | None = None  # where metrics are sent, with its path
+    pools: tuple[PoolWords, ...] = ()
 
     def as_begun(self, job: JobSpec) -> JobRequest:
         """To go on with `job`: what was left to the program is as it was chosen then."""
@@ -69,6 +72,11 @@ class JobRequest:
     def model(self) -> GeneratorOptions:
         """How the model is loaded and run."""
         return self.source.options
+
+    def model_identity(self) -> dict[str, Any]:
+        """What of how the model is run, by any pool, tells the job apart."""
+        engines = engines_of(self.pools, self.model)
+        return self.model.identity() | ({"pool_engines": engines} if engines else {})
 
 
 def request_of(options: GenerateOptions) -> JobRequest:
@@ -91,12 +99,15 @@ def request_of(options: GenerateOptions) -> JobRequest:
         raise InputError("--otlp and --no-telemetry exclude each other: give one of them")
     otlp_endpoint = None if options.otlp is None else check_endpoint(options.otlp)
     _check_workers(options)
+    pools = read_pools(options)
     images, seconds = parse_shard_size(options.shard_size)
     files = tuple(expand_inputs(options.prompts))  # what costs nothing is refused first
     source = options.model_options.obtain(
         options.model, _begun_with(options), on_gpu={"cpu": False, "gpu": True}.get(options.device)
     )
     source = with_ranks(options, source)
+    if pools and source.options.ranks > 1:
+        raise InputError("--pool: a worker of a pool is one process; this model asks for several ranks")
     return JobRequest(
         options=options,
         resources=parse_resources(options.resources),
@@ -117,6 +128,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
         files=files,
         source=source,
         image_format=read_image_format(options.image_format, options.quality),
+        pools=pools,
     )
 
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from millijoule.pipeline.closing.lean_memory import lean_memory
+from millijoule.pipeline.closing.pool_counts import count_pools
 from millijoule.pipeline.closing.warning_kinds import WarningCounts
 from millijoule.pipeline.energy.closure import CHECKS
 from millijoule.pipeline.energy.commit_table import CommitTable
@@ -177,6 +178,9 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
         energy = _write_energy(store, job, records, ManifestRows(pq.ParquetFile(path)))
         write_preview(store, pq.ParquetFile(path))
     stats = summarise(job, totals, records.ledger, records.commits, energy)
+    shard_mj = records.ledger.entries.shard_energies(records.commits.attempts())
+    if pools := count_pools(records.commits, records.uncommitted.workers, shard_mj):
+        stats["pools"] = pools
     _put_stats(store, stats)
     success = {
         "fingerprint": job.fingerprint,

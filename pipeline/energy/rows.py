@@ -433,9 +433,22 @@ class EnergyRows:
             gpus = (",".join(own.gpus), own.device_name) if own else (None, None)
             epoch, method = (stated.driver_epoch, stated.energy_method) if stated else (None, None)
             software = (own.python_version, own.torch_version, own.driver_version) if own else (None,) * 3
+            pool = own.pool if own else None
             boot_id = read.boot_id if read else None
             domains = ",".join(sorted(self.ledger.read_domains(worker_id))) if read else ""
-            yield worker_id, boot_id, *where, *gpus, epoch, t_wall_ns, method, domains, *model, *software
+            yield (
+                worker_id,
+                boot_id,
+                *where,
+                *gpus,
+                epoch,
+                t_wall_ns,
+                method,
+                domains,
+                *model,
+                *software,
+                pool,
+            )
 
 
 def _table(name: str, *columns: Any) -> pa.Table:

@@ -158,6 +158,7 @@ _FIELDS = {
         _maybe("python_version", TEXT, "null: not known"),
         _maybe("torch_version", TEXT, "null: not known, or the model does without"),
         _maybe("driver_version", TEXT, "of the GPU; null: not known, or no GPU"),
+        _maybe("pool", TEXT, "of the worker, as --pool names it; null: the job has none, or not known"),
     ),
     "node_reading": (
         _field("host", TEXT),

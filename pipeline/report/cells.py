@@ -94,6 +94,19 @@ def energy_cells(row: DeviceRow) -> tuple[str, ...]:
     )
 
 
+POOL_HEADS = ("pool", "workers", "shards", "images", "direct per image")
+
+
+def pool_cells(job: JobReport) -> list[tuple[str, ...]]:
+    """A row per pool, under `POOL_HEADS`."""
+    rows = []
+    for name, pool in job.pools.items():
+        counts = (f"{pool[key]:,}" for key in ("workers", "shards", "images_ok"))
+        mj, images = pool["shard_mj"], pool["images_ok"]
+        rows.append((name, *counts, words.energy(mj / images if mj is not None and images else None)))
+    return rows
+
+
 def straggler_cells(row: Straggler) -> tuple[str, ...]:
     """Images, how long they took, and how that is to the median."""
     return f"{row.images:,}", seconds(row.seconds), f"{row.times_median:.2f} x"

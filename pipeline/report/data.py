@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -110,6 +110,7 @@ class JobReport:
     filter_reasons: dict[str, int]
     warnings: dict[str, int]  # by kind, where the output says it
     samples: tuple[Sample, ...]
+    pools: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `stats.json` has them; empty: none
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         filter_reasons=_first(stats.get("filter_reasons", {})),
         warnings=_first(stats.get("warning_kinds", stats["warnings"])),
         samples=read_samples(store),
+        pools=stats.get("pools", {}),
     )
 
 

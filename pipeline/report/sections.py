@@ -66,6 +66,14 @@ def job_section(number: int, job: JobReport, charts: Sequence[Chart]) -> str:
             _work_table(
                 ("kind", "nodes", "devices"), [_work_row(r, r.model, r.host, r.device) for r in job.models]
             ),
+            *(
+                [
+                    "<h3>Pools</h3>",
+                    table(cells.POOL_HEADS, map(Row, cells.pool_cells(job)), numbers=range(1, 5)),
+                ]
+                if job.pools
+                else []
+            ),
             "<h3>Speed and stragglers</h3>",
             _speed(job),
             "<h3>Node meters beside devices</h3>",

@@ -48,6 +48,8 @@ def _print_job(job: JobReport, console: Console) -> None:
     console.print(_figures(job))
     console.print(_classes(job))
     console.print(_work(job))
+    if job.pools:
+        console.print(_pools(job))
     for line in cells.speed(job.speed):
         console.print(_plain(line))
     if job.speed.slowest:
@@ -120,6 +122,13 @@ def _work(job: JobReport) -> Table:
     add("nodes", [(f"{r.host}, {r.device}", r) for r in job.nodes], job.nodes_not_shown)
     add("kinds of device", [(f"{r.model}, {r.device}, {r.host}", r) for r in job.models])
     add("devices", [(of_device(r), r) for r in job.devices], job.devices_not_shown)
+    return table
+
+
+def _pools(job: JobReport) -> Table:
+    table = _table(*cells.POOL_HEADS, numbers=4)
+    for name, *figures in cells.pool_cells(job):
+        table.add_row(_plain(name), *figures)
     return table
 
 

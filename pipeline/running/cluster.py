@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -20,13 +20,23 @@ def living_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def nodes_for(asked: Mapping[str, float]) -> list[Node]:
-    """The nodes that could hold a worker that asks for `asked`, by Ray's names of resources, were they empty."""
+def nodes_for(asked: Mapping[str, float], selectors: Sequence[Mapping[str, str]] = ()) -> list[Node]:
+    """The nodes that could hold a worker that asks for `asked`, by Ray's names of resources, were they empty.
+
+    Args:
+        selectors: labels that a node has to have, those of one of these.
+    """
     return [
         Node(node["NodeID"], node["NodeManagerHostname"])
         for node in living_nodes()
-        if how_many(node["Resources"], asked)
+        if how_many(node["Resources"], asked) and has_labels(node, selectors)
     ]
+
+
+def has_labels(node: Mapping[str, Any], selectors: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a node, as `ray.nodes()` describes it, has all labels of one of `selectors`; of none: yes."""
+    labels = node.get("Labels") or {}
+    return not selectors or any(all(labels.get(n) == v for n, v in s.items()) for s in selectors)
 
 
 def how_many(have: Mapping[str, float], asked: Mapping[str, float]) -> int:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import heapq
 import statistics
 import uuid
-from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from millijoule.pipeline.fleet.shard_runs import ShardRuns
 from millijoule.pipeline.running.bisection import Bisection
 from millijoule.pipeline.running.lease_state import Accusation, ActiveLease, Shards, Trouble
 from millijoule.workers.lease import AttemptProgress, AttemptResult, Lease
@@ -50,6 +51,8 @@ class Coordinator:
         driver_epoch: becomes part of attempt ids, so that `gc` can tell old attempts from live ones.
         in_parts: shards of which earlier runs have sealed parts.
         speculate: give second leases to stragglers when nothing else is left.
+        run_length: how many consecutive shards are kept for a worker (by id) when it takes a new one, that one included.
+        expected_s: how long a worker takes for a shard; None: as all of them did.
     """
 
     shards: Shards
@@ -58,12 +61,15 @@ class Coordinator:
     driver_epoch: int
     speculate: bool = True
     in_parts: frozenset[int] = frozenset()
+    run_length: Callable[[str], int] = lambda worker_id: 1
+    expected_s: Callable[[str], float | None] = lambda worker_id: None
     active: dict[str, ActiveLease] = field(default_factory=dict)
     given_up: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._leased = np.zeros(len(self.shards), bool)  # at least once, to be made
         self._cursor = 0  # every shard before it was leased at least once
+        self._runs = ShardRuns()  # shards below the cursor that are kept for one worker
         self._again: dict[int, None] = {}  # shards to lease again, before new ones; each once, in order
         self._later: list[tuple[float, int]] = []  # heap of (not before, shard)
         self._probing: deque[int] = deque()  # shards whose bisection waits for a worker
@@ -73,6 +79,11 @@ class Coordinator:
         self._trouble: defaultdict[int, Trouble] = defaultdict(Trouble)
         self._durations: deque[float] = deque(maxlen=256)
         self._ahead: dict[str, str] = {}  # attempt id of the lease that a worker holds ahead, by worker id
+        self._leases_of: dict[int, list[str]] = {}  # attempt ids of the leases that are out, by shard
+        self._none_expires_before = 0.0
+        self.images_out = self.images_ahead = (
+            0  # of leases that are no probes; those ahead are among the first
+        )
         self.progress = 0  # grows with every commit and every narrowed search: the respawn budget's clock
         self.n_committed = int(self.committed.sum())
 
@@ -97,9 +108,24 @@ class Coordinator:
         return len(self.active) - len(self._ahead)
 
     @property
+    def n_ahead(self) -> int:
+        """Leases that are out and that nobody has come to."""
+        return len(self._ahead)
+
+    @property
     def unleased(self) -> int:
         """At most so many shards are left that could be leased as they are."""
-        return min(self.remaining - len(self.active), len(self._again) + len(self.shards) - self._cursor)
+        waiting = len(self._again) + self._runs.kept + len(self.shards) - self._cursor
+        return min(self.remaining - len(self.active), waiting)
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether a lease that asks about rows waits for a worker."""
+        return bool(self._probing or self._accused)
+
+    def leases_of(self, shard_id: int) -> list[Lease]:
+        """Those that are out on one shard."""
+        return [self.active[attempt_id].lease for attempt_id in self._leases_of.get(shard_id, ())]
 
     def next_lease(
         self, worker_id: str, now: float, peers: Mapping[str, str] | None = None, *, alone: bool = False
@@ -119,15 +145,10 @@ class Coordinator:
             return lease
         while self._later and self._later[0][0] <= now:
             self._again[heapq.heappop(self._later)[1]] = None
-        while self._again or self._cursor < len(self.shards):
-            if self._again:
-                shard_id = next(iter(self._again))
-                del self._again[shard_id]
-            else:
-                shard_id = self._cursor
-                self._cursor += 1
-            if self._open(shard_id):
-                return self._grant(shard_id, worker_id, now)
+        while (waiting := self._next_shard(worker_id)) is not None:
+            self._take_shard(waiting, worker_id)
+            if self._open(waiting):
+                return self._grant(waiting, worker_id, now)
         return self._speculative(worker_id, now) if self.speculate else None
 
     def next_lease_ahead(self, in_hand: Lease, now: float, workers: int) -> Lease | None:
@@ -136,24 +157,40 @@ class Coordinator:
         That is where one of all `workers` could have to wait for it, where a question waits for a worker, which is asked only
         of one that has nothing in hand, and beside a shard that made trouble: should the worker die, it must be known of what.
         """
-        if self._probing or self._accused or self.unleased < workers:
+        if self.has_questions or self.unleased < workers:
             return None
         if not in_hand.writes or in_hand.shard.shard_id in self._trouble or in_hand.worker_id in self._ahead:
             return None
-        while self._again or self._cursor < len(self.shards):
-            shard_id = next(iter(self._again), self._cursor)
+        while (shard_id := self._next_shard(in_hand.worker_id)) is not None:
             if shard_id in self._trouble:
                 return None
-            if shard_id in self._again:
-                del self._again[shard_id]
-            else:
-                self._cursor += 1
+            self._take_shard(shard_id, in_hand.worker_id)
             if self._open(shard_id):
                 lease = self._grant(shard_id, in_hand.worker_id, now)
                 self.active[lease.attempt_id].is_ahead = True
+                self.images_ahead += lease.shard.n_images
                 self._ahead[lease.worker_id] = lease.attempt_id
                 return lease
         return None
+
+    def _next_shard(self, worker_id: str) -> int | None:
+        """The shard that is next for a worker: one to be leased again, one of its own run, a new one, one of another's run."""
+        if self._again:
+            return next(iter(self._again))
+        if (shard_id := self._runs.first(worker_id)) is not None:
+            return shard_id
+        return self._cursor if self._cursor < len(self.shards) else self._runs.last_of_longest()
+
+    def _take_shard(self, shard_id: int, worker_id: str) -> None:
+        """Take what `_next_shard` named from where it waits; after a new one its worker may keep those that follow."""
+        if shard_id in self._again:
+            del self._again[shard_id]
+        elif shard_id < self._cursor:
+            self._runs.take(shard_id, worker_id)
+        else:
+            end = min(self._cursor + self.run_length(worker_id), len(self.shards))
+            self._runs.keep(worker_id, range(self._cursor + 1, end))
+            self._cursor = max(end, self._cursor + 1)
 
     def renew(self, progress: AttemptProgress, now: float, *, waits_for_store: bool = False) -> bool:
         """A worker answered: a lease lives on if it got further since, by images or by smaller steps, or waits for storage or
@@ -175,6 +212,7 @@ class Coordinator:
         if not entry.is_ahead:
             return
         entry.is_ahead = False
+        self.images_ahead -= entry.lease.shard.n_images
         del self._ahead[entry.lease.worker_id]
         if now is not None:
             entry.started = now
@@ -184,8 +222,15 @@ class Coordinator:
         entry = self.active.pop(attempt_id, None)
         if entry is None:
             return None
+        of_shard = self._leases_of[entry.shard_id]
+        of_shard.remove(attempt_id)
+        if not of_shard:
+            del self._leases_of[entry.shard_id]
+        if entry.lease.probe_rows is None:
+            self.images_out -= entry.lease.shard.n_images
         ahead = self.active.get(self._ahead.get(entry.lease.worker_id, ""))
         if entry.is_ahead:
+            self.images_ahead -= entry.lease.shard.n_images
             del self._ahead[entry.lease.worker_id]
         elif ahead is not None:
             self._begun(ahead, now)
@@ -363,9 +408,13 @@ class Coordinator:
 
     def expired(self, now: float) -> list[ActiveLease]:
         """Leases past their deadline. They stay active until reported; each is returned once per deadline."""
+        if now < self._none_expires_before:
+            return []
         late = [e for e in self.active.values() if e.deadline <= now]
         for entry in late:
             entry.deadline = now + self.lease_s
+        # deadlines only ever move on, and that of a new lease is later than all others
+        self._none_expires_before = min((e.deadline for e in self.active.values()), default=now)
         return late
 
     def lease_again(self, attempt_id: str) -> None:
@@ -376,7 +425,7 @@ class Coordinator:
 
     def _lease_again_soon(self, shard_id: int) -> None:
         """Queue a shard, once, unless another lease on it is out already."""
-        if not any(e.lease.writes for e in self.active.values() if e.shard_id == shard_id):
+        if not any(lease.writes for lease in self.leases_of(shard_id)):
             self._again[shard_id] = None
 
     def _open(self, shard_id: int) -> bool:
@@ -394,15 +443,23 @@ class Coordinator:
         attempt_id = f"e{self.driver_epoch:04d}-{uuid.uuid4().hex[:12]}"
         lease = Lease(self.shards[shard_id], attempt_id, worker_id, **question)
         self.active[attempt_id] = ActiveLease(lease, now, now + self.lease_s)
+        self._leases_of.setdefault(shard_id, []).append(attempt_id)
+        if lease.probe_rows is None:
+            self.images_out += lease.shard.n_images
         return lease
 
     def _speculative(self, worker_id: str, now: float) -> Lease | None:
         if not self._durations:
             return None
-        patience = max(SPECULATION_MIN_S, SPECULATION_FACTOR * statistics.median(self._durations))
-        leases = Counter(e.shard_id for e in self.active.values())
-        alone = [e for e in self.active.values() if leases[e.shard_id] == 1 and self._open(e.shard_id)]
+        median_s = statistics.median(self._durations)
+        active = self.active.values()
+        alone = [e for e in active if len(self._leases_of[e.shard_id]) == 1 and self._open(e.shard_id)]
         others = [e for e in alone if e.lease.writes and not e.is_ahead and e.lease.worker_id != worker_id]
-        slow = [e for e in others if now - e.started > patience]
+
+        def patience_s(entry: ActiveLease) -> float:
+            expected_s = self.expected_s(entry.lease.worker_id)
+            return max(SPECULATION_MIN_S, SPECULATION_FACTOR * (expected_s or median_s))
+
+        slow = [e for e in others if now - e.started > patience_s(e)]
         oldest = min(slow, key=lambda e: (e.started, e.shard_id), default=None)
         return self._grant(oldest.shard_id, worker_id, now) if oldest else None

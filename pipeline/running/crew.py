@@ -20,6 +20,9 @@ from millijoule.workers.lease import Lease, Node, WorkerConfig
 STOP_TIMEOUT_S = 30.0
 #: One that still loads answers from another thread, as far as what it imports lets it.
 LOADING_TIMEOUT_S = 3.0
+#: A driver of so many workers or more waits, after a first answer, this long per worker for further ones: it takes them in few
+#: turns of its loop, which looks at all workers, and not one by one. Nobody waits for it: who draws has a lease ahead.
+MANY_WORKERS, GATHER_S = 50, 50e-6
 #: Ray's label that holds a node's id.
 NODE_ID_LABEL = "ray.io/node-id"
 
@@ -43,6 +46,7 @@ class Worker:
     run: Any  # the actor's method, looked up once
     spawned: float
     away: frozenset[str]  # nodes it must not be placed on
+    pool: str = ""
     node: Node | None = None  # None until it has said where it is
     ready: Node | None = None  # None until its model is loaded
     held: dict[str, HeldLease] = field(default_factory=dict)  # by attempt id, in the order they were given
@@ -72,26 +76,30 @@ class Crew:
     `gone` is called with the id of a worker that ended without last words.
     """
 
-    def __init__(
-        self, actor_class: Any, config: WorkerConfig, options: PoolOptions, gone: Callable[[str], None]
-    ) -> None:
+    def __init__(self, actor_class: Any, config: WorkerConfig, gone: Callable[[str], None]) -> None:
         self.actor_class = actor_class
         self.config = config
-        self.options = options
         self.workers: dict[str, Worker] = {}
         self._gone = gone
         self._calls: dict[Any, tuple[Worker, str, Lease | None]] = {}
         self._spawned = 0
 
-    def spawn(self, now: float, shunned: Set[str]) -> None:
-        """Ask for one more worker, on any node but those `shunned`."""
+    def spawn(
+        self,
+        now: float,
+        shunned: Set[str],
+        options: PoolOptions,
+        pool: str = "",
+        config: WorkerConfig | None = None,
+    ) -> None:
+        """Ask for one more worker of a pool, on any node that suits it but those `shunned`."""
         self._spawned += 1
         worker_id = f"w{self.config.driver_epoch:04d}-{self._spawned:04d}"
-        selector = {NODE_ID_LABEL: f"!in({','.join(sorted(shunned))})"} if shunned else None
-        actor = self.actor_class.options(
-            name=None, label_selector=selector, **self.options.actor_options()
-        ).remote(worker_id, self.config)
-        worker = Worker(worker_id, actor, actor.run.remote, now, frozenset(shunned))
+        options = options.elsewhere(NODE_ID_LABEL, sorted(shunned))
+        actor = self.actor_class.options(name=None, **options.actor_options()).remote(
+            worker_id, config or self.config
+        )
+        worker = Worker(worker_id, actor, actor.run.remote, now, frozenset(shunned), pool)
         self.workers[worker_id] = worker
         self.expect(worker, "locate", actor.locate.remote())
         self.expect(worker, "start", actor.start.remote())
@@ -137,7 +145,8 @@ class Crew:
             return []
         ready, _ = ray.wait(calls, num_returns=1, timeout=timeout_s, fetch_local=False)
         if ready and len(calls) > 2:
-            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
+            pause_s = min(timeout_s, len(self.workers) * GATHER_S) if len(self.workers) >= MANY_WORKERS else 0
+            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=pause_s, fetch_local=False)
         return [(*self._calls.pop(call), call) for call in ready]
 
     def stop(self, worker: Worker, now: float) -> None:
@@ -151,8 +160,9 @@ class Crew:
         self.expect(worker, "loading", worker.actor.read_while_loading.remote())
 
     def remove(self, worker: Worker, *, last_words: bool = False) -> None:
-        """End the worker's process and forget it and its calls."""
-        self.workers.pop(worker.worker_id, None)
+        """End the worker's process and forget it and its calls; of no effect on one that is forgotten."""
+        if self.workers.pop(worker.worker_id, None) is None:
+            return
         for call in [call for call, (of, *_) in self._calls.items() if of is worker]:
             del self._calls[call]
         ray.kill(worker.actor)

@@ -12,7 +12,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from millijoule.pipeline.running.coordinator import Coordinator
@@ -33,7 +33,8 @@ class PoolOptions:
     """How many workers, and what each asks Ray for.
 
     `min_workers` may be 0: then nothing runs while nothing waits. `at_once` workers fit the nodes that are there: beyond
-    them nodes are asked for as far as the work is worth it; None asks for one for each shard at once.
+    them nodes are asked for as far as the work is worth it; None asks for one for each shard at once. `selectors` are labels
+    of nodes, by Ray's names, in order of preference; none: any node will do.
     """
 
     min_workers: int
@@ -42,6 +43,7 @@ class PoolOptions:
     gpus_per_worker: float = 0.0
     resources: dict[str, float] = field(default_factory=dict)
     at_once: int | None = None
+    selectors: tuple[dict[str, str], ...] = ()
 
     @property
     def asked(self) -> dict[str, float]:
@@ -50,11 +52,22 @@ class PoolOptions:
 
     def actor_options(self) -> dict[str, Any]:
         """The same as keyword arguments of an actor class's `options`."""
+        first, *others = self.selectors or (None,)
+        fallback = {"fallback_strategy": [{"label_selector": s} for s in others]} if others else {}
         return {
             "num_cpus": self.cpus_per_worker,
             "num_gpus": self.gpus_per_worker,
             "resources": self.resources or None,
+            "label_selector": first,
+            **fallback,
         }
+
+    def elsewhere(self, name: str, values: Collection[str]) -> PoolOptions:
+        """The same, on nodes whose label `name` has none of `values`."""
+        if not values:
+            return self
+        selectors = self.selectors or ({},)
+        return replace(self, selectors=tuple({**s, name: f"!in({','.join(values)})"} for s in selectors))
 
 
 class Demand:
@@ -66,6 +79,7 @@ class Demand:
 
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
+        self.target: int | None = None  # never more than this, where somebody else says so
         self._looked: float | None = None
         self._committed_before = self._committed = 0
         self._active = self._remaining = self._useful = 0
@@ -94,6 +108,8 @@ class Demand:
         options, useful = self.options, self._useful
         if options.at_once is not None:
             useful = min(useful, max(options.at_once, factor * self._worth()))
+        if self.target is not None:
+            useful = min(useful, self.target)
         return min(options.max_workers, max(options.min_workers, useful))
 
     def _worth(self) -> int:

@@ -23,8 +23,10 @@ from millijoule.workers.schemas import CounterRead
 
 log = logging.getLogger(__name__)
 
-#: How often busy workers are asked how far they are.
+#: How often busy workers are asked how far they are, while they are few,
 STATUS_PERIOD_S = 1.0
+#: and how many answers a second there are to be read where they are many.
+STATUSES_PER_S = 100
 #: An answer that is there takes no time to fetch; one that takes so long is lost.
 FETCH_TIMEOUT_S = 60.0
 #: Workers may die this often in a row before it is known on which node, without a commit or a lease in hand elsewhere.
@@ -57,15 +59,18 @@ class JobEvents(Protocol):
 
 
 class Outcomes:
-    """Takes one answer after another; `committing` are prepared commits in the owner's hands, by attempt id."""
+    """Takes one answer after another; `committing` are prepared commits in the owner's hands, by attempt id.
 
-    def __init__(self, crew: Crew, coordinator: Coordinator, events: JobEvents) -> None:
+    There are `max_workers` at once at most.
+    """
+
+    def __init__(self, crew: Crew, coordinator: Coordinator, events: JobEvents, max_workers: int) -> None:
         self.crew = crew
         self.coordinator = coordinator
         self.events = events
         self.nodes = NodeHealth()
         self.draining = DrainingNodes()
-        self.deaths = DeathBudget(crew.options.max_workers)
+        self.deaths = DeathBudget(max_workers)
         self.committing: dict[str, AttemptResult] = {}
         self.spawn_not_before = 0.0
         self._unplaced_deaths = 0
@@ -121,11 +126,16 @@ class Outcomes:
 
     def _status(self, worker: Worker, status: WorkerStatus, now: float) -> None:
         worker.status_pending = False
-        worker.next_status = now + STATUS_PERIOD_S
+        worker.next_status = now + self.status_period_s
         for progress in status.attempts:
             held = worker.held.get(progress.attempt_id)
             if held and self.coordinator.renew(progress, now, waits_for_store=status.waits_for_store):
                 held.late = 0
+
+    @property
+    def status_period_s(self) -> float:
+        """Between two questions to one worker; far below `--lease-seconds` up to thousands of them."""
+        return max(STATUS_PERIOD_S, len(self.crew.workers) / STATUSES_PER_S)
 
     # -- attempts ------------------------------------------------------------------------------------------------
 
@@ -166,10 +176,10 @@ class Outcomes:
         """A commit stands for the shard: whoever else works on it wastes energy."""
         lease = result.lease
         news = self.coordinator.complete(lease.attempt_id, lease.shard.shard_id, now)
-        for worker in self.crew.workers.values():
-            for other in worker.leases:
-                if other.shard.shard_id == lease.shard.shard_id:
-                    self.crew.cancel(worker, other)
+        for other in self.coordinator.leases_of(lease.shard.shard_id):
+            worker = self.crew.workers.get(other.worker_id)
+            if worker is not None and other.attempt_id in worker.held:
+                self.crew.cancel(worker, other)
         self._unplaced_deaths = self._store_failures = 0
         self.events.committed(result, news=news)
 

@@ -12,11 +12,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from millijoule.pipeline.fleet.policy import FleetPolicy
+from millijoule.pipeline.fleet.pools import config_of
 from millijoule.pipeline.running.cluster import first_line, nodes_for, words
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew
 from millijoule.pipeline.running.demand import Demand, PoolOptions
-from millijoule.pipeline.running.outcomes import STATUS_PERIOD_S, JobEvents, Outcomes
+from millijoule.pipeline.running.outcomes import JobEvents, Outcomes
 from millijoule.pipeline.running.preemption import LAST_WORDS_S
 from millijoule.workers.errors import JobError, MillijouleError
 from millijoule.workers.lease import AttemptResult, WorkerConfig
@@ -43,19 +45,25 @@ class WorkerPool:
         config: WorkerConfig,
         options: PoolOptions,
         events: JobEvents,
+        fleet: FleetPolicy | None = None,
     ) -> None:
         self.coordinator = coordinator
         self.options = options
+        self.fleet = fleet
+        pools = {name: pool.options for name, pool in fleet.pools.items()} if fleet else {"": options}
+        self._configs = {name: config_of(config, pool) for name, pool in fleet.pools.items()} if fleet else {}
+        if fleet is not None:
+            coordinator.run_length, coordinator.expected_s = fleet.run_length, fleet.expected_s
         self.events = events
         self.draining: str | None = None  # why no more leases are given
         self.leases_ahead = True  # whether a worker may hold a lease that it has not come to
         self.abandoned = False  # Ray answers no more: nothing is asked of it
-        self._crew = Crew(actor_class, config, options, events.gone)
-        self._outcomes = Outcomes(self._crew, coordinator, events)
+        self._crew = Crew(actor_class, config, events.gone)
+        self._outcomes = Outcomes(self._crew, coordinator, events, options.max_workers)
         self.workers = self._crew.workers
         self.nodes = self._outcomes.nodes
         self.deaths = self._outcomes.deaths
-        self._demand = Demand(options)
+        self._demands = {name: Demand(pool) for name, pool in pools.items()}
         self._closing = False
         self._candidates: list[str] = []
         self._candidates_until = 0.0
@@ -144,18 +152,31 @@ class WorkerPool:
 
     def _resize(self, now: float) -> None:
         """Ask for the workers the work is worth, and take back requests it no longer is worth."""
-        demand, draining = self._demand, bool(self.draining)
-        workers = [w for w in self.workers.values() if not w.leaving]  # others take the place of those
-        demand.look(self.coordinator, workers, now)
+        if self.fleet is not None:
+            # others take the place of those that leave
+            self.fleet.look(self.coordinator, [w for w in self.workers.values() if not w.leaving], now)
         shunned = self._shunned(now)
         if shunned is not None:
-            for worker in [w for w in workers if w.node is None and w.away - shunned]:
+            for worker in [w for w in self.workers.values() if w.node is None and w.away - shunned]:
                 self._crew.remove(worker)  # it waits for other nodes, and may have this one now
-            staying = len(workers)
-            while not draining and staying < demand.wanted() and now >= self._outcomes.spawn_not_before:
-                self._crew.spawn(now, shunned)
-                staying += 1
-        surplus = demand.withdrawable(workers, now, draining=draining)
+        for name, demand in self._demands.items():
+            self._resize_pool(name, demand, now, shunned)
+
+    def _resize_pool(self, name: str, demand: Demand, now: float, shunned: set[str] | None) -> None:
+        draining = bool(self.draining)
+        own = [w for w in self.workers.values() if w.pool == name and not w.leaving]
+        demand.look(self.coordinator, own, now)
+        if self.fleet is not None:
+            demand.target = self.fleet.targets[name]
+        if shunned is not None and not draining and now >= self._outcomes.spawn_not_before:
+            more = demand.wanted() - len(own)
+            if self.fleet is not None and not self.fleet.may_start(name):
+                more = 0
+            for _ in range(more):
+                self._crew.spawn(now, shunned, demand.options, name, self._configs.get(name))
+            if more > 0:
+                own = [w for w in self.workers.values() if w.pool == name and not w.leaving]
+        surplus = demand.withdrawable(own, now, draining=draining)
         for worker in surplus:
             self._crew.remove(worker)
         if surplus:
@@ -172,7 +193,9 @@ class WorkerPool:
             return shunned
         if now >= self._candidates_until:
             self._candidates_until = now + NODES_PERIOD_S
-            self._candidates = [node.node_id for node in nodes_for(self.options.asked)]
+            asked = [demand.options for demand in self._demands.values()]
+            found = (node.node_id for o in asked for node in nodes_for(o.asked, o.selectors))
+            self._candidates = list(dict.fromkeys(found))
         if not self._candidates or set(self._candidates) - shunned:
             return shunned
         out = [n for n in self.nodes.out if n.node_id in self._candidates]
@@ -198,10 +221,14 @@ class WorkerPool:
         for worker in ready:
             if worker.held:
                 continue
+            if self.fleet is not None and not self.fleet.may_lease(worker):
+                if self._members(worker.pool) > self._demands[worker.pool].options.min_workers:
+                    self._crew.stop(worker, now)
+                continue
             lease = self.coordinator.next_lease(worker.worker_id, now, peers, alone=alone)
             if lease is not None:
                 self._crew.lease(worker, lease)
-                worker.next_status = now + STATUS_PERIOD_S
+                worker.next_status = now + self._outcomes.status_period_s
                 continue
             # what another worker has not come to yet is better done here
             if coming or any(self._crew.take_back(w) for w in ready):
@@ -211,22 +238,31 @@ class WorkerPool:
             spare = 1 if self.coordinator.speculate and self.coordinator.remaining else 0
             staying = sum(not w.stopping for w in self.workers.values())
             if (
-                len(self.workers) > self.options.min_workers
+                self._members(worker.pool) > self._demands[worker.pool].options.min_workers
                 and staying > self.coordinator.useful_workers + spare
             ):
                 self._crew.stop(worker, now)
+        for worker in ready if self.fleet is not None else ():
+            if len(worker.held) > 1 and self.fleet is not None and self.fleet.wants_back(worker):
+                self._crew.take_back(worker)
         for worker in ready if self.leases_ahead else ():
             if len(worker.held) == 1 and not worker.stopping:
+                if self.fleet is not None and not self.fleet.may_lease(worker):
+                    continue
                 (in_hand,) = worker.leases
                 lease = self.coordinator.next_lease_ahead(in_hand, now, len(ready))
                 if lease is not None:
                     self._crew.lease(worker, lease)
 
+    def _members(self, pool: str) -> int:
+        return sum(w.pool == pool and not w.stopping for w in self.workers.values())
+
     # -- clocks --------------------------------------------------------------------------------------------------
 
     def _watch_deadlines(self, now: float) -> None:
-        by_attempt = {attempt_id: w for w in self.workers.values() for attempt_id in w.held}
-        for entry in self.coordinator.expired(now):
+        late = self.coordinator.expired(now)
+        by_attempt = {attempt_id: w for w in self.workers.values() for attempt_id in w.held} if late else {}
+        for entry in late:
             attempt_id = entry.lease.attempt_id
             worker = by_attempt.get(attempt_id)
             if worker is None:
@@ -264,10 +300,13 @@ class WorkerPool:
                     "waiting: workers there: %d, none has loaded its model and drawn its first image", there
                 )
                 return
-            log.warning(
-                "waiting for the cluster: %d workers asked for (%s each), none running yet",
-                *(len(self.workers), words(self.options.asked)),
-            )
+            pools = {w.pool for w in self.workers.values()}
+            for name in sorted(pools):
+                n = sum(w.pool == name for w in self.workers.values())
+                log.warning(
+                    "waiting for the cluster: %d workers asked for (%s each%s), none running yet",
+                    *(n, words(self._demands[name].options.asked), f", pool {name}" if name else ""),
+                )
 
     # -- the end -------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from millijoule.pipeline.energy.live_tables import LiveTables
 from millijoule.pipeline.energy.node_readings import node_reading_files
 from millijoule.pipeline.energy.shard_shares import accepted_mj
 from millijoule.pipeline.energy.uncommitted import UncommittedWriter, read_uncommitted
+from millijoule.pipeline.fleet.policy import FleetPolicy
 from millijoule.pipeline.output.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.output.job import JobSpec, open_epoch
 from millijoule.pipeline.output.parts import shards_in_parts
@@ -32,7 +33,7 @@ from millijoule.workers.errors import AlreadyExistsError, JobError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import commit_key, part_key
-from millijoule.workers.lease import PART_S, AttemptResult, WorkerConfig, WorkerStopped
+from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
 from millijoule.workers.schemas import Commit, CounterRead, PowerSample, PowerTrace, Segment
 from millijoule.workers.sources.obtain import ObtainedModel
@@ -89,6 +90,7 @@ class JobRun:
         spending: what the job uses, and its caps; without caps on energy, only this run's part of it.
         node_meters: meters of the nodes themselves, read while workers are there.
         part_s: seconds of work after which workers seal what they have of a shard; 0: never.
+        fleet: which workers of which pools there are to be; None: one pool, which `options` describe.
         telemetry: False: workers read no counters and sample no power, and no live tables are written.
     """
 
@@ -105,7 +107,8 @@ class JobRun:
         spending: Spending | None = None,
         node_meters: Sequence[NodeMeterConfig] = (),
         telemetry: bool = True,
-        part_s: float = PART_S,
+        part_s: float = 0.0,
+        fleet: FleetPolicy | None = None,
     ) -> None:
         job = planned.job
         self.store = store
@@ -130,7 +133,8 @@ class JobRun:
             telemetry=telemetry,
             part_s=part_s,
         )
-        self.pool = WorkerPool(worker_class, self.coordinator, config, options, self)
+        self.fleet = fleet
+        self.pool = WorkerPool(worker_class, self.coordinator, config, options, self, fleet)
         self.writer = RecordWriter()
         self._accounts = Accounts(store, self.epoch, self.writer, worker_class, config)
         self.counts = Counts(images_done=planned.shards.images_of(committed))
@@ -246,6 +250,8 @@ class JobRun:
         if not news:
             return
         self._compactor.add(shard.shard_id, result.commit_json)
+        if self.fleet is not None:
+            self.fleet.observe(commit)
         if self._live:
             self._live.add_commit(commit)
         self.spending.add(commit.segments)
@@ -381,9 +387,8 @@ class JobRun:
         self._on_tick()
 
     def _check_caps(self) -> bool:
-        out = [e for e in self.coordinator.active.values() if e.lease.probe_rows is None]
-        ahead = sum(e.lease.shard.n_images for e in out if e.is_ahead)
-        at_work = sum(e.lease.shard.n_images for e in out) - ahead
+        ahead = self.coordinator.images_ahead
+        at_work = self.coordinator.images_out - ahead
         done, now = max(1, self.counts.images_done), time.time()
         self.cap_reached = self.spending.reached(now, at_work / done)
         # near a cap nobody comes to a shard of which it is not known whether it may still be made

@@ -3,19 +3,27 @@
 Skipped where there is none. In a rehearsal, on a CPU, PyTorch's operations and the CPU's kernels stand in for the GPU's.
 """
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 from support.accelerator import DEVICE, MISSING, REHEARSAL
+from support.decoder_cases import in_steps, made_up_convolutions, made_up_features
 from support.image_cases import extreme_painter, tokens_of
 from support.tiny_oscillators import NOUNS, painter_of, tiny_oscillators
+from support.un0_checkpoints import publish
 
+from millijoule.jobs import convert
+from millijoule.jobs.entry import COMPLETE
 from millijoule.kernels.dense_coupling import quantize_dense, relax, relax_reference
 from millijoule.kernels.phase import TURN, random_phases
+from millijoule.kernels.upsampling_decoder import calibrated_ranges, decode, quantize_decoder
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.generators.registry import PACKAGED, load_generator
 from millijoule.workers.oscillators.draw import Drawing
 from millijoule.workers.oscillators.model_file import load_model
+from millijoule.workers.schemas import ImageRequest
 
 pytestmark = pytest.mark.skipif(MISSING, reason="no CUDA device")
 
@@ -30,9 +38,9 @@ def reference(painter, tokens, seeds, steps=None):
     return Drawing(painter, engine=EagerEngine()).draw(tokens, seeds, steps)
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    painter, _ = load_model(PACKAGED["default"])
+@pytest.fixture(scope="module", params=["default", "coupled"])
+def shipped(request):
+    painter, _ = load_model(PACKAGED[request.param])
     return painter, Drawing(painter, DEVICE)
 
 
@@ -56,7 +64,7 @@ def test_other_steps(shipped, steps):
 
 @on_a_board
 def test_a_gpu_draws_by_its_kernels(shipped):
-    from millijoule.kernels.image_triton import ImageKernel
+    from millijoule.kernels.gpu.image import ImageKernel
 
     assert isinstance(shipped[1].kernel, ImageKernel)
     assert isinstance(load_generator("default", device=DEVICE).drawing.kernel, ImageKernel)
@@ -65,10 +73,12 @@ def test_a_gpu_draws_by_its_kernels(shipped):
 @on_a_board
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("extreme", [True, False])
-def test_small_and_extreme_networks_with_weights_kept_and_read_again(resident, extreme):
-    from millijoule.kernels.image_triton import ImageKernel
+@pytest.mark.parametrize("coupled", [True, False])
+def test_small_and_extreme_networks_with_weights_kept_and_read_again(resident, extreme, coupled):
+    from millijoule.kernels.gpu.image import ImageKernel
 
-    painter = extreme_painter(0) if extreme else painter_of(tiny_oscillators())
+    small = tiny_oscillators("trained" if coupled else "none")
+    painter = extreme_painter(0, coupled) if extreme else painter_of(small)
     kernel = ImageKernel(painter.kernel_weights(), DEVICE)
     kernel.resident = resident
     tokens = tokens_of(200, 6 if extreme else NOUNS)
@@ -101,7 +111,7 @@ def call_of(n, batch, steps, m=8):
 def relaxed_there(coupling, call, **options):
     if REHEARSAL:
         return relax(call[0], coupling, *call[1:])
-    from millijoule.kernels.dense_coupling_triton import DenseKernel
+    from millijoule.kernels.gpu.dense_coupling import DenseKernel
 
     kernel = DenseKernel(coupling, DEVICE, **options)
     first = kernel(*call).cpu()
@@ -127,3 +137,72 @@ def test_k_on_the_chip_gives_the_same_phases(n):
         step_by_step = relaxed_there(coupling, call)
         assert torch.equal(relaxed_there(coupling, call, resident=True), step_by_step)
         assert torch.equal(step_by_step[:2], relax(call[0][:2], coupling, call[1][:2], *call[2:]))
+
+
+def block_sparse(n, blocks):
+    """Couplings with so many blocks in each row of blocks, other ones in each."""
+    weights = made_up(n)
+    for row in range(n // 64):
+        kept = torch.zeros(n // 128, dtype=torch.bool)
+        kept[(torch.arange(blocks) + row) % len(kept)] = True
+        weights[0][64 * row : 64 * (row + 1)] *= kept.repeat_interleave(128)
+    return weights
+
+
+@pytest.mark.parametrize("fine_every", [0, 3])
+def test_phases_of_a_block_sparse_coupling_are_a_cpu_s(fine_every):
+    coupling = quantize_dense(*block_sparse(512, 2), fine_every=fine_every)
+    call = call_of(512, 67, 5)
+    assert torch.equal(relaxed_there(coupling, call), relax_reference(call[0], coupling, *call[1:]))
+
+
+@on_a_board
+@pytest.mark.parametrize("n", [4096, 8192])
+def test_block_sparse_k_on_the_chip_gives_the_same_phases(n):
+    coupling = quantize_dense(*block_sparse(n, 16))
+    for batch in (3, 256):
+        call = call_of(n, batch, 20)
+        dense = relaxed_there(coupling, call, sparse=False)
+        assert torch.equal(relaxed_there(coupling, call, sparse=True), dense)
+        assert torch.equal(relaxed_there(coupling, call, resident=True), dense)
+
+
+@pytest.mark.parametrize(("channels", "blocks", "images"), [(6, 1, 1), (128, 3, 7), (512, 2, 33)])
+def test_images_of_a_decoder_are_a_cpu_s(channels, blocks, images):
+    convolutions, x = made_up_convolutions(channels, blocks), in_steps(made_up_features(images, channels))
+    decoder = quantize_decoder(convolutions, calibrated_ranges(convolutions, x[:4]))
+    expected = decode(x, decoder)
+    if REHEARSAL:
+        found = expected
+    else:
+        from millijoule.kernels.gpu.upsampling_decoder import DecoderKernel
+
+        found = DecoderKernel(decoder, DEVICE)(x.to(DEVICE)).cpu()
+        assert torch.equal(decode(x.to(DEVICE), decoder.to(DEVICE)).cpu(), expected)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("flavour", ["cifar10", "cifar10 sin", "imagenet64"])
+def test_an_un0_checkpoint_in_integers_draws_a_cpu_s_pixels(tmp_path, flavour, caplog):
+    file = tmp_path / "m.safetensors"
+    assert convert.main([str(publish(tmp_path / "p.pt", flavour)), str(file)]) == COMPLETE
+    with caplog.at_level(logging.INFO):
+        there = load_generator(str(file), device=DEVICE)
+    if not REHEARSAL:
+        assert there.kernels == "triton", caplog.text
+    requests = [ImageRequest(f"p{i}", 0, str(i % 10) if i % 5 else "", seed=2**63 + i) for i in range(70)]
+    assert np.array_equal(
+        there.generate(requests).images, load_generator(str(file)).generate(requests).images
+    )
+
+
+@on_a_board
+def test_pytorch_computes_the_integers_of_an_un0_checkpoint_if_forced(tmp_path, monkeypatch):
+    file = tmp_path / "m.safetensors"
+    assert convert.main([str(publish(tmp_path / "p.pt", "cifar10")), str(file)]) == COMPLETE
+    requests = [ImageRequest(f"p{i}", 0, str(i), seed=i) for i in range(9)]
+    expected = load_generator(str(file)).generate(requests).images
+    monkeypatch.setenv("MILLIJOULE_KERNEL", "reference")
+    there = load_generator(str(file), device=DEVICE)
+    assert there.kernels == "pytorch"
+    assert np.array_equal(there.generate(requests).images, expected)

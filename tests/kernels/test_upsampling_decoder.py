@@ -6,37 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.decoder_cases import in_steps
+from support.decoder_cases import made_up_convolutions as made_up
+from support.decoder_cases import made_up_features as features
 
 from millijoule.kernels import native_library
 from millijoule.kernels.upsampling_decoder import (
-    ACTIVATION,
     NativeDecoder,
     calibrated_ranges,
     decode,
     folded,
     quantize_decoder,
 )
-
-
-def made_up(channels, blocks, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(blocks):
-        taken, channels = channels, max(channels // 2, 32)
-        for inputs in (taken, channels):
-            weights = torch.randn(channels, inputs, 3, 3, generator=random) * math.sqrt(2 / (9 * inputs))
-            found.append((weights, torch.randn(channels, generator=random) * 0.1))
-    weights = torch.randn(3, channels, 3, 3, generator=random) * 0.05
-    return [*found, (weights, torch.randn(3, generator=random) * 0.1)]
-
-
-def features(images, channels, seed=1):
-    random = torch.Generator().manual_seed(seed)
-    return torch.sin(torch.rand(images, channels, 4, 4, generator=random) * 2 * math.pi)
-
-
-def in_steps(x):
-    return torch.round(x * ACTIVATION).to(torch.int16)
 
 
 def float_images(x, convolutions):

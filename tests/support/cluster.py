@@ -157,14 +157,21 @@ class RayCluster:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def add_node(
-        self, cpus: int, gpus: int = 0, *, env: dict[str, str] | None = None, **resources: float
+        self,
+        cpus: int,
+        gpus: int = 0,
+        *,
+        env: dict[str, str] | None = None,
+        labels: dict[str, str] | None = None,
+        **resources: float,
     ) -> RayNode:
-        """A further node; `env` is what its processes have besides the cluster's."""
+        """A further node; `env` is what its processes have besides the cluster's, `labels` Ray's."""
         arguments = [
             f"--address={self.address}",
             f"--num-cpus={cpus}",
             f"--num-gpus={gpus}",
             f"--resources={json.dumps(resources)}",
+            *([f"--labels={','.join(f'{n}={v}' for n, v in labels.items())}"] if labels else []),
             "--object-store-memory=80000000",
             f"--dashboard-agent-listen-port={free_port()}",
         ]

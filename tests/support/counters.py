@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from contextlib import contextmanager
 
 import pynvml
 
@@ -136,3 +138,21 @@ class FakePowercap:
     def set(self, zone, energy_uj):
         (self.root / "next").write_text(f"{energy_uj}\n")
         os.replace(self.root / "next", self.root / zone / "energy_uj")
+
+    @contextmanager
+    def counting(self, *zones):
+        """The counters of `zones` run within this block, a joule every few milliseconds."""
+        ended = threading.Event()
+
+        def count():
+            while not ended.wait(0.005):
+                for zone in zones:
+                    self.set(zone, int((self.root / zone / "energy_uj").read_text()) + 1_000_000)
+
+        thread = threading.Thread(target=count)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()

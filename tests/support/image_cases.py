@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from millijoule.kernels.oscillator import Coupling
 from millijoule.workers.oscillators.config import SIDES, VARIANTS, OscillatorConfig, layer_shapes
 from millijoule.workers.oscillators.draw import Painter
 from millijoule.workers.oscillators.integer_network import IntegerNetwork, Layer
@@ -24,20 +25,20 @@ from millijoule.workers.scenes.vocabulary import NOUNS
 
 def drawn_by_kernels(painter, calls, resident=True, blocks=2):
     """Images of calls, (tokens, seeds, steps) each, of one `ImageKernel`; for `support.interpreted`."""
-    from millijoule.kernels import image_triton
+    from millijoule.kernels.gpu import image as gpu_image
 
-    kernel = image_triton.ImageKernel(painter.kernel_weights(), "cpu")
+    kernel = gpu_image.ImageKernel(painter.kernel_weights(), "cpu")
     kernel.resident, kernel.blocks = resident, blocks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            image_triton, "BLEND_IMAGES", 16
+            gpu_image, "BLEND_IMAGES", 16
         )  # a program of the interpreter is slow, its arrays are not
         return [kernel.draw(*call) for call in calls]
 
 
 def drawn_on_device(painter, tokens, seeds):
     """Images of tokens that nothing has looked at; for `support.interpreted`."""
-    from millijoule.kernels.image_triton import ImageKernel
+    from millijoule.kernels.gpu.image import ImageKernel
 
     kernel = ImageKernel(painter.kernel_weights(), "cpu")
     return kernel.draw_on_device(torch.from_numpy(tokens), torch.from_numpy(seeds.view(np.int64))).numpy()
@@ -56,9 +57,18 @@ def tokens_with(icons, noun):
     return scene_tokens([complete(Scene((Group(NOUNS[noun], count=icons),)), icons)])
 
 
-def extreme_painter(seed):
+def extreme_painter(seed, coupled=False):
     """A network of odd sizes with numbers of all magnitudes and signs in it, which no training would leave."""
-    config = OscillatorConfig(nouns=6, code=7, hidden=33, channels=3, width=17, mix=70, steps=6)
+    config = OscillatorConfig(
+        *(6, "trained" if coupled else "none"),
+        code=7,
+        hidden=33,
+        channels=3,
+        rank=5,
+        width=17,
+        mix=70,
+        steps=6,
+    )
     random = torch.Generator().manual_seed(seed)
 
     def integers(low, high, *shape):
@@ -83,5 +93,20 @@ def extreme_painter(seed):
         sizes=integers(-9000, 9000, VARIANTS, config.hidden).to(torch.int32),
         place=integers(-(2**31), 2**31, len(SIDES), config.cells * 3 * config.channels).to(torch.int32),
         **layers,
+        coupling=_extreme_coupling(config, integers) if coupled else None,
     )
     return Painter.of(network)
+
+
+def _extreme_coupling(config, integers):
+    """One so strong that multipliers pass what int32 holds."""
+    channels, n = config.channels, config.oscillators
+
+    def scales(count):
+        return integers(1, 1000, count).double() / 100
+
+    return Coupling(
+        *(integers(-127, 128, channels, 5 * channels).to(torch.int8), scales(channels)),
+        *(integers(-127, 128, n, config.rank).to(torch.int8), scales(config.rank)),
+        *(integers(-127, 128, n, config.rank).to(torch.int8), scales(n)),
+    )

@@ -220,7 +220,7 @@ def _boot_id(host: int, boot: int) -> str:
 
 def enter_host(node: Node | None, plan: Plan, folder: Path) -> None:
     """This process is on `node`, in a world whose constants of time are shorter, and dies where the plan says."""
-    pool.TICK_S, pool.STATUS_PERIOD_S, outcomes.STATUS_PERIOD_S = 0.04, 0.15, 0.15
+    pool.TICK_S, outcomes.STATUS_PERIOD_S = 0.04, 0.15
     pool.CUT_OFF_S, pool.STOP_TIMEOUT_S, crew.STOP_TIMEOUT_S = 1.0, 10.0, 10.0
     coordinator.SPECULATION_MIN_S, coordinator.SECOND_OPINION_PATIENCE_S = 0.3, 1.0
     node_health.DEATH_PAUSE_FIRST_S, node_health.FAULT_PAUSE_FIRST_S = 0.02, 0.05

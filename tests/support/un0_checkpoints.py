@@ -74,3 +74,21 @@ def publish(path, flavour="cifar10", *, model=None, **more):
     }
     torch.save(saved, path)
     return path
+
+
+def parts_of(file):
+    """Of a converted checkpoint: its architecture, tensors by their published names, and what it says of integers."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from millijoule.workers.generators.un0_checkpoint import Un0Architecture, canonical
+    from millijoule.workers.generators.un0_integers import Un0Integers
+    from millijoule.workers.records import decode
+
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    return (
+        decode(Un0Architecture, said["architecture"]),
+        canonical(load_file(file)),
+        decode(Un0Integers, said["integers"]),
+    )

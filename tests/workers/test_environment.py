@@ -18,6 +18,7 @@ def test_the_png_encoder_is_named(form):
     assert stated.png_encoder == ("zlib" if form == "reference" else "compiled")
     assert WorkerEnvironment.from_json(stated.to_json()) == stated
     assert stated.kernels == ("pytorch" if form == "reference" else form)
+    assert describe_worker("w", 1, "node", (), meter, meter.read(), "triton").kernels == "triton"
     before = json.loads(stated.to_json())
     del before["png_encoder"], before["kernels"]
     assert WorkerEnvironment.from_json(json.dumps(before).encode()).png_encoder is None

@@ -115,6 +115,18 @@ class GroupsRequests(Protocol):
 
 
 @runtime_checkable
+class NamesKernels(Protocol):
+    """What a generator may have besides that knows which of several kernels draw.
+
+    Attributes:
+        kernels: "triton" on a GPU, a form of the CPU's compiled functions ("avx2"), "pytorch", for the worker's record.
+    """
+
+    @property
+    def kernels(self) -> str: ...
+
+
+@runtime_checkable
 class KnowsNouns(Protocol):
     """What a generator of icon scenes may have besides that knows other nouns than the first 80.
 

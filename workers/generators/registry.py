@@ -103,16 +103,17 @@ def load_generator(
     _refuse_pipeline_options(model, options)
     from millijoule.workers.engines.open import open_engine
 
-    if read_header(path).metadata.get("format") == UN0_FORMAT:
-        from millijoule.workers.generators.un0 import Un0Generator
-
-        return Un0Generator.load(path, device=device, engine=open_engine(options, device))
-    from millijoule.kernels.native_library import usual_form
-    from millijoule.workers.oscillators.generator import OscillatorGenerator
-
     as_usual = options.engine == "deepspeed" and not (
         options.cuda_graphs or options.fused_modules or options.offload_weights
     )
+    if read_header(path).metadata.get("format") == UN0_FORMAT:
+        from millijoule.workers.generators.un0 import Un0Generator
+
+        engine = open_engine(options, device)
+        return Un0Generator.load(path, device=device, engine=engine, gpu_kernels=as_usual)
+    from millijoule.kernels.native_library import usual_form
+    from millijoule.workers.oscillators.generator import OscillatorGenerator
+
     if as_usual and (device.startswith("cuda") or (device == "cpu" and usual_form() is not None)):
         generator = OscillatorGenerator.load(path, device=device)
         if generator.drawing.kernel is not None:
@@ -147,7 +148,7 @@ def read_pipeline_model(model: str, options: GeneratorOptions) -> PipelineFolder
 def usual_shard_images(model: str) -> int:
     """How many images of `model` make a shard where nobody says it.
 
-    A shard has a file, a lease and a commit of its own, which take milliseconds: of a model of oscillators as long as a hundred images.
+    A shard has a file, a lease and a commit of its own, which take milliseconds: as long as dozens of an oscillator model's images.
     """
     if model.startswith(factories.PREFIX) or is_pipeline(path := model_path(model)):
         return SHARD_IMAGES

@@ -1,7 +1,7 @@
 """Un-0 models, for inference: class to drive, coupled oscillators, decoder.
 
 In go requests whose prompts are class names or numbers, out come uint8 images. The files are those `millijoule convert`
-writes. A file that says so is drawn in integers on CPUs (`un0_integers`). Else, and on GPUs, phases and decoder are float32 and run
+writes. A file that says so is drawn in integers (`un0_integers`, on a GPU `un0_gpu`). Else phases and decoder are float32 and run
 on padded batches of one fixed size, so that an image does not depend on what else is in its batch.
 
 The model (Un-0; github.com/unconv-ai/Un-0) is N phases theta and M driver phases phi, all uniform at the start:
@@ -39,6 +39,7 @@ from millijoule.workers.generators.fixed_size import check_requests, padded, unu
 from millijoule.workers.generators.model_files import read_own_header, read_settings, refusing_damage
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.generators.un0_checkpoint import STEM, Un0Architecture, canonical
+from millijoule.workers.generators.un0_gpu import Un0GpuForm, gpu_form
 from millijoule.workers.generators.un0_integers import Un0IntegerForm, Un0Integers
 from millijoule.workers.generators.un0_model import Un0Decoder, Un0Dynamics
 from millijoule.workers.records import decode
@@ -49,8 +50,8 @@ log = logging.getLogger(__name__)
 #: Rows the model always sees, the rest being padding. A GPU needs more of them to be busy.
 FLOAT_BATCH = {"cpu": 16, "cuda": 64}
 
-#: Images per call that the worker sends.
-BATCH_SIZE = 64
+#: Images per call that the worker sends; integers on a GPU take more.
+BATCH_SIZE, GPU_INTEGERS_BATCH_SIZE = 64, 256
 
 #: Enough to see whether a model draws anything.
 TRIAL_STEPS = 10
@@ -73,7 +74,7 @@ class Un0Generator:
         sha256: str,
         device: str,
         engine: Engine | None = None,
-        integers: Un0IntegerForm | None = None,
+        integers: Un0IntegerForm | Un0GpuForm | None = None,
     ) -> None:
         """`engine`: None runs it plainly; `integers`: None draws in floating point."""
         self.architecture = architecture
@@ -94,19 +95,25 @@ class Un0Generator:
             width=size,
             height=size,
             num_inference_steps=architecture.steps,
-            batch_size=BATCH_SIZE,
+            batch_size=GPU_INTEGERS_BATCH_SIZE if isinstance(integers, Un0GpuForm) else BATCH_SIZE,
             max_steps=un0_checkpoint.MAX_STEPS,
             sizes=((size, size),),
         )
 
     @staticmethod
     def load(
-        path: Path, *, device: str = "cpu", engine: Engine | None = None, integers: bool = True
+        path: Path,
+        *,
+        device: str = "cpu",
+        engine: Engine | None = None,
+        integers: bool = True,
+        gpu_kernels: bool = True,
     ) -> Un0Generator:
         """Load a file written by `millijoule convert`; `engine` runs its networks, None: PyTorch as it is.
 
         Args:
             integers: draw in integers what the file says may be; False: in floating point all the same, for comparing.
+            gpu_kernels: on a GPU integers are for its own kernels, which no engine runs; False: the engine is to have something to run.
 
         Raises:
             InputError: the file is not safetensors, or not a model this version knows, or its numbers would overflow.
@@ -120,17 +127,28 @@ class Un0Generator:
             tensors = load_file(path)
             un0_checkpoint.check_values(architecture, tensors)
             tensors = canonical(tensors)
-            form = None
-            if integers and not device.startswith("cuda") and (said := header.metadata.get("integers")):
-                form = Un0IntegerForm(architecture, tensors, read_settings(Un0Integers, said), engine=engine)
+            form: Un0IntegerForm | Un0GpuForm | None = None
+            if integers and (said := header.metadata.get("integers")):
+                settings = read_settings(Un0Integers, said)
+                if not device.startswith("cuda"):
+                    form = Un0IntegerForm(architecture, tensors, settings, engine=engine)
+                elif gpu_kernels:
+                    form = gpu_form(architecture, tensors, settings, device)
+                else:
+                    log.info("integers on a GPU are for its own kernels, an engine runs floating point")
         log.info(
             "%s: drawn in %s",
             header.metadata.get("name", path.stem),
-            "floating point" if form is None else "integers",
+            "floating point" if form is None else f"integers ({form.kernels})",
         )
         name = header.metadata.get("name", path.stem)
         sha256 = file_sha256(path)
         return Un0Generator(architecture, tensors, classes, name, sha256, device, engine, form)
+
+    @property
+    def kernels(self) -> str:
+        """See `NamesKernels`."""
+        return "pytorch, floating point" if self._integers is None else self._integers.kernels
 
     @cached_property
     def _networks(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Tensor]:

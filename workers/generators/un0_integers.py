@@ -1,7 +1,7 @@
 """An Un-0 model in integers: the same pixels on every processor, several times faster than its floats, and when that is allowed.
 
 In go classes and seeds, out come uint8 images, by `kernels.dense_coupling` and `kernels.upsampling_decoder`: compiled for this processor,
-or in PyTorch with the same bits. Whether integers stand for a model is decided once, by its pixels beside those of its floats
+or in PyTorch with the same bits; on a GPU `un0_gpu` has them. Whether integers stand for a model is decided once, by its pixels beside those of its floats
 (`choose_integers`, when a checkpoint is converted), and written into its file: so every node draws with the same form, and files
 from before stay what they were.
 """
@@ -25,7 +25,7 @@ from millijoule.kernels.dense_coupling import (
     quantize_dense,
     relax,
 )
-from millijoule.kernels.native_library import is_forced, usual_form
+from millijoule.kernels.native_library import is_forced, kernel_words, usual_form
 from millijoule.kernels.phase import TURN, random_phases
 from millijoule.kernels.upsampling_decoder import (
     FloatConvolution,
@@ -70,7 +70,7 @@ class Un0Integers:
 
 
 class Un0IntegerForm:
-    """Draws in integers. The result depends on the model, class, seed and steps alone, whatever the processor, threads and batch."""
+    """Draws in integers on a CPU. The result depends on the model, class, seed and steps alone, whatever the processor, threads and batch."""
 
     def __init__(
         self,
@@ -87,17 +87,17 @@ class Un0IntegerForm:
         """
         refuse_unknown(architecture)
         self.architecture = architecture
+        self.kernels = kernel_words()
         engine = engine or EagerEngine()
         coupling = quantized_coupling(architecture, tensors, integers.fine_every)
         decoder = quantize_decoder(convolutions_of(architecture, tensors), integers.ranges)
-        compiled = usual_form() is not None
-        if not compiled and not is_forced():
+        if usual_form() is None and not is_forced():
             log.warning(
                 "integers by PyTorch take up to 2.6 times as long as floating point: install a C++ compiler, then "
                 "the package again (on a processor with AVX2), or convert the checkpoint with --form float"
             )
-        drawing: nn.Module = _CompiledDecoder(decoder) if compiled else _Decoder(decoder)
-        self._dynamics = engine.prepare(_dynamics(coupling).eval(), "dynamics", static=False)
+        dynamics, drawing = cpu_modules(coupling, decoder)
+        self._dynamics = engine.prepare(dynamics.eval(), "dynamics", static=False)
         self._decoder = engine.prepare(drawing.eval(), "decoder", static=False)
 
     def relax(self, classes: Sequence[int], seeds: Sequence[int], steps: int) -> Tensor:
@@ -159,6 +159,11 @@ class _CompiledDecoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.decode(features, threads=torch.get_num_threads())
+
+
+def cpu_modules(coupling: DenseCoupling, decoder: IntegerDecoder) -> tuple[nn.Module, nn.Module]:
+    """What relaxes phases and draws features on a CPU, in the form that is usual here."""
+    return _dynamics(coupling), _Decoder(decoder) if usual_form() is None else _CompiledDecoder(decoder)
 
 
 def refuse_unknown(architecture: Un0Architecture) -> None:

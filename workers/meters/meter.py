@@ -10,7 +10,8 @@ Differences are taken elsewhere. What cannot be read is absent from the read, ne
 * **Resets and wraps.** The book (`workers.meters.counter_book`) holds each counter's last reading. A counter that went back
   without a wrap, leapt, or was out of sight for so long that it may have wrapped begins a new epoch; nothing is
   subtracted across one.
-* A powered device always draws something: a counter that reads 0 or stands still is broken, not idle.
+* A powered device always draws something: a counter that reads 0 or stands still is broken, not idle. An account therefore ends
+  with a reading in which each has moved (`read_afresh`).
 * The counters are those of whole devices, with all that other jobs do on them.
 
 The estimate (`CounterRead.estimate_mj`) is CPU time at an assumed power and is never mixed with the counters.
@@ -69,7 +70,7 @@ class EnergyMeter(Protocol):
         """Read everything now. Domains that fail are absent; never raises for them."""
 
     def read_afresh(self) -> CounterRead:
-        """The same, waiting until no value is older than the call."""
+        """The same, waiting until every counter has moved since the call, or is found to fail."""
 
     def close(self) -> None: ...
 
@@ -132,18 +133,25 @@ class CounterMeter:
         )
 
     def read_afresh(self) -> CounterRead:
-        """A read whose every value was sampled after this call began: for the end of an account, after which nobody reads.
+        """A read whose every counter has moved since this call began: for the end of an account, after which nobody reads.
 
-        Waits until the devices may be read again (`min_spacing_ns`); a device that fails is absent, as in `read`.
+        One that has just frozen cannot be told from one that has nothing new yet, and nobody comes later to see it leap: so a
+        counter that stands is waited for, until it moves or is absent like any that fails (`STALL_AFTER_NS`).
         """
         asked_ns = self.clock_ns()
-        deadline_ns = asked_ns + 2 * max((c.min_spacing_ns for c in self.counters), default=0)
+        # a counter that stands is known to fail by then; what is left is a book that others hold
+        deadline_ns = (
+            asked_ns + STALL_AFTER_NS + 2 * max((c.min_spacing_ns for c in self.counters), default=0)
+        )
         while True:
             read = self.read()
             with self._state() as state:
-                tries = [state.last_try_ns(c.domain) for c in self.counters] if state else []
-            now_ns = self.clock_ns()
-            if (state and all(t >= asked_ns for t in tries)) or now_ns >= deadline_ns:
+                is_settled = state is not None and all(
+                    state.has_settled(c.domain, asked_ns) for c in self.counters
+                )
+            if is_settled:
+                return self.read()  # what another process' read has settled is in it, too
+            if self.clock_ns() >= deadline_ns:
                 return read
             time.sleep(FRESH_POLL_S)
 

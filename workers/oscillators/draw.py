@@ -87,7 +87,7 @@ class Drawing:
 
     Args:
         engine: runs the network. None: the compiled kernel draws where there is one (`kernels.image`; on a GPU
-            `kernels.image_triton`), else PyTorch as it is; the pixels are the same.
+            `kernels.gpu.image`), else PyTorch as it is; the pixels are the same.
 
     Attributes:
         kernel: what draws; None: `shapes` does.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from millijoule.kernels.native_library import kernel_words
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.engines.protocol import Engine
 from millijoule.workers.generators.file_hashes import file_sha256
@@ -46,6 +47,13 @@ class OscillatorGenerator:
             max_steps=MAX_STEPS,
             sizes=((IMAGE_SIZE, IMAGE_SIZE),),
         )
+
+    @property
+    def kernels(self) -> str:
+        """See `NamesKernels`."""
+        if self.drawing.kernel is None:
+            return "pytorch"
+        return "triton" if self.drawing.device.startswith("cuda") else kernel_words()
 
     @staticmethod
     def load(path: Path, *, device: str = "cpu", engine: Engine | None = None) -> OscillatorGenerator:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from millijoule.kernels.gpu.trial import tried
 from millijoule.kernels.image import ImageWeights
 from millijoule.kernels.native_library import is_reference_forced
 from millijoule.workers.scenes.scenes import BACKGROUNDS, COLOURS, ICON_TOKENS, NUM_TOKENS, SIZES, WINDOWS
 
 if TYPE_CHECKING:
-    from millijoule.kernels.image_triton import ImageKernel
+    from millijoule.kernels.gpu.image import ImageKernel
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +33,24 @@ def gpu_kernel(
     if is_reference_forced():
         log.info("image kernel: PyTorch's operations, as MILLIJOULE_KERNEL says")
         return None
-    try:
-        from millijoule.kernels.image_triton import ImageKernel, misfit
+
+    def build() -> ImageKernel | None:
+        from millijoule.kernels.gpu.image import ImageKernel, misfit
 
         if why := misfit(weights):
             log.info(
                 "image kernel: PyTorch's operations, as the GPU's kernels do not take this model: %s", why
             )
             return None
-        kernel = ImageKernel(weights, device)
+        return ImageKernel(weights, device)
+
+    def draws_alike(kernel: ImageKernel) -> bool:
         tokens, seeds = trial_scenes(len(weights.codes))
-        same = np.array_equal(kernel.draw(tokens, seeds), plain(tokens, seeds))
-    except (
-        Exception
-    ) as error:  # Triton needs a C compiler on the host; its own errors have no class in common
-        log.warning("image kernel: PyTorch's operations, as the GPU's kernels failed: %s", error)
-        return None
-    if not same:
-        log.warning("image kernel: PyTorch's operations, as the GPU's kernels drew other pixels")
-        return None
-    log.info("image kernel: the GPU's, in one CUDA graph")
+        return np.array_equal(kernel.draw(tokens, seeds), plain(tokens, seeds))
+
+    kernel = tried("image kernel", "PyTorch's operations", build, draws_alike)
+    if kernel is not None:
+        log.info("image kernel: the GPU's, in one CUDA graph")
     return kernel
 
 

@@ -2,7 +2,8 @@
 
 Of each kernel and shape: the operations that are needed, the bytes that must move, the floor that follows from peaks measured in the
 same run (products of large matrices in int8, bfloat16 and float32, and copying), the processor time it takes, and floor over time.
-Alternatives of the same result stand beside it. All is processor time of one thread, forms in turn, the least of several rounds: what
+The PNG encoder multiplies nothing: its operations are steps of a byte, one for each that goes in or comes out, and its floor is copying
+those. Alternatives of the same result stand beside it. All is processor time of one thread, forms in turn, the least of several rounds: what
 else a shared machine does can only make a round longer.
 """
 
@@ -49,7 +50,7 @@ class Case:
 
     Attributes:
         operations, bytes_moved: of one call, that no form can do without.
-        forms: calls by name; those named "pytorch..." are alternatives.
+        forms: calls by name; those named "pytorch" and "zlib" are alternatives.
     """
 
     kernel: str
@@ -125,6 +126,7 @@ def cases(options: BenchOptions) -> Iterator[Case]:
     """All kernels."""
     yield from image_cases(options.images)
     yield from (dense_case(n) for n in options.oscillators)
+    yield png_case(options.images)
 
 
 def image_cases(images: int) -> Iterator[Case]:
@@ -175,6 +177,29 @@ def _by_pytorch(drawing: Any, tokens: Any, seeds: Any) -> object:
 
     with native_library.only("reference"):  # the steps of coupled oscillators, too
         return drawing.draw(tokens, seeds)
+
+
+def png_case(images: int) -> Case:
+    """Images of the default generator to PNG files without text."""
+    from millijoule.kernels.native_library import forms_here
+    from millijoule.workers.generators.registry import load_generator
+
+    pixels = load_generator("default").generate(scene_requests(images)).images
+    forms: dict[str, Callable[[], object]] = {"zlib": partial(_encoded, "reference", pixels)}
+    forms |= {form: partial(_encoded, form, pixels) for form in forms_here()}
+    files = _encoded(("reference", *forms_here())[-1], pixels)
+    moved = pixels.nbytes + sum(map(len, files))
+    return Case(
+        "png", f"{images} images of 64 by 64, {moved - pixels.nbytes} bytes of files", moved, moved, forms
+    )
+
+
+def _encoded(form: str, pixels: np.ndarray) -> list[bytes]:
+    from millijoule.kernels import native_library
+    from millijoule.kernels.png import encode_pngs
+
+    with native_library.only(form):
+        return encode_pngs(list(pixels), [[]] * len(pixels))
 
 
 def dense_case(n: int, images: int = 48, steps: int = 10) -> Case:

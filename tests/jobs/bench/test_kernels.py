@@ -56,7 +56,9 @@ def test_integer_kernels_are_told_by_peaks_of_the_same_run(tmp_path):
     assert result["cases"] == []
     told = result["integers"]
     assert all(told["peaks"][name] > 0 for name in ("int8", "bfloat16", "copy"))
-    assert [case["kernel"] for case in told["cases"]] == ["image", "dense_coupling"]
+    assert [case["kernel"] for case in told["cases"]] == [
+        *("image", "image", "dense_coupling", "upsampling_decoder")
+    ]
     for case in told["cases"]:
         names = list(case["forms"])
         assert [block["form"] for block in case["blocks"]] == [*names, *reversed(names)]
@@ -68,9 +70,12 @@ def test_integer_kernels_are_told_by_peaks_of_the_same_run(tmp_path):
             seconds = sum(block["seconds"] for block in own) / sum(block["calls"] for block in own)
             assert figures["share_of_floor"] == pytest.approx(floor / seconds)
         assert case["times_as_fast"][names[0]] == 1
-    image, dense = told["cases"]
-    assert image["bytes_written"] == 2 * 64 * 64 * 3
+    image, coupled, dense, decoder = told["cases"]
+    assert image["bytes_written"] == coupled["bytes_written"] == 2 * 64 * 64 * 3
+    assert coupled["case"] == "coupled, 2 images"
     assert dense["operations"] == 2 * 64 * 64 * 2 * 2 * 2
+    taps = 4 * 6 * 32 + 9 * 32 * 32 + 9 * 32 * 3  # of a pixel of 8 by 8; four int8 products each
+    assert decoder["operations"] == 2 * 8 * 8 * taps * 4 * 2
 
 
 def test_other_pixels_are_not_timed(monkeypatch):

@@ -59,22 +59,22 @@ def set_up(options):
 
 
 def test_a_calibration_and_its_job_share_one_device_and_a_resumed_job_its_shard_size(options, decisions):
-    planned, _ = set_up(replace(options, shard_size="60s"))
+    planned, *_ = set_up(replace(options, shard_size="60s"))
     assert decisions == ["device", "room", ("calibration", 60.0, 1.0), "room"]
     assert planned.job.shard_size == 40
     assert len(planned.shards) == 3
     decisions.clear()
-    again, _ = set_up(replace(options, shard_size="30s"))
+    again, *_ = set_up(replace(options, shard_size="30s"))
     assert decisions == ["device", "room"]
     assert again.job == planned.job
 
 
 def test_a_finished_job_asks_for_no_device(options, decisions):
-    planned, _ = set_up(options)
+    planned, *_ = set_up(options)
     store = open_store(options.output)
     for shard in planned.shards:
         store.put(commit_key(shard.shard_id), b"{}")
-    _, pool = set_up(options)
+    _, pool, _ = set_up(options)
     assert pool.gpus_per_worker == 0.0
 
 
@@ -114,7 +114,7 @@ def test_another_image_format_or_quality_is_another_job(options, decisions):
 
 
 def test_a_job_of_png_has_the_fingerprint_that_it_had_before_there_was_a_choice(options, decisions):
-    planned, _ = set_up(options)
+    planned, *_ = set_up(options)
     request = request_of(options)
     before = {"model_sha256": request.identity.sha256, "job_seed": 0, "output_format": "parquet"}
     assert planned.job.fingerprint == compute_fingerprint(request.files, request.plan, before)

@@ -1,5 +1,6 @@
 """The plan: every row once, shards of one size, the same bytes for the same input, memory that does not grow."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -23,7 +24,7 @@ from millijoule.pipeline.planning.prompts import BAD_ROW_SCHEMA
 from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError, NotFoundError, StoreError
 from millijoule.workers.layout import plan_index_key
-from millijoule.workers.schemas import PLAN_ROW_SCHEMA
+from millijoule.workers.schemas import PLAN_ROW_SCHEMA, ImageRequest
 from millijoule.workers.shard_rows import PlanRow, derive_seed, read_shard_rows, shard_requests
 from millijoule.workers.storage.inputs import InputFile, expand_inputs
 from millijoule.workers.storage.open import open_store
@@ -191,6 +192,10 @@ def test_seeds():
     assert [r.seed for r in requests] == expected == [derive_seed(7, "id", k) for k in range(3)]
     assert [r.image_index for r in requests] == [0, 1, 2]
     first = requests[0]
+    made = ImageRequest("id", 0, "p", expected[0], "neg", 8, 16, 4, 1.5, "{}", "f:1")
+    assert (first, hash(first), vars(first)) == (made, hash(made), vars(made))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.seed = 1
     assert (first.width, first.height, first.num_inference_steps, first.guidance_scale) == (8, 16, 4, 1.5)
     assert (first.prompt, first.negative_prompt, first.extra, first.source) == ("p", "neg", "{}", "f:1")
 

@@ -449,3 +449,21 @@ def test_whatever_happens_every_shard_is_committed_once_and_only_poison_is_skipp
     assert set(commits) == set(range(n))
     for shard_id, rows in commits.items():
         assert rows == {p % 8 for p in poison | bad if p // 8 == shard_id}
+
+
+def test_a_run_of_shards_is_kept_for_one_worker_until_others_have_nothing_left():
+    shards = [Shard(i, "part", i, 1, 1, None, None, None, f"p{i}", "") for i in range(8)]
+    lengths = {"fast": 4, "slow": 1}
+    coordinator = Coordinator(shards, np.zeros(8, bool), 10.0, 1, run_length=lengths.__getitem__)
+
+    def next_shard(worker):
+        lease = coordinator.next_lease(worker, 0.0)
+        return None if lease is None else lease.shard.shard_id
+
+    assert next_shard("fast") == 0
+    assert [next_shard("slow") for _ in range(2)] == [4, 5]
+    assert coordinator.unleased == 5
+    assert next_shard("fast") == 1
+    assert [next_shard("slow") for _ in range(3)] == [6, 7, 3]  # the end of the run
+    assert next_shard("fast") == 2
+    assert coordinator.unleased == 0

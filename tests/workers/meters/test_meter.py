@@ -163,6 +163,54 @@ def test_a_counter_that_stands_still_is_broken_not_idle(open_fake, nvml, clock):
     assert meter.read().energy_mj == {GPU0: 5_000_010}
 
 
+@pytest.fixture
+def waits(monkeypatch, clock):
+    """How often a meter has waited; the clock goes on meanwhile, and what is in `then` is done once by its turn."""
+
+    class Waits:
+        count, then = 0, {}
+
+        def sleep(self, seconds):
+            self.count += 1
+            clock.advance(seconds)
+            self.then.get(self.count, lambda: None)()
+
+    made = Waits()
+    monkeypatch.setattr("millijoule.workers.meters.meter.time.sleep", made.sleep)
+    return made
+
+
+def test_an_account_ends_with_a_reading_that_has_moved(open_fake, nvml, clock, waits):
+    timeline = SegmentTimeline("w", open_fake(["0"], nvml))
+    clock.advance(1)
+    waits.then[5] = lambda: nvml.energy_mj.update({UUIDS[0]: nvml.energy_mj[UUIDS[0]] + 700})
+    assert segment_energy_mj(timeline.close("idle", last=True)) == 700
+    assert waits.count >= 5
+
+
+def test_a_counter_that_froze_just_before_the_end_of_an_account_is_missing_not_low(
+    open_fake, nvml, clock, waits
+):
+    timeline = SegmentTimeline("w", open_fake(["0"], nvml))
+    clock.advance(1)
+    nvml.energy_mj[UUIDS[0]] += 700
+    shard = timeline.close("shard", 1, "a")
+    clock.advance(1)  # it ran on, and its counter did not
+    last = timeline.close("idle", last=True)
+    assert segment_energy_mj(shard) == 700
+    assert segment_energy_mj(last) is None
+    assert last.close.energy_mj == {}
+    assert clock() - shard.close.t_mono_ns <= STALL_AFTER_NS + 2 * SECOND
+
+
+def test_the_end_of_an_account_waits_for_no_counter_that_fails(open_fake, nvml, clock, waits):
+    timeline = SegmentTimeline("w", open_fake(["0"], nvml))
+    clock.advance(1)
+    nvml.energy_mj[UUIDS[0]] = 0
+    assert timeline.close("idle", last=True).close.energy_mj == {}
+    assert waits.count == 0
+
+
 def test_a_late_sample_shows_as_latency(open_fake, nvml, clock):
     nvml.sample_age_ns = 90_000_000
     meter = open_fake(["0"], nvml)

@@ -198,14 +198,15 @@ def test_a_worker_states_its_environment_once(worker):
 def test_a_board_without_a_counter_is_not_made_up_for_by_the_processor(worker, tmp_path):
     """MIG mode: the package can be read, the board cannot; the books close, and there is no total."""
     made, store, job = worker
-    FakePowercap(tmp_path / "none")
+    powercap = FakePowercap(tmp_path / "none")
     made.nvml.mig[UUIDS[0]] = [1, 1]
     made.start()
     stated = read_uncommitted(store).workers["w1"]
     assert (stated.gpus, stated.energy_method) == ((UUIDS[0],), "rapl")
     run_shard(made, store, job)
     assert made.calibrate([ImageRequest("a", 0, "a", 1)]).energy_mj is None
-    close_books(made, store)
+    with powercap.counting("intel-rapl:0", "intel-rapl:0:1"):
+        close_books(made, store)
     (commit,) = read_commits(store, 1)
     assert (commit.energy_mj, commit.energy_domains) == (None, (PACKAGE, DRAM))
     stats = finish_job(store, job, load_job_shards(store, job))

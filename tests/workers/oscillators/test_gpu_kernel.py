@@ -1,13 +1,15 @@
 """A GPU's kernels are taken only after they drew what PyTorch's operations draw; the log says what draws."""
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from support.tiny_oscillators import painter_of, tiny_oscillators
 
-from millijoule.kernels import image_triton
+from millijoule.kernels.gpu import image as gpu_image
 from millijoule.workers.engines.eager import EagerEngine
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.registry import load_generator
@@ -41,7 +43,7 @@ def opened(monkeypatch, drawing, caplog):
     def open_with(change, weights=None):
         kernel = kernel_that(change)
         kernel.plain = staticmethod(drawing.draw)
-        monkeypatch.setattr(image_triton, "ImageKernel", kernel)
+        monkeypatch.setattr(gpu_image, "ImageKernel", kernel)
         with caplog.at_level(logging.INFO):
             found = gpu_kernel(weights or drawing.painter.kernel_weights(), "cuda:1", drawing.draw)
         return found, caplog.text
@@ -75,11 +77,12 @@ def test_kernels_that_fail_are_left_with_a_word(opened):
     assert "no C compiler" in told
 
 
-def test_a_coupled_model_is_not_taken(opened):
-    coupled = painter_of(tiny_oscillators("trained")).kernel_weights()
-    kernel, told = opened(lambda images: images, coupled)
+def test_a_model_that_does_not_fit_is_not_taken(opened, drawing):
+    weights = drawing.painter.kernel_weights()
+    large = replace(weights, codes=torch.zeros(7, 129, dtype=torch.int8))
+    kernel, told = opened(lambda images: images, large)
     assert kernel is None
-    assert "coupled" in told
+    assert "code 129 is more than 128" in told
 
 
 def test_the_reference_may_be_forced(opened, monkeypatch):

@@ -19,7 +19,7 @@ def test_floors_are_of_the_peaks_of_the_run(tmp_path):
     peak = max(value for name, value in found["peaks"].items() if name != "copy")
     assert {"float32", "int8", "copy"} <= set(found["peaks"])
     kernels = {case["kernel"] for case in found["cases"]}
-    assert kernels == {"image", "dense coupling"}
+    assert kernels == {"image", "dense coupling", "png"}
     for case in found["cases"]:
         floor = max(case["operations"] / peak, case["bytes_moved"] / found["peaks"]["copy"])
         assert case["floor_s"] == pytest.approx(floor)
@@ -27,6 +27,14 @@ def test_floors_are_of_the_peaks_of_the_run(tmp_path):
             assert form["share_of_floor"] == pytest.approx(floor / form["cpu_s"])
     image = next(case for case in found["cases"] if case["kernel"] == "image")
     assert set(image["forms"]) == {"pytorch", *forms_here()}
+    png = found["cases"][-1]
+    assert set(png["forms"]) == {"zlib", *forms_here()}
+    files = int(png["shape"].split()[-4])
+    assert 0 < files < 3 * 64 * 64 * 3
+    assert png["operations"] == png["bytes_moved"] == 3 * 64 * 64 * 3 + files
+    assert png["floor_s"] == pytest.approx(
+        png["bytes_moved"] / found["peaks"]["copy"]
+    )  # nothing is multiplied
     with Image.open(io.BytesIO(picture.read_bytes())) as drawn:
         assert len(drawn.convert("RGB").getcolors(1 << 20)) > 10
 

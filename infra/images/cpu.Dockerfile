@@ -1,0 +1,31 @@
+# CPU workers, heads and submitters. From the repository's root:
+#   docker build -f infra/images/cpu.Dockerfile --build-arg TORCH_INDEX=<PyTorch's index of CPU wheels> -t REGISTRY/millijoule:0.1.0-cpu .
+# BASE may be a digest of the same image, which is what to pin in a registry of your own.
+ARG BASE=python:3.11.14-slim-bookworm
+
+FROM ${BASE} AS build
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++=4:12.2.0-3 \
+ && rm -rf /var/lib/apt/lists/*
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 DS_BUILD_OPS=0
+ARG TORCH_INDEX
+RUN python -m venv /opt/millijoule
+COPY infra/constraints/cpu.txt /constraints.txt
+RUN PIP_EXTRA_INDEX_URL="${TORCH_INDEX}" /opt/millijoule/bin/pip install -c /constraints.txt torch \
+ && /opt/millijoule/bin/python -c "import torch; assert torch.version.cuda is None, 'this PyTorch is for CUDA: give --build-arg TORCH_INDEX'"
+COPY . /source
+RUN /opt/millijoule/bin/pip install -c /constraints.txt "/source[diffusers,report,verify]"
+# the compiled kernels are optional for pip, not for this image
+WORKDIR /
+RUN /opt/millijoule/bin/python -c "from millijoule.kernels.native_library import forms_here; assert forms_here(), 'the C++ kernels were not built'"
+
+FROM ${BASE}
+RUN groupadd --gid 1000 millijoule \
+ && useradd --uid 1000 --gid 1000 --create-home --home-dir /scratch --shell /usr/sbin/nologin millijoule
+COPY --from=build /opt/millijoule /opt/millijoule
+COPY --chmod=0755 infra/images/millijoule-job /usr/local/bin/millijoule-job
+ENV PATH=/opt/millijoule/bin:$PATH PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
+USER 1000:1000
+WORKDIR /scratch
+CMD ["millijoule", "--help"]

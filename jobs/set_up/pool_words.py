@@ -1,0 +1,170 @@
+"""`--pool` and `--prefer`: what their words mean, before anything is known of a cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import get_args
+
+from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.workers.errors import InputError
+from millijoule.workers.generators.options import EngineName, GeneratorOptions
+
+#: Ray's label of an accelerator's type: a pool that names one gives each worker a GPU.
+ACCELERATOR = "ray.io/accelerator-type"
+FORM = "NAME:label=value,...:workers=MIN:MAX, then any of batch=N engine=NAME gpus=X cpus=X price=X images_per_s=X joules=X, with : between"
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+#: As Kubernetes and Ray have them.
+_LABEL = re.compile(r"([A-Za-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+_NUMBERS = ("gpus", "cpus", "price", "images_per_s", "joules")
+
+
+@dataclass(frozen=True)
+class PoolWords:
+    """One `--pool`, read; what is None is as for the job.
+
+    `selectors` are sets of labels in order of preference.
+    """
+
+    name: str
+    selectors: tuple[dict[str, str], ...]
+    min_workers: int
+    max_workers: int
+    batch: int | None = None
+    engine: EngineName | None = None
+    gpus: float | None = None
+    cpus: float | None = None
+    price: float | None = None
+    images_per_s: float | None = None
+    joules: float | None = None
+
+
+def parse_pool(text: str) -> PoolWords:
+    """`"spot:ray.io/accelerator-type=L4,ray.io/market-type=spot|on-demand:workers=0:8:batch=16"`; raises InputError."""
+
+    def refuse(why: str) -> InputError:
+        return InputError(f"--pool {text}: {why}. The form is {FORM}")
+
+    name, _, rest = text.partition(":")
+    labels, _, rest = rest.partition(":")
+    if not _NAME.fullmatch(name):
+        raise refuse(f"{name!r} is no name: small letters, digits and -")
+    selectors = _selectors(labels, refuse)
+    fields: dict[str, str] = {}
+    last = ""
+    for part in rest.split(":") if rest else ():
+        key, equals, value = part.partition("=")
+        if not equals and last == "workers" and ":" not in fields["workers"]:
+            fields["workers"] += f":{part}"
+            continue
+        if not equals or key not in ("workers", "batch", "engine", *_NUMBERS):
+            raise refuse(f"{part!r} is none of its parts")
+        if key in fields:
+            raise refuse(f"{key} stands twice")
+        fields[key], last = value, key
+    if "workers" not in fields:
+        raise refuse("workers=MIN:MAX is missing")
+    match = re.fullmatch(r"([0-9]+)(?::([0-9]+))?", fields.pop("workers"))
+    if match is None:
+        raise refuse("workers is a number such as 4, or a range such as 0:8")
+    least, most = int(match[1]), int(match[2] or match[1])
+    if most < max(1, least):
+        raise refuse(f"workers={least}:{most} is empty")
+    found: dict[str, float] = {}
+    for key in _NUMBERS:
+        if (given := fields.pop(key, None)) is not None:
+            found[key] = _number(given)
+            if not 0 <= found[key] < float("inf") or (key == "images_per_s" and not found[key]):
+                raise refuse(f"{key}={given} is no amount")
+    if found.get("gpus", 0) > 1:
+        raise refuse("a worker of a pool has one GPU or a part of one")
+    batch = fields.pop("batch", None)
+    if batch is not None and not (batch.isdecimal() and int(batch) >= 1):
+        raise refuse(f"batch={batch} is no number of images")
+    engine = fields.pop("engine", None)
+    if engine is not None and engine not in get_args(EngineName):
+        raise refuse(f"engine={engine} is none of {', '.join(get_args(EngineName))}")
+    return PoolWords(
+        name,
+        selectors,
+        least,
+        most,
+        None if batch is None else int(batch),
+        engine,  # type: ignore[arg-type]
+        **found,
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _selectors(labels: str, refuse: Callable[[str], InputError]) -> tuple[dict[str, str], ...]:
+    """`"a=b|c,d=e"`: with a=b and d=e, else with a=c and d=e."""
+    selectors: list[dict[str, str]] = [{}]
+    for pair in labels.split(",") if labels else ():
+        label, equals, values = pair.partition("=")
+        options = values.split("|")
+        if not equals or not _LABEL.fullmatch(label) or not all(map(_VALUE.fullmatch, options)):
+            raise refuse(f"{pair!r} is no label=value (or label=first|else)")
+        if any(label in selector for selector in selectors):
+            raise refuse(f"the label {label} stands twice")
+        selectors = [{**selector, label: value} for value in options for selector in selectors]
+    return tuple(selectors) if labels else ()
+
+
+def read_pools(options: GenerateOptions) -> tuple[PoolWords, ...]:
+    """The pools that `options` name, and nothing that contradicts them; none where there is no `--pool`.
+
+    Raises:
+        InputError: an option means nothing, or excludes another one; the message names it.
+    """
+    if not options.pool:
+        if options.prefer is not None:
+            raise InputError(
+                f"--prefer {options.prefer}: needs --pool: there is something to choose between pools only"
+            )
+        return ()
+    pools = tuple(map(parse_pool, options.pool))
+    names = [pool.name for pool in pools]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--pool {twice[0]}: two pools have this name")
+    for option, given in (
+        ("--workers", options.workers != "auto"),
+        ("--device", options.device != "auto"),
+        ("--ranks-per-worker", options.ranks_per_worker is not None),
+    ):
+        if given:
+            raise InputError(f"--pool and {option} exclude each other: each pool says its own")
+    if (options.gpus_per_worker or 0) > 1:
+        raise InputError("--pool: its workers have one GPU or a part of one; drop --gpus-per-worker")
+    if options.prefer == "cost":
+        for pool in pools:
+            if pool.price is None:
+                raise InputError(
+                    f"--prefer cost: --pool {pool.name} has no price=X, the price of an hour of its device"
+                )
+    for pool in pools:
+        if not pool_gpus(pool, options) and pool.cpus == 0:
+            raise InputError(f"--pool {pool.name}: a worker needs a CPU or a GPU")
+    return pools
+
+
+def pool_gpus(pool: PoolWords, options: GenerateOptions) -> float:
+    """GPUs of each of its workers: what it says, else one where it names an accelerator, else what the job says, else none."""
+    if pool.gpus is not None:
+        return pool.gpus
+    if any(ACCELERATOR in selector for selector in pool.selectors):
+        return 1.0
+    return options.gpus_per_worker or 0.0
+
+
+def engines_of(pools: Iterable[PoolWords], model: GeneratorOptions) -> list[str]:
+    """Engines of the pools where they are not all the job's: images then differ by rounding, so they tell the job apart."""
+    engines: list[str] = sorted({pool.engine or model.engine for pool in pools})
+    return [] if set(engines) <= {model.engine} else engines

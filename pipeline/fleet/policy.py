@@ -1,0 +1,283 @@
+"""Which workers of which pools a job is to have, and which of them get a lease: decided anew as rates become known.
+
+* With a deadline: the devices that finish in time for the fewest joules (or money), by measured rates.
+* Without: only the pool with the fewest joules (or the least money) per image; all devices where speed is preferred.
+* A pool of which too little is known first shows it on a few workers.
+* A pool whose nodes do not come is waited for, and made up for by the next one meanwhile.
+* Nobody gets a shard that somebody else would have done sooner, counted from now to its end.
+
+Plain state without I/O or clocks. All of it is learnt again within minutes after a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from millijoule.pipeline.fleet.choice import Offer, choose_devices, seconds_until_done
+from millijoule.pipeline.fleet.pools import Pool, Preference
+from millijoule.pipeline.fleet.rates import Rates
+from millijoule.pipeline.running.coordinator import Coordinator
+from millijoule.workers.schemas import Commit
+
+log = logging.getLogger(__name__)
+
+#: Workers on which a pool shows what it is worth.
+PROBE_WORKERS = 2
+#: Between two choices; workers come and go in minutes.
+CHOICE_PERIOD_S = 10.0
+#: Far from the end the workers are looked at so often.
+LOOK_PERIOD_S = 1.0
+#: A worker takes so long to start, before anybody has shown how long.
+START_S = 30.0
+#: More than is needed by so much: rates waver, workers die.
+RESERVE = 0.06
+#: This part of the time until the deadline is kept in hand for what goes wrong last.
+SPARE = 0.02
+#: A pool has fewer devices only where it needs fewer by this share: what is stopped has to be started again.
+HYSTERESIS = 0.05
+#: A request for a worker that is not met within this time counts as capacity that is not there.
+NO_CAPACITY_S = 180.0
+#: Without a deadline a pool counts as the cheapest within this of the best one.
+ALIKE = 0.02
+#: Most shards in a run that is kept for one worker.
+MOST_RUN = 32
+#: Near the end nobody keeps more than this part of what an even share would be.
+RUN_SHARE = 0.25
+#: Estimates of when a shard ends may be wrong by so much before a device is refused.
+STRAGGLER_TOLERANCE = 0.05
+
+
+class FleetPolicy:
+    """Of one run of a job. A worker, for it, is as for `Demand`, and has `pool` and `held` besides.
+
+    Args:
+        prefer: None: energy with a deadline, else speed.
+        deadline_s: on the clock that `look` is called with; None: there is none.
+        price_per_kwh: of electricity, for preference "cost".
+    """
+
+    def __init__(
+        self,
+        pools: Collection[Pool],
+        prefer: Preference | None = None,
+        *,
+        deadline_s: float | None = None,
+        price_per_kwh: float = 0.0,
+    ) -> None:
+        self.pools = {pool.name: pool for pool in pools}
+        self.prefer: Preference = prefer or ("speed" if deadline_s is None else "energy")
+        self.deadline_s = deadline_s
+        self.price_per_kwh = price_per_kwh
+        self.rates = Rates(pools)
+        self.targets = {name: pool.options.max_workers for name, pool in self.pools.items()}
+        self.leaving: set[str] = set()  # ids of workers that are to end when they have nothing in hand
+        self._pool_of: dict[str, str] = {}
+        self._next_choice = 0.0
+        self._is_late = False
+        self._spans: dict[
+            str, tuple[float, float]
+        ] = {}  # per worker: seconds until it is free, and per shard
+        self._end_s: float | None = None  # until all unleased shards are done; None: far away
+        self._shard_images = 1.0
+        self._unleased = self._open_shards = 0
+        self._has_questions = False
+        self._next_look = 0.0
+        self._began = -math.inf
+
+    def observe(self, commit: Commit) -> None:
+        """A commit of this run has arrived."""
+        if (pool := self._pool_of.get(commit.worker_id)) is not None:
+            self.rates.observe(pool, commit)
+
+    def look(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
+        """Take note of what is at work and left; choose anew where it is time to."""
+        if self._began == -math.inf:
+            self._began = now
+        for worker in workers:
+            self._pool_of.setdefault(worker.worker_id, worker.pool)
+        self._unleased, self._has_questions = coordinator.unleased, coordinator.has_questions
+        # what waits behind another shard can be taken back: it counts as nobody's
+        self._open_shards = max(0, self._unleased) + coordinator.n_ahead
+        if now < self._next_look and self._end_s is None:
+            return
+        self._next_look = now + LOOK_PERIOD_S
+        if coordinator.active:
+            self._shard_images = coordinator.images_out / len(coordinator.active) or self._shard_images
+        self._look_at_the_end(coordinator, workers, now)
+        if now >= self._next_choice:
+            self._next_choice = now + CHOICE_PERIOD_S
+            self._choose(coordinator, workers, now)
+        self._let_go(workers)
+
+    # -- how many ------------------------------------------------------------------------------------------------
+
+    def _choose(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
+        useful = coordinator.useful_workers
+        known = [name for name in self.pools if self.rates.is_known(name, self.prefer)]
+        if self.prefer == "speed":
+            chosen = self._all(known)
+        elif not known:
+            chosen = {}
+        elif self.deadline_s is None:
+            chosen = self._cheapest(known, workers, now)
+        else:
+            left = coordinator.remaining * self._shard_images - coordinator.images_out / 2
+            slowest_s = max((s for _, s in self._spans.values()), default=0.0)
+            spare_s = slowest_s + SPARE * (self.deadline_s - self._began)
+            time_s = max(1.0, self.deadline_s - now - spare_s)
+            chosen = self._enough(known, left / time_s * (1 + RESERVE), workers, now)
+        for name, pool in self.pools.items():
+            least, most = pool.options.min_workers, pool.options.max_workers
+            if name not in known and self.prefer != "speed":
+                chosen[name] = max(least, min(most, PROBE_WORKERS))
+            before, target = self.targets[name], chosen.get(name, least)
+            if before * (1 - HYSTERESIS) < target < before and target > 1:
+                target = before
+            self.targets[name] = min(max(least, target), useful)
+
+    def _all(self, known: Collection[str]) -> dict[str, int]:
+        return {name: pool.options.max_workers for name, pool in self.pools.items()}
+
+    def _offers(self, known: Collection[str], most: Mapping[str, int]) -> list[Offer]:
+        offers = []
+        for name in known:
+            options = self.pools[name].options
+            rate = self.rates.images_per_s(name)
+            cost = self.rates.cost_per_image(name, self.prefer, self.price_per_kwh)
+            assert rate is not None
+            assert cost is not None
+            offers.append(Offer(name, options.min_workers, most[name], rate, cost))
+        return offers
+
+    def _there(self, known: Collection[str], workers: Collection[Any], now: float) -> dict[str, int]:
+        """How many devices of each pool can be counted on: all it may have, unless requests for some wait in vain."""
+        there = Counter(w.pool for w in workers if w.node is not None and not w.stopping)
+        vain = {w.pool for w in workers if w.node is None and now - w.spawned > NO_CAPACITY_S}
+        return {
+            name: max(self.pools[name].options.min_workers, there[name])
+            if name in vain
+            else self.pools[name].options.max_workers
+            for name in known
+        }
+
+    def _enough(
+        self, known: Collection[str], needed: float, workers: Collection[Any], now: float
+    ) -> dict[str, int]:
+        """The cheapest devices that are fast enough; where some of them do not come, others too, until they do."""
+        all_there = {name: self.pools[name].options.max_workers for name in known}
+        wished = choose_devices(self._offers(known, all_there), needed)
+        counted_on = self._there(known, workers, now)
+        chosen = choose_devices(self._offers(known, counted_on), needed)
+        can = sum(chosen[name] * (self.rates.images_per_s(name) or 0.0) for name in known)
+        if can < needed / (1 + RESERVE) and len(known) == len(self.pools) and not self._is_late:
+            self._is_late = True
+            log.warning(
+                "the deadline will be missed: %.3g images/s are needed, all pools together make %.3g",
+                *(needed / (1 + RESERVE), can),
+            )
+        return {name: max(wished[name], chosen[name]) for name in known}
+
+    def _cheapest(self, known: Collection[str], workers: Collection[Any], now: float) -> dict[str, int]:
+        """All devices of the pool that costs least per image; of the next one as well while its nodes do not come."""
+        counted_on = self._there(known, workers, now)
+        chosen: dict[str, int] = {}
+        offers = sorted(self._offers(known, counted_on), key=lambda offer: offer.cost)
+        best = offers[0].cost
+        for offer in offers:
+            if offer.cost > best * (1 + ALIKE) and chosen:
+                break
+            chosen[offer.name] = self.pools[offer.name].options.max_workers
+            if offer.most == 0 and len(chosen) < len(offers):
+                best = offers[
+                    len(chosen)
+                ].cost  # nothing of it is to be had: the next one is the best there is
+        return chosen
+
+    def _let_go(self, workers: Collection[Any]) -> None:
+        """Name those that are too many: of each pool the slowest."""
+        staying: dict[str, list[Any]] = {name: [] for name in self.pools}
+        for worker in workers:
+            if worker.ready is not None and not worker.stopping:
+                staying[worker.pool].append(worker)
+        leaving = set()
+        for name, own in staying.items():
+            if (too_many := len(own) - self.targets[name]) > 0:
+                own.sort(key=lambda w: (w.worker_id not in self.leaving, self._rate(w), w.worker_id))
+                leaving |= {w.worker_id for w in own[:too_many]}
+        self.leaving = leaving
+
+    # -- who gets a lease ----------------------------------------------------------------------------------------
+
+    def _rate(self, worker: Any) -> float:
+        return self.rates.worker_images_per_s(worker.worker_id, worker.pool) or 0.0
+
+    def _look_at_the_end(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
+        """When everything is done as things stand; far from the end nobody asks."""
+        ready = [w for w in workers if w.ready is not None and not w.stopping]
+        rates = {w.worker_id: rate for w in ready if (rate := self._rate(w)) > 0}
+        self._spans, self._end_s = {}, None
+        for worker_id, rate in rates.items():
+            self._spans[worker_id] = (0.0, self._shard_images / rate)
+        if not rates or len(rates) < len(ready):
+            return  # of somebody it is not known yet how fast it is
+        shards, slowest_s = self._open_shards, max(s for _, s in self._spans.values())
+        if shards * self._shard_images / sum(rates.values()) > slowest_s:
+            return
+        busy = dict.fromkeys(rates, 0.0)
+        for entry in coordinator.active.values():
+            worker_id = entry.lease.worker_id
+            if worker_id in busy and entry.lease.writes and not entry.is_ahead:
+                images, drawn = entry.lease.shard.n_images, (now - entry.started) * rates[worker_id]
+                busy[worker_id] += max(0.0, images - max(drawn, entry.images_done)) / rates[worker_id]
+        self._spans = {w: (busy[w], each) for w, (_, each) in self._spans.items()}
+        spans = list(self._spans.values())
+        self._end_s = seconds_until_done([b for b, _ in spans], [e for _, e in spans], shards)
+
+    def may_lease(self, worker: Any) -> bool:
+        """Whether one more shard for this worker, begun when it is free, is of use."""
+        if worker.worker_id in self.leaving:
+            return False
+        if self._end_s is None or worker.worker_id not in self._spans:
+            return True
+        if self._has_questions or self._open_shards <= 0:  # answers and second leases need whoever is there
+            return True
+        return self._is_in_time(worker)
+
+    def _is_in_time(self, worker: Any) -> bool:
+        """Whether it would end one more shard before the others have done all there is."""
+        assert self._end_s is not None
+        busy_s, shard_s = self._spans[worker.worker_id]
+        return busy_s + shard_s <= self._end_s * (1 + STRAGGLER_TOLERANCE)
+
+    def wants_back(self, worker: Any) -> bool:
+        """Whether the shard that waits behind the one at work is better done elsewhere."""
+        if worker.worker_id in self.leaving:
+            return True
+        if self._end_s is None or worker.worker_id not in self._spans:
+            return False
+        return not self._is_in_time(worker)
+
+    def may_start(self, pool: str) -> bool:
+        """Whether a worker of `pool` that is asked for now can still be of use."""
+        rate = self.rates.images_per_s(pool)
+        if self._end_s is None or rate is None:
+            return True
+        return START_S + self._shard_images / rate <= self._end_s
+
+    def expected_s(self, worker_id: str) -> float | None:
+        """How long this worker takes for a shard; None: not known."""
+        span = self._spans.get(worker_id)
+        return span[1] if span else None
+
+    def run_length(self, worker_id: str) -> int:
+        """Shards that take this worker about as long as the slowest worker takes for one."""
+        own = self._spans.get(worker_id)
+        if own is None or self._end_s is not None:
+            return 1
+        slowest_s = max(shard_s for _, shard_s in self._spans.values())
+        share = RUN_SHARE * self._unleased / len(self._spans)
+        return max(1, min(MOST_RUN, round(slowest_s / own[1]), int(share)))

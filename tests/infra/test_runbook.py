@@ -1,0 +1,82 @@
+"""The runbook has an entry for each alert and each overlay, and the rules know the metrics that the code exports."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from support.manifests.documents import OVERLAYS, ROOT
+
+from millijoule.pipeline.running.live_metrics import COUNTERS, GAUGES
+
+FOLDER = ROOT / "infra/prometheus"
+RULES = yaml.safe_load((FOLDER / "rules.yml").read_text())
+ALERTS = [rule for group in RULES["groups"] for rule in group["rules"] if "alert" in rule]
+RUNBOOK = (ROOT / "infra/README.md").read_text()
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+
+
+def promtool(*arguments: object) -> int:
+    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda a: a["alert"])
+def test_an_alert_has_an_entry_that_it_links_and_a_severity(alert):
+    assert f"\n### {alert['alert']}\n" in RUNBOOK
+    assert alert["annotations"]["runbook"] == f"infra/README.md#{alert['alert'].lower()}"
+    assert alert["labels"]["severity"] in ("info", "warning", "critical")
+
+
+def test_every_overlay_stands_in_the_runbook():
+    assert [overlay for overlay in OVERLAYS if f"`{overlay}`" not in RUNBOOK] == []
+
+
+def test_rules_ask_for_metrics_and_labels_that_are_exported():
+    exported = {f"ray_{name}_total" for name in COUNTERS} | {f"ray_{name}" for name in GAUGES}
+    text = (FOLDER / "rules.yml").read_text()
+    assert set(re.findall(r"\bray_millijoule_\w+", text)) <= exported
+    tested = (FOLDER / "rules_test.yml").read_text()
+    assert [alert["alert"] for alert in ALERTS if f'alertname="{alert["alert"]}"' not in tested] == []
+
+
+@needs_promtool
+def test_promtool_takes_the_rules_and_their_tests_pass():
+    assert promtool("check", "rules", FOLDER / "rules.yml") == 0
+    assert promtool("test", "rules", FOLDER / "rules_test.yml") == 0
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    "wrong",
+    [("expr:", "exprs:"), ("for: 15m", "for: soon"), ("sum by (job)", "sum by job"), ("> 0.01", "> 0.9")],
+)
+def test_a_wrong_rule_is_noticed(tmp_path, wrong):
+    rules = (FOLDER / "rules.yml").read_text()
+    assert wrong[0] in rules
+    (tmp_path / "rules.yml").write_text(rules.replace(*wrong, 1))
+    shutil.copy(FOLDER / "rules_test.yml", tmp_path)
+    assert promtool("check", "rules", tmp_path / "rules.yml") or promtool(
+        "test", "rules", tmp_path / "rules_test.yml"
+    )
+
+
+@needs_promtool
+def test_the_scrape_configuration_is_right_and_a_wrong_field_is_noticed(tmp_path):
+    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+    assert all(job["honor_labels"] for job in config["scrape_configs"])
+    # Debian's Prometheus is built without Kubernetes: its part is held to what the documentation says
+    kubernetes = config["scrape_configs"][0].pop("kubernetes_sd_configs")
+    assert kubernetes == [{"role": "pod", "namespaces": {"names": ["millijoule"]}}]
+    shutil.copy(FOLDER / "rules.yml", tmp_path)
+    file = tmp_path / "prometheus.yml"
+    file.write_text(yaml.safe_dump(config))
+    assert promtool("check", "config", file) == 0
+    for job in config["scrape_configs"]:
+        for field in list(job):
+            job[f"{field}x"] = job.pop(field)
+            file.write_text(yaml.safe_dump(config))
+            assert promtool("check", "config", file) != 0, field
+            job[field] = job.pop(f"{field}x")

@@ -1,0 +1,98 @@
+"""The batch script, with Slurm's commands stood in for: it really starts Ray, runs a job, stops, and queues itself again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from support.cluster import free_port
+from support.manifests.documents import ROOT
+
+SCRIPT = ROOT / "infra/slurm/millijoule.sbatch"
+STAND_INS = ROOT / "tests/infra/slurm_stand_in"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the script over two nodes of one CPU each, both on this host; what is left of it is killed."""
+    started = []
+    # sockets have short names
+    sessions = tempfile.mkdtemp(prefix="mj-", dir="/tmp")
+
+    def run(*arguments: object) -> subprocess.Popen[str]:
+        env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_"))},
+            "PATH": f"{STAND_INS}:{os.environ['PATH']}",
+            "MILLIJOULE_HOME": str(Path(sys.executable).parents[1]),
+            "RAY_SCRATCH": sessions,
+            "RAY_PORT": str(free_port()),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node1,node2",
+            "SLURM_CPUS_ON_NODE": "1",
+            "STAND_IN_CPUS": "1",
+            "STAND_IN_LOG": str(tmp_path / "log"),
+        }
+        command = ["bash", SCRIPT, *map(str, arguments)]
+        with (tmp_path / "output").open("w") as output:
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
+        started.append(process)
+        return process
+
+    run.sessions = sessions
+    yield run
+    for process in started:
+        for left in psutil.process_iter():
+            try:
+                if os.getsid(left.pid) == process.pid:
+                    left.kill()
+            except (ProcessLookupError, psutil.Error):
+                pass
+    shutil.rmtree(sessions, ignore_errors=True)
+
+
+def test_the_script_is_right_for_bash_and_wants_a_command(start):
+    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
+    assert start().wait(30) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_job_runs_over_all_nodes_and_nothing_is_left(start, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    process = start(
+        "generate", "--prompts", prompts, "--output", tmp_path / "out", "--format", "files", "--quiet"
+    )
+    assert process.wait(150) == 0, (tmp_path / "output").read_text()
+    assert pq.read_table(tmp_path / "out/manifest.parquet").column("status").to_pylist() == ["ok", "ok"]
+    assert "2 of 2 nodes, 2 CPUs" in (tmp_path / "output").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "ray start --head" in log
+    assert "srun node2" in log
+    assert "requeue" not in log
+    lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    assert [line for line in lines if start.sessions in line] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_near_its_time_limit_a_job_is_stopped_and_queued_again(start, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n" * 200_000)
+    process = start("generate", "--prompts", prompts, "--output", tmp_path / "out", "--quiet")
+    while not (tmp_path / "out/_job").exists():
+        assert process.poll() is None, (tmp_path / "output").read_text()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(100) != 0
+    assert "scontrol requeue 7" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "out/_SUCCESS").exists()

@@ -1,0 +1,50 @@
+"""systemd's own check takes the units, and notices a misspelt setting; what they start exists."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from support.manifests.documents import ROOT
+
+UNITS = sorted((ROOT / "infra/systemd").glob("*.service"))
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
+)
+
+
+def complaints(folder, text: str, name: str) -> list[str]:
+    """What systemd says of a unit, but for programs that are not on this machine."""
+    for unit in UNITS:
+        (folder / unit.name).write_text(unit.read_text())
+    (folder / name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(folder / name)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return [line for line in done.stderr.splitlines() if name in line and "not executable" not in line]
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.stem)
+def test_systemd_takes_a_unit_and_no_misspelt_one(tmp_path, unit):
+    text = unit.read_text()
+    assert complaints(tmp_path, text, unit.name) == []
+    for setting in set(re.findall(r"^(\w+)=", text, re.MULTILINE)) - {"Environment"}:
+        assert complaints(
+            tmp_path, re.sub(rf"^{setting}=", f"{setting}x=", text, count=1, flags=re.MULTILINE), unit.name
+        ), setting
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.stem)
+def test_a_unit_is_not_root_and_has_time_to_drain(unit):
+    settings = dict(re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE))
+    assert settings["User"] == "millijoule"
+    assert settings["NoNewPrivileges"] == "yes"
+    drain = re.search(r"DRAIN_TIMEOUT_S=(\d+)|--grace=(\d+)", unit.read_text())
+    assert drain
+    assert int(next(filter(None, drain.groups()))) + 10 <= int(settings["TimeoutStopSec"])

@@ -1,0 +1,81 @@
+"""What `--pool` means, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.jobs.set_up.pool_words import PoolWords, engines_of, parse_pool, pool_gpus, read_pools
+from millijoule.workers.errors import InputError
+from millijoule.workers.generators.options import GeneratorOptions
+
+OPTIONS = GenerateOptions(prompts=("p.txt",), output="out")
+ACCELERATOR, MARKET = "ray.io/accelerator-type", "ray.io/market-type"
+
+
+def test_a_pool_has_labels_bounds_and_what_its_workers_are():
+    text = f"l4:{ACCELERATOR}=L4,{MARKET}=spot|on-demand:workers=0:8:batch=16:engine=compile:gpus=0.5:cpus=2:price=0.3"
+    selectors = ({ACCELERATOR: "L4", MARKET: "spot"}, {ACCELERATOR: "L4", MARKET: "on-demand"})
+    assert parse_pool(text) == PoolWords("l4", selectors, 0, 8, 16, "compile", 0.5, 2.0, 0.3)
+    assert parse_pool("cpu::workers=4") == PoolWords("cpu", (), 4, 4)
+    assert parse_pool("a:x=y:price=1:workers=2:3:joules=7") == PoolWords(
+        "a", ({"x": "y"},), 2, 3, price=1.0, joules=7.0
+    )
+
+
+def test_a_pool_that_names_an_accelerator_has_a_gpu_for_each_worker():
+    assert pool_gpus(parse_pool(f"l4:{ACCELERATOR}=L4:workers=1"), OPTIONS) == 1.0
+    assert pool_gpus(parse_pool(f"l4:{ACCELERATOR}=L4:workers=1:gpus=0.5"), OPTIONS) == 0.5
+    assert pool_gpus(parse_pool("cpu::workers=1"), OPTIONS) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("L4:a=b:workers=1", "'L4' is no name"),
+        ("l4", "workers=MIN:MAX is missing"),
+        ("l4:a=b:workers=8:2", "workers=8:2 is empty"),
+        ("l4:a=b:workers=many", "workers is a number"),
+        ("l4:a:workers=1", "'a' is no label=value"),
+        ("l4:a=b,a=c:workers=1", "the label a stands twice"),
+        ("l4:a=!in(x):workers=1", "no label=value"),
+        ("l4:a=b:workers=1:gpus=2", "one GPU or a part of one"),
+        ("l4:a=b:workers=1:engine=fast", "engine=fast is none of deepspeed, compile, eager"),
+        ("l4:a=b:workers=1:batch=0", "batch=0"),
+        ("l4:a=b:workers=1:price=free", "price=free"),
+        ("l4:a=b:workers=1:colour=red", "'colour=red' is none of its parts"),
+        ("l4:a=b:workers=1:workers=2", "workers stands twice"),
+    ],
+)
+def test_a_pool_that_means_nothing_is_refused_by_its_part(text, words):
+    with pytest.raises(InputError) as raised:
+        parse_pool(text)
+    assert f"--pool {text}" in str(raised.value)
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prefer": "energy"}, "needs --pool"),
+        ({"pool": ("a:x=y:workers=1", "a:x=z:workers=1")}, "two pools have this name"),
+        ({"pool": ("a:x=y:workers=1",), "workers": "3"}, "--pool and --workers exclude"),
+        ({"pool": ("a:x=y:workers=1",), "device": "gpu"}, "--pool and --device exclude"),
+        ({"pool": ("a:x=y:workers=1",), "prefer": "cost"}, "--pool a has no price=X"),
+        ({"pool": ("a:x=y:workers=1:cpus=0",)}, "needs a CPU or a GPU"),
+    ],
+)
+def test_options_that_contradict_pools_are_refused(changes, words):
+    with pytest.raises(InputError, match=words):
+        read_pools(replace(OPTIONS, **changes))
+
+
+def test_engines_tell_jobs_apart_only_where_a_pool_has_another_one():
+    model = GeneratorOptions()
+    assert engines_of([parse_pool("a::workers=1"), parse_pool("b::workers=1:engine=deepspeed")], model) == []
+    assert engines_of([parse_pool("a::workers=1:engine=eager"), parse_pool("b::workers=1")], model) == [
+        "deepspeed",
+        "eager",
+    ]

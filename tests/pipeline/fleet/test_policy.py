@@ -1,0 +1,135 @@
+"""The policy on whole jobs of the real driver, on simulated devices: who works, when it is over, what it costs."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import pytest
+
+from millijoule.jobs.simulating.devices import ACCELERATOR, DeviceKind, Fleet
+from millijoule.jobs.simulating.job import made_up_plan, run_job
+from millijoule.pipeline.fleet.policy import FleetPolicy
+from millijoule.pipeline.fleet.pools import Pool
+from millijoule.pipeline.running.demand import PoolOptions
+
+#: A quick device, and one that needs three times the joules and takes eight times as long.
+LEAN = DeviceKind("LEAN", 4.0, 400.0, 50.0, price=4.0, load_s=20.0, boot_s=10.0)
+SLOW = DeviceKind("SLOW", 0.5, 150.0, 20.0, price=0.1, load_s=20.0, boot_s=10.0)
+KINDS = {"lean": (LEAN, 4), "slow": (SLOW, 8)}
+SHARDS, IMAGES = 300, 20
+
+
+def pools(kinds=KINDS, **stated):
+    return [
+        Pool(
+            name,
+            PoolOptions(0, count, gpus_per_worker=1.0, selectors=({ACCELERATOR: kind.name},)),
+            price_per_hour=kind.price,
+            **stated,
+        )
+        for name, (kind, count) in kinds.items()
+    ]
+
+
+def run(prefer=None, deadline_s=None, kinds=KINDS, policy=True, shards=SHARDS):
+    fleet = FleetPolicy(pools(kinds), prefer, deadline_s=deadline_s) if policy else None
+    return run_job(made_up_plan(shards, IMAGES), Fleet(kinds, 1), fleet=fleet)
+
+
+@cache
+def stealing():
+    return run(policy=False)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog):
+    caplog.set_level(logging.ERROR, "millijoule")
+
+
+def test_a_deadline_is_met_by_the_lean_devices_alone_where_they_are_enough():
+    deadline_s = 2 * stealing().makespan_s
+    outcome = run(deadline_s=deadline_s)
+    assert outcome.complete
+    assert outcome.makespan_s <= deadline_s
+    assert outcome.joules < 0.85 * stealing().joules
+    probing = 2 * (SLOW.boot_s + SLOW.load_s + 2 * IMAGES / SLOW.images_per_s + 60) / 3600
+    assert outcome.by_kind["SLOW"]["hours"] < 1.3 * probing
+
+
+def test_where_the_lean_devices_are_not_enough_others_help_and_the_deadline_is_met():
+    deadline_s = 1.1 * stealing().makespan_s
+    outcome = run("energy", deadline_s)
+    assert outcome.makespan_s <= deadline_s
+    assert outcome.by_kind["SLOW"]["hours"] > 0.3 * stealing().by_kind["SLOW"]["hours"]
+
+
+def test_money_is_saved_by_other_devices_than_joules():
+    cheap = run("cost", 3 * stealing().makespan_s)
+    lean = run("energy", 3 * stealing().makespan_s)
+    assert cheap.money < lean.money
+    assert lean.joules < cheap.joules
+
+
+def test_the_preferred_pool_works_alone_without_a_deadline():
+    outcome = run("energy")
+    assert outcome.complete
+    assert outcome.joules < 0.85 * stealing().joules
+
+
+def test_speed_is_no_slower_than_work_stealing_and_repeats_no_work():
+    outcome = run("speed")
+    assert outcome.makespan_s <= stealing().makespan_s
+    assert outcome.lost_attempts == 0
+
+
+def test_the_ledger_of_a_simulated_job_has_all_that_its_devices_drew_while_workers_were_there():
+    outcome = run("energy")
+    assert outcome.ledger["complete"]
+    held = sum(kind["joules"] for kind in outcome.by_kind.values())
+    booked = outcome.ledger["total_mj"] / 1000
+    # before a worker is there and after it has gone, a node is held idle for a minute or so
+    beyond = 6 * 50.0 * (60 + 10 + 5)
+    assert held - beyond < booked < held
+
+
+def test_what_a_lost_spot_node_had_in_hand_is_made_again_and_its_joules_are_missing_and_not_zero():
+    spot = DeviceKind(
+        "SPOT", 4.0, 400.0, 50.0, load_s=20.0, boot_s=10.0, preemptions_per_hour=20, outage_s=60
+    )
+    outcome = run("speed", kinds={"spot": (spot, 4)}, shards=150)
+    assert outcome.complete
+    assert outcome.preemptions > 0
+    assert outcome.ledger["total_mj"] is None
+
+
+def test_a_pool_whose_nodes_do_not_come_is_made_up_for_until_they_do():
+    none_there = DeviceKind("LEAN", 4.0, 400.0, 50.0)
+    kinds = {"lean": (none_there, 0), "slow": (SLOW, 8)}
+    asked = [
+        Pool(
+            "lean",
+            PoolOptions(0, 4, gpus_per_worker=1.0, selectors=({ACCELERATOR: "LEAN"},)),
+            images_per_s=4.0,
+            joules_per_image=100.0,
+        ),
+        pools({"slow": (SLOW, 8)})[0],
+    ]
+    policy = FleetPolicy(asked, "energy", deadline_s=4000.0)
+    outcome = run_job(made_up_plan(60, IMAGES), Fleet(kinds, 1), fleet=policy)
+    assert outcome.complete
+    assert outcome.makespan_s < 4000.0
+
+
+def test_a_fast_device_keeps_runs_of_shards_that_take_as_long_as_one_of_a_slow_device():
+    policy = FleetPolicy(pools(), "speed")
+    lengths = {}
+
+    def look(job_run):
+        if job_run.coordinator.n_committed == SHARDS // 2 and not lengths:
+            for worker in job_run.pool.workers.values():
+                lengths.setdefault(worker.pool, []).append(policy.run_length(worker.worker_id))
+
+    run_job(made_up_plan(SHARDS, IMAGES), Fleet(KINDS, 1), fleet=policy, on_tick=look)
+    assert set(lengths["slow"]) == {1}
+    assert min(lengths["lean"]) >= 2
