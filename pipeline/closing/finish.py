@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ from millijoule.workers.images.readers import open_small, read_images
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.layout import MANIFEST_KEY, PREVIEW_KEY, STATS_KEY, SUCCESS_KEY
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, STATUSES, Commit
+from millijoule.workers.scratch import scratch_folder
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
         The content of `stats.json`.
     """
     records, totals = load_records(store, len(shards)), Totals()
-    with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
+    with scratch_folder() as scratch:
         path = Path(scratch, "manifest.parquet")
         with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
             rows = RowReader(manifest_tables(store, shards, records, totals), MANIFEST_SCHEMA)

@@ -148,16 +148,21 @@ class CounterMeter:
         while True:
             read = self.read()
             with self._state() as state:
-                is_settled = state is not None
-                for domain in (c.domain for c in self.counters) if state is not None else ():
-                    if state.last_try_ns(domain) >= asked_ns:
-                        first_ns.setdefault(domain, state.last_try_ns(domain))
-                    is_settled &= domain in first_ns and state.has_settled(domain, first_ns[domain])
+                is_settled = state is not None and self._have_settled(state, asked_ns, first_ns)
             if is_settled:
                 return self.read()  # what another process' read has settled is in it, too
             if self.clock_ns() >= deadline_ns:
                 return read
             time.sleep(FRESH_POLL_S)
+
+    def _have_settled(self, state: BookedState, asked_ns: int, first_ns: dict[str, int]) -> bool:
+        """Whether every counter has moved between two readings since `asked_ns`, or failed; `first_ns`: when each was first read."""
+        for domain in (c.domain for c in self.counters):
+            if (tried_ns := state.last_try_ns(domain)) >= asked_ns:
+                first_ns.setdefault(domain, tried_ns)
+        return all(
+            c.domain in first_ns and state.has_settled(c.domain, first_ns[c.domain]) for c in self.counters
+        )
 
     def watch(self) -> dict[str, PowerSample]:
         """Look after the devices nobody looked after in their period; call about once per `WATCH_PERIOD_NS`.
