@@ -45,10 +45,10 @@ def scratch_folder() -> Iterator[Path]:
             return
 
 
-def remove_abandoned(directory: Path) -> list[Path]:
-    """Remove the scratch folders in `directory` whose processes have ended; those that were removed."""
+def remove_abandoned(directory: Path, host: str | None = None) -> list[Path]:
+    """Remove the scratch folders in `directory` whose processes have ended; those that were removed. `host`: its name, by default this one's."""
     removed = []
-    for path in sorted(directory.glob(f"{_prefix()}*")):
+    for path in sorted(directory.glob(f"{_prefix(host)}*")):
         try:
             if path.lstat().st_uid != os.getuid():
                 continue
@@ -73,9 +73,9 @@ def _remove_abandoned_once(directory: str) -> None:
     remove_abandoned(Path(directory))
 
 
-def _prefix() -> str:
-    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-    return f"millijoule-scratch-{os.getuid()}-{host}-"
+def _prefix(host: str | None = None) -> str:
+    digest = hashlib.sha256((host or socket.gethostname()).encode()).hexdigest()[:8]
+    return f"millijoule-scratch-{os.getuid()}-{digest}-"
 
 
 def _hold(path: Path) -> int | None:

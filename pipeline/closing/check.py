@@ -183,8 +183,8 @@ def _check_shard(
             table_bytes = data
     try:
         rows = read_row_table(store, commit, table_bytes).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        yield f"{commit.rows_path}: cannot be read as Parquet: {error}"
+    except DamagedError as error:
+        yield str(error)
         return
     named = {file.path for file in commit.files}
     holding = {row["path"].partition("#")[0] for row in rows if row["path"]}

@@ -4,6 +4,7 @@ What the job certifies must be the growth of its boards' counters from the first
 after all that its workers ever spent and read; or it must be missing, with the workers named whose energy nobody knows.
 Several such readings may stand at the end, a millijoule apart: of readers, and of workers that ended before they had an account.
 A worker whose account could not be written, and that said so in its last words, may have been counted from its own first reading.
+A worker that could not read its device when it opened its account makes the total of the job missing, and nobody asks for the device's.
 A host counts the resets of all its boards as one: while a board that was not reset had no account open, its pause may be left out.
 The job's own record is asked one thing only: which readings opened accounts; the history shows that they were made, and that
 nothing was spent before them.
@@ -55,6 +56,7 @@ def judge(
     unopened = {p.stem for p in output.glob("_job/closed/*.json")} - named
     verdict = Verdict("missing")
     ran: dict[tuple[str, str], set[int]] = {}
+    unbooked: list[str] = []  # false only where a total is certified
     reset = False
     resets: dict[str, list[int]] = defaultdict(list)
     for boots, records in history.values():
@@ -63,7 +65,7 @@ def judge(
     for uuid, (boots, records) in history.items():
         for boot_id, records_of_boot in zip(boots, _split(records, boards.REBOOT), strict=True):
             found = _ran(
-                *(uuid, records_of_boot, workers, unopened, names, resets.get(boot_id, []), verdict.problems)
+                *(uuid, records_of_boot, workers, unopened, names, resets.get(boot_id, []), unbooked)
             )
             if found is not None:
                 ran[boot_id, f"gpu:{uuid}"] = found
@@ -87,18 +89,33 @@ def judge(
         verdict.problems.append(f"complete and total disagree: {says}")
     if any((energy["complete"], energy["total_mj"] is not None, stats["full_mj_per_image"] is not None)):
         verdict.outcome = "certified"
+        verdict.problems += unbooked
         if energy["total_mj"] not in totals:
             verdict.problems.append(
                 f"certified {energy['total_mj']} mJ, the counters ran {sorted(totals)} mJ"
             )
-    elif not energy["unclosed"] and not reset:
+    elif not energy["unclosed"] and not energy["segments_not_measured"] and not reset:
         verdict.problems.append("energy is missing, and nothing says whose")
+    blind = _blind(workers)
+    if blind and verdict.outcome == "certified":
+        verdict.problems.append(f"certified, though workers could not read the counters of {sorted(blind)}")
     for key, total_mj in _device_totals(output).items():
-        if total_mj is not None and total_mj not in ran.get(key, {0}):
+        if key not in blind and total_mj is not None and total_mj not in ran.get(key, {0}):
             verdict.problems.append(
                 f"{key}: certified {total_mj} mJ, the counter ran {sorted(ran.get(key, {0}))} mJ"
             )
     return verdict
+
+
+def _blind(workers: Iterable[WorkerEnvironment]) -> set[tuple[str, str]]:
+    """Devices, by boot, with a worker that could not read them when it opened its account: they have no total that is whole."""
+    return {
+        (w.opened.boot_id, f"gpu:{gpu}")
+        for w in workers
+        if w.opened is not None
+        for gpu in w.gpus
+        if f"gpu:{gpu}" not in w.opened.energy_mj
+    }
 
 
 def _sums(some: set[int], others: set[int]) -> set[int]:

@@ -318,6 +318,7 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
         lease_s=plan.lease_s,
         speculate=plan.speculate,
         source=request.source,
+        part_s=plan.part_s,
     )
     with signals_heeded(job_run):
         try:

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ def summary(results: Sequence[dict[str, Any]], undisturbed: Sequence[dict[str, A
     """
     kinds: dict[str, dict[str, Any]] = {k: {"injected": 0, "survived": 0} for k in KINDS}
     lost: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    missing: Counter[str] = Counter()
     for result in results:
         for kind in result["faults"]:
             kinds[kind]["injected"] += 1
-            short = kind == "counter frozen" and result["limits"]
-            kinds[kind]["survived"] += not result["problems"] and not short
+            kinds[kind]["survived"] += not result["problems"]
         if len(set(result["faults"])) == 1 and result["outcome"] != "unfinished":
             calm_run, n = undisturbed[result["shape"]], len(result["faults"])
+            missing[result["faults"][0]] += result["outcome"] == "missing"
             seconds = (result["seconds"] - calm_run["seconds"]) / n
             lost[result["faults"][0]].append(
                 (seconds, (result["spent_mj"] - calm_run["spent_mj"]) / n / 1000)
@@ -45,6 +46,7 @@ def summary(results: Sequence[dict[str, Any]], undisturbed: Sequence[dict[str, A
         kinds[kind]["seconds_lost"] = round(sum(s for s, _ in pairs) / len(pairs), 2)
         kinds[kind]["joules_lost"] = round(sum(j for _, j in pairs) / len(pairs), 2)
         kinds[kind]["runs_of_this_kind_only"] = len(pairs)
+        kinds[kind]["of_these_energy_missing"] = missing[kind]
     return {
         "runs": len(results),
         "runs_with_problems": sum(bool(r["problems"]) for r in results),
@@ -56,7 +58,6 @@ def summary(results: Sequence[dict[str, Any]], undisturbed: Sequence[dict[str, A
             o: sum(r["outcome"] == o for r in results) for o in ("certified", "missing", "unfinished")
         },
         "kinds": kinds,
-        "limits": [{"seed": r["run"], "limits": r["limits"]} for r in results if r["limits"]],
         "problems": [{"seed": r["run"], "problems": r["problems"]} for r in results if r["problems"]],
     }
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pynvml
 from support import boards, spending_model
-from support.chaos.faults import DEVICE
+from support.chaos.faults import COUNTER, DEVICE
 
 from millijoule.workers.errors import StoreError
 from millijoule.workers.generators.protocol import GeneratedBatch, Rejection
@@ -35,6 +35,8 @@ _ERRNOS = {
 }
 #: A device that hangs does so until somebody ends its process.
 HANG_S = 600.0
+#: How long a counter is absent or frozen: less and more than it takes to be seen (`runs.STALL_S`), and to the end of the job.
+COUNTER_SECONDS = (0.05, 0.4, 1.0, 60.0)
 
 
 class Ground:
@@ -43,6 +45,7 @@ class Ground:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.armed = folder / "armed"
+        self.ill = folder / "ill"
         self._n = 0
 
     def arm(self, kind: str) -> None:
@@ -60,6 +63,20 @@ class Ground:
                 self.write(kind)
                 return kind
         return None
+
+    def sicken(self, uuid: str, kind: str, value: int, seconds: float) -> None:
+        """The counter of a board has `kind` for a while, whoever reads it; `value` is the last it said."""
+        note = self.ill / f"{uuid}.{os.getpid()}"
+        note.write_text(json.dumps([kind, value, time.monotonic() + seconds]))
+        note.replace(self.ill / uuid)
+
+    def illness(self, uuid: str) -> tuple[str, int] | None:
+        """What its counter has now, and what it last said."""
+        try:
+            kind, value, until = json.loads((self.ill / uuid).read_text())
+        except FileNotFoundError:
+            return None
+        return (kind, value) if time.monotonic() < until else None
 
     def write(self, kind: str) -> None:
         """It happened."""
@@ -126,15 +143,20 @@ def _install_disk(ground: Ground, clock: dict[str, int], *, worker: bool) -> Non
     local.LocalStore.put_exclusive = create  # type: ignore[method-assign]
 
 
+#: Devices that have one of these have it from then on.
+ALWAYS = (
+    *("device fails always", "device draws too few images", "device draws no numbers"),
+    *("device draws other shapes", "out of memory always"),
+)
+
+
 def _install_device(ground: Ground) -> None:
     generate = spending_model.Spending.generate
     sick: list[str] = []
 
     def meet(self, requests):
         kind = sick[0] if sick else ground.take(*DEVICE)
-        if kind in ("device fails always", "device draws too few images", "device draws no numbers"):
-            sick[:] = [kind]
-        if kind == "out of memory always":
+        if kind in ALWAYS:
             sick[:] = [kind]
         if kind in ("device fails once", "device fails always"):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -149,6 +171,8 @@ def _install_device(ground: Ground) -> None:
         drawn = generate(self, requests)
         if kind == "device draws too few images":
             return GeneratedBatch(drawn.images[:0], (), ())
+        if kind == "device draws other shapes":
+            return GeneratedBatch(drawn.images[:, :4, :, :1], (), ())
         return drawn
 
     spending_model.Spending.generate = meet  # type: ignore[method-assign]
@@ -156,16 +180,15 @@ def _install_device(ground: Ground) -> None:
 
 def _install_counter(ground: Ground) -> None:
     read = boards.Board.read
-    last: dict[str, int] = {}
-    until: dict[str, float] = {"counter absent": 0.0, "counter frozen": 0.0}
 
     def meet(self) -> int:
-        if self.uuid in last and (kind := ground.take(*until)):
-            until[kind] = time.monotonic() + 0.4
-        if time.monotonic() < until["counter absent"]:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
-        if time.monotonic() >= until["counter frozen"]:
-            last[self.uuid] = read(self)
-        return last[self.uuid]
+        if kind := ground.take(*COUNTER):
+            ground.sicken(self.uuid, kind, read(self), random.choice(COUNTER_SECONDS))
+        match ground.illness(self.uuid):
+            case "counter absent", _:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+            case "counter frozen", value:
+                return value
+        return read(self)
 
     boards.Board.read = meet  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -77,6 +78,17 @@ def data_files(output: Path) -> set[Path]:
     """The files that hold the images of the manifest."""
     paths = pq.ParquetFile(output / "manifest.parquet").read(["path"]).column("path").to_pylist()
     return {output / path for path in paths if path}
+
+
+def committed_files(output: Path) -> set[Path]:
+    """The files of shards that are committed, as far as their commits can be read and they are there."""
+    files = set()
+    for commit in output.glob("_job/commits/*/*.json"):
+        try:
+            files |= {output / file["path"] for file in json.loads(commit.read_bytes())["files"]}
+        except ValueError:
+            pass
+    return {path for path in files if path.exists()}
 
 
 def stray_files(folder: Path, allowed: Collection[str]) -> Iterator[str]:
