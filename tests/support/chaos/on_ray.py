@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from s3_servers import FaultProxy, MotoServer, S3Endpoint
+from s3_servers import CephGateway, FaultProxy, MotoServer
 from support.chaos import oracle
 from support.cluster import RayCluster, RayNode
 from support.jobs import start, write_prompts
@@ -29,7 +29,7 @@ from millijoule.jobs.measuring.measurement import write_result
 
 PROMPTS, SHARD_SIZE = 600, 4
 #: A job that needs longer hangs.
-MOST_S = 300.0
+MOST_S = 420.0
 
 #: Kinds of requests that fail on the way, and how many of them.
 STORE = {
@@ -41,8 +41,15 @@ STORE = {
     "store slow": ("latency", 20),
 }
 PROCESSES = (
-    *("worker killed", "worker stopped for a while", "worker terminated", "raylet killed"),
-    *("raylet stopped for a while", "head stopped for a while", "store stopped for a while"),
+    *(
+        "worker killed",
+        "worker stopped for a while",
+        "worker terminated",
+        "raylet killed",
+        "raylet terminated",
+    ),
+    *("raylet stopped for a while", "head killed", "head stopped for a while"),
+    *("store killed", "store stopped for a while"),
     *("driver killed", "driver terminated", "driver stopped for a while", "second driver"),
 )
 KINDS = (*STORE, *PROCESSES)
@@ -51,16 +58,28 @@ KINDS = (*STORE, *PROCESSES)
 class RayStorm:
     """One job in its cluster, and what strikes it."""
 
-    def __init__(
-        self, seed: int, folder: Path, cluster: RayCluster, store: S3Endpoint, proxy: FaultProxy
-    ) -> None:
+    def __init__(self, seed: int, folder: Path, server: CephGateway | MotoServer, proxy: FaultProxy) -> None:
         self.rng = random.Random(seed)
-        self.folder, self.cluster, self.store, self.proxy = folder, cluster, store, proxy
-        self.bucket = store.make_bucket("storm")
+        self.folder, self.server, self.store, self.proxy = folder, server, server.endpoint, proxy
+        self.bucket = self.store.make_bucket("storm")
         self.prompts = write_prompts(folder / "prompts.txt", PROMPTS)
         self.drivers: list[subprocess.Popen[str]] = []
         self.injected: list[str] = []
         self._later: list[tuple[float, Callable[[], None]]] = []
+        self._has_head = False
+
+    def start_cluster(self) -> None:
+        """A head and two nodes; those of one whose head was killed are ended."""
+        self.close()
+        self.cluster = RayCluster(head_cpus=0)
+        self.cluster.__enter__()
+        self._has_head = True
+        for _ in range(2):
+            self.cluster.add_node(cpus=1)
+
+    def close(self) -> None:
+        if hasattr(self, "cluster"):
+            self.cluster.__exit__()
 
     def start_driver(self) -> None:
         driver = start(
@@ -73,8 +92,9 @@ class RayStorm:
 
     def run(self) -> list[int | None]:
         """Until a driver has finished the job; the drivers' exit codes."""
-        kinds = list(KINDS)
+        kinds = [k for k in KINDS if k != "store killed" or isinstance(self.server, CephGateway)]
         self.rng.shuffle(kinds)
+        self.start_cluster()
         self.start_driver()
         deadline, strike_at = time.monotonic() + MOST_S, None
         while not any(d.poll() in (0, 3) for d in self.drivers) and time.monotonic() < deadline:
@@ -84,10 +104,12 @@ class RayStorm:
                 self._later.remove((due, act))
                 act()
             if all(d.poll() not in (None, 0, 3) for d in self.drivers):
+                if not self._has_head:
+                    self.start_cluster()
                 self.start_driver()
             if strike_at is None and any("PUT" in r and "/commits/" in r for r in self.proxy.requests):
                 strike_at = now
-            if strike_at is not None and now >= strike_at and kinds:
+            if strike_at is not None and now >= strike_at and kinds and self._has_head:
                 if self.strike(kinds[0]):
                     self.injected.append(kinds.pop(0))
                 else:
@@ -113,6 +135,10 @@ class RayStorm:
         if kind == "second driver":
             self.start_driver()
             return True
+        if kind == "store killed":
+            assert isinstance(self.server, CephGateway)
+            self.server.restart_gateway()
+            return True
         found = self._process(kind.partition(" ")[0])
         if found is None:
             return False
@@ -126,8 +152,10 @@ class RayStorm:
                 found.kill()
         except psutil.Error:
             return False
-        if kind == "raylet killed":
+        if kind in ("raylet killed", "raylet terminated"):
             self.cluster.add_node(cpus=1)
+        if kind == "head killed":
+            self._has_head = False  # the drivers notice, and end
         return True
 
     @staticmethod
@@ -180,25 +208,23 @@ def _listeners(port: int) -> set[int]:
     return found
 
 
-def run_one(seed: int, folder: Path, store: S3Endpoint) -> dict[str, Any]:
+def run_one(seed: int, folder: Path, server: CephGateway | MotoServer) -> dict[str, Any]:
     """One storm, judged."""
     folder.mkdir(parents=True)
-    began, proxy = time.monotonic(), FaultProxy(store)
+    began, proxy = time.monotonic(), FaultProxy(server.endpoint)
     proxy.start()
     os.environ.update(proxy.endpoint.env())  # for the job's driver and workers (`support.jobs`)
+    storm = None
     try:
-        with RayCluster(head_cpus=0) as cluster:
-            for _ in range(2):
-                cluster.add_node(cpus=1)
-            storm = RayStorm(seed, folder, cluster, store, proxy)
-            try:
-                codes = storm.run()
-            finally:
-                for driver in storm.drivers:
-                    if driver.poll() is None:
-                        driver.kill()
-                        driver.wait()
+        storm = RayStorm(seed, folder, server, proxy)
+        codes = storm.run()
     finally:
+        for driver in storm.drivers if storm else ():
+            if driver.poll() is None:
+                driver.kill()
+                driver.wait()
+        if storm:
+            storm.close()
         proxy.stop()
     problems = []
     if not any(code in (0, 3) for code in codes):
@@ -219,14 +245,17 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster is stopped, too
     environment, results = describe_machine(), []
-    with MotoServer() as server:
+    with CephGateway() if CephGateway.missing() is None else MotoServer() as server:
         for seed in range(options.seed, options.seed + options.runs):
-            results.append(run_one(seed, options.folder / str(seed), server.endpoint))
+            results.append(run_one(seed, options.folder / str(seed), server))
             print(json.dumps(results[-1]), flush=True)
     if options.record is not None:
         faults = {k: sum(r["faults"].count(k) for r in results) for k in KINDS}
         counts = {"faults_injected": sum(faults.values()), "kinds": faults, "runs": results}
-        write_result({"what": "storms on Ray", **counts, "environment": environment}, str(options.record))
+        write_result(
+            {"what": "storms on Ray", **counts, "store": type(server).__name__, "environment": environment},
+            str(options.record),
+        )
     return int(any(r["problems"] for r in results))
 
 
