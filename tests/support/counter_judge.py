@@ -41,12 +41,14 @@ def judge(
     output: Path,
     history: Mapping[str, tuple[Sequence[str], list[boards.Record]]],
     names: Mapping[int, str],
+    lost_books: Collection[tuple[str, int]] = (),
 ) -> Verdict:
     """Hold what a job in `output` says against what its boards ran.
 
     Args:
         history: by the board's UUID, the ids of its host's boots, and its records over all of them.
         names: of the job's processes, by pid.
+        lost_books: in which boots the host's counter book was lost or damaged, and when, on the monotonic clock in ns.
     """
     if not (output / STATS_KEY).exists():
         return Verdict("unfinished")
@@ -62,6 +64,9 @@ def judge(
     for boots, records in history.values():
         for boot_id, (_, *later) in zip(boots, _split(records, boards.REBOOT), strict=True):
             resets[boot_id] += [r.t_mono_ns for r in later if r.kind == boards.RESET]
+    for boot_id, t_mono_ns in lost_books:  # whoever reads next begins another epoch, as after a reset
+        resets[boot_id].append(t_mono_ns)
+        reset = True
     for uuid, (boots, records) in history.items():
         for boot_id, records_of_boot in zip(boots, _split(records, boards.REBOOT), strict=True):
             found = _ran(

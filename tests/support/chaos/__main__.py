@@ -1,4 +1,4 @@
-"""`python -m support.chaos FOLDER [--seed N] [--runs N | --minutes M | --hours H] [--record FILE]`: storms, one after another.
+"""`python -m support.chaos FOLDER [--seed N] [--runs N | --minutes M | --hours H] [--at-once N] [--record FILE]`: storms, one after another.
 
 Prints a line of JSON per run and a table at the end; exit code 1 where anything was lost, twice, false or blamed wrongly.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections import Counter, defaultdict
@@ -15,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support.chaos.faults import KINDS, SHAPES, calm, storm
-from support.chaos.runs import run_in_child
+from support.chaos.faults import KINDS, SHAPES, Storm, calm, storm
+from support.chaos.runs import begin, result_of, run_in_child
 
 from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.measuring.measurement import write_result
@@ -79,6 +80,9 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the first run; the next has the next")
     parser.add_argument("--runs", type=int)
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="more than one: what faults cost is told less well"
+    )
     parser.add_argument("--minutes", type=float, default=0.0)
     parser.add_argument("--hours", type=float, default=0.0)
     parser.add_argument("--record", type=Path)
@@ -93,14 +97,25 @@ def main() -> int:
         if result["problems"] or result["outcome"] != "certified":
             raise SystemExit(f"an undisturbed run is not as it should be: {result}")
     results: list[dict[str, Any]] = []
-    while len(results) < options.runs if options.runs is not None else time.monotonic() < until:
-        drawn = storm(options.seed + len(results))
-        results.append(run_in_child(drawn, options.folder / str(drawn.seed), undisturbed[drawn.shape]))
-        print(json.dumps(results[-1]), flush=True)
+    running: dict[int, Storm] = {}
+    seed = options.seed
+    while True:
+        begun = seed - options.seed
+        more = begun < options.runs if options.runs is not None else time.monotonic() < until
+        if more and len(running) < options.at_once:
+            drawn = storm(seed)
+            running[begin(drawn, options.folder / str(seed), undisturbed[drawn.shape])] = drawn
+            seed += 1
+        elif running:
+            ended = running.pop(os.waitpid(-1, 0)[0])
+            results.append(result_of(ended, options.folder / str(ended.seed)))
+            print(json.dumps(results[-1]), flush=True)
+        else:
+            break
     counts = summary(results, undisturbed)
     print(table(counts), file=sys.stderr)
     if options.record is not None:
-        of = {"what": "storms of faults", "first_seed": options.seed}
+        of = {"what": "storms of faults", "first_seed": options.seed, "at_once": options.at_once}
         write_result({**of, **counts, "environment": environment}, str(options.record))
     return int(counts["runs_with_problems"] > 0)
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from support import boards, random_runs
 from support.chaos import inside, oracle
-from support.chaos.faults import INSIDE, MAY_HIDE_ENERGY, PARTS, Fault, Round, Storm
+from support.chaos.damage import WorldWithFiles
+from support.chaos.faults import INSIDE, MAY_HIDE_ENERGY, Fault, Round, Storm
 from support.counter_judge import judge
 from support.fault_plans import DriverPlan
 from support.forked_cluster import Driver, Node
-from support.random_runs import World
 
 from millijoule.pipeline.running import pool, preemption
 from millijoule.workers import scratch
@@ -49,16 +49,12 @@ _END_SIGNALS = {
 }
 
 
-class StormWorld(World):
+class StormWorld(WorldWithFiles):
     """A world of `random_runs` whose plan is a storm."""
 
     def __init__(self, storm: Storm, folder: Path) -> None:
         super().__init__(storm.plan, folder)
         self.storm = storm
-        self.ground = inside.Ground(folder)
-        self.ground.armed.mkdir()
-        self.ground.ill.mkdir()
-        self.problems: list[str] = []
 
     def run(self) -> None:
         for i in range(len(self.plan.hosts)):
@@ -80,7 +76,7 @@ class StormWorld(World):
         self.cluster.close()
 
     def _run_round(self, round_: Round) -> None:
-        mend = [self._before(kind) for kind in round_.before]
+        mend = [self.before(kind) for kind in round_.before]
         twin_after_s = None
         for fault in round_.faults:
             if fault.kind == "second driver":
@@ -148,7 +144,7 @@ class StormWorld(World):
             self.rng.choice(self.boards()).reset()
             done = True
         else:
-            done = self._spoil_files(kind)
+            done = self.spoil_files(kind)
         if done:
             self.ground.write(kind)
         else:
@@ -180,118 +176,10 @@ class StormWorld(World):
         if any(a.pid == pid for a in self.cluster.actors.values()):
             os.kill(pid, signal.SIGCONT)
 
-    def _spoil_files(self, kind: str) -> bool:
-        """Of a host: its counter book or the signs of life of its workers; of all: their scratch folders."""
-        patterns = {
-            "counter book lost": "hosts/*/millijoule-*-boot-*.json",
-            "counter book damaged": "hosts/*/millijoule-*-boot-*.json",
-            "signs of life lost": "hosts/*/millijoule-*-life-*",
-            "scratch lost": "tmp/millijoule-scratch-*",
-        }
-        found = sorted(self.folder.glob(patterns[kind]))
-        if not found:
-            return False
-        path = self.rng.choice(found)
-        if kind == "scratch lost":
-            shutil.rmtree(path, ignore_errors=True)
-        elif kind == "counter book damaged":
-            path.write_bytes(b'{"epoch":')
-        else:
-            path.unlink()
-        return True
-
     def _join_missing(self) -> None:
         for i in range(len(self.plan.hosts)):
             if not any(n.alive and not n.draining and n.folder == self._host(i) for n in self.cluster.nodes):
                 self._join(i)
-
-    def _before(self, kind: str) -> Callable[[], None]:
-        """Do what is done before a driver starts; the result mends it afterwards."""
-        out = self.folder / "out"
-        if kind == "host started anew":
-            self.ground.write(kind)
-        elif kind == "collected commits lost" and (out / "_job" / "ledger").exists():
-            shutil.rmtree(out / "_job" / "ledger")
-            self.ground.write(kind)
-        elif kind == "collected commits damaged":
-            for path in sorted(out.glob("_job/ledger/*.parquet"))[:1]:
-                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-                self.ground.write(kind)
-        elif kind == "half-written files left" and (out / "data").exists():
-            (out / "data" / ".millijoule-tmp-0123456789abcdef").write_bytes(b"half")
-            (out / "data" / "00000000-e0001-000000000000.parquet").write_bytes(b"half")
-            self.ground.write(kind)
-        elif kind.endswith("early"):
-            for path in sorted(oracle.committed_files(out))[:1]:
-                whole = path.read_bytes()
-                path.unlink()
-                if kind == "object corrupted early":
-                    path.write_bytes(_flipped(whole, self.rng.choice((3, 2, 1.01))))
-                self.ground.write(kind)
-                return partial(self._mend_object, kind, path, whole)
-        elif kind in PARTS and (sealed := self._sealed_part()):
-            path = out / json.loads(sealed.read_bytes())["rows_path"]
-            whole = path.read_bytes()
-            path.unlink()
-            if kind == "part cut short":
-                path.write_bytes(whole[: len(whole) // 2])
-            elif kind == "part damaged":
-                path.write_bytes(_flipped(whole, 2))
-            self.ground.write(kind)
-        elif kind == "commit damaged" and not list(out.glob("_job/ledger/*.parquet")):
-            # one that is collected is not read again before `check`
-            for path in sorted(out.glob("_job/commits/*/*.json"))[:1]:
-                whole = path.read_bytes()
-                path.write_bytes(whole[: len(whole) // 2])
-                self.ground.write(kind)
-                return partial(self._mend_commit, path, whole)
-        return lambda: None
-
-    def _sealed_part(self) -> Path | None:
-        """The record of a part whose shard is not committed and whose worker is gone: somebody will want to take it over."""
-        while self.cluster.actors:
-            self.cluster.turn()
-        done = {path.stem for path in self.folder.glob("out/_job/commits/*/*.json")}
-        records = sorted(self.folder.glob("out/_job/parts/*/*/*.json"))
-        return next((path for path in records if path.parent.name not in done), None)
-
-    def _mend_object(self, kind: str, path: Path, whole: bytes) -> None:
-        """A person puts the object back; a job that was called finished without it says so when it is checked."""
-        if self.codes[-1] in (0, 3) and not any(path.name in problem for problem in self.check()):
-            self.problems.append(f"{kind}: check does not name {path.name}")
-        path.unlink(missing_ok=True)
-        path.write_bytes(whole)
-
-    def _mend_commit(self, path: Path, whole: bytes) -> None:
-        """A person puts the object back; meanwhile no driver may have called the job finished."""
-        if self.codes[-1] in (0, 3):
-            self.problems.append("a job with a damaged commit was called finished")
-        if path.read_bytes() != whole[: len(whole) // 2]:
-            self.problems.append("a damaged commit was overwritten")
-        path.write_bytes(whole)
-        self.codes.append(None)
-
-    def damage_objects(self) -> None:
-        """What `check` says of data that was damaged or lost when the job was done."""
-        for kind in self.storm.after:
-            path = self.rng.choice(sorted(oracle.data_files(self.folder / "out")))
-            whole = path.read_bytes()
-            if kind == "object corrupted":
-                path.unlink()  # not through a hard link
-                path.write_bytes(_flipped(whole, 3))
-            else:
-                path.unlink()
-            self.ground.write(kind)
-            if not any(path.name in problem for problem in self.check()):
-                self.problems.append(f"{kind}: check does not name {path.name}")
-            path.unlink(missing_ok=True)
-            path.write_bytes(whole)
-
-
-def _flipped(whole: bytes, part: float) -> bytes:
-    """One bit differs, after `1 / part` of it."""
-    at = int(len(whole) / part)
-    return whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :]
 
 
 def run_storm(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) -> dict[str, Any]:
@@ -314,7 +202,8 @@ def run_storm(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) ->
     out = folder / "out"
     kinds = [line["kind"] for line in world.ground.written()]
     verdict = judge(
-        out, {b.uuid: (world.boots_of(b), b.records()) for b in world.boards()}, world.cluster.names
+        *(out, {b.uuid: (world.boots_of(b), b.records()) for b in world.boards()}, world.cluster.names),
+        world.lost_books,
     )
     problems += verdict.problems
     if world.hung:
@@ -326,7 +215,7 @@ def run_storm(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) ->
             out, storm.plan.prompts, undisturbed["hashes"] if undisturbed else None
         )
         problems += world.check()
-        world.damage_objects()
+        world.damage_objects(storm.after)
         if verdict.outcome == "missing" and not set(kinds) & MAY_HIDE_ENERGY:
             problems.append(f"energy is missing though its counters could be read: {verdict.reasons}")
     scratch_left = len(os.listdir(folder / "tmp"))
@@ -363,24 +252,34 @@ def run_storm(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) ->
 
 def run_in_child(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) -> dict[str, Any]:
     """The same in a session of its own; `folder` stays where there were problems."""
+    os.waitpid(begin(storm, folder, undisturbed), 0)
+    return result_of(storm, folder)
+
+
+def begin(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) -> int:
+    """Start `run_storm` in a session of its own, the pid of which is returned; `result_of` takes what it has left."""
     folder.mkdir(parents=True)
     (folder / "tmp").mkdir()
     pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            os.setsid()
-            log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
-            (folder / "result.json").write_text(json.dumps(run_storm(storm, folder, undisturbed)))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    os.waitpid(pid, 0)
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
+        (folder / "result.json").write_text(json.dumps(run_storm(storm, folder, undisturbed)))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def result_of(storm: Storm, folder: Path) -> dict[str, Any]:
+    """What a run that has ended has left; its folder is removed, unless there were problems."""
     try:
         result = json.loads((folder / "result.json").read_text())
     except (OSError, ValueError):
