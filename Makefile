@@ -36,7 +36,7 @@ help:
 	@echo "  make install-test  .venv with everything the tests need"
 	@echo "  make test-fast     minutes: no Ray, no servers, no training, no lint"
 	@echo "  make lint          formatting, lint, types"
-	@echo "  make chaos         only the tests that kill processes"
+	@echo "  make chaos         a quarter of an hour: the tests that kill processes, and 150 storms of faults, into CHAOS_OUT=$(CHAOS_OUT)"
 	@echo "  make chaos-long    storms of faults for HOURS=... or MINUTES=$(MINUTES) from SEED=$(SEED) on, into CHAOS_OUT=$(CHAOS_OUT)"
 	@echo "  make slow          the long tests that make test leaves out"
 	@echo "  make bench         measure the pipeline, write benchmarks/pipeline/"
@@ -81,6 +81,8 @@ test-fast: $(VENV)/installed-test
 
 chaos: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m "not slow" tests/chaos
+	rm -rf $(CHAOS_OUT)/seeded
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.chaos $(CHAOS_OUT)/seeded --seed 1000 --runs 150 --at-once 2
 
 chaos-long: $(VENV)/installed-test
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.chaos $(CHAOS_OUT) --seed $(SEED) \

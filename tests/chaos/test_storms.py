@@ -40,6 +40,8 @@ def storms(folder):
             "1",
             "--runs",
             "14",
+            "--at-once",
+            "2",
             "--record",
             record,
         ],

@@ -40,6 +40,8 @@ STORE = {
     "requests cut": ("cut", 4),
     "store slow": ("latency", 20),
 }
+#: However many requests there are meanwhile.
+STORE_MOST_S = 10.0
 PROCESSES = (
     *(
         "worker killed",
@@ -130,7 +132,8 @@ class RayStorm:
         """False where there is nobody to strike."""
         if kind in STORE:
             mode, times = STORE[kind]
-            self.proxy.inject(mode, "/out/", times=times, seconds=0.3)  # type: ignore[arg-type]
+            fault = self.proxy.inject(mode, "/out/", times=times, seconds=0.3)  # type: ignore[arg-type]
+            self._later.append((time.monotonic() + STORE_MOST_S, lambda: setattr(fault, "times", 0)))
             return True
         if kind == "second driver":
             self.start_driver()
