@@ -25,6 +25,7 @@ class WorldWithFiles(World):
         self.ground.ill.mkdir()
         self.problems: list[str] = []
         self.lost_books: list[tuple[str, int]] = []
+        self.struck: set[Path] = set()  # files of the output that somebody has to put back
 
     def spoil_files(self, kind: str) -> bool:
         """Of a host: its counter book or the signs of life of its workers; of all: their scratch folders."""
@@ -66,7 +67,8 @@ class WorldWithFiles(World):
             (out / "data" / "00000000-e0001-000000000000.parquet").write_bytes(b"half")
             self.ground.write(kind)
         elif kind.endswith("early"):
-            for path in sorted(oracle.committed_files(out))[:1]:
+            for path in sorted(oracle.committed_files(out) - self.struck)[:1]:
+                self.struck.add(path)
                 whole = path.read_bytes()
                 path.unlink()
                 if kind == "object corrupted early":

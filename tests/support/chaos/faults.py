@@ -35,7 +35,7 @@ DISK = (
     *("disk full", "disk read-only", "disk quota used up", "disk error", "disk slow", "store busy"),
     *("acknowledgement lost", "driver's disk full", "driver's store busy"),
 )
-COUNTER = ("counter absent", "counter frozen")
+COUNTER = ("counter absent", "counter frozen", "worker dies as its counter freezes")
 CLOCK = ("clock jumps",)
 INSIDE = (*DEVICE, *DISK, *COUNTER, *CLOCK)
 #: When the job is done: its own check must say so.
@@ -48,6 +48,7 @@ KINDS = (*OUTSIDE, *DRIVER_ENDS, *BETWEEN, *INSIDE, *AFTER)
 MAY_HIDE_ENERGY = {
     *("node lost", "node preempted", "node drained", "counter reset", "counter absent", "counter frozen"),
     *("counter book lost", "counter book damaged", "signs of life lost"),
+    "worker dies as its counter freezes",
     "reader killed",  # a third one is not sent for
     *("host started anew", "second driver", *DRIVER_ENDS),
 }

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pynvml
 from support import boards, spending_model
-from support.chaos.faults import COUNTER, DEVICE
+from support.chaos.faults import DEVICE
 
 from millijoule.workers.errors import StoreError
 from millijoule.workers.generators.protocol import GeneratedBatch, Rejection
@@ -179,11 +180,12 @@ def _install_device(ground: Ground) -> None:
 
 
 def _install_counter(ground: Ground) -> None:
-    read = boards.Board.read
+    """A counter is absent from some reading on; it freezes amid work, ahead of the last reading and behind what runs."""
+    read, spend = boards.Board.read, boards.Board.spend
 
     def meet(self) -> int:
-        if kind := ground.take(*COUNTER):
-            ground.sicken(self.uuid, kind, read(self), random.choice(COUNTER_SECONDS))
+        if ground.take("counter absent"):
+            ground.sicken(self.uuid, "counter absent", 0, random.choice(COUNTER_SECONDS))
         match ground.illness(self.uuid):
             case "counter absent", _:
                 raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
@@ -191,4 +193,15 @@ def _install_counter(ground: Ground) -> None:
                 return value
         return read(self)
 
+    def work(self, energy_mj: int) -> None:
+        spend(self, energy_mj // 2)
+        kind = ground.take("counter frozen", "worker dies as its counter freezes")
+        if kind:
+            value = self.records()[-1].value_mj
+            ground.sicken(self.uuid, "counter frozen", value, random.choice(COUNTER_SECONDS))
+        spend(self, energy_mj - energy_mj // 2)
+        if kind == "worker dies as its counter freezes":
+            os.kill(os.getpid(), signal.SIGKILL)
+
     boards.Board.read = meet  # type: ignore[method-assign]
+    boards.Board.spend = work  # type: ignore[method-assign]
