@@ -23,7 +23,7 @@ export DS_BUILD_OPS := 0
 # What setuptools warns of (folders of data among the packages, the way in which pyproject.toml names the C++ part) is for whoever builds.
 QUIETLY := PYTHONWARNINGS=ignore
 
-.PHONY: help demo test test-fast lint chaos chaos-long slow accelerator gpu gpu-list gpu-rehearsal gpu-wheels bench install install-test sbom audit clean
+.PHONY: help demo test test-fast lint chaos chaos-long hosts slow accelerator gpu gpu-list gpu-rehearsal gpu-wheels bench install install-test sbom audit clean
 
 help:
 	@echo "for everybody"
@@ -38,6 +38,7 @@ help:
 	@echo "  make lint          formatting, lint, types"
 	@echo "  make chaos         a quarter of an hour: the tests that kill processes, and 150 storms of faults, into CHAOS_OUT=$(CHAOS_OUT)"
 	@echo "  make chaos-long    storms of faults for HOURS=... or MINUTES=$(MINUTES) from SEED=$(SEED) on, into CHAOS_OUT=$(CHAOS_OUT)"
+	@echo "  make hosts         tests on several hosts, of namespaces: links cut, power lost (Linux, root)"
 	@echo "  make slow          the long tests that make test leaves out"
 	@echo "  make bench         measure the pipeline, write benchmarks/pipeline/"
 	@echo "with an NVIDIA GPU"
@@ -89,6 +90,9 @@ chaos-long: $(VENV)/installed-test
 	  $(if $(HOURS),--hours $(HOURS),--minutes $(MINUTES)) --record $(CHAOS_OUT)/storms.json
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.chaos.on_ray $(CHAOS_OUT)/ray --seed $(SEED) \
 	  --record $(CHAOS_OUT)/on-ray.json
+
+hosts: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q tests/hosts
 
 slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m slow tests

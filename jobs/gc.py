@@ -16,7 +16,7 @@ class GcOptions:
     """Find data files that no commit refers to: what killed and losing attempts left behind.
 
     Without --delete nothing is changed. A file is removable when another attempt of its shard is committed, or when
-    its driver was replaced and the file is more than a day old.
+    its driver was replaced and the file is more than a day old; the record of a sealed part when its shard is committed.
     """
 
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")] = ""

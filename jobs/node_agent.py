@@ -16,7 +16,11 @@ import tyro
 
 from millijoule.jobs.entry import COMPLETE, ERROR, run_command
 from millijoule.workers.errors import InputError
-from millijoule.workers.notices.metadata import ENDPOINT, MetadataService
+from millijoule.workers.notices.agent import NodeAgent
+from millijoule.workers.notices.metadata import ENDPOINT, MetadataError, MetadataService
+from millijoule.workers.notices.notice import NoticeSource
+from millijoule.workers.notices.providers import SOURCES, detect_provider
+from millijoule.workers.notices.ray_nodes import RayNodes, nodes_here
 
 #: `--once` found a notice, and the nodes are draining.
 NOTICE = 6
@@ -69,14 +73,14 @@ class NodeAgentOptions:
 
 
 def run(options: NodeAgentOptions) -> int:
-    from millijoule.workers.notices.agent import NodeAgent
-    from millijoule.workers.notices.providers import SOURCES
-    from millijoule.workers.notices.ray_nodes import RayNodes, nodes_here
-
     labels = _check(options)
     service = MetadataService(options.endpoint)
     provider = _provider(options, service)
-    sources = SOURCES[provider](service) if provider in SOURCES else ()
+    if options.once and provider is None:
+        raise MetadataError(
+            f"no metadata service answers at {options.endpoint}; name the cloud with --provider"
+        )
+    sources = SOURCES[provider](service) if provider is not None and provider in SOURCES else ()
     agent = NodeAgent(
         sources,
         RayNodes(options.ray_address),
@@ -84,6 +88,7 @@ def run(options: NodeAgentOptions) -> int:
         notice_s=options.notice,
         heeds_advice=options.rebalance == "drain",
         period_s=options.period,
+        find_sources=(lambda: _found(service)) if provider is None else None,
     )
     if options.once:
         return COMPLETE if agent.once() is None else NOTICE
@@ -91,7 +96,7 @@ def run(options: NodeAgentOptions) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: agent.terminate(grace_s))
     watched = ", ".join(["SIGTERM", *(source.name for source in sources)])
-    log.info("node agent: provider %s, watching %s", provider, watched)
+    log.info("node agent: provider %s, watching %s", provider or "not found yet", watched)
     return COMPLETE if agent.run() else ERROR
 
 
@@ -108,15 +113,22 @@ def _check(options: NodeAgentOptions) -> dict[str, str]:
     return labels
 
 
-def _provider(options: NodeAgentOptions, service: MetadataService) -> str:
-    from millijoule.workers.notices.providers import detect_provider
-
+def _provider(options: NodeAgentOptions, service: MetadataService) -> str | None:
+    """The cloud's name; None: it is to be found, and has not answered."""
     if options.provider != "auto":
         return options.provider
     found = detect_provider(service)
-    if found is None:
-        log.warning("no metadata service answers at %s; name the cloud with --provider", options.endpoint)
-    return found or "none"
+    if found is None and not options.once:
+        log.warning(
+            "no metadata service answers at %s; asking on. Name the cloud with --provider, or none",
+            options.endpoint,
+        )
+    return found
+
+
+def _found(service: MetadataService) -> tuple[NoticeSource, ...]:
+    provider = detect_provider(service)
+    return () if provider is None else SOURCES[provider](service)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ FORMS = ("plain", "avx2", "avx512-vnni")
 CHOICES = ("reference", *FORMS)
 
 #: The number that the compiled part has to say: `millijoule_interface` of `cpp/processor.cpp`.
-INTERFACE = 1
+INTERFACE = 2
 
 _FOLDER = Path(__file__).parent
 

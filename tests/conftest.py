@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         kinds = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if (
             fixtures & SERVERS
-            or item.path.parent.name in ("integration", "chaos")
+            or item.path.parent.name in ("integration", "chaos", "hosts")
             or any(kind in ("moto", "rclone", "ceph") for kind in kinds if isinstance(kind, str))
         ):
             item.add_marker("servers")

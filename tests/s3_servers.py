@@ -1,7 +1,8 @@
 """Real S3 servers on loopback for tests, and a proxy that makes them fail.
 
 Each server is one class with `start()` and `stop()`, usable as a context manager; `endpoint` says how to reach it.
-The processes die with the test run even when that is killed. Nothing listens beyond 127.0.0.1.
+The processes die with the test run even when that is killed. Nothing listens beyond 127.0.0.1, unless a test gives
+a server a host of its own (`support.hosts`), which nobody else reaches.
 
 * `CephGateway`: the strict one; atomic conditional writes, signatures checked, about 12 s to start.
 * `MotoServer`: the quick one; a mock with conditional writes, signatures not checked.
@@ -190,18 +191,24 @@ class _Server:
 
 
 class MotoServer(_Server):
-    """moto's mock S3 in a process of its own; keeps objects in memory only."""
+    """moto's mock S3 in a process of its own; keeps objects in memory only.
 
-    def __init__(self) -> None:
+    Args:
+        address: of a host that the process runs on, where `entry` put before a command makes it run there.
+    """
+
+    def __init__(self, address: str = "127.0.0.1", entry: Sequence[str] = ()) -> None:
         port = free_port()
-        self.endpoint = S3Endpoint(f"http://127.0.0.1:{port}", "testing", "testing")
+        self.endpoint = S3Endpoint(f"http://{address}:{port}", "testing", "testing")
+        self._entry = entry
         self._folder = Path(tempfile.mkdtemp(prefix="moto-"))
         self._process: ServerProcess | None = None
 
     def start(self) -> None:
-        port = str(urlsplit(self.endpoint.url).port)
+        where = urlsplit(self.endpoint.url)
+        server = [sys.executable, "-m", "moto.server", "-H", str(where.hostname), "-p", str(where.port)]
         self._process = ServerProcess(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port],
+            [*self._entry, *server],
             self._folder / "moto.log",
             {"MOTO_S3_DEFAULT_MAX_KEYS": "100"},  # so that listings of a few hundred already have pages
         )

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import msgspec
@@ -89,14 +90,18 @@ class ImageRequest:
     lora: str | None = None
 
     @classmethod
-    def one_of_many(cls, fields: dict[str, Any]) -> Self:
-        """With all `fields`, which become the request's own; nothing is checked.
+    def many(cls, fields: Iterable[dict[str, Any]]) -> list[Self]:
+        """One with each of `fields`, all of its fields, which become the request's own; nothing is checked.
 
         The constructor of a frozen dataclass sets field after field by a call, which takes several times as long.
         """
-        request = object.__new__(cls)
-        object.__setattr__(request, "__dict__", fields)
-        return request
+        new, set_attribute = object.__new__, object.__setattr__
+        requests = []
+        for own in fields:
+            request = new(cls)
+            set_attribute(request, "__dict__", own)
+            requests.append(request)
+        return requests
 
 
 class ImageRow(NamedTuple):
@@ -156,6 +161,26 @@ class ImageRow(NamedTuple):
     def as_record(self) -> dict[str, Any]:
         """This row as a mapping with the columns of `IMAGE_ROW_SCHEMA`."""
         return dict(zip(IMAGE_ROW_SCHEMA.names, self.values(), strict=True))
+
+
+#: What a row has of its request.
+_ASKED = attrgetter(
+    "prompt_id", "image_index", "prompt", "negative_prompt", "seed", "guidance_scale", "extra"
+)
+
+
+def row_columns(rows: Sequence[ImageRow]) -> tuple[Sequence[Any], ...]:
+    """The columns of `IMAGE_ROW_SCHEMA`, in order, of `rows`, of which there is one at least; see `ImageRow.values`."""
+    requests, statuses, widths, heights, steps, paths, hashes, sizes, errors, warnings = zip(
+        *rows, strict=True
+    )
+    ids, indices, prompts, negatives, seeds, scales, extras = zip(*map(_ASKED, requests), strict=True)
+    told = [list(words) or None for words in warnings]
+    of_request = ids, indices, prompts, negatives, seeds
+    return (
+        *(*of_request, widths, heights, steps, scales),
+        *(statuses, errors, told, paths, hashes, sizes, extras),
+    )
 
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]

@@ -6,14 +6,16 @@ requests with their final seeds. Nothing here decides what belongs to a shard; t
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
+from operator import attrgetter
 from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -73,6 +75,9 @@ class PlanRow(NamedTuple):
     def image_indices(self) -> range:
         """Of the images it asks for."""
         return range(self.first_image_index, self.first_image_index + self.num_images)
+
+
+_COUNT, _FIRST_INDEX = attrgetter("num_images"), attrgetter("first_image_index")
 
 
 def read_shard_rows(store: Store, shard: Shard, footer: pq.FileMetaData | None = None) -> list[PlanRow]:
@@ -150,7 +155,7 @@ def _as_plan_rows(table: pa.Table) -> list[PlanRow]:
 def _require_planned(store: Store, shard: Shard, rows: list[PlanRow]) -> list[PlanRow]:
     """`rows`, which must be those that the plan's index says."""
     text = "".join(f"{row.prompt_id}\0{row.num_images}\0" for row in rows)
-    if hashlib.sha256(text.encode()).hexdigest() != shard.rows_sha256:
+    if sha256(text.encode()).hexdigest() != shard.rows_sha256:
         raise DamagedError(
             f"{_where(store, shard)}: other rows than the plan's index says for shard {shard.shard_id}; the plan was "
             "overwritten or is damaged"
@@ -164,27 +169,73 @@ def _where(store: Store, shard: Shard) -> str:
 
 def shard_requests(rows: Iterable[PlanRow], job_seed: int) -> list[ImageRequest]:
     """Every image the rows ask for, in row order and then by image index."""
-    return [
-        ImageRequest.one_of_many(
-            {
-                "prompt_id": row.prompt_id,
-                "image_index": k,
-                "prompt": row.prompt,
-                "seed": derive_seed(job_seed, row.prompt_id, k)
-                if row.seed is None
-                else (row.seed + k) % SEED_RANGE,
-                "negative_prompt": row.negative_prompt,
-                "width": row.width,
-                "height": row.height,
-                "num_inference_steps": row.num_inference_steps,
-                "guidance_scale": row.guidance_scale,
-                "extra": row.extra,
-                "source": row.source,
-                "lora": row.lora,
-            }
+    asked = list(rows)
+    if not asked:
+        return []
+    indices = _image_indices(asked)
+    if indices is None:
+        indices = [0] * len(asked)
+    else:
+        asked = [row for row in asked for _ in row.image_indices]
+    columns = dict(zip(PlanRow._fields, zip(*asked, strict=True), strict=True))
+    seeds = _seeds(job_seed, columns["prompt_id"], indices, columns["seed"])
+    return ImageRequest.many(
+        {
+            "prompt_id": prompt_id,
+            "image_index": k,
+            "prompt": prompt,
+            "seed": seed,
+            "negative_prompt": negative_prompt,
+            "width": width,
+            "height": height,
+            "num_inference_steps": steps,
+            "guidance_scale": scale,
+            "extra": extra,
+            "source": source,
+            "lora": lora,
+        }
+        for prompt_id, k, prompt, seed, negative_prompt, width, height, steps, scale, extra, source, lora in zip(
+            columns["prompt_id"],
+            indices,
+            columns["prompt"],
+            seeds,
+            columns["negative_prompt"],
+            columns["width"],
+            columns["height"],
+            columns["num_inference_steps"],
+            columns["guidance_scale"],
+            columns["extra"],
+            columns["source"],
+            columns["lora"],
+            strict=True,
         )
-        for row in rows
-        for k in row.image_indices
+    )
+
+
+def requests_by_place(rows: Sequence[PlanRow], job_seed: int) -> dict[tuple[int, int], ImageRequest]:
+    """`shard_requests` by (row, image index)."""
+    if _image_indices(rows) is None:
+        places = [(i, 0) for i in range(len(rows))]
+    else:
+        places = [(i, k) for i, row in enumerate(rows) for k in row.image_indices]
+    return dict(zip(places, shard_requests(rows, job_seed), strict=True))
+
+
+def _image_indices(rows: Sequence[PlanRow]) -> list[int] | None:
+    """Of all images that `rows` ask for, in order; None where each asks for its image 0, as most do."""
+    if not any(map(_FIRST_INDEX, rows)) and set(map(_COUNT, rows)) <= {1}:
+        return None
+    return [k for row in rows for k in row.image_indices]
+
+
+def _seeds(
+    job_seed: int, prompt_ids: Sequence[str], indices: Sequence[int], given: Sequence[int | None]
+) -> Sequence[int]:
+    if all(seed is None for seed in given):
+        return derive_seeds(job_seed, prompt_ids, indices)
+    return [
+        derive_seed(job_seed, prompt_id, k) if seed is None else (seed + k) % SEED_RANGE
+        for prompt_id, k, seed in zip(prompt_ids, indices, given, strict=True)
     ]
 
 
@@ -194,4 +245,14 @@ def derive_seed(job_seed: int, prompt_id: str, image_index: int) -> int:
     The first 8 bytes, big-endian, of SHA-256 over `job_seed`, `prompt_id` and `image_index` joined by NUL.
     """
     text = f"{job_seed}\0{prompt_id}\0{image_index}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+    return int.from_bytes(sha256(text).digest()[:8], "big")
+
+
+def derive_seeds(job_seed: int, prompt_ids: Sequence[str], indices: Sequence[int]) -> list[int]:
+    """`derive_seed` of many images, in half the time."""
+    digests = [
+        sha256(f"{job_seed}\0{prompt_id}\0{k}".encode()).digest()
+        for prompt_id, k in zip(prompt_ids, indices, strict=True)
+    ]
+    seeds: list[int] = np.frombuffer(b"".join(digests), ">u8")[:: sha256().digest_size // 8].tolist()
+    return seeds

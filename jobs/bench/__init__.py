@@ -27,6 +27,7 @@ BENCHES = {
     "ladder": "rungs of a diffusion pipeline one by one: joules or CPU time, and what they do to images",
     "memory": "memory of several workers of one model on a host; time and memory of batches by their size",
     "roofline": "compiled CPU kernels against the peaks of this processor, measured in the same run",
+    "scaling": "two workers against one, beside two plain processes against one in the same run",
     "stages": "how long the device waits while images are encoded, written and stored",
     "worker": "where the processor time of an image goes, stage by stage, before and after a change",
     "telemetry": "the same job with and without energy telemetry: throughput, CPU time, memory",

@@ -116,8 +116,11 @@ def write_prompts(path: Path, n: int) -> None:
             file.write(f"a {colour} {noun} on a {ground} background\n")
 
 
-def draw_part(part: int, parts: int, prompts_file: str, output: str) -> float:
+def draw_part(part: int, parts: int, prompts_file: str, output: str, model_word: str = "default") -> float:
     """The bare loop: draw, encode and write every `parts`-th prompt from `part` on, one image each, on one thread.
+
+    Args:
+        model_word: as for `--model`.
 
     Returns:
         Seconds from the first draw to the last file.
@@ -134,11 +137,11 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str) -> float:
 
     torch.set_num_threads(1)
     prompts = Path(prompts_file).read_text().splitlines()[part::parts]
-    generator = load_generator("default")
+    generator = load_generator(model_word)
     info = generator.info
     steps, model = info.num_inference_steps, ModelProvenance(info.name, info.sha256)
     generator.generate([ImageRequest("warm-up", 0, "", 0)])  # as a worker does it
-    per_file = usual_shard_images("default")  # as in the job's shards
+    per_file = usual_shard_images(model_word)  # as in the job's shards
     began = time.monotonic()
     for start in range(0, len(prompts), per_file):
         chunk = prompts[start : start + per_file]

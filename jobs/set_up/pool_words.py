@@ -18,6 +18,8 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 #: As Kubernetes and Ray have them.
 _LABEL = re.compile(r"([A-Za-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+#: Ray counts in ten-thousandths of a CPU or a GPU.
+LEAST_SHARE = 0.0001
 _NUMBERS = ("gpus", "cpus", "price", "images_per_s", "joules")
 
 
@@ -78,6 +80,9 @@ def parse_pool(text: str) -> PoolWords:
             found[key] = _number(given)
             if not 0 <= found[key] < float("inf") or (key == "images_per_s" and not found[key]):
                 raise refuse(f"{key}={given} is no amount")
+    for key in ("gpus", "cpus"):
+        if 0 < found.get(key, 0) < LEAST_SHARE:
+            raise refuse(f"{key}={found[key]:g} is less than {LEAST_SHARE:g}, the least that Ray counts")
     if found.get("gpus", 0) > 1:
         raise refuse("a worker of a pool has one GPU or a part of one")
     batch = fields.pop("batch", None)

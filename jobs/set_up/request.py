@@ -9,7 +9,7 @@ from typing import Any
 
 from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
-from millijoule.jobs.set_up.pool_words import PoolWords, engines_of, read_pools
+from millijoule.jobs.set_up.pool_words import LEAST_SHARE, PoolWords, engines_of, read_pools
 from millijoule.pipeline.output.job import JobSpec, read_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
@@ -29,9 +29,6 @@ from millijoule.workers.storage.open import open_store
 
 #: Words for delimiters that are hard to type.
 DELIMITER_WORDS = {"comma": ",", "semicolon": ";", "pipe": "|", "tab": "\t", "\\t": "\t"}
-
-#: Ray counts in ten-thousandths of a CPU.
-LEAST_CPUS = 0.0001
 
 
 @dataclass(frozen=True)
@@ -147,6 +144,8 @@ def _check_workers(options: GenerateOptions) -> None:
     gpus, cpus = options.gpus_per_worker, options.cpus_per_worker
     if gpus is not None and not 0 <= gpus < float("inf"):
         raise InputError(f"--gpus-per-worker {gpus:g}: 0 or more")
+    if gpus and gpus < LEAST_SHARE:
+        raise InputError(f"--gpus-per-worker {gpus:g}: 0, or {LEAST_SHARE:g} or more")
     if gpus is not None and gpus > 1 and gpus != int(gpus):
         raise InputError(f"--gpus-per-worker {gpus:g}: above 1 whole GPUs only")
     if options.device == "cpu" and gpus:
@@ -163,8 +162,8 @@ def _check_workers(options: GenerateOptions) -> None:
             )
         if (options.device == "cpu" or gpus == 0) and 1 < ranks > cpus:
             raise too_few_cpus(ranks)
-    if cpus != 0 and not LEAST_CPUS <= cpus < float("inf"):
-        raise InputError(f"--cpus-per-worker {cpus:g}: 0, or {LEAST_CPUS:g} or more")
+    if cpus != 0 and not LEAST_SHARE <= cpus < float("inf"):
+        raise InputError(f"--cpus-per-worker {cpus:g}: 0, or {LEAST_SHARE:g} or more")
     if cpus == 0 and not gpus and options.device != "gpu":
         raise InputError("--cpus-per-worker 0: a worker needs a CPU or a GPU")
 
@@ -251,8 +250,10 @@ def parse_resources(pairs: tuple[str, ...]) -> dict[str, float]:
             resources[name] = float(amount)
         except ValueError:
             resources[name] = 0.0
-        if not name or not 0 < resources[name] < float("inf"):
-            raise InputError(f"--resources {pair}: NAME=AMOUNT with an amount over 0, such as spot=1")
+        if not name or not LEAST_SHARE <= resources[name] < float("inf"):
+            raise InputError(
+                f"--resources {pair}: NAME=AMOUNT with an amount of {LEAST_SHARE:g} or more, such as spot=1"
+            )
     return resources
 
 

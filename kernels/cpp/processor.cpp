@@ -21,6 +21,6 @@ Form best_form() {
 }  // namespace millijoule
 
 // Raised whenever an exported function takes other arguments, or one comes or goes: kernels/native_library.py asks for its own number.
-MILLIJOULE_API int32_t millijoule_interface() { return 1; }
+MILLIJOULE_API int32_t millijoule_interface() { return 2; }
 
 MILLIJOULE_API int32_t millijoule_best_form() { return millijoule::best_form(); }

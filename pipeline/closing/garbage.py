@@ -18,7 +18,7 @@ from millijoule.pipeline.output.read_objects import in_threads
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers.attempts.parts import Part
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.layout import DATA_PREFIX, PARTS_PREFIX
+from millijoule.workers.layout import DATA_PREFIX, PARTS_PREFIX, shard_of_part_key
 from millijoule.workers.storage.protocol import Store, TemporaryObject
 
 #: Files of an older driver's attempts are kept this long in case a cut-off worker still runs.
@@ -41,7 +41,7 @@ class Orphan:
 
 
 def find_orphans(store: Store, *, now: float | None = None) -> Iterator[Orphan]:
-    """Every object under `data/` that no commit names, and every left-over temporary file.
+    """Every object under `data/` that no commit names, and every record of a sealed part whose shard is committed.
 
     Raises:
         InputError: there is no job in this output.
@@ -76,6 +76,10 @@ def find_orphans(store: Store, *, now: float | None = None) -> Iterator[Orphan]:
                 if files is None and item.key in sealed:
                     removable, reason = False, "sealed: the next attempt at its shard takes it over"
                 yield Orphan(item.key, item.size_bytes, removable, reason)
+    for item in store.list(PARTS_PREFIX):
+        shard_id = shard_of_part_key(item.key)
+        if shard_id is not None and shard_id < n_shards and named_files(shard_id) is not None:
+            yield Orphan(item.key, item.size_bytes, True, "its shard is committed")
 
 
 def _sealed_files(store: Store) -> frozenset[str]:

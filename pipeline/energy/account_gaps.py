@@ -117,9 +117,9 @@ def _end_of(
     # an estimate is of the process that makes it
     moment = Segment(own.worker_id, "gap", last, replace(last, estimate_mj=None))
     if not domains:  # nothing could be read from the beginning: no account, but its energy is missing
-        if chain.first is not last:
-            return [], []
         said = closing.read if closing is not None and closing.by == own.worker_id else None
+        if chain.first is not last and said is not None:
+            return [], []  # its last words are among its records
         if said is not None and is_before(last, said):  # while it loaded: its estimate is known
             moment = replace(moment, close=replace(said, energy_mj={}))
         return [AccountGap(moment)], []

@@ -34,11 +34,13 @@ LOOK_PERIOD_S = 1.0
 #: A worker takes so long to start, before anybody has shown how long.
 START_S = 30.0
 #: More than is needed by so much: rates waver, workers die.
-RESERVE = 0.06
+RESERVE = 0.03
 #: This part of the time until the deadline is kept in hand for what goes wrong last.
 SPARE = 0.02
 #: A pool has fewer devices only where it needs fewer by this share: what is stopped has to be started again.
 HYSTERESIS = 0.05
+#: A device that would have to start counts as dearer than one that works by this: else pools alike take each other's place for ever.
+MOVING = 0.05
 #: A request for a worker that is not met within this time counts as capacity that is not there.
 NO_CAPACITY_S = 180.0
 #: Without a deadline a pool counts as the cheapest within this of the best one.
@@ -78,6 +80,7 @@ class FleetPolicy:
         self._pool_of: dict[str, str] = {}
         self._next_choice = 0.0
         self._is_late = False
+        self._unmeasured: set[str] = set()  # pools of which that was said
         self._spans: dict[
             str, tuple[float, float]
         ] = {}  # per worker: seconds until it is free, and per shard
@@ -118,6 +121,7 @@ class FleetPolicy:
     def _choose(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
         useful = coordinator.useful_workers
         known = [name for name in self.pools if self.rates.is_known(name, self.prefer)]
+        self._name_unmeasured(known)
         if self.prefer == "speed":
             chosen = self._all(known)
         elif not known:
@@ -126,10 +130,8 @@ class FleetPolicy:
             chosen = self._cheapest(known, workers, now)
         else:
             left = coordinator.remaining * self._shard_images - coordinator.images_out / 2
-            slowest_s = max((s for _, s in self._spans.values()), default=0.0)
-            spare_s = slowest_s + SPARE * (self.deadline_s - self._began)
-            time_s = max(1.0, self.deadline_s - now - spare_s)
-            chosen = self._enough(known, left / time_s * (1 + RESERVE), workers, now)
+            time_s = max(1.0, self.deadline_s - now - SPARE * (self.deadline_s - self._began))
+            chosen = self._enough(known, left, time_s, workers, now)
         for name, pool in self.pools.items():
             least, most = pool.options.min_workers, pool.options.max_workers
             if name not in known and self.prefer != "speed":
@@ -138,6 +140,18 @@ class FleetPolicy:
             if before * (1 - HYSTERESIS) < target < before and target > 1:
                 target = before
             self.targets[name] = min(max(least, target), useful)
+
+    def _name_unmeasured(self, known: Collection[str]) -> None:
+        """Say once of each pool that its joules will not be known."""
+        if self.prefer != "energy":
+            return
+        for name in known:
+            if name not in self._unmeasured and self.rates.has_no_joules(name):
+                self._unmeasured.add(name)
+                log.warning(
+                    "pool %s: nobody measures its joules, so it is chosen last; state them with joules=X",
+                    name,
+                )
 
     def _all(self, known: Collection[str]) -> dict[str, int]:
         return {name: pool.options.max_workers for name, pool in self.pools.items()}
@@ -153,10 +167,36 @@ class FleetPolicy:
             offers.append(Offer(name, options.min_workers, most[name], rate, cost))
         return offers
 
+    def _offers_within(
+        self, time_s: float, known: Collection[str], most: Mapping[str, int], workers: Collection[Any]
+    ) -> list[Offer]:
+        """Two offers of each pool, of devices that work and of others, with the images that each makes in time as its rate.
+
+        The last shard of a device ends up to a whole shard before the time does, half of one in the mean; a device that is yet to
+        start has so much less time, and costs more than one that is there: what starts it, and what starting the other one had cost.
+        """
+        work = Counter(w.pool for w in workers if w.ready is not None and not w.stopping)
+        offers = []
+        for offer in self._offers(known, most):
+            there = min(work[offer.name], offer.most)
+            shard_s = self._shard_images / offer.rate
+            for least, devices, use_s, cost in (
+                (min(offer.least, there), there, time_s, offer.cost),
+                (
+                    max(0, offer.least - there),
+                    offer.most - there,
+                    time_s - START_S,
+                    offer.cost * (1 + MOVING),
+                ),
+            ):
+                images = offer.rate * max(0.0, use_s - min(use_s, shard_s) / 2)
+                offers.append(Offer(offer.name, least, devices, images, cost))
+        return offers
+
     def _there(self, known: Collection[str], workers: Collection[Any], now: float) -> dict[str, int]:
         """How many devices of each pool can be counted on: all it may have, unless requests for some wait in vain."""
         there = Counter(w.pool for w in workers if w.node is not None and not w.stopping)
-        vain = {w.pool for w in workers if w.node is None and now - w.spawned > NO_CAPACITY_S}
+        vain = self._in_vain(workers, now)
         return {
             name: max(self.pools[name].options.min_workers, there[name])
             if name in vain
@@ -164,20 +204,26 @@ class FleetPolicy:
             for name in known
         }
 
+    def _in_vain(self, workers: Collection[Any], now: float) -> set[str]:
+        """Pools that wait for a node longer than nodes take to come."""
+        return {w.pool for w in workers if w.node is None and now - w.spawned > NO_CAPACITY_S}
+
     def _enough(
-        self, known: Collection[str], needed: float, workers: Collection[Any], now: float
+        self, known: Collection[str], left: float, time_s: float, workers: Collection[Any], now: float
     ) -> dict[str, int]:
-        """The cheapest devices that are fast enough; where some of them do not come, others too, until they do."""
+        """The cheapest devices that make `left` images in time; where some of them do not come, others too, until they do."""
+        needed = left * (1 + RESERVE)
         all_there = {name: self.pools[name].options.max_workers for name in known}
-        wished = choose_devices(self._offers(known, all_there), needed)
-        counted_on = self._there(known, workers, now)
-        chosen = choose_devices(self._offers(known, counted_on), needed)
-        can = sum(chosen[name] * (self.rates.images_per_s(name) or 0.0) for name in known)
-        if can < needed / (1 + RESERVE) and len(known) == len(self.pools) and not self._is_late:
+        wished = choose_devices(self._offers_within(time_s, known, all_there, workers), needed)
+        offers = self._offers_within(time_s, known, self._there(known, workers, now), workers)
+        chosen = choose_devices(offers, needed)
+        can = sum(offer.most * offer.rate for offer in offers)
+        looked_for = {*known, *self._in_vain(workers, now)}
+        if can < left and len(looked_for) == len(self.pools) and not self._is_late:
             self._is_late = True
             log.warning(
                 "the deadline will be missed: %.3g images/s are needed, all pools together make %.3g",
-                *(needed / (1 + RESERVE), can),
+                *(left / time_s, can / time_s),
             )
         return {name: max(wished[name], chosen[name]) for name in known}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -51,15 +52,14 @@ class Rates:
         self.pools = {pool.name: pool for pool in pools}
         self._of_pool: dict[str, _Window] = defaultdict(lambda: _Window(POOL_SHARDS))
         self._of_worker: dict[str, _Window] = defaultdict(lambda: _Window(WORKER_SHARDS))
-        self.images_done: dict[str, int] = defaultdict(int)  # by pool, of this run
-        self.joules: dict[str, float | None] = defaultdict(
-            float
-        )  # the same; None once a shard was not measured
 
     def observe(self, pool: str, commit: Commit) -> None:
-        """A worker of `pool` has committed a shard."""
+        """A worker of `pool` has committed a shard; one that took over parts of others says nothing of its own speed."""
+        if any(not part.startswith(f"{commit.attempt_id}.") for part in commit.parts):
+            return
         images = commit.images_drawn or commit.images_ok
-        own = [s for s in commit.segments if s.attempt_id == commit.attempt_id]
+        made_in = {commit.attempt_id, *commit.parts}
+        own = [s for s in commit.segments if s.attempt_id in made_in]
         seconds = sum(s.close.t_mono_ns - s.open.t_mono_ns for s in own) / 1e9
         if seconds <= 0:  # without telemetry there are no segments
             seconds = (commit.t_end_wall_ns - commit.t_start_wall_ns) / 1e9
@@ -68,9 +68,6 @@ class Rates:
             return
         for window in (self._of_pool[pool], self._of_worker[commit.worker_id]):
             window.add(images, seconds, None if mj is None else mj / 1000)
-        self.images_done[pool] += commit.images_ok
-        total = self.joules[pool]
-        self.joules[pool] = None if total is None or mj is None else total + mj / 1000
 
     def images_per_s(self, pool: str) -> float | None:
         """Of one worker while it draws; as measured, else as stated; None: not known yet."""
@@ -91,16 +88,23 @@ class Rates:
         return self.pools[pool].joules_per_image
 
     def cost_per_image(self, pool: str, prefer: Preference, price_per_kwh: float = 0.0) -> float | None:
-        """What is to be saved, per image: joules, or money for the device's hours and its electricity; 0 where only speed counts."""
+        """What is to be saved, per image: joules, or money for the device's hours and its electricity; 0 where only speed counts.
+
+        Infinite where shards have been made whose joules nobody knows: the pool is the last to be chosen.
+        """
         if prefer == "speed":
             return 0.0
         joules = self.joules_per_image(pool)
         if prefer == "energy":
-            return joules
+            return math.inf if joules is None and self.has_no_joules(pool) else joules
         rate, price = self.images_per_s(pool), self.pools[pool].price_per_hour
         if rate is None or price is None:
             return None
         return price / 3600 / rate + (joules or 0.0) / 3.6e6 * price_per_kwh
+
+    def has_no_joules(self, pool: str) -> bool:
+        """Whether it was to be measured and could not be: no counter, no model of it, and nothing stated."""
+        return len(self._of_pool[pool].shards) >= ENOUGH_SHARDS and self.joules_per_image(pool) is None
 
     def is_known(self, pool: str, prefer: Preference) -> bool:
         """Whether enough is known to choose by."""

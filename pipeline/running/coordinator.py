@@ -294,6 +294,8 @@ class Coordinator:
     def _hearing(self, worker_id: str, now: float, peers: Mapping[str, str], *, alone: bool) -> Lease | None:
         """A lease to confirm rows that failed elsewhere, if this worker is the best judge there is."""
         for accusation in self._accused:
+            if not self._open(accusation.shard_id):
+                continue  # void: another attempt is committed
             waited = alone or now - accusation.since >= SECOND_OPINION_PATIENCE_S
             # best is a worker of another node, then another worker, then the accuser itself
             ranks = {

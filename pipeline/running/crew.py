@@ -34,7 +34,7 @@ class HeldLease:
     lease: Lease
     late: int = 0  # deadlines missed in a row
     asked_back: bool = False
-    has_begun: bool = False  # by the worker's word, when it was asked for
+    has_begun: bool = False  # by the worker's word, when it was asked for or how far it is
 
 
 @dataclass(eq=False)
@@ -54,6 +54,7 @@ class Worker:
     next_status: float = 0.0
     status_pending: bool = False
     stop_by: float | None = None  # its last words were asked for, and are due then
+    waits_for_store: bool = False  # by its last status: it repeats a request, for as long as it takes
     leaving: bool = False  # its node is being taken away
     called_off: bool = False  # what it has in hand is not waited for any more
 
@@ -124,9 +125,15 @@ class Crew:
         self.expect(worker, "run", worker.run(lease), lease)
 
     def take_back(self, worker: Worker) -> bool:
-        """Ask for a lease that the worker may not have come to yet: it then ends as cancelled. False where there is none."""
-        for held in list(worker.held.values())[1:]:
-            if not held.asked_back:
+        """Ask for a lease that the worker may not have come to yet: it then ends as cancelled. False where there is none.
+
+        That is one behind the first; or the first, where its rows, or the parts there are of it, took longer to read.
+        """
+        held_now = list(worker.held.values())
+        behind = held_now[1:]
+        overtaken = held_now[:1] if any(held.has_begun for held in behind) else []
+        for held in [*behind, *overtaken]:
+            if not held.asked_back and not held.has_begun:
                 held.asked_back = True
                 call = worker.actor.give_back.remote(held.lease.attempt_id)
                 self.expect(worker, "give_back", call, held.lease)

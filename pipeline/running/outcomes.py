@@ -127,8 +127,11 @@ class Outcomes:
     def _status(self, worker: Worker, status: WorkerStatus, now: float) -> None:
         worker.status_pending = False
         worker.next_status = now + self.status_period_s
+        worker.waits_for_store = status.waits_for_store
         for progress in status.attempts:
             held = worker.held.get(progress.attempt_id)
+            if held:
+                held.has_begun |= progress.has_begun
             if held and self.coordinator.renew(progress, now, waits_for_store=status.waits_for_store):
                 held.late = 0
 

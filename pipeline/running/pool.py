@@ -16,10 +16,11 @@ from millijoule.pipeline.fleet.policy import FleetPolicy
 from millijoule.pipeline.fleet.pools import config_of
 from millijoule.pipeline.running.cluster import first_line, nodes_for, words
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew
+from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew, Worker
 from millijoule.pipeline.running.demand import Demand, PoolOptions
 from millijoule.pipeline.running.outcomes import JobEvents, Outcomes
 from millijoule.pipeline.running.preemption import LAST_WORDS_S
+from millijoule.pipeline.running.waiting import why_waiting
 from millijoule.workers.errors import JobError, MillijouleError
 from millijoule.workers.lease import AttemptResult, WorkerConfig
 
@@ -293,9 +294,17 @@ class WorkerPool:
                 self._outcomes.bury(
                     worker, TimeoutError(f"no first image within {minutes:.0f} min; killed"), now
                 )
-            elif worker.stop_by is not None and not worker.held and now > worker.stop_by:
-                log.warning("worker %s did not say its last words; killed", worker.worker_id)
+            elif worker.stop_by is not None and now > worker.stop_by and not self._ends_by_itself(worker):
+                waits = ": it still waits for storage, with what nobody needs" if worker.held else ""
+                log.warning(
+                    "worker %s on %s did not say its last words%s; killed",
+                    *(worker.worker_id, worker.last_node().host, waits),
+                )
                 self._crew.remove(worker)
+
+    def _ends_by_itself(self, worker: Worker) -> bool:
+        """Whether what a worker has in hand ends some time: not where it alone cannot reach the storage that has all by now."""
+        return bool(worker.held) and not (self._closing and worker.waits_for_store)
 
     def _notice_missing_capacity(self, now: float) -> None:
         if self.ready_workers or not self.workers:
@@ -313,9 +322,11 @@ class WorkerPool:
             pools = {w.pool for w in self.workers.values()}
             for name in sorted(pools):
                 n = sum(w.pool == name for w in self.workers.values())
+                options = self._demands[name].options
+                why = why_waiting(options)
                 log.warning(
-                    "waiting for the cluster: %d workers asked for (%s each%s), none running yet",
-                    *(n, words(self._demands[name].options.asked), f", pool {name}" if name else ""),
+                    "waiting for the cluster: %d workers asked for (%s each%s), none running yet%s",
+                    *(n, words(options.asked), f", pool {name}" if name else "", f": {why}" if why else ""),
                 )
 
     # -- the end -------------------------------------------------------------------------------------------------
@@ -337,7 +348,7 @@ class WorkerPool:
         while self.workers or self._outcomes.committing:
             now = time.monotonic()
             for worker in self.workers.values():
-                if worker.held:
+                if self._ends_by_itself(worker):
                     worker.stop_by = now + STOP_TIMEOUT_S  # counts from the end of what it has in hand
             self._look_after(now)
 

@@ -4,7 +4,9 @@ workers a job may lose otherwise. Times are seconds on the caller's monotonic cl
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 
 from millijoule.pipeline.running.cluster import draining_nodes, was_preempted
 from millijoule.workers.errors import JobError
@@ -18,20 +20,36 @@ LAST_WORDS_S = 5.0
 FAULTS_IN_A_ROW, FAULTS_PER_WORKER = 64, 8
 
 
+def in_background(ask: Callable[[], None]) -> None:
+    """Call `ask` in a thread that nothing waits for, not even the end of the process."""
+    threading.Thread(target=ask, name="draining-nodes", daemon=True).start()
+
+
 class DrainingNodes:
-    """When each node that is, or was, draining ends. Ray forgets a node once it is gone; what is known here stays."""
+    """When each node that is, or was, draining ends. Ray forgets a node once it is gone; what is known here stays.
+
+    Ray answers only when its head does, which may be away for minutes; workers go on meanwhile, and so must who asks here.
+    """
 
     def __init__(self) -> None:
         self._ends: dict[str, float] = {}
         self._next_look = 0.0
+        self._asking = False
+        self._answer: dict[str, int] = {}
 
     def look(self, now: float) -> None:
-        """Ask Ray, if it is time."""
-        if now < self._next_look:
-            return
-        self._next_look = now + LOOK_PERIOD_S
-        for node_id, deadline_ms in draining_nodes().items():
+        """Take what Ray answered, and ask it again, if it is time."""
+        if now >= self._next_look and not self._asking:
+            self._next_look = now + LOOK_PERIOD_S
+            self._asking = True
+            in_background(self._ask)
+        answer, self._answer = self._answer, {}
+        for node_id, deadline_ms in answer.items():
             self._ends[node_id] = now + deadline_ms / 1000 - time.time() if deadline_ms else float("inf")
+
+    def _ask(self) -> None:
+        self._answer = draining_nodes()
+        self._asking = False
 
     def ends(self, node_id: str) -> float | None:
         """When the node is due to end, infinity where nobody said; None: it stays."""

@@ -83,7 +83,9 @@ class CounterUse:
 class Spending:
     """Running totals of a job. `measured_mj` counts counters, `estimated_mj` the workers that have none.
 
-    `counters` is by boot id, epoch and domain; `seconds` by segment class, of all workers together.
+    `counters` is by boot id, epoch and domain; `seconds` by segment class, of all workers together; `own` has the time of each worker
+    (by boot and id), and its estimate, that were counted: what it sealed as a part may arrive twice, in its last words and in the
+    commit of whoever went on.
     """
 
     caps: Caps = field(default_factory=Caps)
@@ -93,6 +95,9 @@ class Spending:
     gco2: float = 0.0
     counters: dict[tuple[str, int, str], CounterUse] = field(default_factory=lambda: defaultdict(CounterUse))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    own: dict[tuple[str, str], tuple[CounterUse, CounterUse]] = field(
+        default_factory=lambda: defaultdict(lambda: (CounterUse(), CounterUse()))
+    )
 
     @property
     def unclaimed_mj(self) -> int:
@@ -107,10 +112,12 @@ class Spending:
         return "partly estimated" if self.measured_mj else "estimated"
 
     def add(self, segments: Iterable[Segment]) -> None:
-        """Count `segments` that were not counted before."""
+        """Count what of `segments` was not counted before."""
         for segment in segments:
             before, after = segment.open, segment.close
-            self.seconds[segment.segment_class] += max(0, after.t_mono_ns - before.t_mono_ns) / 1e9
+            time_used, estimate_used = self.own[before.boot_id, segment.worker_id]
+            t_first, t_last = before.t_mono_ns, max(before.t_mono_ns, after.t_mono_ns)
+            self.seconds[segment.segment_class] += _new(time_used, t_first, t_first, t_last, t_last) / 1e9
             for domain in sorted(before.energy_mj.keys() & after.energy_mj.keys()):
                 scale = (before.boot_id, before.epoch_of(domain))
                 if scale != (after.boot_id, after.epoch_of(domain)):
@@ -123,7 +130,8 @@ class Spending:
                     self.measured_mj += grown
                     self._pay(grown, after.t_wall_ns)
             if not before.energy_mj and before.estimate_mj is not None and after.estimate_mj is not None:
-                grown = max(0, after.estimate_mj - before.estimate_mj)
+                last_mj = max(before.estimate_mj, after.estimate_mj)
+                grown = _new(estimate_used, t_first, before.estimate_mj, t_last, last_mj)
                 self.estimated_mj += grown
                 self._pay(grown, after.t_wall_ns)
 
@@ -168,6 +176,13 @@ class Spending:
                 rest = "" if share >= 1 else "; what is at work is expected to use the rest"
                 return f"{option} ({used}{rest})"
         return None
+
+
+def _new(use: CounterUse, *stretch: int) -> int:
+    """Count a stretch; returns by how much what is claimed grew."""
+    claimed_before = use.claimed_mj
+    use.add(Stretch(*stretch))
+    return use.claimed_mj - claimed_before
 
 
 def parse_deadline(text: str, now_unix: float) -> float:

@@ -34,7 +34,7 @@ def job(tmp_path, cluster):
 
 
 def wait_for_a_part(out, driver):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not list(out.glob("_job/parts/*/*/*.json")):
         assert driver.poll() is None
         assert time.monotonic() < deadline

@@ -94,6 +94,35 @@ def test_requests_shrink_with_the_work(scaling, tmp_path):
     assert samples[-1].waiting == 0
 
 
+MARKET = "ray.io/market-type"
+
+
+@pytest.mark.slow
+def test_a_spot_pool_takes_on_demand_nodes_beyond_the_spot_ones_and_waiting_has_a_reason(tmp_path):
+    """One spot node is to be had, and two workers' work: the second comes on demand. For what no node has, nothing is bought."""
+    images = 400
+    prompts = write_prompts(tmp_path / "prompts.txt", images)
+    job = ("--prompts", prompts, *SLOW, "--shard-size", 8)
+    types = {"spot": ({"CPU": 2, "GPU": 1}, 1), "on-demand": ({"CPU": 2, "GPU": 1}, 4)}
+    with (
+        ScalingCluster(types, labels={name: {MARKET: name} for name in types}) as cluster,
+        NodeWatch(cluster.address, tmp_path / "out", tmp_path / "nodes.jsonl") as watch,
+    ):
+        pool = ("--pool", f"gpu:{MARKET}=spot|on-demand:workers=0:2:gpus=1")
+        done = generate(tmp_path, *job, "--output", tmp_path / "out", *pool, ray=cluster.address)
+        assert done.returncode == 0, done.stderr
+        bought = {node: kind for s in watch.samples for node, kind in s.types.items()}
+        watch.wait_for_none()
+        so_far = len(watch.samples)
+        pool = ("--pool", f"gpu:{MARKET}=reserved:workers=0:2:gpus=1", "--deadline", "30s")
+        waited = generate(tmp_path, *job, "--output", tmp_path / "waits", *pool, ray=cluster.address)
+        assert not any(s.nodes or s.coming for s in watch.samples[so_far:])
+    assert_exactly_once(tmp_path / "out", images)
+    assert sorted(bought.values()) == ["on-demand", "spot"]
+    assert waited.returncode == 4, waited.stderr
+    assert f"no node type with 1 CPU and 1 GPU and {MARKET}=reserved" in waited.stderr
+
+
 def test_gpus_that_no_node_type_has_are_refused(scaling, tmp_path):
     """Asked of the real autoscaler, which says that it cannot; no node comes for the question."""
     prompts, output = write_prompts(tmp_path / "prompts.txt", 4), tmp_path / "out"

@@ -14,9 +14,11 @@ ROOT = Path(__file__).parents[2]
 TESTS = {
     "test_dense_coupling.py": "compiled or extreme or batches",
     "test_image.py": "reference_s or saturate or threads or refused",
+    "test_jpeg.py": "pillows or survive or sizes",
     "test_png.py": "survive or palette or sizes",
     "test_sparse_coupling.py": "bits or gap or limits or extreme or threads",
     "test_upsampling_decoder.py": "compiled or saturate or another_decoder",
+    "test_webp.py": "sizes or bytes",
 }
 
 RUN = """

@@ -54,6 +54,19 @@ def slow(device: str) -> Plain:
     return Plain(device, seconds=0.05)
 
 
+class _WaitsForLeave(Plain):
+    """A prompt with "leave" in it is drawn once there is a file `leave` in the test's folder: the job lasts until then."""
+
+    def draw(self, request: ImageRequest) -> np.ndarray:
+        while "leave" in request.prompt and not Path(os.environ["MILLIJOULE_TEST_DIR"], "leave").exists():
+            time.sleep(0.05)
+        return super().draw(request)
+
+
+def waits_for_leave(device: str) -> Plain:
+    return _WaitsForLeave(device, seconds=0.05)
+
+
 class _ManySteps(Plain):
     """Batches of six seconds that report their twelve steps."""
 

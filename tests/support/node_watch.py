@@ -23,10 +23,15 @@ PERIOD_S = 0.3
 
 @dataclass(frozen=True)
 class Sample:
-    """One look: ids of the live GPU nodes, nodes bought and not there yet, GPU requests that wait, commits there were."""
+    """One look: ids of the live GPU nodes, nodes bought and not there yet, GPU requests that wait, commits there were.
+
+    `unix` is the wall clock's time; `types` are the node types of the nodes.
+    """
 
     seconds: float
+    unix: float
     nodes: frozenset[str]
+    types: dict[str, str]
     coming: int
     waiting: int
     commits: int
@@ -73,11 +78,11 @@ def main(address: str, output: str) -> None:
         reply = GetClusterStatusReply()
         reply.ParseFromString(gcs.get_cluster_status(timeout_s=10))
         state = reply.cluster_resource_state
-        nodes = [
-            node.node_id.hex()
+        nodes = {
+            node.node_id.hex(): node.ray_node_type_name
             for node in state.node_states
             if node.status in (RUNNING, IDLE) and node.total_resources.get("GPU")
-        ]
+        }
         waiting = sum(
             r.count for r in state.pending_resource_requests if r.request.resources_bundle.get("GPU")
         )
@@ -86,7 +91,9 @@ def main(address: str, output: str) -> None:
         commits = len(list(Path(output).glob("_job/commits/*/*.json")))
         row = {
             "seconds": time.monotonic() - began,
-            "nodes": nodes,
+            "unix": time.time(),
+            "nodes": list(nodes),
+            "types": nodes,
             "coming": coming,
             "waiting": waiting,
             "commits": commits,

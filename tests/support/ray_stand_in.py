@@ -417,3 +417,4 @@ def install(put: Callable[[Any, str, Any], None], ray: Any, time: Any = None) ->
         for name, stand_in in (("ray", ray), ("ray_state", ray), ("time", time)):
             if hasattr(module, name) and stand_in is not None:
                 put(module, name, stand_in)
+    put(preemption, "in_background", lambda ask: ask())

@@ -25,10 +25,17 @@ OBJECT_STORE_BYTES = 80 * 2**20
 class ScalingCluster:
     """A head without CPUs, and `node_types` (name to `(resources, max_workers)`) its autoscaler may start nodes of.
 
-    Use as a context manager. A node that holds nothing for `idle_s` is taken down.
+    Use as a context manager. A node that holds nothing for `idle_s` is taken down. `labels` are those of a type's nodes.
     """
 
-    def __init__(self, node_types: dict[str, tuple[dict[str, float], int]], *, idle_s: float = 4.0) -> None:
+    def __init__(
+        self,
+        node_types: dict[str, tuple[dict[str, float], int]],
+        *,
+        idle_s: float = 4.0,
+        labels: dict[str, dict[str, str]] | None = None,
+    ) -> None:
+        self.labels = labels or {}
         self.folder = Path(tempfile.mkdtemp(prefix="mj-scale-"))
         self.port = free_port()
         self.address = f"{get_node_ip_address()}:{self.port}"
@@ -72,6 +79,7 @@ class ScalingCluster:
         for name, (resources, most) in node_types.items():
             resources = {**resources, "object_store_memory": OBJECT_STORE_BYTES}
             types[name] = {**NODE_TYPE, "resources": resources, "max_workers": most}
+            types[name] |= {"labels": self.labels[name]} if name in self.labels else {}
         commands = (
             "initialization",
             "setup",

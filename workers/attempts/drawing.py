@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice, repeat
 
 from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.attempts.encoding import DrawnImage
 from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator
 from millijoule.workers.errors import NodeError, RowError, SickWorkerError
-from millijoule.workers.generators.protocol import ReportsSteps
+from millijoule.workers.generators.protocol import GeneratedBatch, ReportsSteps
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline
 from millijoule.workers.schemas import ImageRequest, ImageRow, PowerTrace, Segment
@@ -122,6 +123,10 @@ class Drawing:
                 continue
             height, width = outcome.images.shape[1:3]
             own_steps = self.generator.info.num_inference_steps
+            if outcome.rejected.count(None) == len(part):
+                drawn += _all_drawn(islice(at, len(part)), part, outcome, own_steps)
+                self.served = part[0]
+                continue
             for request, image, words, rejected in zip(
                 part, outcome.images, outcome.warnings, outcome.rejected, strict=True
             ):
@@ -191,6 +196,25 @@ class Drawing:
         # a generator may report steps from threads of its own, which have nothing to unwind
         if threading.get_ident() == self._thread and attempt.cancelled:
             raise AttemptCancelled
+
+
+def _all_drawn(
+    places: Iterator[tuple[int, int]],
+    requests: Sequence[ImageRequest],
+    batch: GeneratedBatch,
+    own_steps: int,
+) -> Iterator[DrawnImage]:
+    """Images of which none was rejected: tuples are made of columns, without a constructor's call for each."""
+    height, width = batch.images.shape[1:3]
+    steps = [request.num_inference_steps or own_steps for request in requests]
+    nothing = repeat(None)
+    rows = zip(
+        *(requests, repeat("ok"), repeat(width), repeat(height), steps),
+        *(nothing, nothing, nothing, nothing, batch.warnings),
+        strict=False,
+    )
+    drawn = zip(places, map(ImageRow._make, rows), batch.images, repeat(False), strict=False)
+    return map(DrawnImage._make, drawn)
 
 
 def now_wall_ns() -> int:

@@ -1,7 +1,8 @@
 """The second stage of an attempt: drawn images become bytes of the output's format, on threads beside the device's.
 
-What goes in is a part of a batch, what comes out the same part with its encoded images, in order. PNGs of a part are encoded in
-one call. It, zlib, libjpeg and libwebp work outside Python's lock, so encoders run beside the thread that draws and beside each other.
+What goes in is a part of a batch, what comes out the same part with its encoded images, in order. Images of a part are encoded in one
+call of compiled code. It works outside Python's lock, as do zlib, libjpeg and libwebp below Pillow where nothing was compiled: encoders
+run beside the thread that draws and beside each other.
 """
 
 from __future__ import annotations

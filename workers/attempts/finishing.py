@@ -129,9 +129,10 @@ class Finishing:
                     continue
                 outcomes = part.outcome.result()
                 attempt.check()
+                _add(pieces, part.drawn, outcomes)
                 for drawn, outcome in zip(part.drawn, outcomes, strict=True):
-                    if _add(pieces, drawn, outcome):
-                        healthy = healthy or drawn.at
+                    if healthy is None and isinstance(outcome, bytes):
+                        healthy = drawn.at
                     if drawn.is_suspect:
                         suspects.append(Suspect(*drawn.at, drawn.row.error or ""))
                 attempt.step()
@@ -248,14 +249,18 @@ def _sum(energies: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(energies) else None
 
 
-def _add(pieces: Pieces, drawn: DrawnImage, outcome: bytes | Exception | None) -> bool:
-    """Give one image to the writer; False where there is none."""
-    row = drawn.row
-    if isinstance(outcome, Exception):
-        pieces.add(drawn.at, row._replace(status="quarantined", error=reason(outcome)), None)
-        return False
-    pieces.add(drawn.at, row, outcome)
-    return outcome is not None
+def _add(pieces: Pieces, drawn: Sequence[DrawnImage], outcomes: Sequence[bytes | Exception | None]) -> None:
+    """Give images to the piece at hand, and rows that have none."""
+    rows: list[ImageRow] = []
+    encoded: list[bytes | None] = []
+    for one, outcome in zip(drawn, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            rows.append(one.row._replace(status="quarantined", error=reason(outcome)))
+            encoded.append(None)
+        else:
+            rows.append(one.row)
+            encoded.append(outcome)
+    pieces.add_many([one.at for one in drawn], rows, encoded)
 
 
 @contextmanager

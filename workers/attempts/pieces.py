@@ -39,7 +39,7 @@ class Pieces:
         energy_mj: of a segment of this worker.
 
     Attributes:
-        sealed: parts that this attempt sealed.
+        sealed: parts that this attempt sealed; after an error the last one may not stand.
         to_store: files of the last piece, once `finish` was called: they are in the scratch folder still.
     """
 
@@ -73,6 +73,11 @@ class Pieces:
         self._writer.add(row, encoded)
         self._added.append(at)
 
+    def add_many(self, ats: Sequence[At], rows: Sequence[ImageRow], encoded: Sequence[bytes | None]) -> None:
+        """See `ShardWriter.add_many`."""
+        self._writer.add_many(rows, encoded)
+        self._added += ats
+
     def has(self, at: At) -> bool:
         """Whether an image is in a sealed part, of this attempt or of an earlier one."""
         return at in self._rows
@@ -97,9 +102,9 @@ class Pieces:
             segment_estimate_mj(device.segment),
             labelled(device, self.lease.attempt_id, name),
         )
+        self.sealed.append(part)  # where storage does not answer it may stand all the same
         put_part(self.store, self.config, part)
         on_part()
-        self.sealed.append(part)
         self._rows |= zip(self._added, files.rows, strict=True)
         for file in files.files:
             (self._scratch / file.path).unlink()

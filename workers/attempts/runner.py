@@ -29,7 +29,7 @@ from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.meters.segment_timeline import SegmentTimeline, segment_estimate_mj
 from millijoule.workers.schemas import ImageRequest, WorkerEnvironment
-from millijoule.workers.shard_rows import read_shard_rows, shard_requests
+from millijoule.workers.shard_rows import read_shard_rows, requests_by_place, shard_requests
 from millijoule.workers.storage.protocol import Store
 
 #: Pixels that are drawn and not written yet, of all attempts of a worker: two batches of 16 images of 1024x1024.
@@ -78,6 +78,7 @@ class AttemptRunner:
         self._device = device or device_thread()
         self._changed = threading.Condition()
         self._at_work: dict[str, tuple[Attempt, Handover | None]] = {}  # by attempt id, in order
+        self._leaves = False
 
     def run(self, lease: Lease) -> AttemptResult:
         """Attempt `lease`; returns once it is committed, or otherwise ended. Two callers at a time overlap.
@@ -88,6 +89,8 @@ class AttemptRunner:
         """
         attempt = Attempt(lease)
         with self._changed:
+            if self._leaves:
+                return AttemptResult(lease, "cancelled")
             self._at_work[lease.attempt_id] = attempt, None
         try:
             return self._run(attempt)
@@ -108,8 +111,7 @@ class AttemptRunner:
         if lease.probe_rows is not None:
             asked = shard_requests(rows[slice(*lease.probe_rows)], self.config.job_seed)
             return self._on_device(lambda: probe(self.drawing, attempt, asked))
-        places = [(i, k) for i, row in enumerate(rows) for k in row.image_indices]
-        requests: Requests = dict(zip(places, shard_requests(rows, self.config.job_seed), strict=True))
+        requests: Requests = requests_by_place(rows, self.config.job_seed)
         if lease.confirm:
             return self._on_device(lambda: confirm(self.drawing, attempt, requests))
         wanted = requests
@@ -133,12 +135,14 @@ class AttemptRunner:
         self._check_device()
         began_wall_ns = now_wall_ns()
         with self.drawing.at_work_for(attempt, "shard"):
-            due = PartClock(self.config.part_s, len(requests))
+            due, left = PartClock(self.config.part_s, len(requests)), len(requests)
             for batch in self.drawing.batches_of(attempt, requests):
                 handover.put(batch)
-                if due.drew(len(batch)) or attempt.leaves:
+                left -= len(batch)
+                ends = attempt.leaves and left > 0  # what is drawn to its end is committed
+                if due.drew(len(batch)) or ends:
                     handover.seal(self.drawing.stretch(attempt, began_wall_ns))
-                if attempt.leaves:
+                if ends:
                     raise AttemptCancelled
         return self.drawing.device_time(began_wall_ns)
 
@@ -183,9 +187,11 @@ class AttemptRunner:
     def leave(self) -> None:
         """The worker is about to end: every attempt ends after the batch that is drawn, and what it has made is sealed.
 
-        What cannot be sealed, because it waits for its device or asks a question, is called off.
+        What cannot be sealed, because it waits for its device or asks a question, is called off, and so is a lease that comes now:
+        it may have been on its way.
         """
         with self._changed:
+            self._leaves = True
             for attempt, handover in self._at_work.values():
                 attempt.leaves = True
                 if handover is None or handover.withdraw():

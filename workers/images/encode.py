@@ -8,11 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from millijoule.workers.errors import RowError
+from millijoule.workers.images import jpeg, png, webp
 from millijoule.workers.images.formats import MAX_SIDE, ImageFormat
-from millijoule.workers.images.jpeg import encode_jpeg
-from millijoule.workers.images.png import encode_with_provenance
-from millijoule.workers.images.provenance import ModelProvenance, Provenance
-from millijoule.workers.images.webp import encode_webp
+from millijoule.workers.images.provenance import ModelProvenance
 from millijoule.workers.schemas import ImageRequest
 
 
@@ -33,7 +31,7 @@ class Drawn(NamedTuple):
 def encode_images(
     image_format: ImageFormat, drawn: Sequence[Drawn], model: ModelProvenance
 ) -> list[bytes | RowError]:
-    """Encode images with their provenance inside, or say why the format does not hold one; PNGs all in one call.
+    """Encode images with their provenance inside, or say why the format does not hold one; all in one call of compiled code.
 
     The same input gives the same bytes, in any company.
 
@@ -43,10 +41,21 @@ def encode_images(
     """
     provenances = [model.of(*one) for one in drawn]
     if image_format.name == "png":
-        return list(encode_with_provenance([one.image for one in drawn], provenances))
+        return list(png.encode_with_provenance([one.image for one in drawn], provenances))
+    assert image_format.quality is not None
+    most = MAX_SIDE[image_format.name]
+    fits = [max(one.image.shape) <= most for one in drawn]
+    encode = jpeg.encode_with_provenance if image_format.name == "jpeg" else webp.encode_with_provenance
+    encoded = iter(
+        encode(
+            [one.image for one, does in zip(drawn, fits, strict=True) if does],
+            [provenance for provenance, does in zip(provenances, fits, strict=True) if does],
+            image_format.quality,
+        )
+    )
     return [
-        _encode_lossy(image_format, one.image, provenance)
-        for one, provenance in zip(drawn, provenances, strict=True)
+        next(encoded) if does else _too_large(one.image, image_format)
+        for one, does in zip(drawn, fits, strict=True)
     ]
 
 
@@ -72,14 +81,9 @@ def encode_image(
     return encoded
 
 
-def _encode_lossy(image_format: ImageFormat, image: np.ndarray, provenance: Provenance) -> bytes | RowError:
+def _too_large(image: np.ndarray, image_format: ImageFormat) -> RowError:
     height, width, _ = image.shape
-    most = MAX_SIDE[image_format.name]
-    if max(height, width) > most:
-        return RowError(
-            f"{width}x{height}: {image_format.name} has at most {most} pixels a side; "
-            "--image-format png has no such limit"
-        )
-    assert image_format.quality is not None
-    encode = encode_jpeg if image_format.name == "jpeg" else encode_webp
-    return encode(image, provenance, image_format.quality)
+    return RowError(
+        f"{width}x{height}: {image_format.name} has at most {MAX_SIDE[image_format.name]} pixels a side; "
+        "--image-format png has no such limit"
+    )

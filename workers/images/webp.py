@@ -1,12 +1,15 @@
-"""Encode one drawn image as lossy WebP: smaller than JPEG, for more time than PNG. EXIF carries the provenance."""
+"""Images as lossy WebP: smaller than JPEG, for more time than PNG. EXIF carries the provenance.
+
+`kernels.webp` does the encoding.
+"""
 
 from __future__ import annotations
 
-import io
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
+from millijoule.kernels.webp import encode_webps
 from millijoule.workers.images.exif import exif_of
 from millijoule.workers.images.provenance import Provenance
 
@@ -14,11 +17,8 @@ from millijoule.workers.images.provenance import Provenance
 METHOD = 2
 
 
-def encode_webp(image: np.ndarray, provenance: Provenance, quality: int) -> bytes:
-    """`image`, uint8 `[height, width, 3]`, as a lossy WebP of `quality` 1 to 100. The same input gives the same bytes."""
-    buffer = io.BytesIO()
-    exif = exif_of(provenance)
-    Image.fromarray(np.ascontiguousarray(image)).save(
-        buffer, "WEBP", quality=quality, method=METHOD, exif=exif
-    )
-    return buffer.getvalue()
+def encode_with_provenance(
+    images: Sequence[np.ndarray], provenances: Sequence[Provenance], quality: int
+) -> list[bytes]:
+    """`images`, uint8 `[height, width, 3]` each, as WebPs of `quality` 1 to 100. The same input gives the same bytes."""
+    return encode_webps(images, [exif_of(provenance) for provenance in provenances], quality, METHOD)

@@ -17,8 +17,9 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 
 from millijoule.workers.errors import InputError
 from millijoule.workers.images.formats import ImageFormat
-from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, DataFile, ImageRequest, ImageRow
+from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, DataFile, ImageRequest, ImageRow, row_columns
 
 FORMATS = ("parquet", "webdataset", "files")
 
@@ -80,7 +81,7 @@ def open_writer(
     (directory / data_prefix).parent.mkdir(parents=True, exist_ok=True)
     match format:
         case "parquet":
-            return ParquetShardWriter(directory, f"{data_prefix}.parquet", PARQUET_SCHEMA)
+            return ParquetShardWriter(directory, f"{data_prefix}.parquet")
         case "webdataset":
             return WebdatasetShardWriter(directory, data_prefix, image_format.suffix)
         case "files":
@@ -106,7 +107,7 @@ def image_name(prompt_id: str, image_index: int) -> str:
             for c in prompt_id
         )
     if len(escaped) > MAX_NAME_BYTES:
-        digest = hashlib.sha256(prompt_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        digest = sha256(prompt_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         escaped = f"{escaped[: MAX_NAME_BYTES - 2 - len(digest)]}%-{digest}"
     return f"{escaped or '%'}_{image_index}"
 
@@ -124,7 +125,7 @@ class ShardWriter:
         self._schema = schema
         self._rows: list[ImageRow] = []
         self._added: set[tuple[str, int]] = set()  # prompt id and index
-        self._pending: list[tuple[Any, ...]] = []  # values of the schema's columns
+        self._flushed = 0  # of the rows
         self._pending_bytes = 0
         self._table: pq.ParquetWriter | None = None  # once it is known how many rows there are
 
@@ -144,12 +145,18 @@ class ShardWriter:
             raise ValueError(f"prompt {own[0]!r}: {what} for a row with status {row.status!r}")
         self._added.add(own)
         if encoded is not None:
-            row = row.stored(self._path(request), hashlib.sha256(encoded).hexdigest(), len(encoded))
+            row = row.stored(self._path(request), sha256(encoded).hexdigest(), len(encoded))
             self._add_image(encoded, row)
         self._rows.append(row)
-        self._pending.append(self._values(row, encoded))
-        if self._pending_bytes >= ROW_GROUP_BYTES or len(self._pending) >= ROW_GROUP_ROWS:
+        self._keep(encoded)
+        if self._pending_bytes >= ROW_GROUP_BYTES or len(self._rows) - self._flushed >= ROW_GROUP_ROWS:
             self._flush()
+
+    def add_many(self, rows: Sequence[ImageRow], encoded: Sequence[bytes | None]) -> None:
+        """`add` each of `rows`, with its encoded image or None."""
+        if not self._add_columns(rows, encoded):
+            for row, one in zip(rows, encoded, strict=True):
+                self.add(row, one)
 
     def finish(self) -> ShardFiles:
         """Close all files and describe them."""
@@ -166,9 +173,16 @@ class ShardWriter:
     def _add_image(self, encoded: bytes, row: ImageRow) -> None:
         """Write one image, which is not in the table."""
 
-    def _values(self, row: ImageRow, encoded: bytes | None) -> tuple[Any, ...]:
-        """What the table holds of a row."""
-        return row.values()
+    def _add_columns(self, rows: Sequence[ImageRow], encoded: Sequence[bytes | None]) -> bool:
+        """Add usual rows all at once; False where one by one is the way."""
+        return False
+
+    def _keep(self, encoded: bytes | None) -> None:
+        """Hold what the table has of the last row beside the row itself."""
+
+    def _columns(self, rows: Sequence[ImageRow]) -> Sequence[Sequence[Any]]:
+        """The table's columns of `rows`, which are all that are not written yet."""
+        return row_columns(rows)
 
     def _finish_images(self) -> Iterable[DataFile]:
         """Close and describe the files beside the table."""
@@ -181,26 +195,60 @@ class ShardWriter:
         return DataFile(key, path.stat().st_size, digest, rows)
 
     def _flush(self, *, is_all: bool = False) -> None:
+        rows = self._rows[self._flushed :]
         if self._table is None:
-            options = row_table_options(self._schema, len(self._pending) if is_all else ROW_GROUP_ROWS)
+            options = row_table_options(self._schema, len(rows) if is_all else ROW_GROUP_ROWS)
             self._table = pq.ParquetWriter(self._directory / self._rows_key, self._schema, **options)
-        if self._pending:
-            columns = zip(self._schema, zip(*self._pending, strict=True), strict=True)
+        if rows:
+            columns = zip(self._schema, self._columns(rows), strict=True)
             arrays = [pa.array(values, field.type) for field, values in columns]
             self._table.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-        self._pending.clear()
+        self._flushed = len(self._rows)
         self._pending_bytes = 0
 
 
 class ParquetShardWriter(ShardWriter):
     """One Parquet file with rows and images."""
 
+    def __init__(self, directory: Path, rows_key: str, schema: pa.Schema = PARQUET_SCHEMA) -> None:
+        super().__init__(directory, rows_key, schema)
+        self._pending: list[bytes | None] = []
+
+    def _add_columns(self, rows: Sequence[ImageRow], encoded: Sequence[bytes | None]) -> bool:
+        """Those that all have images and fit into the row group."""
+        images = [one for one in encoded if one is not None]
+        own = {(row.request.prompt_id, row.request.image_index) for row in rows}
+        n, n_bytes = len(rows), self._pending_bytes + sum(map(len, images))
+        if (
+            not len(own) == len(images) == len(encoded) == n > 0
+            or not own.isdisjoint(self._added)
+            or n_bytes >= ROW_GROUP_BYTES
+            or len(self._rows) - self._flushed + n >= ROW_GROUP_ROWS
+            or any(row.status != "ok" for row in rows)
+        ):
+            return False
+        requests, statuses, widths, heights, steps, _, _, _, errors, warnings = zip(*rows, strict=True)
+        paths, hashes = [self._rows_key] * n, [sha256(one).hexdigest() for one in images]
+        sizes = list(map(len, images))
+        stored = zip(
+            *(requests, statuses, widths, heights, steps, paths, hashes, sizes, errors, warnings), strict=True
+        )
+        self._added |= own
+        self._rows += map(ImageRow._make, stored)
+        self._pending += images
+        self._pending_bytes = n_bytes
+        return True
+
     def _path(self, request: ImageRequest) -> str:
         return self._rows_key
 
-    def _values(self, row: ImageRow, encoded: bytes | None) -> tuple[Any, ...]:
+    def _keep(self, encoded: bytes | None) -> None:
         self._pending_bytes += len(encoded or b"")
-        return *row.values(), encoded
+        self._pending.append(encoded)
+
+    def _columns(self, rows: Sequence[ImageRow]) -> Sequence[Sequence[Any]]:
+        images, self._pending = self._pending, []
+        return (*super()._columns(rows), images)
 
 
 class FilesShardWriter(ShardWriter):

@@ -1,7 +1,7 @@
 """The agent of one machine: hears a notice, drains the machine's Ray nodes, and says when they have ended.
 
-Threads: one per source, which does nothing but ask; the caller's, which alone talks to Ray. What the sources hear goes through
-one queue, and so does a SIGTERM.
+Threads: one per source, which does nothing but ask, and one that looks for sources while none is known; the caller's, which alone
+talks to Ray. What the sources hear goes through one queue, and so does a SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from millijoule.workers.notices.ray_nodes import RayNode
 TICK_S = 1.0
 #: The same complaint about a source is repeated this often.
 COMPLAINT_PERIOD_S = 300.0
+#: Between two looks for a cloud while none answers: a machine's, or a pod's, network may come after the agent.
+FIND_PERIOD_S = 30.0
 #: What a notice is worth whose time is past or has no time left to be counted.
 LEAST_NOTICE_S = 1.0
 
@@ -41,6 +43,7 @@ class NodeAgent:
         notice_s: how soon the end is taken to come where a notice does not say.
         heeds_advice: drain on what may never come to it, too.
         period_s: between two looks at a source.
+        find_sources: asked now and then for sources to watch as well, until there are some.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class NodeAgent:
         notice_s: float = 120.0,
         heeds_advice: bool = False,
         period_s: float = 5.0,
+        find_sources: Callable[[], Sequence[NoticeSource]] | None = None,
     ) -> None:
         self.sources = sources
         self.nodes = nodes
@@ -59,13 +63,16 @@ class NodeAgent:
         self.notice_s = notice_s
         self.heeds_advice = heeds_advice
         self.period_s = period_s
+        self.find_sources = find_sources
         self._heard: SimpleQueue[tuple[NoticeSource | None, Notice | None]] = SimpleQueue()
         self._stop = threading.Event()
         self._leaves = False  # it ends alone
-        self._reason, self._deadline = "", 0.0  # of the earliest notice that stands
+        self._standing: dict[str, tuple[float, str]] = {}  # deadline and reason, by the source's name
+        self._reason, self._deadline = "", 0.0  # of the earliest that stands
         self._drained: dict[str, float] = {}  # deadlines by id of the nodes that are draining
         self._ended: set[str] = set()
         self._to_acknowledge: list[tuple[NoticeSource, Notice]] = []
+        self._acknowledged: set[str] = set()  # names of sources that were told that the machine may end
 
     def terminate(self, grace_s: float | None) -> None:
         """This process was asked to end: in `grace_s` it will be killed, and the machine's nodes with it. Safe in a signal handler.
@@ -79,11 +86,9 @@ class NodeAgent:
 
     def run(self) -> bool:
         """Watch until `terminate`, then see the drain through. False: nodes that were to be drained could not be."""
-        watchers = [
-            threading.Thread(target=self._watch, args=(s,), name=s.name, daemon=True) for s in self.sources
-        ]
-        for watcher in watchers:
-            watcher.start()
+        self._begin_to_watch(self.sources)
+        if self.find_sources is not None:
+            threading.Thread(target=self._find, args=(self.find_sources,), name="find", daemon=True).start()
         while not self._stop.is_set() or not self._heard.empty():
             self._take(self._heard_within(TICK_S if self._reason else None))
         if self._leaves:
@@ -109,6 +114,18 @@ class NodeAgent:
 
     # -- sources -------------------------------------------------------------------------------------------------
 
+    def _begin_to_watch(self, sources: Sequence[NoticeSource]) -> None:
+        for source in sources:
+            threading.Thread(target=self._watch, args=(source,), name=source.name, daemon=True).start()
+
+    def _find(self, find_sources: Callable[[], Sequence[NoticeSource]]) -> None:
+        """In a thread of its own."""
+        while not self._stop.wait(FIND_PERIOD_S):
+            if found := find_sources():
+                log.info("watching %s, too", ", ".join(source.name for source in found))
+                self._begin_to_watch(found)
+                return
+
     def _watch(self, source: NoticeSource) -> None:
         """In a thread of its own: what `source` says, whenever that changes."""
         last: Notice | None = None
@@ -117,10 +134,11 @@ class NodeAgent:
             began = time.monotonic()
             try:
                 notice = source.look(self.period_s)
-            except MillijouleError as error:
+            except Exception as error:  # whatever it was: a thread that ended would hear nothing any more
                 if began - complained >= COMPLAINT_PERIOD_S:
                     complained = began
-                    log.warning("%s: %s; asking again", source.name, error)
+                    what = "" if isinstance(error, MillijouleError) else f"{type(error).__name__}: "
+                    log.warning("%s: %s%s; asking again", source.name, what, error)
             else:
                 if notice != last:
                     last = notice
@@ -141,10 +159,7 @@ class NodeAgent:
             if notice is not None:
                 self._note(source, notice)
             elif source is not None:
-                log.warning(
-                    "%s: the notice was withdrawn; Ray does not undo a drain, the node has to be started anew",
-                    source.name,
-                )
+                self._withdraw(source)
         if and_look and self._reason:
             self._look_after_nodes()
 
@@ -158,10 +173,26 @@ class NodeAgent:
             deadline = now + (self.notice_s if notice.within_s is None else notice.within_s)
         deadline = max(deadline, now + LEAST_NOTICE_S)
         log.warning("notice: %s; the end is due in %.0f s", notice.reason, deadline - now)
-        if not self._reason or deadline < self._deadline:
-            self._reason, self._deadline = notice.reason, deadline
+        self._stands("" if source is None else source.name, (deadline, notice.reason))
         if source is not None and notice.event_id:
             self._to_acknowledge.append((source, notice))
+
+    def _withdraw(self, source: NoticeSource) -> None:
+        """What `source` said stands there no more: nodes that are started from now on stay."""
+        if source.name in self._acknowledged or source.name not in self._standing:
+            return  # it is gone because the end has begun; or it was an advice
+        self._to_acknowledge = [waiting for waiting in self._to_acknowledge if waiting[0] is not source]
+        self._stands(source.name, None)
+        log.warning(
+            "%s: the notice was withdrawn; Ray does not undo a drain, the node has to be started anew",
+            source.name,
+        )
+
+    def _stands(self, source_name: str, notice: tuple[float, str] | None) -> None:
+        self._standing.pop(source_name, None)
+        if notice is not None:
+            self._standing[source_name] = notice
+        self._deadline, self._reason = min(self._standing.values(), default=(0.0, ""))
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
@@ -200,6 +231,7 @@ class NodeAgent:
         for source, notice in waiting:
             try:
                 source.acknowledge(notice)
+                self._acknowledged.add(source.name)
                 log.info("acknowledged: %s %s", notice.reason, notice.event_id)
             except MillijouleError as error:
                 self._to_acknowledge.append((source, notice))

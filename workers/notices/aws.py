@@ -73,7 +73,9 @@ class SpotAction(_AwsSource):
         if text is None:
             return None
         said = as_object(text, ACTION_PATH)
-        return Notice(f"AWS spot: {said.get('action')}", unix_seconds(str(said.get("time"))))
+        if not isinstance(action := said.get("action"), str):
+            raise MetadataError(f"{ACTION_PATH}: no action: {text[:100]!r}")
+        return Notice(f"AWS spot: {action}", unix_seconds(str(said.get("time"))))
 
 
 class Rebalance(_AwsSource):
@@ -86,6 +88,8 @@ class Rebalance(_AwsSource):
         if text is None:
             return None
         noticed = as_object(text, REBALANCE_PATH).get("noticeTime")
+        if not isinstance(noticed, str):
+            raise MetadataError(f"{REBALANCE_PATH}: no noticeTime: {text[:100]!r}")
         return Notice(f"AWS rebalance recommendation of {noticed}", is_advice=True)
 
 

@@ -42,12 +42,14 @@ class ScheduledEvents:
             return None
         self._is_on = True
         events = as_object(answer[0], EVENTS_PATH).get("Events") or []
+        if not isinstance(events, list):
+            raise MetadataError(f"{EVENTS_PATH}: no list of events: {answer[0][:100]!r}")
         notices = [n for event in events if isinstance(event, dict) and (n := self._notice(event))]
         return min(notices, key=lambda n: n.deadline or 0.0, default=None)
 
     def _notice(self, event: dict) -> Notice | None:
         kind, machines = event.get("EventType"), event.get("Resources") or []
-        if kind not in ENDS or self._machine not in machines:
+        if kind not in ENDS or not isinstance(machines, list) or self._machine not in machines:
             return None
         # blank once it has begun: what is left then is not known
         deadline = unix_seconds(str(event.get("NotBefore") or ""))

@@ -64,7 +64,7 @@ class MetadataService:
                 if error.code == 404:
                     return None
                 raise MetadataError(f"{self.endpoint}{path}: HTTP {error.code}", error.code) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a token is no header
             raise MetadataError(f"{self.endpoint}{path}: {error}") from error
 
 
@@ -72,7 +72,7 @@ def as_object(text: str, path: str) -> dict[str, Any]:
     """A JSON object; raises MetadataError."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MetadataError(f"{path}: not JSON: {text[:100]!r}") from error
     if not isinstance(value, dict):
         raise MetadataError(f"{path}: not an object: {text[:100]!r}")

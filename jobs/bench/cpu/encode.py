@@ -32,7 +32,7 @@ from millijoule.kernels.png import encode_pngs, encode_pngs_reference
 from millijoule.workers.attempts.encoding import TASK_BYTES
 from millijoule.workers.errors import InputError
 from millijoule.workers.images.encode import Drawn, encode_images
-from millijoule.workers.images.formats import ImageFormat, read_image_format
+from millijoule.workers.images.formats import ImageFormat, ImageFormatName, read_image_format
 from millijoule.workers.images.png import text_chunks
 from millijoule.workers.images.provenance import ModelProvenance
 
@@ -41,6 +41,9 @@ Encoder = Callable[[Sequence[Drawn]], Sequence[Any]]
 MODEL_NAME, MODEL_SHA256 = "default", "0123456789abcdef" * 4
 BEFORE = "zlib-rle"
 GOAL_ICON_US = 40.0
+
+#: Formats that change pixels: in one call of compiled code, and "by pillow", an image at a time.
+LOSSY: tuple[ImageFormatName, ...] = ("jpeg", "webp")
 
 #: Of a PNG: signature, header, colour space, and what frames its pixels and its end.
 FRAME_BYTES = 8 + 25 + 13 + 12 + 12
@@ -110,6 +113,10 @@ def all_encoders() -> dict[str, Encoder]:
     def pillow(optimize: bool, drawn: Sequence[Drawn]) -> list[bytes]:
         return [_encode_with_pillow(one, model, optimize) for one in drawn]
 
+    def lossy_by_pillow(name: ImageFormatName, drawn: Sequence[Drawn]) -> Sequence[Any]:
+        with only("reference"):
+            return lossy(read_image_format(name, None), drawn)
+
     def in_form(form: str, drawn: Sequence[Drawn]) -> list[bytes]:
         with only(form):
             return ours(encode_pngs, drawn)
@@ -120,7 +127,8 @@ def all_encoders() -> dict[str, Encoder]:
         "pillow optimize": partial(pillow, True),
         "reference": partial(ours, encode_pngs_reference),
         **{form: partial(in_form, form) for form in forms_here()},
-        **{name: partial(lossy, read_image_format(name, None)) for name in ("jpeg", "webp")},
+        **{name: partial(lossy, read_image_format(name, None)) for name in LOSSY},
+        **{f"{name} by pillow": partial(lossy_by_pillow, name) for name in LOSSY},
     }
 
 
@@ -137,7 +145,7 @@ def compare(encoders: dict[str, Encoder], drawn: Sequence[Drawn], rounds: int) -
     for name, encode in encoders.items():  # warms up, too
         files = [file for part in parts for file in encode(part)]
         sizes[name] = sum(map(len, files)) / len(files)
-        if name not in ("jpeg", "webp"):
+        if not name.startswith(LOSSY):
             _compare_pixels(name, files, drawn)
     for _ in range(rounds):
         for name in (*encoders, *reversed(encoders)):

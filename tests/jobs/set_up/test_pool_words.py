@@ -42,6 +42,8 @@ def test_a_pool_that_names_an_accelerator_has_a_gpu_for_each_worker():
         ("l4:a=b,a=c:workers=1", "the label a stands twice"),
         ("l4:a=!in(x):workers=1", "no label=value"),
         ("l4:a=b:workers=1:gpus=2", "one GPU or a part of one"),
+        ("l4:a=b:workers=1:gpus=0.00001", "the least that Ray counts"),
+        ("l4:a=b:workers=1:cpus=0.00001", "the least that Ray counts"),
         ("l4:a=b:workers=1:engine=fast", "engine=fast is none of deepspeed, compile, eager"),
         ("l4:a=b:workers=1:batch=0", "batch=0"),
         ("l4:a=b:workers=1:price=free", "price=free"),

@@ -22,8 +22,9 @@ def test_only_what_no_commit_names_goes(tmp_path, monkeypatch, at_once, output_f
         "data/00000000-e000001-0badbeef/x-0.png": True,
         "data/00000099-e000001-0badbeef.parquet": False,  # of no shard that is committed, by the running driver
         "data/note.txt": False,
+        "_job/parts/01/00000001/e0001-0badbeef.p0.json": True,  # its attempt ended when another had won
     }
-    for key in orphans:
+    for key in (*orphans, "_job/parts/99/00000099/e0001-0badbeef.p0.json"):
         store.put(key, b"xyz")
     assert {o.key: o.removable for o in find_orphans(store)} == orphans
     later = os.stat(tmp_path / "out" / "data").st_mtime + GRACE_S + 100

@@ -512,3 +512,20 @@ def test_a_worker_that_loaded_without_counters_has_the_estimate_that_it_stated_a
     assert summary["total_mj"] is None
     assert summary["estimate_mj"]["gap"] == (70 if said else None)
     assert summary["estimate_total_mj"] == (90 if said else None)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_the_estimate_of_a_worker_without_counters_that_dies_after_its_first_records_is_not_said_to_be_whole(
+    said,
+):
+    def estimated(t, mj):
+        return CounterRead("boot", t * SECOND, t * SECOND, 0, {}, mj)
+
+    segments = [Segment("w1", "shard", estimated(1, 100), estimated(4, 170), 0, "a1")]
+    own = environment("w1", estimated(1, 100), gpus=())
+    closing = (
+        WorkerClosing("w1", 1, "w1", estimated(4, 170)) if said else WorkerClosing("w1", 1, "", None, "none")
+    )
+    summary = build_ledger(segments, {0: "a1"}, {"w1": ("cpu",)}, {"w1": own}, {"w1": closing}).summary()
+    assert summary["estimate_mj"]["shard"] == 70
+    assert summary["estimate_total_mj"] == (70 if said else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -101,6 +102,41 @@ def test_what_a_lost_spot_node_had_in_hand_is_made_again_and_its_joules_are_miss
     assert outcome.complete
     assert outcome.preemptions > 0
     assert outcome.ledger["total_mj"] is None
+
+
+class Unmeasured(FleetPolicy):
+    """Nobody can read a counter, nor model one."""
+
+    def observe(self, commit):
+        super().observe(replace(commit, energy_mj=None, energy_estimate_mj=None))
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the policy says; simulated jobs are silent."""
+    said = []
+    monkeypatch.setattr("millijoule.pipeline.fleet.policy.log.warning", lambda text, *_: said.append(text))
+    return said
+
+
+def test_where_no_joules_are_known_the_deadline_is_met_all_the_same(warnings):
+    deadline_s = 1.2 * stealing().makespan_s
+    unmeasured = Unmeasured(pools(), deadline_s=deadline_s)
+    outcome = run_job(made_up_plan(SHARDS, IMAGES), Fleet(KINDS, 1), fleet=unmeasured)
+    assert outcome.makespan_s <= deadline_s
+    assert sum("nobody measures its joules" in line for line in warnings) == len(KINDS)
+
+
+def test_where_no_joules_are_known_and_there_is_no_deadline_all_devices_work():
+    outcome = run_job(made_up_plan(SHARDS, IMAGES), Fleet(KINDS, 1), fleet=Unmeasured(pools(), "energy"))
+    assert outcome.makespan_s < 1.3 * stealing().makespan_s
+
+
+def test_a_deadline_that_cannot_be_met_is_said_though_a_pool_has_no_nodes(warnings):
+    kinds = {"lean": (DeviceKind("LEAN", 4.0, 400.0, 50.0), 0), "slow": (SLOW, 8)}
+    both = pools({"lean": (LEAN, 4), "slow": (SLOW, 8)})
+    run_job(made_up_plan(60, IMAGES), Fleet(kinds, 1), fleet=FleetPolicy(both, deadline_s=300.0))
+    assert sum("the deadline will be missed" in line for line in warnings) == 1
 
 
 def test_a_pool_whose_nodes_do_not_come_is_made_up_for_until_they_do():

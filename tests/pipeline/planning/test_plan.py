@@ -25,7 +25,13 @@ from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.errors import InputError, NotFoundError, StoreError
 from millijoule.workers.layout import plan_index_key
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA, ImageRequest
-from millijoule.workers.shard_rows import PlanRow, derive_seed, read_shard_rows, shard_requests
+from millijoule.workers.shard_rows import (
+    PlanRow,
+    derive_seed,
+    read_shard_rows,
+    requests_by_place,
+    shard_requests,
+)
 from millijoule.workers.storage.inputs import InputFile, expand_inputs
 from millijoule.workers.storage.open import open_store
 
@@ -180,6 +186,26 @@ def test_generated_ids_depend_on_the_row_and_not_on_options(world):
     first = [r.prompt_id for r in world.plan().rows()]
     assert first[0][9:] != first[1][9:]
     assert [r.prompt_id for r in world.plan(images_per_prompt=4, shard_size=1).rows()] == first
+
+
+def test_requests_by_place_are_those_of_all_rows_in_order():
+    def row(name, seed, count, first=0):
+        return PlanRow(name, "p", None, seed, count, None, None, None, None, None, f"f:{name}", None, first)
+
+    plain = [row("a", None, 1), row("b", None, 1), row("c", 5, 1)]
+    for rows in (
+        plain,
+        [*plain, row("d", None, 2)],
+        [row("e", 7, 1, first=2), row("f", None, 1, first=1)],
+        [],
+    ):
+        by_place = requests_by_place(rows, 7)
+        assert list(by_place.values()) == shard_requests(rows, 7)
+        assert list(by_place) == [(i, k) for i, r in enumerate(rows) for k in r.image_indices]
+        for (i, k), request in by_place.items():
+            seed = derive_seed(7, rows[i].prompt_id, k) if rows[i].seed is None else rows[i].seed + k
+            assert (request.prompt_id, request.image_index, request.seed) == (rows[i].prompt_id, k, seed)
+            assert request == ImageRequest(rows[i].prompt_id, k, "p", seed, source=rows[i].source)
 
 
 def test_seeds():

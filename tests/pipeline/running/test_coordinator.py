@@ -3,7 +3,7 @@
 import random
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from millijoule.pipeline.running.coordinator import (
@@ -363,6 +363,9 @@ def test_no_lease_ahead_while_a_question_waits_for_a_worker_with_empty_hands():
     poison=st.sets(st.integers(0, 95), max_size=3),
     bad=st.sets(st.integers(0, 95), max_size=3),
 )
+@example(
+    seed=9, n=6, poison=set(), bad={0}
+)  # a shard is committed while rows of another attempt at it wait to be heard
 @settings(max_examples=150, deadline=None)
 def test_whatever_happens_every_shard_is_committed_once_and_only_poison_is_skipped(seed, n, poison, bad):
     """Random deaths, expiries, races, zombies, storage errors and a node that fails on what others draw; the world is

@@ -68,6 +68,10 @@ class Script:
         """The whole answer; None: what the worker does."""
         return
 
+    def reads_long(self, worker, lease):
+        """Whether the next lease is ready before this one."""
+        return False
+
     def steps(self, worker):
         """Progress that grows with time, while the worker is not stuck."""
         return int(10 * worker.world.ray.now)
@@ -80,6 +84,7 @@ class ScriptedWorker:
         self.world, self.node, self.worker_id = world, node, worker_id
         world.actors[worker_id] = self
         self.line = []
+        self.read = []  # leases that took long
 
     @real_ray.method(concurrency_group="work")
     def start(self):
@@ -91,10 +96,15 @@ class ScriptedWorker:
     @real_ray.method(concurrency_group="work")
     def run(self, lease):
         self.world.leased.append((self.worker_id, lease))
-        self.line.append((lease, Deferred()))
-        if len(self.line) == 1:
+        self.line.append((lease, answer := Deferred()))
+        waits = self.world.script.reads_long(self, self.line[0][0]) and self.line[0][0] not in self.read
+        if waits and len(self.line) == 2:
+            self.read.append(self.line[0][0])
+            self.line.reverse()
             self._begin()
-        return self.line[-1][1]
+        elif len(self.line) == 1 and not waits:
+            self._begin()
+        return answer
 
     def _begin(self):
         lease, answer = self.line[0]
@@ -646,6 +656,29 @@ def test_last_words_that_never_come_are_waited_for_and_given_up(world, caplog):
     assert w.ray.now > STOP_TIMEOUT_S
 
 
+def test_a_worker_that_alone_does_not_reach_storage_keeps_no_job_that_is_done(world, caplog):
+    """Its shard was made by another. It repeats its request for as long as it takes, which is for ever."""
+
+    class CutOff(Script):
+        def shard(self, worker, lease):
+            return NEVER if worker.worker_id.endswith("1") else After(1.0)
+
+        def status(self, worker):
+            if worker.worker_id.endswith("1"):
+                attempts = (AttemptProgress(lease.attempt_id) for lease, _ in worker.line)
+                return WorkerStatus(tuple(attempts), waits_for_store=True)
+            return None
+
+        def stop(self, worker):
+            return NEVER if worker.worker_id.endswith("1") else super().stop(worker)
+
+    w = world(CutOff()).run()
+    assert {by for _, by in w.made} == {"w0001-0002"}
+    assert (w.words, w.left) == (["w0001-0002"], ["w0001-0001"])
+    assert "w0001-0001 on host-1 did not say its last words: it still waits for storage" in caplog.text
+    assert w.ray.now < 4 * STOP_TIMEOUT_S
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_worker_that_still_loads_at_the_end_says_what_its_meter_does_and_is_not_waited_for_long(
     world, answers
@@ -717,6 +750,24 @@ def test_at_the_end_a_lease_ahead_goes_to_the_worker_that_can_begin_at_once(worl
 
     w = world(Later(), shards=2, speculate=False).run()
     assert sorted(w.begun) == [("w0001-0001", 0), ("w0001-0002", 1)]
+    assert w.ray.now < 60
+
+
+def test_a_lease_that_the_next_one_has_overtaken_goes_to_the_worker_that_can_begin_at_once(world):
+    """What there is of the first shard takes the first worker longer to read."""
+
+    class Overtaken(Script):
+        def load(self, worker):
+            return After(2.0 if worker.worker_id == "w0001-0001" else 5.0)
+
+        def reads_long(self, worker, lease):
+            return (worker.worker_id, lease.shard.shard_id) == ("w0001-0001", 0)
+
+        def shard(self, worker, lease):
+            return After(30.0)
+
+    w = world(Overtaken(), shards=2, speculate=False).run()
+    assert sorted(w.begun) == [("w0001-0001", 1), ("w0001-0002", 0)]
     assert w.ray.now < 60
 
 
@@ -868,3 +919,29 @@ def test_a_worker_kept_away_from_a_node_that_cools_off_is_asked_for_anew_when_it
     w.run()
     assert sorted(shard for shard, _ in w.made) == list(range(6))
     assert w.pool.nodes.out == []
+
+
+def test_a_worker_that_nobody_needs_any_more_when_its_node_has_cooled_off_is_gone_once(world):
+    """Two reasons for which one turn ends the same worker."""
+
+    class OneBadStart(Script):
+        def load(self, worker):
+            return After(0.0, NodeError("one bad start")) if worker.node.host == "host-1" else After(2.0)
+
+        def shard(self, worker, lease):
+            return After(100.0)
+
+    w = world(OneBadStart(), workers=(2, 2))
+    ends = []
+
+    def drain_when_it_has_cooled_off():
+        waiting = [worker for worker in w.pool.workers.values() if worker.away and worker.node is None]
+        if waiting and not w.pool.nodes.shunned(w.ray.now):
+            ends.extend(worker.worker_id for worker in waiting)
+            w.pool.drain("enough")
+
+    w.on_tick = drain_when_it_has_cooled_off
+    w.run()
+    assert ends
+    assert sorted(set(w.left)) == sorted(w.left)
+    assert set(ends) <= set(w.left)

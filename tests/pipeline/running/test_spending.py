@@ -82,6 +82,19 @@ def test_workers_without_a_counter_count_by_their_estimate_and_that_is_said():
     assert spending.basis == "partly estimated"
 
 
+@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+def test_what_arrives_in_last_words_and_in_the_commit_of_whoever_went_on_counts_once(order):
+    """A worker without a counter that leaves: what it sealed as a part is carried twice."""
+    reads = [read(t, None, estimate=10 + 100 * t) for t in (0, 5, 9, 12)]
+    arrivals = [[segment("a", *pair)] for pair in itertools.pairwise(reads)]
+    arrivals.append([segment("a", reads[0], reads[1]), segment("a", reads[1], reads[2])])
+    spending = Spending(Caps(price=Rate("", (3_600.0,))))
+    for n in order:
+        spending.add(arrivals[n])
+    assert (spending.estimated_mj, spending.seconds["shard"]) == (1200, 12.0)
+    assert spending.cost == pytest.approx(1200 / MJ_PER_KWH * 3600)
+
+
 def test_each_cap_is_reached_by_its_own_sum():
     def spent(**caps) -> Spending:
         spending = Spending(Caps(**caps))

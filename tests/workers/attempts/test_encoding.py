@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from millijoule.kernels import png
+from millijoule.kernels import jpeg, png, webp
 from millijoule.workers.attempts.encoding import DrawnImage, Encoders, parts_of
 from millijoule.workers.errors import NodeError, RowError
 from millijoule.workers.generators.protocol import GeneratorInfo
@@ -47,13 +47,22 @@ def test_images_and_gaps_keep_their_places(encoders):
             assert record["num_inference_steps"] == (one.row.num_inference_steps or 7)
 
 
+@pytest.mark.parametrize(
+    "encoders",
+    [ImageFormat(), ImageFormat("jpeg", 80), ImageFormat("webp", 80)],
+    indirect=True,
+    ids=["png", "jpeg", "webp"],
+)
 def test_a_part_is_one_call(encoders, monkeypatch):
     calls = []
-    plain = png.encode_pngs
-    monkeypatch.setattr(
-        "millijoule.workers.images.png.encode_pngs",
-        lambda images, chunks: calls.append(len(images)) or plain(images, chunks),
-    )
+    for module, name in ((png, "encode_pngs"), (jpeg, "encode_jpegs"), (webp, "encode_webps")):
+        plain = getattr(module, name)
+
+        def counted(images, *others, plain=plain, **more):
+            calls.append(len(images))
+            return plain(images, *others, **more)
+
+        monkeypatch.setattr(f"millijoule.workers.images.{module.__name__.split('.')[-1]}.{name}", counted)
     parts = list(parts_of([drawn(i, 64, 64) for i in range(100)]))
     for part in parts:
         encoders.begin(part).result()
@@ -72,14 +81,17 @@ def test_an_image_that_the_format_does_not_hold_is_its_own_rows_fault(encoders):
 
 
 @pytest.mark.parametrize(
-    "encoders", [ImageFormat(), ImageFormat("jpeg", 80)], indirect=True, ids=["png", "jpeg"]
+    "encoders",
+    [ImageFormat(), ImageFormat("jpeg", 80), ImageFormat("webp", 80)],
+    indirect=True,
+    ids=["png", "jpeg", "webp"],
 )
 def test_no_memory_is_the_nodes_fault(encoders, monkeypatch):
     def fail(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(encode, "encode_with_provenance", fail)
-    monkeypatch.setattr(encode, "encode_jpeg", fail)
+    for encoder in (encode.png, encode.jpeg, encode.webp):
+        monkeypatch.setattr(encoder, "encode_with_provenance", fail)
     with pytest.raises(NodeError, match="no memory to encode"):
         encoders.begin([drawn(0, 5, 6)]).result()
 
@@ -89,14 +101,14 @@ def test_a_part_without_images_is_encoded_into_none(encoders):
 
 
 def test_an_image_that_alone_cannot_be_encoded_is_its_row_s_fault(encoders, monkeypatch):
-    plain = encode.encode_with_provenance
+    plain = encode.png.encode_with_provenance
 
     def choosy(images, provenances):
         if any(image.shape[:2] == (7, 7) for image in images):
             raise AttributeError("seven")
         return plain(images, provenances)
 
-    monkeypatch.setattr(encode, "encode_with_provenance", choosy)
+    monkeypatch.setattr(encode.png, "encode_with_provenance", choosy)
     first, bad, last = encoders.begin([drawn(0, 5, 6), drawn(1, 7, 7), drawn(2, 8, 8)]).result()
     assert isinstance(bad, RowError)
     assert "seven" in str(bad)
@@ -108,6 +120,6 @@ def test_a_worker_that_encodes_nothing_blames_no_row(encoders, monkeypatch):
     def broken(images, provenances):
         raise AttributeError("undefined symbol: millijoule_encode_pngs")
 
-    monkeypatch.setattr(encode, "encode_with_provenance", broken)
+    monkeypatch.setattr(encode.png, "encode_with_provenance", broken)
     with pytest.raises(NodeError, match="no image can be encoded here: AttributeError: undefined symbol"):
         encoders.begin([drawn(0, 5, 6), drawn(1, 7, 7)]).result()

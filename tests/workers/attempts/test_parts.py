@@ -25,6 +25,7 @@ from millijoule.pipeline.output.parts import shards_in_parts
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempts.parts import Part, PartClock, as_ranges
+from millijoule.workers.errors import StoreError
 from millijoule.workers.layout import PARTS_PREFIX
 from millijoule.workers.schemas import CounterRead
 
@@ -225,6 +226,82 @@ def test_joules_of_a_dead_worker_s_sealed_parts_are_the_shards_and_those_of_a_li
     stats = json.loads(store.get("stats.json"))
     assert stats["energy"]["shard_mj"] == 7 * len(PROMPTS)
     assert stats["energy"]["total_mj"] == counter.spent_mj
+
+
+class RefusesAfterwards:
+    """A store in which the second part's record comes to stand, and then nothing more is told."""
+
+    def __init__(self, store):
+        self._store, self.parts = store, 0
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def put_exclusive(self, key, body):
+        self._store.put_exclusive(key, body)
+        self.parts += key.startswith(PARTS_PREFIX)
+        if self.parts == 2:
+            raise StoreError("refused")
+
+
+def test_a_part_of_which_its_worker_does_not_know_that_it_stands_costs_what_it_cost(tmp_path):
+    store, job = plan(tmp_path, PROMPTS, shard_size=12)
+    counter, drawn = Counter(), []
+    epoch = open_epoch(store, exclusive=True)
+    living = runner(
+        RefusesAfterwards(store),
+        job,
+        epoch,
+        Spending(counter, drawn),
+        "refused",
+        counter,
+        part_s=EVERY_BATCH_S,
+    )
+    living.drawing.fitted.batches = in_pairs
+    with pytest.raises(StoreError):
+        living.run(coordinator(store, job, epoch).next_lease("refused", 0.0))
+    living.close()
+    living.timeline.close("idle", last=True)
+    words = UncommittedWriter(store, epoch)
+    words.add("refused", living.timeline.take(), ())
+    words.flush()
+    assert attempt(store, job, counter, drawn, "last")[0] == "committed"
+    finish_job(store, job, load_job_shards(store, job))
+    energy = json.loads(store.get("stats.json"))["energy"]
+    assert energy["shard_mj"] == 7 * len(PROMPTS)
+    assert energy["total_mj"] == counter.spent_mj
+
+
+def leaving_at(store, job, prompt):
+    """What comes of a lease whose worker is told to leave while it draws `prompt`, and its runner."""
+    epoch, counter = open_epoch(store, exclusive=True), Counter()
+    leaving = runner(store, job, epoch, Spending(counter, []), "leaves", counter, part_s=60.0)
+    leaving.drawing.fitted.batches = in_pairs
+    usual = leaving.drawing.generator.draw
+
+    def draw(request):
+        if request.prompt == prompt:
+            leaving.leave()
+        return usual(request)
+
+    leaving.drawing.generator.draw = draw
+    return leaving.run(coordinator(store, job, epoch).next_lease("leaves", 0.0)), leaving
+
+
+def test_a_worker_that_leaves_with_the_last_batch_commits_its_shard(tmp_path):
+    store, job = plan(tmp_path, PROMPTS, shard_size=12)
+    result, _ = leaving_at(store, job, PROMPTS[-1])
+    assert result.outcome == "committed"
+
+
+def test_a_lease_that_reaches_a_worker_after_it_was_told_to_leave_comes_back_at_once(tmp_path):
+    store, job = plan(tmp_path, PROMPTS, shard_size=12)
+    result, leaving = leaving_at(store, job, PROMPTS[2])
+    assert result.outcome == "cancelled"
+    drawn = len(leaving.drawing.generator.drawn)
+    late = coordinator(store, job, 1).next_lease("leaves", 0.0)
+    assert leaving.run(late).outcome == "cancelled"
+    assert len(leaving.drawing.generator.drawn) == drawn
 
 
 def test_files_of_sealed_parts_are_kept_until_their_shard_is_committed_without_them(tmp_path):

@@ -232,7 +232,7 @@ def requests_of(store, job):
 
 def test_what_is_drawn_and_not_written_is_bounded_in_bytes(tmp_path, monkeypatch):
     """Nobody encodes: the device stops when the bound is reached, and one batch more is drawn at most."""
-    encode, may_encode = ShardWriter.add, threading.Event()
+    encode, may_encode = ShardWriter.add_many, threading.Event()
     image_bytes = 8 * 8 * 3
     monkeypatch.setattr(runner_module, "MAX_WAITING_BYTES", 10 * image_bytes)
 
@@ -240,7 +240,7 @@ def test_what_is_drawn_and_not_written_is_bounded_in_bytes(tmp_path, monkeypatch
         assert may_encode.wait(PATIENCE_S)
         encode(self, *arguments)
 
-    monkeypatch.setattr(ShardWriter, "add", slow_add)
+    monkeypatch.setattr(ShardWriter, "add_many", slow_add)
     store, job = plan(tmp_path, [f"p{i}" for i in range(60)], shard_size=60)
     (lease,) = leases_of(store, job, 1)
     model = Noting()
@@ -259,7 +259,7 @@ def test_a_full_scratch_disk_ends_the_drawing_and_is_the_nodes_fault(tmp_path, m
     def full(self, *arguments):
         raise OSError(errno.ENOSPC, "No space left on device", "/scratch/x")
 
-    monkeypatch.setattr(ShardWriter, "add", full)
+    monkeypatch.setattr(ShardWriter, "add_many", full)
     store, job = plan(tmp_path, [f"p{i}" for i in range(400)], shard_size=400)
     (lease,) = leases_of(store, job, 1)
     model = Noting()

@@ -6,10 +6,11 @@ from pathlib import PurePosixPath
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from millijoule.workers.errors import InputError
+from millijoule.workers.images import writers
 from millijoule.workers.images.writers import FORMATS, MAX_NAME_BYTES, image_name, open_writer
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, ImageRequest, ImageRow
 
@@ -189,3 +190,58 @@ def test_a_name_is_one_plain_path_component(prompt_id, index):
 @example({("x" * 121, 0), ("x" * 122, 0), (image_name("x" * 121, 0)[:-2], 0)})
 def test_no_two_images_share_a_name(images):
     assert len({image_name(*image) for image in images}) == len(images)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["image", "none", "large", "other"]), st.integers(1, 7)), max_size=12),
+    st.integers(1, 9),
+)
+def test_rows_that_are_added_together_make_the_files_that_they_make_one_by_one(
+    tmp_path_factory, format, runs, n
+):
+    """Also where row groups end within them, and some have no image."""
+    rows = []
+    for kind, count in runs:
+        for _ in range(count):
+            name = f"p{len(rows) // 3}"
+            if kind == "none":
+                rows.append((quarantined_row(f"bad{len(rows)}"), None))
+                continue
+            words = () if kind == "other" else ("unknown word: x",)
+            row = ok_row(name, len(rows), guidance_scale=1.5 if kind == "other" else None, extra="{}")
+            rows.append((row._replace(warnings=words), bytes([len(rows)]) * (400 if kind == "large" else 30)))
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, "ROW_GROUP_BYTES", 1000)
+        patch.setattr(writers, "ROW_GROUP_ROWS", 11)
+        for together in (1, n):
+            folder = tmp_path_factory.mktemp("shard")
+            writer = open_writer(format, folder, PREFIX)
+            for start in range(0, len(rows), together):
+                writer.add_many(*zip(*rows[start : start + together], strict=True))
+            made.append(writer.finish())
+            for file in made[-1].files:
+                assert hashlib.sha256((folder / file.path).read_bytes()).hexdigest() == file.sha256
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_that_are_added_together_are_checked_like_others(tmp_path, format):
+    twice = [ok_row("a"), ok_row("b"), ok_row("a")]
+    cases = [
+        (twice, [b"x"] * 3, "'a', image 0: added twice"),
+        ([ok_row("a"), ok_row("b")], [b"x", None], "'b': no image was given"),
+        ([quarantined_row(), ok_row("b")], [b"x", b"x"], "'bad': an image was given"),
+        ([ok_row("c")], [b"x", b"x"], "shorter|longer"),
+    ]
+    for i, (rows, encoded, words) in enumerate(cases):
+        (tmp_path / str(i)).mkdir()
+        writer = open_writer(format, tmp_path / str(i), PREFIX)
+        with pytest.raises(ValueError, match=words):
+            writer.add_many(rows, encoded)
+    writer = open_writer(format, tmp_path, PREFIX)
+    writer.add(ok_row("a"), b"x")
+    with pytest.raises(ValueError, match="'a', image 0: added twice"):
+        writer.add_many([ok_row("b"), ok_row("a")], [b"x", b"y"])

@@ -1,5 +1,6 @@
 """The agent between stand-ins of a cloud (real HTTP) and of a cluster: what it drains, when, and what it says afterwards."""
 
+import json
 import logging
 import threading
 import time
@@ -92,6 +93,74 @@ def test_a_spot_notice_drains_the_nodes_of_this_machine_with_its_deadline():
         until(lambda: len(cluster.drained) == 2)
     assert [(n, d) for n, _, d in cluster.drained] == [(MINE.node_id, due * 1000), (late.node_id, due * 1000)]
     assert all("AWS spot: terminate" in reason for _, reason, _ in cluster.drained)
+
+
+def spot_action(seconds):
+    due = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
+    return json.dumps({"action": "terminate", "time": due})
+
+
+def test_a_node_that_is_started_after_a_notice_was_withdrawn_stays(caplog):
+    cluster = Cluster(MINE)
+    with AwsService() as aws, Running(made(aws_sources, aws, cluster)):
+        aws.say(ACTION_PATH, spot_action(100))
+        until(lambda: cluster.drained)
+        aws.say(ACTION_PATH, None)
+        until(lambda: "was withdrawn" in caplog.text)
+        cluster.nodes[:] = [RayNode("cc" * 28, "127.0.0.1")]
+        time.sleep(0.2)
+        assert len(cluster.drained) == 1
+        aws.say(ACTION_PATH, spot_action(100))  # another one counts
+        until(lambda: len(cluster.drained) == 2)
+
+
+@pytest.mark.parametrize("nonsense", ["[" * 100_000, "null", "{}", '{"action": 1}', "<html>"])
+def test_an_answer_that_means_nothing_drains_nothing_and_the_next_one_is_heard(nonsense, caplog):
+    cluster = Cluster(MINE)
+    with AwsService() as aws, Running(made(aws_sources, aws, cluster)):
+        aws.say(ACTION_PATH, nonsense)
+        until(lambda: "asking again" in caplog.text)
+        assert cluster.drained == []
+        aws.say(ACTION_PATH, spot_action(100))
+        until(lambda: cluster.drained)
+
+
+@pytest.mark.parametrize("token", ["two\nlines", "t\u00f6k\u20acn"])
+def test_a_token_that_is_no_header_is_asked_for_again(token, caplog):
+    cluster = Cluster(MINE)
+    with AwsService() as aws:
+        agent = made(aws_sources, aws, cluster)
+        agent.sources[0].session._token, agent.sources[0].session._until = token, time.monotonic() + 0.5
+        aws.say(ACTION_PATH, spot_action(100))
+        with Running(agent):
+            until(lambda: cluster.drained)
+    assert "asking again" in caplog.text
+
+
+@pytest.mark.parametrize("events", [5, {"a": 1}, [{"EventType": "Preempt", "Resources": 5}], [7, None]])
+def test_events_of_no_shape_end_nobody_s_watch(events):
+    cluster = Cluster(MINE)
+    with AzureService() as azure, Running(made(azure_sources, azure, cluster)):
+        azure.events = events
+        time.sleep(0.1)
+        azure.events = []
+        azure.schedule("event-1", "Preempt", formatdate(time.time() + 60, usegmt=True))
+        until(lambda: cluster.drained)
+
+
+def test_a_cloud_that_answers_later_than_the_agent_starts_is_watched_all_the_same(monkeypatch):
+    monkeypatch.setattr(agent_module, "FIND_PERIOD_S", 0.02)
+    cluster, answers = Cluster(MINE), []
+    with AwsService() as aws:
+        aws.say(ACTION_PATH, spot_action(100))
+
+        def find():
+            answers.append(len(answers) >= 2)
+            return aws_sources(MetadataService(aws.url)) if answers[-1] else ()
+
+        with Running(NodeAgent((), cluster, nodes_here, period_s=0.02, find_sources=find)):
+            until(lambda: cluster.drained)
+    assert answers == [False, False, True]
 
 
 @pytest.mark.parametrize("heeds", [False, True])

@@ -1,0 +1,62 @@
+"""`ray job submit` from a host without Ray; and once more, while a worker of the first driver still works somewhere."""
+
+import json
+import subprocess
+
+import pytest
+from support.hosts.host_job import HostJob
+from support.hosts.network import missing
+from support.hosts.ray_hosts import BIN, DASHBOARD_PORT, RayHosts, wait_for
+from support.jobs import energy_rows, manifest
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+
+def submit(hosts: RayHosts, job: HostJob) -> subprocess.Popen[bytes]:
+    """`ray job submit` on the client's host; what driver and command say goes to the job's log."""
+    command = [
+        *(
+            BIN / "ray",
+            "job",
+            "submit",
+            "--address",
+            f"http://{hosts['head'].address}:{DASHBOARD_PORT}",
+            "--",
+        ),
+        *("millijoule", "generate", *job.arguments),
+    ]
+    return hosts["client"].spawn(command, job.log, hosts.env("client"))
+
+
+def test_a_job_submitted_again_while_a_worker_of_the_first_driver_still_works(tmp_path):
+    with RayHosts(w1=1, w2=2, dashboard=True) as hosts:
+        job = HostJob(hosts, tmp_path)
+        first = submit(hosts, job)
+        job.wait_for_commits(4)
+        hosts.cut("w1", "head", "store")
+        hosts.kill_drivers("head")
+        assert first.wait(60) != 0
+        before = job.commits()
+        (zombie,) = hosts["w1"].processes("ray::ShardWorker")
+
+        again = submit(hosts, job)
+        job.wait_for_commits(19)
+        assert zombie.is_running(), "nothing shows, unless the first driver's worker outlives it"
+        standing = job.commits()
+        assert before.items() <= standing.items()
+        hosts.heal("w1", "store")
+        wait_for(
+            lambda: "another attempt committed first" in hosts.worker_logs("w1"), "the zombie was refused"
+        )
+        assert job.stray_files() == set()
+        hosts.heal()
+        wait_for(lambda: hosts.nodes_alive() == 3, "w1 is back")
+        output = job.finished(again)
+
+        assert standing.items() <= job.commits().items()
+        epochs = {row["attempt_id"].split("-")[0] for row in manifest(output)}
+        assert epochs == {"e0001", "e0002"}
+        fenced = [r for r in energy_rows(output, "env") if r["host"] == "w1" and r["driver_epoch"] == 1]
+        assert len(fenced) == 1
+        assert json.loads((output / "stats.json").read_text())["energy"]["complete"]
+        assert hosts.counters.booked_mj(output, hosts["w1"].boot_id, "gap") > 0

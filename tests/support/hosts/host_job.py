@@ -1,0 +1,92 @@
+"""A job on `RayHosts`, and the oracles for what it leaves: all files are read anew from the server, after its end."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from support.hosts.ray_hosts import RayHosts, wait_for
+from support.jobs import assert_exactly_once, hashes, manifest
+
+IMAGES, SHARD_ROWS = 160, 8
+PROMPTS = [*(f"prompt number {i}" for i in range(IMAGES - 1)), "the last one waits for leave"]
+
+
+class HostJob:
+    """160 images of 0.05 s in shards of eight. The last shard is drawn only after `let_end`, and keeps a worker until then.
+
+    Args:
+        folder: for the driver's log and the copy of the output.
+    """
+
+    def __init__(self, hosts: RayHosts, folder: Path) -> None:
+        workers = sum(hosts.worker_cpus.values())
+        self.hosts = hosts
+        self.folder = folder
+        self.url = hosts.bucket()
+        self.output = f"{self.url}/out"
+        self.log = folder / "driver.log"
+        hosts.put(f"{self.url}/prompts.txt", "".join(f"{p}\n" for p in PROMPTS).encode())
+        self.arguments = [
+            *("--prompts", f"{self.url}/prompts.txt", "--output", self.output, "--workers", workers),
+            *("--model", "python:support.models:waits_for_leave", "--shard-size", SHARD_ROWS),
+        ]
+        self._leave.unlink(missing_ok=True)
+
+    @property
+    def _leave(self) -> Path:
+        return self.hosts.folder / "harm" / "leave"
+
+    def start(self, name: str = "head") -> subprocess.Popen[bytes]:
+        """Start the driver on host `name`."""
+        return self.hosts.start(name, self.log, *self.arguments)
+
+    def let_end(self) -> None:
+        self._leave.touch()
+
+    def wait_for_commits(self, n: int) -> None:
+        """Until there are `n`; 19 are all that can be before `let_end`."""
+        wait_for(lambda: len(self.commits()) >= n, f"{n} commits", self.log)
+
+    def wait_until_said(self, words: str) -> None:
+        wait_for(lambda: words in self.said(), repr(words), self.log)
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def in_hand_of_the_lost(self) -> list[int]:
+        """Shards that a worker had in hand when the driver lost it."""
+        found = re.search(r"is gone with shards? (\d+)(?: and (\d+))? in hand", self.said())
+        assert found, self.said()
+        return [int(shard) for shard in found.groups() if shard]
+
+    def commits(self) -> dict[int, bytes]:
+        """By shard, the commits there are now, asked of the server."""
+        bodies = self.hosts.objects(self.output, "_job/commits/")
+        return {int(Path(key).stem): body for key, body in bodies.items()}
+
+    def stray_files(self) -> set[str]:
+        """Data files there are now that no commit names."""
+        commits = b"".join(self.commits().values())
+        return {key for key in self.hosts.keys(self.output, "data/") if key.encode() not in commits}
+
+    def finished(self, driver: subprocess.Popen[bytes]) -> Path:
+        """Let the job end; returns a copy of its output, in which every image is once and every joule was run."""
+        self.let_end()
+        assert driver.wait(180) == 0, self.said()
+        return self.copy()
+
+    def copy(self) -> Path:
+        output = self.hosts.download(self.output, self.folder / "copy")
+        assert_exactly_once(output, IMAGES)
+        named = {row["path"] for row in manifest(output)}
+        assert {str(p.relative_to(output)) for p in output.glob("data/*")} == named
+        assert self.hosts.counters.problems(output) == []
+        return output
+
+
+def undisturbed(hosts: RayHosts, folder: Path) -> dict[tuple[str, int], str | None]:
+    """Hashes of the images of a run in which nothing goes wrong."""
+    job = HostJob(hosts, folder)
+    return hashes(job.finished(job.start()))
