@@ -371,6 +371,12 @@ class CephGateway(_Server):
         )
         return endpoint
 
+    def restart_gateway(self) -> None:
+        """Kill the gateway, which keeps nothing, and start it again at the same address."""
+        self._processes.pop().stop(signal.SIGKILL)
+        rgw = self._spawn("radosgw", "-n", "client.rgw.a", "-f")
+        rgw.wait_until(lambda: answers(self.endpoint.url), "radosgw")
+
     def stop(self) -> None:
         for process in reversed(self._processes):
             process.stop(signal.SIGKILL)  # nothing in it is worth flushing

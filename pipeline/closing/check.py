@@ -168,23 +168,27 @@ def _check_shard(
             yield f"{where}: {error}"
             return
     table_bytes: bytes | None = None
+    is_whole = True
     for file in commit.files:
         try:
             data = store.get(file.path) if images else None
             size = store.size(file.path) if data is None else len(data)
         except NotFoundError:
             yield f"{file.path}: named by the commit of shard {shard.shard_id}, but missing"
-            return
+            is_whole = False
+            continue
         if size != file.size_bytes:
             yield f"{file.path}: {size} bytes, the commit says {file.size_bytes}"
         elif data is not None and hashlib.sha256(data).hexdigest() != file.sha256:
             yield f"{file.path}: its SHA-256 is not the commit's"
         if file.path == commit.rows_path and size <= _SMALL_TABLE_BYTES:
             table_bytes = data
+    if not is_whole:
+        return
     try:
         rows = read_row_table(store, commit, table_bytes).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        yield f"{commit.rows_path}: cannot be read as Parquet: {error}"
+    except DamagedError as error:
+        yield str(error)
         return
     named = {file.path for file in commit.files}
     holding = {row["path"].partition("#")[0] for row in rows if row["path"]}

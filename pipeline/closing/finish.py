@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,10 +36,11 @@ from millijoule.pipeline.output.commits import parsing_commit, read_commits
 from millijoule.pipeline.output.image_rows import RowReader
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.retry_rounds import JobShards
-from millijoule.workers.images.readers import open_small, read_images
+from millijoule.workers.images.readers import open_small, read_images_to_show
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
 from millijoule.workers.layout import MANIFEST_KEY, PREVIEW_KEY, STATS_KEY, SUCCESS_KEY
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, STATUSES, Commit
+from millijoule.workers.scratch import scratch_folder
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
         The content of `stats.json`.
     """
     records, totals = load_records(store, len(shards)), Totals()
-    with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
+    with scratch_folder() as scratch:
         path = Path(scratch, "manifest.parquet")
         with pq.ParquetWriter(path, MANIFEST_SCHEMA, compression="zstd") as writer:
             rows = RowReader(manifest_tables(store, shards, records, totals), MANIFEST_SCHEMA)
@@ -254,7 +254,7 @@ def write_preview(store: Store, manifest: pq.ParquetFile) -> None:
     shown: list[tuple[Image.Image, str]] = []
     for batch in manifest.iter_batches(PREVIEW_IMAGES, columns=IMAGE_ROW_SCHEMA.names):
         ok = [row for row in batch.to_pylist() if row["status"] == "ok"][: PREVIEW_IMAGES - len(shown)]
-        for row, data in read_images(store, ok):
+        for row, data in read_images_to_show(store, ok):
             picture = None if data is None else open_small(data)
             if picture is not None:
                 shown.append((picture, row["prompt"]))

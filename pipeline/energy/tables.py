@@ -7,7 +7,6 @@ written while the job ran (`live_tables`) is removed once the finished tables ar
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.layout import ENERGY_PREFIX
+from millijoule.workers.scratch import scratch_folder
 from millijoule.workers.storage.protocol import Store
 
 #: Row groups per `part-*.parquet`.
@@ -168,7 +168,7 @@ def write_row_groups(store: Store, groups: Iterator[RowGroup]) -> set[str]:
         store.put_file(key, path)
         path.unlink()
 
-    with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
+    with scratch_folder() as scratch:
         for group in groups:
             folder = group.key.rpartition("/")[0]
             if group.table != table or group.number == 0:

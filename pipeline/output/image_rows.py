@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from millijoule.workers.errors import DamagedError
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, CarriedRow, Commit
 from millijoule.workers.storage.protocol import Store
 
@@ -88,7 +89,18 @@ def rows_table(rows: Iterable[CarriedRow]) -> pa.Table:
 
 
 def read_row_table(store: Store, commit: Commit, data: bytes | None = None) -> pa.Table:
-    """The row table of a committed shard, `IMAGE_ROW_SCHEMA`; `data` is the file, where it was read."""
+    """The row table of a committed shard, `IMAGE_ROW_SCHEMA`; `data` is the file, where it was read.
+
+    Raises:
+        DamagedError: it is none; the message names the object.
+    """
+    try:
+        return _read_row_table(store, commit, data)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DamagedError(f"{commit.rows_path}: cannot be read as Parquet: {error}") from error
+
+
+def _read_row_table(store: Store, commit: Commit, data: bytes | None) -> pa.Table:
     with store.open_input(commit.rows_path) if data is None else pa.BufferReader(data) as source:
         # one thread: tables are small, and several of them are read at the same time; looking up columns by name takes
         # as long as reading a short table, and so does a cast that changes nothing

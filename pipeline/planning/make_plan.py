@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -32,6 +31,7 @@ from millijoule.workers.errors import InputError
 from millijoule.workers.layout import plan_index_key, plan_part_key
 from millijoule.workers.records import encode
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
+from millijoule.workers.scratch import scratch_folder
 from millijoule.workers.storage.inputs import InputFile
 from millijoule.workers.storage.protocol import Store
 
@@ -61,7 +61,7 @@ def plan_job(
     """
     fingerprint = fingerprint or compute_fingerprint(files, options, fingerprint_extra)
     source = _Source(files, options)
-    with tempfile.TemporaryDirectory(prefix="millijoule-plan-") as scratch:
+    with scratch_folder() as scratch:
         draft = _Draft(source, Path(scratch, "draft"))
         if draft.duplicates and options.duplicate_ids != "error":
             log.info("%d rows repeat a prompt id; reading the input again", len(draft.duplicates))

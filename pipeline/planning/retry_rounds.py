@@ -7,11 +7,9 @@ of the plan. Round `r` lies in `_job/retry-RRRR/`, its index is created exclusiv
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from millijoule.workers.layout import (
 )
 from millijoule.workers.records import encode
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
+from millijoule.workers.scratch import scratch_folder
 from millijoule.workers.shard_rows import Shard, read_shard_rows
 from millijoule.workers.storage.protocol import Store
 
@@ -124,8 +123,8 @@ def plan_retry_round(store: Store, job: JobSpec) -> int:
     if not rows.num_rows:
         return 0
     number = max((r.number for r in shards.rounds), default=0) + 1
-    with tempfile.TemporaryDirectory(prefix="millijoule-retry-") as scratch:
-        with ShardWriter(Path(scratch), RETRY_ROW_SCHEMA, job.shard_size) as writer:
+    with scratch_folder() as scratch:
+        with ShardWriter(scratch, RETRY_ROW_SCHEMA, job.shard_size) as writer:
             cutter = ShardCutter(job.shard_size, writer.write)
             cutter.add(rows)
             cutter.finish()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from millijoule.pipeline.report.words import shortened
 from millijoule.workers.errors import NotFoundError
-from millijoule.workers.images.readers import open_small, read_images
+from millijoule.workers.images.readers import open_small, read_images_to_show
 from millijoule.workers.layout import MANIFEST_KEY
 from millijoule.workers.storage.protocol import Store
 
@@ -61,17 +60,8 @@ def read_samples(store: Store) -> tuple[Sample, ...]:
             warnings=tuple(row["warnings"] or ()),
             picture=None if data is None else data_url(data),
         )
-        for row, data in _read(store, rows)
+        for row, data in read_images_to_show(store, rows)
     )
-
-
-def _read(store: Store, rows: list[dict[str, Any]]) -> list[tuple[Mapping[str, Any], bytes | None]]:
-    """The images of `rows`; none of them where a file is damaged, which `millijoule check` tells."""
-    try:
-        return list(read_images(store, rows))
-    except (pa.ArrowException, ValueError, KeyError) as error:
-        log.warning("the gallery's images cannot be read: %s", error)
-        return [(row, None) for row in rows]
 
 
 def _first_rows(store: Store) -> list[dict[str, Any]]:

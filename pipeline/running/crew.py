@@ -48,6 +48,7 @@ class Worker:
     away: frozenset[str]  # nodes it must not be placed on
     pool: str = ""
     node: Node | None = None  # None until it has said where it is
+    placed: float | None = None  # when it did
     ready: Node | None = None  # None until its model is loaded
     held: dict[str, HeldLease] = field(default_factory=dict)  # by attempt id, in the order they were given
     next_status: float = 0.0
@@ -65,6 +66,15 @@ class Worker:
     def leases(self) -> list[Lease]:
         """Those in hand, in the order they were given."""
         return [held.lease for held in self.held.values()]
+
+    def starts_too_long(self, now: float, most_s: float) -> bool:
+        """Whether it has had a node for longer than `most_s`, and no first image yet."""
+        return (
+            self.ready is None
+            and not self.stopping
+            and self.placed is not None
+            and now - self.placed > most_s
+        )
 
     def last_node(self) -> Node:
         """Where it is, or was, by its own word or else by Ray's."""

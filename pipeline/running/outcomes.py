@@ -99,7 +99,7 @@ class Outcomes:
 
     def _answered(self, worker: Worker, what: str, lease: Lease | None, value: Any, now: float) -> None:
         if what == "locate":
-            worker.node = value
+            worker.node, worker.placed = value, now
         elif what == "start":
             worker.ready = worker.node = value
         elif what == "run":

@@ -32,6 +32,8 @@ TICK_S = 0.2
 CAPACITY_NOTICE_S = 15.0
 #: Between two looks at which nodes the cluster has, while some are shunned.
 NODES_PERIOD_S = 1.0
+#: A worker that has a node and no first image after this long stands still: longer than any download and compilation takes.
+START_MOST_S = 7_200.0
 #: When a person or the cluster cuts the run off, idle workers have this long for their last words; nobody else has.
 CUT_OFF_S = 3.0
 
@@ -144,8 +146,11 @@ class WorkerPool:
                 )
                 self._crew.take_back(worker)
                 self._crew.leave(worker)
-            if not worker.held and not worker.stopping:
-                self._crew.stop(worker, now)  # beside the start of one that still loads
+            if not worker.held and not worker.stopping and worker.ready is None:
+                # it spends until it is gone: of its counters somebody else has the last word
+                self._crew.stop_loading(worker, now)
+            elif not worker.held and not worker.stopping:
+                self._crew.stop(worker, now)
             if not worker.called_off and now >= ends - LAST_WORDS_S:
                 worker.called_off = True
                 for lease in worker.leases:
@@ -284,7 +289,12 @@ class WorkerPool:
                 self.coordinator.lease_again(attempt_id)
                 self._crew.take_back(worker)  # what waits behind it
         for worker in list(self.workers.values()):
-            if worker.stop_by is not None and now > worker.stop_by and not self._ends_by_itself(worker):
+            if worker.starts_too_long(now, START_MOST_S):
+                minutes = START_MOST_S / 60
+                self._outcomes.bury(
+                    worker, TimeoutError(f"no first image within {minutes:.0f} min; killed"), now
+                )
+            elif worker.stop_by is not None and now > worker.stop_by and not self._ends_by_itself(worker):
                 waits = ": it still waits for storage, with what nobody needs" if worker.held else ""
                 log.warning(
                     "worker %s on %s did not say its last words%s; killed",

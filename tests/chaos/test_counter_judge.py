@@ -25,19 +25,24 @@ BOARD = [
 ]
 
 
+IDLE = (Record(0, RESET, 0, 0),)
+
+
 def neighbour(reset_at):
     """Another board of the host, on which nobody works."""
     return [Record(0, RESET, 0, 0), *([Record(0, RESET, 0, reset_at)] if reset_at else [])]
 
 
-def verdict_on(folder, says_mj, other_board):
+def verdict_on(folder, says_mj, other_board=IDLE, *, lost_books=(), first_mj=1):
+    """`first_mj`: what the first worker read when it opened its account; None: it could not."""
     energy = {"total_mj": says_mj, "complete": True, "unclosed": []}
     stats = {"energy": energy, "full_mj_per_image": 1, "images_ok": 1, "closure": {"C1": True}}
+    folder.mkdir(exist_ok=True)
     folder.joinpath("stats.json").write_text(json.dumps({**stats, "evidence_class": "E2"}))
     workers = folder / "_job/workers"
     workers.mkdir(parents=True)
-    for pid, t_ns, mj in ((11, 10, 1), (12, 50, 703)):
-        opened = CounterRead("boot", t_ns, t_ns, 0, {"gpu:A": mj}, None, 0)
+    for pid, t_ns, mj in ((11, 10, first_mj), (12, 50, 703)):
+        opened = CounterRead("boot", t_ns, t_ns, 0, {"gpu:A": mj} if mj else {}, None, 0)
         environment = WorkerEnvironment(
             WORKERS[pid], 1, "n", "h", "A", ("A",), None, None, "3.11", None, "nvml-counter", opened=opened
         )
@@ -46,7 +51,7 @@ def verdict_on(folder, says_mj, other_board):
     part.parent.mkdir(parents=True)
     row = {"segment_class": "shard", "boot_id": "boot", "domain": "gpu:A", "energy_mj": says_mj}
     pq.write_table(pa.Table.from_pylist([row]), part)
-    return judge(folder, {"A": (["boot"], BOARD), "B": (["boot"], other_board)}, WORKERS)
+    return judge(folder, {"A": (["boot"], BOARD), "B": (["boot"], other_board)}, WORKERS, lost_books)
 
 
 @pytest.mark.parametrize("reset_at", [None, 5, 40])
@@ -65,3 +70,15 @@ def test_anything_else_is_not(tmp_path, says_mj, reset_at):
     job, device = verdict_on(tmp_path, says_mj, neighbour(reset_at)).problems
     assert f"certified {says_mj} mJ" in job
     assert f"certified {says_mj} mJ" in device
+
+
+def test_a_pause_may_be_left_out_when_the_counter_book_was_lost_in_it_and_nothing_else(tmp_path):
+    assert verdict_on(tmp_path / "pause", 1202, lost_books=[("boot", 40)]).problems == []
+    assert len(verdict_on(tmp_path / "work", 502, lost_books=[("boot", 40)]).problems) == 2
+    assert len(verdict_on(tmp_path / "later", 1202, lost_books=[("boot", 60)]).problems) == 2
+
+
+def test_no_total_is_whole_where_a_worker_could_not_read_its_device(tmp_path):
+    spent, blind = verdict_on(tmp_path, 501, first_mj=None).problems
+    assert "energy was spent before an account was open" in spent
+    assert "certified, though workers could not read the counters of [('boot', 'gpu:A')]" in blind

@@ -58,6 +58,7 @@ class Plan:
         kill_most_s: a request to kill takes so long at most.
         owner_most_s: workers live on for so long at most when their driver is gone.
         points: names of points, and at which passing of it a process kills itself there.
+        part_s: seconds of work after which workers seal what they have of a shard; 0: never.
         again: the same command is given once more at the end.
     """
 
@@ -76,6 +77,7 @@ class Plan:
     owner_most_s: float = 0.5
     points: tuple[tuple[str, int], ...] = ()
     drivers: tuple[DriverPlan, ...] = (DriverPlan(),)
+    part_s: float = 0.0
     again: bool = False
 
     @property

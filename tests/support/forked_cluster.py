@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
 from support.ray_stand_in import GROUPS, ActorClass, ActorHandle, shunned_nodes, task_error
 
 #: A worker's process has ended, and its driver knows; an actor has a place, and a process: not at the same moment.
@@ -46,6 +46,7 @@ class Node:
     alive: bool = True
     draining: bool = False
     preempted: bool = False
+    due_ms: int | None = None  # when a draining one is to end, on the wall clock
     used_gpus: dict[str, float] = field(default_factory=dict)
     used_cpus: float = 0.0
 
@@ -102,6 +103,7 @@ class Cluster:
         self.drivers: list[Driver] = []
         self.names: dict[int, str] = {}  # of every actor there ever was, by pid
         self._hosts: dict[int, Path] = {}
+        self._taken_for_memory: set[int] = set()
         self._lost: list[Connection | None] = []
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._counter = 0
@@ -129,6 +131,18 @@ class Cluster:
             actor.conn = None
             self._forget(actor, "The node of the actor is gone", preempted=node.preempted)
             self.at(linger_s, lambda pid=actor.pid: _kill(pid))
+
+    def drain(self, node: Node, seconds: float) -> None:
+        """The node is to be taken away, its driver hears of it, and so it is."""
+        node.draining = node.preempted = True
+        node.due_ms = round((time.time() + seconds) * 1000)
+        self._tell_nodes()
+        self.at(seconds, lambda: self.lose_node(node))
+
+    def take_for_memory(self, pid: int) -> None:
+        """As Ray's memory monitor ends a worker where a node's memory is full."""
+        self._taken_for_memory.add(pid)
+        _kill(pid)
 
     def end_processes(self, folder: Path) -> None:
         """Nothing on the host of `folder` runs any more."""
@@ -226,7 +240,7 @@ class Cluster:
         elif message[0] == "call":
             actor = self.actors.get(message[1])
             if actor is None:
-                self._send(peer.conn, ("died", message[1], "it is dead", False))
+                self._send(peer.conn, ("died", message[1], "it is dead", False, False))
             elif actor.conn is None:
                 actor.waiting.append(message[2:])
             else:
@@ -264,7 +278,7 @@ class Cluster:
             node.used_cpus -= actor.options.get("num_cpus") or 0.0
             if actor.board is not None:
                 node.used_gpus[actor.board] -= actor.share
-        message = ("died", actor.actor_id, reason, preempted)
+        message = ("died", actor.actor_id, reason, preempted, actor.pid in self._taken_for_memory)
         self.at(self.rng.uniform(0, NOTICE_MOST_S), lambda: self._send(actor.driver.conn, message))
         self._reap()
 
@@ -338,6 +352,7 @@ class Cluster:
                 "NodeManagerHostname": n.host,
                 "NodeManagerAddress": n.host,
                 "Resources": {"CPU": n.cpus, "GPU": float(len(n.boards))},
+                "DueMs": n.due_ms,
             }
             for n in self.nodes
         ]
@@ -420,7 +435,7 @@ class ForkedRay:
         self._conn = conn
         self._nodes: list[dict[str, Any]] = []
         self._placed: dict[str, str] = {}
-        self._died: dict[str, RayActorError] = {}
+        self._died: dict[str, RayError] = {}
         self._results: dict[str, tuple[bool, bytes]] = {}
         self._calls: dict[str, str] = {}  # actor id by call id
         self.actor_class = ActorClass(self)
@@ -485,6 +500,15 @@ class ForkedRay:
         self._pump()
         return {"Address": {"NodeID": self._placed[actor_id]}}
 
+    @property
+    def state(self) -> ForkedRay:
+        """As `ray._private.state.state`."""
+        return self
+
+    def get_draining_nodes(self) -> dict[str, int]:
+        self._pump()
+        return {n["NodeID"]: n["DueMs"] for n in self._nodes if n["Alive"] and n["DueMs"] is not None}
+
     def _is_ready(self, ref: str) -> bool:
         return ref in self._results or self._calls.get(ref) in self._died
 
@@ -498,7 +522,11 @@ class ForkedRay:
             elif message[0] == "nodes":
                 self._nodes = message[1]
             else:
-                _, actor_id, reason, preempted = message
-                self._died.setdefault(
-                    actor_id, RayActorError(actor_id, f"{reason}: {actor_id[:8]}", preempted=preempted)
+                _, actor_id, reason, preempted, no_memory = message
+                words = f"{reason}: {actor_id[:8]}"
+                error = (
+                    OutOfMemoryError(words)
+                    if no_memory
+                    else RayActorError(actor_id, words, preempted=preempted)
                 )
+                self._died.setdefault(actor_id, error)

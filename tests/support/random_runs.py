@@ -124,7 +124,7 @@ class World:
     def _join(self, i: int) -> None:
         folder = self._host(i)
         names = tuple(b.uuid for b in boards.boards_of(folder))
-        self.cluster.add_node(Node(f"host-{i}", folder, _boot_id(i, self.boots[i]), names, cpus=8.0))
+        self.cluster.add_node(Node(f"host-{i}", folder, boot_id_of(i, self.boots[i]), names, cpus=8.0))
 
     def _run_driver(self, plan: DriverPlan) -> None:
         cluster = self.cluster
@@ -203,7 +203,7 @@ class World:
 
     def boots_of(self, board: boards.Board) -> list[str]:
         host = int(board.path.parents[1].name)
-        return [_boot_id(host, boot) for boot in range(self.boots[host] + 1)]
+        return [boot_id_of(host, boot) for boot in range(self.boots[host] + 1)]
 
     def boards(self) -> list[boards.Board]:
         return [b for i in range(len(self.plan.hosts)) for b in boards.boards_of(self._host(i))]
@@ -214,7 +214,7 @@ class World:
         return _Worker(*arguments)
 
 
-def _boot_id(host: int, boot: int) -> str:
+def boot_id_of(host: int, boot: int) -> str:
     return f"boot-{host}-{boot}"
 
 
@@ -318,6 +318,7 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
         lease_s=plan.lease_s,
         speculate=plan.speculate,
         source=request.source,
+        part_s=plan.part_s,
     )
     with signals_heeded(job_run):
         try:

@@ -8,7 +8,6 @@ last. Whatever dies in between leaves files nobody refers to.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -41,6 +40,7 @@ from millijoule.workers.schemas import (
     WorkerEnvironment,
     carried_rows,
 )
+from millijoule.workers.scratch import scratch_folder
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -267,8 +267,8 @@ def _add(pieces: Pieces, drawn: Sequence[DrawnImage], outcomes: Sequence[bytes |
 def _scratch_folder() -> Iterator[Path]:
     """A folder for one attempt's files. No room, or no right to write there, is this node's fault."""
     try:
-        with tempfile.TemporaryDirectory(prefix="millijoule-") as scratch:
-            yield Path(scratch)
+        with scratch_folder() as scratch:
+            yield scratch
     except OSError as error:
         raise NodeError(
             f"scratch folder {error.filename or ''}: {error.strerror or error}; free space there, or set TMPDIR to "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from millijoule.workers.pipeline_parts.weight_variants import (
     is_weight_file,
 )
 from millijoule.workers.records import decode
+from millijoule.workers.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +132,12 @@ class PipelineFolder:
     @contextmanager
     def shown_alone(self) -> Iterator[Path]:
         """A folder of links to `shown`: a loader finds in it what was checked and hashed, under the usual names."""
-        with tempfile.TemporaryDirectory(prefix="millijoule-model-") as name:
+        with scratch_folder() as folder:
             for relative, file in self.shown.items():
-                link = Path(name, relative)
+                link = folder / relative
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(file.resolve())
-            yield Path(name)
+            yield folder
 
 
 def read_pipeline(

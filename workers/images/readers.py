@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 
@@ -51,6 +53,20 @@ def read_images(
                 yield row, store.get(path)
         except NotFoundError:
             yield row, None
+
+
+def read_images_to_show(
+    store: Store, rows: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], bytes | None]]:
+    """As `read_images`, of any shards; `(row, None)`, and a warning, for those of a damaged file, which `millijoule check` tells."""
+    for path, of_file in groupby(rows, key=lambda row: row["path"].partition("#")[0]):
+        some = list(of_file)
+        try:
+            found = list(read_images(store, some))
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            log.warning("%s: cannot be read, and its images are not shown: %s", path, error)
+            found = [(row, None) for row in some]
+        yield from found
 
 
 def _parquet_images(store: Store, key: str) -> dict[tuple[str, int], bytes]:

@@ -86,9 +86,11 @@ class BookedState:
         return max(booked.t_read_ns if booked else -1, self.failed_ns.get(domain, -1))
 
     def has_settled(self, domain: str, since_ns: int) -> bool:
-        """Whether since then the counter of `domain` was seen to move, or failed."""
+        """Whether after the reading at `since_ns` the counter of `domain` was seen to move, or failed then or later."""
         booked = self.counters.get(domain)
-        return max(booked.t_changed_ns if booked else -1, self.failed_ns.get(domain, -1)) >= since_ns
+        return (booked is not None and booked.t_changed_ns > since_ns) or self.failed_ns.get(
+            domain, -1
+        ) >= since_ns
 
     def is_fresh(self, domain: str, now_ns: int, spacing_ns: int) -> bool:
         """Whether `domain` was read, or tried, less than `spacing_ns` ago."""

@@ -136,24 +136,33 @@ class CounterMeter:
         """A read whose every counter has moved since this call began: for the end of an account, after which nobody reads.
 
         One that has just frozen cannot be told from one that has nothing new yet, and nobody comes later to see it leap: so a
-        counter that stands is waited for, until it moves or is absent like any that fails (`STALL_AFTER_NS`).
+        counter that stands is waited for, until it moves or is absent like any that fails (`STALL_AFTER_NS`). That it is ahead of
+        the last reading before the call says nothing: it may have moved, and frozen, in between. Two readings in the call must differ.
         """
         asked_ns = self.clock_ns()
         # a counter that stands is known to fail by then; what is left is a book that others hold
         deadline_ns = (
-            asked_ns + STALL_AFTER_NS + 2 * max((c.min_spacing_ns for c in self.counters), default=0)
+            asked_ns + STALL_AFTER_NS + 3 * max((c.min_spacing_ns for c in self.counters), default=0)
         )
+        first_ns: dict[str, int] = {}
         while True:
             read = self.read()
             with self._state() as state:
-                is_settled = state is not None and all(
-                    state.has_settled(c.domain, asked_ns) for c in self.counters
-                )
+                is_settled = state is not None and self._have_settled(state, asked_ns, first_ns)
             if is_settled:
                 return self.read()  # what another process' read has settled is in it, too
             if self.clock_ns() >= deadline_ns:
                 return read
             time.sleep(FRESH_POLL_S)
+
+    def _have_settled(self, state: BookedState, asked_ns: int, first_ns: dict[str, int]) -> bool:
+        """Whether every counter has moved between two readings since `asked_ns`, or failed; `first_ns`: when each was first read."""
+        for domain in (c.domain for c in self.counters):
+            if (tried_ns := state.last_try_ns(domain)) >= asked_ns:
+                first_ns.setdefault(domain, tried_ns)
+        return all(
+            c.domain in first_ns and state.has_settled(c.domain, first_ns[c.domain]) for c in self.counters
+        )
 
     def watch(self) -> dict[str, PowerSample]:
         """Look after the devices nobody looked after in their period; call about once per `WATCH_PERIOD_NS`.

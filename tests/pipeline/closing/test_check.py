@@ -150,6 +150,17 @@ def test_damage_is_noticed(output, damage):
     assert list(check_output(store))
 
 
+def test_a_missing_file_does_not_hide_damage_to_others_of_its_shard(tmp_path):
+    store, job = plan(tmp_path, PROMPTS[:4], shard_size=4, output_format="files")
+    work(store, job)
+    lost, damaged, *_ = sorted(p for p in (tmp_path / "out" / "data").rglob("*") if p.is_file())
+    lost.unlink()
+    damaged.write_bytes(damaged.read_bytes()[::-1])
+    problems = list(check_output(store))
+    assert any(lost.name in p and "missing" in p for p in problems)
+    assert any(damaged.name in p and "SHA-256" in p for p in problems)
+
+
 def test_a_commit_that_cannot_be_read_does_not_hide_other_damage(tmp_path):
     store, job = plan(tmp_path, PROMPTS, shard_size=5)
     work(store, job)

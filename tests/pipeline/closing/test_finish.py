@@ -163,3 +163,29 @@ def test_a_commit_that_is_none_is_refused_by_its_name(tmp_path, damage):
     store.put(commit_key(1), json.dumps(json.loads(store.get(commit_key(1))) | damage).encode())
     with pytest.raises(DamagedError, match=r"00000001\.json: not a commit"):
         finish.load_records(store, len(shards))
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "webdataset"])
+def test_a_damaged_file_of_images_is_left_out_of_the_preview_and_the_job_ends(
+    tmp_path, output_format, caplog
+):
+    """What is damaged `millijoule check` tells; manifest and books do not need the images."""
+    store, job = plan(tmp_path, [f"p{i}" for i in range(6)], shard_size=2, output_format=output_format)
+    shards = work(store, job)
+    first = next(iter(read_commits(store, 3))).files[0].path
+    damaged = first.removesuffix(".tar") + ".index.json" if first.endswith(".tar") else first
+    store.put(damaged, store.get(damaged)[:-20])
+    finish.finish_job(store, job, shards)
+    assert store.exists("_SUCCESS")
+    assert store.exists("preview.png")
+    assert f"{first}: cannot be read, and its images are not shown" in caplog.text
+
+
+def test_a_damaged_row_table_is_named(tmp_path):
+    store, job = plan(tmp_path, [f"p{i}" for i in range(4)], shard_size=2, output_format="files")
+    shards = work(store, job)
+    drop_carried_rows(store, [1])
+    rows_path = list(read_commits(store, 2))[1].rows_path
+    store.put(rows_path, store.get(rows_path)[:-20])
+    with pytest.raises(DamagedError, match=rf"{rows_path}: cannot be read as Parquet"):
+        finish.finish_job(store, job, shards)

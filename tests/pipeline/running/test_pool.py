@@ -367,12 +367,15 @@ def test_what_a_worker_cannot_end_before_its_node_does_is_called_off_in_time_for
     assert "w0001-0001" in w.words
 
 
-def test_a_worker_that_loads_on_a_draining_node_closes_its_books_there_and_draws_nothing(world):
+def test_a_worker_that_loads_on_a_draining_node_is_ended_and_somebody_else_closes_its_books(world):
+    """It goes on spending until it is gone: words of its own would come too early."""
     w = world(script("load", lambda worker: After(60.0)), workers=(0, 1), nodes=1)
     w.ray.at(1.5, lambda: w.ray.drain_node(w.nodes[0], 30.0))
     w.ray.at(5.0, lambda: w.ray.add_node("host-2", CPU=1.0))
     w.run()
-    assert w.left == ["w0001-0001"]  # it said its last words, but had opened no account
+    assert w.left == ["w0001-0001"]
+    assert "w0001-0001" not in w.words
+    assert w.reads == [("w0001-0001", "read of w0001-0001")]
     assert {by for _, by in w.made} == {"w0001-0002"}
 
 
@@ -469,6 +472,26 @@ def test_a_worker_that_hangs_loses_its_shard_to_another_and_is_then_replaced(wor
     assert w.left == ["w0001-0001"]
     assert "no progress on shard 0 for 10 s; leasing the shard again" in caplog.text
     assert w.shards_of("w0001-0001") == []
+
+
+def test_a_worker_that_hangs_while_it_starts_is_killed_in_the_end_and_its_node_is_at_fault(
+    world, caplog, monkeypatch
+):
+    """The device stands still in its first call: there is no lease that could expire."""
+    monkeypatch.setattr("millijoule.pipeline.running.pool.START_MOST_S", 600.0)
+    made = Script()
+    usual = made.load
+    made.load = lambda worker: NEVER if worker.worker_id == "w0001-0001" else usual(worker)
+    w = world(made, shards=1, nodes=2, workers=(0, 1)).run()
+    assert [by for _, by in w.made] == ["w0001-0002"]
+    assert "no first image within 10 min; killed" in caplog.text
+    assert 600.0 < w.ray.now < 620.0
+
+
+def test_a_worker_that_loads_for_long_is_waited_for(world, monkeypatch):
+    monkeypatch.setattr("millijoule.pipeline.running.pool.START_MOST_S", 600.0)
+    w = world(script("load", lambda worker: After(590.0)), shards=1, workers=(1, 1)).run()
+    assert w.made == [(0, "w0001-0001")]
 
 
 def test_a_slow_worker_that_gets_on_keeps_its_shard(world, caplog):

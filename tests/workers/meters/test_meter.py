@@ -188,6 +188,24 @@ def test_an_account_ends_with_a_reading_that_has_moved(open_fake, nvml, clock, w
     assert waits.count >= 5
 
 
+def test_a_counter_that_moved_and_froze_before_the_end_was_asked_for_is_not_believed(
+    open_fake, nvml, clock, waits
+):
+    """It is ahead of the last reading, and yet behind what ran."""
+    timeline = SegmentTimeline("w", open_fake(["0"], nvml))
+    clock.advance(1)
+    nvml.energy_mj[UUIDS[0]] += 700  # and 300 more, which it does not show yet
+    waits.then[50] = lambda: nvml.energy_mj.update({UUIDS[0]: nvml.energy_mj[UUIDS[0]] + 300})
+    assert segment_energy_mj(timeline.close("idle", last=True)) == 1000
+
+
+def test_a_counter_that_moved_and_froze_for_good_is_missing(open_fake, nvml, clock, waits):
+    timeline = SegmentTimeline("w", open_fake(["0"], nvml))
+    clock.advance(1)
+    nvml.energy_mj[UUIDS[0]] += 700
+    assert timeline.close("idle", last=True).close.energy_mj == {}
+
+
 def test_a_counter_that_froze_just_before_the_end_of_an_account_is_missing_not_low(
     open_fake, nvml, clock, waits
 ):
