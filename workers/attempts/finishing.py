@@ -235,7 +235,8 @@ def _add(
     writer: ShardWriter, drawn: Sequence[DrawnImage], outcomes: Sequence[bytes | Exception | None]
 ) -> None:
     """Give images to the writer, and rows that have none."""
-    rows, encoded = [], []
+    rows: list[ImageRow] = []
+    encoded: list[bytes | None] = []
     for one, outcome in zip(drawn, outcomes, strict=True):
         if isinstance(outcome, Exception):
             rows.append(one.row._replace(status="quarantined", error=reason(outcome)))
