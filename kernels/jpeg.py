@@ -137,8 +137,8 @@ def _encode_compiled(
     addresses = np.array([image.__array_interface__["data"][0] for image in held], np.uintp)
     sizes = np.array([image.shape[:2] for image in held], np.int64)  # [count, 2]
     heads = [
-        b"".join((_BEGIN, own, _tables_segment(quality), _frame(image.shape[0], image.shape[1], halved)))
-        for image, own in zip(held, segments, strict=True)
+        b"".join((_BEGIN, own, _tables_segment(quality), _frame(height, width, halved)))
+        for (height, width), own in zip(sizes.tolist(), segments, strict=True)
     ]
     offsets = np.array([0, *accumulate(map(len, heads))], np.int64)
     room = int(offsets[-1]) + sum(library.millijoule_jpeg_bound(*image.shape[:2]) for image in held)

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 import ray
 
 from millijoule.workers.attempts.runner import AttemptRunner, device_thread
-from millijoule.workers.drawing.out_of_memory import release_memory
+from millijoule.workers.drawing.out_of_memory import collect_rarely, release_memory
 from millijoule.workers.environment import describe_worker
 from millijoule.workers.errors import InputError, MillijouleError, NodeError, NotFoundError
 from millijoule.workers.factory_model import check_factory_model
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import Generator, HoldsProcesses, NamesKernels
+from millijoule.workers.generators.protocol import Generator, HoldsProcesses, LeavesNoGarbage, NamesKernels
 from millijoule.workers.generators.registry import describe_model, load_generator
 from millijoule.workers.layout import JOB_KEY, worker_key
 from millijoule.workers.lease import (
@@ -125,6 +125,8 @@ class ShardWorker:
         runner = AttemptRunner(config, store, generator, meter, timeline, worker, self.power, device)
         runner.warm_up(ImageRequest("warm-up", 0, "", seed=0))
         release_memory()  # what only loading needed
+        if isinstance(generator, LeavesNoGarbage) and generator.leaves_no_garbage:
+            collect_rarely()
         if config.output_url:
             kernels = generator.kernels if isinstance(generator, NamesKernels) else None
             store.put(worker_key(self.worker_id), describe(kernels).to_json())

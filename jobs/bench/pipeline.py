@@ -155,9 +155,10 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str, model_word:
         for at in range(0, len(requests), info.batch_size):
             batch = requests[at : at + info.batch_size]
             drawn = [Drawn(i, r, steps) for i, r in zip(generator.generate(batch).images, batch, strict=True)]
-            for one, encoded in zip(drawn, encode_images(ImageFormat(), drawn, model), strict=True):
-                assert isinstance(encoded, bytes)
-                height, width = one.image.shape[:2]
-                writer.add(ImageRow(one.request, "ok", width, height, steps), encoded)
+            encoded = [one for one in encode_images(ImageFormat(), drawn, model) if isinstance(one, bytes)]
+            rows = [
+                ImageRow(one.request, "ok", one.image.shape[1], one.image.shape[0], steps) for one in drawn
+            ]
+            writer.add_many(rows, encoded)  # as a worker does it
         writer.finish()
     return time.monotonic() - began

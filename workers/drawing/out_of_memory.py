@@ -20,6 +20,10 @@ _SAID = re.compile(
 )
 
 
+#: Lists, tuples and the like that are made, and not yet let go of, between two looks for garbage: those of a shard of small images.
+RARE_COLLECTION = 50_000
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error`, or what it was raised from, says that the device's or the host's memory does not suffice."""
     seen: BaseException | None = error
@@ -54,3 +58,9 @@ def release_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def collect_rarely() -> None:
+    """Look for garbage once in `RARE_COLLECTION` objects, in a process whose work leaves none: what a shard consists of is not walked
+    through again and again."""
+    gc.set_threshold(RARE_COLLECTION, *gc.get_threshold()[1:])

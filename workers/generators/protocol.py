@@ -127,6 +127,20 @@ class NamesKernels(Protocol):
 
 
 @runtime_checkable
+class LeavesNoGarbage(Protocol):
+    """What a generator may say of itself whose calls leave nothing that only the collector of cyclic garbage finds.
+
+    Where images are small, looking for garbage costs a worker a twentieth of its time.
+
+    Attributes:
+        leaves_no_garbage: the collector may run rarely in this process.
+    """
+
+    @property
+    def leaves_no_garbage(self) -> bool: ...
+
+
+@runtime_checkable
 class KnowsNouns(Protocol):
     """What a generator of icon scenes may have besides that knows other nouns than the first 80.
 

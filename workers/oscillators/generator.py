@@ -55,6 +55,11 @@ class OscillatorGenerator:
             return "pytorch"
         return "triton" if self.drawing.device.startswith("cuda") else kernel_words()
 
+    @property
+    def leaves_no_garbage(self) -> bool:
+        """See `LeavesNoGarbage`."""
+        return True
+
     @staticmethod
     def load(path: Path, *, device: str = "cpu", engine: Engine | None = None) -> OscillatorGenerator:
         """Load a model's file; `engine` as in `Drawing`. Raises InputError as `load_model`."""

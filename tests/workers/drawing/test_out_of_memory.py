@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from millijoule.workers.drawing.out_of_memory import release_memory
+from millijoule.workers.drawing.out_of_memory import RARE_COLLECTION, collect_rarely, release_memory
 
 
 class Ring:
@@ -26,3 +26,19 @@ def test_what_outlived_one_release_is_given_back_by_the_next():
         assert gone() is None
     finally:
         gc.unfreeze()
+
+
+def test_the_collector_runs_rarely_where_it_is_told_so():
+    before = gc.get_threshold()
+    try:
+        collect_rarely()
+        gc.collect()
+        kept, runs = [], gc.get_stats()[0]["collections"]
+        for _ in range(RARE_COLLECTION // 2):
+            kept.append([kept])
+        assert gc.get_stats()[0]["collections"] == runs
+        for _ in range(RARE_COLLECTION):
+            kept.append([kept])
+        assert gc.get_stats()[0]["collections"] > runs
+    finally:
+        gc.set_threshold(*before)
