@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 
 from millijoule.jobs.simulating.devices import ACCELERATOR, DeviceKind, Fleet
+from millijoule.jobs.simulating.fleets import mixed_kinds, pools_of
 from millijoule.jobs.simulating.job import made_up_plan, run_job
 from millijoule.pipeline.fleet.policy import FleetPolicy
 from millijoule.pipeline.fleet.pools import Pool
@@ -63,6 +64,28 @@ def test_where_the_lean_devices_are_not_enough_others_help_and_the_deadline_is_m
     outcome = run("energy", deadline_s)
     assert outcome.makespan_s <= deadline_s
     assert outcome.by_kind["SLOW"]["hours"] > 0.3 * stealing().by_kind["SLOW"]["hours"]
+
+
+@pytest.mark.parametrize("times", [1.25, 1.5])
+@pytest.mark.parametrize("spot", [False, True])
+def test_a_job_as_long_as_a_shard_of_its_slowest_device_meets_its_deadline(times, spot):
+    """What a device is worth shows in its first shard, in time for the second: there is none that would end too late."""
+    kinds = mixed_kinds("even", 8, spot=spot)
+    plan = made_up_plan(80, 16)
+    deadline_s = times * run_job(plan, Fleet(kinds, 1)).makespan_s
+    outcome = run_job(plan, Fleet(kinds, 1), fleet=FleetPolicy(pools_of(kinds), deadline_s=deadline_s))
+    assert outcome.complete
+    assert outcome.makespan_s <= deadline_s
+
+
+def test_pools_alike_do_not_take_each_others_place():
+    """Whichever of two equal pools works goes on; what its devices had cost to start is not paid again."""
+    kinds = {name: (replace(LEAN, name=name.upper()), 4) for name in ("here", "there")}
+    deadline_s = 2000.0
+    policy = FleetPolicy(pools(kinds), deadline_s=deadline_s)
+    outcome = run_job(made_up_plan(900, IMAGES), Fleet(kinds, 1), fleet=policy)
+    assert outcome.makespan_s <= deadline_s
+    assert outcome.calls["start"] <= 5  # three or so are enough; two of each pool are looked at
 
 
 def test_money_is_saved_by_other_devices_than_joules():
