@@ -25,6 +25,8 @@ from millijoule.jobs.measuring.measurement import ResultOptions, describe, run_a
 from millijoule.jobs.simulating.ray_costs import measure_ray_calls
 from millijoule.workers.errors import InputError
 
+#: Of a result; each says with which options, where and on which commit it was measured.
+PARTS = ("policies", "load", "ray_calls")
 #: Images of a shard in the comparison of policies: some 17 s of an H100, nine minutes of a T4.
 POLICY_SHARD_IMAGES = 16
 #: Of so many devices each kind has two, one of them spot, in every mix.
@@ -78,18 +80,26 @@ def run(options: BenchOptions) -> int:
         if mix not in MIXES:
             raise InputError(f"--mixes {mix}: one of {', '.join(MIXES)}")
     sizes = _check(options)
-    result = {**describe("simulated fleets under the real driver", options), "assumptions": ASSUMPTIONS}
+    head = describe("simulated fleets under the real driver", options)
+    result: dict[str, Any] = {"what": head.pop("what"), "assumptions": ASSUMPTIONS, "parts": {}}
     if options.before is not None:
         earlier = json.loads(Path(options.before).read_text())
-        result |= {name: earlier[name] for name in ("policies", "load", "ray_calls") if name in earlier}
+        if "parts" not in earlier:
+            raise InputError(f"--before {options.before}: not a result of this benchmark")
+        for name in PARTS:
+            if name in earlier:
+                result[name], result["parts"][name] = earlier[name], earlier["parts"][name]
+
+    def measured(name: str, rows: Any) -> None:
+        result[name], result["parts"][name] = rows, head
+
     if options.policies:
-        result["policies"] = [
-            run_alone(compare, mix, spot, asdict(options)) for mix in options.mixes for spot in (False, True)
-        ]
-    if sizes:
-        result["load"] = [run_alone(measure_load, *size) for size in sizes]
+        fleets = [(mix, spot) for mix in options.mixes for spot in (False, True)]
+        measured("policies", [run_alone(compare, mix, spot, asdict(options)) for mix, spot in fleets])
+    if options.load:
+        measured("load", [run_alone(measure_load, *size) for size in sizes])
     if options.ray_calls:
-        result["ray_calls"] = run_alone(measure_ray_calls)
+        measured("ray_calls", run_alone(measure_ray_calls))
     if options.picture is not None:
         from millijoule.jobs.simulating.picture import draw_policies
 

@@ -26,6 +26,21 @@ def test_policies_stand_beside_work_stealing_on_the_same_devices(capsys):
     assert len([json.loads(line) for line in capsys.readouterr().err.splitlines()]) == len(found["rows"])
 
 
+def test_parts_of_an_earlier_result_keep_where_and_how_they_were_measured(tmp_path, monkeypatch, capsys):
+    earlier = {"load": [{"devices": 7}], "parts": {"load": {"environment": {"commit": "then"}}}}
+    (tmp_path / "before.json").write_text(json.dumps(earlier))
+    monkeypatch.setattr("millijoule.jobs.bench.fleet.run_alone", lambda what, *_: what.__name__)
+    options = {"mixes": ("even",), "load": (), "ray_calls": False, "before": str(tmp_path / "before.json")}
+    run(BenchOptions(result=str(tmp_path / "now.json"), **options))
+    now = json.loads((tmp_path / "now.json").read_text())
+    assert now["load"] == [{"devices": 7}]
+    assert now["parts"]["load"] == {"environment": {"commit": "then"}}
+    assert now["policies"] == ["compare", "compare"]
+    assert now["parts"]["policies"]["environment"]["commit"] != "then"
+    assert now["parts"]["policies"]["options"]["mixes"] == ["even"]
+    capsys.readouterr()
+
+
 def test_load_is_the_drivers_processor_time_over_simulated_time(capsys):
     found = measure_load(8, 100)
     assert found["complete"]
