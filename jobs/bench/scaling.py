@@ -1,8 +1,10 @@
 """`millijoule bench scaling`: what a second worker adds, beside what a second process adds where there is no Ray.
 
-A job with two workers against one with one, on as many CPUs and one thread each, by its rate between start and finish: from the
-first draw to the last commit. What two processes of this machine can do at all, of one physical core's two hardware threads
-or beside other work, says the control: the bare loop of `bench pipeline`, in two processes against one. All four run in turn.
+A job with two workers against one with one, on as many CPUs, by its rate between start and finish: from the first draw to the
+last commit. Everything of a run, Ray and driver included, is bound to its one or two CPUs: a worker draws, encodes and stores in
+threads beside each other, and one alone would take the second CPU, too. What two processes of this machine can do at all, of one
+physical core's two hardware threads or beside other work, says the control: the bare loop of `bench pipeline`, in two processes
+against one, bound alike. All four run in turn.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from millijoule.jobs.measuring.measurement import (
 )
 from millijoule.jobs.measuring.process import TreeCpu
 from millijoule.jobs.measuring.ray_head import ray_head
+from millijoule.workers.errors import InputError
 
 GOAL = "two workers at least 1.85 times as fast as one"
 
@@ -68,7 +73,12 @@ def run(options: BenchOptions) -> int:
 def scaling(model: str, images: int, pairs: int) -> dict[str, Any]:
     """Rates of jobs of one and two workers, and of the bare loop in one and two processes, each with its raw row."""
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch, ray_head(2) as address:
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="millijoule-bench-"))
+        addresses = {}
+        for n in (1, 2):
+            with bound_to_cpus(n):
+                addresses[n] = stack.enter_context(ray_head(n))
         prompts = Path(scratch, "prompts.txt")
         write_prompts(prompts, images)
 
@@ -77,17 +87,9 @@ def scaling(model: str, images: int, pairs: int) -> dict[str, Any]:
             return max(answer_of(part) for part in parts)
 
         def job(n: int, output: Path) -> float:
-            command = [sys.executable, "-m", "millijoule.jobs.generate", "--quiet", "--ray-address", address]
-            command += [
-                "--prompts",
-                str(prompts),
-                "--output",
-                str(output),
-                "--workers",
-                str(n),
-                "--model",
-                model,
-            ]
+            command = [sys.executable, "-m", "millijoule.jobs.generate", "--quiet"]
+            command += ["--ray-address", addresses[n], "--workers", str(n), "--model", model]
+            command += ["--prompts", str(prompts), "--output", str(output)]
             command += ["--shard-size", str(max(1, min(images // 16, 4096)))]
             subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
             return float(json.loads((output / "stats.json").read_text())["seconds_first_to_last_commit"])
@@ -96,7 +98,7 @@ def scaling(model: str, images: int, pairs: int) -> dict[str, Any]:
         for pair in range(pairs):
             for side, n in sides if pair % 2 == 0 else reversed(sides):
                 output = Path(scratch, f"{side.__name__}-{n}-{pair}")
-                with TreeCpu() as cpu:
+                with TreeCpu() as cpu, bound_to_cpus(n):
                     began = time.monotonic()
                     working = side(n, output)
                     seconds = time.monotonic() - began
@@ -130,6 +132,25 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "workers_of_processes": {"median": statistics.median(of_control), "ratios": of_control},
     }
+
+
+@contextmanager
+def bound_to_cpus(n: int) -> Iterator[None]:
+    """Whatever is started meanwhile runs on the first `n` CPUs that this process may use.
+
+    Raises:
+        InputError: there are fewer, or the system binds no processes.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise InputError("bench scaling needs a system that binds processes to CPUs, such as Linux")
+    mine = os.sched_getaffinity(0)
+    if len(mine) < n:
+        raise InputError(f"bench scaling needs {n} CPUs; here {len(mine)} may be used")
+    os.sched_setaffinity(0, sorted(mine)[:n])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 def threads_per_core() -> int | None:
