@@ -35,7 +35,7 @@ def cluster():
 def test_each_pool_works_on_the_nodes_with_its_labels_and_the_output_tells_them_apart(cluster, tmp_path):
     prompts = write_prompts(tmp_path / "p.txt", 40)
     output = tmp_path / "out"
-    job = ("--prompts", prompts, "--output", output, "--model", "python:support.models:plain")
+    job = ("--prompts", prompts, "--output", output, "--model", "python:support.models:waits_for_company")
     done = generate(tmp_path, *job, "--shard-size", "2", *POOLS, ray=cluster.address)
     assert done.returncode == 0, done.stderr
     assert_exactly_once(output, 40)

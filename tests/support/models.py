@@ -67,6 +67,22 @@ def waits_for_leave(device: str) -> Plain:
     return _WaitsForLeave(device, seconds=0.05)
 
 
+class _WaitsForCompany(Plain):
+    """Draws nothing before a second worker draws, too: both are there when the job ends."""
+
+    def draw(self, request: ImageRequest) -> np.ndarray:
+        if request.prompt_id != "warm-up":
+            folder = Path(os.environ["MILLIJOULE_TEST_DIR"])
+            Path(folder, f"at-work-{os.getpid()}").touch()
+            while len(list(folder.glob("at-work-*"))) < 2:
+                time.sleep(0.05)
+        return super().draw(request)
+
+
+def waits_for_company(device: str) -> Plain:
+    return _WaitsForCompany(device)
+
+
 class _ManySteps(Plain):
     """Batches of six seconds that report their twelve steps."""
 
