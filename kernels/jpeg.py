@@ -11,11 +11,12 @@ import ctypes
 import io
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 from PIL import Image
 
+from millijoule.kernels.image_batch import ImageBatch, check_images, files_of
 from millijoule.kernels.native_library import native_form, native_library
 
 #: Pillow encodes images with more bytes of pixels, above about 104x104: there a call is no longer what takes the time, and
@@ -105,13 +106,7 @@ def encode_jpegs_reference(
 
 
 def _check(images: Sequence[np.ndarray], segments: Sequence[bytes], quality: int) -> None:
-    for image in images:
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(
-                f"expected uint8 [height, width, 3] with pixels, got {image.dtype} {list(image.shape)}"
-            )
-        if max(image.shape) > MAX_SIDE:
-            raise ValueError(f"{image.shape[1]}x{image.shape[0]}: at most {MAX_SIDE} pixels a side")
+    check_images(images, MAX_SIDE)
     if len(images) != len(segments):
         raise ValueError(f"{len(images)} images, {len(segments)} segments: one for each")
     if not 1 <= quality <= 100:
@@ -133,15 +128,13 @@ def _encode_compiled(
 ) -> list[bytes]:
     _declare(library)
     count = len(images)
-    held = [np.ascontiguousarray(image) for image in images]  # their addresses are in use until the end
-    addresses = np.array([image.__array_interface__["data"][0] for image in held], np.uintp)
-    sizes = np.array([image.shape[:2] for image in held], np.int64)  # [count, 2]
+    batch = ImageBatch(images)
     heads = [
         b"".join((_BEGIN, own, _tables_segment(quality), _frame(height, width, halved)))
-        for (height, width), own in zip(sizes.tolist(), segments, strict=True)
+        for (height, width), own in zip(batch.sizes.tolist(), segments, strict=True)
     ]
     offsets = np.array([0, *accumulate(map(len, heads))], np.int64)
-    room = int(offsets[-1]) + sum(library.millijoule_jpeg_bound(*image.shape[:2]) for image in held)
+    room = int(offsets[-1]) + sum(library.millijoule_jpeg_bound(*size) for size in batch.sizes.tolist())
     tables = np.empty((2, 64), np.uint8)
     tables[:, _ZIGZAG] = quantization(quality)
     codes = (ctypes.c_char_p * 4)(*_CODES)
@@ -150,8 +143,8 @@ def _encode_compiled(
     failed = library.millijoule_encode_jpegs(
         native_form(),
         count,
-        addresses.ctypes.data,
-        sizes.ctypes.data,
+        batch.addresses.ctypes.data,
+        batch.sizes.ctypes.data,
         b"".join(heads),
         offsets.ctypes.data,
         tables.ctypes.data,
@@ -162,7 +155,7 @@ def _encode_compiled(
     )
     if failed:
         raise MemoryError("no memory to encode images")
-    return [out[begin:end].tobytes() for begin, end in pairwise(ends.tolist())]
+    return files_of(out, ends)
 
 
 def quantization(quality: int) -> np.ndarray:

@@ -16,10 +16,11 @@ import ctypes
 import zlib
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 
+from millijoule.kernels.image_batch import ImageBatch, check_images, files_of
 from millijoule.kernels.native_library import native_form, native_library
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -67,11 +68,7 @@ def encoder_name() -> str:
 
 
 def _check(images: Sequence[np.ndarray], chunks: Sequence[Sequence[bytes]]) -> None:
-    for image in images:
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(
-                f"expected uint8 [height, width, 3] with pixels, got {image.dtype} {list(image.shape)}"
-            )
+    check_images(images)
     if len(images) != len(chunks) or len(set(map(len, chunks))) > 1:
         raise ValueError(f"{len(images)} images, {len(chunks)} lists of chunks: one for each, all as long")
     if any(len(chunk) < 4 for own in chunks for chunk in own):
@@ -83,22 +80,20 @@ def _encode_compiled(
 ) -> list[bytes]:
     _declare(library)
     count, per_image = len(images), len(chunks[0])
-    held = [np.ascontiguousarray(image) for image in images]  # their addresses are in use until the end
-    addresses = np.array([image.__array_interface__["data"][0] for image in held], np.uintp)
-    sizes = np.array([image.shape[:2] for image in held], np.int64)  # [count, 2]
+    batch = ImageBatch(images)
     flat = [chunk for own in chunks for chunk in own]
     texts = b"".join(flat)
     offsets = np.array([0, *accumulate(map(len, flat))], np.int64)
     room = len(texts) + CHUNK_FRAME_BYTES * len(flat)
-    for (height, width), many in _tally(sizes).items():
+    for (height, width), many in _tally(batch.sizes).items():
         room += many * library.millijoule_png_bound(height, width)
     out = np.empty(room, np.uint8)
     ends = np.empty(count + 1, np.int64)
     failed = library.millijoule_encode_pngs(
         native_form(),
         count,
-        addresses.ctypes.data,
-        sizes.ctypes.data,
+        batch.addresses.ctypes.data,
+        batch.sizes.ctypes.data,
         texts,
         offsets.ctypes.data,
         per_image,
@@ -107,8 +102,7 @@ def _encode_compiled(
     )
     if failed:
         raise MemoryError("no memory to encode images")
-    at = ends.tolist()
-    return [out[begin:end].tobytes() for begin, end in pairwise(at)]
+    return files_of(out, ends)
 
 
 def _tally(sizes: np.ndarray) -> dict[tuple[int, int], int]:

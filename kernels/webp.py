@@ -18,6 +18,7 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
+from millijoule.kernels.image_batch import ImageBatch, check_images
 from millijoule.kernels.native_library import native_library
 
 log = logging.getLogger(__name__)
@@ -80,13 +81,7 @@ def encode_webps_reference(
 
 
 def _check(images: Sequence[np.ndarray], exifs: Sequence[bytes]) -> None:
-    for image in images:
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(
-                f"expected uint8 [height, width, 3] with pixels, got {image.dtype} {list(image.shape)}"
-            )
-        if max(image.shape) > MAX_SIDE:
-            raise ValueError(f"{image.shape[1]}x{image.shape[0]}: at most {MAX_SIDE} pixels a side")
+    check_images(images, MAX_SIDE)
     if len(images) != len(exifs):
         raise ValueError(f"{len(images)} images, {len(exifs)} EXIF blocks: one for each")
 
@@ -119,16 +114,14 @@ def _encode_compiled(
 ) -> list[bytes] | None:
     """Files without metadata; None where libwebp does not take the call."""
     _declare(library)
-    held = [np.ascontiguousarray(image) for image in images]  # their addresses are in use until the end
-    addresses = np.array([image.__array_interface__["data"][0] for image in held], np.uintp)
-    sizes = np.array([image.shape[:2] for image in held], np.int64)  # [count, 2]
-    ends = np.empty(len(held) + 1, np.int64)
+    batch = ImageBatch(images)
+    ends = np.empty(len(batch) + 1, np.int64)
     out = ctypes.c_void_p()
     failed = library.millijoule_encode_webps(
         functions,
-        len(held),
-        addresses.ctypes.data,
-        sizes.ctypes.data,
+        len(batch),
+        batch.addresses.ctypes.data,
+        batch.sizes.ctypes.data,
         quality,
         method,
         ctypes.byref(out),
