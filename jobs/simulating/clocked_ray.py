@@ -89,41 +89,40 @@ def _metered(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class _ActorId(str):
+class ActorId(str):
     __slots__ = ()
 
     def hex(self) -> str:
         return str(self)
 
 
-class _Handle:
-    """As Ray's: `handle.method.remote(...)`."""
+class ActorHandle:
+    """As Ray's: `handle.method.remote(...)`; `ray.call` takes the calls."""
 
-    def __init__(self, ray: ClockedRay, actor: _Actor) -> None:
+    def __init__(self, ray: Any, actor_id: str) -> None:
         self._ray = ray
-        self._actor = actor
-        self._actor_id = _ActorId(actor.actor_id)
+        self._actor_id = ActorId(actor_id)
 
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
             raise AttributeError(method)
-        ray, actor = self._ray, self._actor
-        made = SimpleNamespace(remote=lambda *args: ray.call(actor, method, args))
+        ray, actor_id = self._ray, self._actor_id
+        made = SimpleNamespace(remote=lambda *args: ray.call(actor_id, method, args))
         setattr(self, method, made)
         return made
 
 
-class _ActorClass:
-    """As Ray's: `actor_class.options(...).remote(...)`."""
+class ActorClass:
+    """As Ray's: `actor_class.options(...).remote(...)`; `ray.create` makes the actors."""
 
-    def __init__(self, ray: ClockedRay, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, ray: Any, options: dict[str, Any] | None = None) -> None:
         self._ray = ray
         self._options = options or {}
 
-    def options(self, **options: Any) -> _ActorClass:
-        return _ActorClass(self._ray, options)
+    def options(self, **options: Any) -> ActorClass:
+        return ActorClass(self._ray, options)
 
-    def remote(self, *args: Any) -> _Handle:
+    def remote(self, *args: Any) -> ActorHandle:
         return self._ray.create(self._options, args)
 
 
@@ -158,7 +157,7 @@ class ClockedRay:
         self.time = SimpleNamespace(
             monotonic=lambda: self.now, time=lambda: EPOCH_S + self.now, sleep=self.advance
         )
-        self.actor_class = _ActorClass(self)
+        self.actor_class = ActorClass(self)
         self._actors: dict[str, _Actor] = {}
         self._unplaced: dict[str, _Actor] = {}
         self._answers: dict[int, tuple[bool, Any]] = {}
@@ -205,18 +204,19 @@ class ClockedRay:
     # -- Ray's own -----------------------------------------------------------------------------------------------
 
     @_metered
-    def create(self, options: dict[str, Any], args: tuple[Any, ...]) -> _Handle:
+    def create(self, options: dict[str, Any], args: tuple[Any, ...]) -> ActorHandle:
         actor = _Actor(f"{next(self._number):032x}", options, args)
         self._actors[actor.actor_id] = self._unplaced[actor.actor_id] = actor
         self._place(actor)
-        return _Handle(self, actor)
+        return ActorHandle(self, actor.actor_id)
 
     @_metered
-    def call(self, actor: _Actor, method: str, args: tuple[Any, ...]) -> int:
+    def call(self, actor_id: str, method: str, args: tuple[Any, ...]) -> int:
         ref = next(self._number)
         self.n_calls[method] += 1
-        if actor.is_dead:
-            self._answers[ref] = False, RayActorError(actor.actor_id, "it is dead")
+        actor = self._actors.get(actor_id)
+        if actor is None:
+            self._answers[ref] = False, RayActorError(actor_id, "it is dead")
         elif actor.instance is None:
             actor.calls.add(ref)
             actor.waiting.append((ref, method, args))
@@ -259,8 +259,9 @@ class ClockedRay:
         return answer
 
     @_metered
-    def kill(self, handle: _Handle) -> None:
-        self._end(handle._actor, "it was killed")
+    def kill(self, handle: ActorHandle) -> None:
+        if (actor := self._actors.get(handle._actor_id)) is not None:
+            self._end(actor, "it was killed")
 
     @_metered
     def nodes(self) -> list[dict[str, Any]]:
@@ -268,6 +269,15 @@ class ClockedRay:
             {"NodeID": n.node_id, "Alive": n.alive, "NodeManagerHostname": n.host, "Resources": n.resources}
             for n in self.supply.nodes  # type: ignore[attr-defined]
         ]
+
+    @property
+    def state(self) -> ClockedRay:
+        """`ray._private.state` has an object of this name."""
+        return self
+
+    def get_draining_nodes(self) -> dict[str, int]:
+        """As `ray._private.state.state`'s: simulated nodes go without notice."""
+        return {}
 
     def actors(self, actor_id: str) -> dict[str, Any]:
         """As `ray._private.state.actors`: of actors that have a node, and raises for others."""
@@ -329,8 +339,6 @@ class ClockedRay:
         self._fresh.append(ref)
 
     def _end(self, actor: _Actor, reason: str, *, preempted: bool = False) -> None:
-        if actor.is_dead:
-            return
         actor.is_dead = True
         del self._actors[actor.actor_id]
         self._unplaced.pop(actor.actor_id, None)
@@ -343,19 +351,39 @@ class ClockedRay:
             self.supply.released(actor.node)
 
 
+def install(put: Callable[[Any, str, Any], None], ray: Any, time: Any = None) -> None:
+    """Let the driver's modules use `ray`, and `time` if given: `put` is `setattr`, or a monkeypatch's."""
+    from millijoule.pipeline.running import (
+        accounts,
+        cluster,
+        crew,
+        node_recorders,
+        outcomes,
+        pool,
+        preemption,
+        run,
+    )
+
+    for module in (accounts, cluster, crew, node_recorders, outcomes, pool, preemption, run):
+        for name, stand_in in (("ray", ray), ("ray_state", ray), ("time", time)):
+            if hasattr(module, name) and stand_in is not None:
+                put(module, name, stand_in)
+    put(preemption, "in_background", lambda ask: ask())  # a stand-in answers at once
+
+
 @contextmanager
 def installed(ray: ClockedRay, record_writer: Any) -> Iterator[None]:
     """The driver's modules use `ray`, its clock, and `record_writer` in the place of `RecordWriter`, within the block."""
-    from millijoule.pipeline.running import accounts, cluster, crew, node_recorders, outcomes, pool, run
+    from millijoule.pipeline.running import run
 
-    put: list[tuple[Any, str, Any]] = [(run, "RecordWriter", record_writer)]
-    for module in (accounts, cluster, crew, node_recorders, outcomes, pool, run):
-        for name, stand_in in (("ray", ray), ("ray_state", ray), ("time", ray.time)):
-            if hasattr(module, name):
-                put.append((module, name, stand_in))
-    before = [(module, name, getattr(module, name)) for module, name, _ in put]
-    for module, name, stand_in in put:
+    before: list[tuple[Any, str, Any]] = []
+
+    def put(module: Any, name: str, stand_in: Any) -> None:
+        before.append((module, name, getattr(module, name)))
         setattr(module, name, stand_in)
+
+    put(run, "RecordWriter", record_writer)
+    install(put, ray, ray.time)
     try:
         yield
     finally:

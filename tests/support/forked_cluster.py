@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
-from support.ray_stand_in import GROUPS, ActorClass, ActorHandle, shunned_nodes, task_error
+from support.ray_stand_in import GROUPS, shunned_nodes, task_error
+
+from millijoule.jobs.simulating.clocked_ray import ActorClass, ActorHandle
 
 #: A worker's process has ended, and its driver knows; an actor has a place, and a process: not at the same moment.
 NOTICE_MOST_S = 0.05

@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -32,7 +32,6 @@ from support import boards, spending_model
 from support.counter_judge import judge
 from support.fault_plans import KNOWN, DriverPlan, Plan, make_plan
 from support.forked_cluster import ActorContext, Cluster, Driver, ForkedRay, Node
-from support.ray_stand_in import install
 
 from millijoule.jobs.generate import signals_heeded
 from millijoule.jobs.machine import describe_machine
@@ -41,6 +40,7 @@ from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.set_up.job import open_or_plan
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.request import request_of
+from millijoule.jobs.simulating.clocked_ray import install
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job
 from millijoule.pipeline.output.job import read_job
@@ -363,10 +363,7 @@ def run_all(names: Sequence[str], folder: Path, at_once: int) -> Iterator[dict[s
             name = todo.pop(0)
             own = folder / name.replace(" ", "-")
             own.mkdir(parents=True)
-            pid = os.fork()
-            if pid == 0:
-                _run_in_child(name, own)
-            running[pid] = name, own
+            running[fork_run(own, own, partial(run_one, name, own))] = name, own
         pid, _ = os.waitpid(-1, 0)
         name, own = running.pop(pid)
         try:
@@ -379,15 +376,19 @@ def run_all(names: Sequence[str], folder: Path, at_once: int) -> Iterator[dict[s
         yield result
 
 
-def _run_in_child(name: str, own: Path) -> None:
+def fork_run(own: Path, tmp: Path, run: Callable[[], dict[str, Any]]) -> int:
+    """Start `run` in a session of its own, the pid of which is returned; `own` gets its log and `result.json`, scratch goes to `tmp`."""
+    pid = os.fork()
+    if pid:
+        return pid
     code = 1
     try:
         os.setsid()
         log = os.open(own / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ["TMPDIR"] = tempfile.tempdir = str(own)
-        (own / "result.json").write_text(json.dumps(run_one(name, own)))
+        os.environ["TMPDIR"] = tempfile.tempdir = str(tmp)
+        (own / "result.json").write_text(json.dumps(run()))
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -1,7 +1,7 @@
 """Ray in one process and on a clock of its own: what a driver uses of Ray, for tests of every transition in milliseconds.
 
-`RayStandIn` stands for the `ray` module wherever `install` puts it, and its `time` for the `time` module: time passes only
-where the driver waits. Actors are plain objects made where their node is known; what a method returns is its answer, which
+`RayStandIn` stands for the `ray` module wherever `install` (of `jobs.simulating.clocked_ray`, its simpler sister for fleets) puts
+it, and its `time` for the `time` module: time passes only where the driver waits. Actors are plain objects made where their node is known; what a method returns is its answer, which
 may be `After` some seconds, or never, or the actor `Dies` of the call. As in Ray, calls of one concurrency group are begun in
 order, as many at once as it has threads, calls to an actor without a node wait, calls to a dead one fail with `RayActorError`. No process, no thread.
 """
@@ -17,36 +17,14 @@ from typing import Any
 
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
-from millijoule.pipeline.running import (
-    accounts,
-    cluster,
-    crew,
-    node_recorders,
-    outcomes,
-    pool,
-    preemption,
-    run,
-)
+from millijoule.jobs.simulating.clocked_ray import EPOCH_S, ActorClass, ActorHandle, After
 from millijoule.workers.lease import MAX_LEASES
 
 #: Concurrency groups of a worker, and the threads of each: as `workers.actor` asks Ray for them.
 GROUPS = {"work": MAX_LEASES, "status": 1}
 
-MODULES = (accounts, cluster, crew, node_recorders, outcomes, pool, preemption, run)
-
 #: A driver that waits longer, seconds of the clock, hangs.
 PATIENCE_S = 3_000.0
-
-#: Unix seconds at which the clock starts.
-EPOCH_S = 1_700_000_000.0
-
-
-@dataclass(frozen=True)
-class After:
-    """An answer that takes `seconds`; an exception is raised in the actor."""
-
-    seconds: float
-    answer: Any = None
 
 
 @dataclass(frozen=True)
@@ -76,40 +54,6 @@ class Deferred:
         self._take = take
         if self._answer is not None:
             take(self._answer)
-
-
-class _ActorId(str):
-    __slots__ = ()
-
-    def hex(self) -> str:
-        return str(self)
-
-
-class ActorHandle:
-    """As Ray's: `handle.method.remote(...)`; `ray.call` takes the calls."""
-
-    def __init__(self, ray: Any, actor_id: str) -> None:
-        self._ray = ray
-        self._actor_id = _ActorId(actor_id)
-
-    def __getattr__(self, method: str) -> Any:
-        if method.startswith("_"):
-            raise AttributeError(method)
-        return SimpleNamespace(remote=lambda *args: self._ray.call(self._actor_id, method, args))
-
-
-class ActorClass:
-    """As Ray's: `actor_class.options(...).remote(...)`; `ray.create` makes the actors."""
-
-    def __init__(self, ray: Any, options: dict[str, Any] | None = None) -> None:
-        self._ray = ray
-        self._options = options or {}
-
-    def options(self, **options: Any) -> ActorClass:
-        return ActorClass(self._ray, options)
-
-    def remote(self, *args: Any) -> ActorHandle:
-        return self._ray.create(self._options, args)
 
 
 def shunned_nodes(options: dict[str, Any]) -> list[str]:
@@ -409,12 +353,3 @@ class RayStandIn:
         for call_id in actor.calls:
             self._answers[call_id] = False, actor.death
         self._place()
-
-
-def install(put: Callable[[Any, str, Any], None], ray: Any, time: Any = None) -> None:
-    """Let the driver's modules use `ray`, and `time` if given: `put` is `setattr`, or a monkeypatch's."""
-    for module in MODULES:
-        for name, stand_in in (("ray", ray), ("ray_state", ray), ("time", time)):
-            if hasattr(module, name) and stand_in is not None:
-                put(module, name, stand_in)
-    put(preemption, "in_background", lambda ask: ask())

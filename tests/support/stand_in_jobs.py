@@ -6,34 +6,30 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
-from support.ray_stand_in import RayStandIn, StandInNode, install
+from support.ray_stand_in import RayStandIn, StandInNode
 
 from millijoule.jobs.set_up import calibration, ray_cluster
+from millijoule.jobs.simulating.clocked_ray import install
+from millijoule.jobs.simulating.memory_store import PromptWriter
 from millijoule.pipeline.running import run
 from millijoule.workers import actor
 from millijoule.workers.actor import ShardWorker
 
 
-class WriterAtOnce:
-    """A `RecordWriter` without a thread: works are done when they come, and taken by `settle` as ever.
-
-    While `storage_is_away` they are kept, until `come_back`.
-    """
-
-    has_room = True
-    waits_for_storage = False
+class WriterAtOnce(PromptWriter):
+    """A `RecordWriter` without a thread, whose works wait while `storage_is_away`, until `come_back`."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.storage_is_away = False
-        self._works: deque[tuple[Any, Any]] = deque()
-        self._results: deque[tuple[Any, Any]] = deque()
+        self._works: deque[tuple[str, Any, Any]] = deque()
 
     @property
     def idle(self) -> bool:
-        return not self._works and not self._results
+        return not self._works and super().idle
 
     def submit(self, what: str, do: Any, then: Any = lambda result: None) -> None:
-        self._works.append((do, then))
+        self._works.append((what, do, then))
         if not self.storage_is_away:
             self.come_back()
 
@@ -41,16 +37,7 @@ class WriterAtOnce:
         """Storage answers, also what was asked before."""
         self.storage_is_away = False
         while self._works:
-            do, then = self._works.popleft()
-            self._results.append((then, do()))
-
-    def settle(self) -> None:
-        while self._results:
-            then, value = self._results.popleft()
-            then(value)
-
-    def close(self, timeout_s: float | None = None) -> None:
-        self.settle()
+            super().submit(*self._works.popleft())
 
 
 def start_cluster(monkeypatch: Any, worker: type[ShardWorker] = ShardWorker) -> RayStandIn:

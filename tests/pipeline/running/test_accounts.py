@@ -1,9 +1,10 @@
 """Accounts that workers leave open, and the readers that close them; Ray, its clock and storage's thread are stood in for."""
 
 import pytest
-from support.ray_stand_in import After, Dies, RayStandIn, install
+from support.ray_stand_in import Dies, RayStandIn
 from support.stand_in_jobs import WriterAtOnce
 
+from millijoule.jobs.simulating.clocked_ray import After, install
 from millijoule.pipeline.running.accounts import CUT_OFF_TIMEOUT_S, Accounts
 from millijoule.workers.layout import closing_key, worker_key
 from millijoule.workers.lease import AccountRead

@@ -9,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import ray as real_ray
-from support.ray_stand_in import NEVER, After, Deferred, Dies, RayStandIn, install
+from support.ray_stand_in import NEVER, Deferred, Dies, RayStandIn
 
+from millijoule.jobs.simulating.clocked_ray import After, install
 from millijoule.pipeline.running.coordinator import POISON_REASON, Coordinator
 from millijoule.pipeline.running.crew import STOP_TIMEOUT_S
 from millijoule.pipeline.running.demand import PoolOptions

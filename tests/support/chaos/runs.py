@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -260,22 +258,7 @@ def begin(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) -> int
     """Start `run_storm` in a session of its own, the pid of which is returned; `result_of` takes what it has left."""
     folder.mkdir(parents=True)
     (folder / "tmp").mkdir()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        os.setsid()
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
-        (folder / "result.json").write_text(json.dumps(run_storm(storm, folder, undisturbed)))
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+    return random_runs.fork_run(folder, folder / "tmp", lambda: run_storm(storm, folder, undisturbed))
 
 
 def result_of(storm: Storm, folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from s3_servers import MotoServer, S3Endpoint
+from support.cluster import QUICK
 from support.hosts.counters import HostCounters
 from support.hosts.network import Hosts
 from support.nodes import SITE, TESTS
@@ -64,13 +65,7 @@ class RayHosts(Hosts):
         self._redis: subprocess.Popen[bytes] | None = None
         waits = {} if away_s is None else {"RAY_gcs_rpc_server_reconnect_timeout_s": f"{away_s:g}"}
         self._env = {
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-            "RAY_health_check_initial_delay_ms": "0",
-            "RAY_health_check_period_ms": "500",
-            "RAY_health_check_timeout_ms": "1000",
-            "RAY_health_check_failure_threshold": "4",
+            **QUICK,
             # on a machine that is busy with something else
             "RAY_raylet_start_wait_time_s": "120",
             "RAY_agent_register_timeout_ms": "120000",
