@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def throughput(options: BenchOptions) -> dict[str, Any]:
 
         def bare(output: Path) -> float:
             parts = [start_alone(draw_part, i, n, str(prompts), str(output)) for i in range(n)]
-            return max(answer_of(part) for part in parts)
+            return first_to_last(parts)
 
         def job(output: Path) -> float:
             command = [sys.executable, "-m", "millijoule.jobs.generate", "--quiet", "--ray-address", address]
@@ -116,14 +117,22 @@ def write_prompts(path: Path, n: int) -> None:
             file.write(f"a {colour} {noun} on a {ground} background\n")
 
 
-def draw_part(part: int, parts: int, prompts_file: str, output: str, model_word: str = "default") -> float:
+def first_to_last(parts: Sequence[Any]) -> float:
+    """Seconds from the first draw of any process that runs `draw_part` to the last file of all, as a job's are counted."""
+    begun, ended = zip(*map(answer_of, parts), strict=True)
+    return max(ended) - min(begun)
+
+
+def draw_part(
+    part: int, parts: int, prompts_file: str, output: str, model_word: str = "default"
+) -> tuple[float, float]:
     """The bare loop: draw, encode and write every `parts`-th prompt from `part` on, one image each, on one thread.
 
     Args:
         model_word: as for `--model`.
 
     Returns:
-        Seconds from the first draw to the last file.
+        When the first draw began and the last file was written, in seconds on this host's monotonic clock.
     """
     import torch
 
@@ -161,4 +170,4 @@ def draw_part(part: int, parts: int, prompts_file: str, output: str, model_word:
             ]
             writer.add_many(rows, encoded)  # as a worker does it
         writer.finish()
-    return time.monotonic() - began
+    return began, time.monotonic()

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from millijoule.jobs.bench.pipeline import draw_part, write_prompts
+from millijoule.jobs.bench.pipeline import draw_part, first_to_last, write_prompts
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import (
     ResultOptions,
-    answer_of,
     describe,
     start_alone,
     write_result,
@@ -42,7 +41,7 @@ GOAL = "two workers at least 1.85 times as fast as one"
 class BenchOptions(ResultOptions):
     """Measure two workers against one, and two plain processes against one."""
 
-    images: int = 150_000
+    images: int = 400_000
     """Images per run of the light model, `default`."""
 
     heavy_images: int = 32
@@ -84,7 +83,7 @@ def scaling(model: str, images: int, pairs: int) -> dict[str, Any]:
 
         def bare(n: int, output: Path) -> float:
             parts = [start_alone(draw_part, i, n, str(prompts), str(output), model) for i in range(n)]
-            return max(answer_of(part) for part in parts)
+            return first_to_last(parts)
 
         def job(n: int, output: Path) -> float:
             command = [sys.executable, "-m", "millijoule.jobs.generate", "--quiet"]

@@ -21,8 +21,9 @@ from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.images.provenance import ModelProvenance
 from millijoule.workers.schemas import ImageRow
 
-#: Small images are encoded so many bytes of pixels at a time: handing one over costs as much as encoding 32x32 pixels.
-TASK_BYTES = 1 << 20
+#: Small images are encoded so many bytes of pixels at a time: handing one over costs as much as encoding 32x32 pixels, and threads that
+#: take turns often make each other's data leave the cache; a usual batch of small images is one task.
+TASK_BYTES = 1 << 22
 
 #: Every encoder can do this one.
 HEALTHY = np.zeros((16, 16, 3), np.uint8)
