@@ -6,7 +6,6 @@ workers had finished, as parts (`workers.attempts.parts`), which are found here 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -75,19 +74,22 @@ class OtherRuns:
         self._committed = committed
         self.later: LaterRun | None = None
         self._looks = False
-        self._next_look = time.monotonic() + LATER_PERIOD_S
+        self._next_look = 0.0
         self._parts_period_s = PARTS_PERIOD_FIRST_S
-        self._next_parts = time.monotonic() + PARTS_PERIOD_FIRST_S
+        self._next_parts: float | None = None  # before the first tick, and while an answer is out
+        self._now: float | None = None
 
-    def tick(self) -> None:
-        """Look, if it is time."""
+    def tick(self, now: float) -> None:
+        """Look, if it is time; `now` are monotonic seconds."""
         if self.later is not None:
             return
-        now = time.monotonic()
+        if self._now is None:
+            self._next_parts = now + self._parts_period_s
+        self._now = now
         if now >= self._next_look:
             self.look()
-        if self._in_parts is not None and now >= self._next_parts:
-            self._next_parts = float("inf")  # until the answer is there
+        if self._in_parts is not None and self._next_parts is not None and now >= self._next_parts:
+            self._next_parts = None
             committed = self._committed.copy()
             self._submit(
                 "looking for parts of earlier runs",
@@ -120,13 +122,13 @@ class OtherRuns:
 
     def _found(self, later: LaterRun | None) -> None:
         self._looks = False
-        self._next_look = time.monotonic() + LATER_PERIOD_S
+        self._next_look = (self._now or 0.0) + LATER_PERIOD_S
         if later is not None and self.later is None:
             self.later = later
             self._superseded(later)
 
     def _found_parts(self, shards: frozenset[int]) -> None:
         self._parts_period_s = min(PARTS_PERIOD_MOST_S, self._parts_period_s * PARTS_PERIOD_GROWTH)
-        self._next_parts = time.monotonic() + self._parts_period_s
+        self._next_parts = (self._now or 0.0) + self._parts_period_s
         if self._in_parts is not None and shards:
             self._in_parts(shards)

@@ -422,7 +422,7 @@ class JobRun:
             raise _StopNow
         self.writer.settle()
         self._accounts.tick()
-        self._other_runs.tick()
+        self._other_runs.tick(time.monotonic())
         self._node_recorders.tick(w.node for w in self.pool.workers.values() if w.node is not None)
         if time.monotonic() >= self._next_flush:
             self.flush()

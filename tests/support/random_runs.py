@@ -325,6 +325,8 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
             job_run.run()
         except JobError:
             return 1
+    if job_run.superseded is not None:
+        return 7
     if not job_run.complete:
         return 5
     stats = finish_job(store, planned.job, planned.shards)
