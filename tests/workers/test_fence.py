@@ -182,7 +182,7 @@ def _every_batch_is_a_part(monkeypatch):
     monkeypatch.setattr("millijoule.workers.attempts.parts.LEAST_REST_S", 0.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     moment=st.integers(0, 45),
     after=st.booleans(),
@@ -260,18 +260,38 @@ def table_of_part(store):
     return table(store, Part.from_json(store.get(item.key)).rows_path)
 
 
-def test_one_that_wakes_when_its_shard_is_redone_throws_its_own_away(tmp_path):
+class BeforeAsking:
+    """A store whose user's first question whether there is a later run comes after `act`."""
+
+    def __init__(self, store, act):
+        self.store, self.acts = store, [act]
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    def exists(self, key):
+        while key == epoch_key(2) and self.acts:
+            self.acts.pop()()
+        return self.store.exists(key)
+
+
+def test_one_that_asks_when_its_shard_is_redone_throws_its_own_away(tmp_path):
     store, job = plan(tmp_path, PROMPTS, shard_size=SHARD_SIZE)
-    process = start_zombie(store, open_epoch(store, exclusive=True), "before-asking")
-    other = Run(store, job, "other", 10.0)
-    while other.shard():
-        pass
-    woken = wake(process)
-    assert woken["outcome"] == "exists"
-    other.last_words()
+    zombie, runs = Run(store, job, "zombie", 10.0), []
+
+    def redo():
+        runs.append(Run(store, job, "other", 10.0))
+        while runs[0].shard():
+            pass
+
+    zombie.worker.finishing.store = BeforeAsking(store, redo)
+    zombie.shard()
+    assert zombie.outcomes == ["exists"]
     assert list(store.list(PARTS_PREFIX)) == []
     assert not [i.key for i in store.list("data/") if "-e0001-" in i.key]
-    assert_all_is_well(store, job, woken["spent_mj"], other.counter.spent_mj)
+    zombie.last_words()
+    runs[0].last_words()
+    assert_all_is_well(store, job, zombie.counter.spent_mj, runs[0].counter.spent_mj)
 
 
 def test_one_that_was_stopped_between_asking_and_creating_may_commit_and_the_later_run_takes_it_as_it_is(
