@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -80,7 +81,9 @@ class HostJob:
     def copy(self) -> Path:
         output = self.hosts.download(self.output, self.folder / "copy")
         assert_exactly_once(output, IMAGES)
-        named = {row["path"] for row in manifest(output)}
+        commits = [json.loads(path.read_bytes()) for path in output.glob("_job/commits/*/*.json")]
+        named = {file["path"] for commit in commits for file in commit["files"]}
+        assert {row["path"] for row in manifest(output)} <= named
         assert {str(p.relative_to(output)) for p in output.glob("data/*")} == named
         assert self.hosts.counters.problems(output) == []
         return output
