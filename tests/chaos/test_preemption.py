@@ -13,7 +13,7 @@ import pytest
 import ray
 from support.cluster import RayCluster
 from support.hosts.counters import HostCounters
-from support.jobs import TESTS, assert_exactly_once, start, write_prompts
+from support.jobs import TESTS, assert_exactly_once, start, wait_for_log
 from support.metadata_services import AwsService, AzureService, GcpService
 
 from millijoule.pipeline.running.cluster import DEATH_BY_PREEMPTION
@@ -21,7 +21,7 @@ from millijoule.workers.meters.meter import read_boot_id
 from millijoule.workers.notices.aws import ACTION_PATH
 from millijoule.workers.notices.gcp import PREEMPTED_PATH
 
-PROMPTS = 144
+PROMPTS, LEAVE = 96, 60
 WATTS = 40
 SITE = Path(__file__).parents[1] / "support/fake_powercap"
 
@@ -48,13 +48,15 @@ def counters(tmp_path):
 
 
 class Job:
-    """One shard of images of 0.05 s, of which a part is sealed every second, for one worker."""
+    """One shard of images of 0.05 s, of which a part is sealed every second, for one worker. It stands at the image `LEAVE` until
+    the driver knows that the node is taken away, however busy the machine is."""
 
     def __init__(self, folder, cluster):
         self.folder, self.out = folder, folder / "out"
-        prompts = write_prompts(folder / "prompts.txt", PROMPTS)
+        prompts = folder / "prompts.txt"
+        prompts.write_text("".join(f"{'leave' if i == LEAVE else 'prompt'} {i}\n" for i in range(PROMPTS)))
         what = ("--prompts", prompts, "--output", self.out, "--shard-size", PROMPTS)
-        more = ("--model", "python:support.models:slow", "--part-seconds", 1, "--workers", 1)
+        more = ("--model", "python:support.models:waits_for_leave", "--part-seconds", 1, "--workers", 1)
         seen = {"PYTHONPATH": f"{SITE}:{TESTS}", "MILLIJOULE_TEST_POWERCAP": str(folder / "powercap")}
         self.driver = start(folder, *what, *more, ray=cluster.address, **seen)
         wait_for(lambda: list(self.out.glob("_job/parts/*/*/*.json")), self.driver)
@@ -62,10 +64,11 @@ class Job:
     def finish(self, cluster, counters):
         """The job ends on another node; its first worker said its last words, what that had sealed was not drawn again, and no
         joule that is certified was not run."""
+        wait_for_log(self.folder, "worker w0001-0001 leaves: its node", 120.0)
+        (self.folder / "leave").touch()
         other = cluster.add_node(2)
         assert self.driver.wait(120) == 0, (self.folder / "driver.log").read_text()
         log = (self.folder / "driver.log").read_text()
-        assert "worker w0001-0001 leaves: its node" in log
         assert "is taken away" in log
         assert "is gone" not in log
         (commit,) = [json.loads(path.read_text()) for path in self.out.glob("_job/commits/*/*.json")]

@@ -121,7 +121,9 @@ class RayStandIn:
         self.time = SimpleNamespace(
             monotonic=lambda: self.now, time=lambda: EPOCH_S + self.now, sleep=self.advance
         )
-        self.hears_late = False  # actors are put on draining nodes, too: their schedulers have not heard of it
+        self.hears_late = (
+            False  # actors are put on draining nodes, too: their schedulers have not heard of it
+        )
         self.actor_class = ActorClass(self)
         self.asked_for: list[str] = []  # names of all actors there ever were
         self._nodes: list[StandInNode] = []

@@ -420,3 +420,39 @@ def test_who_comes_after_one_whose_word_was_void_takes_nothing_of_it_and_who_com
     assert len(drawn) == 1, "the row that failed"
     (commit,) = read_commits(store, 1)
     assert {row["prompt_id"]: row["sha256"] for row in table(store, commit.rows_path)} == reference("parquet")
+
+
+def test_a_second_lease_for_a_straggler_takes_over_what_that_has_sealed(tmp_path):
+    """And the straggler, which ends second, leaves the files alone that the commit has of it."""
+    store, job = plan(tmp_path, PROMPTS, shard_size=6)
+    epoch, drawn_by = open_epoch(store, exclusive=True), {"slow": [], "quick": []}
+    leases = coordinator(store, job, epoch)
+    workers = {}
+    for name, drawn in drawn_by.items():
+        workers[name] = runner(store, job, epoch, Spending(Counter(), drawn), name, part_s=EVERY_BATCH_S)
+        workers[name].drawing.fitted.batches = in_pairs
+    straggling, other = leases.next_lease("slow", 0.0), leases.next_lease("quick", 0.0)
+    assert workers["quick"].run(other).outcome == "committed"
+    leases.complete(other.attempt_id, other.shard.shard_id, 1.0)
+    drawn_by["quick"].clear()
+    usual = workers["slow"].drawing.generator.draw
+
+    def draw(request):
+        if request.prompt == "p4":
+            while len(list(store.list(PARTS_PREFIX))) < 2:
+                time.sleep(0.01)
+            second = leases.next_lease("quick", 100.0)
+            assert (second.shard.shard_id, second.resumes) == (straggling.shard.shard_id, True)
+            assert workers["quick"].run(second).outcome == "committed"
+        return usual(request)
+
+    workers["slow"].drawing.generator.draw = draw
+    assert workers["slow"].run(straggling).outcome == "exists"
+    assert len(drawn_by["quick"]) == 2, "p4 and p5; the four before are the straggler's"
+    (commit,) = [c for c in read_commits(store, 2) if c.shard_id == straggling.shard.shard_id]
+    assert {row["prompt_id"]: row["sha256"] for row in table(store, commit.rows_path)}.items() <= reference(
+        "parquet"
+    ).items()
+    assert [hashlib.sha256(store.get(file.path)).hexdigest() for file in commit.files] == [
+        f.sha256 for f in commit.files
+    ]
