@@ -30,7 +30,7 @@ SITE = Path(__file__).parents[1] / "support/fake_powercap"
 def cluster():
     """Its schedulers hear of a node that drains after a minute instead of a tenth of a second: until then they put actors there."""
     env = {
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "20",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "40",
         "RAY_raylet_report_resources_period_milliseconds": "60000",
     }
     with RayCluster(head_cpus=0, env=env) as cluster:
