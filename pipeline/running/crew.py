@@ -102,11 +102,12 @@ class Crew:
         options: PoolOptions,
         pool: str = "",
         config: WorkerConfig | None = None,
+        ending: Set[str] = frozenset(),
     ) -> None:
-        """Ask for one more worker of a pool, on any node that suits it but those `shunned`."""
+        """Ask for one more worker of a pool, on any node that suits it but those `shunned` and those that are `ending`."""
         self._spawned += 1
         worker_id = f"w{self.config.driver_epoch:04d}-{self._spawned:04d}"
-        options = options.elsewhere(NODE_ID_LABEL, sorted(shunned))
+        options = options.elsewhere(NODE_ID_LABEL, sorted(shunned | ending))
         actor = self.actor_class.options(name=None, **options.actor_options()).remote(
             worker_id, config or self.config
         )

@@ -192,7 +192,8 @@ class WorkerPool:
             if self.fleet is not None and not self.fleet.may_start(name):
                 more = 0
             for _ in range(more):
-                self._crew.spawn(now, shunned, demand.options, name, self._configs.get(name))
+                config, ending = self._configs.get(name), self._outcomes.draining.now
+                self._crew.spawn(now, shunned, demand.options, name, config, ending)
             if more > 0:
                 own = [w for w in self.workers.values() if w.pool == name and not w.leaving]
         surplus = demand.withdrawable(own, now, draining=draining)

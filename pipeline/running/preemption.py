@@ -35,7 +35,10 @@ class DrainingNodes:
         self._ends: dict[str, float] = {}
         self._next_look = 0.0
         self._asking = False
-        self._answer: dict[str, int] = {}
+        self._answer: dict[str, int] | None = None
+        #: Nodes that were draining when Ray last answered. Its schedulers hear of that later than who asks its head, and put
+        #: actors there meanwhile, which end with the node.
+        self.now: frozenset[str] = frozenset()
 
     def look(self, now: float) -> None:
         """Take what Ray answered, and ask it again, if it is time."""
@@ -43,7 +46,10 @@ class DrainingNodes:
             self._next_look = now + LOOK_PERIOD_S
             self._asking = True
             in_background(self._ask)
-        answer, self._answer = self._answer, {}
+        answer, self._answer = self._answer, None
+        if answer is None:
+            return
+        self.now = frozenset(answer)
         for node_id, deadline_ms in answer.items():
             self._ends[node_id] = now + deadline_ms / 1000 - time.time() if deadline_ms else float("inf")
 

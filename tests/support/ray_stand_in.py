@@ -121,6 +121,9 @@ class RayStandIn:
         self.time = SimpleNamespace(
             monotonic=lambda: self.now, time=lambda: EPOCH_S + self.now, sleep=self.advance
         )
+        self.hears_late = (
+            False  # actors are put on draining nodes, too: their schedulers have not heard of it
+        )
         self.actor_class = ActorClass(self)
         self.asked_for: list[str] = []  # names of all actors there ever were
         self._nodes: list[StandInNode] = []
@@ -288,7 +291,7 @@ class RayStandIn:
                 if (
                     pinned
                     and node.alive
-                    and node.drained is None
+                    and (node.drained is None or self.hears_late)
                     and node.node_id not in shunned
                     and node.has_room(actor.asked)
                 ):

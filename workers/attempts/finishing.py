@@ -120,28 +120,32 @@ class Finishing:
         return self._commit(attempt, written, whole, pieces)
 
     def _write(self, attempt: Attempt, requests: Requests, handover: Handover, pieces: Pieces) -> Written:
-        suspects: list[Suspect] = []
+        accused: list[DrawnImage] = []
         healthy: tuple[int, int] | None = None
         with closing(handover.parts()) as parts:
             for part in parts:
                 if isinstance(part, DeviceTime):
-                    if not suspects:  # a part has no row of which only this worker says that it fails
-                        pieces.seal(part, attempt.step, attempt.check)
+                    pieces.seal(part, attempt.step, attempt.check)
                     continue
                 outcomes = part.outcome.result()
                 attempt.check()
-                _add(pieces, part.drawn, outcomes)
-                for drawn, outcome in zip(part.drawn, outcomes, strict=True):
-                    if healthy is None and isinstance(outcome, bytes):
-                        healthy = drawn.at
-                    if drawn.is_suspect:
-                        suspects.append(Suspect(*drawn.at, drawn.row.error or ""))
+                # a part has no row of which only this worker says that it fails: those come last
+                sure = [
+                    (one, made) for one, made in zip(part.drawn, outcomes, strict=True) if not one.is_suspect
+                ]
+                accused += [one for one in part.drawn if one.is_suspect]
+                _add(pieces, [one for one, _ in sure], [made for _, made in sure])
+                if healthy is None:
+                    healthy = next((one.at for one, made in sure if isinstance(made, bytes)), None)
                 attempt.step()
+        for one in accused:
+            pieces.add(one.at, one.row, None)
         reasons = dict(attempt.lease.quarantine)
         for at, request in requests.items():
             if at[0] in reasons and not pieces.has(at):
                 pieces.add(at, ImageRow(request, "quarantined", error=reasons[at[0]]), None)
-        return Written(pieces.finish(), tuple(suspects), healthy)
+        suspects = tuple(Suspect(*one.at, one.row.error or "") for one in accused)
+        return Written(pieces.finish(), suspects, healthy)
 
     def _commit(
         self, attempt: Attempt, written: Written, device: DeviceTime, pieces: Pieces

@@ -27,8 +27,8 @@ from millijoule.workers.lease import Lease, WorkerConfig
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, DataFile, ImageRow, Record, Segment
 from millijoule.workers.storage.protocol import Store
 
-#: A part that would be followed by less work than this is not sealed by itself: the commit comes as soon.
-LEAST_REST_S = 2.0
+#: A part that would be followed by less work than this, or than so much of a part, is not sealed by itself: the commit comes as soon.
+LEAST_REST_S, LEAST_REST_PART = 2.0, 0.2
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ class PartClock:
         self._left -= n_images
         seconds = self._clock() - self._began
         rest_s = seconds * self._left / self._drawn if self._drawn else 0.0
-        if not self._part_s or seconds < self._part_s or rest_s < LEAST_REST_S:
+        least_rest_s = min(LEAST_REST_S, LEAST_REST_PART * self._part_s)
+        if not self._part_s or seconds < self._part_s or rest_s < least_rest_s:
             return False
         self._began, self._drawn = self._clock(), 0
         return True

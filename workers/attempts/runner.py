@@ -136,12 +136,15 @@ class AttemptRunner:
         began_wall_ns = now_wall_ns()
         with self.drawing.at_work_for(attempt, "shard"):
             due, left = PartClock(self.config.part_s, len(requests)), len(requests)
+            is_worth_it = False  # rows of which only this worker says that they fail are in no part
             for batch in self.drawing.batches_of(attempt, requests):
                 handover.put(batch)
                 left -= len(batch)
+                is_worth_it = is_worth_it or not all(drawn.is_suspect for drawn in batch)
                 ends = attempt.leaves and left > 0  # what is drawn to its end is committed
-                if due.drew(len(batch)) or ends:
+                if (due.drew(len(batch)) or ends) and is_worth_it:
                     handover.seal(self.drawing.stretch(attempt, began_wall_ns))
+                    is_worth_it = False
                 if ends:
                     raise AttemptCancelled
         return self.drawing.device_time(began_wall_ns)

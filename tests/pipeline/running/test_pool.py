@@ -99,6 +99,19 @@ def test_a_worker_on_a_draining_node_ends_what_it_draws_gets_nothing_more_and_sa
     assert w.pool.nodes.faulty == []
 
 
+def test_who_takes_the_place_of_a_leaving_worker_is_not_put_on_the_node_that_ends(world):
+    """Ray's schedulers hear of a drain later than its head says so, and an actor that is put there ends with the node."""
+    w = world(shards=40)
+    w.ray.hears_late = True
+    w.ray.at(4.5, lambda: w.ray.drain_node(w.nodes[0], 8.0))
+    w.ray.at(20.0, lambda: w.ray.add_node("host-3", CPU=1.0))
+    w.run()
+    assert "w0001-0001" in w.words
+    assert w.left == w.lost == []
+    assert [w.actors[name].node.host for name in ("w0001-0002", "w0001-0003")] == ["host-2", "host-3"]
+    assert w.pool.deaths.preempted == 0
+
+
 def test_what_a_worker_cannot_end_before_its_node_does_is_called_off_in_time_for_its_last_words(world):
     class Long(Script):
         def shard(self, worker, lease):

@@ -27,3 +27,17 @@ def test_nobody_waits_for_a_head_that_is_away_and_it_is_asked_once(monkeypatch):
         nodes.look(100.0)
     assert 100 < nodes.ends("n1") <= 131
     assert nodes.ends("n2") == float("inf")
+
+
+def test_who_is_ending_now_is_what_ray_last_answered_and_what_it_forgot_still_ended_so(monkeypatch):
+    answers = [{"n1": 0}, {"n1": 0, "n2": 0}, {"n2": 0}, {}]
+    monkeypatch.setattr(preemption, "draining_nodes", lambda: answers.pop(0))
+    monkeypatch.setattr(preemption, "in_background", lambda ask: ask())
+    nodes, seen = DrainingNodes(), []
+    for turn in range(4):
+        nodes.look(100.0 + turn * LOOK_PERIOD_S)
+        seen.append(set(nodes.now))
+        nodes.look(100.0 + turn * LOOK_PERIOD_S)  # nothing new was answered
+        assert set(nodes.now) == seen[-1]
+    assert seen == [{"n1"}, {"n1", "n2"}, {"n2"}, set()]
+    assert nodes.ends("n1") == nodes.ends("n2") == float("inf")

@@ -27,6 +27,7 @@ from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempts.parts import Part, PartClock, as_ranges
 from millijoule.workers.errors import StoreError
 from millijoule.workers.layout import PARTS_PREFIX
+from millijoule.workers.schemas import Commit
 
 PROMPTS = [f"p{i}" for i in range(12)]
 EVERY_BATCH_S = 1e-9
@@ -240,6 +241,11 @@ def test_a_part_of_which_its_worker_does_not_know_that_it_stands_costs_what_it_c
     assert energy["total_mj"] == counter.spent_mj
 
 
+def rows_of(store, result):
+    """The rows of a commit that does not stand yet."""
+    return table(store, Commit.from_json(result.commit_json).rows_path)
+
+
 def leaving_at(store, job, prompt):
     """What comes of a lease whose worker is told to leave while it draws `prompt`, and its runner."""
     epoch, counter = open_epoch(store, exclusive=True), Counter()
@@ -322,3 +328,100 @@ def test_a_short_shard_has_one_part_and_a_long_one_is_cut_by_time():
     short = PartClock(10.0, 20, lambda: now[0])
     assert [short.drew(10) for _ in range(2)] == [False, False]
     assert as_ranges([5, 0, 1, 2, 6]) == ((0, 3), (5, 7))
+
+
+class FailsOn(Spending):
+    """Raises on some prompts, in whatever company."""
+
+    def __init__(self, counter, drawn, prompts):
+        super().__init__(counter, drawn)
+        self.prompts = prompts
+
+    def generate(self, requests):
+        if any(r.prompt in self.prompts for r in requests):
+            raise ValueError("cannot be drawn here")
+        return super().generate(requests)
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "webdataset", "files"])
+def test_parts_are_sealed_after_a_row_that_fails_and_it_is_in_none(tmp_path, output_format):
+    store, job = plan(tmp_path, PROMPTS, shard_size=12, output_format=output_format)
+    epoch, counter, fail = (
+        open_epoch(store, exclusive=True),
+        Counter(),
+        {"p3", "p6", "p7"},
+    )  # p6 and p7: a whole batch
+    accuser = runner(store, job, epoch, FailsOn(counter, [], fail), "w1", counter, part_s=EVERY_BATCH_S)
+    accuser.drawing.fitted.batches = in_pairs
+    shards = coordinator(store, job, epoch)
+    result = accuser.run(shards.next_lease("w1", 0.0))
+    assert result.outcome == "suspect"
+    assert {PROMPTS[suspect.row] for suspect in result.suspects} == fail
+    ids = {row["prompt_id"]: row["prompt"] for row in rows_of(store, result)}
+    assert {ids[i] for i in sealed_images(store)} == set(PROMPTS) - fail
+    assert [row["prompt"] for row in rows_of(store, result) if row["status"] == "quarantined"] == sorted(fail)
+    assert [row["prompt"] for row in rows_of(store, result)] == PROMPTS
+    commit = Commit.from_json(result.commit_json)
+    assert sum(
+        s.close.energy_mj["cpu:package-0"] - s.open.energy_mj["cpu:package-0"] for s in commit.segments
+    ) == (counter.spent_mj)
+
+
+def test_who_comes_after_one_whose_word_was_void_takes_nothing_of_it_and_who_comes_after_one_that_died_all(
+    tmp_path,
+):
+    store, job = plan(tmp_path, PROMPTS, shard_size=12)
+    epoch, counter = open_epoch(store, exclusive=True), Counter()
+    accuser = runner(store, job, epoch, FailsOn(counter, [], {"p3"}), "w1", counter, part_s=EVERY_BATCH_S)
+    accuser.drawing.fitted.batches = in_pairs
+    lease = coordinator(store, job, epoch).next_lease("w1", 0.0)
+    assert accuser.run(lease).outcome == "suspect"
+    drawn = []
+    distrustful = replace(lease, attempt_id="e0001-b", worker_id="w2", resumes=True, distrusted=("w1",))
+    other = runner(Dying(store, 1, False), job, epoch, Spending(counter, drawn), "w2", counter, part_s=0.0)
+    with pytest.raises(Crash):
+        other.run(distrustful)
+    assert len(drawn) == len(PROMPTS)
+    drawn.clear()
+    trusting = replace(lease, attempt_id="e0001-c", worker_id="w3", resumes=True)
+    third = runner(store, job, epoch, Spending(counter, drawn), "w3", counter, part_s=0.0)
+    assert third.run(trusting).outcome == "committed"
+    assert len(drawn) == 1, "the row that failed"
+    (commit,) = read_commits(store, 1)
+    assert {row["prompt_id"]: row["sha256"] for row in table(store, commit.rows_path)} == reference("parquet")
+
+
+def test_a_second_lease_for_a_straggler_takes_over_what_that_has_sealed(tmp_path):
+    """And the straggler, which ends second, leaves the files alone that the commit has of it."""
+    store, job = plan(tmp_path, PROMPTS, shard_size=6)
+    epoch, drawn_by = open_epoch(store, exclusive=True), {"slow": [], "quick": []}
+    leases = coordinator(store, job, epoch)
+    workers = {}
+    for name, drawn in drawn_by.items():
+        workers[name] = runner(store, job, epoch, Spending(Counter(), drawn), name, part_s=EVERY_BATCH_S)
+        workers[name].drawing.fitted.batches = in_pairs
+    straggling, other = leases.next_lease("slow", 0.0), leases.next_lease("quick", 0.0)
+    assert workers["quick"].run(other).outcome == "committed"
+    leases.complete(other.attempt_id, other.shard.shard_id, 1.0)
+    drawn_by["quick"].clear()
+    usual = workers["slow"].drawing.generator.draw
+
+    def draw(request):
+        if request.prompt == "p4":
+            while len(list(store.list(PARTS_PREFIX))) < 2:
+                time.sleep(0.01)
+            second = leases.next_lease("quick", 100.0)
+            assert (second.shard.shard_id, second.resumes) == (straggling.shard.shard_id, True)
+            assert workers["quick"].run(second).outcome == "committed"
+        return usual(request)
+
+    workers["slow"].drawing.generator.draw = draw
+    assert workers["slow"].run(straggling).outcome == "exists"
+    assert len(drawn_by["quick"]) == 2, "p4 and p5; the four before are the straggler's"
+    (commit,) = [c for c in read_commits(store, 2) if c.shard_id == straggling.shard.shard_id]
+    assert {row["prompt_id"]: row["sha256"] for row in table(store, commit.rows_path)}.items() <= reference(
+        "parquet"
+    ).items()
+    assert [hashlib.sha256(store.get(file.path)).hexdigest() for file in commit.files] == [
+        f.sha256 for f in commit.files
+    ]
