@@ -1,6 +1,7 @@
 # CPU workers, heads and submitters. From the repository's root:
 #   docker build -f infra/images/cpu.Dockerfile --build-arg TORCH_INDEX=<PyTorch's index of CPU wheels> -t REGISTRY/millijoule:0.1.0-cpu .
-# BASE may be a digest of the same image, which is what to pin in a registry of your own.
+# The base is pinned by its tag; `--build-arg BASE=python:3.11.14-slim-bookworm@sha256:...` pins its bytes, too: take the digest that
+# your registry has of it.
 ARG BASE=python:3.11.14-slim-bookworm
 
 FROM ${BASE} AS build
@@ -20,10 +21,20 @@ RUN /opt/millijoule/bin/pip install -c /constraints.txt "/source[diffusers,repor
 WORKDIR /
 RUN /opt/millijoule/bin/python -c "from millijoule.kernels.native_library import forms_here; assert forms_here(), 'the C++ kernels were not built'"
 
+# what the last stage has, listed by its own Python and dpkg
+FROM ${BASE} AS inventory
+COPY --from=build /opt/millijoule /opt/millijoule
+COPY infra/images/sbom.py /sbom.py
+RUN python /sbom.py --python /opt/millijoule --python /usr/local --dpkg-status /var/lib/dpkg/status \
+    --name millijoule-cpu /millijoule.cdx.json
+
 FROM ${BASE}
+ARG BASE
+LABEL org.opencontainers.image.base.name=${BASE} org.opencontainers.image.licenses=Apache-2.0
 RUN groupadd --gid 1000 millijoule \
  && useradd --uid 1000 --gid 1000 --create-home --home-dir /scratch --shell /usr/sbin/nologin millijoule
 COPY --from=build /opt/millijoule /opt/millijoule
+COPY --from=inventory /millijoule.cdx.json /usr/share/doc/millijoule/millijoule.cdx.json
 COPY --chmod=0755 infra/images/millijoule-job /usr/local/bin/millijoule-job
 ENV PATH=/opt/millijoule/bin:$PATH PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
 USER 1000:1000

@@ -1,7 +1,8 @@
 # Workers with NVIDIA GPUs. From the repository's root:
 #   docker build -f infra/images/cuda.Dockerfile -t REGISTRY/millijoule:0.1.0-cuda .
 # PyTorch's wheels bring CUDA's libraries; the driver's come from the host (NVIDIA's container runtime, GKE's device plugin).
-# BASE may be a digest of the same image, which is what to pin in a registry of your own.
+# The base is pinned by its tag; `--build-arg BASE=python:3.11.14-slim-bookworm@sha256:...` pins its bytes, too: take the digest that
+# your registry has of it.
 ARG BASE=python:3.11.14-slim-bookworm
 
 FROM ${BASE} AS build
@@ -23,10 +24,20 @@ WORKDIR /
 RUN /opt/millijoule/bin/python -c "from millijoule.kernels.native_library import forms_here; assert forms_here(), 'the C++ kernels were not built'" \
  && /opt/millijoule/bin/python /source/infra/images/triton_binding.py build /opt/millijoule/triton
 
+# what the last stage has, listed by its own Python and dpkg
+FROM ${BASE} AS inventory
+COPY --from=build /opt/millijoule /opt/millijoule
+COPY infra/images/sbom.py /sbom.py
+RUN python /sbom.py --python /opt/millijoule --python /usr/local --dpkg-status /var/lib/dpkg/status \
+    --name millijoule-cuda /millijoule.cdx.json
+
 FROM ${BASE}
+ARG BASE
+LABEL org.opencontainers.image.base.name=${BASE} org.opencontainers.image.licenses=Apache-2.0
 RUN groupadd --gid 1000 millijoule \
  && useradd --uid 1000 --gid 1000 --create-home --home-dir /scratch --shell /usr/sbin/nologin millijoule
 COPY --from=build /opt/millijoule /opt/millijoule
+COPY --from=inventory /millijoule.cdx.json /usr/share/doc/millijoule/millijoule.cdx.json
 COPY --chmod=0755 infra/images/millijoule-job /usr/local/bin/millijoule-job
 COPY --chmod=0755 infra/images/triton_binding.py /usr/local/bin/triton-binding
 # CC: what Triton calls for the one C file it has; LD_LIBRARY_PATH: where GKE puts the driver's libraries

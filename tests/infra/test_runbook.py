@@ -8,7 +8,8 @@ import subprocess
 
 import pytest
 import yaml
-from support.manifests.documents import OVERLAYS, ROOT
+from support.manifests.documents import OVERLAYS, ROOT, distinct_fields, spoilt
+from support.tools import missing, needs
 
 from millijoule.pipeline.running.live_metrics import COUNTERS, GAUGES
 
@@ -16,7 +17,7 @@ FOLDER = ROOT / "infra/prometheus"
 RULES = yaml.safe_load((FOLDER / "rules.yml").read_text())
 ALERTS = [rule for group in RULES["groups"] for rule in group["rules"] if "alert" in rule]
 RUNBOOK = (ROOT / "infra/README.md").read_text()
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+needs_promtool = needs(missing("promtool"))
 
 
 def promtool(*arguments: object) -> int:
@@ -74,9 +75,20 @@ def test_the_scrape_configuration_is_right_and_a_wrong_field_is_noticed(tmp_path
     file = tmp_path / "prometheus.yml"
     file.write_text(yaml.safe_dump(config))
     assert promtool("check", "config", file) == 0
-    for job in config["scrape_configs"]:
-        for field in list(job):
-            job[f"{field}x"] = job.pop(field)
-            file.write_text(yaml.safe_dump(config))
-            assert promtool("check", "config", file) != 0, field
-            job[field] = job.pop(f"{field}x")
+    for short, place in distinct_fields([config]):
+        file.write_text(yaml.safe_dump(spoilt(short, place, "misspelt")))
+        assert promtool("check", "config", file) != 0, place
+
+
+@needs_promtool
+def test_every_misspelt_field_of_a_rule_is_noticed(tmp_path):
+    """Names of labels and annotations are the file's own; those that alerts have are held to a list."""
+    file = tmp_path / "rules.yml"
+    for short, place in distinct_fields([RULES]):
+        if {"labels", "annotations"} & set(place[:-1]):
+            continue
+        file.write_text(yaml.safe_dump(spoilt(short, place, "misspelt")))
+        assert promtool("check", "rules", file) != 0, place
+    for alert in ALERTS:
+        assert set(alert["labels"]) == {"severity"}
+        assert set(alert["annotations"]) == {"summary", "runbook"}

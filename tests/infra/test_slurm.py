@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from support.cluster import free_port
+from support.manifests import batch
 from support.manifests.documents import ROOT
 
 SCRIPT = ROOT / "infra/slurm/millijoule.sbatch"
@@ -62,6 +64,40 @@ def start(tmp_path):
 def test_the_script_is_right_for_bash_and_wants_a_command(start):
     assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
     assert start().wait(30) == 2
+
+
+def test_slurm_takes_every_option_of_the_script_and_no_misspelt_one():
+    script = SCRIPT.read_text()
+    assert batch.faults(script) == []
+    directives = re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)
+    assert len(directives) == 9
+    missed = [name for name in directives if not batch.faults(script.replace(f"--{name}", f"--{name}x", 1))]
+    steps = set(re.findall(r"--[\w-]+", re.search(r"step=\((.*)\)", script)[1])) | {"--ntasks", "--nodelist"}
+    head, body = script[: script.index("set -euo")], script[script.index("set -euo") :]
+    missed += [name for name in steps if not batch.faults(head + re.sub(rf"{name}\b(?!-)", f"{name}x", body))]
+    assert missed == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("#SBATCH --nodes=2", "#SBATCH --nodes=two"),
+        ("#SBATCH --nodes=2", "# SBATCH --nodes=2"),
+        ("#SBATCH --nodes=2", "#SBTACH --nodes=2"),
+        ("#SBATCH --nodes=2", "#SBATCH --nodes"),
+        ("#SBATCH --nodes=2", "#SBATCH --nodes=2\n#SBATCH --nodes=3"),
+        ("--time=04:00:00", "--time=4h"),
+        ("--signal=B:USR1@180", "--signal=USR1:180"),
+        ("--open-mode=append", "--open-mode=add"),
+        ("--gpus-per-node=1", "--gpus-per-node="),
+        ("--cpu-bind=none", "--cpu-bind=no"),
+        ("set -euo pipefail\n", "set -euo pipefail\n#SBATCH --mem=0\n"),
+    ],
+)
+def test_an_option_that_slurm_would_refuse_or_not_see_is_noticed(right, wrong):
+    script = SCRIPT.read_text()
+    assert right in script
+    assert batch.faults(script.replace(right, wrong, 1)) != []
 
 
 @pytest.mark.slow

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 
 import pytest
 from support.manifests.documents import ROOT
+from support.tools import missing, needs
 
 UNITS = sorted((ROOT / "infra/systemd").glob("*.service"))
-needs_systemd = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
-)
+needs_systemd = needs(missing("systemd-analyze"))
 
 
 def complaints(folder, text: str, name: str) -> list[str]:
@@ -31,13 +29,16 @@ def complaints(folder, text: str, name: str) -> list[str]:
 
 @needs_systemd
 @pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.stem)
-def test_systemd_takes_a_unit_and_no_misspelt_one(tmp_path, unit):
+def test_systemd_takes_a_unit_and_no_misspelt_setting_or_section(tmp_path, unit):
     text = unit.read_text()
     assert complaints(tmp_path, text, unit.name) == []
-    for setting in set(re.findall(r"^(\w+)=", text, re.MULTILINE)) - {"Environment"}:
-        assert complaints(
-            tmp_path, re.sub(rf"^{setting}=", f"{setting}x=", text, count=1, flags=re.MULTILINE), unit.name
-        ), setting
+    misspelt = re.sub(r"^(\w+)=", r"\1x=", text, flags=re.MULTILINE)
+    # one run tells of every line by itself
+    said = "\n".join(complaints(tmp_path, misspelt, unit.name))
+    settings = re.findall(r"^(\w+)=", text, re.MULTILINE)
+    assert [name for name in settings if f"'{name}x'" not in said] == []
+    for section in re.findall(r"^\[(\w+)\]", text, re.MULTILINE):
+        assert complaints(tmp_path, text.replace(f"[{section}]", f"[{section}x]"), unit.name), section
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.stem)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
-import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from support.tools import missing
 
 ROOT = Path(__file__).parents[3]
 KUBERNETES = ROOT / "infra/kubernetes"
 OVERLAYS = sorted(folder.name for folder in (KUBERNETES / "overlays").iterdir())
+#: Sets that only tests render, so that every component is in one.
+MORE = ROOT / "tests/infra/kustomizations"
+SETS = [*OVERLAYS, *sorted(folder.name for folder in MORE.iterdir())]
 
 Document = dict[str, Any]
 Place = tuple[str | int, ...]
@@ -22,7 +25,7 @@ Place = tuple[str | int, ...]
 
 def kubectl_missing() -> str | None:
     """Why overlays cannot be rendered here."""
-    return None if shutil.which("kubectl") else "kubectl is not installed; it renders the overlays"
+    return missing("kubectl")
 
 
 @functools.cache
@@ -33,8 +36,8 @@ def _rendered(folder: Path) -> str:
 
 
 def render(overlay: str) -> list[Document]:
-    """The documents of an overlay, or of a folder below `infra/kubernetes`."""
-    folder = KUBERNETES / ("overlays/" + overlay if overlay in OVERLAYS else overlay)
+    """The documents of an overlay, or of a set that only tests have."""
+    folder = (KUBERNETES / "overlays" if overlay in OVERLAYS else MORE) / overlay
     return list(yaml.load_all(_rendered(folder), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
@@ -87,6 +90,40 @@ def spoilt(document: Document, place: Place, how: str) -> Document:
     else:
         holder[place[-1]] = {"a": "mapping"}
     return wrong
+
+
+def _alike(kind: Any, place: Place) -> Place:
+    return (kind, *("*" if isinstance(key, int) else key for key in place))
+
+
+def distinct_fields(documents: Iterable[Document]) -> Iterator[tuple[Document, Place]]:
+    """Every field of all documents, once: items of a list are alike, and so are documents of one kind.
+
+    With each comes the document, without the items of lists that have no field of their own: what is small is soon checked.
+    """
+    seen: set[Place] = set()
+    for document in documents:
+        kind = document.get("kind")
+        short = _shortened(document, (kind,), set())
+        for place, _ in places(short):
+            if isinstance(place[-1], str) and (alike := _alike(kind, place)) not in seen:
+                seen.add(alike)
+                yield short, place
+
+
+def _shortened(value: Any, where: Place, seen: set[Place]) -> Any:
+    if isinstance(value, dict):
+        return {key: _shortened(held, (*where, key), seen) for key, held in value.items()}
+    if not isinstance(value, list):
+        return value
+    kept = []
+    for item in value:
+        fields = {_alike("*", place) for place, _ in places(item)}
+        new = {(*where, *field) for field in fields} - seen
+        if new or not kept:
+            kept.append(_shortened(item, (*where, "*"), seen))
+        seen |= new
+    return kept
 
 
 def changed(document: Document, change: str, value: Any = ...) -> Document:

@@ -43,9 +43,9 @@ def quantity(text: Any) -> float:
     return float(number) * _UNITS[unit]
 
 
-def faults(document: Document) -> list[str]:
-    """What is unsafe or unknown in a document by itself."""
-    found = [
+def unknown_names(document: Document) -> list[str]:
+    """Names in free maps, such as labels and limits, that nobody here uses."""
+    return [
         f"{'/'.join(map(str, place))}: nobody knows this name"
         for place, _ in places(document)
         if len(place) > 1
@@ -53,6 +53,11 @@ def faults(document: Document) -> list[str]:
         and isinstance(place[-1], str)
         and place[-1] not in _FREE[place[-2]]
     ]
+
+
+def faults(document: Document) -> list[str]:
+    """What is unsafe or unknown in a document by itself."""
+    found = unknown_names(document)
     if document["kind"] == "Secret":
         found.append("a secret in the tree")
     for place, template in pod_templates(document):
@@ -77,7 +82,9 @@ def _pod(spec: dict[str, Any]) -> list[str]:
         "seccomp": security.get("seccompProfile") != {"type": "RuntimeDefault"},
         "the host's namespaces": any(spec.get(name) for name in ("hostNetwork", "hostPID", "hostIPC")),
         "grace": spec.get("terminationGracePeriodSeconds", 0) <= 0,
-        "a host's folder": any("hostPath" in volume for volume in volumes.values()),
+        "a host's folder": any(
+            "hostPath" in volume and not _counters(volume, spec) for volume in volumes.values()
+        ),
         "a token nobody needs": spec.get("serviceAccountName") != "millijoule-head"
         and spec.get("automountServiceAccountToken") is not False,
         "service links": spec.get("enableServiceLinks") is not False,
@@ -94,6 +101,13 @@ def _pod(spec: dict[str, Any]) -> list[str]:
             if not {"/scratch", "/tmp/ray", "/dev/shm"} <= set(mounts) or env.get("RAY_TMPDIR") != "/tmp":
                 found.append("nowhere to write")
     return found
+
+
+def _counters(volume: dict[str, Any], spec: dict[str, Any]) -> bool:
+    """Whether a host's folder is the processor's energy counters, and only read."""
+    mounts = [m for c in spec["containers"] for m in c.get("volumeMounts", []) if m["name"] == volume["name"]]
+    where = volume["hostPath"].get("path")
+    return where == "/sys/devices/virtual/powercap/intel-rapl" and all(m.get("readOnly") for m in mounts)
 
 
 def _container(container: dict[str, Any]) -> list[str]:
@@ -134,6 +148,14 @@ def set_faults(documents: list[Document]) -> list[str]:
                 node = "head" if "headGroupSpec" in place else "worker"
                 labels |= {"ray.io/is-ray-node": "yes", "ray.io/node-type": node}
             pods.append(labels)
+    hosts = any(name == "hostPath" for document in documents for (*_, name), _ in places(document))
+    level = {"privileged"} if hosts else {"restricted"}
+    found += [
+        f"{name_of(document)}: is {'' if hosts else 'not '}restricted"
+        for document in documents
+        if document["kind"] == "Namespace"
+        and {document["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]} != level
+    ]
     for document in documents:
         for place, selector in places(document):
             if place[-1] == "matchLabels" and "namespaceSelector" not in place:
