@@ -46,9 +46,7 @@ def make_output(folder: str, shards: int, images: int) -> None:
     plan = Plan(FINGERPRINT, n, n, 0, shards, -(-shards // 256))
     index = pa.Table.from_batches([made_up_index(shards, images)])
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        index.replace_schema_metadata({PLAN_METADATA: encode(plan)}), sink, compression="zstd"
-    )
+    pq.write_table(index.replace_schema_metadata({PLAN_METADATA: encode(plan)}), sink, compression="zstd")
     store.put(plan_index_key(FINGERPRINT), sink.getvalue().to_pybytes())
     publish_job(store, job)
     tables = [[_row(table, image) for image in range(images)] for table in range(ROW_TABLES)]
@@ -79,8 +77,12 @@ def _row(table: int, image: int) -> ImageRow:
     return ImageRow(request, "ok", 64, 64, 10, f"data/{table}.parquet", sha256, 1000)
 
 
-def close_books(folder: str, shards: int, images: int) -> dict[str, Any]:
-    """Finish the job below `folder`: seconds, memory and requests, and what each stage took and held at most."""
+def close_books(folder: str, shards: int, images: int, latency_s: float = 0.0) -> dict[str, Any]:
+    """Finish the job below `folder`: seconds, memory and requests, and what each stage took and held at most.
+
+    Args:
+        latency_s: that an answer of storage takes at least.
+    """
     from millijoule.pipeline.closing import finish as product
     from millijoule.pipeline.energy.closure import EXACT_CHECKS
     from millijoule.pipeline.output.job import require_job
@@ -104,18 +106,20 @@ def close_books(folder: str, shards: int, images: int) -> dict[str, Any]:
     product.write_preview = lambda *_: None  # there are no pictures
     staged("load_records", "commits and ledger")
     staged("_write_energy", "energy tables")
-    store = CountedS3Store(folder, commits=shards)
+    store = CountedS3Store(folder, shards, latency_s)
     job, plan = require_job(store), load_job_shards(store, require_job(store))
     before_mb, cpu, began = peak_mb(), time.process_time(), time.monotonic()
     store.s3.requests.clear()
     stats = product.finish_job(store, job, plan)
     cpu_s = time.process_time() - cpu
     exact = {check: stats["closure"][check] for check in EXACT_CHECKS}
-    assert all(exact.values()) and stats["images_ok"] == shards * images, (exact, stats["images_ok"])
+    assert all(exact.values()), exact
+    assert stats["images_ok"] == shards * images
     tables_mb = sum(item.size_bytes for item in store.list(ENERGY_PREFIX)) / 1e6
     return {
         "shards": shards,
         "images": shards * images,
+        "latency_s": latency_s,
         "seconds": round(time.monotonic() - began, 1),
         "cpu_s": round(cpu_s, 1),
         "peak_mb": round(peak_mb()),

@@ -7,6 +7,7 @@ uploads included. Commits of a made-up job can be listed without being there: a 
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -41,10 +42,11 @@ class FolderS3:
 
     Args:
         commits: of so many shards, from 0 on, a commit is listed whether it is there or not.
+        latency_s: that an answer takes at least.
     """
 
-    def __init__(self, root: Path, commits: int = 0) -> None:
-        self.root, self.commits = root, commits
+    def __init__(self, root: Path, commits: int = 0, latency_s: float = 0.0) -> None:
+        self.root, self.commits, self.latency_s = root, commits, latency_s
         self.requests: Counter[str] = Counter()
         self.received_bytes = 0  # by whoever reads
         self._lock = Lock()
@@ -71,6 +73,8 @@ class FolderS3:
     def _count(self, kind: str) -> None:
         with self._lock:
             self.requests[kind] += 1
+        if self.latency_s:
+            time.sleep(self.latency_s)
 
     def _put_object(
         self, Bucket: str, Key: str, Body: bytes, IfNoneMatch: str | None = None
@@ -150,9 +154,9 @@ class _FolderBucket(Bucket):
 class CountedS3Store(S3Store):
     """An `S3Store` over `folder`; `s3` counts its requests."""
 
-    def __init__(self, folder: str | Path, commits: int = 0) -> None:
+    def __init__(self, folder: str | Path, commits: int = 0, latency_s: float = 0.0) -> None:
         super().__init__("counted", "", S3Settings())
-        self.s3 = FolderS3(Path(folder), commits)
+        self.s3 = FolderS3(Path(folder), commits, latency_s)
         self._bucket = _FolderBucket(self.s3)
 
     @property
