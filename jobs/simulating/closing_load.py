@@ -2,7 +2,7 @@
 
 A thousand workers, four to a node, five counters each, an idle stretch and a drawing one per shard. Commits lie in the driver's
 compacted parts, as a driver leaves them, and are listed one by one; of shards with more images than a commit carries, a
-hundred row tables stand for all.
+hundred tables of rows stand for all, as files of images are read for their rows alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from millijoule.jobs.measuring.made_up import made_up_commit
 from millijoule.jobs.measuring.process import peak_mb
 from millijoule.jobs.simulating.counted_s3 import CountedS3Store
-from millijoule.jobs.simulating.job import FINGERPRINT, made_up_index, made_up_plan
+from millijoule.jobs.simulating.job import FINGERPRINT, made_up_index, made_up_job
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, MAX_CARRIED_ROWS, ImageRequest, ImageRow
 
 WORKERS, NODES = 1000, 250
@@ -41,7 +41,7 @@ def make_output(folder: str, shards: int, images: int) -> None:
     if Path(folder, MADE).exists():
         return
     store = CountedS3Store(folder)
-    job = made_up_plan(1, images).job
+    job = made_up_job(shards, images)
     n = shards * images
     plan = Plan(FINGERPRINT, n, n, 0, shards, -(-shards // 256))
     index = pa.Table.from_batches([made_up_index(shards, images)])
@@ -55,14 +55,14 @@ def make_output(folder: str, shards: int, images: int) -> None:
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, table.schema, **row_table_options(table.schema, images)) as writer:
             writer.write_table(table)
-        store.put(f"data/{number}.rows.parquet", sink.getvalue().to_pybytes())
+        store.put(f"data/{number}.parquet", sink.getvalue().to_pybytes())
     compactor = CommitCompactor(store, 1)
     for shard_id in range(shards):
         turn = shard_id // WORKERS
         commit = made_up_commit(
             *(shard_id, shard_id % WORKERS, turn * (SHARD_S + IDLE_S), (IDLE_S, SHARD_S)),
             nodes=NODES,
-            rows_path=f"data/{shard_id % ROW_TABLES}.rows.parquet",
+            rows_path=f"data/{shard_id % ROW_TABLES}.parquet",
             images=images,
             rows=tables[shard_id % ROW_TABLES] if images <= MAX_CARRIED_ROWS else None,
         )

@@ -1,0 +1,25 @@
+"""`millijoule report` over outputs of many shards, side by side: the product's own, on what `closing_load` closed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from millijoule.jobs.measuring.process import peak_mb
+
+
+def report_on(*outputs: str) -> dict[str, Any]:
+    """Seconds, memory and size of one page over `outputs`, folders of finished jobs."""
+    from millijoule.jobs.report import ReportOptions, run
+
+    page = Path(outputs[0], "report.html")
+    cpu, began = time.process_time(), time.monotonic()
+    run(ReportOptions(outputs=outputs, html=str(page)))
+    return {
+        "outputs": len(outputs),
+        "seconds": round(time.monotonic() - began, 1),
+        "cpu_s": round(time.process_time() - cpu, 1),
+        "peak_mb": round(peak_mb()),
+        "page_mb": round(page.stat().st_size / 1e6, 2),
+    }
