@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ def report_on(*outputs: str) -> dict[str, Any]:
     from millijoule.jobs.report import ReportOptions, run
 
     page = Path(outputs[0], "report.html")
+    logging.getLogger("millijoule").setLevel(logging.ERROR)  # there are no pictures, which it says of each
     cpu, began = time.process_time(), time.monotonic()
-    run(ReportOptions(outputs=outputs, html=str(page)))
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        run(ReportOptions(outputs=outputs, html=str(page)))
     return {
         "outputs": len(outputs),
         "seconds": round(time.monotonic() - began, 1),
