@@ -14,7 +14,7 @@ from functools import cache, partial
 import numpy as np
 import pyarrow as pa
 
-from millijoule.pipeline.report.tables import floats, labels
+from millijoule.pipeline.report.tables import floats, labels, rows_of_each
 from millijoule.workers.schemas import SEGMENT_CLASSES
 
 #: Steps of the grid, and lanes that are drawn: 6,400 points of power at most.
@@ -123,10 +123,11 @@ def read_work(segments: pa.Table) -> Work:
     energy, estimate = floats(segments["energy_mj"]), floats(segments["energy_estimate_mj"])
     boots, workers = labels(segments["boot_id"]), labels(segments["worker_id"])
     kinds = labels(segments["segment_class"])
+    difference = wall - begin
     offsets = {
         boot: float(np.median(offset[np.isfinite(offset)]))
-        for i, boot in enumerate(boots.names)
-        if np.isfinite(offset := (wall - begin)[boots.codes == i]).any()
+        for boot, rows in zip(boots.names, rows_of_each(boots.codes, len(boots.names)), strict=True)
+        if np.isfinite(offset := difference[rows]).any()
     }
     shift = np.array([offsets.get(boot, np.nan) for boot in boots.names])[boots.codes]
 
