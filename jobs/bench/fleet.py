@@ -1,12 +1,16 @@
-"""`millijoule bench fleet [RESULT.json] [--picture FILE]`: the product's own driver on simulated fleets of unlike devices.
+"""`millijoule bench fleet [RESULT.json] [--parts NAME ...]`: the product's own code on simulated fleets and outputs as large as asked.
 
-Two questions. *Policies*: joules, money and time of `--prefer` and `--deadline` against plain work-stealing on the same devices
-with the same seed, with spot losses and without. *Load*: processor time and memory of the driver per simulated second, at up to
-thousands of devices and a million shards; there the driver's own processor time passes on the simulated clock.
+*policies*: joules, money and time of `--prefer` and `--deadline` against plain work-stealing on the same devices with the same seed,
+with spot losses and without. *load*: processor time and memory of the driver per simulated second, at thousands of devices and up to a
+million shards; there the driver's own processor time passes on the simulated clock. *halves*: one driver against two with half of the
+devices and of the job each. In these three Ray, devices and storage are simulated; the driver is real (`JobRun` with pool,
+coordinator, policy and live tables), and so is the ledger. What Ray's own calls cost the driver is not in them: `calls` counts them,
+and *ray_calls* measures them on a real Ray.
 
-Simulated are Ray, devices, and storage; the driver is real (`JobRun` with pool, coordinator, policy and live tables), and so is
-the ledger that closes each job's books. What Ray's own calls cost the driver is not in it: `calls` counts them, and they are
-measured beside (`ray_calls`).
+*closing*, *resume* and *report* are of made-up outputs of many shards in a bucket that counts its requests; *requests* are those of a
+small real job, shard by shard; *series* are the live metrics of a large fleet, read from a real Ray's endpoint.
+
+Every part can be run alone and is kept with the options, the machine and the commit it was measured on.
 """
 
 from __future__ import annotations
@@ -14,19 +18,36 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from millijoule.jobs.entry import COMPLETE
-from millijoule.jobs.measuring.measurement import ResultOptions, describe, run_alone, write_result
+from millijoule.jobs.measuring.measurement import (
+    ResultOptions,
+    describe,
+    run_alone,
+    save_result,
+    write_result,
+)
 from millijoule.jobs.simulating.ray_costs import measure_ray_calls
 from millijoule.workers.errors import InputError
+from millijoule.workers.layout import STATS_KEY
 
 #: Of a result; each says with which options, where and on which commit it was measured.
-PARTS = ("policies", "load", "ray_calls")
+PARTS = (
+    *("policies", "load", "halves", "ray_calls"),
+    *("closing", "resume", "report", "requests", "series"),
+)
+Part = Literal["policies", "load", "halves", "ray_calls", "closing", "resume", "report", "requests", "series"]
+#: Seconds that an answer of storage takes at least, where that is asked: some 30 ms of S3 within its region.
+LATENCY_S = 0.03
+#: Shards of outputs that are closed with that latency as well, and of those that are reported on.
+MOST_WITH_LATENCY, MOST_REPORTED = 10_000, 100_000
 #: Images of a shard in the comparison of policies: some 17 s of an H100, nine minutes of a T4.
 POLICY_SHARD_IMAGES = 16
 #: Of so many devices each kind has two, one of them spot, in every mix.
@@ -57,14 +78,30 @@ class BenchOptions(ResultOptions):
     seed: int = 1
     """Of spot losses, faults and jitter."""
 
-    load: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DEVICES:SHARDS ...")] = ("1000:1000000",)
+    load: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DEVICES:SHARDS ...")] = (
+        "1000:1000000",
+        "4000:1000000",
+    )
     """Sizes at which the driver's load is measured."""
 
-    policies: bool = True
-    """Whether to compare policies."""
+    halves: Annotated[str, tyro.conf.arg(metavar="DEVICES:SHARDS")] = "4000:200000"
+    """Size of the job that one driver does, and then two side by side."""
 
-    ray_calls: bool = True
-    """Whether to measure what Ray's own calls cost a driver, on a Ray of this machine."""
+    closing: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SHARDS:IMAGES ...")] = (
+        "10000:100",
+        "100000:1",
+        "1000000:1",
+    )
+    """Outputs that are closed, resumed and reported on: shards, and images of each."""
+
+    series: Annotated[str, tyro.conf.arg(metavar="HOSTS:WORKERS")] = "1000:4000"
+    """Size of the fleet whose live metrics are counted."""
+
+    parts: tuple[Part, ...] = PARTS
+    """What to measure."""
+
+    folder: str | None = None
+    """Where the made-up outputs are made and stay, to be measured again; default: a temporary folder."""
 
     picture: str | None = None
     """Draw the comparison into this PNG file."""
@@ -89,17 +126,12 @@ def run(options: BenchOptions) -> int:
         for name in PARTS:
             if name in earlier:
                 result[name], result["parts"][name] = earlier[name], earlier["parts"][name]
-
-    def measured(name: str, rows: Any) -> None:
-        result[name], result["parts"][name] = rows, head
-
-    if options.policies:
-        fleets = [(mix, spot) for mix in options.mixes for spot in (False, True)]
-        measured("policies", [run_alone(compare, mix, spot, asdict(options)) for mix, spot in fleets])
-    if options.load:
-        measured("load", [run_alone(measure_load, *size) for size in sizes])
-    if options.ray_calls:
-        measured("ray_calls", run_alone(measure_ray_calls))
+    with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as scratch:
+        measures = _measures(options, sizes, Path(options.folder or scratch))
+        for name in PARTS:
+            if name in options.parts:
+                result[name], result["parts"][name] = measures[name](), head
+                save_result(result, options.result)  # the next part may take long
     if options.picture is not None:
         from millijoule.jobs.simulating.picture import draw_policies
 
@@ -108,8 +140,75 @@ def run(options: BenchOptions) -> int:
     return COMPLETE
 
 
-def _check(options: BenchOptions) -> list[tuple[int, int]]:
-    """The sizes of `--load`, devices and shards, of options that mean something; raises InputError."""
+def _measures(
+    options: BenchOptions, sizes: Mapping[str, list[tuple[int, int]]], folder: Path
+) -> dict[str, Callable[[], Any]]:
+    """What measures each part, in processes of its own."""
+    from millijoule.jobs.simulating.closing_load import close_books, make_output
+    from millijoule.jobs.simulating.metrics_load import measure_series
+    from millijoule.jobs.simulating.report_load import report_on
+    from millijoule.jobs.simulating.request_load import CASES, PRICES_OF, count_requests
+    from millijoule.jobs.simulating.resume_load import resume
+
+    def made(shards: int, images: int) -> str:
+        output = str(folder / f"{shards}-{images}")
+        run_alone(make_output, output, shards, images)
+        return output
+
+    def said(row: Any) -> Any:
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        return row
+
+    def policies() -> list[Any]:
+        fleets = [(mix, spot) for mix in options.mixes for spot in (False, True)]
+        return [run_alone(compare, mix, spot, asdict(options)) for mix, spot in fleets]
+
+    def halves() -> dict[str, Any]:
+        ((devices, shards),) = sizes["halves"]
+        half = [run_alone(measure_load, devices // 2, shards // 2, seed) for seed in (1, 2)]
+        return {"one": run_alone(measure_load, devices, shards), "halves": half}
+
+    def closing() -> list[Any]:
+        rows = []
+        for shards, images in sizes["closing"]:
+            latencies = (0.0,) if shards > MOST_WITH_LATENCY else (0.0, LATENCY_S)
+            output = made(shards, images)
+            rows += [said(run_alone(close_books, output, shards, images, s)) for s in latencies]
+        return rows
+
+    def resumes() -> list[Any]:
+        return [
+            said(run_alone(resume, made(*size), size[0], capped, seconds))
+            for size in sizes["closing"]
+            for capped in (False, True)
+            for seconds in (0.0, LATENCY_S)
+        ]
+
+    def reports() -> list[Any]:
+        closed = [made(*size) for size in sizes["closing"] if size[0] <= MOST_REPORTED]
+        for output, (shards, images) in zip(closed, sizes["closing"], strict=False):
+            if not Path(output, STATS_KEY).exists():
+                run_alone(close_books, output, shards, images)
+        return [said(run_alone(report_on, *closed[:n])) for n in range(1, len(closed) + 1)]
+
+    return {
+        "policies": policies,
+        "load": lambda: [run_alone(measure_load, *size) for size in sizes["load"]],
+        "halves": halves,
+        "ray_calls": lambda: run_alone(measure_ray_calls),
+        "closing": closing,
+        "resume": resumes,
+        "report": reports,
+        "requests": lambda: {
+            "prices": PRICES_OF,
+            "rows": [said(run_alone(count_requests, *case)) for case in CASES],
+        },
+        "series": lambda: said(run_alone(measure_series, *sizes["series"][0])),
+    }
+
+
+def _check(options: BenchOptions) -> dict[str, list[tuple[int, int]]]:
+    """The sizes of options that are pairs of numbers, of options that mean something; raises InputError."""
     for name, least in (("devices", LEAST_DEVICES), ("shards_per_device", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least}")
@@ -117,15 +216,19 @@ def _check(options: BenchOptions) -> list[tuple[int, int]]:
         for value in values:
             if not 0 < value < float("inf"):
                 raise InputError(f"--{name} {value:g}: more than 0")
-    sizes = []
-    for size in options.load:
-        match = re.fullmatch(r"([0-9]+):([0-9]+)", size)
-        if match is None or int(match[1]) < LEAST_DEVICES or int(match[2]) < 1:
-            raise InputError(
-                f"--load {size}: DEVICES:SHARDS such as 1000:1000000, at least {LEAST_DEVICES} devices"
-            )
-        sizes.append((int(match[1]), int(match[2])))
-    return sizes
+    return {
+        "load": [_pair("load", size, "DEVICES:SHARDS", LEAST_DEVICES) for size in options.load],
+        "halves": [_pair("halves", options.halves, "DEVICES:SHARDS", 2 * LEAST_DEVICES)],
+        "closing": [_pair("closing", size, "SHARDS:IMAGES", 1) for size in options.closing],
+        "series": [_pair("series", options.series, "HOSTS:WORKERS", 1)],
+    }
+
+
+def _pair(option: str, text: str, what: str, least: int) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    if match is None or int(match[1]) < least or int(match[2]) < 1:
+        raise InputError(f"--{option} {text}: {what} such as 1000:1000000, the first at least {least}")
+    return int(match[1]), int(match[2])
 
 
 def compare(mix: str, spot: bool, options: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +270,7 @@ def compare(mix: str, spot: bool, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure_load(devices: int, shards: int) -> dict[str, Any]:
+def measure_load(devices: int, shards: int, seed: int = 1) -> dict[str, Any]:
     """The driver's processor time per simulated second, and the memory of its process, simulation included."""
     from millijoule.jobs.measuring.process import peak_mb
     from millijoule.jobs.simulating.devices import Fleet
@@ -179,7 +282,7 @@ def measure_load(devices: int, shards: int) -> dict[str, Any]:
     planned = made_up_plan(shards, LOAD_SHARD_IMAGES)
     before_mb = peak_mb()
     policy = FleetPolicy(pools_of(kinds), "speed")
-    outcome = run_job(planned, Fleet(kinds, 1), fleet=policy, close_books=False, driver_takes_time=True)
+    outcome = run_job(planned, Fleet(kinds, seed), fleet=policy, close_books=False, driver_takes_time=True)
     row = _row(outcome) | {
         "devices": devices,
         "shards": shards,

@@ -59,8 +59,8 @@ class Outcome:
         return sum(kind["money"] for kind in self.by_kind.values())
 
 
-def made_up_plan(shards: int, images_per_shard: int) -> PlannedJob:
-    """A plan of equal shards, its index as large as a real one."""
+def made_up_index(shards: int, images_per_shard: int) -> pa.RecordBatch:
+    """The index of equal shards, as large as a real one, `SHARD_INDEX_SCHEMA`."""
     ids = np.arange(shards)
     columns = [
         *(ids, (ids // SHARDS_PER_PART).astype(np.int32), (ids % SHARDS_PER_PART).astype(np.int32)),
@@ -69,13 +69,22 @@ def made_up_plan(shards: int, images_per_shard: int) -> PlannedJob:
         pa.array([f"prompt-{i:09d}" for i in range(shards)]),
         pa.array([f"{i:064x}" for i in range(shards)]),
     ]
-    table = pa.RecordBatch.from_arrays([pa.array(c) for c in columns], schema=SHARD_INDEX_SCHEMA)
+    return pa.RecordBatch.from_arrays([pa.array(c) for c in columns], schema=SHARD_INDEX_SCHEMA)
+
+
+def made_up_job(shards: int, images_per_shard: int) -> JobSpec:
+    """The description of a job of equal shards."""
     n = shards * images_per_shard
-    spec = JobSpec(
+    return JobSpec(
         *(FINGERPRINT, "none", "none", "0" * 64, 0, 1, "parquet", images_per_shard, "error", ("prompts",)),
         *(n, n, shards, 0, EPOCH_S, "simulated"),
     )
-    return PlannedJob(spec, JobShards(FINGERPRINT, table), exclusive=True)
+
+
+def made_up_plan(shards: int, images_per_shard: int) -> PlannedJob:
+    """A plan of equal shards."""
+    table = made_up_index(shards, images_per_shard)
+    return PlannedJob(made_up_job(shards, images_per_shard), JobShards(FINGERPRINT, table), exclusive=True)
 
 
 def run_job(

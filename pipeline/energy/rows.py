@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -36,7 +36,7 @@ from millijoule.pipeline.energy.shard_shares import commit_shares, equal_shares
 from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted, held_devices
 from millijoule.pipeline.output.image_rows import NOT_CARRIED, RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.pipeline.output.read_objects import READ_THREADS
+from millijoule.pipeline.output.read_objects import ITEMS_PER_CALL, READ_THREADS, in_threads
 from millijoule.workers.meters.segment_timeline import segment_estimate_mj
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, STATUSES, Commit, CounterRead, PowerTrace
 from millijoule.workers.storage.open import is_s3_url
@@ -45,8 +45,11 @@ from millijoule.workers.storage.protocol import Store
 #: Threads that read row tables from a disk: two are as fast as many, which would only wait for each other.
 _DISK_THREADS = 2
 
-#: Row tables that one thread reads in one go: of one image each, they take less time than being asked for.
-_TABLES_PER_CALL = 16
+#: And from a bucket: as many as it has connections. All but waiting takes a millisecond, an answer thirty, and a table is two or three.
+_BUCKET_THREADS = 32
+
+#: Images whose rows are read ahead, about: some twenty MB.
+IMAGES_AHEAD = 65_536
 
 DAY_NS = 86_400_000_000_000
 
@@ -100,7 +103,7 @@ class ImageSource(Protocol):
 class RowTables:
     """The rows that commits carry, and of those that carry none the row tables, `IMAGE_ROW_SCHEMA`.
 
-    `read_rows` reads the row table of a commit; it is called from several threads.
+    `read_rows` reads the row table of a commit; it is called from several threads, ahead of who takes the blocks.
     """
 
     read_rows: Callable[[Commit], pa.Table]
@@ -108,32 +111,40 @@ class RowTables:
 
     def blocks(self, commits: CommitTable) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """See `ImageSource`; one for each of `commit_blocks`, all columns, each in one piece."""
-
-        def read(numbers: Sequence[int]) -> list[pa.Table]:
-            return [self.read_rows(commits[n]) for n in numbers]
-
         carried, counts = RowReader(commits.rows.tables(), IMAGE_ROW_SCHEMA), commits.rows.counts()
-        with ThreadPoolExecutor(self.threads) as threads:
+        uncarried = np.flatnonzero(counts == NOT_CARRIED)
+        how = self._how(image_counts(commits)[uncarried])
+        with closing(in_threads(lambda n: self.read_rows(commits[n]), uncarried.tolist(), *how)) as read:
             for block in commit_blocks(commits):
                 numbers, of_each = np.asarray(block, np.int64), counts[block.start : block.stop]
-                others = numbers[of_each == NOT_CARRIED].tolist()
-                parts = [others[i : i + _TABLES_PER_CALL] for i in range(0, len(others), _TABLES_PER_CALL)]
-                tables = [table for part in threads.map(read, parts) for table in part]
-                of_others = np.repeat(np.array(others, np.int64), [t.num_rows for t in tables])
+                others = numbers[of_each == NOT_CARRIED]
+                tables = list(islice(read, len(others)))
+                of_others = np.repeat(others, [t.num_rows for t in tables])
                 of_each = np.maximum(of_each, 0)
                 if of_each.any() or not tables:
                     tables = [carried.take(int(of_each.sum())), *tables]
                 table = pa.concat_tables(tables).combine_chunks()
                 commit = np.concatenate([np.repeat(numbers, of_each), of_others])
-                if others and len(others) < len(block):
+                if 0 < len(others) < len(block):
                     order = np.argsort(commit, kind="stable")
                     commit, table = commit[order], table.take(pa.array(order))
                 yield commit, table
 
+    def _how(self, images: np.ndarray) -> tuple[int, int]:
+        """Threads, and tables that one reads in one go, for tables of so many `images`: those ahead stay within `IMAGES_AHEAD`."""
+        tables_ahead = IMAGES_AHEAD / max(1.0, float(images.mean()) if len(images) else 1.0)
+        threads = min(self.threads, max(1, int(tables_ahead / 2)))
+        return threads, min(ITEMS_PER_CALL, max(1, int(tables_ahead / (2 * threads))))
+
+
+def image_counts(commits: CommitTable) -> np.ndarray:
+    """Images of each commit, whatever became of them: int64 `[n]`."""
+    return np.sum([commits.number(f"images_{status}") for status in STATUSES], axis=0)
+
 
 def commit_blocks(commits: CommitTable) -> Iterator[range]:
     """Numbers of commits in order, few enough together that their row tables can be held."""
-    rows = np.cumsum(sum(commits.number(f"images_{status}") for status in STATUSES), dtype=np.int64)
+    rows = np.cumsum(image_counts(commits), dtype=np.int64)
     begin = 0
     while begin < len(commits):
         most = (rows[begin - 1] if begin else 0) + IMAGES_AT_ONCE
@@ -144,7 +155,9 @@ def commit_blocks(commits: CommitTable) -> Iterator[range]:
 
 def row_tables(store: Store) -> RowTables:
     """The rows of a store's commits: carried, or in the Parquet file at the `rows_path` of each."""
-    return RowTables(partial(read_row_table, store), READ_THREADS if is_s3_url(store.url) else _DISK_THREADS)
+    return RowTables(
+        partial(read_row_table, store), _BUCKET_THREADS if is_s3_url(store.url) else _DISK_THREADS
+    )
 
 
 class EnergyRows:

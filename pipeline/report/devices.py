@@ -14,7 +14,7 @@ from millijoule.pipeline.energy.counter_split import MISSING
 from millijoule.pipeline.energy.packed import NONE
 from millijoule.pipeline.energy.shard_shares import shard_shares
 from millijoule.pipeline.report.energy import GROUPS
-from millijoule.pipeline.report.tables import floats, labels
+from millijoule.pipeline.report.tables import floats, labels, rows_of_each
 from millijoule.pipeline.report.timeline import HostDevice, Work, hosts_of_boots
 from millijoule.workers.meters.own_devices import unread_domains
 
@@ -139,14 +139,22 @@ def device_rows(
     groups: dict[HostDevice, list[str]] = defaultdict(list)
     for worker in work.workers:
         groups[group_of(devices_of[worker])].append(worker)
+    in_order = sorted(groups.items(), key=lambda item: (item[0].host, item[0].device))
+    number = {worker: i for i, (_, workers) in enumerate(in_order) for worker in workers}
+    of_segment = np.array([number[w] for w in work.workers], np.int64)[work.worker]
+    of_attempt = np.array([*(number.get(w, -1) for w in made.names), -1], np.int64)[made.codes]
     rows = []
-    for group, workers in sorted(groups.items(), key=lambda item: (item[0].host, item[0].device)):
-        mine = np.isin(work.worker, [i for i, w in enumerate(work.workers) if w in set(workers)])
-        theirs = won & made.where(workers)
+    for (group, workers), mine, theirs in zip(
+        in_order,
+        rows_of_each(of_segment, len(in_order)),
+        rows_of_each(np.where(won, of_attempt, -1), len(in_order)),
+        strict=True,
+    ):
         n = int(np.nansum(images[theirs]))
         by_group: dict[str, float] = defaultdict(float)
-        for c in work.classes:
-            by_group[GROUPS.get(c, c)] += float(seconds[mine & work.of_class(c)].sum())
+        classes, lasted = work.segment_class[mine], seconds[mine]
+        for c, name in enumerate(work.classes):
+            by_group[GROUPS.get(name, name)] += float(lasted[classes == c].sum())
         busy = by_group.get("images", 0.0)
         all_seconds = sum(by_group.values())
         rows.append(

@@ -110,3 +110,9 @@ def labels(column: pa.ChunkedArray) -> Labels:
         encoded = pa.concat_arrays(encoded.chunks) if encoded.num_chunks else pa.array([], encoded.type)
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     return Labels(tuple(encoded.dictionary.to_pylist()), codes.astype(np.int64))
+
+
+def rows_of_each(codes: np.ndarray, n: int) -> list[np.ndarray]:
+    """The rows of each of the codes 0 to n - 1, in order; a negative code is none."""
+    order = np.argsort(codes, kind="stable")
+    return np.split(order, np.searchsorted(codes[order], np.arange(n + 1)))[1:-1]

@@ -7,13 +7,14 @@ are equally large. Nothing is invented between readings: power is energy over ti
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import pyarrow as pa
 
-from millijoule.pipeline.report.tables import floats, labels
+from millijoule.pipeline.report.tables import floats, labels, rows_of_each
 from millijoule.workers.schemas import SEGMENT_CLASSES
 
 #: Steps of the grid, and lanes that are drawn: 6,400 points of power at most.
@@ -84,6 +85,10 @@ class PowerLane:
     watts: tuple[float | None, ...]
 
 
+#: Host, device, and what draws their lane: of a large fleet few are shown.
+UndrawnLane = tuple[str, str, Callable[[], PowerLane]]
+
+
 @dataclass(frozen=True)
 class WorkLane:
     """What one worker did: `[begin, end, class]` in seconds since the timeline's start."""
@@ -118,10 +123,11 @@ def read_work(segments: pa.Table) -> Work:
     energy, estimate = floats(segments["energy_mj"]), floats(segments["energy_estimate_mj"])
     boots, workers = labels(segments["boot_id"]), labels(segments["worker_id"])
     kinds = labels(segments["segment_class"])
+    difference = wall - begin
     offsets = {
         boot: float(np.median(offset[np.isfinite(offset)]))
-        for i, boot in enumerate(boots.names)
-        if np.isfinite(offset := (wall - begin)[boots.codes == i]).any()
+        for boot, rows in zip(boots.names, rows_of_each(boots.codes, len(boots.names)), strict=True)
+        if np.isfinite(offset := difference[rows]).any()
     }
     shift = np.array([offsets.get(boot, np.nan) for boot in boots.names])[boots.codes]
 
@@ -167,13 +173,13 @@ def build_timeline(
     edges = start + step * np.arange(STEPS + 1)
     lanes = _power_lanes(work, devices_of, counters, power, edges) or _estimate_lanes(work, devices_of, edges)
     # as the lanes of work, so that both show the same nodes
-    lanes.sort(key=lambda lane: (lane.host, lane.device))
+    lanes.sort(key=lambda lane: (lane[0], lane[1]))
     done, stepped, hidden = _work_lanes(work, devices_of, edges)
     return Timeline(
         start_unix_s=start,
         step_s=step,
         steps=STEPS,
-        power=tuple(lanes[:MAX_LANES]),
+        power=tuple(draw() for _, _, draw in lanes[:MAX_LANES]),
         power_lanes_not_shown=max(0, len(lanes) - MAX_LANES),
         work=done,
         work_lanes_not_shown=hidden,
@@ -215,74 +221,93 @@ def _power_lanes(
     counters: pa.Table | None,
     power: pa.Table | None,
     edges: np.ndarray,
-) -> list[PowerLane]:
+) -> list[UndrawnLane]:
     hosts = hosts_of_boots(work, devices_of)
     lanes = _read_power(power, hosts, edges) if power is not None else []
-    seen = {(lane.host, lane.device) for lane in lanes}
+    seen = {(host, device) for host, device, _ in lanes}
     if counters is None or not counters.num_rows:
         return lanes
     boots, domains = labels(counters["boot_id"]), labels(counters["domain"])
     epochs = floats(counters["epoch"])
     at, value = floats(counters["t_mono_ns"]) / 1e9, floats(counters["energy_mj"])
-    for b, boot in enumerate(boots.names):
-        if boot not in work.clock_offset_s:
-            continue
+
+    @cache
+    def busy_of(boot: str) -> np.ndarray:
         mine = np.array([work.boot_of_worker.get(w) == boot for w in work.workers])[work.worker]
-        busy = work.seconds_per_step(mine, edges) > 0
-        for d, domain in enumerate(domains.names):
-            device = domain.removeprefix("gpu:")
-            rows = (boots.codes == b) & (domains.codes == d)
-            if not rows.any() or (hosts[boot], device) in seen:
-                continue
-            energy, covered = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
-            for epoch in np.unique(epochs[rows]):
-                now = np.flatnonzero(rows & (epochs == epoch))
-                now = now[np.lexsort((value[now], at[now]))]
-                t = at[now] + work.clock_offset_s[boot]
-                inside = np.clip(edges, t[0], t[-1])
-                energy += np.diff(np.interp(inside, t, value[now]))
-                covered += np.diff(inside)
-            # a sliver of a step says nothing about the step
-            known = busy & (covered > 0.05 * np.diff(edges)) & (energy >= 0)
-            watts = energy / np.maximum(covered, 1e-9) / 1000
-            lanes.append(PowerLane(hosts[boot], device, COUNTER_SOURCE, _nullable(watts, known)))
+        return work.seconds_per_step(mine, edges) > 0
+
+    def drawn(boot: str, device: str, rows: np.ndarray) -> PowerLane:
+        energy, covered = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
+        for epoch in np.unique(epochs[rows]):
+            now = rows[epochs[rows] == epoch]
+            now = now[np.lexsort((value[now], at[now]))]
+            t = at[now] + work.clock_offset_s[boot]
+            inside = np.clip(edges, t[0], t[-1])
+            energy += np.diff(np.interp(inside, t, value[now]))
+            covered += np.diff(inside)
+        # a sliver of a step says nothing about the step
+        known = busy_of(boot) & (covered > 0.05 * np.diff(edges)) & (energy >= 0)
+        watts = energy / np.maximum(covered, 1e-9) / 1000
+        return PowerLane(hosts[boot], device, COUNTER_SOURCE, _nullable(watts, known))
+
+    for b, d, rows in _by_pair(boots.codes, domains.codes):
+        boot, device = boots.names[b], domains.names[d].removeprefix("gpu:")
+        if boot in work.clock_offset_s and (hosts[boot], device) not in seen:
+            lanes.append((hosts[boot], device, partial(drawn, boot, device, rows)))
     return lanes
 
 
-def _read_power(power: pa.Table, hosts_of: Mapping[str, str], edges: np.ndarray) -> list[PowerLane]:
+def _by_pair(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Every pair of codes that rows have, in order, and those rows, in order; a negative code is none."""
+    order = np.lexsort((second, first))
+    order = order[(first[order] >= 0) & (second[order] >= 0)]
+    a, b = first[order], second[order]
+    begins = np.flatnonzero(np.r_[True, (np.diff(a) != 0) | (np.diff(b) != 0)]) if len(order) else []
+    for rows in np.split(order, begins[1:]) if len(order) else ():
+        yield int(first[rows[0]]), int(second[rows[0]]), rows
+
+
+def _read_power(power: pa.Table, hosts_of: Mapping[str, str], edges: np.ndarray) -> list[UndrawnLane]:
     """The mean of a device's own power readings per step: its one-second average where it gives one."""
     hosts, devices = labels(power["boot_id"]), labels(power["device"])
     average, instant = floats(power["power_average_mw"]), floats(power["power_instant_mw"])
     at, watts = floats(power["t_wall_ns"]) / 1e9, np.where(np.isfinite(average), average, instant) / 1000
     bins = np.searchsorted(edges, at, side="right") - 1
     usable = np.isfinite(watts) & (bins >= 0) & (bins < len(edges) - 1)
-    lanes = []
-    for h, boot in enumerate(hosts.names):
-        host = hosts_of.get(boot, unknown_host(boot))
-        for d, device in enumerate(devices.names):
-            rows = usable & (hosts.codes == h) & (devices.codes == d)
-            if rows.any():
-                count = np.bincount(bins[rows], minlength=len(edges) - 1)
-                total = np.bincount(bins[rows], weights=watts[rows], minlength=len(edges) - 1)
-                mean = total / np.maximum(count, 1)
-                name = device.removeprefix("gpu:")
-                lanes.append(PowerLane(host, name, POWER_SOURCE, _nullable(mean, count > 0)))
+
+    def drawn(host: str, device: str, rows: np.ndarray) -> PowerLane:
+        count = np.bincount(bins[rows], minlength=len(edges) - 1)
+        total = np.bincount(bins[rows], weights=watts[rows], minlength=len(edges) - 1)
+        mean = total / np.maximum(count, 1)
+        return PowerLane(host, device, POWER_SOURCE, _nullable(mean, count > 0))
+
+    lanes: list[UndrawnLane] = []
+    for h, d, rows in _by_pair(np.where(usable, hosts.codes, -1), devices.codes):
+        host = hosts_of.get(hosts.names[h], unknown_host(hosts.names[h]))
+        name = devices.names[d].removeprefix("gpu:")
+        lanes.append((host, name, partial(drawn, host, name, rows)))
     return lanes
 
 
-def _estimate_lanes(work: Work, devices_of: Mapping[str, HostDevice], edges: np.ndarray) -> list[PowerLane]:
+def _estimate_lanes(work: Work, devices_of: Mapping[str, HostDevice], edges: np.ndarray) -> list[UndrawnLane]:
     """For jobs without any counter: the modelled energy of the workers of each device over the step."""
     by_device: dict[HostDevice, list[int]] = defaultdict(list)
     for i, worker in enumerate(work.workers):
         by_device[devices_of[worker]].append(i)
-    lanes = []
-    for on, members in by_device.items():
-        rows = np.isin(work.worker, members) & np.isfinite(work.estimate_mj)
-        if rows.any():
-            mj = spread(work.begin_s[rows], work.end_s[rows], work.estimate_mj[rows], edges)
-            watts, busy = mj / np.diff(edges) / 1000, work.seconds_per_step(rows, edges) > 0
-            lanes.append(PowerLane(on.host, on.device, ESTIMATE_SOURCE, _nullable(watts, busy)))
-    return lanes
+    known = np.isfinite(work.estimate_mj)
+    has_any = np.bincount(work.worker[known], minlength=len(work.workers)) > 0
+
+    def drawn(on: HostDevice, members: list[int]) -> PowerLane:
+        rows = np.isin(work.worker, members) & known
+        mj = spread(work.begin_s[rows], work.end_s[rows], work.estimate_mj[rows], edges)
+        watts, busy = mj / np.diff(edges) / 1000, work.seconds_per_step(rows, edges) > 0
+        return PowerLane(on.host, on.device, ESTIMATE_SOURCE, _nullable(watts, busy))
+
+    return [
+        (on.host, on.device, partial(drawn, on, members))
+        for on, members in by_device.items()
+        if has_any[members].any()
+    ]
 
 
 def hosts_of_boots(work: Work, devices_of: Mapping[str, HostDevice]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
@@ -20,12 +21,17 @@ from millijoule.pipeline.running.run import JobRun
 
 #: Between two updates; Prometheus seldom looks more often.
 PERIOD_S = 5.0
+#: Counters of energy with a series of their own. Ray keeps 2,000 series of a metric and drops the labels of all others, the job's
+#: among them: the energy of what comes later is told by kind of counter, with `OTHERS` for host.
+MAX_DEVICE_SERIES = 1900
+OTHERS = "others"
 #: Name -> labels besides `job`, and what it says.
 COUNTERS = {
     "millijoule_images": (("status",), "Images of committed shards, by status: ok, filtered or quarantined."),
     "millijoule_energy_joules": (
         ("host", "device"),
-        "Growth of the energy counters, each counted once however many workers share it. Absent without counters.",
+        "Growth of the energy counters, each counted once however many workers share it; those beyond the first 1,900 "
+        "together, by kind. Absent without counters.",
     ),
     "millijoule_energy_estimate_joules": (
         (),
@@ -68,6 +74,7 @@ class LiveMetrics:
             for name, (labels, text) in metrics.items()
         }
         self._published: dict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
+        self._own: dict[tuple[str, str], None] = {}  # hosts and devices with a series of their own
         # what earlier runs used is no part of what this one counts
         self._estimate_before = run.spending.estimated_mj
         self._counters_before = {key: counter.total_mj for key, counter in run.spending.counters.items()}
@@ -86,7 +93,7 @@ class LiveMetrics:
         self._count("millijoule_images", run.counts.filtered_this_run, status="filtered")
         self._count("millijoule_images", run.counts.quarantined_this_run, status="quarantined")
         self._count("millijoule_lost_attempts", run.counts.lost_attempts)
-        for (host, device), grown in device_joules(run, self._counters_before).items():
+        for (host, device), grown in self._shown(device_joules(run, self._counters_before)).items():
             self._count("millijoule_energy_joules", grown, host=host, device=device)
         estimate_mj = spending.estimated_mj - self._estimate_before
         self._count("millijoule_energy_estimate_joules", estimate_mj / 1000)
@@ -98,6 +105,20 @@ class LiveMetrics:
         self._set("millijoule_energy_unclaimed_joules", spending.unclaimed_mj / 1000)
         for cap, share in spending.used_shares().items():
             self._set("millijoule_cap_used_share", share, cap=cap)
+
+    def _shown(self, joules: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+        """`joules` of those that have a series of their own, and of all others by kind; who has one keeps it."""
+        own = self._own
+        own.update(
+            dict.fromkeys(islice((key for key in joules if key not in own), MAX_DEVICE_SERIES - len(own)))
+        )
+        if len(own) >= len(joules):
+            return dict(joules)
+        shown: dict[tuple[str, str], float] = defaultdict(float)
+        for (host, device), grown in joules.items():
+            key = (host, device) if (host, device) in own else (OTHERS, device.partition(":")[0])
+            shown[key] += grown
+        return shown
 
     def _count(self, name: str, total: float, **labels: str) -> None:
         """Bring a counter to `total`; Ray's counters take increments."""

@@ -30,7 +30,7 @@ def test_parts_of_an_earlier_result_keep_where_and_how_they_were_measured(tmp_pa
     earlier = {"load": [{"devices": 7}], "parts": {"load": {"environment": {"commit": "then"}}}}
     (tmp_path / "before.json").write_text(json.dumps(earlier))
     monkeypatch.setattr("millijoule.jobs.bench.fleet.run_alone", lambda what, *_: what.__name__)
-    options = {"mixes": ("even",), "load": (), "ray_calls": False, "before": str(tmp_path / "before.json")}
+    options = {"mixes": ("even",), "parts": ("policies",), "before": str(tmp_path / "before.json")}
     run(BenchOptions(result=str(tmp_path / "now.json"), **options))
     now = json.loads((tmp_path / "now.json").read_text())
     assert now["load"] == [{"devices": 7}]
@@ -50,7 +50,26 @@ def test_load_is_the_drivers_processor_time_over_simulated_time(capsys):
     )
     assert found["calls"]["run"] >= 100
     assert found["peak_mb"] >= found["mb_before_the_run"] > 0
-    assert BenchOptions().load == ("1000:1000000",)
+    assert BenchOptions().load == ("1000:1000000", "4000:1000000")
+
+
+def test_parts_are_measured_alone_and_kept_as_soon_as_they_are_there(tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "now.json"
+
+    def measured(what, *arguments):
+        if what.__name__ == "resume":
+            assert "closing" in json.loads(kept.read_text())
+        return {"what": what.__name__, "with": arguments[1:]}
+
+    monkeypatch.setattr("millijoule.jobs.bench.fleet.run_alone", measured)
+    run(BenchOptions(str(kept), parts=("resume", "closing"), closing=("100:20",), folder=str(tmp_path)))
+    now = json.loads(kept.read_text())
+    assert [row["with"][-1] for row in now["closing"]] == [0.0, 0.03]  # without latency, and with it
+    assert {tuple(row["with"]) for row in now["resume"]} == {
+        (100, capped, seconds) for capped in (False, True) for seconds in (0.0, 0.03)
+    }
+    assert set(now["parts"]) == {"closing", "resume"}
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +85,9 @@ def test_load_is_the_drivers_processor_time_over_simulated_time(capsys):
         ({"load": ("many",)}, "--load many"),
         ({"load": ("1000",)}, "--load 1000"),
         ({"load": ("4:1000",)}, "--load 4:1000"),
+        ({"halves": "30:1000"}, "--halves 30:1000"),
+        ({"closing": ("0:1",)}, "--closing 0:1"),
+        ({"series": "1000"}, "--series 1000"),
     ],
 )
 def test_a_fleet_that_means_nothing_is_refused_before_anything_is_simulated(changes, words, monkeypatch):
