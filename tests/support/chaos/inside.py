@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pynvml
 from support import boards, spending_model
-from support.chaos.faults import DEVICE
+from support.chaos.faults import DEVICE, WRONG_PIXELS
 
 from millijoule.workers.errors import StoreError
 from millijoule.workers.generators.protocol import GeneratedBatch, Rejection
@@ -147,7 +147,7 @@ def _install_disk(ground: Ground, clock: dict[str, int], *, worker: bool) -> Non
 #: Devices that have one of these have it from then on.
 ALWAYS = (
     *("device fails always", "device draws too few images", "device draws no numbers"),
-    *("device draws other shapes", "out of memory always"),
+    *("device draws other shapes", "out of memory always", WRONG_PIXELS),
 )
 
 
@@ -156,7 +156,7 @@ def _install_device(ground: Ground) -> None:
     sick: list[str] = []
 
     def meet(self, requests):
-        kind = sick[0] if sick else ground.take(*DEVICE)
+        kind = sick[0] if sick else ground.take(*DEVICE, WRONG_PIXELS)
         if kind in ALWAYS:
             sick[:] = [kind]
         if kind in ("device fails once", "device fails always"):
@@ -174,6 +174,8 @@ def _install_device(ground: Ground) -> None:
             return GeneratedBatch(drawn.images[:0], (), ())
         if kind == "device draws other shapes":
             return GeneratedBatch(drawn.images[:, :4, :, :1], (), ())
+        if kind == WRONG_PIXELS:
+            return GeneratedBatch(np.roll(drawn.images, 1, axis=2), drawn.warnings, drawn.rejected)
         return drawn
 
     spending_model.Spending.generate = meet  # type: ignore[method-assign]
