@@ -1,8 +1,8 @@
-"""`python -m support.chaos FOLDER [--seed N] [--storms N] [--costs N] [--ray N] [--minutes M | --hours H] [--at-once N] [--record FILE]`
+"""`python -m support.chaos FOLDER [--seed N] [--storms N] [--costs N] [--ray N] [--pixels N] [--minutes M | --hours H] [--at-once N] [--record FILE]`
 
 Four parts: storms over forked processes, pairs of runs that tell what a fault costs, storms over a real Ray cluster, and a
-device that draws wrong pixels. With a time, the parts take turns, so that each has a third of it (the last is a few runs);
-otherwise each makes as many runs as asked for: storms, pairs of each kind, storms on Ray.
+device that draws wrong pixels. With a time, the first three take turns, so that each has a third of it; otherwise each part
+makes as many runs as asked for: storms, pairs of each kind, storms on Ray, runs with wrong pixels.
 
 FOLDER keeps a line per run (`results.jsonl`), and the record is written anew after every few: the same command again goes on
 where the last one was ended. Prints a line of JSON per run and a table at the end; exit code 1 where anything was lost, twice,
@@ -82,8 +82,9 @@ class Suite:
             self.add("costs", costs.run_pair(kind, self.seed + tried, self.folder))
         return True
 
-    def pixels(self) -> None:
-        for i in range(len(self.results.of("pixels")), WRONG_PIXELS_RUNS):
+    def pixels(self, runs: int) -> None:
+        """Until there are `runs` of them."""
+        for i in range(len(self.results.of("pixels")), runs):
             undisturbed = self.calm_runs()[wrong_pixels.SHAPE]
             self.add("pixels", wrong_pixels.run(self.seed + i, self.folder, undisturbed))
 
@@ -163,10 +164,9 @@ def main() -> int:
             suite.write(options.record)
     while options.costs and suite.costs(TURN["costs"], options.costs):
         suite.write(options.record)
-    if options.costs:
-        suite.pixels()
+    suite.pixels(options.pixels)
     if options.minutes or options.hours:
-        suite.pixels()
+        suite.pixels(WRONG_PIXELS_RUNS)
         take_turns(suite, parts, until, options.record)
     whole = suite.write(options.record)
     print(table(whole), file=sys.stderr)
