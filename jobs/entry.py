@@ -13,7 +13,7 @@ from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from millijoule.kernels.native_library import KernelChoiceError, check_choice
-from millijoule.workers.errors import InputError, MillijouleError
+from millijoule.workers.errors import InputError, MillijouleError, SupersededError
 from millijoule.workers.visible_text import log_to_stderr, visible_lines
 
 COMPLETE = 0
@@ -22,6 +22,8 @@ USAGE = 2
 QUARANTINED = 3
 CAP_REACHED = 4
 INTERRUPTED = 5
+#: 6 is of commands that find that something was not shown, or is missing.
+SUPERSEDED = 7
 
 Options = TypeVar("Options")
 
@@ -70,7 +72,8 @@ def run_command(
 
     Returns:
         What `run` returns; 2 for options that cannot be parsed; 1 after a `MillijouleError`, whose message is
-        printed, or a file that cannot be used, which is named; 5 after Ctrl-C outside the parts that handle it.
+        printed (7 after a `SupersededError`), or a file that cannot be used, which is named; 5 after Ctrl-C outside the
+        parts that handle it.
     """
     log_to_stderr("%(message)s")
     for noisy in ("botocore", "aiobotocore", "s3fs", "ray", "asyncio", "urllib3"):
@@ -93,7 +96,7 @@ def run_command(
         return run(options)
     except MillijouleError as error:
         print(visible_lines(f"millijoule {name}: {error}"), file=sys.stderr)
-        return ERROR
+        return SUPERSEDED if isinstance(error, SupersededError) else ERROR
     except OSError as error:
         if error.filename is None:  # not a file that somebody named
             raise

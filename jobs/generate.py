@@ -28,6 +28,7 @@ EXIT_CODES = {
     "complete_with_quarantined": entry.QUARANTINED,
     "cap_reached": entry.CAP_REACHED,
     "interrupted": entry.INTERRUPTED,
+    "superseded": entry.SUPERSEDED,
     "planned": entry.COMPLETE,
 }
 
@@ -98,18 +99,19 @@ def run(
             job_run.run(on_tick=tick)
         if metrics:
             metrics.publish()
-    if job_run.complete:
+    later = job_run.superseded
+    if job_run.complete and later is None:
         totals = finish_job(store, planned.job, planned.shards)
         return JobResult.of_complete(store.url, totals, time.monotonic() - began)
     return JobResult(
-        status="cap_reached" if job_run.cap_reached else "interrupted",
+        status="superseded" if later else "cap_reached" if job_run.cap_reached else "interrupted",
         output=store.url,
         images=job_run.counts.images_done,
         images_quarantined=job_run.counts.quarantined_this_run,
         rows_rejected=planned.job.bad_rows,
         shards_left=job_run.coordinator.remaining,
         seconds=time.monotonic() - began,
-        reason=job_run.cap_reached or "interrupted",
+        reason=f"superseded by {later}" if later else job_run.cap_reached or "interrupted",
         images_filtered=job_run.counts.filtered_this_run,
     )
 
@@ -217,6 +219,10 @@ def run_options(options: GenerateOptions) -> int:
         ]
     elif result.status == "interrupted":
         lines = [f"interrupted: {result.shards_left} shards left; run the same command again to resume"]
+    elif result.status == "superseded":
+        lines = [
+            f"{result.reason}, which finishes the job; give the command again only if that run ends without"
+        ]
     else:
         lines = []
     for line in lines:

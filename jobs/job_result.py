@@ -15,7 +15,8 @@ class JobResult:
 
     Attributes:
         status: "complete"; "complete_with_quarantined": every image is there but for rows that no worker could draw, or that
-            were rejected; "cap_reached" and "interrupted": the same call goes on where this one ended; "planned": a dry run.
+            were rejected; "cap_reached" and "interrupted": the same call goes on where this one ended; "superseded": another
+            run has taken the job over, and goes on; "planned": a dry run.
         output: the output folder or URL.
         images: images there are. Until the job is complete: of finished shards, those that are no images included.
         images_quarantined: images that could not be drawn. Until the job is complete: those of this run.
@@ -35,7 +36,9 @@ class JobResult:
         totals: the content of `stats.json`; None until the job is complete.
     """
 
-    status: Literal["complete", "complete_with_quarantined", "cap_reached", "interrupted", "planned"]
+    status: Literal[
+        "complete", "complete_with_quarantined", "cap_reached", "interrupted", "superseded", "planned"
+    ]
     output: str
     images: int
     images_quarantined: int

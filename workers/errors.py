@@ -61,3 +61,7 @@ class DamagedError(StoreError):
 
 class JobError(MillijouleError):
     """The job cannot go on: no node is left that can work, or the cluster's head is gone. What is committed stays."""
+
+
+class SupersededError(JobError):
+    """Another run has taken the job over: this one, a scheduler's retry of an earlier one, does not take it back by itself."""

@@ -128,8 +128,9 @@ class AttemptResult:
         outcome: "committed"; "exists" (another attempt's commit was first; ours is waste); "prepared" (data is in place,
             the driver must write `commit_json` under the shard's key); "suspect" (the same, but only once another worker
             fails on `suspects`, too: the commit has them quarantined); "probed" (the probe's rows survived); "confirmed"
-            (all of the lease's suspects failed here, too); "contradicted" (one of them did not); or "cancelled" (the
-            driver said that another attempt has won).
+            (all of the lease's suspects failed here, too); "contradicted" (one of them did not); "superseded" (a later run
+            of the job has begun: nothing is committed, what was finished is sealed as a part); or "cancelled" (the driver
+            said that another attempt has won).
         commit_json: the commit that now stands for the shard, the other attempt's for "exists"; or that is to stand.
         healthy: (row, image index) of an image that was drawn beside the suspects.
     """

@@ -1,7 +1,8 @@
 """A job in its output folder: `job.json` (what was asked, once for all) and epochs (who works on it).
 
 `job.json` is created exclusively after the plan is complete, so it either does not exist or names a whole plan. Later
-runs with the same inputs and options continue it; anything else is refused with the differences named.
+runs with the same inputs and options continue it; anything else is refused with the differences named. The run of the highest
+epoch is the one that works on the job: it supersedes all others (`pipeline.output.other_runs`, `workers.fence`).
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError
+from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError, SupersededError
 from millijoule.workers.images.formats import ImageFormatName
 from millijoule.workers.layout import EPOCHS_PREFIX, JOB_KEY, epoch_key
 from millijoule.workers.records import decode, encode
 from millijoule.workers.storage.protocol import Store
+from millijoule.workers.visible_text import visible
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ class Epoch:
     """One driver's run of a job: who runs it, and which attempt it is for whoever started it. None: not said.
 
     `attempt` counts from 1, as `attempt_source` (a variable of the environment) says. `submission_id` is Ray's of the submitted job,
-    `cluster` the name that KubeRay gives the cluster: a RayJob that is retried has new ones.
+    `cluster` the name that KubeRay gives the cluster: a RayJob that is retried has new ones. `series` names all attempts of one
+    submission alike.
     """
 
     host: str
@@ -152,10 +156,24 @@ class Epoch:
     attempt_source: str | None = None
     submission_id: str | None = None
     cluster: str | None = None
+    series: str | None = None
+
+    def __str__(self) -> str:
+        began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.started_unix))
+        also = [f"submission {self.submission_id}"] if self.submission_id else []
+        also += [self.series] if self.series else []
+        return visible(
+            ", ".join([f"on {self.host}, process {self.pid} of {self.user}", *also, f"started {began}"])
+        )
 
 
 #: Variables in which a scheduler, or whoever wraps the command, says how often it has started it, and what its first value is.
 ATTEMPT_VARIABLES = {"MILLIJOULE_ATTEMPT": 1, "SLURM_RESTART_COUNT": 0}
+#: What whoever wraps the command calls all attempts of one submission.
+SERIES_VARIABLE = "MILLIJOULE_SERIES"
+MAX_SERIES_CHARS = 200
+#: KubeRay makes submission id and cluster of a RayJob's attempt of its name and five characters each.
+_OF_RAYJOB = re.compile(r"(?P<name>.+?)(-raycluster)?-[a-z0-9]{5}")
 #: Where Ray hands a submitted job's description to its driver.
 _RAY_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -171,6 +189,12 @@ def this_epoch(environ: Mapping[str, str]) -> Epoch:
         submission_id = json.loads(environ.get(_RAY_JOB_CONFIG, ""))["metadata"]["job_submission_id"]
     except (ValueError, LookupError, TypeError):  # not submitted
         submission_id = None
+    submission_id = submission_id if isinstance(submission_id, str) else None
+    cluster = environ.get("RAY_CLUSTER_NAME")
+    if (
+        attempt is None and "SLURM_JOB_ID" in environ
+    ):  # Slurm counts restarts, and says nothing before the first
+        attempt, source = 1, "SLURM_JOB_ID"
     return Epoch(
         socket.gethostname(),
         os.getpid(),
@@ -179,25 +203,60 @@ def this_epoch(environ: Mapping[str, str]) -> Epoch:
         environ.get("RAY_JOB_ID"),
         attempt,
         source,
-        submission_id if isinstance(submission_id, str) else None,
-        environ.get("RAY_CLUSTER_NAME"),
+        submission_id,
+        cluster,
+        _series(environ, submission_id, cluster),
     )
 
 
+def _series(environ: Mapping[str, str], submission_id: str | None, cluster: str | None) -> str | None:
+    if said := environ.get(SERIES_VARIABLE, "").strip():
+        return said[:MAX_SERIES_CHARS]
+    if slurm := environ.get("SLURM_JOB_ID"):
+        return f"Slurm job {slurm}"
+    job, own = _OF_RAYJOB.fullmatch(submission_id or ""), _OF_RAYJOB.fullmatch(cluster or "")
+    return f"RayJob {job['name']}" if job and own and job["name"] == own["name"] else None
+
+
 def open_epoch(store: Store, *, exclusive: bool) -> int:
-    """Take the next epoch number: one per driver run, recorded with who runs it.
+    """Take the next epoch number: one per driver run, recorded with who runs it. It supersedes every earlier run.
 
     Without exclusive create the number is only as unique as the caller's promise to run one driver at a time.
+
+    Raises:
+        SupersededError: see `check_not_superseded`.
     """
     who = this_epoch(os.environ)
     put = store.put_exclusive if exclusive else store.put
-    epoch = last_epoch(store) + 1
+    epoch = 0
     while True:
+        epoch = max(epoch, last_epoch(store)) + 1
+        if who.series is not None:  # whoever comes in between has this number, and is seen at the next try
+            check_not_superseded(read_epochs(store), who, store.url)
         try:
             put(epoch_key(epoch), encode(who))
             return epoch
         except AlreadyExistsError:
-            epoch += 1
+            continue
+
+
+def check_not_superseded(epochs: Mapping[int, Epoch], who: Epoch, url: str) -> None:
+    """Refuse what a scheduler starts again although another submission has taken the job over since.
+
+    Without this two schedulers, each with a retry for every end, would take the job from each other in turn. Whether the other
+    run still lives is not asked: it has a scheduler, or a person, of its own.
+
+    Raises:
+        SupersededError: an attempt before `who` has opened an epoch, and the last one is another submission's.
+    """
+    if who.series is None or who.attempt == 1 or not epochs:
+        return
+    number, last = max(epochs.items())
+    if last.series != who.series and any(epoch.series == who.series for epoch in epochs.values()):
+        raise SupersededError(
+            f"{url}: run {number} ({last}) has taken this job over from an earlier attempt of {who.series}; attempts after that "
+            f"do not take it back by themselves. To do so on purpose, set {SERIES_VARIABLE} to a new word"
+        )
 
 
 def read_epochs(store: Store) -> dict[int, Epoch]:

@@ -43,6 +43,7 @@ class JobEvents(Protocol):
     Methods:
         prepared: write the commit that the attempt prepared, and call `WorkerPool.commit_stands` once one stands.
         discarded: the attempt's prepared commit will never stand: its energy is waste, its files go.
+        fenced: a worker found that a later run of the job has begun, and did not commit.
         stopped: a worker's last words: it closed its account itself.
         loading: what the own meter of a worker said that still loads when nobody needs it any more; `gone` follows.
         gone: a worker ended without last words: its account of its devices is open.
@@ -52,6 +53,7 @@ class JobEvents(Protocol):
     def committed(self, result: AttemptResult, *, news: bool) -> None: ...
     def prepared(self, result: AttemptResult) -> None: ...
     def discarded(self, result: AttemptResult) -> None: ...
+    def fenced(self) -> None: ...
     def stopped(self, stopped: WorkerStopped) -> None: ...
     def loading(self, worker_id: str, read: CounterRead | None) -> None: ...
     def gone(self, worker_id: str) -> None: ...
@@ -151,6 +153,9 @@ class Outcomes:
         self._ended(worker, lease, now)
         if result.outcome == "cancelled":
             self.coordinator.released(lease.attempt_id)
+        elif result.outcome == "superseded":
+            self.coordinator.released(lease.attempt_id)
+            self.events.fenced()
         elif result.outcome == "suspect":
             self.coordinator.suspected(result, node_id, now)
         elif result.outcome == "contradicted":

@@ -102,6 +102,19 @@ class WorkerPool:
         """Give no more leases; `run` returns when those that are out have ended."""
         self.draining = self.draining or reason
 
+    def stand_down(self, reason: str) -> None:
+        """Give no more leases, and have what is in hand sealed and handed back after the batch that is drawn, as of a preemption."""
+        self.drain(reason)
+        for worker in self.workers.values():
+            if worker.held and worker.ready is not None:
+                self._crew.take_back(worker)
+                self._crew.leave(worker)
+
+    def commit_refused(self, result: AttemptResult) -> None:
+        """The other answer to `JobEvents.prepared`: it never stands, as a later run has begun."""
+        self._outcomes.committing.pop(result.lease.attempt_id, None)
+        self.coordinator.released(result.lease.attempt_id)
+
     def commit_stands(self, result: AttemptResult, standing: bytes) -> None:
         """The answer to `JobEvents.prepared`: the commit that now stands for the shard."""
         self._outcomes.committing.pop(result.lease.attempt_id, None)

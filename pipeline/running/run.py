@@ -19,6 +19,7 @@ from millijoule.pipeline.energy.uncommitted import UncommittedWriter, read_uncom
 from millijoule.pipeline.fleet.policy import FleetPolicy
 from millijoule.pipeline.output.commits import CommitCompactor, list_committed, parse_commit, read_commits
 from millijoule.pipeline.output.job import JobSpec, open_epoch
+from millijoule.pipeline.output.other_runs import LaterRun, OtherRuns
 from millijoule.pipeline.output.parts import shards_in_parts
 from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.pipeline.running.accounts import Accounts
@@ -30,6 +31,7 @@ from millijoule.pipeline.running.pool import WorkerPool
 from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
 from millijoule.pipeline.running.spending import Spending
 from millijoule.workers.errors import AlreadyExistsError, JobError
+from millijoule.workers.fence import is_superseded
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import commit_key, part_key
@@ -45,7 +47,7 @@ log = logging.getLogger(__name__)
 FLUSH_PERIOD_S = 30.0
 #: A run that is cut off has this long for its last records.
 CUT_OFF_WRITES_S = 5.0
-#: Between two looks at what another driver has committed, besides ten times what a look takes.
+#: Between two looks at what an earlier run's workers have committed, besides ten times what a look takes.
 LOOK_PERIOD_S = 5.0
 #: Shards that could not be made and are named with the reason.
 MAX_NAMED_SHARDS = 20
@@ -92,6 +94,9 @@ class JobRun:
         part_s: seconds of work after which workers seal what they have of a shard; 0: never.
         fleet: which workers of which pools there are to be; None: one pool, which `options` describe.
         telemetry: False: workers read no counters and sample no power, and no live tables are written.
+
+    Raises:
+        SupersededError: this is a scheduler's retry, and another run has taken the job over since.
     """
 
     def __init__(
@@ -136,6 +141,11 @@ class JobRun:
         self.fleet = fleet
         self.pool = WorkerPool(worker_class, self.coordinator, config, options, self, fleet)
         self.writer = RecordWriter()
+        self._other_runs = OtherRuns(
+            *(store, self.epoch, self.writer.submit, self._stand_down),
+            self._take_over if part_s else None,
+            self.coordinator.committed,
+        )
         self._accounts = Accounts(store, self.epoch, self.writer, worker_class, config)
         self.counts = Counts(images_done=planned.shards.images_of(committed))
         self.spending = spending or Spending()
@@ -161,7 +171,7 @@ class JobRun:
         self._on_tick: Callable[[], None] = lambda: None
 
     def run(self, on_tick: Callable[[], None] = lambda: None) -> None:
-        """Work until every shard is committed or given up, a cap is reached, or the run was drained or stopped.
+        """Work until every shard is committed or given up, a cap is reached, or the run was drained, stopped or superseded.
 
         Raises:
             MillijouleError: nothing more can be done before a person acts. What was committed stays.
@@ -177,6 +187,10 @@ class JobRun:
                 log.warning("%s", node)
             if deaths := str(self.pool.deaths):
                 log.info("%s", deaths)
+        if self.complete and self.superseded is None:
+            self._other_runs.look_at_once()  # the end of the job is the latest run's
+        if self.superseded is not None:
+            return
         if given_up := self.coordinator.given_up:
             named = sorted(given_up.items())[:MAX_NAMED_SHARDS]
             reasons = "".join(f"\n  shard {shard_id}: {error}" for shard_id, error in named)
@@ -216,6 +230,23 @@ class JobRun:
     def lose_head(self, reason: str) -> None:
         """The cluster's head is gone: make `run` raise at its next turn, with no more calls to Ray. Safe from any thread."""
         self._head_lost, self.pool.abandoned, self._stop_now = reason, True, True
+
+    @property
+    def superseded(self) -> LaterRun | None:
+        """The run that has taken over: this one gives no more leases and must not write what the end of a job writes."""
+        return self._other_runs.later
+
+    def _stand_down(self, later: LaterRun) -> None:
+        log.warning(
+            "%s has taken over this job: run %d (this one) stands down. Its workers end their batches, seal what they have for "
+            "the other, and close their accounts",
+            *(later, self.epoch),
+        )
+        self.pool.stand_down(f"superseded by run {later.epoch}")
+
+    def _take_over(self, shards: frozenset[int]) -> None:
+        """An earlier run's workers may have sealed parts of `shards`."""
+        self.coordinator.in_parts |= shards
 
     @property
     def complete(self) -> bool:
@@ -273,11 +304,13 @@ class JobRun:
             self._arrivals.popleft()
 
     def _learn_from_others(self, commit: Commit) -> None:
-        """Another driver works on this output: look up what it has done, instead of doing it again."""
-        if not self._warned_of_others:
+        """A worker of another run has committed: look up what it has done, instead of doing it again."""
+        if commit.driver_epoch > self.epoch:
+            self._other_runs.look()
+        elif not self._warned_of_others:
             self._warned_of_others = True
             log.warning(
-                "another driver (number %d; this is %d) commits to %s too; that wastes energy but does no harm",
+                "a worker of an earlier run (%d; this is %d) still committed to %s; that wastes energy but does no harm",
                 *(commit.driver_epoch, self.epoch, self.store.url),
             )
         coordinator, now = self.coordinator, time.monotonic()
@@ -297,12 +330,14 @@ class JobRun:
 
     def prepared(self, result: AttemptResult) -> None:
         """Write a commit that its worker could not: it waited for a second opinion, or the store has no exclusive create,
-        where only this process commits, one at a time."""
+        where only this process commits, one at a time. None is written once a later run has begun."""
         shard_id, body = result.lease.shard.shard_id, result.commit_json
         assert body is not None
         key = commit_key(shard_id)
 
-        def commit() -> bytes:
+        def commit() -> bytes | None:
+            if is_superseded(self.store, self.epoch):
+                return None
             if self.planned.exclusive:
                 try:
                     self.store.put_exclusive(key, body)
@@ -314,7 +349,12 @@ class JobRun:
                 self.store.put(key, body)
             return body
 
-        def stands(standing: bytes) -> None:
+        def stands(standing: bytes | None) -> None:
+            if standing is None:
+                self.discarded(result, keep_parts=True)
+                self.pool.commit_refused(result)
+                self._other_runs.look()
+                return
             ours = parse_commit(self.store, shard_id, body)
             if parse_commit(self.store, shard_id, standing).attempt_id == ours.attempt_id:
                 standing = body
@@ -324,7 +364,8 @@ class JobRun:
 
         self.writer.submit(f"committing shard {shard_id}", commit, stands)
 
-    def discarded(self, result: AttemptResult) -> None:
+    def discarded(self, result: AttemptResult, *, keep_parts: bool = False) -> None:
+        """See `JobEvents`; with `keep_parts` another attempt may still take over what this one has sealed."""
         assert result.commit_json is not None
         lost = parse_commit(self.store, result.lease.shard.shard_id, result.commit_json)
         segments = tuple(
@@ -334,11 +375,13 @@ class JobRun:
         self.counts.lost_attempts += 1
         # files of sealed parts may stand in another attempt's commit: `gc` looks at them when the shard is committed
         files = [] if lost.parts else [f.path for f in lost.files]
-        shard_id, own = result.lease.shard.shard_id, f"{lost.attempt_id}.p"
-        files += [
-            part_key(shard_id, part) for part in lost.parts if part.startswith(own)
-        ]  # taken over by nobody more
+        if not keep_parts:
+            shard_id, own = result.lease.shard.shard_id, f"{lost.attempt_id}.p"
+            files += [part_key(shard_id, part) for part in lost.parts if part.startswith(own)]
         self.writer.submit(f"removing files of {lost.attempt_id}", lambda: self.store.delete(files))
+
+    def fenced(self) -> None:
+        self._other_runs.look()
 
     def stopped(self, stopped: WorkerStopped) -> None:
         self._uncommitted_records(stopped.worker_id, stopped.segments, stopped.power)
@@ -379,6 +422,7 @@ class JobRun:
             raise _StopNow
         self.writer.settle()
         self._accounts.tick()
+        self._other_runs.tick(time.monotonic())
         self._node_recorders.tick(w.node for w in self.pool.workers.values() if w.node is not None)
         if time.monotonic() >= self._next_flush:
             self.flush()

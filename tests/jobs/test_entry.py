@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from millijoule.jobs.entry import COMPLETE, USAGE, OnUnlessNo, joined, run_command
+from millijoule.jobs.entry import COMPLETE, ERROR, SUPERSEDED, USAGE, OnUnlessNo, joined, run_command
 from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.workers.errors import JobError, SupersededError
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ def test_a_switch_that_is_turned_off_says_no_default_in_its_help(capsys):
     assert "(default: 3)" in text
     assert "True" not in text
     assert run_command("x", Options, run, ["--share"]) == USAGE
+
+
+@pytest.mark.parametrize(("error", "code"), [(JobError, ERROR), (SupersededError, SUPERSEDED)])
+def test_an_error_is_a_message_and_an_exit_code(capsys, error, code):
+    def run(options):
+        raise error("what is wrong, and what to do")
+
+    assert run_command("x", Options, run, []) == code
+    assert capsys.readouterr().err == "millijoule x: what is wrong, and what to do\n"
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,16 @@ from support.models import Careful
 from support.stand_in_jobs import start_cluster
 
 from millijoule.jobs import JobResult, generate
-from millijoule.jobs.generate import main
+from millijoule.jobs.generate import EXIT_CODES, main
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.options.rates import RateOptions
 from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.pipeline.output.job import last_epoch, open_epoch
 from millijoule.pipeline.running import head_watch, live_metrics
 from millijoule.workers.actor import ShardWorker
-from millijoule.workers.errors import InputError, JobError
+from millijoule.workers.errors import InputError, JobError, SupersededError
 from millijoule.workers.generators.protocol import Rejection
+from millijoule.workers.storage.open import open_store
 
 PLAIN = "python:support.models:plain"
 
@@ -389,6 +391,45 @@ def test_an_interrupt_finishes_what_is_at_work_and_the_next_call_goes_on(cluster
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     cluster()
     assert job().images == 40
+
+
+class TakenOver(ShardWorker):
+    """A worker of a first run during whose third lease another run begins."""
+
+    def run(self, lease):
+        store = open_store(self.config.output_url)
+        if lease.shard.shard_id == 2 and last_epoch(store) == 1:
+            open_epoch(store, exclusive=True)
+        return super().run(lease)
+
+
+def test_a_run_that_another_one_takes_over_ends_without_the_end_of_the_job(cluster, job, caplog, tmp_path):
+    ray = cluster(TakenOver)
+    result = job()
+    assert (result.status, EXIT_CODES[result.status]) == ("superseded", 7)
+    assert result.reason.startswith("superseded by run 2 (on ")
+    assert caplog.text.count("run 1 (this one) stands down") == 1
+    assert ray.running == []
+    assert (result.manifest, result.totals) == (None, None)
+    assert not {"manifest.parquet", "_SUCCESS"} & {p.name for p in (tmp_path / "out").iterdir()}
+    commits = [json.loads(p.read_text()) for p in (tmp_path / "out").glob("_job/commits/*/*.json")]
+    assert {c["shard_id"] for c in commits} == {0, 1}
+    assert len(list((tmp_path / "out").glob("_job/parts/*/*/*.json"))) >= 1
+    cluster()
+    assert job().images == 40
+    assert_exactly_once(tmp_path / "out", 40)
+
+
+def test_a_retry_of_a_run_that_was_taken_over_starts_nothing(cluster, job, monkeypatch, tmp_path):
+    ray = cluster()
+    for series in ("theirs", "ours"):
+        monkeypatch.setenv("MILLIJOULE_SERIES", series)
+        assert job(deadline="2020-01-01T00:00Z").status == "cap_reached"
+    monkeypatch.setenv("MILLIJOULE_SERIES", "theirs")
+    with pytest.raises(SupersededError, match="has taken this job over from an earlier attempt of theirs"):
+        job()
+    assert ray.running == ray.requests == []
+    assert sorted(p.name for p in (tmp_path / "out/_job/epochs").iterdir()) == ["000001.json", "000002.json"]
 
 
 def test_outside_the_main_thread_no_signal_is_touched(cluster, job, monkeypatch):

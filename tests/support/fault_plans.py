@@ -188,6 +188,10 @@ KNOWN = {
     ),
     # nobody hears of the last commit from the one who made it
     "dies after its last commit": Plan(5, (2,), _prompts(*[_QUICK] * 12), points=(("after-commit", 6),)),
+    # another driver takes the job over while the first and its workers are well: it stands down
+    "taken over": Plan(
+        7, (2, 2), _prompts(*[_LONG] * 60), shard_size=3, part_s=0.1, drivers=(DriverPlan(twin_after_s=0.8),)
+    ),
     # the driver dies; its workers go on for a while, and the next run is finished before they are
     "workers outlive their driver": Plan(
         6,

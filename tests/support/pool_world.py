@@ -194,6 +194,7 @@ class World:
         self.cancelled, self.requests, self.reads = [], [], []
         self.leased, self.begun, self.begun_at = [], [], []
         self.actors, self.told_to_leave = {}, []
+        self.times_fenced = 0
         self.on_tick = lambda: None
 
     def run(self):
@@ -210,6 +211,9 @@ class World:
 
     def discarded(self, result):
         self.void.append(result.lease.worker_id)
+
+    def fenced(self):
+        self.times_fenced += 1
 
     def stopped(self, stopped):
         self.words.append(stopped.worker_id)

@@ -43,6 +43,7 @@ from millijoule.jobs.set_up.request import request_of
 from millijoule.jobs.simulating.clocked_ray import install
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job
+from millijoule.pipeline.output import other_runs
 from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.running import accounts, coordinator, crew, node_health, outcomes, pool, run
 from millijoule.pipeline.running.demand import PoolOptions
@@ -229,6 +230,7 @@ def enter_host(node: Node | None, plan: Plan, folder: Path) -> None:
     node_health.DEATH_PAUSE_FIRST_S, node_health.FAULT_PAUSE_FIRST_S = 0.02, 0.05
     accounts.CLOSE_TIMEOUT_S, accounts.CUT_OFF_TIMEOUT_S, actor_module.GONE_TIMEOUT_S = 15.0, 4.0, 3.0
     questions.PROBE_LINGER_S, orphan.ORPHAN_CHECK_S, run.FLUSH_PERIOD_S = 0.05, 0.3, 0.2
+    other_runs.LATER_PERIOD_S, other_runs.PARTS_PERIOD_FIRST_S = 0.15, 0.1
     nvml.GpuCounter.__init__.__defaults__ = (1, None, plan.spacing_ms * 1_000_000, nvml.WATCH_PERIOD_NS)
     spending_model.passing = lambda point: pass_point(plan, folder, point)
     _wrap_store(lambda point: pass_point(plan, folder, point), of_driver=node is None)
@@ -328,6 +330,8 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
             job_run.run()
         except JobError:
             return 1
+    if job_run.superseded is not None:
+        return 7
     if not job_run.complete:
         return 5
     stats = finish_job(store, planned.job, planned.shards)

@@ -2,7 +2,7 @@
 
 On a thread per attempt, beside the device's, which may draw the next attempt meanwhile. The order of steps is the commit
 protocol (docs/commit-protocol.md): data objects under attempt-unique names first, the shard's commit by exclusive create
-last. Whatever dies in between leaves files nobody refers to.
+last, unless a later run of the job has begun. Whatever dies in between leaves files nobody refers to.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.attempts.drawing import DeviceTime, Requests, now_wall_ns, reason
 from millijoule.workers.attempts.encoding import DrawnImage
 from millijoule.workers.attempts.handover import Handover
-from millijoule.workers.attempts.parts import Part, TakenParts, forget_parts
+from millijoule.workers.attempts.parts import Part, TakenParts, forget_parts, labelled
 from millijoule.workers.attempts.pieces import Pieces, joined
 from millijoule.workers.attempts.store_files import store_files
 from millijoule.workers.drawing.isolate import AttemptCancelled
 from millijoule.workers.errors import AlreadyExistsError, MillijouleError, NodeError
+from millijoule.workers.fence import is_superseded
 from millijoule.workers.images.writers import ShardFiles
 from millijoule.workers.layout import commit_key
-from millijoule.workers.lease import AttemptResult, Suspect, WorkerConfig
+from millijoule.workers.lease import AttemptResult, Lease, Suspect, WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.meters.power_samples import PowerSampler
@@ -151,27 +152,49 @@ class Finishing:
         body, key = commit.to_json(), commit_key(shard_id)
         if written.suspects:
             return AttemptResult(lease, "suspect", body, written.suspects, written.healthy)
-        if not self.config.commits_exclusively:
-            return AttemptResult(lease, "prepared", body)
         try:
-            store.put_exclusive(key, body)
+            superseded = is_superseded(store, self.config.driver_epoch)
+            if not superseded and self.config.commits_exclusively:
+                store.put_exclusive(key, body)
         except AlreadyExistsError:
-            log.info("shard %d: another attempt committed first; discarding ours", shard_id)
             self._restore(lease.attempt_id, device.segments, device.power, "loser")
-            standing = store.get(key)
-            # nothing but this commit will ever name files of the shard; it may name parts that were sealed here
-            named = {f.path for f in Commit.from_json(standing).files}
-            ours = [f.path for f in pieces.to_store] + [f.path for p in pieces.sealed for f in p.files]
-            store.delete([path for path in ours if path not in named])
-            forget_parts(store, shard_id, [p.part_id for p in pieces.parts])
-            return AttemptResult(lease, "exists", standing)
+            return self._discard(lease, pieces)
         except MillijouleError:
             self._restore(
                 lease.attempt_id, device.segments, device.power, "shard"
             )  # it may stand all the same
             raise
+        if superseded:
+            return self._hand_on(lease, device, pieces)
+        if not self.config.commits_exclusively:
+            return AttemptResult(lease, "prepared", body)
         forget_parts(store, shard_id, [p.part_id for p in pieces.parts])
         return AttemptResult(lease, "committed", body)
+
+    def _discard(self, lease: Lease, pieces: Pieces) -> AttemptResult:
+        """Another attempt's commit stands: the files of this one go."""
+        store, shard_id = self.store, lease.shard.shard_id
+        log.info("shard %d: another attempt committed first; discarding ours", shard_id)
+        standing = store.get(commit_key(shard_id))
+        # nothing but this commit will ever name files of the shard; it may name parts that were sealed here
+        named = {f.path for f in Commit.from_json(standing).files}
+        ours = [f.path for f in pieces.to_store] + [f.path for p in pieces.sealed for f in p.files]
+        store.delete([path for path in ours if path not in named])
+        forget_parts(store, shard_id, [p.part_id for p in pieces.parts])
+        return AttemptResult(lease, "exists", standing)
+
+    def _hand_on(self, lease: Lease, device: DeviceTime, pieces: Pieces) -> AttemptResult:
+        """A later run has begun, and what it does not name does not count: seal the rest of the shard for it to take over."""
+        shard_id, epoch, part = lease.shard.shard_id, self.config.driver_epoch, pieces.next_part
+        # before storage may fail: sealed or not, they are a part's, which is waste unless a commit names it
+        self._restore(part, labelled(device, lease.attempt_id, part), device.power, "shard")
+        if self.store.exists(commit_key(shard_id)):
+            return self._discard(lease, pieces)
+        log.info(
+            "shard %d: run %d is superseded and commits no more; sealing ours as a part", shard_id, epoch
+        )
+        pieces.seal_last(device)
+        return AttemptResult(lease, "superseded")
 
     def _describe(
         self, attempt: Attempt, written: ShardFiles, device: DeviceTime, parts: Sequence[Part]

@@ -86,22 +86,7 @@ class Pieces:
         """The piece so far, for which the device worked in `device`, becomes a part; the next piece begins."""
         files = self._writer.finish()
         store_files(self.store, files.files, self._scratch, on_part, still_wanted)
-        name = part_id(self.lease.attempt_id, len(self.sealed))
-        part = Part(
-            self.lease.shard.shard_id,
-            name,
-            self.config.driver_epoch,
-            self.worker_id,
-            self.config.fingerprint,
-            self.config.model_sha256,
-            files.files,
-            files.rows_key,
-            as_ranges(self._number[at] for at in self._added),
-            self._energy_mj(device.segment),
-            tuple(sorted(device.segment.close.energy_mj)),
-            segment_estimate_mj(device.segment),
-            labelled(device, self.lease.attempt_id, name),
-        )
+        part = self._part(files, device)
         self.sealed.append(part)  # where storage does not answer it may stand all the same
         put_part(self.store, self.config, part)
         on_part()
@@ -112,7 +97,7 @@ class Pieces:
 
     def finish(self) -> ShardFiles:
         """All files of the shard and all its rows; those that are not stored yet are `to_store`."""
-        last = self._writer.finish()
+        last = self._last = self._writer.finish()
         if not self._rows:
             self.to_store = last.files
             return last
@@ -123,10 +108,50 @@ class Pieces:
         there = [file for part in self.parts for file in part.files]
         return replace(table, files=(*there, *self.to_store))
 
+    def seal_last(self, device: DeviceTime) -> None:
+        """The shard is not committed after all: its last piece, which is finished and stored, becomes the part `next_part`.
+
+        Args:
+            device: of the whole attempt, as its commit would have carried it.
+        """
+        kept: tuple[DataFile, ...] = ()
+        if self._added:
+            already = sum(len(part.segments) for part in self.sealed)
+            kept = self._last.files
+            put_part(
+                self.store,
+                self.config,
+                self._part(self._last, replace(device, segments=device.segments[already:])),
+            )
+        self.store.delete([file.path for file in self.to_store if file not in kept])
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """All sealed parts that the shard is made of."""
         return (*self.taken.parts, *self.sealed)
+
+    @property
+    def next_part(self) -> str:
+        """The id of the part that would be sealed next."""
+        return part_id(self.lease.attempt_id, len(self.sealed))
+
+    def _part(self, files: ShardFiles, device: DeviceTime) -> Part:
+        """The record of the piece at hand, which is `files`."""
+        return Part(
+            self.lease.shard.shard_id,
+            self.next_part,
+            self.config.driver_epoch,
+            self.worker_id,
+            self.config.fingerprint,
+            self.config.model_sha256,
+            files.files,
+            files.rows_key,
+            as_ranges(self._number[at] for at in self._added),
+            self._energy_mj(device.segment),
+            tuple(sorted(device.segment.close.energy_mj)),
+            segment_estimate_mj(device.segment),
+            labelled(device, self.lease.attempt_id, self.next_part),
+        )
 
     def _open(self) -> None:
         number = len(self.sealed)

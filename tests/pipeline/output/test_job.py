@@ -14,9 +14,11 @@ from millijoule.pipeline.output.job import (
     read_epochs,
     read_job,
     require_job,
+    this_epoch,
 )
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, SupersededError
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
+from millijoule.workers.records import encode
 from millijoule.workers.rungs.rungs import Rungs
 from millijoule.workers.storage.open import open_store
 
@@ -107,12 +109,14 @@ def test_each_driver_takes_the_next_epoch(store, exclusive):
         ({"SLURM_RESTART_COUNT": "0"}, 1, "SLURM_RESTART_COUNT"),
         ({"MILLIJOULE_ATTEMPT": "4", "SLURM_RESTART_COUNT": "2"}, 4, "MILLIJOULE_ATTEMPT"),
         ({"MILLIJOULE_ATTEMPT": "first"}, None, None),
+        ({"SLURM_JOB_ID": "7"}, 1, "SLURM_JOB_ID"),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, 2, "SLURM_RESTART_COUNT"),
     ],
 )
 def test_an_epoch_says_which_attempt_it_is_for_whoever_started_it(
     store, monkeypatch, environment, attempt, source
 ):
-    for name in ("MILLIJOULE_ATTEMPT", "SLURM_RESTART_COUNT"):
+    for name in ("MILLIJOULE_ATTEMPT", "SLURM_RESTART_COUNT", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -128,6 +132,89 @@ def test_an_epoch_names_the_submission_and_the_cluster(store, monkeypatch):
     number = open_epoch(store, exclusive=True)
     epoch = read_epochs(store)[number]
     assert (epoch.submission_id, epoch.cluster) == ("raysubmit_x", "rayjob-raycluster-b2xx9")
+    assert epoch.series is None
+
+
+def as_ray_says(submission_id):
+    return json.dumps({"metadata": {"job_submission_id": submission_id}})
+
+
+@pytest.mark.parametrize(
+    ("environment", "series"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7"}, "Slurm job 7"),
+        ({"SLURM_JOB_ID": "7", "MILLIJOULE_SERIES": " night of the 3rd "}, "night of the 3rd"),
+        (
+            {"RAY_JOB_CONFIG_JSON_ENV_VAR": as_ray_says("my-job-x2b4z"), "RAY_CLUSTER_NAME": "my-job-9kk2q"},
+            "RayJob my-job",
+        ),
+        (
+            {
+                "RAY_JOB_CONFIG_JSON_ENV_VAR": as_ray_says("my-job-x2b4z"),
+                "RAY_CLUSTER_NAME": "my-job-raycluster-9kk2q",
+            },
+            "RayJob my-job",
+        ),
+        # submitted by hand to a cluster that stays
+        (
+            {
+                "RAY_JOB_CONFIG_JSON_ENV_VAR": as_ray_says("raysubmit_EaCh6yz1R4nbb8mT"),
+                "RAY_CLUSTER_NAME": "millijoule",
+            },
+            None,
+        ),
+        ({"RAY_CLUSTER_NAME": "my-job-9kk2q"}, None),
+    ],
+)
+def test_attempts_of_one_submission_are_a_series(environment, series):
+    assert this_epoch(environment).series == series
+
+
+def starts(store, monkeypatch, **environment):
+    for name in ("MILLIJOULE_ATTEMPT", "MILLIJOULE_SERIES", "SLURM_RESTART_COUNT", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return open_epoch(store, exclusive=True)
+
+
+def test_a_scheduler_does_not_take_back_by_a_retry_what_another_run_has_taken_over(store, monkeypatch):
+    assert starts(store, monkeypatch, SLURM_JOB_ID="7") == 1
+    assert starts(store, monkeypatch, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1") == 2  # its own retry
+    assert starts(store, monkeypatch) == 3  # a person's
+    with pytest.raises(SupersededError, match=r"run 3 \(on .*\) has taken this job over .* Slurm job 7;"):
+        starts(store, monkeypatch, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2")
+    assert read_epochs(store).keys() == {1, 2, 3}, "a refused run must not supersede"
+    # on purpose: a new command in the same allocation, a new word, another job
+    assert starts(store, monkeypatch, SLURM_JOB_ID="7") == 4
+    assert starts(store, monkeypatch, MILLIJOULE_SERIES="again") == 5
+    assert starts(store, monkeypatch, SLURM_JOB_ID="8", SLURM_RESTART_COUNT="1") == 6
+
+
+def test_where_nobody_counts_attempts_a_second_run_of_a_series_is_a_retry(store, monkeypatch):
+    assert starts(store, monkeypatch, MILLIJOULE_SERIES="RayJob a") == 1
+    assert starts(store, monkeypatch, MILLIJOULE_SERIES="RayJob b") == 2
+    assert starts(store, monkeypatch, MILLIJOULE_SERIES="RayJob b") == 3
+    with pytest.raises(SupersededError, match="set MILLIJOULE_SERIES to a new word"):
+        starts(store, monkeypatch, MILLIJOULE_SERIES="RayJob a")
+    assert starts(store, monkeypatch, MILLIJOULE_SERIES="RayJob a", MILLIJOULE_ATTEMPT="1") == 4
+
+
+def test_whoever_comes_in_between_is_seen_by_a_retry(store, monkeypatch):
+    """Another submission takes the number that the retry was about to take."""
+    starts(store, monkeypatch, MILLIJOULE_SERIES="a")
+    create = store.put_exclusive
+
+    def slow(key, data):
+        monkeypatch.setattr(store, "put_exclusive", create)
+        create(key, encode(Epoch("h", 1, "u", 1.5, series="b")))
+        create(key, data)
+
+    monkeypatch.setattr(store, "put_exclusive", slow)
+    with pytest.raises(SupersededError, match="run 2 "):
+        starts(store, monkeypatch, MILLIJOULE_SERIES="a")
+    assert read_epochs(store).keys() == {1, 2}
 
 
 def test_epochs_from_before_there_were_attempts_are_read(store):

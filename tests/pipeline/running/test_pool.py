@@ -462,3 +462,40 @@ def test_workers_that_die_before_anybody_knows_where_end_the_job(world):
     with pytest.raises(JobError, match=f"{UNPLACED_DEATHS + 1} workers in a row ended before they started"):
         w.pool.run()
     assert w.ray.now > 60  # with growing pauses
+
+
+def test_a_superseded_run_has_its_workers_leave_and_gives_no_more_leases(world):
+    def shard(worker, lease):
+        if lease.shard.shard_id < 2:
+            return After(1.0)
+        return After(3.0, AttemptResult(lease, "superseded" if lease.shard.shard_id == 2 else "cancelled"))
+
+    play = Script()
+    play.shard = lambda worker, lease: shard(worker, lease)
+    w = world(play, shards=8, speculate=False)
+
+    def stand_down():
+        if w.times_fenced and not w.pool.draining:
+            w.pool.stand_down("superseded by run 2")
+
+    w.on_tick = stand_down
+    w.run()
+    assert w.times_fenced >= 1
+    assert sorted(shard for shard, _ in w.made) == [0, 1]
+    assert set(w.told_to_leave) == {"w0001-0001", "w0001-0002"}
+    assert w.words == w.ray.asked_for  # every account is closed by the worker itself
+    assert w.coordinator.remaining == 6
+    assert w.pool.draining == "superseded by run 2"
+
+
+def test_a_commit_that_a_later_run_refused_is_waited_for_no_more(world):
+    w = world(script("shard", suspected), shards=3, speculate=False)
+    w.prepared = lambda result: w.ray.at(0.5, lambda: refuse(result))
+
+    def refuse(result):
+        w.pool.commit_refused(result)
+        w.pool.stand_down("superseded by run 2")
+
+    w.run()
+    assert 0 not in [shard for shard, _ in w.made]
+    assert w.words == w.ray.asked_for

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.counted_images import Counter, Spending
 from support.local_job import plan, runner
-from support.models import Plain
 
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job
@@ -27,7 +27,6 @@ from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempts.parts import Part, PartClock, as_ranges
 from millijoule.workers.errors import StoreError
 from millijoule.workers.layout import PARTS_PREFIX
-from millijoule.workers.schemas import CounterRead
 
 PROMPTS = [f"p{i}" for i in range(12)]
 EVERY_BATCH_S = 1e-9
@@ -68,37 +67,6 @@ class Dying:
 
     def delete(self, keys):
         return self._do(self._store.delete, list(keys))
-
-
-class Counter:
-    """A meter whose counter only ever grows when an image is drawn: 7 mJ each. `spent_mj` is the truth."""
-
-    method = "rapl"
-    cpu_ns_elsewhere = None
-
-    def __init__(self):
-        self.spent_mj = 0
-        self.now_ns = 1_000_000_000
-
-    def read(self):
-        self.now_ns += 1_000_000
-        return CounterRead("boot", self.now_ns, self.now_ns, 0, {"cpu:package-0": self.spent_mj})
-
-    read_afresh = read
-
-
-class Spending(Plain):
-    """Each image costs 7 mJ of `counter`, and its prompt is noted in `drawn`."""
-
-    def __init__(self, counter, drawn):
-        super().__init__("cpu")
-        self.counter, self.drawn = counter, drawn
-
-    def draw(self, request):
-        self.counter.spent_mj += 7
-        self.counter.now_ns += 50_000_000
-        self.drawn.append(request.prompt_id)
-        return super().draw(request)
 
 
 def coordinator(store, job, epoch):

@@ -48,7 +48,7 @@ def leases(store, job):
 def test_the_second_of_two_attempts_loses_cleans_up_and_books_its_energy_as_waste(tmp_path):
     store, job = plan(tmp_path, ["a", "b", "c"])
     first, second = (leases(store, job).next_lease(w, 0.0) for w in ("w1", "w2"))
-    winner, loser = runner(store, job, 1, worker="w1"), runner(store, job, 2, worker="w2")
+    winner, loser = runner(store, job, 2, worker="w1"), runner(store, job, 2, worker="w2")
     assert winner.run(first).outcome == "committed"
     lost = loser.run(second)
     assert lost.outcome == "exists"
