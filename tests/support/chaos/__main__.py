@@ -145,6 +145,7 @@ def main() -> int:
     parser.add_argument("--storms", type=int, default=0)
     parser.add_argument("--costs", type=int, default=0, help="pairs of each kind")
     parser.add_argument("--ray", type=int, default=0, help="storms on a real cluster")
+    parser.add_argument("--pixels", type=int, default=0, help="runs with a device that draws wrong pixels")
     parser.add_argument(
         "--at-once", type=int, default=1, help="storms over forked processes; all else runs alone"
     )

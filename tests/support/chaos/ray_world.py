@@ -106,6 +106,7 @@ class RayWorld:
             PYTHONPATH=f"{boards.SITE}:{boards.TESTS}",
             MILLIJOULE_TEST_CHAOS=str(self.folder),
             TMPDIR=str(self.folder / "tmp"),
+            RAY_gcs_rpc_server_reconnect_timeout_s="15",  # so long a driver that begins as the head goes waits
             **{TOKEN: self.token},
         )
         self.drivers.append(driver)

@@ -93,16 +93,16 @@ def record(results: Results) -> dict[str, Any]:
         del part["kinds"]
     of_ray = results.of("ray")
     parts["ray"] |= ray_costs(of_ray) | {"stores": sorted({r["store"] for r in of_ray})}
-    names = ("runs", "runs_with_problems", "faults_injected", "faults_survived", "processes")
-    judged = [r for r in results.all if r["part"] != "pixels"]
+    names = ("runs", "faults_injected", "faults_survived", "processes")
     return {
         **{name: sum(part[name] for part in parts.values()) for name in names},
+        "runs_with_problems": sum(bool(r["problems"]) for r in results.all),
         "kinds_injected": sum(k["injected"] > 0 for k in kinds.values()),
         "outcomes": {o: sum(part["outcomes"][o] for part in parts.values()) for o in OUTCOMES},
         "kinds": kinds,
         "parts": parts,
         "not_seen": {WRONG_PIXELS: wrong_pixels.summary(results.of("pixels"))},
-        "problems": [{n: r[n] for n in ("part", "run", "problems")} for r in judged if r["problems"]],
+        "problems": [{n: r[n] for n in ("part", "run", "problems")} for r in results.all if r["problems"]],
         "seeds": {name: _seeds(results.of(name)) for name in ("storms", "ray")},
         "commits": sorted({r["commit"] for r in results.all}),
     }

@@ -16,7 +16,7 @@ from typing import Any
 from support import boards, random_runs
 from support.chaos import inside, oracle
 from support.chaos.damage import WorldWithFiles
-from support.chaos.faults import INSIDE, MAY_HIDE_ENERGY, Fault, Round, Storm
+from support.chaos.faults import INSIDE, MAY_HIDE_ENERGY, WRONG_PIXELS, Fault, Round, Storm
 from support.counter_judge import judge
 from support.fault_plans import DriverPlan
 from support.forked_cluster import Driver, Node
@@ -124,7 +124,7 @@ class StormWorld(WorldWithFiles):
     def _strike(self, fault: Fault) -> None:
         """The moment of `fault` has come; where there is nobody to strike it waits a little."""
         kind, done = fault.kind, False
-        if kind in INSIDE:
+        if kind in INSIDE or kind == WRONG_PIXELS:
             self.ground.arm(kind)
             return
         if kind.startswith("worker ") or kind == "reader killed":

@@ -28,6 +28,8 @@ def run(seed: int, folder: Path, undisturbed: dict[str, Any]) -> dict[str, Any]:
         Storm(seed, SHAPE, job_of(SHAPE, seed), (Round(faults=faults),)), where, undisturbed
     )
     shutil.rmtree(where, ignore_errors=True)
+    if result["outcome"] == "unfinished":
+        return result
     problems = result.pop("problems")
     return {
         **result,
@@ -39,6 +41,7 @@ def run(seed: int, folder: Path, undisturbed: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    results = [r for r in results if r["outcome"] != "unfinished"]
     return {
         "runs": len(results),
         "injected": sum(len(r["faults"]) for r in results),
