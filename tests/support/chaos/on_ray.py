@@ -26,6 +26,7 @@ from support.chaos.ray_faults import MAY_HIDE_ENERGY, RayStorm, storm
 from support.chaos.ray_world import MOST_S, RayWorld
 from support.counter_judge import Verdict, judge
 
+from millijoule.jobs.machine import describe_machine
 from millijoule.workers.meters.meter import read_boot_id
 
 #: What a run's folder may hold.
@@ -125,6 +126,7 @@ def run_one(one: RayStorm, folder: Path, server: CephGateway | MotoServer) -> di
         proxy.stop()
     result = {
         "run": one.seed,
+        "commit": describe_machine()["commit"],
         "images": one.images,
         "store": type(server).__name__,
         "faults": [line["kind"] for line in world.ground.written()],
