@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,7 +16,14 @@ from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options
 from millijoule.pipeline.fleet.pools import Pool
 from millijoule.pipeline.output.commits import list_committed
-from millijoule.pipeline.output.job import JobSpec, check_same_job, publish_job, read_job
+from millijoule.pipeline.output.job import (
+    JobSpec,
+    check_not_superseded,
+    check_same_job,
+    publish_job,
+    read_job,
+    this_epoch,
+)
 from millijoule.pipeline.planning.make_plan import plan_job
 from millijoule.pipeline.planning.plan_options import compute_fingerprint
 from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retry_round
@@ -38,9 +46,12 @@ def set_up_job(
 
     Raises:
         InputError: as `open_or_plan` and `choose_device`.
+        SupersededError: this is a scheduler's retry, and another run has taken the job over since.
         StoreError: storage failed.
     """
     existing, device = read_job(store), None
+    if existing is not None:
+        check_not_superseded(store, this_epoch(os.environ))  # before anything is asked of the cluster
     pools = pools_on(request, cluster)
     if existing is not None:
         request = request.as_begun(existing)

@@ -231,8 +231,9 @@ def open_epoch(store: Store, *, exclusive: bool) -> int:
     epoch = 0
     while True:
         epoch = max(epoch, last_epoch(store)) + 1
-        if who.series is not None:  # whoever comes in between has this number, and is seen at the next try
-            check_not_superseded(read_epochs(store), who, store.url)
+        check_not_superseded(
+            store, who
+        )  # whoever comes in between has this number, and is seen at the next try
         try:
             put(epoch_key(epoch), encode(who))
             return epoch
@@ -240,7 +241,7 @@ def open_epoch(store: Store, *, exclusive: bool) -> int:
             continue
 
 
-def check_not_superseded(epochs: Mapping[int, Epoch], who: Epoch, url: str) -> None:
+def check_not_superseded(store: Store, who: Epoch) -> None:
     """Refuse what a scheduler starts again although another submission has taken the job over since.
 
     Without this two schedulers, each with a retry for every end, would take the job from each other in turn. Whether the other
@@ -249,12 +250,12 @@ def check_not_superseded(epochs: Mapping[int, Epoch], who: Epoch, url: str) -> N
     Raises:
         SupersededError: an attempt before `who` has opened an epoch, and the last one is another submission's.
     """
-    if who.series is None or who.attempt == 1 or not epochs:
+    if who.series is None or who.attempt == 1 or not (epochs := read_epochs(store)):
         return
-    number, last = max(epochs.items())
+    number, last = list(epochs.items())[-1]
     if last.series != who.series and any(epoch.series == who.series for epoch in epochs.values()):
         raise SupersededError(
-            f"{url}: run {number} ({last}) has taken this job over from an earlier attempt of {who.series}; attempts after that "
+            f"{store.url}: run {number} ({last}) has taken this job over from an earlier attempt of {who.series}; attempts after that "
             f"do not take it back by themselves. To do so on purpose, set {SERIES_VARIABLE} to a new word"
         )
 

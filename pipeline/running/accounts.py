@@ -80,10 +80,11 @@ class Accounts:
         self._readers_started = 0
 
     def look_for_open(self) -> None:
-        """Find the accounts that earlier runs left open."""
+        """Find the accounts that earlier runs left open; again at the end, for those of a run that has just been superseded."""
 
         def found(worker_ids: list[str]) -> None:
-            of_earlier_runs = [w for w in worker_ids if not w.startswith(f"w{self.epoch:04d}-")]
+            own = f"w{self.epoch:04d}-"
+            of_earlier_runs = [w for w in worker_ids if not w.startswith(own) and w not in self._open]
             if of_earlier_runs:
                 log.info("accounts of devices that earlier runs left open: %d", len(of_earlier_runs))
             for worker_id in of_earlier_runs:

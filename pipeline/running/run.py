@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
-
-import numpy as np
 
 from millijoule.pipeline.energy.live_tables import LiveTables
 from millijoule.pipeline.energy.node_readings import node_reading_files
@@ -37,7 +34,7 @@ from millijoule.workers.images.formats import ImageFormat
 from millijoule.workers.layout import commit_key, part_key
 from millijoule.workers.lease import AttemptResult, WorkerConfig, WorkerStopped
 from millijoule.workers.node_meters.config import NodeMeterConfig
-from millijoule.workers.schemas import Commit, CounterRead, PowerSample, PowerTrace, Segment
+from millijoule.workers.schemas import CounterRead, PowerSample, PowerTrace, Segment
 from millijoule.workers.sources.obtain import ObtainedModel
 from millijoule.workers.storage.protocol import Store
 
@@ -47,8 +44,6 @@ log = logging.getLogger(__name__)
 FLUSH_PERIOD_S = 30.0
 #: A run that is cut off has this long for its last records.
 CUT_OFF_WRITES_S = 5.0
-#: Between two looks at what an earlier run's workers have committed, besides ten times what a look takes.
-LOOK_PERIOD_S = 5.0
 #: Shards that could not be made and are named with the reason.
 MAX_NAMED_SHARDS = 20
 #: What to do when the cluster's head is gone, with the reason.
@@ -142,9 +137,9 @@ class JobRun:
         self.pool = WorkerPool(worker_class, self.coordinator, config, options, self, fleet)
         self.writer = RecordWriter()
         self._other_runs = OtherRuns(
-            *(store, self.epoch, self.writer.submit, self._stand_down),
+            *(store, self.epoch, self.writer.submit, self.coordinator.committed, self._stand_down),
+            self._committed_elsewhere,
             self._take_over if part_s else None,
-            self.coordinator.committed,
         )
         self._accounts = Accounts(store, self.epoch, self.writer, worker_class, config)
         self.counts = Counts(images_done=planned.shards.images_of(committed))
@@ -166,8 +161,6 @@ class JobRun:
         self._arrivals: deque[tuple[float, int]] = deque()
         self._stop_now = False
         self._head_lost: str | None = None
-        self._warned_of_others = False
-        self._look_not_before = 0.0
         self._on_tick: Callable[[], None] = lambda: None
 
     def run(self, on_tick: Callable[[], None] = lambda: None) -> None:
@@ -217,6 +210,8 @@ class JobRun:
         cut_off = self._stop_now
         try:
             if self._head_lost is None:
+                if self.epoch > 1 and not cut_off:
+                    self._accounts.look_for_open()
                 self._accounts.close(cut_off=cut_off)
                 self._node_recorders.close(wait=not cut_off)
         finally:
@@ -277,7 +272,7 @@ class JobRun:
         if result.outcome == "exists":
             counts.lost_attempts += 1
             if commit.driver_epoch != self.epoch:
-                self._learn_from_others(commit)
+                self._other_runs.committed(commit.driver_epoch, time.monotonic())
         if not news:
             return
         self._compactor.add(shard.shard_id, result.commit_json)
@@ -303,30 +298,10 @@ class JobRun:
         while self._arrivals[0][0] < now - RATE_WINDOW_S and len(self._arrivals) > 2:
             self._arrivals.popleft()
 
-    def _learn_from_others(self, commit: Commit) -> None:
-        """A worker of another run has committed: look up what it has done, instead of doing it again."""
-        if commit.driver_epoch > self.epoch:
-            self._other_runs.look()
-        elif not self._warned_of_others:
-            self._warned_of_others = True
-            log.warning(
-                "a worker of an earlier run (%d; this is %d) still committed to %s; that wastes energy but does no harm",
-                *(commit.driver_epoch, self.epoch, self.store.url),
-            )
-        coordinator, now = self.coordinator, time.monotonic()
-        if now < self._look_not_before:
-            return
-        self._look_not_before = math.inf  # while it looks
-
-        def learn(committed: np.ndarray) -> None:
-            took = time.monotonic() - now
-            self._look_not_before = time.monotonic() + LOOK_PERIOD_S + 10 * took
-            for shard_id in (committed & ~coordinator.committed).nonzero()[0].tolist():
-                if coordinator.complete("", shard_id, time.monotonic()):
-                    self.counts.images_done += self.planned.shards[shard_id].n_images
-
-        n_shards = len(self.planned.shards)
-        self.writer.submit("listing commits", lambda: list_committed(self.store, n_shards), learn)
+    def _committed_elsewhere(self, shards: Iterable[int]) -> None:
+        for shard_id in shards:
+            if self.coordinator.complete("", shard_id, time.monotonic()):
+                self.counts.images_done += self.planned.shards[shard_id].n_images
 
     def prepared(self, result: AttemptResult) -> None:
         """Write a commit that its worker could not: it waited for a second opinion, or the store has no exclusive create,

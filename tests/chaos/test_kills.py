@@ -1,6 +1,7 @@
 """Exactly once under kill -9: real processes, killed at real points. The oracles are `assert_exactly_once`, and for the
 energy of jobs that a stand-in node's counters follow `assert_books_close`."""
 
+import json
 import os
 import signal
 import time
@@ -144,12 +145,19 @@ def test_a_batch_longer_than_its_lease_is_left_alone_while_it_gets_on(tmp_path, 
 
 
 def test_two_drivers_at_once(tmp_path, prompts, ray_address, undisturbed, node):
+    """The one that began first stands down as soon as there is the other, which alone writes the end of the job."""
     out = tmp_path / "out"
     arguments = (*job(prompts, out, "slow"), "--workers", 1)
     drivers = [start(tmp_path, *arguments, ray=ray_address, **node.env) for _ in range(2)]
-    assert [d.wait(180) for d in drivers] == [0, 0], (tmp_path / "driver.log").read_text()
+    assert sorted(d.wait(180) for d in drivers) == [0, 7], (tmp_path / "driver.log").read_text()
     assert len(list(out.glob("_job/epochs/*.json"))) == 2
-    assert "another driver" in (tmp_path / "driver.log").read_text()
+    log = (tmp_path / "driver.log").read_text()
+    assert log.count("run 1 (this one) stands down") == 1
+    assert "superseded by run 2 (on " in log
+    began_ns = (out / "_job/epochs/000002.json").stat().st_mtime_ns
+    written = [(json.loads(p.read_text()), p.stat().st_mtime_ns) for p in out.glob("_job/commits/*/*.json")]
+    late = [c["shard_id"] for c, at_ns in written if c["driver_epoch"] == 1 and at_ns > began_ns]
+    assert len(late) <= 1, "no more than was being created"
     assert hashes(out) == undisturbed
     assert_exactly_once(out, PROMPTS)
     assert_books_close(out)

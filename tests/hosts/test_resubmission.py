@@ -1,4 +1,4 @@
-"""`ray job submit` from a host without Ray; and once more, while a worker of the first driver still works somewhere."""
+"""`ray job submit` from a host without Ray; and once more, while the first driver, or a worker of it, still works somewhere."""
 
 import json
 import subprocess
@@ -32,6 +32,33 @@ def submit(hosts: RayHosts, job: HostJob) -> subprocess.Popen[bytes]:
     return hosts["client"].spawn(command, job.log, hosts.env("client"))
 
 
+def later_epochs(job: HostJob, taken_over: dict[int, bytes]) -> set[int]:
+    """Epochs of the commits that were not there when another run had taken the job over."""
+    return {
+        json.loads(body)["driver_epoch"] for shard, body in job.commits().items() if shard not in taken_over
+    }
+
+
+def test_a_job_submitted_again_takes_over_from_the_driver_that_still_works(tmp_path):
+    """The first has a shard at work when the second begins, and seals it."""
+    with RayHosts(w1=1, w2=2, dashboard=True) as hosts:
+        job = HostJob(hosts, tmp_path)
+        first = submit(hosts, job)
+        job.wait_for_commits(4)
+        again = submit(hosts, job)
+        job.wait_until_said("run 1 (this one) stands down")
+        taken_over = job.commits()
+        job.let_end()
+        assert first.wait(90) != 0  # Ray calls a job failed whose command ends with another code than 0
+        assert "superseded by run 2 (on " in job.said()
+        output = job.finished(again)
+        assert later_epochs(job, taken_over) == {2}
+        assert {row["attempt_id"].split("-")[0] for row in manifest(output)} == {"e0001", "e0002"}
+        assert json.loads((output / "stats.json").read_text())["energy"]["complete"]
+        said = job.said()
+        assert "is gone" not in said, "workers of a run that stands down end by themselves"
+
+
 def test_a_job_submitted_again_while_a_worker_of_the_first_driver_still_works(tmp_path):
     with RayHosts(w1=1, w2=2, dashboard=True) as hosts:
         job = HostJob(hosts, tmp_path)
@@ -44,6 +71,10 @@ def test_a_job_submitted_again_while_a_worker_of_the_first_driver_still_works(tm
         (zombie,) = hosts["w1"].processes("ray::ShardWorker")
 
         again = submit(hosts, job)
+        wait_for(
+            lambda: "_job/epochs/000002.json" in hosts.keys(job.output, "_job/epochs/"), "run 2", job.log
+        )
+        taken_over = job.commits()
         job.wait_for_commits(19)
         assert zombie.is_running(), "nothing shows, unless the first driver's worker outlives it"
         standing = job.commits()
@@ -58,6 +89,7 @@ def test_a_job_submitted_again_while_a_worker_of_the_first_driver_still_works(tm
         output = job.finished(again)
 
         assert standing.items() <= job.commits().items()
+        assert later_epochs(job, taken_over) == {2}
         epochs = {row["attempt_id"].split("-")[0] for row in manifest(output)}
         assert epochs == {"e0001", "e0002"}
         fenced = [r for r in energy_rows(output, "env") if r["host"] == "w1" and r["driver_epoch"] == 1]

@@ -22,6 +22,7 @@ from millijoule.jobs import JobResult, generate
 from millijoule.jobs.generate import EXIT_CODES, main
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.options.rates import RateOptions
+from millijoule.jobs.set_up import job as set_up_job
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.pipeline.output.job import last_epoch, open_epoch
 from millijoule.pipeline.running import head_watch, live_metrics
@@ -426,6 +427,7 @@ def test_a_retry_of_a_run_that_was_taken_over_starts_nothing(cluster, job, monke
         monkeypatch.setenv("MILLIJOULE_SERIES", series)
         assert job(deadline="2020-01-01T00:00Z").status == "cap_reached"
     monkeypatch.setenv("MILLIJOULE_SERIES", "theirs")
+    monkeypatch.setattr(set_up_job, "choose_device", lambda *_, **__: pytest.fail("the cluster was asked"))
     with pytest.raises(SupersededError, match="has taken this job over from an earlier attempt of theirs"):
         job()
     assert ray.running == ray.requests == []

@@ -9,6 +9,7 @@ from support.local_job import plan, runner
 
 from millijoule.pipeline.output.job import Epoch, open_epoch
 from millijoule.pipeline.output.other_runs import (
+    COMMITS_PERIOD_S,
     LATER_PERIOD_S,
     PARTS_PERIOD_FIRST_S,
     PARTS_PERIOD_GROWTH,
@@ -18,7 +19,7 @@ from millijoule.pipeline.output.other_runs import (
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import JobRun, PlannedJob
-from millijoule.workers.layout import COMMITS_PREFIX, SUCCESS_KEY, part_key
+from millijoule.workers.layout import COMMITS_PREFIX, SUCCESS_KEY, commit_key, part_key
 from millijoule.workers.lease import AttemptResult, Suspect
 from millijoule.workers.records import encode
 from millijoule.workers.storage.open import open_store
@@ -40,11 +41,15 @@ class Counted:
 
 class World:
     def __init__(self, store, epoch, shards=4, resumes=True):
-        self.store, self.found, self.parts = Counted(store), [], []
+        self.store, self.found, self.parts, self.commits = Counted(store), [], [], []
         self.runs = OtherRuns(
-            *(self.store, epoch, lambda what, do, then=lambda result: None: then(do()), self.found.append),
-            self.parts.append if resumes else None,
-            np.zeros(shards, bool),
+            *(
+                self.store,
+                epoch,
+                lambda what, do, then=lambda result: None: then(do()),
+                np.zeros(shards, bool),
+            ),
+            *(self.found.append, self.commits.append, self.parts.append if resumes else None),
         )
 
 
@@ -96,6 +101,27 @@ def test_a_first_run_and_one_without_parts_look_for_none(store, epoch, resumes):
     for now in range(100):
         world.runs.tick(float(now))
     assert "list" not in world.store.asked
+
+
+def test_what_an_earlier_run_still_commits_is_looked_up_and_not_too_often(store, caplog):
+    world = World(store, 2)
+    store.put(commit_key(1), b"{}")
+    world.runs.committed(1, 100.0)
+    world.runs.committed(1, 100.1)
+    assert world.commits == [[1]]
+    store.put(commit_key(3), b"{}")
+    world.runs.committed(1, 100.0 + 2 * COMMITS_PERIOD_S)
+    assert world.commits[1:] == [[1, 3]]
+    assert caplog.text.count("an earlier run (1; this is 2) still committed") == 1
+    assert world.found == []
+
+
+def test_a_commit_of_a_later_run_is_a_sign_of_it(store):
+    world = World(store, 1)
+    open_epoch(store, exclusive=True)
+    open_epoch(store, exclusive=True)
+    world.runs.committed(2, 100.0)
+    assert [later.epoch for later in world.found] == [2]
 
 
 def job_run(store, job):
