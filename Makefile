@@ -12,7 +12,7 @@ BUDGET ?= 540
 GPU_OUT ?= benchmarks/gpu
 GPU_QUEUE = PYTHONPATH=infra/typing$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m millijoule.jobs.gpu.queue
 GPU_PLATFORMS := $(foreach n,manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014,--platform $(n)_x86_64)
-# make chaos-long: for how long, the first run's seed, and a folder that is not there yet; what went wrong stays in it.
+# make chaos-long: for how long (again: for so long more), the first run's seed, and a folder; what went wrong stays in it.
 MINUTES ?= 15
 SEED ?= 0
 CHAOS_OUT ?= out/chaos
@@ -37,7 +37,7 @@ help:
 	@echo "  make install-test  .venv with everything the tests need"
 	@echo "  make test-fast     minutes: no Ray, no servers, no training, no lint"
 	@echo "  make lint          formatting, lint, types"
-	@echo "  make chaos         a quarter of an hour: the tests that kill processes, and 150 storms of faults, into CHAOS_OUT=$(CHAOS_OUT)"
+	@echo "  make chaos         a quarter of an hour: the tests that kill processes, 150 storms of faults, one on Ray, into CHAOS_OUT=$(CHAOS_OUT)"
 	@echo "  make chaos-long    storms of faults for HOURS=... or MINUTES=$(MINUTES) from SEED=$(SEED) on, into CHAOS_OUT=$(CHAOS_OUT)"
 	@echo "  make hosts         tests on several hosts, of namespaces: links cut, power lost (Linux, root)"
 	@echo "  make slow          the long tests that make test leaves out"
@@ -84,13 +84,11 @@ test-fast: $(VENV)/installed-test
 chaos: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m "not slow" tests/chaos
 	rm -rf $(CHAOS_OUT)/seeded
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.chaos $(CHAOS_OUT)/seeded --seed 1000 --runs 150 --at-once 2
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.chaos $(CHAOS_OUT)/seeded --seed 1000 --storms 150 --ray 1 --at-once 2
 
 chaos-long: $(VENV)/installed-test
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.chaos $(CHAOS_OUT) --seed $(SEED) \
+	PYTHONPATH=tests OMP_NUM_THREADS=1 nice -n 10 $(BIN)/python -m support.chaos $(CHAOS_OUT) --seed $(SEED) --at-once 2 \
 	  $(if $(HOURS),--hours $(HOURS),--minutes $(MINUTES)) --record $(CHAOS_OUT)/storms.json
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.chaos.on_ray $(CHAOS_OUT)/ray --seed $(SEED) \
-	  --record $(CHAOS_OUT)/on-ray.json
 
 hosts: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q tests/hosts

@@ -371,9 +371,9 @@ class CephGateway(_Server):
         )
         return endpoint
 
-    def restart_gateway(self) -> None:
-        """Kill the gateway, which keeps nothing, and start it again at the same address."""
-        self._processes.pop().stop(signal.SIGKILL)
+    def restart_gateway(self, first: signal.Signals = signal.SIGKILL) -> None:
+        """End the gateway, which keeps nothing, and start it again at the same address."""
+        self._processes.pop().stop(first)
         rgw = self._spawn("radosgw", "-n", "client.rgw.a", "-f")
         rgw.wait_until(lambda: answers(self.endpoint.url), "radosgw")
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.chaos import oracle
-from support.chaos.faults import KINDS, calm, storm
+from support.chaos.faults import KINDS, WRONG_PIXELS, calm, storm
 
 TESTS = Path(__file__).parents[1]
 
@@ -26,24 +26,17 @@ def folder():
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def storms(folder):
-    """A dozen storms, in a process without threads; the undisturbed runs stay for the oracle's own tests."""
-    record = folder / "record.json"
+def suite(folder, *arguments):
+    """The command, in a process without threads; what it printed of its runs."""
     done = subprocess.run(
         [
             sys.executable,
             "-m",
             "support.chaos",
             folder / "runs",
-            "--seed",
-            "1",
-            "--runs",
-            "14",
-            "--at-once",
-            "2",
+            *arguments,
             "--record",
-            record,
+            folder / "record.json",
         ],
         env={
             **os.environ,
@@ -55,8 +48,18 @@ def storms(folder):
         text=True,
         check=False,
     )
-    assert record.exists(), done.stderr
-    return json.loads(record.read_text())
+    assert (folder / "record.json").exists(), done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+SEEDED = ("--seed", "1", "--storms", "14", "--pixels", "1", "--at-once", "2")
+
+
+@pytest.fixture(scope="module")
+def storms(folder):
+    """A dozen storms and a device that draws wrong pixels; the undisturbed runs stay for the oracle's own tests."""
+    suite(folder, *SEEDED)
+    return json.loads((folder / "record.json").read_text())
 
 
 @pytest.mark.long
@@ -66,6 +69,21 @@ def test_nothing_is_lost_nothing_twice_no_joule_false_and_no_row_blamed(storms):
     assert storms["kinds_injected"] >= 15
     assert storms["outcomes"]["unfinished"] == 0
     assert storms["outcomes"]["certified"] >= 5
+
+
+@pytest.mark.long
+def test_nobody_but_the_oracle_sees_a_device_that_draws_wrong_pixels(storms):
+    seen = storms["not_seen"][WRONG_PIXELS]
+    assert seen["injected"] == 1
+    assert seen["images_with_other_pixels"] > 0
+    assert seen["runs_in_which_the_product_says_anything"] == 0
+
+
+@pytest.mark.long
+def test_the_same_command_again_goes_on_where_it_was_and_makes_the_same_record(storms, folder):
+    assert suite(folder, *SEEDED) == []
+    again = json.loads((folder / "record.json").read_text())
+    assert again | {"environment": storms["environment"]} == storms
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ class World:
     boots: list[int] = field(init=False)
     codes: list[int | None] = field(default_factory=list)
     hung: bool = False
+    paused_s: float = 0.0  # between drivers
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.plan.seed + 1_000_000)
@@ -184,7 +185,9 @@ class World:
             if not cluster.run(one, DRIVER_TIMEOUT_S):
                 self.hung = True
         self.codes.append(twins[0].returncode if twins else driver.returncode)
-        pause = time.monotonic() + self.rng.choice((0.0, 0.0, 0.2, 0.7))
+        pause_s = self.rng.choice((0.0, 0.0, 0.2, 0.7))
+        self.paused_s += pause_s
+        pause = time.monotonic() + pause_s
         while time.monotonic() < pause:
             cluster.turn()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -29,26 +30,11 @@ class WorldWithFiles(World):
 
     def spoil_files(self, kind: str) -> bool:
         """Of a host: its counter book or the signs of life of its workers; of all: their scratch folders."""
-        patterns = {
-            "counter book lost": "hosts/*/millijoule-*-boot-*.json",
-            "counter book damaged": "hosts/*/millijoule-*-boot-*.json",
-            "signs of life lost": "hosts/*/millijoule-*-life-*",
-            "scratch lost": "tmp/millijoule-scratch-*",
-        }
-        found = sorted(self.folder.glob(patterns[kind]))
-        if not found:
-            return False
-        path = self.rng.choice(found)
-        if kind.startswith("counter book"):
+        path = spoil(kind, self.folder, self.rng)
+        if path is not None and kind.startswith("counter book"):
             host = int(path.parent.name)
             self.lost_books.append((boot_id_of(host, self.boots[host]), time.monotonic_ns()))
-        if kind == "scratch lost":
-            shutil.rmtree(path, ignore_errors=True)
-        elif kind == "counter book damaged":
-            path.write_bytes(b'{"epoch":')
-        else:
-            path.unlink()
-        return True
+        return path is not None
 
     def before(self, kind: str) -> Callable[[], None]:
         """Do what is done before a driver starts; the result mends it afterwards."""
@@ -72,7 +58,7 @@ class WorldWithFiles(World):
                 whole = path.read_bytes()
                 path.unlink()
                 if kind == "object corrupted early":
-                    path.write_bytes(_flipped(whole, self.rng.choice((3, 2, 1.01))))
+                    path.write_bytes(flipped(whole, self.rng.choice((3, 2, 1.01))))
                 self.ground.write(kind)
                 return partial(self._mend_object, kind, path, whole)
         elif kind in PARTS and (sealed := self._sealed_part()):
@@ -82,7 +68,7 @@ class WorldWithFiles(World):
             if kind == "part cut short":
                 path.write_bytes(whole[: len(whole) // 2])
             elif kind == "part damaged":
-                path.write_bytes(_flipped(whole, 2))
+                path.write_bytes(flipped(whole, 2))
             self.ground.write(kind)
         elif kind == "commit damaged" and not list(out.glob("_job/ledger/*.parquet")):
             # one that is collected is not read again before `check`
@@ -124,7 +110,7 @@ class WorldWithFiles(World):
             whole = path.read_bytes()
             if kind == "object corrupted":
                 path.unlink()  # not through a hard link
-                path.write_bytes(_flipped(whole, 3))
+                path.write_bytes(flipped(whole, 3))
             else:
                 path.unlink()
             self.ground.write(kind)
@@ -134,7 +120,31 @@ class WorldWithFiles(World):
             path.write_bytes(whole)
 
 
-def _flipped(whole: bytes, part: float) -> bytes:
+#: Where such files lie below a run's folder.
+SPOILED = {
+    "counter book lost": "hosts/*/millijoule-*.json",
+    "counter book damaged": "hosts/*/millijoule-*.json",
+    "signs of life lost": "hosts/*/millijoule-*-life-*",
+    "scratch lost": "tmp/millijoule-scratch-*",
+}
+
+
+def spoil(kind: str, folder: Path, rng: random.Random) -> Path | None:
+    """Strike one of the files of `kind`; None where there is none."""
+    found = sorted(folder.glob(SPOILED[kind]))
+    if not found:
+        return None
+    path = rng.choice(found)
+    if kind == "scratch lost":
+        shutil.rmtree(path, ignore_errors=True)
+    elif kind == "counter book damaged":
+        path.write_bytes(b'{"epoch":')
+    else:
+        path.unlink(missing_ok=True)
+    return path
+
+
+def flipped(whole: bytes, part: float) -> bytes:
     """One bit differs, after `1 / part` of it."""
     at = int(len(whole) / part)
     return whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :]

@@ -38,6 +38,9 @@ DISK = (
 COUNTER = ("counter absent", "counter frozen", "worker dies as its counter freezes")
 CLOCK = ("clock jumps",)
 INSIDE = (*DEVICE, *DISK, *COUNTER, *CLOCK)
+#: Images of the right shape, finite, and not those of their prompts: nothing in the product can see that, and no storm has it
+#: (`support.chaos.wrong_pixels`).
+WRONG_PIXELS = "device draws other pixels"
 #: When the job is done: its own check must say so.
 AFTER = ("object corrupted", "object missing")
 

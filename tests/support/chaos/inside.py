@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pynvml
 from support import boards, spending_model
-from support.chaos.faults import DEVICE
+from support.chaos.faults import DEVICE, WRONG_PIXELS
 
 from millijoule.workers.errors import StoreError
 from millijoule.workers.generators.protocol import GeneratedBatch, Rejection
@@ -97,8 +97,8 @@ def install(folder: Path, *, worker: bool) -> None:
     clock = _install_clock()
     _install_disk(ground, clock, worker=worker)
     if worker:
-        _install_device(ground)
-        _install_counter(ground)
+        install_device(ground)
+        install_counter(ground)
 
 
 def _install_clock() -> dict[str, int]:
@@ -147,16 +147,22 @@ def _install_disk(ground: Ground, clock: dict[str, int], *, worker: bool) -> Non
 #: Devices that have one of these have it from then on.
 ALWAYS = (
     *("device fails always", "device draws too few images", "device draws no numbers"),
-    *("device draws other shapes", "out of memory always"),
+    *("device draws other shapes", "out of memory always", WRONG_PIXELS),
 )
 
 
-def _install_device(ground: Ground) -> None:
+def install_device(ground: Ground, *, hangs_in_its_first_call: bool = True) -> None:
+    """What the stand-in device of this process has; one that hangs before it drew anything is waited for much longer."""
     generate = spending_model.Spending.generate
     sick: list[str] = []
+    kinds = [*DEVICE, WRONG_PIXELS]
+    if not hangs_in_its_first_call:
+        kinds.remove("device hangs")
 
     def meet(self, requests):
-        kind = sick[0] if sick else ground.take(*DEVICE)
+        kind = sick[0] if sick else ground.take(*kinds)
+        if "device hangs" not in kinds and requests[0].prompt_id != "warm-up":
+            kinds.append("device hangs")
         if kind in ALWAYS:
             sick[:] = [kind]
         if kind in ("device fails once", "device fails always"):
@@ -174,12 +180,14 @@ def _install_device(ground: Ground) -> None:
             return GeneratedBatch(drawn.images[:0], (), ())
         if kind == "device draws other shapes":
             return GeneratedBatch(drawn.images[:, :4, :, :1], (), ())
+        if kind == WRONG_PIXELS:
+            return GeneratedBatch(np.roll(drawn.images, 1, axis=2), drawn.warnings, drawn.rejected)
         return drawn
 
     spending_model.Spending.generate = meet  # type: ignore[method-assign]
 
 
-def _install_counter(ground: Ground) -> None:
+def install_counter(ground: Ground) -> None:
     """A counter is absent from some reading on; it freezes amid work, ahead of the last reading and behind what runs."""
     read, spend = boards.Board.read, boards.Board.spend
 

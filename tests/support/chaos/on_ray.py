@@ -1,7 +1,8 @@
-"""`python -m support.chaos.on_ray FOLDER [--seed N] [--runs N] [--record FILE]`: storms over a real Ray cluster and an S3 server.
+"""`python -m support.chaos.on_ray FOLDER [--seed N] [--runs N] [--images N]`: storms over a real Ray cluster and an S3 server.
 
-The driver is the command that people run; head, raylets, workers and store are what they have. Faults come one after another
-for as long as the job is not done. Images are judged as in other storms (`support.chaos.oracle`); there are no counters here.
+The driver is the command that people run; head, raylets, workers and store are what they have; only boards and what is drawn on
+them are stand-ins. First the job runs undisturbed in the same cluster: its hashes, seconds and joules are what the storm's job is
+held against, by the oracles of the other storms. Prints a line of JSON per run; exit code 1 where there was a problem.
 """
 
 from __future__ import annotations
@@ -9,234 +10,136 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
+import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
 from s3_servers import CephGateway, FaultProxy, MotoServer
-from support.chaos import oracle
-from support.cluster import RayCluster, RayNode
-from support.jobs import start, write_prompts
+from support import boards
+from support.chaos import in_ray, oracle
+from support.chaos.ray_faults import MAY_HIDE_ENERGY, RayStorm, storm
+from support.chaos.ray_world import MOST_S, RayWorld
+from support.counter_judge import Verdict, judge
 
 from millijoule.jobs.machine import describe_machine
-from millijoule.jobs.measuring.measurement import write_result
+from millijoule.workers.meters.meter import read_boot_id
 
-PROMPTS, SHARD_SIZE = 600, 4
-#: A job that needs longer hangs.
-MOST_S = 420.0
-
-#: Kinds of requests that fail on the way, and how many of them.
-STORE = {
-    "503 storm": ("status", 40),
-    "connections reset": ("reset", 6),
-    "acknowledgements lost": ("ack_lost", 4),
-    "answers truncated": ("truncate", 4),
-    "requests cut": ("cut", 4),
-    "store slow": ("latency", 20),
+#: What a run's folder may hold.
+_OURS = {
+    *("hosts", "armed", "ill", "injected", "names", "tmp", "prompts.txt", "driver.log"),
+    *("fetched-out", "fetched-calm"),
 }
-#: However many requests there are meanwhile.
-STORE_MOST_S = 10.0
-PROCESSES = (
-    *(
-        "worker killed",
-        "worker stopped for a while",
-        "worker terminated",
-        "raylet killed",
-        "raylet terminated",
-    ),
-    *("raylet stopped for a while", "head killed", "head stopped for a while"),
-    *("store killed", "store stopped for a while"),
-    *("driver killed", "driver terminated", "driver stopped for a while", "second driver"),
-)
-KINDS = (*STORE, *PROCESSES)
 
 
-class RayStorm:
-    """One job in its cluster, and what strikes it."""
+class _History:
+    """Of the boards, from now on."""
 
-    def __init__(self, seed: int, folder: Path, server: CephGateway | MotoServer, proxy: FaultProxy) -> None:
-        self.rng = random.Random(seed)
-        self.folder, self.server, self.store, self.proxy = folder, server, server.endpoint, proxy
-        self.bucket = self.store.make_bucket("storm")
-        self.prompts = write_prompts(folder / "prompts.txt", PROMPTS)
-        self.drivers: list[subprocess.Popen[str]] = []
-        self.injected: list[str] = []
-        self._later: list[tuple[float, Callable[[], None]]] = []
-        self._has_head = False
+    def __init__(self, world: RayWorld) -> None:
+        self.world = world
+        self.began = {b.uuid: len(b.records()) - 1 for b in world.boards}
+        for path in (world.folder / "names").iterdir():
+            path.unlink()
 
-    def start_cluster(self) -> None:
-        """A head and two nodes; those of one whose head was killed are ended."""
-        self.close()
-        self.cluster = RayCluster(head_cpus=0)
-        self.cluster.__enter__()
-        self._has_head = True
-        for _ in range(2):
-            self.cluster.add_node(cpus=1)
+    def records(self) -> dict[str, list[boards.Record]]:
+        return {b.uuid: b.records()[self.began[b.uuid] :] for b in self.world.boards}
 
-    def close(self) -> None:
-        if hasattr(self, "cluster"):
-            self.cluster.__exit__()
+    def verdict(self, output: Path) -> Verdict:
+        history = {uuid: ([read_boot_id()], records) for uuid, records in self.records().items()}
+        return judge(output, history, in_ray.names(self.world.folder), self.world.lost_books)
 
-    def start_driver(self) -> None:
-        driver = start(
-            self.folder,
-            *("--prompts", self.prompts, "--output", f"s3://{self.bucket}/out", "--shard-size", SHARD_SIZE),
-            *("--model", "python:support.models:slow", "--lease-seconds", 5, "--workers", "1:2"),
-            ray=self.cluster.address,
+    def spent_mj(self) -> int:
+        return sum(
+            after.value_mj - before.value_mj
+            for records in self.records().values()
+            for before, after in pairwise(records)
+            if after.kind == boards.SPEND
         )
-        self.drivers.append(driver)
-
-    def run(self) -> list[int | None]:
-        """Until a driver has finished the job; the drivers' exit codes."""
-        kinds = [k for k in KINDS if k != "store killed" or isinstance(self.server, CephGateway)]
-        self.rng.shuffle(kinds)
-        self.start_cluster()
-        self.start_driver()
-        deadline, strike_at = time.monotonic() + MOST_S, None
-        while not any(d.poll() in (0, 3) for d in self.drivers) and time.monotonic() < deadline:
-            time.sleep(0.1)
-            now = time.monotonic()
-            for due, act in [one for one in self._later if one[0] <= now]:
-                self._later.remove((due, act))
-                act()
-            if all(d.poll() not in (None, 0, 3) for d in self.drivers):
-                if not self._has_head:
-                    self.start_cluster()
-                self.start_driver()
-            if strike_at is None and any("PUT" in r and "/commits/" in r for r in self.proxy.requests):
-                strike_at = now
-            if strike_at is not None and now >= strike_at and kinds and self._has_head:
-                if self.strike(kinds[0]):
-                    self.injected.append(kinds.pop(0))
-                else:
-                    kinds.append(kinds.pop(0))
-                strike_at = now + self.rng.uniform(0.3, 1.5)
-        for _, act in self._later:
-            act()
-        self.proxy.clear()
-        for driver in self.drivers:
-            try:
-                driver.wait(60)
-            except subprocess.TimeoutExpired:
-                driver.kill()
-                driver.wait()
-        return [d.returncode for d in self.drivers]
-
-    def strike(self, kind: str) -> bool:
-        """False where there is nobody to strike."""
-        if kind in STORE:
-            mode, times = STORE[kind]
-            fault = self.proxy.inject(mode, "/out/", times=times, seconds=0.3)  # type: ignore[arg-type]
-            self._later.append((time.monotonic() + STORE_MOST_S, lambda: setattr(fault, "times", 0)))
-            return True
-        if kind == "second driver":
-            self.start_driver()
-            return True
-        if kind == "store killed":
-            assert isinstance(self.server, CephGateway)
-            self.server.restart_gateway()
-            return True
-        found = self._process(kind.partition(" ")[0])
-        if found is None:
-            return False
-        try:
-            if kind.endswith("stopped for a while"):
-                found.suspend()
-                self._later.append((time.monotonic() + self.rng.uniform(0.5, 3.0), lambda: self._wake(found)))
-            elif kind.endswith("terminated"):
-                found.terminate()
-            else:
-                found.kill()
-        except psutil.Error:
-            return False
-        if kind in ("raylet killed", "raylet terminated"):
-            self.cluster.add_node(cpus=1)
-        if kind == "head killed":
-            self._has_head = False  # the drivers notice, and end
-        return True
-
-    @staticmethod
-    def _wake(process: psutil.Process) -> None:
-        try:
-            process.resume()
-        except psutil.Error:
-            pass
-
-    def _process(self, what: str) -> psutil.Process | None:
-        nodes: list[RayNode] = self.cluster.nodes[1:]
-        if what == "worker":
-            some = [w for n in nodes for w in n.workers()]
-        elif what == "raylet":
-            some = [p for n in nodes for p in n.processes() if p.name() == "raylet"]
-        elif what == "head":
-            some = [self.cluster.nodes[0].head_service()]
-        elif what == "driver":
-            some = [psutil.Process(d.pid) for d in self.drivers if d.poll() is None]
-        else:
-            port = int(self.store.url.rpartition(":")[2])
-            some = [psutil.Process(pid) for pid in _listeners(port)]
-        return self.rng.choice(some) if some else None
-
-    def fetched(self) -> Path:
-        """The output as the store has it, by a client of its own."""
-        client, folder = self.store.client(), self.folder / "fetched"
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket):
-            for item in page.get("Contents", ()):
-                path = folder / item["Key"]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(client.get_object(Bucket=self.bucket, Key=item["Key"])["Body"].read())
-                if not item["Key"].startswith("out/"):
-                    raise AssertionError(f"{item['Key']} is outside the output")
-        return folder / "out"
 
 
-def _listeners(port: int) -> set[int]:
-    """The processes of ours that listen on a port."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if any(
-                c.status == psutil.CONN_LISTEN and c.laddr.port == port
-                for c in process.net_connections("tcp")
-            ):
-                found.add(process.pid)
-        except psutil.Error:
-            pass
-    return found
+def calm(world: RayWorld) -> dict[str, Any]:
+    """The job, undisturbed."""
+    history, began = _History(world), time.monotonic()
+    code = world.start_driver("calm").wait(MOST_S)
+    seconds = time.monotonic() - began
+    output = world.fetched("calm")
+    verdict = history.verdict(output)
+    problems = [*verdict.problems, *oracle.image_problems(output, world.prompts)]
+    if code != 0 or verdict.outcome != "certified" or problems:
+        raise SystemExit(f"an undisturbed run is not as it should be: {code} {verdict} {problems}")
+    return {"done_s": seconds, "spent_mj": history.spent_mj(), "hashes": oracle.hashes(output)}
 
 
-def run_one(seed: int, folder: Path, server: CephGateway | MotoServer) -> dict[str, Any]:
-    """One storm, judged."""
+def judged(world: RayWorld, undisturbed: dict[str, Any]) -> dict[str, Any]:
+    """The storm, and what it left."""
+    world.drivers.clear()
+    history, began = _History(world), time.monotonic()
+    world.run()
+    done_s = time.monotonic() - began
+    codes = [driver.poll() for driver in world.drivers]
+    world.wait_for_drivers()
+    spent_mj = history.spent_mj()
+    result: dict[str, Any] = {"codes": codes, "done_s": round(done_s, 1), "spent_mj": spent_mj}
+    if not any(code in (0, 3) for code in codes):
+        world.problems.append(f"unfinished: drivers ended with {codes}")
+        return {**result, "outcome": "unfinished", "certified_mj": None}
+    world.end()
+    output = world.fetched("out")
+    verdict = history.verdict(output)
+    world.problems += verdict.problems
+    world.problems += oracle.image_problems(output, world.prompts, undisturbed["hashes"])
+    world.problems += world.check()
+    struck = {line["kind"] for line in world.ground.written()}
+    if verdict.outcome == "missing" and not struck & MAY_HIDE_ENERGY:
+        world.problems.append(f"energy is missing though its counters could be read: {verdict.reasons}")
+    world.damage_objects(output)
+    world.problems += oracle.stray_files(world.folder, _OURS)
+    return {
+        **result,
+        "outcome": verdict.outcome,
+        "certified_mj": verdict.total_mj,
+        "reasons": verdict.reasons,
+    }
+
+
+def run_one(one: RayStorm, folder: Path, server: CephGateway | MotoServer) -> dict[str, Any]:
+    """One storm, judged; its folder stays where there were problems."""
     folder.mkdir(parents=True)
     began, proxy = time.monotonic(), FaultProxy(server.endpoint)
     proxy.start()
     os.environ.update(proxy.endpoint.env())  # for the job's driver and workers (`support.jobs`)
-    storm = None
+    world = RayWorld(one, folder, server, proxy)
     try:
-        storm = RayStorm(seed, folder, server, proxy)
-        codes = storm.run()
+        world.start_cluster()
+        undisturbed = calm(world)
+        found = judged(world, undisturbed)
     finally:
-        for driver in storm.drivers if storm else ():
+        for driver in world.drivers:
             if driver.poll() is None:
                 driver.kill()
                 driver.wait()
-        if storm:
-            storm.close()
+        world.close()
         proxy.stop()
-    problems = []
-    if not any(code in (0, 3) for code in codes):
-        problems.append(f"unfinished: drivers ended with {codes}")
-    else:
-        problems += oracle.image_problems(storm.fetched(), storm.prompts.read_text().splitlines())
-    problems += [p for d in storm.drivers for p in oracle.orphans(d.pid)]
-    seconds = round(time.monotonic() - began, 1)
-    return {"run": seed, "faults": storm.injected, "codes": codes, "seconds": seconds, "problems": problems}
+    result = {
+        "run": one.seed,
+        "commit": describe_machine()["commit"],
+        "images": one.images,
+        "store": type(server).__name__,
+        "faults": [line["kind"] for line in world.ground.written()],
+        **found,
+        "calm_done_s": round(undisturbed["done_s"], 1),
+        "calm_spent_mj": undisturbed["spent_mj"],
+        "processes": len(in_ray.names(folder)) + len(world.drivers),
+        "seconds": round(time.monotonic() - began, 1),
+        "problems": world.problems,
+    }
+    if not world.problems and "MILLIJOULE_KEEP_RUNS" not in os.environ:
+        shutil.rmtree(folder)
+    return result
 
 
 def main() -> int:
@@ -244,22 +147,31 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--record", type=Path)
+    parser.add_argument(
+        "--images", type=int, help="fewer for a short one; what is left to strike then does not strike"
+    )
+    parser.add_argument("--kinds", help="these, and no others, with commas")
+    parser.add_argument("--quick-store", action="store_true", help="moto, even where Ceph is installed")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cluster is stopped, too
-    environment, results = describe_machine(), []
-    with CephGateway() if CephGateway.missing() is None else MotoServer() as server:
+    ceph = CephGateway.missing() is None and not options.quick_store
+    failed = False
+    with CephGateway() if ceph else MotoServer() as server:
         for seed in range(options.seed, options.seed + options.runs):
-            results.append(run_one(seed, options.folder / str(seed), server))
-            print(json.dumps(results[-1]), flush=True)
-    if options.record is not None:
-        faults = {k: sum(r["faults"].count(k) for r in results) for k in KINDS}
-        counts = {"faults_injected": sum(faults.values()), "kinds": faults, "runs": results}
-        write_result(
-            {"what": "storms on Ray", **counts, "store": type(server).__name__, "environment": environment},
-            str(options.record),
-        )
-    return int(any(r["problems"] for r in results))
+            one = storm(seed, store_may_end=ceph)
+            if options.images:
+                one = replace(one, images=options.images)
+            if options.kinds:
+                one = replace(one, kinds=tuple(options.kinds.split(",")))
+            folder = options.folder / str(seed)
+            for i in range(1, 10**6):
+                if not folder.exists():
+                    break
+                folder = options.folder / f"{seed}.{i}"
+            result = run_one(one, folder, server)
+            failed = failed or bool(result["problems"])
+            print(json.dumps(result), flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":

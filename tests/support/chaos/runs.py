@@ -16,7 +16,7 @@ from typing import Any
 from support import boards, random_runs
 from support.chaos import inside, oracle
 from support.chaos.damage import WorldWithFiles
-from support.chaos.faults import INSIDE, MAY_HIDE_ENERGY, Fault, Round, Storm
+from support.chaos.faults import INSIDE, MAY_HIDE_ENERGY, WRONG_PIXELS, Fault, Round, Storm
 from support.counter_judge import judge
 from support.fault_plans import DriverPlan
 from support.forked_cluster import Driver, Node
@@ -53,8 +53,12 @@ class StormWorld(WorldWithFiles):
     def __init__(self, storm: Storm, folder: Path) -> None:
         super().__init__(storm.plan, folder)
         self.storm = storm
+        self.done_s: float | None = (
+            None  # of drivers and what is done between them, until the job was finished
+        )
 
     def run(self) -> None:
+        began = time.monotonic()
         for i in range(len(self.plan.hosts)):
             self._join(i)
         rounds = list(self.storm.rounds)
@@ -63,6 +67,8 @@ class StormWorld(WorldWithFiles):
             if not rounds:
                 more -= 1
             self._run_round(rounds.pop(0) if rounds else Round())
+            if self.codes[-1] in (0, 3):
+                self.done_s = time.monotonic() - began - self.paused_s
             if self.codes[-1] in (0, 3) and all(r.end is None for r in rounds):
                 break
         if any(f.kind == "second driver" for r in self.storm.rounds for f in r.faults):
@@ -118,7 +124,7 @@ class StormWorld(WorldWithFiles):
     def _strike(self, fault: Fault) -> None:
         """The moment of `fault` has come; where there is nobody to strike it waits a little."""
         kind, done = fault.kind, False
-        if kind in INSIDE:
+        if kind in INSIDE or kind == WRONG_PIXELS:
             self.ground.arm(kind)
             return
         if kind.startswith("worker ") or kind == "reader killed":
@@ -238,6 +244,7 @@ def run_storm(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) ->
         "codes": world.codes,
         "processes": len(world.cluster.names),
         "seconds": round(seconds, 2),
+        "done_s": round(world.done_s or seconds, 3),
         "spent_mj": spent,
         "certified_mj": verdict.total_mj,
         "scratch_left": scratch_left,

@@ -10,3 +10,7 @@ if folder := os.environ.get("MILLIJOULE_TEST_BOARDS"):
     from support import boards
 
     boards.install(Path(folder))
+    if chaos := os.environ.get("MILLIJOULE_TEST_CHAOS"):
+        from support.chaos import in_ray
+
+        in_ray.install(Path(chaos))
