@@ -20,13 +20,12 @@ from typing import Any
 from millijoule.pipeline.fleet.choice import Offer, choose_devices, seconds_until_done
 from millijoule.pipeline.fleet.pools import Pool, Preference
 from millijoule.pipeline.fleet.rates import Rates
+from millijoule.pipeline.fleet.worth import PROBE_WORKERS
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.schemas import Commit
 
 log = logging.getLogger(__name__)
 
-#: Workers on which a pool shows what it is worth.
-PROBE_WORKERS = 2
 #: Between two choices; workers come and go in minutes.
 CHOICE_PERIOD_S = 10.0
 #: Far from the end the workers are looked at so often.
@@ -76,6 +75,7 @@ class FleetPolicy:
         self.price_per_kwh = price_per_kwh
         self.rates = Rates(pools)
         self.targets = {name: pool.options.max_workers for name, pool in self.pools.items()}
+        self.in_vain: set[str] = set()  # pools whose requests wait for longer than nodes take to come
         self.leaving: set[str] = set()  # ids of workers that are to end when they have nothing in hand
         self._pool_of: dict[str, str] = {}
         self._next_choice = 0.0
@@ -121,7 +121,7 @@ class FleetPolicy:
     # -- how many ------------------------------------------------------------------------------------------------
 
     def _choose(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
-        useful = coordinator.useful_workers
+        useful, self.in_vain = coordinator.useful_workers, self._in_vain(workers, now)
         known = [name for name in self.pools if self.rates.is_known(name, self.prefer)]
         self._name_unmeasured(known)
         if self.prefer == "speed":
@@ -142,6 +142,17 @@ class FleetPolicy:
             if before * (1 - HYSTERESIS) < target < before and target > 1:
                 target = before
             self.targets[name] = min(max(least, target), useful)
+
+    def order(self) -> list[str]:
+        """Names of the pools, by what an image costs there as far as that is known or stated, the faster ones first."""
+
+        def key(name: str) -> tuple[float, float, float]:
+            rate = self.rates.images_per_s(name)
+            cost = self.rates.cost_per_image(name, self.prefer, self.price_per_kwh)
+            price = self.pools[name].price_per_hour if cost is None and self.prefer == "cost" else None
+            return math.inf if cost is None else cost, price or math.inf, -(rate or 0.0)
+
+        return sorted(self.pools, key=key)
 
     def _name_unmeasured(self, known: Collection[str]) -> None:
         """Say once of each pool that its joules will not be known."""
