@@ -22,11 +22,13 @@ class Standing:
     Attributes:
         least, most: workers it is to have in any case, and may have.
         room: workers that fit the nodes that are there; None: nobody counts nodes, all are asked for at once.
-        there: workers that have a node. Of these `busy` are at work, and will be for longer.
-        coming: of those that are there and have nothing in hand, seconds until each is ready.
+        there: workers that have a node.
+        in_hand: of those at work, images that each still has in hand.
+        coming: of those that have nothing in hand, seconds until each is ready.
         images_per_s: of one worker, as far as is known the most it can be.
         is_known: that is its own rate, measured or stated.
-        start_s: seconds from a request to the first image.
+        wait_s: seconds until a worker that is asked for is ready.
+        repaid_s: seconds of work that make a start worth while.
         waits_in_vain: its requests are not met for longer than nodes take to come.
     """
 
@@ -35,17 +37,16 @@ class Standing:
     most: int
     room: int | None
     there: int
-    busy: int
+    in_hand: tuple[float, ...]
     coming: tuple[float, ...]
     images_per_s: float
     is_known: bool
-    start_s: float
+    wait_s: float
+    repaid_s: float
     waits_in_vain: bool = False
 
 
-def share_out(
-    pools: Sequence[Standing], useful: int, unbegun: float, shard_images: float, *, factor: float = 1.0
-) -> dict[str, int]:
+def share_out(pools: Sequence[Standing], useful: int, unbegun: float, shard_images: float) -> dict[str, int]:
     """Workers that each pool is to have, those that are there included.
 
     In all never more than `useful`, but for the least that each pool is to have and those that are there.
@@ -54,9 +55,8 @@ def share_out(
         pools: those preferred first.
         useful: shards that are not done, and questions that wait for a worker.
         unbegun: images of shards that nobody has begun.
-        factor: a start counts as so many times shorter than it is.
     """
-    share = _Share(pools, useful, unbegun, shard_images, factor)
+    share = _Share(pools, useful, unbegun, shard_images)
     hopeful = [pool for pool in pools if not pool.waits_in_vain]
     for pool in pools:
         share.give(pool, (pool.most if pool.room is None else pool.room) - share.wanted[pool.name])
@@ -80,10 +80,9 @@ class _Share:
         useful: int,
         unbegun: float,
         shard_images: float,
-        factor: float,
     ) -> None:
         self.pools = pools
-        self.unbegun, self.shard_images, self.factor = unbegun, shard_images, factor
+        self.unbegun, self.shard_images = unbegun, shard_images
         self.wanted = {pool.name: max(pool.least, pool.there) for pool in pools}
         self.budget = useful - sum(self.wanted.values())
 
@@ -109,17 +108,19 @@ class _Share:
 
     def worth(self, pool: Standing) -> int:
         """Further workers of `pool` that are worth a node, all others as they are to be."""
-        start_s, rate = pool.start_s / self.factor, pool.images_per_s
-        least_s = max(start_s, self.shard_images / rate)  # that each is to work
-        left = self.unbegun - sum(self._taken(other, start_s, least_s) for other in self.pools)
+        rate = pool.images_per_s
+        least_s = max(pool.repaid_s, self.shard_images / rate)  # that each is to work
+        left = self.unbegun - sum(self._taken(other, pool.wait_s, least_s) for other in self.pools)
         return max(0, math.floor(left / (least_s * rate)))
 
-    def _taken(self, pool: Standing, start_s: float, least_s: float) -> float:
-        """Images that workers of `pool` begin within `start_s`, and those that they are to go on with."""
+    def _taken(self, pool: Standing, wait_s: float, least_s: float) -> float:
+        """Images that workers of `pool` begin within `wait_s`, in whole shards, and those that they are to go on with."""
         rate, shard = pool.images_per_s, self.shard_images
-        beyond = rate * max(0.0, least_s - shard / rate)
-        asked = self.wanted[pool.name] - pool.there
-        coming = [*pool.coming, *(pool.start_s / self.factor for _ in range(min(asked, 1)))]
-        begun = [max(shard, rate * max(0.0, start_s - ready_s)) + beyond for ready_s in coming]
-        busy = min(pool.busy, pool.most) * (rate * start_s + beyond)
-        return busy + sum(begun) + (begun[-1] * (asked - 1) if asked > 1 else 0.0)
+        ends = [rate * wait_s - left for left in pool.in_hand[: pool.most]]
+        begun = sum(math.ceil(images / shard) for images in ends if images > 0)
+        ready = [rate * (wait_s - ready_s) for ready_s in pool.coming]
+        begun += sum(max(1, math.ceil(images / shard)) for images in ready)
+        asked = max(0, self.wanted[pool.name] - pool.there)
+        begun += asked * max(1, math.ceil(rate * (wait_s - pool.wait_s) / shard))
+        going_on = len(ends) + len(ready) + asked
+        return begun * shard + going_on * rate * max(0.0, least_s - shard / rate)

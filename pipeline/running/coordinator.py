@@ -206,7 +206,7 @@ class Coordinator:
         if done <= (entry.images_done, entry.steps) and not waits_for_store and not progress.waits:
             return False
         if progress.images_done > entry.images_done:
-            entry.images_at = now
+            entry.images_step, entry.images_at = progress.images_done - entry.images_done, now
         entry.images_done, entry.steps = done
         entry.deadline = now + self.lease_s
         return True

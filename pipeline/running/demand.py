@@ -28,6 +28,10 @@ START_S, LEAST_START_S, MOST_START_S = 30.0, 10.0, 600.0
 NODE_THERE_S = 3.0
 #: A pool is as fast as its last so many shards were.
 RECENT_SHARDS = 256
+#: From so many shards on, those in hand tell nothing new.
+FEW_SHARDS = 8
+#: What is heard of a shard sooner says little: its worker may have begun with it before that was known.
+MEASURABLE_S = 0.5
 #: So many shards, evenly spaced, tell how many images one has.
 SAMPLED_SHARDS = 16
 #: With so many workers, what is worth asking for is worked out so often only.
@@ -132,8 +136,10 @@ class Demand:
             self._shard_images = max(1.0, sum(images) / len(images)) if images else 1.0
         unbegun = (max(0, coordinator.unleased) + coordinator.n_ahead) * self._shard_images
         standing = self._standing(workers, now, targets or {}, order or tuple(self.pools), in_vain)
-        for factor, counts in ((1, self._wanted), (HYSTERESIS, self._tolerated)):
-            counts.update(share_out(standing, self._useful, unbegun, self._shard_images, factor=factor))
+        self._wanted = share_out(standing, self._useful, unbegun, self._shard_images)
+        waited = {w.pool: now - w.spawned for w in workers if w.node is None}  # of the newest of each pool
+        milder = [_for_what_waits(pool, waited.get(pool.name, 0.0)) for pool in standing]
+        self._tolerated = share_out(milder, self._useful, unbegun, self._shard_images)
 
     def _learn(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
         """How long starts took, and how fast each pool is."""
@@ -148,10 +154,10 @@ class Demand:
             if (pool := self._pool_of.get(worker_id)) is not None:
                 self._paces[pool].made(worker_id, images, began, ended)
         for pace in self._paces.values():
-            pace.in_hand = [0, 0.0, 0, 0.0]
+            pace.forget_what_is_in_hand()
         for entry in coordinator.active.values():
             pool = self._pool_of.get(entry.lease.worker_id)
-            if pool is not None and entry.lease.writes and not (entry.is_ahead or entry.lease.resumes):
+            if pool is not None and entry.lease.writes and not entry.is_ahead:
                 self._paces[pool].draws(entry, now)
 
     def _standing(
@@ -167,16 +173,13 @@ class Demand:
         bounds = [bound for pace in self._paces.values() if (bound := pace.most_images_per_s)]
         fastest = max([rate for rate in known.values() if rate] or bounds, default=MOST_IMAGES_PER_S)
         there: Counter[str] = Counter()
-        busy: Counter[str] = Counter()
         coming: dict[str, list[float]] = defaultdict(list)
         starts = {name: self._start_s(name) for name in self.pools}
         for worker in workers:
             if worker.node is None and not worker.stopping:
                 continue
             there[worker.pool] += 1
-            if worker.held:
-                busy[worker.pool] += 1
-            elif not worker.stopping:
+            if not worker.held and not worker.stopping:
                 waited_s = starts[worker.pool] if worker.ready is not None else now - worker.spawned
                 coming[worker.pool].append(max(0.0, starts[worker.pool] - waited_s))
         standing = []
@@ -189,10 +192,11 @@ class Demand:
                     min(options.max_workers, targets.get(name, options.max_workers)),
                     options.at_once,
                     there[name],
-                    busy[name],
+                    tuple(self._paces[name].left.values()),
                     tuple(coming[name]),
                     known[name] or fastest,
                     known[name] is not None,
+                    starts[name],
                     starts[name],
                     name in in_vain,
                 )
@@ -231,19 +235,29 @@ class Demand:
         return without[:excess]
 
 
+def _for_what_waits(pool: Standing, waited_s: float) -> Standing:
+    """The same, to say what is still worth its node that was asked for before: the node may come any moment, and estimates waver."""
+    is_due = waited_s < pool.wait_s * (1 + 1 / HYSTERESIS)
+    wait_s = max(0.0, pool.wait_s - waited_s) if is_due else pool.wait_s
+    return replace(pool, wait_s=min(wait_s, pool.wait_s / HYSTERESIS), repaid_s=pool.repaid_s / HYSTERESIS)
+
+
 class _Pace:
-    """How fast workers of one pool start and draw."""
+    """How fast workers of one pool start and draw. While little is known a rate is the most that it can be: so work is not overrated."""
 
     def __init__(self) -> None:
         self.starts: dict[bool, deque[float]] = {
             waited: deque(maxlen=RECENT_SHARDS) for waited in (True, False)
         }
-        self.in_hand: list[float] = [
-            0,
+        self.left: dict[
+            str, float
+        ] = {}  # images that each worker still has to draw of the last shard it began
+        self._drawn = (
             0.0,
-            0,
             0.0,
-        ]  # images done, in seconds; images of leases, since seconds
+            0.0,
+        )  # images done of shards in hand, of these of the last steps, and in how many seconds
+        self._open = 0, 0.0  # images of shards in hand, since how many seconds
         self._shards: deque[tuple[int, float]] = deque(maxlen=RECENT_SHARDS)
         self._until: dict[str, float] = {}  # when a worker's last shard was done
 
@@ -252,23 +266,34 @@ class _Pace:
         self._shards.append((images, ended - max(began, self._until.get(worker_id, began))))
         self._until[worker_id] = ended
 
+    def forget_what_is_in_hand(self) -> None:
+        self.left.clear()
+        self._drawn, self._open = (0.0, 0.0, 0.0), (0, 0.0)
+
     def draws(self, entry: ActiveLease, now: float) -> None:
         """A shard is being drawn: `images_done` of it when that was last heard."""
-        hand = self.in_hand
-        if entry.images_done:
-            hand[0] += entry.images_done
-            hand[1] += entry.images_at - entry.started
-        hand[2] += entry.lease.shard.n_images
-        hand[3] += now - entry.started
+        images = entry.lease.shard.n_images
+        self.left[entry.lease.worker_id] = max(0, images - entry.images_done)
+        if entry.lease.resumes:  # others had made parts of it
+            return
+        if entry.images_at >= entry.started + MEASURABLE_S:
+            done, step, seconds = self._drawn
+            done, step = done + entry.images_done, step + entry.images_step
+            self._drawn = done, step, seconds + entry.images_at - entry.started
+        self._open = self._open[0] + images, self._open[1] + now - entry.started
 
     @property
     def images_per_s(self) -> float | None:
-        """Of one worker; None before the first images."""
-        images = self.in_hand[0] + sum(n for n, _ in self._shards)
-        seconds = self.in_hand[1] + sum(s for _, s in self._shards)
-        return images / max(seconds, 1e-3) if images else None
+        """Of one worker, as if the next shard, or the next step of those in hand, were done by now; None before the first images."""
+        done, step, drawn_s = self._drawn
+        images, seconds = sum(n for n, _ in self._shards), sum(s for _, s in self._shards)
+        rates = [(images + self._shards[-1][0]) / max(seconds, 1e-3)] if self._shards else []
+        if len(self._shards) < FEW_SHARDS and done:
+            rates.append((done + step) / max(drawn_s, 1e-3))
+        return min(rates, default=None)
 
     @property
     def most_images_per_s(self) -> float | None:
         """Before the first images: what is in hand is not done yet."""
-        return min(MOST_IMAGES_PER_S, self.in_hand[2] / self.in_hand[3]) if self.in_hand[3] > 0 else None
+        images, seconds = self._open
+        return min(MOST_IMAGES_PER_S, images / seconds) if seconds > 0 else None
