@@ -20,7 +20,7 @@ from typing import Any
 from millijoule.pipeline.fleet.choice import Offer, choose_devices, seconds_until_done
 from millijoule.pipeline.fleet.pools import Pool, Preference
 from millijoule.pipeline.fleet.rates import Rates
-from millijoule.pipeline.fleet.worth import PROBE_WORKERS
+from millijoule.pipeline.fleet.worth import NO_CAPACITY_S, PROBE_WORKERS
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.schemas import Commit
 
@@ -40,8 +40,6 @@ SPARE = 0.02
 HYSTERESIS = 0.05
 #: A device that would have to start counts as dearer than one that works by this: else pools alike take each other's place for ever.
 MOVING = 0.05
-#: A request for a worker that is not met within this time counts as capacity that is not there.
-NO_CAPACITY_S = 180.0
 #: Without a deadline a pool counts as the cheapest within this of the best one.
 ALIKE = 0.02
 #: Most shards in a run that is kept for one worker.
@@ -75,7 +73,6 @@ class FleetPolicy:
         self.price_per_kwh = price_per_kwh
         self.rates = Rates(pools)
         self.targets = {name: pool.options.max_workers for name, pool in self.pools.items()}
-        self.in_vain: set[str] = set()  # pools whose requests wait for longer than nodes take to come
         self.leaving: set[str] = set()  # ids of workers that are to end when they have nothing in hand
         self._pool_of: dict[str, str] = {}
         self._next_choice = 0.0
@@ -121,7 +118,7 @@ class FleetPolicy:
     # -- how many ------------------------------------------------------------------------------------------------
 
     def _choose(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
-        useful, self.in_vain = coordinator.useful_workers, self._in_vain(workers, now)
+        useful = coordinator.useful_workers
         known = [name for name in self.pools if self.rates.is_known(name, self.prefer)]
         self._name_unmeasured(known)
         if self.prefer == "speed":

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 #: Nodes that one pool of several may have before it is known how fast its workers are.
 PROBE_WORKERS = 2
+#: So many times faster than the fastest one known may a pool be of which nothing is known: it gets a node where there is work even then.
+UNLIKE = 4.0
+#: A request for a worker that is not met within this time counts as capacity that is not there.
+NO_CAPACITY_S = 180.0
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,20 @@ work there is. What exceeds it is withdrawn, newest first, as long as it has no 
 from __future__ import annotations
 
 import statistics
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from millijoule.pipeline.fleet.worth import Standing, share_out
+from millijoule.pipeline.fleet.pace import MOST_IMAGES_PER_S, Pace
+from millijoule.pipeline.fleet.worth import NO_CAPACITY_S, UNLIKE, Standing, share_out
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.pipeline.running.lease_state import ActiveLease
 
-#: Before anything is known of a worker's speed it counts as this fast, which none is that also encodes and stores: a job so large
-#: that it has work for several even then need not wait for the first of them.
-MOST_IMAGES_PER_S = 10_000.0
 #: A worker is worth asking for if there is work for it for as long as it took others to start (model and node included), and at
 #: least and at most this long: what a first worker waited for on a full cluster says nothing about the next.
 START_S, LEAST_START_S, MOST_START_S = 30.0, 10.0, 600.0
 #: Who had a node sooner than this got one that was there: how long it took to start says nothing of a node to come.
 NODE_THERE_S = 3.0
-#: A pool is as fast as its last so many shards were.
-RECENT_SHARDS = 256
-#: From so many shards on, those in hand tell nothing new.
-FEW_SHARDS = 8
-#: What is heard of a shard sooner says little: its worker may have begun with it before that was known.
-MEASURABLE_S = 0.5
 #: So many shards, evenly spaced, tell how many images one has.
 SAMPLED_SHARDS = 16
 #: With so many workers, what is worth asking for is worked out so often only.
@@ -98,7 +89,7 @@ class Demand:
     def __init__(self, pools: Mapping[str, PoolOptions], stated: Mapping[str, float] | None = None) -> None:
         self.pools = dict(pools)
         self._stated = dict(stated or {})
-        self._paces = {name: _Pace() for name in pools}
+        self._paces = {name: Pace() for name in pools}
         self._next_look = float("-inf")
         self._started: set[str] = set()
         self._pool_of: dict[str, str] = {}
@@ -115,7 +106,6 @@ class Demand:
         *,
         targets: Mapping[str, int] | None = None,
         order: Sequence[str] | None = None,
-        in_vain: Collection[str] = (),
     ) -> None:
         """Take note of what is done, at work and left.
 
@@ -123,7 +113,6 @@ class Demand:
             workers: of all pools.
             targets: never more than so many workers of a pool.
             order: names of the pools, those preferred first.
-            in_vain: pools whose requests wait for longer than nodes take to come.
         """
         self._useful = coordinator.useful_workers
         if len(workers) >= MANY_WORKERS and now < self._next_look:
@@ -135,7 +124,7 @@ class Demand:
             images = [coordinator.shards[i].n_images for i in shards]
             self._shard_images = max(1.0, sum(images) / len(images)) if images else 1.0
         unbegun = (max(0, coordinator.unleased) + coordinator.n_ahead) * self._shard_images
-        standing = self._standing(workers, now, targets or {}, order or tuple(self.pools), in_vain)
+        standing = self._standing(workers, now, targets or {}, order or tuple(self.pools))
         self._wanted = share_out(standing, self._useful, unbegun, self._shard_images)
         waited = {w.pool: now - w.spawned for w in workers if w.node is None}  # of the newest of each pool
         milder = [_for_what_waits(pool, waited.get(pool.name, 0.0)) for pool in standing]
@@ -166,17 +155,20 @@ class Demand:
         now: float,
         targets: Mapping[str, int],
         order: Sequence[str],
-        in_vain: Collection[str],
     ) -> list[Standing]:
         rates = {name: pace.images_per_s for name, pace in self._paces.items()}
         known = {name: rate or self._stated.get(name) for name, rate in rates.items()}
         bounds = [bound for pace in self._paces.values() if (bound := pace.most_images_per_s)]
         fastest = max([rate for rate in known.values() if rate] or bounds, default=MOST_IMAGES_PER_S)
+        most = min(MOST_IMAGES_PER_S, fastest * (UNLIKE if len(self.pools) > 1 else 1.0))
         there: Counter[str] = Counter()
         coming: dict[str, list[float]] = defaultdict(list)
         starts = {name: self._start_s(name) for name in self.pools}
+        in_vain: set[str] = set()
         for worker in workers:
             if worker.node is None and not worker.stopping:
+                if now - worker.spawned > max(NO_CAPACITY_S, HYSTERESIS * starts[worker.pool]):
+                    in_vain.add(worker.pool)
                 continue
             there[worker.pool] += 1
             if not worker.held and not worker.stopping:
@@ -194,7 +186,7 @@ class Demand:
                     there[name],
                     tuple(self._paces[name].left.values()),
                     tuple(coming[name]),
-                    known[name] or fastest,
+                    known[name] or self._paces[name].most_images_per_s or most,
                     known[name] is not None,
                     starts[name],
                     starts[name],
@@ -204,13 +196,14 @@ class Demand:
         return standing
 
     def _start_s(self, pool: str) -> float:
-        """Seconds until a worker on a node to come is ready: as others of its pool, else as any, else as assumed."""
-        for paces in ([self._paces[pool]], self._paces.values()):
-            waited = [seconds for pace in paces for seconds in pace.starts[True]]
-            if waited:
-                return min(MOST_START_S, max(LEAST_START_S, statistics.median(waited)))
-        at_hand = [seconds for pace in self._paces.values() for seconds in pace.starts[False]]
-        return min(MOST_START_S, max(START_S, statistics.median(at_hand) if at_hand else 0.0))
+        """Seconds until a worker on a node to come is ready: as others of its pool, else as the slowest pool's, at least as assumed."""
+        medians = {
+            name: statistics.median(p.starts[True]) for name, p in self._paces.items() if p.starts[True]
+        }
+        if (start_s := medians.get(pool)) is None:
+            at_hand = [seconds for pace in self._paces.values() for seconds in pace.starts[False]]
+            start_s = max([START_S, *medians.values(), *at_hand])
+        return min(MOST_START_S, max(LEAST_START_S, start_s))
 
     def wanted(self, pool: str = "") -> int:
         """Workers of `pool` there should be."""
@@ -240,60 +233,3 @@ def _for_what_waits(pool: Standing, waited_s: float) -> Standing:
     is_due = waited_s < pool.wait_s * (1 + 1 / HYSTERESIS)
     wait_s = max(0.0, pool.wait_s - waited_s) if is_due else pool.wait_s
     return replace(pool, wait_s=min(wait_s, pool.wait_s / HYSTERESIS), repaid_s=pool.repaid_s / HYSTERESIS)
-
-
-class _Pace:
-    """How fast workers of one pool start and draw. While little is known a rate is the most that it can be: so work is not overrated."""
-
-    def __init__(self) -> None:
-        self.starts: dict[bool, deque[float]] = {
-            waited: deque(maxlen=RECENT_SHARDS) for waited in (True, False)
-        }
-        self.left: dict[
-            str, float
-        ] = {}  # images that each worker still has to draw of the last shard it began
-        self._drawn = (
-            0.0,
-            0.0,
-            0.0,
-        )  # images done of shards in hand, of these of the last steps, and in how many seconds
-        self._open = 0, 0.0  # images of shards in hand, since how many seconds
-        self._shards: deque[tuple[int, float]] = deque(maxlen=RECENT_SHARDS)
-        self._until: dict[str, float] = {}  # when a worker's last shard was done
-
-    def made(self, worker_id: str, images: int, began: float, ended: float) -> None:
-        """A shard is done. While it was stored its worker drew the next one: each second counts once."""
-        self._shards.append((images, ended - max(began, self._until.get(worker_id, began))))
-        self._until[worker_id] = ended
-
-    def forget_what_is_in_hand(self) -> None:
-        self.left.clear()
-        self._drawn, self._open = (0.0, 0.0, 0.0), (0, 0.0)
-
-    def draws(self, entry: ActiveLease, now: float) -> None:
-        """A shard is being drawn: `images_done` of it when that was last heard."""
-        images = entry.lease.shard.n_images
-        self.left[entry.lease.worker_id] = max(0, images - entry.images_done)
-        if entry.lease.resumes:  # others had made parts of it
-            return
-        if entry.images_at >= entry.started + MEASURABLE_S:
-            done, step, seconds = self._drawn
-            done, step = done + entry.images_done, step + entry.images_step
-            self._drawn = done, step, seconds + entry.images_at - entry.started
-        self._open = self._open[0] + images, self._open[1] + now - entry.started
-
-    @property
-    def images_per_s(self) -> float | None:
-        """Of one worker, as if the next shard, or the next step of those in hand, were done by now; None before the first images."""
-        done, step, drawn_s = self._drawn
-        images, seconds = sum(n for n, _ in self._shards), sum(s for _, s in self._shards)
-        rates = [(images + self._shards[-1][0]) / max(seconds, 1e-3)] if self._shards else []
-        if len(self._shards) < FEW_SHARDS and done:
-            rates.append((done + step) / max(drawn_s, 1e-3))
-        return min(rates, default=None)
-
-    @property
-    def most_images_per_s(self) -> float | None:
-        """Before the first images: what is in hand is not done yet."""
-        images, seconds = self._open
-        return min(MOST_IMAGES_PER_S, images / seconds) if seconds > 0 else None

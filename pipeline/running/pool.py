@@ -170,8 +170,8 @@ class WorkerPool:
         if self.fleet is None:
             self._demand.look(self.coordinator, staying, now)
         else:
-            targets, order, in_vain = self.fleet.targets, self.fleet.order(), self.fleet.in_vain
-            self._demand.look(self.coordinator, staying, now, targets=targets, order=order, in_vain=in_vain)
+            targets, order = self.fleet.targets, self.fleet.order()
+            self._demand.look(self.coordinator, staying, now, targets=targets, order=order)
         for name in self._demand.pools:
             self._resize_pool(name, now, shunned)
 
