@@ -171,10 +171,9 @@ class SimulatedWorker:
     def _drawn(self, held: _Held) -> None:
         if held.called_off:
             return
-        begun = self._read
-        assert begun is not None
         self._close("shard", held.lease)
-        self._at(FINISH_S, lambda: self._stored(held, begun))
+        own = self._segments[-1]
+        self._at(FINISH_S, lambda: self._stored(held, own))
         self._next(held)
 
     def _next(self, held: _Held) -> None:
@@ -184,9 +183,8 @@ class SimulatedWorker:
         else:
             self.node.draw(self.node.kind.idle_w, self.ray.now)
 
-    def _stored(self, held: _Held, begun: CounterRead) -> None:
+    def _stored(self, held: _Held, own: Segment) -> None:
         lease, shard = held.lease, held.lease.shard
-        own = next(s for s in reversed(self._segments) if s.attempt_id == lease.attempt_id)
         if not self.store.commit(shard.shard_id):
             self._segments = [replace(s, segment_class="loser") if s is own else s for s in self._segments]
             held.promise.keep(AttemptResult(lease, "exists", self._commit(lease, own, ())))

@@ -20,13 +20,12 @@ from typing import Any
 from millijoule.pipeline.fleet.choice import Offer, choose_devices, seconds_until_done
 from millijoule.pipeline.fleet.pools import Pool, Preference
 from millijoule.pipeline.fleet.rates import Rates
+from millijoule.pipeline.fleet.worth import NO_CAPACITY_S, PROBE_WORKERS
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.schemas import Commit
 
 log = logging.getLogger(__name__)
 
-#: Workers on which a pool shows what it is worth.
-PROBE_WORKERS = 2
 #: Between two choices; workers come and go in minutes.
 CHOICE_PERIOD_S = 10.0
 #: Far from the end the workers are looked at so often.
@@ -41,8 +40,6 @@ SPARE = 0.02
 HYSTERESIS = 0.05
 #: A device that would have to start counts as dearer than one that works by this: else pools alike take each other's place for ever.
 MOVING = 0.05
-#: A request for a worker that is not met within this time counts as capacity that is not there.
-NO_CAPACITY_S = 180.0
 #: Without a deadline a pool counts as the cheapest within this of the best one.
 ALIKE = 0.02
 #: Most shards in a run that is kept for one worker.
@@ -142,6 +139,17 @@ class FleetPolicy:
             if before * (1 - HYSTERESIS) < target < before and target > 1:
                 target = before
             self.targets[name] = min(max(least, target), useful)
+
+    def order(self) -> list[str]:
+        """Names of the pools, by what an image costs there as far as that is known or stated, the faster ones first."""
+
+        def key(name: str) -> tuple[float, float, float]:
+            rate = self.rates.images_per_s(name)
+            cost = self.rates.cost_per_image(name, self.prefer, self.price_per_kwh)
+            price = self.pools[name].price_per_hour if cost is None and self.prefer == "cost" else None
+            return math.inf if cost is None else cost, price or math.inf, -(rate or 0.0)
+
+        return sorted(self.pools, key=key)
 
     def _name_unmeasured(self, known: Collection[str]) -> None:
         """Say once of each pool that its joules will not be known."""

@@ -78,6 +78,8 @@ class Coordinator:
         self._void: list[Accusation] = []  # whose attempts are to be discarded
         self._trouble: defaultdict[int, Trouble] = defaultdict(Trouble)
         self._durations: deque[float] = deque(maxlen=256)
+        #: worker id, images, when it began and ended: of shards made since somebody last took these out
+        self.made: deque[tuple[str, int, float, float]] = deque(maxlen=256)
         self._ahead: dict[str, str] = {}  # attempt id of the lease that a worker holds ahead, by worker id
         self._leases_of: dict[int, list[str]] = {}  # attempt ids of the leases that are out, by shard
         self._none_expires_before = 0.0
@@ -203,6 +205,8 @@ class Coordinator:
         done = progress.images_done, progress.steps
         if done <= (entry.images_done, entry.steps) and not waits_for_store and not progress.waits:
             return False
+        if progress.images_done > entry.images_done:
+            entry.images_step, entry.images_at = progress.images_done - entry.images_done, now
         entry.images_done, entry.steps = done
         entry.deadline = now + self.lease_s
         return True
@@ -241,6 +245,8 @@ class Coordinator:
         entry = self._end(attempt_id, now)
         if entry is not None:
             self._durations.append(now - entry.started)
+            if not entry.lease.resumes:  # else others had made parts of it
+                self.made.append((entry.lease.worker_id, entry.lease.shard.n_images, entry.started, now))
         if self.committed[shard_id]:
             return False
         self.committed[shard_id] = True

@@ -1,27 +1,32 @@
-"""How many workers the work that is left is worth, and which requests for workers nobody needs any more.
+"""How many workers the work that is left is worth, over all pools, and which requests for workers nobody needs any more.
 
 A worker that waits for capacity is a request for a node, which an autoscaler buys. So requests follow the work: as many
-as the nodes that are there hold at once, beyond them only as many as have work for as long as a worker takes to start,
-never more than there are shards. What exceeds that is withdrawn, newest first, as long as it has no node: a worker
-that has one is paid for.
+as the nodes that are there hold at once, beyond them only as many as have work for as long as a worker takes to start
+(`pipeline.fleet.worth`), in all never more than there are shards. From zero that is one: its first images tell how much
+work there is. What exceeds it is withdrawn, newest first, as long as it has no node: a worker that has one is paid for.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections import deque
-from collections.abc import Collection
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from millijoule.pipeline.fleet.pace import MOST_IMAGES_PER_S, Pace
+from millijoule.pipeline.fleet.worth import NO_CAPACITY_S, UNLIKE, Standing, share_out
 from millijoule.pipeline.running.coordinator import Coordinator
 
-#: Before it is known how long a shard takes, this many are asked for on nodes yet to come: enough to find out.
-FIRST_WORKERS = 4
 #: A worker is worth asking for if there is work for it for as long as it took others to start (model and node included), and at
 #: least and at most this long: what a first worker waited for on a full cluster says nothing about the next.
 START_S, LEAST_START_S, MOST_START_S = 30.0, 10.0, 600.0
+#: Who had a node sooner than this got one that was there: how long it took to start says nothing of a node to come.
+NODE_THERE_S = 3.0
+#: So many shards, evenly spaced, tell how many images one has.
+SAMPLED_SHARDS = 16
+#: With so many workers, what is worth asking for is worked out so often only.
+MANY_WORKERS, LOOK_PERIOD_S = 50, 1.0
 #: What was asked for is withdrawn only when it is this many times what is worth asking for: estimates waver.
 HYSTERESIS = 2
 #: A worker with a node answers at once, while its model loads; one that has not for this long has none.
@@ -71,61 +76,160 @@ class PoolOptions:
 
 
 class Demand:
-    """Watches one pool. Its owner calls `look`, then asks `wanted` and `withdrawable`.
+    """Watches all pools of a job. Its owner calls `look`, then asks `wanted` and `withdrawable`.
 
-    A worker, for it, has `worker_id`, `spawned` (monotonic seconds), `node` (None while it has not said where it is), `ready`
-    (None before) and `stopping`; they come in the order they were asked for.
+    A worker, for it, has `worker_id`, `pool`, `spawned` (monotonic seconds), `node` (None while it has not said where it is) and
+    `placed` (when it did), `ready` (None before), `held` (what it has in hand) and `stopping`; they come in the order they were asked for.
+
+    Args:
+        pools: by name; those preferred first, where `look` is not told otherwise.
+        stated: images per second of one worker, where somebody says so; believed until its pool has made some.
     """
 
-    def __init__(self, options: PoolOptions) -> None:
-        self.options = options
-        self.target: int | None = None  # never more than this, where somebody else says so
-        self._looked: float | None = None
-        self._committed_before = self._committed = 0
-        self._active = self._remaining = self._useful = 0
-        self._busy_s = 0.0  # worker-seconds spent on leases
-        self._starts: deque[float] = deque(maxlen=256)
+    def __init__(self, pools: Mapping[str, PoolOptions], stated: Mapping[str, float] | None = None) -> None:
+        self.pools = dict(pools)
+        self._stated = dict(stated or {})
+        self._paces = {name: Pace() for name in pools}
+        self._next_look = float("-inf")
         self._started: set[str] = set()
+        self._pool_of: dict[str, str] = {}
+        self._shard_images: float | None = None
+        self._useful = 0
+        self._wanted = dict.fromkeys(pools, 0)
+        self._tolerated = dict.fromkeys(pools, 0)  # more than this is taken back
 
-    def look(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
-        """Take note of what is done, at work and left."""
-        if self._looked is None:
-            self._committed_before = coordinator.n_committed
-        else:
-            self._busy_s += self._active * (now - self._looked)
-        self._looked = now
-        self._committed = coordinator.n_committed - self._committed_before
-        self._active = coordinator.at_work
-        self._remaining = coordinator.remaining
+    def look(
+        self,
+        coordinator: Coordinator,
+        workers: Collection[Any],
+        now: float,
+        *,
+        targets: Mapping[str, int] | None = None,
+        order: Sequence[str] | None = None,
+    ) -> None:
+        """Take note of what is done, at work and left.
+
+        Args:
+            workers: of all pools.
+            targets: never more than so many workers of a pool.
+            order: names of the pools, those preferred first.
+        """
         self._useful = coordinator.useful_workers
+        if len(workers) >= MANY_WORKERS and now < self._next_look:
+            return
+        self._next_look = now + LOOK_PERIOD_S
+        self._learn(coordinator, workers, now)
+        if self._shard_images is None:
+            shards = range(0, len(coordinator.shards), -(-len(coordinator.shards) // SAMPLED_SHARDS) or 1)
+            images = [coordinator.shards[i].n_images for i in shards]
+            self._shard_images = max(1.0, sum(images) / len(images)) if images else 1.0
+        unbegun = (max(0, coordinator.unleased) + coordinator.n_ahead) * self._shard_images
+        standing = self._standing(workers, now, targets or {}, order or tuple(self.pools))
+        self._wanted = share_out(standing, self._useful, unbegun, self._shard_images)
+        waited = {w.pool: now - w.spawned for w in workers if w.node is None}  # of the newest of each pool
+        milder = [_for_what_waits(pool, waited.get(pool.name, 0.0)) for pool in standing]
+        self._tolerated = share_out(milder, self._useful, unbegun, self._shard_images)
+
+    def _learn(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
+        """How long starts took, and how fast each pool is."""
         for worker in workers:
+            self._pool_of[worker.worker_id] = worker.pool
             if worker.ready is not None and worker.worker_id not in self._started:
                 self._started.add(worker.worker_id)
-                self._starts.append(now - worker.spawned)
+                has_waited = worker.placed is None or worker.placed - worker.spawned > NODE_THERE_S
+                self._paces[worker.pool].starts[has_waited].append(now - worker.spawned)
+        while coordinator.made:
+            worker_id, images, began, ended = coordinator.made.popleft()
+            if (pool := self._pool_of.get(worker_id)) is not None:
+                self._paces[pool].made(worker_id, images, began, ended)
+        for pace in self._paces.values():
+            pace.forget_what_is_in_hand()
+        for entry in coordinator.active.values():
+            pool = self._pool_of.get(entry.lease.worker_id)
+            if pool is not None and entry.lease.writes and not entry.is_ahead:
+                self._paces[pool].draws(entry, now)
 
-    def wanted(self, factor: int = 1) -> int:
-        """Workers there should be, where `factor` times what the work is worth is."""
-        options, useful = self.options, self._useful
-        if options.at_once is not None:
-            useful = min(useful, max(options.at_once, factor * self._worth()))
-        if self.target is not None:
-            useful = min(useful, self.target)
-        return min(options.max_workers, max(options.min_workers, useful))
+    def _standing(
+        self,
+        workers: Collection[Any],
+        now: float,
+        targets: Mapping[str, int],
+        order: Sequence[str],
+    ) -> list[Standing]:
+        rates = {name: pace.images_per_s for name, pace in self._paces.items()}
+        known = {name: rate or self._stated.get(name) for name, rate in rates.items()}
+        bounds = [bound for pace in self._paces.values() if (bound := pace.most_images_per_s)]
+        fastest = max([rate for rate in known.values() if rate] or bounds, default=MOST_IMAGES_PER_S)
+        most = min(MOST_IMAGES_PER_S, fastest * (UNLIKE if len(self.pools) > 1 else 1.0))
+        there: Counter[str] = Counter()
+        coming: dict[str, list[float]] = defaultdict(list)
+        starts = {name: self._start_s(name) for name in self.pools}
+        in_vain: set[str] = set()
+        for worker in workers:
+            if worker.node is None and not worker.stopping:
+                if now - worker.spawned > max(NO_CAPACITY_S, HYSTERESIS * starts[worker.pool]):
+                    in_vain.add(worker.pool)
+                continue
+            there[worker.pool] += 1
+            if not worker.held and not worker.stopping:
+                waited_s = starts[worker.pool] if worker.ready is not None else now - worker.spawned
+                coming[worker.pool].append(max(0.0, starts[worker.pool] - waited_s))
+        standing = []
+        for name in order:
+            options = self.pools[name]
+            standing.append(
+                Standing(
+                    name,
+                    options.min_workers,
+                    min(options.max_workers, targets.get(name, options.max_workers)),
+                    options.at_once,
+                    there[name],
+                    tuple(self._paces[name].left.values()),
+                    tuple(coming[name]),
+                    known[name] or self._paces[name].most_images_per_s or most,
+                    known[name] is not None,
+                    starts[name],
+                    starts[name],
+                    name in in_vain,
+                )
+            )
+        return standing
 
-    def _worth(self) -> int:
-        """Workers that have enough to do, by how long shards took, those at work counted as done by now."""
-        shards = self._committed + self._active
-        work_s = self._remaining * self._busy_s / shards if shards else 0.0
-        start_s = statistics.median(self._starts) if self._starts else START_S
-        worth = math.ceil(work_s / min(MOST_START_S, max(LEAST_START_S, start_s)))
-        return max(1, worth) if self._committed else max(FIRST_WORKERS, worth)
+    def _start_s(self, pool: str) -> float:
+        """Seconds until a worker on a node to come is ready: as others of its pool, else as the slowest pool's, at least as assumed."""
+        medians = {
+            name: statistics.median(p.starts[True]) for name, p in self._paces.items() if p.starts[True]
+        }
+        if (start_s := medians.get(pool)) is None:
+            at_hand = [seconds for pace in self._paces.values() for seconds in pace.starts[False]]
+            start_s = max([START_S, *medians.values(), *at_hand])
+        return min(MOST_START_S, max(LEAST_START_S, start_s))
 
-    def withdrawable(self, workers: Collection[Any], now: float, *, draining: bool) -> list[Any]:
-        """Workers to take back: asked for in excess of what is wanted, or of anything when draining, and without a node."""
-        staying = sum(not w.stopping for w in workers)
-        excess = staying - (0 if draining else self.wanted(HYSTERESIS))
+    def wanted(self, pool: str = "") -> int:
+        """Workers of `pool` there should be."""
+        return self._wanted[pool]
+
+    def more(self, workers: Collection[Any], pool: str = "") -> int:
+        """Workers of `pool` to ask for: those there should be, as far as all pools together have no more than there is to do."""
+        own = sum(w.pool == pool for w in workers)
+        least = self.pools[pool].min_workers - own
+        return max(0, least, min(self._wanted[pool] - own, self._useful - len(workers)))
+
+    def withdrawable(
+        self, workers: Collection[Any], now: float, *, draining: bool, pool: str = ""
+    ) -> list[Any]:
+        """Workers of `pool` to take back: asked for in excess of what is wanted, or of anything when draining, and without a node."""
+        own = [w for w in workers if w.pool == pool]
+        excess = len(own) - (0 if draining else self._tolerated[pool])
         if excess <= 0:
             return []
-        waiting = [w for w in workers if w.ready is None and not w.stopping]
+        waiting = [w for w in own if w.ready is None and not w.stopping]
         without = [w for w in reversed(waiting) if w.node is None and now - w.spawned >= NODE_ANSWER_S]
         return without[:excess]
+
+
+def _for_what_waits(pool: Standing, waited_s: float) -> Standing:
+    """The same, to say what is still worth its node that was asked for before: the node may come any moment, and estimates waver."""
+    is_due = waited_s < pool.wait_s * (1 + 1 / HYSTERESIS)
+    wait_s = max(0.0, pool.wait_s - waited_s) if is_due else pool.wait_s
+    return replace(pool, wait_s=min(wait_s, pool.wait_s / HYSTERESIS), repaid_s=pool.repaid_s / HYSTERESIS)

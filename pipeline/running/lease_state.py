@@ -23,6 +23,7 @@ class ActiveLease:
 
     Attributes:
         started: since when its worker can have been at it: when it was given, or for a lease ahead when the one before ended.
+        images_at, images_step: when `images_done` last grew, and by how many.
         is_ahead: it waits for the device of a worker that has another lease, as far as is known.
     """
 
@@ -30,6 +31,8 @@ class ActiveLease:
     started: float
     deadline: float
     images_done: int = 0
+    images_at: float = 0.0
+    images_step: int = 0
     steps: int = 0
     is_ahead: bool = False
 

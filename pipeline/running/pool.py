@@ -66,7 +66,8 @@ class WorkerPool:
         self.workers = self._crew.workers
         self.nodes = self._outcomes.nodes
         self.deaths = self._outcomes.deaths
-        self._demands = {name: Demand(pool) for name, pool in pools.items()}
+        stated = {n: p.images_per_s for n, p in fleet.pools.items() if p.images_per_s} if fleet else {}
+        self._demand = Demand(pools, stated)
         self._closing = False
         self._candidates: list[str] = []
         self._candidates_until = 0.0
@@ -178,25 +179,28 @@ class WorkerPool:
         if shunned is not None:
             for worker in [w for w in self.workers.values() if w.node is None and w.away - shunned]:
                 self._crew.remove(worker)  # it waits for other nodes, and may have this one now
-        for name, demand in self._demands.items():
-            self._resize_pool(name, demand, now, shunned)
+        staying = [w for w in self.workers.values() if not w.leaving]
+        if self.fleet is None:
+            self._demand.look(self.coordinator, staying, now)
+        else:
+            targets, order = self.fleet.targets, self.fleet.order()
+            self._demand.look(self.coordinator, staying, now, targets=targets, order=order)
+        for name in self._demand.pools:
+            self._resize_pool(name, now, shunned)
 
-    def _resize_pool(self, name: str, demand: Demand, now: float, shunned: set[str] | None) -> None:
+    def _resize_pool(self, name: str, now: float, shunned: set[str] | None) -> None:
         draining = bool(self.draining)
-        own = [w for w in self.workers.values() if w.pool == name and not w.leaving]
-        demand.look(self.coordinator, own, now)
-        if self.fleet is not None:
-            demand.target = self.fleet.targets[name]
+        staying = [w for w in self.workers.values() if not w.leaving]
         if shunned is not None and not draining and now >= self._outcomes.spawn_not_before:
-            more = demand.wanted() - len(own)
+            more = self._demand.more(staying, name)
             if self.fleet is not None and not self.fleet.may_start(name):
                 more = 0
             for _ in range(more):
                 config, ending = self._configs.get(name), self._outcomes.draining.now
-                self._crew.spawn(now, shunned, demand.options, name, config, ending)
+                self._crew.spawn(now, shunned, self._demand.pools[name], name, config, ending)
             if more > 0:
-                own = [w for w in self.workers.values() if w.pool == name and not w.leaving]
-        surplus = demand.withdrawable(own, now, draining=draining)
+                staying = [w for w in self.workers.values() if not w.leaving]
+        surplus = self._demand.withdrawable(staying, now, draining=draining, pool=name)
         for worker in surplus:
             self._crew.remove(worker)
         if surplus:
@@ -213,7 +217,7 @@ class WorkerPool:
             return shunned
         if now >= self._candidates_until:
             self._candidates_until = now + NODES_PERIOD_S
-            asked = [demand.options for demand in self._demands.values()]
+            asked = self._demand.pools.values()
             found = (node.node_id for o in asked for node in nodes_for(o.asked, o.selectors))
             self._candidates = list(dict.fromkeys(found))
         if not self._candidates or set(self._candidates) - shunned:
@@ -242,7 +246,7 @@ class WorkerPool:
             if worker.held:
                 continue
             if self.fleet is not None and not self.fleet.may_lease(worker):
-                if self._members(worker.pool) > self._demands[worker.pool].options.min_workers:
+                if self._members(worker.pool) > self._demand.pools[worker.pool].min_workers:
                     self._crew.stop(worker, now)
                 continue
             lease = self.coordinator.next_lease(worker.worker_id, now, peers, alone=alone)
@@ -258,7 +262,7 @@ class WorkerPool:
             spare = 1 if self.coordinator.speculate and self.coordinator.remaining else 0
             staying = sum(not w.stopping for w in self.workers.values())
             if (
-                self._members(worker.pool) > self._demands[worker.pool].options.min_workers
+                self._members(worker.pool) > self._demand.pools[worker.pool].min_workers
                 and staying > self.coordinator.useful_workers + spare
             ):
                 self._crew.stop(worker, now)
@@ -336,7 +340,7 @@ class WorkerPool:
             pools = {w.pool for w in self.workers.values()}
             for name in sorted(pools):
                 n = sum(w.pool == name for w in self.workers.values())
-                options = self._demands[name].options
+                options = self._demand.pools[name]
                 why = why_waiting(options)
                 log.warning(
                     "waiting for the cluster: %d workers asked for (%s each%s), none running yet%s",
