@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from millijoule.pipeline.fleet.pools import Pool, Preference
+from millijoule.workers.lease import Piece
 from millijoule.workers.schemas import Commit
 
 #: A pool is as fast as its last so many shards were, a worker as its own last few.
@@ -64,9 +65,17 @@ class Rates:
         if seconds <= 0:  # without telemetry there are no segments
             seconds = (commit.t_end_wall_ns - commit.t_start_wall_ns) / 1e9
         mj = commit.energy_mj if commit.energy_mj is not None else commit.energy_estimate_mj
+        self._add(pool, commit.worker_id, images, seconds, mj)
+
+    def observe_piece(self, pool: str, worker_id: str, piece: Piece) -> None:
+        """A worker of `pool` has sealed a piece of a shard and given the rest back."""
+        mj = piece.energy_mj if piece.energy_mj is not None else piece.energy_estimate_mj
+        self._add(pool, worker_id, piece.images, piece.seconds, mj)
+
+    def _add(self, pool: str, worker_id: str, images: int, seconds: float, mj: int | None) -> None:
         if images <= 0 or seconds <= 0:
             return
-        for window in (self._of_pool[pool], self._of_worker[commit.worker_id]):
+        for window in (self._of_pool[pool], self._of_worker[worker_id]):
             window.add(images, seconds, None if mj is None else mj / 1000)
 
     def images_per_s(self, pool: str) -> float | None:

@@ -57,12 +57,15 @@ class WorkerPool:
         self._configs = {name: config_of(config, pool) for name, pool in fleet.pools.items()} if fleet else {}
         if fleet is not None:
             coordinator.run_length, coordinator.expected_s = fleet.run_length, fleet.expected_s
+            coordinator.at_most_s = fleet.at_most_s
         self.events = events
         self.draining: str | None = None  # why no more leases are given
         self.leases_ahead = True  # whether a worker may hold a lease that it has not come to
         self.abandoned = False  # Ray answers no more: nothing is asked of it
         self._crew = Crew(actor_class, config, events.gone)
         self._outcomes = Outcomes(self._crew, coordinator, events, options.max_workers)
+        if fleet is not None:
+            self._outcomes.on_piece = fleet.observe_piece
         self.workers = self._crew.workers
         self.nodes = self._outcomes.nodes
         self.deaths = self._outcomes.deaths

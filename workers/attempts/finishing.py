@@ -18,7 +18,7 @@ from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.attempts.drawing import DeviceTime, Requests, now_wall_ns, reason
 from millijoule.workers.attempts.encoding import DrawnImage
 from millijoule.workers.attempts.handover import Handover
-from millijoule.workers.attempts.parts import Part, TakenParts, forget_parts
+from millijoule.workers.attempts.parts import Part, TakenParts, forget_parts, piece_of
 from millijoule.workers.attempts.pieces import Pieces, joined
 from millijoule.workers.attempts.store_files import store_files
 from millijoule.workers.drawing.isolate import AttemptCancelled
@@ -110,7 +110,7 @@ class Finishing:
         except AttemptCancelled:
             self._give_up(handover, pieces, "loser")
             self.store.delete([f.path for f in stored])
-            return AttemptResult(lease, "cancelled")
+            return AttemptResult(lease, "cancelled", piece=piece_of(pieces.sealed) if pieces else None)
         except Exception:
             self._give_up(handover, pieces, "retry")
             raise

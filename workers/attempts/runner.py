@@ -18,7 +18,7 @@ from millijoule.workers.attempts.drawing import DeviceTime, Drawing, Requests, n
 from millijoule.workers.attempts.encoding import Encoders, parts_of
 from millijoule.workers.attempts.finishing import NOTHING_TAKEN, Finishing
 from millijoule.workers.attempts.handover import ByteBudget, Handover
-from millijoule.workers.attempts.parts import PartClock, take_parts
+from millijoule.workers.attempts.parts import LeaseClock, PartClock, take_parts
 from millijoule.workers.attempts.questions import confirm, probe
 from millijoule.workers.drawing.batch_size import BatchNotes, BatchSizer
 from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator, batch_limits
@@ -136,10 +136,12 @@ class AttemptRunner:
         began_wall_ns = now_wall_ns()
         with self.drawing.at_work_for(attempt, "shard"):
             due, left = PartClock(self.config.part_s, len(requests)), len(requests)
+            limit = LeaseClock(attempt.lease.at_most_s, left)
             for batch in self.drawing.batches_of(attempt, requests):
                 handover.put(batch)
                 left -= len(batch)
-                ends = attempt.leaves and left > 0  # what is drawn to its end is committed
+                is_over = limit.is_over(batch)
+                ends = (attempt.leaves or is_over) and left > 0  # what is drawn to its end is committed
                 if due.drew(len(batch)) or ends:
                     handover.seal(self.drawing.stretch(attempt, began_wall_ns))
                 if ends:
