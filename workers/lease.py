@@ -30,6 +30,7 @@ class WorkerConfig:
         copies: files that `model` and `options` name, for nodes that do not see them.
         part_s: seconds of drawing after which a shard's images so far are sealed as a part; 0: never.
         pool: name of the worker's pool; empty where there is only one.
+        price_per_hour: of the worker's device, as its pool states it.
         telemetry: False: open no meter and sample no power; energy is missing.
     """
 
@@ -48,6 +49,7 @@ class WorkerConfig:
     copies: tuple[ModelCopy, ...] = ()
     part_s: float = 0.0
     pool: str = ""
+    price_per_hour: float | None = None
 
 
 @dataclass(frozen=True)

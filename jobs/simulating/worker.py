@@ -5,7 +5,6 @@ Its commits, segments and counter reads are the product's own records, of the si
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -172,7 +171,7 @@ class SimulatedWorker:
         held.images = held.lease.shard.n_images - sum(part.images for part in self.store.parts[shard_id])
         seconds = held.images / kind.images_per_s * max(0.5, self.fleet.random.gauss(1.0, JITTER))
         if most_s is not None and seconds > most_s * (1 + LEAST_REST_SHARE):
-            drawn = max(1, math.ceil(held.images * most_s / seconds))  # to the end of the image at hand
+            drawn = max(1, round(held.images * most_s / seconds))
             if drawn < held.images:
                 self._at(seconds * drawn / held.images, lambda: self._give_back(held, drawn))
                 return

@@ -89,7 +89,7 @@ class FleetPolicy:
         ] = {}  # per worker: seconds until it is free, and per shard
         self._end_s: float | None = None  # until all unleased shards are done; None: far away
         self._shard_images = 1.0
-        self._unleased = self._open_shards = 0
+        self._unleased = self._open_shards = self._pieces_out = 0
         self._has_questions = False
         self._next_look = 0.0
         self._began = self._now = -math.inf
@@ -119,6 +119,7 @@ class FleetPolicy:
         if now < self._next_look and self._end_s is None:
             return
         self._next_look = now + LOOK_PERIOD_S
+        self._pieces_out = sum(e.lease.at_most_s is not None for e in coordinator.active.values())
         if coordinator.active:
             self._shard_images = coordinator.images_out / len(coordinator.active) or self._shard_images
         self._look_at_the_end(coordinator, workers, now)
@@ -285,7 +286,8 @@ class FleetPolicy:
         shard_s = [each for _, each in self._spans.values()]
         self._quickest_s, self._rest_s = min(shard_s), rest_seconds(shard_s)
         self._is_anyone_in_time = self.deadline_s is not None and now + self._quickest_s <= self.deadline_s
-        shards, slowest_s = self._open_shards, max(shard_s)
+        shards = max(0, math.ceil(self._open_shards - coordinator.images_waiting / self._shard_images))
+        slowest_s = max(shard_s)
         if shards * self._shard_images / sum(rates.values()) > slowest_s:
             return
         busy = dict.fromkeys(rates, 0.0)
@@ -334,7 +336,7 @@ class FleetPolicy:
 
     @property
     def _times(self) -> LeaseTimes:
-        end_s = math.inf if self._end_s is None else self._end_s * (1 + STRAGGLER_TOLERANCE)
+        end_s = math.inf if self._end_s is None else self._end_s
         if self.deadline_s is not None and not self._is_late and self._is_anyone_in_time:
             end_s = min(end_s, self.deadline_s - self._now)
         return LeaseTimes(self._quickest_s, self._rest_s, end_s, len(self.pools) > 1)
@@ -346,8 +348,14 @@ class FleetPolicy:
     def at_most_s(self, worker_id: str, is_ahead: bool) -> float | None:
         """How long this worker may draw for one lease; None: until its shard is made."""
         if (span := self._spans.get(worker_id)) is None:
-            return self._times.at_most_s(None, 0.0)
+            rate = self.rates.worker_images_per_s(worker_id, self._pool_of[worker_id])
+            return self._times.at_most_s(self._shard_images / rate if rate else None, 0.0)
         return self._times.at_most_s(span[1], self._busy_s(span, ahead=is_ahead))
+
+    def waits_for_rests(self, worker: Any, waiting: int) -> bool:
+        """Whether a worker that has nothing to do is to make the rest of a shard that a slow one gives back soon, beside so many."""
+        span = self._span(worker)
+        return span is not None and self._times.is_quick(span[1]) and waiting < self._pieces_out
 
     def wants_back(self, worker: Any) -> bool:
         """Whether the shard that waits behind the one at work is better done elsewhere."""

@@ -129,6 +129,11 @@ class Coordinator:
         """Whether a lease that asks about rows waits for a worker."""
         return bool(self._probing or self._accused)
 
+    @property
+    def images_waiting(self) -> int:
+        """Of pieces that are sealed, in shards that wait for somebody to make the rest."""
+        return sum(self._sealed.get(shard_id, 0) for shard_id in self._again) if self._sealed else 0
+
     def leases_of(self, shard_id: int) -> list[Lease]:
         """Those that are out on one shard."""
         return [self.active[attempt_id].lease for attempt_id in self._leases_of.get(shard_id, ())]

@@ -225,7 +225,7 @@ class WorkerPool:
             return
         ready = [w for w in self.workers.values() if w.ready is not None and not w.stopping and not w.leaving]
         peers = {w.worker_id: w.last_node().node_id for w in ready}
-        alone = self.options.max_workers == 1
+        alone, waiting = self.options.max_workers == 1, 0
         coming = self._crew.coming_back if any(not w.held for w in ready) else 0
         for worker in ready:
             if worker.held:
@@ -242,6 +242,9 @@ class WorkerPool:
             # what another worker has not come to yet is better done here
             if coming or any(self._crew.take_back(w) for w in ready):
                 coming = max(0, coming - 1)
+                continue
+            if self.fleet is not None and self.fleet.waits_for_rests(worker, waiting):
+                waiting += 1
                 continue
             # of use are as many as have work, and one more that may help a straggler
             spare = 1 if self.coordinator.speculate and self.coordinator.remaining else 0

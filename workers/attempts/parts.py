@@ -97,7 +97,8 @@ class PartClock:
 
 
 class LeaseClock:
-    """Says on the device's thread when a lease's time is over (`Lease.at_most_s`), unless the shard is nearly drawn.
+    """Says on the device's thread when a lease's time is over (`Lease.at_most_s`), unless the shard is nearly drawn: with the batch
+    that ends nearest to it.
 
     Never where a row failed that another worker has to hear: what has such a row is not sealed, and would be lost.
     """
@@ -109,7 +110,7 @@ class LeaseClock:
         self._left = n_images
         self._clock = clock
         self._began = clock()
-        self._drawn = 0
+        self._drawn = self._batches = 0
         self._has_suspects = False
 
     def is_over(self, batch: Sequence[DrawnImage]) -> bool:
@@ -118,11 +119,13 @@ class LeaseClock:
             return False
         self._has_suspects = any(image.is_suspect for image in batch)
         self._drawn += len(batch)
+        self._batches += 1
         self._left -= len(batch)
         seconds = self._clock() - self._began
         rest_s = seconds * self._left / self._drawn
         least_s = max(LEAST_REST_S, LEAST_REST_SHARE * self._at_most_s)
-        return not self._has_suspects and seconds >= self._at_most_s and rest_s >= least_s
+        is_over = seconds + seconds / self._batches / 2 >= self._at_most_s
+        return is_over and rest_s >= least_s and not self._has_suspects
 
 
 def piece_of(sealed: Sequence[Part]) -> Piece | None:

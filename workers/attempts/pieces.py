@@ -5,6 +5,7 @@ For the thread that finishes the attempt. Most attempts have a single piece, whi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,16 @@ class Pieces:
     def parts(self) -> tuple[Part, ...]:
         """All sealed parts that the shard is made of."""
         return (*self.taken.parts, *self.sealed)
+
+    def images_by_others(self) -> dict[str, int]:
+        """Accepted images of parts that were taken over from other workers, by worker."""
+        numbers = {self._number[at]: row for at, row in self.taken.rows.items()}
+        made: Counter[str] = Counter()
+        for part in self.taken.parts:
+            if part.worker_id != self.worker_id:
+                ok = (numbers[n].status == "ok" for start, stop in part.images for n in range(start, stop))
+                made[part.worker_id] += sum(ok)
+        return dict(made)
 
     def _open(self) -> None:
         number = len(self.sealed)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TypeVar
 
 from millijoule.workers.attempts.attempt import Attempt
@@ -23,7 +23,7 @@ from millijoule.workers.attempts.questions import confirm, probe
 from millijoule.workers.drawing.batch_size import BatchNotes, BatchSizer
 from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator, batch_limits
 from millijoule.workers.errors import NodeError
-from millijoule.workers.generators.protocol import Generator, HoldsProcesses
+from millijoule.workers.generators.protocol import Generator, HoldsProcesses, StatesSettings
 from millijoule.workers.lease import AttemptProgress, AttemptResult, Calibration, Lease, WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.power_samples import PowerSampler
@@ -207,6 +207,17 @@ class AttemptRunner:
             self._device.submit(self.generator.close).result()
         self._device.shutdown()
         self._encoders.close()
+
+    def stated(self, worker: WorkerEnvironment) -> WorkerEnvironment:
+        """`worker`, with how its generator was loaded and is called."""
+        generator, info = self.generator, self.generator.info
+        settings = generator if isinstance(generator, StatesSettings) else None
+        return replace(
+            worker,
+            engine=settings.engine_name if settings else None,
+            rungs=settings.rungs_words if settings else None,
+            batch_size=self.drawing.fitted.sizer.most((info.width, info.height)),
+        )
 
     # -- beside leases -------------------------------------------------------------------------------------------
 
