@@ -21,7 +21,7 @@ from typing import Any
 from millijoule.pipeline.fleet.choice import Offer, choose_devices, seconds_until_done
 from millijoule.pipeline.fleet.lease_times import LeaseTimes, rest_seconds
 from millijoule.pipeline.fleet.pools import Pool, Preference
-from millijoule.pipeline.fleet.rates import Rates
+from millijoule.pipeline.fleet.rates import Rates, ShardCost
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.lease import Piece
 from millijoule.workers.schemas import Commit
@@ -79,6 +79,7 @@ class FleetPolicy:
         self.price_per_kwh = price_per_kwh
         self.rates = Rates(pools)
         self.targets = {name: pool.options.max_workers for name, pool in self.pools.items()}
+        self.images_made: Counter[str] = Counter()  # accepted ones of committed shards, by pool
         self.leaving: set[str] = set()  # ids of workers that are to end when they have nothing in hand
         self._pool_of: dict[str, str] = {}
         self._next_choice = 0.0
@@ -100,11 +101,21 @@ class FleetPolicy:
         """A commit of this run has arrived."""
         if (pool := self._pool_of.get(commit.worker_id)) is not None:
             self.rates.observe(pool, commit)
+        others = commit.images_by_others
+        made = {**others, commit.worker_id: commit.images_ok - sum(others.values())}
+        for worker_id, images in made.items():
+            self.images_made[self._pool_of.get(worker_id, "")] += images
 
     def observe_piece(self, worker_id: str, piece: Piece) -> None:
         """A worker has given a shard back, a piece of it sealed."""
         if (pool := self._pool_of.get(worker_id)) is not None:
             self.rates.observe_piece(pool, worker_id, piece)
+
+    def shard_costs(self) -> dict[str, ShardCost]:
+        """What a shard takes on each pool."""
+        return {
+            name: self.rates.per_shard(name, self._shard_images, self.price_per_kwh) for name in self.pools
+        }
 
     def look(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
         """Take note of what is at work and left; choose anew where it is time to."""

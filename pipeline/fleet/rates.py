@@ -46,6 +46,15 @@ class _Window:
         return self.images / self.seconds if self.seconds > 0 and self.images else None
 
 
+@dataclass(frozen=True)
+class ShardCost:
+    """What a shard takes on one worker: device seconds, joules while it draws, and money for both; None: not known."""
+
+    seconds: float | None
+    joules: float | None
+    money: float | None
+
+
 class Rates:
     """Of the pools of one job, by name; a worker is named by its id."""
 
@@ -95,6 +104,16 @@ class Rates:
         if window.with_joules and len(window.shards) >= ENOUGH_SHARDS:
             return window.joules / window.with_joules
         return self.pools[pool].joules_per_image
+
+    def per_shard(self, pool: str, images: float, price_per_kwh: float = 0.0) -> ShardCost:
+        """What so many images take on one worker of a pool, as far as is known."""
+        rate, joules = self.images_per_s(pool), self.joules_per_image(pool)
+        seconds = images / rate if rate else None
+        money = None
+        if self.pools[pool].price_per_hour is not None:
+            per_image = self.cost_per_image(pool, "cost", price_per_kwh)
+            money = None if per_image is None else per_image * images
+        return ShardCost(seconds, None if joules is None else joules * images, money)
 
     def cost_per_image(self, pool: str, prefer: Preference, price_per_kwh: float = 0.0) -> float | None:
         """What is to be saved, per image: joules, or money for the device's hours and its electricity; 0 where only speed counts.
