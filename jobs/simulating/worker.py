@@ -247,6 +247,10 @@ class SimulatedWorker:
             energy_method="nvml-counter",
             segments=(*(part.segment for part in parts), *segments),
             parts=tuple(part.part_id for part in parts),
+            images_by_others={
+                name: sum(part.images for part in parts if part.segment.worker_id == name)
+                for name in {part.segment.worker_id for part in parts} - {self.worker_id}
+            },
             images_drawn=shard.n_images,
         ).to_json()
 
