@@ -95,11 +95,17 @@ class ShardWorker:
         store = open_store(config.output_url or ".", patient=True)
         node_id = ray.get_runtime_context().get_node_id()
 
-        def describe(kernels: str | None = None) -> WorkerEnvironment:
+        def describe(kernels: str | None = None, runner: AttemptRunner | None = None) -> WorkerEnvironment:
             found = describe_worker(
                 self.worker_id, config.driver_epoch, node_id, gpus, meter, opened, kernels
             )
-            return replace(found, pool=config.pool or None)
+            found = replace(
+                found,
+                pool=config.pool or None,
+                price_per_hour=config.price_per_hour,
+                cpu_threads=config.cpu_threads,
+            )
+            return found if runner is None else runner.stated(found)
 
         worker = describe()
         if config.output_url:  # a calibration has no output
@@ -129,7 +135,7 @@ class ShardWorker:
             collect_rarely()
         if config.output_url:
             kernels = generator.kernels if isinstance(generator, NamesKernels) else None
-            store.put(worker_key(self.worker_id), describe(kernels).to_json())
+            store.put(worker_key(self.worker_id), describe(kernels, runner).to_json())
         timeline.close("warmup")
         self._runner = runner
         return Node(node_id, worker.host)

@@ -30,6 +30,7 @@ class WorkerConfig:
         copies: files that `model` and `options` name, for nodes that do not see them.
         part_s: seconds of drawing after which a shard's images so far are sealed as a part; 0: never.
         pool: name of the worker's pool; empty where there is only one.
+        price_per_hour: of the worker's device, as its pool states it.
         telemetry: False: open no meter and sample no power; energy is missing.
     """
 
@@ -48,6 +49,7 @@ class WorkerConfig:
     copies: tuple[ModelCopy, ...] = ()
     part_s: float = 0.0
     pool: str = ""
+    price_per_hour: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Lease:
         quarantine: (row, reason) of plan rows to quarantine unseen.
         resumes: earlier attempts at the shard may have sealed parts.
         distrusted: workers whose parts are not to be taken over.
+        at_most_s: after so many seconds of drawing the attempt seals what it has and gives the shard back; None: it makes all of it.
     """
 
     shard: Shard
@@ -81,6 +84,7 @@ class Lease:
     quarantine: tuple[tuple[int, str], ...] = ()
     resumes: bool = False
     distrusted: tuple[str, ...] = ()
+    at_most_s: float | None = None
 
     @property
     def writes(self) -> bool:
@@ -121,6 +125,16 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What an attempt sealed of a shard that it gave back, in how many seconds of drawing; energy None: not measured."""
+
+    images: int
+    seconds: float
+    energy_mj: int | None
+    energy_estimate_mj: int | None = None
+
+
+@dataclass(frozen=True)
 class AttemptResult:
     """How one lease ended.
 
@@ -130,9 +144,10 @@ class AttemptResult:
             fails on `suspects`, too: the commit has them quarantined); "probed" (the probe's rows survived); "confirmed"
             (all of the lease's suspects failed here, too); "contradicted" (one of them did not); "superseded" (a later run
             of the job has begun: nothing is committed, what was finished is sealed as a part); or "cancelled" (the driver
-            said that another attempt has won).
+            said that another attempt has won, or the lease's time is over).
         commit_json: the commit that now stands for the shard, the other attempt's for "exists"; or that is to stand.
         healthy: (row, image index) of an image that was drawn beside the suspects.
+        piece: what a cancelled attempt has sealed, for whoever makes the rest; None: nothing.
     """
 
     lease: Lease
@@ -140,6 +155,7 @@ class AttemptResult:
     commit_json: bytes | None = None
     suspects: tuple[Suspect, ...] = ()
     healthy: tuple[int, int] | None = None
+    piece: Piece | None = None
 
 
 @dataclass(frozen=True)

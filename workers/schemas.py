@@ -347,7 +347,10 @@ class WorkerEnvironment(Record):
     name of the GPU or CPU, `driver_version` the GPU driver's. `torch_version` is None too where the model does
     without PyTorch. `png_encoder` is "compiled" or "zlib": their files differ, their pixels do not. `kernels` is what draws:
     the form in which the CPU's compiled functions run ("avx2"), "pytorch", or a GPU's own kernels, "triton". `pool` is
-    the worker's, None where its job has only one.
+    the worker's, None where its job has only one, and `price_per_hour` of its device as the pool states it. What it loaded, known once it
+    has: `engine` is what runs the model's networks (None: its own kernels, or the model does not say), `rungs` what makes it cheaper,
+    as options ("none": nothing), `batch_size` the most images of the model's own size per call, `cpu_threads` what it computes and
+    encodes with on the host.
     """
 
     worker_id: str
@@ -365,6 +368,11 @@ class WorkerEnvironment(Record):
     png_encoder: str | None = None
     kernels: str | None = None
     pool: str | None = None
+    engine: str | None = None
+    rungs: str | None = None
+    batch_size: int | None = None
+    cpu_threads: int | None = None
+    price_per_hour: float | None = None
 
 
 @dataclass(frozen=True)
@@ -435,6 +443,9 @@ class Commit(Record):
     images_filtered: int = 0
     images_drawn: int | None = None  # to the end, whatever their status; None: from before it was stated
     parts: tuple[str, ...] = ()  # sealed parts that it is made of, of this attempt and of earlier ones
+    images_by_others: dict[str, int] = field(
+        default_factory=dict
+    )  # of images_ok, by worker whose part it took over
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ BENCHES = {
     "image": "processor time per image of the oscillator generators, by the form that draws: PyTorch, or compiled",
     "kernels": "time and joules of our fused GPU kernels against PyTorch's own operations, run plainly and compiled",
     "ladder": "rungs of a diffusion pipeline one by one: joules or CPU time, and what they do to images",
+    "leases": "simulated fleets of unlike devices: leases of equal time, with pieces of shards, against whole shards",
     "memory": "memory of several workers of one model on a host; time and memory of batches by their size",
     "roofline": "compiled CPU kernels against the peaks of this processor, measured in the same run",
     "scaling": "two workers against one, beside two plain processes against one in the same run",

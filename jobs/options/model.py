@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -174,11 +174,33 @@ class ModelOptions:
         obtained = obtain_model(
             model, self.read(), revision=self.revision or revision, cache=self.model_cache
         )
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        switches = {name: value for name, value in given.items() if name in _SWITCHES}
-        if self.optimize == "none" and not switches:
+        if self.optimize == "none" and not self._switches:
             return obtained
-        return with_rungs(obtained, model, self.optimize, switches, on_gpu=on_gpu)
+        return with_rungs(obtained, model, self.optimize, self._switches, on_gpu=on_gpu)
+
+    def optimized(
+        self, obtained: ObtainedModel, model: str, optimize: str, *, on_gpu: bool | None
+    ) -> GeneratorOptions:
+        """How `obtained`, which `obtain` gave for the word `model`, is run with preset or file `optimize` in place of `--optimize`.
+
+        Raises:
+            InputError: as `with_rungs`.
+        """
+        from millijoule.jobs.set_up.model_rungs import with_rungs
+
+        asked = self.read()
+        names = ("engine", "batch_size", "cuda_graphs", "fused_modules", "rungs")
+        plain = replace(obtained.options, **{name: getattr(asked, name) for name in names})
+        if optimize == "none" and not self._switches:
+            return plain
+        found = with_rungs(replace(obtained, options=plain), model, optimize, self._switches, on_gpu=on_gpu)
+        return found.options
+
+    @property
+    def _switches(self) -> dict[str, Any]:
+        """Single rungs that were given, by name."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: value for name, value in given.items() if name in _SWITCHES}
 
 
 def _lora(text: str) -> LoraChoice:

@@ -20,6 +20,7 @@ from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH
 from millijoule.pipeline.fleet.pools import Pool
+from millijoule.pipeline.fleet.rates import Rates
 from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.planning.make_plan import plan_job
@@ -111,6 +112,13 @@ def _pool_lines(
             f"            {shown.images_per_s:.3g} images/s on one worker, "
             + (f"{joules(energy * 1000)} per image ({how})" if energy is not None else "energy unknown")
         )
+        price = 0.0 if request.caps.price is None else request.caps.price.at(time.time()) * request.caps.pue
+        cost = Rates([shown]).per_shard(pool.name, plan.n_images / max(1, plan.n_shards), price)
+        assert cost.seconds is not None
+        said = [f"{cost.seconds:.3g} s"]
+        said += [joules(cost.joules * 1000)] if cost.joules is not None else []
+        said += [f"{cost.money:.3g} of money"] if cost.money is not None else []
+        lines.append(f"            a shard takes it {', '.join(said)}")
     prefer = request.options.prefer or ("energy" if request.caps.deadline_unix is not None else "speed")
     lines.append(f"preferred   {prefer}")
     if rate:

@@ -66,7 +66,7 @@ def set_up_job(
     planned = open_or_plan(request, store, existing)
     if pools:
         for pool in pools:
-            check_device(request.source, on_gpu=bool(pool.options.gpus_per_worker))
+            check_device(request.source, pool.model, on_gpu=bool(pool.options.gpus_per_worker))
         return planned, together(pools), pools
     if device is None:  # a calibration and its job run on the same kind of device
         device = choose_device(

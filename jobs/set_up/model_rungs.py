@@ -65,7 +65,8 @@ def pipeline_of(obtained: ObtainedModel) -> PipelineFolder | None:
     return read_pipeline_model(obtained.model, obtained.options)
 
 
-def check_device(obtained: ObtainedModel, *, on_gpu: bool) -> None:
-    """Raise InputError, which names it, for a rung of `obtained` that needs another device."""
-    if obtained.options.rungs != Rungs() and (folder := pipeline_of(obtained)) is not None:
-        check_rungs(obtained.options.rungs, folder, on_gpu=on_gpu)
+def check_device(obtained: ObtainedModel, options: GeneratorOptions | None = None, *, on_gpu: bool) -> None:
+    """Raise InputError, which names it, for a rung of `obtained`, run with other `options` if any, that needs another device."""
+    rungs = (options or obtained.options).rungs
+    if rungs != Rungs() and (folder := pipeline_of(obtained)) is not None:
+        check_rungs(rungs, folder, on_gpu=on_gpu)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import EngineName, GeneratorOptions
+from millijoule.workers.rungs.rungs import Rungs
+from millijoule.workers.sources.obtain import ObtainedModel
 
 #: Ray's label of an accelerator's type: a pool that names one gives each worker a GPU.
 ACCELERATOR = "ray.io/accelerator-type"
-FORM = "NAME:label=value,...:workers=MIN:MAX, then any of batch=N engine=NAME gpus=X cpus=X price=X images_per_s=X joules=X, with : between"
+FORM = "NAME:label=value,...:workers=MIN:MAX, then any of batch=N engine=NAME optimize=PRESET|FILE gpus=X cpus=X price=X images_per_s=X joules=X, with : between"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 #: As Kubernetes and Ray have them.
 _LABEL = re.compile(r"([A-Za-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 #: Ray counts in ten-thousandths of a CPU or a GPU.
 LEAST_SHARE = 0.0001
+_WORDS = ("batch", "engine", "optimize")
 _NUMBERS = ("gpus", "cpus", "price", "images_per_s", "joules")
 
 
@@ -27,7 +31,7 @@ _NUMBERS = ("gpus", "cpus", "price", "images_per_s", "joules")
 class PoolWords:
     """One `--pool`, read; what is None is as for the job.
 
-    `selectors` are sets of labels in order of preference.
+    `selectors` are sets of labels in order of preference, `optimize` a preset or its file, `model` what all that comes to (`with_models`).
     """
 
     name: str
@@ -36,11 +40,13 @@ class PoolWords:
     max_workers: int
     batch: int | None = None
     engine: EngineName | None = None
+    optimize: str | None = None
     gpus: float | None = None
     cpus: float | None = None
     price: float | None = None
     images_per_s: float | None = None
     joules: float | None = None
+    model: GeneratorOptions | None = None
 
 
 def parse_pool(text: str) -> PoolWords:
@@ -61,7 +67,7 @@ def parse_pool(text: str) -> PoolWords:
         if not equals and last == "workers" and ":" not in fields["workers"]:
             fields["workers"] += f":{part}"
             continue
-        if not equals or key not in ("workers", "batch", "engine", *_NUMBERS):
+        if not equals or key not in ("workers", *_WORDS, *_NUMBERS):
             raise refuse(f"{part!r} is none of its parts")
         if key in fields:
             raise refuse(f"{key} stands twice")
@@ -91,6 +97,9 @@ def parse_pool(text: str) -> PoolWords:
     engine = fields.pop("engine", None)
     if engine is not None and engine not in get_args(EngineName):
         raise refuse(f"engine={engine} is none of {', '.join(get_args(EngineName))}")
+    optimize = fields.pop("optimize", None)
+    if optimize == "":
+        raise refuse("optimize= names no preset")
     return PoolWords(
         name,
         selectors,
@@ -98,7 +107,8 @@ def parse_pool(text: str) -> PoolWords:
         most,
         None if batch is None else int(batch),
         engine,  # type: ignore[arg-type]
-        **found,
+        optimize,
+        **found,  # type: ignore[arg-type]
     )
 
 
@@ -169,7 +179,42 @@ def pool_gpus(pool: PoolWords, options: GenerateOptions) -> float:
     return options.gpus_per_worker or 0.0
 
 
-def engines_of(pools: Iterable[PoolWords], model: GeneratorOptions) -> list[str]:
-    """Engines of the pools where they are not all the job's: images then differ by rounding, so they tell the job apart."""
-    engines: list[str] = sorted({pool.engine or model.engine for pool in pools})
-    return [] if set(engines) <= {model.engine} else engines
+def with_models(
+    pools: tuple[PoolWords, ...], options: GenerateOptions, source: ObtainedModel
+) -> tuple[PoolWords, ...]:
+    """`pools`, each with how its workers load and run the model, where that is another way than the job's, `source.options`.
+
+    Raises:
+        InputError: a preset is none, or its rungs are not for the model or the pool's devices; the message names the pool.
+    """
+    found = []
+    for pool in pools:
+        model = source.options
+        if pool.optimize is not None:
+            on_gpu = bool(pool_gpus(pool, options))
+            try:
+                model = options.model_options.optimized(source, options.model, pool.optimize, on_gpu=on_gpu)
+            except InputError as error:
+                raise InputError(f"--pool {pool.name}: optimize={pool.optimize}: {error}") from error
+        model = replace(model, batch_size=pool.batch or model.batch_size, engine=pool.engine or model.engine)
+        found.append(replace(pool, model=model if model != source.options else None))
+    return tuple(found)
+
+
+def pools_identity(pools: Iterable[PoolWords], model: GeneratorOptions) -> dict[str, Any]:
+    """What tells jobs apart whose pools run the model in ways that change images: their engines, and their rungs, where these are not
+    all the job's own, `model`."""
+    models = [pool.model or model for pool in pools]
+    identity: dict[str, Any] = {}
+    engines: list[str] = sorted({m.engine for m in models})
+    if set(engines) - {model.engine}:
+        identity["pool_engines"] = engines
+    for name in ("rungs", "cuda_graphs", "fused_modules"):
+        ways = {json.dumps(_json(getattr(m, name)), sort_keys=True) for m in models}
+        if ways - {json.dumps(_json(getattr(model, name)), sort_keys=True)}:
+            identity[f"pool_{name}"] = [json.loads(way) for way in sorted(ways)]
+    return identity
+
+
+def _json(value: Rungs | bool) -> dict[str, Any] | bool:
+    return value.identity() if isinstance(value, Rungs) else value

@@ -42,16 +42,11 @@ def pools_on(request: JobRequest, cluster: Cluster) -> tuple[Pool, ...]:
                 f"--pool {pool.name}: this machine has no room for a worker that asks for {words(wanted.asked)}"
                 f"{_labels_words(wanted)}; give --ray-address of a cluster"
             )
-        model = replace(
-            request.model,
-            batch_size=pool.batch or request.model.batch_size,
-            engine=pool.engine or request.model.engine,
-        )
         pools.append(
             Pool(
                 pool.name,
                 replace(wanted, at_once=room),
-                model if model != request.model else None,
+                pool.model,
                 pool.price,
                 pool.images_per_s,
                 pool.joules,
@@ -81,6 +76,10 @@ def policy_of(request: JobRequest, pools: tuple[Pool, ...]) -> FleetPolicy | Non
     policy = FleetPolicy(pools, request.options.prefer, deadline_s=deadline_s, price_per_kwh=price)
     for pool in pools:
         log.info("pool %s", pool_words(pool))
+    if len({pool.model.rungs if pool.model else request.model.rungs for pool in pools}) > 1:
+        log.warning(
+            "pools draw with unlike settings: which of them an image is made with is by chance; attempt and env tables tell"
+        )
     log.info(
         "pools: %s is preferred%s", policy.prefer, "" if deadline_s is None else ", in time for the deadline"
     )
@@ -99,7 +98,8 @@ def pool_words(pool: Pool) -> str:
         parts.append(f"room now for {options.at_once}")
     if pool.model is not None:
         batch = f", batches of {pool.model.batch_size}" if pool.model.batch_size else ""
-        parts.append(f"engine {pool.model.engine}{batch}")
+        rungs = f", {said}" if (said := pool.model.rungs.words()) != "none" else ""
+        parts.append(f"engine {pool.model.engine}{batch}{rungs}")
     if pool.price_per_hour is not None:
         parts.append(f"{pool.price_per_hour:g} per hour")
     return ", ".join(parts)

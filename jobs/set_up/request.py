@@ -9,7 +9,7 @@ from typing import Any
 
 from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
-from millijoule.jobs.set_up.pool_words import LEAST_SHARE, PoolWords, engines_of, read_pools
+from millijoule.jobs.set_up.pool_words import LEAST_SHARE, PoolWords, pools_identity, read_pools, with_models
 from millijoule.pipeline.output.job import JobSpec, read_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
@@ -72,8 +72,7 @@ class JobRequest:
 
     def model_identity(self) -> dict[str, Any]:
         """What of how the model is run, by any pool, tells the job apart."""
-        engines = engines_of(self.pools, self.model)
-        return self.model.identity() | ({"pool_engines": engines} if engines else {})
+        return self.model.identity() | pools_identity(self.pools, self.model)
 
 
 def request_of(options: GenerateOptions) -> JobRequest:
@@ -125,7 +124,7 @@ def request_of(options: GenerateOptions) -> JobRequest:
         files=files,
         source=source,
         image_format=read_image_format(options.image_format, options.quality),
-        pools=pools,
+        pools=with_models(pools, options, source),
     )
 
 

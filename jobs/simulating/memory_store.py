@@ -5,25 +5,37 @@ A commit's body is not kept, only that it stands: the driver keeps all of them i
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from millijoule.workers.errors import AlreadyExistsError, NotFoundError
 from millijoule.workers.layout import COMMITS_PREFIX, commit_key
+from millijoule.workers.schemas import Segment
 from millijoule.workers.storage.protocol import ObjectInfo, Store, TemporaryObject
 
 
+@dataclass(frozen=True)
+class SealedPart:
+    """Images that an attempt drew and sealed before it gave its shard back."""
+
+    part_id: str
+    images: int
+    segment: Segment
+
+
 class MemoryStore(Store):
-    """Objects by key. `requests` counts by kind, `written_bytes` all that was put."""
+    """Objects by key, and sealed parts by shard. `requests` counts by kind, `written_bytes` all that was put."""
 
     url = "memory://simulated"
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.committed: set[int] = set()
+        self.parts: defaultdict[int, list[SealedPart]] = defaultdict(list)
         self.requests: Counter[str] = Counter()
         self.written_bytes = 0
 

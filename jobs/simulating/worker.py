@@ -12,7 +12,8 @@ from typing import Any
 from millijoule.jobs.simulating.clocked_ray import EPOCH_S, After, ClockedRay, Promise
 from millijoule.jobs.simulating.devices import Fleet
 from millijoule.jobs.simulating.devices import Node as SimulatedNode
-from millijoule.jobs.simulating.memory_store import MemoryStore
+from millijoule.jobs.simulating.memory_store import MemoryStore, SealedPart
+from millijoule.workers.attempts.parts import LEAST_REST_SHARE
 from millijoule.workers.layout import worker_key
 from millijoule.workers.lease import (
     AccountRead,
@@ -20,6 +21,7 @@ from millijoule.workers.lease import (
     AttemptResult,
     Lease,
     Node,
+    Piece,
     WorkerConfig,
     WorkerStatus,
     WorkerStopped,
@@ -38,6 +40,7 @@ class _Held:
     promise: Promise
     begun: float | None = None
     called_off: bool = False
+    images: int = 0  # that are left of its shard, once begun
 
 
 class SimulatedWorker:
@@ -164,9 +167,31 @@ class SimulatedWorker:
         held.begun = self.ray.now
         self._close("idle")
         self.node.draw(kind.busy_w, self.ray.now)
-        seconds = held.lease.shard.n_images / kind.images_per_s
-        seconds *= max(0.5, self.fleet.random.gauss(1.0, JITTER))
+        shard_id, most_s = held.lease.shard.shard_id, held.lease.at_most_s
+        held.images = held.lease.shard.n_images - sum(part.images for part in self.store.parts[shard_id])
+        seconds = held.images / kind.images_per_s * max(0.5, self.fleet.random.gauss(1.0, JITTER))
+        if most_s is not None and seconds > most_s * (1 + LEAST_REST_SHARE):
+            drawn = max(1, round(held.images * most_s / seconds))
+            if drawn < held.images:
+                self._at(seconds * drawn / held.images, lambda: self._give_back(held, drawn))
+                return
         self._at(seconds, lambda: self._drawn(held))
+
+    def _give_back(self, held: _Held, drawn: int) -> None:
+        """The lease's time is over: what was drawn is sealed as a part."""
+        if held.called_off:
+            return
+        lease, shard_id = held.lease, held.lease.shard.shard_id
+        self._close("shard", replace(lease, attempt_id=f"{lease.attempt_id}.p0"))
+        own = self._segments[-1]
+
+        def sealed() -> None:
+            self.store.parts[shard_id].append(SealedPart(f"{lease.attempt_id}.p0", drawn, own))
+            seconds = (own.close.t_mono_ns - own.open.t_mono_ns) / 1e9
+            held.promise.keep(AttemptResult(lease, "cancelled", piece=Piece(drawn, seconds, self._mj(own))))
+
+        self._at(FINISH_S, sealed)
+        self._next(held)
 
     def _drawn(self, held: _Held) -> None:
         if held.called_off:
@@ -196,6 +221,7 @@ class SimulatedWorker:
 
     def _commit(self, lease: Lease, own: Segment, segments: tuple[Segment, ...]) -> bytes:
         shard, node, domain = lease.shard, self.node, f"gpu:{self.node.device}"
+        parts = self.store.parts.pop(shard.shard_id, [])
         return Commit(
             shard_id=shard.shard_id,
             attempt_id=lease.attempt_id,
@@ -213,13 +239,23 @@ class SimulatedWorker:
             errors={},
             t_start_wall_ns=own.open.t_wall_ns,
             t_end_wall_ns=own.close.t_wall_ns,
-            energy_mj=own.close.energy_mj[domain] - own.open.energy_mj[domain],
+            energy_mj=self._mj(own) + sum(self._mj(part.segment) for part in parts),
             energy_domains=(domain,),
             energy_estimate_mj=None,
             energy_method="nvml-counter",
-            segments=segments,
+            segments=(*(part.segment for part in parts), *segments),
+            parts=tuple(part.part_id for part in parts),
+            images_by_others={
+                name: sum(part.images for part in parts if part.segment.worker_id == name)
+                for name in {part.segment.worker_id for part in parts} - {self.worker_id}
+            },
             images_drawn=shard.n_images,
         ).to_json()
+
+    @staticmethod
+    def _mj(segment: Segment) -> int:
+        """Of the worker's only device."""
+        return sum(mj - segment.open.energy_mj[domain] for domain, mj in segment.close.energy_mj.items())
 
     def _counter(self) -> CounterRead:
         node, now = self.node, self.ray.now

@@ -178,8 +178,7 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
         energy = _write_energy(store, job, records, ManifestRows(pq.ParquetFile(path)))
         write_preview(store, pq.ParquetFile(path))
     stats = summarise(job, totals, records.ledger, records.commits, energy)
-    shard_mj = records.ledger.entries.shard_energies(records.commits.attempts())
-    if pools := count_pools(records.commits, records.uncommitted.workers, shard_mj):
+    if pools := count_pools(records.commits, records.uncommitted.workers, records.ledger.entries):
         stats["pools"] = pools
     _put_stats(store, stats)
     success = {

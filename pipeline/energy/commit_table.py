@@ -87,6 +87,7 @@ class CommitTable(Packed[Commit]):
         self._numbers = {name: array("q") for name in _NUMBERS}
         self._texts = {name: Texts() for name in ("attempt_id", "rows_path")}
         self._part_of, self._part_id = array("q"), Texts()
+        self._by_others = array("q"), array("i"), array("q")  # commit, worker, images
 
     @staticmethod
     def of(commits: Iterable[Commit]) -> CommitTable:
@@ -109,6 +110,11 @@ class CommitTable(Packed[Commit]):
         for part in commit.parts:
             self._part_of.append(len(self) - 1)
             self._part_id.append(part)
+        for worker_id, images in commit.images_by_others.items():
+            for numbers, value in zip(
+                self._by_others, (len(self) - 1, self._names.number(worker_id), images), strict=True
+            ):
+                numbers.append(value)
         self.rows.add(commit.rows)
         for trace in commit.power:
             self.power.add(trace, commit.node_id, commit.host)
@@ -164,6 +170,11 @@ class CommitTable(Packed[Commit]):
         """Finds a commit by its shard and attempt, or one of the parts that it is made of."""
         also = column(self._part_of), self._part_id.column()
         return AttemptIndex(self.number("shard_id"), self.text("attempt_id"), also)
+
+    def images_by_others(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Accepted images that were taken over from other workers: commit, worker (a place in `names`) and how many, each `[m]`."""
+        places, workers, images = map(column, self._by_others)
+        return places, workers, images
 
     def parts(self) -> np.ndarray:
         """How many sealed parts each commit is made of, int64 `[n]`."""

@@ -446,7 +446,8 @@ class EnergyRows:
             gpus = (",".join(own.gpus), own.device_name) if own else (None, None)
             epoch, method = (stated.driver_epoch, stated.energy_method) if stated else (None, None)
             software = (own.python_version, own.torch_version, own.driver_version) if own else (None,) * 3
-            pool = own.pool if own else None
+            asked = (own.pool, own.engine, own.rungs) if own else (None,) * 3
+            sizes = (own.batch_size, own.cpu_threads, own.price_per_hour) if own else (None,) * 3
             boot_id = read.boot_id if read else None
             domains = ",".join(sorted(self.ledger.read_domains(worker_id))) if read else ""
             yield (
@@ -460,7 +461,8 @@ class EnergyRows:
                 domains,
                 *model,
                 *software,
-                pool,
+                *asked,
+                *sizes,
             )
 
 

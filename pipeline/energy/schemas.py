@@ -18,11 +18,18 @@ import pyarrow.parquet as pq
 from millijoule.pipeline.output.image_rows import rows_as_table
 from millijoule.workers.schemas import SEGMENT_CLASSES
 
-ENERGY_SCHEMA_VERSION = 4
+ENERGY_SCHEMA_VERSION = 5
 
 #: Columns that files of an earlier version lack; what they say is null of all that was committed then, or 0.
-ADDED_COLUMNS = {
-    "3": {"attempt": ("images_filtered", "images_drawn", "energy_filtered_mj", "energy_quarantined_mj")}
+_ADDED_IN_5: dict[str, tuple[str, ...]] = {
+    "env": ("engine", "rungs", "batch_size", "cpu_threads", "price_per_hour")
+}
+ADDED_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "3": {
+        "attempt": ("images_filtered", "images_drawn", "energy_filtered_mj", "energy_quarantined_mj"),
+        **_ADDED_IN_5,
+    },
+    "4": _ADDED_IN_5,
 }
 
 #: Rows per row group: DuckDB's own default, its unit of parallel work.
@@ -159,6 +166,11 @@ _FIELDS = {
         _maybe("torch_version", TEXT, "null: not known, or the model does without"),
         _maybe("driver_version", TEXT, "of the GPU; null: not known, or no GPU"),
         _maybe("pool", TEXT, "of the worker, as --pool names it; null: the job has none, or not known"),
+        _maybe("engine", TEXT, "that runs the model's networks; null: its own kernels do, or not known"),
+        _maybe("rungs", TEXT, "what makes the model cheaper, as options; null: not known"),
+        _maybe("batch_size", INT, "most images of the model's own size per call; null: not known"),
+        _maybe("cpu_threads", INT, "of the worker on its host; null: not known"),
+        _maybe("price_per_hour", FLOAT, "of its device, as its pool states it; null: not stated"),
     ),
     "node_reading": (
         _field("host", TEXT),

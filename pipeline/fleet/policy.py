@@ -5,6 +5,7 @@
 * A pool of which too little is known first shows it on a few workers.
 * A pool whose nodes do not come is waited for, and made up for by the next one meanwhile.
 * Nobody gets a shard that somebody else would have done sooner, counted from now to its end.
+* A device that is slow beside others gets a piece of a shard: its leases take about as long as theirs (`lease_times`).
 
 Plain state without I/O or clocks. All of it is learnt again within minutes after a restart.
 """
@@ -18,10 +19,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from millijoule.pipeline.fleet.choice import Offer, choose_devices, seconds_until_done
+from millijoule.pipeline.fleet.lease_times import LeaseTimes, rest_seconds
 from millijoule.pipeline.fleet.pools import Pool, Preference
-from millijoule.pipeline.fleet.rates import Rates
+from millijoule.pipeline.fleet.rates import Rates, ShardCost
 from millijoule.pipeline.fleet.worth import NO_CAPACITY_S, PROBE_WORKERS
 from millijoule.pipeline.running.coordinator import Coordinator
+from millijoule.workers.lease import Piece
 from millijoule.workers.schemas import Commit
 
 log = logging.getLogger(__name__)
@@ -73,6 +76,7 @@ class FleetPolicy:
         self.price_per_kwh = price_per_kwh
         self.rates = Rates(pools)
         self.targets = {name: pool.options.max_workers for name, pool in self.pools.items()}
+        self.images_made: Counter[str] = Counter()  # accepted ones of committed shards, by pool
         self.leaving: set[str] = set()  # ids of workers that are to end when they have nothing in hand
         self._pool_of: dict[str, str] = {}
         self._next_choice = 0.0
@@ -83,16 +87,32 @@ class FleetPolicy:
         ] = {}  # per worker: seconds until it is free, and per shard
         self._end_s: float | None = None  # until all unleased shards are done; None: far away
         self._shard_images = 1.0
-        self._unleased = self._open_shards = 0
+        self._unleased = self._open_shards = self._pieces_out = 0
         self._has_questions = False
         self._next_look = 0.0
         self._began = self._now = -math.inf
+        self._quickest_s = self._rest_s = 0.0  # for a shard, and for all rests of shards; 0: not known
         self._is_anyone_in_time = False  # by the deadline, with one more shard
 
     def observe(self, commit: Commit) -> None:
         """A commit of this run has arrived."""
         if (pool := self._pool_of.get(commit.worker_id)) is not None:
             self.rates.observe(pool, commit)
+        others = commit.images_by_others
+        made = {**others, commit.worker_id: commit.images_ok - sum(others.values())}
+        for worker_id, images in made.items():
+            self.images_made[self._pool_of.get(worker_id, "")] += images
+
+    def observe_piece(self, worker_id: str, piece: Piece) -> None:
+        """A worker has given a shard back, a piece of it sealed."""
+        if (pool := self._pool_of.get(worker_id)) is not None:
+            self.rates.observe_piece(pool, worker_id, piece)
+
+    def shard_costs(self) -> dict[str, ShardCost]:
+        """What a shard takes on each pool."""
+        return {
+            name: self.rates.per_shard(name, self._shard_images, self.price_per_kwh) for name in self.pools
+        }
 
     def look(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
         """Take note of what is at work and left; choose anew where it is time to."""
@@ -107,6 +127,7 @@ class FleetPolicy:
         if now < self._next_look and self._end_s is None:
             return
         self._next_look = now + LOOK_PERIOD_S
+        self._pieces_out = sum(e.lease.at_most_s is not None for e in coordinator.active.values())
         if coordinator.active:
             self._shard_images = coordinator.images_out / len(coordinator.active) or self._shard_images
         self._look_at_the_end(coordinator, workers, now)
@@ -129,6 +150,7 @@ class FleetPolicy:
             chosen = self._cheapest(known, workers, now)
         else:
             left = coordinator.remaining * self._shard_images - coordinator.images_out / 2
+            left -= coordinator.images_sealed
             time_s = max(1.0, self.deadline_s - now - SPARE * (self.deadline_s - self._began))
             chosen = self._enough(known, left, time_s, workers, now)
         for name, pool in self.pools.items():
@@ -280,9 +302,11 @@ class FleetPolicy:
             self._spans[worker_id] = (0.0, self._shard_images / rate)
         if not rates:
             return
-        fastest_s = min(each for _, each in self._spans.values())
-        self._is_anyone_in_time = self.deadline_s is not None and now + fastest_s <= self.deadline_s
-        shards, slowest_s = self._open_shards, max(s for _, s in self._spans.values())
+        shard_s = [each for _, each in self._spans.values()]
+        self._quickest_s, self._rest_s = min(shard_s), rest_seconds(shard_s)
+        self._is_anyone_in_time = self.deadline_s is not None and now + self._quickest_s <= self.deadline_s
+        shards = max(0, math.ceil(self._open_shards - coordinator.images_waiting / self._shard_images))
+        slowest_s = max(shard_s)
         if shards * self._shard_images / sum(rates.values()) > slowest_s:
             return
         busy = dict.fromkeys(rates, 0.0)
@@ -290,7 +314,11 @@ class FleetPolicy:
             worker_id = entry.lease.worker_id
             if worker_id in busy and entry.lease.writes and not entry.is_ahead:
                 images, drawn = entry.lease.shard.n_images, (now - entry.started) * rates[worker_id]
-                busy[worker_id] += max(0.0, images - max(drawn, entry.images_done)) / rates[worker_id]
+                left_s = max(0.0, images - max(drawn, entry.images_done)) / rates[worker_id]
+                most_s = entry.lease.at_most_s
+                busy[worker_id] += (
+                    left_s if most_s is None else min(left_s, max(0, entry.started + most_s - now))
+                )
         self._spans = {w: (busy[w], each) for w, (_, each) in self._spans.items()}
         spans = list(self._spans.values())
         self._end_s = seconds_until_done([b for b, _ in spans], [e for _, e in spans], shards)
@@ -303,9 +331,9 @@ class FleetPolicy:
             return True
         if (span := self._span(worker)) is None:  # what it is worth shows in one shard, while there are many
             return self._end_s is None and not worker.held
-        if not self._ends_before_deadline(worker, span[1]):
-            return False
-        return self._end_s is None or self._is_in_time(span)
+        if self._ends_before_deadline(worker, span[1]) and (self._end_s is None or self._is_in_time(span)):
+            return True
+        return self._times.piece_s(self._busy_s(span, ahead=bool(worker.held))) > 0
 
     def _span(self, worker: Any) -> tuple[float, float] | None:
         """Seconds until it is free, and for one more shard; None: not known. It may have committed its first since the last look."""
@@ -325,13 +353,37 @@ class FleetPolicy:
         busy_s, shard_s = span
         return busy_s + shard_s <= self._end_s * (1 + STRAGGLER_TOLERANCE)
 
+    @property
+    def _times(self) -> LeaseTimes:
+        end_s = math.inf if self._end_s is None else self._end_s
+        if self.deadline_s is not None and not self._is_late and self._is_anyone_in_time:
+            end_s = min(end_s, self.deadline_s - self._now)
+        return LeaseTimes(self._quickest_s, self._rest_s, end_s, len(self.pools) > 1)
+
+    def _busy_s(self, span: tuple[float, float], *, ahead: bool) -> float:
+        """Seconds until a device can begin with one more lease; far from the end nobody has counted them."""
+        return min(span[1], self._times.usual_s) if ahead and self._end_s is None else span[0]
+
+    def at_most_s(self, worker_id: str, is_ahead: bool) -> float | None:
+        """How long this worker may draw for one lease; None: until its shard is made."""
+        if (span := self._spans.get(worker_id)) is None:
+            rate = self.rates.worker_images_per_s(worker_id, self._pool_of[worker_id])
+            return self._times.at_most_s(self._shard_images / rate if rate else None, 0.0)
+        return self._times.at_most_s(span[1], self._busy_s(span, ahead=is_ahead))
+
+    def waits_for_rests(self, worker: Any, waiting: int) -> bool:
+        """Whether a worker that has nothing to do is to make the rest of a shard that a slow one gives back soon, beside so many."""
+        span = self._span(worker)
+        return span is not None and self._times.is_quick(span[1]) and waiting < self._pieces_out
+
     def wants_back(self, worker: Any) -> bool:
         """Whether the shard that waits behind the one at work is better done elsewhere."""
         if worker.worker_id in self.leaving:
             return True
         if self._end_s is None or worker.worker_id not in self._spans:
             return False
-        return not self._is_in_time(self._spans[worker.worker_id])
+        span = self._spans[worker.worker_id]
+        return not self._is_in_time(span) and not self._times.piece_s(span[0])
 
     def may_start(self, pool: str) -> bool:
         """Whether a worker of `pool` that is asked for now can still be of use."""
@@ -346,10 +398,10 @@ class FleetPolicy:
         return span[1] if span else None
 
     def run_length(self, worker_id: str) -> int:
-        """Shards that take this worker about as long as the slowest worker takes for one."""
+        """Shards that take this worker about as long as the slowest worker takes for a lease."""
         own = self._spans.get(worker_id)
         if own is None or self._end_s is not None:
             return 1
-        slowest_s = max(shard_s for _, shard_s in self._spans.values())
+        slowest_s = min(max(shard_s for _, shard_s in self._spans.values()), self._times.usual_s)
         share = RUN_SHARE * self._unleased / len(self._spans)
         return max(1, min(MOST_RUN, round(slowest_s / own[1]), int(share)))

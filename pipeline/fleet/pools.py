@@ -39,4 +39,5 @@ def config_of(config: WorkerConfig, pool: Pool) -> WorkerConfig:
         options=pool.model or config.options,
         cpu_threads=max(1, int(pool.options.cpus_per_worker)),
         pool=pool.name,
+        price_per_hour=pool.price_per_hour,
     )

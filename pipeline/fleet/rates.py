@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from millijoule.pipeline.fleet.pools import Pool, Preference
+from millijoule.workers.lease import Piece
 from millijoule.workers.schemas import Commit
 
 #: A pool is as fast as its last so many shards were, a worker as its own last few.
@@ -45,6 +46,15 @@ class _Window:
         return self.images / self.seconds if self.seconds > 0 and self.images else None
 
 
+@dataclass(frozen=True)
+class ShardCost:
+    """What a shard takes on one worker: device seconds, joules while it draws, and money for both; None: not known."""
+
+    seconds: float | None
+    joules: float | None
+    money: float | None
+
+
 class Rates:
     """Of the pools of one job, by name; a worker is named by its id."""
 
@@ -64,9 +74,17 @@ class Rates:
         if seconds <= 0:  # without telemetry there are no segments
             seconds = (commit.t_end_wall_ns - commit.t_start_wall_ns) / 1e9
         mj = commit.energy_mj if commit.energy_mj is not None else commit.energy_estimate_mj
+        self._add(pool, commit.worker_id, images, seconds, mj)
+
+    def observe_piece(self, pool: str, worker_id: str, piece: Piece) -> None:
+        """A worker of `pool` has sealed a piece of a shard and given the rest back."""
+        mj = piece.energy_mj if piece.energy_mj is not None else piece.energy_estimate_mj
+        self._add(pool, worker_id, piece.images, piece.seconds, mj)
+
+    def _add(self, pool: str, worker_id: str, images: int, seconds: float, mj: int | None) -> None:
         if images <= 0 or seconds <= 0:
             return
-        for window in (self._of_pool[pool], self._of_worker[commit.worker_id]):
+        for window in (self._of_pool[pool], self._of_worker[worker_id]):
             window.add(images, seconds, None if mj is None else mj / 1000)
 
     def images_per_s(self, pool: str) -> float | None:
@@ -86,6 +104,16 @@ class Rates:
         if window.with_joules and len(window.shards) >= ENOUGH_SHARDS:
             return window.joules / window.with_joules
         return self.pools[pool].joules_per_image
+
+    def per_shard(self, pool: str, images: float, price_per_kwh: float = 0.0) -> ShardCost:
+        """What so many images take on one worker of a pool, as far as is known."""
+        rate, joules = self.images_per_s(pool), self.joules_per_image(pool)
+        seconds = images / rate if rate else None
+        money = None
+        if self.pools[pool].price_per_hour is not None:
+            per_image = self.cost_per_image(pool, "cost", price_per_kwh)
+            money = None if per_image is None else per_image * images
+        return ShardCost(seconds, None if joules is None else joules * images, money)
 
     def cost_per_image(self, pool: str, prefer: Preference, price_per_kwh: float = 0.0) -> float | None:
         """What is to be saved, per image: joules, or money for the device's hours and its electricity; 0 where only speed counts.

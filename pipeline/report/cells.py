@@ -94,16 +94,24 @@ def energy_cells(row: DeviceRow) -> tuple[str, ...]:
     )
 
 
-POOL_HEADS = ("pool", "workers", "shards", "images", "direct per image")
+POOL_HEADS = (
+    *("pool", "workers", "shards", "images", "direct per image"),
+    *("device time per shard", "energy per shard", "device cost per shard"),
+)
 
 
 def pool_cells(job: JobReport) -> list[tuple[str, ...]]:
-    """A row per pool, under `POOL_HEADS`."""
+    """A row per pool, under `POOL_HEADS`; what a shard costs is that of as many images of the pool as a mean shard has."""
     rows = []
     for name, pool in job.pools.items():
         counts = (f"{pool[key]:,}" for key in ("workers", "shards", "images_ok"))
-        mj, images = pool["shard_mj"], pool["images_ok"]
-        rows.append((name, *counts, words.energy(mj / images if mj is not None and images else None)))
+        mj, images, made = pool["shard_mj"], pool["images_ok"], pool.get("shards_made")
+        per_image = words.energy(mj / images if mj is not None and images else None)
+        took, energy_mj, cost = (
+            None if not made or (value := pool.get(key)) is None else value / made
+            for key in ("shard_s", "shard_mj", "device_cost")
+        )
+        rows.append((name, *counts, per_image, seconds(took), words.energy(energy_mj), money(cost)))
     return rows
 
 

@@ -69,7 +69,11 @@ def job_section(number: int, job: JobReport, charts: Sequence[Chart]) -> str:
             *(
                 [
                     "<h3>Pools</h3>",
-                    table(cells.POOL_HEADS, map(Row, cells.pool_cells(job)), numbers=range(1, 5)),
+                    table(
+                        cells.POOL_HEADS,
+                        map(Row, cells.pool_cells(job)),
+                        numbers=range(1, len(cells.POOL_HEADS)),
+                    ),
                 ]
                 if job.pools
                 else []

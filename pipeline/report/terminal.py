@@ -126,7 +126,7 @@ def _work(job: JobReport) -> Table:
 
 
 def _pools(job: JobReport) -> Table:
-    table = _table(*cells.POOL_HEADS, numbers=4)
+    table = _table(*cells.POOL_HEADS, numbers=len(cells.POOL_HEADS) - 1)
     for name, *figures in cells.pool_cells(job):
         table.add_row(_plain(name), *figures)
     return table

@@ -53,6 +53,7 @@ class Coordinator:
         speculate: give second leases to stragglers when nothing else is left.
         run_length: how many consecutive shards are kept for a worker (by id) when it takes a new one, that one included.
         expected_s: how long a worker takes for a shard; None: as all of them did.
+        at_most_s: how long a worker may draw for one lease, given ahead or not; None: until its shard is made.
     """
 
     shards: Shards
@@ -63,6 +64,7 @@ class Coordinator:
     in_parts: frozenset[int] = frozenset()
     run_length: Callable[[str], int] = lambda worker_id: 1
     expected_s: Callable[[str], float | None] = lambda worker_id: None
+    at_most_s: Callable[[str, bool], float | None] = lambda worker_id, is_ahead: None
     active: dict[str, ActiveLease] = field(default_factory=dict)
     given_up: dict[int, str] = field(default_factory=dict)
 
@@ -83,6 +85,10 @@ class Coordinator:
         self._ahead: dict[str, str] = {}  # attempt id of the lease that a worker holds ahead, by worker id
         self._leases_of: dict[int, list[str]] = {}  # attempt ids of the leases that are out, by shard
         self._none_expires_before = 0.0
+        self._sealed: dict[
+            int, int
+        ] = {}  # images of pieces that were given back, by shard that is not committed
+        self.images_sealed = 0  # all of them
         self.images_out = self.images_ahead = (
             0  # of leases that are no probes; those ahead are among the first
         )
@@ -124,6 +130,11 @@ class Coordinator:
     def has_questions(self) -> bool:
         """Whether a lease that asks about rows waits for a worker."""
         return bool(self._probing or self._accused)
+
+    @property
+    def images_waiting(self) -> int:
+        """Of pieces that are sealed, in shards that wait for somebody to make the rest."""
+        return sum(self._sealed.get(shard_id, 0) for shard_id in self._again) if self._sealed else 0
 
     def leases_of(self, shard_id: int) -> list[Lease]:
         """Those that are out on one shard."""
@@ -168,7 +179,7 @@ class Coordinator:
                 return None
             self._take_shard(shard_id, in_hand.worker_id)
             if self._open(shard_id):
-                lease = self._grant(shard_id, in_hand.worker_id, now)
+                lease = self._grant(shard_id, in_hand.worker_id, now, ahead=True)
                 self.active[lease.attempt_id].is_ahead = True
                 self.images_ahead += lease.shard.n_images
                 self._ahead[lease.worker_id] = lease.attempt_id
@@ -253,6 +264,7 @@ class Coordinator:
         self.n_committed += 1
         self.given_up.pop(shard_id, None)
         self._again.pop(shard_id, None)
+        self.images_sealed -= self._sealed.pop(shard_id, 0)
         self.progress += 1
         return True
 
@@ -341,6 +353,12 @@ class Coordinator:
         trouble.bisection = None
         trouble.crashes = CRASHES_BEFORE_BISECTION - 1  # one more death starts the next search
         self._lease_again_soon(shard_id)
+
+    def sealed(self, shard_id: int, images: int) -> None:
+        """So many more images of a shard are made, in parts that its next attempt takes over."""
+        if self._open(shard_id):
+            self._sealed[shard_id] = self._sealed.get(shard_id, 0) + images
+            self.images_sealed += images
 
     def released(self, attempt_id: str, not_before: float | None = None) -> None:
         """The lease came back for no fault of its rows: preemption, shutdown, a node's or the store's trouble.
@@ -439,7 +457,9 @@ class Coordinator:
     def _open(self, shard_id: int) -> bool:
         return not self.committed[shard_id] and shard_id not in self.given_up
 
-    def _grant(self, shard_id: int, worker_id: str, now: float, **question: Any) -> Lease:
+    def _grant(
+        self, shard_id: int, worker_id: str, now: float, *, ahead: bool = False, **question: Any
+    ) -> Lease:
         """A lease; `question` are those fields of it that ask something instead of having the shard made."""
         asks = bool(question)
         if not asks and shard_id in self._trouble:
@@ -447,6 +467,7 @@ class Coordinator:
             question["distrusted"] = tuple(sorted(self._trouble[shard_id].distrusted))
         if not asks:
             question["resumes"] = bool(self._leased[shard_id]) or shard_id in self.in_parts
+            question["at_most_s"] = self.at_most_s(worker_id, ahead)
             self._leased[shard_id] = True
         attempt_id = f"e{self.driver_epoch:04d}-{uuid.uuid4().hex[:12]}"
         lease = Lease(self.shards[shard_id], attempt_id, worker_id, **question)

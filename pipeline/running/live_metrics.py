@@ -38,10 +38,17 @@ COUNTERS = {
         "Estimate (CPU time at an assumed power) of workers that have no energy counter. Not a measurement.",
     ),
     "millijoule_worker_seconds": (("class",), "Worker time by what it went into: shard, idle, load, ..."),
+    "millijoule_pool_images": (("pool",), "Accepted images of committed shards, by the pool that drew them."),
     "millijoule_lost_attempts": ((), "Attempts that found their shard committed by another."),
 }
 GAUGES = {
     "millijoule_workers": ((), "Workers that are ready."),
+    "millijoule_pool_shard_seconds": (("pool",), "Device time that a shard takes on a worker of the pool."),
+    "millijoule_pool_shard_joules": (("pool",), "Energy of a shard there, as measured, modelled or stated."),
+    "millijoule_pool_shard_cost": (
+        ("pool",),
+        "Money for a shard there: the device's time and its electricity.",
+    ),
     "millijoule_shards_remaining": ((), "Shards not committed yet."),
     "millijoule_energy_unclaimed_joules": (
         (),
@@ -103,6 +110,16 @@ class LiveMetrics:
         self._set("millijoule_workers", run.pool.ready_workers)
         self._set("millijoule_shards_remaining", run.coordinator.remaining)
         self._set("millijoule_energy_unclaimed_joules", spending.unclaimed_mj / 1000)
+        if (fleet := run.fleet) is not None:
+            for pool, cost in fleet.shard_costs().items():
+                self._count("millijoule_pool_images", fleet.images_made[pool], pool=pool)
+                for what, value in (
+                    ("seconds", cost.seconds),
+                    ("joules", cost.joules),
+                    ("cost", cost.money),
+                ):
+                    if value is not None:
+                        self._set(f"millijoule_pool_shard_{what}", value, pool=pool)
         for cap, share in spending.used_shares().items():
             self._set("millijoule_cap_used_share", share, cap=cap)
 

@@ -7,6 +7,7 @@ what is done, and `NodeHealth` which nodes are fit for it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import ray
@@ -18,7 +19,7 @@ from millijoule.pipeline.running.crew import STOP_TIMEOUT_S, Crew, Worker
 from millijoule.pipeline.running.node_health import NodeHealth
 from millijoule.pipeline.running.preemption import DeathBudget, DrainingNodes
 from millijoule.workers.errors import DamagedError, JobError, MillijouleError, StoreError
-from millijoule.workers.lease import AttemptResult, Lease, Node, WorkerStatus, WorkerStopped
+from millijoule.workers.lease import AttemptResult, Lease, Node, Piece, WorkerStatus, WorkerStopped
 from millijoule.workers.schemas import CounterRead
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Outcomes:
         self.draining = DrainingNodes()
         self.deaths = DeathBudget(max_workers)
         self.committing: dict[str, AttemptResult] = {}
+        self.on_piece: Callable[[str, Piece], None] = lambda worker_id, piece: None  # of a shard given back
         self.spawn_not_before = 0.0
         self._unplaced_deaths = 0
         self._store_failures = 0
@@ -152,6 +154,9 @@ class Outcomes:
             return
         self._ended(worker, lease, now)
         if result.outcome == "cancelled":
+            if result.piece is not None:
+                self.coordinator.sealed(lease.shard.shard_id, result.piece.images)
+                self.on_piece(worker.worker_id, result.piece)
             self.coordinator.released(lease.attempt_id)
         elif result.outcome == "superseded":
             self.coordinator.released(lease.attempt_id)

@@ -57,12 +57,15 @@ class WorkerPool:
         self._configs = {name: config_of(config, pool) for name, pool in fleet.pools.items()} if fleet else {}
         if fleet is not None:
             coordinator.run_length, coordinator.expected_s = fleet.run_length, fleet.expected_s
+            coordinator.at_most_s = fleet.at_most_s
         self.events = events
         self.draining: str | None = None  # why no more leases are given
         self.leases_ahead = True  # whether a worker may hold a lease that it has not come to
         self.abandoned = False  # Ray answers no more: nothing is asked of it
         self._crew = Crew(actor_class, config, events.gone)
         self._outcomes = Outcomes(self._crew, coordinator, events, options.max_workers)
+        if fleet is not None:
+            self._outcomes.on_piece = fleet.observe_piece
         self.workers = self._crew.workers
         self.nodes = self._outcomes.nodes
         self.deaths = self._outcomes.deaths
@@ -240,7 +243,7 @@ class WorkerPool:
             return
         ready = [w for w in self.workers.values() if w.ready is not None and not w.stopping and not w.leaving]
         peers = {w.worker_id: w.last_node().node_id for w in ready}
-        alone = self.options.max_workers == 1
+        alone, waiting = self.options.max_workers == 1, 0
         coming = self._crew.coming_back if any(not w.held for w in ready) else 0
         for worker in ready:
             if worker.held:
@@ -257,6 +260,9 @@ class WorkerPool:
             # what another worker has not come to yet is better done here
             if coming or any(self._crew.take_back(w) for w in ready):
                 coming = max(0, coming - 1)
+                continue
+            if self.fleet is not None and self.fleet.waits_for_rests(worker, waiting):
+                waiting += 1
                 continue
             # of use are as many as have work, and one more that may help a straggler
             spare = 1 if self.coordinator.speculate and self.coordinator.remaining else 0

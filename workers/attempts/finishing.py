@@ -18,7 +18,7 @@ from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.attempts.drawing import DeviceTime, Requests, now_wall_ns, reason
 from millijoule.workers.attempts.encoding import DrawnImage
 from millijoule.workers.attempts.handover import Handover
-from millijoule.workers.attempts.parts import Part, TakenParts, forget_parts, labelled
+from millijoule.workers.attempts.parts import TakenParts, forget_parts, labelled, piece_of
 from millijoule.workers.attempts.pieces import Pieces, joined
 from millijoule.workers.attempts.store_files import store_files
 from millijoule.workers.drawing.isolate import AttemptCancelled
@@ -111,7 +111,7 @@ class Finishing:
         except AttemptCancelled:
             self._give_up(handover, pieces, "loser")
             self.store.delete([f.path for f in stored])
-            return AttemptResult(lease, "cancelled")
+            return AttemptResult(lease, "cancelled", piece=piece_of(pieces.sealed) if pieces else None)
         except Exception:
             self._give_up(handover, pieces, "retry")
             raise
@@ -152,7 +152,7 @@ class Finishing:
     ) -> AttemptResult:
         lease, store = attempt.lease, self.store
         shard_id = lease.shard.shard_id
-        commit = self._describe(attempt, written.files, device, pieces.parts)
+        commit = self._describe(attempt, written.files, device, pieces)
         body, key = commit.to_json(), commit_key(shard_id)
         if written.suspects:
             return AttemptResult(lease, "suspect", body, written.suspects, written.healthy)
@@ -200,10 +200,8 @@ class Finishing:
         pieces.seal_last(device)
         return AttemptResult(lease, "superseded")
 
-    def _describe(
-        self, attempt: Attempt, written: ShardFiles, device: DeviceTime, parts: Sequence[Part]
-    ) -> Commit:
-        lease, worker, segment = attempt.lease, self.worker, device.segment
+    def _describe(self, attempt: Attempt, written: ShardFiles, device: DeviceTime, pieces: Pieces) -> Commit:
+        lease, worker, segment, parts = attempt.lease, self.worker, device.segment, pieces.parts
         domains = {*segment.close.energy_mj, *(d for part in parts for d in part.energy_domains)}
         # those of parts that were sealed here are among the device's
         own = {s.open.t_mono_ns for s in device.segments if s.worker_id == worker.worker_id}
@@ -235,6 +233,7 @@ class Finishing:
             energy_method=self.meter.method,
             segments=(*taken, *device.segments),
             parts=tuple(part.part_id for part in parts),
+            images_by_others=pieces.images_by_others() if pieces.taken.parts else {},
             power=device.power,
             rows=carried_rows(written.rows),
             worker_id=worker.worker_id,

@@ -20,15 +20,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from millijoule.workers.attempts.drawing import DeviceTime, Requests
+from millijoule.workers.attempts.encoding import DrawnImage
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.images.writers import ShardFiles, row_table_options
 from millijoule.workers.layout import part_key, parts_prefix
-from millijoule.workers.lease import Lease, WorkerConfig
+from millijoule.workers.lease import Lease, Piece, WorkerConfig
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, DataFile, ImageRow, Record, Segment
 from millijoule.workers.storage.protocol import Store
 
 #: A part that would be followed by less work than this, or than so much of a part, is not sealed by itself: the commit comes as soon.
 LEAST_REST_S, LEAST_REST_PART = 2.0, 0.2
+
+#: A lease of limited time that would be followed by less work than this share of it goes on to the shard's end.
+LEAST_REST_SHARE = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +95,52 @@ class PartClock:
             return False
         self._began, self._drawn = self._clock(), 0
         return True
+
+
+class LeaseClock:
+    """Says on the device's thread when a lease's time is over (`Lease.at_most_s`), unless the shard is nearly drawn: with the batch
+    that ends nearest to it.
+
+    Never where a row failed that another worker has to hear: what has such a row is not sealed, and would be lost.
+    """
+
+    def __init__(
+        self, at_most_s: float | None, n_images: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._at_most_s = at_most_s
+        self._left = n_images
+        self._clock = clock
+        self._began = clock()
+        self._drawn = self._batches = 0
+        self._has_suspects = False
+
+    def is_over(self, batch: Sequence[DrawnImage]) -> bool:
+        """A batch was drawn; True: it was the lease's last."""
+        if self._at_most_s is None or self._has_suspects:
+            return False
+        self._has_suspects = any(image.is_suspect for image in batch)
+        self._drawn += len(batch)
+        self._batches += 1
+        self._left -= len(batch)
+        seconds = self._clock() - self._began
+        rest_s = seconds * self._left / self._drawn
+        least_s = max(LEAST_REST_S, LEAST_REST_SHARE * self._at_most_s)
+        is_over = seconds + seconds / self._batches / 2 >= self._at_most_s
+        return is_over and rest_s >= least_s and not self._has_suspects
+
+
+def piece_of(sealed: Sequence[Part]) -> Piece | None:
+    """What an attempt's sealed parts are together; None: there are none."""
+    if not sealed:
+        return None
+    own = [part.segments[-1] for part in sealed]
+    joules, estimates = ([getattr(p, name) for p in sealed] for name in ("energy_mj", "energy_estimate_mj"))
+    return Piece(
+        sum(stop - start for part in sealed for start, stop in part.images),
+        sum(s.close.t_mono_ns - s.open.t_mono_ns for s in own) / 1e9,
+        None if None in joules else sum(joules),
+        None if None in estimates else sum(estimates),
+    )
 
 
 def part_id(attempt_id: str, number: int) -> str:

@@ -5,6 +5,7 @@ For the thread that finishes the attempt. Most attempts have a single piece, whi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,16 @@ class Pieces:
             segment_estimate_mj(device.segment),
             labelled(device, self.lease.attempt_id, self.next_part),
         )
+
+    def images_by_others(self) -> dict[str, int]:
+        """Accepted images of parts that were taken over from other workers, by worker."""
+        numbers = {self._number[at]: row for at, row in self.taken.rows.items()}
+        made: Counter[str] = Counter()
+        for part in self.taken.parts:
+            if part.worker_id != self.worker_id:
+                ok = (numbers[n].status == "ok" for start, stop in part.images for n in range(start, stop))
+                made[part.worker_id] += sum(ok)
+        return dict(made)
 
     def _open(self) -> None:
         number = len(self.sealed)

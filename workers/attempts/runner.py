@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TypeVar
 
 from millijoule.workers.attempts.attempt import Attempt
@@ -18,12 +18,12 @@ from millijoule.workers.attempts.drawing import DeviceTime, Drawing, Requests, n
 from millijoule.workers.attempts.encoding import Encoders, parts_of
 from millijoule.workers.attempts.finishing import NOTHING_TAKEN, Finishing
 from millijoule.workers.attempts.handover import ByteBudget, Handover
-from millijoule.workers.attempts.parts import PartClock, take_parts
+from millijoule.workers.attempts.parts import LeaseClock, PartClock, take_parts
 from millijoule.workers.attempts.questions import confirm, probe
 from millijoule.workers.drawing.batch_size import BatchNotes, BatchSizer
 from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator, batch_limits
 from millijoule.workers.errors import NodeError
-from millijoule.workers.generators.protocol import Generator, HoldsProcesses
+from millijoule.workers.generators.protocol import Generator, HoldsProcesses, StatesSettings
 from millijoule.workers.lease import AttemptProgress, AttemptResult, Calibration, Lease, WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter
 from millijoule.workers.meters.power_samples import PowerSampler
@@ -136,12 +136,14 @@ class AttemptRunner:
         began_wall_ns = now_wall_ns()
         with self.drawing.at_work_for(attempt, "shard"):
             due, left = PartClock(self.config.part_s, len(requests)), len(requests)
+            limit = LeaseClock(attempt.lease.at_most_s, left)
             is_worth_it = False  # rows of which only this worker says that they fail are in no part
             for batch in self.drawing.batches_of(attempt, requests):
                 handover.put(batch)
                 left -= len(batch)
                 is_worth_it = is_worth_it or not all(drawn.is_suspect for drawn in batch)
-                ends = attempt.leaves and left > 0  # what is drawn to its end is committed
+                is_over = limit.is_over(batch) and is_worth_it  # a lease that seals nothing helps nobody
+                ends = (attempt.leaves or is_over) and left > 0  # what is drawn to its end is committed
                 if (due.drew(len(batch)) or ends) and is_worth_it:
                     handover.seal(self.drawing.stretch(attempt, began_wall_ns))
                     is_worth_it = False
@@ -208,6 +210,17 @@ class AttemptRunner:
             self._device.submit(self.generator.close).result()
         self._device.shutdown()
         self._encoders.close()
+
+    def stated(self, worker: WorkerEnvironment) -> WorkerEnvironment:
+        """`worker`, with how its generator was loaded and is called."""
+        generator, info = self.generator, self.generator.info
+        settings = generator if isinstance(generator, StatesSettings) else None
+        return replace(
+            worker,
+            engine=settings.engine_name if settings else None,
+            rungs=settings.rungs_words if settings else None,
+            batch_size=self.drawing.fitted.sizer.most((info.width, info.height)),
+        )
 
     # -- beside leases -------------------------------------------------------------------------------------------
 

@@ -120,6 +120,16 @@ class DiffusersGenerator:
         return generator
 
     @property
+    def engine_name(self) -> str:
+        """See `StatesSettings`."""
+        return self.engine.name
+
+    @property
+    def rungs_words(self) -> str:
+        """See `StatesSettings`."""
+        return self.options.rungs.words()
+
+    @property
     def cpu_ns(self) -> int:
         """See `HoldsProcesses`."""
         return self.group.cpu_ns if self.group is not None else 0

@@ -133,6 +133,10 @@ class BatchSizer:
         """How many images of `size` (width, height) the next call gets."""
         return self._state(size).rows
 
+    def most(self, size: tuple[int, int]) -> int:
+        """How many images of `size` a call may get at most, as far as is known."""
+        return self._state(size).most
+
     def savers(self, size: tuple[int, int]) -> int:
         """How many memory savers it takes to draw images of `size` at all."""
         return self._state(size).savers

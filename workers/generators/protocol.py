@@ -127,6 +127,22 @@ class NamesKernels(Protocol):
 
 
 @runtime_checkable
+class StatesSettings(Protocol):
+    """What a generator may have besides that was loaded in one of several ways, for the worker's record.
+
+    Attributes:
+        engine_name: of what runs its networks, as `--engine` has it; None: its own kernels do.
+        rungs_words: what makes it cheaper, as options; "none" where nothing does.
+    """
+
+    @property
+    def engine_name(self) -> str | None: ...
+
+    @property
+    def rungs_words(self) -> str: ...
+
+
+@runtime_checkable
 class LeavesNoGarbage(Protocol):
     """What a generator may say of itself whose calls leave nothing that only the collector of cyclic garbage finds.
 

@@ -150,6 +150,16 @@ class Un0Generator:
         """See `NamesKernels`."""
         return "pytorch, floating point" if self._integers is None else self._integers.kernels
 
+    @property
+    def engine_name(self) -> str:
+        """See `StatesSettings`."""
+        return self.engine.name
+
+    @property
+    def rungs_words(self) -> str:
+        """See `StatesSettings`."""
+        return "none"
+
     @cached_property
     def _networks(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Tensor]:
         """The float form: velocity, decoder, and the drive `[classes, n, m]` as stored."""

@@ -56,6 +56,16 @@ class OscillatorGenerator:
         return "triton" if self.drawing.device.startswith("cuda") else kernel_words()
 
     @property
+    def engine_name(self) -> str | None:
+        """See `StatesSettings`."""
+        return self.engine.name if self.drawing.kernel is None else None
+
+    @property
+    def rungs_words(self) -> str:
+        """See `StatesSettings`."""
+        return "none"
+
+    @property
     def leaves_no_garbage(self) -> bool:
         """See `LeavesNoGarbage`."""
         return True

@@ -118,7 +118,7 @@ def test_table_files_say_what_they_are(tmp_path, output):
         stored = file.schema_arrow
         assert stored.equals(schema)
         assert stored.metadata[b"millijoule.table"] == name.encode()
-        assert stored.metadata[b"millijoule.schema_version"] == b"4"
+        assert stored.metadata[b"millijoule.schema_version"] == b"5"
         assert file.metadata.metadata[b"millijoule.version"]
         units = {"mj": b"mJ", "ns": b"ns", "mw": b"mW", "share": b"1"}
         for column in stored:

@@ -9,6 +9,8 @@ from support.models import Plain
 from millijoule.pipeline.fleet.pools import Pool
 from millijoule.pipeline.fleet.rates import Rates
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
+from millijoule.workers.attempts.encoding import DrawnImage
+from millijoule.workers.attempts.parts import LeaseClock
 from millijoule.workers.lease import Lease
 from millijoule.workers.schemas import Commit, CounterRead
 
@@ -91,3 +93,38 @@ def test_a_shard_of_which_another_worker_made_a_part_says_nothing(tmp_path):
     result = second.run(lease(store, job, 0, "e0001-00000000000b", resumes=True))
     assert second.generator.drawn < IMAGES
     assert rates_of([result.commit_json]).images_per_s("only") is None
+
+
+def test_a_lease_of_limited_time_gives_its_shard_back_and_its_piece_counts_for_speed_and_joules(tmp_path):
+    store, job, first = worker(tmp_path, 0.0)
+    result = first.run(lease(store, job, 0, "e1", at_most_s=3.5 * SECONDS_EACH))
+    assert result.outcome == "cancelled"
+    piece = result.piece
+    assert 1 <= piece.images < IMAGES
+    assert piece.energy_mj == 5 * piece.images
+    assert piece.seconds >= piece.images * SECONDS_EACH
+    rates = Rates([Pool("a"), Pool("b")])
+    for _ in range(2):
+        rates.observe_piece("a", "w1", piece)
+    assert rates.images_per_s("a") == pytest.approx(piece.images / piece.seconds)
+    assert rates.joules_per_image("a") == pytest.approx(0.005)
+
+    second = worker(tmp_path, 0.0, "w2", (store, job))[2]
+    done = second.run(lease(store, job, 0, "e2", resumes=True))
+    commit = Commit.from_json(done.commit_json)
+    assert commit.images_ok == IMAGES
+    assert second.generator.drawn == IMAGES - piece.images
+    assert commit.images_by_others == {"w1": piece.images}
+    assert commit.energy_mj == 5 * IMAGES
+
+
+def test_a_lease_goes_on_to_the_end_where_little_is_left_or_a_row_has_to_be_heard_elsewhere(tmp_path):
+    clock = iter([0.0, 1.0, 2.0, 3.0, 4.0]).__next__
+    drawn, suspect = DrawnImage((0, 0), None), DrawnImage((0, 0), None, is_suspect=True)
+    limit = LeaseClock(2.5, 20, clock)
+    assert [limit.is_over([drawn] * 4) for _ in range(3)] == [False, True, True]
+    nearly = LeaseClock(2.0, 8, iter([0.0, 1.9, 2.1]).__next__)
+    assert [nearly.is_over([drawn] * 7), nearly.is_over([drawn])] == [True, False]
+    doubted = LeaseClock(1.0, 20, iter([0.0, 5.0, 9.0]).__next__)
+    assert [doubted.is_over([suspect]), doubted.is_over([drawn])] == [False, False]
+    assert LeaseClock(None, 20, iter([0.0]).__next__).is_over([drawn]) is False
