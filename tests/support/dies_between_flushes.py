@@ -49,6 +49,9 @@ def main(output: str, commits: int, every: int) -> None:
         driver.committed(result, news=True)
         if n % every == 0:
             driver.tick()
+            while not driver.writer.idle:  # its thread has written
+                driver.writer.settle()
+                time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

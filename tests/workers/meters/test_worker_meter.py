@@ -119,6 +119,7 @@ def test_a_gpu_given_by_index_is_named_by_its_uuid_in_commit_counter_and_power(w
 
 def test_what_a_worker_did_after_its_last_commit_is_in_the_tables(worker, monkeypatch):
     made, store, job = worker
+    made.config = replace(made.config, driver_epoch=2)  # of the driver below
     made.start()
     monkeypatch.setattr(made.power.meter, "watch", dict)  # the sampler's thread sees nothing more
     shards = load_job_shards(store, job)
@@ -150,7 +151,7 @@ def test_what_a_worker_did_after_its_last_commit_is_in_the_tables(worker, monkey
 
 def test_without_telemetry_nothing_is_opened_and_energy_is_missing(worker):
     made, store, job = worker
-    made.config = replace(made.config, telemetry=False)
+    made.config = replace(made.config, telemetry=False, driver_epoch=2)  # of the driver below
     threads = set(threading.enumerate())
     made.start()
     stated = read_uncommitted(store).workers["w1"]
