@@ -71,9 +71,9 @@ def assert_pools_are_told_apart(output, folder, images):
     pools = json.loads((output / "stats.json").read_text())["pools"]
     assert {name: pool["images_ok"] for name, pool in pools.items()} == drawn
     assert {name: pool["shard_mj"] for name, pool in pools.items()} == used
-    assert used["cpu"] == drawn["cpu"] * MJ["cpu"]
-    # a board uses a millijoule with each reading
+    # a board uses a millijoule with each reading, a processor and its memory one now and then
     assert 0 <= used["gpu"] - drawn["gpu"] * MJ["cuda"] < 0.1 * used["gpu"]
+    assert 0 <= used["cpu"] - drawn["cpu"] * MJ["cpu"] < 0.1 * used["cpu"]
     with open_tables([open_store(str(output))]) as connection:
         rows = run_query(connection, "energy_per_pool", {}).to_pylist()
     assert {row["pool"]: row["energy_mj"] for row in rows} == used
