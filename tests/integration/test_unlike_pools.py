@@ -64,16 +64,20 @@ def assert_pools_are_told_apart(output, folder, images):
     drawn = drawn_by_pool(folder)
     assert drawn.total() == images, "nothing was drawn twice"
     workers = {row["worker_id"]: row for row in energy_rows(output, "env")}
-    used = Counter()
+    used, ever = Counter(), Counter()
     for s in energy_rows(output, "segment"):
-        if s["segment_class"] == "shard":
-            used[workers[s["worker_id"]]["pool"]] += s["energy_mj"]
+        pool = workers[s["worker_id"]]["pool"]
+        ever[pool] += s["energy_mj"]
+        used[pool] += s["energy_mj"] if s["segment_class"] == "shard" else 0
     pools = json.loads((output / "stats.json").read_text())["pools"]
     assert {name: pool["images_ok"] for name, pool in pools.items()} == drawn
     assert {name: pool["shard_mj"] for name, pool in pools.items()} == used
-    # a board uses a millijoule with each reading, a processor and its memory one now and then
-    assert 0 <= used["gpu"] - drawn["gpu"] * MJ["cuda"] < 0.1 * used["gpu"]
-    assert 0 <= used["cpu"] - drawn["cpu"] * MJ["cpu"] < 0.1 * used["cpu"]
+    # a board uses a millijoule with each reading, a processor and its memory one now and then; a board's counter is not read more
+    # often than it moves, so that a short shard and the pause beside it lend each other a little
+    for device, pool in POOL_OF.items():
+        spent = drawn[pool] * MJ[device]
+        assert spent <= ever[pool] < 1.1 * spent
+        assert used[pool] == pytest.approx(spent, rel=0.1)
     with open_tables([open_store(str(output))]) as connection:
         rows = run_query(connection, "energy_per_pool", {}).to_pylist()
     assert {row["pool"]: row["energy_mj"] for row in rows} == used
