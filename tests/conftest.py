@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from s3_servers import CephGateway, FaultProxy, MotoServer, RcloneS3, S3Endpoint
 from support.cluster import RayCluster
+from support.tools import say_what_was_skipped
 
 #: Before PyTorch is imported. The tests' tensors are small: beside other processes, a second thread mostly waits for the first,
 #: and a training step takes six times the processor time.
@@ -29,6 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             or any(kind in ("moto", "rclone", "ceph") for kind in kinds if isinstance(kind, str))
         ):
             item.add_marker("servers")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped, on CI."""
+    say_what_was_skipped(terminalreporter)
 
 
 def _skip_or_fail(missing: str | None) -> None:

@@ -92,3 +92,17 @@ def test_every_misspelt_field_of_a_rule_is_noticed(tmp_path):
     for alert in ALERTS:
         assert set(alert["labels"]) == {"severity"}
         assert set(alert["annotations"]) == {"summary", "runbook"}
+
+
+def test_the_worked_example_of_a_jobs_cost_is_worked_rightly():
+    section = RUNBOOK[RUNBOOK.index("An example, worked") : RUNBOOK.index("## What to do when")]
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+)(?: h)? \| ([\d.]+) \| ([\d.]+) \|$", section, re.MULTILINE)
+    (work, _, _), (extra, _, _), (head, _, _), (puts, _, _) = ([float(n) for n in row[1:]] for row in rows)
+    for _, amount, price, cost in rows:
+        assert float(amount) * float(price) == pytest.approx(float(cost), abs=0.006)
+    assert work == pytest.approx(1e6 / 2.0 / 3600, abs=0.005)
+    assert extra == pytest.approx(16 * (5 * 60 + 60) / 3600, abs=0.005)
+    assert head == pytest.approx(work / 16 + extra / 16, abs=0.005)
+    assert puts == 5 * -(-1_000_000 // 4096)
+    together = float(re.search(r"\*\*([\d.]+)\*\* \|$", section, re.MULTILINE)[1])
+    assert together == pytest.approx(sum(float(cost) for *_, cost in rows), abs=0.015)

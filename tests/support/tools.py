@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections import Counter
 
 import pytest
 
-#: Where each comes from; `.ci/run` installs all of them but those that a package of Debian or PyPI cannot bring.
+#: Where each comes from; `.ci/run` gets them all.
 SOURCES = {
-    "kubectl": "kubectl 1.27 or later (kustomize 5)",
+    "kubectl": "1.27 or later, with kustomize 5: .ci/kubectl.py",
     "promtool": "apt-get install prometheus",
     "systemd-analyze": "apt-get install systemd",
     "redis-server": "apt-get install redis-server",
@@ -27,3 +29,18 @@ def missing(*programs: str) -> str | None:
 def needs(why: str | None) -> pytest.MarkDecorator:
     """A mark that skips for this reason, if there is one."""
     return pytest.mark.skipif(bool(why), reason=why or "")
+
+
+def say_what_was_skipped(terminal: pytest.TerminalReporter) -> None:
+    """On CI, each reason for which tests were skipped and how many: what CI leaves out, nobody runs."""
+    if os.environ.get("CI") != "true":
+        return
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminal.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
+    if reasons:
+        terminal.section("NOT TESTED ON THIS CI", sep="!", red=True, bold=True)
+        for reason, number in reasons.most_common():
+            terminal.line(f"{number} skipped: {reason}", red=True)
