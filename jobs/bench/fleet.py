@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -38,12 +38,9 @@ from millijoule.jobs.simulating.ray_costs import measure_ray_calls
 from millijoule.workers.errors import InputError
 from millijoule.workers.layout import STATS_KEY
 
-#: Of a result; each says with which options, where and on which commit it was measured.
-PARTS = (
-    *("policies", "load", "halves", "ray_calls"),
-    *("closing", "resume", "report", "requests", "series"),
-)
 Part = Literal["policies", "load", "halves", "ray_calls", "closing", "resume", "report", "requests", "series"]
+#: Of a result; each says with which options, where and on which commit it was measured.
+PARTS: tuple[Part, ...] = get_args(Part)
 #: Seconds that an answer of storage takes at least, where that is asked: some 30 ms of S3 within its region.
 LATENCY_S = 0.03
 #: Shards of outputs that are closed with that latency as well, and of those that are reported on.

@@ -17,10 +17,15 @@ def report_on(*outputs: str) -> dict[str, Any]:
     from millijoule.jobs.report import ReportOptions, run
 
     page = Path(outputs[0], "report.html")
-    logging.getLogger("millijoule").setLevel(logging.ERROR)  # there are no pictures, which it says of each
+    product = logging.getLogger("millijoule")
+    before = product.level
+    product.setLevel(logging.ERROR)  # there are no pictures, which it says of each
     cpu, began = time.process_time(), time.monotonic()
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        run(ReportOptions(outputs=outputs, html=str(page)))
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            run(ReportOptions(outputs=outputs, html=str(page)))
+    finally:
+        product.setLevel(before)
     return {
         "outputs": len(outputs),
         "seconds": round(time.monotonic() - began, 1),

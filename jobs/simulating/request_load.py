@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -21,13 +22,17 @@ from millijoule.workers.schemas import ImageRequest
 PRICES = {"PUT": 0.005, "LIST": 0.005, "GET": 0.0004, "HEAD": 0.0004}
 PRICES_OF = "AWS S3 Standard, us-east-1, list price as published through 2025, dollars per 1,000 requests"
 #: Jobs whose shards are looked at: images of a shard, the output's format, and pixels a side: of 700 an image has 1.5 MB, as one of SDXL.
+#: With 1, what is drawn is sealed as parts as often as a worker does at all, as of a shard that takes long.
 CASES = (
-    (16, "parquet", 32),
-    (100, "parquet", 32),
-    (100, "parquet", 700),
-    (100, "webdataset", 32),
-    (100, "files", 32),
+    (16, "parquet", 32, 0),
+    (100, "parquet", 32, 0),
+    (100, "parquet", 32, 1),
+    (100, "parquet", 700, 0),
+    (100, "webdataset", 32, 0),
+    (100, "files", 32, 0),
 )
+#: Between two parts, seconds, of a shard that is to have many.
+SEALED_EVERY_S = 1e-6
 SHARDS = 2
 
 Counts = dict[str, int]
@@ -45,13 +50,16 @@ class _Noise:
         return GeneratedBatch(np.stack(drawn))
 
 
-def count_requests(images: int, output_format: str, pixels: int) -> dict[str, Any]:
+def count_requests(images: int, output_format: str, pixels: int, in_parts: int = 0) -> dict[str, Any]:
     """Requests by kind of planning, of each of `SHARDS` shards of `images` images, and of closing; and what a shard costs."""
     with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as folder:
-        return _count(Path(folder), images, output_format, pixels)
+        if not in_parts:
+            return _count(Path(folder), images, output_format, pixels, 0.0)
+        with patch("millijoule.workers.attempts.parts.LEAST_REST_S", 0.0):  # which spares short shards
+            return _count(Path(folder), images, output_format, pixels, SEALED_EVERY_S)
 
 
-def _count(folder: Path, images: int, output_format: str, pixels: int) -> dict[str, Any]:
+def _count(folder: Path, images: int, output_format: str, pixels: int, part_s: float) -> dict[str, Any]:
     from millijoule.pipeline.closing.finish import finish_job
     from millijoule.pipeline.output.commits import CommitCompactor, list_committed
     from millijoule.pipeline.output.job import JobSpec, open_epoch, publish_job
@@ -60,6 +68,7 @@ def _count(folder: Path, images: int, output_format: str, pixels: int) -> dict[s
     from millijoule.pipeline.planning.retry_rounds import load_job_shards
     from millijoule.pipeline.running.coordinator import Coordinator
     from millijoule.workers.layout import DATA_PREFIX
+    from millijoule.workers.schemas import Commit
     from millijoule.workers.storage.inputs import expand_inputs
 
     prompts = folder / "prompts.txt"
@@ -94,12 +103,14 @@ def _count(folder: Path, images: int, output_format: str, pixels: int) -> dict[s
     shards, epoch = load_job_shards(store, job), open_epoch(store, exclusive=True)
     coordinator = Coordinator(shards, list_committed(store, len(shards)), 60.0, epoch)
     counted("driver's start")
-    attempts, compactor = _worker(store, job, epoch, _Noise(pixels)), CommitCompactor(store, epoch)
+    attempts, compactor = _worker(store, job, epoch, part_s, _Noise(pixels)), CommitCompactor(store, epoch)
+    parts: list[int] = []
     while (lease := coordinator.next_lease("w", 0.0)) is not None:
         result = attempts.run(lease)
         assert result.outcome == "committed"
         assert result.commit_json is not None
         counted(f"shard {lease.shard.shard_id}")
+        parts.append(len(Commit.from_json(result.commit_json).parts))
         compactor.add(lease.shard.shard_id, result.commit_json)
         coordinator.complete(lease.attempt_id, lease.shard.shard_id, 1.0)
     attempts.close()
@@ -108,20 +119,22 @@ def _count(folder: Path, images: int, output_format: str, pixels: int) -> dict[s
     finish_job(store, job, shards)
     counted("closing")
     per_shard = [stages.pop(f"shard {i}") for i in range(SHARDS)]
-    assert all(one == per_shard[0] for one in per_shard), per_shard
+    if not part_s:
+        assert all(one == per_shard[0] for one in per_shard), per_shard
     size = sum(item.size_bytes for item in store.list(DATA_PREFIX))
     return {
         "images_per_shard": images,
         "format": output_format,
         "mb_per_shard": round(size / SHARDS / 1e6, 3),
         "shards": SHARDS,
+        "parts": parts[0],
         "per_shard": per_shard[0],
         "dollars_per_million_shards": round(1e6 * dollars(per_shard[0]), 2),
         "stages": stages,
     }
 
 
-def _worker(store: CountedS3Store, job: Any, epoch: int, generator: Any) -> Any:
+def _worker(store: CountedS3Store, job: Any, epoch: int, part_s: float, generator: Any) -> Any:
     """A worker's half of the protocol, on this process's CPU."""
     from millijoule.workers.attempts.runner import AttemptRunner
     from millijoule.workers.lease import WorkerConfig
@@ -131,7 +144,7 @@ def _worker(store: CountedS3Store, job: Any, epoch: int, generator: Any) -> Any:
     from millijoule.workers.schemas import WorkerEnvironment
 
     what = store.url, job.fingerprint, job.job_seed, job.output_format, job.model, job.model_sha256
-    config, meter = WorkerConfig(*what, epoch, part_s=10.0), open_meter()
+    config, meter = WorkerConfig(*what, epoch, part_s=part_s), open_meter()
     who = WorkerEnvironment("w", epoch, "node", "host", "cpu", (), None, None, "", None, "missing")
     timeline = SegmentTimeline("w", meter)
     return AttemptRunner(config, store, generator, meter, timeline, who, PowerSampler(meter))

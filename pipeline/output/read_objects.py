@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -28,7 +28,7 @@ def in_threads(
     items: Iterable[T],
     n_threads: int = READ_THREADS,
     items_per_call: int = ITEMS_PER_CALL,
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """`function` of each item, in order, by some threads; only few items are taken ahead."""
 
     def some(batch: list[T]) -> list[R]:

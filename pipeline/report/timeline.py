@@ -261,9 +261,10 @@ def _by_pair(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[int, int, 
     """Every pair of codes that rows have, in order, and those rows, in order; a negative code is none."""
     order = np.lexsort((second, first))
     order = order[(first[order] >= 0) & (second[order] >= 0)]
-    a, b = first[order], second[order]
-    begins = np.flatnonzero(np.r_[True, (np.diff(a) != 0) | (np.diff(b) != 0)]) if len(order) else []
-    for rows in np.split(order, begins[1:]) if len(order) else ():
+    if not len(order):
+        return
+    ends = np.flatnonzero((np.diff(first[order]) != 0) | (np.diff(second[order]) != 0)) + 1
+    for rows in np.split(order, ends):
         yield int(first[rows[0]]), int(second[rows[0]]), rows
 
 

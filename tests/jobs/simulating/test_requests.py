@@ -27,6 +27,12 @@ def test_a_shard_is_read_in_three_requests_and_stored_in_as_many_as_it_has_files
     assert found["stages"]["compacted commits"] == {"PUT": 1}
 
 
+def test_a_part_takes_two_requests_more_and_its_record_goes_with_the_commit():
+    found = count_requests(20, "parquet", pixels=8, in_parts=1)
+    assert found["parts"] > 1
+    assert found["per_shard"] == {"GET": 2, "HEAD": 1, "PUT": 2 + 2 * found["parts"], "DELETE": 1}
+
+
 def test_closing_opens_what_commits_do_not_carry_and_nothing_else():
     carried, others, tables = (
         count_requests(*case, pixels=8)["stages"]["closing"]
