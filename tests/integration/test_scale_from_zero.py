@@ -85,8 +85,8 @@ def test_two_pools_have_no_node_that_makes_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_requests_shrink_with_the_work(scaling, tmp_path):
-    """Two nodes at most for some ten shards: what waits beyond the shards that are left is taken back, not left to be bought."""
-    images = 600
+    """Two nodes at most for some sixty shards: what waits beyond the shards that are left is taken back, not left to be bought."""
+    images = 3600
     prompts, output = write_prompts(tmp_path / "prompts.txt", images), tmp_path / "out"
     with NodeWatch(scaling.address, output, tmp_path / "nodes.jsonl") as watch:
         watch.wait_for_none()
