@@ -103,7 +103,7 @@ def jobs(draw):
     return kinds, shards, draw(st.sampled_from(["speed", "energy", "cost"]))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(jobs())
 def test_never_more_workers_are_asked_for_than_shards_are_open_and_who_starts_gets_one(job):
     kinds, shards, prefer = job
