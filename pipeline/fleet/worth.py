@@ -106,6 +106,8 @@ class _Share:
             self.give(pool, worth - min(worth // 2, shown))
         for pool in unknown:
             self.give(pool, min(self.worth(pool), self._to_show(pool)))
+        for pool in known:
+            self.give(pool, self.worth(pool))
 
     def _to_show(self, pool: Standing) -> int:
         return max(0, min(pool.most, PROBE_WORKERS) - self.wanted[pool.name])

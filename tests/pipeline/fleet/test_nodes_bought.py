@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millijoule.jobs.simulating.devices import ACCELERATOR, DeviceKind, Fleet
@@ -89,13 +90,51 @@ class Bought:
         return sum(node.all_mj > 1000 * node.kind.idle_w * node.held_s * 1.001 for node in self.fleet.nodes)
 
 
-kinds = st.builds(
-    lambda name, images_per_s, load_s, boot_s, joules: DeviceKind(
-        name, images_per_s, 40 + joules * images_per_s, 20.0, 1.0, load_s=load_s, boot_s=boot_s
-    ),
-    st.just("?"),
-    st.floats(0.2, 200.0),
-    st.floats(1.0, 60.0),
-    st.floats(2.0, 300.0),
-    st.floats(1.0, 1000.0),
-)
+@st.composite
+def jobs(draw):
+    """Pools of any speed, whose nodes come within two minutes: later, others would make up for them."""
+    kinds = {}
+    for name in "abc"[: draw(st.integers(1, 3))]:
+        rate, joules = draw(st.sampled_from([0.2, 1.0, 8.0, 60.0])), draw(st.sampled_from([1.0, 30.0, 300.0]))
+        load_s, boot_s = draw(st.sampled_from([1.0, 20.0, 60.0])), draw(st.sampled_from([3.0, 30.0, 60.0]))
+        kind = DeviceKind(name, rate, 40 + joules * rate, 20.0, 1.0, load_s=load_s, boot_s=boot_s)
+        kinds[name] = kind, draw(st.sampled_from([1, 3, 12]))
+    shards = draw(st.sampled_from([1, 2, 3, 5, 10, 20]))
+    return kinds, shards, draw(st.sampled_from(["speed", "energy", "cost"]))
+
+
+@settings(max_examples=5, deadline=None)
+@given(jobs())
+def test_never_more_workers_are_asked_for_than_shards_are_open_and_who_starts_gets_one(job):
+    kinds, shards, prefer = job
+    bought = Bought(kinds, shards, prefer).run()
+    assert all(there <= still_open for there, still_open in bought.asked)
+    idle = bought.started - bought.worked
+    assert not idle or min(bought.idle) <= 0  # the work had ended
+    assert bought.nodes >= 1
+
+
+SLOW = DeviceKind("SLOW", 0.5, 150.0, 20.0, price=0.1, load_s=20.0, boot_s=10.0)
+QUICK = DeviceKind("QUICK", 4.0, 400.0, 50.0, price=4.0, load_s=20.0, boot_s=10.0)
+LEAN = DeviceKind("LEAN", 1.0, 60.0, 20.0, price=1.0, load_s=20.0, boot_s=10.0)
+THREE = {"slow": (SLOW, 8), "quick": (QUICK, 8), "lean": (LEAN, 8)}
+
+
+@pytest.mark.parametrize("prefer", ["speed", "energy", "cost"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_three_pools_from_zero_have_no_node_beyond_the_shards_and_each_makes_one(prefer, shards):
+    bought = Bought(THREE, shards, prefer).run()
+    assert bought.nodes == bought.nodes_that_worked <= shards
+
+
+def test_a_large_job_has_all_the_nodes_it_may_have_one_start_after_the_first():
+    """Twenty-four nodes for 150 shards: no more than a start and a few images later than if all were asked for at once."""
+    bought = Bought(THREE, 150).run()
+    assert bought.nodes == bought.nodes_that_worked == 24
+    all_at_once = run_job(made_up_plan(150, IMAGES), Fleet(THREE, 1), close_books=False)
+    assert bought.outcome.makespan_s < all_at_once.makespan_s + 30 + 15
+
+
+def test_the_first_worker_is_of_the_pool_that_is_stated_to_be_the_fastest():
+    bought = Bought(THREE, 1, stated={"slow": 0.5, "quick": 4.0}).run()
+    assert [name for name, kind in bought.outcome.by_kind.items() if kind["hours"]] == ["QUICK"]

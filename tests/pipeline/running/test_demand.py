@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millijoule.pipeline.running.demand import (
-    FIRST_WORKERS,
-    LEAST_START_S,
-    NODE_ANSWER_S,
-    Demand,
-    PoolOptions,
-)
+from millijoule.pipeline.running.demand import NODE_ANSWER_S, Demand, PoolOptions
+
+IMAGES = 10  # of a shard
 
 
 @dataclass
@@ -23,23 +21,47 @@ class Worker:
     ready: object = None
     stopping: bool = False
     node: object = None
+    placed: float | None = None
+    held: object = None
+    pool: str = ""
+
+
+def at_work(worker_id, pool="", start_s=30.0):
+    return Worker(worker_id, -start_s, "yes", False, "there", 0.0, "a shard", pool)
 
 
 @dataclass
 class Work:
-    """A coordinator's face: shards committed, at work and left."""
+    """A coordinator's face: shards left, `begun` by a worker (id, seconds ago, images done and when) and `made` since the last look."""
 
     remaining: int
-    active: tuple[int, ...] = ()
-    n_committed: int = 0
+    begun: tuple[tuple[str, float, int, float], ...] = ()
+    made: deque = field(default_factory=deque)
+    n_ahead: int = 0
 
     @property
     def useful_workers(self) -> int:
         return self.remaining
 
     @property
-    def at_work(self) -> int:
-        return len(self.active)
+    def unleased(self) -> int:
+        return self.remaining - len(self.begun)
+
+    @property
+    def shards(self):
+        return [SimpleNamespace(n_images=IMAGES)] * 20
+
+    @property
+    def active(self):
+        def entry(worker_id, began, done, at):
+            lease = SimpleNamespace(
+                worker_id=worker_id, writes=True, resumes=False, shard=SimpleNamespace(n_images=IMAGES)
+            )
+            return SimpleNamespace(
+                lease=lease, is_ahead=False, started=began, images_done=done, images_step=done, images_at=at
+            )
+
+        return {i: entry(*begun) for i, begun in enumerate(self.begun)}
 
 
 def waiting(n: int) -> list[Worker]:
@@ -54,72 +76,132 @@ def options(most: int = 1000, *, least: int = 0, at_once: int | None = 0) -> Poo
     return PoolOptions(least, most, at_once=at_once)
 
 
+def demand(*pools: PoolOptions, **stated: float) -> Demand:
+    names = [""] if len(pools) == 1 else "abc"
+    return Demand(dict(zip(names, pools, strict=False)), stated)
+
+
 def wanted(opts: PoolOptions, work: Work) -> int:
-    d = Demand(opts)
+    d = demand(opts)
     d.look(work, [], 0.0)
     return d.wanted()
 
 
-def test_until_a_shard_is_known_few_nodes_are_asked_for_and_those_that_are_there_all_at_once():
-    assert wanted(options(), Work(1000)) == FIRST_WORKERS
+def test_until_a_shard_is_known_one_node_is_asked_for_and_those_that_are_there_all_at_once():
+    assert wanted(options(), Work(1000)) == 1
     assert wanted(options(at_once=64), Work(1000)) == 64
     assert wanted(options(at_once=None), Work(1000)) == 1000
     assert wanted(options(at_once=64), Work(3)) == 3
-    assert wanted(options(), Work(2)) == 2
     assert wanted(options(), Work(0)) == 0
     assert wanted(options(3, least=2), Work(0)) == 2
 
 
+def test_a_job_that_is_large_at_any_speed_asks_for_several_at_once():
+    """A million images of the fastest workers there are take each of three of them longer than a start, assumed to take 30 s."""
+    assert wanted(options(), Work(100_000)) == 1_000_000 // (10_000 * 30)
+
+
+def test_the_first_images_tell_how_much_work_there_is():
+    """Five of the first shard's ten images took five seconds: 98 shards of 5 to 10 s each are worth more than one node."""
+    d, first = demand(options()), at_work("a")
+    d.look(Work(100, begun=(("a", 0.0, 0, 0.0),)), [first], 0.2)
+    assert d.wanted() < 20
+    d.look(Work(100, begun=(("a", 0.0, 5, 5.0),)), [first], 5.2)
+    # the next five images may come at once, so a shard takes 5 s or more; 99 of them, less what the first begins in the meantime
+    at_least = 99 * 5 - 30 - 30
+    assert at_least / 30 <= d.wanted() <= 1 + 99 * 5 / 30
+
+
 def test_long_shards_are_seen_to_be_long_before_the_first_has_ended():
-    d = Demand(options(64))
-    asked = []
-    for second in range(0, 30, 5):
-        d.look(Work(1000, active=(0, 1)), [], float(second))
+    d, asked = demand(options(64)), []
+    for second in range(0, 40, 5):
+        d.look(Work(1000, begun=(("a", 0.0, 0, 0.0),)), [at_work("a")], float(second))
         asked.append(d.wanted())
-    assert asked[0] == FIRST_WORKERS
+    assert asked[0] == 1
     assert asked == sorted(asked)
     assert asked[-1] == 64
 
 
-def test_short_shards_ask_for_as_many_workers_as_have_work_for_the_time_one_takes_to_start():
-    d = Demand(options())
-    d.look(Work(200, active=(0,)), [Worker("a", spawned=-50.0, ready="yes")], 0.0)  # took 50 s to start
-    d.look(Work(199, active=(0,), n_committed=1), [], 6.0)  # 6 s, two shards: 3 s each
-    assert d.wanted() == 12  # 199 * 3 s / 50 s
-    d.look(Work(10, active=(0,), n_committed=190), [], 570.0)
-    assert d.wanted() == 1
-    d.look(Work(0, n_committed=200), [], 600.0)
-    assert d.wanted() == 0
+def test_every_shard_that_nobody_has_is_worth_a_worker_where_shards_take_longer_than_starts():
+    d = demand(options())
+    d.look(Work(3, begun=(("a", 0.0, 1, 10.0),)), [at_work("a")], 10.0)  # 50 s or more each; starts take 30 s
+    assert d.wanted() == 3
+
+
+def test_workers_that_start_count_as_if_they_had_their_work():
+    d = demand(options())
+    there = [Worker(f"w{i}", spawned=-20.0, node="there", placed=-1.0) for i in range(5)]
+    d.look(Work(7, begun=(("a", 0.0, 1, 10.0),)), [at_work("a"), *there], 10.0)
+    assert d.wanted() == 7  # the sixth shard that waits is the next one's
 
 
 def test_how_long_the_first_waited_on_a_full_cluster_does_not_stop_the_next():
-    d = Demand(options())
-    d.look(Work(100, active=(0,)), [Worker("a", spawned=-36_000.0, ready="yes")], 0.0)
-    d.look(Work(99, active=(0,), n_committed=1), [], 1200.0)
-    assert d.wanted() == 99  # of ten minutes each
+    d = demand(options())
+    d.look(Work(100, begun=(("a", 0.0, 5, 600.0),)), [at_work("a", start_s=36_000.0)], 600.0)
+    assert d.wanted() > 90  # of ten minutes or more each
 
 
-@given(
-    st.integers(0, 5),
-    st.integers(5, 50),
-    st.none() | st.integers(0, 60),
-    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9), st.floats(0, 900)), max_size=12),
-)
-def test_never_more_than_there_are_shards_nor_less_than_the_least(least, most, at_once, steps):
-    d = Demand(options(most, least=least, at_once=at_once))
-    now, done = 0.0, 0
+def test_what_is_stated_is_known_before_anything_is_made():
+    d = demand(options(), options(), a=1.0)
+    d.look(Work(30), [], 0.0)  # 300 s of work at a start of 30 s
+    assert (d.wanted("a"), d.wanted("b")) == (10, 0)
+
+
+def test_pools_of_which_nothing_is_known_share_what_one_alone_would_get():
+    """One worker of the first is asked for; when its rate shows, half of what is worth a node goes to the others, two each."""
+    d = demand(*[options(50, at_once=0)] * 3)
+    d.look(Work(1000), [], 0.0, order=["b", "a", "c"])
+    assert [d.wanted(name) for name in "abc"] == [0, 1, 0]
+    work = Work(1000, begun=(("x", 0.0, 5, 10.0),))
+    d.look(work, [at_work("x", "b")], 10.0, order=["b", "a", "c"])
+    assert d.wanted("b") > 20
+    assert [d.wanted(name) for name in "ac"] == [2, 2]
+
+
+def test_a_pool_whose_nodes_do_not_come_is_made_up_for_and_keeps_one_request():
+    d = demand(options(4), options(4), a=1.0, b=1.0)
+    requests = [Worker(f"w{i}", pool="a") for i in range(3)]
+    d.look(Work(9), requests, 100.0)
+    assert (d.wanted("a"), d.wanted("b")) == (3, 0)  # 90 s of work
+    d.look(Work(9), requests, 200.0)
+    assert (d.wanted("a"), d.wanted("b")) == (1, 2)
+
+
+@st.composite
+def pools_and_steps(draw):
+    pools = draw(
+        st.lists(
+            st.builds(options, st.integers(5, 50), at_once=st.none() | st.integers(0, 60)),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    steps = st.tuples(st.integers(0, 40), st.integers(0, 9), st.floats(0, 900))
+    return pools, draw(st.lists(steps, max_size=8))
+
+
+@given(pools_and_steps())
+def test_all_pools_together_never_have_more_than_there_are_shards_and_some_while_there_is_work(case):
+    pools, steps = case
+    d = demand(*pools)
+    workers, now, left = [], 0.0, 200
     for committed, active, seconds in steps:
-        now, done = now + seconds, min(200, done + committed)
-        d.look(Work(200 - done, tuple(range(active)), done), [], now)
-        for n in (d.wanted(), d.wanted(2)):
-            assert least <= n <= max(least, min(most, 200 - done))
-        assert d.wanted() <= d.wanted(2)
-        assert done == 200 or d.wanted() >= 1
+        now, left = now + seconds, max(0, left - committed)
+        at = [w for w in workers if w.ready][:active]
+        work = Work(left, tuple((w.worker_id, now - seconds, 3, now) for w in at[:left]))
+        workers = [w for w in workers if w.ready][:left]  # others were taken back, and some died
+        d.look(work, workers, now)
+        for name in d.pools:
+            more = d.more(workers, name)
+            assert more <= max(0, d.wanted(name))
+            workers += [at_work(f"w{now}-{name}-{i}", name, 1.0) for i in range(more)]
+        assert len(workers) <= left
+        assert left == 0 or workers
 
 
 def test_the_newest_requests_are_taken_back_first_and_only_what_is_too_much():
     workers = waiting(60)
-    d = Demand(options(60, at_once=None))
+    d = demand(options(60, at_once=None))
     d.look(Work(3), workers, 0.0)
     assert d.withdrawable(workers, 0.0, draining=False) == []  # they may be starting
     back = d.withdrawable(workers, NODE_ANSWER_S, draining=False)
@@ -131,7 +213,7 @@ def test_a_worker_that_has_a_node_is_paid_for():
     for w in workers[4:]:
         w.node = "there"
     workers[0].ready, workers[1].stopping = "yes", True
-    d = Demand(options(10, at_once=None))
+    d = demand(options(10, at_once=None))
     d.look(Work(1), workers, 0.0)
     d.withdrawable(workers, 0.0, draining=False)
     assert ids(d.withdrawable(workers, 5.0, draining=False)) == ["w3", "w2"]
@@ -140,7 +222,7 @@ def test_a_worker_that_has_a_node_is_paid_for():
 def test_a_draining_job_waits_for_no_node():
     workers = waiting(4)
     workers[0].node = "there"
-    d = Demand(options(4, least=4, at_once=None))
+    d = demand(options(4, least=4, at_once=None))
     d.look(Work(100), workers, 0.0)
     d.withdrawable(workers, 0.0, draining=True)
     assert ids(d.withdrawable(workers, 5.0, draining=True)) == ["w3", "w2", "w1"]
@@ -148,15 +230,16 @@ def test_a_draining_job_waits_for_no_node():
 
 
 def test_what_was_asked_for_is_not_taken_back_for_a_little_less_work():
-    d = Demand(options())
-    ready = [Worker("a", spawned=-LEAST_START_S, ready="yes")]
-    workers = ready + waiting(5)
-    d.look(Work(12, active=(0,)), workers, 0.0)
-    d.look(Work(11, active=(0,), n_committed=1), workers, 6.0)  # 3 s each: 33 s of work
-    assert d.wanted() == 4
-    d.withdrawable(workers, 6.0, draining=False)
-    assert d.withdrawable(workers, 9.0, draining=False) == []
-    d.look(Work(6, active=(0,), n_committed=6), workers, 20.0)  # 17 s of work
-    assert d.wanted() == 2
-    d.withdrawable(workers, 20.0, draining=False)
-    assert len(d.withdrawable(workers, 23.0, draining=False)) == 2
+    """Two are worth their node if asked for now, three were before: the third is kept, until half of the work is gone."""
+    d = demand(options())
+    first, requests = at_work("x"), [Worker(f"w{i}", spawned=0.0) for i in range(3)]
+    workers = [first, *requests]
+
+    def look(shards: int, now: float) -> list[Worker]:
+        made = deque([("x", IMAGES, 0.0, 8.0)] if now == 8.0 else [])
+        d.look(Work(shards, (("x", now, 0, 0.0),), made), workers, now)
+        return d.withdrawable(workers, now, draining=False)
+
+    assert look(40, 8.0) == []
+    assert d.wanted() < len(workers)
+    assert len(look(6, 14.0)) == 3

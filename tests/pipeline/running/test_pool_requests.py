@@ -11,8 +11,8 @@ from millijoule.pipeline.running.pool import CAPACITY_NOTICE_S
 from millijoule.workers.errors import NodeError
 
 
-def test_a_cluster_without_nodes_is_asked_for_a_few_and_scaled_down_again(world, caplog):
-    """An autoscaler that brings a node for each request; shards are few and short, so few are worth a node."""
+def test_a_cluster_without_nodes_is_asked_for_one_and_scaled_down_again(world, caplog):
+    """An autoscaler that brings a node for each request; shards are few and short, so one is worth a node."""
     w = world(shards=40, workers=(0, 30), nodes=0, at_once=0)
     brought = []
 
@@ -24,9 +24,9 @@ def test_a_cluster_without_nodes_is_asked_for_a_few_and_scaled_down_again(world,
     with caplog.at_level(logging.INFO):
         w.run()
     assert sorted(shard for shard, _ in w.made) == list(range(40))
-    assert max(w.requests) == 4
-    assert len(brought) == 4
-    assert "waiting for the cluster: 4 workers asked for (1 CPU each), none running yet" in caplog.text
+    assert max(w.requests) == 1
+    assert len(brought) == 1
+    assert "waiting for the cluster: 1 workers asked for (1 CPU each), none running yet" in caplog.text
 
 
 def test_workers_that_take_long_to_load_are_not_said_to_be_missing(world, caplog):
