@@ -97,7 +97,8 @@ def run_job(kind: str, most: int, dice: random.Random) -> list[dict[str, Any]]:
             model = ("--model", "python:support.work_redone:notes", "--workers", WORKERS)
             driver = start(folder, *what, *model, "--part-seconds", PART_S, ray=cluster.address)
             for _ in _moments(folder, out, driver, most if kind == "kill" else most // (WORKERS // 2), dice):
-                pids = Drawn.read(folder).at_work()
+                if not (pids := Drawn.read(folder).at_work()):
+                    continue
                 if kind == "kill":
                     lost[pid := dice.choice(pids)] = time.monotonic()
                     os.kill(pid, signal.SIGKILL)
