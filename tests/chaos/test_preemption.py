@@ -94,18 +94,22 @@ def wait_for(true, *processes, timeout_s=120.0):
         time.sleep(0.05)
 
 
-def agent(cluster, machine, *arguments, log):
-    """A process of the agent of the nodes with the label `machine`."""
-    with log.open("w") as out:
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "millijoule.jobs.node_agent", "--period", "0.2", *arguments),
-                *("--ray-address", cluster.address, "--node-label", f"machine={machine}"),
-            ],
-            env=cluster.env,
-            stdout=out,
-            stderr=out,
-        )
+@pytest.fixture
+def agent(cluster):
+    """`agent(machine, *arguments, log=...)` starts a process of the agent of the nodes with that label."""
+    started = []
+
+    def start_agent(machine, *arguments, log):
+        command = [sys.executable, "-m", "millijoule.jobs.node_agent", "--period", "0.2", *arguments]
+        command += ["--ray-address", cluster.address, "--node-label", f"machine={machine}"]
+        with log.open("w") as out:
+            started.append(subprocess.Popen(command, env=cluster.env, stdout=out, stderr=out))
+        return started[-1]
+
+    yield start_agent
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def test_a_node_that_gets_sigterm_loses_no_work_and_no_joule(tmp_path, cluster, counters):
@@ -115,11 +119,11 @@ def test_a_node_that_gets_sigterm_loses_no_work_and_no_joule(tmp_path, cluster, 
     job.finish(cluster, counters)
 
 
-def test_the_agent_drains_its_node_on_a_spot_notice(tmp_path, cluster, counters):
+def test_the_agent_drains_its_node_on_a_spot_notice(tmp_path, cluster, counters, agent):
     log = tmp_path / "agent.log"
     cluster.add_node(2, labels={"machine": "spot"})
     with AwsService() as aws:
-        ours = agent(cluster, "spot", "--endpoint", aws.url, log=log)
+        ours = agent("spot", "--endpoint", aws.url, log=log)
         job = Job(tmp_path, cluster)
         due = datetime.now(UTC) + timedelta(seconds=60)
         aws.say(ACTION_PATH, json.dumps({"action": "terminate", "time": f"{due:%Y-%m-%dT%H:%M:%SZ}"}))
@@ -130,7 +134,7 @@ def test_the_agent_drains_its_node_on_a_spot_notice(tmp_path, cluster, counters)
 
 
 @pytest.mark.slow  # three nodes more
-def test_agents_of_other_clouds_and_one_that_gets_sigterm_drain_their_nodes(tmp_path, cluster):
+def test_agents_of_other_clouds_and_one_that_gets_sigterm_drain_their_nodes(tmp_path, cluster, agent):
     """Each as a process of its own, at a raylet of its own that has nothing to do."""
     with GcpService() as gcp, AzureService() as azure:
         asked = {
@@ -141,7 +145,7 @@ def test_agents_of_other_clouds_and_one_that_gets_sigterm_drain_their_nodes(tmp_
         for name in asked:
             cluster.add_node(1, labels={"machine": name})
         logs = {name: tmp_path / f"{name}.log" for name in asked}
-        agents = {name: agent(cluster, name, *asked[name], log=logs[name]) for name in asked}
+        agents = {name: agent(name, *asked[name], log=logs[name]) for name in asked}
         wait_for(lambda: all("watching" in log.read_text() for log in logs.values()), *agents.values())
         assert not any("draining" in log.read_text() for log in logs.values()), "nothing was said yet"
         gcp.say(PREEMPTED_PATH, "TRUE")

@@ -1,7 +1,7 @@
 """How much is drawn again after a worker's death, or after its node is taken away, at random moments of real jobs on a real Ray.
 
-`python -m support.work_redone WORKERS RECORD` (in `tests/`): until so many workers were killed (kill -9 of the process), and as
-many have left (SIGTERM to their node's `ray start`). The model notes each image as it begins it, so an image that was drawn twice
+`python -m support.work_redone WORKERS RECORD [kill] [notice]` (in `tests/`): until so many workers were killed (kill -9 of the process),
+and as many have left (SIGTERM to their node's `ray start`). What the record has already is kept and counts. The model notes each image as it begins it, so an image that was drawn twice
 stands there twice; nothing that the job itself counts is believed. Shards are long and parts short: the ratio is what counts.
 """
 
@@ -31,7 +31,7 @@ from millijoule.jobs.measuring.measurement import write_result
 
 PART_S, IMAGE_S, SHARD_IMAGES, SHARDS, WORKERS = 1.0, 0.01, 300, 110, 4
 DRAIN_S = 40
-SEED = 16
+KINDS = ("kill", "notice")
 
 
 class _Notes(Plain):
@@ -88,15 +88,17 @@ def run_job(kind: str, most: int, dice: random.Random) -> list[dict[str, Any]]:
     lost: dict[int, float] = {}
     with tempfile.TemporaryDirectory(prefix="mj-redone-") as name:
         folder = Path(name)
-        with RayCluster(head_cpus=0, env={"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S)}) as cluster:
-            nodes = [cluster.add_node(WORKERS // 2) for _ in range(2)]
+        env, cpus = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S)}, WORKERS if kind == "kill" else 0
+        with RayCluster(head_cpus=cpus, env=env) as cluster:
+            nodes = [_add_node(cluster) for _ in range(2 if kind == "notice" else 0)]
             images = SHARDS * SHARD_IMAGES
             prompts, out = write_prompts(folder / "prompts.txt", images), folder / "out"
             what = ("--prompts", prompts, "--output", out, "--shard-size", SHARD_IMAGES, "--no-speculate")
             model = ("--model", "python:support.work_redone:notes", "--workers", WORKERS)
             driver = start(folder, *what, *model, "--part-seconds", PART_S, ray=cluster.address)
             for _ in _moments(folder, out, driver, most if kind == "kill" else most // (WORKERS // 2), dice):
-                pids = Drawn.read(folder).at_work()
+                if not (pids := Drawn.read(folder).at_work()):
+                    continue
                 if kind == "kill":
                     lost[pid := dice.choice(pids)] = time.monotonic()
                     os.kill(pid, signal.SIGKILL)
@@ -134,9 +136,8 @@ def _moments(folder: Path, out: Path, driver: Any, most: int, dice: random.Rando
     hit = 0  # shards from here on were in nobody's hands at the moment before: a second death there would begin a search
     for _ in range(most):
         while True:
-            assert driver.poll() is None, (folder / "driver.log").read_text()
             there = {int(path.stem) for path in out.glob("_job/commits/*/*.json")}
-            if len(there) > SHARDS - 4 * WORKERS:
+            if len(there) > SHARDS - 4 * WORKERS or driver.poll() is not None:
                 return
             drawn = Drawn.read(folder)
             if len(drawn.at_work()) >= WORKERS and set(range(hit)) <= there:
@@ -150,13 +151,22 @@ def _moments(folder: Path, out: Path, driver: Any, most: int, dice: random.Rando
             yield
 
 
+def _add_node(cluster: RayCluster) -> RayNode:
+    """A node for half of the workers. On a very busy machine Ray gives one up after half a minute."""
+    while True:
+        try:
+            return cluster.add_node(WORKERS // 2)
+        except RuntimeError as error:
+            print(f"another try: {str(error)[-100:]}", flush=True)
+
+
 def _take_away(node: RayNode, cluster: RayCluster, pids: list[int], lost: dict[int, float]) -> RayNode:
     """SIGTERM to a node, on which some of the workers `pids` are; returns the one that takes its place."""
     ours = {process.pid for process in node.workers()} & set(pids)
     node.process.send_signal(signal.SIGTERM)
     sent = time.monotonic()
     another: list[RayNode] = []
-    thread = threading.Thread(target=lambda: another.append(cluster.add_node(WORKERS // 2)))
+    thread = threading.Thread(target=lambda: another.append(_add_node(cluster)))
     thread.start()
     there = [process for process in psutil.process_iter() if process.pid in ours]
     psutil.wait_procs(there, timeout=DRAIN_S)
@@ -176,31 +186,31 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main(workers: str, record: str) -> None:
-    dice = random.Random(SEED)
-    rows: dict[str, list[dict[str, Any]]] = {"kill": [], "notice": []}
-    while any(len(ours) < int(workers) for ours in rows.values()):
-        for kind, ours in rows.items():
-            if len(ours) < int(workers):
-                ours += run_job(kind, int(workers) - len(ours), dice)
-        write_result(
-            {
-                "what": "work drawn again after workers were killed (kill -9), or left a node that got SIGTERM, at random moments",
-                "setting": {
-                    "part_seconds": PART_S,
-                    "seconds_per_image": IMAGE_S,
-                    "images_per_shard": SHARD_IMAGES,
-                    "workers": WORKERS,
-                    "seed": SEED,
-                    "seconds_of_notice": DRAIN_S,
+def main(workers: str, record: str, *kinds: str) -> None:
+    dice = random.Random(time.time_ns())
+    rows = json.loads(Path(record).read_text())["rows"] if Path(record).exists() else []
+    for kind in kinds or KINDS:
+        while (n := sum(row["kind"] == kind for row in rows)) < int(workers):
+            rows += run_job(kind, int(workers) - n, dice)
+            write_result(
+                {
+                    "what": "work drawn again after workers were killed (kill -9), or left a node that got SIGTERM, at random moments",
+                    "setting": {
+                        "part_seconds": PART_S,
+                        "seconds_per_image": IMAGE_S,
+                        "images_per_shard": SHARD_IMAGES,
+                        "workers": WORKERS,
+                        "seconds_of_notice": DRAIN_S,
+                    },
+                    "goal": {"parts_redone_most": 1},
+                    **{
+                        k: summary(ours) for k in KINDS if (ours := [row for row in rows if row["kind"] == k])
+                    },
+                    "rows": rows,
+                    "environment": describe_machine(),
                 },
-                "goal": {"parts_redone_most": 1},
-                **{kind: summary(ours) for kind, ours in rows.items()},
-                "rows": [row for ours in rows.values() for row in ours],
-                "environment": describe_machine(),
-            },
-            record,
-        )
+                record,
+            )
 
 
 if __name__ == "__main__":
