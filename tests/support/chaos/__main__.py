@@ -99,9 +99,14 @@ class Suite:
                 check=False,
             )
             lines = [line for line in done.stdout.splitlines() if line.startswith('{"run"')]
-            if not lines:
-                raise SystemExit(f"a storm on Ray ended with {done.returncode} and without a result")
-            self.add("ray", json.loads(lines[-1]))
+            failed = {
+                **{"run": seed, "faults": [], "outcome": "unfinished", "store": "?", "processes": 0},
+                **{
+                    "seconds": 0.0,
+                    "problems": [f"the run itself failed with {done.returncode}: see its log above"],
+                },
+            }
+            self.add("ray", json.loads(lines[-1]) if lines else failed)
 
     def write(self, path: Path | None) -> dict[str, Any]:
         whole = record(self.results)

@@ -32,7 +32,7 @@ from support.chaos.runs import run_in_child
 KINDS_WITH_COST = tuple(kind for kind in KINDS if kind not in AFTER)
 #: Three hosts of one board, nine shards of three images.
 SHAPE = 3
-#: Pairs of one kind that a figure needs.
+#: Fewer pairs of one kind give a rough figure.
 LEAST_PAIRS = 5
 
 
@@ -104,12 +104,12 @@ def of_kind(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """By kind; no figure where too few pairs have run."""
+    """By kind. Two pairs are the least that say how far to trust their mean; a figure of fewer than `LEAST_PAIRS` says so."""
     for kind in AFTER:
         yield kind, "after the job: none by construction"
     for kind in KINDS_WITH_COST:
         pairs = [r for r in results if r["kind"] == kind and r["came"] > 0]
-        if len(pairs) >= LEAST_PAIRS:
-            yield kind, of_kind(pairs)
+        if len(pairs) > 1:
+            yield kind, of_kind(pairs) | ({"rough": True} if len(pairs) < LEAST_PAIRS else {})
         elif results:
-            yield kind, f"not told: {len(pairs)} pairs"
+            yield kind, f"not told: {len(pairs)} of {LEAST_PAIRS} pairs"

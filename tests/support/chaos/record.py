@@ -116,7 +116,7 @@ def _seeds(results: Sequence[dict[str, Any]]) -> list[int]:
 
 def table(whole: Mapping[str, Any]) -> str:
     """The record for people."""
-    heads = f"{'injected':>8} {'survived':>8} {'on Ray':>8} {'s lost':>14} {'J lost':>14}"
+    heads = f"{'injected':>8} {'survived':>8} {'on Ray':>8} {'s lost':>14}  {'J lost':>14}"
     lines = [f"{'fault':34} {heads}"]
     for kind, row in whole["kinds"].items():
         cost = row.get("cost", "")
@@ -132,8 +132,8 @@ def table(whole: Mapping[str, Any]) -> str:
 
 
 def _figure(cost: Mapping[str, Any], what: str) -> str:
-    figure = f"{cost[f'{what}_lost']:.2f} ±{cost.get(f'{what}_lost_error', float('nan')):.2f}"
-    return f"{figure:>14}"
+    figure = f"{cost[f'{what}_lost']:.2f} ±{cost.get(f'{what}_lost_error', float('nan')):.2f}{'?' if 'rough' in cost else ' '}"
+    return f"{figure:>15}"
 
 
 def next_seed(results: Results, part: str, first: int) -> int:
