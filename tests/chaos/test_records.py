@@ -27,6 +27,7 @@ def results(tmp_path):
 def test_faults_are_counted_by_kind_over_all_parts_and_a_bad_run_survives_none(results):
     results.all += [
         run("storms", 0, ["worker killed", "node lost"]),
+        run("storms", 7, []),
         run("storms", 1, ["worker killed"], problems=["an image is lost"]),
         run("costs", 0, ["worker killed"], kind="worker killed", came=1, seconds_lost=1.0, joules_lost=2.0),
         run("ray", 5, ["worker killed", "head killed"], store="S", calm_done_s=0.5, calm_spent_mj=0),
@@ -40,8 +41,9 @@ def test_faults_are_counted_by_kind_over_all_parts_and_a_bad_run_survives_none(r
         "cost": 0,
     }
     assert whole["kinds"]["head killed"]["of_these_on_ray"] == 1
-    assert (whole["faults_injected"], whole["faults_survived"], whole["runs"]) == (6, 5, 4)
+    assert (whole["faults_injected"], whole["faults_survived"], whole["runs"]) == (6, 5, 5)
     assert whole["problems"] == [{"part": "storms", "run": 1, "problems": ["an image is lost"]}]
+    assert whole["seeds"] == {"storms": "0-1, 7", "ray": "5"}
     assert whole["parts"]["ray"]["seconds_lost_per_fault"] == 0.25
     assert whole["not_seen"]["device draws other pixels"]["images_with_other_pixels"] == 4
     assert "head killed" in record.table(whole)

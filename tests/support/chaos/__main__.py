@@ -100,11 +100,13 @@ class Suite:
             )
             lines = [line for line in done.stdout.splitlines() if line.startswith('{"run"')]
             failed = {
-                **{"run": seed, "faults": [], "outcome": "unfinished", "store": "?", "processes": 0},
-                **{
-                    "seconds": 0.0,
-                    "problems": [f"the run itself failed with {done.returncode}: see its log above"],
-                },
+                "run": seed,
+                "faults": [],
+                "outcome": "unfinished",
+                "store": "?",
+                "processes": 0,
+                "seconds": 0.0,
+                "problems": [f"the run itself failed with {done.returncode}: see its log above"],
             }
             self.add("ray", json.loads(lines[-1]) if lines else failed)
 

@@ -108,10 +108,15 @@ def record(results: Results) -> dict[str, Any]:
     }
 
 
-def _seeds(results: Sequence[dict[str, Any]]) -> list[int]:
-    """First and last."""
-    seeds = [r["run"] for r in results]
-    return [min(seeds), max(seeds)] if seeds else []
+def _seeds(results: Sequence[dict[str, Any]]) -> str:
+    """As "0-249, 318"."""
+    parts: list[list[int]] = []
+    for seed in sorted({r["run"] for r in results}):
+        if parts and parts[-1][-1] == seed - 1:
+            parts[-1][1:] = [seed]
+        else:
+            parts.append([seed])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def table(whole: Mapping[str, Any]) -> str:
