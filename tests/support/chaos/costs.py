@@ -44,7 +44,9 @@ def pair(kind: str, seed: int) -> tuple[Storm, Storm]:
     plan = replace(plan, prompts=tuple(f"image {i} mj=1000 ms=30" for i in range(len(plan.prompts))))
     fault = Fault(kind, rng.uniform(0.1, 0.6), 0.8)
     # one that is interrupted leaves an orderly house, and what it costs varies little; parts are left by dead workers
-    ended = Round(end=("driver killed", 1) if kind in PARTS else ("driver interrupted", rng.randint(4, 6)))
+    # (and a commit that is not collected yet by one that was killed)
+    killed = kind in PARTS or kind == "commit damaged"
+    ended = Round(end=("driver killed", 1) if killed else ("driver interrupted", rng.randint(4, 6)))
     without: tuple[Round, ...]
     if kind in DRIVER_ENDS:
         without, rounds = (Round(),), (Round(end=(kind, rng.randint(1, 3))), Round())
