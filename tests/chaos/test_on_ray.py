@@ -10,7 +10,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_job_on_ray_survives_what_strikes_it(tmp_path):

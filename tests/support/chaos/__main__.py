@@ -52,7 +52,7 @@ class Suite:
         """Of each shape, once; whatever else runs has its hashes."""
         if not self.undisturbed:
             for i in range(len(SHAPES)):
-                result = run_in_child(calm(i), fresh(self.folder / f"calm-{i}"), None)
+                result = run_in_child(calm(i), self.folder / f"calm-{i}", None)
                 if result["problems"] or result["outcome"] != "certified":
                     raise SystemExit(f"an undisturbed run is not as it should be: {result}")
                 self.undisturbed.append(result)
@@ -65,7 +65,7 @@ class Suite:
         while n or running:
             if n and len(running) < self.at_once:
                 drawn, n = storm(seed), n - 1
-                folder = fresh(self.folder / str(seed))
+                folder = self.folder / str(seed)
                 running[begin(drawn, folder, undisturbed[drawn.shape])] = drawn
                 seed += 1
             else:
@@ -99,9 +99,16 @@ class Suite:
                 check=False,
             )
             lines = [line for line in done.stdout.splitlines() if line.startswith('{"run"')]
-            if not lines:
-                raise SystemExit(f"a storm on Ray ended with {done.returncode} and without a result")
-            self.add("ray", json.loads(lines[-1]))
+            failed = {
+                "run": seed,
+                "faults": [],
+                "outcome": "unfinished",
+                "store": "?",
+                "processes": 0,
+                "seconds": 0.0,
+                "problems": [f"the run itself failed with {done.returncode}: see its log above"],
+            }
+            self.add("ray", json.loads(lines[-1]) if lines else failed)
 
     def write(self, path: Path | None) -> dict[str, Any]:
         whole = record(self.results)
@@ -109,15 +116,6 @@ class Suite:
             of = {"what": "storms of faults", "storms_at_once": self.at_once}
             save_result({**of, **whole, "environment": self.environment}, path)
         return whole
-
-
-def fresh(folder: Path) -> Path:
-    """A folder's name that nobody has: what an earlier call left unfinished, or with a problem, stays beside it."""
-    if folder.exists():
-        folder.rename(
-            next(p for i in range(10**6) if not (p := folder.with_name(f"{folder.name}.{i}")).exists())
-        )
-    return folder
 
 
 def take_turns(

@@ -31,6 +31,8 @@ from millijoule.workers.storage.open import open_store
 NODES, SHARD_SIZE = 2, 8
 #: A job that needs longer hangs.
 MOST_S = 900.0
+#: A cluster is started so often before the run fails.
+STARTS_MOST = 3
 #: A fault on the way ends after so long, however many requests there were meanwhile.
 NETWORK_MOST_S = 10.0
 #: Between two strikes.
@@ -67,7 +69,17 @@ class RayWorld:
 
     def start_cluster(self) -> None:
         """A head and its nodes; those of one that has ended are ended."""
-        self.close()
+        for left in reversed(range(STARTS_MOST)):
+            self.close()
+            try:
+                self._start_cluster()
+            except RuntimeError:  # Ray gives up after half a minute, which a busy machine may need
+                if not left:
+                    raise
+            else:
+                return
+
+    def _start_cluster(self) -> None:
         env = {TOKEN: self.token, "MILLIJOULE_TEST_BOARDS": str(self.host)}  # readers may be on the head
         self.cluster = RayCluster(head_cpus=0, env=env)
         self.cluster.__enter__()

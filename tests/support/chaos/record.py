@@ -108,15 +108,20 @@ def record(results: Results) -> dict[str, Any]:
     }
 
 
-def _seeds(results: Sequence[dict[str, Any]]) -> list[int]:
-    """First and last."""
-    seeds = [r["run"] for r in results]
-    return [min(seeds), max(seeds)] if seeds else []
+def _seeds(results: Sequence[dict[str, Any]]) -> str:
+    """As "0-249, 318"."""
+    parts: list[list[int]] = []
+    for seed in sorted({r["run"] for r in results}):
+        if parts and parts[-1][-1] == seed - 1:
+            parts[-1][1:] = [seed]
+        else:
+            parts.append([seed])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def table(whole: Mapping[str, Any]) -> str:
     """The record for people."""
-    heads = f"{'injected':>8} {'survived':>8} {'on Ray':>8} {'s lost':>14} {'J lost':>14}"
+    heads = f"{'injected':>8} {'survived':>8} {'on Ray':>8} {'s lost':>14}  {'J lost':>14}"
     lines = [f"{'fault':34} {heads}"]
     for kind, row in whole["kinds"].items():
         cost = row.get("cost", "")
@@ -132,8 +137,8 @@ def table(whole: Mapping[str, Any]) -> str:
 
 
 def _figure(cost: Mapping[str, Any], what: str) -> str:
-    figure = f"{cost[f'{what}_lost']:.2f} ±{cost.get(f'{what}_lost_error', float('nan')):.2f}"
-    return f"{figure:>14}"
+    figure = f"{cost[f'{what}_lost']:.2f} ±{cost.get(f'{what}_lost_error', float('nan')):.2f}{'?' if 'rough' in cost else ' '}"
+    return f"{figure:>15}"
 
 
 def next_seed(results: Results, part: str, first: int) -> int:

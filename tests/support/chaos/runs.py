@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,9 @@ def run_in_child(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None)
 
 def begin(storm: Storm, folder: Path, undisturbed: dict[str, Any] | None) -> int:
     """Start `run_storm` in a session of its own, the pid of which is returned; `result_of` takes what it has left."""
+    if folder.exists():  # what an earlier call left unfinished, or with a problem, stays beside it
+        names = (folder.with_name(f"{folder.name}.{i}") for i in count())
+        folder.rename(next(path for path in names if not path.exists()))
     folder.mkdir(parents=True)
     (folder / "tmp").mkdir()
     return random_runs.fork_run(folder, folder / "tmp", lambda: run_storm(storm, folder, undisturbed))
