@@ -26,7 +26,7 @@ NODE_THERE_S = 3.0
 #: So many shards, evenly spaced, tell how many images one has.
 SAMPLED_SHARDS = 16
 #: What is worth asking for is worked out so often; with many workers less often.
-LOOK_PERIOD_S, MANY_WORKERS, LONG_LOOK_PERIOD_S = 0.5, 50, 1.0
+LOOK_PERIOD_S, MANY_WORKERS, LONG_LOOK_PERIOD_S = 0.0, 50, 1.0
 #: What was asked for is withdrawn only when it is this many times what is worth asking for: estimates waver.
 HYSTERESIS = 2
 #: A worker with a node answers at once, while its model loads; one that has not for this long has none.
@@ -91,6 +91,7 @@ class Demand:
         self._stated = dict(stated or {})
         self._paces = {name: Pace() for name in pools}
         self._next_look = float("-inf")
+        self._bounds: dict[str, int] = {}
         self._started: set[str] = set()
         self._pool_of: dict[str, str] = {}
         self._shard_images: float | None = None
@@ -115,8 +116,10 @@ class Demand:
             order: gives the names of the pools, those preferred first.
         """
         self._useful = coordinator.useful_workers
-        if now < self._next_look:
+        bounds = dict(targets or {})
+        if now < self._next_look and bounds == self._bounds:
             return
+        self._bounds = bounds
         self._next_look = now + (LOOK_PERIOD_S if len(workers) < MANY_WORKERS else LONG_LOOK_PERIOD_S)
         self._learn(coordinator, workers, now)
         if self._shard_images is None:
