@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,8 +25,8 @@ START_S, LEAST_START_S, MOST_START_S = 30.0, 10.0, 600.0
 NODE_THERE_S = 3.0
 #: So many shards, evenly spaced, tell how many images one has.
 SAMPLED_SHARDS = 16
-#: With so many workers, what is worth asking for is worked out so often only.
-MANY_WORKERS, LOOK_PERIOD_S = 50, 1.0
+#: What is worth asking for is worked out so often; with many workers less often.
+LOOK_PERIOD_S, MANY_WORKERS, LONG_LOOK_PERIOD_S = 0.0, 50, 1.0
 #: What was asked for is withdrawn only when it is this many times what is worth asking for: estimates waver.
 HYSTERESIS = 2
 #: A worker with a node answers at once, while its model loads; one that has not for this long has none.
@@ -91,6 +91,7 @@ class Demand:
         self._stated = dict(stated or {})
         self._paces = {name: Pace() for name in pools}
         self._next_look = float("-inf")
+        self._bounds: dict[str, int] = {}
         self._started: set[str] = set()
         self._pool_of: dict[str, str] = {}
         self._shard_images: float | None = None
@@ -105,26 +106,28 @@ class Demand:
         now: float,
         *,
         targets: Mapping[str, int] | None = None,
-        order: Sequence[str] | None = None,
+        order: Callable[[], Sequence[str]] | None = None,
     ) -> None:
         """Take note of what is done, at work and left.
 
         Args:
             workers: of all pools.
             targets: never more than so many workers of a pool.
-            order: names of the pools, those preferred first.
+            order: gives the names of the pools, those preferred first.
         """
         self._useful = coordinator.useful_workers
-        if len(workers) >= MANY_WORKERS and now < self._next_look:
+        bounds = dict(targets or {})
+        if now < self._next_look and bounds == self._bounds:
             return
-        self._next_look = now + LOOK_PERIOD_S
+        self._bounds = bounds
+        self._next_look = now + (LOOK_PERIOD_S if len(workers) < MANY_WORKERS else LONG_LOOK_PERIOD_S)
         self._learn(coordinator, workers, now)
         if self._shard_images is None:
             shards = range(0, len(coordinator.shards), -(-len(coordinator.shards) // SAMPLED_SHARDS) or 1)
             images = [coordinator.shards[i].n_images for i in shards]
             self._shard_images = max(1.0, sum(images) / len(images)) if images else 1.0
         unbegun = (max(0, coordinator.unleased) + coordinator.n_ahead) * self._shard_images
-        standing = self._standing(workers, now, targets or {}, order or tuple(self.pools))
+        standing = self._standing(workers, now, targets or {}, order() if order else tuple(self.pools))
         self._wanted = share_out(standing, self._useful, unbegun, self._shard_images)
         waited = {w.pool: now - w.spawned for w in workers if w.node is None}  # of the newest of each pool
         milder = [_for_what_waits(pool, waited.get(pool.name, 0.0)) for pool in standing]

@@ -186,7 +186,7 @@ class WorkerPool:
         if self.fleet is None:
             self._demand.look(self.coordinator, staying, now)
         else:
-            targets, order = self.fleet.targets, self.fleet.order()
+            targets, order = self.fleet.targets, self.fleet.order
             self._demand.look(self.coordinator, staying, now, targets=targets, order=order)
         for name in self._demand.pools:
             self._resize_pool(name, now, shunned)

@@ -44,9 +44,9 @@ def test_parts_of_an_earlier_result_keep_where_and_how_they_were_measured(tmp_pa
 def test_load_is_the_drivers_processor_time_over_simulated_time(capsys):
     found = measure_load(8, 100)
     assert found["complete"]
-    assert (
-        found["share_of_a_core"] == round(found["driver_cpu_s"] / found["makespan_s"], 4)
-        or found["driver_cpu_s"] < 1.0
+    # of a figure that is itself rounded to 0.1 s
+    assert found["share_of_a_core"] == pytest.approx(
+        found["driver_cpu_s"] / found["makespan_s"], abs=0.06 / found["makespan_s"] + 1e-4
     )
     assert found["calls"]["run"] >= 100
     assert found["peak_mb"] >= found["mb_before_the_run"] > 0

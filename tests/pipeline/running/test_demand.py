@@ -150,10 +150,10 @@ def test_what_is_stated_is_known_before_anything_is_made():
 def test_pools_of_which_nothing_is_known_share_what_one_alone_would_get():
     """One worker of the first is asked for; when its rate shows, half of what is worth a node goes to the others, two each."""
     d = demand(*[options(50, at_once=0)] * 3)
-    d.look(Work(1000), [], 0.0, order=["b", "a", "c"])
+    d.look(Work(1000), [], 0.0, order=lambda: ["b", "a", "c"])
     assert [d.wanted(name) for name in "abc"] == [0, 1, 0]
     work = Work(1000, begun=(("x", 0.0, 5, 10.0),))
-    d.look(work, [at_work("x", "b")], 10.0, order=["b", "a", "c"])
+    d.look(work, [at_work("x", "b")], 10.0, order=lambda: ["b", "a", "c"])
     assert d.wanted("b") > 20
     assert [d.wanted(name) for name in "ac"] == [2, 2]
 
