@@ -43,13 +43,12 @@ def pins(folder: Path = PINS) -> dict[str, str]:
 def advisories(folder: Path, packages: Iterable[str]) -> Iterator[dict[str, Any]]:
     """OSV records below `folder` that are not withdrawn and name one of the packages."""
     wanted = set(packages)
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     for file in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.json")]):
         # the database has a folder for each package: most need not be read
         if file.suffix == ".yaml" and canonicalize_name(file.parent.name) not in wanted:
             continue
         text = file.read_text()
-        record = yaml.load(text, loader) if file.suffix == ".yaml" else json.loads(text)
+        record = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
         if not isinstance(record, dict) or "withdrawn" in record:
             continue
         if any(_name(affected) in wanted for affected in record.get("affected", ())):

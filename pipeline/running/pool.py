@@ -349,8 +349,14 @@ class WorkerPool:
                 options = self._demand.pools[name]
                 why = why_waiting(options)
                 log.warning(
-                    "waiting for the cluster: %d workers asked for (%s each%s), none running yet%s",
-                    *(n, words(options.asked), f", pool {name}" if name else "", f": {why}" if why else ""),
+                    "waiting for the cluster: %d worker%s asked for (%s each%s), none running yet%s",
+                    *(
+                        n,
+                        "s" if n > 1 else "",
+                        words(options.asked),
+                        f", pool {name}" if name else "",
+                        f": {why}" if why else "",
+                    ),
                 )
 
     # -- the end -------------------------------------------------------------------------------------------------

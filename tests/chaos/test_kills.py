@@ -180,7 +180,7 @@ def test_a_raylet_killed_takes_its_node_and_nothing_else(tmp_path, prompts, undi
     out = tmp_path / "out"
     with RayCluster(head_cpus=0) as cluster:
         driver = start(
-            tmp_path, *job(prompts, out, "slow"), "--workers", "0:2", ray=cluster.address, **node.env
+            tmp_path, *job(prompts, out, "slow"), "--workers", "2:2", ray=cluster.address, **node.env
         )
         wait_for_log(tmp_path, "waiting for the cluster: 2 workers asked for (1 CPU each)")
         nodes = [cluster.add_node(cpus=1) for _ in range(2)]

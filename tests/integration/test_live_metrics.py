@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from millijoule.pipeline.energy.carbon import Rate
+from millijoule.pipeline.fleet.rates import ShardCost
 from millijoule.pipeline.running.live_metrics import COUNTERS, GAUGES, LiveMetrics
 from millijoule.pipeline.running.run import Counts
 from millijoule.pipeline.running.spending import Caps, Spending
@@ -52,6 +53,10 @@ def exported(ray_address):
         counts=Counts(images_this_run=3, filtered_this_run=5, quarantined_this_run=1, lost_attempts=2),
         pool=SimpleNamespace(ready_workers=2),
         coordinator=SimpleNamespace(remaining=7),
+        fleet=SimpleNamespace(
+            shard_costs=lambda: {"fast": ShardCost(2.0, 150.0, 0.25), "new": ShardCost(None, None, None)},
+            images_made={"fast": 11, "new": 0},
+        ),
     )
     ray.init(address=ray_address, log_to_driver=False)
     try:

@@ -18,19 +18,19 @@ from millijoule.workers.storage.open import open_store
     ("images", "output_format", "puts"),
     [(4, "parquet", 2), (20, "parquet", 2), (20, "webdataset", 4), (20, "files", 20 + 2)],
 )
-def test_a_shard_is_read_in_three_requests_and_stored_in_as_many_as_it_has_files_and_a_commit(
+def test_a_shard_takes_four_reads_and_as_many_writes_as_it_has_files_and_a_commit(
     images, output_format, puts
 ):
     found = count_requests(images, output_format, pixels=8)
-    assert found["per_shard"] == {"GET": 2, "HEAD": 1, "PUT": puts}
-    assert found["dollars_per_million_shards"] == pytest.approx(1e6 * (puts * 0.005 + 3 * 0.0004) / 1000)
+    assert found["per_shard"] == {"GET": 2, "HEAD": 2, "PUT": puts}
+    assert found["dollars_per_million_shards"] == pytest.approx(1e6 * (puts * 0.005 + 4 * 0.0004) / 1000)
     assert found["stages"]["compacted commits"] == {"PUT": 1}
 
 
 def test_a_part_takes_two_requests_more_and_its_record_goes_with_the_commit():
     found = count_requests(20, "parquet", pixels=8, in_parts=1)
     assert found["parts"] > 1
-    assert found["per_shard"] == {"GET": 2, "HEAD": 1, "PUT": 2 + 2 * found["parts"], "DELETE": 1}
+    assert found["per_shard"] == {"GET": 2, "HEAD": 2, "PUT": 2 + 2 * found["parts"], "DELETE": 1}
 
 
 def test_closing_opens_what_commits_do_not_carry_and_nothing_else():

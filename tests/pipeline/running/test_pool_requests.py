@@ -26,7 +26,7 @@ def test_a_cluster_without_nodes_is_asked_for_one_and_scaled_down_again(world, c
     assert sorted(shard for shard, _ in w.made) == list(range(40))
     assert max(w.requests) == 1
     assert len(brought) == 1
-    assert "waiting for the cluster: 1 workers asked for (1 CPU each), none running yet" in caplog.text
+    assert "waiting for the cluster: 1 worker asked for (1 CPU each), none running yet" in caplog.text
 
 
 def test_workers_that_take_long_to_load_are_not_said_to_be_missing(world, caplog):
