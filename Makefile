@@ -74,7 +74,8 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 # Two at a time: most of what tests of processes do is wait for each other.
-PYTEST = $(BIN)/python -m pytest -q -n $(or $(TEST_PROCESSES),2) --dist loadfile
+# Files in their order: those of minutes, which start clusters, come first and short ones fill the end.
+PYTEST = $(BIN)/python -m pytest -q -n $(or $(TEST_PROCESSES),2) --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST) -m "not slow" tests

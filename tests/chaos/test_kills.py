@@ -128,6 +128,7 @@ def test_a_worker_that_never_wakes_is_replaced(tmp_path, prompts, ray_address, u
     assert_books_close(out)
 
 
+@pytest.mark.slow
 def test_a_batch_longer_than_its_lease_is_left_alone_while_it_gets_on(tmp_path, ray_address, node):
     out = tmp_path / "out"
     prompts = write_prompts(tmp_path / "prompts.txt", 8)

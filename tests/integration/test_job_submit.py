@@ -80,6 +80,7 @@ def test_the_command_installed_on_the_nodes(tmp_path, cluster):
     assert_exactly_once(tmp_path / "out", 20)
 
 
+@pytest.mark.slow
 def test_a_wheel_in_py_modules(tmp_path, cluster, wheel):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red heart\na blue star on a yellow background\n")
