@@ -128,7 +128,7 @@ def test_a_spot_pool_takes_on_demand_nodes_beyond_the_spot_ones_and_waiting_has_
         ScalingCluster(types, labels={name: {MARKET: name} for name in types}) as cluster,
         NodeWatch(cluster.address, tmp_path / "out", tmp_path / "nodes.jsonl") as watch,
     ):
-        pool = ("--pool", f"gpu:{MARKET}=spot|on-demand:workers=0:2:gpus=1")
+        pool = ("--pool", f"gpu:{MARKET}=spot|on-demand:workers=2:2:gpus=1")
         done = generate(tmp_path, *job, "--output", tmp_path / "out", *pool, ray=cluster.address)
         assert done.returncode == 0, done.stderr
         bought = {node: kind for s in watch.samples for node, kind in s.types.items()}

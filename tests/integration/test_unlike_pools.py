@@ -138,14 +138,14 @@ def test_a_slow_device_makes_pieces_of_shards_and_the_quick_one_the_rest(cluster
 
 @pytest.mark.slow
 def test_engines_and_presets_of_pools_are_what_their_workers_loaded(cluster, tmp_path):
-    """On one image per prompt of a tiny pipeline, two pools of processors that load it in different ways."""
+    """Two pools of processors that load a tiny pipeline in different ways; the job is long enough for both to be ready."""
     family = tiny_pipeline("sd15")
     pools = (
         "plain:class=cpu:workers=1:cpus=1:engine=eager",
         "half:class=cpu:workers=1:cpus=1:batch=2:optimize=lossless",
     )
     more = ("--model", family, "--pool", *pools, "--prefer", "speed", "--steps", 2)
-    output = run(cluster, tmp_path, 24, 2, *more)
+    output = run(cluster, tmp_path, 600, 2, *more)
     stated = {row["pool"]: row for row in energy_rows(output, "env")}
     assert stated["plain"]["engine"] == "eager"
     assert stated["half"]["engine"] == "deepspeed"
@@ -155,8 +155,8 @@ def test_engines_and_presets_of_pools_are_what_their_workers_loaded(cluster, tmp
     job = json.loads((output / "_job" / "job.json").read_text())
     assert job["model_options"]["pool_engines"] == ["deepspeed", "eager"]
     assert len(job["model_options"]["pool_rungs"]) == 2
-    assert len(manifest(output)) == 24
-    assert pq.ParquetFile(output / "manifest.parquet").metadata.num_rows == 24
+    assert len(manifest(output)) == 600
+    assert pq.ParquetFile(output / "manifest.parquet").metadata.num_rows == 600
 
 
 @pytest.mark.long
