@@ -148,13 +148,20 @@ def unseen(record: dict[str, Any], of: dict[str, str]) -> list[str]:
     return [f"{name}=={version}" for name, version in of.items() if record["pins"].get(name) != version]
 
 
+def _iso_date(text: str) -> str:
+    """A date by which a record can grow old."""
+    if datetime.date.fromisoformat(text) > datetime.date.today() + datetime.timedelta(days=1):
+        raise ValueError(text)
+    return text
+
+
 def age_days(record: dict[str, Any], today: datetime.date) -> int:
     """How old the database was."""
     return (today - datetime.date.fromisoformat(record["date"])).days
 
 
-def ask(pip_audit: str, of: dict[str, str]) -> list[str] | None:
-    """Matches by the package index, through pip-audit; None where the index has no advisories to give."""
+def ask(pip_audit: str, of: dict[str, str]) -> tuple[list[str], list[str]] | None:
+    """Matches by the package index, through pip-audit, and pins it said nothing of; None where it has no advisories to give."""
 
     def answers(some: dict[str, str]) -> list[dict[str, Any]]:
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
@@ -168,12 +175,17 @@ def ask(pip_audit: str, of: dict[str, str]) -> list[str] | None:
     (first, *_) = answers(dict([next(iter(of.items()))])) or [{"skip_reason": "no answer"}]
     if "skip_reason" in first:
         return None
-    return [
+    # the answer for all may fail where the one for the first did not
+    told = [found for found in answers(of) if "skip_reason" not in found]
+    if not told:
+        return None
+    matches = [
         f"{found['name']} {found['version']}: {flaw['id']} {' '.join(flaw.get('aliases', []))}".rstrip()
-        for found in answers(of)
-        for flaw in found.get("vulns", [])
+        for found in told
+        for flaw in found["vulns"]
         if (canonicalize_name(found["name"]), flaw["id"]) not in accepted()
     ]
+    return matches, sorted(of.keys() - {canonicalize_name(found["name"]) for found in told})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -185,7 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     comparing.add_argument("folder", type=Path)
     comparing.add_argument("--revision", required=True, help="commit or name of the database")
-    comparing.add_argument("--date", required=True, help="of that revision, YYYY-MM-DD")
+    comparing.add_argument(
+        "--date", required=True, type=_iso_date, help="of that revision, YYYY-MM-DD, not in the future"
+    )
     comparing.add_argument("--record", type=Path, default=RECORD)
     state = does.add_parser("state", help="what the record says of the pins")
     state.add_argument("--most-days", type=int, help="fail if the database was older")
@@ -195,11 +209,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     of = pins()
     if told.does == "ask":
-        if (matches := ask(told.pip_audit, of)) is None:
+        if (answer := ask(told.pip_audit, of)) is None:
             print("audit: the package index gives no advisories; only the record counts", file=sys.stderr)
             return 3
-        print("\n".join(matches) or f"audit: nothing is known of {len(of)} pins", file=sys.stderr)
-        return bool(matches)
+        matches, untold = answer
+        if untold:
+            print(f"audit: the index says nothing of {', '.join(untold)}", file=sys.stderr)
+        print(
+            "\n".join(matches) or f"audit: no flaw is known of {len(of) - len(untold)} pins", file=sys.stderr
+        )
+        return 1 if matches else 3 if untold else 0
     if told.does == "compare":
         record = compare(told.folder, told.revision, told.date, of)
         told.record.write_text(json.dumps(record, indent=1) + "\n")

@@ -59,7 +59,8 @@ def debian_packages(status: str, os_release: str) -> list[Component]:
     found = []
     for paragraph in status.split("\n\n"):
         told = dict(re.findall(r"^([A-Za-z-]+): (.*)$", paragraph, re.MULTILINE))
-        if told.get("Status") != "install ok installed":
+        # what is wanted (install, or hold as of `apt-mark hold`), the package's state, and what is there
+        if told.get("Status", "").split(" ")[-1] != "installed":
             continue
         name, version, machine = told["Package"], told["Version"], told["Architecture"]
         purl = f"pkg:deb/{vendor}/{quote(name)}@{quote(version, safe='')}?arch={machine}&distro={distro}"

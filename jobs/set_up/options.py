@@ -77,9 +77,10 @@ class GenerateOptions:
 
     pool: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME:LABEL=VALUE,...:workers=MIN:MAX ...")] = ()
     """Pools of unlike workers, by labels of Ray nodes: l4:ray.io/accelerator-type=L4:workers=0:8 (label=first|else: the second
-    where nodes of the first do not come; no label: any node). Further parts, each after a colon: batch=N, engine=NAME, gpus=X (0 to
-    1; default 1 where an accelerator is named), cpus=X, price=X (an hour of a device), images_per_s=X and joules=X per image
-    (until they are measured). docs/pools.md has more. Several pools, in place of --workers and --device."""
+    where nodes of the first do not come; no label: any node). Further parts, each after a colon: batch=N, engine=NAME,
+    optimize=PRESET or its file, gpus=X (0 to 1; default 1 where an accelerator is named), cpus=X, price=X (an hour of a device),
+    images_per_s=X and joules=X per image (until they are measured). docs/pools.md has more. Several pools, in place of --workers
+    and --device."""
 
     prefer: Literal["energy", "speed", "cost"] | None = None
     """What choosing between pools saves: joules, time, or money (price=X of each pool, and --price-per-kwh). With --deadline:

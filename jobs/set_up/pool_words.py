@@ -59,6 +59,8 @@ def parse_pool(text: str) -> PoolWords:
     labels, _, rest = rest.partition(":")
     if not _NAME.fullmatch(name):
         raise refuse(f"{name!r} is no name: small letters, digits and -")
+    if labels.partition("=")[0] in ("workers", *_WORDS, *_NUMBERS):
+        raise refuse(f"{labels!r} stands where labels do; without any it is {name}::{labels}")
     selectors = _selectors(labels, refuse)
     fields: dict[str, str] = {}
     last = ""
@@ -74,7 +76,7 @@ def parse_pool(text: str) -> PoolWords:
         fields[key], last = value, key
     if "workers" not in fields:
         raise refuse("workers=MIN:MAX is missing")
-    match = re.fullmatch(r"([0-9]+)(?::([0-9]+))?", fields.pop("workers"))
+    match = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", fields.pop("workers"))
     if match is None:
         raise refuse("workers is a number such as 4, or a range such as 0:8")
     least, most = int(match[1]), int(match[2] or match[1])
@@ -92,7 +94,7 @@ def parse_pool(text: str) -> PoolWords:
     if found.get("gpus", 0) > 1:
         raise refuse("a worker of a pool has one GPU or a part of one")
     batch = fields.pop("batch", None)
-    if batch is not None and not (batch.isdecimal() and int(batch) >= 1):
+    if batch is not None and not re.fullmatch(r"0*[1-9][0-9]{0,8}", batch):
         raise refuse(f"batch={batch} is no number of images")
     engine = fields.pop("engine", None)
     if engine is not None and engine not in get_args(EngineName):

@@ -119,6 +119,7 @@ class FleetPolicy:
         self._now = now
         if self._began == -math.inf:
             self._began = now
+            self._shard_images = coordinator.images_per_shard  # until leases are out
         for worker in workers:
             self._pool_of.setdefault(worker.worker_id, worker.pool)
         self._unleased, self._has_questions = coordinator.unleased, coordinator.has_questions

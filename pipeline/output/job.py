@@ -104,7 +104,7 @@ def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], u
     ]
     was, now = _as_given(existing.model_options), _as_given(asked["model_options"])
     changed += [
-        f"--{name.replace('_', '-')} was {was.get(name, 'the default')}, now {now.get(name, 'the default')}"
+        f"{_OF_POOLS.get(name, '--' + name.replace('_', '-'))} was {was.get(name, 'the default')}, now {now.get(name, 'the default')}"
         for name in sorted(was.keys() | now.keys())
         if was.get(name) != now.get(name)
     ]
@@ -179,7 +179,8 @@ _RAY_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def this_epoch(environ: Mapping[str, str]) -> Epoch:
-    """This process, as a driver."""
+    """This process, as a driver. Of words that are no UTF-8 the bytes are written as `\\udcff`."""
+    environ = {name: _writable(value) for name, value in environ.items()}
     attempt, source = None, None
     for name, first in ATTEMPT_VARIABLES.items():
         if (text := environ.get(name, "")).isdecimal() and len(text) < 10:
@@ -279,11 +280,25 @@ def last_epoch(store: Store) -> int:
     return max((int(stem) for stem in stems if stem.isdigit()), default=0)
 
 
+def _writable(text: str) -> str:
+    """`text` as JSON can hold it: a variable's bytes that are no UTF-8 come as halves of pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _user() -> str:
     try:
-        return getpass.getuser()
+        return _writable(getpass.getuser())
     except (KeyError, OSError):  # a container user without a name
         return str(os.getuid())
+
+
+#: Of `JobSpec.model_options`, what no option of its own says.
+_OF_POOLS = {
+    "pool_engines": "engines of --pool",
+    "pool_rungs": "optimize= of --pool",
+    "pool_cuda_graphs": "CUDA graphs of --pool",
+    "pool_fused_modules": "fused modules of --pool",
+}
 
 
 def _as_given(model_options: dict[str, Any]) -> dict[str, str]:

@@ -222,7 +222,8 @@ def read_stats(store: Store) -> dict[str, Any]:
         return stats
     except NotFoundError:
         raise InputError(
-            f"{store.url}: the job has not finished (it has no {STATS_KEY}); run the same command again to finish it"
+            f"{store.url}: the job has not finished (it has no {STATS_KEY}); unless a run is at work on it, give its command again"
+            " to finish it"
         ) from None
     except ValueError as error:
         raise InputError(f"{store.url}/{STATS_KEY}: not a job's statistics: {error}") from error

@@ -13,6 +13,7 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ SECOND_OPINION_PATIENCE_S = 30.0
 SPECULATION_FACTOR = 1.5
 #: ... and at least this many seconds: shorter ones are not worth the energy.
 SPECULATION_MIN_S = 5.0
+#: So many shards, evenly spaced, tell how many images one has.
+SAMPLED_SHARDS = 16
 #: Why a row that killed its workers stands quarantined.
 POISON_REASON = "every worker that generated this row died"
 HANG_REASON = "every worker that generated this row stood still, longer than --lease-seconds, and was ended"
@@ -104,6 +107,12 @@ class Coordinator:
     def remaining(self) -> int:
         """Shards neither committed nor given up."""
         return len(self.shards) - self.n_committed - len(self.given_up)
+
+    @cached_property
+    def images_per_shard(self) -> float:
+        """The mean of a few shards, evenly spaced; at least 1."""
+        sample = range(0, len(self.shards), -(-len(self.shards) // SAMPLED_SHARDS) or 1)
+        return max(1.0, sum(self.shards[i].n_images for i in sample) / max(1, len(sample)))
 
     @property
     def useful_workers(self) -> int:

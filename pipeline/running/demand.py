@@ -23,8 +23,6 @@ from millijoule.pipeline.running.coordinator import Coordinator
 START_S, LEAST_START_S, MOST_START_S = 30.0, 10.0, 600.0
 #: Who had a node sooner than this got one that was there: how long it took to start says nothing of a node to come.
 NODE_THERE_S = 3.0
-#: So many shards, evenly spaced, tell how many images one has.
-SAMPLED_SHARDS = 16
 #: What is worth asking for is worked out so often; with many workers less often.
 LOOK_PERIOD_S, MANY_WORKERS, LONG_LOOK_PERIOD_S = 0.0, 50, 1.0
 #: What was asked for is withdrawn only when it is this many times what is worth asking for: estimates waver.
@@ -94,7 +92,6 @@ class Demand:
         self._bounds: dict[str, int] = {}
         self._started: set[str] = set()
         self._pool_of: dict[str, str] = {}
-        self._shard_images: float | None = None
         self._useful = 0
         self._wanted = dict.fromkeys(pools, 0)
         self._tolerated = dict.fromkeys(pools, 0)  # more than this is taken back
@@ -122,16 +119,13 @@ class Demand:
         self._bounds = bounds
         self._next_look = now + (LOOK_PERIOD_S if len(workers) < MANY_WORKERS else LONG_LOOK_PERIOD_S)
         self._learn(coordinator, workers, now)
-        if self._shard_images is None:
-            shards = range(0, len(coordinator.shards), -(-len(coordinator.shards) // SAMPLED_SHARDS) or 1)
-            images = [coordinator.shards[i].n_images for i in shards]
-            self._shard_images = max(1.0, sum(images) / len(images)) if images else 1.0
-        unbegun = (max(0, coordinator.unleased) + coordinator.n_ahead) * self._shard_images
+        shard_images = coordinator.images_per_shard
+        unbegun = (max(0, coordinator.unleased) + coordinator.n_ahead) * shard_images
         standing = self._standing(workers, now, targets or {}, order() if order else tuple(self.pools))
-        self._wanted = share_out(standing, self._useful, unbegun, self._shard_images)
+        self._wanted = share_out(standing, self._useful, unbegun, shard_images)
         waited = {w.pool: now - w.spawned for w in workers if w.node is None}  # of the newest of each pool
         milder = [_for_what_waits(pool, waited.get(pool.name, 0.0)) for pool in standing]
-        self._tolerated = share_out(milder, self._useful, unbegun, self._shard_images)
+        self._tolerated = share_out(milder, self._useful, unbegun, shard_images)
 
     def _learn(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
         """How long starts took, and how fast each pool is."""

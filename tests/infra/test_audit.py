@@ -105,7 +105,8 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_an_index_that_does_not_answer_is_not_taken_for_a_clean_one(tmp_path, kind, capsys):
+def test_an_index_that_does_not_answer_is_not_taken_for_a_clean_one(tmp_path, kind, capsys, monkeypatch):
+    monkeypatch.setattr(audit, "pins", lambda: {"aiohttp": "1"})
     answer, code = ANSWERS[kind]
     stand_in = tmp_path / "pip-audit"
     stand_in.write_text(f"#!{sys.executable}\nprint({answer!r})\n")
@@ -114,6 +115,45 @@ def test_an_index_that_does_not_answer_is_not_taken_for_a_clean_one(tmp_path, ki
     said = capsys.readouterr().err
     assert ("only the record counts" in said) is (code == 3)
     assert ("TEST-1" in said) is (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("for_all", "code", "said"),
+    [
+        ("no network", 3, "only the record counts"),
+        ('{"dependencies": []}', 3, "only the record counts"),
+        ('{"dependencies": [{"name": "b", "version": "1", "vulns": []}]}', 3, "says nothing of a, c\n"),
+        (
+            '{"dependencies": [{"name": "b", "version": "1", "vulns": [{"id": "TEST-1"}]}, '
+            '{"name": "a", "skip_reason": "none"}]}',
+            1,
+            "b 1: TEST-1",
+        ),
+    ],
+)
+def test_an_index_that_answers_for_one_pin_and_not_for_all_is_not_taken_for_a_clean_one(
+    tmp_path, monkeypatch, capsys, for_all, code, said
+):
+    stand_in = tmp_path / "pip-audit"
+    for_one = '{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}'
+    asks_for_one = "open(sys.argv[-1]).read().count('==') == 1"
+    stand_in.write_text(
+        f"#!{sys.executable}\nimport sys\nprint({for_one!r} if {asks_for_one} else {for_all!r})\n"
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(audit, "pins", lambda: {"a": "1", "b": "1", "c": "1"})
+    assert audit.main(["ask", str(stand_in)]) == code
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("date", ["yesterday", "2026-13-01", "9999-01-01"])
+def test_a_record_has_a_date_by_which_it_grows_old(database, date, capsys):
+    record = database / "record.json"
+    told = ["compare", str(database), "--revision", "abc", "--date", date, "--record", str(record)]
+    with pytest.raises(SystemExit, match="2"):
+        audit.main(told)
+    assert "--date" in capsys.readouterr().err
+    assert not record.exists()
 
 
 def test_no_advisory_that_was_found_is_open_and_none_is_accepted_without_need():

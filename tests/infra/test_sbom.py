@@ -46,6 +46,16 @@ Package: tzdata
 Status: install ok installed
 Architecture: all
 Version: 2025b-0+deb12u1
+
+Package: libnccl2
+Status: hold ok installed
+Architecture: amd64
+Version: 2.27.3-1
+
+Package: half-there
+Status: install reinstreq half-installed
+Architecture: amd64
+Version: 1.0
 """
 
 
@@ -79,6 +89,7 @@ def test_everything_in_an_image_is_listed_once_and_nothing_else(image):
     bom = json.loads(written(image))
     assert [c["purl"] for c in bom["components"]] == [
         "pkg:deb/debian/libc6@2.36-9%2Bdeb12u13?arch=amd64&distro=debian-12",
+        "pkg:deb/debian/libnccl2@2.27.3-1?arch=amd64&distro=debian-12",
         "pkg:deb/debian/tzdata@2025b-0%2Bdeb12u1?arch=all&distro=debian-12",
         f"pkg:generic/cpython@{sys.version.split()[0]}",
         "pkg:pypi/millijoule@0.1.0",

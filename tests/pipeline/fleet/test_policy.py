@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 
 from millijoule.jobs.simulating.devices import ACCELERATOR, DeviceKind, Fleet
@@ -13,6 +14,7 @@ from millijoule.jobs.simulating.fleets import mixed_kinds, pools_of
 from millijoule.jobs.simulating.job import made_up_plan, run_job
 from millijoule.pipeline.fleet.policy import FleetPolicy
 from millijoule.pipeline.fleet.pools import Pool
+from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.demand import PoolOptions
 
 #: A quick device, and one that needs three times the joules and takes eight times as long.
@@ -160,6 +162,19 @@ def test_a_deadline_that_cannot_be_met_is_said_though_a_pool_has_no_nodes(warnin
     both = pools({"lean": (LEAN, 4), "slow": (SLOW, 8)})
     run_job(made_up_plan(60, IMAGES), Fleet(kinds, 1), fleet=FleetPolicy(both, deadline_s=300.0))
     assert sum("the deadline will be missed" in line for line in warnings) == 1
+
+
+def test_before_anybody_works_stated_rates_choose_devices_for_images_and_not_for_shards(caplog):
+    """6,000 images in 1,030 s at 1 image/s each, 30 s of them to start: seven devices, where 300 would need one."""
+    eight = pools({"slow": (SLOW, 8)}, images_per_s=1.0, joules_per_image=100.0)
+    policy = FleetPolicy(eight, deadline_s=1030.0)
+    plan = made_up_plan(SHARDS, IMAGES)
+    policy.look(Coordinator(plan.shards, np.zeros(SHARDS, bool), 60.0, 1), [], 0.0)
+    assert policy.targets == {"slow": 7}
+    with caplog.at_level(logging.WARNING, "millijoule"):
+        late = FleetPolicy(eight, deadline_s=300.0)
+        late.look(Coordinator(plan.shards, np.zeros(SHARDS, bool), 60.0, 1), [], 0.0)
+    assert "20.4 images/s are needed" in caplog.text  # 6,000 in 98 % of 300 s
 
 
 def test_a_pool_whose_nodes_do_not_come_is_made_up_for_until_they_do():

@@ -92,6 +92,14 @@ def test_options_of_the_model_that_changed_are_named_as_they_are_given(store):
     assert refusal(vae=None, engine="eager") == (
         "--engine was the default, now eager; --vae was 222222222222, now the default"
     )
+    pools = {"pool_engines": ["compile", "eager"], "pool_rungs": [{"steps": 9}, {}]}
+    with pytest.raises(InputError) as refused:
+        check_same_job(
+            job, "0" * 64, asdict(replace(job, model_options={**job.model_options, **pools})), store.url
+        )
+    assert "engines of --pool was the default, now ['compile', 'eager']; optimize= of --pool was" in str(
+        refused.value
+    )
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
@@ -165,6 +173,7 @@ def as_ray_says(submission_id):
             None,
         ),
         ({"RAY_CLUSTER_NAME": "my-job-9kk2q"}, None),
+        ({"MILLIJOULE_SERIES": "caf\udce9"}, "caf\\udce9"),  # Latin-1, as Python has it in `os.environ`
     ],
 )
 def test_attempts_of_one_submission_are_a_series(environment, series):
@@ -199,6 +208,14 @@ def test_where_nobody_counts_attempts_a_second_run_of_a_series_is_a_retry(store,
     with pytest.raises(SupersededError, match="set MILLIJOULE_SERIES to a new word"):
         starts(store, monkeypatch, MILLIJOULE_SERIES="RayJob a")
     assert starts(store, monkeypatch, MILLIJOULE_SERIES="RayJob a", MILLIJOULE_ATTEMPT="1") == 4
+
+
+def test_a_series_in_another_encoding_is_recorded_and_told_apart(store, monkeypatch):
+    assert starts(store, monkeypatch, MILLIJOULE_SERIES="\udce9") == 1
+    assert starts(store, monkeypatch, MILLIJOULE_SERIES="\udce8", LOGNAME="\udce9") == 2
+    with pytest.raises(SupersededError):
+        starts(store, monkeypatch, MILLIJOULE_SERIES="\udce9")
+    assert read_epochs(store).keys() == {1, 2}
 
 
 def test_whoever_comes_in_between_is_seen_by_a_retry(store, monkeypatch):

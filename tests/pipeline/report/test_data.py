@@ -264,7 +264,7 @@ def test_tables_of_an_earlier_job_are_left_out(copy):
 
 def test_a_job_that_has_not_finished_is_refused(copy, tmp_path):
     copy.delete(["stats.json"])
-    with pytest.raises(InputError, match="has not finished"):
+    with pytest.raises(InputError, match=r"has not finished.*unless a run is at work"):
         collect_job(copy, Rates())
     with pytest.raises(InputError, match="no job here"):
         collect_job(open_store(str(tmp_path / "empty")), Rates())

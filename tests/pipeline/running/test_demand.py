@@ -38,6 +38,7 @@ class Work:
     begun: tuple[tuple[str, float, int, float], ...] = ()
     made: deque = field(default_factory=deque)
     n_ahead: int = 0
+    images_per_shard: float = IMAGES
 
     @property
     def useful_workers(self) -> int:
@@ -46,10 +47,6 @@ class Work:
     @property
     def unleased(self) -> int:
         return self.remaining - len(self.begun)
-
-    @property
-    def shards(self):
-        return [SimpleNamespace(n_images=IMAGES)] * 20
 
     @property
     def active(self):
