@@ -258,6 +258,12 @@ class FleetPolicy:
                 "the deadline will be missed: %.3g images/s are needed, all pools together make %.3g",
                 *(left / time_s, can / time_s),
             )
+        if (
+            can <= 0
+        ):  # none would be ready in time, as far as is known: on nodes that are there one may be, sooner than thought
+            options = {name: self.pools[name].options for name in known}
+            rooms = {n: o.max_workers if o.at_once is None else o.at_once for n, o in options.items()}
+            return {n: min(o.max_workers, rooms[n]) for n, o in options.items()}
         return {name: max(wished[name], chosen[name]) for name in known}
 
     def _cheapest(self, known: Collection[str], workers: Collection[Any], now: float) -> dict[str, int]:

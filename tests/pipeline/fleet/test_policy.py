@@ -177,6 +177,16 @@ def test_before_anybody_works_stated_rates_choose_devices_for_images_and_not_for
     assert "20.4 images/s are needed" in caplog.text  # 6,000 in 98 % of 300 s
 
 
+def test_a_deadline_before_anybody_is_thought_to_be_ready_is_tried_on_the_nodes_that_are_there():
+    """Thirty seconds for a start are a guess: a processor that is there may draw after three."""
+    (asked,) = pools({"slow": (SLOW, 8)}, images_per_s=1.0, joules_per_image=100.0)
+    asked = replace(asked, options=replace(asked.options, at_once=2))
+    policy = FleetPolicy([asked], deadline_s=20.0)
+    plan = made_up_plan(SHARDS, IMAGES)
+    policy.look(Coordinator(plan.shards, np.zeros(SHARDS, bool), 60.0, 1), [], 0.0)
+    assert policy.targets == {"slow": 2}
+
+
 def test_a_pool_whose_nodes_do_not_come_is_made_up_for_until_they_do():
     none_there = DeviceKind("LEAN", 4.0, 400.0, 50.0)
     kinds = {"lean": (none_there, 0), "slow": (SLOW, 8)}
