@@ -221,7 +221,7 @@ def run_options(options: GenerateOptions) -> int:
         lines = [f"interrupted: {result.shards_left} shards left; run the same command again to resume"]
     elif result.status == "superseded":
         lines = [
-            f"{result.reason}, which finishes the job; give the command again only if that run ends without"
+            f"{result.reason}, which finishes the job; give the command again only if that run ends without finishing it"
         ]
     else:
         lines = []
