@@ -258,13 +258,15 @@ class FleetPolicy:
                 "the deadline will be missed: %.3g images/s are needed, all pools together make %.3g",
                 *(left / time_s, can / time_s),
             )
-        if (
-            can <= 0
-        ):  # none would be ready in time, as far as is known: on nodes that are there one may be, sooner than thought
-            options = {name: self.pools[name].options for name in known}
-            rooms = {n: o.max_workers if o.at_once is None else o.at_once for n, o in options.items()}
-            return {n: min(o.max_workers, rooms[n]) for n, o in options.items()}
+        if can <= 0:
+            # none would be ready in time, as far as is known: on nodes that are there one may be, sooner than thought
+            return {name: self._room(name) for name in known}
         return {name: max(wished[name], chosen[name]) for name in known}
+
+    def _room(self, name: str) -> int:
+        """Devices that a pool may have on the nodes that are there."""
+        options = self.pools[name].options
+        return options.max_workers if options.at_once is None else min(options.max_workers, options.at_once)
 
     def _cheapest(self, known: Collection[str], workers: Collection[Any], now: float) -> dict[str, int]:
         """All devices of the pool that costs least per image; of the next one as well while its nodes do not come."""

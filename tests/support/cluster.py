@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,18 @@ def free_port() -> int:
             port = s.getsockname()[1]
         if not 10_002 <= port <= 19_999:
             return port
+
+
+def shard_workers(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those of `processes` that are actors which run leases."""
+    found = []
+    for process in processes:
+        try:
+            if "ray::ShardWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
 
 
 class RayNode:
@@ -79,14 +92,7 @@ class RayNode:
 
     def workers(self) -> list[psutil.Process]:
         """The node's actor processes that run leases."""
-        found = []
-        for process in self.processes():
-            try:
-                if process.cmdline()[:1] and "ray::ShardWorker" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                pass
-        return found
+        return shard_workers(self.processes())
 
     def stop(self) -> None:
         if self.process.poll() is None:

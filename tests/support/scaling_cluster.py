@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 from ray.util import get_node_ip_address
-from support.cluster import RayNode, free_port
+from support.cluster import RayNode, free_port, shard_workers
 
 NODE_TYPE = {"node_config": {}, "min_workers": 0}
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -128,14 +128,7 @@ class ScalingCluster:
 
     def workers(self) -> list[psutil.Process]:
         """Actor processes that run leases, on any node."""
-        found = []
-        for process in self.processes():
-            try:
-                if "ray::ShardWorker" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                pass
-        return found
+        return shard_workers(self.processes())
 
     def __enter__(self) -> ScalingCluster:
         try:

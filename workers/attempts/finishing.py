@@ -130,13 +130,10 @@ class Finishing:
                 outcomes = part.outcome.result()
                 attempt.check()
                 # a part has no row of which only this worker says that it fails: those come last
-                sure = [
-                    (one, made) for one, made in zip(part.drawn, outcomes, strict=True) if not one.is_suspect
-                ]
-                accused += [one for one in part.drawn if one.is_suspect]
-                _add(pieces, [one for one, _ in sure], [made for _, made in sure])
+                accused += _add(pieces, part.drawn, outcomes)
                 if healthy is None:
-                    healthy = next((one.at for one, made in sure if isinstance(made, bytes)), None)
+                    made = zip(part.drawn, outcomes, strict=True)
+                    healthy = next((one.at for one, file in made if isinstance(file, bytes)), None)
                 attempt.step()
         for one in accused:
             pieces.add(one.at, one.row, None)
@@ -275,18 +272,26 @@ def _sum(energies: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(energies) else None
 
 
-def _add(pieces: Pieces, drawn: Sequence[DrawnImage], outcomes: Sequence[bytes | Exception | None]) -> None:
-    """Give images to the piece at hand, and rows that have none."""
+def _add(
+    pieces: Pieces, drawn: Sequence[DrawnImage], outcomes: Sequence[bytes | Exception | None]
+) -> list[DrawnImage]:
+    """Give images to the piece at hand, and rows that have none, but for suspects, which are returned."""
+    suspects = [one for one in drawn if one.is_suspect]
+    ats: list[tuple[int, int]] = []
     rows: list[ImageRow] = []
     encoded: list[bytes | None] = []
     for one, outcome in zip(drawn, outcomes, strict=True):
+        if one.is_suspect:
+            continue
+        ats.append(one.at)
         if isinstance(outcome, Exception):
             rows.append(one.row._replace(status="quarantined", error=reason(outcome)))
             encoded.append(None)
         else:
             rows.append(one.row)
             encoded.append(outcome)
-    pieces.add_many([one.at for one in drawn], rows, encoded)
+    pieces.add_many(ats, rows, encoded)
+    return suspects
 
 
 @contextmanager

@@ -101,7 +101,7 @@ class LeaseClock:
     """Says on the device's thread when a lease's time is over (`Lease.at_most_s`), unless the shard is nearly drawn: with the batch
     that ends nearest to it.
 
-    Never where a row failed that another worker has to hear: what has such a row is not sealed, and would be lost.
+    Never where a row failed that another worker has to hear: the word against it is given at the shard's end only.
     """
 
     def __init__(

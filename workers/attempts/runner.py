@@ -142,7 +142,7 @@ class AttemptRunner:
                 handover.put(batch)
                 left -= len(batch)
                 is_worth_it = is_worth_it or not all(drawn.is_suspect for drawn in batch)
-                is_over = limit.is_over(batch) and is_worth_it  # a lease that seals nothing helps nobody
+                is_over = limit.is_over(batch)
                 ends = (attempt.leaves or is_over) and left > 0  # what is drawn to its end is committed
                 if (due.drew(len(batch)) or ends) and is_worth_it:
                     handover.seal(self.drawing.stretch(attempt, began_wall_ns))

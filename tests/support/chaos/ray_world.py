@@ -21,7 +21,7 @@ from support.chaos import inside
 from support.chaos.damage import SPOILED, flipped, spoil
 from support.chaos.faults import INSIDE
 from support.chaos.ray_faults import NETWORK, RayStorm
-from support.cluster import RayCluster, RayNode
+from support.cluster import RayCluster, RayNode, shard_workers
 from support.jobs import start
 
 from millijoule.pipeline.closing.check import check_output
@@ -137,14 +137,7 @@ class RayWorld:
         return found
 
     def workers(self) -> list[psutil.Process]:
-        found = []
-        for process in self.processes():
-            try:
-                if "ray::ShardWorker" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                pass
-        return found
+        return shard_workers(self.processes())
 
     def close(self) -> None:
         if self.cluster is not None:
