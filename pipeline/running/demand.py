@@ -206,17 +206,18 @@ class Demand:
         """Workers of `pool` there should be."""
         return self._wanted[pool]
 
-    def more(self, workers: Collection[Any], pool: str = "") -> int:
-        """Workers of `pool` to ask for: those there should be, as far as all pools together have no more than there is to do."""
-        own = sum(w.pool == pool for w in workers)
-        least = self.pools[pool].min_workers - own
-        return max(0, least, min(self._wanted[pool] - own, self._useful - len(workers)))
+    def more(self, own: int, workers: int, pool: str = "") -> int:
+        """Workers of `pool` to ask for: those there should be, as far as all pools together have no more than there is to do.
 
-    def withdrawable(
-        self, workers: Collection[Any], now: float, *, draining: bool, pool: str = ""
-    ) -> list[Any]:
-        """Workers of `pool` to take back: asked for in excess of what is wanted, or of anything when draining, and without a node."""
-        own = [w for w in workers if w.pool == pool]
+        Args:
+            own, workers: how many of `pool`, and of all pools, there are.
+        """
+        least = self.pools[pool].min_workers - own
+        return max(0, least, min(self._wanted[pool] - own, self._useful - workers))
+
+    def withdrawable(self, own: Collection[Any], now: float, *, draining: bool, pool: str = "") -> list[Any]:
+        """Of `own`, all workers of `pool`, those to take back: asked for in excess of what is wanted, or of anything when draining, and
+        without a node."""
         excess = len(own) - (0 if draining else self._tolerated[pool])
         if excess <= 0:
             return []

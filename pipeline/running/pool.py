@@ -188,26 +188,33 @@ class WorkerPool:
         else:
             targets, order = self.fleet.targets, self.fleet.order
             self._demand.look(self.coordinator, staying, now, targets=targets, order=order)
-        for name in self._demand.pools:
-            self._resize_pool(name, now, shunned)
+        members: dict[str, list[Worker]] = {name: [] for name in self._demand.pools}
+        for worker in staying:
+            members[worker.pool].append(worker)
+        workers = len(staying)
+        for name, own in members.items():
+            workers += self._resize_pool(name, own, workers, now, shunned)
 
-    def _resize_pool(self, name: str, now: float, shunned: set[str] | None) -> None:
-        draining = bool(self.draining)
-        staying = [w for w in self.workers.values() if not w.leaving]
+    def _resize_pool(
+        self, name: str, own: list[Worker], workers: int, now: float, shunned: set[str] | None
+    ) -> int:
+        """The same for one pool, which has `own` of all `workers`; returns by how many they have changed."""
+        draining, more = bool(self.draining), 0
         if shunned is not None and not draining and now >= self._outcomes.spawn_not_before:
-            more = self._demand.more(staying, name)
+            more = self._demand.more(len(own), workers, name)
             if self.fleet is not None and not self.fleet.may_start(name):
                 more = 0
             for _ in range(more):
                 config, ending = self._configs.get(name), self._outcomes.draining.now
                 self._crew.spawn(now, shunned, self._demand.pools[name], name, config, ending)
             if more > 0:
-                staying = [w for w in self.workers.values() if not w.leaving]
-        surplus = self._demand.withdrawable(staying, now, draining=draining, pool=name)
+                own = [w for w in self.workers.values() if w.pool == name and not w.leaving]
+        surplus = self._demand.withdrawable(own, now, draining=draining, pool=name)
         for worker in surplus:
             self._crew.remove(worker)
         if surplus:
             log.info("workers still waiting for a node and no longer needed: %d taken back", len(surplus))
+        return more - len(surplus)
 
     def _shunned(self, now: float) -> set[str] | None:
         """Nodes to keep new workers away from; None while there is no other node.

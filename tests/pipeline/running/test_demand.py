@@ -189,7 +189,7 @@ def test_all_pools_together_never_have_more_than_there_are_shards_and_some_while
         workers = [w for w in workers if w.ready][:left]  # others were taken back, and some died
         d.look(work, workers, now)
         for name in d.pools:
-            more = d.more(workers, name)
+            more = d.more(sum(w.pool == name for w in workers), len(workers), name)
             assert more <= max(0, d.wanted(name))
             workers += [at_work(f"w{now}-{name}-{i}", name, 1.0) for i in range(more)]
         assert len(workers) <= left
