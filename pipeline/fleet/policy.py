@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from millijoule.pipeline.fleet.choice import Offer, choose_devices, seconds_until_done
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 CHOICE_PERIOD_S = 10.0
 #: Far from the end the workers are looked at so often.
 LOOK_PERIOD_S = 1.0
-#: A worker takes so long to start, before anybody has shown how long.
+#: A worker takes so long to start, where nobody says how long.
 START_S = 30.0
 #: More than is needed by so much: rates waver, workers die.
 RESERVE = 0.03
-#: This part of the time until the deadline is kept in hand for what goes wrong last.
-SPARE = 0.02
+#: This part of the job's time until the deadline is kept in hand for what goes wrong last, near it at most this part of what is left.
+SPARE, MOST_SPARE = 0.02, 0.25
 #: A pool has fewer devices only where it needs fewer by this share: what is stopped has to be started again.
 HYSTERESIS = 0.05
 #: A device that would have to start counts as dearer than one that works by this: else pools alike take each other's place for ever.
@@ -79,7 +79,9 @@ class FleetPolicy:
         self.images_made: Counter[str] = Counter()  # accepted ones of committed shards, by pool
         self.leaving: set[str] = set()  # ids of workers that are to end when they have nothing in hand
         self._pool_of: dict[str, str] = {}
+        self.start_s: Callable[[str], float] = lambda pool: START_S  # of a worker of a pool on a node to come
         self._next_choice = 0.0
+        self._known: list[str] = []
         self._is_late = False
         self._unmeasured: set[str] = set()  # pools of which that was said
         self._spans: dict[
@@ -132,16 +134,16 @@ class FleetPolicy:
         if coordinator.active:
             self._shard_images = coordinator.images_out / len(coordinator.active) or self._shard_images
         self._look_at_the_end(coordinator, workers, now)
-        if now >= self._next_choice:
-            self._next_choice = now + CHOICE_PERIOD_S
+        known = [name for name in self.pools if self.rates.is_known(name, self.prefer)]
+        if now >= self._next_choice or known != self._known:
+            self._next_choice, self._known = now + CHOICE_PERIOD_S, known
             self._choose(coordinator, workers, now)
         self._let_go(workers)
 
     # -- how many ------------------------------------------------------------------------------------------------
 
     def _choose(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
-        useful = coordinator.useful_workers
-        known = [name for name in self.pools if self.rates.is_known(name, self.prefer)]
+        useful, known = coordinator.useful_workers, self._known
         self._name_unmeasured(known)
         if self.prefer == "speed":
             chosen = self._all(known)
@@ -150,10 +152,11 @@ class FleetPolicy:
         elif self.deadline_s is None:
             chosen = self._cheapest(known, workers, now)
         else:
-            left = coordinator.remaining * self._shard_images - coordinator.images_out / 2
-            left -= coordinator.images_sealed
-            time_s = max(1.0, self.deadline_s - now - SPARE * (self.deadline_s - self._began))
-            chosen = self._enough(known, left, time_s, workers, now)
+            begun = coordinator.images_out - coordinator.images_ahead  # half of that is drawn, in the mean
+            left = coordinator.remaining * self._shard_images - begun / 2 - coordinator.images_sealed
+            left_s = self.deadline_s - now
+            spare_s = min(SPARE * (self.deadline_s - self._began), MOST_SPARE * left_s)
+            chosen = self._enough(known, left, max(1.0, left_s - spare_s), workers, now)
         for name, pool in self.pools.items():
             least, most = pool.options.min_workers, pool.options.max_workers
             if name not in known and self.prefer != "speed":
@@ -205,24 +208,24 @@ class FleetPolicy:
     ) -> list[Offer]:
         """Two offers of each pool, of devices that work and of others, with the images that each makes in time as its rate.
 
-        The last shard of a device ends up to a whole shard before the time does, half of one in the mean; a device that is yet to
+        The last lease of a device ends up to a whole one before the time does, half of one in the mean; a device that is yet to
         start has so much less time, and costs more than one that is there: what starts it, and what starting the other one had cost.
         """
         work = Counter(w.pool for w in workers if w.ready is not None and not w.stopping)
         offers = []
         for offer in self._offers(known, most):
             there = min(work[offer.name], offer.most)
-            shard_s = self._shard_images / offer.rate
+            lease_s = min(self._shard_images / offer.rate, self._times.usual_s)
             for least, devices, use_s, cost in (
                 (min(offer.least, there), there, time_s, offer.cost),
                 (
                     max(0, offer.least - there),
                     offer.most - there,
-                    time_s - START_S,
+                    time_s - self.start_s(offer.name),
                     offer.cost * (1 + MOVING),
                 ),
             ):
-                images = offer.rate * max(0.0, use_s - min(use_s, shard_s) / 2)
+                images = offer.rate * max(0.0, use_s - min(use_s, lease_s) / 2)
                 offers.append(Offer(offer.name, least, devices, images, cost))
         return offers
 
@@ -399,7 +402,7 @@ class FleetPolicy:
         rate = self.rates.images_per_s(pool)
         if self._end_s is None or rate is None:
             return True
-        return START_S + self._shard_images / rate <= self._end_s
+        return self.start_s(pool) + self._shard_images / rate <= self._end_s
 
     def expected_s(self, worker_id: str) -> float | None:
         """How long this worker takes for a shard; None: not known."""

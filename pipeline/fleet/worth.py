@@ -87,8 +87,9 @@ class _Share:
     ) -> None:
         self.pools = pools
         self.unbegun, self.shard_images = unbegun, shard_images
-        self.wanted = {pool.name: max(pool.least, pool.there) for pool in pools}
-        self.budget = useful - sum(self.wanted.values())
+        # those there beyond the most are let go: nobody is to take their place, but they have what is in their hands
+        self.wanted = {pool.name: max(pool.least, min(pool.there, pool.most)) for pool in pools}
+        self.budget = useful - sum(max(self.wanted[pool.name], pool.there) for pool in pools)
 
     def give(self, pool: Standing, more: int) -> None:
         more = max(0, min(more, pool.most - self.wanted[pool.name], self.budget))

@@ -160,15 +160,17 @@ class Demand:
         most = min(MOST_IMAGES_PER_S, fastest * (UNLIKE if len(self.pools) > 1 else 1.0))
         there: Counter[str] = Counter()
         coming: dict[str, list[float]] = defaultdict(list)
-        starts = {name: self._start_s(name) for name in self.pools}
+        starts = {name: self.start_s(name) for name in self.pools}
         in_vain: set[str] = set()
         for worker in workers:
-            if worker.node is None and not worker.stopping:
+            if worker.stopping:  # wanted no more: whoever is counted here is replaced when it is gone
+                continue
+            if worker.node is None:
                 if now - worker.spawned > max(NO_CAPACITY_S, HYSTERESIS * starts[worker.pool]):
                     in_vain.add(worker.pool)
                 continue
             there[worker.pool] += 1
-            if not worker.held and not worker.stopping:
+            if not worker.held:
                 waited_s = starts[worker.pool] if worker.ready is not None else now - worker.spawned
                 coming[worker.pool].append(max(0.0, starts[worker.pool] - waited_s))
         standing = []
@@ -192,7 +194,7 @@ class Demand:
             )
         return standing
 
-    def _start_s(self, pool: str) -> float:
+    def start_s(self, pool: str) -> float:
         """Seconds until a worker on a node to come is ready: as others of its pool, else as the slowest pool's, at least as assumed."""
         medians = {
             name: statistics.median(p.starts[True]) for name, p in self._paces.items() if p.starts[True]

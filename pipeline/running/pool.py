@@ -71,6 +71,8 @@ class WorkerPool:
         self.deaths = self._outcomes.deaths
         stated = {n: p.images_per_s for n, p in fleet.pools.items() if p.images_per_s} if fleet else {}
         self._demand = Demand(pools, stated)
+        if fleet is not None:
+            fleet.start_s = self._demand.start_s
         self._closing = False
         self._candidates: list[str] = []
         self._candidates_until = 0.0

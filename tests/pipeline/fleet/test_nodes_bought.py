@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millijoule.jobs.simulating.devices import ACCELERATOR, DeviceKind, Fleet
+from millijoule.jobs.simulating.devices import DeviceKind, Fleet
+from millijoule.jobs.simulating.fleets import mixed_kinds
 from millijoule.jobs.simulating.job import made_up_plan, run_job
 from millijoule.pipeline.fleet.policy import FleetPolicy
 from millijoule.pipeline.fleet.pools import Pool
+from millijoule.pipeline.running import demand
 from millijoule.pipeline.running.crew import Crew
 from millijoule.pipeline.running.demand import PoolOptions
 
@@ -27,12 +30,16 @@ class Bought:
     prefer: str = "speed"
     stated: dict = field(default_factory=dict)
     deadline_s: float | None = None
+    images: int = IMAGES
     asked: list = field(
         default_factory=list
     )  # at each request: workers there are with it, and shards not done
     idle: list = field(
         default_factory=list
     )  # shards that nobody had, whenever a worker ended without a lease
+    asked_of: Counter = field(default_factory=Counter)  # by pool
+    asked_of: Counter = field(default_factory=Counter)  # by pool
+    last_asked_s: float = 0.0
     started: set = field(default_factory=set)
     worked: set = field(default_factory=set)
 
@@ -42,7 +49,7 @@ class Bought:
         pools = [
             Pool(
                 name,
-                PoolOptions(0, n, gpus_per_worker=1.0, selectors=({ACCELERATOR: kind.name},), at_once=0),
+                PoolOptions(0, n, gpus_per_worker=1.0, selectors=(dict(kind.labels),), at_once=0),
                 price_per_hour=kind.price,
                 images_per_s=self.stated.get(name),
             )
@@ -53,15 +60,18 @@ class Bought:
         spawn = Crew.spawn
         with pytest.MonkeyPatch.context() as patch:
 
-            def spawned(crew, *args):
-                spawn(crew, *args)
+            def spawned(crew, now, *args):
+                spawn(crew, now, *args)
+                self.asked_of[args[2]] += 1
+                self.last_asked_s = self.fleet.ray.now
+                self.asked_of[args[3]] += 1
                 there = sum(not w.stopping for w in crew.workers.values())
                 open_shards = self.coordinator.remaining if self.coordinator else self.shards
                 self.asked.append((there, open_shards))
 
             patch.setattr(Crew, "spawn", spawned)
             self.outcome = run_job(
-                made_up_plan(self.shards, IMAGES),
+                made_up_plan(self.shards, self.images),
                 self.fleet,
                 fleet=policy,
                 close_books=False,
@@ -138,3 +148,26 @@ def test_a_large_job_has_all_the_nodes_it_may_have_one_start_after_the_first():
 def test_the_first_worker_is_of_the_pool_that_is_stated_to_be_the_fastest():
     bought = Bought(THREE, 1, stated={"slow": 0.5, "quick": 4.0}).run()
     assert [name for name, kind in bought.outcome.by_kind.items() if kind["hours"]] == ["QUICK"]
+
+
+@pytest.mark.parametrize("many", [0, 50], ids=["looked at each second", "looked at each turn"])
+def test_whoever_is_let_go_is_not_replaced(many, monkeypatch):
+    """What a pool is worth is worked out once a second in a large fleet: workers that end in between must not be asked for anew."""
+    monkeypatch.setattr(demand, "MANY_WORKERS", many)
+    kinds = {name: (kind, 6) for name, kind in {"slow": SLOW, "quick": QUICK, "lean": LEAN}.items()}
+    bought = Bought(kinds, 300, "energy", deadline_s=1200.0)
+    bought.run()
+    assert bought.outcome.makespan_s <= 1200
+    # slow and quick ones show what they take and end; the lean ones alone are enough, and start once each
+    assert all(bought.asked_of[name] <= n for name, n in {"slow": 2, "quick": 2, "lean": 6}.items())
+
+
+@pytest.mark.parametrize("spot", [False, True])
+def test_nobody_is_asked_for_who_would_not_be_ready_before_the_deadline(spot):
+    """Starts of 120 s, which is more than any start is thought to take before one was seen."""
+    kinds = mixed_kinds("even", 40, spot=spot)
+    stealing = run_job(made_up_plan(800, 16), Fleet(kinds, 2), close_books=False)
+    deadline_s = 1.25 * stealing.makespan_s
+    bought = Bought(kinds, 800, "energy", deadline_s=deadline_s, images=16).run()
+    assert bought.outcome.makespan_s <= deadline_s
+    assert bought.last_asked_s <= deadline_s - 120
