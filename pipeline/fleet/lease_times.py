@@ -72,6 +72,6 @@ class LeaseTimes:
     def at_most_s(self, shard_s: float | None, busy_s: float) -> float | None:
         """How long a device that is free in `busy_s` and takes `shard_s` for a shard may draw for one lease; None: to its shard's
         end. What it takes is shown by a piece where it is not known."""
-        in_time = shard_s is None or busy_s + shard_s <= self.end_s
+        in_time = shard_s is not None and busy_s + shard_s <= self.end_s
         most_s = self.usual_s if in_time else self.piece_s(busy_s) or self.usual_s
         return None if most_s == math.inf or (shard_s is not None and shard_s <= most_s) else most_s

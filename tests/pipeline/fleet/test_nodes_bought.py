@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from millijoule.jobs.simulating.devices import DeviceKind, Fleet
@@ -113,8 +113,13 @@ def jobs(draw):
     return kinds, shards, draw(st.sampled_from(["speed", "energy", "cost"]))
 
 
+SOON = DeviceKind("a", 0.2, 40.2, 20.0, 1.0, load_s=1.0, boot_s=3.0)
+
+
 @settings(max_examples=5, deadline=None)
 @given(jobs())
+# the second pool's node comes near the end, when nobody knows yet how fast it is
+@example(({"a": (SOON, 3), "b": (replace(SOON, name="b", load_s=60.0), 1)}, 5, "speed"))
 def test_never_more_workers_are_asked_for_than_shards_are_open_and_who_starts_gets_one(job):
     kinds, shards, prefer = job
     bought = Bought(kinds, shards, prefer).run()
