@@ -38,7 +38,6 @@ class Bought:
         default_factory=list
     )  # shards that nobody had, whenever a worker ended without a lease
     asked_of: Counter = field(default_factory=Counter)  # by pool
-    asked_of: Counter = field(default_factory=Counter)  # by pool
     last_asked_s: float = 0.0
     started: set = field(default_factory=set)
     worked: set = field(default_factory=set)
@@ -64,7 +63,6 @@ class Bought:
                 spawn(crew, now, *args)
                 self.asked_of[args[2]] += 1
                 self.last_asked_s = self.fleet.ray.now
-                self.asked_of[args[3]] += 1
                 there = sum(not w.stopping for w in crew.workers.values())
                 open_shards = self.coordinator.remaining if self.coordinator else self.shards
                 self.asked.append((there, open_shards))
