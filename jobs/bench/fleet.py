@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -74,6 +75,9 @@ class BenchOptions(ResultOptions):
 
     seed: int = 1
     """Of spot losses, faults and jitter."""
+
+    seeds: int = 3
+    """The comparison of policies is made with so many seeds, from --seed on."""
 
     load: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DEVICES:SHARDS ...")] = (
         "1000:1000000",
@@ -206,7 +210,7 @@ def _measures(
 
 def _check(options: BenchOptions) -> dict[str, list[tuple[int, int]]]:
     """The sizes of options that are pairs of numbers, of options that mean something; raises InputError."""
-    for name, least in (("devices", LEAST_DEVICES), ("shards_per_device", 1), ("seed", 0)):
+    for name, least in (("devices", LEAST_DEVICES), ("shards_per_device", 1), ("seed", 0), ("seeds", 1)):
         if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least}")
     for name, values in (("deadlines", options.deadlines), ("small-factor", [options.small_factor])):
@@ -229,42 +233,68 @@ def _pair(option: str, text: str, what: str, least: int) -> tuple[int, int]:
 
 
 def compare(mix: str, spot: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """All policies on one fleet; each row beside work-stealing on the same."""
+    """All policies on one fleet, each beside work-stealing on the same with the same seed; means over the seeds, and every run."""
+    from millijoule.jobs.simulating.fleets import described, least_joules, mixed_kinds
+
+    kinds = mixed_kinds(mix, options["devices"], spot=spot, small_factor=options["small_factor"])
+    shards = options["devices"] * options["shards_per_device"]
+    images = shards * POLICY_SHARD_IMAGES
+    seeds = range(options["seed"], options["seed"] + options["seeds"])
+    runs = [_policies(mix, spot, shards, kinds, seed, options["deadlines"]) for seed in seeds]
+    rows = []
+    for each in zip(*runs, strict=True):  # the same policy, one row per seed
+        row = {name: each[0][name] for name in ("prefer", "times_stealing") if name in each[0]}
+        for name in ("makespan_s", "joules", "money", "joules_saved", "money_saved"):
+            row[name] = round(statistics.mean(run[name] for run in each), 4)
+        row["joules_saved_of_each"] = [run["joules_saved"] for run in each]
+        if "times_stealing" in row:
+            row["in_time"] = [run["in_time"] for run in each]
+            row["joules_saved_at_most"] = [
+                round(1 - least_joules(kinds, images, run["deadline_s"]) / stealing["joules"], 4)
+                for run, (stealing, *_) in zip(each, runs, strict=True)
+            ]
+        rows.append(row)
+    return {
+        "mix": mix,
+        "spot": spot,
+        "images": images,
+        "shards": shards,
+        "kinds": described(kinds),
+        "rows": rows,
+        "runs": [row for run in runs for row in run],
+    }
+
+
+def _policies(
+    mix: str, spot: bool, shards: int, kinds: Any, seed: int, deadlines: Sequence[float]
+) -> list[dict[str, Any]]:
+    """A row of each policy with one seed, work-stealing first."""
     from millijoule.jobs.simulating.devices import Fleet
-    from millijoule.jobs.simulating.fleets import described, mixed_kinds, pools_of
+    from millijoule.jobs.simulating.fleets import pools_of
     from millijoule.jobs.simulating.job import made_up_plan, run_job
     from millijoule.pipeline.fleet.policy import FleetPolicy
 
-    kinds = mixed_kinds(mix, options["devices"], spot=spot, small_factor=options["small_factor"])
-    planned = made_up_plan(options["devices"] * options["shards_per_device"], POLICY_SHARD_IMAGES)
+    planned = made_up_plan(shards, POLICY_SHARD_IMAGES)
 
     def one(prefer: Any, deadline_s: float | None) -> dict[str, Any]:
         policy = None
         if prefer is not None:
             policy = FleetPolicy(pools_of(kinds), prefer, deadline_s=deadline_s)
-        outcome = run_job(planned, Fleet(kinds, options["seed"]), fleet=policy)
-        mine = _row(outcome)
-        mine |= {"prefer": prefer or "work-stealing", "deadline_s": deadline_s}
+        mine = _row(run_job(planned, Fleet(kinds, seed), fleet=policy))
+        mine |= {"prefer": prefer or "work-stealing", "seed": seed, "deadline_s": deadline_s}
         print(json.dumps({"mix": mix, "spot": spot, **mine}), file=sys.stderr, flush=True)
         return mine
 
     stealing = one(None, None)
     rows = [stealing, one("speed", None), one("energy", None), one("cost", None)]
-    for times in options["deadlines"]:
+    for times in deadlines:
         for prefer in ("energy", "cost"):
             rows.append({**one(prefer, times * stealing["makespan_s"]), "times_stealing": times})
     for row in rows:
         row["joules_saved"] = round(1 - row["joules"] / stealing["joules"], 4)
         row["money_saved"] = round(1 - row["money"] / stealing["money"], 4)
         row["in_time"] = None if row["deadline_s"] is None else row["makespan_s"] <= row["deadline_s"]
-    return {
-        "mix": mix,
-        "spot": spot,
-        "images": planned.job.images,
-        "shards": planned.job.shards,
-        "kinds": described(kinds),
-        "rows": rows,
-    }
+    return rows
 
 
 def measure_load(devices: int, shards: int, seed: int = 1) -> dict[str, Any]:

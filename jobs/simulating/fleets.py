@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -81,6 +82,22 @@ def mixed_kinds(
             count -= count // 2
         kinds[name] = kind, count
     return kinds
+
+
+def least_joules(kinds: Mapping[str, tuple[DeviceKind, int]], images: float, seconds: float) -> float:
+    """What `images` take in `seconds` where all is known beforehand and no node is lost: the leanest devices, asked for at once.
+
+    Whole devices, spare time, the last shard of each and what is left of a node's time are not counted: no driver comes to it.
+    Infinite where all devices together are too slow.
+    """
+    joules = 0.0
+    for kind, count in sorted(kinds.values(), key=lambda each: each[0].j_per_image):
+        start_s = kind.boot_s + kind.load_s
+        each = kind.images_per_s * max(0.0, seconds - start_s)
+        devices = min(count, images / each) if each else 0.0
+        joules += devices * (each * kind.j_per_image + start_s * kind.idle_w)
+        images -= devices * each
+    return joules if images < 1 else math.inf
 
 
 def pools_of(kinds: Mapping[str, tuple[DeviceKind, int]]) -> list[Pool]:

@@ -4,26 +4,55 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from millijoule.jobs.bench.fleet import BenchOptions, compare, measure_load, run
+from millijoule.jobs.simulating.devices import DeviceKind
+from millijoule.jobs.simulating.fleets import least_joules
 from millijoule.jobs.simulating.picture import draw_policies
 from millijoule.workers.errors import InputError
 
 
-def test_policies_stand_beside_work_stealing_on_the_same_devices(capsys):
-    options = {"devices": 8, "shards_per_device": 2, "deadlines": [2.0], "seed": 1, "small_factor": 1.0}
+def test_policies_stand_beside_work_stealing_on_the_same_devices_with_the_same_seed(capsys):
+    options = {
+        "devices": 8,
+        "shards_per_device": 2,
+        "deadlines": [2.0],
+        "seed": 1,
+        "seeds": 2,
+        "small_factor": 1.0,
+    }
     found = compare("even", False, options)
     by = {(row["prefer"], row.get("times_stealing")): row for row in found["rows"]}
-    stealing, energy = by["work-stealing", None], by["energy", 2.0]
-    assert all(row["complete"] and row["ledger_complete"] for row in found["rows"])
-    assert energy["joules_saved"] == round(1 - energy["joules"] / stealing["joules"], 4)
-    assert energy["in_time"] == (energy["makespan_s"] <= 2 * stealing["makespan_s"])
+    runs = {(r["prefer"], r.get("times_stealing"), r["seed"]): r for r in found["runs"]}
+    assert len(runs) == 2 * len(by) == 12
+    assert all(run["complete"] and run["ledger_complete"] for run in runs.values())
+    for seed, saved, in_time, most in zip(
+        (1, 2),
+        *(by["energy", 2.0][n] for n in ("joules_saved_of_each", "in_time", "joules_saved_at_most")),
+        strict=True,
+    ):
+        stealing, energy = runs["work-stealing", None, seed], runs["energy", 2.0, seed]
+        assert saved == round(1 - energy["joules"] / stealing["joules"], 4) < most
+        assert in_time == (energy["makespan_s"] <= 2 * stealing["makespan_s"])
+    mean = sum(by["energy", 2.0]["joules_saved_of_each"]) / 2
+    assert by["energy", 2.0]["joules_saved"] == pytest.approx(mean, abs=1e-4)
     assert sum(kind["devices"] for kind in found["kinds"]) == 8
     assert Image.open(io.BytesIO(draw_policies([found, found, found]))).width == 800
-    assert len([json.loads(line) for line in capsys.readouterr().err.splitlines()]) == len(found["rows"])
+    assert len([json.loads(line) for line in capsys.readouterr().err.splitlines()]) == len(runs)
+
+
+def test_the_least_joules_are_those_of_the_leanest_devices_that_are_enough():
+    """Of lean ones 2 images/s for 100 J each, of others 4 for 150 J; ready after 10 s at 20 W."""
+    lean = DeviceKind("lean", 2.0, 200.0, 20.0, load_s=4.0, boot_s=6.0)
+    other = replace(lean, name="other", images_per_s=4.0, busy_w=600.0)
+    kinds = {"other": (other, 3), "lean": (lean, 2)}
+    assert least_joules(kinds, 200, 110.0) == pytest.approx(200 * 100 + 200)
+    assert least_joules(kinds, 800, 110.0) == pytest.approx(400 * 100 + 400 * 150 + 3 * 200)
+    assert least_joules(kinds, 1700, 110.0) == float("inf")
 
 
 def test_parts_of_an_earlier_result_keep_where_and_how_they_were_measured(tmp_path, monkeypatch, capsys):
