@@ -112,6 +112,13 @@ def test_one_that_was_slow_once_is_forgotten(slow):
     assert len(lengths) <= 2000 * 100 / PART_MS + 8
 
 
+def test_a_store_that_is_slow_now_and_then_is_not_taken_for_a_quick_one():
+    """Every other part takes 4 s instead of a tenth: what is expected falls by half in between, so half of it may come on top."""
+    worker = drawn([[100] * 3000], itertools.cycle([4000, 100]))
+    later = [stood - began for began, _, stood in worker.pieces[1:]]
+    assert max(later) <= PART_MS + 4000 / 2
+
+
 def test_a_shard_that_is_made_and_stored_within_a_part_s_time_has_none_and_without_that_time_none_has():
     assert len(drawn([[2400] * 4] * 3, forever(100)).pieces) == 3
     assert len(drawn([[2400] * 5], forever(100)).pieces) == 2
