@@ -28,7 +28,7 @@ class WorkerConfig:
         options: how the model is loaded and run.
         image_format: what images are encoded as.
         copies: files that `model` and `options` name, for nodes that do not see them.
-        part_s: seconds of drawing after which a shard's images so far are sealed as a part; 0: never.
+        part_s: seconds of drawing that a death may cost: a shard that takes longer is sealed in parts; 0: never.
         pool: name of the worker's pool; empty where there is only one.
         price_per_hour: of the worker's device, as its pool states it.
         telemetry: False: open no meter and sample no power; energy is missing.

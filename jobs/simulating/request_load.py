@@ -15,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 
 from millijoule.jobs.simulating.counted_s3 import CountedS3Store
+from millijoule.workers.attempts.parts import PartClock
 from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
 from millijoule.workers.schemas import ImageRequest
 
@@ -22,7 +23,7 @@ from millijoule.workers.schemas import ImageRequest
 PRICES = {"PUT": 0.005, "LIST": 0.005, "GET": 0.0004, "HEAD": 0.0004}
 PRICES_OF = "AWS S3 Standard, us-east-1, list price as published through 2025, dollars per 1,000 requests"
 #: Jobs whose shards are looked at: images of a shard, the output's format, and pixels a side: of 700 an image has 1.5 MB, as one of SDXL.
-#: With 1, what is drawn is sealed as parts as often as a worker does at all, as of a shard that takes long.
+#: With 1, every batch of 4 is sealed as a part, as of a shard that takes long.
 CASES = (
     (16, "parquet", 32, 0),
     (100, "parquet", 32, 0),
@@ -31,8 +32,8 @@ CASES = (
     (100, "webdataset", 32, 0),
     (100, "files", 32, 0),
 )
-#: Between two parts, seconds, of a shard that is to have many.
-SEALED_EVERY_S = 1e-6
+#: `--part-seconds` of those that are sealed in parts; the clock is a stand-in.
+PART_S = 10.0
 SHARDS = 2
 
 Counts = dict[str, int]
@@ -55,8 +56,8 @@ def count_requests(images: int, output_format: str, pixels: int, in_parts: int =
     with tempfile.TemporaryDirectory(prefix="millijoule-bench-") as folder:
         if not in_parts:
             return _count(Path(folder), images, output_format, pixels, 0.0)
-        with patch("millijoule.workers.attempts.parts.LEAST_REST_S", 0.0):  # which spares short shards
-            return _count(Path(folder), images, output_format, pixels, SEALED_EVERY_S)
+        with patch.object(PartClock, "drew", lambda clock, left: True):
+            return _count(Path(folder), images, output_format, pixels, PART_S)
 
 
 def _count(folder: Path, images: int, output_format: str, pixels: int, part_s: float) -> dict[str, Any]:

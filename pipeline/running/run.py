@@ -86,7 +86,7 @@ class JobRun:
         source: the job's model as the driver found it; None: what the job's description names, with default options.
         spending: what the job uses, and its caps; without caps on energy, only this run's part of it.
         node_meters: meters of the nodes themselves, read while workers are there.
-        part_s: seconds of work after which workers seal what they have of a shard; 0: never.
+        part_s: seconds of work that a worker's death may cost: longer shards are sealed in parts; 0: never.
         fleet: which workers of which pools there are to be; None: one pool, which `options` describe.
         telemetry: False: workers read no counters and sample no power, and no live tables are written.
 

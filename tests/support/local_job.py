@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+import pytest
 from support.models import Plain
 
 from millijoule.pipeline.closing.finish import finish_job
@@ -14,6 +15,7 @@ from millijoule.pipeline.planning.make_plan import plan_job
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
+from millijoule.workers.attempts.parts import PartClock
 from millijoule.workers.attempts.runner import AttemptRunner
 from millijoule.workers.generators.protocol import Generator
 from millijoule.workers.images.formats import ImageFormat
@@ -28,6 +30,14 @@ from millijoule.workers.storage.open import open_store
 from millijoule.workers.storage.protocol import Store
 
 MODEL_SHA256 = "a" * 64
+
+#: What `seal_every_batch` goes by.
+EVERY_BATCH_S = 1e-9
+
+
+def seal_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of this process with `part_s=EVERY_BATCH_S` seal each batch, the last one too; others none."""
+    monkeypatch.setattr(PartClock, "drew", lambda clock, left: clock.part_s == EVERY_BATCH_S)
 
 
 def plan(

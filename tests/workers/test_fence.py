@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.counted_images import IMAGE_MJ, Counter, Spending
-from support.local_job import plan, runner
+from support.local_job import EVERY_BATCH_S, plan, runner, seal_every_batch
 
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job
@@ -37,7 +37,6 @@ from millijoule.workers.layout import COMMITS_PREFIX, PARTS_PREFIX, epoch_key
 TESTS = Path(__file__).parents[1]
 PROMPTS = [f"p{i}" for i in range(12)]
 SHARD_SIZE = 4
-EVERY_BATCH_S = 1e-9
 
 
 class Run:
@@ -179,7 +178,7 @@ EXPECTED = expected_hashes()
 
 @pytest.fixture(autouse=True)
 def _every_batch_is_a_part(monkeypatch):
-    monkeypatch.setattr("millijoule.workers.attempts.parts.LEAST_REST_S", 0.0)
+    seal_every_batch(monkeypatch)
 
 
 @settings(max_examples=20, deadline=None)

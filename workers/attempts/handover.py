@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from millijoule.workers.attempts.attempt import Attempt
 from millijoule.workers.attempts.drawing import DeviceTime
@@ -38,6 +39,11 @@ class ByteBudget:
             self._changed.notify_all()
 
 
+class _Cut(NamedTuple):
+    device: DeviceTime
+    stands: Callable[[], None]
+
+
 class Handover:
     """Of one attempt: `begin` has it drawn on the device's thread, `parts` and `device_time` are for the thread that finishes it.
 
@@ -53,7 +59,7 @@ class Handover:
         self._encoders = encoders
         self._budget = budget
         self.stretches: list[DeviceTime] = []
-        self._parts: SimpleQueue[EncodedPart | DeviceTime | None] = SimpleQueue()  # None: no more come
+        self._parts: SimpleQueue[EncodedPart | _Cut | None] = SimpleQueue()  # None: no more come
         self._drawn: Future[DeviceTime] | None = None
 
     def begin(self, device: Executor, draw: Callable[[Handover], DeviceTime]) -> None:
@@ -73,10 +79,10 @@ class Handover:
             self._budget.take(n_bytes, self.attempt.check)
             self._parts.put(EncodedPart(drawn, n_bytes, self._encoders.begin(drawn)))
 
-    def seal(self, device: DeviceTime) -> None:
-        """What was put so far may be sealed: the device's time up to here is `device`."""
+    def seal(self, device: DeviceTime, stands: Callable[[], None]) -> None:
+        """What was put so far may be sealed: the device's time up to here is `device`. `stands` is called when it was."""
         self.stretches.append(device)
-        self._parts.put(device)
+        self._parts.put(_Cut(device, stands))
 
     def withdraw(self) -> bool:
         """Take the attempt back if its drawing has not begun; True where it had not."""
@@ -87,10 +93,14 @@ class Handover:
         return True
 
     def parts(self) -> Generator[EncodedPart | DeviceTime, None, None]:
-        """What was drawn, in order, and where it may be sealed, until no more comes; close it when done with it."""
+        """What was drawn, in order, and where it may be sealed, until no more comes; close it when done with it.
+
+        Who asks for more has sealed what came, or written it.
+        """
         while (part := self._parts.get()) is not None:
-            if isinstance(part, DeviceTime):
-                yield part
+            if isinstance(part, _Cut):
+                yield part.device
+                part.stands()
                 continue
             try:
                 yield part

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,11 +29,11 @@ from millijoule.workers.lease import Lease, Piece, WorkerConfig
 from millijoule.workers.schemas import IMAGE_ROW_SCHEMA, DataFile, ImageRow, Record, Segment
 from millijoule.workers.storage.protocol import Store
 
-#: A part that would be followed by less work than this, or than so much of a part, is not sealed by itself: the commit comes as soon.
-LEAST_REST_S, LEAST_REST_PART = 2.0, 0.2
+#: A piece that took less than this share of `part_s` is not sealed, whatever is expected of what comes next.
+LEAST_PART_SHARE = 0.25
 
-#: A lease of limited time that would be followed by less work than this share of it goes on to the shard's end.
-LEAST_REST_SHARE = 0.1
+#: A lease of limited time that would be followed by less work than this, or than this share of it, goes on to the shard's end.
+LEAST_REST_S, LEAST_REST_SHARE = 2.0, 0.1
 
 log = logging.getLogger(__name__)
 
@@ -74,27 +75,64 @@ class TakenParts:
     rows: dict[At, ImageRow] = field(default_factory=dict)
 
 
+class Expected:
+    """The seconds that a thing takes that is done again and again: more at once when it took more, less by halves."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def took(self, seconds: float) -> None:
+        self.seconds = max(seconds, (self.seconds + seconds) / 2)
+
+
 class PartClock:
-    """Says on the device's thread when a part is due: after `part_s` seconds of drawing, unless the shard is nearly drawn."""
+    """Says on the device's thread where to cut what is drawn of a shard, so that a death costs at most `part_s` seconds of drawing.
 
-    def __init__(self, part_s: float, n_images: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._part_s = part_s
-        self._left = n_images
+    A death costs what was drawn since the cut that began the oldest piece that does not stand. A piece stands once it is encoded, stored
+    and recorded, and the device draws on meanwhile. So it is cut with the batch after which one more, and then sealing, would
+    not fit into `part_s`; near the shard's end, too. One part is on its way at a time: another would only queue behind it.
+
+    With batches of B seconds and sealing that takes S, as expected, a death costs at most `max(part_s, B + 2 S)`: a batch cannot be cut, and a
+    store cannot be hurried. What takes longer than expected, as after a worker's first batch and part, adds its excess: never more
+    than `max(part_s, S) + B + S`. Parts do not get tiny for that: each has a batch and a quarter of `part_s` at least.
+
+    Args:
+        sealing: from a cut to where its piece stands, a part or a commit; of all attempts of a worker.
+    """
+
+    def __init__(self, part_s: float, sealing: Expected, clock: Callable[[], float] = time.monotonic) -> None:
+        self.part_s = part_s
+        self._sealing = sealing
+        self._batch = Expected()
         self._clock = clock
-        self._began = clock()
-        self._drawn = 0
+        self._began = self._drew = self._stood = clock()
+        self._on_their_way: deque[float] = deque()  # when pieces were cut that do not stand yet
 
-    def drew(self, n_images: int) -> bool:
-        """A batch was drawn; True: what was drawn since the part before is a part, and the next begins."""
-        self._drawn += n_images
-        self._left -= n_images
-        seconds = self._clock() - self._began
-        rest_s = seconds * self._left / self._drawn if self._drawn else 0.0
-        least_rest_s = min(LEAST_REST_S, LEAST_REST_PART * self._part_s)
-        if not self._part_s or seconds < self._part_s or rest_s < least_rest_s:
+    def begin(self) -> None:
+        """The device has come to the shard."""
+        self._began = self._drew = self._clock()
+
+    def drew(self, left: int) -> bool:
+        """A batch was drawn, and `left` images are still to be; True: cut here."""
+        now = self._clock()
+        self._batch.took(now - self._drew)
+        self._drew = now
+        piece_s = now - self._began
+        if not self.part_s or not left or self._on_their_way or piece_s < LEAST_PART_SHARE * self.part_s:
             return False
-        self._began, self._drawn = self._clock(), 0
-        return True
+        return piece_s + self._batch.seconds + self._sealing.seconds > self.part_s
+
+    def cut(self) -> None:
+        """What was drawn goes on its way; the next piece begins."""
+        self._began = self._clock()
+        self._on_their_way.append(self._began)
+
+    def stands(self) -> None:
+        """The first piece that is on its way counts, whatever happens now. From the thread that finishes the attempt."""
+        now = self._clock()
+        cut = self._on_their_way.popleft()
+        self._sealing.took(now - max(cut, self._stood))  # the last one may have waited for the one before
+        self._stood = now
 
 
 class LeaseClock:

@@ -18,7 +18,7 @@ from millijoule.workers.attempts.drawing import DeviceTime, Drawing, Requests, n
 from millijoule.workers.attempts.encoding import Encoders, parts_of
 from millijoule.workers.attempts.finishing import NOTHING_TAKEN, Finishing
 from millijoule.workers.attempts.handover import ByteBudget, Handover
-from millijoule.workers.attempts.parts import LeaseClock, PartClock, take_parts
+from millijoule.workers.attempts.parts import Expected, LeaseClock, PartClock, take_parts
 from millijoule.workers.attempts.questions import confirm, probe
 from millijoule.workers.drawing.batch_size import BatchNotes, BatchSizer
 from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator, batch_limits
@@ -45,6 +45,8 @@ def device_thread() -> ThreadPoolExecutor:
 
 class AttemptRunner:
     """Runs leases with one loaded generator. How far each got may be asked, and each called off, from any thread.
+
+    `sealing` is what it takes here until what was drawn counts.
 
     Args:
         worker: this one, as commits name it.
@@ -77,6 +79,7 @@ class AttemptRunner:
         self._encoders = Encoders(config.cpu_threads, config.image_format, generator.info)
         self._device = device or device_thread()
         self._changed = threading.Condition()
+        self.sealing = Expected()
         self._at_work: dict[str, tuple[Attempt, Handover | None]] = {}  # by attempt id, in order
         self._leaves = False
 
@@ -123,19 +126,24 @@ class AttemptRunner:
             attempt.images_done = len(taken.rows)
         attempt.step()
         handover = Handover(attempt, self._encoders, self.budget)
+        due = PartClock(self.config.part_s, self.sealing)
         with self._changed:
             attempt.check()
             attempt.waits = True
-            handover.begin(self._device, lambda to: self._draw(attempt, wanted, to))
+            handover.begin(self._device, lambda to: self._draw(attempt, wanted, due, to))
             self._at_work[lease.attempt_id] = attempt, handover
-        return self.finishing.finish(attempt, requests, handover, taken)
+        result = self.finishing.finish(attempt, requests, handover, taken)
+        if result.outcome == "committed":
+            due.stands()
+        return result
 
-    def _draw(self, attempt: Attempt, requests: Requests, handover: Handover) -> DeviceTime:
+    def _draw(self, attempt: Attempt, requests: Requests, due: PartClock, handover: Handover) -> DeviceTime:
         """On the device's thread."""
         self._check_device()
         began_wall_ns = now_wall_ns()
         with self.drawing.at_work_for(attempt, "shard"):
-            due, left = PartClock(self.config.part_s, len(requests)), len(requests)
+            due.begin()
+            left = len(requests)
             limit = LeaseClock(attempt.lease.at_most_s, left)
             is_worth_it = False  # rows of which only this worker says that they fail are in no part
             for batch in self.drawing.batches_of(attempt, requests):
@@ -144,11 +152,13 @@ class AttemptRunner:
                 is_worth_it = is_worth_it or not all(drawn.is_suspect for drawn in batch)
                 is_over = limit.is_over(batch)
                 ends = (attempt.leaves or is_over) and left > 0  # what is drawn to its end is committed
-                if (due.drew(len(batch)) or ends) and is_worth_it:
-                    handover.seal(self.drawing.stretch(attempt, began_wall_ns))
+                if (due.drew(left) or ends) and is_worth_it:
+                    due.cut()
+                    handover.seal(self.drawing.stretch(attempt, began_wall_ns), due.stands)
                     is_worth_it = False
                 if ends:
                     raise AttemptCancelled
+            due.cut()
         return self.drawing.device_time(began_wall_ns)
 
     def _check_device(self) -> None:

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from support.local_job import plan, runner
+from support.local_job import EVERY_BATCH_S, plan, runner, seal_every_batch
 from support.models import Plain
 
 from millijoule.pipeline.fleet.pools import Pool
@@ -46,8 +46,9 @@ class Steady(Plain):
 
 
 @pytest.fixture(autouse=True)
-def _every_image_is_a_part(monkeypatch):
+def _leases_are_short(monkeypatch):
     monkeypatch.setattr("millijoule.workers.attempts.parts.LEAST_REST_S", 0.0)
+    seal_every_batch(monkeypatch)
 
 
 def worker(tmp_path, part_s, name="w1", store_and_job=None):
@@ -70,7 +71,7 @@ def rates_of(commits):
 
 
 def test_a_shard_made_in_parts_is_as_fast_as_one_that_is_not(tmp_path):
-    store, job, attempts = worker(tmp_path, part_s=3 * SECONDS_EACH)
+    store, job, attempts = worker(tmp_path, part_s=EVERY_BATCH_S)
     commits = [attempts.run(lease(store, job, n, f"e0001-{n:012x}")).commit_json for n in range(2)]
     assert len(Commit.from_json(commits[0]).parts) >= 2
     rates = rates_of(commits)
@@ -79,7 +80,7 @@ def test_a_shard_made_in_parts_is_as_fast_as_one_that_is_not(tmp_path):
 
 
 def test_a_shard_of_which_another_worker_made_a_part_says_nothing(tmp_path):
-    store, job, first = worker(tmp_path, part_s=2 * SECONDS_EACH)
+    store, job, first = worker(tmp_path, part_s=EVERY_BATCH_S)
     draw = first.generator.draw
 
     def leaves_in_the_middle(request):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.counted_images import Counter, Spending
-from support.local_job import plan, runner
+from support.local_job import EVERY_BATCH_S, plan, runner, seal_every_batch
 
 from millijoule.pipeline.closing.check import check_output
 from millijoule.pipeline.closing.finish import finish_job
@@ -24,13 +24,12 @@ from millijoule.pipeline.output.job import open_epoch
 from millijoule.pipeline.output.parts import shards_in_parts
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
-from millijoule.workers.attempts.parts import Part, PartClock, as_ranges
+from millijoule.workers.attempts.parts import Part, as_ranges
 from millijoule.workers.errors import StoreError
 from millijoule.workers.layout import PARTS_PREFIX
 from millijoule.workers.schemas import Commit
 
 PROMPTS = [f"p{i}" for i in range(12)]
-EVERY_BATCH_S = 1e-9
 
 
 class Crash(BaseException):
@@ -111,7 +110,7 @@ def in_pairs(requests):
 
 @pytest.fixture(autouse=True)
 def _every_batch_is_a_part(monkeypatch):
-    monkeypatch.setattr("millijoule.workers.attempts.parts.LEAST_REST_S", 0.0)
+    seal_every_batch(monkeypatch)
 
 
 @pytest.mark.parametrize("output_format", ["parquet", "webdataset", "files"])
@@ -315,18 +314,7 @@ def test_a_damaged_part_and_one_of_a_distrusted_worker_are_drawn_again(tmp_path)
     assert commit.parts == ()
 
 
-def test_a_short_shard_has_one_part_and_a_long_one_is_cut_by_time():
-    now = [0.0]
-    clock = PartClock(10.0, 100, lambda: now[0])
-    cuts = []
-    for n in range(10):
-        now[0] += 4.0
-        if clock.drew(10):
-            cuts.append(n)
-    assert cuts == [2, 5, 8]  # after 12, 24 and 36 s: 4 s are left
-    now[0] = 0.0
-    short = PartClock(10.0, 20, lambda: now[0])
-    assert [short.drew(10) for _ in range(2)] == [False, False]
+def test_numbers_become_ranges():
     assert as_ranges([5, 0, 1, 2, 6]) == ((0, 3), (5, 7))
 
 

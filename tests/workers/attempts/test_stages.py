@@ -19,11 +19,12 @@ from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.workers.attempts import runner as runner_module
 from millijoule.workers.attempts.handover import ByteBudget
+from millijoule.workers.attempts.parts import PartClock
 from millijoule.workers.attempts.store_files import FILES_AT_ONCE
 from millijoule.workers.errors import NodeError, SickWorkerError, StoreError
 from millijoule.workers.images.formats import MAX_SIDE, ImageFormat
 from millijoule.workers.images.writers import ShardWriter
-from millijoule.workers.layout import commit_key
+from millijoule.workers.layout import PARTS_PREFIX, commit_key
 from millijoule.workers.shard_rows import read_shard_rows, shard_requests
 
 PATIENCE_S = 20.0
@@ -334,3 +335,80 @@ def test_a_budget_lets_one_piece_through_that_is_larger_than_all_of_it():
     budget.give_back(500)
     budget.take(1, unwanted)
     assert budget.used_bytes == 1
+
+
+class HoldsRecords:
+    """A real store in which records of parts wait until they may go on."""
+
+    def __init__(self, store):
+        self._store, self.go = store, threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def put_exclusive(self, key, body):
+        if key.startswith(PARTS_PREFIX):
+            assert self.go.wait(PATIENCE_S)
+        self._store.put_exclusive(key, body)
+
+
+def parts_sealed(store, job, generator):
+    """How many parts a shard has of which every batch, two images, is long enough for one."""
+    (lease,) = leases_of(store, job, 1)
+    attempts = runner(store, job, 1, generator, part_s=1e-9)
+    attempts.drawing.fitted.batches = lambda wanted: [
+        list(wanted)[n : n + 2] for n in range(0, len(wanted), 2)
+    ]
+    return len(parse_commit(store, 0, attempts.run(lease).commit_json).parts)
+
+
+def test_the_device_draws_on_while_a_part_is_sealed_and_the_next_part_waits_for_that_one(tmp_path):
+    prompts = [f"p{n}" for n in range(12)]
+    store, job = plan(tmp_path, prompts, shard_size=12)
+    holding, generator = HoldsRecords(store), Noting()
+    usual = generator.draw
+
+    def draw(request):
+        if request.prompt == prompts[-1]:
+            holding.go.set()
+        return usual(request)
+
+    generator.draw = draw
+    assert parts_sealed(holding, job, generator) == 1
+    assert generator.drawn == prompts
+
+
+def test_as_soon_as_one_part_stands_the_next_may_be_sealed_but_for_the_last_piece(tmp_path, monkeypatch):
+    prompts, stood, usual_stands = [f"p{n}" for n in range(12)], threading.Semaphore(1), PartClock.stands
+    store, job = plan(tmp_path, prompts, shard_size=12)
+    generator = Noting()
+    usual_draw = generator.draw
+
+    def stands(clock):
+        usual_stands(clock)
+        stood.release()
+
+    def draw(request):
+        if prompts.index(request.prompt) % 2 == 0:
+            assert stood.acquire(timeout=PATIENCE_S)
+        return usual_draw(request)
+
+    monkeypatch.setattr(PartClock, "stands", stands)
+    generator.draw = draw
+    assert parts_sealed(store, job, generator) == 5
+
+
+def test_what_a_commit_takes_tells_how_long_sealing_will(tmp_path):
+    store, job = plan(tmp_path, ["a", "b"], shard_size=2)
+    (lease,) = leases_of(store, job, 1)
+    gate = Gate(store, 0)
+    attempts = runner(gate, job, 1)
+    with two_callers() as call:
+        running = call(attempts.run, lease)
+        assert gate.reached.wait(PATIENCE_S)
+        began = time.monotonic()
+        time.sleep(0.05)
+        waited = time.monotonic() - began
+        gate.open.set()
+        assert running.result().outcome == "committed"
+    assert attempts.sealing.seconds >= waited
