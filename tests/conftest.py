@@ -67,9 +67,9 @@ def no_power_cuts() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def imports_stay_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Releasing memory looks for garbage among what tests make, not among all that was imported and collected, which takes half a second."""
+    """A worker that releases memory looks for garbage among what tests make: among all that was imported it takes half a second."""
     monkeypatch.setattr(gc, "unfreeze", lambda: None)
 
 

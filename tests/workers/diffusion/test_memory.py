@@ -29,8 +29,6 @@ from millijoule.workers.storage.open import open_store
 
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.usefixtures("imports_stay_frozen")
-
 #: What arithmetic in batches of another size may change, in levels of 255 (float32).
 TOLERANCE = 1
 

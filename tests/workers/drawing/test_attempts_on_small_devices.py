@@ -17,8 +17,6 @@ from millijoule.workers.errors import NodeError, SickWorkerError
 from millijoule.workers.lease import Suspect
 from millijoule.workers.schemas import ImageRequest
 
-pytestmark = pytest.mark.usefixtures("imports_stay_frozen")
-
 PROMPTS = [f"p{i}" for i in range(20)]
 
 

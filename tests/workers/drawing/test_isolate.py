@@ -14,8 +14,6 @@ from millijoule.workers.errors import NodeError, RowError
 from millijoule.workers.generators.protocol import BatchLimits, GeneratedBatch, GeneratorInfo
 from millijoule.workers.schemas import ImageRequest
 
-pytestmark = pytest.mark.usefixtures("imports_stay_frozen")
-
 SIDE = 8
 
 
