@@ -17,6 +17,8 @@ MINUTES ?= 15
 SEED ?= 0
 CHAOS_OUT ?= out/chaos
 export RAY_USAGE_STATS_ENABLED := 0
+# Tests start hundreds of processes: each would compile the same sources anew, and pytest all tests.
+unexport PYTHONDONTWRITEBYTECODE
 # DeepSpeed is built from source, without its CUDA kernels: seconds, no compiler.
 export DS_BUILD_OPS := 0
 

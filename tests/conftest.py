@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 #: Fixtures behind which real servers stand.
 SERVERS = {"moto_s3", "rclone_s3", "ceph", "ceph_gateway", "ray_cluster", "ray_address"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected stays until the end: millions of objects that no look for garbage walks through again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +56,21 @@ def _skip_or_fail(missing: str | None) -> None:
         pytest.fail(missing)
     if missing:
         pytest.skip(missing)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cuts() -> Iterator[None]:
+    """No file that this process writes must survive a power cut, and waiting for a disk is most of the time of a small job. Drivers and
+    workers in processes of their own do wait for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def imports_stay_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that releases memory looks for garbage among what tests make: among all that was imported it takes half a second."""
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
 
 
 @pytest.fixture(scope="session")

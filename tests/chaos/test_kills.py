@@ -83,7 +83,8 @@ def test_the_driver_killed_twice(tmp_path, prompts, ray_address, undisturbed, no
     assert_books_close(out)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+#: Both signals, and two of one, are in tests/jobs/test_generate.py as well.
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_job_says_so_and_resumes(tmp_path, prompts, ray_address, undisturbed, signum, node):
     out = tmp_path / "out"
     driver = start(tmp_path, *job(prompts, out, "slow"), ray=ray_address, **node.env)

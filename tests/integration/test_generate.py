@@ -125,6 +125,7 @@ def test_a_prompt_that_cannot_be_drawn_is_quarantined_alone_and_can_be_retried(t
     assert_exactly_once(tmp_path / "out", 30)
 
 
+@pytest.mark.slow  # the same as in tests/chaos/test_failure_domains.py, with more rows
 def test_a_row_that_kills_its_workers_is_found_and_quarantined(tmp_path, run):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{'poison' if i == 11 else 'fine'} {i}\n" for i in range(24)))

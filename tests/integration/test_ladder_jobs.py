@@ -14,7 +14,10 @@ RUNGS = ("--optimize", "lossless", "--steps", "3", "--guidance-until", "0.4", "-
 @pytest.mark.long
 def test_a_job_draws_with_the_rungs_it_was_asked_for(tmp_path, ray_address):
     prompts = write_prompts(tmp_path / "prompts.txt", 4)
-    common = ("--prompts", prompts, "--model", tiny_pipeline("sd15"), "--shard-size", 2, "--device", "cpu")
+    common = (
+        *("--prompts", prompts, "--model", tiny_pipeline("sd15"), "--shard-size", 2),
+        *("--device", "cpu", "--workers", 1),
+    )
     output = tmp_path / "out"
     done = generate(tmp_path, *common, *RUNGS, "--output", output, ray=ray_address)
     assert done.returncode == 0, done.stderr

@@ -56,6 +56,7 @@ class RayNode:
                     "start",
                     "--block",
                     "--disable-usage-stats",
+                    "--include-log-monitor=false",  # it brings drivers what workers print, and ours want none of it
                     *arguments,
                 ],
                 env=env,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +15,19 @@ from millijoule.workers.errors import InputError
 def import_diffusers() -> tuple[Any, Any]:
     """diffusers and transformers; raises InputError where they are not installed."""
     before = logging.root.manager.disable
+    # every call of a pipeline asks, and each change of a level empties what all loggers have cached
+    first = not all(sys.modules.get(name) for name in ("diffusers", "transformers"))
     try:
-        logging.disable(max(before, logging.WARNING))  # of other packages, about what is not installed
+        if first:
+            logging.disable(max(before, logging.WARNING))  # of other packages, about what is not installed
         import diffusers
         import transformers
     except ImportError as error:
         words = f"this model needs diffusers: pip install 'millijoule[diffusers]' ({error})"
         raise InputError(words) from error
     finally:
-        logging.disable(before)
+        if first:
+            logging.disable(before)
     return diffusers, transformers
 
 

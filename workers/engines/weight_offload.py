@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,9 @@ from millijoule.workers.engines.routing import Call, plain_call
 from millijoule.workers.errors import InputError
 
 log = logging.getLogger(__name__)
+
+#: DeepSpeed's name of what it compiles for ranks of one host.
+SHARED_MEMORY = "deepspeed_shm_comm"
 
 #: Parameters of at most this many numbers stay on the device: bringing them costs more than keeping them.
 PERSISTENT_NUMBERS = 10_000
@@ -45,7 +49,7 @@ def offload_weights(deepspeed: ModuleType, module: nn.Module, device: str) -> Ca
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         config[name] = {"enabled": dtypes == {dtype}}
     said = io.StringIO()
-    with kept_environment(LOCAL_RANK="0"), contextlib.redirect_stdout(said):
+    with kept_environment(LOCAL_RANK="0"), contextlib.redirect_stdout(said), _nothing_compiled(deepspeed):
         engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
     log.debug("DeepSpeed: %s", said.getvalue().strip())
@@ -57,6 +61,18 @@ def offload_weights(deepspeed: ModuleType, module: nn.Module, device: str) -> Ca
 
     call.engine = engine  # type: ignore[attr-defined]  # it lives as long
     return call
+
+
+@contextlib.contextmanager
+def _nothing_compiled(deepspeed: ModuleType) -> Iterator[None]:
+    """DeepSpeed would compile for a minute, on a CPU, what lets the ranks of a host share memory; there is one rank here."""
+    usable = deepspeed.ops.__compatible_ops__
+    before = usable.get(SHARED_MEMORY)
+    usable[SHARED_MEMORY] = False
+    try:
+        yield
+    finally:
+        usable[SHARED_MEMORY] = before
 
 
 def _join_own_group(backend: str) -> None:

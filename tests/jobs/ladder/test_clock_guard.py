@@ -18,13 +18,14 @@ UUID = board_uuid(0)
 
 #: Holds a clock and a power limit until it is killed.
 HOLDS = """
-import sys, time
+import signal, sys, time
 from millijoule.jobs.ladder.clock_guard import guarded_clocks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
 with guarded_clocks(sys.argv[1], sys.argv[2]) as clocks:
     clocks.lock(1200)
     clocks.limit(300_000)
     print(clocks.guardian.pid, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

@@ -3,7 +3,14 @@
 import gc
 import weakref
 
+import pytest
+
 from millijoule.workers.drawing.out_of_memory import RARE_COLLECTION, collect_rarely, release_memory
+
+
+@pytest.fixture(autouse=True)
+def imports_stay_frozen():
+    """Not here: what was there at a release is looked through at the next one."""
 
 
 class Ring:
