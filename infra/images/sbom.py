@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import sys
@@ -104,6 +105,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", default="millijoule", help="of the image")
     parser.add_argument("output", type=Path)
     told = parser.parse_args(arguments)
+    try:
+        return write(told)
+    except OSError as error:
+        print(f"sbom: {error}", file=sys.stderr)
+        return 2
+
+
+def write(told: argparse.Namespace) -> int:
+    """What the options say; the exit code. Raises OSError for a path that cannot be used."""
+    for prefix in told.python:
+        os.listdir(prefix)  # one that is not there is none without packages
     packages = python_packages(*told.python)
     own = [package["version"] for package in packages if package["name"] == "millijoule"]
     debian = debian_packages(told.dpkg_status.read_text(), told.os_release.read_text())

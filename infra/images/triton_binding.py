@@ -65,8 +65,23 @@ def hand_out(arguments: list[str], folder: Path) -> int:
     return 1
 
 
+def main(arguments: list[str]) -> int:
+    """The exit code: 2 where the folder is not said, 1 where a file cannot be used."""
+    try:
+        if arguments[:1] == ["build"]:
+            if len(arguments) != 2:
+                print("triton-binding: build FOLDER", file=sys.stderr)
+                return 2
+            build(Path(arguments[1]))
+            return 0
+        if not (folder := os.environ.get(FOLDER)):
+            print(f"triton-binding: {FOLDER} is not set: the folder that `build` filled", file=sys.stderr)
+            return 2
+        return hand_out(arguments, Path(folder))
+    except OSError as error:
+        print(f"triton-binding: {error}", file=sys.stderr)
+        return 1
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["build"]:
-        build(Path(sys.argv[2]))
-    else:
-        sys.exit(hand_out(sys.argv[1:], Path(os.environ[FOLDER])))
+    sys.exit(main(sys.argv[1:]))

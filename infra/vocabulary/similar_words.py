@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import lzma
 import re
+import sys
 import tomllib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -371,4 +372,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")

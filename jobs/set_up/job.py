@@ -112,8 +112,24 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
             raise InputError(f"--retry-failed: {store.url} holds no job yet")
         job = publish_job(store, _plan(request, store, extra, fingerprint))
     if options.retry_failed:
-        log.info("retrying %d quarantined images", plan_retry_round(store, job))
+        retry_failed(store, job)
     return PlannedJob(job, load_job_shards(store, job), exclusive)
+
+
+def retry_failed(store: Store, job: JobSpec) -> None:
+    """Begin a round for quarantined images where the job is finished, and say what it comes to."""
+    retry = plan_retry_round(store, job)
+    if retry.unfinished:
+        # not an error: a scheduler starts the same command again when a round was interrupted
+        log.warning(
+            "--retry-failed: %d of %d shards, of the job or of an earlier retry, are not done yet: this run goes on with them and retries "
+            "nothing else. When it is complete, the same command retries what then stands quarantined",
+            *(retry.unfinished, retry.shards),
+        )
+    elif retry.images:
+        log.info("retrying %d quarantined images", retry.images)
+    else:
+        log.info("--retry-failed: no image stands quarantined, so there is nothing to retry")
 
 
 def check_is_asked_for(request: JobRequest, existing: JobSpec, url: str) -> None:

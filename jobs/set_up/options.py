@@ -164,7 +164,8 @@ class GenerateOptions:
     http://collector:4318; headers with secrets in OTEL_EXPORTER_OTLP_HEADERS. Needs the `otel` extra."""
 
     retry_failed: bool = False
-    """Give quarantined rows of a finished job one more try, as new shards. Filtered images stay as they are."""
+    """Give quarantined rows of a finished job one more try, as new shards; a job or a retry that is not finished is gone on with
+    first, and this does nothing else. Filtered images stay as they are."""
 
     ray_address: str | None = None
     """Ray cluster to join, e.g. auto or ray-head:6379. Default: RAY_ADDRESS, else a local one."""

@@ -52,6 +52,7 @@ def connected(address: str | None) -> Iterator[Cluster]:
         yield Cluster(f"the cluster at {present}", own=False)
         return
     where = address or os.environ.get("RAY_ADDRESS") or None  # empty is not set
+    said = f"--ray-address {where}" if address else f"environment variable RAY_ADDRESS is {where!r}"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if where is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -71,19 +72,19 @@ def connected(address: str | None) -> Iterator[Cluster]:
                 "RAY_raylet_start_wait_time_s=240 RAY_agent_register_timeout_ms=240000 in the environment"
             ) from error
     else:
-        _check_reachable(where)
+        _check_reachable(where, said)
         try:
             ray.init(address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"--ray-address {where}: no Ray cluster answers there ({reason})") from error
+            raise InputError(f"{said}: no Ray cluster answers there ({reason})") from error
     try:
         yield Cluster(f"the cluster at {where}" if where else "this machine", own=where is None)
     finally:
         ray.shutdown()
 
 
-def _check_reachable(address: str) -> None:
+def _check_reachable(address: str, said: str) -> None:
     """Ray itself tries for minutes before it gives up on an address where nobody listens."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or "/" in address:
@@ -91,7 +92,7 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise InputError(f"--ray-address {address}: no Ray cluster answers there ({error})") from error
+        raise InputError(f"{said}: no Ray cluster answers there ({error})") from error
 
 
 def head_address() -> str:

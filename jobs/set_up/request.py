@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 from millijoule.jobs.options.node_meters import parse_node_meters
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.pool_words import LEAST_SHARE, PoolWords, pools_identity, read_pools, with_models
-from millijoule.pipeline.output.job import JobSpec, read_job
+from millijoule.pipeline.output.job import JobSpec, read_job, this_epoch
 from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
 from millijoule.pipeline.telemetry.collector import check_endpoint
@@ -79,8 +80,10 @@ def request_of(options: GenerateOptions) -> JobRequest:
     """Read `options`.
 
     Raises:
-        InputError: an option means nothing, no prompt file matches, or the model is not one; the message names it.
+        InputError: an option, or a variable of the environment that says which attempt this is, means nothing, no prompt file matches,
+            or the model is not one; the message names it.
     """
+    this_epoch(os.environ)  # refused before a model is fetched or a node asked for
     for name in ("images_per_prompt", "lease_seconds", "max_prompt_chars"):
         value = getattr(options, name)
         if value is not None and not 1 <= value < float("inf"):

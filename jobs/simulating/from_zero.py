@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from millijoule.jobs.entry import check_writable
 from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.measuring.measurement import write_result
 from millijoule.jobs.simulating.devices import DeviceKind, Fleet
 from millijoule.jobs.simulating.job import made_up_plan, run_job
 from millijoule.pipeline.running.demand import PoolOptions
+from millijoule.workers.errors import InputError
 
 SHARDS = (1, 3, 20, 1000)
 #: Seconds from a request to a worker that is ready, of which the last two load the model.
@@ -62,22 +64,39 @@ def rows(strategies: tuple[int | None, ...]) -> list[dict[str, Any]]:
     ]
 
 
+def rows_in(path: Path) -> Any:
+    """What `... rows` printed; raises InputError."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not rows of another tree: {error}") from error
+
+
 def main(result: str, before: str | None = None) -> None:
     """Write `result`; of its name alone, "rows", print those of this tree's rule."""
     if result == "rows":
         machine = describe_machine()
         print(json.dumps({"environment": machine, "rows": rows((0,))}))
         return
+    earlier = None if before is None else rows_in(Path(before))
+    check_writable(
+        Path(result).parent, "the folder of RESULT.json:"
+    )  # before anything is done that takes minutes
     found = {
         "what": "jobs that begin without a node, simulated: the driver on nodes that come as they are asked for",
         "load_average": os.getloadavg()[0],
         "rows": rows((0, None)),
         "environment": describe_machine(),
     }
-    if before is not None:
-        found["before"] = json.loads(Path(before).read_text())
+    if earlier is not None:
+        found["before"] = earlier
     write_result(found, result)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m millijoule.jobs.simulating.from_zero RESULT.json [BEFORE.json]")
+    try:
+        main(*sys.argv[1:])
+    except (InputError, OSError) as error:
+        sys.exit(f"from_zero: {error}")

@@ -70,11 +70,16 @@ def parse_commit(store: Store, shard_id: int, body: bytes) -> Commit:
         return Commit.from_json(body)
 
 
-def read_commits(store: Store, n_shards: int) -> Iterator[Commit]:
-    """Every commit, in shard order, without holding them all."""
+def read_commits(store: Store, n_shards: int, committed: np.ndarray | None = None) -> Iterator[Commit]:
+    """Every commit, in shard order, without holding them all.
+
+    Args:
+        committed: the shards that have one, bool `[n_shards]`, where whoever asks has listed them (`list_committed`).
+    """
     bodies = CommitBodies(store, n_shards)
-    committed = np.flatnonzero(list_committed(store, n_shards)).tolist()
-    for shard_id, body in in_threads(lambda shard_id: (shard_id, bodies.get(shard_id)), committed):
+    done = list_committed(store, n_shards) if committed is None else committed
+    shard_ids = np.flatnonzero(done).tolist()
+    for shard_id, body in in_threads(lambda shard_id: (shard_id, bodies.get(shard_id)), shard_ids):
         yield parse_commit(store, shard_id, body)
 
 

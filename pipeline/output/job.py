@@ -169,6 +169,7 @@ class Epoch:
 
 #: Variables in which a scheduler, or whoever wraps the command, says how often it has started it, and what its first value is.
 ATTEMPT_VARIABLES = {"MILLIJOULE_ATTEMPT": 1, "SLURM_RESTART_COUNT": 0}
+MAX_ATTEMPT_DIGITS = 9
 #: What whoever wraps the command calls all attempts of one submission.
 SERIES_VARIABLE = "MILLIJOULE_SERIES"
 MAX_SERIES_CHARS = 200
@@ -179,23 +180,20 @@ _RAY_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def this_epoch(environ: Mapping[str, str]) -> Epoch:
-    """This process, as a driver. Of words that are no UTF-8 the bytes are written as `\\udcff`."""
+    """This process, as a driver. Of words that are no UTF-8 the bytes are written as `\\udcff`.
+
+    Raises:
+        InputError: a variable that says which attempt this is, or of which series, does not say it. Passing over it would decide
+            whether this run may take the job from another one.
+    """
     environ = {name: _writable(value) for name, value in environ.items()}
-    attempt, source = None, None
-    for name, first in ATTEMPT_VARIABLES.items():
-        if (text := environ.get(name, "")).isdecimal() and len(text) < 10:
-            attempt, source = int(text) - first + 1, name
-            break
+    attempt, source = _attempt(environ)
     try:
         submission_id = json.loads(environ.get(_RAY_JOB_CONFIG, ""))["metadata"]["job_submission_id"]
     except (ValueError, LookupError, TypeError):  # not submitted
         submission_id = None
     submission_id = submission_id if isinstance(submission_id, str) else None
     cluster = environ.get("RAY_CLUSTER_NAME")
-    if (
-        attempt is None and "SLURM_JOB_ID" in environ
-    ):  # Slurm counts restarts, and says nothing before the first
-        attempt, source = 1, "SLURM_JOB_ID"
     return Epoch(
         socket.gethostname(),
         os.getpid(),
@@ -210,9 +208,28 @@ def this_epoch(environ: Mapping[str, str]) -> Epoch:
     )
 
 
+def _attempt(environ: Mapping[str, str]) -> tuple[int | None, str | None]:
+    """The number of this attempt, from 1, and the variable that says so."""
+    for name, first in ATTEMPT_VARIABLES.items():
+        if not (text := environ.get(name, "").strip()):  # empty is not set
+            continue
+        if not text.isdecimal() or len(text) > MAX_ATTEMPT_DIGITS or int(text) < first:
+            raise InputError(
+                f"environment variable {name} is {text[:80]!r}: the number of this attempt, a whole number from {first}; "
+                "set it to that, or unset it"
+            )
+        return int(text) - first + 1, name
+    # Slurm counts restarts, and says nothing before the first
+    return (1, "SLURM_JOB_ID") if environ.get("SLURM_JOB_ID") else (None, None)
+
+
 def _series(environ: Mapping[str, str], submission_id: str | None, cluster: str | None) -> str | None:
     if said := environ.get(SERIES_VARIABLE, "").strip():
-        return said[:MAX_SERIES_CHARS]
+        if len(said) > MAX_SERIES_CHARS:
+            raise InputError(
+                f"environment variable {SERIES_VARIABLE} has {len(said)} characters ({said[:40]!r} ...): at most {MAX_SERIES_CHARS}"
+            )
+        return said
     if slurm := environ.get("SLURM_JOB_ID"):
         return f"Slurm job {slurm}"
     job, own = _OF_RAYJOB.fullmatch(submission_id or ""), _OF_RAYJOB.fullmatch(cluster or "")

@@ -110,18 +110,28 @@ def load_job_shards(store: Store, job: JobSpec) -> JobShards:
     return JobShards(job.fingerprint, table, tuple(rounds))
 
 
-def plan_retry_round(store: Store, job: JobSpec) -> int:
-    """Add a round for every image that stands quarantined; the number of images in it, 0 when there is none.
+@dataclass(frozen=True)
+class RetryPlan:
+    """What asking for a round came to: so many images in a new one; none while `unfinished` of all `shards` are still to be done."""
+
+    images: int
+    unfinished: int
+    shards: int
+
+
+def plan_retry_round(store: Store, job: JobSpec) -> RetryPlan:
+    """Add a round for every image that stands quarantined, once the job and the rounds it has are done.
 
     Raises:
-        InputError: the job is not finished, or another driver started a round at this moment.
+        InputError: another driver started a round at this moment.
     """
     shards = load_job_shards(store, job)
-    if not list_committed(store, len(shards)).all():
-        return 0  # a round (or the job itself) is still to be done: go on with that
-    rows = _quarantined(store, shards)
+    committed = list_committed(store, len(shards))
+    if unfinished := int((~committed).sum()):  # go on with these
+        return RetryPlan(0, unfinished, len(shards))
+    rows = _quarantined(store, shards, committed)
     if not rows.num_rows:
-        return 0
+        return RetryPlan(0, 0, len(shards))
     number = max((r.number for r in shards.rounds), default=0) + 1
     with scratch_folder() as scratch:
         with ShardWriter(scratch, RETRY_ROW_SCHEMA, job.shard_size) as writer:
@@ -138,13 +148,13 @@ def plan_retry_round(store: Store, job: JobSpec) -> int:
         raise InputError(
             f"{store.url}: another driver just started a retry round; run the command again"
         ) from error
-    return rows.num_rows
+    return RetryPlan(rows.num_rows, 0, len(shards))
 
 
-def _quarantined(store: Store, shards: JobShards) -> pa.RecordBatch:
+def _quarantined(store: Store, shards: JobShards, committed: np.ndarray) -> pa.RecordBatch:
     """Plan rows, one image each, for the images whose last outcome is quarantined."""
     found: list[dict[str, Any]] = []
-    for commit in read_commits(store, len(shards)):
+    for commit in read_commits(store, len(shards), committed):
         if not commit.images_quarantined:
             continue
         rows = read_row_table(store, commit) if commit.rows is None else rows_table(commit.rows)

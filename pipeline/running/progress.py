@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 
 from millijoule.pipeline.closing.warning_kinds import kind_of
 from millijoule.pipeline.output.job import JobSpec
+from millijoule.pipeline.running.pool import CAPACITY_NOTICE_S
 from millijoule.pipeline.running.run import JobRun
 from millijoule.workers.visible_text import visible
 
@@ -90,9 +91,35 @@ class Progress:
         parts += [f"{n} {status}" for n, status in rejected if n]
         if run.writer.waits_for_storage:
             parts.append("waiting for storage")
-        workers = run.pool.ready_workers
-        working = f"{workers} worker{'' if workers == 1 else 's'}" if workers else "starting workers"
+        working = workers_words(run.pool.workers.values(), time.monotonic())
         return ", ".join([*parts, "done" if run.complete else working])
+
+
+def workers_words(workers: Collection[Any], now: float) -> str:
+    """ "2 workers (a 1, b 1), 1 starting (b 1) for 12 s": those at work, and those that are to come, by pool where there are some.
+
+    Args:
+        workers: each has `pool`, `node`, `ready`, `stopping` and `spawned`, as `crew.Worker`.
+    """
+    ready = [w for w in workers if w.ready is not None]
+    coming = [w for w in workers if w.ready is None and not w.stopping]
+    # where there is room a worker says within seconds which node it has
+    waiting = [w for w in coming if w.node is None and now - w.spawned > CAPACITY_NOTICE_S]
+    starting = [w for w in coming if w not in waiting]
+    parts = [f"{len(ready)} worker{'' if len(ready) == 1 else 's'}{_by_pool(ready)}"] if ready else []
+    for some, what in ((starting, "starting"), (waiting, "waiting for a node")):
+        if some:
+            noun = "" if parts else f" worker{'' if len(some) == 1 else 's'}"
+            longest_s = max(now - w.spawned for w in some)
+            so_far = f" for {longest_s:.0f} s" if longest_s >= 1 else ""
+            parts.append(f"{len(some)}{noun} {what}{_by_pool(some)}{so_far}")
+    return ", ".join(parts) or "starting workers"
+
+
+def _by_pool(workers: Collection[Any]) -> str:
+    """ " (a 1, b 1)"; nothing where there are no pools."""
+    pools = Counter(w.pool for w in workers if w.pool)
+    return f" ({', '.join(f'{name} {n}' for name, n in sorted(pools.items()))})" if pools else ""
 
 
 def _rate(value: float) -> str:

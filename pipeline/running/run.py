@@ -148,7 +148,7 @@ class JobRun:
         self.hosts: dict[str, str] = {}  # by boot id
         self.latest_power: dict[tuple[str, str], PowerSample] = {}  # by boot id and device
         if self.spending.caps.on_energy:
-            for commit in read_commits(store, len(planned.shards)):
+            for commit in read_commits(store, len(planned.shards), committed):
                 self.spending.add(commit.segments)
             self.spending.add(read_uncommitted(store).segments)
         later = cast(Store, QueuedWrites(store, self.writer))  # they only ever write

@@ -66,6 +66,18 @@ def test_the_script_is_right_for_bash_and_wants_a_command(start):
     assert start().wait(30) == 2
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"), [("RAY_PORT", "any"), ("NODES_WAIT_S", "3m"), ("NODES_WAIT_S", "-1")]
+)
+def test_a_setting_that_is_no_number_is_named_before_ray_starts(tmp_path, setting, value):
+    env = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", setting: value}
+    done = subprocess.run(
+        ["bash", SCRIPT, "generate"], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    words = f"millijoule.sbatch: environment variable {setting} is '{value}': a whole number\n"
+    assert (done.returncode, done.stderr) == (2, words)
+
+
 def test_slurm_takes_every_option_of_the_script_and_no_misspelt_one():
     script = SCRIPT.read_text()
     assert batch.faults(script) == []

@@ -434,6 +434,22 @@ def test_a_retry_of_a_run_that_was_taken_over_starts_nothing(cluster, job, monke
     assert sorted(p.name for p in (tmp_path / "out/_job/epochs").iterdir()) == ["000001.json", "000002.json"]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("MILLIJOULE_ATTEMPT", "second"), ("SLURM_RESTART_COUNT", "-1"), ("MILLIJOULE_SERIES", "s" * 201)],
+)
+def test_what_the_environment_says_amiss_of_the_attempt_is_refused_before_anything_starts(
+    cluster, job, monkeypatch, tmp_path, variable, value
+):
+    ray = cluster()
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(set_up_job, "choose_device", lambda *_, **__: pytest.fail("the cluster was asked"))
+    with pytest.raises(InputError, match=rf"^environment variable {variable} "):
+        job()
+    assert ray.requests == []
+    assert not (tmp_path / "out/_job").exists()
+
+
 def test_outside_the_main_thread_no_signal_is_touched(cluster, job, monkeypatch):
     cluster()
     monkeypatch.setattr(signal, "signal", lambda *args: pytest.fail("a handler was set"))

@@ -7,6 +7,7 @@ anew although it looks like an earlier one is reported; a module that meets too 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections import Counter
 from typing import Any
@@ -65,7 +66,10 @@ class CompileEngine(RoutingEngine):
 
 
 def check_compiler(settings: EngineSettings) -> None:
-    """Raise InputError, which says what is missing, unless torch.compile can make code for the device."""
+    """Raise InputError, which says what is missing, unless torch.compile can make code for the device.
+
+    A compiler is the one that `CC` (Triton, on a GPU) or `CXX` names, else what they look for.
+    """
     if settings.on_gpu:
         try:
             import triton  # noqa: F401
@@ -73,9 +77,11 @@ def check_compiler(settings: EngineSettings) -> None:
             raise InputError(
                 f"--engine compile: on a GPU it needs Triton, which is not installed ({error})"
             ) from error
-        if shutil.which("gcc") is None and shutil.which("clang") is None:
+        named = os.environ.get("CC")
+        if not any(shutil.which(name) for name in (("gcc", "clang") if named is None else (named,))):
             raise InputError(
-                "--engine compile: on a GPU it needs a C compiler: install gcc, or take another engine"
+                f"--engine compile: on a GPU it needs a C compiler{_not_there('CC')}: install gcc, or name another in CC, or take "
+                "another engine"
             )
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -84,8 +90,15 @@ def check_compiler(settings: EngineSettings) -> None:
         get_cpp_compiler()
     except Exception as error:  # what it raises differs between versions
         raise InputError(
-            "--engine compile: on a CPU it needs a C++ compiler (install g++, or name one in CXX), or take another engine"
+            f"--engine compile: on a CPU it needs a C++ compiler{_not_there('CXX')}: install g++, or name another in CXX, or take "
+            "another engine"
         ) from error
+
+
+def _not_there(variable: str) -> str:
+    """What a message adds where the environment names a compiler. Neither library takes arguments in it, as build tools do."""
+    named = os.environ.get(variable)
+    return "" if named is None else f", and {variable}={named} is not the name of a program here"
 
 
 class _CompiledCalls:

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import s3fs
+from botocore.utils import is_valid_endpoint_url, is_valid_ipv6_endpoint_url
 
-from millijoule.workers.errors import AlreadyExistsError, NotFoundError, StoreError
+from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError, StoreError
+from millijoule.workers.storage.open import without_secrets
 from millijoule.workers.storage.protocol import ObjectInfo, Store, TemporaryObject, check_key, check_prefix
 from millijoule.workers.storage.s3_failures import Backoff, S3Failure, failure_of
 
@@ -54,11 +56,30 @@ class S3Settings:
 
     @staticmethod
     def from_environment() -> S3Settings:
-        """Settings from AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION and AWS_DEFAULT_REGION."""
+        """Settings from AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION and AWS_DEFAULT_REGION.
+
+        Raises:
+            InputError: the endpoint is no address.
+        """
         env = os.environ.get
-        endpoint = env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL") or None
+        endpoint = None
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+            if endpoint := env(name) or None:
+                _check_endpoint(name, endpoint)
+                break
         region = env("AWS_REGION") or env("AWS_DEFAULT_REGION") or ("us-east-1" if endpoint else None)
         return S3Settings(endpoint, region)
+
+
+def _check_endpoint(variable: str, url: str) -> None:
+    """Refuse what botocore would only at the first request, with a plain ValueError."""
+    if not url.startswith(("http://", "https://")) or not (
+        is_valid_endpoint_url(url) or is_valid_ipv6_endpoint_url(url)
+    ):
+        raise InputError(
+            f"environment variable {variable} is {without_secrets(url)!r}: an address such as http://minio:9000, with a host name of "
+            "letters, digits and hyphens"
+        )
 
 
 class Bucket:

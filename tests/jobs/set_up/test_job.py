@@ -4,9 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from support.local_job import plan, work
+from support.models import Plain
 
 from millijoule.jobs.set_up import job as job_set_up
-from millijoule.jobs.set_up.job import set_up_job
+from millijoule.jobs.set_up.job import retry_failed, set_up_job
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import request_of
@@ -88,6 +90,25 @@ def test_what_cannot_be_is_refused_before_anything_is_planned(options, decisions
     with pytest.raises(InputError, match="no job description; choose another --output"):
         set_up(options)
     assert decisions == []
+
+
+def test_a_retry_of_what_is_not_finished_goes_on_with_it_and_says_so(options, decisions, caplog):
+    caplog.set_level("INFO", "millijoule")
+    planned, *_ = set_up(replace(options, shard_size="40"))
+    store = open_store(options.output)
+    store.put(commit_key(1), b"{}")
+    again, *_ = set_up(replace(options, shard_size="40", retry_failed=True))
+    assert len(again.shards) == len(planned.shards) == 3
+    assert "--retry-failed: 2 of 3 shards, of the job or of an earlier retry, are not done yet" in caplog.text
+    assert "retrying" not in caplog.text
+
+
+def test_a_retry_says_how_many_images_it_makes_anew_or_that_there_is_none(tmp_path, caplog):
+    caplog.set_level("INFO", "millijoule")
+    store, job = plan(tmp_path, [f"prompt {i}" for i in range(6)], shard_size=4)
+    work(store, job, Plain("cpu"))
+    retry_failed(store, job)
+    assert caplog.messages[-1] == "--retry-failed: no image stands quarantined, so there is nothing to retry"
 
 
 def test_another_job_is_refused_and_the_option_named(options, decisions):

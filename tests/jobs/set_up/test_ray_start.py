@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from millijoule.jobs.set_up.ray_cluster import connected
-from millijoule.workers.errors import NodeError
+from millijoule.workers.errors import InputError, NodeError
 
 
 @pytest.fixture
@@ -35,6 +35,20 @@ def test_a_machine_too_busy_for_ray_is_told_what_helps(failing, kind):
 def test_other_errors_are_not_hidden(failing):
     failing(TypeError("no such option"))
     with pytest.raises(TypeError, match="no such option"), connected(None):
+        pass
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_an_address_where_nobody_answers_is_named_by_where_it_came_from(failing, monkeypatch, address):
+    failing(ValueError("Invalid address format"))
+    with (
+        pytest.raises(InputError, match=rf"^--ray-address {address}: no Ray cluster answers"),
+        connected(address),
+    ):
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    words = rf"^environment variable RAY_ADDRESS is '{address}': no Ray cluster answers"
+    with pytest.raises(InputError, match=words), connected(None):
         pass
 
 

@@ -43,6 +43,17 @@ def test_a_second_driver_lists_what_stands_and_reads_it_only_for_a_cap(output):
     assert capped["read_mb"] > listed["read_mb"]
 
 
+@pytest.mark.parametrize("capped", [False, True])
+def test_a_second_driver_lists_each_folder_once(output, monkeypatch, capped):
+    """A job of a million shards has a thousand pages of commits."""
+    listed: list[str] = []
+    list_keys = CountedS3Store.list
+    monkeypatch.setattr(CountedS3Store, "list", lambda *args: listed.append(args[1]) or list_keys(*args))
+    resume(output, SHARDS, capped)
+    assert "_job/commits/" in listed
+    assert len(listed) == len(set(listed)), listed
+
+
 def test_a_listing_has_pages_of_a_thousand_keys(tmp_path):
     store = CountedS3Store(tmp_path, commits=2500)
     assert len({item.key for item in store.list("_job/commits/")}) == 2500

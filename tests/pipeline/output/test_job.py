@@ -116,7 +116,7 @@ def test_each_driver_takes_the_next_epoch(store, exclusive):
         ({"SLURM_RESTART_COUNT": "2"}, 3, "SLURM_RESTART_COUNT"),
         ({"SLURM_RESTART_COUNT": "0"}, 1, "SLURM_RESTART_COUNT"),
         ({"MILLIJOULE_ATTEMPT": "4", "SLURM_RESTART_COUNT": "2"}, 4, "MILLIJOULE_ATTEMPT"),
-        ({"MILLIJOULE_ATTEMPT": "first"}, None, None),
+        ({"MILLIJOULE_ATTEMPT": "", "SLURM_RESTART_COUNT": " 2\n"}, 3, "SLURM_RESTART_COUNT"),
         ({"SLURM_JOB_ID": "7"}, 1, "SLURM_JOB_ID"),
         ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, 2, "SLURM_RESTART_COUNT"),
     ],
@@ -131,6 +131,34 @@ def test_an_epoch_says_which_attempt_it_is_for_whoever_started_it(
     number = open_epoch(store, exclusive=True)
     epoch = read_epochs(store)[number]
     assert (epoch.attempt, epoch.attempt_source) == (attempt, source)
+
+
+@pytest.mark.parametrize("value", ["first", "-1", "1.0", "1e3", "0x2", "1234567890", "\udcff"])
+@pytest.mark.parametrize("name", ["MILLIJOULE_ATTEMPT", "SLURM_RESTART_COUNT"])
+def test_an_attempt_that_is_no_number_is_refused_by_the_name_of_its_variable(store, monkeypatch, name, value):
+    written = value.encode("utf-8", "backslashreplace").decode()
+    with pytest.raises(InputError, match=r"a whole number from [01];") as refused:
+        starts(store, monkeypatch, SLURM_JOB_ID="7", **{name: value})
+    assert str(refused.value).startswith(f"environment variable {name} is {written!r}: ")
+    assert read_epochs(store) == {}, "a refused run must not supersede"
+
+
+def test_attempts_count_from_one_and_restarts_from_none(store, monkeypatch):
+    assert starts(store, monkeypatch, SLURM_RESTART_COUNT="0") == 1
+    with pytest.raises(InputError, match=r"MILLIJOULE_ATTEMPT is '0'.*from 1;"):
+        starts(store, monkeypatch, MILLIJOULE_ATTEMPT="0")
+
+
+def test_a_series_is_recorded_whole_or_refused(store, monkeypatch):
+    """Two that differ in their last characters alone stay two."""
+    starts(store, monkeypatch, MILLIJOULE_SERIES="n" * 199 + "a")
+    starts(store, monkeypatch, MILLIJOULE_SERIES="n" * 199 + "b")
+    assert [epoch.series[-2:] for epoch in read_epochs(store).values()] == ["na", "nb"]
+    with pytest.raises(
+        InputError, match=r"MILLIJOULE_SERIES has 201 characters \('n{40}' \.\.\.\): at most 200"
+    ):
+        starts(store, monkeypatch, MILLIJOULE_SERIES="n" * 200 + "a")
+    assert len(read_epochs(store)) == 2
 
 
 def test_an_epoch_names_the_submission_and_the_cluster(store, monkeypatch):

@@ -11,7 +11,12 @@ from support.models import Plain
 
 from millijoule.pipeline.planning import shard_cutter
 from millijoule.pipeline.planning.plan import SHARD_INDEX_SCHEMA
-from millijoule.pipeline.planning.retry_rounds import RETRY_ROW_SCHEMA, load_job_shards, plan_retry_round
+from millijoule.pipeline.planning.retry_rounds import (
+    RETRY_ROW_SCHEMA,
+    RetryPlan,
+    load_job_shards,
+    plan_retry_round,
+)
 from millijoule.workers.errors import RowError, StoreError
 from millijoule.workers.shard_rows import read_shard_rows
 
@@ -36,7 +41,7 @@ def refused(tmp_path):
 def test_a_round_holds_each_quarantined_image_once_in_parts_like_a_plan(refused, monkeypatch):
     monkeypatch.setattr(shard_cutter, "SHARDS_PER_PART", 2)
     store, job = refused
-    assert plan_retry_round(store, job) == 10
+    assert plan_retry_round(store, job).images == 10
     shards = load_job_shards(store, job)
     again = [shards[i] for i in range(5, len(shards))]
     assert [(s.shard_id, s.n_images) for s in again] == [(5, 4), (6, 4), (7, 2)]
@@ -50,12 +55,12 @@ def test_a_round_holds_each_quarantined_image_once_in_parts_like_a_plan(refused,
 
 def test_no_round_is_added_while_one_is_to_be_done_and_the_next_takes_what_it_left(refused):
     store, job = refused
-    assert plan_retry_round(store, job) == 10
-    assert plan_retry_round(store, job) == 0
+    assert plan_retry_round(store, job) == RetryPlan(images=10, unfinished=0, shards=5)
+    assert plan_retry_round(store, job) == RetryPlan(images=0, unfinished=3, shards=8)
     work(store, job, Fussy("cpu"))
-    assert plan_retry_round(store, job) == 10
+    assert plan_retry_round(store, job) == RetryPlan(images=10, unfinished=0, shards=8)
     work(store, job, Plain("cpu"))
-    assert plan_retry_round(store, job) == 0
+    assert plan_retry_round(store, job) == RetryPlan(images=0, unfinished=0, shards=11)
     assert [r.number for r in load_job_shards(store, job).rounds] == [1, 2]
 
 

@@ -5,6 +5,8 @@ Most tests run the graphs that would be compiled without making code of them (`b
 
 import functools
 import logging
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from torch import nn
 
 from millijoule.jobs import convert
 from millijoule.workers.engines import compile as compile_engine
+from millijoule.workers.engines.compile import check_compiler
 from millijoule.workers.engines.open import open_engine
+from millijoule.workers.engines.protocol import EngineSettings
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.registry import load_generator
@@ -112,15 +116,55 @@ def test_modules_that_are_not_static_are_left_alone_and_it_says_so(prepared, cap
     assert engine.report.modules[-1].how == "as it is"
 
 
-def test_without_a_compiler_the_message_says_what_to_install(monkeypatch, tmp_path):
+@pytest.fixture
+def programs(monkeypatch, tmp_path):
+    """A folder that is all of PATH, with no compiler named and Triton as good as there."""
     from torch._inductor.cpp_builder import cpp_compiler_search
 
     cpp_compiler_search.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    return tmp_path
+
+
+def put_program(path):
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "words"),
+    [
+        ("cpu", "CXX", r"on a CPU it needs a C\+\+ compiler: install g\+\+, or name another in CXX"),
+        ("cuda", "CC", "on a GPU it needs a C compiler: install gcc, or name another in CC"),
+    ],
+)
+def test_without_a_compiler_the_message_says_what_to_install(programs, monkeypatch, device, variable, words):
+    with pytest.raises(InputError, match=words):
+        check_compiler(EngineSettings(device))
+    monkeypatch.setenv(variable, "/gone/cc")
     with pytest.raises(
-        InputError, match=r"--engine compile: on a CPU it needs a C\+\+ compiler \(install g\+\+"
+        InputError, match=rf"compiler, and {variable}=/gone/cc is not the name of a program here: "
     ):
-        open_engine(COMPILE, "cpu")
+        check_compiler(EngineSettings(device))
+
+
+def test_a_compiler_that_cc_names_is_enough_and_the_only_one_that_counts(programs, monkeypatch):
+    """As Triton has it: what `CC` names is called whatever else there is."""
+    put_program(programs / "gcc")
+    check_compiler(EngineSettings("cuda"))
+    monkeypatch.setenv("CC", "gone-cc")
+    with pytest.raises(InputError, match="CC=gone-cc"):
+        check_compiler(EngineSettings("cuda"))
+    (programs / "gcc").rename(programs / "gone-cc")
+    check_compiler(EngineSettings("cuda"))
+    monkeypatch.setenv("CC", str(programs / "gone-cc"))
+    check_compiler(EngineSettings("cuda"))
+    (programs / "gone-cc").rename(programs / "clang")
+    monkeypatch.delenv("CC")
+    check_compiler(EngineSettings("cuda"))
 
 
 def test_the_default_model_runs_as_it_is_and_says_so(caplog):

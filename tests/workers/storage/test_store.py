@@ -314,6 +314,26 @@ def test_settings_come_from_the_usual_variables(monkeypatch: pytest.MonkeyPatch)
     assert S3Settings.from_environment().endpoint_url == "http://127.0.0.1:2"
 
 
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_an_endpoint_that_is_no_address_is_refused_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """By whoever opens a store, before anything is asked of it."""
+    for good in ("http://minio:9000", "https://s3.example.org/gateway", "http://[::1]:9000"):
+        monkeypatch.setenv(name, good)
+        assert S3Settings.from_environment().endpoint_url == good
+    for wrong in ("localhost:9000", "minio", "ftp://minio:9000", "http://", "http://my_minio:9000"):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(
+            InputError, match=rf"environment variable {name} is '{wrong}': an address such as http://"
+        ):
+            open_store("s3://bucket/out")
+    monkeypatch.setenv(name, "http://key:very-secret@my_minio:9000")
+    with pytest.raises(InputError) as refused:
+        open_store("s3://bucket/out")
+    assert "very-secret" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("url", "expected"),
     [("s3://b", "s3://b"), ("s3://b/", "s3://b"), ("s3://b/p/q/", "s3://b/p/q"), ("s3a://b/p", "s3://b/p")],
