@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from millijoule.pipeline.fleet.choice import Offer, choose_devices, seconds_until_done
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 CHOICE_PERIOD_S = 10.0
 #: Far from the end the workers are looked at so often.
 LOOK_PERIOD_S = 1.0
-#: A worker takes so long to start, before anybody has shown how long.
+#: A worker takes so long to start, where nobody measures how long.
 START_S = 30.0
 #: More than is needed by so much: rates waver, workers die.
 RESERVE = 0.03
@@ -77,6 +77,9 @@ class FleetPolicy:
         self.rates = Rates(pools)
         self.targets = {name: pool.options.max_workers for name, pool in self.pools.items()}
         self.images_made: Counter[str] = Counter()  # accepted ones of committed shards, by pool
+        self.start_s: Callable[[str], float] = lambda pool: (
+            START_S
+        )  # until a worker on a node to come is ready
         self.leaving: set[str] = set()  # ids of workers that are to end when they have nothing in hand
         self._pool_of: dict[str, str] = {}
         self._next_choice = 0.0
@@ -218,7 +221,7 @@ class FleetPolicy:
                 (
                     max(0, offer.least - there),
                     offer.most - there,
-                    time_s - START_S,
+                    time_s - self.start_s(offer.name),
                     offer.cost * (1 + MOVING),
                 ),
             ):
@@ -394,12 +397,12 @@ class FleetPolicy:
         span = self._spans[worker.worker_id]
         return not self._is_in_time(span) and not self._times.piece_s(span[0])
 
-    def may_start(self, pool: str) -> bool:
-        """Whether a worker of `pool` that is asked for now can still be of use."""
+    def may_start(self, pool: str, start_s: float) -> bool:
+        """Whether a worker of `pool` that is asked for now, and ready in `start_s`, can still be of use."""
         rate = self.rates.images_per_s(pool)
         if self._end_s is None or rate is None:
             return True
-        return START_S + self._shard_images / rate <= self._end_s
+        return start_s + self._shard_images / rate <= self._end_s
 
     def expected_s(self, worker_id: str) -> float | None:
         """How long this worker takes for a shard; None: not known."""

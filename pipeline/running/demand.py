@@ -160,7 +160,7 @@ class Demand:
         most = min(MOST_IMAGES_PER_S, fastest * (UNLIKE if len(self.pools) > 1 else 1.0))
         there: Counter[str] = Counter()
         coming: dict[str, list[float]] = defaultdict(list)
-        starts = {name: self._start_s(name) for name in self.pools}
+        starts = {name: self.start_s(name) for name in self.pools}
         in_vain: set[str] = set()
         for worker in workers:
             if worker.node is None and not worker.stopping:
@@ -192,8 +192,15 @@ class Demand:
             )
         return standing
 
-    def _start_s(self, pool: str) -> float:
-        """Seconds until a worker on a node to come is ready: as others of its pool, else as the slowest pool's, at least as assumed."""
+    def start_s(self, pool: str, own: int | None = None) -> float:
+        """Seconds until a worker on a node to come is ready: as others of its pool, else as the slowest pool's, at least as assumed.
+
+        Args:
+            own: workers of the pool that there are, where one more is asked about: it may fit a node that is there.
+        """
+        room, there = self.pools[pool].at_once, self._paces[pool].starts[False]
+        if own is not None and room is not None and own < room and there:
+            return statistics.median(there)
         medians = {
             name: statistics.median(p.starts[True]) for name, p in self._paces.items() if p.starts[True]
         }
