@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,13 @@ from millijoule.jobs.torch_device import torch_device
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import CountsOperations, Generator, known_nouns
+from millijoule.workers.generators.protocol import (
+    CountsOperations,
+    GeneratedBatch,
+    Generator,
+    Rejection,
+    known_nouns,
+)
 from millijoule.workers.scenes.scenes import FAMILIES, IMAGE_SIZE, Scene, sample_scene
 from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, VOCABULARIES
 from millijoule.workers.schemas import ImageRequest
@@ -46,7 +53,8 @@ class EvaluateOptions:
     The verifier (an independent network, trained on true renders only) reads every image. Reported are the share of images
     that show what the prompt says, by family, with 95 % intervals; and against as many true renders of the same
     prompts, in the verifier's features, the Frechet distance, precision and recall. Needs the `train` extra for the
-    renders. All models get the same prompts and seeds for the same options.
+    renders. All models get the same prompts and seeds for the same options. What the model rejects (its safety checker hides it, say)
+    counts as wrong and is left out of the other figures; "rejected" says how many.
     """
 
     model: str
@@ -151,9 +159,10 @@ def run(options: EvaluateOptions) -> int:
     began = time.monotonic()
     if model is None:
         images = np.concatenate(list(render_prompted(scenes, options.seed + 2)))
+        rejected: list[Rejection | None] = [None] * len(items)
         about: dict[str, Any] = {"name": RENDERS, "sha256": None}
     else:
-        images, about = draw_items(items, model, options)
+        images, rejected, about = draw_items(items, model, options)
     true = np.concatenate(list(render_prompted(scenes, options.seed + 1)))
     result = {
         "format_version": FORMAT_VERSION,
@@ -169,15 +178,16 @@ def run(options: EvaluateOptions) -> int:
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "environment": describe_machine(),
         "seconds": round(time.monotonic() - began, 1),
-        **measure(items, images, true, verifier),
+        **measure(items, images, true, verifier, rejected),
     }
     if independent:
-        result["independent_features"] = measure_independently(images, true, independent)
+        there = np.array([why is None for why in rejected])
+        result["independent_features"] = measure_independently(images[there], true[there], independent)
     name = options.name or about["name"].replace("/", "-")
     rows = result.pop("rows")
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet", compression="zstd")
-    _draw_sheet(items, images, folder / f"{name}.png")
+    _draw_sheet(items, images, rejected, folder / f"{name}.png")
     print_table(result)
     print(folder / f"{name}.json")
     return COMPLETE
@@ -244,8 +254,8 @@ def open_model(options: EvaluateOptions, device: str) -> OpenedModel:
 
 def draw_items(
     items: list[Item], model: OpenedModel, options: EvaluateOptions
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """uint8 `[n, 64, 64, 3]`, and what there is to say about the model."""
+) -> tuple[np.ndarray, list[Rejection | None], dict[str, Any]]:
+    """uint8 `[n, 64, 64, 3]`, why some of these are no images, and what there is to say about the model."""
     from rich.console import Console
     from rich.progress import track
 
@@ -258,11 +268,12 @@ def draw_items(
     requests = [ImageRequest(str(i), 0, item.prompt, item.seed, **asked) for i, item in enumerate(items)]
     many = how.batch_size or info.batch_size
     batches = [requests[i : i + many] for i in range(0, len(requests), many)]
-    drawn: Iterator[np.ndarray] = (generator.generate(batch).images for batch in batches)
+    drawn: Iterator[GeneratedBatch] = (generator.generate(batch) for batch in batches)
     if options.processes > 1:
         drawn = _draw_in_processes(model.model, how, options.processes, model.device, batches)
     words = f"drawing {len(requests)} images"
-    images = list(track(drawn, words, total=len(batches), console=Console(stderr=True)))
+    made = list(track(drawn, words, total=len(batches), console=Console(stderr=True)))
+    rejected = [why for batch in made for why in batch.rejected or (None,) * len(batch.images)]
     about: dict[str, Any] = {
         "name": info.name,
         "sha256": info.sha256,
@@ -270,7 +281,12 @@ def draw_items(
         "num_inference_steps": options.num_inference_steps or info.num_inference_steps,
         **count_operations(generator, requests, [item.family for item in items]),
     }
-    return np.concatenate(images), about
+    if rejected and None not in rejected:
+        first = next(why for why in rejected if why is not None)
+        raise InputError(
+            f"--model {options.model}: gives no image of any prompt; the first is {first.status}: {first.reason}"
+        )
+    return np.concatenate([batch.images for batch in made]), rejected, about
 
 
 def count_operations(
@@ -297,14 +313,16 @@ def mean_operations(parts: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 def _draw_in_processes(
     model: str, how: GeneratorOptions, processes: int, device: str, batches: list[list[ImageRequest]]
-) -> Iterator[np.ndarray]:
-    """Images of each batch, in order."""
+) -> Iterator[GeneratedBatch]:
+    """Each batch, in order."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(partial(_draw_in_process, model, how, device), batches)
 
 
-def _draw_in_process(model: str, how: GeneratorOptions, device: str, batch: list[ImageRequest]) -> np.ndarray:
-    return _loaded(model, how, device).generate(batch).images
+def _draw_in_process(
+    model: str, how: GeneratorOptions, device: str, batch: list[ImageRequest]
+) -> GeneratedBatch:
+    return _loaded(model, how, device).generate(batch)
 
 
 @cache
@@ -318,20 +336,33 @@ def _loaded(model: str, how: GeneratorOptions, device: str) -> Generator:
     return load_generator(model, device=device, options=how)
 
 
-def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: Any) -> dict[str, Any]:
-    """Everything that is reported of the images `[n, 64, 64, 3]`, against true renders of the same prompts."""
+def measure(
+    items: list[Item],
+    images: np.ndarray,
+    true: np.ndarray,
+    verifier: Any,
+    rejected: Sequence[Rejection | None],
+) -> dict[str, Any]:
+    """Everything that is reported of the images `[n, 64, 64, 3]`, against true renders of the same prompts.
+
+    What is rejected is no image: it does not show what its prompt says, and sets of images are compared without it.
+    """
     from millijoule.workers.judging import quality
 
+    there = np.array([why is None for why in rejected])
     readings = verifier.read(images)
     verdicts = [quality.judge(i.scene, i.family, r) for i, r in zip(items, readings, strict=True)]
     families, prompts = np.array([i.family for i in items]), np.array([i.prompt for i in items])
-    correct, strict = (np.array([getattr(v, name) for v in verdicts]) for name in ("correct", "strict"))
-    exact, near = quality.duplicate_rates(images, prompts.tolist())
+    correct, strict = (
+        np.array([getattr(v, name) for v in verdicts]) & there for name in ("correct", "strict")
+    )
+    exact, near = quality.duplicate_rates(images[there], prompts[there].tolist())
     return {
         "images": len(items),
+        "rejected": dict(Counter(why.status for why in rejected if why is not None)),
         "score": quality.family_means(correct, families, prompts),
         "strict_score": quality.family_means(strict, families, prompts),
-        **compare_features(verifier.features(images), verifier.features(true)),
+        **compare_features(verifier.features(images[there]), verifier.features(true[there])),
         "exact_duplicates": exact,
         "near_duplicates": near,
         "rows": [
@@ -339,15 +370,18 @@ def measure(items: list[Item], images: np.ndarray, true: np.ndarray, verifier: A
                 "family": item.family,
                 "prompt": item.prompt,
                 "seed": item.seed,
+                "rejected": None if why is None else f"{why.status}: {why.reason}",
                 "read": [
                     {"noun": i.noun, "colour": i.colour, "size": i.size, "x": round(i.x), "y": round(i.y)}
-                    for i in reading.icons
+                    for i in (reading.icons if why is None else ())
                 ],
-                "background": reading.background,
-                "correct": verdict.correct,
-                "strict": verdict.strict,
+                "background": reading.background if why is None else None,
+                "correct": bool(right),
+                "strict": bool(strictly),
             }
-            for item, reading, verdict in zip(items, readings, verdicts, strict=True)
+            for item, reading, why, right, strictly in zip(
+                items, readings, rejected, correct, strict, strict=True
+            )
         ],
     }
 
@@ -379,7 +413,9 @@ def measure_independently(images: np.ndarray, true: np.ndarray, network: ImageNe
     }
 
 
-def _draw_sheet(items: list[Item], images: np.ndarray, path: Path) -> None:
+def _draw_sheet(
+    items: list[Item], images: np.ndarray, rejected: Sequence[Rejection | None], path: Path
+) -> None:
     from PIL import Image
 
     from millijoule.workers.judging.contact_sheet import draw_contact_sheet
@@ -388,8 +424,11 @@ def _draw_sheet(items: list[Item], images: np.ndarray, path: Path) -> None:
     for i, item in enumerate(items):
         first.setdefault(item.prompt, i)
     chosen = list(first.values())[:SHEET_IMAGES]
-    shown, prompts = [Image.fromarray(images[i]) for i in chosen], [items[i].prompt for i in chosen]
-    path.write_bytes(draw_contact_sheet(shown, prompts))
+    shown, words = [Image.fromarray(images[i]) for i in chosen], []
+    for i in chosen:
+        why = rejected[i]
+        words.append(items[i].prompt if why is None else f"{why.status}: {items[i].prompt}")
+    path.write_bytes(draw_contact_sheet(shown, words))
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -409,7 +448,11 @@ def print_table(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     operations = result["model"].get("operations_per_image")
+    rejected = ", ".join(f"{n} {status}" for status, n in result["rejected"].items())
     lines = {
+        **(
+            {"no image": f"{rejected}; they count as wrong, lines below are without them"} if rejected else {}
+        ),
         "Frechet distance": f"{result['frechet_distance']:.3f}",
         "precision, recall": f"{result['precision']:.3f}, {result['recall']:.3f}",
         "duplicates": f"{result['exact_duplicates']:.3f} exact, {result['near_duplicates']:.3f} near",

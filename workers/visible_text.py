@@ -43,3 +43,14 @@ def log_to_stderr(line_format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(VisibleFormatter(line_format))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def without_secrets(url: str) -> str:
+    """`url` without its login and its query, which may be secrets, for messages; a path as it is."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    authority, slash, path = rest.partition("/")
+    _, at, host = authority.rpartition("@")
+    path, asked, _ = path.partition("?")
+    return f"{scheme}://{'...@' if at else ''}{host}{slash}{path}{'?...' if asked else ''}"

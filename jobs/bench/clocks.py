@@ -137,6 +137,7 @@ def _measure(
     """All settings, there and back, so that a drift falls on all alike."""
     import torch
 
+    from millijoule.workers.generators.protocol import every_image
     from millijoule.workers.generators.registry import load_generator
 
     usual_mw = int(clocks.lib.nvmlDeviceGetPowerManagementLimit(clocks.handle))
@@ -147,7 +148,9 @@ def _measure(
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     size = model.batch_size or generator.info.batch_size
     requests = icon_requests(size, 0)
-    share = _accepted_share(pipeline_of(obtained), generator.generate(requests).images, requests)
+    share = _accepted_share(
+        pipeline_of(obtained), every_image(generator.generate(requests), requests), requests
+    )
     rows = []
     for setting in (*settings, *reversed(settings)):
         clocks.limit(setting.power_mw or usual_mw)

@@ -28,7 +28,7 @@ from millijoule.jobs.measuring.measurement import (
 from millijoule.kernels.native_library import only
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.options import GeneratorOptions
-from millijoule.workers.generators.protocol import Generator
+from millijoule.workers.generators.protocol import Generator, every_image
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
 from millijoule.workers.schemas import ImageRequest
 
@@ -178,8 +178,8 @@ def _draw(generator: Generator, requests: Sequence[ImageRequest], options: Bench
         ImageRequest(r.prompt_id, r.image_index, r.prompt, r.seed, num_inference_steps=steps)
         for r in requests
     ]
-    parts = [generator.generate(asked[i : i + size]).images for i in range(0, len(asked), size)]
-    return np.concatenate(parts)
+    parts = [asked[i : i + size] for i in range(0, len(asked), size)]
+    return np.concatenate([every_image(generator.generate(part), part) for part in parts])
 
 
 def start(model: str, engine: str, device: str, threads: int | None, steps: int | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from millijoule.workers.errors import InputError, MillijouleError
 from millijoule.workers.generators.options import GeneratorOptions
+from millijoule.workers.generators.protocol import every_image
 from millijoule.workers.schemas import ImageRequest
 
 #: A process that was asked to end and has not after this long is killed.
@@ -133,7 +134,7 @@ def _serve(pipe: Connection, model: str, device: str, options: GeneratorOptions,
 
 def _draw(generator: Any, size: int, requests: list[ImageRequest]) -> np.ndarray:
     parts = [requests[i : i + size] for i in range(0, len(requests), size)]
-    return np.concatenate([generator.generate(part).images for part in parts])
+    return np.concatenate([every_image(generator.generate(part), part) for part in parts])
 
 
 def _draw_for(generator: Any, size: int, requests: list[ImageRequest], seconds: float) -> int:

@@ -79,7 +79,8 @@ class FleetPolicy:
         self.images_made: Counter[str] = Counter()  # accepted ones of committed shards, by pool
         self.leaving: set[str] = set()  # ids of workers that are to end when they have nothing in hand
         self._pool_of: dict[str, str] = {}
-        self.start_s: Callable[[str], float] = lambda pool: START_S  # of a worker of a pool on a node to come
+        #: Seconds until a worker of a pool is ready, on a node to come.
+        self.start_s: Callable[[str], float] = lambda pool: START_S
         self._next_choice = 0.0
         self._known: list[str] = []
         self._is_late = False
@@ -399,12 +400,12 @@ class FleetPolicy:
         span = self._spans[worker.worker_id]
         return not self._is_in_time(span) and not self._times.piece_s(span[0])
 
-    def may_start(self, pool: str) -> bool:
-        """Whether a worker of `pool` that is asked for now can still be of use."""
+    def may_start(self, pool: str, start_s: float) -> bool:
+        """Whether a worker of `pool` that is asked for now, and ready in `start_s`, can still be of use."""
         rate = self.rates.images_per_s(pool)
         if self._end_s is None or rate is None:
             return True
-        return self.start_s(pool) + self._shard_images / rate <= self._end_s
+        return start_s + self._shard_images / rate <= self._end_s
 
     def expected_s(self, worker_id: str) -> float | None:
         """How long this worker takes for a shard; None: not known."""

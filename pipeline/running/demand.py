@@ -194,8 +194,15 @@ class Demand:
             )
         return standing
 
-    def start_s(self, pool: str) -> float:
-        """Seconds until a worker on a node to come is ready: as others of its pool, else as the slowest pool's, at least as assumed."""
+    def start_s(self, pool: str, own: int | None = None) -> float:
+        """Seconds until a worker on a node to come is ready: as others of its pool, else as the slowest pool's, at least as assumed.
+
+        Args:
+            own: workers of the pool that there are, where one more is asked about: it may fit a node that is there.
+        """
+        room, there = self.pools[pool].at_once, self._paces[pool].starts[False]
+        if own is not None and room is not None and own < room and there:
+            return statistics.median(there)
         medians = {
             name: statistics.median(p.starts[True]) for name, p in self._paces.items() if p.starts[True]
         }

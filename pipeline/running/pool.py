@@ -204,8 +204,8 @@ class WorkerPool:
         draining, more = bool(self.draining), 0
         if shunned is not None and not draining and now >= self._outcomes.spawn_not_before:
             more = self._demand.more(len(own), workers, name)
-            if self.fleet is not None and not self.fleet.may_start(name):
-                more = 0
+            if more and self.fleet is not None:
+                more = more if self.fleet.may_start(name, self._demand.start_s(name, len(own))) else 0
             for _ in range(more):
                 config, ending = self._configs.get(name), self._outcomes.draining.now
                 self._crew.spawn(now, shunned, self._demand.pools[name], name, config, ending)

@@ -11,7 +11,8 @@ from support.tiny_oscillators import painter_of, tiny_oscillators
 
 from millijoule.jobs import evaluate
 from millijoule.jobs.evaluate import EvaluateOptions, count_operations, list_items
-from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo
+from millijoule.workers.errors import InputError
+from millijoule.workers.generators.protocol import GeneratedBatch, GeneratorInfo, Rejection, every_image
 from millijoule.workers.generators.registry import load_generator
 from millijoule.workers.judging.verifier import WEIGHTS, VerifierNet
 from millijoule.workers.oscillators.model_file import save_model
@@ -53,6 +54,33 @@ def small(device):
     return Artist(size=32)
 
 
+class Prude(Artist):
+    """Hides two of seven images behind a black one, as a safety checker does, and gives up on a third."""
+
+    def generate(self, requests):
+        images, rejected = super().generate(requests).images, [None] * len(requests)
+        for i, why in ((1, HIDDEN), (2, HIDDEN), (4, Rejection("quarantined", "no numbers"))):
+            if i < len(requests):
+                images[i], rejected[i] = 0, why
+        return GeneratedBatch(images, rejected=tuple(rejected))
+
+
+class Puritan(Artist):
+    def generate(self, requests):
+        return GeneratedBatch(super().generate(requests).images, rejected=(HIDDEN,) * len(requests))
+
+
+HIDDEN = Rejection("filtered", "the checker hid it")
+
+
+def prude(device):
+    return Prude()
+
+
+def puritan(device):
+    return Puritan()
+
+
 def learned(device):
     """Says that it knows the whole vocabulary."""
     artist = Artist()
@@ -66,6 +94,7 @@ def run(tmp_path, monkeypatch, model, *more):
         f"import importlib.util\nspec = importlib.util.spec_from_file_location('m', {__file__!r})\n"
         "m = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(m)\n"
         "artist, noise, small, learned = m.artist, m.noise, m.small, m.learned\n"
+        "prude, puritan = m.prude, m.puritan\n"
     )
     argv = ["--model", model, "--output", str(tmp_path / "out"), "--prompts-per-family", "5", *more]
     return evaluate.main(argv)
@@ -86,6 +115,50 @@ def test_a_perfect_artist_scores_one(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "colour attribution" in shown
     assert (tmp_path / "out" / "artist.png").stat().st_size > 10_000
+
+
+def test_what_a_model_rejects_counts_as_wrong_and_is_in_no_other_figure(tmp_path, monkeypatch, capsys):
+    """60 prompts in batches of seven: eight whole ones and one of four."""
+    assert (
+        run(tmp_path, monkeypatch, "python:evaluate_models:prude", "--name", "p", "--images-per-prompt", "2")
+        == 0
+    )
+    result = json.loads((tmp_path / "out" / "p.json").read_text())
+    assert result["images"] == 60
+    assert result["rejected"] == {"filtered": 18, "quarantined": 8}
+    rows = pq.ParquetFile(tmp_path / "out" / "p.parquet").read().to_pylist()
+    hidden = [row for row in rows if row["rejected"]]
+    assert [i for i, row in enumerate(rows[:7]) if row["rejected"]] == [1, 2, 4]
+    assert {row["rejected"] for row in hidden} == {"filtered: the checker hid it", "quarantined: no numbers"}
+    assert not any(row["correct"] or row["strict"] or row["read"] for row in hidden)
+    assert all(row["background"] is None for row in hidden)
+    shares = [np.mean([r["correct"] for r in rows if r["family"] == family]) for family in FAMILIES]
+    assert result["score"]["mean"][0] == pytest.approx(np.mean(shares))
+    assert 0.5 < result["score"]["mean"][0] <= 34 / 60 + 0.01
+    # black ones are all alike; true renders of the others are as near as those of a perfect artist
+    assert result["exact_duplicates"] == 0
+    assert result["precision"] > 0.7
+    assert "18 filtered, 8 quarantined; they count as wrong" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_that_rejects_everything_is_refused_with_its_reason(tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, monkeypatch, "python:evaluate_models:puritan") == 1
+    assert (
+        "gives no image of any prompt; the first is filtered: the checker hid it" in capsys.readouterr().err
+    )
+
+
+def test_what_compares_or_times_images_needs_every_one():
+    requests = [
+        ImageRequest(str(i), 0, f"a red cat above a blue car on a background of {i}", 0) for i in range(7)
+    ]
+    whole = Artist().generate(requests[:1])
+    assert every_image(whole, requests[:1]) is whole.images
+    words = (
+        r"no image of 3 of 7 requests.* the first is filtered \(the checker hid it\), prompt 'a red cat above"
+    )
+    with pytest.raises(InputError, match=words):
+        every_image(Prude().generate(requests), requests)
 
 
 @pytest.mark.long
@@ -186,8 +259,8 @@ def test_processes_draw_the_same_images(tmp_path):
     options = EvaluateOptions("default", str(tmp_path), prompts_per_family=6, device="cpu")
     items = list_items(options)  # 72, more than a batch
     model = evaluate.open_model(options, "cpu")
-    alone, about = evaluate.draw_items(items, model, options)
-    together, same = evaluate.draw_items(items, model, replace(options, processes=2))
+    alone, _, about = evaluate.draw_items(items, model, options)
+    together, _, same = evaluate.draw_items(items, model, replace(options, processes=2))
     assert np.array_equal(alone, together)
     assert about == same
 

@@ -7,7 +7,8 @@ import pytest
 from millijoule.workers.errors import InputError
 from millijoule.workers.sources.words import find_place
 from millijoule.workers.storage.inputs import expand_inputs
-from millijoule.workers.storage.open import open_store, without_secrets
+from millijoule.workers.storage.open import open_store
+from millijoule.workers.visible_text import without_secrets
 
 SECRET = "marker-of-a-secret"
 URLS = (

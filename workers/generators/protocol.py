@@ -8,6 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from millijoule.workers.errors import InputError
 from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS
 from millijoule.workers.schemas import ImageRequest
 
@@ -55,6 +56,22 @@ class GeneratedBatch:
     images: np.ndarray
     warnings: tuple[tuple[str, ...], ...] = ()
     rejected: tuple[Rejection | None, ...] = ()
+
+
+def every_image(batch: GeneratedBatch, requests: Sequence[ImageRequest]) -> np.ndarray:
+    """The images of `batch`, uint8 `[batch, height, width, 3]`, for what compares or times images: one is needed of each of `requests`.
+
+    Raises:
+        InputError: the model has rejected some.
+    """
+    rejected = [(r.prompt, why) for r, why in zip(requests, batch.rejected, strict=False) if why is not None]
+    if rejected:
+        prompt, why = rejected[0]
+        raise InputError(
+            f"the model gives no image of {len(rejected)} of {len(requests)} requests, so nothing can be compared or timed: the first is "
+            f"{why.status} ({why.reason}), prompt {prompt[:200]!r}"
+        )
+    return batch.images
 
 
 class Generator(Protocol):

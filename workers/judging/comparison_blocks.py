@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.protocol import Generator
+from millijoule.workers.generators.protocol import GeneratedBatch, Generator
 from millijoule.workers.meters.meter import CounterMeter, EnergyMeter
 from millijoule.workers.meters.power_samples import PowerSampler
 from millijoule.workers.schemas import CounterRead, ImageRequest, PowerTrace
@@ -76,7 +76,7 @@ def draw_block(
         while True:
             start = first_request + len(digests)
             batch = [requests[(start + k) % len(requests)] for k in range(batch_size)]
-            for image in _checked(generator.generate(batch).images, batch_size, generator.info.name):
+            for image in _checked(generator.generate(batch), batch_size, generator.info.name):
                 digest = hash_pixels(image)
                 digests.append(digest)
                 if digest not in known and digest not in new_pixels:
@@ -138,10 +138,16 @@ def hash_pixels(image: np.ndarray) -> str:
     return hashlib.sha256(size + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
-def _checked(images: np.ndarray, batch_size: int, name: str) -> np.ndarray:
+def _checked(batch: GeneratedBatch, batch_size: int, name: str) -> np.ndarray:
+    """The images; what the model rejected is blank, and so never accepted, while its energy counts."""
+    images = batch.images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[::3] != (batch_size, 3):
         raise InputError(
             f"model {name}: asked for {batch_size} images, got {images.dtype} {list(images.shape)} in place of "
             f"uint8 [{batch_size}, height, width, 3]"
         )
+    rejected = [why is not None for why in batch.rejected]
+    if any(rejected):
+        images = images.copy()
+        images[rejected] = 0
     return images

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.storage.open import is_s3_url, without_secrets
+from millijoule.workers.storage.open import is_s3_url
+from millijoule.workers.visible_text import without_secrets
 
 #: Endings of files that can run code when they are read.
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 from millijoule.workers.errors import InputError
 from millijoule.workers.storage.local import LocalStore
 from millijoule.workers.storage.protocol import Store
+from millijoule.workers.visible_text import without_secrets
 
 if TYPE_CHECKING:
     from millijoule.workers.storage.s3 import S3Settings
@@ -53,17 +54,6 @@ def split_s3_url(url: str) -> tuple[str, str]:
             "and give keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
         )
     return bucket, key.strip("/")
-
-
-def without_secrets(url: str) -> str:
-    """`url` without its login and its query, which may be secrets, for messages; a path as it is."""
-    scheme, mark, rest = url.partition("://")
-    if not mark:
-        return url
-    authority, slash, path = rest.partition("/")
-    _, at, host = authority.rpartition("@")
-    path, asked, _ = path.partition("?")
-    return f"{scheme}://{'...@' if at else ''}{host}{slash}{path}{'?...' if asked else ''}"
 
 
 def local_path(url: str) -> Path:

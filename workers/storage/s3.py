@@ -21,9 +21,9 @@ import s3fs
 from botocore.utils import is_valid_endpoint_url, is_valid_ipv6_endpoint_url
 
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError, StoreError
-from millijoule.workers.storage.open import without_secrets
 from millijoule.workers.storage.protocol import ObjectInfo, Store, TemporaryObject, check_key, check_prefix
 from millijoule.workers.storage.s3_failures import Backoff, S3Failure, failure_of
+from millijoule.workers.visible_text import without_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +186,53 @@ def test_a_deadline_before_anybody_is_thought_to_be_ready_is_tried_on_the_nodes_
     plan = made_up_plan(SHARDS, IMAGES)
     policy.look(Coordinator(plan.shards, np.zeros(SHARDS, bool), 60.0, 1), [], 0.0)
     assert policy.targets == {"slow": 2}
+
+
+def test_devices_that_start_slowly_are_asked_for_in_time_and_in_vain_no_more():
+    """6,000 images in 1,030 s at 1 image/s each: seven devices are enough where starts take 30 s, none are where they take 1,010 s."""
+    eight = pools({"slow": (SLOW, 8)}, images_per_s=1.0, joules_per_image=100.0)
+    shards = made_up_plan(SHARDS, IMAGES).shards
+    targets = {}
+    for start_s in (30.0, 250.0, 1010.0):
+        policy = FleetPolicy(eight, deadline_s=1030.0)
+        policy.start_s = {"slow": start_s}.__getitem__
+        policy.look(Coordinator(shards, np.zeros(SHARDS, bool), 60.0, 1), [], 0.0)
+        targets[start_s] = policy.targets["slow"]
+    assert targets[30.0] == 7
+    assert targets[250.0] == 8
+
+
+def test_a_worker_is_started_near_the_end_as_far_as_it_is_ready_in_time():
+    """The last shard takes the slow device 200 s, a lean one 5 s after its start."""
+    stated = {"slow": 0.1, "lean": 4.0}
+    asked = [replace(pool, images_per_s=stated[pool.name]) for pool in pools()]
+    policy = FleetPolicy(asked, "speed")
+    worker = SimpleNamespace(
+        worker_id="a", pool="slow", ready="a node", node="a node", stopping=False, held={}, spawned=0.0
+    )
+    policy.look(Coordinator(made_up_plan(1, IMAGES).shards, np.zeros(1, bool), 60.0, 1), [worker], 0.0)
+    assert [policy.may_start("lean", start_s) for start_s in (5.0, 190.0, 200.0)] == [True, True, False]
+
+
+@pytest.mark.long
+def test_a_deadline_is_met_though_devices_start_slowly_and_are_taken_away():
+    """Starts of seven minutes; taken for thirty seconds, the last devices came too late."""
+    kinds = {
+        name: (
+            replace(
+                kind,
+                boot_s=210.0,
+                load_s=210.0,
+                preemptions_per_hour=4 * kind.preemptions_per_hour,
+                faults_per_hour=0.05,
+            ),
+            n,
+        )
+        for name, (kind, n) in mixed_kinds("old", 20, speed=10.0, spot=True).items()
+    }
+    plan = made_up_plan(300, 100)
+    policy = FleetPolicy(pools_of(kinds), deadline_s=1855.0)
+    assert run_job(plan, Fleet(kinds, 1), fleet=policy).makespan_s <= 1855.0
 
 
 def test_a_pool_whose_nodes_do_not_come_is_made_up_for_until_they_do():

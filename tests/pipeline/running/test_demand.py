@@ -240,3 +240,16 @@ def test_what_was_asked_for_is_not_taken_back_for_a_little_less_work():
     assert look(40, 8.0) == []
     assert d.wanted() < len(workers)
     assert len(look(6, 14.0)) == 3
+
+
+def test_how_long_a_start_takes_is_as_others_took_and_of_a_node_that_is_there_as_long_as_there():
+    d = Demand({"p": PoolOptions(0, 9, at_once=2), "q": PoolOptions(0, 9, at_once=None)})
+    assert (d.start_s("p"), d.start_s("p", 0)) == (30.0, 30.0)
+    there = Worker("a", -5.0, "yes", False, "there", -4.0, "a shard", "p")  # it had a node after a second
+    came = Worker("b", -90.0, "yes", False, "there", -20.0, "a shard", "p")
+    d.look(Work(100), [there, came], 0.0)
+    assert d.start_s("p") == 90.0
+    assert [d.start_s("p", own) for own in (0, 1, 2, 3)] == [5.0, 5.0, 90.0, 90.0]
+    assert (
+        d.start_s("q", 0) == 90.0
+    )  # nobody counts its nodes, and the slowest pool known is what it is taken for

@@ -11,7 +11,7 @@ from support.counters import UUIDS, FakeNvml
 from support.models import plain
 
 from millijoule.workers.errors import InputError
-from millijoule.workers.generators.protocol import GeneratedBatch
+from millijoule.workers.generators.protocol import GeneratedBatch, Rejection
 from millijoule.workers.judging.comparison_blocks import draw_block, hash_pixels, open_sampler, rest_block
 from millijoule.workers.meters.meter import open_meter
 from millijoule.workers.meters.power_samples import SOURCE, PowerSampler
@@ -107,6 +107,20 @@ def test_other_than_the_images_asked_for_is_an_error(shape):
     world.info = dataclasses.replace(world.info, name="odd")
     with pytest.raises(InputError, match="model odd: asked for 4 images"):
         world.draw()
+
+
+def test_what_a_model_rejects_is_blank_whatever_its_pixels_and_no_error():
+    world = World()
+    draw = world.generate
+    hidden = Rejection("filtered", "hidden")
+    world.generate = lambda requests: dataclasses.replace(
+        draw(requests), rejected=(None, hidden, None, hidden)
+    )
+    block = world.draw(seconds=0.1)
+    black = hash_pixels(np.zeros((world.info.height, world.info.width, 3), np.uint8))
+    assert [digest == black for digest in block.digests] == [False, True, False, True]
+    assert not block.new_pixels[black].any()
+    assert block.new_pixels[block.digests[0]].any()
 
 
 def test_rest_is_as_long_as_asked_for():
