@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import re
 import subprocess
 import sys
@@ -44,7 +43,6 @@ def pins(folder: Path = PINS) -> dict[str, str]:
 def advisories(folder: Path, packages: Iterable[str]) -> Iterator[dict[str, Any]]:
     """OSV records below `folder` that are not withdrawn and name one of the packages."""
     wanted = set(packages)
-    os.listdir(folder)  # a folder that is not there is none without advisories
     for file in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.json")]):
         # the database has a folder for each package: most need not be read
         if file.suffix == ".yaml" and canonicalize_name(file.parent.name) not in wanted:
