@@ -262,7 +262,7 @@ def _check_manifest(
     try:
         with store.open_input(MANIFEST_KEY) as source:
             yield from _compare_manifest(store, shards, records, pq.ParquetFile(source), totals)
-    except (pa.ArrowException, OSError, NotFoundError) as error:
+    except (pa.ArrowException, OSError, NotFoundError, DamagedError) as error:
         yield f"{MANIFEST_KEY}: it, or a row table to compare it with, cannot be read: {error}"
 
 

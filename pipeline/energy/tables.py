@@ -31,7 +31,7 @@ from millijoule.pipeline.energy.schemas import (
 )
 from millijoule.pipeline.energy.uncommitted import NOTHING, Uncommitted
 from millijoule.pipeline.output.job import JobSpec
-from millijoule.workers.errors import NotFoundError
+from millijoule.workers.errors import DamagedError, NotFoundError
 from millijoule.workers.layout import ENERGY_PREFIX
 from millijoule.workers.scratch import scratch_folder
 from millijoule.workers.storage.protocol import Store
@@ -205,7 +205,7 @@ def compare_energy_tables(
             expected[group.key] = group.number + 1
             if problem := _compare(store, group):
                 yield problem
-    except (pa.ArrowException, OSError, NotFoundError) as error:
+    except (pa.ArrowException, OSError, NotFoundError, DamagedError) as error:
         yield f"{ENERGY_PREFIX}: cannot be compared, a row table cannot be read: {error}"
         return None
     for key in sorted(stored - expected.keys()):

@@ -195,6 +195,26 @@ def test_commits_without_rows_are_compared_with_row_tables(output):
     assert list(check_output(store))
 
 
+def test_a_row_table_that_cannot_be_read_does_not_end_the_check(output):
+    store, folder = output
+    commits = sorted(folder.glob("_job/commits/*/*.json"))
+    for path in commits:  # as of shards of more images than a commit carries rows of
+        body = json.loads(path.read_text())
+        del body["rows"]
+        path.write_text(json.dumps(body))
+    tables = [json.loads(path.read_text())["rows_path"] for path in (commits[0], commits[-1])]
+    for table in tables:
+        path = folder / table
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data[:-1])
+    problems = list(check_output(store))
+    for table in tables:
+        assert any(p.startswith(f"{table}: cannot be read as Parquet") for p in problems)
+    assert any(p.startswith("manifest.parquet: it, or a row table") for p in problems)
+    assert any(p.startswith("energy/: cannot be compared") for p in problems)
+
+
 @pytest.fixture
 def footers(monkeypatch):
     """One entry for each time that the footer of a Parquet file is parsed."""
