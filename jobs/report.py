@@ -104,7 +104,7 @@ def run(options: ReportOptions) -> int:
         _write(options.html, page)
     else:
         stores[0].put(PAGE_KEY, page)
-        print(f"wrote {stores[0].url}/{PAGE_KEY} ({len(page) / 1e6:.2f} MB)", file=sys.stderr)
+        print(f"wrote {stores[0].url}/{PAGE_KEY} ({_size(page)})", file=sys.stderr)
     return COMPLETE
 
 
@@ -125,10 +125,16 @@ def state(options: ReportOptions, stores: Sequence[Store], rates: Rates) -> int:
         if getattr(options, name) and not belongs:
             raise InputError(f"--{name.replace('_', '-')} has no part in --statement {options.statement}")
     declared = read_declared(options.embodied, options.location)
-    urls = [store.url for store in stores]
-    if twice := sorted({url for url in urls if urls.count(url) > 1}):
-        raise InputError(f"{twice[0]} is given twice: its energy would be stated twice")
     jobs = [read_job_energy(store, rates) for store in stores]
+    outputs: dict[str, str] = {}  # by attempt: a link or a copy has another address
+    for job in jobs:
+        if job.first_attempt is None:
+            continue
+        if other := outputs.get(job.first_attempt):
+            raise InputError(
+                f"one job is given twice, as {other} and {job.output}: its energy would be stated twice"
+            )
+        outputs[job.first_attempt] = job.output
     if is_sci:
         stated = sci_statement(jobs, declared)
         if options.json != "-":
@@ -162,7 +168,11 @@ def _write(path: str, data: bytes) -> None:
         Path(path).write_bytes(data)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    print(f"wrote {path} ({len(data) / 1e6:.2f} MB)", file=sys.stderr)
+    print(f"wrote {path} ({_size(data)})", file=sys.stderr)
+
+
+def _size(data: bytes) -> str:
+    return f"{len(data) / 1e6:.2f} MB" if len(data) >= 1e5 else f"{len(data) / 1e3:.1f} kB"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ NODE = "node"
 #: Hours of a year, leap days shared out.
 HOURS_PER_YEAR = 8766.0
 
+_FORMS = "NAME=KG/YEARS or NAME=KG/YEARS*SHARE, such as H200=164/4 or node=1300/5*0.5"
 _TEXT = re.compile(r"(?P<name>[^=]+)=(?P<kg>[^/*]+)/(?P<years>[^/*]+)(?:\*(?P<share>.+))?")
 
 
@@ -102,9 +103,7 @@ def _of_text(text: str) -> Embodied:
             match["name"].strip(), float(match["kg"]), float(match["years"]), float(match["share"] or 1.0)
         )
     except ValueError as error:
-        raise InputError(
-            f"{OPTION} {text}: NAME=KG/YEARS or NAME=KG/YEARS*SHARE, such as H200=164/4 or node=1300/5*0.5, or a TOML file ({error})"
-        ) from error
+        raise InputError(f"{OPTION} {text}: {_FORMS}, or a TOML file ({error})") from error
 
 
 def _of_file(path: Path) -> list[Embodied]:
@@ -114,6 +113,8 @@ def _of_file(path: Path) -> list[Embodied]:
             device |= {k: float(v) for k, v in device.items() if type(v) is int}
         return list(convert(_File, raw).device)
     except OSError as error:
-        raise InputError(f"{OPTION} {path}: cannot be read ({error.strerror})") from error
+        raise InputError(
+            f"{OPTION} {path}: neither {_FORMS}, nor a file that can be read ({error.strerror})"
+        ) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{OPTION} {path}: not a file of [[device]] tables: {error}") from error

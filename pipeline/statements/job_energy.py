@@ -70,10 +70,16 @@ class KindEnergy:
 
 @dataclass(frozen=True)
 class JobEnergy:
-    """One output. `hours` are of devices held, by kind (GPUs and `node`); `hours_missing` says why they are not known."""
+    """One output.
+
+    Attributes:
+        first_attempt: the attempt that began first, None where there is none; two outputs that share it hold one job.
+        hours: of devices held, by kind (GPUs and `node`); `hours_missing` says why they are not known.
+    """
 
     output: str
     fingerprint: str
+    first_attempt: str | None
     model: str
     millijoule_version: str
     images_ok: int
@@ -138,6 +144,7 @@ def read_job_energy(store: Store, rates: Rates) -> JobEnergy:
     return JobEnergy(
         output=store.url,
         fingerprint=job.fingerprint,
+        first_attempt=_first_attempt(attempts),
         model=stats["model"],
         millijoule_version=stats["millijoule_version"],
         images_ok=stats["images_ok"],
@@ -220,6 +227,13 @@ class _Table:
         if measured.energy_mj and measured.gco2e is None:
             return (f"{rate.source} does not cover all times at which energy was used",)
         return ()
+
+
+def _first_attempt(attempts: pa.Table) -> str | None:
+    """By time, then by name; None where there is none."""
+    order = [("t_start_wall_ns", "ascending"), ("attempt_id", "ascending")]
+    first: list[str] = attempts.sort_by(order)["attempt_id"].slice(0, 1).to_pylist()
+    return first[0] if first else None
 
 
 def _kinds(

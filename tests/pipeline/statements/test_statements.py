@@ -231,7 +231,7 @@ def test_no_cell_begins_a_formula_whoever_named_the_model(measured, tmp_path, ca
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--embodied", "node"], "cannot be read"),
+        (["--embodied", "node"], "--embodied node: neither NAME=KG/YEARS"),
         (["--embodied", "node=heavy"], "NAME=KG/YEARS"),
         (["--embodied", "node=1/0"], "more than 0"),
         (["--embodied", "node=-1/4"], "0 or more"),
@@ -247,9 +247,25 @@ def test_what_cannot_be_used_is_named(measured, capsys, options, words):
     assert words in capsys.readouterr().err
 
 
-def test_an_output_given_twice_is_refused(measured, capsys):
-    assert main([measured, measured, "--statement", "scope3"]) == 1
-    assert "given twice" in capsys.readouterr().err
+@pytest.mark.parametrize("way", ["again", "by a link", "copied"])
+@pytest.mark.parametrize("statement", ["sci", "scope3"])
+def test_a_job_given_twice_is_refused(measured, tmp_path, capsys, way, statement):
+    other = tmp_path / "other"
+    if way == "by a link":
+        other.symlink_to(measured)
+    elif way == "copied":
+        copy_of(measured, other)
+    second = measured if way == "again" else str(other)
+    assert main([measured, second, "--statement", statement]) == 1
+    captured = capsys.readouterr()
+    assert f"given twice, as {measured} and {second}" in captured.err
+    assert captured.out == ""
+
+
+def test_two_jobs_of_the_same_prompts_are_two(measured, unmeasured, capsys):
+    _, sci = stated(capsys, measured, unmeasured, *GRID)
+    assert sci["jobs"][0]["fingerprint"] == sci["jobs"][1]["fingerprint"]
+    assert sci["r_images"] == 2 * len(PROMPTS)
 
 
 def test_options_of_statements_need_one(measured, capsys):
