@@ -145,6 +145,10 @@ def _read_table(path: Path, option: str, source: str | None, negative: bool) -> 
     if len(lines) < 2:
         raise InputError(f"{option} {path}: needs a header and at least one row of time and value")
     time_column, value_column = _columns(lines[0], f"{option} {path}")
+    if _is_row(lines[0], time_column, value_column):
+        raise InputError(
+            f"{option} {path}: line 1 is no header such as time,value but a row; put one above it"
+        )
     rows: list[tuple[float, float]] = []
     for number, line in enumerate(lines[1:], start=2):
         if not any(cell.strip() for cell in line):
@@ -177,6 +181,14 @@ def _columns(header: Sequence[str], where: str) -> tuple[int, int]:
         f"{where}: cannot tell which of the columns {', '.join(map(repr, header))} are time and value; "
         "name them `time` and `value`"
     )
+
+
+def _is_row(line: Sequence[str], time_column: int, value_column: int) -> bool:
+    try:
+        _seconds(line[time_column].strip()), float(line[value_column])
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 def _seconds(text: str) -> float:

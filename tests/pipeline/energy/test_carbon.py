@@ -82,6 +82,8 @@ def test_prices_may_be_negative_and_intensities_may_not(table):
     [
         ("time,value\n", "at least one row"),
         ("a,b,c\n1,2,3\n", "cannot tell which"),
+        ("2026-01-01T00:00Z,20\n2026-01-01T01:00Z,40\n", "line 1 is no header"),
+        ("0,20\n3600,40\n", "line 1 is no header"),
         ("time,value\nyesterday,3\n", "line 2"),
         ("time,value\n0,1\n0,2\n", "stands twice"),
         ("time,value\n0,nan\n", "line 2"),
