@@ -106,11 +106,9 @@ def _pool_lines(
         assert shown.images_per_s is not None
         rate += shown.images_per_s * min(pool.options.max_workers, pool.options.at_once)
         encoded = max(encoded, result.encoded_bytes / max(1, result.images))
-        how = "measured" if result.energy_mj is not None else "modelled from CPU time, not measured"
-        energy = shown.joules_per_image
+        rate_of = " (stated)" if pool.images_per_s else ""
         lines.append(
-            f"            {shown.images_per_s:.3g} images/s on one worker, "
-            + (f"{joules(energy * 1000)} per image ({how})" if energy is not None else "energy unknown")
+            f"            {shown.images_per_s:.3g} images/s on one worker{rate_of}, {_joules_words(pool, shown, result)}"
         )
         price = 0.0 if request.caps.price is None else request.caps.price.at(time.time()) * request.caps.pue
         cost = Rates([shown]).per_shard(pool.name, plan.n_images / max(1, plan.n_shards), price)
@@ -124,12 +122,23 @@ def _pool_lines(
     if rate:
         lines.append(
             f"time        at least {clock(plan.n_images / rate)}, with all workers that have room now"
+            + (", each pool's counted by itself" if len(pools) > 1 else "")
         )
         lines.append(
             f"bytes       about {round(plan.n_images * encoded)} of images in {request.options.output}"
         )
     lines.append(f"output      {_output_words(request)}")
     return lines
+
+
+def _joules_words(pool: Pool, shown: Pool, result: Calibration) -> str:
+    """Joules per image of a pool, and how they are known."""
+    if shown.joules_per_image is None:
+        return "energy unknown"
+    how = "modelled from CPU time, not measured" if result.energy_mj is None else "measured"
+    if pool.joules_per_image is not None:
+        how = "stated"
+    return f"{joules(shown.joules_per_image * 1000)} per image ({how})"
 
 
 def _output_words(request: JobRequest) -> str:

@@ -58,7 +58,9 @@ def parse_pool(text: str) -> PoolWords:
     name, _, rest = text.partition(":")
     labels, _, rest = rest.partition(":")
     if not _NAME.fullmatch(name):
-        raise refuse(f"{name!r} is no name: small letters, digits and -")
+        raise refuse(
+            f"{name!r} is no name: at most 40 small letters, digits and -, the first and the last no -"
+        )
     if labels.partition("=")[0] in ("workers", *_WORDS, *_NUMBERS):
         raise refuse(f"{labels!r} stands where labels do; without any it is {name}::{labels}")
     selectors = _selectors(labels, refuse)
@@ -78,7 +80,7 @@ def parse_pool(text: str) -> PoolWords:
         raise refuse("workers=MIN:MAX is missing")
     match = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", fields.pop("workers"))
     if match is None:
-        raise refuse("workers is a number such as 4, or a range such as 0:8")
+        raise refuse("workers is a number such as 4, or a range such as 0:8, of at most nine digits each")
     least, most = int(match[1]), int(match[2] or match[1])
     if most < max(1, least):
         raise refuse(f"workers={least}:{most} is empty")
@@ -95,7 +97,7 @@ def parse_pool(text: str) -> PoolWords:
         raise refuse("a worker of a pool has one GPU or a part of one")
     batch = fields.pop("batch", None)
     if batch is not None and not re.fullmatch(r"0*[1-9][0-9]{0,8}", batch):
-        raise refuse(f"batch={batch} is no number of images")
+        raise refuse(f"batch={batch} is no number of images from 1 to 999999999")
     engine = fields.pop("engine", None)
     if engine is not None and engine not in get_args(EngineName):
         raise refuse(f"engine={engine} is none of {', '.join(get_args(EngineName))}")

@@ -500,6 +500,16 @@ def test_a_dry_run_prints_and_writes_nothing(cluster, job, tmp_path, capsys):
     assert ray.running == []
 
 
+def test_a_dry_run_calls_stated_what_a_pool_states(cluster, job, capsys):
+    cluster()
+    job(dry_run=True, device="auto", pool=("said::workers=0:1:images_per_s=5:joules=2", "tried::workers=0:1"))
+    lines = capsys.readouterr().out.splitlines()
+    said, tried = (n for n, line in enumerate(lines) if line.startswith("pool "))
+    assert lines[said + 1].strip() == "5 images/s on one worker (stated), 2 J per image (stated)"
+    assert "images/s on one worker, " in lines[tried + 1]
+    assert "stated" not in lines[tried + 1]
+
+
 def test_a_dry_run_says_what_the_output_holds_already(cluster, job, tmp_path, capsys):
     def said(**more):
         capsys.readouterr()

@@ -44,7 +44,11 @@ def test_a_pool_that_names_an_accelerator_has_a_gpu_for_each_worker():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("L4:a=b:workers=1", "'L4' is no name"),
+        ("L4:a=b:workers=1", "'L4' is no name: at most 40 small letters"),
+        ("a" * 41 + "::workers=1", "at most 40 small letters"),
+        ("a-::workers=1", "the last no -"),
+        ("a::workers=0:1000000000", "at most nine digits"),
+        ("a::workers=1:batch=1000000000", "from 1 to 999999999"),
         ("l4", "workers=MIN:MAX is missing"),
         ("l4:a=b:workers=8:2", "workers=8:2 is empty"),
         ("l4:a=b:workers=many", "workers is a number"),
