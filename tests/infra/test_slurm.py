@@ -78,6 +78,16 @@ def test_a_setting_that_is_no_number_is_named_before_ray_starts(tmp_path, settin
     assert (done.returncode, done.stderr) == (2, words)
 
 
+@pytest.mark.parametrize("unset", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_CPUS_ON_NODE"])
+def test_outside_a_job_of_slurm_the_script_says_so(tmp_path, unset):
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_CPUS_ON_NODE": "1"}
+    del allocation[unset]
+    command, env = ["bash", SCRIPT, "generate"], {"PATH": os.environ["PATH"], **allocation}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"millijoule.sbatch: {unset} is not set, so this is no job of Slurm's")
+
+
 def test_slurm_takes_every_option_of_the_script_and_no_misspelt_one():
     script = SCRIPT.read_text()
     assert batch.faults(script) == []
