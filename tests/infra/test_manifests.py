@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 
@@ -112,6 +113,23 @@ def test_every_kustomization_is_rendered_and_every_misspelt_field_of_one_is_noti
                 missed.append((file.parent.name, place))
             file.write_text(right)
     assert missed == []
+
+
+def test_the_kustomization_of_the_runbook_names_its_images_and_command(tmp_path):
+    runbook = (ROOT / "infra/README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(resources: .*?)```", runbook, re.DOTALL)
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    (tmp_path / "mine").mkdir()
+    remote = "github.com/OWNER/millijoule/infra/kubernetes/"
+    assert remote in block
+    (tmp_path / "mine/kustomization.yaml").write_text(block.replace(remote, "../kubernetes/"))
+    command = ["kubectl", "kustomize", str(tmp_path / "mine")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (job,) = (d for d in yaml.safe_load_all(done.stdout) if d["kind"] == "RayJob")
+    assert job["spec"]["entrypoint"].startswith("millijoule-job generate --prompts s3://b/in.parquet ")
+    assert "image: REGISTRY/millijoule:" in done.stdout
+    assert "registry.invalid" not in done.stdout
 
 
 def test_every_group_of_workers_reads_the_processors_energy_where_it_was_asked_for():
