@@ -131,7 +131,7 @@ def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> 
     """What a finished job made, where it is, what it cost; with `hints` where to look. `stats`: content of `stats.json`."""
     lines = [f"{stats['images_ok']} images in {url}"]
     if stats["images_per_second"]:
-        lines[0] += f", {_rate(stats['images_per_second'])} images/s while working"
+        lines[0] += f", {_rate(stats['images_per_second'])} images/s from first start to last commit"
     measured, modelled = stats["direct_mj_per_image"], stats["direct_estimate_mj_per_image"]
     if measured is not None:
         lines.append(

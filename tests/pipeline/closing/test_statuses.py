@@ -299,6 +299,7 @@ def test_a_column_that_an_old_table_should_have_is_missed(old):
 def test_the_last_lines_name_filtered_and_quarantined_images_and_kinds_of_warning(tmp_path):
     store, _ = job(tmp_path)
     lines = closing_lines(stats_of(store), "out")
+    assert lines[0].endswith(" images/s from first start to last commit")  # pauses between runs are in it
     (filtered,) = [line for line in lines if line.startswith("images filtered: 3")]
     assert "of waste" in filtered
     (quarantined,) = [line for line in lines if line.startswith("images quarantined: 3")]
