@@ -183,7 +183,7 @@ def test_no_energy_of_rejected_images_is_known_where_a_shard_was_not_measured(tm
 def test_a_retry_is_for_quarantined_images_and_their_first_energy_stays_waste(tmp_path):
     store, planned = job(tmp_path)
     before = stats_of(store)
-    assert plan_retry_round(store, planned) == EXPECTED["quarantined"]
+    assert plan_retry_round(store, planned).images == EXPECTED["quarantined"]
     clock = Clock()
     clock.sleep(100.0)
     meter = WattMeter(clock, "boot", {"cpu:package-0": WATTS})
@@ -199,7 +199,7 @@ def test_a_retry_is_for_quarantined_images_and_their_first_energy_stays_waste(tm
     assert after["rejected_mj"] == before["rejected_mj"]
     assert sum(r["energy_full_mj"] for r in energy_rows(store, "image")) == after["energy"]["total_mj"]
     assert list(check_output(store)) == []
-    assert plan_retry_round(store, planned) == 0
+    assert plan_retry_round(store, planned).images == 0
 
 
 def test_a_job_that_goes_on_keeps_what_was_filtered(tmp_path):
