@@ -88,7 +88,7 @@ def parse_pool(text: str) -> PoolWords:
     for key in _NUMBERS:
         if (given := fields.pop(key, None)) is not None:
             found[key] = _number(given)
-            if not 0 <= found[key] < float("inf") or (key == "images_per_s" and not found[key]):
+            if not 0 <= found[key] < float("inf") or (key in ("images_per_s", "joules") and not found[key]):
                 raise refuse(f"{key}={given} is no amount")
     for key in ("gpus", "cpus"):
         if 0 < found.get(key, 0) < LEAST_SHARE:

@@ -145,6 +145,7 @@ class JobRun:
         self.counts = Counts(images_done=planned.shards.images_of(committed))
         self.spending = spending or Spending()
         self.cap_reached: str | None = None  # in words
+        self._seals, self._is_late = part_s > 0, False
         self.hosts: dict[str, str] = {}  # by boot id
         self.latest_power: dict[tuple[str, str], PowerSample] = {}  # by boot id and device
         if self.spending.caps.on_energy:
@@ -401,9 +402,17 @@ class JobRun:
         self._node_recorders.tick(w.node for w in self.pool.workers.values() if w.node is not None)
         if time.monotonic() >= self._next_flush:
             self.flush()
+        self._keep_to_caps()
+        self._on_tick()
+
+    def _keep_to_caps(self) -> None:
+        """A cap on what is used ends leasing in time for what is in hand; the deadline has that sealed as parts, for another run."""
         if not self.pool.draining and self._check_caps():
             self.pool.drain(f"reached {self.cap_reached}")
-        self._on_tick()
+        is_late = self._seals and self.spending.is_late(time.time()) and not self.coordinator.done
+        if is_late and not self._is_late:
+            self._is_late = True
+            self.pool.stand_down(f"reached {self.cap_reached}")
 
     def _check_caps(self) -> bool:
         ahead = self.coordinator.images_ahead

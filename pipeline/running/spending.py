@@ -159,6 +159,10 @@ class Spending:
                 words = f"{used:.3g}{unit} used, {self.basis}" if used else "nothing used yet"
                 yield name, share, f"{option} {limit:g}", words
 
+    def is_late(self, now_unix: float) -> bool:
+        """Whether the deadline has passed."""
+        return self.caps.deadline_unix is not None and now_unix >= self.caps.deadline_unix
+
     def reached(self, now_unix: float, share_at_work: float = 0.0) -> str | None:
         """The cap that is reached, in words, or None.
 
@@ -168,7 +172,7 @@ class Spending:
                 stops when they will use up the cap, not when they have overrun it.
         """
         deadline = self.caps.deadline_unix
-        if deadline is not None and now_unix >= deadline:
+        if deadline is not None and self.is_late(now_unix):
             when = datetime.fromtimestamp(deadline).astimezone()
             return f"--deadline ({when.isoformat(timespec='seconds')})"
         for _, share, option, used in self._caps_on_energy():

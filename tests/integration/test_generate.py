@@ -187,6 +187,23 @@ def test_an_address_without_a_cluster_is_named_at_once(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_at_the_deadline_what_is_in_hand_is_sealed_and_another_run_goes_on_from_there(tmp_path, run):
+    """One shard of 20 s of drawing, whose model notes each image that it begins."""
+    out, drawn = tmp_path / "out", tmp_path / "drawn"
+    arguments = ("--prompts", write_prompts(tmp_path / "prompts.txt", 2000), "--output", out)
+    arguments += ("--model", "python:support.work_redone:notes", "--shard-size", 2000, "--workers", 1)
+    late = run(*arguments, "--deadline", "20s")
+    assert late.returncode == 4, late.stderr
+    assert "cap reached: --deadline (" in late.stderr
+    assert 0 < len(drawn.read_text().splitlines()) < 2000
+    assert list(out.glob("_job/parts/*/*/*.json"))
+    assert not list(out.glob("_job/commits/*/*.json"))
+    resumed = run(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_exactly_once(out, 2000)
+    assert len(drawn.read_text().splitlines()) == 2000
+
+
 def test_a_cap_stops_leasing_and_the_job_resumes_without_it(tmp_path, run):
     """Energy counters or estimates of any size are over a billionth of a kWh."""
     prompts = write_prompts(tmp_path / "prompts.txt", 64)

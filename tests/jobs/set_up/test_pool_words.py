@@ -57,6 +57,8 @@ def test_a_pool_that_names_an_accelerator_has_a_gpu_for_each_worker():
         ("l4:a=!in(x):workers=1", "no label=value"),
         ("l4:a=b:workers=1:gpus=2", "one GPU or a part of one"),
         ("l4:a=b:workers=1:gpus=0.00001", "the least that Ray counts"),
+        ("l4:a=b:workers=1:joules=0", "joules=0 is no amount"),
+        ("l4:a=b:workers=1:images_per_s=0", "images_per_s=0 is no amount"),
         ("l4:a=b:workers=1:cpus=0.00001", "the least that Ray counts"),
         ("l4:a=b:workers=1:engine=fast", "engine=fast is none of deepspeed, compile, eager"),
         ("l4:a=b:workers=1:batch=0", "batch=0"),
