@@ -60,7 +60,7 @@ class Drawing:
         self.timeline = timeline
         self.power = power
         self.served: ImageRequest | None = None  # a request that was drawn: the health check
-        self.is_sick = False
+        self.sick: SickWorkerError | None = None  # the device failed on what it drew before
         self._attempt: Attempt | None = None
         self._thread = 0
         if isinstance(generator, ReportsSteps):
@@ -83,8 +83,8 @@ class Drawing:
         except AttemptCancelled:
             ended_as = "loser"
             raise
-        except SickWorkerError:
-            self.is_sick = True
+        except SickWorkerError as error:
+            self.sick = error
             raise
         finally:
             self._attempt = None

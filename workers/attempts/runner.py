@@ -22,7 +22,7 @@ from millijoule.workers.attempts.parts import Expected, LeaseClock, PartClock, t
 from millijoule.workers.attempts.questions import confirm, probe
 from millijoule.workers.drawing.batch_size import BatchNotes, BatchSizer
 from millijoule.workers.drawing.isolate import AttemptCancelled, FittedGenerator, batch_limits
-from millijoule.workers.errors import NodeError
+from millijoule.workers.errors import NodeError, SickWorkerError
 from millijoule.workers.generators.protocol import Generator, HoldsProcesses, StatesSettings
 from millijoule.workers.lease import AttemptProgress, AttemptResult, Calibration, Lease, WorkerConfig
 from millijoule.workers.meters.meter import EnergyMeter
@@ -94,6 +94,9 @@ class AttemptRunner:
         with self._changed:
             if self._leaves:
                 return AttemptResult(lease, "cancelled")
+            if (sick := self.drawing.sick) is not None:
+                # the attempt that found out may have ended otherwise: called off, or because storage failed as well
+                raise SickWorkerError(*sick.args)
             self._at_work[lease.attempt_id] = attempt, None
         try:
             return self._run(attempt)
@@ -163,7 +166,7 @@ class AttemptRunner:
 
     def _check_device(self) -> None:
         """What waited for a device that turned out sick is not drawn there."""
-        if self.drawing.is_sick:
+        if self.drawing.sick is not None:
             raise AttemptCancelled
 
     def _on_device(self, work: Callable[[], T]) -> T:

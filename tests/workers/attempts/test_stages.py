@@ -25,6 +25,7 @@ from millijoule.workers.errors import NodeError, SickWorkerError, StoreError
 from millijoule.workers.images.formats import MAX_SIDE, ImageFormat
 from millijoule.workers.images.writers import ShardWriter
 from millijoule.workers.layout import PARTS_PREFIX, commit_key
+from millijoule.workers.lease import AttemptResult
 from millijoule.workers.shard_rows import read_shard_rows, shard_requests
 
 PATIENCE_S = 20.0
@@ -49,6 +50,19 @@ class Noting(Plain):
             assert self.go.wait(PATIENCE_S)
         self.drawn.append(request.prompt)
         return super().draw(request)
+
+
+class Sick(Noting):
+    """Draws the prompt `healthy`, until it has drawn another one."""
+
+    broken = False
+
+    def draw(self, request):
+        super().draw(request)
+        self.broken |= request.prompt != "healthy"
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return Plain.draw(self, request)
 
 
 class Gate:
@@ -201,15 +215,6 @@ def test_an_attempt_called_off_while_it_is_stored_takes_its_files_away(tmp_path)
 
 
 def test_a_device_that_turns_out_sick_draws_nothing_of_what_waited_for_it(tmp_path):
-    class Sick(Noting):
-        def draw(self, request):
-            super().draw(request)
-            if request.prompt != "healthy":
-                self.broken = True
-            if getattr(self, "broken", False):
-                raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            return Plain.draw(self, request)
-
     store, job = plan(tmp_path, ["wait", "b", "c", "d"], shard_size=2)
     first, second = leases_of(store, job, 2)
     model = Sick()
@@ -225,6 +230,36 @@ def test_a_device_that_turns_out_sick_draws_nothing_of_what_waited_for_it(tmp_pa
             one.result(PATIENCE_S)
         assert two.result(PATIENCE_S).outcome == "cancelled"
     assert not {"c", "d"} & set(model.drawn)
+
+
+@pytest.mark.parametrize("ends_as", ["called off", "storage failed"])
+def test_a_sick_device_is_told_with_the_next_lease_where_the_attempt_that_found_out_ended_otherwise(
+    tmp_path, monkeypatch, ends_as
+):
+    """Else the driver goes on giving leases to a worker that cancels every one."""
+    store, job = plan(tmp_path, ["wait", "b", "c", "d"], shard_size=2)
+    first, second = leases_of(store, job, 2)
+    model = Sick()
+    attempts = runner(store, job, 1, model)
+    attempts.warm_up(replace(next(iter(requests_of(store, job))), prompt="healthy"))
+    model.go.set()
+    finish = attempts.finishing.finish
+
+    def finished(attempt, *rest):
+        with pytest.raises(SickWorkerError):
+            finish(attempt, *rest)
+        if ends_as == "called off":
+            return AttemptResult(attempt.lease, "cancelled")
+        raise StoreError("busy")
+
+    monkeypatch.setattr(attempts.finishing, "finish", finished)
+    if ends_as == "called off":
+        assert attempts.run(first).outcome == "cancelled"
+    else:
+        with pytest.raises(StoreError, match="busy"):
+            attempts.run(first)
+    with pytest.raises(SickWorkerError, match="on this device"):
+        attempts.run(second)
 
 
 def requests_of(store, job):
