@@ -186,8 +186,7 @@ class Cluster:
         while driver.returncode is None:
             if time.monotonic() > deadline:
                 os.kill(driver.pid, signal.SIGKILL)
-                os.waitpid(driver.pid, 0)
-                driver.returncode = -signal.SIGKILL
+                self._driver_ended(driver)  # its workers end, too: whoever waits for that need not wait for ever
                 return False
             self.turn()
         return True
