@@ -186,7 +186,9 @@ class Cluster:
         while driver.returncode is None:
             if time.monotonic() > deadline:
                 os.kill(driver.pid, signal.SIGKILL)
-                self._driver_ended(driver)  # its workers end, too: whoever waits for that need not wait for ever
+                self._driver_ended(
+                    driver
+                )  # its workers end, too: whoever waits for that need not wait for ever
                 return False
             self.turn()
         return True
