@@ -84,7 +84,8 @@ class HostJob:
         commits = [json.loads(path.read_bytes()) for path in output.glob("_job/commits/*/*.json")]
         named = {file["path"] for commit in commits for file in commit["files"]}
         assert {row["path"] for row in manifest(output)} <= named
-        assert {str(p.relative_to(output)) for p in output.glob("data/*")} == named
+        there = {str(path.relative_to(output)) for path in output.glob("data/*")}
+        assert there == named, f"not named: {there - named}; not there: {named - there}"
         assert self.hosts.counters.problems(output) == []
         return output
 
