@@ -51,7 +51,7 @@ def test_a_job_submitted_again_takes_over_from_the_driver_that_still_works(tmp_p
         job.let_end()
         assert first.wait(90) != 0  # Ray calls a job failed whose command ends with another code than 0
         assert "superseded by run 2 (on " in job.said()
-        output = job.finished(again)
+        output = job.finished(again, took_over=True)
         assert later_epochs(job, taken_over) == {2}
         assert {row["attempt_id"].split("-")[0] for row in manifest(output)} == {"e0001", "e0002"}
         assert json.loads((output / "stats.json").read_text())["energy"]["complete"]

@@ -10,6 +10,9 @@ from pathlib import Path
 from support.hosts.ray_hosts import RayHosts, wait_for
 from support.jobs import assert_exactly_once, hashes, manifest
 
+from millijoule.jobs.gc import GcOptions
+from millijoule.jobs.gc import run as collect_garbage
+
 IMAGES, SHARD_ROWS = 160, 8
 PROMPTS = [*(f"prompt number {i}" for i in range(IMAGES - 1)), "the last one waits for leave"]
 
@@ -72,21 +75,27 @@ class HostJob:
         commits = b"".join(self.commits().values())
         return {key for key in self.hosts.keys(self.output, "data/") if key.encode() not in commits}
 
-    def finished(self, driver: subprocess.Popen[bytes]) -> Path:
-        """Let the job end; returns a copy of its output, in which every image is once and every joule was run."""
+    def finished(self, driver: subprocess.Popen[bytes], *, took_over: bool = False) -> Path:
+        """Let the job end; returns a copy of its output, in which every image is once and every joule was run.
+
+        Args:
+            took_over: from a run that still worked. Of a shard that both had begun the other's parts come too late, and stay for `gc`.
+        """
         self.let_end()
         assert driver.wait(180) == 0, self.said()
-        return self.copy()
-
-    def copy(self) -> Path:
         output = self.hosts.download(self.output, self.folder / "copy")
         assert_exactly_once(output, IMAGES)
         commits = [json.loads(path.read_bytes()) for path in output.glob("_job/commits/*/*.json")]
         named = {file["path"] for commit in commits for file in commit["files"]}
         assert {row["path"] for row in manifest(output)} <= named
+        parts = [json.loads(path.read_bytes()) for path in output.glob("_job/parts/*/*/*.json")]
+        too_late = {file["path"] for part in parts for file in part["files"]} if took_over else set()
         there = {str(path.relative_to(output)) for path in output.glob("data/*")}
-        assert there == named, f"not named: {there - named}; not there: {named - there}"
+        assert there - too_late == named - too_late, f"not named: {there - named}; not there: {named - there}"
         assert self.hosts.counters.problems(output) == []
+        if too_late:
+            collect_garbage(GcOptions(output=str(output), delete=True))
+            assert {str(path.relative_to(output)) for path in output.glob("data/*")} == named
         return output
 
 
