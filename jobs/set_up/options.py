@@ -110,8 +110,8 @@ class GenerateOptions:
     another; after twice as long it is replaced."""
 
     part_seconds: float = 10.0
-    """A shard that takes a worker longer is sealed in parts of at most this many seconds, storing included: whoever goes on
-    after a worker that died, or whose node was taken away, draws the rest. 0: no parts."""
+    """A shard that takes a worker longer is sealed in parts, so that a death costs at most this many seconds of drawing, or a
+    batch and storing twice where they take longer: whoever goes on draws the rest. 0: no parts."""
 
     speculate: OnUnlessNo = True
     """At the end of the job idle workers race stragglers for their shards. --no-speculate: they do not."""

@@ -342,9 +342,8 @@ class FleetPolicy:
             return False
         if self._has_questions or self._open_shards <= 0:  # answers and second leases need whoever is there
             return True
-        if (
-            span := self._span(worker)
-        ) is None:  # what it is worth shows in one lease, near the end in a piece
+        span = self._span(worker)
+        if span is None:  # what it is worth shows in one lease, near the end in a piece
             return not worker.held and (self._end_s is None or self._times.piece_s(0.0) > 0)
         if self._ends_before_deadline(worker, span[1]) and (self._end_s is None or self._is_in_time(span)):
             return True

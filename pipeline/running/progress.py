@@ -101,11 +101,15 @@ def workers_words(workers: Collection[Any], now: float) -> str:
     Args:
         workers: each has `pool`, `node`, `ready`, `stopping` and `spawned`, as `crew.Worker`.
     """
-    ready = [w for w in workers if w.ready is not None]
-    coming = [w for w in workers if w.ready is None and not w.stopping]
-    # where there is room a worker says within seconds which node it has
-    waiting = [w for w in coming if w.node is None and now - w.spawned > CAPACITY_NOTICE_S]
-    starting = [w for w in coming if w not in waiting]
+    ready: list[Any] = []
+    starting: list[Any] = []
+    waiting: list[Any] = []  # where there is room a worker says within seconds which node it has
+    for worker in workers:
+        if worker.ready is not None:
+            ready.append(worker)
+        elif not worker.stopping:
+            is_late = worker.node is None and now - worker.spawned > CAPACITY_NOTICE_S
+            (waiting if is_late else starting).append(worker)
     parts = [f"{len(ready)} worker{'' if len(ready) == 1 else 's'}{_by_pool(ready)}"] if ready else []
     for some, what in ((starting, "starting"), (waiting, "waiting for a node")):
         if some:

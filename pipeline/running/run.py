@@ -145,7 +145,7 @@ class JobRun:
         self.counts = Counts(images_done=planned.shards.images_of(committed))
         self.spending = spending or Spending()
         self.cap_reached: str | None = None  # in words
-        self._seals, self._is_late = part_s > 0, False
+        self._may_seal = part_s > 0  # once, at the deadline
         self.hosts: dict[str, str] = {}  # by boot id
         self.latest_power: dict[tuple[str, str], PowerSample] = {}  # by boot id and device
         if self.spending.caps.on_energy:
@@ -173,7 +173,7 @@ class JobRun:
         self._on_tick = on_tick
         self._accounts.look_for_open()
         try:
-            if self.complete or not self._check_caps():
+            if self.complete or not self._check_caps(time.time()):
                 self._work()
         finally:
             self._close()
@@ -407,17 +407,17 @@ class JobRun:
 
     def _keep_to_caps(self) -> None:
         """A cap on what is used ends leasing in time for what is in hand; the deadline has that sealed as parts, for another run."""
-        if not self.pool.draining and self._check_caps():
+        now = time.time()
+        if not self.pool.draining and self._check_caps(now):
             self.pool.drain(f"reached {self.cap_reached}")
-        is_late = self._seals and self.spending.is_late(time.time()) and not self.coordinator.done
-        if is_late and not self._is_late:
-            self._is_late = True
-            self.pool.stand_down(f"reached {self.cap_reached}")
+        if self._may_seal and self.spending.is_late(now) and not self.coordinator.done:
+            self._may_seal = False
+            self.pool.stand_down("reached the deadline")
 
-    def _check_caps(self) -> bool:
+    def _check_caps(self, now: float) -> bool:
         ahead = self.coordinator.images_ahead
         at_work = self.coordinator.images_out - ahead
-        done, now = max(1, self.counts.images_done), time.time()
+        done = max(1, self.counts.images_done)
         self.cap_reached = self.spending.reached(now, at_work / done)
         # near a cap nobody comes to a shard of which it is not known whether it may still be made
         more = max(ahead, at_work)
