@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -78,6 +79,30 @@ def test_the_scrape_configuration_is_right_and_a_wrong_field_is_noticed(tmp_path
     for short, place in distinct_fields([config]):
         file.write_text(yaml.safe_dump(spoilt(short, place, "misspelt")))
         assert promtool("check", "config", file) != 0, place
+
+
+@needs_promtool
+def test_nodes_of_rays_own_list_have_the_job_that_the_alert_asks_for(tmp_path):
+    alert = next(rule for rule in ALERTS if rule["alert"] == "RayNodeUnscraped")
+    asked = re.search(r'job=~"(.+?)"', alert["expr"])[1]
+    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+    nodes = config["scrape_configs"][1]
+    assert all(re.fullmatch(asked, job["job_name"]) for job in config["scrape_configs"])
+    # as Ray's PrometheusServiceDiscoveryWriter writes it
+    listed = tmp_path / "nodes.json"
+    listed.write_text(json.dumps([{"labels": {"job": "ray"}, "targets": ["10.0.0.1:8080", "10.0.0.2:8080"]}]))
+    nodes["file_sd_configs"][0]["files"] = [str(listed)]
+    file = tmp_path / "prometheus.yml"
+    file.write_text(yaml.safe_dump({"scrape_configs": [nodes]}))
+    found = subprocess.run(
+        ["promtool", "check", "service-discovery", "--timeout=5s", file, nodes["job_name"]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    labels = [target["labels"] for target in json.loads(found.stdout)]
+    assert [label["__address__"] for label in labels] == ["10.0.0.1:8080", "10.0.0.2:8080"]
+    assert all(re.fullmatch(asked, label["job"]) for label in labels)
 
 
 @needs_promtool
