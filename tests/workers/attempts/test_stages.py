@@ -355,6 +355,38 @@ def test_files_of_a_shard_are_stored_together(tmp_path):
     assert sum(i.key.endswith(".png") for i in store.list("data/")) == 2 * FILES_AT_ONCE
 
 
+@pytest.mark.parametrize(("transient", "left"), [(False, 0), (True, 4)])
+def test_where_storage_refuses_a_file_those_beside_it_are_removed_and_where_it_is_away_nobody_waits_for_it(
+    tmp_path, transient, left
+):
+    class Full(Gate):
+        def __init__(self, store):
+            super().__init__(store, 0)
+            self.deletions = 0
+            self.beside, self.first = threading.Semaphore(0), threading.Lock()
+
+        def put_file(self, key, *arguments):
+            if key.endswith(".png") and self.first.acquire(blocking=False):
+                for _ in range(4):
+                    assert self.beside.acquire(timeout=PATIENCE_S)
+                raise StoreError("No space left on device", transient=transient)
+            self._store.put_file(key, *arguments)
+            self.beside.release()
+
+        def delete(self, keys):
+            self.deletions += 1
+            self._store.delete(keys)
+
+    store, job = plan(tmp_path, [f"p{i}" for i in range(4)], shard_size=4, output_format="files")
+    (lease,) = leases_of(store, job, 1)
+    full = Full(store)
+    with pytest.raises(StoreError):
+        runner(full, job, 1).run(lease)
+    # three images and the table of rows are stored beside the one that is not
+    assert len(list(store.list("data/"))) == left
+    assert full.deletions == (not transient)
+
+
 def test_a_budget_lets_one_piece_through_that_is_larger_than_all_of_it():
     budget = ByteBudget(100)
     budget.take(500, lambda: None)
