@@ -88,6 +88,15 @@ def test_outside_a_job_of_slurm_the_script_says_so(tmp_path, unset):
     assert done.stderr.startswith(f"millijoule.sbatch: {unset} is not set, so this is no job of Slurm's")
 
 
+def test_an_environment_that_is_not_there_is_named_before_ray_starts(tmp_path):
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_CPUS_ON_NODE": "1"}
+    env = {"PATH": os.environ["PATH"], **allocation, "MILLIJOULE_HOME": str(tmp_path / "none")}
+    command = ["bash", SCRIPT, "generate"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"no virtual environment with Millijoule in {tmp_path}/none; set MILLIJOULE_HOME" in done.stderr
+
+
 def test_slurm_takes_every_option_of_the_script_and_no_misspelt_one():
     script = SCRIPT.read_text()
     assert batch.faults(script) == []
