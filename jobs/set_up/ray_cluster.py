@@ -19,6 +19,13 @@ from millijoule.workers.errors import InputError, NodeError
 LOCAL_OBJECT_STORE_BYTES = 100 * 2**20
 #: How long a cluster's address may take to accept a connection.
 CONNECT_TIMEOUT_S = 10.0
+#: Ray's reasons are pages long where it explains itself.
+REASON_CHARACTERS = 600
+#: A head refuses a wrong token in words of its log alone; to the caller it is one that cannot be reached.
+TOKEN_HINT = (
+    "it and this process need the same RAY_AUTH_MODE and the same token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or "
+    "~/.ray/auth_token)"
+)
 #: Announces at every start that a local cluster is protected by a token, which is nothing to act on.
 _TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 
@@ -72,27 +79,39 @@ def connected(address: str | None) -> Iterator[Cluster]:
                 "RAY_raylet_start_wait_time_s=240 RAY_agent_register_timeout_ms=240000 in the environment"
             ) from error
     else:
-        _check_reachable(where, said)
+        listening = _check_reachable(where, said)
         try:
             ray.init(address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{said}: no Ray cluster answers there ({reason})") from error
+            reason = " ".join(str(error).split())[
+                :REASON_CHARACTERS
+            ]  # of unlike versions, which is in lines of their own
+            if not listening:
+                raise InputError(f"{said}: no Ray cluster answers there ({reason})") from error
+            raise InputError(
+                f"{said}: something listens there, and this process cannot join it ({reason}); where it is the head of a Ray "
+                f"cluster, {TOKEN_HINT}"
+            ) from error
     try:
         yield Cluster(f"the cluster at {where}" if where else "this machine", own=where is None)
     finally:
         ray.shutdown()
 
 
-def _check_reachable(address: str, said: str) -> None:
-    """Ray itself tries for minutes before it gives up on an address where nobody listens."""
+def _check_reachable(address: str, said: str) -> bool:
+    """Ray itself tries for minutes before it gives up on an address where nobody listens.
+
+    Returns:
+        True: somebody listens there; False: it is for Ray to resolve, as "auto" and ray://... are.
+    """
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or "/" in address:
-        return  # "auto", ray://...: for Ray to resolve
+        return False
     try:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise InputError(f"{said}: no Ray cluster answers there ({error})") from error
+    return True
 
 
 def head_address() -> str:

@@ -1,5 +1,7 @@
 """A Ray of one's own that does not start: said in a line, with what helps; mistakes of ours stay what they are."""
 
+import socket
+
 import pytest
 import ray
 
@@ -49,6 +51,36 @@ def test_an_address_where_nobody_answers_is_named_by_where_it_came_from(failing,
     monkeypatch.setenv("RAY_ADDRESS", address)
     words = rf"^environment variable RAY_ADDRESS is '{address}': no Ray cluster answers"
     with pytest.raises(InputError, match=words), connected(None):
+        pass
+
+
+@pytest.fixture
+def listening():
+    """The address of a socket that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_head_that_does_not_let_us_in_is_not_called_one_that_does_not_answer(failing, listening):
+    failing(ConnectionError(f"Failed to connect to Ray cluster at {listening}"))
+    with pytest.raises(InputError) as told, connected(listening):
+        pass
+    assert str(told.value).startswith(f"--ray-address {listening}: something listens there")
+    assert "RAY_AUTH_MODE" in str(told.value)
+    assert "no Ray cluster" not in str(told.value)
+
+
+def test_versions_that_do_not_match_are_both_told(failing, listening):
+    """As `ray._private.utils.check_version_info` words it."""
+    failing(
+        RuntimeError(
+            "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\nThis process:\n    Ray: 2.60.0"
+        )
+    )
+    with (
+        pytest.raises(InputError, match=r"with: Ray: 2\.59\.0 This process: Ray: 2\.60\.0"),
+        connected(listening),
+    ):
         pass
 
 
