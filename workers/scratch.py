@@ -8,6 +8,7 @@ seen on a file system that they share. Where a folder cannot be locked, its own 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -20,9 +21,12 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from millijoule.workers.errors import NodeError
+
 log = logging.getLogger(__name__)
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 @contextmanager
@@ -30,8 +34,28 @@ def scratch_folder() -> Iterator[Path]:
     """An empty folder in `tempfile.gettempdir()` for as long as the block runs.
 
     Raises:
-        OSError: there is no room, or no right to write there.
+        NodeError: it cannot be made, or there is no room left while the block runs.
     """
+    folder = None
+    try:
+        with _held_folder() as folder:
+            yield folder
+    except OSError as error:
+        if folder is not None and error.errno not in _NO_ROOM:
+            raise
+        raise unusable(error, folder) from error
+
+
+def unusable(error: OSError, folder: Path | None = None) -> NodeError:
+    """What `error`, of a file in the scratch folder `folder`, means to the node."""
+    # Arrow names no file, and says the number of the error in words of its own
+    reason = os.strerror(error.errno) if error.errno in _NO_ROOM else error.strerror or error
+    where = f"scratch folder {error.filename or folder or ''}".rstrip()
+    return NodeError(f"{where}: {reason}; free space there, or set TMPDIR to another folder on this node")
+
+
+@contextmanager
+def _held_folder() -> Iterator[Path]:
     _remove_abandoned_once(tempfile.gettempdir())
     while True:
         with tempfile.TemporaryDirectory(prefix=_prefix()) as name:

@@ -4,10 +4,14 @@ import multiprocessing
 import os
 import signal
 import tempfile
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from millijoule.workers import scratch
+from millijoule.workers.errors import NodeError
 from millijoule.workers.scratch import remove_abandoned, scratch_folder
 
 
@@ -100,3 +104,25 @@ def test_where_folders_cannot_be_locked_they_are_used_and_nobody_removes_them(te
         assert remove_abandoned(temporary) == []
         assert folder.is_dir()
     assert list(temporary.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_the_nodes_fault_whoever_writes(temporary):
+    """Arrow's own error, of a real full device: it names no file."""
+    with pytest.raises(NodeError) as told, scratch_folder() as folder:
+        (folder / "table.parquet").symlink_to("/dev/full")
+        pq.write_table(pa.table({"a": range(10_000)}), folder / "table.parquet")
+    assert str(told.value) == (
+        f"scratch folder {folder}: No space left on device; free space there, or set TMPDIR to another folder on this node"
+    )
+    assert list(temporary.iterdir()) == []
+
+
+def test_where_no_folder_is_left_to_write_in_it_is_said_and_errors_of_other_files_stay_what_they_are(
+    temporary, monkeypatch
+):
+    with pytest.raises(FileNotFoundError), scratch_folder():
+        Path("/none/prompts.csv").read_text()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(temporary / "none")])
+    with pytest.raises(NodeError, match="No usable temporary directory .*set TMPDIR"), scratch_folder():
+        pass

@@ -41,7 +41,7 @@ from millijoule.workers.schemas import (
     WorkerEnvironment,
     carried_rows,
 )
-from millijoule.workers.scratch import scratch_folder
+from millijoule.workers.scratch import scratch_folder, unusable
 from millijoule.workers.storage.protocol import Store
 
 log = logging.getLogger(__name__)
@@ -296,15 +296,12 @@ def _add(
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """A folder for one attempt's files. No room, or no right to write there, is this node's fault."""
+    """A folder for one attempt's files. Whatever its disk does not do is this node's fault."""
     try:
         with scratch_folder() as scratch:
             yield scratch
     except OSError as error:
-        raise NodeError(
-            f"scratch folder {error.filename or ''}: {error.strerror or error}; free space there, or set TMPDIR to "
-            "another folder on this node"
-        ) from error
+        raise unusable(error) from error
 
 
 def _top_errors(errors: Mapping[str, int]) -> dict[str, int]:
