@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
@@ -108,7 +109,9 @@ def test_where_folders_cannot_be_locked_they_are_used_and_nobody_removes_them(te
 
 def test_a_disk_that_is_full_is_the_nodes_fault_whoever_writes(temporary):
     """Arrow's own error, of a real full device: it names no file."""
-    with pytest.raises(NodeError) as told, scratch_folder() as folder:
+    with ExitStack() as stack:
+        told = stack.enter_context(pytest.raises(NodeError))
+        folder = stack.enter_context(scratch_folder())
         (folder / "table.parquet").symlink_to("/dev/full")
         pq.write_table(pa.table({"a": range(10_000)}), folder / "table.parquet")
     assert str(told.value) == (
@@ -124,5 +127,5 @@ def test_where_no_folder_is_left_to_write_in_it_is_said_and_errors_of_other_file
         Path("/none/prompts.csv").read_text()
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(temporary / "none")])
-    with pytest.raises(NodeError, match="No usable temporary directory .*set TMPDIR"), scratch_folder():
+    with pytest.raises(NodeError, match=r"No usable temporary directory .*set TMPDIR"), scratch_folder():
         pass

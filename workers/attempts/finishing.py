@@ -22,7 +22,7 @@ from millijoule.workers.attempts.parts import TakenParts, forget_parts, labelled
 from millijoule.workers.attempts.pieces import Pieces, joined
 from millijoule.workers.attempts.store_files import store_files
 from millijoule.workers.drawing.isolate import AttemptCancelled
-from millijoule.workers.errors import AlreadyExistsError, MillijouleError, NodeError
+from millijoule.workers.errors import AlreadyExistsError, MillijouleError
 from millijoule.workers.fence import is_superseded
 from millijoule.workers.images.writers import ShardFiles
 from millijoule.workers.layout import commit_key
