@@ -16,7 +16,7 @@ COPY infra/constraints/cpu.txt /constraints.txt
 RUN PIP_EXTRA_INDEX_URL="${TORCH_INDEX}" /opt/millijoule/bin/pip install -c /constraints.txt torch \
  && /opt/millijoule/bin/python -c "import torch; assert torch.version.cuda is None, 'this PyTorch is for CUDA: give --build-arg TORCH_INDEX'"
 COPY . /source
-RUN /opt/millijoule/bin/pip install -c /constraints.txt "/source[diffusers,report,verify]"
+RUN /opt/millijoule/bin/pip install -c /constraints.txt "/source[diffusers,otel,report,verify]"
 # the compiled kernels are optional for pip, not for this image
 WORKDIR /
 RUN /opt/millijoule/bin/python -c "from millijoule.kernels.native_library import forms_here; assert forms_here(), 'the C++ kernels were not built'"

@@ -18,7 +18,7 @@ RUN sed '/^triton==/d' /tmp/cpu.txt > /constraints.txt \
  && /opt/millijoule/bin/pip install -c /constraints.txt torch \
  && /opt/millijoule/bin/python -c "import torch; assert torch.version.cuda, 'this PyTorch is for CPUs'"
 COPY . /source
-RUN /opt/millijoule/bin/pip install -c /constraints.txt "/source[diffusers,report,verify]"
+RUN /opt/millijoule/bin/pip install -c /constraints.txt "/source[diffusers,otel,report,verify]"
 # the compiled kernels are optional for pip, not for this image
 WORKDIR /
 RUN /opt/millijoule/bin/python -c "from millijoule.kernels.native_library import forms_here; assert forms_here(), 'the C++ kernels were not built'" \

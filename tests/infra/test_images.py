@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def _listed(built: list[Stage]) -> bool:
         and copied == ["/millijoule.cdx.json /usr/share/doc/millijoule/millijoule.cdx.json"]
         and command.split()[-1] == "/millijoule.cdx.json"
     )
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_an_image_has_all_that_a_job_may_need_and_nothing_for_tests_or_training(file):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.search(r"/source\[([\w,]+)\]", file.read_text())[1].split(",")) == set(extras) - {
+        "train",
+        "test",
+    }
 
 
 @needs_parser
