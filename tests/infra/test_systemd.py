@@ -41,6 +41,16 @@ def test_systemd_takes_a_unit_and_no_misspelt_setting_or_section(tmp_path, unit)
         assert complaints(tmp_path, text.replace(f"[{section}]", f"[{section}x]"), unit.name), section
 
 
+def test_the_runbook_makes_every_user_and_group_that_a_unit_names():
+    """systemd starts no unit whose group is not there (exit code 216)."""
+    text = "\n".join(unit.read_text() for unit in UNITS)
+    named = set(re.findall(r"^(?:User|Group|SupplementaryGroups)=(.+)$", text, re.MULTILINE))
+    runbook = (ROOT / "infra/README.md").read_text()
+    made = set(re.findall(r"groupadd .*?(\w+)(?: &&|$)", runbook, re.MULTILINE))
+    made |= set(re.findall(r"useradd .*--user-group .*?(\w+)$", runbook, re.MULTILINE))
+    assert named == made
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.stem)
 def test_a_unit_is_not_root_and_has_time_to_drain(unit):
     settings = dict(re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE))
