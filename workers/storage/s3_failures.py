@@ -92,6 +92,8 @@ class S3Failure(Exception):
         if self.detail and self.detail != self.code:
             said += f" ({self.detail})"
         advice = "see the server's log"
+        if self.status is None:  # the client's own: no server was asked
+            advice = "check the settings of S3 on this machine (AWS_REGION, AWS_PROFILE, other AWS_* variables, ~/.aws)"
         if self.transient:
             advice = "the server is overloaded or failing; try again later"
             if self.status is None:

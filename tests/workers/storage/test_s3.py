@@ -268,6 +268,20 @@ def test_wrong_credentials_and_buckets_are_explained(
         open_store(f"s3://{bucket}").put("x", b"1")
 
 
+@pytest.mark.parametrize(("variable", "value"), [("AWS_REGION", "no where"), ("AWS_PROFILE", "nobody")])
+def test_settings_that_the_client_refuses_are_looked_for_on_this_machine_and_not_at_the_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, value: str
+) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody is asked
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(StoreError, match=rf"{value}.*settings of S3 on this machine.*{variable}") as failure:
+        open_store("s3://bucket").get("x")
+    assert not failure.value.transient
+
+
 @pytest.mark.long
 def test_a_server_that_is_not_there_is_a_transient_error_naming_the_endpoint(
     moto_s3: S3Endpoint, s3_env: Callable[[S3Endpoint], None]
