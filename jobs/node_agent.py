@@ -35,7 +35,7 @@ class NodeAgentOptions:
     Watches what the cloud says: AWS (spot instance-action, rebalance recommendation, Auto Scaling lifecycle), GCP (preempted,
     maintenance-event), Azure (Scheduled Events, which it acknowledges once the nodes have ended); and SIGTERM. Runs until it is
     told to end. Exit codes: 0 ended as told; 1 a node could not be drained; 2 usage; with --once: 0 no notice stands, 6 one
-    stands and the nodes are draining, 1 the metadata service or Ray does not answer.
+    stands and the nodes are draining, 1 the metadata service or Ray does not answer, or no node is this machine's.
     """
 
     provider: Literal["auto", "aws", "gcp", "azure", "none"] = "auto"

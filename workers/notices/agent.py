@@ -26,6 +26,9 @@ FIND_PERIOD_S = 30.0
 #: What a notice is worth whose time is past or has no time left to be counted.
 LEAST_NOTICE_S = 1.0
 
+#: Of nodes that are not this machine's.
+SHOWN_ADDRESSES = 5
+
 log = logging.getLogger(__name__)
 
 
@@ -71,6 +74,7 @@ class NodeAgent:
         self._reason, self._deadline = "", 0.0  # of the earliest that stands
         self._drained: dict[str, float] = {}  # deadlines by id of the nodes that are draining
         self._ended: set[str] = set()
+        self._has_warned = False  # that no node is here
         self._to_acknowledge: list[tuple[NoticeSource, Notice]] = []
         self._acknowledged: set[str] = set()  # names of sources that were told that the machine may end
 
@@ -102,13 +106,17 @@ class NodeAgent:
 
         Raises:
             MetadataError: a source does not answer.
-            NodeError: a node cannot be drained.
+            NodeError: a node cannot be drained, or none that is alive is this machine's.
         """
         for source in self.sources:
             self._take((source, source.look(0.0)), and_look=False)
         if not self._reason:
             return None
-        for node in self.here(self.nodes.alive()):
+        alive = self.nodes.alive()
+        here = self.here(alive)
+        if not here:
+            raise NodeError(f"{self._reason}: {_none_here(alive)}")
+        for node in here:
             self._drain(node)
         return True
 
@@ -199,9 +207,13 @@ class NodeAgent:
     def _look_after_nodes(self) -> bool:
         """Drain what is here and not draining by the deadline, note what has ended. False: all of it has."""
         try:
-            alive = {node.node_id: node for node in self.here(self.nodes.alive())}
+            everywhere = self.nodes.alive()
+            alive = {node.node_id: node for node in self.here(everywhere)}
             for node in alive.values():
                 self._drain(node)
+            if not alive and not self._drained and not self._has_warned:
+                self._has_warned = True
+                log.warning("%s; looking again", _none_here(everywhere))
         except NodeError as error:
             log.warning("%s; trying again", error)
             return True
@@ -243,3 +255,13 @@ class NodeAgent:
             return all(node.node_id in self._drained for node in self.here(self.nodes.alive()))
         except NodeError:
             return bool(self._drained)
+
+
+def _none_here(alive: Sequence[RayNode]) -> str:
+    """Why nothing is drained: most often the agent looks for other addresses or labels than its nodes have."""
+    addresses = sorted({node.address for node in alive})
+    shown = ", ".join(addresses[:SHOWN_ADDRESSES]) + (" ..." if len(addresses) > SHOWN_ADDRESSES else "")
+    return (
+        f"no Ray node of the {len(alive)} that are alive ({shown}) is this machine's, so none is drained; where one is, say which with "
+        "--node-address or --node-label"
+    )

@@ -242,3 +242,21 @@ def test_which_nodes_are_this_machine_s():
     assert nodes_here(nodes, (), {"machine": "m8"}) == []
     assert is_own_address("127.0.0.1")
     assert not is_own_address("192.0.2.7")
+
+
+def test_a_notice_that_finds_none_of_its_nodes_says_so_once_and_drains_those_that_come(caplog):
+    caplog.set_level(logging.WARNING)
+    cluster = Cluster(OTHER)
+    with AwsService() as aws:
+        aws.say(ACTION_PATH, spot_action(100))
+        agent = made(aws_sources, aws, cluster)
+        with pytest.raises(NodeError, match=r"AWS spot.*no Ray node of the 1 .*192\.0\.2\.7.*--node-label"):
+            agent.once()
+        assert cluster.drained == []
+        with Running(made(aws_sources, aws, cluster)):
+            until(lambda: "--node-address" in caplog.text)
+            time.sleep(0.2)
+            assert caplog.text.count("--node-address") == 1
+            cluster.nodes.append(MINE)
+            until(lambda: cluster.drained)
+    assert [n for n, *_ in cluster.drained] == [MINE.node_id]
