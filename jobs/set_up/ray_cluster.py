@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ TOKEN_HINT = (
     "it and this process need the same RAY_AUTH_MODE and the same token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or "
     "~/.ray/auth_token)"
 )
+#: Where Ray's dashboard listens unless told otherwise; Ray tries for minutes to join it as if it were a head.
+DASHBOARD_PORT = 8265
+JOBS_ADDRESS = "that is where `ray job submit --address` sends jobs; the head that workers and drivers join is at HOST:6379, or auto on its machine"
 #: Announces at every start that a local cluster is protected by a token, which is nothing to act on.
 _TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 
@@ -104,14 +107,27 @@ def _check_reachable(address: str, said: str) -> bool:
     Returns:
         True: somebody listens there; False: it is for Ray to resolve, as "auto" and ray://... are.
     """
+    if address.startswith(("http://", "https://")):
+        raise InputError(f"{said}: {JOBS_ADDRESS}")
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or "/" in address:
         return False
     try:
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        with socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S) as connection:
+            if int(port) == DASHBOARD_PORT and _speaks_http(connection):
+                raise InputError(f"{said}: {JOBS_ADDRESS}")
     except OSError as error:
         raise InputError(f"{said}: no Ray cluster answers there ({error})") from error
     return True
+
+
+def _speaks_http(connection: socket.socket) -> bool:
+    """Whether a web server listens there; the head's control service does not answer in words."""
+    connection.settimeout(CONNECT_TIMEOUT_S)
+    with suppress(OSError):
+        connection.sendall(b"GET /api/version HTTP/1.0\r\n\r\n")
+        return connection.recv(5) == b"HTTP/"
+    return False
 
 
 def head_address() -> str:

@@ -1,10 +1,13 @@
 """A Ray of one's own that does not start: said in a line, with what helps; mistakes of ours stay what they are."""
 
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import ray
 
+from millijoule.jobs.set_up import ray_cluster
 from millijoule.jobs.set_up.ray_cluster import connected
 from millijoule.workers.errors import InputError, NodeError
 
@@ -94,3 +97,23 @@ def test_an_empty_address_in_the_environment_is_none(monkeypatch):
     with connected(None) as cluster:
         assert cluster.own
     assert asked == [("local",)]
+
+
+def test_the_dashboard_s_address_is_told_from_the_head_s(failing, monkeypatch):
+    failing(AssertionError("Ray must not be asked"))
+    with pytest.raises(InputError, match=r"HOST:6379"), connected("http://127.0.0.1:8265"):
+        pass
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(ray_cluster, "DASHBOARD_PORT", server.server_port)
+        with pytest.raises(InputError, match=r"HOST:6379"), connected(f"127.0.0.1:{server.server_port}"):
+            pass
+        server.shutdown()
+
+
+def test_a_head_at_the_dashboard_s_usual_port_is_joined(failing, listening, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "DASHBOARD_PORT", int(listening.rpartition(":")[2]))
+    monkeypatch.setattr(ray_cluster, "CONNECT_TIMEOUT_S", 0.2)
+    failing(ConnectionError("asked"))
+    with pytest.raises(InputError, match=r"\(asked\)"), connected(listening):
+        pass
