@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import requests
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.metrics import Observation
 from opentelemetry.sdk.metrics import MeterProvider
@@ -65,11 +66,24 @@ class AnnouncingExporter(OTLPMetricExporter):
 
     failing = False
 
+    def __init__(self, endpoint: str, timeout: float) -> None:
+        session = requests.Session()
+        session.hooks["response"] = [self._note_answer]
+        self._answer = ""
+        super().__init__(endpoint, timeout=timeout, session=session)
+
+    def _note_answer(self, response: requests.Response, **_: Any) -> None:
+        self._answer = f"it answers {response.status_code}"
+
     def export(self, *args: Any, **kwargs: Any) -> MetricExportResult:
+        self._answer = "nobody answers there"
         result = super().export(*args, **kwargs)
         failed = result is not MetricExportResult.SUCCESS
         if failed and not self.failing:
-            log.warning("the collector at %s does not take metrics; the job goes on", self._endpoint)
+            log.warning(
+                "the collector at %s does not take metrics (%s); the job goes on",
+                *(self._endpoint, self._answer),
+            )
         elif self.failing and not failed:
             log.info("the collector at %s takes metrics again", self._endpoint)
         self.failing = failed
@@ -107,7 +121,7 @@ class OpenTelemetryMetrics:
     def _start(self, endpoint: str) -> MeterProvider:
         for noisy in ("opentelemetry.exporter", "urllib3"):  # each attempt, with its trace
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
-        exporter = AnnouncingExporter(endpoint, timeout=EXPORT_TIMEOUT_S)
+        exporter = AnnouncingExporter(endpoint, EXPORT_TIMEOUT_S)
         reader = PeriodicExportingMetricReader(exporter, export_interval_millis=PERIOD_S * 1000)
         about = {
             "service.name": "millijoule",

@@ -158,9 +158,12 @@ def test_a_collector_that_refuses_or_is_away_is_named_once_and_harms_nothing(col
     ):
         tick()
     assert [r.levelname for r in caplog.records if "does not take metrics" in r.getMessage()] == ["WARNING"]
+    assert "(it answers 400)" in caplog.text
+    caplog.clear()
     threads = threading.active_count()
     with exported("http://127.0.0.1:9/v1/metrics", JOB, run) as tick:
         tick()
+    assert "(nobody answers there)" in caplog.text
     assert threading.active_count() == threads
 
 
