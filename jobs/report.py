@@ -114,6 +114,7 @@ def state(options: ReportOptions, stores: Sequence[Store], rates: Rates) -> int:
     from millijoule.pipeline.statements.job_energy import read_job_energy
     from millijoule.pipeline.statements.sci import sci_statement
     from millijoule.pipeline.statements.scope3 import scope3_statement
+    from millijoule.pipeline.statements.shared_counters import without_shared
 
     is_sci = options.statement == "sci"
     for name, belongs in (
@@ -125,7 +126,7 @@ def state(options: ReportOptions, stores: Sequence[Store], rates: Rates) -> int:
         if getattr(options, name) and not belongs:
             raise InputError(f"--{name.replace('_', '-')} has no part in --statement {options.statement}")
     declared = read_declared(options.embodied, options.location)
-    jobs = [read_job_energy(store, rates) for store in stores]
+    jobs = tuple(read_job_energy(store, rates) for store in stores)
     outputs: dict[str, str] = {}  # by attempt: a link or a copy has another address
     for job in jobs:
         if job.first_attempt is None:
@@ -135,13 +136,14 @@ def state(options: ReportOptions, stores: Sequence[Store], rates: Rates) -> int:
                 f"one job is given twice, as {other} and {job.output}: its energy would be stated twice"
             )
         outputs[job.first_attempt] = job.output
+    jobs = without_shared(jobs)
     if is_sci:
         stated = sci_statement(jobs, declared)
         if options.json != "-":
             sys.stdout.write(stated.to_text())
         missing, target, data = bool(stated.missing), options.json, stated.to_json()
     else:
-        missing, target = any(job.missing for job in jobs), options.csv or "-"
+        missing, target = any(job.missing or job.carbon_missing for job in jobs), options.csv or "-"
         data = scope3_statement(jobs, declared).encode()
     if target == "-":
         sys.stdout.write(data.decode())

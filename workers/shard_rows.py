@@ -89,7 +89,8 @@ def read_shard_rows(store: Store, shard: Shard, footer: pq.FileMetaData | None =
     """
     with store.open_input(shard.key) as source, _damaged_plan(store, shard):
         table = pq.ParquetFile(source, metadata=footer).read_row_group(shard.row_group, use_threads=False)
-    return _require_planned(store, shard, _as_plan_rows(table))
+        rows = _as_plan_rows(table)
+    return _require_planned(store, shard, rows)
 
 
 class ShardRowReader:
@@ -127,7 +128,11 @@ def _open_part(store: Store, shard: Shard) -> tuple[pq.FileMetaData, list[list[P
             return footer, None
         try:
             rows = iter(_as_plan_rows(file.read(use_threads=False)))
-        except (pa.ArrowException, OSError):  # whose row group is damaged is said when that is asked for
+        except (
+            pa.ArrowException,
+            OSError,
+            KeyError,
+        ):  # whose row group is damaged is said when that is asked for
             return footer, None
         return footer, [list(islice(rows, g.num_rows)) for g in groups]
 
@@ -136,7 +141,7 @@ def _open_part(store: Store, shard: Shard) -> tuple[pq.FileMetaData, list[list[P
 def _damaged_plan(store: Store, shard: Shard) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, IndexError, OSError) as error:
+    except (pa.ArrowException, IndexError, OSError, KeyError) as error:
         raise DamagedError(
             f"{_where(store, shard)}: cannot read the rows of shard {shard.shard_id}: {error}. The plan is damaged; "
             "start again in another --output"

@@ -27,6 +27,7 @@ from millijoule.pipeline.closing.finish import (
     RecordReader,
     Totals,
     manifest_tables,
+    success_record,
     summarise,
 )
 from millijoule.pipeline.closing.lean_memory import lean_memory
@@ -187,7 +188,7 @@ def _check_shard(
         return
     try:
         rows = read_row_table(store, commit, table_bytes).to_pylist()
-    except DamagedError as error:
+    except (DamagedError, NotFoundError) as error:
         yield str(error)
         return
     named = {file.path for file in commit.files}
@@ -254,7 +255,8 @@ def _check_manifest(
     if not isinstance(success, dict):
         yield f"{SUCCESS_KEY}: not what a finished job writes: {success!r:.100}"
         return
-    if success.get("fingerprint") != job.fingerprint or success.get("shards") != len(shards):
+    is_of_this_state = success.get("fingerprint") == job.fingerprint and success.get("shards") == len(shards)
+    if not is_of_this_state:
         yield f"{SUCCESS_KEY}: belongs to another state of the job; run the job again to finish it"
     if not store.exists(MANIFEST_KEY):
         yield f"{MANIFEST_KEY}: missing"
@@ -264,6 +266,11 @@ def _check_manifest(
             yield from _compare_manifest(store, shards, records, pq.ParquetFile(source), totals)
     except (pa.ArrowException, OSError, NotFoundError, DamagedError) as error:
         yield f"{MANIFEST_KEY}: it, or a row table to compare it with, cannot be read: {error}"
+        return
+    if is_of_this_state:
+        for name, count in success_record(job, shards, totals).items():
+            if success.get(name, count) != count:  # earlier versions lack some
+                yield f"{SUCCESS_KEY}: {name} is {success[name]!r:.100}, the commits make {count}"
 
 
 def _compare_manifest(

@@ -36,8 +36,11 @@ def check_plan(store: Store, job: JobSpec) -> Iterator[str]:
         if (found := pc.sum(shards[column]).as_py() or 0) != counts[name]:
             yield f"the plan says {counts[name]} {name}, its shards have {found}"
     if plan.n_bad_rows:
-        for key in (plan.bad_rows_key, BAD_ROWS_KEY):
-            yield from _check_bad_rows(store, key, plan.n_bad_rows)
+        keys = (plan.bad_rows_key, BAD_ROWS_KEY)
+        differences = [text for key in keys for text in _check_bad_rows(store, key, plan.n_bad_rows)]
+        yield from differences
+        if not differences and store.get(plan.bad_rows_key) != store.get(BAD_ROWS_KEY):
+            yield f"{BAD_ROWS_KEY}: not the copy of {plan.bad_rows_key} that a job makes of it"
 
 
 def _check_bad_rows(store: Store, key: str, planned: int) -> Iterator[str]:

@@ -181,13 +181,15 @@ def finish_job(store: Store, job: JobSpec, shards: JobShards) -> dict[str, Any]:
     if pools := count_pools(records.commits, records.uncommitted.workers, records.ledger.entries):
         stats["pools"] = pools
     _put_stats(store, stats)
-    success = {
-        "fingerprint": job.fingerprint,
-        "shards": len(shards),
-        **{f"images_{status}": getattr(totals, f"images_{status}") for status in STATUSES},
-    }
+    success = success_record(job, shards, totals)
     store.put(SUCCESS_KEY, json.dumps(success, sort_keys=True).encode() + b"\n")
     return stats
+
+
+def success_record(job: JobSpec, shards: JobShards, totals: Totals) -> dict[str, Any]:
+    """The content of `_SUCCESS`."""
+    counts = {f"images_{status}": getattr(totals, f"images_{status}") for status in STATUSES}
+    return {"fingerprint": job.fingerprint, "shards": len(shards), **counts}
 
 
 def close_again(store: Store, job: JobSpec, records: JobRecords) -> EnergyResult:

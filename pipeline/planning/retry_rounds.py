@@ -101,13 +101,20 @@ def load_job_shards(store: Store, job: JobSpec) -> JobShards:
     Raises:
         StoreError: plan or rounds are missing or damaged.
     """
-    found = (round_of_retry_index_key(item.key) for item in store.list(RETRY_PREFIX))
     _, table = load_plan(store, job.fingerprint)
-    rounds = []
+    return JobShards(job.fingerprint, table, tuple(_rounds(store)))
+
+
+def count_shards(store: Store, job: JobSpec) -> int:
+    """As many as `load_job_shards` finds, without reading the plan."""
+    return job.shards + sum(of_round.table.num_rows for of_round in _rounds(store))
+
+
+def _rounds(store: Store) -> Iterator[RetryRound]:
+    found = (round_of_retry_index_key(item.key) for item in store.list(RETRY_PREFIX))
     for number in sorted(number for number in found if number is not None):
         of_round, images = read_index(store, retry_index_key(number), _IMAGES_METADATA, list[ImageKey])
-        rounds.append(RetryRound(number, of_round, frozenset(images)))
-    return JobShards(job.fingerprint, table, tuple(rounds))
+        yield RetryRound(number, of_round, frozenset(images))
 
 
 @dataclass(frozen=True)

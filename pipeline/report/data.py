@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from millijoule.pipeline.energy.carbon import Rates
-from millijoule.pipeline.output.job import require_job
+from millijoule.pipeline.output.job import JobSpec, require_job
+from millijoule.pipeline.planning.retry_rounds import count_shards
 from millijoule.pipeline.report.devices import (
     DeviceRow,
     Speed,
@@ -40,9 +42,9 @@ from millijoule.pipeline.report.gallery import Sample, read_samples
 from millijoule.pipeline.report.gpu_time import GpuPrices, GpuTime, measure_gpu_time
 from millijoule.pipeline.report.node_meters import NodeMeterRow, node_meter_rows
 from millijoule.pipeline.report.tables import labels, read_energy_table
-from millijoule.pipeline.report.timeline import Timeline, build_timeline, read_work
+from millijoule.pipeline.report.timeline import Timeline, Work, build_timeline, read_work
 from millijoule.workers.errors import InputError, NotFoundError
-from millijoule.workers.layout import STATS_KEY
+from millijoule.workers.layout import STATS_KEY, SUCCESS_KEY
 from millijoule.workers.storage.protocol import Store
 
 REPORT_SCHEMA_VERSION = 1
@@ -194,9 +196,11 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
         node_meters_not_shown=max(0, len(node_meters) - MAX_DEVICE_ROWS),
         flags=flags_of(
             stats,
+            unfinished(store, job, stats),
             None if closure.rows is None else closure.failed,
             power is not None and power.num_rows > 0,
             _short_share(segments),
+            _unclaimed_share(work, energy.get("total_mj")),
             carbon_used,
             price_used,
             rates.pue,
@@ -227,6 +231,22 @@ def read_stats(store: Store) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise InputError(f"{store.url}/{STATS_KEY}: not a job's statistics: {error}") from error
+
+
+def _unclaimed_share(work: Work, total_mj: int | None) -> float:
+    if not total_mj:
+        return 0.0
+    counts = [c != "off" for c in work.gap_classes]
+    return float(np.nansum(work.gap_energy_mj[np.array(counts, dtype=bool)])) / total_mj
+
+
+def unfinished(store: Store, job: JobSpec, stats: Mapping[str, Any]) -> str | None:
+    """Why tables and totals are not of all that the job did, or None: a retry that has begun writes them at its end."""
+    if (left := count_shards(store, job) - stats["shards"]) > 0:
+        return (
+            f"a retry of {left} shards has begun and not finished: what it made and used is in no table yet"
+        )
+    return None if store.exists(SUCCESS_KEY) else f"it has no {SUCCESS_KEY}, which a finished job writes last"
 
 
 def _closure(table: pa.Table | None) -> Closure:

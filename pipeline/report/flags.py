@@ -16,6 +16,9 @@ MAX_DEVICES_NAMED = 8
 #: And so many kinds of warning.
 MAX_KINDS_NAMED = 3
 
+#: Energy without a worker is worth a word from this part of what the job used on.
+UNCLAIMED_SHARE = 0.05
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -28,9 +31,11 @@ class Flag:
 
 def flags_of(
     stats: Mapping[str, Any],
+    unfinished: str | None,
     failed_checks: int | None,
     power_recorded: bool,
     short_share: float,
+    unclaimed_share: float,
     carbon: RateUsed | None,
     price: RateUsed | None,
     pue: float | None,
@@ -41,13 +46,21 @@ def flags_of(
     """All flags of a job, the worst first.
 
     Args:
+        unfinished: why the books are not of all that the job did.
         failed_checks: of the closure table; None: it was not recorded.
         short_share: part of the measured segment rows near their counter's resolution.
+        unclaimed_share: part of the measured energy that was counted and is no worker's.
         unread_devices: those that workers held and never read a counter of.
     """
     flags = [
+        *(
+            [Flag("problem", "not finished", f"{unfinished[0].upper()}{unfinished[1:]}.")]
+            if unfinished
+            else ()
+        ),
         *_image_flags(stats),
         *_energy_flags(stats, short_share, unread_devices),
+        *_unclaimed_flags(unclaimed_share),
         *_closure_flags(failed_checks),
         *_rate_flags(carbon, "carbon intensity", "--gco2-per-kwh (a number or a CSV file)"),
         *_rate_flags(price, "price", "--price-per-kwh (a number or a CSV file)"),
@@ -89,7 +102,8 @@ def _energy_flags(stats: Mapping[str, Any], short_share: float, unread_devices: 
     not_measured, segments = energy.get("segments_not_measured", 0), energy.get("segments", 0)
     if not energy.get("domains"):
         text = (
-            "No energy counter could be read on any node (NVML, RAPL). What is shown is a model of CPU time."
+            "No energy counter was read on any node: NVML and RAPL could not be, or --no-telemetry was given. What is shown is a "
+            "model of CPU time."
         )
         flags.append(Flag("problem", "energy not measured", text))
     elif energy.get("total_mj") is None:
@@ -134,6 +148,16 @@ def _account_flags(unclosed: Sequence[Mapping[str, Any]]) -> list[Flag]:
         text = f"The same holds for {more} more; stats.json lists all."
         flags.append(Flag("problem", "energy not read to the end", text))
     return flags
+
+
+def _unclaimed_flags(share: float) -> list[Flag]:
+    if share < UNCLAIMED_SHARE:
+        return []
+    text = (
+        f"{share:.0%} of the energy is no worker's: counted in pauses of up to half an hour, between two runs of the job too, or where "
+        "records were lost. Whoever used the devices meanwhile is in it, and full figures are higher by it."
+    )
+    return [Flag("caution", "energy of nobody", text)]
 
 
 def _closure_flags(failed: int | None) -> list[Flag]:

@@ -143,7 +143,9 @@ def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> 
             f"idling and waste ({', '.join(stats['energy_methods'])})"
         )
     else:
-        lines.append("energy: not measured (no readable counter on these nodes)")
+        lines.append(
+            "energy: not measured (no counter was read: none can be on these nodes, or --no-telemetry)"
+        )
         if modelled is not None:
             full = joules(stats["full_estimate_mj_per_image"])
             lines.append(

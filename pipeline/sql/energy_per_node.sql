@@ -1,4 +1,4 @@
--- Counted energy of each host by kind of domain (gpu, cpu, dram), gaps included, time between two runs not; null where a part is missing
+-- Counted energy of each host by kind of domain (gpu, cpu, dram), gaps included, pauses of more than half an hour not; null where a part is missing
 -- What a segment that was not measured used may stand in a gap, or nowhere: known_mj is what was counted at all.
 -- A row without a kind is of workers that read no counter; a GPU that a worker held and nobody read is a device without counter.
 WITH node AS (

@@ -1,7 +1,7 @@
 """What one job used, by kind of device, from its tables and `stats.json`: what every statement is made of.
 
 Measured and estimated energy are apart. A kind of which any part was not read has no measured energy, only the part that was
-counted, and says what is missing. Energy between two runs of a job ("off") is nobody's and left out.
+counted, and says what is missing. Energy of more than half an hour between two runs of a job ("off") is nobody's and left out.
 """
 
 from __future__ import annotations
@@ -16,21 +16,27 @@ import numpy as np
 import pyarrow as pa
 
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH, Rate, Rates, mean_rate
-from millijoule.pipeline.energy.intervals import merged
+from millijoule.pipeline.energy.closure import EXACT_CHECKS
+from millijoule.pipeline.energy.evidence import MEANINGS, evidence_class
+from millijoule.pipeline.energy.intervals import Interval, merged
 from millijoule.pipeline.output.job import require_job
-from millijoule.pipeline.report.data import read_stats
+from millijoule.pipeline.report.data import read_stats, unfinished
 from millijoule.pipeline.report.devices import devices_of_workers, gpu_models, model_of
 from millijoule.pipeline.report.gpu_time import measure_gpu_time
 from millijoule.pipeline.report.tables import floats, labels, read_energy_table
 from millijoule.pipeline.report.timeline import HostDevice, Work, hosts_of_boots, read_work
 from millijoule.pipeline.statements.declared import NODE
 from millijoule.workers.errors import DamagedError, InputError
+from millijoule.workers.layout import STATS_KEY
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.storage.protocol import Store
 
 GPU, CPU, MEMORY = "gpu", "cpu", "memory"
 _TYPES = {"gpu": GPU, "cpu": CPU, "dram": MEMORY}
 UNKNOWN_CPU = "processor, model not recorded"
+
+#: Boot and domain.
+Counter = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class KindEnergy:
         counted_mj: what was counted, in full or not.
         estimate: the model of CPU time; of processors only, never to be added to what was measured.
         missing: why `measured` is missing.
+        counters: when each of its counters was read, by boot and domain: CLOCK_MONOTONIC nanoseconds, disjoint, in order.
     """
 
     device_type: str
@@ -66,6 +73,7 @@ class KindEnergy:
     counted_mj: int
     estimate: Amount
     missing: tuple[str, ...]
+    counters: Mapping[Counter, Sequence[Interval]]
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ class _Rows:
     devices: set[tuple[str, str]] = field(default_factory=set)
     rows: list[np.ndarray] = field(default_factory=list)
     missing: dict[str, None] = field(default_factory=dict)
+    counters: dict[Counter, Sequence[Interval]] = field(default_factory=dict)
 
 
 def read_job_energy(store: Store, rates: Rates) -> JobEnergy:
@@ -116,6 +125,8 @@ def read_job_energy(store: Store, rates: Rates) -> JobEnergy:
     """
     job = require_job(store)
     stats = read_stats(store)
+    if why := unfinished(store, job, stats):
+        raise InputError(f"{store.url}: the job has not finished: {why}; give its command again to finish it")
     read = partial(read_energy_table, store, run_id=job.fingerprint)
     segments, attempts, env = read("segment"), read("attempt"), read("env")
     if segments is None or attempts is None or not segments.num_rows:
@@ -134,10 +145,10 @@ def read_job_energy(store: Store, rates: Rates) -> JobEnergy:
     if evidence == "E0" and not missing:
         missing.append("the energy books do not close: evidence class E0")
     counted = sum(k.counted_mj for k in kinds)
-    if total_mj is not None and counted != total_mj:
-        raise DamagedError(
-            f"{store.url}: the energy tables have {counted:,} mJ, stats.json has {total_mj:,} mJ: `millijoule check` says more"
-        )
+    _compare(store, "mJ", counted, counted if total_mj is None else total_mj)
+    won = labels(attempts["outcome"]).where(["committed"])
+    _compare(store, "accepted images", int(np.nansum(floats(attempts["images_ok"])[won])), stats["images_ok"])
+    _check_class(store, evidence, read("closure"))
     counts = np.flatnonzero(table.counts)
     measured = table.amount(counts, table.energy_mj, total_mj if not missing else None)
     hours, hours_missing = _hours(work, devices_of, env, models, stats)
@@ -163,6 +174,32 @@ def read_job_energy(store: Store, rates: Rates) -> JobEnergy:
     )
 
 
+def _compare(store: Store, what: str, tables: int, stated: int) -> None:
+    if tables != stated:
+        raise DamagedError(
+            f"{store.url}: the energy tables have {tables:,} {what}, {STATS_KEY} has {stated:,}: `millijoule check` says more"
+        )
+
+
+def _check_class(store: Store, stated: Any, closure: pa.Table | None) -> None:
+    """Raises DamagedError where `stats.json` states a class that the closure table does not bear out."""
+    if closure is None or not isinstance(stated, str):  # an output of before there were any
+        return
+    passed: dict[str, set[bool | None]] = defaultdict(set)
+    for check, verdict in zip(closure["check"].to_pylist(), closure["passed"].to_pylist(), strict=True):
+        passed[check].add(verdict)
+    best = evidence_class(
+        measured=all(passed[check] == {True} for check in EXACT_CHECKS),
+        power_agrees=passed["C4"] == {True},
+        node_closes=passed["C3"] == {True},
+    )
+    if stated not in MEANINGS or stated > best:
+        raise DamagedError(
+            f"{store.url}: {STATS_KEY} states evidence class {stated}, its closure checks show {best} at most: "
+            "`millijoule check` says more"
+        )
+
+
 class _Table:
     """The segment table as columns `[n]`, energies in float64 millijoules, NaN where missing."""
 
@@ -171,6 +208,7 @@ class _Table:
         self.worker = labels(segments["worker_id"])
         self.energy_mj, self.estimate_mj = (floats(segments[c]) for c in ("energy_mj", "energy_estimate_mj"))
         mono = [floats(segments[c]) for c in ("t_open_mono_ns", "t_close_mono_ns")]
+        self.mono_ns = [segments[c].to_numpy() for c in ("t_open_mono_ns", "t_close_mono_ns")]
         self.begin_s = floats(segments["t_open_wall_ns"]) / 1e9
         self.end_s = self.begin_s + (mono[1] - mono[0]) / 1e9
         self.counts = ~labels(segments["segment_class"]).where(["off"])
@@ -183,6 +221,16 @@ class _Table:
             rows = rows[self.counts[rows]]
             if domain and len(rows):  # 0: the worker measured nothing
                 yield self.boot.names[boot], self.domain.names[domain - 1], rows
+
+    def times(self, rows: np.ndarray) -> list[Interval]:
+        """When the energy of these rows, of one counter, was counted."""
+        rows = rows[np.isfinite(self.energy_mj[rows])]
+        begin, end = (t[rows] for t in self.mono_ns)
+        order = np.argsort(begin, kind="stable")
+        begin, reach = begin[order], np.maximum.accumulate(end[order])
+        breaks = np.flatnonzero(begin[1:] > reach[:-1])
+        firsts, lasts = [0, *(breaks + 1).tolist()], [*breaks.tolist(), len(rows) - 1]
+        return [(int(begin[a]), int(reach[b])) for a, b in zip(firsts, lasts, strict=True) if len(rows)]
 
     def domains_of_workers(self) -> dict[str, set[str]]:
         """What each worker has read, as far as its segments say."""
@@ -259,6 +307,7 @@ def _kinds(
         kind = found[kind_of(host, domain)]
         kind.devices.add((host, domain))
         kind.rows.append(rows)
+        kind.counters[boot, domain] = table.times(rows)
         if n := int(np.isnan(table.energy_mj[rows]).sum()):
             kind.missing[f"{n} stretches of {domain} on {host} were not read"] = None
     held, read = _held(env), table.domains_of_workers()
@@ -304,6 +353,7 @@ def _kind(
         counted_mj=counted,
         estimate=estimate,
         missing=missing,
+        counters=of.counters,
     )
 
 
@@ -333,7 +383,8 @@ def _hours(
     spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for number, rows in _grouped(work.worker):
         span = float(work.begin_s[rows].min()), float(work.end_s[rows].max())
-        spans[devices_of[work.workers[number]].host].append(span)
+        worker = work.workers[number]  # by boot: hosts may have one name, and containers of one host several
+        spans[work.boot_of_worker.get(worker, devices_of[worker].host)].append(span)
     hours = {NODE: sum(end - begin for of in spans.values() for begin, end in merged(of)) / 3600}
     missing = [f"until when worker {worker} held its devices is not known" for worker in sorted(unclosed)]
     gpus = measure_gpu_time(work, devices_of, env, models, stats["images_ok"], None, unclosed)

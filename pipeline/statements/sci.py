@@ -21,7 +21,8 @@ FUNCTIONAL_UNIT = "one accepted image"
 METHOD = (
     "SCI = (O + M) / R; O = E * I, times the declared PUE where there is one; R = one accepted image.",
     "E: measured energy alone, differences of the devices' cumulative counters from a worker's first read to its last, "
-    "with loading, idling, lost attempts and unclaimed gaps; time between two runs of a job is left out. No estimate is in E.",
+    "with loading, idling, lost attempts and unclaimed gaps; between two runs of a job a pause of up to half an hour is in it, and a "
+    "longer one is not. All that used a device meanwhile is in its counter. No estimate is in E.",
     "I: location-based, as declared; a table is weighted by when the energy was used and has to cover all of that time.",
     "M: the sum over devices held of TE * (TiR / EL) * (RR / ToR): TE, EL and RR/ToR as declared, TiR the measured time "
     "for which workers held them. No market-based instrument or offset is in any part.",

@@ -302,3 +302,12 @@ def stops_before_commit(device: str) -> Plain:
 
     _wrap("put_exclusive", before=before)
     return Plain(device, seconds=0.01)
+
+
+class Fussy(Plain):
+    """Refuses every prompt with an odd number in it."""
+
+    def draw(self, request):
+        if int(request.prompt.split()[1]) % 2:
+            raise RowError("no odd pictures")
+        return super().draw(request)

@@ -62,6 +62,11 @@ def edit_stats(folder: Path, change) -> None:
     path.write_text(json.dumps(stats))
 
 
+def edit_success(folder: Path, **changes) -> None:
+    path = folder / "_SUCCESS"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def copy_part(folder: Path) -> None:
     path = one(folder, "energy/image/*/*/part-*.parquet")
     path.with_name("part-00001.parquet").write_bytes(path.read_bytes())
@@ -109,6 +114,8 @@ DAMAGE = {
     "a failed check hidden": lambda f: edit_energy(f, "closure", lambda rows: rows[0].update(passed=True)),
     "a missing _SUCCESS": lambda f: (f / "_SUCCESS").unlink(),
     "a foreign _SUCCESS": lambda f: (f / "_SUCCESS").write_text("{}"),
+    "images in _SUCCESS": lambda f: edit_success(f, images_ok=21),
+    "filtered images in _SUCCESS": lambda f: edit_success(f, images_filtered=1),
     "a _SUCCESS of another shape": lambda f: (f / "_SUCCESS").write_text("[]"),
     "a commit without its files": lambda f: edit_commit(f, lambda c: c.update(files=[])),
     "a path that leads out": lambda f: edit_commit(
@@ -213,6 +220,28 @@ def test_a_row_table_that_cannot_be_read_does_not_end_the_check(output):
         assert any(p.startswith(f"{table}: cannot be read as Parquet") for p in problems)
     assert any(p.startswith("manifest.parquet: it, or a row table") for p in problems)
     assert any(p.startswith("energy/: cannot be compared") for p in problems)
+
+
+def test_a_commit_that_names_no_row_table_does_not_hide_other_damage(tmp_path):
+    store, job = plan(tmp_path, PROMPTS, shard_size=5)
+    work(store, job)
+    edit_commit(tmp_path / "out", lambda c: c.update(rows_path=f"{c['rows_path']}x"))
+    flip_a_byte(tmp_path / "out")
+    problems = list(check_output(store))
+    assert any("does not exist" in p for p in problems)
+    assert any("SHA-256" in p for p in problems)
+
+
+def test_another_table_in_place_of_the_plan_is_said_in_words(tmp_path):
+    store, job = plan(tmp_path, PROMPTS)
+    work(store, job)
+    part = one(tmp_path / "out", "_job/plan-*/part-*.parquet")
+    groups = pq.ParquetFile(part).num_row_groups
+    other = pa.table({"file": ["a"] * groups})
+    part.unlink()  # it may be a hard link
+    pq.write_table(other, part, row_group_size=1)
+    with pytest.raises(DamagedError, match="The plan is damaged"):
+        list(check_output(store))
 
 
 @pytest.fixture

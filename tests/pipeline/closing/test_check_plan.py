@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.stand_in_jobs import start_cluster
@@ -42,6 +43,19 @@ def test_a_job_that_counts_otherwise_is_named(output, name):
 def shorten(path):
     table = pq.read_table(path)
     pq.write_table(table.slice(1), path)
+
+
+def other_reason(path):
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["reason"] = "made up"
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path)
+
+
+@pytest.mark.parametrize("pattern", ["bad_rows.parquet", "_job/plan-*/bad_rows.parquet"])
+def test_rejected_rows_of_which_a_copy_was_edited_are_named(output, pattern):
+    (path,) = output.glob(pattern)
+    other_reason(path)
+    assert any(p.startswith("bad_rows.parquet: not the copy of _job/plan-") for p in differences(output))
 
 
 @pytest.mark.parametrize(

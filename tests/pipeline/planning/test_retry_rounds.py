@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.local_job import plan, work
-from support.models import Plain
+from support.models import Fussy, Plain
 
 from millijoule.pipeline.planning import shard_cutter
 from millijoule.pipeline.planning.plan import SHARD_INDEX_SCHEMA
@@ -17,17 +17,8 @@ from millijoule.pipeline.planning.retry_rounds import (
     load_job_shards,
     plan_retry_round,
 )
-from millijoule.workers.errors import RowError, StoreError
+from millijoule.workers.errors import StoreError
 from millijoule.workers.shard_rows import read_shard_rows
-
-
-class Fussy(Plain):
-    """Refuses every prompt with an odd number in it."""
-
-    def draw(self, request):
-        if int(request.prompt.split()[1]) % 2:
-            raise RowError("no odd pictures")
-        return super().draw(request)
 
 
 @pytest.fixture

@@ -322,6 +322,40 @@ def test_closure_that_fails_stands_first_and_is_a_problem(copy):
     assert job.flags[0].name == "closure failed"
 
 
+def add_gap(store, segment_class, mj):
+    """A gap without a worker of so much energy after the segments, which the totals have, too, unless it is "off"."""
+    (key,) = [item.key for item in store.list("energy/segment/")]
+    table = pq.read_table(pa.BufferReader(store.get(key)))
+    end = max(table["t_close_mono_ns"].to_pylist())
+    nobodys = ("segment_id", "worker_id", "shard_id", "attempt_id", "energy_estimate_mj")
+    gap = table.slice(0, 1).to_pylist()[0] | dict.fromkeys(nobodys)
+    gap |= {
+        "segment_class": segment_class,
+        "energy_mj": mj,
+        "t_open_mono_ns": end,
+        "t_close_mono_ns": end + 10**9,
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables([table, pa.Table.from_pylist([gap], table.schema)]), sink)
+    store.put(key, sink.getvalue().to_pybytes())
+    energy = stats_of(store)["energy"]
+    if segment_class == "gap":
+        energy["total_mj"] += mj
+    change_stats(store, energy=energy)
+
+
+@pytest.mark.parametrize(
+    ("segment_class", "share", "is_flagged"),
+    [("gap", 0.25, True), ("gap", 0.02, False), ("off", 0.25, False)],
+)
+def test_energy_that_is_no_workers_is_flagged_with_its_share(copy, segment_class, share, is_flagged):
+    total_mj = stats_of(copy)["energy"]["total_mj"]
+    add_gap(copy, segment_class, round(total_mj * share / (1 - share)))
+    texts = [flag.text for flag in collect_job(copy, Rates()).flags if flag.name == "energy of nobody"]
+    assert len(texts) == is_flagged
+    assert all(text.startswith(f"{share:.0%} of the energy is no worker's") for text in texts)
+
+
 def test_kinds_of_device_come_from_the_environment():
     env = pa.table(
         {

@@ -11,9 +11,12 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from support.local_job import plan, work
+from support.models import Fussy
 from support.report_outputs import GPUS, change_stats, measured_output, unmeasured_output
 
 from millijoule.jobs.report import NOT_STATED, main
+from millijoule.pipeline.planning.retry_rounds import plan_retry_round
 from millijoule.workers.storage.open import open_store
 
 PROMPTS = [f"prompt {i}" for i in range(12)]
@@ -41,6 +44,16 @@ def copy_of(output: str, folder: Path):
 
 def table(output: str, name: str) -> list[dict]:
     return ds.dataset(f"{output}/energy/{name}").to_table().to_pylist()
+
+
+def edit_table(output: str, name: str, column: str, change) -> None:
+    """Give every row of a table another value in `column`: what `change` makes of the row."""
+    for part in (Path(output) / "energy" / name).rglob("*.parquet"):
+        rows = pq.ParquetFile(part).read()
+        place = rows.schema.get_field_index(column)
+        field = rows.schema.field(place)
+        values = pa.array([change(row) for row in rows.to_pylist()], field.type)
+        pq.write_table(rows.set_column(place, field, values), part)
 
 
 def counted_mj(output: str, family: str) -> int:
@@ -186,6 +199,107 @@ def test_tables_and_totals_that_differ_are_no_statement(measured, tmp_path, caps
     assert "`millijoule check` says more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"images_ok": 1200}, "have 12 accepted images, stats.json has 1,200"),
+        ({"evidence_class": "E2"}, "states evidence class E2, its closure checks show E1 at most"),
+        ({"evidence_class": "E4"}, "states evidence class E4"),
+        ({"evidence_class": "certified"}, "states evidence class certified"),
+    ],
+)
+@pytest.mark.parametrize("statement", ["sci", "scope3"])
+def test_totals_that_say_more_than_the_tables_are_no_statement(
+    measured, tmp_path, capsys, changes, words, statement
+):
+    store = copy_of(measured, tmp_path / "more")
+    change_stats(store, **changes)
+    assert main([store.url, "--statement", statement, *GRID]) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.out == ""
+
+
+def test_a_failed_check_bears_out_no_class_but_e0(measured, tmp_path, capsys):
+    store = copy_of(measured, tmp_path / "failed")
+    edit_table(store.url, "closure", "passed", lambda row: False if row["check"] == "C2" else row["passed"])
+    assert main([store.url, "--statement", "sci", *GRID]) == 1
+    assert "its closure checks show E0 at most" in capsys.readouterr().err
+
+
+def test_a_job_that_has_not_finished_is_no_statement(tmp_path, capsys):
+    store, job = plan(tmp_path, PROMPTS, shard_size=4)
+    work(store, job, Fussy("cpu"))
+    assert main([store.url, "--statement", "scope3"]) == NOT_STATED  # no counter
+    assert plan_retry_round(store, job).images == 6
+    capsys.readouterr()
+    for statement in ("sci", "scope3"):
+        assert main([store.url, "--statement", statement]) == 1
+        assert "a retry of 2 shards has begun and not finished" in capsys.readouterr().err
+    assert main([store.url]) == 0
+    assert "not finished: A retry of 2 shards has begun" in capsys.readouterr().out
+    work(store, job, Fussy("cpu"))
+    assert main([store.url, "--statement", "scope3"]) == NOT_STATED
+    store.delete(["_SUCCESS"])
+    assert main([store.url, "--statement", "scope3"]) == 1
+    assert "it has no _SUCCESS" in capsys.readouterr().err
+
+
+def at_another_time(measured: str, folder: Path, later_ns: int) -> str:
+    """The job of `measured` as another one of the same hosts, so much later."""
+    url = copy_of(measured, folder).url
+    for column in ("t_open_mono_ns", "t_close_mono_ns", "t_open_wall_ns"):
+        edit_table(url, "segment", column, lambda row, column=column: row[column] + later_ns)
+    edit_table(url, "attempt", "attempt_id", lambda row: f"{row['attempt_id']}-other")
+    return url
+
+
+def test_energy_that_two_jobs_counted_at_one_time_is_missing_where_both_are_stated(
+    measured, tmp_path, capsys
+):
+    at_once = at_another_time(measured, tmp_path / "at-once", 1)
+    options = [*GRID, *EMBODIED]
+    code, sci = stated(capsys, measured, at_once, *options)
+    assert code == NOT_STATED
+    assert [job["e_kwh"] for job in sci["jobs"]] == [None, None]
+    assert [sci[k] for k in ("e_kwh", "o_grams", "sci_grams_per_image")] == [None] * 3
+    assert sci["m_grams"] is not None
+    assert sum(f"{at_once} counted gpu:" in reason for reason in sci["missing"]) == len(GPUS)
+    for alone in (measured, at_once):
+        assert stated(capsys, alone, *options)[0] == 0
+    assert main([measured, at_once, "--statement", "scope3", *GRID]) == NOT_STATED
+    for row in rows_of(capsys.readouterr().out):
+        assert (row["measured_kwh"], row["measured_kgco2e"]) == ("", "")
+        assert float(row["counted_kwh"]) > 0
+        assert "of the same time" in row["missing"]
+
+
+def test_jobs_one_after_the_other_are_stated_together(measured, tmp_path, capsys):
+    rows = table(measured, "segment")
+    took = max(r["t_close_mono_ns"] for r in rows) - min(r["t_open_mono_ns"] for r in rows)
+    later = at_another_time(measured, tmp_path / "later", took)
+    code, sci = stated(capsys, measured, later, *GRID, *EMBODIED)
+    assert code == 0
+    assert sci["e_kwh"] == pytest.approx(2 * counted_mj(measured, "") / MJ_PER_KWH)
+
+
+def test_hours_of_nodes_are_of_machines_whatever_they_are_called(measured, tmp_path, capsys):
+    """Two machines of one name are two; two containers of one machine, with a name each, are one machine."""
+
+    def node_hours(output: str) -> float:
+        parts = stated(capsys, output, *GRID, *EMBODIED)[1]["jobs"][0]["m_parts"]
+        return next(part["hours"] for part in parts if part["kind"] == "node")
+
+    expected = node_hours(measured)
+    namesakes = copy_of(measured, tmp_path / "namesakes").url
+    containers = copy_of(measured, tmp_path / "containers").url
+    for name in ("attempt", "env"):
+        edit_table(namesakes, name, "host", lambda row: "localhost")
+        edit_table(containers, name, "host", lambda row: f"pod-of-{row['worker_id']}")
+    assert node_hours(namesakes) == pytest.approx(expected)
+    assert node_hours(containers) == pytest.approx(expected)
+
+
 def test_books_that_do_not_close_give_no_energy(measured, tmp_path, capsys):
     store = copy_of(measured, tmp_path / "open")
     change_stats(store, evidence_class="E0")
@@ -219,7 +333,7 @@ HOSTILE = ('=HYPERLINK("http://x","y")', "+1+1", "-2+3", "@SUM(A1)", "\t=1", "ï¼
 def test_no_cell_begins_a_formula_whoever_named_the_model(measured, tmp_path, capsys, text):
     store = copy_of(measured, tmp_path / "hostile")
     change_stats(store, model=text)
-    assert main([store.url, "--statement", "scope3", f"--location={text}"]) == 0
+    assert main([store.url, "--statement", "scope3", *GRID, f"--location={text}"]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     for row in csv.reader(io.StringIO(shown)):
@@ -260,6 +374,14 @@ def test_a_job_given_twice_is_refused(measured, tmp_path, capsys, way, statement
     captured = capsys.readouterr()
     assert f"given twice, as {measured} and {second}" in captured.err
     assert captured.out == ""
+
+
+def test_scope_3_without_an_intensity_says_that_grams_are_missing(measured, capsys):
+    assert main([measured, "--statement", "scope3"]) == NOT_STATED
+    for row in rows_of(capsys.readouterr().out):
+        assert float(row["measured_kwh"]) > 0
+        assert (row["measured_kgco2e"], row["evidence_class"]) == ("", "E1")
+        assert "no carbon intensity was given" in row["missing"]
 
 
 def test_two_jobs_of_the_same_prompts_are_two(measured, unmeasured, capsys):
