@@ -154,7 +154,7 @@ def _output_words(request: JobRequest) -> str:
                 if other
                 else f"{url}, no job yet"
             )
-        check_is_asked_for(request.as_begun(existing), existing, store.url)
+        check_is_asked_for(request.as_begun(existing), existing, store)
     except InputError as error:
         return f"generate will refuse it: {error}"
     shards = load_job_shards(store, existing)
