@@ -24,7 +24,7 @@ from millijoule.jobs.entry import COMPLETE, check_writable, run_command
 from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.torch_device import torch_device
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import (
@@ -126,9 +126,9 @@ def run(options: EvaluateOptions) -> int:
     from millijoule.workers.scenes.renderer import render_prompted
 
     if options.prompts_per_family < 1 or options.images_per_prompt < 1:
-        raise InputError("--prompts-per-family and --images-per-prompt must be at least 1")
+        raise UsageError("--prompts-per-family and --images-per-prompt must be at least 1")
     if options.processes < 1 or (options.processes > 1 and options.threads):
-        raise InputError(
+        raise UsageError(
             "--processes must be at least 1; with several, each has one thread, and --threads says nothing"
         )
     folder = Path(options.output)

@@ -10,7 +10,7 @@ from typing import Any
 from millijoule.jobs.comparing.options import VerifyOptions
 from millijoule.jobs.entry import COMPLETE, ERROR, check_writable, run_command
 from millijoule.jobs.torch_device import torch_device
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.judging.image_judge import ICON_JUDGE, ImageMetric, load_judge, load_metric
 from millijoule.workers.scenes.vocabulary import VOCABULARIES
 from millijoule.workers.visible_text import visible
@@ -24,7 +24,7 @@ def run(options: VerifyOptions) -> int:
     if options.check is not None:
         return check(options)
     if options.a is None or options.b is None or options.output is None:
-        raise InputError("give --a, --b and --output to measure, or --check BUNDLE")
+        raise UsageError("give --a, --b and --output to measure, or --check BUNDLE")
     return compare(options, {"A": options.a, "B": options.b}, Path(options.output))
 
 
@@ -170,7 +170,7 @@ def _load_metrics(options: VerifyOptions) -> list[tuple[ImageMetric, float]]:
         try:
             metrics.append((load_metric(name if equals else text), float(margin)))
         except ValueError as error:
-            raise InputError(f"--metric {text}: end it with =MARGIN, a number") from error
+            raise UsageError(f"--metric {text}: end it with =MARGIN, a number") from error
     return metrics
 
 

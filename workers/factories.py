@@ -9,7 +9,7 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from typing import Any
 
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 
 PREFIX = "python:"
 
@@ -31,7 +31,7 @@ def split_name(option: str, name: str) -> list[str]:
     """Module and function of `name`, which nothing is imported for; raises InputError where it is written otherwise."""
     parts = name.removeprefix(PREFIX).split(":")
     if not name.startswith(PREFIX) or len(parts) != 2 or not all(parts):
-        raise InputError(f"{option} {name}: write python:MODULE:FACTORY")
+        raise UsageError(f"{option} {name}: write python:MODULE:FACTORY")
     return parts
 
 

@@ -18,7 +18,7 @@ from millijoule.pipeline.energy.intervals import merged
 from millijoule.pipeline.report.devices import model_of
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.timeline import HostDevice, Work
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 
 OPTION = "--price-per-gpu-hour"
 
@@ -94,9 +94,9 @@ def parse_gpu_prices(texts: Sequence[str]) -> GpuPrices | None:
         except ValueError:
             price = math.nan
         if not (math.isfinite(price) and price >= 0) or ("=" in text and not name.strip()):
-            raise InputError(f"{OPTION} {text}: a price such as 2.5, or MODEL=PRICE such as H200=3.5")
+            raise UsageError(f"{OPTION} {text}: a price such as 2.5, or MODEL=PRICE such as H200=3.5")
         if name.strip().lower() in {n.lower() for n in prices}:
-            raise InputError(f"{OPTION} {text}: {name.strip() or 'all GPUs'} is priced twice")
+            raise UsageError(f"{OPTION} {text}: {name.strip() or 'all GPUs'} is priced twice")
         prices[name.strip()] = price
     return GpuPrices(prices.pop("", None), prices) if prices else None
 

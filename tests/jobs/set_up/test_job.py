@@ -189,7 +189,7 @@ def test_a_refusal_says_what_to_delete_where_nothing_was_made_and_that_is_enough
     )
     for key in (commit_key(0), part_key(0, "e0001-ab.p1")):
         store.put(key, b"{}")
-        with pytest.raises(InputError, match="or another --output$"):
+        with pytest.raises(InputError, match=r"or another --output$"):
             set_up(other)
         store.delete([key])
     store.delete([item.key for item in store.list() if item.key.startswith(("_job/", "energy/"))])
