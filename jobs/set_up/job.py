@@ -124,7 +124,7 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
                 f"{store.url}: has a {SUCCESS_KEY} but no job description; choose another --output"
             )
         if options.retry_failed:
-            raise InputError(f"--retry-failed: {store.url} holds no job yet")
+            raise no_job_to_retry(store)
         job = _plan(request, store, extra, fingerprint)
     if options.retry_failed:
         retry_failed(store, job)
@@ -163,6 +163,10 @@ def retry_failed(store: Store, job: JobSpec) -> None:
         log.info("retrying %d quarantined images", retry.images)
     else:
         log.info("--retry-failed: no image stands quarantined, so there is nothing to retry")
+
+
+def no_job_to_retry(store: Store) -> InputError:
+    return InputError(f"--retry-failed: {store.url} holds no job yet")
 
 
 def check_is_asked_for(request: JobRequest, existing: JobSpec, store: Store) -> None:

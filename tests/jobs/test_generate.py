@@ -531,6 +531,40 @@ def test_a_dry_run_says_what_the_output_holds_already(cluster, job, tmp_path, ca
     assert "generate will refuse it" in said(output=tmp_path / "foreign")
 
 
+def test_a_dry_run_of_a_retry_is_about_what_would_be_retried(cluster, job, tmp_path, capsys):
+    def said(**more):
+        capsys.readouterr()
+        before = sorted((tmp_path / "out").rglob("*"))
+        result = job(dry_run=True, retry_failed=True, price_per_kwh=0.3, **given, **more)
+        assert sorted((tmp_path / "out").rglob("*")) == before
+        return result, capsys.readouterr().out
+
+    (tmp_path / "q.txt").write_text("\n".join(POISON))
+    given = {"prompts": tmp_path / "q.txt", "model": "python:support.models:raises_on_poison"}
+    cluster()
+    with pytest.raises(InputError, match=r"--retry-failed: .*out holds no job yet"):
+        said()
+    job(**given, deadline="2020-01-01T00:00Z")
+    _, words = said()
+    assert "to finish   24 images in 6 shards; nothing is retried before that is done" in words
+    assert job(**given, workers=1).images_quarantined == 2
+    result, words = said()
+    assert result.shards_left == 1
+    assert "retry       2 images in 1 shard\n" in words
+    assert "calibrated" in words
+    with pytest.raises(InputError, match="--seed was 0, now 7"):
+        said(seed=7)
+
+
+def test_a_dry_run_of_a_retry_of_nothing_starts_no_worker(cluster, job, capsys):
+    ray = cluster()
+    job()
+    asked = len(ray.asked_for)
+    assert job(dry_run=True, retry_failed=True).shards_left == 0
+    assert "retry       no image stands quarantined" in capsys.readouterr().out
+    assert len(ray.asked_for) == asked
+
+
 @pytest.mark.parametrize("quiet", [True, False])
 def test_quiet_says_nothing_below_a_warning(cluster, job, caplog, quiet):
     caplog.set_level(logging.INFO)
