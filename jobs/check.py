@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from millijoule.jobs.entry import COMPLETE, ERROR, NamedOutput, run_command, the_output
+from millijoule.workers.counted import counted
 
 #: Differences printed in full; the rest is counted.
 MAX_PRINTED = 100
@@ -52,7 +53,7 @@ def run(options: CheckOptions) -> int:
             print(visible(problem))
     if problems > MAX_PRINTED:
         print(f"... and {problems - MAX_PRINTED} more")
-    print(f"{output}: {len(checked)} shards checked, {problems} differences")
+    print(f"{output}: {counted(len(checked), 'shard')} checked, {counted(problems, 'difference')}")
     return ERROR if problems else COMPLETE
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from millijoule.jobs import entry
 from millijoule.jobs.job_result import JobResult
 from millijoule.jobs.set_up.options import GenerateOptions, option_words, options_of, parameters
+from millijoule.workers.counted import counted
 
 if TYPE_CHECKING:
     from millijoule.jobs.set_up.request import JobRequest
@@ -218,7 +219,9 @@ def run_options(options: GenerateOptions) -> int:
             "deadline, the same command resumes the job"
         ]
     elif result.status == "interrupted":
-        lines = [f"interrupted: {result.shards_left} shards left; run the same command again to resume"]
+        lines = [
+            f"interrupted: {counted(result.shards_left, 'shard')} left; run the same command again to resume"
+        ]
     elif result.status == "superseded":
         lines = [
             f"{result.reason}, which finishes the job; give the command again only if that run ends without finishing it"

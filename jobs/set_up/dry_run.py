@@ -67,15 +67,17 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
             if ranks > 1
             else []
         ),
-        f"calibrated  {result.images} images in {result.seconds:.2f} s on one worker",
-        f"time        about {clock(plan.n_images * per_image / workers)} on {workers} workers, start-up not counted",
+        f"calibrated  {counted(result.images, 'image')} in {result.seconds:.2f} s on one worker",
+        f"time        about {clock(plan.n_images * per_image / workers)} on {counted(workers, 'worker')}, start-up not counted",
         f"bytes       about {plan.n_images * result.encoded_bytes // drawn} of images in {request.options.output}",
         f"output      {_output_words(request)}",
         *_energy_lines(request, result, plan.n_images),
         *_node_meter_lines(request),
     ]
     if request.shard_seconds is not None:
-        lines.append(f"shard size  about {max(1, round(request.shard_seconds / per_image))} images")
+        lines.append(
+            f"shard size  about {counted(max(1, round(request.shard_seconds / per_image)), 'image')}"
+        )
     print(visible_lines("\n".join(lines)))
     return plan
 

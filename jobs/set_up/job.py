@@ -29,6 +29,7 @@ from millijoule.pipeline.planning.plan_options import compute_fingerprint
 from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retry_round
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import InputError, StoreError
 from millijoule.workers.factories import check_importable
 from millijoule.workers.images.formats import ImageFormat
@@ -160,7 +161,7 @@ def retry_failed(store: Store, job: JobSpec) -> None:
             *(retry.unfinished, retry.shards),
         )
     elif retry.images:
-        log.info("retrying %d quarantined images", retry.images)
+        log.info("retrying %s", counted(retry.images, "quarantined image"))
     else:
         log.info("--retry-failed: no image stands quarantined, so there is nothing to retry")
 
@@ -206,11 +207,12 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
     options = request.options
     plan = plan_job(request.files, request.plan, store, extra, fingerprint=fingerprint)
     log.info(
-        "planned: %d images of %d prompts, shards: %d (%.1f s)",
-        *(plan.n_images, plan.n_rows, plan.n_shards, time.monotonic() - began),
+        "planned: %s of %s, in %s (%.1f s)",
+        *(counted(plan.n_images, "image"), counted(plan.n_rows, "prompt")),
+        *(counted(plan.n_shards, "shard"), time.monotonic() - began),
     )
     if plan.n_bad_rows:
-        log.warning("%d input rows rejected; %s says which and why", plan.n_bad_rows, BAD_ROWS_KEY)
+        log.warning("%s rejected; %s says which and why", counted(plan.n_bad_rows, "input row"), BAD_ROWS_KEY)
     return JobSpec(
         fingerprint=fingerprint,
         model=options.model,

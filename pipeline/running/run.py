@@ -27,6 +27,7 @@ from millijoule.pipeline.running.node_recorders import NodeRecorders
 from millijoule.pipeline.running.pool import WorkerPool
 from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
 from millijoule.pipeline.running.spending import Spending
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import AlreadyExistsError, JobError
 from millijoule.workers.fence import is_superseded
 from millijoule.workers.generators.options import GeneratorOptions
@@ -189,7 +190,7 @@ class JobRun:
             named = sorted(given_up.items())[:MAX_NAMED_SHARDS]
             reasons = "".join(f"\n  shard {shard_id}: {error}" for shard_id, error in named)
             raise JobError(
-                f"{len(given_up)} of {len(self.planned.shards)} shards could not be made; run the same command again "
+                f"{len(given_up)} of {counted(len(self.planned.shards), 'shard')} could not be made; run the same command again "
                 f"once the cause is mended{reasons}"
             )
 

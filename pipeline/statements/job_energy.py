@@ -24,6 +24,7 @@ from millijoule.pipeline.report.gpu_time import measure_gpu_time
 from millijoule.pipeline.report.tables import floats, labels, read_energy_table
 from millijoule.pipeline.report.timeline import HostDevice, Work, hosts_of_boots, read_work
 from millijoule.pipeline.statements.declared import NODE
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import DamagedError, InputError
 from millijoule.workers.meters.own_devices import unread_domains
 from millijoule.workers.storage.protocol import Store
@@ -260,7 +261,7 @@ def _kinds(
         kind.devices.add((host, domain))
         kind.rows.append(rows)
         if n := int(np.isnan(table.energy_mj[rows]).sum()):
-            kind.missing[f"{n} stretches of {domain} on {host} were not read"] = None
+            kind.missing[f"{counted(n, 'stretch', 'stretches')} of {domain} on {host} not read"] = None
     held, read = _held(env), table.domains_of_workers()
     for worker, on in devices_of.items():
         if on.device == "unknown":
@@ -340,5 +341,5 @@ def _hours(
     if gpus is not None:
         hours |= {m.model: m.hours for m in gpus.models}
         if gpus.workers_unknown:
-            missing.append(f"{gpus.workers_unknown} workers did not say which GPUs they held")
+            missing.append(f"which GPUs {counted(gpus.workers_unknown, 'worker')} held is not recorded")
     return hours, tuple(missing)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -19,11 +20,14 @@ from support.models import Careful
 from support.stand_in_jobs import start_cluster
 
 from millijoule.jobs import JobResult, generate
-from millijoule.jobs.generate import EXIT_CODES, main
+from millijoule.jobs import check as check_command
+from millijoule.jobs import gc as gc_command
+from millijoule.jobs import report as report_command
+from millijoule.jobs.generate import EXIT_CODES, main, run_options
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.options.rates import RateOptions
 from millijoule.jobs.set_up import job as set_up_job
-from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.jobs.set_up.options import GenerateOptions, options_of
 from millijoule.pipeline.output.job import last_epoch, open_epoch
 from millijoule.pipeline.running import head_watch, live_metrics
 from millijoule.workers.actor import ShardWorker
@@ -563,6 +567,36 @@ def test_a_dry_run_of_a_retry_of_nothing_starts_no_worker(cluster, job, capsys):
     assert job(dry_run=True, retry_failed=True).shards_left == 0
     assert "retry       no image stands quarantined" in capsys.readouterr().out
     assert len(ray.asked_for) == asked
+
+
+#: Nouns that messages count.
+COUNTED = "images|shards|rows|prompts|workers|checks|files|bytes|differences|segments|nodes|stragglers"
+
+
+def test_no_message_about_one_thing_has_a_plural(cluster, tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO)
+    cluster()
+    (tmp_path / "one.jsonl").write_text('{"prompt": "poison 1"}\nno json\n')
+    out = str(tmp_path / "out")
+    options = {"prompts": str(tmp_path / "one.jsonl"), "output": out, "device": "cpu", "workers": 1}
+    options["model"] = "python:support.models:raises_on_poison"
+    run_options(options_of({**options, "dry_run": True}))
+    run_options(options_of({**options, "deadline": "2020-01-01T00:00Z"}))
+    run_options(options_of({**options}))
+    run_options(options_of({**options, "retry_failed": True}))
+    check_command.main([out])
+    gc_command.main([out])
+    report_command.main([out])
+    shown = capsys.readouterr()
+    said = "\n".join([*caplog.messages, shown.out, shown.err])
+    for words in (
+        "1 image of 1 prompt, in 1 shard",
+        "1 input row rejected",
+        "retrying 1 quarantined image",
+        "2 shards checked",
+    ):
+        assert words in said
+    assert re.findall(rf"(?<![\d.,/])1 (?:\w+ )?(?:{COUNTED})\b", said) == []
 
 
 @pytest.mark.parametrize("quiet", [True, False])

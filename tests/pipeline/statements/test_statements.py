@@ -173,7 +173,7 @@ def test_a_stretch_that_was_not_read_leaves_its_kind_without_energy(measured, tm
     cpu, gpu = rows_of(capsys.readouterr().out)
     assert (gpu["measured_kwh"], gpu["evidence_class"]) == ("", "E0")
     assert 0 < float(gpu["counted_kwh"]) < counted_mj(measured, "gpu:") / MJ_PER_KWH
-    assert "1 stretches of gpu:" in gpu["missing"]
+    assert "1 stretch of gpu:" in gpu["missing"]
     assert float(cpu["measured_kwh"]) == pytest.approx(counted_mj(measured, "cpu:") / MJ_PER_KWH)
     assert "of the job:" in cpu["missing"]
 
