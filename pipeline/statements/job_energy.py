@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH, Rate, Rates, mean_rate
 from millijoule.pipeline.energy.intervals import merged
@@ -231,10 +232,10 @@ class _Table:
 
 
 def _first_attempt(attempts: pa.Table) -> str | None:
-    """By time, then by name; None where there is none."""
-    order = [("t_start_wall_ns", "ascending"), ("attempt_id", "ascending")]
-    first: list[str] = attempts.sort_by(order)["attempt_id"].slice(0, 1).to_pylist()
-    return first[0] if first else None
+    """By time, then by name; None where there is none. A look at each column: a job may have millions of attempts."""
+    started = attempts["t_start_wall_ns"]
+    first: str | None = pc.min(attempts["attempt_id"].filter(pc.equal(started, pc.min(started)))).as_py()
+    return first
 
 
 def _kinds(

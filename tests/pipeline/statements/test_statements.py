@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pytest
 from support.report_outputs import GPUS, change_stats, measured_output, unmeasured_output
 
 from millijoule.jobs.report import NOT_STATED, main
+from millijoule.pipeline.statements.job_energy import _first_attempt
 from millijoule.workers.storage.open import open_store
 
 PROMPTS = [f"prompt {i}" for i in range(12)]
@@ -288,3 +290,16 @@ def test_embodied_figures_of_a_file_name_their_source(measured, tmp_path, capsys
     file.write_text('[[device]]\nname = "node"\nkilos = 1\n')
     assert main([measured, "--statement", "sci", "--embodied", str(file)]) == 1
     assert "no field is named 'kilos'" in capsys.readouterr().err
+
+
+def test_a_jobs_first_attempt_is_the_earliest_by_time_and_then_by_name():
+    draw = random.Random(3)
+    for n in (0, 1, 2, 7, 40):
+        rows = [
+            {"t_start_wall_ns": draw.randrange(5), "attempt_id": f"e0001-{draw.randrange(2**40):010x}"}
+            for _ in range(n)
+        ]
+        kinds = {"t_start_wall_ns": pa.int64(), "attempt_id": pa.string()}
+        table = pa.Table.from_pylist(rows, pa.schema(kinds))
+        expected = min(((r["t_start_wall_ns"], r["attempt_id"]) for r in rows), default=(0, None))
+        assert _first_attempt(table) == expected[1]
