@@ -28,11 +28,10 @@ def not_made(job: JobReport) -> list[str]:
 
 def messages(job: JobReport) -> list[tuple[str, dict[str, int]]]:
     """Why images are not there, and what was said of those that are: title, and images by message."""
-    warned = f" ({counted(job.images_with_warnings, 'image')})" if job.images_with_warnings else ""
     every = [
         ("Errors", job.errors),
         ("Filtered by the model", job.filter_reasons),
-        (f"Warnings{warned}", job.warnings),
+        ("Warnings", job.warnings),
     ]
     return [(title, found) for title, found in every if found]
 

@@ -173,13 +173,18 @@ class JobRun:
         """
         self._on_tick = on_tick
         self._accounts.look_for_open()
+        said = ""  # by the error that ends the run
         try:
             if self.complete or not self._check_caps(time.time()):
                 self._work()
+        except JobError as error:
+            said = str(error)
+            raise
         finally:
             self._close()
             for node in self.pool.nodes.faulty:
-                log.warning("%s", node)
+                if str(node) not in said:
+                    log.warning("%s", node)
             if deaths := str(self.pool.deaths):
                 log.info("%s", deaths)
         if self.complete and self.superseded is None:

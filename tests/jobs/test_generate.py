@@ -31,7 +31,7 @@ from millijoule.jobs.set_up.options import GenerateOptions, options_of
 from millijoule.pipeline.output.job import last_epoch, open_epoch
 from millijoule.pipeline.running import head_watch, live_metrics
 from millijoule.workers.actor import ShardWorker
-from millijoule.workers.errors import InputError, JobError, SupersededError
+from millijoule.workers.errors import InputError, JobError, NodeError, SupersededError
 from millijoule.workers.generators.protocol import Rejection
 from millijoule.workers.storage.open import open_store
 
@@ -567,6 +567,22 @@ def test_a_dry_run_of_a_retry_of_nothing_starts_no_worker(cluster, job, capsys):
     assert job(dry_run=True, retry_failed=True).shards_left == 0
     assert "retry       no image stands quarantined" in capsys.readouterr().out
     assert len(ray.asked_for) == asked
+
+
+class NowhereToLoad(ShardWorker):
+    def start(self):
+        raise NodeError("no model on this disk")
+
+
+def test_a_node_that_the_last_error_names_is_not_named_by_the_log_as_well(cluster, job, caplog):
+    cluster(NowhereToLoad)
+    with pytest.raises(
+        JobError,
+        match=r"no node is left that can work:\n  node .*: left out for this run: no model on this disk",
+    ):
+        job()
+    assert [m for m in caplog.messages if m.startswith("node ")] == []
+    assert "no model on this disk (fault 1 in a row" in caplog.text
 
 
 #: Nouns that messages count.
