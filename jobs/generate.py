@@ -51,6 +51,8 @@ def run(
     from millijoule.jobs.set_up.job import set_up_job, within_reach
     from millijoule.jobs.set_up.pools import policy_of
     from millijoule.pipeline.closing.finish import finish_job
+    from millijoule.pipeline.energy.carbon import Rates
+    from millijoule.pipeline.report.kept_rates import keep_rates
     from millijoule.pipeline.running.head_watch import head_watched
     from millijoule.pipeline.running.live_metrics import LiveMetrics
     from millijoule.pipeline.running.progress import Progress
@@ -83,6 +85,7 @@ def run(
             node_meters=request.node_meters,
             fleet=policy_of(request, pools),
         )
+        keep_rates(store, Rates(request.caps.carbon, request.caps.price, options.rates.pue))
         metrics = LiveMetrics(planned.job, job_run) if options.telemetry else None
         with (
             head_watched(ray_cluster.head_address(), on_head_lost or job_run.lose_head),

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,16 @@ def read_rate(text: str, option: str, *, source: str | None = None, negative: bo
         return _read_table(Path(text), option, source, negative)
     _check_value(value, f"{option} {text}", negative, UsageError)
     return Rate(source or "declared value", (value,))
+
+
+def check_rate(rate: Rate, where: str, *, negative: bool) -> None:
+    """Refuse what cannot be a rate, whoever wrote it; raises InputError, which names `where` it stands."""
+    for value in rate.values:
+        _check_value(value, where, negative)
+    times = rate.times_s
+    in_order = all(map(math.isfinite, times)) and all(a < b for a, b in pairwise(times))
+    if not in_order or len(rate.values) != max(1, len(times)) or not 0 <= rate.row_seconds < math.inf:
+        raise InputError(f"{where}: {rate.source}: not a number, nor a table in order of time")
 
 
 def check_pue(pue: float) -> float:

@@ -71,7 +71,11 @@ def _gpu_rows(time: GpuTime) -> list[tuple[str, ...]]:
 def gpu_prices(time: GpuTime) -> str:
     """How the GPU time was priced and divided."""
     given = [f"{money(m.price_per_hour)} for {m.model}" for m in time.models if m.price_per_hour is not None]
-    prices = f"price per GPU-hour, declared: {', '.join(given)}" if given else "price per GPU-hour: not given"
+    prices = (
+        f"price per GPU-hour ({time.priced_by}): {', '.join(given)}"
+        if given
+        else "price per GPU-hour: not given"
+    )
     hours = time.hours or 1.0
     parts = ", ".join(f"{name} {share(part / hours)}" for name, part in time.hours_by_group.items())
     return f"GPU time: {parts}; {prices}. PUE plays no part."

@@ -32,6 +32,7 @@ def flags_of(
     carbon: RateUsed | None,
     price: RateUsed | None,
     pue: float | None,
+    pue_source: str,
     gpu_time: GpuTime | None,
     gpu_prices: GpuPrices | None,
     unread_devices: Sequence[str],
@@ -60,7 +61,7 @@ def flags_of(
         name, text = "no PUE", "Grams and money are for the devices alone; --pue adds the building."
     else:
         name = "PUE declared"
-        text = f"Grams and money are multiplied by a declared PUE of {pue:g}. Joules are not."
+        text = f"Grams and money are multiplied by a PUE of {pue:g}, {pue_source}. Joules are not."
     flags.append(Flag("note", name, text))
     return tuple(sorted(flags, key=lambda flag: ("problem", "caution", "note").index(flag.level)))
 
@@ -167,9 +168,11 @@ def _gpu_flags(time: GpuTime | None, prices: GpuPrices | None) -> list[Flag]:
     if prices is None:
         return flags
     if missing := [m.model for m in time.models if m.price_per_hour is None]:
-        text = f"{OPTION} has no price for {', '.join(missing)}, so the cost is missing."
+        text = f"{prices.source} has no price for {', '.join(missing)}, so the cost is missing. {OPTION} can say it."
         flags.append(Flag("caution", "GPU price missing", text))
-    if unused := sorted(prices.by_model.keys() - {prices.name_of(m.model) for m in time.models}):
+    if not prices.exact and (
+        unused := sorted(prices.by_model.keys() - {prices.name_of(m.model) for m in time.models})
+    ):
         text = f"No GPU of this job is a {' or a '.join(unused)}."
         flags.append(Flag("caution", "GPU price not used", text))
     return flags

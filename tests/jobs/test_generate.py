@@ -585,6 +585,31 @@ def test_a_node_that_the_last_error_names_is_not_named_by_the_log_as_well(cluste
     assert "no model on this disk (fault 1 in a row" in caplog.text
 
 
+def test_the_report_goes_by_the_rates_that_the_job_was_given(cluster, job, tmp_path, capsys):
+    cluster()
+    (tmp_path / "p.csv").write_text("time,price\n0,0.5\n")
+    job(price_per_kwh=str(tmp_path / "p.csv"), pue=1.25)
+    assert job(gco2_per_kwh="300").status == "complete"
+    given = []
+    for more in ([], ["--price-per-kwh", "2", "--pue", "1"]):
+        capsys.readouterr()
+        assert report_command.main([str(tmp_path / "out"), "--json", "-", *more]) == 0
+        given.append(json.loads(capsys.readouterr().out)["jobs"][0])
+    kept, own = given
+    assert (kept["price"]["source"], kept["carbon"]["source"], kept["pue"]) == (
+        "p.csv, as given to generate",
+        "declared value, as given to generate",
+        1.25,
+    )
+    (pue,) = [f["text"] for f in kept["flags"] if f["name"] == "PUE declared"]
+    assert pue == "Grams and money are multiplied by a PUE of 1.25, as given to generate. Joules are not."
+    assert (own["price"]["source"], own["carbon"]["source"], own["pue"]) == (
+        "declared value",
+        "declared value, as given to generate",
+        1.0,
+    )
+
+
 #: Nouns that messages count.
 COUNTED = "images|shards|rows|prompts|workers|checks|files|bytes|differences|segments|nodes|stragglers"
 
