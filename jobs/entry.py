@@ -13,7 +13,7 @@ from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 from millijoule.kernels.native_library import KernelChoiceError, check_choice
-from millijoule.workers.errors import InputError, MillijouleError, SupersededError
+from millijoule.workers.errors import InputError, MillijouleError, SupersededError, UsageError
 from millijoule.workers.visible_text import log_to_stderr, visible_lines
 
 COMPLETE = 0
@@ -44,7 +44,7 @@ def the_output(placed: str, named: str) -> str:
     """
     if bool(placed) == bool(named):
         given = f"both {placed} and --output {named} are given; give one" if placed else "none is given"
-        raise InputError(f"which output? {given}: an output folder or s3:// URL of a job")
+        raise UsageError(f"which output? {given}: an output folder or s3:// URL of a job")
     return placed or named
 
 
@@ -71,9 +71,9 @@ def run_command(
     """Parse `argv` into `options_class` and call `run`.
 
     Returns:
-        What `run` returns; 2 for options that cannot be parsed; 1 after a `MillijouleError`, whose message is
-        printed (7 after a `SupersededError`), or a file that cannot be used, which is named; 5 after Ctrl-C outside the
-        parts that handle it.
+        What `run` returns; 2 for options that cannot be parsed or mean nothing (`UsageError`); 1 after any other
+        `MillijouleError`, whose message is printed (7 after a `SupersededError`), or a file that cannot be used, which is
+        named; 5 after Ctrl-C outside the parts that handle it.
     """
     log_to_stderr("%(message)s")
     for noisy in ("botocore", "aiobotocore", "s3fs", "ray", "asyncio", "urllib3"):
@@ -96,6 +96,8 @@ def run_command(
         return run(options)
     except MillijouleError as error:
         print(visible_lines(f"millijoule {name}: {error}"), file=sys.stderr)
+        if isinstance(error, UsageError):
+            return USAGE
         return SUPERSEDED if isinstance(error, SupersededError) else ERROR
     except OSError as error:
         if error.filename is None:  # not a file that somebody named

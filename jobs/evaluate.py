@@ -24,7 +24,8 @@ from millijoule.jobs.entry import COMPLETE, check_writable, run_command
 from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.torch_device import torch_device
-from millijoule.workers.errors import InputError
+from millijoule.workers.counted import counted
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import (
@@ -126,9 +127,9 @@ def run(options: EvaluateOptions) -> int:
     from millijoule.workers.scenes.renderer import render_prompted
 
     if options.prompts_per_family < 1 or options.images_per_prompt < 1:
-        raise InputError("--prompts-per-family and --images-per-prompt must be at least 1")
+        raise UsageError("--prompts-per-family and --images-per-prompt must be at least 1")
     if options.processes < 1 or (options.processes > 1 and options.threads):
-        raise InputError(
+        raise UsageError(
             "--processes must be at least 1; with several, each has one thread, and --threads says nothing"
         )
     folder = Path(options.output)
@@ -271,7 +272,7 @@ def draw_items(
     drawn: Iterator[GeneratedBatch] = (generator.generate(batch) for batch in batches)
     if options.processes > 1:
         drawn = _draw_in_processes(model.model, how, options.processes, model.device, batches)
-    words = f"drawing {len(requests)} images"
+    words = f"drawing {counted(len(requests), 'image')}"
     made = list(track(drawn, words, total=len(batches), console=Console(stderr=True)))
     rejected = [why for batch in made for why in batch.rejected or (None,) * len(batch.images)]
     about: dict[str, Any] = {
@@ -402,7 +403,7 @@ def measure_independently(images: np.ndarray, true: np.ndarray, network: ImageNe
     from rich.console import Console
     from rich.progress import track
 
-    words = f"looking at {len(images)} images and as many renders"
+    words = f"looking at {counted(len(images), 'image')} and as many renders"
     parts = [part for kind in (images, true) for part in np.array_split(kind, math.ceil(len(kind) / 64))]
     found = [network.features(part) for part in track(parts, words, console=Console(stderr=True))]
     features, true_features = np.split(np.concatenate(found), 2)

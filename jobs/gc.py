@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from millijoule.jobs.entry import COMPLETE, NamedOutput, run_command, the_output
+from millijoule.workers.counted import counted
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ def run(options: GcOptions) -> int:
     removable += len(temporaries)
     if options.delete:
         store.delete_temporary(temporaries)
-        print(f"removed {removable} files, {size} bytes")
+        print(f"removed {counted(removable, 'file')}, {counted(size, 'byte')}")
     else:
-        print(f"{removable} removable files, {size} bytes" + ("; --delete removes them" if removable else ""))
+        print(
+            f"{counted(removable, 'removable file')}, {counted(size, 'byte')}"
+            + ("; --delete removes them" if removable else "")
+        )
     return COMPLETE
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from millijoule.jobs import entry
 from millijoule.jobs.job_result import JobResult
 from millijoule.jobs.set_up.options import GenerateOptions, option_words, options_of, parameters
+from millijoule.workers.counted import counted
 
 if TYPE_CHECKING:
     from millijoule.jobs.set_up.request import JobRequest
@@ -50,6 +51,8 @@ def run(
     from millijoule.jobs.set_up.job import set_up_job, within_reach
     from millijoule.jobs.set_up.pools import policy_of
     from millijoule.pipeline.closing.finish import finish_job
+    from millijoule.pipeline.energy.carbon import Rates
+    from millijoule.pipeline.report.kept_rates import keep_rates
     from millijoule.pipeline.running.head_watch import head_watched
     from millijoule.pipeline.running.live_metrics import LiveMetrics
     from millijoule.pipeline.running.progress import Progress
@@ -82,6 +85,7 @@ def run(
             node_meters=request.node_meters,
             fleet=policy_of(request, pools),
         )
+        keep_rates(store, Rates(request.caps.carbon, request.caps.price, options.rates.pue))
         metrics = LiveMetrics(planned.job, job_run) if options.telemetry else None
         with (
             head_watched(ray_cluster.head_address(), on_head_lost or job_run.lose_head),
@@ -218,7 +222,9 @@ def run_options(options: GenerateOptions) -> int:
             "deadline, the same command resumes the job"
         ]
     elif result.status == "interrupted":
-        lines = [f"interrupted: {result.shards_left} shards left; run the same command again to resume"]
+        lines = [
+            f"interrupted: {counted(result.shards_left, 'shard')} left; run the same command again to resume"
+        ]
     elif result.status == "superseded":
         lines = [
             f"{result.reason}, which finishes the job; give the command again only if that run ends without finishing it"

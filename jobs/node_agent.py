@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from millijoule.jobs.entry import COMPLETE, ERROR, run_command
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 from millijoule.workers.notices.agent import NodeAgent
 from millijoule.workers.notices.metadata import ENDPOINT, MetadataError, MetadataService
 from millijoule.workers.notices.notice import NoticeSource
@@ -103,13 +103,13 @@ def run(options: NodeAgentOptions) -> int:
 def _check(options: NodeAgentOptions) -> dict[str, str]:
     """The labels asked for; raises InputError."""
     if not options.endpoint.startswith(("http://", "https://")):
-        raise InputError(f"--endpoint {options.endpoint}: an http:// URL")
+        raise UsageError(f"--endpoint {options.endpoint}: an http:// URL")
     for name in ("period", "notice", "grace"):
         if not 0 < getattr(options, name) < 86_400:
-            raise InputError(f"--{name} {getattr(options, name):g}: seconds, more than 0 and less than a day")
+            raise UsageError(f"--{name} {getattr(options, name):g}: seconds, more than 0 and less than a day")
     labels = dict(label.partition("=")[::2] for label in options.node_label)
     if not all(labels) or not all(labels.values()):
-        raise InputError(f"--node-label {' '.join(options.node_label)}: each as NAME=VALUE")
+        raise UsageError(f"--node-label {' '.join(options.node_label)}: each as NAME=VALUE")
     return labels
 
 

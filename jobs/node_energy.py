@@ -59,15 +59,15 @@ def run(options: NodeEnergyOptions) -> int:
     from millijoule.pipeline.closing.node_import import import_readings
     from millijoule.pipeline.output.job import require_job
     from millijoule.pipeline.planning.retry_rounds import load_job_shards
-    from millijoule.workers.errors import InputError
+    from millijoule.workers.errors import UsageError
     from millijoule.workers.node_meters.config import check_accuracy, declared_rest
     from millijoule.workers.storage.open import open_store
 
     check_accuracy(options.accuracy, "--accuracy")
     if not 0 <= options.clock_error < 3600:
-        raise InputError(f"--clock-error {options.clock_error:g}: seconds, 0 or more and less than an hour")
+        raise UsageError(f"--clock-error {options.clock_error:g}: seconds, 0 or more and less than an hour")
     if not options.meter.isprintable() or not options.meter:
-        raise InputError("--meter: a name")
+        raise UsageError("--meter: a name")
     rest = declared_rest(*parse_rest(options.rest, "--rest")) if options.rest is not None else None
     store = open_store(options.output)
     job = require_job(store)
@@ -84,14 +84,14 @@ def run(options: NodeEnergyOptions) -> int:
 def read_feeds(options: NodeEnergyOptions) -> dict[str, Sequence[NodeSeries]]:
     """The series of each outlet; raises InputError."""
     from millijoule.pipeline.energy.node_readings import WHOLE_NODE
-    from millijoule.workers.errors import InputError
+    from millijoule.workers.errors import UsageError
     from millijoule.workers.node_meters.meter import join_series
     from millijoule.workers.node_meters.pdu import read_pdu_csv
 
     if not options.pdu:
-        raise InputError("--pdu: name at least one file")
+        raise UsageError("--pdu: name at least one file")
     if len(set(options.outlet)) != len(options.outlet):
-        raise InputError(f"--outlet {' '.join(options.outlet)}: each once")
+        raise UsageError(f"--outlet {' '.join(options.outlet)}: each once")
     outlets: dict[str, str | None] = {f"outlet {name}": name for name in options.outlet}
     return {
         feed: join_series(

@@ -52,7 +52,7 @@ class QueryOptions:
 
 def run(options: QueryOptions) -> int:
     from millijoule.pipeline.sql.query import named_queries, open_tables, run_query
-    from millijoule.workers.errors import InputError
+    from millijoule.workers.errors import InputError, UsageError
     from millijoule.workers.storage.open import open_store
 
     if options.list:
@@ -61,7 +61,7 @@ def run(options: QueryOptions) -> int:
         return COMPLETE
     outputs = (*options.outputs, *options.named)
     if not options.query or not outputs:
-        raise InputError("give a question or SQL, and at least one output folder; --list shows the questions")
+        raise UsageError("give a question or SQL, and at least one output folder; --list shows the questions")
     params = parse_params(options.param)
     with open_tables([open_store(url) for url in dict.fromkeys(outputs)]) as connection:
         rows = run_query(connection, options.query, params)
@@ -81,13 +81,13 @@ def run(options: QueryOptions) -> int:
 
 def parse_params(pairs: tuple[str, ...]) -> dict[str, Any]:
     """`("pue=1.2", "host=h1")` -> {"pue": 1.2, "host": "h1"}; raises InputError."""
-    from millijoule.workers.errors import InputError
+    from millijoule.workers.errors import UsageError
 
     params: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not name or not equals:
-            raise InputError(f"--param {pair}: NAME=VALUE, such as pue=1.2")
+            raise UsageError(f"--param {pair}: NAME=VALUE, such as pue=1.2")
         params[name] = _number_or_text(value)
     return params
 

@@ -11,7 +11,7 @@ import tyro
 
 from millijoule.jobs.entry import COMPLETE, NamedOutputs, run_command
 from millijoule.jobs.options.rates import RateOptions
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,13 +83,13 @@ def run(options: ReportOptions) -> int:
 
     outputs = (*options.outputs, *options.named)
     if not outputs:
-        raise InputError("name at least one output folder or s3:// URL of a finished job")
+        raise UsageError("name at least one output folder or s3:// URL of a finished job")
     rates = options.rates.read(options.carbon_source)
     if options.statement is not None:
         return state(options, [open_store(url) for url in outputs], rates)
     for name in ("embodied", "location", "csv"):
         if getattr(options, name):
-            raise InputError(f"--{name} is for a statement: say which with --statement sci or scope3")
+            raise UsageError(f"--{name} is for a statement: say which with --statement sci or scope3")
     gpu_prices = parse_gpu_prices(options.price_per_gpu_hour)
     stores = [open_store(url) for url in outputs]
     report = collect_report(stores, rates, gpu_prices)
@@ -124,7 +124,7 @@ def state(options: ReportOptions, stores: Sequence[Store], rates: Rates) -> int:
         ("csv", not is_sci),
     ):
         if getattr(options, name) and not belongs:
-            raise InputError(f"--{name.replace('_', '-')} has no part in --statement {options.statement}")
+            raise UsageError(f"--{name.replace('_', '-')} has no part in --statement {options.statement}")
     declared = read_declared(options.embodied, options.location)
     jobs = tuple(read_job_energy(store, rates) for store in stores)
     outputs: dict[str, str] = {}  # by attempt: a link or a copy has another address

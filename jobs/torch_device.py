@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ def torch_device(asked: str) -> str:
     if asked == "cpu":
         return asked
     if asked not in ("auto", "gpu", "cuda") and not (asked.startswith("cuda:") and asked[5:].isdecimal()):
-        raise InputError(f"--device {asked}: auto, gpu, cpu, or one GPU of several such as cuda:1")
+        raise UsageError(f"--device {asked}: auto, gpu, cpu, or one GPU of several such as cuda:1")
     import torch
 
     found = torch.cuda.device_count()

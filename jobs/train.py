@@ -11,7 +11,7 @@ from typing import Any
 from millijoule.jobs.entry import COMPLETE, run_command
 from millijoule.jobs.recipe import Recipe, load_recipe
 from millijoule.jobs.torch_device import torch_device
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def run(options: TrainOptions) -> int:
     for name in ("steps", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: at least 1")
+            raise UsageError(f"--{name} {value}: at least 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch_device(options.device)
@@ -104,14 +104,14 @@ def _trainer(recipe: Recipe, options: TrainOptions, device: str) -> Any:
     if recipe.kind == "verifier":
         for name in ("start_from", "compile", "data_processes"):
             if getattr(options, name):
-                raise InputError(f"--{name.replace('_', '-')} is for generators, not for a verifier")
+                raise UsageError(f"--{name.replace('_', '-')} is for generators, not for a verifier")
         return recipe.trainer(recipe.training)
     processes = options.data_processes
     if processes is None:
         processes = min(16, len(os.sched_getaffinity(0)) - 1) if device.startswith("cuda") else 0
     if recipe.kind == "icons":
         if options.compile:
-            raise InputError("--compile is not for icons: their training runs as it is")
+            raise UsageError("--compile is not for icons: their training runs as it is")
         trainer = recipe.trainer(recipe.training, device=device, data_processes=processes)
     else:
         trainer = recipe.trainer(

@@ -10,7 +10,8 @@ from typing import Any
 from millijoule.jobs.comparing.options import VerifyOptions
 from millijoule.jobs.entry import COMPLETE, ERROR, check_writable, run_command
 from millijoule.jobs.torch_device import torch_device
-from millijoule.workers.errors import InputError
+from millijoule.workers.counted import counted
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.judging.image_judge import ICON_JUDGE, ImageMetric, load_judge, load_metric
 from millijoule.workers.scenes.vocabulary import VOCABULARIES
 from millijoule.workers.visible_text import visible
@@ -24,7 +25,7 @@ def run(options: VerifyOptions) -> int:
     if options.check is not None:
         return check(options)
     if options.a is None or options.b is None or options.output is None:
-        raise InputError("give --a, --b and --output to measure, or --check BUNDLE")
+        raise UsageError("give --a, --b and --output to measure, or --check BUNDLE")
     return compare(options, {"A": options.a, "B": options.b}, Path(options.output))
 
 
@@ -115,7 +116,9 @@ def check(options: VerifyOptions) -> int:
     if len(report.mismatches) > MAX_PRINTED:
         print(f"... and {len(report.mismatches) - MAX_PRINTED} more")
     if report.mismatches:
-        print(f"{folder}: {len(report.mismatches)} mismatches; nothing in it can be relied on")
+        print(
+            f"{folder}: {counted(len(report.mismatches), 'mismatch', 'mismatches')}; nothing in it can be relied on"
+        )
         return ERROR
     if report.result is not None:
         print_verdict(report.result)
@@ -137,7 +140,7 @@ def print_result(result: dict[str, Any]) -> None:
     for arm, sums in result["arms"].items():
         millijoules = sums["mj_per_accepted_image"]
         print(
-            f"{arm}: {sums['accepted']:,} of {sums['images']:,} images accepted, "
+            f"{arm}: {sums['accepted']:,} of {counted(sums['images'], 'image')} accepted, "
             f"{'no energy' if millijoules is None else f'{millijoules / 1000:.4g} J'} per accepted image"
         )
     for failure in result["gate"]["failures"]:
@@ -170,7 +173,7 @@ def _load_metrics(options: VerifyOptions) -> list[tuple[ImageMetric, float]]:
         try:
             metrics.append((load_metric(name if equals else text), float(margin)))
         except ValueError as error:
-            raise InputError(f"--metric {text}: end it with =MARGIN, a number") from error
+            raise UsageError(f"--metric {text}: end it with =MARGIN, a number") from error
     return metrics
 
 

@@ -14,6 +14,13 @@ class InputError(MillijouleError):
     """A prompt file, a model file, an option or an output folder cannot be used as given. Ends the command."""
 
 
+class UsageError(InputError):
+    """An option that means nothing, or options that contradict each other, whatever files, model and cluster there are.
+
+    Nothing but another command line helps, so a command ends with the code of one that does not parse.
+    """
+
+
 class RowError(InputError):
     """A request that this model can draw nowhere: a size it does not make, a class it does not have.
 

@@ -6,6 +6,7 @@ import re
 
 JOB_KEY = "_job/job.json"
 FACTORY_MODEL_KEY = "_job/factory_model.txt"
+RATES_KEY = "_job/rates.json"
 EPOCHS_PREFIX = "_job/epochs/"
 COMMITS_PREFIX = "_job/commits/"
 PARTS_PREFIX = "_job/parts/"

@@ -26,7 +26,7 @@ from millijoule.jobs.measuring.stand_ins import board_uuid
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.set_up.model_rungs import pipeline_of
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
 from millijoule.workers.schemas import ImageRequest
 
@@ -75,7 +75,7 @@ class Setting:
 
 def run(options: BenchOptions) -> int:
     if options.clocks < 1 or options.seconds < 0 or options.pause < 0:
-        raise InputError("bench clocks: --clocks at least 1, --seconds and --pause 0 or more")
+        raise UsageError("bench clocks: --clocks at least 1, --seconds and --pause 0 or more")
     with tempfile.TemporaryDirectory(prefix="millijoule-clocks-") as scratch:
         if options.stand_in:
             binding, uuid, device = str(Path(scratch, "board.json")), board_uuid(0), "cpu"

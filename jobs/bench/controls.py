@@ -20,7 +20,7 @@ from millijoule.jobs.evaluate import EvaluateOptions, Item, list_items
 from millijoule.jobs.measuring.icon_scores import judge_scenes, scene_arrays
 from millijoule.jobs.measuring.measurement import ResultOptions, describe
 from millijoule.jobs.measuring.runs import interval, run_forms, train_to_the_end
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, NOUNS
 
 Form = Literal["none", "wide", "trained", "frozen", "mlp"]
@@ -74,9 +74,9 @@ def run(options: BenchOptions) -> int:
         options.prompts_per_family,
     )
     if min(counts) < 1:
-        raise InputError("--runs, --steps, --half, --whole, --threads, --prompts-per-family: at least 1")
+        raise UsageError("--runs, --steps, --half, --whole, --threads, --prompts-per-family: at least 1")
     if not DEFAULT_NOUNS <= options.nouns <= len(NOUNS):  # fewer leave no prompts that are held out
-        raise InputError(f"--nouns {options.nouns}: {DEFAULT_NOUNS} to {len(NOUNS)}")
+        raise UsageError(f"--nouns {options.nouns}: {DEFAULT_NOUNS} to {len(NOUNS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("bench controls: PyTorch finds no GPU here")
     torch.set_num_threads(options.threads)

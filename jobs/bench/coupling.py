@@ -15,7 +15,7 @@ from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.evaluate import EvaluateOptions, list_items
 from millijoule.jobs.measuring.icon_scores import judge_scenes
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def run(options: BenchOptions) -> int:
     from millijoule.workers.oscillators.model_file import load_model
 
     if options.prompts_per_family < 1:
-        raise InputError("--prompts-per-family: at least 1")
+        raise UsageError("--prompts-per-family: at least 1")
     path = model_path(options.model)
     painter, name = load_model(path)
     network = painter.network

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe
 from millijoule.jobs.measuring.runs import interval, run_forms, train_to_the_end
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 
 Form = Literal["coupled", "uncoupled", "uncoupled-shared-noise", "frozen", "uncoupled-near"]
 
@@ -59,7 +59,7 @@ def run(options: BenchOptions) -> int:
     import torch
 
     if min(options.runs, options.steps, options.samples, options.threads) < 1:
-        raise InputError("--runs, --steps, --samples, --threads: at least 1")
+        raise UsageError("--runs, --steps, --samples, --threads: at least 1")
     torch.set_num_threads(options.threads)
     about = describe("several drawings of one noun: which networks show one of them", options)
 

@@ -26,7 +26,7 @@ from millijoule.jobs.measuring.measurement import (
     write_result,
 )
 from millijoule.kernels.native_library import only
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import Generator, every_image
 from millijoule.workers.meters.meter import EnergyMeter, open_meter
@@ -71,9 +71,9 @@ def run(options: BenchOptions) -> int:
     import torch
 
     if len(set(options.engines)) != len(options.engines) or not options.engines:
-        raise InputError("--engines: each once, one at least")
+        raise UsageError("--engines: each once, one at least")
     if min(options.images, options.rounds) < 1:
-        raise InputError("--images, --rounds: at least 1")
+        raise UsageError("--images, --rounds: at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("bench engines: PyTorch finds no GPU here")
     _set_threads(options.threads)

@@ -36,7 +36,7 @@ from millijoule.jobs.measuring.measurement import (
     write_result,
 )
 from millijoule.jobs.simulating.ray_costs import measure_ray_calls
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.layout import STATS_KEY
 
 Part = Literal["policies", "load", "halves", "ray_calls", "closing", "resume", "report", "requests", "series"]
@@ -116,7 +116,7 @@ def run(options: BenchOptions) -> int:
 
     for mix in options.mixes:
         if mix not in MIXES:
-            raise InputError(f"--mixes {mix}: one of {', '.join(MIXES)}")
+            raise UsageError(f"--mixes {mix}: one of {', '.join(MIXES)}")
     sizes = _check(options)
     head = describe("simulated fleets under the real driver", options)
     result: dict[str, Any] = {"what": head.pop("what"), "assumptions": ASSUMPTIONS, "parts": {}}
@@ -212,11 +212,11 @@ def _check(options: BenchOptions) -> dict[str, list[tuple[int, int]]]:
     """The sizes of options that are pairs of numbers, of options that mean something; raises InputError."""
     for name, least in (("devices", LEAST_DEVICES), ("shards_per_device", 1), ("seed", 0), ("seeds", 1)):
         if getattr(options, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least}")
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least}")
     for name, values in (("deadlines", options.deadlines), ("small-factor", [options.small_factor])):
         for value in values:
             if not 0 < value < float("inf"):
-                raise InputError(f"--{name} {value:g}: more than 0")
+                raise UsageError(f"--{name} {value:g}: more than 0")
     return {
         "load": [_pair("load", size, "DEVICES:SHARDS", LEAST_DEVICES) for size in options.load],
         "halves": [_pair("halves", options.halves, "DEVICES:SHARDS", 2 * LEAST_DEVICES)],
@@ -228,7 +228,7 @@ def _check(options: BenchOptions) -> dict[str, list[tuple[int, int]]]:
 def _pair(option: str, text: str, what: str, least: int) -> tuple[int, int]:
     match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     if match is None or int(match[1]) < least or int(match[2]) < 1:
-        raise InputError(f"--{option} {text}: {what} such as 1000:1000000, the first at least {least}")
+        raise UsageError(f"--{option} {text}: {what} such as 1000:1000000, the first at least {least}")
     return int(match[1]), int(match[2])
 
 

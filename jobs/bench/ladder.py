@@ -25,7 +25,7 @@ from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.set_up.model_rungs import pipeline_of
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.generators.options import GeneratorOptions, ModelPart
 from millijoule.workers.judging.image_judge import ICON_JUDGE
 from millijoule.workers.meters.meter import open_meter
@@ -152,9 +152,9 @@ def _pipeline(options: BenchOptions) -> tuple[ObtainedModel, PipelineFolder]:
     """The model and its pipeline, and a look at the numbers."""
     for name in ("images", "rounds"):
         if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: at least 1")
+            raise UsageError(f"--{name} {getattr(options, name)}: at least 1")
     if options.block_seconds < 0:
-        raise InputError(f"--block-seconds {options.block_seconds}: 0 or more")
+        raise UsageError(f"--block-seconds {options.block_seconds}: 0 or more")
     obtained = ModelOptions().obtain(options.model)
     if (folder := pipeline_of(obtained)) is None:
         raise InputError(f"{options.model}: no diffusion pipeline; only those have rungs")

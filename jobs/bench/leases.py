@@ -14,7 +14,7 @@ from typing import Any
 
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, run_alone, write_result
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 
 #: Images of a shard: some 17 s of an H100, nine minutes of a T4, a quarter of an hour of the processors below.
 SHARD_IMAGES = 16
@@ -46,7 +46,7 @@ def run(options: BenchOptions) -> int:
 
     for fleet in options.fleets:
         if fleet not in FLEETS:
-            raise InputError(f"--fleets {fleet}: one of {', '.join(FLEETS)}")
+            raise UsageError(f"--fleets {fleet}: one of {', '.join(FLEETS)}")
     head = describe(
         "leases of equal time against whole shards, on simulated fleets under the real driver", options
     )

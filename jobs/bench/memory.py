@@ -30,7 +30,7 @@ from millijoule.jobs.measuring.measurement import (
     write_result,
 )
 from millijoule.jobs.measuring.process import peak_mb
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 from millijoule.workers.generators.options import EngineName, GeneratorOptions
 from millijoule.workers.schemas import ImageRequest
 
@@ -80,7 +80,7 @@ def run(options: BenchOptions) -> int:
     """Run the measurement."""
     for name in ("workers", "copied_workers"):
         if (count := getattr(options, name)) < 2:
-            raise InputError(f"--{name.replace('_', '-')} {count}: at least 2, to be compared with one")
+            raise UsageError(f"--{name.replace('_', '-')} {count}: at least 2, to be compared with one")
     result = describe("memory", options)
     with tempfile.TemporaryDirectory(prefix="millijoule-memory-") as scratch:
         model = options.model or str(made_up_pipeline(Path(scratch, "model"), options.weights_gb))

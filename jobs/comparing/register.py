@@ -23,7 +23,7 @@ from millijoule.pipeline.comparison.registration import (
     check_values,
 )
 from millijoule.workers import factories
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.generators.protocol import Generator, known_nouns
 from millijoule.workers.judging.image_judge import ICON_JUDGE, ImageJudge, ImageMetric
 from millijoule.workers.scenes.vocabulary import DEFAULT_NOUNS, VOCABULARIES
@@ -78,7 +78,7 @@ def plan_comparison(
             f"A makes {a.width}x{a.height} images, B {b.width}x{b.height}: only equal sizes are compared"
         )
     if options.blocks % 4:
-        raise InputError(f"--blocks {options.blocks}: must be a multiple of 4 (ABBA, BAAB)")
+        raise UsageError(f"--blocks {options.blocks}: must be a multiple of 4 (ABBA, BAAB)")
     rest = (None, None) if options.rest is None else parse_rest(options.rest, "--rest")
     planned = Registration(
         factor=options.factor,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from millijoule.jobs.machine import find_commit
 from millijoule.jobs.measuring.measurement import save_result, write_result
 from millijoule.pipeline.comparison.statistics import student_quantile
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from millijoule.workers.training.loop import Trainer
@@ -75,7 +75,7 @@ def run_forms(
         InputError: a form is given twice, or none.
     """
     if not options.forms or len(set(options.forms)) != len(options.forms):
-        raise InputError("--forms: one at least, and each once")
+        raise UsageError("--forms: one at least, and each once")
     rows: list[dict[str, Any]] = []
     for seed in range(options.runs):
         for form in options.forms:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 from millijoule.workers.generators.options import GeneratorOptions, LoraChoice, ModelPart
 from millijoule.workers.loras.words import split_option
 from millijoule.workers.rungs.rungs import (
@@ -130,19 +130,19 @@ class ModelOptions:
     def read(self) -> GeneratorOptions:
         """What these options say, but for the rungs, which depend on the model; raises InputError, which names the option."""
         if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"--batch-size {self.batch_size}: at least 1")
+            raise UsageError(f"--batch-size {self.batch_size}: at least 1")
         for name in ("width", "height"):
             if (side := getattr(self, name)) is not None and not 8 <= side <= 8192:
-                raise InputError(f"--{name} {side}: from 8 to 8192")
+                raise UsageError(f"--{name} {side}: from 8 to 8192")
         if self.cuda_graphs and self.engine == "eager":
-            raise InputError("--cuda-graphs: engine eager has none; take --engine deepspeed or compile")
+            raise UsageError("--cuda-graphs: engine eager has none; take --engine deepspeed or compile")
         for name in ("fused_modules", "offload_weights"):
             if getattr(self, name) and self.engine != "deepspeed":
-                raise InputError(
+                raise UsageError(
                     f"--{name.replace('_', '-')}: only --engine deepspeed does that, not {self.engine}"
                 )
         if self.offload_weights and self.cuda_graphs:
-            raise InputError(
+            raise UsageError(
                 "--offload-weights: weights that come and go cannot be in a CUDA graph; drop --cuda-graphs"
             )
         return GeneratorOptions(
@@ -207,4 +207,4 @@ def _lora(text: str) -> LoraChoice:
     try:
         return LoraChoice(*split_option(text))
     except ValueError as error:
-        raise InputError(f"--lora {text}: {error}") from error
+        raise UsageError(f"--lora {text}: {error}") from error

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.node_meters.config import NodeMeterConfig, declared_rest
 from millijoule.workers.records import convert
 
@@ -26,7 +26,7 @@ def parse_node_meters(meter: str | None, rest: str | None) -> tuple[NodeMeterCon
     """
     if meter is None:
         if rest is not None:
-            raise InputError(f"--node-rest {rest}: needs --node-meter")
+            raise UsageError(f"--node-rest {rest}: needs --node-meter")
         return ()
     if meter != "ipmi" and not meter.startswith("redfish:"):
         if rest is not None:
@@ -42,12 +42,12 @@ def parse_rest(text: str, option: str) -> tuple[float, float]:
     """`"180+-30"` -> (180.0, 30.0) watts; raises InputError naming `option`."""
     match = _REST.fullmatch(text)
     if not match:
-        raise InputError(f"{option} {text}: watts and by how much they may be wrong, such as 180+-30")
+        raise UsageError(f"{option} {text}: watts and by how much they may be wrong, such as 180+-30")
     watts, tolerance = float(match["watts"]), float(match["tolerance"])
     try:
         declared_rest(watts, tolerance)
     except InputError as error:
-        raise InputError(f"{option} {text}: {error}") from error
+        raise UsageError(f"{option} {text}: {error}") from error
     return watts, tolerance
 
 

@@ -13,7 +13,7 @@ from millijoule.jobs.set_up.calibration import (
     calibrate_pool,
     with_calibration,
 )
-from millijoule.jobs.set_up.job import check_is_asked_for
+from millijoule.jobs.set_up.job import check_is_asked_for, no_job_to_retry
 from millijoule.jobs.set_up.pools import pool_words, pools_on
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
@@ -25,9 +25,10 @@ from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.planning.make_plan import plan_job
 from millijoule.pipeline.planning.plan import Plan, load_plan
-from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
+from millijoule.pipeline.planning.retry_rounds import JobShards, foresee_retry, load_job_shards
 from millijoule.pipeline.running.node_recorders import look_once
 from millijoule.pipeline.running.progress import clock, joules
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import InputError
 from millijoule.workers.layout import SUCCESS_KEY
 from millijoule.workers.lease import Calibration
@@ -43,6 +44,46 @@ MAX_NODES_SHOWN = 32
 
 def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
     """Print what the job would be and take. Writes nothing to the output; returns the plan."""
+    plan, images, made = (_retried if request.options.retry_failed else _planned)(request)
+    head = [f"prompts     {plan.n_rows} usable, {plan.n_bad_rows} rejected", made, *_model_lines(request)]
+    if not images:
+        print(visible_lines("\n".join([*head, f"output      {_output_words(request)}"])))
+        return plan
+    if pools := pools_on(request, cluster):
+        lines = _pool_lines(request, pools, images[:CALIBRATION_IMAGES], plan)
+        print(visible_lines("\n".join([*head, *lines, *_node_meter_lines(request)])))
+        return plan
+    device = choose_device(request, cluster)
+    pool = pool_options(request, device, cluster)
+    result = calibrate(request, images[:CALIBRATION_IMAGES], pool)
+    workers = max(1, min(pool.max_workers, plan.n_shards))
+    drawn, ranks = max(1, result.images), request.model.ranks
+    per_image = result.seconds / drawn
+    lines = [
+        *head,
+        f"device      {device}",
+        *(
+            [f"ranks       {ranks} in each worker" + (", one per GPU" if pool.gpus_per_worker else "")]
+            if ranks > 1
+            else []
+        ),
+        f"calibrated  {counted(result.images, 'image')} in {result.seconds:.2f} s on one worker",
+        f"time        about {clock(plan.n_images * per_image / workers)} on {counted(workers, 'worker')}, start-up not counted",
+        f"bytes       about {plan.n_images * result.encoded_bytes // drawn} of images in {request.options.output}",
+        f"output      {_output_words(request)}",
+        *_energy_lines(request, result, plan.n_images),
+        *_node_meter_lines(request),
+    ]
+    if request.shard_seconds is not None:
+        lines.append(
+            f"shard size  about {counted(max(1, round(request.shard_seconds / per_image)), 'image')}"
+        )
+    print(visible_lines("\n".join(lines)))
+    return plan
+
+
+def _planned(request: JobRequest) -> tuple[Plan, list[ImageRequest], str]:
+    """The whole job, planned in a scratch folder, its first images, and what would be made in words."""
     with tempfile.TemporaryDirectory(prefix="millijoule-dry-run-") as scratch:
         store = open_store(scratch)
         plan = plan_job(request.files, request.plan, store, {})
@@ -52,43 +93,30 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
             images += shard_requests(read_shard_rows(store, shard), request.options.seed)
             if len(images) >= CALIBRATION_IMAGES:
                 break
-    if pools := pools_on(request, cluster):
-        lines = _pool_lines(request, pools, images[:CALIBRATION_IMAGES], plan)
-        print(visible_lines("\n".join([*_head_lines(request, plan), *lines, *_node_meter_lines(request)])))
-        return plan
-    device = choose_device(request, cluster)
-    pool = pool_options(request, device, cluster)
-    result = calibrate(request, images[:CALIBRATION_IMAGES], pool)
-    workers = max(1, min(pool.max_workers, plan.n_shards))
-    drawn, ranks = max(1, result.images), request.model.ranks
-    per_image = result.seconds / drawn
-    lines = [
-        *_head_lines(request, plan),
-        f"device      {device}",
-        *(
-            [f"ranks       {ranks} in each worker" + (", one per GPU" if pool.gpus_per_worker else "")]
-            if ranks > 1
-            else []
-        ),
-        f"calibrated  {result.images} images in {result.seconds:.2f} s on one worker",
-        f"time        about {clock(plan.n_images * per_image / workers)} on {workers} workers, start-up not counted",
-        f"bytes       about {plan.n_images * result.encoded_bytes // drawn} of images in {request.options.output}",
-        f"output      {_output_words(request)}",
-        *_energy_lines(request, result, plan.n_images),
-        *_node_meter_lines(request),
-    ]
-    if request.shard_seconds is not None:
-        lines.append(f"shard size  about {max(1, round(request.shard_seconds / per_image))} images")
-    print(visible_lines("\n".join(lines)))
-    return plan
+    return plan, images, f"images      {plan.n_images:,} in {counted(plan.n_shards, 'shard')}"
 
 
-def _head_lines(request: JobRequest, plan: Plan) -> list[str]:
-    return [
-        f"prompts     {plan.n_rows} usable, {plan.n_bad_rows} rejected",
-        f"images      {plan.n_images} in {plan.n_shards} shards",
-        *_model_lines(request),
-    ]
+def _retried(request: JobRequest) -> tuple[Plan, list[ImageRequest], str]:
+    """The same of what `--retry-failed` would make of the job in the output; it may be nothing.
+
+    Raises:
+        InputError: there is no job, or another one.
+    """
+    store = open_store(request.options.output)
+    job = read_job(store)
+    if job is None:
+        raise no_job_to_retry(store)
+    check_is_asked_for(request.as_begun(job), job, store)
+    ahead = foresee_retry(store, job, CALIBRATION_IMAGES)
+    plan = Plan(job.fingerprint, job.rows, ahead.images, job.bad_rows, ahead.shards, n_parts=0)
+    made = f"retry       {_amount(plan) if plan.n_images else 'no image stands quarantined'}"
+    if ahead.unfinished:
+        made = f"to finish   {_amount(plan)}; nothing is retried before that is done"
+    return plan, shard_requests(ahead.rows, job.job_seed), made
+
+
+def _amount(plan: Plan) -> str:
+    return f"{counted(plan.n_images, 'image')} in {counted(plan.n_shards, 'shard')}"
 
 
 def _pool_lines(
@@ -154,7 +182,7 @@ def _output_words(request: JobRequest) -> str:
                 if other
                 else f"{url}, no job yet"
             )
-        check_is_asked_for(request.as_begun(existing), existing, store.url)
+        check_is_asked_for(request.as_begun(existing), existing, store)
     except InputError as error:
         return f"generate will refuse it: {error}"
     shards = load_job_shards(store, existing)

@@ -29,9 +29,11 @@ from millijoule.pipeline.planning.plan_options import compute_fingerprint
 from millijoule.pipeline.planning.retry_rounds import load_job_shards, plan_retry_round
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.pipeline.running.run import PlannedJob
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import InputError, StoreError
+from millijoule.workers.factories import check_importable
 from millijoule.workers.images.formats import ImageFormat
-from millijoule.workers.layout import BAD_ROWS_KEY, SUCCESS_KEY
+from millijoule.workers.layout import BAD_ROWS_KEY, SUCCESS_KEY, plan_bad_rows_key
 from millijoule.workers.sources.copies import put_copy
 from millijoule.workers.sources.obtain import ObtainedModel
 from millijoule.workers.storage.protocol import Store
@@ -44,6 +46,9 @@ def set_up_job(
 ) -> tuple[PlannedJob, PoolOptions, tuple[Pool, ...]]:
     """The job in `store`, planned if it is not there yet, what its workers ask for, and its pools if it has any.
 
+    A new job is described last, once nothing is left that this side could refuse: until then the output holds none, and a
+    command that was mistyped can be corrected.
+
     Raises:
         InputError: as `open_or_plan` and `choose_device`.
         SupersededError: this is a scheduler's retry, and another run has taken the job over since.
@@ -55,7 +60,9 @@ def set_up_job(
     pools = pools_on(request, cluster)
     if existing is not None:
         request = request.as_begun(existing)
-    elif (seconds := request.shard_seconds) is not None:
+    elif cluster.own:
+        check_importable("--model", request.source.model)
+    if existing is None and (seconds := request.shard_seconds) is not None:
         request = replace(request, source=within_reach(request.source, store, cluster))
         if pools:
             images, pools = calibrated_pools(request, seconds, pools)
@@ -67,14 +74,21 @@ def set_up_job(
     if pools:
         for pool in pools:
             check_device(request.source, pool.model, on_gpu=bool(pool.options.gpus_per_worker))
-        return planned, together(pools), pools
-    if device is None:  # a calibration and its job run on the same kind of device
-        device = choose_device(
-            request, cluster, has_work=lambda: not list_committed(store, len(planned.shards)).all()
-        )
-    if device is not None:  # what a model cannot do on it is said before a worker starts
-        check_device(request.source, on_gpu=bool(device.gpus))
-    return planned, pool_options(request, device, cluster), ()
+        workers = together(pools)
+    else:
+        if device is None:  # a calibration and its job run on the same kind of device
+            device = choose_device(
+                request, cluster, has_work=lambda: not list_committed(store, len(planned.shards)).all()
+            )
+        if device is not None:  # what a model cannot do on it is said before a worker starts
+            check_device(request.source, on_gpu=bool(device.gpus))
+        workers = pool_options(request, device, cluster)
+    if existing is None:
+        within_reach(
+            request.source, store, cluster
+        )  # what may take long, and may be stopped, comes before, too
+        planned = begin(store, planned)
+    return planned, workers, pools
 
 
 def within_reach(source: ObtainedModel, store: Store, cluster: Cluster) -> ObtainedModel:
@@ -89,7 +103,7 @@ def within_reach(source: ObtainedModel, store: Store, cluster: Cluster) -> Obtai
 
 
 def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) -> PlannedJob:
-    """The job in `store`: `existing` if it is the one that `request` asks for, else a newly planned one.
+    """The job in `store`: `existing` if it is the one that `request` asks for, else a newly planned one, which `begin` begins.
 
     Raises:
         InputError: the prompt files cannot be used, or the output holds another job.
@@ -100,20 +114,40 @@ def open_or_plan(request: JobRequest, store: Store, existing: JobSpec | None) ->
     fingerprint = compute_fingerprint(request.files, request.plan, extra)
     exclusive = _probe(store)
     if existing is not None:
-        check_is_asked_for(request, existing, store.url)
+        check_is_asked_for(request, existing, store)
         log.info("continuing the job in %s", store.url)
         job = existing
+        if job.bad_rows and not store.exists(BAD_ROWS_KEY):  # its driver was killed when it began the job
+            _show_bad_rows(store, job)
     else:
         if store.exists(SUCCESS_KEY):  # somebody's data: planning over it would mix them
             raise InputError(
                 f"{store.url}: has a {SUCCESS_KEY} but no job description; choose another --output"
             )
         if options.retry_failed:
-            raise InputError(f"--retry-failed: {store.url} holds no job yet")
-        job = publish_job(store, _plan(request, store, extra, fingerprint))
+            raise no_job_to_retry(store)
+        job = _plan(request, store, extra, fingerprint)
     if options.retry_failed:
         retry_failed(store, job)
     return PlannedJob(job, load_job_shards(store, job), exclusive)
+
+
+def begin(store: Store, planned: PlannedJob) -> PlannedJob:
+    """Describe a new job in its output, which holds it from then on.
+
+    Raises:
+        InputError: another job was put there meanwhile.
+        StoreError: storage failed.
+    """
+    job = publish_job(store, planned.job)
+    if job.bad_rows:
+        _show_bad_rows(store, job)
+    return replace(planned, job=job)
+
+
+def _show_bad_rows(store: Store, job: JobSpec) -> None:
+    """Put the rejected rows where people look for them."""
+    store.put(BAD_ROWS_KEY, store.get(plan_bad_rows_key(job.fingerprint)))
 
 
 def retry_failed(store: Store, job: JobSpec) -> None:
@@ -127,12 +161,16 @@ def retry_failed(store: Store, job: JobSpec) -> None:
             *(retry.unfinished, retry.shards),
         )
     elif retry.images:
-        log.info("retrying %d quarantined images", retry.images)
+        log.info("retrying %s", counted(retry.images, "quarantined image"))
     else:
         log.info("--retry-failed: no image stands quarantined, so there is nothing to retry")
 
 
-def check_is_asked_for(request: JobRequest, existing: JobSpec, url: str) -> None:
+def no_job_to_retry(store: Store) -> InputError:
+    return InputError(f"--retry-failed: {store.url} holds no job yet")
+
+
+def check_is_asked_for(request: JobRequest, existing: JobSpec, store: Store) -> None:
     """Raise InputError, which names what differs, where `existing` is another job than `request` asks for."""
     extra = _identity(request)
     asked = {
@@ -146,7 +184,7 @@ def check_is_asked_for(request: JobRequest, existing: JobSpec, url: str) -> None
         "shard_size": request.plan.shard_size,
         "duplicate_ids": request.plan.duplicate_ids,
     }
-    check_same_job(existing, compute_fingerprint(request.files, request.plan, extra), asked, url)
+    check_same_job(existing, compute_fingerprint(request.files, request.plan, extra), asked, store)
 
 
 def _identity(request: JobRequest) -> dict[str, object]:
@@ -169,12 +207,12 @@ def _plan(request: JobRequest, store: Store, extra: dict[str, object], fingerpri
     options = request.options
     plan = plan_job(request.files, request.plan, store, extra, fingerprint=fingerprint)
     log.info(
-        "planned: %d images of %d prompts, shards: %d (%.1f s)",
-        *(plan.n_images, plan.n_rows, plan.n_shards, time.monotonic() - began),
+        "planned: %s of %s, in %s (%.1f s)",
+        *(counted(plan.n_images, "image"), counted(plan.n_rows, "prompt")),
+        *(counted(plan.n_shards, "shard"), time.monotonic() - began),
     )
     if plan.n_bad_rows:
-        log.warning("%d input rows rejected; %s says which and why", plan.n_bad_rows, BAD_ROWS_KEY)
-        store.put(BAD_ROWS_KEY, store.get(plan.bad_rows_key))
+        log.warning("%s rejected; %s says which and why", counted(plan.n_bad_rows, "input row"), BAD_ROWS_KEY)
     return JobSpec(
         fingerprint=fingerprint,
         model=options.model,

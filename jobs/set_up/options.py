@@ -33,7 +33,7 @@ class GenerateOptions:
     through. In a .txt file each line is a prompt. docs/prompt-files.md has the details.
 
     Exit codes: 0 complete (images that the model's own safety checker hid are counted in the last lines); 1 error; 2 a
-    command line that does not parse; 3 complete, but some rows were quarantined; 4 a cap was reached; 5 interrupted,
+    command line that does not parse or means nothing; 3 complete, but some rows were quarantined; 4 a cap was reached; 5 interrupted,
     resumable; 7 another run has taken over.
     """
 

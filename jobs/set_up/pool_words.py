@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from millijoule.jobs.set_up.options import GenerateOptions
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.generators.options import EngineName, GeneratorOptions
 from millijoule.workers.rungs.rungs import Rungs
 from millijoule.workers.sources.obtain import ObtainedModel
@@ -53,7 +53,7 @@ def parse_pool(text: str) -> PoolWords:
     """`"spot:ray.io/accelerator-type=L4,ray.io/market-type=spot|on-demand:workers=0:8:batch=16"`; raises InputError."""
 
     def refuse(why: str) -> InputError:
-        return InputError(f"--pool {text}: {why}. The form is {FORM}")
+        return UsageError(f"--pool {text}: {why}. The form is {FORM}")
 
     name, _, rest = text.partition(":")
     labels, _, rest = rest.partition(":")
@@ -145,32 +145,32 @@ def read_pools(options: GenerateOptions) -> tuple[PoolWords, ...]:
     """
     if not options.pool:
         if options.prefer is not None:
-            raise InputError(
+            raise UsageError(
                 f"--prefer {options.prefer}: needs --pool: there is something to choose between pools only"
             )
         return ()
     pools = tuple(map(parse_pool, options.pool))
     names = [pool.name for pool in pools]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"--pool {twice[0]}: two pools have this name")
+        raise UsageError(f"--pool {twice[0]}: two pools have this name")
     for option, given in (
         ("--workers", options.workers != "auto"),
         ("--device", options.device != "auto"),
         ("--ranks-per-worker", options.ranks_per_worker is not None),
     ):
         if given:
-            raise InputError(f"--pool and {option} exclude each other: each pool says its own")
+            raise UsageError(f"--pool and {option} exclude each other: each pool says its own")
     if (options.gpus_per_worker or 0) > 1:
-        raise InputError("--pool: its workers have one GPU or a part of one; drop --gpus-per-worker")
+        raise UsageError("--pool: its workers have one GPU or a part of one; drop --gpus-per-worker")
     if options.prefer == "cost":
         for pool in pools:
             if pool.price is None:
-                raise InputError(
+                raise UsageError(
                     f"--prefer cost: --pool {pool.name} has no price=X, the price of an hour of its device"
                 )
     for pool in pools:
         if not pool_gpus(pool, options) and pool.cpus == 0:
-            raise InputError(f"--pool {pool.name}: a worker needs a CPU or a GPU")
+            raise UsageError(f"--pool {pool.name}: a worker needs a CPU or a GPU")
     return pools
 
 

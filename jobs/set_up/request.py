@@ -16,7 +16,7 @@ from millijoule.pipeline.planning.plan_options import PlanOptions
 from millijoule.pipeline.running.spending import Caps, parse_deadline
 from millijoule.pipeline.telemetry.collector import check_endpoint
 from millijoule.workers import factories
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 from millijoule.workers.generators.options import GeneratorOptions
 from millijoule.workers.generators.protocol import ModelIdentity
 from millijoule.workers.generators.registry import PACKAGED, usual_shard_images
@@ -87,15 +87,15 @@ def request_of(options: GenerateOptions) -> JobRequest:
     for name in ("images_per_prompt", "lease_seconds", "max_prompt_chars"):
         value = getattr(options, name)
         if value is not None and not 1 <= value < float("inf"):
-            raise InputError(f"--{name.replace('_', '-')} {value}: at least 1")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: at least 1")
     if not 0 <= options.part_seconds < float("inf"):
-        raise InputError(f"--part-seconds {options.part_seconds}: 0 or more")
+        raise UsageError(f"--part-seconds {options.part_seconds}: 0 or more")
     if not 0 <= options.seed < 2**63:
-        raise InputError(f"--seed {options.seed}: from 0 to 2**63 - 1")
+        raise UsageError(f"--seed {options.seed}: from 0 to 2**63 - 1")
     if options.node_meter is not None and not options.telemetry:
-        raise InputError("--node-meter and --no-telemetry exclude each other: give one of them")
+        raise UsageError("--node-meter and --no-telemetry exclude each other: give one of them")
     if options.otlp is not None and not options.telemetry:
-        raise InputError("--otlp and --no-telemetry exclude each other: give one of them")
+        raise UsageError("--otlp and --no-telemetry exclude each other: give one of them")
     otlp_endpoint = None if options.otlp is None else check_endpoint(options.otlp)
     _check_workers(options)
     pools = read_pools(options)
@@ -145,34 +145,34 @@ def _check_workers(options: GenerateOptions) -> None:
     """Refuse what contradicts itself."""
     gpus, cpus = options.gpus_per_worker, options.cpus_per_worker
     if gpus is not None and not 0 <= gpus < float("inf"):
-        raise InputError(f"--gpus-per-worker {gpus:g}: 0 or more")
+        raise UsageError(f"--gpus-per-worker {gpus:g}: 0 or more")
     if gpus and gpus < LEAST_SHARE:
-        raise InputError(f"--gpus-per-worker {gpus:g}: 0, or {LEAST_SHARE:g} or more")
+        raise UsageError(f"--gpus-per-worker {gpus:g}: 0, or {LEAST_SHARE:g} or more")
     if gpus is not None and gpus > 1 and gpus != int(gpus):
-        raise InputError(f"--gpus-per-worker {gpus:g}: above 1 whole GPUs only")
+        raise UsageError(f"--gpus-per-worker {gpus:g}: above 1 whole GPUs only")
     if options.device == "cpu" and gpus:
-        raise InputError(f"--device cpu and --gpus-per-worker {gpus:g} exclude each other: give one of them")
+        raise UsageError(f"--device cpu and --gpus-per-worker {gpus:g} exclude each other: give one of them")
     if options.device == "gpu" and gpus == 0:
-        raise InputError("--device gpu and --gpus-per-worker 0 exclude each other: give one of them")
+        raise UsageError("--device gpu and --gpus-per-worker 0 exclude each other: give one of them")
     if (ranks := options.ranks_per_worker) is not None:
         if ranks < 1:
-            raise InputError(f"--ranks-per-worker {ranks}: at least 1")
+            raise UsageError(f"--ranks-per-worker {ranks}: at least 1")
         if gpus and ranks > 1 and gpus != ranks:
-            raise InputError(
+            raise UsageError(
                 f"--ranks-per-worker {ranks} and --gpus-per-worker {gpus:g}: each rank has one GPU of its own; "
                 "give the same number"
             )
         if (options.device == "cpu" or gpus == 0) and 1 < ranks > cpus:
             raise too_few_cpus(ranks)
     if cpus != 0 and not LEAST_SHARE <= cpus < float("inf"):
-        raise InputError(f"--cpus-per-worker {cpus:g}: 0, or {LEAST_SHARE:g} or more")
+        raise UsageError(f"--cpus-per-worker {cpus:g}: 0, or {LEAST_SHARE:g} or more")
     if cpus == 0 and not gpus and options.device != "gpu":
-        raise InputError("--cpus-per-worker 0: a worker needs a CPU or a GPU")
+        raise UsageError("--cpus-per-worker 0: a worker needs a CPU or a GPU")
 
 
 def too_few_cpus(ranks: int) -> InputError:
     """Of a worker on CPUs with so many ranks."""
-    return InputError(
+    return UsageError(
         f"--ranks-per-worker {ranks}: on CPUs each rank needs one; give --cpus-per-worker {ranks}"
     )
 
@@ -198,12 +198,12 @@ def caps_of(options: GenerateOptions) -> Caps:
     for name in ("max_kwh", "max_cost", "max_gco2"):
         value = getattr(options, name)
         if value is not None and not 0 <= value < float("inf"):
-            raise InputError(f"--{name.replace('_', '-')} {value}: a number, 0 or more")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: a number, 0 or more")
     rates = options.rates.read()
     if options.max_cost is not None and rates.price is None:
-        raise InputError("--max-cost needs --price-per-kwh")
+        raise UsageError("--max-cost needs --price-per-kwh")
     if options.max_gco2 is not None and rates.carbon is None:
-        raise InputError("--max-gco2 needs --gco2-per-kwh")
+        raise UsageError("--max-gco2 needs --gco2-per-kwh")
     return Caps(
         max_kwh=options.max_kwh,
         max_cost=options.max_cost,
@@ -224,7 +224,7 @@ def parse_shard_size(text: str) -> tuple[int | None, float | None]:
         return int(match[1]), None
     if match and match[2] and float(match[2]) > 0:
         return None, float(match[2])
-    raise InputError(f"--shard-size {text}: a number of images such as 256, a duration such as 60s, or auto")
+    raise UsageError(f"--shard-size {text}: a number of images such as 256, a duration such as 60s, or auto")
 
 
 def parse_workers(text: str) -> tuple[int, int] | None:
@@ -236,7 +236,7 @@ def parse_workers(text: str) -> tuple[int, int] | None:
         most = int(match[2] or fewest)
         if most >= max(1, fewest):
             return fewest, most
-    raise InputError(f"--workers {text}: a number such as 4, a range such as 0:8, or auto")
+    raise UsageError(f"--workers {text}: a number such as 4, a range such as 0:8, or auto")
 
 
 def parse_resources(pairs: tuple[str, ...]) -> dict[str, float]:
@@ -245,15 +245,15 @@ def parse_resources(pairs: tuple[str, ...]) -> dict[str, float]:
     for pair in pairs:
         name, _, amount = pair.partition("=")
         if name in ("CPU", "GPU"):
-            raise InputError(f"--resources {pair}: give --{name.lower()}s-per-worker instead")
+            raise UsageError(f"--resources {pair}: give --{name.lower()}s-per-worker instead")
         if name in ("memory", "object_store_memory"):
-            raise InputError(f"--resources {pair}: Ray takes only custom resources here, such as spot=1")
+            raise UsageError(f"--resources {pair}: Ray takes only custom resources here, such as spot=1")
         try:
             resources[name] = float(amount)
         except ValueError:
             resources[name] = 0.0
         if not name or not LEAST_SHARE <= resources[name] < float("inf"):
-            raise InputError(
+            raise UsageError(
                 f"--resources {pair}: NAME=AMOUNT with an amount of {LEAST_SHARE:g} or more, such as spot=1"
             )
     return resources
@@ -265,4 +265,4 @@ def parse_delimiter(text: str | None) -> str | None:
         return text
     if text.lower() in DELIMITER_WORDS:
         return DELIMITER_WORDS[text.lower()]
-    raise InputError(f"--delimiter {text}: one character, or {', '.join(DELIMITER_WORDS)}")
+    raise UsageError(f"--delimiter {text}: one character, or {', '.join(DELIMITER_WORDS)}")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from millijoule.jobs.entry import check_writable
+from millijoule.jobs.entry import USAGE, check_writable
 from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.measuring.measurement import write_result
 from millijoule.jobs.simulating.devices import DeviceKind, Fleet
@@ -95,7 +95,10 @@ def main(result: str, before: str | None = None) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m millijoule.jobs.simulating.from_zero RESULT.json [BEFORE.json]")
+        print(
+            "usage: python -m millijoule.jobs.simulating.from_zero RESULT.json [BEFORE.json]", file=sys.stderr
+        )
+        sys.exit(USAGE)
     try:
         main(*sys.argv[1:])
     except (InputError, OSError) as error:

@@ -38,6 +38,7 @@ from millijoule.pipeline.output.image_rows import RowReader, read_row_table
 from millijoule.pipeline.output.job import JobSpec, require_job
 from millijoule.pipeline.output.read_objects import READ_THREADS, in_threads
 from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import DamagedError, NotFoundError
 from millijoule.workers.images.readers import read_images
 from millijoule.workers.layout import MANIFEST_KEY, STATS_KEY, SUCCESS_KEY, commit_key
@@ -206,7 +207,7 @@ def _check_shard(
     for key in set(found).difference(planned):
         yield f"{where}: a row for image {key[1]} of prompt {key[0]!r} that the plan does not have"
     if len(found) != len(set(found)):
-        yield f"{where}: {len(found) - len(set(found))} rows stand twice"
+        yield f"{where}: {counted(len(found) - len(set(found)), 'row stands', 'rows stand')} twice"
     yield from _check_statuses(where, rows, commit)
     ok = [row for row in rows if row["status"] == "ok"]
     if images:

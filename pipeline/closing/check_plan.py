@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.plan import load_plan
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import NotFoundError
 from millijoule.workers.layout import BAD_ROWS_KEY, JOB_KEY
 from millijoule.workers.storage.protocol import Store
@@ -48,9 +49,9 @@ def _check_bad_rows(store: Store, key: str, planned: int) -> Iterator[str]:
         with store.open_input(key) as source:
             found = pq.ParquetFile(source).metadata.num_rows
     except NotFoundError:
-        yield f"{key}: missing, though {planned} input rows were rejected"
+        yield f"{key}: missing, though {counted(planned, 'input row was', 'input rows were')} rejected"
     except (pa.ArrowException, OSError) as error:
         yield f"{key}: cannot be read as Parquet: {error}"
     else:
         if found != planned:
-            yield f"{key}: {found} rows, {planned} input rows were rejected"
+            yield f"{key}: {counted(found, 'row')}, {counted(planned, 'input row was', 'input rows were')} rejected"

@@ -207,8 +207,6 @@ def _write_energy(
     for row in energy.closure:
         if row.passed is False:
             log.warning("energy ledger: %s", row)
-    for account in ledger.unclosed:
-        log.warning("energy ledger: missing from then on: %s", account)
     return energy
 
 

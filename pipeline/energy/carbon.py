@@ -12,11 +12,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 
 #: 1 kWh in millijoules.
 MJ_PER_KWH = 3.6e9
@@ -91,14 +92,24 @@ def read_rate(text: str, option: str, *, source: str | None = None, negative: bo
         value = float(text)
     except ValueError:
         return _read_table(Path(text), option, source, negative)
-    _check_value(value, f"{option} {text}", negative)
+    _check_value(value, f"{option} {text}", negative, UsageError)
     return Rate(source or "declared value", (value,))
+
+
+def check_rate(rate: Rate, where: str, *, negative: bool) -> None:
+    """Refuse what cannot be a rate, whoever wrote it; raises InputError, which names `where` it stands."""
+    for value in rate.values:
+        _check_value(value, where, negative)
+    times = rate.times_s
+    in_order = all(map(math.isfinite, times)) and all(a < b for a, b in pairwise(times))
+    if not in_order or len(rate.values) != max(1, len(times)) or not 0 <= rate.row_seconds < math.inf:
+        raise InputError(f"{where}: {rate.source}: not a number, nor a table in order of time")
 
 
 def check_pue(pue: float) -> float:
     """Return `pue`; raises InputError where it cannot be one."""
     if not 1 <= pue <= 10:
-        raise InputError(f"--pue {pue:g}: a power usage effectiveness is 1 (no overhead) or a little more")
+        raise UsageError(f"--pue {pue:g}: a power usage effectiveness is 1 (no overhead) or a little more")
     return pue
 
 
@@ -199,6 +210,6 @@ def _seconds(text: str) -> float:
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
-def _check_value(value: float, where: str, negative: bool) -> None:
+def _check_value(value: float, where: str, negative: bool, error: type[InputError] = InputError) -> None:
     if not math.isfinite(value) or (value < 0 and not negative):
-        raise InputError(f"{where}: {value:g} is not a usable amount per kWh")
+        raise error(f"{where}: {value:g} is not a usable amount per kWh")

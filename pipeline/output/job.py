@@ -1,7 +1,8 @@
 """A job in its output folder: `job.json` (what was asked, once for all) and epochs (who works on it).
 
 `job.json` is created exclusively after the plan is complete, so it either does not exist or names a whole plan. Later
-runs with the same inputs and options continue it; anything else is refused with the differences named. The run of the highest
+runs with the same inputs and options continue it; anything else is refused with the differences named. It is never replaced:
+docs/commit-protocol.md says why. The run of the highest
 epoch is the one that works on the job: it supersedes all others (`pipeline.output.other_runs`, `workers.fence`).
 """
 
@@ -17,9 +18,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import AlreadyExistsError, InputError, NotFoundError, SupersededError
 from millijoule.workers.images.formats import ImageFormatName
-from millijoule.workers.layout import EPOCHS_PREFIX, JOB_KEY, epoch_key
+from millijoule.workers.layout import (
+    BAD_ROWS_KEY,
+    COMMITS_PREFIX,
+    DATA_PREFIX,
+    ENERGY_PREFIX,
+    EPOCHS_PREFIX,
+    JOB_KEY,
+    PARTS_PREFIX,
+    WORKERS_PREFIX,
+    epoch_key,
+)
 from millijoule.workers.records import decode, encode
 from millijoule.workers.storage.protocol import Store
 from millijoule.workers.visible_text import visible
@@ -89,11 +101,11 @@ def require_job(store: Store) -> JobSpec:
     return job
 
 
-def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], url: str) -> None:
+def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], store: Store) -> None:
     """Refuse to mix two jobs in one output; `asked` are the fields of `JobSpec` that tell jobs apart, and the model's name.
 
     Raises:
-        InputError: the fingerprints differ; the message names the options that changed, or the input.
+        InputError: the fingerprints differ; the message names the options that changed, or the input, and what to do.
     """
     if existing.fingerprint == fingerprint:
         return
@@ -118,8 +130,22 @@ def check_same_job(existing: JobSpec, fingerprint: str, asked: dict[str, Any], u
             )
     what = "; ".join(changed) or "the prompt files' content or column options changed"
     raise InputError(
-        f"{url}: this folder holds another job ({what}). Give the same inputs and options to continue it, "
-        "or another --output"
+        f"{store.url}: this folder holds another job ({what}). Give the same inputs and options to continue it, "
+        f"or another --output{_clearing(store)}"
+    )
+
+
+def _clearing(store: Store) -> str:
+    """How to make room for another job, in words, where this one has not made anything; else nothing."""
+    if any(True for prefix in (COMMITS_PREFIX, PARTS_PREFIX) for _ in store.list(prefix)):
+        return ""
+    there = [p for p in ("_job/", DATA_PREFIX, ENERGY_PREFIX) if any(True for _ in store.list(p))]
+    there += [BAD_ROWS_KEY] if store.exists(BAD_ROWS_KEY) else []
+    workers = sum(1 for _ in store.list(WORKERS_PREFIX))
+    lost = f", and loses the record of the energy that {counted(workers, 'worker')} used" if workers else ""
+    return (
+        f". Nothing of it is committed: where no run is at work on it, deleting {' and '.join(there)} there makes room "
+        f"for this one{lost}"
     )
 
 
@@ -134,7 +160,7 @@ def publish_job(store: Store, job: JobSpec) -> JobSpec:
         return job
     except AlreadyExistsError:
         existing = require_job(store)
-        check_same_job(existing, job.fingerprint, asdict(job), store.url)
+        check_same_job(existing, job.fingerprint, asdict(job), store)
         return existing
 
 

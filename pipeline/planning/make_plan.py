@@ -27,6 +27,7 @@ from millijoule.pipeline.planning.plan_options import PlanOptions, compute_finge
 from millijoule.pipeline.planning.prompts import BAD_ROW_SCHEMA, PromptChunk, read_prompts
 from millijoule.pipeline.planning.raw_chunks import BadRow, shown
 from millijoule.pipeline.planning.shard_cutter import ShardCutter, ShardWriter
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import InputError
 from millijoule.workers.layout import plan_index_key, plan_part_key
 from millijoule.workers.records import encode
@@ -64,7 +65,7 @@ def plan_job(
     with scratch_folder() as scratch:
         draft = _Draft(source, Path(scratch, "draft"))
         if draft.duplicates and options.duplicate_ids != "error":
-            log.info("%d rows repeat a prompt id; reading the input again", len(draft.duplicates))
+            log.info("%s a prompt id; reading the input again", _repeating(len(draft.duplicates)))
             shutil.rmtree(draft.folder)
             source.known = draft.duplicates
             draft = _Draft(source, Path(scratch, "again"))
@@ -190,7 +191,7 @@ class _Draft:
         shards = self._shards
         if not shards.n_rows:
             raise InputError(
-                f"none of the {self._n_bad_rows:,} rows can be used; the first: "
+                f"none of the {counted(self._n_bad_rows, 'row')} can be used; the first: "
                 + "; ".join(map(str, self._first_bad))
             )
         warnings = [f"{url}: no rows" for url in self._source.empty_files()]
@@ -217,6 +218,10 @@ class _Draft:
         return plan
 
 
+def _repeating(n: int) -> str:
+    return counted(n, "row repeats", "rows repeat")
+
+
 def _duplicates_message(source: _Source, found: Duplicates) -> str:
     first, later = (ordinals[:SHOWN_PROBLEMS].tolist() for ordinals in (found.first, found.ordinal))
     ids = source.ids(later)
@@ -231,7 +236,7 @@ def _duplicates_message(source: _Source, found: Duplicates) -> str:
         else ""
     )
     return (
-        f"{len(found):,} rows repeat a prompt id: {examples}{rest}. Make ids unique, or use --duplicate-ids keep-first "
+        f"{_repeating(len(found))} a prompt id: {examples}{rest}. Make ids unique, or use --duplicate-ids keep-first "
         f"(drops later rows) or --duplicate-ids suffix (renames them){renamed}"
     )
 

@@ -20,7 +20,7 @@ from millijoule.pipeline.output.commits import list_committed, read_commits
 from millijoule.pipeline.output.image_rows import read_row_table, rows_table
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.planning.plan import load_plan, read_index
-from millijoule.pipeline.planning.shard_cutter import ShardCutter, ShardWriter
+from millijoule.pipeline.planning.shard_cutter import Range, ShardCutter, ShardWriter
 from millijoule.workers.errors import AlreadyExistsError, InputError
 from millijoule.workers.layout import (
     RETRY_PREFIX,
@@ -32,7 +32,7 @@ from millijoule.workers.layout import (
 from millijoule.workers.records import encode
 from millijoule.workers.schemas import PLAN_ROW_SCHEMA
 from millijoule.workers.scratch import scratch_folder
-from millijoule.workers.shard_rows import Shard, read_shard_rows
+from millijoule.workers.shard_rows import PlanRow, Shard, read_shard_rows
 from millijoule.workers.storage.protocol import Store
 
 #: Where the index of a round keeps its images.
@@ -156,6 +156,37 @@ def plan_retry_round(store: Store, job: JobSpec) -> RetryPlan:
             f"{store.url}: another driver just started a retry round; run the command again"
         ) from error
     return RetryPlan(rows.num_rows, 0, len(shards))
+
+
+@dataclass(frozen=True)
+class RetryOutlook:
+    """What a run that is asked for a round would make: `images` in `shards`, those that stand quarantined or, where the job is
+    `unfinished`, what is not done yet; and a few of the rows."""
+
+    images: int
+    shards: int
+    unfinished: bool
+    rows: tuple[PlanRow, ...]
+
+
+def foresee_retry(store: Store, job: JobSpec, few: int) -> RetryOutlook:
+    """What `plan_retry_round` would lead to; nothing is written. About `few` rows are enough."""
+    shards = load_job_shards(store, job)
+    committed = list_committed(store, len(shards))
+    rows: list[PlanRow] = []
+    if not committed.all():
+        left = np.flatnonzero(~committed).tolist()
+        for shard_id in left:
+            if len(rows) >= few:
+                break
+            rows += read_shard_rows(store, shards[shard_id])
+        return RetryOutlook(shards.images_of(~committed), len(left), True, tuple(rows))
+    failed, ends = _quarantined(store, shards, committed), list[Range]()
+    cutter = ShardCutter(job.shard_size, lambda _, of_shards: ends.extend(of_shards))
+    cutter.add(failed)
+    cutter.finish()
+    rows = [PlanRow(**row) for row in failed.slice(0, few).to_pylist()]
+    return RetryOutlook(failed.num_rows, len(ends), False, tuple(rows))
 
 
 def _quarantined(store: Store, shards: JobShards, committed: np.ndarray) -> pa.RecordBatch:

@@ -11,6 +11,7 @@ from millijoule.pipeline.report.energy import ClassShare, EnergyFigures
 from millijoule.pipeline.report.gpu_time import GpuTime
 from millijoule.pipeline.report.node_meters import NodeMeterRow
 from millijoule.pipeline.report.words import count, energy, grams, money, seconds, share
+from millijoule.workers.counted import counted
 
 FIGURE_HEADS = ("", "direct", "full", "whole job")
 CLASS_HEADS = ("class", "counts as", "worker time", "share", "measured", "share", "estimate", "share")
@@ -27,11 +28,10 @@ def not_made(job: JobReport) -> list[str]:
 
 def messages(job: JobReport) -> list[tuple[str, dict[str, int]]]:
     """Why images are not there, and what was said of those that are: title, and images by message."""
-    warned = f" ({job.images_with_warnings:,} images)" if job.images_with_warnings else ""
     every = [
         ("Errors", job.errors),
         ("Filtered by the model", job.filter_reasons),
-        (f"Warnings{warned}", job.warnings),
+        ("Warnings", job.warnings),
     ]
     return [(title, found) for title, found in every if found]
 
@@ -71,7 +71,11 @@ def _gpu_rows(time: GpuTime) -> list[tuple[str, ...]]:
 def gpu_prices(time: GpuTime) -> str:
     """How the GPU time was priced and divided."""
     given = [f"{money(m.price_per_hour)} for {m.model}" for m in time.models if m.price_per_hour is not None]
-    prices = f"price per GPU-hour, declared: {', '.join(given)}" if given else "price per GPU-hour: not given"
+    prices = (
+        f"price per GPU-hour ({time.priced_by}): {', '.join(given)}"
+        if given
+        else "price per GPU-hour: not given"
+    )
     hours = time.hours or 1.0
     parts = ", ".join(f"{name} {share(part / hours)}" for name, part in time.hours_by_group.items())
     return f"GPU time: {parts}; {prices}. PUE plays no part."
@@ -139,11 +143,13 @@ def check_cells(row: dict[str, Any]) -> tuple[str, ...]:
 def speed(s: Speed) -> tuple[str, str]:
     """Throughput, and whether there are stragglers, in a sentence each."""
     made = (
-        f"{words.rate(s.images_per_second)} over {seconds(s.seconds)}, {s.shards:,} shards. Per image in a shard: "
+        f"{words.rate(s.images_per_second)} over {seconds(s.seconds)}, {counted(s.shards, 'shard')}. Per image in a shard: "
         f"median {seconds(s.median_seconds_per_image)}, 95 % below {seconds(s.p95_seconds_per_image)}, "
         f"slowest {seconds(s.slowest_seconds_per_image)}."
     )
     if not s.slowest:
         return made, f"No stragglers: no shard took more than {STRAGGLER_FACTOR:g} times the median."
-    slow = "1 straggler" if s.stragglers == 1 else f"{s.stragglers:,} stragglers"
-    return made, f"{slow} took more than {STRAGGLER_FACTOR:g} times the median; the slowest:"
+    return (
+        made,
+        f"{counted(s.stragglers, 'straggler')} took more than {STRAGGLER_FACTOR:g} times the median; the slowest:",
+    )

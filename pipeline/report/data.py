@@ -39,7 +39,8 @@ from millijoule.pipeline.report.energy import (
 )
 from millijoule.pipeline.report.flags import Flag, flags_of
 from millijoule.pipeline.report.gallery import Sample, read_samples
-from millijoule.pipeline.report.gpu_time import GpuPrices, GpuTime, measure_gpu_time
+from millijoule.pipeline.report.gpu_time import GpuPrices, GpuTime, measure_gpu_time, prices_of_pools
+from millijoule.pipeline.report.kept_rates import AS_GIVEN, with_kept_rates
 from millijoule.pipeline.report.node_meters import NodeMeterRow, node_meter_rows
 from millijoule.pipeline.report.tables import labels, read_energy_table
 from millijoule.pipeline.report.timeline import Timeline, Work, build_timeline, read_work
@@ -137,8 +138,9 @@ def collect_report(stores: Sequence[Store], rates: Rates, gpu_prices: GpuPrices 
 
 
 def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None) -> JobReport:
-    """Read one output; see `collect_report`."""
+    """Read one output; see `collect_report`. Rates and prices that are not given are those that the job was run with, if any."""
     job = require_job(store)
+    is_pue_given, rates = rates.pue is not None, with_kept_rates(store, rates)
     stats = read_stats(store)
     read = partial(read_energy_table, store, run_id=job.fingerprint)
     segments, attempts, env, power = (read(table) for table in ("segment", "attempt", "env", "power"))
@@ -155,6 +157,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
     models = gpu_models(env)
     rows_by = partial(device_rows, work, devices_of, attempts, models)
     devices, nodes = rows_by("device"), rows_by("node")
+    gpu_prices = gpu_prices or prices_of_pools(env)
     energy = stats["energy"]
     unclosed = {account["worker_id"] for account in energy.get("unclosed", ())}
     gpu_time = measure_gpu_time(work, devices_of, env, models, stats["images_ok"], gpu_prices, unclosed)
@@ -204,6 +207,7 @@ def collect_job(store: Store, rates: Rates, gpu_prices: GpuPrices | None = None)
             carbon_used,
             price_used,
             rates.pue,
+            "declared" if is_pue_given else AS_GIVEN,
             gpu_time,
             gpu_prices,
             unread_devices(env),

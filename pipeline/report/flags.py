@@ -9,12 +9,10 @@ from typing import Any
 from millijoule.pipeline.report import words
 from millijoule.pipeline.report.energy import RateUsed
 from millijoule.pipeline.report.gpu_time import OPTION, GpuPrices, GpuTime
+from millijoule.workers.counted import counted
 
 #: A flag names at most this many devices, or workers.
 MAX_DEVICES_NAMED = 8
-
-#: And so many kinds of warning.
-MAX_KINDS_NAMED = 3
 
 #: Energy without a worker is worth a word from this part of what the job used on.
 UNCLAIMED_SHARE = 0.05
@@ -39,6 +37,7 @@ def flags_of(
     carbon: RateUsed | None,
     price: RateUsed | None,
     pue: float | None,
+    pue_source: str,
     gpu_time: GpuTime | None,
     gpu_prices: GpuPrices | None,
     unread_devices: Sequence[str],
@@ -75,7 +74,7 @@ def flags_of(
         name, text = "no PUE", "Grams and money are for the devices alone; --pue adds the building."
     else:
         name = "PUE declared"
-        text = f"Grams and money are multiplied by a declared PUE of {pue:g}. Joules are not."
+        text = f"Grams and money are multiplied by a PUE of {pue:g}, {pue_source}. Joules are not."
     flags.append(Flag("note", name, text))
     return tuple(sorted(flags, key=lambda flag: ("problem", "caution", "note").index(flag.level)))
 
@@ -86,13 +85,11 @@ def _image_flags(stats: Mapping[str, Any]) -> list[Flag]:
     if filtered := stats.get("images_filtered", 0):
         mj = (stats.get("rejected_mj") or {}).get("filtered")
         used = "" if mj is None else f" What they used, {words.energy(mj)}, counts as waste."
-        text = f"The model's own safety checker hid {filtered:,} images: there are no files of them.{used}"
+        text = f"The model's own safety checker hid {counted(filtered, 'image')}; no files are there of what it hid.{used}"
         flags.append(Flag("caution", "images filtered", text))
     if warned := stats.get("images_with_warnings", 0):
-        kinds = list(stats.get("warning_kinds", {}).items())
-        said = "; ".join(f"{n:,} x {kind}" for kind, n in kinds[:MAX_KINDS_NAMED])
-        more = "; ..." if len(kinds) > MAX_KINDS_NAMED else ""
-        flags.append(Flag("note", "images with warnings", f"{warned:,} images with warnings: {said}{more}."))
+        text = f"{counted(warned, 'image')}; the kinds stand below, each image's own in manifest.parquet."
+        flags.append(Flag("note", "images with warnings", text))
     return flags
 
 
@@ -123,10 +120,10 @@ def _energy_flags(stats: Mapping[str, Any], short_share: float, unread_devices: 
         )
         flags.append(Flag("problem", "devices not read", text))
     if missing := stats["energy_methods"].get("missing", 0):
-        text = f"{missing} images were made by workers without a readable counter."
+        text = f"{counted(missing, 'image was', 'images were')} made by workers without a readable counter."
         flags.append(Flag("caution" if energy.get("domains") else "note", "images without counter", text))
     if resets := energy.get("counter_resets", 0):
-        text = f"{resets} times a counter was reset or misread; what was used meanwhile is lost."
+        text = f"A counter was reset or misread {counted(resets, 'time')}; what was used meanwhile is lost."
         flags.append(Flag("caution", "counter resets", text))
     if short_share > 0:
         text = f"{short_share:.0%} of measured segment readings are short: near the counter's resolution."
@@ -163,7 +160,7 @@ def _unclaimed_flags(share: float) -> list[Flag]:
 def _closure_flags(failed: int | None) -> list[Flag]:
     if failed is None:
         return [Flag("note", "closure not recorded", "This output has no closure table.")]
-    text = f"{failed} checks found energy that does not add up."
+    text = f"{counted(failed, 'check')} found energy that does not add up."
     return [Flag("problem", "closure failed", text)] if failed else []
 
 
@@ -187,17 +184,19 @@ def _gpu_flags(time: GpuTime | None, prices: GpuPrices | None) -> list[Flag]:
         return [Flag("caution", "no GPU time", text)] if prices else []
     flags = []
     if time.workers_unknown:
-        text = f"{time.workers_unknown} workers did not say which GPUs they held; their time, and so the cost, is missing."
+        text = f"Which GPUs {counted(time.workers_unknown, 'worker')} held is not recorded; that time, and so the cost, is missing."
         flags.append(Flag("caution", "GPU time incomplete", text))
     if time.workers_unclosed:
-        text = f"Until when {time.workers_unclosed} workers held their GPUs is not known; that time, and so the cost, is missing."
+        text = f"Until when {counted(time.workers_unclosed, 'worker')} held GPUs is not known; that time, and so the cost, is missing."
         flags.append(Flag("caution", "GPU time incomplete", text))
     if prices is None:
         return flags
     if missing := [m.model for m in time.models if m.price_per_hour is None]:
-        text = f"{OPTION} has no price for {', '.join(missing)}, so the cost is missing."
+        text = f"{prices.source} has no price for {', '.join(missing)}, so the cost is missing. {OPTION} can say it."
         flags.append(Flag("caution", "GPU price missing", text))
-    if unused := sorted(prices.by_model.keys() - {prices.name_of(m.model) for m in time.models}):
+    if not prices.exact and (
+        unused := sorted(prices.by_model.keys() - {prices.name_of(m.model) for m in time.models})
+    ):
         text = f"No GPU of this job is a {' or a '.join(unused)}."
         flags.append(Flag("caution", "GPU price not used", text))
     return flags

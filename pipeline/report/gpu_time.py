@@ -18,9 +18,12 @@ from millijoule.pipeline.energy.intervals import merged
 from millijoule.pipeline.report.devices import model_of
 from millijoule.pipeline.report.energy import GROUPS
 from millijoule.pipeline.report.timeline import HostDevice, Work
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 
 OPTION = "--price-per-gpu-hour"
+
+#: Where prices are from that `report` was not given.
+POOLS = "price= of the job's pools"
 
 #: Where workers that share a GPU do different things at once, its time counts for the first of these.
 _ORDER = ("images", "load", "waste", "idle")
@@ -30,13 +33,20 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class GpuPrices:
-    """Money per GPU-hour: `by_model` for GPUs whose model's name contains the key, `other` for the rest."""
+    """Money per GPU-hour: `by_model` for GPUs whose model's name contains the key (is it, where `exact`), `other` for the rest.
+
+    `source` says where they are from, for people.
+    """
 
     other: float | None = None
     by_model: Mapping[str, float] = field(default_factory=dict)
+    exact: bool = False
+    source: str = OPTION
 
     def name_of(self, model: str) -> str | None:
         """The key of `by_model` that names `model`, in upper or lower case; of several the longest."""
+        if self.exact:
+            return model if model in self.by_model else None
         return max((n for n in self.by_model if n.lower() in model.lower()), key=len, default=None)
 
     def of(self, model: str) -> float | None:
@@ -78,6 +88,7 @@ class GpuTime:
     full_cost_per_image: float | None
     total_cost: float | None
     workers_unclosed: int = 0
+    priced_by: str | None = None  # where prices are from
 
 
 def parse_gpu_prices(texts: Sequence[str]) -> GpuPrices | None:
@@ -94,11 +105,26 @@ def parse_gpu_prices(texts: Sequence[str]) -> GpuPrices | None:
         except ValueError:
             price = math.nan
         if not (math.isfinite(price) and price >= 0) or ("=" in text and not name.strip()):
-            raise InputError(f"{OPTION} {text}: a price such as 2.5, or MODEL=PRICE such as H200=3.5")
+            raise UsageError(f"{OPTION} {text}: a price such as 2.5, or MODEL=PRICE such as H200=3.5")
         if name.strip().lower() in {n.lower() for n in prices}:
-            raise InputError(f"{OPTION} {text}: {name.strip() or 'all GPUs'} is priced twice")
+            raise UsageError(f"{OPTION} {text}: {name.strip() or 'all GPUs'} is priced twice")
         prices[name.strip()] = price
     return GpuPrices(prices.pop("", None), prices) if prices else None
+
+
+def prices_of_pools(env: pa.Table | None) -> GpuPrices | None:
+    """What the job's pools stated for an hour of their GPUs; a model with two prices has none here. None: nothing was stated.
+
+    Args:
+        env: the environment table.
+    """
+    columns = () if env is None else (env[c].to_pylist() for c in ("gpus", "device_name", "price_per_hour"))
+    stated: dict[str, set[float]] = defaultdict(set)
+    for gpus, model, price in zip(*columns, strict=True):
+        if gpus and model and price is not None:
+            stated[model].add(price)
+    by_model = {model: prices.pop() for model, prices in stated.items() if len(prices) == 1}
+    return GpuPrices(by_model=by_model, exact=True, source=POOLS) if stated else None
 
 
 def measure_gpu_time(
@@ -173,6 +199,7 @@ def measure_gpu_time(
         full_cost_per_image=per_image(total),
         total_cost=total,
         workers_unclosed=endless,
+        priced_by=prices.source if prices else None,
     )
 
 

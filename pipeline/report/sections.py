@@ -14,6 +14,7 @@ from millijoule.pipeline.report.devices import DeviceRow
 from millijoule.pipeline.report.energy import REJECTED, SHARD, ClassShare, RateUsed
 from millijoule.pipeline.report.gallery import Sample
 from millijoule.pipeline.report.markup import Row, search_box, table
+from millijoule.workers.counted import counted
 
 #: Pictures up to this size are enlarged with hard edges, as they are.
 SMALL_PIXELS = 64
@@ -108,11 +109,11 @@ def _cards(job: JobReport) -> str:
     rest = [words.byte_count(job.encoded_bytes)]
     rest += cells.not_made(job)
     if job.input_rows_rejected:
-        rest.append(f"{job.input_rows_rejected:,} input rows rejected")
+        rest.append(f"{counted(job.input_rows_rejected, 'input row')} rejected")
     took = f"{words.seconds(job.speed.seconds)} from first start to last commit"
     meaning = evidence.MEANINGS.get(job.evidence_class, "this output records none")
     cards += [
-        _card("Made", f"{job.images_ok:,} images", ", ".join(rest)),
+        _card("Made", counted(job.images_ok, "image"), ", ".join(rest)),
         _card("Throughput", words.rate(job.speed.images_per_second), took),
         _card("Evidence class", job.evidence_class, meaning),
     ]
@@ -292,7 +293,7 @@ def _closure(number: int, job: JobReport) -> str:
         Row((r["check"], CHECKS.get(r["check"], ""), r["scope"], *cells.check_cells(r), r["note"]))
         for r in closure.rows
     ]
-    text = f"{closure.checks:,} checks, {closure.failed:,} failed."
+    text = f"{counted(closure.checks, 'check')}, {closure.failed:,} failed."
     if closure.checks > len(rows):
         text += f" The first {len(rows)} are listed."
     heads = ("check", "of what", "scope", "expected", "found", "residual", "tolerance", "result", "note")

@@ -38,7 +38,7 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
         "power": ("boot_id", "host", "device", "t_wall_ns", "power_average_mw", "power_instant_mw"),
         "env": (
             *("worker_id", "host", "device", "gpus", "energy_domains", "device_name"),
-            *("python_version", "torch_version", "driver_version"),
+            *("python_version", "torch_version", "driver_version", "price_per_hour"),
         ),
         "closure": (
             *("check", "scope", "expected_mj", "found_mj", "residual_mj", "residual_share"),

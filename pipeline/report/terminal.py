@@ -17,6 +17,7 @@ from millijoule.pipeline.energy import evidence
 from millijoule.pipeline.report import cells, words
 from millijoule.pipeline.report.data import JobReport, Report, some_of_each_check
 from millijoule.pipeline.report.devices import DeviceRow
+from millijoule.workers.counted import counted
 from millijoule.workers.visible_text import visible
 
 #: Rows of a table before the rest is left to the page.
@@ -40,7 +41,7 @@ def print_report(report: Report, console: Console) -> None:
 
 def _print_job(job: JobReport, console: Console) -> None:
     console.print(_plain(f"{job.model}  {job.output}", "bold"))
-    made = f"{job.images_ok:,} images, {words.rate(job.speed.images_per_second)}"
+    made = f"{counted(job.images_ok, 'image')}, {words.rate(job.speed.images_per_second)}"
     made = ", ".join([made, *cells.not_made(job)])
     meaning = evidence.MEANINGS.get(job.evidence_class)
     why = f" ({meaning})" if meaning else ""
@@ -149,7 +150,7 @@ def _print_closure(job: JobReport, console: Console) -> None:
     if closure.rows is None:
         console.print(_plain("closure: not recorded in this output"))
         return
-    console.print(_plain(f"closure: {closure.checks:,} checks, {closure.failed:,} failed", "bold"))
+    console.print(_plain(f"closure: {counted(closure.checks, 'check')}, {closure.failed:,} failed", "bold"))
     table = _table("check", "scope", "expected", "found", "residual", "result", numbers=4)
     for row in some_of_each_check(closure.rows, MAX_ROWS):
         expected, found, residual, _, verdict = cells.check_cells(row)

@@ -17,6 +17,7 @@ from millijoule.pipeline.closing.warning_kinds import kind_of
 from millijoule.pipeline.output.job import JobSpec
 from millijoule.pipeline.running.pool import CAPACITY_NOTICE_S
 from millijoule.pipeline.running.run import JobRun
+from millijoule.workers.counted import counted
 from millijoule.workers.visible_text import visible
 
 #: Between two lines where there is no terminal.
@@ -110,13 +111,14 @@ def workers_words(workers: Collection[Any], now: float) -> str:
         elif not worker.stopping:
             is_late = worker.node is None and now - worker.spawned > CAPACITY_NOTICE_S
             (waiting if is_late else starting).append(worker)
-    parts = [f"{len(ready)} worker{'' if len(ready) == 1 else 's'}{_by_pool(ready)}"] if ready else []
+    parts = [f"{counted(len(ready), 'worker')}{_by_pool(ready)}"] if ready else []
     for some, what in ((starting, "starting"), (waiting, "waiting for a node")):
         if some:
-            noun = "" if parts else f" worker{'' if len(some) == 1 else 's'}"
             longest_s = max(now - w.spawned for w in some)
             so_far = f" for {longest_s:.0f} s" if longest_s >= 1 else ""
-            parts.append(f"{len(some)}{noun} {what}{_by_pool(some)}{so_far}")
+            parts.append(
+                f"{len(some) if parts else counted(len(some), 'worker')} {what}{_by_pool(some)}{so_far}"
+            )
     return ", ".join(parts) or "starting workers"
 
 
@@ -133,7 +135,7 @@ def _rate(value: float) -> str:
 
 def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> list[str]:
     """What a finished job made, where it is, what it cost; with `hints` where to look. `stats`: content of `stats.json`."""
-    lines = [f"{stats['images_ok']} images in {url}"]
+    lines = [f"{counted(stats['images_ok'], 'image')} in {url}"]
     if stats["images_per_second"]:
         lines[0] += f", {_rate(stats['images_per_second'])} images/s from first start to last commit"
     measured, modelled = stats["direct_mj_per_image"], stats["direct_estimate_mj_per_image"]
@@ -172,7 +174,7 @@ def closing_lines(stats: Mapping[str, Any], url: str, *, hints: bool = True) -> 
         )
         lines += [f"  {n} x {cut(reason)}" for reason, n in list(stats["errors"].items())[:3]]
     if stats["input_rows_rejected"]:
-        lines.append(f"{stats['input_rows_rejected']} input rows rejected, see bad_rows.parquet")
+        lines.append(f"{counted(stats['input_rows_rejected'], 'input row')} rejected, see bad_rows.parquet")
     if stats["images_with_warnings"]:
         lines.append(
             f"images with warnings: {stats['images_with_warnings']:,}; manifest.parquet has those of each image"

@@ -27,6 +27,7 @@ from millijoule.pipeline.running.node_recorders import NodeRecorders
 from millijoule.pipeline.running.pool import WorkerPool
 from millijoule.pipeline.running.record_writer import QueuedWrites, RecordWriter
 from millijoule.pipeline.running.spending import Spending
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import AlreadyExistsError, JobError
 from millijoule.workers.fence import is_superseded
 from millijoule.workers.generators.options import GeneratorOptions
@@ -172,13 +173,18 @@ class JobRun:
         """
         self._on_tick = on_tick
         self._accounts.look_for_open()
+        said = ""  # by the error that ends the run
         try:
             if self.complete or not self._check_caps(time.time()):
                 self._work()
+        except JobError as error:
+            said = str(error)
+            raise
         finally:
             self._close()
             for node in self.pool.nodes.faulty:
-                log.warning("%s", node)
+                if str(node) not in said:
+                    log.warning("%s", node)
             if deaths := str(self.pool.deaths):
                 log.info("%s", deaths)
         if self.complete and self.superseded is None:
@@ -189,7 +195,7 @@ class JobRun:
             named = sorted(given_up.items())[:MAX_NAMED_SHARDS]
             reasons = "".join(f"\n  shard {shard_id}: {error}" for shard_id, error in named)
             raise JobError(
-                f"{len(given_up)} of {len(self.planned.shards)} shards could not be made; run the same command again "
+                f"{len(given_up)} of {counted(len(self.planned.shards), 'shard')} could not be made; run the same command again "
                 f"once the cause is mended{reasons}"
             )
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH, Rate
 from millijoule.pipeline.energy.counter_split import MAX_GAP_NS
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 from millijoule.workers.schemas import Segment
 
 _DURATION_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -203,6 +203,6 @@ def parse_deadline(text: str, now_unix: float) -> float:
             return when.timestamp()
     except ValueError:
         pass
-    raise InputError(
+    raise UsageError(
         f"--deadline {text}: a duration such as 90m or 2h, or a time with its zone such as 2026-03-01T18:00+01:00"
     )

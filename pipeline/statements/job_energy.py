@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH, Rate, Rates, mean_rate
 from millijoule.pipeline.energy.closure import EXACT_CHECKS
@@ -26,6 +27,7 @@ from millijoule.pipeline.report.gpu_time import measure_gpu_time
 from millijoule.pipeline.report.tables import floats, labels, read_energy_table
 from millijoule.pipeline.report.timeline import HostDevice, Work, hosts_of_boots, read_work
 from millijoule.pipeline.statements.declared import NODE
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import DamagedError, InputError
 from millijoule.workers.layout import STATS_KEY
 from millijoule.workers.meters.own_devices import unread_domains
@@ -278,10 +280,10 @@ class _Table:
 
 
 def _first_attempt(attempts: pa.Table) -> str | None:
-    """By time, then by name; None where there is none."""
-    order = [("t_start_wall_ns", "ascending"), ("attempt_id", "ascending")]
-    first: list[str] = attempts.sort_by(order)["attempt_id"].slice(0, 1).to_pylist()
-    return first[0] if first else None
+    """By time, then by name; None where there is none. A look at each column: a job may have millions of attempts."""
+    started = attempts["t_start_wall_ns"]
+    first: str | None = pc.min(attempts["attempt_id"].filter(pc.equal(started, pc.min(started)))).as_py()
+    return first
 
 
 def _kinds(
@@ -309,7 +311,7 @@ def _kinds(
         kind.rows.append(rows)
         kind.counters[boot, domain] = table.times(rows)
         if n := int(np.isnan(table.energy_mj[rows]).sum()):
-            kind.missing[f"{n} stretches of {domain} on {host} were not read"] = None
+            kind.missing[f"{counted(n, 'stretch', 'stretches')} of {domain} on {host} not read"] = None
     held, read = _held(env), table.domains_of_workers()
     for worker, on in devices_of.items():
         if on.device == "unknown":
@@ -391,5 +393,5 @@ def _hours(
     if gpus is not None:
         hours |= {m.model: m.hours for m in gpus.models}
         if gpus.workers_unknown:
-            missing.append(f"{gpus.workers_unknown} workers did not say which GPUs they held")
+            missing.append(f"which GPUs {counted(gpus.workers_unknown, 'worker')} held is not recorded")
     return hours, tuple(missing)

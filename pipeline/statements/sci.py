@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from millijoule.pipeline.report import words
 from millijoule.pipeline.statements.declared import NODE, OPTION, Declared, Embodied
 from millijoule.pipeline.statements.job_energy import CPU, JobEnergy
+from millijoule.workers.counted import counted
 from millijoule.workers.visible_text import visible
 
 STANDARD = "ISO/IEC 21031:2024, Software Carbon Intensity"
@@ -193,7 +194,7 @@ def _lines(statement: SciStatement) -> Iterator[str]:
         yield f"  SCI: {_grams(job.sci_grams_per_image)} per accepted image"
     yield ""
     together = f"all {len(statement.jobs)} jobs: " if len(statement.jobs) > 1 else ""
-    yield f"{together}SCI = {_grams(statement.sci_grams_per_image)} per accepted image ({statement.r_images:,} images)"
+    yield f"{together}SCI = {_grams(statement.sci_grams_per_image)} per accepted image ({counted(statement.r_images, 'image')})"
 
 
 def _number(value: float | None, unit: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from millijoule.jobs.entry import COMPLETE, ERROR, SUPERSEDED, USAGE, OnUnlessNo, joined, run_command
 from millijoule.jobs.set_up.options import GenerateOptions
-from millijoule.workers.errors import JobError, SupersededError
+from millijoule.workers.errors import InputError, JobError, SupersededError, UsageError
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ def test_a_switch_that_is_turned_off_says_no_default_in_its_help(capsys):
     assert run_command("x", Options, run, ["--share"]) == USAGE
 
 
-@pytest.mark.parametrize(("error", "code"), [(JobError, ERROR), (SupersededError, SUPERSEDED)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(JobError, ERROR), (SupersededError, SUPERSEDED), (InputError, ERROR), (UsageError, USAGE)],
+)
 def test_an_error_is_a_message_and_an_exit_code(capsys, error, code):
     def run(options):
         raise error("what is wrong, and what to do")

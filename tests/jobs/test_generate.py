@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -19,15 +20,18 @@ from support.models import Careful
 from support.stand_in_jobs import start_cluster
 
 from millijoule.jobs import JobResult, generate
-from millijoule.jobs.generate import EXIT_CODES, main
+from millijoule.jobs import check as check_command
+from millijoule.jobs import gc as gc_command
+from millijoule.jobs import report as report_command
+from millijoule.jobs.generate import EXIT_CODES, main, run_options
 from millijoule.jobs.options.model import ModelOptions
 from millijoule.jobs.options.rates import RateOptions
 from millijoule.jobs.set_up import job as set_up_job
-from millijoule.jobs.set_up.options import GenerateOptions
+from millijoule.jobs.set_up.options import GenerateOptions, options_of
 from millijoule.pipeline.output.job import last_epoch, open_epoch
 from millijoule.pipeline.running import head_watch, live_metrics
 from millijoule.workers.actor import ShardWorker
-from millijoule.workers.errors import InputError, JobError, SupersededError
+from millijoule.workers.errors import InputError, JobError, NodeError, SupersededError
 from millijoule.workers.generators.protocol import Rejection
 from millijoule.workers.storage.open import open_store
 
@@ -529,6 +533,111 @@ def test_a_dry_run_says_what_the_output_holds_already(cluster, job, tmp_path, ca
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "_SUCCESS").touch()
     assert "generate will refuse it" in said(output=tmp_path / "foreign")
+
+
+def test_a_dry_run_of_a_retry_is_about_what_would_be_retried(cluster, job, tmp_path, capsys):
+    def said(**more):
+        capsys.readouterr()
+        before = sorted((tmp_path / "out").rglob("*"))
+        result = job(dry_run=True, retry_failed=True, price_per_kwh=0.3, **given, **more)
+        assert sorted((tmp_path / "out").rglob("*")) == before
+        return result, capsys.readouterr().out
+
+    (tmp_path / "q.txt").write_text("\n".join(POISON))
+    given = {"prompts": tmp_path / "q.txt", "model": "python:support.models:raises_on_poison"}
+    cluster()
+    with pytest.raises(InputError, match=r"--retry-failed: .*out holds no job yet"):
+        said()
+    job(**given, deadline="2020-01-01T00:00Z")
+    _, words = said()
+    assert "to finish   24 images in 6 shards; nothing is retried before that is done" in words
+    assert job(**given, workers=1).images_quarantined == 2
+    result, words = said()
+    assert result.shards_left == 1
+    assert "retry       2 images in 1 shard\n" in words
+    assert "calibrated" in words
+    with pytest.raises(InputError, match="--seed was 0, now 7"):
+        said(seed=7)
+
+
+def test_a_dry_run_of_a_retry_of_nothing_starts_no_worker(cluster, job, capsys):
+    ray = cluster()
+    job()
+    asked = len(ray.asked_for)
+    assert job(dry_run=True, retry_failed=True).shards_left == 0
+    assert "retry       no image stands quarantined" in capsys.readouterr().out
+    assert len(ray.asked_for) == asked
+
+
+class NowhereToLoad(ShardWorker):
+    def start(self):
+        raise NodeError("no model on this disk")
+
+
+def test_a_node_that_the_last_error_names_is_not_named_by_the_log_as_well(cluster, job, caplog):
+    cluster(NowhereToLoad)
+    with pytest.raises(
+        JobError,
+        match=r"no node is left that can work:\n  node .*: left out for this run: no model on this disk",
+    ):
+        job()
+    assert [m for m in caplog.messages if m.startswith("node ")] == []
+    assert "no model on this disk (fault 1 in a row" in caplog.text
+
+
+def test_the_report_goes_by_the_rates_that_the_job_was_given(cluster, job, tmp_path, capsys):
+    cluster()
+    (tmp_path / "p.csv").write_text("time,price\n0,0.5\n")
+    job(price_per_kwh=str(tmp_path / "p.csv"), pue=1.25)
+    assert job(gco2_per_kwh="300").status == "complete"
+    given = []
+    for more in ([], ["--price-per-kwh", "2", "--pue", "1"]):
+        capsys.readouterr()
+        assert report_command.main([str(tmp_path / "out"), "--json", "-", *more]) == 0
+        given.append(json.loads(capsys.readouterr().out)["jobs"][0])
+    kept, own = given
+    assert (kept["price"]["source"], kept["carbon"]["source"], kept["pue"]) == (
+        "p.csv, as given to generate",
+        "declared value, as given to generate",
+        1.25,
+    )
+    (pue,) = [f["text"] for f in kept["flags"] if f["name"] == "PUE declared"]
+    assert pue == "Grams and money are multiplied by a PUE of 1.25, as given to generate. Joules are not."
+    assert (own["price"]["source"], own["carbon"]["source"], own["pue"]) == (
+        "declared value",
+        "declared value, as given to generate",
+        1.0,
+    )
+
+
+#: Nouns that messages count.
+COUNTED = "images|shards|rows|prompts|workers|checks|files|bytes|differences|segments|nodes|stragglers"
+
+
+def test_no_message_about_one_thing_has_a_plural(cluster, tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO)
+    cluster()
+    (tmp_path / "one.jsonl").write_text('{"prompt": "poison 1"}\nno json\n')
+    out = str(tmp_path / "out")
+    options = {"prompts": str(tmp_path / "one.jsonl"), "output": out, "device": "cpu", "workers": 1}
+    options["model"] = "python:support.models:raises_on_poison"
+    run_options(options_of({**options, "dry_run": True}))
+    run_options(options_of({**options, "deadline": "2020-01-01T00:00Z"}))
+    run_options(options_of({**options}))
+    run_options(options_of({**options, "retry_failed": True}))
+    check_command.main([out])
+    gc_command.main([out])
+    report_command.main([out])
+    shown = capsys.readouterr()
+    said = "\n".join([*caplog.messages, shown.out, shown.err])
+    for words in (
+        "1 image of 1 prompt, in 1 shard",
+        "1 input row rejected",
+        "retrying 1 quarantined image",
+        "2 shards checked",
+    ):
+        assert words in said
+    assert re.findall(rf"(?<![\d.,/])1 (?:\w+ )?(?:{COUNTED})\b", said) == []
 
 
 @pytest.mark.parametrize("quiet", [True, False])

@@ -149,14 +149,14 @@ def test_without_a_declared_rest_the_check_stays_open(output, log, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "words", "code"),
     [
-        ({"node": "host-c"}, "--node host-c: this job ran on host-a, host-b"),
-        ({"rest": "30"}, "--rest 30: watts and by how much they may be wrong, such as 180+-30"),
+        ({"node": "host-c"}, "--node host-c: this job ran on host-a, host-b", 1),
+        ({"rest": "30"}, "--rest 30: watts and by how much they may be wrong, such as 180+-30", 2),
     ],
 )
-def test_options_that_cannot_be_meant_are_named(output, log, capsys, change, words):
-    assert main(arguments(output, log({"7": 380}), **change)) == 1
+def test_options_that_cannot_be_meant_are_named(output, log, capsys, change, words, code):
+    assert main(arguments(output, log({"7": 380}), **change)) == code
     assert words in capsys.readouterr().err
 
 

@@ -48,6 +48,23 @@ def test_check(capsys, monkeypatch, tmp_path):
     safe(capsys.readouterr().out)
 
 
+def test_differences_of_a_kind_are_counted_and_a_few_shown(capsys, monkeypatch, tmp_path):
+    found = [
+        f"data/{i:08d}-e0001-{i:03x}.parquet: image {i} of prompt {chr(39) * (i % 2) + str(i)!r} is not what was made"
+        for i in range(200)
+    ]
+    found[100:100] = ["manifest.parquet: missing", "stats.json: missing"]
+    monkeypatch.setattr("millijoule.pipeline.closing.check.check_output", lambda *a, **k: iter(found))
+    assert check.main([str(tmp_path)]) == entry.ERROR
+    *shown, kind, rest, total = capsys.readouterr().out.splitlines()
+    assert shown == [*found[:3], "manifest.parquet: missing", "stats.json: missing"]
+    assert kind == "... 200 like this: data/....parquet: image ... of prompt ... is not what was made"
+    assert rest == "... 197 differences not shown; --all prints every one"
+    assert total == f"{tmp_path}: 0 shards checked, 202 differences"
+    assert check.main([str(tmp_path), "--all"]) == entry.ERROR
+    assert capsys.readouterr().out.splitlines() == [*found, total]
+
+
 def test_gc(capsys, monkeypatch, tmp_path):
     orphans = [Orphan(f"files/{EVIL}", 1, False, "because")]
     monkeypatch.setattr("millijoule.pipeline.closing.garbage.find_orphans", lambda store: iter(orphans))
@@ -58,8 +75,13 @@ def test_gc(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("command", [check, gc])
 def test_an_output_is_given_by_place_or_by_name_and_once(command, capsys, tmp_path):
     said = []
-    for words in (["OUT"], ["--output", "OUT"], [], ["OUT", "--output", "OUT"]):
-        assert command.main([word.replace("OUT", str(tmp_path)) for word in words]) == entry.ERROR
+    for words, code in (
+        (["OUT"], entry.ERROR),
+        (["--output", "OUT"], entry.ERROR),
+        ([], entry.USAGE),
+        (["OUT", "--output", "OUT"], entry.USAGE),
+    ):
+        assert command.main([word.replace("OUT", str(tmp_path)) for word in words]) == code
         said.append(capsys.readouterr().err)
     placed, named, none, both = said
     assert "no job here" in placed

@@ -88,7 +88,7 @@ def test_every_form_but_the_mlp_leaves_a_model_that_draws(tmp_path, coupling):
 
 @pytest.mark.parametrize("option", ["steps", "threads"])
 def test_no_training_is_no_training(tmp_path, capsys, option):
-    assert train.main(["--recipe", "icons", "--output", str(tmp_path / "run"), f"--{option}", "0"]) == 1
+    assert train.main(["--recipe", "icons", "--output", str(tmp_path / "run"), f"--{option}", "0"]) == 2
     assert f"--{option} 0: at least 1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

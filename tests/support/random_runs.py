@@ -37,7 +37,7 @@ from millijoule.jobs.generate import signals_heeded
 from millijoule.jobs.machine import describe_machine
 from millijoule.jobs.measuring.measurement import write_result
 from millijoule.jobs.options.model import ModelOptions
-from millijoule.jobs.set_up.job import open_or_plan
+from millijoule.jobs.set_up.job import begin, open_or_plan
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.request import request_of
 from millijoule.jobs.simulating.clocked_ray import install
@@ -312,7 +312,10 @@ def drive(plan: Plan, own: DriverPlan, folder: Path, ray: ForkedRay) -> int:
     )
     store = open_store(options.output)
     request = request_of(options)
-    planned = open_or_plan(request, store, read_job(store))
+    existing = read_job(store)
+    planned = open_or_plan(request, store, existing)
+    if existing is None:
+        planned = begin(store, planned)
     store = open_store(options.output, patient=True)
     all_boards = sum(plan.hosts) * round(1 / plan.gpus_per_worker)
     job_run = run.JobRun(

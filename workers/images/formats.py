@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 
 ImageFormatName = Literal["png", "jpeg", "webp"]
 
@@ -33,8 +33,8 @@ def read_image_format(name: ImageFormatName, quality: int | None) -> ImageFormat
     """What --image-format and --quality say; raises InputError."""
     if name == "png":
         if quality is not None:
-            raise InputError(f"--quality {quality}: for --image-format jpeg or webp; png loses nothing")
+            raise UsageError(f"--quality {quality}: for --image-format jpeg or webp; png loses nothing")
         return ImageFormat()
     if quality is not None and not 1 <= quality <= 100:
-        raise InputError(f"--quality {quality}: from 1 to 100")
+        raise UsageError(f"--quality {quality}: from 1 to 100")
     return ImageFormat(name, DEFAULT_QUALITY[name] if quality is None else quality)

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from millijoule.workers.diffusion.libraries import import_diffusers
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 
 
 def parse_scheduler(text: str) -> tuple[str, dict[str, Any]]:
@@ -24,12 +24,12 @@ def parse_scheduler(text: str) -> tuple[str, dict[str, Any]]:
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise InputError(
+            raise UsageError(
                 f"--scheduler {text}: write NAME or NAME:SETTING=VALUE,..., such as use_karras_sigmas=true"
             )
         settings[key] = _value(value)
     if not name.isidentifier():
-        raise InputError(f"--scheduler {text}: {name!r} is not the name of a scheduler of diffusers")
+        raise UsageError(f"--scheduler {text}: {name!r} is not the name of a scheduler of diffusers")
     return name, settings
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import InputError, NodeError
 from millijoule.workers.generators.file_hashes import file_sha256
 
@@ -93,7 +94,14 @@ def _fetch(hub: Any, option: str, repository: str, revision: str | None, choose:
 
     names = tuple(choose(files, get))
     size = sum(files[name].size or 0 for name in names)
-    log.info("%s %s at commit %s: %d files, %.1f MB", option, repository, commit[:12], len(names), size / 1e6)
+    log.info(
+        "%s %s at commit %s: %s, %.1f MB",
+        option,
+        repository,
+        commit[:12],
+        counted(len(names), "file"),
+        size / 1e6,
+    )
     folder = hub.snapshot_download(repository, revision=commit, allow_patterns=[_literal(n) for n in names])
     if revision is not None and not _COMMIT.fullmatch(revision):
         _remember(hub, repository, revision, commit)

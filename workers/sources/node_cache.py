@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from millijoule.workers.counted import counted
 from millijoule.workers.errors import NodeError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.storage.protocol import Store, check_key
@@ -139,7 +140,9 @@ def _fetch(
     on_part: Callable[[], None],
 ) -> None:
     size = sum(f.size_bytes for f in files)
-    log.info("fetching %s: %d files, %.1f MB, into %s", store.url, len(files), size / 1e6, complete)
+    log.info(
+        "fetching %s: %s, %.1f MB, into %s", store.url, counted(len(files), "file"), size / 1e6, complete
+    )
     began = time.monotonic()
     for file in files:
         path = partial / file.name

@@ -30,7 +30,7 @@ from millijoule.jobs.measuring.stand_in_device import photograph
 from millijoule.kernels.native_library import forms_here, only
 from millijoule.kernels.png import encode_pngs, encode_pngs_reference
 from millijoule.workers.attempts.encoding import TASK_BYTES
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 from millijoule.workers.images.encode import Drawn, encode_images
 from millijoule.workers.images.formats import ImageFormat, ImageFormatName, read_image_format
 from millijoule.workers.images.png import text_chunks
@@ -75,7 +75,7 @@ class BenchOptions(ResultOptions):
 
 def run(options: BenchOptions) -> int:
     if min(options.icons, options.rounds, *options.photographs) < 1:
-        raise InputError("--icons, --photographs, --rounds: at least 1")
+        raise UsageError("--icons, --photographs, --rounds: at least 1")
     encoders = all_encoders()
     icons = _icons(options.icons)
     kinds = {"icons": icons, "sheet of icons 512": [_sheet(icons)]}

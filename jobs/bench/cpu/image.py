@@ -19,7 +19,7 @@ from typing import Any
 from millijoule.jobs.bench.gpu import scene_requests
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 
 #: PyTorch's forms begin so, then comes how int8 matrices are multiplied.
 PYTORCH = "pytorch-"
@@ -47,7 +47,7 @@ def run(options: BenchOptions) -> int:
     import torch
 
     if not options.models or min(options.images, options.rounds, options.threads) < 1:
-        raise InputError("--models: one at least; --images, --rounds, --threads: at least 1")
+        raise UsageError("--models: one at least; --images, --rounds, --threads: at least 1")
     torch.set_num_threads(options.threads)
     models = {model: measure(model, options) for model in options.models}
     about = describe("processor time per image by the form that draws: median, least, most", options)

@@ -21,7 +21,7 @@ import numpy as np
 from millijoule.jobs.bench.gpu import scene_requests
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 
 #: Side of the square matrices whose product is taken for a peak, and bytes that are copied: more than caches hold.
 SIDE, COPIED = 1024, 64 << 20
@@ -64,7 +64,7 @@ def run(options: BenchOptions) -> int:
     import torch
 
     if min(options.images, options.rounds) < 1:
-        raise InputError("--images, --rounds: at least 1")
+        raise UsageError("--images, --rounds: at least 1")
     torch.set_num_threads(1)
     peaks = measure_peaks(options.rounds)
     found = [measure(case, peaks, options.rounds) for case in cases(options)]

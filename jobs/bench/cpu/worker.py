@@ -22,7 +22,7 @@ from millijoule.jobs.bench.stages import commit_of
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring import worker_stages
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 
 #: What a bar of the picture is, in the order in which an image passes.
 PARTS = ("requests", "prompts", "drawing", "encoding", "writing", "leases, rows, commits, books")
@@ -50,7 +50,7 @@ class BenchOptions(ResultOptions):
 
 def run(options: BenchOptions) -> int:
     if min(options.images, options.rounds, options.turns) < 1:
-        raise InputError("--images, --rounds, --turns: at least 1")
+        raise UsageError("--images, --rounds, --turns: at least 1")
     sides: dict[str, str | None] = {"now": None}
     if options.before is not None:
         if not Path(options.before, "infra", "typing", "millijoule").exists():

@@ -17,7 +17,7 @@ from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.planning.plan_options import compute_fingerprint
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers.errors import InputError
-from millijoule.workers.layout import JOB_KEY, commit_key
+from millijoule.workers.layout import JOB_KEY, commit_key, part_key, worker_key
 from millijoule.workers.storage.open import open_store
 
 HERE = Cluster("this machine", own=True)
@@ -119,6 +119,81 @@ def test_another_job_is_refused_and_the_option_named(options, decisions):
         file.write("one more\n")
     with pytest.raises(InputError, match="prompt files"):
         set_up(options)
+
+
+@pytest.mark.parametrize("refuses", ["choose_device", "check_device", "pool_options", "within_reach"])
+def test_what_is_refused_once_it_is_planned_leaves_the_output_to_the_corrected_command(
+    options, decisions, monkeypatch, refuses
+):
+    with open(options.prompts[0], "ab") as file:
+        file.write(b"bad \xff row\n")
+    store = open_store(options.output)
+
+    def refuse(*_, **__):
+        raise InputError(f"no, says {refuses}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job_set_up, refuses, refuse)
+        with pytest.raises(InputError, match=f"no, says {refuses}"):
+            set_up(replace(options, seed=7))
+    assert {item.key.split("/")[1][:5] for item in store.list()} == {"plan-"}
+    assert set_up(options)[0].job == read_job(store)
+    assert read_job(store).job_seed == 0
+
+
+def test_rejected_rows_that_a_killed_driver_did_not_show_are_shown_by_the_next(options, decisions):
+    with open(options.prompts[0], "ab") as file:
+        file.write(b"bad \xff row\n")
+    set_up(options)
+    store = open_store(options.output)
+    shown = store.get("bad_rows.parquet")
+    store.delete(["bad_rows.parquet"])
+    set_up(options)
+    assert store.get("bad_rows.parquet") == shown
+
+
+@pytest.mark.parametrize(
+    "model", ["python:no_such_module_here:make", "python:no_such_module_here.inner:make"]
+)
+def test_a_factory_of_a_module_that_is_nowhere_here_is_refused_before_a_worker_starts(
+    options, decisions, model
+):
+    with pytest.raises(InputError, match=rf"--model {model}: no module named 'no_such_module_here'"):
+        set_up(replace(options, model=model))
+    assert read_job(open_store(options.output)) is None
+    assert decisions == []
+    # on nodes of a cluster that was joined it may be there
+    joined = Cluster("a cluster", own=False)
+    set_up_job(request_of(replace(options, model=model)), open_store(options.output), joined)
+
+
+def test_a_factory_in_the_folder_of_the_command_is_found_there_as_workers_do(
+    options, decisions, tmp_path, monkeypatch
+):
+    (tmp_path / "only_in_this_folder.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert set_up(replace(options, model="python:only_in_this_folder:make"))[0].job.shards == 1
+
+
+def test_a_refusal_says_what_to_delete_where_nothing_was_made_and_that_is_enough(options, decisions):
+    set_up(options)
+    store, other = open_store(options.output), replace(options, seed=7)
+    store.put(worker_key("w0001-0001"), b"{}")
+    store.put("energy/_live/segment/run_id=x/000001-000000.parquet", b"")
+    with pytest.raises(InputError) as refused:
+        set_up(other)
+    said = str(refused.value)
+    assert said.endswith(
+        "or another --output. Nothing of it is committed: where no run is at work on it, deleting _job/ and energy/ there makes room "
+        "for this one, and loses the record of the energy that 1 worker used"
+    )
+    for key in (commit_key(0), part_key(0, "e0001-ab.p1")):
+        store.put(key, b"{}")
+        with pytest.raises(InputError, match=r"or another --output$"):
+            set_up(other)
+        store.delete([key])
+    store.delete([item.key for item in store.list() if item.key.startswith(("_job/", "energy/"))])
+    assert set_up(other)[0].job.job_seed == 7
 
 
 def test_another_image_format_or_quality_is_another_job(options, decisions):

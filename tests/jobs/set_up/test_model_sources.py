@@ -8,7 +8,7 @@ from support.stand_in_hub import StandInHub
 from support.tiny_pipelines import tiny_pipeline
 
 from millijoule.jobs.options.model import ModelOptions
-from millijoule.jobs.set_up.job import open_or_plan, within_reach
+from millijoule.jobs.set_up.job import begin, open_or_plan, within_reach
 from millijoule.jobs.set_up.options import GenerateOptions
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import request_of
@@ -37,7 +37,7 @@ def options(tmp_path):
 def test_a_job_goes_on_with_the_commit_it_began_with(hub, options, tmp_path):
     store = open_store(options.output)
     first = hub.repositories[ID].commit
-    job = open_or_plan(request_of(options), store, None).job
+    job = begin(store, open_or_plan(request_of(options), store, None)).job
     assert (job.model, job.model_revision) == (ID, first)
     hub.add(ID, shutil.copytree(tiny_pipeline("lcm"), tmp_path / "newer"))
     hub.requests.clear()

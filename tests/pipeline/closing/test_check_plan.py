@@ -61,7 +61,7 @@ def test_rejected_rows_of_which_a_copy_was_edited_are_named(output, pattern):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (shorten, "bad_rows.parquet: 1 rows, 2 input rows were rejected"),
+        (shorten, "bad_rows.parquet: 1 row, 2 input rows were rejected"),
         (lambda path: path.unlink(), "bad_rows.parquet: missing, though 2 input rows were rejected"),
         (lambda path: path.write_bytes(b"x"), "bad_rows.parquet: cannot be read as Parquet"),
     ],

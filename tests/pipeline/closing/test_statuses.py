@@ -327,7 +327,7 @@ def test_the_report_shows_what_was_filtered_as_waste_and_escapes_what_prompts_sa
     assert [row.direct_mj_per_image for row in found.devices] == [stats["direct_mj_per_image"]]
     flags = {flag.name: flag for flag in found.flags}
     assert (flags["images filtered"].level, flags["images with warnings"].level) == ("caution", "note")
-    assert "3 images with warnings: 3 x unknown word." in flags["images with warnings"].text
+    assert flags["images with warnings"].text.startswith("3 images; the kinds stand below")
     page = render_page(report).decode()
     assert "3 filtered, 3 quarantined" in page
     assert "Filtered by the model" in page
@@ -338,7 +338,7 @@ def test_the_report_shows_what_was_filtered_as_waste_and_escapes_what_prompts_sa
     assert "14 images" in out.getvalue()
     assert "3 filtered, 3 quarantined" in out.getvalue()
     assert "3 x the safety checker hid this image" in out.getvalue()
-    assert "3 x unknown word" in out.getvalue()
+    assert out.getvalue().count("unknown word") == 1
 
 
 def test_queries_say_what_the_images_that_nobody_got_cost(tmp_path):

@@ -57,19 +57,19 @@ def test_what_is_no_job_is_refused_by_the_name_of_the_field(store, change, words
 
 def test_another_job_is_refused_with_what_changed(store):
     asked = {**asdict(JOB), "job_seed": JOB.job_seed + 1}
-    check_same_job(JOB, JOB.fingerprint, asked, store.url)
+    check_same_job(JOB, JOB.fingerprint, asked, store)
     with pytest.raises(InputError, match=rf"--seed was {JOB.job_seed}, now {JOB.job_seed + 1}\)"):
-        check_same_job(JOB, "0" * 64, asked, store.url)
+        check_same_job(JOB, "0" * 64, asked, store)
     with pytest.raises(InputError, match=r"another job \(--model was .*, now other\)"):
-        check_same_job(JOB, "0" * 64, {**asdict(JOB), "model": "other", "model_sha256": "1" * 64}, store.url)
+        check_same_job(JOB, "0" * 64, {**asdict(JOB), "model": "other", "model_sha256": "1" * 64}, store)
     newer = {**asdict(JOB), "model_name": "the next", "model_sha256": "1" * 64}
     words = rf"the weights of --model {JOB.model} were {JOB.model_name}, SHA-256 {JOB.model_sha256[:12]}, now they are the next, "
     with pytest.raises(
         InputError, match=words + "SHA-256 111111111111: to continue, give the former as a file"
     ):
-        check_same_job(JOB, "0" * 64, newer, store.url)
+        check_same_job(JOB, "0" * 64, newer, store)
     with pytest.raises(InputError, match="the prompt files' content or column options changed"):
-        check_same_job(JOB, "0" * 64, asdict(JOB), store.url)
+        check_same_job(JOB, "0" * 64, asdict(JOB), store)
 
 
 def test_options_of_the_model_that_changed_are_named_as_they_are_given(store):
@@ -84,7 +84,7 @@ def test_options_of_the_model_that_changed_are_named_as_they_are_given(store):
     def refusal(**changes):
         asked = {**asdict(job), "model_options": replace(options, **changes).identity()}
         with pytest.raises(InputError) as refused:
-            check_same_job(job, "0" * 64, asked, store.url)
+            check_same_job(job, "0" * 64, asked, store)
         return str(refused.value).partition("another job (")[2].partition("). Give")[0]
 
     assert refusal(rungs=Rungs(steps=6, fuse_qkv=True)) == "--steps was 5, now 6"
@@ -95,7 +95,7 @@ def test_options_of_the_model_that_changed_are_named_as_they_are_given(store):
     pools = {"pool_engines": ["compile", "eager"], "pool_rungs": [{"steps": 9}, {}]}
     with pytest.raises(InputError) as refused:
         check_same_job(
-            job, "0" * 64, asdict(replace(job, model_options={**job.model_options, **pools})), store.url
+            job, "0" * 64, asdict(replace(job, model_options={**job.model_options, **pools})), store
         )
     assert "engines of --pool was the default, now ['compile', 'eager']; optimize= of --pool was" in str(
         refused.value

@@ -1,8 +1,10 @@
 """GPU-hours: every second of a GPU that some worker held counts once, and money follows only where it can."""
 
+import html
 import io
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -190,7 +192,10 @@ def test_the_report_shows_gpu_time_beside_electricity(measured):
     assert "electricity cost per image" in shown
     page = render_page(report).decode()
     assert "GPU time cost per image" in page
-    assert "price per GPU-hour, declared: 3.00 for GPU, model not recorded. PUE plays no part." in page
+    assert (
+        "price per GPU-hour (--price-per-gpu-hour): 3.00 for GPU, model not recorded. PUE plays no part."
+        in page
+    )
 
 
 def test_without_a_price_there_is_time_and_no_money(measured):
@@ -207,6 +212,38 @@ def test_a_price_without_a_gpu_is_missing_and_said(tmp_path):
     assert "no GPU time" in {f.name for f in report.jobs[0].flags}
     assert "GPU time cost" not in printed(report)
     assert "no GPU time" not in {f.name for f in collect_job(store, Rates()).flags}
+
+
+@pytest.mark.parametrize("other_price", [None, 2.0, 5.0])
+def test_what_pools_stated_prices_gpus_where_the_report_is_told_nothing(measured, tmp_path, other_price):
+    """Two pools; the model of one has a name that is in the other's."""
+    shutil.copytree(measured.url, tmp_path / "out")
+    store = open_store(str(tmp_path / "out"))
+    for worker, host, gpu, model, price in (
+        ("w0", "host-a", GPUS[0], "NVIDIA L4", 2.0),
+        ("w1", "host-a", GPUS[0], "NVIDIA L4", other_price),
+        ("w2", "host-b", GPUS[1], "NVIDIA L40S", None),
+    ):
+        stated = WorkerEnvironment(
+            worker, 1, "node", host, gpu, (gpu,), model, "570.1", "3.11", "2.9", "nvml-counter+rapl"
+        )
+        store.put(worker_key(worker), replace(stated, pool="p", price_per_hour=price).to_json())
+    job = require_job(store)
+    finish_job(store, job, load_job_shards(store, job))
+    report = collect_report([store], Rates())
+    prices = {m.model: m.price_per_hour for m in report.jobs[0].gpu_time.models}
+    assert prices == {"NVIDIA L4": None if other_price == 5.0 else 2.0, "NVIDIA L40S": None}
+    assert report.jobs[0].gpu_time.total_cost is None
+    (flag,) = [f.text for f in report.jobs[0].flags if f.name == "GPU price missing"]
+    missing = "NVIDIA L4, NVIDIA L40S" if other_price == 5.0 else "NVIDIA L40S"
+    assert flag.startswith(f"price= of the job's pools has no price for {missing}, so the cost is missing.")
+    if other_price != 5.0:
+        assert "price per GPU-hour (price= of the job's pools): 2.00 for NVIDIA L4. PUE" in html.unescape(
+            render_page(report).decode()
+        )
+    told = collect_job(store, Rates(), GpuPrices(3.0)).gpu_time
+    assert {m.price_per_hour for m in told.models} == {3.0}
+    assert told.total_cost == pytest.approx(3.0 * told.hours)
 
 
 def test_what_workers_state_decides_which_gpus_were_held_and_what_they_are(measured, tmp_path):

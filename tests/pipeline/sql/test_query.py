@@ -436,11 +436,11 @@ def test_the_command_takes_parameters_and_lists_questions(store, capsysbinary):
 
 
 def test_the_command_explains_what_is_wrong(store, capsysbinary):
-    for arguments, words in (
-        (["waste"], b"at least one output"),
-        (["waste", store.url, "--param", "pue"], b"--param pue: NAME=VALUE"),
-        (["wast", store.url], b"no question named 'wast': did you mean waste?"),
-        (["idle-share", store.url], b"no question named 'idle-share': did you mean idle_share?"),
+    for arguments, words, code in (
+        (["waste"], b"at least one output", 2),
+        (["waste", store.url, "--param", "pue"], b"--param pue: NAME=VALUE", 2),
+        (["wast", store.url], b"no question named 'wast': did you mean waste?", 1),
+        (["idle-share", store.url], b"no question named 'idle-share': did you mean idle_share?", 1),
     ):
-        assert main(arguments) == 1
+        assert main(arguments) == code
         assert words in capsysbinary.readouterr().err

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from millijoule.jobs.bench.cpu.events.problems import OSCILLATORS, SHAPES, icons_of, made_up
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, write_result
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from millijoule.jobs.bench.cpu.events.problems import Problem
@@ -50,12 +50,12 @@ def run(options: BenchOptions) -> int:
     from millijoule.kernels.native_library import forms_here, only
 
     if options.rounds < 1 or not options.quiet or not 1 <= options.shapes <= len(SHAPES):
-        raise InputError(f"--rounds, --quiet: at least 1; --shapes: 1 to {len(SHAPES)}")
+        raise UsageError(f"--rounds, --quiet: at least 1; --shapes: 1 to {len(SHAPES)}")
     if (
         list(options.quiet) != sorted(set(options.quiet))
         or not 0 <= options.quiet[0] <= options.quiet[-1] <= 1
     ):
-        raise InputError("--quiet: shares from 0 to 1, each larger than the one before")
+        raise UsageError("--quiet: shares from 0 to 1, each larger than the one before")
     if not forms_here():
         raise InputError("no compiled kernels here: install a C++ compiler, then the package again")
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ import numpy as np
 from millijoule.jobs.bench.cpu.un0.own_loop import CLASSES, own_loops, random_checkpoint
 from millijoule.jobs.entry import COMPLETE
 from millijoule.jobs.measuring.measurement import ResultOptions, describe, save_result, write_result
-from millijoule.workers.errors import InputError
+from millijoule.workers.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def run(options: BenchOptions) -> int:
     from millijoule.kernels.native_library import forms_here
 
     if not options.sizes or not options.batches or min(options.images, options.rounds, options.threads) < 1:
-        raise InputError("--sizes, --batches: one at least; --images, --rounds, --threads: at least 1")
+        raise UsageError("--sizes, --batches: one at least; --images, --rounds, --threads: at least 1")
     torch.set_num_threads(options.threads)
     about = describe("processor time per image of Un-0 models, their own loop and our forms", options)
     sizes: dict[str, Any] = {}

@@ -73,7 +73,7 @@ def test_where_the_ratio_falls_to_one_for_good():
     "options", [["--rounds", "0"], ["--shapes", "9"], ["--quiet", "0.5", "0.2"], ["--quiet", "2"]]
 )
 def test_what_cannot_be_measured_is_refused(options, capsys):
-    assert main(["events", *options]) == 1
+    assert main(["events", *options]) == 2
     assert options[0] in capsys.readouterr().err
 
 

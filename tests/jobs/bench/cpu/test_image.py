@@ -44,5 +44,5 @@ def test_a_form_that_is_not_exact_is_named_and_not_timed(tmp_path, monkeypatch):
 
 
 def test_nothing_to_measure_is_refused(capsys):
-    assert main(["image", "--images", "0"]) == 1
+    assert main(["image", "--images", "0"]) == 2
     assert "--images" in capsys.readouterr().err

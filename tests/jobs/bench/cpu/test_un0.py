@@ -58,5 +58,5 @@ def test_the_checkpoint_has_the_published_number_of_parameters():
 
 
 def test_nothing_to_measure_is_refused(capsys):
-    assert main(["un0", "--images", "0"]) == 1
+    assert main(["un0", "--images", "0"]) == 2
     assert "--images" in capsys.readouterr().err

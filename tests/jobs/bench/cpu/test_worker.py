@@ -42,5 +42,5 @@ def test_parts_add_up_on_both_sides(tmp_path):
 
 
 def test_nothing_to_measure_is_refused(capsys):
-    assert main(["worker", "--images", "0"]) == 1
+    assert main(["worker", "--images", "0"]) == 2
     assert "--images" in capsys.readouterr().err
