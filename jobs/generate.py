@@ -52,7 +52,7 @@ def run(
     from millijoule.jobs.set_up.pools import policy_of
     from millijoule.pipeline.closing.finish import finish_job
     from millijoule.pipeline.energy.carbon import Rates
-    from millijoule.pipeline.report.kept_rates import keep_rates
+    from millijoule.pipeline.output.kept_rates import keep_rates
     from millijoule.pipeline.running.head_watch import head_watched
     from millijoule.pipeline.running.live_metrics import LiveMetrics
     from millijoule.pipeline.running.progress import Progress

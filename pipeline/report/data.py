@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from millijoule.pipeline.energy.carbon import Rates
 from millijoule.pipeline.output.job import JobSpec, require_job
+from millijoule.pipeline.output.kept_rates import AS_GIVEN, with_kept_rates
 from millijoule.pipeline.planning.retry_rounds import count_shards
 from millijoule.pipeline.report.devices import (
     DeviceRow,
@@ -40,7 +41,6 @@ from millijoule.pipeline.report.energy import (
 from millijoule.pipeline.report.flags import Flag, flags_of
 from millijoule.pipeline.report.gallery import Sample, read_samples
 from millijoule.pipeline.report.gpu_time import GpuPrices, GpuTime, measure_gpu_time, prices_of_pools
-from millijoule.pipeline.report.kept_rates import AS_GIVEN, with_kept_rates
 from millijoule.pipeline.report.node_meters import NodeMeterRow, node_meter_rows
 from millijoule.pipeline.report.tables import labels, read_energy_table
 from millijoule.pipeline.report.timeline import Timeline, Work, build_timeline, read_work

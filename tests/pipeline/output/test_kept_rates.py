@@ -5,7 +5,7 @@ import json
 import pytest
 
 from millijoule.pipeline.energy.carbon import Rate, Rates
-from millijoule.pipeline.report.kept_rates import keep_rates, with_kept_rates
+from millijoule.pipeline.output.kept_rates import keep_rates, with_kept_rates
 from millijoule.workers.errors import InputError
 from millijoule.workers.layout import RATES_KEY
 from millijoule.workers.storage.open import open_store
