@@ -8,9 +8,9 @@ together, so that a thousand of them take no longer than their kinds.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 #: Ray counts resources in such parts of one.
@@ -62,7 +62,7 @@ def choice_of(labels: Mapping[str, str], selectors: Sequence[Mapping[str, str]])
 
 @dataclass(frozen=True)
 class _Kind:
-    """Of a node: which selector of each pool it meets, and what it has left, by `Room.names`."""
+    """Of a node: which selector of each pool it meets, and what it has left of each resource that somebody asks for."""
 
     choices: tuple[int | None, ...]
     has_gpu: bool
@@ -70,7 +70,7 @@ class _Kind:
 
 
 class Room:
-    """The nodes as the pools see them.
+    """The nodes as the pools see them. A kind of node goes by its number, so that thousands of workers are looked up quickly.
 
     Args:
         pools: by name.
@@ -79,20 +79,28 @@ class Room:
     def __init__(self, nodes: Nodes, pools: Mapping[str, Asking]) -> None:
         self.may_grow = nodes.may_grow
         asked = {pool: {n: units(a) for n, a in asking.asked.items()} for pool, asking in pools.items()}
-        self._names = sorted({name for of_pool in asked.values() for name, n in of_pool.items() if n})
-        self._asked = {pool: tuple(n.get(name, 0) for name in self._names) for pool, n in asked.items()}
-        self._numbers = {pool: i for i, pool in enumerate(pools)}
+        names = sorted({name for of_pool in asked.values() for name, n in of_pool.items() if n})
+        self._asked = {pool: tuple(n.get(name, 0) for name in names) for pool, n in asked.items()}
+        self._column = {pool: i for i, pool in enumerate(pools)}
         self._wants_gpu = {pool: bool(n.get("GPU")) for pool, n in asked.items()}
+        self._kinds: list[_Kind] = []
+        self._numbers: dict[_Kind, int] = {}
+        self.fits: list[dict[str, int]] = []  # workers of each pool that fit a node of each kind
+        self._after: dict[tuple[int, str, int], int] = {}
         self._kind_of = {
-            node.node_id: _Kind(
-                tuple(choice_of(node.labels, asking.selectors) for asking in pools.values()),
-                node.resources.get("GPU", 0) > 0,
-                tuple(units(node.resources.get(name, 0)) for name in self._names),
+            node.node_id: self._number(
+                _Kind(
+                    tuple(choice_of(node.labels, asking.selectors) for asking in pools.values()),
+                    node.resources.get("GPU", 0) > 0,
+                    tuple(units(node.resources.get(name, 0)) for name in names),
+                )
             )
             for node in nodes.there
         }
         self._empty = Counter(self._kind_of.values())
-        self._fits: dict[_Kind, dict[str, int]] = {}  # worked out before
+
+    def __contains__(self, node_id: str) -> bool:
+        return node_id in self._kind_of
 
     def places(self, order: Sequence[str], held: Iterable[tuple[str, str]] = ()) -> Places:
         """The places that are free.
@@ -101,17 +109,13 @@ class Room:
             order: the pools by their turns.
             held: pool and node of each worker that has a node.
         """
-        on_node: dict[str, list[str]] = defaultdict(list)
+        begun: dict[str, int] = {}  # what nodes with workers are by now
         for pool, node_id in held:
-            if node_id in self._kind_of:
-                on_node[node_id].append(pool)
+            if (kind := begun.get(node_id, self._kind_of.get(node_id))) is not None:
+                begun[node_id] = self.after(kind, pool)
         free = Counter(self._empty)
-        for node_id, pools in on_node.items():
-            kind = self._kind_of[node_id]
-            free[kind] -= 1
-            for pool in pools:
-                kind = self.without(kind, pool, 1)
-            free[kind] += 1
+        free.subtract(self._kind_of[node_id] for node_id in begun)
+        free.update(begun.values())
         return Places(self, tuple(order), +free)
 
     def together(
@@ -132,35 +136,34 @@ class Room:
                 shares[pool] += places.take(pool, bounds[pool][bound] - shares[pool])
         return {pool: shares[pool] for pool in order}
 
-    def __contains__(self, node_id: str) -> bool:
-        return node_id in self._kind_of
+    def after(self, kind: int, pool: str, n: int = 1) -> int:
+        """What a node of this kind is once it has `n` more workers of `pool`."""
+        if (after := self._after.get((kind, pool, n))) is None:
+            before = self._kinds[kind]
+            left = tuple(have - n * asked for have, asked in zip(before.left, self._asked[pool], strict=True))
+            after = self._after[kind, pool, n] = self._number(replace(before, left=left))
+        return after
 
-    def fits(self, kind: _Kind) -> dict[str, int]:
-        """Workers of each pool that fit a node of this kind."""
-        if (known := self._fits.get(kind)) is None:
-            known = self._fits[kind] = {
-                pool: 0
-                if kind.choices[self._numbers[pool]] is None
-                else max(
-                    0, min((have // n for have, n in zip(kind.left, asked, strict=True) if n), default=0)
-                )
-                for pool, asked in self._asked.items()
-            }
-        return known
-
-    def without(self, kind: _Kind, pool: str, n: int) -> _Kind:
-        """What a node is once it has `n` workers of `pool`."""
-        left = tuple(have - n * asked for have, asked in zip(kind.left, self._asked[pool], strict=True))
-        return _Kind(kind.choices, kind.has_gpu, left)
-
-    def rank(
-        self, kind: _Kind, pool: str, later: Sequence[str]
-    ) -> tuple[int, bool, int, int, tuple[int, ...]]:
-        """What a worker of `pool` gets first is least."""
-        choice, fits = kind.choices[self._numbers[pool]], self.fits(kind)
+    def rank(self, kind: int, pool: str, later: Sequence[str]) -> tuple[int, bool, int, int, tuple[int, ...]]:
+        """A worker of `pool` gets a place on a kind of node for which this is least."""
+        node, fits = self._kinds[kind], self.fits[kind]
+        choice = node.choices[self._column[pool]]
         assert choice is not None
-        avoided = kind.has_gpu and not self._wants_gpu[pool]
-        return choice, avoided, sum(fits[other] > 0 for other in later), fits[pool], kind.left
+        avoided = node.has_gpu and not self._wants_gpu[pool]
+        return choice, avoided, sum(fits[other] > 0 for other in later), fits[pool], node.left
+
+    def _number(self, kind: _Kind) -> int:
+        if (number := self._numbers.get(kind)) is None:
+            number = self._numbers[kind] = len(self._kinds)
+            self._kinds.append(kind)
+            self.fits.append({pool: self._fit(kind, pool) for pool in self._asked})
+        return number
+
+    def _fit(self, kind: _Kind, pool: str) -> int:
+        if kind.choices[self._column[pool]] is None:
+            return 0
+        each = (have // n for have, n in zip(kind.left, self._asked[pool], strict=True) if n)
+        return max(0, min(each, default=0))
 
 
 @dataclass
@@ -169,28 +172,26 @@ class Places:
 
     room: Room
     order: tuple[str, ...]
-    free: Counter[_Kind]
+    free: Counter[int]
 
     def copy(self) -> Places:
         return Places(self.room, self.order, Counter(self.free))
 
     def fits(self, pool: str) -> int:
         """Further workers of `pool` that have a place."""
-        return sum(n * self.room.fits(kind)[pool] for kind, n in self.free.items())
+        return sum(n * self.room.fits[kind][pool] for kind, n in self.free.items())
 
     def take(self, pool: str, workers: int) -> int:
         """Give places to so many workers, as far as there are some; returns to how many."""
         later = self.order[self.order.index(pool) + 1 :]
-        kinds = [kind for kind in self.free if self.room.fits(kind)[pool]]
+        kinds = [kind for kind in self.free if self.room.fits[kind][pool]] if workers > 0 else []
         taken = 0
         for kind in sorted(kinds, key=lambda kind: self.room.rank(kind, pool, later)):
-            each, left = self.room.fits(kind)[pool], workers - taken
-            if left <= 0:
-                break
-            full, rest = divmod(min(left, each * self.free[kind]), each)
+            each = self.room.fits[kind][pool]
+            full, rest = divmod(min(workers - taken, each * self.free[kind]), each)
             for nodes, n in ((full, each), (int(rest > 0), rest)):
                 self.free[kind] -= nodes
-                self.free[self.room.without(kind, pool, n)] += nodes
+                self.free[self.room.after(kind, pool, n)] += nodes
             taken += full * each + rest
         self.free = +self.free
         return taken
