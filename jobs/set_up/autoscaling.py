@@ -18,7 +18,8 @@ from typing import Any
 
 import ray
 
-from millijoule.pipeline.running.cluster import how_many, words
+from millijoule.pipeline.fleet.room import how_many
+from millijoule.pipeline.running.cluster import words
 
 log = logging.getLogger(__name__)
 

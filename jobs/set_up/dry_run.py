@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
 
 from millijoule.jobs.models import describe_obtained, words_of
-from millijoule.jobs.set_up.calibration import (
-    CALIBRATION_IMAGES,
-    calibrate,
-    calibrate_pool,
-    with_calibration,
-)
+from millijoule.jobs.set_up.calibration import CALIBRATION_IMAGES, calibrate
 from millijoule.jobs.set_up.job import check_is_asked_for, no_job_to_retry
-from millijoule.jobs.set_up.pools import pool_words, pools_on
+from millijoule.jobs.set_up.pools import pools_on
+from millijoule.jobs.set_up.pools_forecast import pool_lines
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.jobs.set_up.worker_device import choose_device, pool_options
 from millijoule.pipeline.energy.carbon import MJ_PER_KWH
-from millijoule.pipeline.fleet.pools import Pool
-from millijoule.pipeline.fleet.rates import Rates
 from millijoule.pipeline.output.commits import list_committed
 from millijoule.pipeline.output.job import read_job
 from millijoule.pipeline.planning.make_plan import plan_job
@@ -50,7 +43,8 @@ def dry_run(request: JobRequest, cluster: Cluster) -> Plan:
         print(visible_lines("\n".join([*head, f"output      {_output_words(request)}"])))
         return plan
     if pools := pools_on(request, cluster):
-        lines = _pool_lines(request, pools, images[:CALIBRATION_IMAGES], plan)
+        lines = pool_lines(request, pools, images[:CALIBRATION_IMAGES], plan.n_images, plan.n_shards)
+        lines.append(f"output      {_output_words(request)}")
         print(visible_lines("\n".join([*head, *lines, *_node_meter_lines(request)])))
         return plan
     device = choose_device(request, cluster)
@@ -89,7 +83,8 @@ def _planned(request: JobRequest) -> tuple[Plan, list[ImageRequest], str]:
         plan = plan_job(request.files, request.plan, store, {})
         _, table = load_plan(store, plan.fingerprint)
         images: list[ImageRequest] = []
-        for shard in JobShards(plan.fingerprint, table):
+        shards = JobShards(plan.fingerprint, table)
+        for shard in shards:
             images += shard_requests(read_shard_rows(store, shard), request.options.seed)
             if len(images) >= CALIBRATION_IMAGES:
                 break
@@ -117,56 +112,6 @@ def _retried(request: JobRequest) -> tuple[Plan, list[ImageRequest], str]:
 
 def _amount(plan: Plan) -> str:
     return f"{counted(plan.n_images, 'image')} in {counted(plan.n_shards, 'shard')}"
-
-
-def _pool_lines(
-    request: JobRequest, pools: Sequence[Pool], images: list[ImageRequest], plan: Plan
-) -> list[str]:
-    """Each pool, what one of its workers showed where there is room for one, and what all together would take."""
-    lines, rate, encoded = [], 0.0, 0.0
-    for pool in pools:
-        lines.append(f"pool        {pool_words(pool)}")
-        if not pool.options.at_once:
-            lines.append("            not tried: no node of it is there now")
-            continue
-        result = calibrate_pool(request, pool, images)
-        shown = with_calibration(pool, result)
-        assert shown.images_per_s is not None
-        rate += shown.images_per_s * min(pool.options.max_workers, pool.options.at_once)
-        encoded = max(encoded, result.encoded_bytes / max(1, result.images))
-        rate_of = " (stated)" if pool.images_per_s else ""
-        lines.append(
-            f"            {shown.images_per_s:.3g} images/s on one worker{rate_of}, {_joules_words(pool, shown, result)}"
-        )
-        price = 0.0 if request.caps.price is None else request.caps.price.at(time.time()) * request.caps.pue
-        cost = Rates([shown]).per_shard(pool.name, plan.n_images / max(1, plan.n_shards), price)
-        assert cost.seconds is not None
-        said = [f"{cost.seconds:.3g} s"]
-        said += [joules(cost.joules * 1000)] if cost.joules is not None else []
-        said += [f"{cost.money:.3g} of money"] if cost.money is not None else []
-        lines.append(f"            a shard takes it {', '.join(said)}")
-    prefer = request.options.prefer or ("energy" if request.caps.deadline_unix is not None else "speed")
-    lines.append(f"preferred   {prefer}")
-    if rate:
-        lines.append(
-            f"time        at least {clock(plan.n_images / rate)}, with all workers that have room now"
-            + (", each pool's counted by itself" if len(pools) > 1 else "")
-        )
-        lines.append(
-            f"bytes       about {round(plan.n_images * encoded)} of images in {request.options.output}"
-        )
-    lines.append(f"output      {_output_words(request)}")
-    return lines
-
-
-def _joules_words(pool: Pool, shown: Pool, result: Calibration) -> str:
-    """Joules per image of a pool, and how they are known."""
-    if shown.joules_per_image is None:
-        return "energy unknown"
-    how = "modelled from CPU time, not measured" if result.energy_mj is None else "measured"
-    if pool.joules_per_image is not None:
-        how = "stated"
-    return f"{joules(shown.joules_per_image * 1000)} per image ({how})"
 
 
 def _output_words(request: JobRequest) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from millijoule.jobs.set_up import ray_cluster
 from millijoule.jobs.set_up.pool_words import pool_gpus
 from millijoule.jobs.set_up.ray_cluster import Cluster
 from millijoule.jobs.set_up.request import JobRequest
 from millijoule.pipeline.fleet.policy import FleetPolicy
 from millijoule.pipeline.fleet.pools import Pool
-from millijoule.pipeline.running.cluster import words
+from millijoule.pipeline.fleet.room import Nodes, Room
+from millijoule.pipeline.running.cluster import nodes_now, words
 from millijoule.pipeline.running.demand import PoolOptions
 from millijoule.workers.errors import InputError
 
@@ -26,7 +26,10 @@ def pools_on(request: JobRequest, cluster: Cluster) -> tuple[Pool, ...]:
     Raises:
         InputError: a pool has no room on this machine, which nobody will ever join.
     """
+    if not request.pools:
+        return ()
     options, pools = request.options, []
+    nodes = Nodes(nodes_now(), may_grow=not cluster.own)
     for pool in request.pools:
         wanted = PoolOptions(
             pool.min_workers,
@@ -35,8 +38,9 @@ def pools_on(request: JobRequest, cluster: Cluster) -> tuple[Pool, ...]:
             pool_gpus(pool, options),
             request.resources,
             selectors=pool.selectors,
+            nodes=nodes,
         )
-        room = ray_cluster.room(wanted.asked, wanted.selectors)
+        room = Room(nodes, {pool.name: wanted}).places([pool.name]).fits(pool.name)
         if not room and cluster.own:
             raise InputError(
                 f"--pool {pool.name}: this machine has no room for a worker that asks for {words(wanted.asked)}"
@@ -62,7 +66,8 @@ def together(pools: Iterable[Pool]) -> PoolOptions:
         first.options,
         min_workers=sum(pool.options.min_workers for pool in pools),
         max_workers=sum(pool.options.max_workers for pool in pools),
-        at_once=sum(pool.options.at_once or 0 for pool in pools),
+        at_once=None,
+        nodes=None,
     )
 
 
@@ -70,24 +75,39 @@ def policy_of(request: JobRequest, pools: tuple[Pool, ...]) -> FleetPolicy | Non
     """Which of the pools' workers there are to be, from now on; None where the job has no pools."""
     if not pools:
         return None
-    caps, now = request.caps, time.time()
-    deadline_s = None if caps.deadline_unix is None else time.monotonic() + caps.deadline_unix - now
-    price = 0.0 if caps.price is None else caps.price.at(now) * caps.pue
-    policy = FleetPolicy(pools, request.options.prefer, deadline_s=deadline_s, price_per_kwh=price)
+    policy = choosing(request, pools)
+    fit = fit_together(policy)
     for pool in pools:
-        log.info("pool %s", pool_words(pool))
+        log.info("pool %s", pool_words(pool, fit[pool.name]))
     if len({pool.model.rungs if pool.model else request.model.rungs for pool in pools}) > 1:
         log.warning(
             "pools draw with unlike settings: which of them an image is made with is by chance; attempt and env tables tell"
         )
-    log.info(
-        "pools: %s is preferred%s", policy.prefer, "" if deadline_s is None else ", in time for the deadline"
-    )
+    in_time = "" if policy.deadline_s is None else ", in time for the deadline"
+    log.info("pools: %s is preferred%s", policy.prefer, in_time)
     return policy
 
 
-def pool_words(pool: Pool) -> str:
-    """A pool in a line."""
+def choosing(request: JobRequest, pools: Iterable[Pool]) -> FleetPolicy:
+    """The policy, without a word."""
+    caps, now = request.caps, time.time()
+    deadline_s = None if caps.deadline_unix is None else time.monotonic() + caps.deadline_unix - now
+    price = 0.0 if caps.price is None else caps.price.at(now) * caps.pue
+    return FleetPolicy(tuple(pools), request.options.prefer, deadline_s=deadline_s, price_per_kwh=price)
+
+
+def fit_together(policy: FleetPolicy, most: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Workers of each pool that the nodes that are there hold at the same time, those preferred first; never more than `most`."""
+    bounds = {name: pool.options.bounds_at_once for name, pool in policy.pools.items()}
+    for name, bound in (most or {}).items():
+        bounds[name] = min(bounds[name][0], bound), min(bounds[name][1], bound)
+    if policy.room is None:
+        return {name: n for name, (_, n) in bounds.items()}
+    return policy.room.together(policy.order(), bounds)
+
+
+def pool_words(pool: Pool, fit: int) -> str:
+    """A pool in a line; `fit`: how many of its workers the nodes that are there hold beside those of the others."""
     options, parts = pool.options, []
     parts.append(
         f"{pool.name}: {options.min_workers} to {options.max_workers} workers of {words(options.asked)}"
@@ -95,7 +115,8 @@ def pool_words(pool: Pool) -> str:
     if labels := _labels_words(options):
         parts.append(labels.removeprefix(" "))
     if options.at_once is not None:
-        parts.append(f"room now for {options.at_once}")
+        _, alone = options.bounds_at_once
+        parts.append(f"room now for {fit}{f' beside the other pools, {alone} alone' if fit < alone else ''}")
     if pool.model is not None:
         batch = f", batches of {pool.model.batch_size}" if pool.model.batch_size else ""
         rungs = f", {said}" if (said := pool.model.rungs.words()) != "none" else ""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from millijoule.pipeline.running.cluster import has_labels, how_many, living_nodes
+from millijoule.pipeline.fleet.room import how_many
+from millijoule.pipeline.running.cluster import living_nodes
 from millijoule.workers.errors import InputError, NodeError
 
 #: Image bytes never cross Ray's object store: it holds leases and commits, a few KB each.
@@ -135,13 +136,9 @@ def head_address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-def room(asked: Mapping[str, float], selectors: Sequence[Mapping[str, str]] = ()) -> int:
-    """How many workers that ask for `asked` the nodes have room for as they are now, others' work aside.
-
-    Args:
-        selectors: labels that a node has to have, those of one of these.
-    """
-    return sum(how_many(node["Resources"], asked) for node in living_nodes() if has_labels(node, selectors))
+def room(asked: Mapping[str, float]) -> int:
+    """How many workers that ask for `asked` the nodes have room for as they are now, others' work aside."""
+    return sum(how_many(node["Resources"], asked) for node in living_nodes())
 
 
 def gpus() -> float:

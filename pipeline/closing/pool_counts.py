@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from millijoule.pipeline.energy.commit_table import CommitTable
-from millijoule.pipeline.energy.counter_split import MISSING
-from millijoule.pipeline.energy.ledger import Entries
+from millijoule.pipeline.energy.ledger import Entries, sum_of_known
 from millijoule.workers.schemas import WorkerEnvironment
 
 
@@ -20,8 +19,8 @@ def count_pools(
 
     Of a shard that several pools had a part in, each has the images that it drew and what it used for them: `shards` were committed by
     the pool, `shards_made` is what its images are in shards of the job's mean size. `shard_s` and `shard_mj` are its devices' time and
-    joules in shards, null where the joules were not measured; `device_cost` is that time at the price that the pool states, null
-    where it states none.
+    joules in shards, null where the joules were not measured; `shard_estimate_mj` is what a model of CPU time says of the same, null
+    where it says nothing; `device_cost` is that time at the price that the pool states, null where it states none.
 
     Args:
         entries: of the job's ledger.
@@ -36,6 +35,7 @@ def count_pools(
     mean = commits.number("images_ok").sum() / max(1, len(commits))
     drawn = entries.of_class("shard")
     drawing, mj = _pools(entries.names, pool_of)[entries.worker[drawn]], entries.total_mj[drawn]
+    estimate_mj = entries.estimates()[drawn]
     t_mono_ns = entries.columns.t_mono_ns
     ns = t_mono_ns[entries.close[drawn]] - t_mono_ns[entries.open[drawn]]
     prices = {w.worker_id: w.price_per_hour for w in workers.values()}
@@ -52,7 +52,8 @@ def count_pools(
             "shards_made": round(images / mean, 3) if mean else 0.0,
             "images_ok": images,
             "shard_s": round(int(ns[mine].sum()) / 1e9, 3),
-            "shard_mj": None if (mj[mine] == MISSING).any() else int(mj[mine].sum()),
+            "shard_mj": sum_of_known(mj[mine]),
+            "shard_estimate_mj": sum_of_known(estimate_mj[mine]),
             "device_cost": None if np.isnan(total_cost) else total_cost,
         }
     return found

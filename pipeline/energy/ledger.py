@@ -133,10 +133,10 @@ class Ledger:
         for code in np.unique(entries.segment_class).tolist():
             mine, name = entries.segment_class == code, entries.class_names[code]
             measured[name] = int(entries.known_mj[mine].sum())
-            estimates[name] = _sum_or_none(estimate_mj[mine])
+            estimates[name] = sum_of_known(estimate_mj[mine])
         for gap in self.gaps:
             measured[gap.segment_class] += gap.energy_mj
-        shard_mj = _sum_or_none(entries.total_mj[entries.segment_class == entries.class_names.index("shard")])
+        shard_mj = sum_of_known(entries.total_mj[entries.segment_class == entries.class_names.index("shard")])
         total_mj = measured.total() - measured["off"] if self.complete else None
         return {
             "complete": self.complete,
@@ -155,7 +155,7 @@ class Ledger:
         }
 
 
-def _sum_or_none(mj: np.ndarray) -> int | None:
+def sum_of_known(mj: np.ndarray) -> int | None:
     """The sum, or None where a part is missing or there are none."""
     return int(mj.sum()) if len(mj) and (mj != MISSING).all() else None
 

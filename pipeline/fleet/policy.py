@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from millijoule.pipeline.fleet.choice import Offer, choose_devices, seconds_until_done
@@ -24,6 +24,7 @@ from millijoule.pipeline.fleet.pools import Pool, Preference
 from millijoule.pipeline.fleet.rates import Rates, ShardCost
 from millijoule.pipeline.fleet.worth import NO_CAPACITY_S, PROBE_WORKERS
 from millijoule.pipeline.running.coordinator import Coordinator
+from millijoule.pipeline.running.demand import room_of
 from millijoule.workers.lease import Piece
 from millijoule.workers.schemas import Commit
 
@@ -75,6 +76,7 @@ class FleetPolicy:
         self.deadline_s = deadline_s
         self.price_per_kwh = price_per_kwh
         self.rates = Rates(pools)
+        self.room = room_of({pool.name: pool.options for pool in pools})
         self.targets = {name: pool.options.max_workers for name, pool in self.pools.items()}
         self.images_made: Counter[str] = Counter()  # accepted ones of committed shards, by pool
         self.leaving: set[str] = set()  # ids of workers that are to end when they have nothing in hand
@@ -230,14 +232,27 @@ class FleetPolicy:
                 offers.append(Offer(offer.name, least, devices, images, cost))
         return offers
 
-    def _there(self, known: Collection[str], workers: Collection[Any], now: float) -> dict[str, int]:
-        """How many devices of each pool can be counted on: all it may have, unless requests for some wait in vain."""
+    def _most(self, known: Collection[str], workers: Collection[Any]) -> Iterator[dict[str, int]]:
+        """How many devices each pool may have. Where no node will ever come, pools that fit the same ones have them one after
+        the other: first those that are preferred, then, should these be too slow, the fastest."""
+        if self.room is None or self.room.may_grow:
+            yield {name: self.pools[name].options.max_workers for name in known}
+            return
+        cheapest = [name for name in self.order() if name in known]
+        fastest = sorted(cheapest, key=lambda name: -(self.rates.images_per_s(name) or 0.0))
+        others = [w for w in workers if w.pool not in known]
+        for names in (cheapest, fastest):
+            fit = self._on_nodes(names, others)
+            yield {name: max(n, self.pools[name].options.min_workers) for name, n in fit.items()}
+
+    def _there(
+        self, known: Collection[str], most: Mapping[str, int], workers: Collection[Any], now: float
+    ) -> dict[str, int]:
+        """How many devices of each pool can be counted on: the most it may have, unless requests for some wait in vain."""
         there = Counter(w.pool for w in workers if w.node is not None and not w.stopping)
         vain = self._in_vain(workers, now)
         return {
-            name: max(self.pools[name].options.min_workers, there[name])
-            if name in vain
-            else self.pools[name].options.max_workers
+            name: max(self.pools[name].options.min_workers, there[name]) if name in vain else most[name]
             for name in known
         }
 
@@ -249,12 +264,15 @@ class FleetPolicy:
         self, known: Collection[str], left: float, time_s: float, workers: Collection[Any], now: float
     ) -> dict[str, int]:
         """The cheapest devices that make `left` images in time; where some of them do not come, others too, until they do."""
-        needed = left * (1 + RESERVE)
-        all_there = {name: self.pools[name].options.max_workers for name in known}
-        wished = choose_devices(self._offers_within(time_s, known, all_there, workers), needed)
-        offers = self._offers_within(time_s, known, self._there(known, workers, now), workers)
-        chosen = choose_devices(offers, needed)
-        can = sum(offer.most * offer.rate for offer in offers)
+        needed, can = left * (1 + RESERVE), 0.0
+        for most in self._most(known, workers):
+            wished = choose_devices(self._offers_within(time_s, known, most, workers), needed)
+            there = self._there(known, most, workers, now)
+            offers = self._offers_within(time_s, known, there, workers)
+            chosen = choose_devices(offers, needed)
+            can = sum(offer.most * offer.rate for offer in offers)
+            if can >= needed:
+                break
         looked_for = {*known, *self._in_vain(workers, now)}
         if can < left and len(looked_for) == len(self.pools) and not self._is_late:
             self._is_late = True
@@ -264,17 +282,20 @@ class FleetPolicy:
             )
         if can <= 0:
             # none would be ready in time, as far as is known: on nodes that are there one may be, sooner than thought
-            return {name: self._room(name) for name in known}
+            return self._on_nodes([name for name in self.order() if name in known], workers)
         return {name: max(wished[name], chosen[name]) for name in known}
 
-    def _room(self, name: str) -> int:
-        """Devices that a pool may have on the nodes that are there."""
-        options = self.pools[name].options
-        return options.max_workers if options.at_once is None else min(options.max_workers, options.at_once)
+    def _on_nodes(self, names: Sequence[str], workers: Collection[Any]) -> dict[str, int]:
+        """Devices that each pool may have on the nodes that are there beside `workers`, one pool after the other."""
+        bounds = {name: self.pools[name].options.bounds_at_once for name in names}
+        if self.room is None:
+            return {name: most for name, (_, most) in bounds.items()}
+        held = [(w.pool, w.node.node_id) for w in workers if w.node is not None]
+        return self.room.together(names, bounds, held)
 
     def _cheapest(self, known: Collection[str], workers: Collection[Any], now: float) -> dict[str, int]:
         """All devices of the pool that costs least per image; of the next one as well while its nodes do not come."""
-        counted_on = self._there(known, workers, now)
+        counted_on = self._there(known, next(self._most(known, workers)), workers, now)
         chosen: dict[str, int] = {}
         offers = sorted(self._offers(known, counted_on), key=lambda offer: offer.cost)
         best = offers[0].cost

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from millijoule.pipeline.fleet.room import Places
+
 #: Nodes that one pool of several may have before it is known how fast its workers are.
 PROBE_WORKERS = 2
 #: So many times faster than the fastest one known may a pool be of which nothing is known: it gets a node where there is work even then.
@@ -25,8 +27,10 @@ class Standing:
 
     Attributes:
         least, most: workers it is to have in any case, and may have.
-        room: workers that fit the nodes that are there; None: nobody counts nodes, all are asked for at once.
+        room: workers that fit the nodes that are there, were they the pool's alone; None: nobody counts nodes, all are asked for at once.
         there: workers that have a node.
+        asked: of those that have none, how many may get one any moment.
+        ending: workers whose place is free any moment, besides.
         in_hand: of those at work, images that each still has in hand.
         coming: of those that have nothing in hand, seconds until each is ready.
         images_per_s: of one worker, as far as is known the most it can be.
@@ -41,6 +45,8 @@ class Standing:
     most: int
     room: int | None
     there: int
+    asked: int
+    ending: int
     in_hand: tuple[float, ...]
     coming: tuple[float, ...]
     images_per_s: float
@@ -50,7 +56,13 @@ class Standing:
     waits_in_vain: bool = False
 
 
-def share_out(pools: Sequence[Standing], useful: int, unbegun: float, shard_images: float) -> dict[str, int]:
+def share_out(
+    pools: Sequence[Standing],
+    useful: int,
+    unbegun: float,
+    shard_images: float,
+    places: Places | None = None,
+) -> Share:
     """Workers that each pool is to have, those that are there included.
 
     In all never more than `useful`, but for the least that each pool is to have and those that are there.
@@ -59,11 +71,14 @@ def share_out(pools: Sequence[Standing], useful: int, unbegun: float, shard_imag
         pools: those preferred first.
         useful: shards that are not done, and questions that wait for a worker.
         unbegun: images of shards that nobody has begun.
+        places: what workers leave free of the nodes that are there; None: each pool's `room` is its own.
     """
-    share = _Share(pools, useful, unbegun, shard_images)
+    share = Share(pools, useful, unbegun, shard_images, places)
     hopeful = [pool for pool in pools if not pool.waits_in_vain]
     for pool in pools:
-        share.give(pool, (pool.most if pool.room is None else pool.room) - share.wanted[pool.name])
+        share.settle(pool)
+    if places is not None and not places.room.may_grow:
+        return share
     for pool in pools:
         if pool.waits_in_vain and share.wanted[pool.name] == pool.there:
             share.give(pool, 1)  # that shows when its nodes come
@@ -72,11 +87,11 @@ def share_out(pools: Sequence[Standing], useful: int, unbegun: float, shard_imag
             share.give(pool, 1)
     share.buy(hopeful)
     share.buy([pool for pool in pools if pool.waits_in_vain])
-    return share.wanted
+    return share
 
 
-class _Share:
-    """`wanted` workers by pool, and how many more there may be in all."""
+class Share:
+    """`wanted` workers by pool, of which `room` have a place on nodes that are there, and how many more there may be in all."""
 
     def __init__(
         self,
@@ -84,17 +99,40 @@ class _Share:
         useful: int,
         unbegun: float,
         shard_images: float,
+        places: Places | None,
     ) -> None:
         self.pools = pools
         self.unbegun, self.shard_images = unbegun, shard_images
         # those there beyond the most are let go: nobody is to take their place, but they have what is in their hands
         self.wanted = {pool.name: max(pool.least, min(pool.there, pool.most)) for pool in pools}
         self.budget = useful - sum(max(self.wanted[pool.name], pool.there) for pool in pools)
+        self.room: dict[str, int] = {}
+        self.places = None if places is None else places.copy()
+        self._kept = dict.fromkeys(self.wanted, 0)  # places that are no other pool's
+        if self.places is not None:
+            for pool in pools:
+                self.places.take(pool.name, max(0, self.wanted[pool.name] - pool.there))
+            for pool in pools:
+                asked = pool.asked - max(0, self.wanted[pool.name] - pool.there)
+                self._kept[pool.name] = pool.ending + self.places.take(pool.name, max(0, asked))
 
-    def give(self, pool: Standing, more: int) -> None:
+    def settle(self, pool: Standing) -> None:
+        """Give `pool` what fits the nodes that are there, beside what others have been given before."""
+        wanted, kept = self.wanted[pool.name], self._kept[pool.name]
+        room = pool.most if pool.room is None else pool.room
+        if self.places is not None:
+            room = min(room, wanted + kept + self.places.fits(pool.name))
+        if pool.room is not None:
+            self.room[pool.name] = room
+        given = self.give(pool, room - wanted)
+        if self.places is not None:
+            self.places.take(pool.name, max(0, given - kept))
+
+    def give(self, pool: Standing, more: int) -> int:
         more = max(0, min(more, pool.most - self.wanted[pool.name], self.budget))
         self.wanted[pool.name] += more
         self.budget -= more
+        return more
 
     def buy(self, pools: Iterable[Standing]) -> None:
         """Give `pools`, in order, what is worth a node; those not known yet a few, and at most half of what is worth one."""

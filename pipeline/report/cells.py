@@ -99,24 +99,33 @@ def energy_cells(row: DeviceRow) -> tuple[str, ...]:
 
 
 POOL_HEADS = (
-    *("pool", "workers", "shards", "images", "direct per image"),
-    *("device time per shard", "energy per shard", "device cost per shard"),
+    *("pool", "workers", "shards", "images", "direct per image", "estimate direct"),
+    *("device time per shard", "energy per shard", "estimate per shard", "device cost per shard"),
 )
+#: Those of the pool as a whole; the others say what a shard of its takes.
+POOL_HEADS_IN_ALL = 6
 
 
 def pool_cells(job: JobReport) -> list[tuple[str, ...]]:
     """A row per pool, under `POOL_HEADS`; what a shard costs is that of as many images of the pool as a mean shard has."""
-    rows = []
-    for name, pool in job.pools.items():
-        counts = (f"{pool[key]:,}" for key in ("workers", "shards", "images_ok"))
-        mj, images, made = pool["shard_mj"], pool["images_ok"], pool.get("shards_made")
-        per_image = words.energy(mj / images if mj is not None and images else None)
-        took, energy_mj, cost = (
-            None if not made or (value := pool.get(key)) is None else value / made
-            for key in ("shard_s", "shard_mj", "device_cost")
+
+    def each(pool: dict[str, Any], of: str, key: str) -> float | None:
+        value, n = pool.get(key), pool.get(of)  # an earlier version has fewer
+        return value / n if value is not None and n else None
+
+    return [
+        (
+            name,
+            *(f"{pool[key]:,}" for key in ("workers", "shards", "images_ok")),
+            energy(each(pool, "images_ok", "shard_mj")),
+            energy(each(pool, "images_ok", "shard_estimate_mj"), "-"),
+            seconds(each(pool, "shards_made", "shard_s")),
+            energy(each(pool, "shards_made", "shard_mj")),
+            energy(each(pool, "shards_made", "shard_estimate_mj"), "-"),
+            money(each(pool, "shards_made", "device_cost")),
         )
-        rows.append((name, *counts, per_image, seconds(took), words.energy(energy_mj), money(cost)))
-    return rows
+        for name, pool in job.pools.items()
+    ]
 
 
 def straggler_cells(row: Straggler) -> tuple[str, ...]:

@@ -50,7 +50,8 @@ def _print_job(job: JobReport, console: Console) -> None:
     console.print(_classes(job))
     console.print(_work(job))
     if job.pools:
-        console.print(_pools(job))
+        for table in _pools(job):
+            console.print(table)
     for line in cells.speed(job.speed):
         console.print(_plain(line))
     if job.speed.slowest:
@@ -126,11 +127,17 @@ def _work(job: JobReport) -> Table:
     return table
 
 
-def _pools(job: JobReport) -> Table:
-    table = _table(*cells.POOL_HEADS, numbers=len(cells.POOL_HEADS) - 1)
-    for name, *figures in cells.pool_cells(job):
-        table.add_row(_plain(name), *figures)
-    return table
+def _pools(job: JobReport) -> tuple[Table, Table]:
+    """What pools made, and what a shard takes on each: one table would be wider than a terminal."""
+    whole, shard = slice(1, cells.POOL_HEADS_IN_ALL), slice(cells.POOL_HEADS_IN_ALL, None)
+    tables = []
+    for part in (whole, shard):
+        heads = cells.POOL_HEADS[part]
+        table = _table("pool", *heads, numbers=len(heads), number_width=(None, 13))
+        for row in cells.pool_cells(job):
+            table.add_row(_plain(row[0]), *row[part])
+        tables.append(table)
+    return tables[0], tables[1]
 
 
 def _stragglers(job: JobReport) -> Table:
@@ -199,7 +206,7 @@ def _rest(rows: int) -> str:
     return f"... {rows - MAX_ROWS:,} more"
 
 
-def _table(*heads: str, numbers: int, number_width: tuple[int, int] | None = None) -> Table:
+def _table(*heads: str, numbers: int, number_width: tuple[int | None, int] | None = None) -> Table:
     """A table whose last `numbers` columns are numbers, of at least and at most so many characters."""
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     least, most = number_width or (None, None)

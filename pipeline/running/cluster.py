@@ -9,6 +9,7 @@ import ray
 from ray._private import state as ray_state
 from ray.exceptions import RayActorError
 
+from millijoule.pipeline.fleet.room import NodeNow, choice_of, how_many
 from millijoule.workers.lease import Node
 
 #: `AUTOSCALER_DRAIN_PREEMPTED` of Ray's `NodeDeathInfo`: it was drained because it was taken away.
@@ -29,19 +30,13 @@ def nodes_for(asked: Mapping[str, float], selectors: Sequence[Mapping[str, str]]
     return [
         Node(node["NodeID"], node["NodeManagerHostname"])
         for node in living_nodes()
-        if how_many(node["Resources"], asked) and has_labels(node, selectors)
+        if how_many(node["Resources"], asked) and choice_of(node.get("Labels") or {}, selectors) is not None
     ]
 
 
-def has_labels(node: Mapping[str, Any], selectors: Sequence[Mapping[str, str]]) -> bool:
-    """Whether a node, as `ray.nodes()` describes it, has all labels of one of `selectors`; of none: yes."""
-    labels = node.get("Labels") or {}
-    return not selectors or any(all(labels.get(n) == v for n, v in s.items()) for s in selectors)
-
-
-def how_many(have: Mapping[str, float], asked: Mapping[str, float]) -> int:
-    """Workers that ask for `asked` and fit one node that has `have`."""
-    return int(min((have.get(name, 0) / amount for name, amount in asked.items() if amount), default=0))
+def nodes_now() -> tuple[NodeNow, ...]:
+    """The nodes there are, what each has and its labels."""
+    return tuple(NodeNow(n["NodeID"], n["Resources"], n.get("Labels") or {}) for n in living_nodes())
 
 
 def words(have: Mapping[str, float], named: Mapping[str, float] | None = None) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from millijoule.pipeline.fleet.pace import MOST_IMAGES_PER_S, Pace
+from millijoule.pipeline.fleet.room import Nodes, Room
 from millijoule.pipeline.fleet.worth import NO_CAPACITY_S, UNLIKE, Standing, share_out
 from millijoule.pipeline.running.coordinator import Coordinator
 
@@ -37,7 +38,8 @@ class PoolOptions:
 
     `min_workers` may be 0: then nothing runs while nothing waits. `at_once` workers fit the nodes that are there: beyond
     them nodes are asked for as far as the work is worth it; None asks for one for each shard at once. `selectors` are labels
-    of nodes, by Ray's names, in order of preference; none: any node will do.
+    of nodes, by Ray's names, in order of preference; none: any node will do. `nodes` are those on which `at_once` is counted,
+    where other pools of the job are counted on the same ones, too.
     """
 
     min_workers: int
@@ -47,11 +49,18 @@ class PoolOptions:
     resources: dict[str, float] = field(default_factory=dict)
     at_once: int | None = None
     selectors: tuple[dict[str, str], ...] = ()
+    nodes: Nodes | None = None
 
     @property
     def asked(self) -> dict[str, float]:
         """What a worker asks for, by Ray's names."""
         return {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **self.resources}
+
+    @property
+    def bounds_at_once(self) -> tuple[int, int]:
+        """The least and the most workers on the nodes that are there, as far as nobody else is."""
+        most = self.max_workers if self.at_once is None else min(self.max_workers, self.at_once)
+        return min(self.min_workers, most), most
 
     def actor_options(self) -> dict[str, Any]:
         """The same as keyword arguments of an actor class's `options`."""
@@ -73,6 +82,12 @@ class PoolOptions:
         return replace(self, selectors=tuple({**s, name: f"!in({','.join(values)})"} for s in selectors))
 
 
+def room_of(pools: Mapping[str, PoolOptions]) -> Room | None:
+    """What all pools of a job share; None where nobody says which nodes there are."""
+    nodes = [options.nodes for options in pools.values()]
+    return None if None in nodes else Room(nodes[0] or Nodes(), pools)
+
+
 class Demand:
     """Watches all pools of a job. Its owner calls `look`, then asks `wanted` and `withdrawable`.
 
@@ -86,6 +101,7 @@ class Demand:
 
     def __init__(self, pools: Mapping[str, PoolOptions], stated: Mapping[str, float] | None = None) -> None:
         self.pools = dict(pools)
+        self._room = room_of(pools)
         self._stated = dict(stated or {})
         self._paces = {name: Pace() for name in pools}
         self._next_look = float("-inf")
@@ -95,6 +111,7 @@ class Demand:
         self._useful = 0
         self._wanted = dict.fromkeys(pools, 0)
         self._tolerated = dict.fromkeys(pools, 0)  # more than this is taken back
+        self._fit = {name: options.at_once for name, options in pools.items()}  # nodes that are there
 
     def look(
         self,
@@ -122,10 +139,15 @@ class Demand:
         shard_images = coordinator.images_per_shard
         unbegun = (max(0, coordinator.unleased) + coordinator.n_ahead) * shard_images
         standing = self._standing(workers, now, targets or {}, order() if order else tuple(self.pools))
-        self._wanted = share_out(standing, self._useful, unbegun, shard_images)
+        places = None
+        if self._room is not None:
+            held = [(w.pool, w.node.node_id) for w in workers if w.node is not None]
+            places = self._room.places([pool.name for pool in standing], held)
+        share = share_out(standing, self._useful, unbegun, shard_images, places)
+        self._wanted, self._fit = share.wanted, {**self._fit, **share.room}
         waited = {w.pool: now - w.spawned for w in workers if w.node is None}  # of the newest of each pool
         milder = [_for_what_waits(pool, waited.get(pool.name, 0.0)) for pool in standing]
-        self._tolerated = share_out(milder, self._useful, unbegun, shard_images)
+        self._tolerated = share_out(milder, self._useful, unbegun, shard_images, places).wanted
 
     def _learn(self, coordinator: Coordinator, workers: Collection[Any], now: float) -> None:
         """How long starts took, and how fast each pool is."""
@@ -159,13 +181,18 @@ class Demand:
         fastest = max([rate for rate in known.values() if rate] or bounds, default=MOST_IMAGES_PER_S)
         most = min(MOST_IMAGES_PER_S, fastest * (UNLIKE if len(self.pools) > 1 else 1.0))
         there: Counter[str] = Counter()
+        asked: Counter[str] = Counter()
+        ending: Counter[str] = Counter()
         coming: dict[str, list[float]] = defaultdict(list)
         starts = {name: self.start_s(name) for name in self.pools}
         in_vain: set[str] = set()
         for worker in workers:
             if worker.stopping:  # wanted no more: whoever is counted here is replaced when it is gone
+                if self._room is not None and worker.node is not None and worker.node.node_id in self._room:
+                    ending[worker.pool] += 1
                 continue
             if worker.node is None:
+                asked[worker.pool] += 1
                 if now - worker.spawned > max(NO_CAPACITY_S, HYSTERESIS * starts[worker.pool]):
                     in_vain.add(worker.pool)
                 continue
@@ -183,6 +210,8 @@ class Demand:
                     min(options.max_workers, targets.get(name, options.max_workers)),
                     options.at_once,
                     there[name],
+                    0 if name in in_vain else asked[name],
+                    ending[name],
                     tuple(self._paces[name].left.values()),
                     tuple(coming[name]),
                     known[name] or self._paces[name].most_images_per_s or most,
@@ -200,8 +229,8 @@ class Demand:
         Args:
             own: workers of the pool that there are, where one more is asked about: it may fit a node that is there.
         """
-        room, there = self.pools[pool].at_once, self._paces[pool].starts[False]
-        if own is not None and room is not None and own < room and there:
+        fit, there = self._fit[pool], self._paces[pool].starts[False]
+        if own is not None and fit is not None and own < fit and there:
             return statistics.median(there)
         medians = {
             name: statistics.median(p.starts[True]) for name, p in self._paces.items() if p.starts[True]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
-from rich.progress import Progress as Bar
+from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from millijoule.pipeline.closing.warning_kinds import kind_of
 from millijoule.pipeline.output.job import JobSpec
@@ -30,21 +31,31 @@ MAX_KINDS = 5
 BAR_PERIOD_S = 0.25
 
 
+class Bar(RichProgress):
+    """A bar, and below it what there is to say, which with pools is as long as a terminal is wide."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["detail"])
+
+
 class Progress:
     """Shows a `JobRun` while it works. Use as a context manager and call `tick` from the run."""
 
-    def __init__(self, job: JobSpec, run: JobRun, *, quiet: bool = False) -> None:
+    def __init__(
+        self, job: JobSpec, run: JobRun, *, quiet: bool = False, console: Console | None = None
+    ) -> None:
         self.job = job
         self.run = run
         self.quiet = quiet
-        self.console = Console(stderr=True)
+        self.console = console or Console(stderr=True)
         self._next = 0.0
         self._bar: Bar | None = None
         widgets = self.console.is_jupyter and find_spec("ipywidgets") is not None  # rich draws with them
         if not quiet and (self.console.is_terminal or widgets):
-            detail = TextColumn("{task.fields[detail]}")
-            columns = (SpinnerColumn(), TextColumn("images"), BarColumn(), MofNCompleteColumn(), detail)
-            self._bar = Bar(*columns, console=self.console, auto_refresh=False)
+            columns = (SpinnerColumn(), TextColumn("images"), BarColumn(None), MofNCompleteColumn())
+            self._bar = Bar(*columns, console=self.console, auto_refresh=False, expand=True)
             self._task = self._bar.add_task("images", total=job.images, detail="starting workers")
 
     def __enter__(self) -> Progress:

@@ -12,7 +12,8 @@ from typing import Any
 
 import ray
 
-from millijoule.pipeline.running.cluster import how_many, living_nodes, words
+from millijoule.pipeline.fleet.room import how_many
+from millijoule.pipeline.running.cluster import living_nodes, words
 from millijoule.pipeline.running.demand import PoolOptions
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from support.ray_stand_in import RayStandIn
 
 from millijoule.jobs.set_up import autoscaling
 from millijoule.jobs.set_up.autoscaling import answer, from_node_groups, scales_by_version_1
-from millijoule.pipeline.running.cluster import how_many
+from millijoule.pipeline.fleet.room import how_many
 
 WORKER = {"CPU": 1.0, "GPU": 1.0}
 

@@ -15,6 +15,7 @@ from millijoule.jobs.simulating.fleets import mixed_kinds, pools_of
 from millijoule.jobs.simulating.job import made_up_plan, run_job
 from millijoule.pipeline.fleet.policy import FleetPolicy
 from millijoule.pipeline.fleet.pools import Pool
+from millijoule.pipeline.fleet.room import NodeNow, Nodes
 from millijoule.pipeline.running.coordinator import Coordinator
 from millijoule.pipeline.running.demand import PoolOptions
 
@@ -186,6 +187,36 @@ def test_a_deadline_before_anybody_is_thought_to_be_ready_is_tried_on_the_nodes_
     plan = made_up_plan(SHARDS, IMAGES)
     policy.look(Coordinator(plan.shards, np.zeros(SHARDS, bool), 60.0, 1), [], 0.0)
     assert policy.targets == {"slow": 2}
+
+
+def sharing(deadline_s, stated, may_grow=False, prefer=None):
+    """What is chosen of pools `(images per second, joules)`, whose workers have two processors of one node between them."""
+    nodes = Nodes((NodeNow("n", {"CPU": 2.0}, {}),), may_grow)
+    both = [
+        Pool(
+            name,
+            PoolOptions(0, 8, at_once=2, nodes=nodes),
+            images_per_s=rate,
+            joules_per_image=joules_per_image,
+        )
+        for name, (rate, joules_per_image) in stated.items()
+    ]
+    policy = FleetPolicy(both, prefer, deadline_s=deadline_s)
+    policy.look(Coordinator(made_up_plan(20, IMAGES).shards, np.zeros(20, bool), 60.0, 1), [], 0.0)
+    return policy.targets
+
+
+def test_pools_of_the_same_nodes_are_counted_on_once_where_nobody_joins(caplog):
+    """400 images: two lean devices make them in 300 s, a quick one in 100 s; eight of each would, that the node does not hold."""
+    stated = {"lean": (1.0, 1.0), "quick": (8.0, 5.0)}
+    with caplog.at_level(logging.WARNING, "millijoule"):
+        assert sharing(300.0, stated) == {"lean": 2, "quick": 0}
+        assert sharing(100.0, stated) == {"lean": 0, "quick": 1}
+        assert sharing(50.0, stated, may_grow=True) == {"lean": 8, "quick": 3}
+        assert caplog.text == ""
+        assert sharing(50.0, stated) == {"lean": 0, "quick": 2}
+    assert "the deadline will be missed" in caplog.text
+    assert sharing(None, stated, prefer="energy") == {"lean": 8, "quick": 0}
 
 
 def test_devices_that_start_slowly_are_asked_for_in_time_and_in_vain_no_more():

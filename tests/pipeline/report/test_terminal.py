@@ -55,6 +55,31 @@ def test_eighty_columns_are_enough(measured, unmeasured):
         assert torn not in text.replace(" ", "")
 
 
+def test_pools_have_both_classes_in_eighty_columns_and_no_figure_is_torn(measured):
+    figures = {
+        "workers": 1_000,
+        "shards": 123_456,
+        "shards_made": 100.0,
+        "images_ok": 98_765_432,
+        "shard_s": 9_999.0,
+    }
+    gpu = {**figures, "shard_mj": 12_345_678, "shard_estimate_mj": 23_456_789, "device_cost": 1.234}
+    pools = {
+        "gpu": gpu,
+        "c" * 40: {**figures, "shard_mj": None, "shard_estimate_mj": 7 * 10**9, "device_cost": None},
+    }
+    report = changed(measured, pools=pools)
+    text = printed(report)
+    assert max(map(len, text.splitlines())) <= 80
+    assert [row[1:] for row in rows(text, "gpu  ")] == [
+        ["1,000", "123,456", "98,765,432", *cells.pool_cells(report.jobs[0])[0][4:6]],
+        list(cells.pool_cells(report.jobs[0])[0][6:]),
+    ]
+    assert "not measured" in text
+    for head in ("direct per image", "estimate direct", "estimate per shard", "device cost per shard"):
+        assert all(word in text for word in head.split())
+
+
 def test_nodes_kinds_and_devices_have_their_rows(measured):
     job = measured.jobs[0]
     found = {row[0]: row[1:] for row in rows(printed(measured, 120), "host-", "GPU, ")}

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
+from support.single_nodes import OneNode, alone, can_stand, clusters
 
+from millijoule.pipeline.fleet.room import NodeNow, Nodes
 from millijoule.pipeline.running.demand import NODE_ANSWER_S, Demand, PoolOptions
 
 IMAGES = 10  # of a shard
@@ -253,3 +255,98 @@ def test_how_long_a_start_takes_is_as_others_took_and_of_a_node_that_is_there_as
     assert (
         d.start_s("q", 0) == 90.0
     )  # nobody counts its nodes, and the slowest pool known is what it is taken for
+
+
+# -- pools that fit the same nodes ----------------------------------------------------------------------------------
+
+
+def sharing(nodes, **asks) -> Demand:
+    """Pools `(least, most, CPUs)` of nodes that nobody joins."""
+    there, pools = Nodes(nodes, may_grow=False), {}
+    for name, (least, most, cpus) in asks.items():
+        at_once = sum(int(node.resources["CPU"] // cpus) for node in nodes)
+        pools[name] = PoolOptions(least, most, cpus, at_once=at_once, nodes=there)
+    return Demand(pools)
+
+
+def processors(*cpus: float) -> tuple[NodeNow, ...]:
+    return tuple(NodeNow(f"n{i}", {"CPU": n}, {}) for i, n in enumerate(cpus))
+
+
+def on(node_id: str, pool: str, **more) -> Worker:
+    placed = at_work(f"{node_id}-{pool}", pool)
+    placed.node = SimpleNamespace(node_id=node_id)
+    for name, value in more.items():
+        setattr(placed, name, value)
+    return placed
+
+
+def wanted_of(d: Demand, workers, *, now=10.0, order="ab", shards=99) -> list[int]:
+    d.look(Work(shards), workers, now, order=lambda: list(order))
+    return [d.wanted(name) for name in sorted(d.pools)]
+
+
+def test_the_pool_that_is_preferred_takes_first_and_the_least_of_the_others_before():
+    assert wanted_of(sharing(processors(4), a=(0, 3, 1), b=(0, 9, 1)), []) == [3, 1]
+    assert wanted_of(sharing(processors(4), a=(0, 3, 1), b=(0, 9, 1)), [], order="ba") == [0, 4]
+    assert wanted_of(sharing(processors(4), a=(1, 3, 1), b=(0, 9, 1)), [], order="ba") == [1, 3]
+    assert wanted_of(sharing(processors(4), a=(0, 3, 1), b=(0, 9, 1)), [], shards=2) == [2, 0]
+
+
+def test_workers_that_are_there_and_requests_that_may_be_met_any_moment_keep_their_room():
+    d = sharing(processors(2, 2), a=(0, 9, 1), b=(0, 9, 2))
+    assert wanted_of(d, [on("n0", "a")]) == [4, 0]
+    assert wanted_of(d, [on("n0", "a")], order="ba") == [2, 1]
+    asked = Worker("w", 9.0, pool="a")
+    assert wanted_of(d, [asked], order="ba") == [2, 1]
+    # where it waits for minutes its place is not there: somebody else's work is
+    assert wanted_of(d, [asked], now=500.0, order="ba") == [0, 2]
+
+
+def test_the_place_of_a_worker_that_ends_is_its_own_pools_until_it_is_gone():
+    """Nobody else's request is to wait for it, and its pool's next worker is asked for at once."""
+    d = sharing(processors(2), a=(0, 9, 1), b=(0, 9, 1))
+    assert wanted_of(d, [on("n0", "a", stopping=True), on("n0", "b")], order="ba") == [1, 1]
+    d.look(Work(9), [on("n0", "a", stopping=True)], 10.0, targets={"a": 0, "b": 9})
+    assert [d.wanted("a"), d.wanted("b")] == [0, 1]
+
+
+def test_a_start_on_a_node_that_is_there_is_only_as_long_where_others_leave_one():
+    d = sharing(processors(2), a=(0, 9, 1), b=(0, 9, 1))
+    for name in "ab":
+        for start_s, has_waited in ((5.0, False), (90.0, True)):
+            d._paces[name].starts[has_waited].append(start_s)
+    d.look(Work(9), [on("n0", "a", spawned=-80.0)], 10.0)
+    assert [d.start_s("a", own) for own in (1, 2)] == [5.0, 90.0]
+    assert d.start_s("b", 0) == 90.0
+
+
+@given(clusters(), st.data())
+def test_all_that_is_wanted_fits_where_nobody_joins(cluster, data):
+    """Workers stand anywhere they fit, requests are out, pools are preferred in any order: what is wanted has a place."""
+    nodes, asks, order = cluster
+    there = Nodes(nodes, may_grow=False)
+    pools = {}
+    for name, ask in asks.items():
+        cpus, gpus = ask.asked["CPU"], ask.asked["GPU"]
+        pools[name] = PoolOptions(
+            0, ask.most, cpus, gpus, at_once=alone(nodes, ask), selectors=ask.selectors, nodes=there
+        )
+    d, workers = Demand(pools), []
+    singles = {n.node_id: OneNode(n.resources, n.labels) for n in nodes}
+    for i in range(data.draw(st.integers(0, 5))):
+        name = data.draw(st.sampled_from(order))
+        fitting = [node_id for node_id, single in singles.items() if single.takes(asks[name])]
+        if fitting and data.draw(st.booleans()):
+            node_id = data.draw(st.sampled_from(fitting))
+            singles[node_id].put(asks[name])
+            workers.append(on(node_id, name, worker_id=f"w{i}", stopping=data.draw(st.booleans())))
+        else:
+            workers.append(Worker(f"w{i}", data.draw(st.sampled_from([9.0, -500.0])), pool=name))
+    d.look(Work(data.draw(st.integers(0, 9))), workers, 10.0, order=lambda: order)
+    standing = {name: sum(w.pool == name and w.node is not None for w in workers) for name in asks}
+    ending = {name: sum(w.pool == name and w.stopping for w in workers) for name in asks}
+    # the place of a worker that ends is taken by the next of its pool
+    more = {name: max(0, d.wanted(name) - standing[name]) for name in asks}
+    assert can_stand(list(singles.values()), asks, more, as_they_are=True)
+    assert all(d.wanted(name) <= max(asks[name].most, standing[name] - ending[name]) for name in asks)
