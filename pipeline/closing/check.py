@@ -92,7 +92,9 @@ def check_output(
             yield f"shard {shard_id}: not committed"
         if len(missing) > MAX_LISTED:
             yield f"{len(missing) - MAX_LISTED:,} more shards: not committed"
-        records, plan = RecordReader(store), ShardRowReader(store)
+        damaged: list[DamagedError] = []
+        records, plan = RecordReader(store, damaged.append), ShardRowReader(store)
+        yield from map(str, damaged)
 
         def check(shard_id: int) -> tuple[int, Commit | None, list[str]]:
             try:
@@ -104,7 +106,7 @@ def check_output(
 
         # a distant store keeps many threads waiting; from a disk more threads than cores only wait for each other
         threads = READ_THREADS if is_s3_url(store.url) else min(READ_THREADS, os.cpu_count() or 1)
-        whole = not missing
+        whole = not missing and not damaged  # else what is to be compared with them says the same again
         for shard_id, commit, problems in in_threads(check, np.flatnonzero(done).tolist(), threads):
             on_shard(shard_id)
             yield from problems

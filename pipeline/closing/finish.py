@@ -35,6 +35,7 @@ from millijoule.pipeline.energy.uncommitted import Uncommitted, held_devices, re
 from millijoule.pipeline.output.commits import parsing_commit, read_commits
 from millijoule.pipeline.output.image_rows import RowReader
 from millijoule.pipeline.output.job import JobSpec
+from millijoule.pipeline.output.read_objects import OnDamage
 from millijoule.pipeline.planning.retry_rounds import JobShards
 from millijoule.workers.images.readers import open_small, read_images_to_show
 from millijoule.workers.judging.contact_sheet import draw_contact_sheet
@@ -124,11 +125,15 @@ class JobRecords:
 
 
 class RecordReader:
-    """Takes commits one by one and makes `JobRecords` of them."""
+    """Takes commits one by one and makes `JobRecords` of them.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        on_damage: called with what is wrong with a record besides the commits; without it that is an error.
+    """
+
+    def __init__(self, store: Store, on_damage: OnDamage | None = None) -> None:
         self._store = store
-        self._uncommitted = read_uncommitted(store)
+        self._uncommitted = read_uncommitted(store, on_damage)
         self._commits = CommitTable()
         self._segments = PackedSegments(self._uncommitted.segments)
 

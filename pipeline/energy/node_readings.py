@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from millijoule.pipeline.energy.growing_files import GrowingFiles, put_rows
 from millijoule.pipeline.energy.schemas import ENERGY_SCHEMAS, ROW_GROUP_ROWS
-from millijoule.pipeline.output.read_objects import read_objects
+from millijoule.pipeline.output.read_objects import OnDamage, read_objects
 from millijoule.workers.layout import NODE_METERS_PREFIX
 from millijoule.workers.node_meters.config import DeclaredRest
 from millijoule.workers.node_meters.meter import NodeFailure, NodeReading, NodeSeries
@@ -96,16 +96,20 @@ def store_import(store: Store, host: str, meter: str, rows: Sequence[tuple]) -> 
     return key
 
 
-def read_node_readings(store: Store) -> pa.Table:
+def read_node_readings(store: Store, on_damage: OnDamage | None = None) -> pa.Table:
     """All rows of a job, in order of node, meter, feed, source and time.
 
+    Args:
+        on_damage: called with what is wrong with an object, which is left out then.
+
     Raises:
-        StoreError: storage failed, or an object is not what it should be; the message names it.
+        DamagedError: an object is not what it should be, and nobody asks for those; the message names it.
+        StoreError: storage failed.
     """
 
     def parse(data: bytes) -> pa.Table:
         return pq.read_table(pa.BufferReader(data)).select(NO_READINGS.column_names).cast(NO_READINGS.schema)
 
-    tables = read_objects(store, NODE_METERS_PREFIX, parse, "readings of a node meter")
+    tables = read_objects(store, NODE_METERS_PREFIX, parse, "readings of a node meter", on_damage)
     order = [(name, "ascending") for name in ("host", "boot_id", "meter", "feed", "source", "t_wall_ns")]
     return pa.concat_tables([NO_READINGS, *tables]).sort_by(order)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from millijoule.pipeline.energy.node_readings import NO_READINGS, read_node_readings
-from millijoule.pipeline.output.read_objects import read_objects
+from millijoule.pipeline.output.read_objects import OnDamage, read_objects
 from millijoule.workers.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, WORKERS_PREFIX
 from millijoule.workers.records import decode, encode
 from millijoule.workers.schemas import Commit, PowerTrace, Segment, WorkerClosing, WorkerEnvironment
@@ -82,14 +82,18 @@ class UncommittedWriter:
         self._segments, self._power = [], []
 
 
-def read_uncommitted(store: Store) -> Uncommitted:
+def read_uncommitted(store: Store, on_damage: OnDamage | None = None) -> Uncommitted:
     """Everything that drivers and workers of a job wrote besides commits.
 
+    Args:
+        on_damage: called with what is wrong with an object, which is left out then.
+
     Raises:
-        StoreError: storage failed, or an object is not what it should be; the message names it.
+        DamagedError: an object is not what it should be, and nobody asks for those; the message names it.
+        StoreError: storage failed.
     """
-    parts = read_objects(store, SEGMENTS_PREFIX, _parse_part, _WHAT)
-    closings = read_objects(store, CLOSINGS_PREFIX, WorkerClosing.from_json, _WHAT)
+    parts = read_objects(store, SEGMENTS_PREFIX, _parse_part, _WHAT, on_damage)
+    closings = read_objects(store, CLOSINGS_PREFIX, WorkerClosing.from_json, _WHAT, on_damage)
     return Uncommitted(
         tuple(segment for part in parts for segment in part.segments),
         tuple(
@@ -97,15 +101,15 @@ def read_uncommitted(store: Store) -> Uncommitted:
             for part in parts
             for p in part.power
         ),
-        read_workers(store),
-        read_node_readings(store),
+        read_workers(store, on_damage),
+        read_node_readings(store, on_damage),
         {closing.worker_id: closing for closing in closings},
     )
 
 
-def read_workers(store: Store) -> dict[str, WorkerEnvironment]:
-    """The environments of a job's workers, by worker id; raises StoreError."""
-    found = read_objects(store, WORKERS_PREFIX, WorkerEnvironment.from_json, _WHAT)
+def read_workers(store: Store, on_damage: OnDamage | None = None) -> dict[str, WorkerEnvironment]:
+    """The environments of a job's workers, by worker id; as `read_uncommitted`."""
+    found = read_objects(store, WORKERS_PREFIX, WorkerEnvironment.from_json, _WHAT, on_damage)
     return {worker.worker_id: worker for worker in found}
 
 

@@ -10,11 +10,14 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from millijoule.workers.errors import StoreError
+from millijoule.workers.errors import DamagedError
 from millijoule.workers.storage.protocol import Store
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+#: Hears what is wrong with an object.
+OnDamage = Callable[[DamagedError], None]
 
 #: Concurrent requests when objects are read one by one.
 READ_THREADS = 16
@@ -45,17 +48,35 @@ def in_threads(
             yield from waiting.popleft().result()
 
 
-def read_objects(store: Store, prefix: str, parse: Callable[[bytes], T], what: str) -> list[T]:
+def read_objects(
+    store: Store,
+    prefix: str,
+    parse: Callable[[bytes], T],
+    what: str,
+    on_damage: OnDamage | None = None,
+) -> list[T]:
     """Every object under `prefix`, parsed, in order of their keys; `what` it should be is for messages.
 
+    Args:
+        on_damage: called with what is wrong with an object that `parse` refuses, which is left out then.
+
     Raises:
-        StoreError: storage failed, or `parse` refused an object; the message names it.
+        DamagedError: `parse` refused an object, and nobody asks for those; the message names it.
+        StoreError: storage failed.
     """
 
-    def read(key: str) -> T:
+    def read(key: str) -> T | DamagedError:
         try:
             return parse(store.get(key))
         except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
-            raise StoreError(f"{store.url}/{key}: not {what}: {error}") from error
+            return DamagedError(f"{store.url}/{key}: not {what}: {error}")
 
-    return list(in_threads(read, sorted(item.key for item in store.list(prefix)), items_per_call=1))
+    found = []
+    for one in in_threads(read, sorted(item.key for item in store.list(prefix)), items_per_call=1):
+        if not isinstance(one, DamagedError):
+            found.append(one)
+        elif on_damage is None:
+            raise one
+        else:
+            on_damage(one)
+    return found

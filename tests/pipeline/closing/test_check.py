@@ -16,7 +16,7 @@ from millijoule.pipeline.planning import shard_cutter
 from millijoule.pipeline.planning.retry_rounds import load_job_shards
 from millijoule.workers import shard_rows
 from millijoule.workers.errors import DamagedError
-from millijoule.workers.layout import commit_key
+from millijoule.workers.layout import CLOSINGS_PREFIX, SEGMENTS_PREFIX, commit_key, worker_key
 
 PROMPTS = [f"prompt {i}" for i in range(20)]
 
@@ -178,6 +178,21 @@ def test_a_commit_that_cannot_be_read_does_not_hide_other_damage(tmp_path):
     first, second = check_output(store)
     assert "not a commit" in first
     assert "made by another model" in second
+
+
+def test_records_that_cannot_be_read_do_not_hide_other_damage(tmp_path):
+    store, job = plan(tmp_path, PROMPTS, shard_size=5)
+    work(store, job)
+    finish_job(store, job, load_job_shards(store, job))
+    keys = [f"{CLOSINGS_PREFIX}w1.json", f"{SEGMENTS_PREFIX}000001-000009.json", worker_key("w9")]
+    for key in keys:
+        store.put(key, b"")
+    data = one(tmp_path / "out", "data/*.parquet")
+    data.write_bytes(data.read_bytes()[::-1])
+    problems = list(check_output(store))
+    for key in keys:
+        assert sum(f"{key}: not what a driver or worker wrote" in p for p in problems) == 1
+    assert any(data.name in p and "SHA-256" in p for p in problems)
 
 
 @pytest.mark.parametrize(
