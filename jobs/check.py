@@ -26,7 +26,7 @@ class CheckOptions:
     """Re-read an output and compare it with its plan, its commits and every hash.
 
     Prints the differences, the first of each kind and how many more there are. Exit code 0: complete and sound; 1: anything else. Energy that nobody read to the
-    end is said in a line that begins with "note:" and is no difference.
+    end, and files in data/ that no commit names, are said in lines that begin with "note:" and are no difference.
     """
 
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")] = ""

@@ -41,7 +41,7 @@ from millijoule.pipeline.planning.retry_rounds import JobShards, load_job_shards
 from millijoule.workers.counted import counted
 from millijoule.workers.errors import DamagedError, NotFoundError
 from millijoule.workers.images.readers import read_images
-from millijoule.workers.layout import MANIFEST_KEY, STATS_KEY, SUCCESS_KEY, commit_key
+from millijoule.workers.layout import DATA_PREFIX, MANIFEST_KEY, STATS_KEY, SUCCESS_KEY, commit_key
 from millijoule.workers.schemas import STATUSES, Commit, RowCounts
 from millijoule.workers.shard_rows import Shard, ShardRowReader, shard_requests
 from millijoule.workers.storage.open import is_s3_url
@@ -77,7 +77,8 @@ def check_output(
     Args:
         images: also re-read every data file and image and compare hashes; False trusts sizes.
         on_shard: called with each shard that was checked.
-        on_note: called with what is no difference but must be known: whose energy nobody read to the end.
+        on_note: called with what is no difference but must be known: whose energy nobody read to the end, and files beside
+            those that commits name.
 
     Raises:
         InputError: there is no job in this output.
@@ -106,6 +107,7 @@ def check_output(
 
         # a distant store keeps many threads waiting; from a disk more threads than cores only wait for each other
         threads = READ_THREADS if is_s3_url(store.url) else min(READ_THREADS, os.cpu_count() or 1)
+        named, is_sound = 0, True  # files of shards, all as their commits say
         whole = not missing and not damaged  # else what is to be compared with them says the same again
         for shard_id, commit, problems in in_threads(check, np.flatnonzero(done).tolist(), threads):
             on_shard(shard_id)
@@ -114,7 +116,14 @@ def check_output(
                 whole = False
             else:
                 records.add(commit)
+                named += sum(file.path.startswith(DATA_PREFIX) for file in commit.files)
+                is_sound = is_sound and not problems
         if whole:
+            if is_sound and (beside := sum(1 for _ in store.list(DATA_PREFIX)) - named) > 0:
+                files = counted(beside, "file")
+                on_note(
+                    f"{files} in {DATA_PREFIX} that no commit names; `millijoule gc` says which, and what may go"
+                )
             yield from _check_finished(store, job, index, records.records(), on_note)
 
 

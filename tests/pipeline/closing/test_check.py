@@ -304,3 +304,16 @@ def test_few_parts_of_the_plan_are_held(tmp_path, monkeypatch, footers):
     assert len(footers) == 10
     reader.read(shards[0])
     assert len(footers) == 11
+
+
+def test_files_that_no_commit_names_are_counted_in_a_note(output):
+    store, folder = output
+    job = require_job(store)
+    finish_job(store, job, load_job_shards(store, job))
+    notes = []
+    assert list(check_output(store, on_note=notes.append)) == []
+    assert not any("no commit names" in note for note in notes)
+    (folder / "data" / "put-there-by-somebody.parquet").write_bytes(b"x")
+    notes.clear()
+    assert list(check_output(store, on_note=notes.append)) == []
+    assert [note for note in notes if note.startswith("1 file in data/ that no commit names")]
