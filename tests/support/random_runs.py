@@ -143,7 +143,8 @@ class World:
                     board.reset(reboot=True)
                 for name in self._host(i).glob("millijoule-*"):  # shared memory does not outlive a boot
                     name.unlink()
-            if i not in plan.away and (i in plan.reboot or not alive):
+            # one that is draining has ended in a moment, and who would have brought another up may have gone with the last driver
+            if i not in plan.away and (i in plan.reboot or all(n.draining for n in alive)):
                 self._join(i)
         main = partial(drive, self.plan, plan, self.folder)
         driver = cluster.start_driver(main)
