@@ -54,8 +54,15 @@ def job(prompts, output, model, *more):
     )
 
 
+#: Kills at every step of an attempt, without Ray, are in tests/workers/test_commit_protocol.py and tests/chaos/test_storms.py.
 @pytest.mark.parametrize(
-    "model", ["dies_before_upload", "dies_between_uploads", "dies_before_commit", "dies_after_commit"]
+    "model",
+    [
+        pytest.param("dies_before_upload", marks=pytest.mark.slow),
+        "dies_between_uploads",
+        pytest.param("dies_before_commit", marks=pytest.mark.slow),
+        "dies_after_commit",
+    ],
 )
 def test_a_worker_killed_at_any_point_of_an_attempt(tmp_path, prompts, ray_address, undisturbed, model, node):
     out = tmp_path / "out"

@@ -38,7 +38,7 @@ def test_a_family_runs_a_whole_job(family, tmp_path, ray_address, moto_s3, s3_en
         "".join(json.dumps({"prompt_id": str(i), "prompt": text}) + "\n" for i, text in enumerate(texts))
     )
     side = ("--width", SIZES[family], "--height", SIZES[family])
-    model = ("--model", folder, "--shard-size", 3, "--workers", 2, "--device", "cpu", *side)
+    model = ("--model", folder, "--shard-size", 3, "--workers", 1, "--device", "cpu", *side)
     done = generate(tmp_path, "--prompts", prompts, "--output", output, *model, ray=ray_address)
     assert done.returncode == 0, done.stderr
     rows = {row["prompt_id"]: row for row in manifest(output)}

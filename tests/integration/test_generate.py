@@ -25,6 +25,8 @@ def run(tmp_path, ray_address):
 
 
 PLAIN = ("--model", "python:support.models:plain")
+#: Where nothing depends on how many there are: a worker's start takes longer than what it then does.
+ONE = ("--workers", 1)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_the_result_names_the_report_and_does_not_call_an_estimate_a_measurement
 def test_without_telemetry_the_images_are_the_same_and_energy_is_missing(finished, run):
     folder, arguments, _ = finished
     output = folder / "untold"
-    done = run(*arguments, "--output", output, "--no-telemetry")
+    done = run(*arguments, *ONE, "--output", output, "--no-telemetry")
     assert done.returncode == 0, done.stderr
     assert [r["sha256"] for r in manifest(output)] == [r["sha256"] for r in manifest(folder / "out")]
     stats = json.loads((output / "stats.json").read_text())
@@ -94,7 +96,7 @@ def test_running_again_changes_nothing(finished, run):
 @pytest.mark.parametrize("output_format", ["webdataset", "files"])
 def test_other_formats_hold_the_same_images(finished, tmp_path, output_format, run):
     folder, arguments, _ = finished
-    done = run(*arguments, "--output", tmp_path / "out", "--format", output_format)
+    done = run(*arguments, *ONE, "--output", tmp_path / "out", "--format", output_format)
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "out") == hashes(folder / "out")
     assert_exactly_once(tmp_path / "out", 80)
@@ -217,6 +219,7 @@ def test_a_cap_stops_leasing_and_the_job_resumes_without_it(tmp_path, run):
         "python:support.models:slow",
         "--output",
         out,
+        *ONE,
     )
     capped = run(*arguments, "--max-kwh", "1e-9")
     assert capped.returncode == 4, capped.stderr
@@ -254,7 +257,7 @@ import ray
 from millijoule.jobs import generate
 
 address, prompts, folder = sys.argv[1:]
-options = dict(prompts=[prompts], model="python:support.models:plain", shard_size=16, images_per_prompt=2, quiet=True)
+options = dict(prompts=[prompts], model="python:support.models:plain", shard_size=16, images_per_prompt=2, workers="1", quiet=True)
 results = []
 ray.init(address=address, log_to_driver=False)
 for name in ("one", "two"):

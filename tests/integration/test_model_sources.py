@@ -28,7 +28,7 @@ def run(tmp_path, ray, model, *arguments, **driver_env):
     options = ("--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "out", "--shard-size", 2)
     workers = (
         "--workers",
-        3,
+        2,
         "--cpus-per-worker",
         0.5,
         "--ray-address",

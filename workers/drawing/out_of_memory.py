@@ -7,6 +7,8 @@ import errno
 import gc
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 #: How the libraries below a generator begin the words of a RuntimeError that says so: PyTorch's allocators, CUDA's and HIP's
 #: runtimes, cuBLAS, cuDNN, oneDNN. Only beginnings count: a prompt that a message quotes may say anything.
@@ -58,6 +60,18 @@ def release_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """The time in which a model loads: garbage is looked for as rarely as by `collect_rarely`. To walk through thousands of modules
+    while they are imported, of which none is garbage, takes a tenth of a diffusion pipeline's start."""
+    before = gc.get_threshold()
+    collect_rarely()
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def collect_rarely() -> None:

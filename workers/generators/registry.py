@@ -7,6 +7,7 @@ from pathlib import Path
 
 from millijoule.workers import factories
 from millijoule.workers.diffusion.pipeline_folder import PipelineFolder
+from millijoule.workers.drawing.out_of_memory import loading
 from millijoule.workers.errors import InputError
 from millijoule.workers.generators.file_hashes import file_sha256
 from millijoule.workers.generators.load_turn import load_turn
@@ -71,6 +72,7 @@ def describe_model(model: str, options: GeneratorOptions = GeneratorOptions()) -
     return ModelIdentity(metadata.get("name", path.stem), file_sha256(path))
 
 
+@loading()
 def load_generator(
     model: str,
     *,

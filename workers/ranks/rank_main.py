@@ -22,7 +22,7 @@ from millijoule.workers.diffusion.loading import load_pipeline
 from millijoule.workers.diffusion.memory import PipelineMemory
 from millijoule.workers.diffusion.pipeline_call import PipelineCall
 from millijoule.workers.drawing.isolate import AttemptCancelled
-from millijoule.workers.drawing.out_of_memory import is_out_of_memory, release_memory
+from millijoule.workers.drawing.out_of_memory import is_out_of_memory, loading, release_memory
 from millijoule.workers.engines.open import open_engine
 from millijoule.workers.generators.registry import model_path
 from millijoule.workers.orphan import exit_with_parent
@@ -100,7 +100,8 @@ def main() -> None:
         os._exit(0)
 
     try:
-        rank = Rank(task)
+        with loading():
+            rank = Rank(task)
     except Exception as error:
         channel.send(Answer(0, "failed", f"{type(error).__name__}: {error}"[:500]))
         raise

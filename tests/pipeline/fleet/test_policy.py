@@ -70,8 +70,14 @@ def test_where_the_lean_devices_are_not_enough_others_help_and_the_deadline_is_m
     assert outcome.by_kind["SLOW"]["hours"] > 0.3 * stealing().by_kind["SLOW"]["hours"]
 
 
-@pytest.mark.parametrize("times", [1.25, 1.5])
-@pytest.mark.parametrize("spot", [False, True])
+@pytest.mark.parametrize(
+    ("spot", "times"),
+    [
+        (True, 1.25),
+        (False, 1.5),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((True, 1.5), (False, 1.25))),
+    ],
+)
 def test_a_job_as_long_as_a_shard_of_its_slowest_device_meets_its_deadline(times, spot):
     """What a device is worth shows in its first shard, in time for the second: there is none that would end too late."""
     kinds = mixed_kinds("even", 8, spot=spot)

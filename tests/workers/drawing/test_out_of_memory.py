@@ -5,7 +5,10 @@ import weakref
 
 import pytest
 
+from millijoule.workers import factories
 from millijoule.workers.drawing.out_of_memory import RARE_COLLECTION, collect_rarely, release_memory
+from millijoule.workers.errors import InputError
+from millijoule.workers.generators.registry import load_generator
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +36,22 @@ def test_what_outlived_one_release_is_given_back_by_the_next():
         assert gone() is None
     finally:
         gc.unfreeze()
+
+
+def test_the_collector_runs_rarely_while_a_model_loads_and_afterwards_as_before(monkeypatch):
+    before = gc.get_threshold()
+    seen = []
+
+    def factory(device):
+        seen.append(gc.get_threshold())
+        raise InputError("not this one")
+
+    monkeypatch.setattr(factories, "find_factory", lambda option, model: factory)
+    for _ in range(2):
+        with pytest.raises(InputError, match="not this one"):
+            load_generator("python:somewhere:factory")
+        assert gc.get_threshold() == before
+    assert [first for first, *_ in seen] == [RARE_COLLECTION] * 2
 
 
 def test_the_collector_runs_rarely_where_it_is_told_so():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny_pipelines import tiny_pipeline
+from support.tiny_pipelines import SIZES, tiny_pipeline
 from support.un0_checkpoints import publish
 from torch import nn
 
@@ -69,7 +69,7 @@ def test_an_un0_model_draws_the_same_bits_in_deepspeed(tmp_path):
 def test_a_pipeline_draws_the_same_bits_in_deepspeed(family):
     folder = str(tiny_pipeline(family))
     eager, deepspeed = (load_generator(folder, options=o) for o in (EAGER, DEEPSPEED))
-    fields = {"num_inference_steps": 2}
+    fields = {"num_inference_steps": 2, "width": SIZES[family], "height": SIZES[family]}
     np.testing.assert_array_equal(draw(deepspeed, "a red dog", **fields), draw(eager, "a red dog", **fields))
     modules = {n: m for n, m in deepspeed.pipeline.components.items() if isinstance(m, nn.Module)}
     run = {m.name.removesuffix(".decoder") for m in deepspeed.engine.report.modules}
