@@ -152,7 +152,9 @@ class Share:
         return max(0, min(pool.most, PROBE_WORKERS) - self.wanted[pool.name])
 
     def worth(self, pool: Standing) -> int:
-        """Further workers of `pool` that are worth a node, all others as they are to be."""
+        """Further workers of `pool` that are worth a node, all others as they are to be; 0 where none may be had."""
+        if min(pool.most - self.wanted[pool.name], self.budget) <= 0:
+            return 0  # none may be had, so nobody has to go through what all workers have in hand
         rate = pool.images_per_s
         least_s = max(pool.repaid_s, self.shard_images / rate)  # that each is to work
         left = self.unbegun - sum(self._taken(other, pool.wait_s, least_s) for other in self.pools)

@@ -22,15 +22,16 @@ from millijoule.pipeline.running.run import JobRun
 #: Between two updates; Prometheus seldom looks more often.
 PERIOD_S = 5.0
 #: Counters of energy with a series of their own. Ray keeps 2,000 series of a metric and drops the labels of all others, the job's
-#: among them: the energy of what comes later is told by kind of counter, with `OTHERS` for host.
-MAX_DEVICE_SERIES = 1900
+#: among them, and it counts a series twice where an export comes between two updates: the energy of what comes later is told by
+#: kind of counter, with `OTHERS` for host.
+MAX_DEVICE_SERIES = 900
 OTHERS = "others"
 #: Name -> labels besides `job`, and what it says.
 COUNTERS = {
     "millijoule_images": (("status",), "Images of committed shards, by status: ok, filtered or quarantined."),
     "millijoule_energy_joules": (
         ("host", "device"),
-        "Growth of the energy counters, each counted once however many workers share it; those beyond the first 1,900 "
+        "Growth of the energy counters, each counted once however many workers share it; those beyond the first 900 "
         "together, by kind. Absent without counters.",
     ),
     "millijoule_energy_estimate_joules": (
