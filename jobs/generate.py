@@ -41,7 +41,7 @@ def run(
 
     Args:
         worker_class: the Ray actor class, default the product's own.
-        on_head_lost: called, in a thread of its own, with the reason once the cluster's head is gone; default: a JobError.
+        on_head_lost: called, in a thread of its own, with the reason once the cluster's head is gone; default: a JobError, once the job is set up.
 
     Raises:
         MillijouleError: the job cannot be done, or not go on, before a person acts.
@@ -53,7 +53,7 @@ def run(
     from millijoule.pipeline.closing.finish import finish_job
     from millijoule.pipeline.energy.carbon import Rates
     from millijoule.pipeline.output.kept_rates import keep_rates
-    from millijoule.pipeline.running.head_watch import head_watched
+    from millijoule.pipeline.running.head_watch import HeadLoss, head_watched
     from millijoule.pipeline.running.live_metrics import LiveMetrics
     from millijoule.pipeline.running.progress import Progress
     from millijoule.pipeline.running.run import JobRun
@@ -65,42 +65,45 @@ def run(
     began, options = time.monotonic(), request.options
     store = open_store(options.output)
     with quietly(options.quiet), ray_cluster.connected(options.ray_address) as cluster:
-        if options.dry_run:
-            plan = dry_run(request, cluster)
-            seconds = time.monotonic() - began
-            return JobResult("planned", store.url, 0, 0, plan.n_bad_rows, plan.n_shards, seconds)
-        planned, workers, pools = set_up_job(request, store, cluster)
-        store = open_store(options.output, patient=True)  # a job at work waits for storage
-        job_run = JobRun(
-            store,
-            planned,
-            workers,
-            worker_class or remote_worker_class(),
-            lease_s=options.lease_seconds,
-            speculate=options.speculate,
-            part_s=options.part_seconds,
-            source=within_reach(request.source, store, cluster),
-            spending=Spending(request.caps),
-            telemetry=options.telemetry,
-            node_meters=request.node_meters,
-            fleet=policy_of(request, pools),
-        )
-        keep_rates(store, Rates(request.caps.carbon, request.caps.price, options.rates.pue))
-        metrics = LiveMetrics(planned.job, job_run) if options.telemetry else None
-        with (
-            head_watched(ray_cluster.head_address(), on_head_lost or job_run.lose_head),
-            Progress(planned.job, job_run, quiet=options.quiet) as progress,
-            signals_heeded(job_run),
-            exported(request.otlp_endpoint, planned.job, job_run) as export,
-        ):
+        # from here on: whatever calls Ray meanwhile waits for a head that is gone without end
+        head_loss = HeadLoss(on_head_lost)
+        with head_watched(ray_cluster.head_address(), head_loss):
+            if options.dry_run:
+                plan = dry_run(request, cluster)
+                seconds = time.monotonic() - began
+                return JobResult("planned", store.url, 0, 0, plan.n_bad_rows, plan.n_shards, seconds)
+            planned, workers, pools = set_up_job(request, store, cluster)
+            store = open_store(options.output, patient=True)  # a job at work waits for storage
+            job_run = JobRun(
+                store,
+                planned,
+                workers,
+                worker_class or remote_worker_class(),
+                lease_s=options.lease_seconds,
+                speculate=options.speculate,
+                part_s=options.part_seconds,
+                source=within_reach(request.source, store, cluster),
+                spending=Spending(request.caps),
+                telemetry=options.telemetry,
+                node_meters=request.node_meters,
+                fleet=policy_of(request, pools),
+            )
+            head_loss.tell(job_run.lose_head)
+            keep_rates(store, Rates(request.caps.carbon, request.caps.price, options.rates.pue))
+            metrics = LiveMetrics(planned.job, job_run) if options.telemetry else None
+            with (
+                Progress(planned.job, job_run, quiet=options.quiet) as progress,
+                signals_heeded(job_run),
+                exported(request.otlp_endpoint, planned.job, job_run) as export,
+            ):
 
-            def tick() -> None:
-                progress.tick()
-                export()
-                if metrics:
-                    metrics.tick()
+                def tick() -> None:
+                    progress.tick()
+                    export()
+                    if metrics:
+                        metrics.tick()
 
-            job_run.run(on_tick=tick)
+                job_run.run(on_tick=tick)
         if metrics:
             metrics.publish()
     later = job_run.superseded

@@ -122,18 +122,45 @@ def test_a_shard_that_no_worker_can_make_is_quarantined_and_tried_again_on_reque
     assert_exactly_once(out, 4)
 
 
-def test_a_head_that_dies_ends_the_driver_within_seconds(tmp_path):
-    out = tmp_path / "out"
+SLOW_TO_SET_UP = """
+import sys, time
+from pathlib import Path
+from millijoule.jobs.generate import main
+from millijoule.jobs.set_up import job
+
+def set_up_job(*_):
+    Path(sys.argv[1]).touch()
+    time.sleep(600)
+
+job.set_up_job = set_up_job
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_head_that_dies_ends_drivers_within_seconds_one_that_sets_its_job_up_as_well(tmp_path):
+    out, begun = tmp_path / "out", tmp_path / "begun"
     prompts = write_prompts(tmp_path / "prompts.txt", 400)
     with RayCluster(head_cpus=0) as cluster:
         cluster.add_node(cpus=1)
         driver = start(tmp_path, *job(prompts, out, "slow"), ray=cluster.address)
+        options = ["--prompts", prompts, "--output", tmp_path / "other", "--ray-address", cluster.address]
+        second = subprocess.Popen(
+            [sys.executable, "-c", SLOW_TO_SET_UP, begun, *options],
+            env=environment(tmp_path),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         wait_for_commits(out, 2)
+        while not begun.exists():
+            assert second.poll() is None
+            time.sleep(0.1)
         cluster.nodes[0].head_service().kill()
         assert driver.wait(120) == 1
-    said = (tmp_path / "driver.log").read_text()
-    assert "the head of the Ray cluster is gone" in said
-    assert "run the same job again" in said
+        said_second = second.communicate(timeout=120)[1]
+        assert second.returncode == 1
+    for said in ((tmp_path / "driver.log").read_text(), said_second):
+        assert "the head of the Ray cluster is gone" in said
+        assert "run the same job again" in said
 
 
 FROM_PYTHON = """
