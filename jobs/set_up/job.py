@@ -84,9 +84,8 @@ def set_up_job(
             check_device(request.source, on_gpu=bool(device.gpus))
         workers = pool_options(request, device, cluster)
     if existing is None:
-        within_reach(
-            request.source, store, cluster
-        )  # what may take long, and may be stopped, comes before, too
+        # what may take long, and may be stopped, comes before, too
+        within_reach(request.source, store, cluster)
         planned = begin(store, planned)
     return planned, workers, pools
 

@@ -87,9 +87,8 @@ def connected(address: str | None) -> Iterator[Cluster]:
         try:
             ray.init(address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[
-                :REASON_CHARACTERS
-            ]  # of unlike versions, which is in lines of their own
+            # unlike versions are named in lines of their own
+            reason = " ".join(str(error).split())[:REASON_CHARACTERS]
             if not listening:
                 raise InputError(f"{said}: no Ray cluster answers there ({reason})") from error
             raise InputError(

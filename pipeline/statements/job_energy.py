@@ -146,8 +146,8 @@ def read_job_energy(store: Store, rates: Rates) -> JobEnergy:
         missing.append("the job's energy books are not complete")
     if evidence == "E0" and not missing:
         missing.append("the energy books do not close: evidence class E0")
-    counted = sum(k.counted_mj for k in kinds)
-    _compare(store, "mJ", counted, counted if total_mj is None else total_mj)
+    counted_mj = sum(k.counted_mj for k in kinds)
+    _compare(store, "mJ", counted_mj, counted_mj if total_mj is None else total_mj)
     won = labels(attempts["outcome"]).where(["committed"])
     _compare(store, "accepted images", int(np.nansum(floats(attempts["images_ok"])[won])), stats["images_ok"])
     _check_class(store, evidence, read("closure"))
@@ -340,7 +340,7 @@ def _kind(
     table: _Table, key: tuple[str, str], of: _Rows, is_own: bool, estimated: Sequence[np.ndarray]
 ) -> KindEnergy:
     rows = np.concatenate([np.zeros(0, np.int64), *of.rows])
-    counted = table.total(rows, table.energy_mj)
+    counted_mj = table.total(rows, table.energy_mj)
     missing = tuple(of.missing) if is_own else ("no counter of it was read; outside the boundary",)
     estimate = Amount(None)
     if estimated:
@@ -351,8 +351,8 @@ def _kind(
         kind=key[1],
         devices=len(of.devices),
         is_own=is_own,
-        measured=table.amount(rows, table.energy_mj, None if missing else counted),
-        counted_mj=counted,
+        measured=table.amount(rows, table.energy_mj, None if missing else counted_mj),
+        counted_mj=counted_mj,
         estimate=estimate,
         missing=missing,
         counters=of.counters,
